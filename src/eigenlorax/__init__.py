@@ -1,0 +1,53 @@
+"""EigenLoRAx: the principal subspace that LoRA adapters share, found, stored and trained in.
+
+Importing this package loads neither torch nor peft; a name is looked up when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, LoRAFactors, from_factors
+    from .errors import EigenloraxError
+    from .fit import fit
+    from .formats import read_adapter, write_adapter
+    from .pack import Pack
+    from .subspace import Subspace
+    from .summary import Summary
+
+_HOME = {
+    "Adapter": "adapter",
+    "EigenloraxError": "errors",
+    "LoRAFactors": "adapter",
+    "Pack": "pack",
+    "Subspace": "subspace",
+    "Summary": "summary",
+    "fit": "fit",
+    "from_factors": "adapter",
+    "read_adapter": "formats",
+    "write_adapter": "formats",
+}
+__all__ = [
+    "Adapter",
+    "EigenloraxError",
+    "LoRAFactors",
+    "Pack",
+    "Subspace",
+    "Summary",
+    "__version__",
+    "fit",
+    "from_factors",
+    "read_adapter",
+    "write_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    # `fit` is a submodule too: without this, importing that would hide the function behind it
+    globals()[name] = value
+    return value

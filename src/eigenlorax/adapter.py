@@ -1,0 +1,104 @@
+"""One trained LoRA in memory: frozen data. Nothing here reads or writes a file."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Lazy(Mapping[str, T], Generic[T]):
+    """A mapping whose keys are known and whose values are read anew at each access, so that none is kept alive."""
+
+    __slots__ = ("_keys", "_read")
+
+    def __init__(self, keys: Mapping[str, Any], read: Callable[[str], T]) -> None:
+        self._keys = keys
+        self._read = read
+
+    def __getitem__(self, key: str) -> T:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAFactors:
+    """The update of one linear module: delta_weight = scaling · up @ down, (out, in)."""
+
+    down: Float[Tensor, "r n_in"]
+    up: Float[Tensor, "n_out r"]
+    scaling: float
+
+    @property
+    def spec(self) -> "ModuleSpec":
+        return ModuleSpec(
+            rank=self.down.shape[0],
+            in_features=self.down.shape[1],
+            out_features=self.up.shape[0],
+            scaling=self.scaling,
+            dtype=torch.promote_types(self.down.dtype, self.up.dtype),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """What is known of a module's factors before its tensors are read."""
+
+    rank: int
+    in_features: int
+    out_features: int
+    scaling: float
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the two LoRA factors."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One trained LoRA, all its modules.
+
+    `specs` and `modules` have the same keys: module names without `base_model.model.`. `modules` reads tensors when it
+    is asked for them. `heads` (task heads, trained biases, resized embeddings) and `carried` (what a subspace cannot
+    hold: DoRA magnitudes, embedding and convolution LoRA) are keyed by the name PEFT writes them under, and are never
+    changed. `source_config` is the text of the adapter's `adapter_config.json`, word for word.
+    """
+
+    name: str
+    specs: Mapping[str, ModuleSpec]
+    modules: Mapping[str, LoRAFactors]
+    base_model: str | None = None
+    revision: str | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    source_config: str | None = None
+    file_bytes: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed `adapter_config.json`; empty for an adapter that was made in memory."""
+        return json.loads(self.source_config) if self.source_config else {}
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks of the modules, ascending."""
+        return tuple(sorted({spec.rank for spec in self.specs.values()}))
+
+
+def from_factors(name: str, modules: Mapping[str, LoRAFactors], **fields: Any) -> Adapter:
+    """An adapter from tensors in memory; `fields` are the other fields of `Adapter`."""
+    return Adapter(name=name, specs={key: value.spec for key, value in modules.items()}, modules=modules, **fields)

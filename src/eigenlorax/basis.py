@@ -1,0 +1,164 @@
+"""One matrix of rows: fit an orthonormal basis, augment it, project on it, reconstruct from it.
+
+Nothing here knows what a LoRA is. The pair of coupled bases of a LoRA module is in `subspace`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import linalg
+from .errors import OptionError, ShapeError
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Orthonormal rows, in the dtype they are stored in, the best-fitting direction first.
+
+    singular_values: those of the stack the basis was fitted on, descending, all of them, float32; they go on beyond k.
+    energy: the share of the stack's squared norm that lies in the span, 0 to 1.
+    n_extra: how many of the last rows are augmented directions, rebuilt from a seed.
+    """
+
+    components: Float[Tensor, "k d"]
+    singular_values: Float[Tensor, " n"]
+    energy: float
+    n_extra: int = 0
+
+    @property
+    def k(self) -> int:
+        return self.components.shape[0]
+
+    @property
+    def dimension(self) -> int:
+        return self.components.shape[1]
+
+    @property
+    def fitted(self) -> Float[Tensor, "j d"]:
+        """The components that were fitted: all but the augmented ones."""
+        return self.components[: self.k - self.n_extra]
+
+
+def chooser(n_components: int | None, energy: float | None) -> Callable[[Tensor, tuple[int, int]], int]:
+    """The rule that turns a spectrum into a number of components (`linalg.RowStack.leading`).
+
+    Either at most `n_components`, or the smallest number whose squared singular values reach `energy` of the total;
+    never more than the numerical rank.
+    """
+    check_size(n_components, energy)
+    share = 1.0 if energy is None else energy
+
+    def choose(singular_values: Tensor, shape: tuple[int, int]) -> int:
+        rank = linalg.numerical_rank(singular_values, shape)
+        if n_components is not None:
+            return min(n_components, rank)
+        kept = singular_values[:rank].square().cumsum(0)
+        # relative to the last sum, not to 1, so that energy=1.0 is reached in spite of rounding
+        return min(int((kept < share * kept[-1]).sum()) + 1, rank)
+
+    return choose
+
+
+def check_size(n_components: int | None, energy: float | None) -> None:
+    """`OptionError` unless exactly one of the two is given and in its range."""
+    if (n_components is None) == (energy is None):
+        raise OptionError(
+            f"give either n_components or energy, not both or neither: got {n_components=}, {energy=}. "
+            "For example n_components=32, or energy=0.9."
+        )
+    if n_components is not None and n_components < 1:
+        raise OptionError(f"n_components must be at least 1, got {n_components}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"energy is a fraction of squared norm, above 0 and at most 1, got {energy}.")
+
+
+def fit(
+    rows: Float[Tensor, "n d"],
+    *,
+    n_components: int | None = None,
+    energy: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Basis:
+    """Leading right singular vectors of the rows, uncentred (arXiv 2502.04700 §3, without its centring: DESIGN §1).
+
+    dtype: the one the components are stored in; the rows' own where it is not given. All arithmetic is float64.
+    """
+    if not bool(rows.any()):
+        raise OptionError(f"every row is zero: a {tuple(rows.shape)} matrix without a direction cannot be fitted.")
+    identity = torch.eye(rows.shape[0], dtype=torch.float64)
+    leading = linalg.RowStack([rows]).leading([identity], chooser(n_components, energy))
+    total = leading.singular_values.square().sum()
+    return Basis(
+        components=leading.components().to(dtype or rows.dtype),
+        singular_values=leading.singular_values.float(),
+        energy=float(leading.projection.square().sum() / total),
+    )
+
+
+def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
+    """`n_extra` further orthonormal rows from `seed`, orthogonal to those that are there (§3.3, pseudo-components).
+
+    label: names the matrix, so that one seed gives every matrix rows of its own. The rows are a function of the stored
+    components, the seed and the label alone; another machine may differ in the last bits (`extra_check` tells).
+    """
+    if n_extra < 1:
+        raise OptionError(f"n_extra must be at least 1, got {n_extra}.")
+    if basis.k + n_extra > basis.dimension:
+        raise ShapeError(
+            f"{label}: {basis.k} components and {n_extra} extra ones are more than its {basis.dimension} dimensions; "
+            f"at most n_extra={basis.dimension - basis.k} fits."
+        )
+    rows = torch.from_numpy(normal_rows(n_extra, basis.dimension, seed, label))
+    extra = linalg.orthogonal_complement_rows(rows, basis.components.to(torch.float64))
+    return replace(
+        basis,
+        components=torch.cat([basis.components, extra.to(basis.components.dtype)]),
+        n_extra=basis.n_extra + n_extra,
+    )
+
+
+def normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
+    """Standard normal numbers, (n, dimension) float64, that depend on seed and label alone.
+
+    Philox's raw stream is fixed across NumPy releases, its normal distribution is not; hence Box–Muller here.
+    """
+    key = np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest()[:16], dtype="<u8")
+    raw = np.random.Philox(key=key).random_raw(2 * n * dimension)
+    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
+    return (radius * np.cos(angle)).reshape(n, dimension)
+
+
+def extra_check(basis: Basis) -> Float[Tensor, " n_extra"]:
+    """One number for each augmented row, float32: what a machine compares after it has rebuilt them."""
+    extra = basis.components[basis.k - basis.n_extra :].to(torch.float64)
+    return extra.sum(dim=1).float()
+
+
+def dual(basis: Basis) -> Float[Tensor, "k d"]:
+    """The float64 rows that `project` multiplies with: the components but for the rounding of their stored dtype."""
+    return linalg.dual_rows(basis.components.to(torch.float64))
+
+
+def project(
+    rows: Float[Tensor, "n d"], basis: Basis, dual_rows: Float[Tensor, "k d"] | None = None
+) -> Float[Tensor, "n k"]:
+    """Least-squares coefficients of each row in the basis as it is stored, float64.
+
+    dual_rows: `dual(basis)`, where many calls share one basis.
+    """
+    if rows.shape[1] != basis.dimension:
+        raise ShapeError(f"rows of width {rows.shape[1]} cannot be projected on a basis of width {basis.dimension}.")
+    return rows.to(torch.float64) @ (dual(basis) if dual_rows is None else dual_rows).mT
+
+
+def reconstruct(coefficients: Float[Tensor, "n k"], basis: Basis) -> Float[Tensor, "n d"]:
+    """The rows that the coefficients stand for, float64."""
+    if coefficients.shape[1] != basis.k:
+        raise ShapeError(f"{coefficients.shape[1]} coefficients a row do not fit a basis of {basis.k} components.")
+    return coefficients.to(torch.float64) @ basis.components.to(torch.float64)

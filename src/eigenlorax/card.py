@@ -1,0 +1,106 @@
+"""The model card of a pack: a README.md that the Hub shows. A function of the manifest alone."""
+
+import json
+
+from . import keys, summary
+from .manifest import Manifest
+from .summary import Errors, Summary
+
+
+def render(found: Manifest) -> str:
+    """The card's text: front matter, what is in the pack and what was lost, how to load it."""
+    figures = summary.summarize(
+        {name: entry.record for name, entry in found.adapters.items()},
+        found.subspace,
+        found.fit,
+        found.coefficient_dtype,
+        base_model=found.base_model,
+        revision=found.revision,
+    )
+    return "\n".join([*_front_matter(found), *_what(figures), *_adapters(found), *_how(found)]) + "\n"
+
+
+def _front_matter(found: Manifest) -> list[str]:
+    lines = ["---", "library_name: eigenlorax", "tags:", "- eigenlorax", "- lora", "- peft"]
+    if found.base_model:
+        # JSON strings are YAML strings, whatever is in them
+        lines.append(f"base_model: {json.dumps(found.base_model)}")
+    return [*lines, "---", ""]
+
+
+def _what(figures: Summary) -> list[str]:
+    b = figures.bytes
+    base = figures.base_model or "a base model its adapters do not name"
+    lines = [
+        f"# {figures.adapters} LoRA adapters of {base} over one basis",
+        "",
+        "This is an [EigenLoRAx](https://arxiv.org/abs/2502.04700) pack: the principal subspace of "
+        f"{figures.adapters} LoRA adapters over {figures.modules} modules, and each adapter as coefficients in it.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| weighting | {figures.fit.weighting} |",
+    ]
+    for side, found in (("down", figures.down), ("up", figures.up)):
+        capped = f", {found.capped} capped" if found.capped else ""
+        lines.append(
+            f"| components, {summary.SIDE_NAMES[side]} | {found.min} / {found.median:g} / {found.max} (min / median / "
+            f"max){capped}; energy {found.energy:.4f} |"
+        )
+    for group, errors in (("fitted", figures.in_fit), ("projected afterwards", figures.projected)):
+        lines += [_error_row(group, errors)] if errors is not None else []
+    lines += [
+        f"| LoRA bytes, heads aside | {b.lora:,} |",
+        f"| basis + coefficients + carried bytes | {b.basis:,} + {b.coefficients:,} + {b.carried:,} |",
+        f"| compression ratio, basis counted | {b.ratio:.2f} |",
+        f"| compression ratio, basis not counted | {b.ratio_without_basis:.2f} |",
+        "",
+    ]
+    return lines
+
+
+def _error_row(group: str, errors: Errors) -> str:
+    return (
+        f"| delta error, {errors.adapters} adapters {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
+        f"({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
+    )
+
+
+def _adapters(found: Manifest) -> list[str]:
+    lines = [
+        "`delta_error` is ‖D − D̂‖ / ‖D‖ of an adapter's weight updates, after rounding to the stored dtype.",
+        "",
+        "| adapter | ranks | modules | delta_error | in the fit |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in found.adapters.items():
+        one = entry.record
+        error = "untrained" if one.untrained else f"{one.delta_error:.4f}"
+        ranks = ", ".join(map(str, one.ranks))
+        lines.append(f"| {name} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
+    for name, reason in found.fit.skipped.items():
+        lines.append(f"| {name} | | | left out: {reason} | no |")
+    return [*lines, ""]
+
+
+def _how(found: Manifest) -> list[str]:
+    name = next(iter(found.adapters), "NAME")
+    return [
+        "## Use",
+        "",
+        "```bash",
+        "pip install eigenlorax",
+        f"eigenlorax export . {name} -o loras/   # an ordinary PEFT LoRA folder: loras/{name}",
+        "```",
+        "",
+        "```python",
+        "import eigenlorax as ex",
+        "from peft import PeftModel",
+        "",
+        'pack = ex.Pack.open(".")',
+        f'folder = ex.write_adapter(pack.adapter("{name}"), "loras/{name}")',
+        "model = PeftModel.from_pretrained(base_model, folder)",
+        "```",
+        "",
+        f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}.",
+    ]

@@ -1,0 +1,145 @@
+"""Do these adapters belong together, and is each of them sound? Reads and compares; changes nothing."""
+
+import fnmatch
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from torch import Tensor
+
+from . import subspace as spaces
+from .adapter import Adapter
+from .errors import AdapterNameError, BaseModelError, NonFiniteError, OptionError, ShapeError, UnknownBaseWarning
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one reading of an adapter tells.
+
+    content_hash: sha256 of its tensors and scalings, in an order that does not depend on the file's.
+    delta_squares: ‖delta weight‖² of each module.
+    """
+
+    content_hash: str
+    delta_squares: Mapping[str, float]
+
+
+def scan(adapter: Adapter) -> Scan:
+    """Read an adapter once, one module at a time; `NonFiniteError` names the first tensor with NaN or Inf."""
+    digest = sha256()
+    squares: dict[str, float] = {}
+    for module in sorted(adapter.modules):
+        factors = adapter.modules[module]
+        for side, tensor in (("down", factors.down), ("up", factors.up)):
+            _check_finite(adapter, f"{module} ({side})", tensor)
+            digest.update(f"{module}\0{side}\0{tuple(tensor.shape)}\0{tensor.dtype}\0{factors.scaling!r}\0".encode())
+            digest.update(spaces.tensor_bytes(tensor))
+        squares[module] = spaces.delta_square(factors)
+    for group in (adapter.heads, adapter.carried):
+        for key in sorted(group):
+            tensor = group[key]
+            if tensor.is_floating_point():
+                _check_finite(adapter, key, tensor)
+            digest.update(f"{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+            digest.update(spaces.tensor_bytes(tensor))
+    return Scan(digest.hexdigest(), squares)
+
+
+def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
+    bad = int((~tensor.float().isfinite()).sum())
+    if bad:
+        raise NonFiniteError(
+            f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Leave it out with "
+            f"--exclude-adapter {adapter.name}, or leave out every such adapter with --skip-bad."
+        )
+
+
+def check_names(names: Iterable[str]) -> None:
+    """`AdapterNameError` where two names differ by case at most: they would be one folder on many machines."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other is not name:
+            raise AdapterNameError(
+                f"two adapters go by the name {name!r}"
+                + (f" (and {other!r}: case does not count)" if other != name else "")
+                + ". Give one of them another name with NAME=PATH."
+            )
+
+
+def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tuple[str | None, str | None]:
+    """The base model, and its revision, that all adapters were trained on.
+
+    A base or a revision that is not stated equals any; the first is warned of. Two that are stated and differ are an
+    error, unless `same_base` says that they are one under two names; then the commonest stands for all.
+    """
+    silent = [adapter.name for adapter in adapters if adapter.base_model is None]
+    if silent and len(silent) < len(adapters):
+        warnings.warn(
+            f"{_listing(silent)} do not say which base model they belong to; taken to be that of the others.",
+            UnknownBaseWarning,
+            stacklevel=3,
+        )
+    for field in ("base_model", "revision"):
+        stated = [(getattr(adapter, field), adapter.name) for adapter in adapters if getattr(adapter, field)]
+        for value, name in stated:
+            if value != stated[0][0] and not same_base:
+                what = "base model" if field == "base_model" else "revision of the base model"
+                raise BaseModelError(
+                    f"adapters of two bases: the {what} of {stated[0][1]!r} is {stated[0][0]!r}, that of {name!r} is "
+                    f"{value!r}. Fit them apart; if both names stand for one model, pass --same-base."
+                )
+    return _commonest(a.base_model for a in adapters), _commonest(a.revision for a in adapters)
+
+
+def _commonest(values: Iterable[str | None]) -> str | None:
+    counts = Counter(value for value in values if value)
+    # ties by name, so that the order of adapters does not matter
+    return min(counts, key=lambda value: (-counts[value], value)) if counts else None
+
+
+def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every module by its name in the subspace; an error names both adapters.
+
+    names: module name in an adapter → in the subspace; modules that are not in it are left out.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    first: dict[str, str] = {}
+    for adapter in adapters:
+        for module, spec in adapter.specs.items():
+            if module not in names:
+                continue
+            name, shape = names[module], (spec.out_features, spec.in_features)
+            if shapes.setdefault(name, shape) != shape:
+                raise ShapeError(
+                    f"module {name}: (out, in) is {shapes[name]} in adapter {first[name]!r} and {shape} in "
+                    f"{adapter.name!r}. They belong to different base models: fit them apart, or keep the module out "
+                    f"of the subspace with --exclude-module {name}."
+                )
+            first.setdefault(name, adapter.name)
+    return shapes
+
+
+def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
+    """The module names that a shell-style pattern fits, as a whole or in their last components.
+
+    A pattern that fits none is an error: it is a slip, and what it should have kept out would be fitted.
+    """
+    modules = list(modules)
+    found: set[str] = set()
+    for pattern in patterns:
+        fits = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}")}
+        if not fits:
+            raise OptionError(
+                f"--exclude-module {pattern} fits no module. Modules are named like {_listing(sorted(modules)[:2])}; "
+                "shell wildcards (*, ?, [...]) may be used."
+            )
+        found |= fits
+    return frozenset(found)
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

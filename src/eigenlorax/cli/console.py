@@ -1,0 +1,166 @@
+"""What the verbs print with: tables, JSON, progress, warnings. Figures go to stdout, everything else to stderr."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..summary import Components, Errors, Summary
+
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
+SameBase = Annotated[
+    bool, typer.Option("--same-base", help="The adapters' base models are one, under several names or paths.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read adapter_model.bin where there are no safetensors (weights_only).")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of adapters that come from the Hub.")]
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        # a pipe has no width: let every line be as long as it is, so that grep finds it whole
+        console.width = 10_000
+    return console
+
+
+def error(message: str) -> None:
+    """One message on stderr."""
+    _console(stderr=True).print("[bold red]error:[/]", _plain(message))
+
+
+def note(message: str) -> None:
+    """One remark on stderr."""
+    _console(stderr=True).print("[yellow]note:[/]", _plain(message))
+
+
+def _plain(message: str) -> "Text":
+    from rich.text import Text
+
+    return Text(message)
+
+
+def print_json(value: Any) -> None:
+    """A JSON document on stdout."""
+    json.dump(value, sys.stdout, indent=2, sort_keys=True, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A two-column table on stdout."""
+    print_table(title, ("", ""), rows)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
+    """A table on stdout; `numbers` are the columns aligned to the right. Long cells fold, none is cut."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(header))
+    for index, name in enumerate(header):
+        number = index in numbers
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in rows:
+        table.add_row(*[_plain(cell) for cell in row])
+    _console().print(table, soft_wrap=False)
+
+
+@contextmanager
+def working() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; warnings of ours become notes below it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..errors import EigenloraxWarning
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    stderr = _console(stderr=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EigenloraxWarning)
+        with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+            tasks: dict[str, Any] = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done, total=total)
+
+            try:
+                yield report
+            finally:
+                found = [w.message for w in caught if issubclass(w.category, EigenloraxWarning)]
+    for message in found:
+        note(str(message))
+
+
+def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
+    """The table of a pack."""
+    b = figures.bytes
+    dtype = figures.dtype
+    if figures.coefficient_dtype != dtype:
+        dtype += f", coefficients {figures.coefficient_dtype}"
+    return [
+        ("base model", (figures.base_model or "not stated") + (f" @ {figures.revision}" if figures.revision else "")),
+        ("adapters", f"{figures.adapters} (rank {_ranks(figures.ranks)})"),
+        *[("  untrained", ", ".join(figures.untrained))] * bool(figures.untrained),
+        *[(f"  left out: {name}", reason) for name, reason in figures.fit.skipped.items()],
+        ("modules", str(figures.modules)),
+        *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
+        ("fit", f"weighting {figures.fit.weighting}, {_size(figures)}, stored as {dtype}"),
+        ("components, down (lora_A)", _components(figures.down)),
+        ("components, up (lora_B)", _components(figures.up)),
+        *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
+        *_error_rows("delta error", figures.in_fit),
+        *_error_rows("delta error, projected adapters", figures.projected),
+        ("LoRA bytes", f"{b.lora:,} (their files: {b.lora_files:,})"),
+        ("basis bytes", f"{b.basis:,}"),
+        ("coefficient bytes", f"{b.coefficients:,}"),
+        *[("carried bytes", f"{b.carried:,} (on both sides of the ratio)")] * bool(b.carried),
+        *[("head bytes", f"{b.heads:,} (kept as they are; on neither side)")] * bool(b.heads),
+        ("compression ratio", f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"),
+    ]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
+
+
+def _size(figures: "Summary") -> str:
+    fit = figures.fit
+    return f"at most {fit.n_components} components" if fit.n_components is not None else f"energy {fit.energy:g}"
+
+
+def _components(found: "Components") -> str:
+    capped = f", {found.capped} capped at the rank of their stack" if found.capped else ""
+    return f"{found.min} / {found.median:g} / {found.max} (min / median / max){capped}; energy {found.energy:.4f}"
+
+
+def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:
+    if errors is None:
+        return []
+    return [
+        (label, f"mean {share(errors.mean)}, worst {share(errors.worst)} ({errors.worst_adapter})"),
+        ("  of which rounding", f"mean {share(errors.rounding_mean)}, worst {share(errors.rounding_worst)}"),
+    ]
+
+
+def share(value: float) -> str:
+    """A relative error: four decimals, or two digits where those would be zero."""
+    return f"{value:.4f}" if value >= 5e-4 or value == 0 else f"{value:.1e}"
+
+
+def figures_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a pack: the table's figures, and each adapter's."""
+    return {**asdict(figures), "adapter_records": {name: asdict(record) for name, record in records.items()}}

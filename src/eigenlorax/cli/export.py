@@ -1,0 +1,43 @@
+"""`eigenlorax export`: adapters of a pack as ordinary PEFT LoRA folders."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import console
+
+EPILOG = """Examples:
+
+  eigenlorax export pack/ -o loras/
+
+  eigenlorax export pack/ sst2 mrpc -o loras/ --dtype float16"""
+
+
+def register(app: typer.Typer) -> None:
+    """Make the verb known to the command."""
+    app.command(epilog=EPILOG)(export)
+
+
+def export(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Each adapter becomes DIR/NAME.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which ones; all by default.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the LoRA factors (default: float32, or the pack's if that is wider).")
+    ] = None,
+    overwrite: console.Overwrite = False,
+    json: console.Json = False,
+) -> None:
+    """Give adapters of a pack back as ordinary LoRA folders that PEFT loads."""
+    from ..pack import Pack
+
+    opened = Pack.open(pack)
+    with console.working() as progress:
+        written = opened.export(output, names or None, dtype=dtype, overwrite=overwrite, progress=progress)
+    if json:
+        console.print_json({"written": {name: str(path) for name, path in written.items()}})
+    else:
+        records = opened.records
+        rows = [(name, console.share(records[name].delta_error), str(path)) for name, path in written.items()]
+        console.print_table("", ("adapter", "delta error", "folder"), rows, numbers=(1,))

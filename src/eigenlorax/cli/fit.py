@@ -1,0 +1,96 @@
+"""`eigenlorax fit`: adapters in, one pack out."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import console
+
+EPILOG = """Examples:
+
+  eigenlorax fit adapters/ -o pack/
+
+  eigenlorax fit adapters/* org/adapter-on-the-hub mine=runs/3/best -o pack/ --n-components 64
+
+  eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite"""
+
+
+def register(app: typer.Typer) -> None:
+    """Make the verb known to the command."""
+    app.command(epilog=EPILOG)(fit)
+
+
+def fit(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER", help="Adapter folders, a parent folder of some, Hub ids (org/name), NAME=PATH."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="The folder to write the pack to.")],
+    n_components: Annotated[
+        int | None,
+        typer.Option("--n-components", "-k", metavar="K", help="Directions a side of a module, at most (default 32)."),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="E", help="Instead of K: the share of squared norm to keep, above 0, at most 1."),
+    ] = None,
+    weighting: Annotated[
+        str, typer.Option(help="delta: least error of the updates. factors: the paper's, of A and B apart.")
+    ] = "delta",
+    sweeps: Annotated[int, typer.Option(help="Alternating refinements of the delta weighting.")] = 2,
+    exclude_adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave an adapter out.")] = None,
+    exclude_module: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Keep modules out of the subspace; adapters carry them as they are."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16, float64. (Default: the widest of the sources.)")
+    ] = None,
+    coefficient_dtype: Annotated[str | None, typer.Option(help="That of the coefficients (default: DTYPE).")] = None,
+    same_base: console.SameBase = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out, and name, adapters that are broken or hold NaN or Inf.")
+    ] = False,
+    allow_pickle: console.AllowPickle = False,
+    revision: console.Revision = None,
+    device: Annotated[str, typer.Option(help="Where bases are fitted: cpu, cuda, cuda:1.")] = "cpu",
+    overwrite: console.Overwrite = False,
+    json: console.Json = False,
+) -> None:
+    """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
+    from .. import folder
+    from ..fit import fit as fit_adapters
+
+    started = time.perf_counter()
+    folder.check_free(output, overwrite)
+    with console.working() as progress:
+        pack = fit_adapters(
+            adapters,
+            n_components=n_components,
+            energy=energy,
+            weighting=weighting,
+            sweeps=sweeps,
+            exclude_adapters=exclude_adapter or (),
+            exclude_modules=exclude_module or (),
+            dtype=dtype,
+            coefficient_dtype=coefficient_dtype,
+            same_base=same_base,
+            skip_bad=skip_bad,
+            device=device,
+            progress=progress,
+            allow_pickle=allow_pickle,
+            revision=revision,
+        )
+        pack.save(output, overwrite=overwrite)
+    seconds = time.perf_counter() - started
+    if json:
+        console.print_json(
+            {"pack": str(output), "seconds": seconds, **console.figures_json(pack.summary, pack.records)}
+        )
+    else:
+        rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}")]
+        console.print_rows(f"pack {output}", rows)

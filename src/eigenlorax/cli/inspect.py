@@ -1,0 +1,117 @@
+"""`eigenlorax inspect`: what a pack or an adapter holds. Every byte of a pack is read and checked on the way."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..pack import Pack
+
+EPILOG = """Examples:
+
+  eigenlorax inspect pack/
+
+  eigenlorax inspect adapters/sst2 --json"""
+
+
+def register(app: typer.Typer) -> None:
+    """Make the verb known to the command."""
+    app.command(epilog=EPILOG)(inspect)
+
+
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="PACK|ADAPTER", help="A pack, an adapter folder, or a Hub id.")],
+    allow_pickle: console.AllowPickle = False,
+    revision: console.Revision = None,
+    json: console.Json = False,
+) -> None:
+    """Show what a pack or an adapter holds, what it costs, and what was lost."""
+    from .. import keys
+    from ..formats import read_adapter
+    from ..pack import Pack
+
+    if (Path(target) / keys.MANIFEST).is_file():
+        with console.working():
+            pack = Pack.open(target)
+            pack.verify()
+        _show_pack(target, pack, json)
+    else:
+        with console.working():
+            adapter = read_adapter(target, allow_pickle=allow_pickle, revision=revision)
+        _show_adapter(target, adapter, json)
+
+
+def _show_pack(target: str, pack: "Pack", json: bool) -> None:
+    if json:
+        console.print_json({"pack": target, **console.figures_json(pack.summary, pack.records)})
+        return
+    console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
+    rows = [
+        (
+            name,
+            ", ".join(map(str, record.ranks)),
+            str(record.modules),
+            "untrained" if record.untrained else console.share(record.delta_error),
+            console.share(record.rounding_error),
+            f"{record.coefficient_bytes:,}",
+            f"{record.carried_bytes:,}",
+            "yes" if record.in_fit else "no",
+        )
+        for name, record in pack.records.items()
+    ]
+    header = ("adapter", "rank", "modules", "delta error", "rounding", "coefficients", "carried", "in fit")
+    console.print_table("", header, rows, numbers=(2, 3, 4, 5, 6))
+
+
+def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
+    figures = _figures(adapter)
+    if json:
+        console.print_json({"adapter": target, **figures})
+        return
+    console.print_rows(
+        f"adapter {target}",
+        [
+            ("base model", figures["base_model"] or "not stated"),
+            ("modules", str(figures["modules"])),
+            ("rank", ", ".join(map(str, figures["ranks"]))),
+            ("scaling", ", ".join(f"{scaling:g}" for scaling in figures["scalings"])),
+            ("dtype", ", ".join(figures["dtypes"])),
+            ("LoRA bytes", f"{figures['lora_bytes']:,} (file: {figures['file_bytes']:,})"),
+            ("heads", _listing(figures["heads"])),
+            ("carried", _listing(figures["carried"])),
+            ("norm of the update", f"{figures['delta_norm']:.4g}" + (" (untrained)" * figures["untrained"])),
+        ],
+    )
+
+
+def _figures(adapter: "Adapter") -> dict[str, Any]:
+    from .. import checks
+    from ..dtypes import name as dtype_name
+
+    scan = checks.scan(adapter)
+    specs = adapter.specs.values()
+    norm = sum(scan.delta_squares.values()) ** 0.5
+    return {
+        "base_model": adapter.base_model,
+        "revision": adapter.revision,
+        "modules": len(adapter.specs),
+        "ranks": list(adapter.ranks),
+        "scalings": sorted({spec.scaling for spec in specs}),
+        "dtypes": sorted({dtype_name(spec.dtype) for spec in specs}),
+        "lora_bytes": sum(spec.numbers * spec.dtype.itemsize for spec in specs),
+        "file_bytes": adapter.file_bytes,
+        "heads": list(adapter.heads),
+        "carried": list(adapter.carried),
+        "delta_norm": norm,
+        "untrained": norm == 0,
+        "content_sha256": scan.content_hash,
+    }
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return shown or "none"

@@ -1,0 +1,107 @@
+"""The exception tree, and the warnings. Every error that a user can cause is one of these; none of them imports torch.
+
+    EigenloraxError
+    ├── FormatError           a file is not what it should be: truncated, wrong JSON, a pickle, an unknown tensor
+    ├── ShapeError            tensors that must agree in shape do not
+    ├── BaseModelError        adapters of different base models
+    ├── NonFiniteError        NaN or Inf in an adapter, or in its rounding to the stored dtype
+    ├── AdapterNameError      a name that is not allowed, not there, or there twice
+    ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
+    ├── OptionError           an option outside its range
+    ├── HubError              a repository or file that could not be had from the Hub
+    ├── MissingExtraError     an optional dependency is not installed
+    └── PackError
+        ├── PackMissingError  no pack there
+        ├── PackExistsError   something is there already
+        ├── PackDamagedError  bytes that are not the ones that were written
+        ├── PackVersionError  a pack of a newer format
+        └── PackBusyError     another process writes, or wrote in the meantime
+
+Each class carries the exit code that the command line leaves with (docs/cli.md).
+"""
+
+
+class EigenloraxError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 3
+
+
+class FormatError(EigenloraxError, ValueError):
+    """A file is not what it should be."""
+
+
+class ShapeError(EigenloraxError, ValueError):
+    """Tensors that must agree in shape do not."""
+
+
+class BaseModelError(EigenloraxError, ValueError):
+    """Adapters of different base models."""
+
+
+class NonFiniteError(EigenloraxError, ValueError):
+    """NaN or Inf in an adapter, or in its rounding to the stored dtype."""
+
+
+class AdapterNameError(EigenloraxError, ValueError):
+    """An adapter name that is not allowed, not there, or there twice."""
+
+
+class ModuleNameError(EigenloraxError, ValueError):
+    """A module that the subspace lacks, or a name that fits two of its modules."""
+
+
+class OptionError(EigenloraxError, ValueError):
+    """An option outside its range."""
+
+
+class HubError(EigenloraxError, OSError):
+    """A repository or file that could not be had from the Hub."""
+
+
+class MissingExtraError(EigenloraxError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class PackError(EigenloraxError):
+    """Base of what can be wrong with a pack."""
+
+    exit_code = 4
+
+
+class PackMissingError(PackError, FileNotFoundError):
+    """No pack there."""
+
+
+class PackExistsError(PackError, FileExistsError):
+    """Something is there already."""
+
+
+class PackDamagedError(PackError, ValueError):
+    """Bytes that are not the ones that were written."""
+
+
+class PackVersionError(PackError, ValueError):
+    """A pack of a newer format."""
+
+
+class PackBusyError(PackError, RuntimeError):
+    """Another process writes to the pack, or wrote to it since it was opened."""
+
+    exit_code = 5
+
+
+class EigenloraxWarning(UserWarning):
+    """Base of every warning: surprising, but fine."""
+
+
+class SkippedAdapterWarning(EigenloraxWarning):
+    """An adapter or folder was left out, because the caller said that it may be."""
+
+
+class UntrainedAdapterWarning(EigenloraxWarning):
+    """An adapter whose delta weight is zero: kept in the pack, left out of the fit."""
+
+
+class UnknownBaseWarning(EigenloraxWarning):
+    """An adapter that does not say which base model it belongs to."""

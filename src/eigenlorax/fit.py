@@ -1,0 +1,209 @@
+"""`fit`: read adapters, check that they belong together, find their subspace, keep each as coefficients in it.
+
+Module by module: what is in memory at one time is one module's factors of all adapters, and what the pack keeps.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+
+from . import checks, dtypes, formats, keys, manifest
+from . import subspace as spaces
+from .adapter import Adapter, LoRAFactors
+from .errors import (
+    AdapterNameError,
+    EigenloraxError,
+    FormatError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    SkippedAdapterWarning,
+    UntrainedAdapterWarning,
+)
+from .formats import sources
+from .formats.sources import Found, Sources
+from .manifest import FitInfo
+from .pack import Pack
+from .packed import Packing
+from .subspace import FitOptions, ModuleBases, Subspace
+
+DEFAULT_COMPONENTS = 32
+
+Progress = Callable[[str, int, int], None]
+
+
+def fit(
+    adapters: Sources,
+    *,
+    n_components: int | None = None,
+    energy: float | None = None,
+    weighting: str = "delta",
+    sweeps: int = 2,
+    exclude_adapters: Sequence[str] = (),
+    exclude_modules: Sequence[str] = (),
+    dtype: str | torch.dtype | None = None,
+    coefficient_dtype: str | torch.dtype | None = None,
+    same_base: bool = False,
+    skip_bad: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Pack:
+    """The pack of some adapters: their shared principal subspace, and each of them in its terms.
+
+    adapters: folders, parent folders, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
+    n_components: at most so many directions on each side of each module (default 32); or energy: the smallest number
+        that keeps this share of the squared norm.
+    weighting, sweeps: see `FitOptions`.
+    exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
+        which each adapter then carries as they are.
+    dtype, coefficient_dtype: of the stored basis and coefficients; the widest among the sources, and dtype, by default.
+    same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
+        cannot be read or hold NaN or Inf, rather than stop.
+    device: where bases are fitted, in float64. progress(stage, done, total) is called as work goes on.
+    options: those of `read_adapter` (revision, token, cache_dir, local_files_only, allow_pickle).
+    """
+    if n_components is None and energy is None:
+        n_components = DEFAULT_COMPONENTS
+    fit_options = FitOptions(n_components, energy, weighting, sweeps)
+    report = progress or (lambda stage, done, total: None)
+    skipped: dict[str, str] = {}
+    packings = _read(adapters, exclude_adapters, skip_bad, skipped, report, options)
+    read = [packing.adapter for packing in packings]
+    base_model, revision = checks.check_one_base(read, same_base)
+    names = keys.one_name_per_module(adapter.specs for adapter in read)
+    left_out = checks.excluded(names.values(), exclude_modules)
+    names = {module: name for module, name in names.items() if name not in left_out}
+    shapes = checks.check_one_shape(read, names)
+    _check_dimensions(n_components, shapes)
+    stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
+    stored_coefficients = dtypes.parse(coefficient_dtype) or stored
+    fitted = _fitted(packings, names)
+    modules: dict[str, ModuleBases] = {}
+    for done, name in enumerate(sorted(shapes)):
+        report("fitting modules", done, len(shapes))
+        members = [(p, module) for p in packings for module in p.adapter.specs if names.get(module) == name]
+        exact = _fit_one(name, shapes[name], members, fitted, fit_options, torch.device(device))
+        modules[name] = spaces.rounded(exact, stored)
+        exact_dual, dual = spaces.duals(exact), spaces.duals(modules[name])
+        for packing, module in members:
+            try:
+                packing.project(module, modules[name], stored_coefficients, dual, (exact, exact_dual))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"adapter {packing.adapter.name!r}, module {module}: {error}") from error
+    report("fitting modules", len(shapes), len(shapes))
+    subspace = Subspace(modules)
+    return Pack(
+        subspace,
+        manifest.describe(subspace),
+        {p.adapter.name: p.packed(in_fit=p.adapter.name in fitted) for p in packings},
+        FitInfo(n_components, energy, weighting, sweeps, sorted(left_out), dict(sorted(skipped.items()))),
+        base_model=base_model,
+        revision=revision,
+        coefficient_dtype=stored_coefficients,
+    )
+
+
+def _read(
+    adapters: Sources,
+    exclude: Sequence[str],
+    skip_bad: bool,
+    skipped: dict[str, str],
+    report: Progress,
+    options: dict[str, Any],
+) -> list[Packing]:
+    """Every adapter, read once and checked, in the order of their content: arguments may come in any order."""
+    found = sources.find(adapters)
+    known = [sources.default_name(one) for one in found]
+    for name in exclude:
+        if name not in known:
+            raise AdapterNameError(f"--exclude-adapter {name} names none of the adapters: {', '.join(sorted(known))}.")
+    kept = [one for one, name in zip(found, known, strict=True) if name not in exclude]
+    named = [_read_one(one, options, skip_bad, skipped) for one in kept]
+    read = [adapter for adapter in named if adapter is not None]
+    checks.check_names(adapter.name for adapter in read)
+    packings = []
+    for done, adapter in enumerate(read):
+        report("reading adapters", done, len(read))
+        try:
+            packings.append(Packing(adapter, checks.scan(adapter)))
+        except NonFiniteError as error:
+            if not skip_bad:
+                raise
+            _skip(adapter.name, error, skipped)
+    report("reading adapters", len(read), len(read))
+    if not packings:
+        raise OptionError("no adapter is left to fit: all of them were left out.")
+    return sorted(packings, key=lambda packing: (packing.scan.content_hash, packing.adapter.name))
+
+
+def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict[str, str]) -> Adapter | None:
+    if isinstance(one.source, Adapter):
+        return replace(one.source, name=keys.check_name(one.name or one.source.name))
+    try:
+        return formats.read_adapter(one.source, name=one.name, **options)
+    except (FormatError, ShapeError) as error:
+        if not skip_bad:
+            raise
+        _skip(sources.default_name(one), error, skipped)
+        return None
+
+
+def _skip(name: str, error: EigenloraxError, skipped: dict[str, str]) -> None:
+    skipped[name] = str(error)
+    warnings.warn(f"left out {name}: {error}", SkippedAdapterWarning, stacklevel=4)
+
+
+def _check_dimensions(n_components: int | None, shapes: dict[str, tuple[int, int]]) -> None:
+    if not shapes:
+        raise OptionError("no module is left to fit: every LoRA module is excluded, or carried as it is.")
+    largest = max(max(shape) for shape in shapes.values())
+    if n_components is not None and n_components > largest:
+        raise OptionError(
+            f"n_components={n_components} exceeds every dimension of every module; the largest is {largest}."
+        )
+
+
+def _fitted(packings: Sequence[Packing], names: dict[str, str]) -> dict[str, float]:
+    """The adapters that take part in the fit, with their weights: 1 / ‖delta weight‖ over the subspace's modules."""
+    weights = {}
+    for packing in packings:
+        square = sum(value for module, value in packing.scan.delta_squares.items() if module in names)
+        if square > 0:
+            weights[packing.adapter.name] = square**-0.5
+    untrained = sorted(packing.adapter.name for packing in packings if packing.untrained)
+    if untrained:
+        warnings.warn(
+            f"untrained (every update is zero), so kept in the pack but left out of the fit: {', '.join(untrained)}.",
+            UntrainedAdapterWarning,
+            stacklevel=3,
+        )
+    if not weights:
+        raise OptionError("no adapter has a trained update in the modules to fit: there is no subspace to find.")
+    return weights
+
+
+def _fit_one(
+    name: str,
+    shape: tuple[int, int],
+    members: Sequence[tuple[Packing, str]],
+    weights: dict[str, float],
+    options: FitOptions,
+    device: torch.device,
+) -> ModuleBases:
+    """The bases of one module, from the adapters that have trained it."""
+    trained = [(p, module) for p, module in members if p.scan.delta_squares[module] > 0]
+    if not trained:
+        return spaces.empty_bases(shape[1], shape[0], torch.float64)
+    factors = list(_on_device(trained, device))
+    return spaces.fit_module(factors, [weights[p.adapter.name] for p, _ in trained], options)
+
+
+def _on_device(trained: Sequence[tuple[Packing, str]], device: torch.device) -> Iterator[LoRAFactors]:
+    for packing, module in trained:
+        factors = packing.adapter.modules[module]
+        yield LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)

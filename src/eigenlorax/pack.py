@@ -1,0 +1,308 @@
+"""The pack: one subspace, and any number of adapters in its terms."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checks, dtypes, folder, formats, keys, manifest, packed, store
+from . import subspace as spaces
+from .adapter import Adapter
+from .errors import (
+    AdapterNameError,
+    ModuleNameError,
+    OptionError,
+    PackBusyError,
+    PackDamagedError,
+    PackVersionError,
+    ShapeError,
+)
+from .formats import sources
+from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
+from .packed import PackedAdapter, Packing, Record
+from .subspace import Subspace
+from .summary import Summary, summarize
+
+
+class Pack:
+    """One subspace and the adapters that are kept in its terms.
+
+    `add` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk when they
+    are asked for, and checks their bytes against the manifest.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace | Callable[[], Subspace],
+        info: SubspaceInfo,
+        adapters: Mapping[str, PackedAdapter | Entry],
+        fit_info: FitInfo,
+        *,
+        base_model: str | None,
+        revision: str | None,
+        coefficient_dtype: torch.dtype,
+    ) -> None:
+        self.info = info
+        self.fit_info = fit_info
+        self.base_model = base_model
+        self.revision = revision
+        self.coefficient_dtype = coefficient_dtype
+        self.path: Path | None = None
+        self._opened: folder.Opened | None = None
+        self._subspace = subspace
+        self._adapters = dict(adapters)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Pack":
+        """The pack in the folder `path`."""
+        path = Path(path)
+        opened = folder.open_manifest(path)
+        found = opened.manifest
+        pack = cls(
+            lambda: folder.read_subspace(path, found),
+            found.subspace,
+            found.adapters,
+            found.fit,
+            base_model=found.base_model,
+            revision=found.revision,
+            coefficient_dtype=dtypes.by_name(found.coefficient_dtype),
+        )
+        pack.path, pack._opened = path, opened
+        return pack
+
+    @classmethod
+    @contextmanager
+    def edit(cls, path: str | os.PathLike[str]) -> Iterator["Pack"]:
+        """The pack in `path` for changes: saved at the end of the block, with no other writer in between.
+
+        An error in the block leaves the pack on disk as it was.
+        """
+        folder.open_manifest(Path(path))
+        with folder.locked(Path(path)):
+            pack = cls.open(path)
+            yield pack
+            pack.save()
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names, sorted."""
+        return sorted(self._adapters)
+
+    @property
+    def subspace(self) -> Subspace:
+        """The bases of every module."""
+        if not isinstance(self._subspace, Subspace):
+            self._subspace = self._subspace()
+        return self._subspace
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the components are stored in."""
+        return dtypes.by_name(self.info.dtype)
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """The figures of every adapter, by name."""
+        return {name: self._adapters[name].record for name in self.names}
+
+    @property
+    def summary(self) -> Summary:
+        """What the pack holds, costs and lost."""
+        return summarize(
+            self.records,
+            self.info,
+            self.fit_info,
+            dtypes.name(self.coefficient_dtype),
+            base_model=self.base_model,
+            revision=self.revision,
+        )
+
+    def packed(self, name: str) -> PackedAdapter:
+        """One adapter as coefficients."""
+        self._check_has(name)
+        found = self._adapters[name]
+        if isinstance(found, Entry):
+            assert self.path is not None
+            return folder.read_adapter(self.path, name, found)
+        return found
+
+    def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
+        """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
+        that nothing is rounded a second time."""
+        widest = torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
+        return packed.unpacked(self.packed(name), self.subspace, dtype or widest)
+
+    def export(
+        self,
+        directory: str | os.PathLike[str],
+        names: Sequence[str] | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        overwrite: bool = False,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, Path]:
+        """Write adapters as PEFT LoRA folders, `directory`/NAME each; the folders by name. All of them by default.
+
+        Names and folders are checked before the first one is written.
+        """
+        wanted = list(dict.fromkeys(names)) if names is not None else self.names
+        parsed = dtypes.parse(dtype)
+        for name in wanted:
+            self._check_has(name)
+        targets = {name: Path(directory) / name for name in wanted}
+        for target in targets.values():
+            store.check_free(target, overwrite)
+        for done, (name, target) in enumerate(targets.items()):
+            if progress is not None:
+                progress("exporting adapters", done, len(targets))
+            formats.write_adapter(self.adapter(name, parsed), target, overwrite=overwrite)
+        return targets
+
+    def verify(self) -> None:
+        """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""
+        if self.path is not None and self._opened is not None:
+            folder.verify(self.path, self._opened.manifest)
+
+    def add(
+        self,
+        source: sources.Source,
+        *,
+        name: str | None = None,
+        carry_missing: bool = False,
+        same_base: bool = False,
+        **options: Any,
+    ) -> Record:
+        """Project one more adapter on the subspace; the record says how much of it was lost.
+
+        carry_missing: keep modules that the subspace lacks as they are, rather than refuse the adapter.
+        options: those of `read_adapter`.
+        """
+        adapter = source if isinstance(source, Adapter) else formats.read_adapter(source, name=name, **options)
+        adapter = replace(adapter, name=keys.check_name(name or adapter.name))
+        if adapter.name.lower() in {known.lower() for known in self.names}:
+            raise AdapterNameError(
+                f"the pack already has an adapter named {adapter.name!r}. Give the new one another name with "
+                "NAME=PATH, or remove the old one first."
+            )
+        this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
+        checks.check_one_base([this, adapter], same_base)
+        places = self._places(adapter, carry_missing)
+        packing = Packing(adapter, checks.scan(adapter))
+        for module, place in places.items():
+            bases = self.subspace.modules[place]
+            packing.project(module, bases, self.coefficient_dtype, spaces.duals(bases))
+        added = packing.packed(in_fit=False)
+        self._adapters[adapter.name] = added
+        return added.record
+
+    def _places(self, adapter: Adapter, carry_missing: bool) -> dict[str, str]:
+        """Where each module of a new adapter belongs in the subspace; those it lacks are left out where they may be."""
+        places = {module: keys.resolve(module, self.info.modules) for module in adapter.specs}
+        missing = [module for module, place in places.items() if place is None]
+        if missing and not carry_missing:
+            raise ModuleNameError(
+                f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, such "
+                f"as {missing[0]!r}. --carry-missing (carry_missing=True) keeps them as they are; or fit the pack again "
+                "with it."
+            )
+        found = {module: place for module, place in places.items() if place is not None}
+        for module, place in found.items():
+            sides, spec = self.info.modules[place], adapter.specs[module]
+            wanted = sides["up"].dimension, sides["down"].dimension
+            if (spec.out_features, spec.in_features) != wanted:
+                raise ShapeError(
+                    f"module {module}: (out, in) is {(spec.out_features, spec.in_features)} in adapter "
+                    f"{adapter.name!r} and {wanted} in the pack. It belongs to a different base model."
+                )
+        return found
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. The subspace stays as it was fitted."""
+        self._check_has(name)
+        del self._adapters[name]
+
+    def _check_has(self, name: str) -> None:
+        if name not in self._adapters:
+            known = ", ".join(self.names[:12]) + (" …" if len(self.names) > 12 else "")
+            raise AdapterNameError(f"no adapter named {name!r} in the pack. It has: {known or 'none'}.")
+
+    def augment(self, n_extra: int, seed: int) -> "Pack":
+        """A pack with `n_extra` more directions from `seed` on every side; every adapter's update stays what it was."""
+        subspace = spaces.augment(self.subspace, n_extra, seed)
+        return Pack(
+            subspace,
+            manifest.describe(subspace),
+            {name: self.packed(name).padded(n_extra) for name in self.names},
+            self.fit_info,
+            base_model=self.base_model,
+            revision=self.revision,
+            coefficient_dtype=self.coefficient_dtype,
+        )
+
+    def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
+        """Write the pack to the folder `path` (by default the one it was opened from), whole or not at all.
+
+        Another pack there is refused unless it may be overwritten; so is this pack's own folder if another process has
+        changed it since it was opened.
+        """
+        target = Path(path) if path is not None else self.path
+        if target is None:
+            raise OptionError("this pack is not on disk yet: save it with a path, pack.save('pack/').")
+        folder.check_free(target, overwrite or self._is_at(target))
+        with folder.created(target), folder.locked(target):
+            before = self._before(target, overwrite)
+            self._write(target, before.manifest if before else None)
+        return target
+
+    def _before(self, target: Path, overwrite: bool) -> folder.Opened | None:
+        """What is in `target` and may be changed; None where nothing is there, or nothing that can be read."""
+        if not (target / keys.MANIFEST).exists():
+            return None
+        if self._is_at(target):
+            before = folder.open_manifest(target)
+            if before != self._opened:
+                raise PackBusyError(
+                    f"{target} was changed by another process since it was opened. Open it again and repeat."
+                )
+            return before
+        folder.check_free(target, overwrite)
+        try:
+            return folder.read_manifest(target)
+        except (PackDamagedError, PackVersionError):
+            return None
+
+    def _is_at(self, target: Path) -> bool:
+        return self.path is not None and self.path.exists() and self.path.resolve() == target.resolve()
+
+    def _write(self, target: Path, before: Manifest | None) -> None:
+        here = self._is_at(target)
+        loaded = {
+            name: found if isinstance(found, PackedAdapter) else self.packed(name)
+            for name, found in self._adapters.items()
+            if not (here and isinstance(found, Entry))
+        }
+        files = {name: packed.to_files(one, self.info.fingerprint) for name, one in sorted(loaded.items())}
+        entries = {name: found for name, found in self._adapters.items() if isinstance(found, Entry)}
+        entries |= folder.entries(loaded, files)
+        if here and before is not None and before.subspace == self.info:
+            data, file, sha256 = None, before.subspace_file, before.subspace_sha256
+        else:
+            data = folder.subspace_bytes(self.subspace)
+            file, sha256 = folder.subspace_name(data)
+        new = Manifest(
+            base_model=self.base_model,
+            revision=self.revision,
+            fit=self.fit_info,
+            subspace=self.info,
+            subspace_file=file,
+            subspace_sha256=sha256,
+            coefficient_dtype=dtypes.name(self.coefficient_dtype),
+            adapters=dict(sorted(entries.items())),
+        )
+        digest = folder.write(target, before, new, data, files)
+        self.path, self._opened = target, folder.Opened(new, digest)
+        self._adapters = dict(new.adapters)

@@ -1,0 +1,227 @@
+"""One adapter as coefficients, and the files of its folder in a pack.
+
+The folder is a PEFT adapter of our own type: docs/pack-format.md.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from . import keys, metrics
+from . import subspace as spaces
+from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from .checks import Scan
+from .errors import ModuleNameError
+from .formats import hf_peft
+from .metrics import AdapterError, ModuleError
+from .subspace import Coefficients, Subspace
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The figures of one adapter in a pack: bytes, and what was lost (docs/pack-format.md has each one's meaning)."""
+
+    delta_error: float
+    rounding_error: float
+    in_fit: bool
+    untrained: bool
+    ranks: list[int]
+    modules: int
+    lora_numbers: int
+    coefficient_bytes: int
+    carried_bytes: int
+    head_bytes: int
+    source_sha256: str
+    source_file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """One adapter in the terms of a subspace. Module names are the adapter's own; `keys.resolve` finds the bases."""
+
+    name: str
+    coefficients: Mapping[str, Coefficients]
+    heads: Mapping[str, Tensor]
+    carried: Mapping[str, Tensor]
+    source_config: str
+    record: Record
+
+    def padded(self, n_extra: int) -> "PackedAdapter":
+        """The same adapter in bases with `n_extra` more directions."""
+        coefficients = {module: spaces.pad(c, n_extra) for module, c in self.coefficients.items()}
+        record = Record(
+            **{**asdict(self.record), "coefficient_bytes": sum(c.stored_bytes for c in coefficients.values())}
+        )
+        return PackedAdapter(self.name, coefficients, self.heads, self.carried, self.source_config, record)
+
+
+@dataclass(slots=True)
+class Packing:
+    """An adapter on its way into a subspace, filled module by module by `fit` and `Pack.add`."""
+
+    adapter: Adapter
+    scan: Scan
+    coefficients: dict[str, Coefficients] = field(default_factory=dict)
+    errors: list[ModuleError] = field(default_factory=list)
+
+    @property
+    def untrained(self) -> bool:
+        return not any(self.scan.delta_squares.values())
+
+    def project(
+        self,
+        module: str,
+        bases: spaces.ModuleBases,
+        dtype: torch.dtype,
+        dual: spaces.Duals | None = None,
+        exact: tuple[spaces.ModuleBases, spaces.Duals] | None = None,
+    ) -> None:
+        """Take one module's update into its bases, and note what that loses."""
+        factors = self.adapter.modules[module]
+        self.coefficients[module] = spaces.project(factors, bases, dtype, dual)
+        exact_bases, exact_dual = exact or (bases, dual)
+        self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact_bases, exact_dual))
+
+    def packed(self, *, in_fit: bool) -> PackedAdapter:
+        """The adapter as a pack keeps it; modules that were not projected are carried as they are."""
+        adapter = self.adapter
+        carried = {key: adapter.carried[key] for key in adapter.carried}
+        for module in adapter.modules:
+            if module not in self.coefficients:
+                factors = adapter.modules[module]
+                carried[keys.lora_key(module, "down")] = factors.down
+                carried[keys.lora_key(module, "up")] = factors.up
+        heads = {key: adapter.heads[key] for key in adapter.heads}
+        error = metrics.adapter_error(self.errors)
+        record = Record(
+            delta_error=error.delta_error,
+            rounding_error=error.rounding_error,
+            in_fit=in_fit,
+            untrained=self.untrained,
+            ranks=list(adapter.ranks),
+            modules=len(self.coefficients),
+            lora_numbers=sum(adapter.specs[module].numbers for module in self.coefficients),
+            coefficient_bytes=sum(c.stored_bytes for c in self.coefficients.values()),
+            carried_bytes=sum(tensor.nbytes for tensor in carried.values()),
+            head_bytes=sum(tensor.nbytes for tensor in heads.values()),
+            source_sha256=self.scan.content_hash,
+            source_file_bytes=adapter.file_bytes,
+        )
+        config = adapter.source_config if adapter.source_config is not None else hf_peft.lora_config(adapter)
+        return PackedAdapter(adapter.name, dict(sorted(self.coefficients.items())), heads, carried, config, record)
+
+    @property
+    def error(self) -> AdapterError:
+        return metrics.adapter_error(self.errors)
+
+
+def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Adapter:
+    """An ordinary LoRA again, its factors in `dtype`; what was carried comes back to the bit."""
+    carried = hf_peft.from_tensors(
+        packed.name, packed.source_config, {**packed.heads, **packed.carried}, where=packed.name
+    )
+    bases = {module: subspace.modules[resolved(module, subspace)] for module in packed.coefficients}
+
+    def factors(module: str) -> LoRAFactors:
+        if module in bases:
+            return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
+        return carried.modules[module]
+
+    specs = {module: _spec(c, bases[module], dtype) for module, c in packed.coefficients.items()}
+    specs |= carried.specs
+    return Adapter(
+        name=packed.name,
+        specs=dict(sorted(specs.items())),
+        modules=Lazy(dict(sorted(specs.items())), factors),
+        base_model=carried.base_model,
+        revision=carried.revision,
+        heads=packed.heads,
+        carried=carried.carried,
+        source_config=packed.source_config,
+    )
+
+
+def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
+    return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype)
+
+
+def resolved(module: str, subspace: Subspace) -> str:
+    """The subspace's name for an adapter's module."""
+    found = keys.resolve(module, subspace.modules)
+    if found is None:
+        raise ModuleNameError(f"module {module!r} is not in the subspace, which has {len(subspace.modules)} modules.")
+    return found
+
+
+def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
+    """The files of the adapter's folder."""
+    tensors = dict(packed.heads)
+    for module, c in packed.coefficients.items():
+        tensors[keys.coefficients_key(module, "down")] = c.down
+        tensors[keys.coefficients_key(module, "up")] = c.up
+    files = {
+        keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint)),
+        keys.ADAPTER_WEIGHTS: to_safetensors(
+            {key: hf_peft.owned(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"}
+        ),
+        keys.SOURCE_CONFIG: packed.source_config.encode("utf-8"),
+    }
+    if packed.carried:
+        files[keys.CARRIED] = to_safetensors(
+            {key: hf_peft.owned(tensor) for key, tensor in packed.carried.items()}, metadata={"format": "pt"}
+        )
+    return files
+
+
+def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
+    """The config of our own PEFT type: the source's fields that still hold, and the reference to the subspace."""
+    source = json.loads(packed.source_config)
+    kept = (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "modules_to_save",
+    )
+    return {
+        **{field_: source[field_] for field_ in kept if field_ in source},
+        "peft_type": keys.PEFT_TYPE,
+        "inference_mode": True,
+        "target_modules": sorted(packed.coefficients),
+        "subspace": "../..",
+        "subspace_fingerprint": fingerprint,
+        "carried": bool(packed.carried),
+    }
+
+
+def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedAdapter:
+    """The inverse of `to_files`; the bytes were checked against the manifest before."""
+    tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
+    source_config = files[keys.SOURCE_CONFIG].decode("utf-8")
+    source = json.loads(source_config)
+    modules = json.loads(files[keys.ADAPTER_CONFIG])["target_modules"]
+    coefficients = {}
+    for module in modules:
+        down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
+        _, scaling = hf_peft.rank_and_scaling(module, source, name)
+        coefficients[module] = Coefficients(down, up, scaling)
+    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
+    return PackedAdapter(name, coefficients, tensors, carried, source_config, record)
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("utf-8")

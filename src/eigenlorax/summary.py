@@ -1,0 +1,161 @@
+"""What a pack holds, costs and lost: the figures of tables, JSON and the model card. Nothing is printed here."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from . import dtypes, keys
+from .manifest import FitInfo, SubspaceInfo
+from .packed import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Numbers of components on one side over the modules, and the share of energy they keep.
+
+    capped: modules with fewer than were asked for, because their stack has no more directions.
+    energy: Σ of squared norm kept ÷ Σ of squared norm, over the modules; of the fitted collection.
+    """
+
+    min: int
+    median: float
+    max: int
+    capped: int
+    energy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Delta errors over a group of adapters. `rounding_*`: what storing in a narrower dtype alone changes."""
+
+    adapters: int
+    mean: float
+    rms: float
+    worst: float
+    worst_adapter: str
+    rounding_mean: float
+    rounding_worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Tensor bytes; heads are kept aside on both sides.
+
+    lora: the LoRAs' factors at the pack's narrower dtype, and what is carried; lora_files: the adapters' files as they
+    were. basis, coefficients, carried: what the pack keeps instead. ratio: lora ÷ all three; ratio_without_basis: as if
+    the basis were free.
+    """
+
+    lora: int
+    lora_files: int
+    basis: int
+    coefficients: int
+    carried: int
+    heads: int
+    ratio: float
+    ratio_without_basis: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of a pack. Errors are None where there is no trained adapter of that group."""
+
+    base_model: str | None
+    revision: str | None
+    fit: FitInfo
+    dtype: str
+    coefficient_dtype: str
+    fingerprint: str
+    n_extra: int
+    adapters: int
+    ranks: list[int]
+    untrained: list[str]
+    modules: int
+    down: Components
+    up: Components
+    in_fit: Errors | None
+    projected: Errors | None
+    bytes: Bytes
+
+
+def summarize(
+    records: Mapping[str, Record],
+    info: SubspaceInfo,
+    fit: FitInfo,
+    coefficient_dtype: str,
+    *,
+    base_model: str | None,
+    revision: str | None,
+) -> Summary:
+    """The figures of a pack with these adapters in this subspace."""
+    trained = {name: record for name, record in records.items() if not record.untrained}
+    return Summary(
+        base_model=base_model,
+        revision=revision,
+        fit=fit,
+        dtype=info.dtype,
+        coefficient_dtype=coefficient_dtype,
+        fingerprint=info.fingerprint,
+        n_extra=info.n_extra,
+        adapters=len(records),
+        ranks=sorted({rank for record in records.values() for rank in record.ranks}),
+        untrained=[name for name, record in records.items() if record.untrained],
+        modules=len(info.modules),
+        down=_components(info, fit, "down"),
+        up=_components(info, fit, "up"),
+        in_fit=_errors({name: record for name, record in trained.items() if record.in_fit}),
+        projected=_errors({name: record for name, record in trained.items() if not record.in_fit}),
+        bytes=_bytes(records, info, coefficient_dtype),
+    )
+
+
+def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
+    sides = [sides[side] for sides in info.modules.values()]
+    numbers = [one.k for one in sides]
+    total = sum(one.square for one in sides)
+    wanted = fit.n_components + info.n_extra if fit.n_components is not None else 0
+    return Components(
+        min=min(numbers, default=0),
+        median=statistics.median(numbers or [0]),
+        max=max(numbers, default=0),
+        capped=sum(number < wanted for number in numbers),
+        energy=sum(one.energy * one.square for one in sides) / total if total else 1.0,
+    )
+
+
+def _errors(records: Mapping[str, Record]) -> Errors | None:
+    if not records:
+        return None
+    errors = [record.delta_error for record in records.values()]
+    roundings = [record.rounding_error for record in records.values()]
+    return Errors(
+        adapters=len(records),
+        mean=statistics.fmean(errors),
+        rms=statistics.fmean(error**2 for error in errors) ** 0.5,
+        worst=max(errors),
+        worst_adapter=max(records, key=lambda name: records[name].delta_error),
+        rounding_mean=statistics.fmean(roundings),
+        rounding_worst=max(roundings),
+    )
+
+
+def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str) -> Bytes:
+    # the narrower of the two, lest a ratio gain from LoRAs counted wider than the pack itself
+    width = min(dtypes.by_name(name).itemsize for name in (info.dtype, coefficient_dtype))
+    carried = sum(record.carried_bytes for record in records.values())
+    coefficients = sum(record.coefficient_bytes for record in records.values())
+    lora = width * sum(record.lora_numbers for record in records.values()) + carried
+    ours = coefficients + carried
+    return Bytes(
+        lora=lora,
+        lora_files=sum(record.source_file_bytes for record in records.values()),
+        basis=info.stored_bytes,
+        coefficients=coefficients,
+        carried=carried,
+        heads=sum(record.head_bytes for record in records.values()),
+        ratio=lora / (info.stored_bytes + ours) if info.stored_bytes + ours else 1.0,
+        ratio_without_basis=lora / ours if ours else 1.0,
+    )
+
+
+SIDE_NAMES = {side: f"{side} ({keys.LORA_PARTS[side]})" for side in keys.SIDES}

@@ -1,0 +1,1 @@
+"""Whole jobs on real models: what imports peft and transformers."""
