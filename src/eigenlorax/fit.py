@@ -67,19 +67,19 @@ def fit(
     device: where bases are fitted, in float64. progress(stage, done, total) is called as work goes on.
     options: those of `read_adapter` (revision, token, cache_dir, local_files_only, allow_pickle).
     """
+    wanted = n_components
     if n_components is None and energy is None:
         n_components = DEFAULT_COMPONENTS
     fit_options = FitOptions(n_components, energy, weighting, sweeps)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
-    packings = _read(adapters, exclude_adapters, skip_bad, skipped, report, options)
-    read = [packing.adapter for packing in packings]
+    read = _read(adapters, exclude_adapters, skip_bad, skipped, options)
     base_model, revision = checks.check_one_base(read, same_base)
-    names = keys.one_name_per_module(adapter.specs for adapter in read)
-    left_out = checks.excluded(names.values(), exclude_modules)
-    names = {module: name for module, name in names.items() if name not in left_out}
+    names, left_out = _module_names(read, exclude_modules)
+    _check_dimensions(wanted, checks.check_one_shape(read, names))
+    packings = _scan(read, skip_bad, skipped, report)
+    read = [packing.adapter for packing in packings]
     shapes = checks.check_one_shape(read, names)
-    _check_dimensions(n_components, shapes)
     stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
     stored_coefficients = dtypes.parse(coefficient_dtype) or stored
     fitted = _fitted(packings, names)
@@ -113,10 +113,9 @@ def _read(
     exclude: Sequence[str],
     skip_bad: bool,
     skipped: dict[str, str],
-    report: Progress,
     options: dict[str, Any],
-) -> list[Packing]:
-    """Every adapter, read once and checked, in the order of their content: arguments may come in any order."""
+) -> list[Adapter]:
+    """Every adapter that is wanted, by its headers: what is wrong with them is found before a tensor is read."""
     found = sources.find(adapters)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
@@ -126,6 +125,20 @@ def _read(
     named = [_read_one(one, options, skip_bad, skipped) for one in kept]
     read = [adapter for adapter in named if adapter is not None]
     checks.check_names(adapter.name for adapter in read)
+    if not read:
+        raise OptionError("no adapter is left to fit: all of them were left out.")
+    return read
+
+
+def _module_names(read: Sequence[Adapter], exclude: Sequence[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """Module name in an adapter → in the subspace, without the excluded ones; and those."""
+    names = keys.one_name_per_module(adapter.specs for adapter in read)
+    left_out = checks.excluded(names.values(), exclude)
+    return {module: name for module, name in names.items() if name not in left_out}, left_out
+
+
+def _scan(read: Sequence[Adapter], skip_bad: bool, skipped: dict[str, str], report: Progress) -> list[Packing]:
+    """Every adapter, read once, in the order of their content: arguments may come in any order."""
     packings = []
     for done, adapter in enumerate(read):
         report("reading adapters", done, len(read))

@@ -1,9 +1,10 @@
 """Names of tensors, files and fields: the one place where they are spelled. No torch, no I/O."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from .errors import AdapterNameError, FormatError, ModuleNameError
 
@@ -127,7 +128,7 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not text.endswith(".")
 
 
-def pattern_value(pattern: dict[str, float], module: str, default: float) -> float:
+def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value that PEFT's `rank_pattern` or `alpha_pattern` has for a module.
 
     It is that of the first key that, as a regular expression, fits the whole name or its last components

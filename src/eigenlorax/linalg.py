@@ -21,7 +21,7 @@ class Leading:
     """Leading right singular vectors of a weighted stack.
 
     singular_values: every one of the weighted stack, descending, (min(n, d),).
-    projection: the *unweighted* rows in the directions kept, (n, k).
+    projection: the *unweighted* rows in the directions kept, (n, k), each direction up to its sign.
     components: orthonormal rows, signs fixed, (k, d); built when called, since a sweep needs the projection alone.
     """
 

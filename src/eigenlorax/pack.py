@@ -182,7 +182,7 @@ class Pack:
         options: those of `read_adapter`.
         """
         adapter = source if isinstance(source, Adapter) else formats.read_adapter(source, name=name, **options)
-        adapter = replace(adapter, name=keys.check_name(name or adapter.name))
+        adapter = replace(adapter, name=keys.check_name(adapter.name if name is None else name))
         if adapter.name.lower() in {known.lower() for known in self.names}:
             raise AdapterNameError(
                 f"the pack already has an adapter named {adapter.name!r}. Give the new one another name with "

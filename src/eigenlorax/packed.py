@@ -72,7 +72,8 @@ class Packing:
 
     @property
     def untrained(self) -> bool:
-        return not any(self.scan.delta_squares.values())
+        """Whether the adapter changes no weight: every update is zero, and nothing else is carried."""
+        return not any(self.scan.delta_squares.values()) and not self.adapter.carried
 
     def project(
         self,

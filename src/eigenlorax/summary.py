@@ -116,7 +116,7 @@ def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
     wanted = fit.n_components + info.n_extra if fit.n_components is not None else 0
     return Components(
         min=min(numbers, default=0),
-        median=statistics.median(numbers or [0]),
+        median=float(statistics.median(numbers or [0])),
         max=max(numbers, default=0),
         capped=sum(number < wanted for number in numbers),
         energy=sum(one.energy * one.square for one in sides) / total if total else 1.0,

@@ -1,22 +1,24 @@
 """Adapters in and out. One table of formats; `read_adapter` and `write_adapter` are all that the rest calls."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 from ..adapter import Adapter
 from ..errors import OptionError
 from . import hf_peft
 
 
-class Format(Protocol):
-    """What a module of this package offers for its format."""
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How adapters of one format come in and go out."""
 
-    def read(self, source: str | Path, **options: Any) -> Adapter: ...
+    read: Callable[..., Adapter]
+    write: Callable[..., Path]
 
-    def write(self, adapter: Adapter, path: Path, **options: Any) -> Path: ...
 
-
-FORMATS: dict[str, Format] = {"peft": cast(Format, hf_peft)}
+FORMATS = {"peft": Format(hf_peft.read, hf_peft.write)}
 
 
 def read_adapter(source: str | Path, *, format: str = "peft", **options: Any) -> Adapter:
@@ -29,7 +31,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", *
     return _format(format).write(adapter, Path(path), **options)
 
 
-def _format(name: str) -> "Format":
+def _format(name: str) -> Format:
     if name not in FORMATS:
         raise OptionError(f"format {name!r} is not known. Known are: {', '.join(FORMATS)}.")
     return FORMATS[name]

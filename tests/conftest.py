@@ -1,0 +1,22 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_configure(config):
+    # not in pyproject.toml: there pytest would import the package before its annotations can be checked
+    config.addinivalue_line("filterwarnings", "error::eigenlorax.errors.EigenloraxWarning")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data and adapters beside the repository, which is no part of it."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "zoo").is_dir():
+        pytest.skip("../shared/zoo, adapters by strangers, is not beside this checkout")
+    return folder
