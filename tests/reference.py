@@ -1,4 +1,4 @@
-"""The slow oracle: dense float64 NumPy, out × in matrices and full SVDs, written from the paper and not from the code."""
+"""The slow oracle: dense float64 NumPy, out × in matrices and full SVDs, written from the paper, not from the code."""
 
 import numpy as np
 

@@ -207,9 +207,14 @@ class TestSave:
 
     def test_an_error_in_an_edit_changes_nothing(self, saved):
         before = tree(saved)
-        with pytest.raises(AdapterNameError, match="no adapter named 'zzz'"), ex.Pack.edit(saved) as pack:
-            pack.remove("a0")
-            pack.remove("zzz")
+
+        def edit():
+            with ex.Pack.edit(saved) as pack:
+                pack.remove("a0")
+                pack.remove("zzz")
+
+        with pytest.raises(AdapterNameError, match="no adapter named 'zzz'"):
+            edit()
         assert tree(saved) == before
 
 

@@ -259,6 +259,17 @@ def test_an_adapter_made_in_memory_loads_in_peft(tmp_path):
     torch.testing.assert_close(outputs(load(bert(), written)), outputs(wrapped))
 
 
+def test_a_rank_written_for_one_module_is_not_that_of_another(tmp_path):
+    modules = {
+        name: ex.LoRAFactors(torch.randn(rank, 7), torch.randn(11, rank), 2.0 / rank)
+        for name, rank in {"first.q": 2, "0.q": 3, "decoder.0.q": 4}.items()
+    }
+    written = ex.write_adapter(ex.from_factors("made", modules), tmp_path / "made")
+    found = ex.read_adapter(written)
+    assert {name: spec.rank for name, spec in found.specs.items()} == {"first.q": 2, "0.q": 3, "decoder.0.q": 4}
+    assert {name: spec.scaling for name, spec in found.specs.items()} == {n: f.scaling for n, f in modules.items()}
+
+
 def test_a_config_that_disagrees_with_the_factors_is_not_written(tmp_path):
     read = ex.read_adapter(save(trained(bert(), lora(), 1), tmp_path / "a"))
     modules = {m: ex.LoRAFactors(f.down, f.up, 2 * f.scaling) for m, f in read.modules.items()}

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ class TestDeltaWeighting:
             return reference.objective(deltas, weights, bases.down.components.numpy(), bases.up.components.numpy())
 
         values = [objective(sweeps) for sweeps in range(4)]
-        assert all(after <= before + 1e-9 for before, after in zip(values, values[1:], strict=False))
+        assert all(after <= before + 1e-9 for before, after in pairwise(values))
 
     @settings(max_examples=20, deadline=None)
     @given(seed=st.integers(0, 1000))
@@ -93,7 +95,7 @@ class TestDeltaWeighting:
             values.append(
                 reference.objective(deltas, weights, bases.down.components.numpy(), bases.up.components.numpy())
             )
-        assert all(after <= before + 1e-9 for before, after in zip(values, values[1:], strict=False))
+        assert all(after <= before + 1e-9 for before, after in pairwise(values))
         assert values[-1] < 1e-9
 
     def test_the_gauge_of_a_factor_pair_does_not_matter(self):

@@ -42,7 +42,7 @@ def _what(figures: Summary) -> list[str]:
         f"| weighting | {figures.fit.weighting} |",
     ]
     for side, found in (("down", figures.down), ("up", figures.up)):
-        capped = f", {found.capped} capped" if found.capped else ""
+        capped = f", {len(found.capped)} capped" if found.capped else ""
         lines.append(
             f"| components, {summary.SIDE_NAMES[side]} | {found.min} / {found.median:g} / {found.max} (min / median / "
             f"max){capped}; energy {found.energy:.4f} |"

@@ -4,7 +4,7 @@ Module by module: what is in memory at one time is one module's factors of all a
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -84,17 +84,9 @@ def fit(
     stored_coefficients = dtypes.parse(coefficient_dtype) or stored
     fitted = _fitted(packings, names)
     modules: dict[str, ModuleBases] = {}
-    for done, name in enumerate(sorted(shapes)):
+    for done, (name, members) in enumerate(_by_module(packings, names)):
         report("fitting modules", done, len(shapes))
-        members = [(p, module) for p in packings for module in p.adapter.specs if names.get(module) == name]
-        exact = _fit_one(name, shapes[name], members, fitted, fit_options, torch.device(device))
-        modules[name] = spaces.rounded(exact, stored)
-        exact_dual, dual = spaces.duals(exact), spaces.duals(modules[name])
-        for packing, module in members:
-            try:
-                packing.project(module, modules[name], stored_coefficients, dual, (exact, exact_dual))
-            except NonFiniteError as error:
-                raise NonFiniteError(f"adapter {packing.adapter.name!r}, module {module}: {error}") from error
+        modules[name] = _fit_and_project(name, members, fitted, fit_options, stored, stored_coefficients, device)
     report("fitting modules", len(shapes), len(shapes))
     subspace = Subspace(modules)
     return Pack(
@@ -200,23 +192,46 @@ def _fitted(packings: Sequence[Packing], names: dict[str, str]) -> dict[str, flo
     return weights
 
 
-def _fit_one(
+def _by_module(packings: Sequence[Packing], names: dict[str, str]) -> list[tuple[str, list[tuple[Packing, str]]]]:
+    """The modules of the subspace in sorted order, each with its adapters and the name it has there."""
+    members: dict[str, list[tuple[Packing, str]]] = {}
+    for packing in packings:
+        for module in packing.adapter.specs:
+            if module in names:
+                members.setdefault(names[module], []).append((packing, module))
+    return sorted(members.items())
+
+
+def _fit_and_project(
     name: str,
-    shape: tuple[int, int],
     members: Sequence[tuple[Packing, str]],
     weights: dict[str, float],
     options: FitOptions,
-    device: torch.device,
+    dtype: torch.dtype,
+    coefficient_dtype: torch.dtype,
+    device: str | torch.device,
 ) -> ModuleBases:
-    """The bases of one module, from the adapters that have trained it."""
-    trained = [(p, module) for p, module in members if p.scan.delta_squares[module] > 0]
-    if not trained:
-        return spaces.empty_bases(shape[1], shape[0], torch.float64)
-    factors = list(_on_device(trained, device))
-    return spaces.fit_module(factors, [weights[p.adapter.name] for p, _ in trained], options)
+    """One module: its bases from the adapters that have trained it, and every adapter's coefficients in them."""
+    factors = [packing.adapter.modules[module] for packing, module in members]
+    trained = [
+        (_on_device(one, device), weights[packing.adapter.name])
+        for (packing, module), one in zip(members, factors, strict=True)
+        if packing.scan.delta_squares[module] > 0
+    ]
+    if trained:
+        exact = spaces.fit_module([one for one, _ in trained], [weight for _, weight in trained], options)
+    else:
+        spec = factors[0].spec
+        exact = spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
+    stored = spaces.rounded(exact, dtype)
+    exact_dual, dual = spaces.duals(exact), spaces.duals(stored)
+    for (packing, module), one in zip(members, factors, strict=True):
+        try:
+            packing.project(module, one, stored, coefficient_dtype, dual, (exact, exact_dual))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"adapter {packing.adapter.name!r}, module {name}: {error}") from error
+    return stored
 
 
-def _on_device(trained: Sequence[tuple[Packing, str]], device: torch.device) -> Iterator[LoRAFactors]:
-    for packing, module in trained:
-        factors = packing.adapter.modules[module]
-        yield LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)
+def _on_device(factors: LoRAFactors, device: str | torch.device) -> LoRAFactors:
+    return LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)

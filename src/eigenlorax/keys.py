@@ -170,16 +170,32 @@ def one_name_per_module(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
     def longest(name: str) -> str:
         return longest(parents[name][0]) if name in parents else name
 
-    return {name: longest(name) for name in every}
+    found = {name: longest(name) for name in every}
+    for names in sets:
+        if len({found[name] for name in names}) < len(names):
+            twice = next(one for one in sorted(names) if found[one] != one and found[one] in names)
+            raise ModuleNameError(
+                f"modules {twice!r} and {found[twice]!r} of one adapter could be one, by the names other adapters have "
+                f"for them. Fit the adapters apart, or leave the module out with --exclude-module {twice}."
+            )
+    return found
 
 
 def resolve(name: str, modules: Iterable[str]) -> str | None:
-    """The module of a subspace that `name` stands for: the same name, or the only one that differs by one leading
-    component. None where there is none; an error where there are two."""
+    """The module of a subspace that `name` stands for: the same name, or the only one that differs by leading
+    components. None where there is none; an error where there are two."""
     modules = frozenset(modules)
     if name in modules:
         return name
-    found = sorted(m for m in modules if shorter(m) == name or shorter(name) == m)
+    found = sorted(m for m in modules if m.endswith(f".{name}") or name.endswith(f".{m}"))
     if len(found) > 1:
         raise ModuleNameError(f"module {name!r} fits two modules of the subspace, {found[0]!r} and {found[1]!r}.")
     return found[0] if found else None
+
+
+def resolve_all(names: Iterable[str], modules: Iterable[str]) -> dict[str, str | None]:
+    """`resolve` for the modules of one adapter, no two of which stand for one module of the subspace."""
+    names, modules = list(names), frozenset(modules)
+    exact = modules & set(names)
+    free = modules - exact
+    return {name: name if name in exact else resolve(name, free) for name in names}

@@ -194,20 +194,20 @@ class Pack:
         packing = Packing(adapter, checks.scan(adapter))
         for module, place in places.items():
             bases = self.subspace.modules[place]
-            packing.project(module, bases, self.coefficient_dtype, spaces.duals(bases))
+            packing.project(module, adapter.modules[module], bases, self.coefficient_dtype, spaces.duals(bases))
         added = packing.packed(in_fit=False)
         self._adapters[adapter.name] = added
         return added.record
 
     def _places(self, adapter: Adapter, carry_missing: bool) -> dict[str, str]:
         """Where each module of a new adapter belongs in the subspace; those it lacks are left out where they may be."""
-        places = {module: keys.resolve(module, self.info.modules) for module in adapter.specs}
+        places = keys.resolve_all(adapter.specs, self.info.modules)
         missing = [module for module, place in places.items() if place is None]
         if missing and not carry_missing:
             raise ModuleNameError(
-                f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, such "
-                f"as {missing[0]!r}. --carry-missing (carry_missing=True) keeps them as they are; or fit the pack again "
-                "with it."
+                f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, "
+                f"such as {missing[0]!r}. --carry-missing (carry_missing=True) keeps them as they are; or fit the pack "
+                "again with it."
             )
         found = {module: place for module, place in places.items() if place is not None}
         for module, place in found.items():

@@ -78,13 +78,13 @@ class Packing:
     def project(
         self,
         module: str,
+        factors: LoRAFactors,
         bases: spaces.ModuleBases,
         dtype: torch.dtype,
         dual: spaces.Duals | None = None,
         exact: tuple[spaces.ModuleBases, spaces.Duals] | None = None,
     ) -> None:
         """Take one module's update into its bases, and note what that loses."""
-        factors = self.adapter.modules[module]
         self.coefficients[module] = spaces.project(factors, bases, dtype, dual)
         exact_bases, exact_dual = exact or (bases, dual)
         self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact_bases, exact_dual))

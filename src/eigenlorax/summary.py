@@ -13,14 +13,14 @@ from .packed import Record
 class Components:
     """Numbers of components on one side over the modules, and the share of energy they keep.
 
-    capped: modules with fewer than were asked for, because their stack has no more directions.
+    capped: the modules with fewer than were asked for, because their stack has no more directions.
     energy: Σ of squared norm kept ÷ Σ of squared norm, over the modules; of the fitted collection.
     """
 
     min: int
     median: float
     max: int
-    capped: int
+    capped: list[str]
     energy: float
 
 
@@ -118,7 +118,7 @@ def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
         min=min(numbers, default=0),
         median=float(statistics.median(numbers or [0])),
         max=max(numbers, default=0),
-        capped=sum(number < wanted for number in numbers),
+        capped=[name for name, sides in info.modules.items() if sides[side].k < wanted],
         energy=sum(one.energy * one.square for one in sides) / total if total else 1.0,
     )
 

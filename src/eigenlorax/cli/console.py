@@ -1,7 +1,6 @@
 """What the verbs print with: tables, JSON, progress, warnings. Figures go to stdout, everything else to stderr."""
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,8 +54,7 @@ def _plain(message: str) -> "Text":
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=2, sort_keys=True, allow_nan=False)
-    sys.stdout.write("\n")
+    typer.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -80,7 +78,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def working() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, where that is a terminal; warnings of ours become notes below it."""
+    """A progress bar on stderr, where that is a terminal; warnings become notes below it, before an error if any."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..errors import EigenloraxWarning
@@ -89,25 +87,23 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
     stderr = _console(stderr=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EigenloraxWarning)
-        with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-            tasks: dict[str, Any] = {}
+        try:
+            with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+                tasks: dict[str, Any] = {}
 
-            def report(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(stage, total=total)
-                bar.update(tasks[stage], completed=done, total=total)
+                def report(stage: str, done: int, total: int) -> None:
+                    if stage not in tasks:
+                        tasks[stage] = bar.add_task(stage, total=total)
+                    bar.update(tasks[stage], completed=done, total=total)
 
-            try:
                 yield report
-            finally:
-                found = [w.message for w in caught if issubclass(w.category, EigenloraxWarning)]
-    for message in found:
-        note(str(message))
+        finally:
+            for warning in caught:
+                note(str(warning.message))
 
 
 def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
     """The table of a pack."""
-    b = figures.bytes
     dtype = figures.dtype
     if figures.coefficient_dtype != dtype:
         dtype += f", coefficients {figures.coefficient_dtype}"
@@ -124,6 +120,14 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
         *_error_rows("delta error", figures.in_fit),
         *_error_rows("delta error, projected adapters", figures.projected),
+        *cost_rows(figures),
+    ]
+
+
+def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
+    """The rows that say what a pack costs and saves."""
+    b = figures.bytes
+    return [
         ("LoRA bytes", f"{b.lora:,} (their files: {b.lora_files:,})"),
         ("basis bytes", f"{b.basis:,}"),
         ("coefficient bytes", f"{b.coefficients:,}"),
@@ -143,8 +147,11 @@ def _size(figures: "Summary") -> str:
 
 
 def _components(found: "Components") -> str:
-    capped = f", {found.capped} capped at the rank of their stack" if found.capped else ""
-    return f"{found.min} / {found.median:g} / {found.max} (min / median / max){capped}; energy {found.energy:.4f}"
+    numbers = f"{found.min} / {found.median:g} / {found.max} (min / median / max); energy {found.energy:.4f}"
+    if not found.capped:
+        return numbers
+    more = f" and {len(found.capped) - 3} more" if len(found.capped) > 3 else ""
+    return f"{numbers}; {len(found.capped)} capped, their stack has no more: {', '.join(found.capped[:3])}{more}"
 
 
 def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:

@@ -323,8 +323,13 @@ def lora_config(adapter: Adapter) -> str:
         "inference_mode": True,
         "r": first.rank,
         "lora_alpha": first.scaling * first.rank,
-        "rank_pattern": {m: s.rank for m, s in adapter.specs.items() if s.rank != first.rank},
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != first.scaling * first.rank},
+        "rank_pattern": {_whole(m): s.rank for m, s in adapter.specs.items() if s.rank != first.rank},
+        "alpha_pattern": {_whole(m): a for m, a in alphas.items() if a != first.scaling * first.rank},
         "target_modules": sorted(adapter.specs),
     }
     return json.dumps(config, indent=2, sort_keys=True)
+
+
+def _whole(module: str) -> str:
+    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
+    return f"^{re.escape(module)}$"

@@ -1,0 +1,122 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eigenlorax import keys
+from eigenlorax.errors import AdapterNameError, FormatError, ModuleNameError
+from eigenlorax.keys import Kind
+
+LAYER = "encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "module", "key"),
+    [
+        (f"base_model.model.{LAYER}.lora_A.weight", Kind.DOWN, LAYER, f"{LAYER}.lora_A.weight"),
+        (f"base_model.model.{LAYER}.lora_B.default.weight", Kind.UP, LAYER, f"{LAYER}.lora_B.weight"),
+        (f"{LAYER}.lora_B.my_task.weight", Kind.UP, LAYER, f"{LAYER}.lora_B.weight"),
+        (f"{LAYER}.lora_B.bias", Kind.CARRIED, LAYER, f"{LAYER}.lora_B.bias"),
+        (f"{LAYER}.lora_B.default.bias", Kind.CARRIED, LAYER, f"{LAYER}.lora_B.bias"),
+        (f"{LAYER}.lora_magnitude_vector", Kind.CARRIED, LAYER, f"{LAYER}.lora_magnitude_vector"),
+        (f"{LAYER}.lora_magnitude_vector.default", Kind.CARRIED, LAYER, f"{LAYER}.lora_magnitude_vector"),
+        (f"{LAYER}.lora_magnitude_vector.weight", Kind.CARRIED, LAYER, f"{LAYER}.lora_magnitude_vector.weight"),
+        ("e.lora_embedding_A.default", Kind.CARRIED, "e", "e.lora_embedding_A"),
+        ("e.lora_embedding_B", Kind.CARRIED, "e", "e.lora_embedding_B"),
+        ("base_model.model.classifier.weight", Kind.HEAD, "classifier", "classifier.weight"),
+        ("base_model.model.classifier.modules_to_save.default.bias", Kind.HEAD, "classifier", "classifier.bias"),
+        ("base_model.model.classifier.modules_to_save.bias", Kind.HEAD, "classifier", "classifier.bias"),
+        ("c.modules_to_save.default.dense.weight", Kind.HEAD, "c", "c.dense.weight"),
+        (f"{LAYER}.bias", Kind.HEAD, LAYER, f"{LAYER}.bias"),
+        ("base_model.model.lm_head.base_layer.weight", Kind.HEAD, "lm_head.base_layer", "lm_head.base_layer.weight"),
+    ],
+)
+def test_every_tensor_of_a_lora_file_has_its_place(raw, kind, module, key):
+    assert keys.parse_peft_key(raw) == keys.TensorName(kind, module, f"base_model.model.{key}")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"{LAYER}.lora_C.weight",
+        f"{LAYER}.lora_A",
+        f"{LAYER}.lora_A.default.extra.weight",
+        f"{LAYER}.lora_E",
+        "lora_unet_down_blocks_0.lora_down.weight",
+        "lora_te_text_model.alpha",
+        "unet.to_k_lora.down.weight",
+        f"{LAYER}.hada_w1_a",
+        f"{LAYER}.ia3_l",
+        f"{LAYER}.vera_lambda_b",
+        f"{LAYER}.dora_scale",
+    ],
+)
+def test_what_is_not_understood_is_an_error_that_names_it(raw):
+    with pytest.raises(FormatError, match=f"tensor '{raw}' is not one of a PEFT LoRA"):
+        keys.parse_peft_key(raw)
+
+
+def test_a_head_may_have_any_name():
+    assert keys.parse_peft_key("head.mix.alpha", ["mix"]).kind is Kind.HEAD
+
+
+@pytest.mark.parametrize("name", ["a", "A1._-", "x" * 96, "org--name", "0"])
+def test_names_that_are_folders(name):
+    assert keys.check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "-a", "_a", "a/b", "a\\b", "a b", "a\n", "x" * 97, "é", "a.", "a@b"])
+def test_names_that_are_not(name):
+    with pytest.raises(AdapterNameError, match="is not allowed"):
+        keys.check_name(name)
+
+
+class TestPatterns:
+    @given(
+        pattern=st.sampled_from(["query", "0.query", "layer.1", r"layer\.\d", "^encoder", "self.query", ".*", "quer"]),
+        module=st.sampled_from(["query", "encoder.layer.0.query", "encoder.layer.1", "layer.10.query", "xquery"]),
+    )
+    def test_are_matched_as_peft_does(self, pattern, module):
+        other = pytest.importorskip("peft.utils.other")
+        wanted = {pattern: 7}.get(other.get_pattern_key([pattern], module), 3)
+        assert keys.pattern_value({pattern: 7}, module, 3) == wanted
+
+    def test_the_first_that_fits_counts(self):
+        assert keys.pattern_value({"key": 1, "query": 2, "0.query": 3}, "layer.0.query", 8) == 2
+
+
+class TestOneNamePerModule:
+    def test_the_longest_form_is_kept(self):
+        found = keys.one_name_per_module([["encoder.q", "encoder.v"], ["bert.encoder.q"], ["encoder.v"]])
+        assert found == {"encoder.q": "bert.encoder.q", "bert.encoder.q": "bert.encoder.q", "encoder.v": "encoder.v"}
+
+    def test_chains_end_at_the_longest(self):
+        found = keys.one_name_per_module([["q.w"], ["p.q.w"], ["o.p.q.w"]])
+        assert set(found.values()) == {"o.p.q.w"}
+        assert keys.resolve("q.w", found.values()) == "o.p.q.w"
+
+    def test_two_of_one_adapter_stay_two(self):
+        found = keys.one_name_per_module([["0.q", "decoder.0.q"], ["0.q"]])
+        assert found == {"0.q": "0.q", "decoder.0.q": "decoder.0.q"}
+
+    def test_a_chain_that_would_join_two_of_one_adapter_is_an_error(self):
+        with pytest.raises(ModuleNameError, match="'q.w' and 'o.p.q.w' of one adapter could be one"):
+            keys.one_name_per_module([["q.w", "o.p.q.w"], ["p.q.w"]])
+
+    def test_two_longer_forms_are_an_error(self):
+        with pytest.raises(ModuleNameError, match="'q.w' of one adapter could be 'a.q.w' or 'b.q.w'"):
+            keys.one_name_per_module([["q.w"], ["a.q.w"], ["b.q.w"]])
+
+
+class TestResolve:
+    def test_exact_before_suffix(self):
+        assert keys.resolve("0.q", ["0.q", "decoder.0.q"]) == "0.q"
+        assert keys.resolve("bert.0.q", ["0.q"]) == "0.q"
+        assert keys.resolve("0.q", ["bert.0.q"]) == "bert.0.q"
+        assert keys.resolve("0.q", ["10.q", "0.v"]) is None
+
+    def test_ambiguity_is_an_error(self):
+        with pytest.raises(ModuleNameError, match="'0.q' fits two modules of the subspace, 'a.0.q' and 'b.0.q'"):
+            keys.resolve("0.q", ["a.0.q", "b.0.q"])
+
+    def test_two_modules_of_one_adapter_never_share_a_place(self):
+        assert keys.resolve_all(["0.q", "decoder.0.q"], ["decoder.0.q"]) == {"0.q": None, "decoder.0.q": "decoder.0.q"}
