@@ -2,11 +2,13 @@
 
 Tensor files are named by content and never changed. An adapter is in `adapters/<name>`, or, where a writer was killed
 between replacing the manifest and tidying up, in `adapters/<name>@<hash8>`; the manifest's hashes tell which. The
-manifest is replaced last, and what it does not list is not in the pack. docs/pack-format.md has the reasons.
+manifest is replaced last but for the card, and what it does not list is not in the pack. docs/pack-format.md has the
+reasons.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from . import basis as one
 from . import card, keys, manifest, packed, store
 from .basis import Basis
-from .errors import PackDamagedError, PackExistsError, PackMissingError
+from .errors import PackBusyError, PackDamagedError, PackExistsError, PackMissingError
 from .manifest import Entry, Manifest
 from .packed import PackedAdapter
 from .store import Files
@@ -28,6 +30,7 @@ from .subspace import augment as augmented
 LOCK_SECONDS = 20.0
 # Rebuilt directions may differ in their last bits from machine to machine; a sum over d entries of at most 1 by more.
 _CHECK_TOLERANCE = 1e-3
+_SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ def locked(folder: Path) -> Iterator[None]:
 def read_subspace(folder: Path, found: Manifest) -> Subspace:
     """The bases, with augmented directions rebuilt from their seeds and compared with what the writer had."""
     path = folder / found.subspace_file
-    tensors = from_safetensors(_read_checked(path, found.subspace_sha256))
+    with _still_listed(folder, lambda now: now.subspace_sha256 == found.subspace_sha256):
+        tensors = from_safetensors(_read_checked(path, found.subspace_sha256))
     modules = {}
     for name, sides in found.subspace.modules.items():
         down, up = (
@@ -109,14 +113,28 @@ def subspace_bytes(subspace: Subspace) -> bytes:
 
 def read_adapter(folder: Path, name: str, entry: Entry) -> PackedAdapter:
     """One adapter of the pack, every byte of it checked."""
-    return packed.from_files(name, _read_adapter_files(folder, name, entry), entry.record)
+    with _still_listed(folder, lambda now: now.adapters.get(name) == entry):
+        return packed.from_files(name, _read_adapter_files(folder, name, entry), entry.record)
 
 
 def verify(folder: Path, found: Manifest) -> None:
     """Read every byte of the pack; `PackDamagedError` names the first file that is not what was written."""
-    _read_checked(folder / found.subspace_file, found.subspace_sha256)
-    for name, entry in found.adapters.items():
-        _read_adapter_files(folder, name, entry)
+    with _still_listed(folder, lambda now: now == found):
+        _read_checked(folder / found.subspace_file, found.subspace_sha256)
+        for name, entry in found.adapters.items():
+            _read_adapter_files(folder, name, entry)
+
+
+@contextmanager
+def _still_listed(folder: Path, same: Callable[[Manifest], bool]) -> Iterator[None]:
+    """`PackBusyError` in the place of `PackDamagedError` if the files read are not those of the pack that is there now:
+    a writer has replaced them since it was opened."""
+    try:
+        yield
+    except PackDamagedError as error:
+        if same(open_manifest(folder).manifest):
+            raise
+        raise PackBusyError(f"{folder} was changed by another process since it was opened. Open it again.") from error
 
 
 def _read_checked(path: Path, sha256: str) -> bytes:
@@ -133,7 +151,17 @@ def _read_checked(path: Path, sha256: str) -> bytes:
 
 def _read_adapter_files(folder: Path, name: str, entry: Entry) -> dict[str, bytes]:
     spare = _spare_place(folder, name, entry)
-    place = spare if spare.is_dir() else _place(folder, name)
+    if spare.is_dir():
+        try:
+            return _read_all_checked(spare, entry)
+        except PackDamagedError:
+            # a writer that tidies up may just have given it its own place
+            if spare.is_dir():
+                raise
+    return _read_all_checked(_place(folder, name), entry)
+
+
+def _read_all_checked(place: Path, entry: Entry) -> dict[str, bytes]:
     return {file: _read_checked(place / file, sha256) for file, sha256 in entry.files.items()}
 
 
@@ -158,17 +186,15 @@ def _spare_place(folder: Path, name: str, entry: Entry) -> Path:
 
 def check_free(folder: Path, overwrite: bool = False) -> None:
     """Refuse a folder that holds anything but a pack that may be replaced, or what a killed writer left of one."""
-    if folder.is_symlink() and not folder.exists():
-        raise PackExistsError(f"{folder} is a link to nothing.")
-    if folder.exists() and not folder.is_dir():
-        raise PackExistsError(f"{folder} exists and is not a folder.")
+    check_outside(folder)
+    store.check_is_folder(folder)
     if (folder / keys.MANIFEST).is_file():
         if not overwrite:
             raise PackExistsError(
                 f"{folder} is a pack already. Choose another folder, or replace it with --overwrite (overwrite=True)."
             )
     elif folder.exists():
-        foreign = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry.name))
+        foreign = sorted(entry.name for entry in folder.iterdir() if not _is_left_over(entry))
         if foreign:
             raise PackExistsError(
                 f"{folder} exists, is not a pack, and holds {foreign[0]!r}"
@@ -177,21 +203,49 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
             )
 
 
-def _is_ours(name: str) -> bool:
-    return name in {keys.ADAPTERS, keys.CARD, keys.LOCK} or name.startswith((store.STAGING, "subspace-"))
+def check_outside(folder: Path) -> None:
+    """`PackExistsError` if `folder` lies in a pack: writing there would damage that one."""
+    for parent in folder.absolute().parents:
+        if (parent / keys.MANIFEST).is_file():
+            raise PackExistsError(f"{folder} lies in the pack {parent}. Choose a folder outside it.")
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed writer of a first pack may have left this in the pack's folder. Adapters of other kinds are not
+    ours: a folder named `adapters` may be somebody's only copy of the sources."""
+    if path.name == keys.ADAPTERS:
+        return path.is_dir() and all(_is_staged(child) or _is_packed(child) for child in path.iterdir())
+    return path.name == keys.LOCK or _is_staged(path) or _SUBSPACE_FILE.fullmatch(path.name) is not None
+
+
+def _is_staged(path: Path) -> bool:
+    return path.name.startswith(store.STAGING)
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a folder is an adapter of a pack; only such ones keep their source's config."""
+    return (path / keys.SOURCE_CONFIG).is_file() and not path.is_symlink()
 
 
 @contextmanager
 def created(folder: Path) -> Iterator[None]:
-    """`folder` for a pack to be written to; removed again if none came to be in it."""
-    fresh = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if fresh and not (folder / keys.MANIFEST).exists():
-            store.remove(folder)
-        raise
+    """`folder` for a pack to be written to; after an error it is as it was if no pack came to be in it."""
+    with store.made(folder):
+        there = set(folder.iterdir())
+        try:
+            yield
+        except PackBusyError:
+            raise
+        except BaseException:
+            lock, adapters = folder / keys.LOCK, folder / keys.ADAPTERS
+            if not (folder / keys.MANIFEST).exists():
+                # not empty: another process writes there
+                with suppress(OSError):
+                    if adapters not in there:
+                        adapters.rmdir()
+                    if lock not in there:
+                        lock.unlink(missing_ok=True)
+            raise
 
 
 def write(
@@ -203,44 +257,65 @@ def write(
     moment the manifest is replaced, a failure leaves the pack as it was.
     """
     store.sweep_staging(folder)
+    data = new.to_bytes()
     written: list[Path] = []
     try:
         target = folder / new.subspace_file
-        if subspace is not None and not (target.is_file() and target.read_bytes() == subspace):
+        if subspace is not None and not _holds(target, subspace):
             written += [] if target.exists() else [target]
             store.write_file(target, subspace)
         (folder / keys.ADAPTERS).mkdir(exist_ok=True)
         for name, files in adapters.items():
             if _has_adapter(folder, name, new.adapters[name]):
                 continue
-            # a pack that is there still needs its own folder, until the manifest is replaced
-            occupied = before is not None and name in before.adapters
-            place = _spare_place(folder, name, new.adapters[name]) if occupied else _place(folder, name)
+            place = _free_place(folder, name, new.adapters[name], listed=before is not None and name in before.adapters)
             written.append(place)
             store.write_folder(place, files, overwrite=True)
-        data = new.to_bytes()
-        store.write_file(folder / keys.CARD, card.render(new).encode("utf-8"))
-        store.write_file(folder / keys.MANIFEST, data)
+        # what a base model is called came from outside: it may hold what UTF-8 cannot
+        text = card.render(new).encode("utf-8", errors="replace")
+        with (
+            store.staged(folder / keys.CARD, text) as replace_card,
+            store.staged(folder / keys.MANIFEST, data) as replace_manifest,
+        ):
+            replace_manifest()
+            replace_card()
     except BaseException:
-        for path in written:
-            store.remove(path)
+        if not _holds(folder / keys.MANIFEST, data):
+            for path in written:
+                store.remove(path)
         raise
-    _tidy(folder, new)
+    # what cannot be tidied now is no part of the pack; the next writer tries again
+    with suppress(OSError):
+        _tidy(folder, new)
     return store.digest(data)
 
 
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
+
+
+def _free_place(folder: Path, name: str, entry: Entry, listed: bool) -> Path:
+    """Where a new adapter may be written: its own place, or, while a pack that is there may need that, a spare one."""
+    place = _place(folder, name)
+    if not place.exists():
+        return place
+    if not (listed or _is_packed(place)):
+        raise PackExistsError(f"{place} is not an adapter of the pack, and in the way of one: move it elsewhere first.")
+    return _spare_place(folder, name, entry)
+
+
 def _tidy(folder: Path, found: Manifest) -> None:
-    """Give every adapter its own place, and remove what the manifest does not list."""
+    """Give every adapter its own place, and remove what the manifest does not list and a writer of ours wrote."""
     for name, entry in found.adapters.items():
         spare = _spare_place(folder, name, entry)
         if spare.is_dir():
             store.remove(_place(folder, name))
             spare.rename(_place(folder, name))
     for path in (folder / keys.ADAPTERS).iterdir():
-        if path.name not in found.adapters:
+        if path.name not in found.adapters and (_is_staged(path) or _is_packed(path)):
             store.remove(path)
-    for path in folder.glob("subspace-*.safetensors"):
-        if path.name != found.subspace_file:
+    for path in folder.iterdir():
+        if _SUBSPACE_FILE.fullmatch(path.name) and path.name != found.subspace_file:
             store.remove(path)
 
 

@@ -1,5 +1,6 @@
 """From the name of a repository to a local folder, by huggingface_hub. Its cache, tokens and offline switch count."""
 
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
     """The adapter name that a folder or a repository gives: its last part, or `org--name`."""
     local = Path(source)
     if local.exists():
-        return (local / subfolder if subfolder else local).resolve().name
+        # not resolved: a link is called what it is called, not what it leads to
+        return Path(os.path.abspath(local / subfolder if subfolder else local)).name
     match = _REPO_ID.fullmatch(str(source))
     parts = [match["repo"] if match else str(source), *([subfolder.strip("/")] if subfolder else [])]
     return "--".join(parts).replace("/", "--")

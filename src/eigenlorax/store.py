@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all, one writer at a time. Nothing here knows what is in them."""
 
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 
 import filelock
@@ -22,49 +23,107 @@ def digest(data: bytes) -> str:
     return sha256(data).hexdigest()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: a reader, or a killed writer, sees the old bytes or the new ones."""
-    handle, name = tempfile.mkstemp(prefix=STAGING, dir=path.parent)
-    staged = Path(name)
+def _beside(path: Path) -> Path:
+    """A name for what will become `path`, or was it: in the same folder, so that renaming is one step."""
+    return path.parent / f"{STAGING}{secrets.token_hex(8)}"
+
+
+@contextmanager
+def staged(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
+    """A file with all of `data` beside `path`; what is yielded puts it in the place of `path` in one step.
+
+    Room on the disk is needed before the block, not in it. After an error, what was not put in place is removed.
+    """
+    beside = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(beside, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        staged.chmod(0o644)
-        os.replace(staged, path)
+        yield lambda: os.replace(beside, path)
     except BaseException:
-        staged.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` in one step: a reader, or a killed writer, sees the old bytes or the new ones."""
+    with staged(path, data) as put_in_place:
+        put_in_place()
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """`folder` and its parents; after an error, those that were not there are removed again if they are empty."""
+    missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        # not empty: another process writes there
+        with suppress(OSError):
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+def check_is_folder(path: Path) -> None:
+    """`PackExistsError` if `path`, or what it would lie in, exists and is no folder."""
+    if path.is_symlink() and not path.exists():
+        raise PackExistsError(f"{path} is a link to nothing. Remove it, or choose another folder.")
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise PackExistsError(f"{place} exists and is not a folder. Choose another one.")
+            return
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:
     """`PackExistsError` unless a folder may be written to `path`: nothing is there, or it may be replaced."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise PackExistsError(f"{path} exists and is not a folder.")
+    check_is_folder(path)
+    if path.is_symlink():
+        raise PackExistsError(f"{path} exists and is a link. Choose another folder, or remove the link.")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise PackExistsError(f"{path} exists and is not empty. Choose another folder, or replace it with --overwrite.")
 
 
 def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
-    """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced."""
+    """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced.
+
+    What may be replaced is a folder of the same kind: empty, or with one of the files that are to be written.
+    """
     check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=path.parent))
+    if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in files):
+        raise PackExistsError(
+            f"{path} is not replaced: it holds none of {', '.join(sorted(files))}, so it is something else. Choose "
+            "another folder, or remove it yourself."
+        )
+    beside = _beside(path)
+    with made(path.parent):
+        try:
+            beside.mkdir()
+            for name, data in files.items():
+                write_file(beside / name, data)
+            _put_in_place(beside, path)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+
+def _put_in_place(beside: Path, path: Path) -> None:
+    """Rename a folder to `path`, away from which goes what is there, and comes back if that fails."""
+    if not path.exists():
+        os.replace(beside, path)
+        return
+    old = _beside(path)
+    os.replace(path, old)
     try:
-        for name, data in files.items():
-            write_file(staged / name, data)
-        staged.chmod(0o755)
+        os.replace(beside, path)
+    finally:
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=STAGING, dir=path.parent))
-            os.replace(path, old)
-            os.replace(staged, path)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(staged, path)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+            os.replace(old, path)
 
 
 def sweep_staging(folder: Path) -> None:
@@ -74,9 +133,11 @@ def sweep_staging(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder."""
+    """Delete a file or a folder. Killed in between, it leaves the whole of it, or what `sweep_staging` finds."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        doomed = path if path.name.startswith(STAGING) else _beside(path)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
 

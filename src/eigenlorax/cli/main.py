@@ -1,8 +1,10 @@
 """The `eigenlorax` command: its verbs, and what becomes of an error."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -26,10 +28,11 @@ for verb in (fit, inspect, export, add, remove, augment, demo, env):
     verb.register(app)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"eigenlorax {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -43,17 +46,37 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave with its exit code (docs/cli.md): an error of ours is one message, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a name or a path may hold what the terminal's encoding has no sign for
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(args=arguments)
+        _run(arguments)
     except EigenloraxError as error:
         console.error(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # the reader of our output has left, as `head` does; Python would complain once more when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        # the reader of our output has left, as `head` does
+        _let_go_of_stdout()
+        sys.exit(1)
     except OSError as error:
-        console.error(
-            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}. Nothing was changed."
-        )
+        _let_go_of_stdout()
+        where = f": {error.filename}" if error.filename else ""
+        console.error(f"{error.strerror or error}{where}. Nothing was left half-written.")
         sys.exit(IO_ERROR)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    try:
+        app(args=arguments, prog_name="eigenlorax")
+    except SystemExit:
+        # what cannot be written is to be known before the exit code is
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
+
+
+def _let_go_of_stdout() -> None:
+    """Let what is left in the buffer go nowhere: Python would try it once more, and complain, when it closes stdout."""
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

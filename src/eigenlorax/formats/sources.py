@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import hub, keys
 from ..adapter import Adapter
-from ..errors import FormatError, OptionError, SkippedAdapterWarning
+from ..errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning
 
 Source = str | Path | Adapter
 Sources = Source | Iterable[Source] | Mapping[str, Source]
@@ -36,15 +36,23 @@ def find(sources: Sources) -> list[Found]:
 
 def _split(source: Source) -> tuple[str | None, Source]:
     """`NAME=PATH` in its two parts; anything else as it is."""
-    if isinstance(source, str) and "=" in source and not Path(source).exists():
-        name, _, path = source.partition("=")
+    if not isinstance(source, str) or "=" not in source or Path(source).exists():
+        return None, source
+    name, _, path = source.partition("=")
+    if not path:
+        raise OptionError(f"{source} names no folder after its '='. Write NAME=PATH.")
+    try:
         return keys.check_name(name), path
-    return None, source
+    except AdapterNameError as error:
+        raise AdapterNameError(f"{source} does not exist, and cannot be read as NAME=PATH: {error}") from error
 
 
 def _expand(name: str | None, source: Source) -> list[Found]:
     if isinstance(source, Adapter):
         return [Found(name, source)]
+    if not str(source).strip():
+        # as a path it would be the current folder
+        raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
     folder = Path(source)
     if not folder.exists() or not folder.is_dir() or _is_adapter(folder) or (folder / keys.MANIFEST).is_file():
         return [Found(name, source)]
@@ -61,11 +69,9 @@ def _expand(name: str | None, source: Source) -> list[Found]:
     for child in children:
         weights = [*child.glob("*.safetensors"), *child.glob("*.bin")]
         if child not in adapters and weights:
-            warnings.warn(
-                f"{child} was passed over: it holds {weights[0].name} but no {keys.ADAPTER_CONFIG}.",
-                SkippedAdapterWarning,
-                stacklevel=2,
-            )
+            pack = (child / keys.MANIFEST).is_file()
+            reason = "is a pack" if pack else f"holds {weights[0].name} but no {keys.ADAPTER_CONFIG}"
+            warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
     return [Found(None, child) for child in adapters]
 
 
