@@ -46,11 +46,10 @@ def checked(path, wanted):
 
 
 def resolve(module, modules):
-    """The subspace's name of an adapter's module."""
-    shorter = lambda text: text.partition(".")[2]  # noqa: E731
+    """The subspace's name of an adapter's module: the same one, or the only one that differs by leading components."""
     if module in modules:
         return module
-    (one,) = (m for m in modules if shorter(m) == module or shorter(module) == m)
+    (one,) = (m for m in modules if m.endswith(f".{module}") or module.endswith(f".{m}"))
     return one
 
 

@@ -1,0 +1,235 @@
+"""docs/read_pack.py reads packs by their specification alone: it must find what the library finds."""
+
+import importlib.util
+import json
+import re
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import eigenlorax as ex
+from adapters import MODULES, factors, make_adapter, make_adapters
+from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning
+
+DOCS = Path(__file__).parent.parent / "docs"
+QUERY = "encoder.layer.0.query"
+
+
+def _reader():
+    spec = importlib.util.spec_from_file_location("read_pack", DOCS / "read_pack.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+read_pack = _reader()
+
+
+def assert_reads_what_the_library_reads(folder):
+    """Every delta weight of every adapter, 1e-6 of its norm or closer; how many of them were compared."""
+    pack, compared = ex.Pack.open(folder), 0
+    for name in pack.names:
+        adapter, found = pack.adapter(name), read_pack.delta_weights(folder, name)
+        assert sorted(found) == sorted(pack.packed(name).coefficients)
+        for module, delta in found.items():
+            one = adapter.modules[module]
+            wanted = one.scaling * (one.up.double() @ one.down.double()).numpy()
+            assert delta.shape == wanted.shape
+            assert np.linalg.norm(delta - wanted) <= 1e-6 * np.linalg.norm(wanted), (name, module)
+            compared += 1
+    return compared
+
+
+def fitted(parent, *, n_components=4, **options):
+    """A saved pack of three adapters, each with directions of its own, so that the pack loses some of each."""
+    make_adapters(parent / "sources", "a b c", **options)
+    return ex.fit(parent / "sources", n_components=n_components).save(parent / "pack")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+class TestDtypes:
+    def test_of_a_pack(self, tmp_path, dtype):
+        folder = fitted(tmp_path, dtype=dtype)
+        assert ex.Pack.open(folder).dtype == dtype
+        assert all(record.delta_error > 0.1 for record in ex.Pack.open(folder).records.values())
+        assert assert_reads_what_the_library_reads(folder) == 3 * len(MODULES)
+
+    def test_of_a_pack_augmented_twice(self, tmp_path, dtype):
+        # the adapter comes last, so that it has coefficients on the directions that are rebuilt
+        pack = ex.Pack.open(fitted(tmp_path, dtype=dtype)).augment(3, seed=7).augment(2, seed=8)
+        pack.add(make_adapter(tmp_path / "late", seed=9, dtype=dtype))
+        extra = pack.packed("late").coefficients[QUERY].down[:, 4:]
+        assert extra.shape == (3, 5)
+        assert bool((extra != 0).all())
+        assert_reads_what_the_library_reads(pack.save(tmp_path / "augmented"))
+
+
+def test_basis_and_coefficients_of_two_dtypes(tmp_path):
+    make_adapters(tmp_path / "sources", "a b")
+    pack = ex.fit(tmp_path / "sources", n_components=4, dtype="float16", coefficient_dtype="float64")
+    assert_reads_what_the_library_reads(pack.save(tmp_path / "pack"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_rslora": True},
+        {"r": 8, "lora_alpha": 5, "rank_pattern": {"layer.0.query": 3, "value": 3, "layer.1.query": 3}},
+        {"alpha_pattern": {"layer.0.query": 0.5, "query": 40}},
+        {"use_rslora": True, "alpha_pattern": {r".*\.1\.query": 24}},
+        {"lora_alpha": ..., "alpha_pattern": ..., "rank_pattern": None},
+    ],
+    ids=["rslora", "rank_pattern", "alpha_pattern", "rslora and alpha_pattern", "defaults of PEFT"],
+)
+def test_scalings(tmp_path, config):
+    make_adapter(tmp_path / "sources" / "plain", seed=1)
+    make_adapter(tmp_path / "sources" / "other", seed=2, config=config)
+    folder = ex.fit(tmp_path / "sources", n_components=4).save(tmp_path / "pack")
+    assert_reads_what_the_library_reads(folder)
+
+
+def test_module_names_that_differ_by_leading_components(tmp_path):
+    longer = {f"bert.{module}": shape for module, shape in MODULES.items()}
+    longest = {f"base.bert.{module}": shape for module, shape in MODULES.items()}
+    make_adapter(tmp_path / "sources" / "short", seed=1)
+    make_adapter(tmp_path / "sources" / "long", seed=2, modules=longer)
+    pack = ex.fit(tmp_path / "sources", n_components=4)
+    assert list(pack.subspace.modules) == sorted(longer)
+    pack.add(make_adapter(tmp_path / "longest", seed=3, modules=longest))
+    short_of_fit = {module.removeprefix("encoder."): shape for module, shape in MODULES.items()}
+    pack.add(make_adapter(tmp_path / "shorter-still", seed=4, modules=short_of_fit))
+    assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 4 * len(MODULES)
+
+
+def test_a_module_without_components(tmp_path):
+    zeros = {key: torch.zeros_like(value) for key, value in factors(seed=1).items() if QUERY in key}
+    make_adapter(tmp_path / "sources" / "a", seed=1, tensors=zeros)
+    make_adapter(tmp_path / "sources" / "b", seed=2, tensors=zeros)
+    pack = ex.fit(tmp_path / "sources", n_components=4)
+    assert pack.subspace.modules[QUERY].down.k == 0
+    assert_reads_what_the_library_reads(pack.save(tmp_path / "pack"))
+    pack = pack.augment(2, seed=1)
+    pack.add(make_adapter(tmp_path / "late", seed=3))
+    assert_reads_what_the_library_reads(pack.save(tmp_path / "augmented"))
+
+
+def test_carried_modules_and_heads_are_passed_over(tmp_path):
+    make_adapters(tmp_path / "sources", "a b", head=(2, 31))
+    pack = ex.fit(tmp_path / "sources", n_components=4, exclude_modules=[QUERY])
+    folder = pack.save(tmp_path / "pack")
+    assert assert_reads_what_the_library_reads(folder) == 2 * (len(MODULES) - 1)
+
+
+def test_an_adapter_in_its_spare_place(tmp_path):
+    folder = fitted(tmp_path)
+    entry = json.loads((folder / "subspace_config.json").read_text())["adapters"]["b"]
+    content = "".join(file + digest for file, digest in sorted(entry["files"].items()))
+    spare = sha256(content.encode()).hexdigest()[:8]
+    (folder / "adapters" / "b").rename(folder / "adapters" / f"b@{spare}")
+    # what a writer that was killed leaves: its own place still holds the adapter of the pack before
+    (folder / "adapters" / "a").rename(folder / "adapters" / "b")
+    (folder / "adapters" / "c").rename(folder / "adapters" / "a")
+    for module, delta in read_pack.delta_weights(folder, "b").items():
+        one = ex.Pack.open(folder).adapter("b").modules[module]
+        np.testing.assert_allclose(delta, one.scaling * (one.up @ one.down).numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError, match="was changed"):
+        read_pack.delta_weights(folder, "a")
+    with pytest.raises(PackDamagedError, match="was changed"):
+        ex.Pack.open(folder).adapter("a")
+
+
+class TestDamage:
+    @pytest.mark.parametrize("position", [0, 0.5, -1])
+    @pytest.mark.parametrize("file", ["subspace-*.safetensors", *(f"adapters/b/{name}*" for name in "as")])
+    def test_a_flipped_byte_is_noticed(self, tmp_path, file, position):
+        folder = fitted(tmp_path)
+        for path in sorted(folder.glob(file)):
+            data = path.read_bytes()
+            at = int(position * len(data)) if position > 0 else position
+            changed = bytearray(data)
+            changed[at] ^= 1
+            path.write_bytes(changed)
+            with pytest.raises(AssertionError, match="was changed"):
+                read_pack.delta_weights(folder, "b")
+            path.write_bytes(data)
+        assert read_pack.delta_weights(folder, "b")
+
+    @pytest.mark.parametrize("field", ["k", "square", "format_version", "delta_error", "fingerprint", "in_fit"])
+    def test_a_changed_manifest_is_noticed(self, tmp_path, field):
+        folder = fitted(tmp_path)
+        path = folder / "subspace_config.json"
+        text = path.read_text()
+        changed, times = re.subn(rf'("{field}": )("?)[0-9a-z]', r"\1\g<2>7", text, count=1)
+        assert times == 1
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises((AssertionError, ValueError)):
+            read_pack.delta_weights(folder, "b")
+
+    def test_another_generator_is_noticed(self, tmp_path, monkeypatch):
+        folder = ex.Pack.open(fitted(tmp_path)).augment(3, seed=7).save(tmp_path / "augmented")
+        normal = read_pack.normal
+        monkeypatch.setattr(read_pack, "normal", lambda n, d, seed, label: normal(n, d, seed + 1, label))
+        with pytest.raises(AssertionError, match="rebuilt differently"):
+            read_pack.delta_weights(folder, "b")
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A pack with everything that a manifest may tell of."""
+    parent = tmp_path_factory.mktemp("everything")
+    make_adapters(parent / "sources", "a b", head=(2, 31))
+    (make_adapter(parent / "sources" / "broken", seed=3) / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.warns(SkippedAdapterWarning, match="broken"):
+        pack = ex.fit(parent / "sources", n_components=4, exclude_modules=[QUERY], skip_bad=True)
+    return pack.augment(2, seed=1).save(parent / "pack")
+
+
+class TestSpecification:
+    """docs/pack-format.md names all that a pack is made of."""
+
+    text = (DOCS / "pack-format.md").read_text("utf-8")
+
+    def assert_named(self, names):
+        missing = [name for name in sorted(names) if f"`{name}`" not in self.text]
+        assert not missing, f"docs/pack-format.md does not name {missing}"
+
+    def test_every_field_of_a_manifest(self, everything):
+        manifest = json.loads((everything / "subspace_config.json").read_text())
+        assert manifest["fit"]["skipped"]
+        assert manifest["fit"]["excluded_modules"]
+        named = set()
+
+        def collect(value, *place):
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    # these objects are keyed by names of adapters, modules and files, not by fields
+                    if place and place[-1] in ("adapters", "modules", "files", "skipped"):
+                        collect(inner, *place, "*")
+                    else:
+                        named.add(key)
+                        collect(inner, *place, key)
+            for inner in value if isinstance(value, list) else ():
+                collect(inner, *place)
+
+        collect(manifest)
+        assert {"digest", "lora_numbers", "square", "n_extra", "down"} <= named
+        assert not named & {"a", "b", "broken", *MODULES}
+        self.assert_named(named)
+
+    def test_every_file_and_every_field_of_its_configs(self, everything):
+        files = {path.name for path in (everything / "adapters" / "a").iterdir()}
+        assert "carried.safetensors" in files
+        config = json.loads((everything / "adapters" / "a" / "adapter_config.json").read_text())
+        self.assert_named({"subspace_config.json", "README.md", ".lock"} | files | set(config))
+
+    def test_every_kind_of_tensor(self, everything):
+        (path,) = everything.glob("subspace-*.safetensors")
+        with safe_open(path, framework="numpy") as file:
+            kinds = {key.rpartition(".")[2] for key in file.keys()}  # noqa: SIM118 (not a dict)
+        self.assert_named({f"<module>.<side>.{kind}" for kind in kinds})
+        self.assert_named({"base_model.model.<module>.eigenlorax_down", "base_model.model.<module>.eigenlorax_up"})
