@@ -61,3 +61,19 @@ def decaying_rows(n, d, decades, *, seed):
 def assert_same_span(rows, other, atol=1e-9):
     """Two sets of orthonormal rows span the same space: their projectors agree."""
     torch.testing.assert_close(rows.mT @ rows, other.mT @ other, atol=atol, rtol=0)
+
+
+def random_adapter(name, seed, *, rank=3, modules=MODULES, base="org/base", dtype=torch.float32, size=1.0, **fields):
+    factors = {
+        module: random_factors(rank, n_out, n_in, seed=seed + i, dtype=dtype, size=size)
+        for i, (module, (n_out, n_in)) in enumerate(modules.items())
+    }
+    return from_factors(name, factors, base_model=base, **fields)
+
+
+def random_collection(n=5, **options):
+    return [random_adapter(f"a{i}", 100 * i, rank=2 + i % 3, **options) for i in range(n)]
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -15,8 +15,7 @@ from eigenlorax.errors import (
     PackMissingError,
     ShapeError,
 )
-from planted import MODULES
-from test_fit import random_adapter, random_collection, tree
+from planted import MODULES, random_adapter, random_collection, tree
 
 
 @pytest.fixture

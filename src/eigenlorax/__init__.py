@@ -11,7 +11,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .adapter import Adapter, LoRAFactors, from_factors
     from .errors import EigenloraxError
-    from .fit import fit
+    from .fitting import fit
     from .formats import read_adapter, write_adapter
     from .pack import Pack
     from .subspace import Subspace
@@ -24,7 +24,7 @@ _HOME = {
     "Pack": "pack",
     "Subspace": "subspace",
     "Summary": "summary",
-    "fit": "fit",
+    "fit": "fitting",
     "from_factors": "adapter",
     "read_adapter": "formats",
     "write_adapter": "formats",
@@ -48,6 +48,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    # `fit` is a submodule too: without this, importing that would hide the function behind it
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """Do these adapters belong together, and is each of them sound? Reads and compares; changes nothing."""
 
 import fnmatch
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +45,11 @@ def scan(adapter: Adapter) -> Scan:
                 _check_finite(adapter, key, tensor)
             digest.update(f"{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
             digest.update(spaces.tensor_bytes(tensor))
+    if not math.isfinite(sum(squares.values())):
+        raise NonFiniteError(
+            f"adapter {adapter.name!r}: the norm of its update is beyond float64. Leave it out with --exclude-adapter "
+            f"{adapter.name}, or leave out every such adapter with --skip-bad."
+        )
     return Scan(digest.hexdigest(), squares)
 
 
@@ -60,13 +66,14 @@ def check_names(names: Iterable[str]) -> None:
     """`AdapterNameError` where two names differ by case at most: they would be one folder on many machines."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(name.lower(), name)
-        if other is not name:
+        other = seen.get(name.lower())
+        if other is not None:
             raise AdapterNameError(
                 f"two adapters go by the name {name!r}"
                 + (f" (and {other!r}: case does not count)" if other != name else "")
                 + ". Give one of them another name with NAME=PATH."
             )
+        seen[name.lower()] = name
 
 
 def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tuple[str | None, str | None]:
@@ -78,7 +85,7 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
     silent = [adapter.name for adapter in adapters if adapter.base_model is None]
     if silent and len(silent) < len(adapters):
         warnings.warn(
-            f"{_listing(silent)} do not say which base model they belong to; taken to be that of the others.",
+            f"no base model is stated by {_listing(silent)}; taken to be that of the others.",
             UnknownBaseWarning,
             stacklevel=3,
         )

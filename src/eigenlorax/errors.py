@@ -91,6 +91,12 @@ class PackBusyError(PackError, RuntimeError):
     exit_code = 5
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what another library's exception says, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class EigenloraxWarning(UserWarning):
     """Base of every warning: surprising, but fine."""
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from . import keys
-from .errors import FormatError, HubError
+from .errors import FormatError, HubError, reason
 
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -89,10 +89,9 @@ def _download(
         hub_errors.RevisionNotFoundError,
         hub_errors.HFValidationError,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
         raise HubError(
             f"{repo_id} is neither a local folder nor a repository that the Hub shows you"
-            f"{f' at revision {revision}' if revision else ''}: {reason} A private one needs a token (HF_TOKEN)."
+            f"{f' at revision {revision}' if revision else ''}: {reason(error)} A private one needs a token (HF_TOKEN)."
         ) from error
     except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise HubError(f"{repo_id} could not be had from the Hub: {str(error).strip().splitlines()[0]}") from error
+        raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error

@@ -118,7 +118,7 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise AdapterNameError(
             f"adapter name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
-            "or digit and not ending with '.'. Give one with NAME=PATH, such as my-adapter=" + (name or "PATH")
+            "or digit and not ending with '.'. Give one with NAME=PATH."
         )
     return name
 

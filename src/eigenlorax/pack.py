@@ -197,6 +197,8 @@ class Pack:
             packing.project(module, adapter.modules[module], bases, self.coefficient_dtype, spaces.duals(bases))
         added = packing.packed(in_fit=False)
         self._adapters[adapter.name] = added
+        self.base_model = self.base_model or adapter.base_model
+        self.revision = self.revision or adapter.revision
         return added.record
 
     def _places(self, adapter: Adapter, carry_missing: bool) -> dict[str, str]:

@@ -63,7 +63,7 @@ def fit(
 ) -> None:
     """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
     from .. import folder
-    from ..fit import fit as fit_adapters
+    from ..fitting import fit as fit_adapters
 
     started = time.perf_counter()
     folder.check_free(output, overwrite)

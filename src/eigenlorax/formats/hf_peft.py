@@ -6,7 +6,6 @@ is not imported. The format and what is done with each kind of tensor: docs/adap
 
 import json
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from .. import dtypes, hub, keys, store
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
-from ..errors import FormatError, ShapeError
+from ..errors import FormatError, ShapeError, reason
 from ..keys import Kind
 
 _DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
@@ -91,7 +90,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8")
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
@@ -102,7 +101,19 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         )
     if kind != "LORA":
         raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
+    _check_texts(config, path)
     return text, config
+
+
+def _check_texts(config: dict[str, Any], path: Path) -> None:
+    """`FormatError` where a field that has to be a text, or a list of them, is something else."""
+    for field in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(field), str | None):
+            raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
+    for field in ("modules_to_save", "target_parameters"):
+        value = config.get(field) or []
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
 def _open_weights(
@@ -142,7 +153,9 @@ def _open_safetensors(path: Path) -> tuple[dict[str, _Header], Callable[[list[st
 
 def _open_pickle(path: Path) -> tuple[dict[str, _Header], Callable[[list[str]], list[Tensor]]]:
     state = _load_pickle(path)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
     known = set(_DTYPES.values())
     headers = {
@@ -155,9 +168,11 @@ def _load_pickle(path: Path) -> Any:
     try:
         # mapped, so that a tensor is read when it is asked for; files of before torch 1.6 cannot be
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FormatError(f"{path} cannot be read as tensors alone (weights_only=True): {reason}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        # on bytes that are no pickle, torch's unpickler raises whatever comes
+        raise FormatError(f"{path} cannot be read as tensors alone (weights_only=True): {reason(error)}") from error
 
 
 def assemble(
@@ -195,6 +210,11 @@ def assemble(
             if side not in pair:
                 raise FormatError(
                     f"{where}: tensor {pair[other]!r} has no partner {keys.LORA_PARTS[side]}: the file is not complete."
+                )
+        for raw in pair.values():
+            if len(headers[raw].shape) < 2:
+                raise ShapeError(
+                    f"{where}: tensor {raw!r} is {headers[raw].shape}; a factor has two dimensions at least."
                 )
         if _carried_whole(module, config, [headers[raw] for raw in pair.values()]):
             carried |= {keys.lora_key(module, side): raw for side, raw in pair.items()}
@@ -268,12 +288,19 @@ def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[i
     try:
         rank = keys.pattern_value(patterns[0], module, config.get("r", _DEFAULT_RANK))
         alpha = keys.pattern_value(patterns[1], module, config.get("lora_alpha", _DEFAULT_ALPHA))
-    except re.error as error:
-        raise FormatError(f"{where}: {error.pattern!r} in a pattern is not a regular expression: {error}") from error
-    numeric = isinstance(rank, int) and isinstance(alpha, int | float) and not isinstance(rank, bool)
-    if not numeric or rank < 1 or not math.isfinite(alpha):
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(
+            f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
+        ) from error
+    usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
+    try:
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
+    except OverflowError:
+        scaling = math.inf
+    # squared, it enters every norm of the update
+    if not math.isfinite(scaling * scaling):
         raise FormatError(f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} are not usable numbers.")
-    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, scaling
 
 
 def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:

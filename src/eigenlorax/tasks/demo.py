@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MissingExtraError
-from ..fit import Progress, fit
+from ..fitting import Progress, fit
 from ..summary import Summary
 
 if TYPE_CHECKING:

@@ -21,23 +21,14 @@ from eigenlorax.errors import (
     UntrainedAdapterWarning,
 )
 from eigenlorax.formats import hf_peft
-from planted import MODULES, assert_same_span, random_factors, shared_collection
-
-
-def random_adapter(name, seed, *, rank=3, modules=MODULES, base="org/base", dtype=torch.float32, size=1.0, **fields):
-    factors = {
-        module: random_factors(rank, n_out, n_in, seed=seed + i, dtype=dtype, size=size)
-        for i, (module, (n_out, n_in)) in enumerate(modules.items())
-    }
-    return from_factors(name, factors, base_model=base, **fields)
-
-
-def random_collection(n=5, **options):
-    return [random_adapter(f"a{i}", 100 * i, rank=2 + i % 3, **options) for i in range(n)]
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+from planted import (
+    MODULES,
+    assert_same_span,
+    random_adapter,
+    random_collection,
+    shared_collection,
+    tree,
+)
 
 
 def untrained(name="zero"):
@@ -180,7 +171,7 @@ class TestBaseModels:
             ex.fit(adapters)
 
     def test_a_base_that_is_not_stated_is_warned_of(self):
-        with pytest.warns(UnknownBaseWarning, match="'b' do not say which base model"):
+        with pytest.warns(UnknownBaseWarning, match="no base model is stated by 'b'"):
             pack = ex.fit([random_adapter("a", 1), random_adapter("b", 2, base=None)])
         assert pack.base_model == "org/base"
 

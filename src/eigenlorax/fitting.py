@@ -23,6 +23,7 @@ from .errors import (
     ShapeError,
     SkippedAdapterWarning,
     UntrainedAdapterWarning,
+    reason,
 )
 from .formats import sources
 from .formats.sources import Found, Sources
@@ -71,6 +72,7 @@ def fit(
     if n_components is None and energy is None:
         n_components = DEFAULT_COMPONENTS
     fit_options = FitOptions(n_components, energy, weighting, sweeps)
+    fit_device = _device(device)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
     read = _read(adapters, exclude_adapters, skip_bad, skipped, options)
@@ -86,7 +88,7 @@ def fit(
     modules: dict[str, ModuleBases] = {}
     for done, (name, members) in enumerate(_by_module(packings, names)):
         report("fitting modules", done, len(shapes))
-        modules[name] = _fit_and_project(name, members, fitted, fit_options, stored, stored_coefficients, device)
+        modules[name] = _fit_and_project(name, members, fitted, fit_options, stored, stored_coefficients, fit_device)
     report("fitting modules", len(shapes), len(shapes))
     subspace = Subspace(modules)
     return Pack(
@@ -98,6 +100,16 @@ def fit(
         revision=revision,
         coefficient_dtype=stored_coefficients,
     )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device, if it is there and does what a fit needs."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, dtype=torch.float64, device=found).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise OptionError(f"device {str(device)!r} cannot be used to fit in float64 here: {reason(error)}") from error
+    return found
 
 
 def _read(
@@ -209,7 +221,7 @@ def _fit_and_project(
     options: FitOptions,
     dtype: torch.dtype,
     coefficient_dtype: torch.dtype,
-    device: str | torch.device,
+    device: torch.device,
 ) -> ModuleBases:
     """One module: its bases from the adapters that have trained it, and every adapter's coefficients in them."""
     factors = [packing.adapter.modules[module] for packing, module in members]
@@ -233,5 +245,5 @@ def _fit_and_project(
     return stored
 
 
-def _on_device(factors: LoRAFactors, device: str | torch.device) -> LoRAFactors:
+def _on_device(factors: LoRAFactors, device: torch.device) -> LoRAFactors:
     return LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)
