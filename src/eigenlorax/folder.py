@@ -138,9 +138,10 @@ def _still_listed(folder: Path, same: Callable[[Manifest], bool]) -> Iterator[No
 
 
 def _read_checked(path: Path, sha256: str) -> bytes:
-    if not path.is_file():
-        raise PackDamagedError(f"{path} is missing. Restore the pack from a copy, or fit it again.")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise PackDamagedError(f"{path} is missing. Restore the pack from a copy, or fit it again.") from error
     if store.digest(data) != sha256:
         raise PackDamagedError(
             f"{path} was changed after it was written: its sha256 is not the one in {keys.MANIFEST}. Restore the pack "
@@ -229,23 +230,26 @@ def _is_packed(path: Path) -> bool:
 
 @contextmanager
 def created(folder: Path) -> Iterator[None]:
-    """`folder` for a pack to be written to; after an error it is as it was if no pack came to be in it."""
+    """`folder`, locked, for a pack to be written to; after an error it is as it was if no pack came to be in it."""
     with store.made(folder):
         there = set(folder.iterdir())
-        try:
-            yield
-        except PackBusyError:
-            raise
-        except BaseException:
-            lock, adapters = folder / keys.LOCK, folder / keys.ADAPTERS
-            if not (folder / keys.MANIFEST).exists():
-                # not empty: another process writes there
-                with suppress(OSError):
-                    if adapters not in there:
-                        adapters.rmdir()
-                    if lock not in there:
-                        lock.unlink(missing_ok=True)
-            raise
+        with locked(folder):
+            try:
+                yield
+            except BaseException:
+                if not (folder / keys.MANIFEST).exists():
+                    _remove_new(folder, there)
+                raise
+
+
+def _remove_new(folder: Path, there: set[Path]) -> None:
+    """Remove what came into the folder with a pack that did not, while its lock is held: one who waits for it takes
+    another if it is gone."""
+    lock, adapters = folder / keys.LOCK, folder / keys.ADAPTERS
+    for path, remove in ((adapters, Path.rmdir), (lock, Path.unlink)):
+        if path not in there:
+            with suppress(OSError):
+                remove(path)
 
 
 def write(

@@ -41,8 +41,11 @@ def staged(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
             file.flush()
             os.fsync(file.fileno())
         yield lambda: os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # a write does not say where the disk was full
+            error.filename = str(path)
         raise
 
 
