@@ -1,4 +1,4 @@
-"""A pack's folder under bad luck: writers killed or out of disk at every step, two at once, bytes that rot."""
+"""A pack's folder under bad luck: writers killed or out of disk at every step, two at once."""
 
 import copy
 import errno
@@ -368,13 +368,13 @@ class TestTwoAtOnce:
                 try:
                     pack = ex.Pack.open(place)
                     pack.verify()
-                    adapter = pack.packed("beta")
+                    adapter, bases = pack.packed("beta"), pack.subspace.modules["encoder.layer.0.query"]
                 except PackBusyError:
                     told += 1
                     continue
                 k = pack.fit_info.n_components
                 assert {c.down.shape for c in adapter.coefficients.values()} == {(3, k)}
-                assert pack.subspace.modules["encoder.layer.0.query"].down.k == k
+                assert bases.down.k == k
                 whole += 1
         finally:
             stop.touch()

@@ -147,7 +147,7 @@ class Pack:
     ) -> dict[str, Path]:
         """Write adapters as PEFT LoRA folders, `directory`/NAME each; the folders by name. All of them by default.
 
-        Names and folders are checked before the first one is written.
+        Names, folders and the pack's bytes are checked before the first one is written.
         """
         wanted = list(dict.fromkeys(names)) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -156,6 +156,8 @@ class Pack:
         targets = {name: Path(directory) / name for name in wanted}
         for target in targets.values():
             store.check_free(target, overwrite)
+        for name in wanted:
+            self.packed(name)
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
                 progress("exporting adapters", done, len(targets))

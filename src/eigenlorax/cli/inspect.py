@@ -31,9 +31,16 @@ def inspect(
 ) -> None:
     """Show what a pack or an adapter holds, what it costs, and what was lost."""
     from .. import keys
+    from ..errors import FormatError
     from ..formats import read_adapter
     from ..pack import Pack
 
+    if Path(target).is_dir() and not any(
+        (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG)
+    ):
+        raise FormatError(
+            f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}."
+        )
     if (Path(target) / keys.MANIFEST).is_file():
         with console.working():
             pack = Pack.open(target)

@@ -1,0 +1,130 @@
+"""A pack whose files are not the ones that were written: each verb says which, writes nothing, and `fit` heals it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import eigenlorax as ex
+from adapters import make_adapter
+from eigenlorax import keys
+from outcomes import assert_refused, contents, succeeded
+
+CARRIED = "base_model.model.embeddings.lora_embedding_A"
+# every kind of file that a pack has; alpha carries an embedding
+FILES = [
+    keys.MANIFEST,
+    "subspace-*.safetensors",
+    *(
+        f"adapters/alpha/{file}"
+        for file in (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.CARRIED)
+    ),
+    f"adapters/beta/{keys.ADAPTER_WEIGHTS}",
+]
+
+
+def flipped(where: float) -> Callable[[Path], object]:
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(where * (len(data) - 1))] ^= 1
+        path.write_bytes(data)
+
+    return flip
+
+
+DAMAGES = {
+    "the first byte flipped": flipped(0),
+    "a byte in the middle flipped": flipped(0.5),
+    "the last byte flipped": flipped(1),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "a link to nothing": lambda path: [path.unlink(), path.symlink_to("gone")],
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("sources")
+    carried = {CARRIED: torch.ones(3, 7), CARRIED[:-1] + "B": torch.ones(43, 3)}
+    make_adapter(parent / "in" / "alpha", seed=1, tensors=carried)
+    make_adapter(parent / "in" / "beta", seed=2)
+    make_adapter(parent / "gamma", seed=3)
+    return parent
+
+
+@pytest.fixture(scope="module")
+def sound(sources, tmp_path_factory):
+    return ex.fit(sources / "in", n_components=4).save(tmp_path_factory.mktemp("sound") / "pack")
+
+
+@pytest.fixture
+def pack(sound, tmp_path):
+    return shutil.copytree(sound, tmp_path / "pack")
+
+
+def test_every_kind_of_file_is_damaged_here(pack):
+    files = {path.relative_to(pack).as_posix() for path in pack.rglob("*") if path.is_file()}
+    damaged = {path.relative_to(pack).as_posix() for pattern in FILES for path in pack.glob(pattern)}
+    # the card is for people, and a function of the manifest; the lock is empty
+    assert {Path(name).name for name in files - damaged} <= {
+        keys.CARD,
+        keys.LOCK,
+        keys.ADAPTER_CONFIG,
+        keys.SOURCE_CONFIG,
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("pattern", FILES)
+def test_each_verb_names_the_file_and_fit_heals_it(cli, sources, sound, pack, pattern, damage):
+    (path,) = pack.glob(pattern)
+    damage(path)
+    gone = pattern == keys.MANIFEST and not path.is_file()
+    before = contents(pack.parent)
+    if gone:
+        assert_refused(cli("inspect", pack), 3, f"{pack} is neither a pack nor an adapter", keys.MANIFEST)
+        assert_refused(cli("export", pack, "-o", pack.parent / "out"), 4, f"{pack} is not a pack", keys.MANIFEST)
+    else:
+        assert_refused(cli("inspect", pack), 4, path, "estore the pack")
+        assert_refused(cli("inspect", pack, "--json"), 4, path)
+        assert_refused(cli("export", pack, "-o", pack.parent / "out"), 4, path)
+    if pattern == keys.MANIFEST:
+        assert_refused(cli("add", pack, sources / "gamma"), 4, pack)
+        assert_refused(cli("remove", pack, "beta"), 4, pack)
+        assert_refused(cli("augment", pack, "--n-extra", 2, "--seed", 1, "-o", pack.parent / "more"), 4, pack)
+    if pattern == "subspace-*.safetensors":
+        assert_refused(cli("add", pack, sources / "gamma"), 4, path)
+    if pattern != keys.MANIFEST:
+        assert_refused(cli("augment", pack, "--n-extra", 2, "--seed", 1, "-o", pack.parent / "more"), 4, path)
+    if gone:
+        assert_refused(cli("fit", sources / "in", "-o", pack, "-k", 4, "--overwrite"), 4, "is not a pack", keys.CARD)
+    assert contents(pack.parent) == before
+    if gone:
+        return
+    succeeded(cli("fit", sources / "in", "-o", pack, "-k", 4, "--overwrite"))
+    assert contents(pack) == contents(sound)
+
+
+def test_what_is_not_damaged_can_be_had(cli, sources, pack):
+    (pack / "adapters" / "alpha" / keys.ADAPTER_WEIGHTS).write_bytes(b"")
+    done = cli("export", pack, "-o", pack.parent / "out", "beta")
+    assert sorted(contents(pack.parent / "out")) == [
+        "beta",
+        "beta/adapter_config.json",
+        "beta/adapter_model.safetensors",
+    ]
+    succeeded(done)
+    succeeded(cli("add", pack, sources / "gamma"))
+    assert_refused(cli("inspect", pack), 4, "alpha")
+    succeeded(cli("remove", pack, "alpha"))
+    succeeded(cli("inspect", pack))
+
+
+def test_the_card_and_the_lock_are_no_content(cli, pack):
+    (pack / keys.CARD).write_text("mine")
+    (pack / keys.LOCK).unlink()
+    succeeded(cli("inspect", pack))
