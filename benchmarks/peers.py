@@ -20,6 +20,8 @@ from fidelity import describe, measure_equal_bytes, measure_equal_k, measure_sca
 from methods import versions
 from speed import SEED, measure_speed
 
+from eigenlorax.cli import env
+
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = Path("src/eigenlorax/tasks/demo_data/adapters")
 RESULT = Path("benchmarks/results/peers.json")
@@ -81,7 +83,12 @@ def run(arguments: argparse.Namespace, scratch: Path) -> Json:
     return {
         "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"cores": os.cpu_count(), "cpu": cpu_model(), "load_at_start": load, "system": platform.system()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "cpu": env.collect()["processor"],
+            "load_at_start": load,
+            "system": platform.system(),
+        },
         "quick": arguments.quick,
         "seeds": {"synthetic": SEED},
         "threads": torch.get_num_threads(),
@@ -120,13 +127,6 @@ def verdict(cases: Mapping[str, bool]) -> Json:
 
 def words(figure: str) -> str:
     return figure.replace("_", " ")
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of `results/peers.json` in Markdown: printed, written between markers, or compared with what stands there.
+"""The tables of `results/*.json` in Markdown: printed, written between markers, or compared with what stands there.
 
 Only the standard library: no package that is measured needs to be installed.
 """
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "peers.json"
-OWN_README = ROOT / "benchmarks" / "README.md"
-PAGES = (OWN_README, ROOT / "README.md")
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS, DEMO = RESULTS / "peers.json", RESULTS / "demo.json"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MISSED = " ✗"
 FIGURES = ("mean", "mean_square", "worst")
 
@@ -27,35 +26,90 @@ def main() -> int:
     action.add_argument("--write", action="store_true", help="replace the text between the markers")
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
-    block = markdown(json.loads(RESULT.read_text(encoding="utf-8")))
+    peers, demo = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO))
+    blocks = {ROOT / "benchmarks" / "README.md": markdown(peers), ROOT / "README.md": figures_table(peers, demo)}
     if not (arguments.write or arguments.check):
-        print(block)
+        print("\n\n".join(blocks.values()))
         return 0
-    stale = [page for page in pages_with_markers() if replaced(page, block) != page.read_text(encoding="utf-8")]
-    for page in stale:
+    stale = {page: block for page, block in blocks.items() if replaced(page, block) != page.read_text("utf-8")}
+    for page, block in stale.items():
         if arguments.write:
             page.write_text(replaced(page, block), encoding="utf-8")
-        print(f"{page.relative_to(ROOT)}: {'written' if arguments.write else f'not the table of {RESULT.name}'}")
+        print(f"{page.relative_to(ROOT)}: {'written' if arguments.write else 'not the tables of the results'}")
     if stale and arguments.check:
         print("python benchmarks/table.py --write mends it.", file=sys.stderr)
         return 1
     return 0
 
 
-def pages_with_markers() -> list[Path]:
-    """benchmarks/README.md, whose markers must be there, and README.md if it has them."""
-    found = [page for page in PAGES if page.exists() and BEGIN in page.read_text(encoding="utf-8")]
-    if OWN_README not in found:
-        raise SystemExit(f"{OWN_README} has no {BEGIN}: there is nowhere to write the tables.")
-    return found
-
-
 def replaced(page: Path, block: str) -> str:
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    head, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{page} has {BEGIN} but no {END} after it.")
+    if not (begin and end):
+        raise SystemExit(f"{page} lacks {BEGIN} or, after it, {END}: there is nowhere to write the tables.")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def figures_table(peers: Json, demo: Json) -> str:
+    """The README's figures: what the demo found, and how the fit compares."""
+    summary, outcomes, where = demo["summary"], demo["outcomes"], demo["environment"]
+    fitted, left_out = ([one for one in outcomes if one["in_fit"] == wanted] for wanted in (True, False))
+    k = summary["fit"]["n_components"]
+    cost = summary["bytes"]
+    speed = peers["results"]["speed"][0]
+    equal_k = next(row for row in peers["results"]["equal_k"] if row["k"] == k)
+    within = [row for row in peers["results"]["equal_bytes"] if row["within_half"]][-1]
+    rows = [
+        [
+            f"bytes: {len(outcomes)} LoRAs → pack of k = {k}, {summary['dtype']}, task heads aside",
+            f"{cost['lora']:,} → {cost['basis']:,} of basis + {cost['coefficients']:,} of coefficients",
+        ],
+        ["compression ratio", f"{cost['ratio']:.2f} with the basis counted, {cost['ratio_without_basis']:.2f} without"],
+        *outcome_rows(f"{len(fitted)} adapters of the fit", fitted),
+        *outcome_rows(f"{len(left_out)} adapters left out of it, then projected", left_out),
+        [
+            f"delta error at k = {k}, mean / worst of all {len(peers['results']['collection']['adapters'])} adapters",
+            f"**{mean_and_worst(equal_k, 'delta')}**; paper's `factors` {mean_and_worst(equal_k, 'factors')}; "
+            f"lorashare {mean_and_worst(equal_k, 'lorashare')}",
+        ],
+        [
+            f"the same at equal bytes, {within['share_of_lora_bytes']:.2f} of the LoRAs'",
+            f"**{mean_and_worst(within, 'delta')}**; vlora-dev {mean_and_worst(within, 'vlora')}",
+        ],
+        [
+            f"seconds to fit {speed['shape']}",
+            f"{speed['median_seconds']['factors']['total']:.2f} (`factors`), "
+            f"{speed['median_seconds']['delta']['total']:.2f} (`delta`); "
+            f"lorashare {speed['median_seconds']['lorashare']['total']:.1f}",
+        ],
+    ]
+    versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "peft", "transformers"))
+    note = (
+        f"The last three rows are from `{peers['command']}` ([all of it](benchmarks/README.md)), the others from "
+        f"`eigenlorax demo --json`; {where['processor']}, {peers['threads']} thread, {versions}. The demo's adapters "
+        "have a seed each. Files: [benchmarks/results](benchmarks/results)."
+    )
+    return f"{table(('', 'measured'), rows)}\n\n{note}"
+
+
+def outcome_rows(who: str, outcomes: Sequence[Json]) -> list[list[str]]:
+    def mean(field: str) -> float:
+        return sum(one[field] for one in outcomes) / len(outcomes)
+
+    worst = max(one["delta_error"] for one in outcomes)
+    return [
+        [f"{who}: delta error, mean / worst", f"{mean('delta_error'):.3f} / {worst:.3f}"],
+        [
+            f"{who}: accuracy on {outcomes[0]['sentences']} sentences each",
+            f"{mean('original'):.3f} original → {mean('recycled'):.3f} recycled; {mean('without_update'):.3f} without "
+            f"any update; the same answer on {mean('agreement'):.3f}",
+        ],
+    ]
+
+
+def mean_and_worst(row: Json, method: str) -> str:
+    figures = row["methods"][method]
+    return f"{figures['mean']:.3f} / {figures['worst']:.3f}"
 
 
 def markdown(result: Json) -> str:

@@ -25,7 +25,8 @@ with tempfile.TemporaryDirectory() as folder:
     pack = ex.fit(adapters, n_components=32)
     record = pack.add(newcomer)
     pack.save(Path(folder) / "pack")
-    print(f"{len(pack.names)} adapters, delta error {pack.summary.in_fit.mean:.3f} on average")
+    fitted = pack.summary.in_fit
+    print(f"{fitted.adapters} adapters fitted, delta error {fitted.mean:.3f} on average")
     print(f"clinc-travel was not in the fit, and loses {record.delta_error:.3f} of its update")
     print(f"LoRAs {pack.summary.bytes.lora:,} bytes; ratio {pack.summary.bytes.ratio:.2f} with the basis counted")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import console
+from .env import collect
 
 if TYPE_CHECKING:
     from ..tasks.demo import Demo, Outcome
@@ -52,6 +53,7 @@ def demo(
         console.print_json(
             {
                 "seconds": seconds,
+                "environment": collect(),
                 "kept": str(keep) if keep else None,
                 "summary": asdict(found.summary),
                 "outcomes": [asdict(outcome) for outcome in found.outcomes],
@@ -79,6 +81,10 @@ def _show(found: "Demo", seconds: float) -> None:
         numbers=(2, 3, 4, 5, 6),
     )
     console.print_rows("What it cost", [*console.cost_rows(found.summary), ("seconds", f"{seconds:.1f}")])
+    typer.echo(
+        "Delta error is the share of an update's norm that is lost. An adapter that was not in the fit keeps only what "
+        "lies in the subspace of the others: where that is too little, fit the pack again with it."
+    )
 
 
 def _row(outcome: "Outcome") -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import typer
 
@@ -21,15 +22,24 @@ def register(app: typer.Typer) -> None:
 
 def env(json: console.Json = False) -> None:
     """Show versions, platform and devices: paste it into a bug report."""
+    found = collect()
+    if json:
+        console.print_json(found)
+    else:
+        console.print_rows("", list(found.items()))
+
+
+def collect() -> dict[str, str]:
+    """What this process runs on and with, by name."""
     import torch
 
     from ..version import __version__
 
-    found = {
+    return {
         "eigenlorax": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cpus": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -40,10 +50,14 @@ def env(json: console.Json = False) -> None:
             if name in os.environ
         },
     }
-    if json:
-        console.print_json(found)
-    else:
-        console.print_rows("", list(found.items()))
+
+
+def _processor() -> str:
+    """The CPU's own name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

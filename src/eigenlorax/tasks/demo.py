@@ -5,6 +5,7 @@ sentences as it was, as it came back, and with its update taken away, so that it
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,14 +187,17 @@ def _silence(model: "PeftModel") -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers says that the classifier is new, and draws a bar for each model: both would drown the table."""
+    """transformers says that the classifier is new, what it will deprecate, and draws a bar for each model: all that
+    would drown the table."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()

