@@ -1,0 +1,189 @@
+"""The pages in docs/ say what the code does: verbs, options, exit codes, fields, modules, links, examples."""
+
+import dataclasses
+import re
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import typer
+
+import eigenlorax
+from eigenlorax import errors, manifest, packed, subspace, summary
+from eigenlorax.cli import app
+from eigenlorax.cli.main import IO_ERROR
+from eigenlorax.tasks import demo
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PACKAGE = Path(eigenlorax.__file__).parent
+PAGES = sorted(DOCS.glob("*.md"))
+LINKING = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md"))]
+
+CLI = (DOCS / "cli.md").read_text("utf-8")
+COMMAND = typer.main.get_command(app)
+VERBS = COMMAND.commands
+
+
+def without_fences(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def by_path(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def section(text, title):
+    """What is under a heading of the second level, up to the next one."""
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def without_code(text):
+    """A page without its blocks of code, fenced and indented, and without code in lines."""
+    text = re.sub(r"^ {4,}.*$", "", without_fences(text), flags=re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "`code`", text)
+
+
+def anchors(text):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", without_fences(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_every_option_of_a_verb_is_in_its_section(self, verb):
+        text = section(CLI, f"`eigenlorax {verb}`")
+        assert text, f"docs/cli.md has no section on {verb}"
+        # an argument is one of the words of the line of use, or of the table
+        for parameter in VERBS[verb].params:
+            if parameter.param_type_name == "option":
+                for spelling in [*parameter.opts, *parameter.secondary_opts]:
+                    assert re.search(rf"`{spelling}[ `]", text), f"docs/cli.md, {verb}: {spelling} is not there"
+            else:
+                metavar = parameter.metavar.replace("|", r"\|")
+                assert f"`{metavar}" in text, f"docs/cli.md, {verb}: {metavar} is not there"
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_no_option_is_told_of_that_a_verb_lacks(self, verb):
+        known = {spelling for p in VERBS[verb].params for spelling in [*p.opts, *p.secondary_opts]} | {"--help"}
+        told = set(re.findall(r"^\| .*?(?= \| )", section(CLI, f"`eigenlorax {verb}`"), flags=re.MULTILINE))
+        options = {option for cell in told for option in re.findall(r"`(--?[a-z][a-z-]*)", cell)}
+        assert options <= known
+
+    def test_the_verbs_in_the_list_are_those_of_the_command(self):
+        assert re.findall(r"^\| \[`(\w+)`\]", CLI, flags=re.MULTILINE) == list(VERBS)
+
+    def test_options_of_the_command_itself(self):
+        for parameter in COMMAND.params:
+            assert all(f"`eigenlorax {spelling}`" in CLI for spelling in parameter.opts)
+
+    @pytest.mark.parametrize("option", ["json", "overwrite", "same-base", "allow-pickle", "revision"])
+    def test_the_verbs_that_share_an_option(self, option):
+        shared = section(CLI, "Options that several verbs have")
+        (named,) = re.findall(rf"^\| `--{option}(?: [A-Z]+)?` \| ([^|]*) \|", shared, flags=re.MULTILINE)
+        having = [verb for verb in VERBS if any(f"--{option}" in p.opts for p in VERBS[verb].params)]
+        assert named == ("all" if having == list(VERBS) else ", ".join(having))
+
+    def test_every_error_is_beside_its_exit_code(self):
+        rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", section(CLI, "Exit codes"), flags=re.MULTILINE))
+        classes = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, Exception)]
+        ours = [one for one in classes if issubclass(one, errors.EigenloraxError)]
+        assert len(ours) > 10
+        for one in ours:
+            assert f"`{one.__name__}`" in rows[str(one.exit_code)]
+        assert "`OSError`" in rows[str(IO_ERROR)]
+        assert {"0", "1", "2"} <= rows.keys()
+
+    @pytest.mark.parametrize(
+        ("of", "title"),
+        [
+            (summary.Summary, "A pack's figures"),
+            (summary.Components, "A pack's figures"),
+            (summary.Errors, "A pack's figures"),
+            (summary.Bytes, "A pack's figures"),
+            (manifest.FitInfo, "A pack's figures"),
+            (packed.Record, "A pack's figures"),
+            (demo.Outcome, "`eigenlorax demo`"),
+        ],
+        ids=lambda value: getattr(value, "__name__", ""),
+    )
+    def test_every_field_of_the_json(self, of, title):
+        for field in dataclasses.fields(of):
+            assert f"`{field.name}`" in section(CLI, title), f"docs/cli.md: {field.name} of {of.__name__}"
+
+
+@pytest.mark.parametrize(
+    "of", [manifest.SubspaceInfo, manifest.SideInfo, manifest.FitInfo, packed.Record, subspace.Augmentation]
+)
+def test_every_field_of_the_manifest_is_specified(of):
+    text = (DOCS / "pack-format.md").read_text("utf-8")
+    for field in dataclasses.fields(of):
+        assert f"`{field.name}`" in text, f"docs/pack-format.md: {field.name} of {of.__name__}"
+
+
+class TestArchitecture:
+    text = (DOCS / "architecture.md").read_text("utf-8")
+
+    def test_every_module_is_named(self):
+        modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
+        assert len(modules) > 20
+        missing = [module for module in sorted(modules) if f"`{module}`" not in self.text]
+        assert not missing, f"docs/architecture.md does not name {missing}"
+
+    def test_no_module_is_named_that_is_not_there(self):
+        for row in re.findall(r"^\| (`[^|]*\.py`) \|", self.text, flags=re.MULTILINE):
+            for name in re.findall(r"`([^`]*)`", row):
+                assert (PACKAGE / name).is_file(), f"docs/architecture.md: {name}"
+
+    def test_the_picture_has_the_layers_that_are_held(self):
+        contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+        (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+        held = [[name.strip().removeprefix("eigenlorax.") for name in re.split("[|:]", layer)] for layer in layers]
+        picture = self.text.partition("```mermaid")[2].partition("```")[0]
+        drawn = [re.findall(r"<b>(\w+)</b>", label) for label in re.findall(r'\["(.*?)"\]', picture)]
+        assert drawn == held
+        order = re.findall(r'(\w+)(?:\[".*?"\])? --> (\w+)', picture)
+        assert len(order) == len(held) - 1
+        assert all(below == above for (_, below), (above, _) in pairwise(order))
+
+
+@pytest.mark.parametrize("page", LINKING, ids=by_path)
+def test_links_lead_somewhere(page):
+    text = without_code(page.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{by_path(page)}: {target}"
+        assert found.is_relative_to(ROOT), f"{by_path(page)}: {target} leads out of the repository"
+        if anchor:
+            assert anchor in anchors(found.read_text("utf-8")), f"{by_path(page)}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=by_path)
+def test_the_index_has_every_page(page):
+    assert f"[{page.name}]({page.name})" in (DOCS / "README.md").read_text("utf-8")
+
+
+BLOCKS = [
+    (page, block)
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[by_path(page) for page, _ in BLOCKS])
+def test_examples_run(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(page), "exec"), {"__name__": "example"})
+    assert any(tmp_path.iterdir()), "an example leaves something in its folder"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_lines_are_short(page):
+    text = without_fences(page.read_text("utf-8"))
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "$$"))]
+    assert not long
