@@ -6,7 +6,6 @@ manifest is replaced last but for the card, and what it does not list is not in 
 reasons.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from .subspace import augment as augmented
 LOCK_SECONDS = 20.0
 # Rebuilt directions may differ in their last bits from machine to machine; a sum over d entries of at most 1 by more.
 _CHECK_TOLERANCE = 1e-3
-_SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,7 @@ def _is_left_over(path: Path) -> bool:
     ours: a folder named `adapters` may be somebody's only copy of the sources."""
     if path.name == keys.ADAPTERS:
         return path.is_dir() and all(_is_staged(child) or _is_packed(child) for child in path.iterdir())
-    return path.name == keys.LOCK or _is_staged(path) or _SUBSPACE_FILE.fullmatch(path.name) is not None
+    return path.name == keys.LOCK or _is_staged(path) or manifest.SUBSPACE_FILE.fullmatch(path.name) is not None
 
 
 def _is_staged(path: Path) -> bool:
@@ -319,7 +317,7 @@ def _tidy(folder: Path, found: Manifest) -> None:
         if path.name not in found.adapters and (_is_staged(path) or _is_packed(path)):
             store.remove(path)
     for path in folder.iterdir():
-        if _SUBSPACE_FILE.fullmatch(path.name) and path.name != found.subspace_file:
+        if manifest.SUBSPACE_FILE.fullmatch(path.name) and path.name != found.subspace_file:
             store.remove(path)
 
 

@@ -1,16 +1,23 @@
 """`subspace_config.json`: what a pack holds, as data, and as bytes that notice a change. docs/pack-format.md."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from . import dtypes, keys, store
 from .basis import Basis
-from .errors import PackDamagedError, PackVersionError
+from .errors import AdapterNameError, PackDamagedError, PackVersionError
 from .packed import Record
 from .subspace import Augmentation, Subspace
 from .version import __version__
+
+SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
+_FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
+_FORMAT = "eigenlorax-pack"
+_REMEDY = "Restore the pack from a copy, or fit it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The manifest's file: JSON with sorted keys, and a digest of all of it but the digest."""
         body: dict[str, Any] = {
-            "format": "eigenlorax-pack",
+            "format": _FORMAT,
             "format_version": keys.FORMAT_VERSION,
             "eigenlorax_version": __version__,
             "base_model_name_or_path": self.base_model,
@@ -110,11 +117,11 @@ class Manifest:
 def parse(data: bytes, path: Path) -> Manifest:
     """The manifest from its file's bytes; `PackVersionError` or `PackDamagedError` where they cannot be trusted."""
     try:
-        body = json.loads(data)
-    except ValueError as error:
+        body = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise PackDamagedError(f"{path} is not valid JSON: {error}. {_REMEDY}") from error
-    if not isinstance(body, dict) or not isinstance(body.get("format_version"), int):
-        raise PackDamagedError(f"{path} has no format_version: it is not the manifest of a pack.")
+    if not isinstance(body, dict) or type(body.get("format_version")) is not int:
+        raise PackDamagedError(f"{path} has no format_version: it is not the manifest of a pack. {_REMEDY}")
     if body["format_version"] > keys.FORMAT_VERSION:
         raise PackVersionError(
             f"{path} is of pack format {body['format_version']} (written by eigenlorax "
@@ -122,36 +129,99 @@ def parse(data: bytes, path: Path) -> Manifest:
             f"up to format {keys.FORMAT_VERSION}: pip install --upgrade eigenlorax."
         )
     digest = body.pop("digest", None)
-    if digest != store.digest(_dump(body)):
+    try:
+        intact = digest == store.digest(_dump(body))
+    except (ValueError, RecursionError) as error:
+        raise PackDamagedError(f"{path} holds what no manifest does: {error}. {_REMEDY}") from error
+    if not intact:
         raise PackDamagedError(f"{path} was changed after it was written: its digest does not fit. {_REMEDY}")
-    return Manifest(
-        base_model=body["base_model_name_or_path"],
-        revision=body["revision"],
-        fit=FitInfo(**body["fit"]),
-        subspace_file=body["subspace"].pop("file"),
-        subspace_sha256=body["subspace"].pop("sha256"),
-        subspace=_subspace_info(**body["subspace"]),
-        coefficient_dtype=body["coefficient_dtype"],
-        adapters={keys.check_name(name): _entry(fields) for name, fields in body["adapters"].items()},
+    try:
+        return _manifest(body)
+    except (_UnfitError, AdapterNameError) as error:
+        raise PackDamagedError(
+            f"{path} was not written as the format asks: {error} Make the pack again, with another tool or release."
+        ) from error
+
+
+class _UnfitError(Exception):
+    """What in a manifest is not as it should be, though its digest fits: whoever wrote it was mistaken."""
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    if (body.get("format"), body["format_version"]) != (_FORMAT, keys.FORMAT_VERSION):
+        raise _UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
+    subspace, entries = (dict(_typed(dict, body.get(key), key)) for key in ("subspace", "adapters"))
+    found = Manifest(
+        base_model=_typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
+        revision=_typed(str | None, body.get("revision", ...), "revision"),
+        fit=_typed(FitInfo, body.get("fit"), "fit"),
+        subspace_file=_typed(str, subspace.pop("file", None), "subspace.file"),
+        subspace_sha256=_typed(str, subspace.pop("sha256", None), "subspace.sha256"),
+        subspace=_typed(SubspaceInfo, subspace, "subspace"),
+        coefficient_dtype=_typed(str, body.get("coefficient_dtype"), "coefficient_dtype"),
+        adapters={keys.check_name(name): _entry(fields, f"adapters.{name}") for name, fields in entries.items()},
     )
+    _check(found)
+    return found
 
 
-def _subspace_info(
-    augmentations: list[dict[str, int]], modules: dict[str, dict[str, dict[str, Any]]], **fields: Any
-) -> SubspaceInfo:
-    return SubspaceInfo(
-        augmentations=tuple(Augmentation(**fields) for fields in augmentations),
-        modules={name: {side: SideInfo(**info) for side, info in sides.items()} for name, sides in modules.items()},
-        **fields,
-    )
+def _entry(value: Any, where: str) -> Entry:
+    fields = dict(_typed(dict, value, where))
+    files = _typed(dict[str, str], fields.pop("files", None), f"{where}.files")
+    return Entry(_typed(Record, fields, where), files)
 
 
-_REMEDY = "Restore the pack from a copy, or fit it again."
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """`value`, which JSON gave, as what the annotation `kind` says."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        fields = _typed(dict, value, where)
+        hints = get_type_hints(kind)
+        if fields.keys() != hints.keys():
+            raise _UnfitError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
+        return kind(**{name: _typed(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
+    if origin in (list, tuple):
+        items = [_typed(inner[0], item, f"{where}[{index}]") for index, item in enumerate(_typed(list, value, where))]
+        return items if origin is list else tuple(items)
+    if origin is dict:
+        return {key: _typed(inner[1], item, f"{where}.{key}") for key, item in _typed(dict, value, where).items()}
+    if origin is UnionType:
+        return None if value is None else _typed(inner[0], value, where)
+    if kind is float and type(value) is int:
+        # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
+        value = float(value) if abs(value) < 2**53 else value
+    if type(value) is not kind:
+        shown = "missing" if value is ... else json.dumps(value)[:40]
+        raise _UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
+    return value
 
 
-def _entry(fields: dict[str, Any]) -> Entry:
-    files = fields.pop("files")
-    return Entry(Record(**fields), files)
+def _check(found: Manifest) -> None:
+    """What types do not say. Names of files lead nowhere else than into the pack."""
+    fit, subspace = found.fit, found.subspace
+    seeds = [augmentation.seed for augmentation in subspace.augmentations]
+    sides = [side for pair in subspace.modules.values() for side in pair.values()]
+    names = [name.lower() for name in found.adapters]
+    files = [set(entry.files) for entry in found.adapters.values()]
+    known = {dtypes.name(dtype) for dtype in dtypes.STORED}
+    for right, what in (
+        (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
+        ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
+        ((fit.n_components is None) != (fit.energy is None), "fit must have one of n_components and energy"),
+        (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
+        (all(subspace.n_extra <= side.k <= side.dimension for side in sides), "a k is out of range"),
+        (all(side.square >= 0 for side in sides), "a square is negative"),
+        (all(a.n_extra >= 1 for a in subspace.augmentations), "an n_extra is below 1"),
+        (len(set(seeds)) == len(seeds), "two augmentations have one seed"),
+        (len(set(names)) == len(names), "two adapters differ by case alone"),
+        (all(_FILES <= one <= {*_FILES, keys.CARRIED} for one in files), "an adapter's files"),
+    ):
+        if not right:
+            raise _UnfitError(f"{what}.")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _dump(value: Any) -> bytes:

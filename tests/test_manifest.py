@@ -1,0 +1,202 @@
+"""The manifest: a change of its bytes is noticed, and what a mistaken tool signed is refused before it is believed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eigenlorax as ex
+from eigenlorax import card, keys, manifest, store
+from eigenlorax.errors import PackDamagedError, PackVersionError
+from planted import random_collection
+
+PATH = Path("pack", keys.MANIFEST)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pack") / "pack"
+    ex.fit(random_collection(2), n_components=4).augment(2, seed=7).save(place)
+    return (place / keys.MANIFEST).read_bytes()
+
+
+def signed(body):
+    """A manifest of this content whose digest fits."""
+    body = {key: value for key, value in body.items() if key != "digest"}
+    canonical = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    return json.dumps({**body, "digest": store.digest(canonical.encode())}).encode()
+
+
+def places(value, path=()):
+    """The path to everything in a JSON value."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def changed(data, path, change):
+    body = json.loads(data)
+    *parents, last = path
+    holder = body
+    for key in parents:
+        holder = holder[key]
+    change(holder, last)
+    return signed(body)
+
+
+def put(value):
+    return lambda holder, key: holder.__setitem__(key, value)
+
+
+def test_what_is_written_is_read(data):
+    found = manifest.parse(data, PATH)
+    assert found.to_bytes() == data
+    assert manifest.parse(signed(json.loads(data)), PATH) == found
+
+
+def test_a_flip_of_any_byte_is_noticed_unless_it_says_the_same(data):
+    unnoticed = 0
+    for index in range(len(data)):
+        flipped = bytearray(data)
+        flipped[index] ^= 1
+        try:
+            found = manifest.parse(bytes(flipped), PATH)
+        except (PackDamagedError, PackVersionError) as error:
+            assert str(error).startswith(str(PATH))  # noqa: PT017
+        else:
+            # the last digit of a float may be one of several that are read as the same number
+            assert found.to_bytes() == data
+            unnoticed += 1
+    assert unnoticed < 10
+
+
+def test_a_cut_anywhere_is_noticed(data):
+    # without its last byte, a newline, it still says the same
+    for end in range(0, len(data) - 1, 7):
+        with pytest.raises(PackDamagedError, match=f"{PATH} is not valid JSON.*Restore the pack"):
+            manifest.parse(data[:end], PATH)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"null", "is not the manifest of a pack"),
+        (b"{}", "is not the manifest of a pack"),
+        (b'{"format_version": true}', "is not the manifest of a pack"),
+        (b'{"format_version": "1"}', "is not the manifest of a pack"),
+        (b'{"format_version": 1}', "digest does not fit"),
+        (b'{"format_version": 1, "fit": NaN}', "NaN is not a number"),
+        (b'{"format_version": 1, "fit": 1e999}', "holds what no manifest does"),
+        (b'{"format_version": 1, "fit": ' + b"[" * 600 + b"]" * 600 + b"}", "digest does not fit|holds what no"),
+    ],
+)
+def test_what_is_no_manifest(text, message):
+    with pytest.raises(PackDamagedError, match=f"{PATH}.*{message}"):
+        manifest.parse(text, PATH)
+
+
+def test_a_newer_format_is_refused_before_anything_else(data):
+    newer = signed({"format_version": 2, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 2 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+        manifest.parse(newer, PATH)
+    with pytest.raises(PackVersionError, match="pack format 2"):
+        manifest.parse(json.dumps({**json.loads(data), "format_version": 2}).encode(), PATH)
+
+
+FREE = {("eigenlorax_version",), ("digest",)}
+# any number of JSON may stand for a float, and null where nothing was stated
+ALIKE = {float: (int, float)}
+OPTIONAL = {("base_model_name_or_path",), ("revision",), ("fit", "n_components"), ("fit", "energy")}
+
+
+def test_a_field_of_another_type_is_refused_though_the_digest_fits(data):
+    body, refused = json.loads(data), 0
+    for path in places(body):
+        if path in FREE:
+            continue
+        value = body
+        for key in path:
+            value = value[key]
+        for wrong in (None, True, 3, 0.5, "text", [], [None], {}, {"text": None}):
+            fits = type(wrong) in ALIKE.get(type(value), (type(value),))
+            if fits or (path in OPTIONAL and None in (value, wrong)):
+                continue
+            with pytest.raises((PackDamagedError, PackVersionError), match=str(PATH)):
+                manifest.parse(changed(data, path, put(wrong)), PATH)
+            refused += 1
+    assert refused > 500
+
+
+def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(data):
+    for path in places(json.loads(data)):
+        # adapters, augmentations, ranks and modules are as many as there are
+        optional = path in FREE or path[:-1] in {("adapters",), ("subspace", "modules"), ("fit", "skipped")}
+        if not optional and isinstance(path[-1], str):
+            with pytest.raises(PackDamagedError, match=str(PATH)):
+                manifest.parse(changed(data, path, lambda holder, key: holder.pop(key)), PATH)
+    for path in (
+        ("fit", "more"),
+        ("subspace", "more"),
+        ("adapters", "a0", "more"),
+        ("adapters", "a0", "files", "more"),
+    ):
+        with pytest.raises(PackDamagedError, match="more|files"):
+            manifest.parse(changed(data, path, put("text")), PATH)
+
+
+SIDE = ("subspace", "modules", "encoder.0.query", "down")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("format",), "other", "'other'"),
+        (("format_version",), 0, "0"),
+        (("subspace", "file"), "../../secret", "subspace.file is '../../secret'"),
+        (("subspace", "file"), "adapters", "subspace.file"),
+        (("adapters", "a0", "files", "../../../secret"), "0" * 64, "files"),
+        (("adapters", "../a"), {}, "adapter name '../a' is not allowed"),
+        (("subspace", "dtype"), "int8", "dtype"),
+        (("coefficient_dtype",), "complex64", "dtype"),
+        (("fit", "energy"), 0.5, "one of n_components and energy"),
+        (("fit", "n_components"), None, "one of n_components and energy"),
+        ((*SIDE, "k"), 1000, "k is out of range"),
+        ((*SIDE, "k"), 1, "k is out of range"),
+        ((*SIDE, "square"), -1.0, "square is negative"),
+        (("subspace", "augmentations", 0, "n_extra"), 0, "n_extra is below 1"),
+        (("subspace", "augmentations"), [{"n_extra": 1, "seed": 7}] * 2, "one seed"),
+        ((*SIDE[:-1], "sideways"), {"dimension": 29, "k": 6, "energy": 1.0, "square": 1.0}, "side"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_though_the_digest_fits(data, path, value, message):
+    with pytest.raises(PackDamagedError, match=f"{PATH} was not written as the format asks: .*{message}"):
+        manifest.parse(changed(data, path, put(value)), PATH)
+
+
+def test_two_names_that_differ_by_case_are_refused_though_the_digest_fits(data):
+    body = json.loads(data)
+    body["adapters"]["A0"] = body["adapters"]["a0"]
+    with pytest.raises(PackDamagedError, match="differ by case alone"):
+        manifest.parse(signed(body), PATH)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("base_model_name_or_path",), None),
+        (("base_model_name_or_path",), "\ud800"),
+        (("revision",), "main"),
+        (("eigenlorax_version",), "99"),
+        (("adapters",), {}),
+        ((*SIDE, "energy"), 1),
+        (("fit", "skipped"), {"bad": "a reason"}),
+    ],
+)
+def test_what_else_may_be_there(data, path, value):
+    found = manifest.parse(changed(data, path, put(value)), PATH)
+    assert card.render(found)
+    assert manifest.parse(found.to_bytes(), PATH) == found
