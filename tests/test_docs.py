@@ -170,7 +170,7 @@ def test_the_index_has_every_page(page):
 
 BLOCKS = [
     (page, block)
-    for page in PAGES
+    for page in [*PAGES, ROOT / "README.md"]
     for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 ]
 

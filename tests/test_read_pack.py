@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import eigenlorax as ex
 from adapters import MODULES, factors, make_adapter, make_adapters
@@ -193,6 +194,42 @@ class TestSpecification:
     """docs/pack-format.md names all that a pack is made of."""
 
     text = (DOCS / "pack-format.md").read_text("utf-8")
+
+    def test_of_the_manifests_bytes(self, everything):
+        data = (everything / "subspace_config.json").read_bytes()
+        canonical = json.dumps(json.loads(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        assert data == canonical.encode()
+
+    def test_of_the_fingerprint(self, everything):
+        subspace = json.loads((everything / "subspace_config.json").read_text())["subspace"]
+        tensors = load_file(everything / subspace["file"])
+        assert sha256((everything / subspace["file"]).read_bytes()).hexdigest()[:8] == subspace["file"][9:17]
+        digest = sha256()
+        for module in sorted(subspace["modules"]):
+            for side in ("down", "up"):
+                rows = tensors[f"{module}.{side}.components"]
+                digest.update(f"{module}\0{side}\0{rows.shape}\0torch.{subspace['dtype']}\0".encode())
+                digest.update(rows.astype("<f4").tobytes())
+                spectrum = tensors[f"{module}.{side}.singular_values"].astype(float)
+                assert subspace["modules"][module][side]["square"] == pytest.approx(np.square(spectrum).sum())
+        for one in subspace["augmentations"]:
+            digest.update(f"augmentation\0{one['n_extra']}\0{one['seed']}\0".encode())
+        assert digest.hexdigest() == subspace["fingerprint"]
+        assert subspace["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+
+    def test_of_the_hash_of_a_source(self, everything):
+        entry = json.loads((everything / "subspace_config.json").read_text())["adapters"]["a"]
+        source = load_file(everything.parent / "sources" / "a" / "adapter_model.safetensors")
+        digest = sha256()
+        for module in sorted(MODULES):
+            for side, part in (("down", "lora_A"), ("up", "lora_B")):
+                tensor = source.pop(f"base_model.model.{module}.{part}.weight")
+                digest.update(f"{module}\0{side}\0{tensor.shape}\0torch.float32\0{2.0!r}\0".encode())
+                digest.update(tensor.tobytes())
+        for key, tensor in sorted(source.items()):
+            digest.update(f"{key}\0{tensor.shape}\0torch.float32\0".encode())
+            digest.update(tensor.tobytes())
+        assert digest.hexdigest() == entry["source_sha256"]
 
     def assert_named(self, names):
         missing = [name for name in sorted(names) if f"`{name}`" not in self.text]
