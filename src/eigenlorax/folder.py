@@ -203,8 +203,8 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
 
 
 def check_outside(folder: Path) -> None:
-    """`PackExistsError` if `folder` lies in a pack: writing there would damage that one."""
-    for parent in folder.absolute().parents:
+    """`PackExistsError` if `folder` lies in a pack, be it by a link: writing there would damage that one."""
+    for parent in (*folder.absolute().parents, *folder.resolve().parents):
         if (parent / keys.MANIFEST).is_file():
             raise PackExistsError(f"{folder} lies in the pack {parent}. Choose a folder outside it.")
 

@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .errors import (
     AdapterNameError,
     ModuleNameError,
+    NonFiniteError,
     OptionError,
     PackBusyError,
     PackDamagedError,
@@ -155,14 +156,27 @@ class Pack:
             self._check_has(name)
         targets = {name: Path(directory) / name for name in wanted}
         for target in targets.values():
-            store.check_free(target, overwrite)
+            folder.check_outside(target)
+            store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
-            self.packed(name)
+            self._check_fits(name, parsed)
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
                 progress("exporting adapters", done, len(targets))
             formats.write_adapter(self.adapter(name, parsed), target, overwrite=overwrite)
         return targets
+
+    def _check_fits(self, name: str, dtype: torch.dtype | None) -> None:
+        """Read an adapter, and, where a dtype is asked for, see that its factors fit in it."""
+        found = self.packed(name)
+        if dtype is None:
+            return
+        for module, factors in packed.unpacked(found, self.subspace, dtype).modules.items():
+            if not (factors.down.isfinite().all() and factors.up.isfinite().all()):
+                raise NonFiniteError(
+                    f"adapter {name!r}: the factors of module {module} are too large for {dtypes.name(dtype)}. Export "
+                    "it in a wider dtype."
+                )
 
     def verify(self) -> None:
         """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""
@@ -196,7 +210,7 @@ class Pack:
         packing = Packing(adapter, checks.scan(adapter))
         for module, place in places.items():
             bases = self.subspace.modules[place]
-            packing.project(module, adapter.modules[module], bases, self.coefficient_dtype, spaces.duals(bases))
+            packing.project(module, place, adapter.modules[module], bases, self.coefficient_dtype, spaces.duals(bases))
         added = packing.packed(in_fit=False)
         self._adapters[adapter.name] = added
         self.base_model = self.base_model or adapter.base_model

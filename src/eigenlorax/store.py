@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import takewhile
@@ -90,8 +90,8 @@ def check_free(path: Path, overwrite: bool = False) -> None:
         raise PackExistsError(f"{path} exists and is not empty. Choose another folder, or replace it with --overwrite.")
 
 
-def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
-    """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced.
+def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:
+    """`PackExistsError` unless a folder of these files may be written to `path`.
 
     What may be replaced is a folder of the same kind: empty, or with one of the files that are to be written.
     """
@@ -101,6 +101,11 @@ def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
             f"{path} is not replaced: it holds none of {', '.join(sorted(files))}, so it is something else. Choose "
             "another folder, or remove it yourself."
         )
+
+
+def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
+    """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced."""
+    check_replaceable(path, files, overwrite)
     beside = _beside(path)
     with made(path.parent):
         try:

@@ -1,11 +1,14 @@
 """What the tests of the command line share."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import eigenlorax as ex
+from adapters import make_adapter, make_adapters
 from children import Done
 from eigenlorax.cli import main
 
@@ -29,3 +32,19 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(code if isinstance(code, int) else int(code is not None), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made")
+    make_adapters(place / "in", "alpha beta gamma")
+    make_adapter(place / "new", seed=9, rank=2)
+    ex.fit(place / "in", n_components=4).save(place / "pack")
+    return place
+
+
+@pytest.fixture
+def pack(_made: Path, tmp_path: Path) -> Path:
+    """A pack, k = 4, of three adapters of rank 3 beside it, `in/alpha`, `in/beta`, `in/gamma`; and `new`, of rank 2."""
+    shutil.copytree(_made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "pack"
