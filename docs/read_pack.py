@@ -28,8 +28,9 @@ def delta_weights(pack, name):
     files = {file: checked(place / file, digest) for file, digest in entry["files"].items()}
     coefficients, source = load(files["adapter_model.safetensors"]), json.loads(files["source_config.json"])
     found = {}
-    for module in json.loads(files["adapter_config.json"])["target_modules"]:
-        key = resolve(module, subspace["modules"])
+    config = json.loads(files["adapter_config.json"])
+    for module in config["target_modules"]:
+        key = config["subspace_modules"].get(module, module)
         down, up = (basis(tensors, f"{key}.{side}", subspace["augmentations"]) for side in ("down", "up"))
         c_down, c_up = (
             coefficients[f"base_model.model.{module}.eigenlorax_{side}"].astype(float) for side in ("down", "up")
@@ -43,14 +44,6 @@ def checked(path, wanted):
     data = path.read_bytes()
     assert sha256(data).hexdigest() == wanted, f"{path} was changed"
     return data
-
-
-def resolve(module, modules):
-    """The subspace's name of an adapter's module: the same one, or the only one that differs by leading components."""
-    if module in modules:
-        return module
-    (one,) = (m for m in modules if m.endswith(f".{module}") or module.endswith(f".{m}"))
-    return one
 
 
 def scaling(source, module):

@@ -120,3 +120,7 @@ class TestResolve:
 
     def test_two_modules_of_one_adapter_never_share_a_place(self):
         assert keys.resolve_all(["0.q", "decoder.0.q"], ["decoder.0.q"]) == {"0.q": None, "decoder.0.q": "decoder.0.q"}
+
+    def test_two_modules_of_one_adapter_are_never_one(self):
+        with pytest.raises(ModuleNameError, match="'x.m' and 'y.x.m' of one adapter both fit the module 'm'"):
+            keys.resolve_all(["x.m", "y.x.m"], ["m"])

@@ -305,3 +305,37 @@ def test_an_adapter_with_nothing_but_carried_tensors_can_be_kept(saved):
     record = pack.add(odd)
     assert record.untrained is False
     assert torch.equal(pack.adapter("odd").carried[key], torch.ones(2, 9))
+
+
+class TestModuleNames:
+    """Names that differ by leading components, where a rule alone could not tell which module is meant."""
+
+    def assert_read_back(self, pack, adapters, path):
+        pack.save(path)
+        opened = ex.Pack.open(path)
+        opened.export(path.with_name("out"))
+        for source in adapters:
+            for back in (opened.adapter(source.name), ex.read_adapter(path.with_name("out") / source.name)):
+                assert sorted(back.modules) == sorted(source.modules)
+                for module, factors in source.modules.items():
+                    wanted, got = (f.scaling * f.up.double() @ f.down.double() for f in (factors, back.modules[module]))
+                    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_a_short_name_that_two_longer_ones_end_with(self, tmp_path):
+        shape = (13, 11)
+        modules = {"model.layers.0.q": shape, "model.vision.layers.0.q": shape}
+        adapters = [
+            random_adapter("a", 1, modules={"layers.0.q": shape}),
+            random_adapter("b", 2, modules=modules),
+        ]
+        pack = ex.fit(adapters, energy=1.0, dtype="float32")
+        assert set(pack.subspace.modules) == set(modules)
+        self.assert_read_back(pack, adapters, tmp_path / "pack")
+
+    def test_an_added_adapter_with_names_that_overlap(self, tmp_path):
+        shape = (13, 11)
+        first = random_adapter("first", 1, rank=13, modules={"a.m": shape, "b.a.m": shape})
+        second = random_adapter("second", 5, modules={"a.m": shape, "m": shape})
+        pack = ex.fit([first], energy=1.0, dtype="float32")
+        pack.add(second)
+        self.assert_read_back(pack, [first, second], tmp_path / "pack")

@@ -84,7 +84,7 @@ def fit(
     energy: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Basis:
-    """Leading right singular vectors of the rows, uncentred (arXiv 2502.04700 §3, without its centring: DESIGN §1).
+    """Leading right singular vectors of the rows, uncentred (arXiv 2502.04700 §3; why not centred: docs/method.md).
 
     dtype: the one the components are stored in; the rows' own where it is not given. All arithmetic is float64.
     """

@@ -239,7 +239,7 @@ def _fit_and_project(
     exact_dual, dual = spaces.duals(exact), spaces.duals(stored)
     for (packing, module), one in zip(members, factors, strict=True):
         try:
-            packing.project(module, one, stored, coefficient_dtype, dual, (exact, exact_dual))
+            packing.project(module, name, one, stored, coefficient_dtype, dual, (exact, exact_dual))
         except NonFiniteError as error:
             raise NonFiniteError(f"adapter {packing.adapter.name!r}, module {name}: {error}") from error
     return stored

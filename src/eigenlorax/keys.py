@@ -198,4 +198,11 @@ def resolve_all(names: Iterable[str], modules: Iterable[str]) -> dict[str, str |
     names, modules = list(names), frozenset(modules)
     exact = modules & set(names)
     free = modules - exact
-    return {name: name if name in exact else resolve(name, free) for name in names}
+    found = {name: name if name in exact else resolve(name, free) for name in names}
+    owner: dict[str, str] = {}
+    for name, place in found.items():
+        if place is not None and owner.setdefault(place, name) != name:
+            raise ModuleNameError(
+                f"modules {owner[place]!r} and {name!r} of one adapter both fit the module {place!r} of the subspace."
+            )
+    return found

@@ -238,10 +238,12 @@ class Pack:
                 )
         return found
 
-    def remove(self, name: str) -> None:
-        """Forget an adapter. The subspace stays as it was fitted."""
-        self._check_has(name)
-        del self._adapters[name]
+    def remove(self, *names: str) -> None:
+        """Forget adapters, all of them or, if one is not there, none. The subspace stays as it was fitted."""
+        for name in names:
+            self._check_has(name)
+        for name in dict.fromkeys(names):
+            del self._adapters[name]
 
     def _check_has(self, name: str) -> None:
         if name not in self._adapters:

@@ -5,7 +5,7 @@ The folder is a PEFT adapter of our own type: docs/pack-format.md.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from . import keys, metrics
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
 from .checks import Scan
-from .errors import ModuleNameError
 from .formats import hf_peft
 from .metrics import AdapterError, ModuleError
 from .subspace import Coefficients, Subspace
@@ -43,10 +42,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """One adapter in the terms of a subspace. Module names are the adapter's own; `keys.resolve` finds the bases."""
+    """One adapter in the terms of a subspace. Module names are the adapter's own.
+
+    places: each of its modules' name in the subspace.
+    """
 
     name: str
     coefficients: Mapping[str, Coefficients]
+    places: Mapping[str, str]
     heads: Mapping[str, Tensor]
     carried: Mapping[str, Tensor]
     source_config: str
@@ -55,10 +58,8 @@ class PackedAdapter:
     def padded(self, n_extra: int) -> "PackedAdapter":
         """The same adapter in bases with `n_extra` more directions."""
         coefficients = {module: spaces.pad(c, n_extra) for module, c in self.coefficients.items()}
-        record = Record(
-            **{**asdict(self.record), "coefficient_bytes": sum(c.stored_bytes for c in coefficients.values())}
-        )
-        return PackedAdapter(self.name, coefficients, self.heads, self.carried, self.source_config, record)
+        record = replace(self.record, coefficient_bytes=sum(c.stored_bytes for c in coefficients.values()))
+        return replace(self, coefficients=coefficients, record=record)
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class Packing:
     adapter: Adapter
     scan: Scan
     coefficients: dict[str, Coefficients] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     errors: list[ModuleError] = field(default_factory=list)
 
     @property
@@ -78,13 +80,15 @@ class Packing:
     def project(
         self,
         module: str,
+        place: str,
         factors: LoRAFactors,
         bases: spaces.ModuleBases,
         dtype: torch.dtype,
         dual: spaces.Duals | None = None,
         exact: tuple[spaces.ModuleBases, spaces.Duals] | None = None,
     ) -> None:
-        """Take one module's update into its bases, and note what that loses."""
+        """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
+        self.places[module] = place
         self.coefficients[module] = spaces.project(factors, bases, dtype, dual)
         exact_bases, exact_dual = exact or (bases, dual)
         self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact_bases, exact_dual))
@@ -115,7 +119,8 @@ class Packing:
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else hf_peft.lora_config(adapter)
-        return PackedAdapter(adapter.name, dict(sorted(self.coefficients.items())), heads, carried, config, record)
+        coefficients, places = dict(sorted(self.coefficients.items())), dict(sorted(self.places.items()))
+        return PackedAdapter(adapter.name, coefficients, places, heads, carried, config, record)
 
     @property
     def error(self) -> AdapterError:
@@ -127,7 +132,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
     carried = hf_peft.from_tensors(
         packed.name, packed.source_config, {**packed.heads, **packed.carried}, where=packed.name
     )
-    bases = {module: subspace.modules[resolved(module, subspace)] for module in packed.coefficients}
+    bases = {module: subspace.modules[place] for module, place in packed.places.items()}
 
     def factors(module: str) -> LoRAFactors:
         if module in bases:
@@ -150,14 +155,6 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
 
 def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
     return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype)
-
-
-def resolved(module: str, subspace: Subspace) -> str:
-    """The subspace's name for an adapter's module."""
-    found = keys.resolve(module, subspace.modules)
-    if found is None:
-        raise ModuleNameError(f"module {module!r} is not in the subspace, which has {len(subspace.modules)} modules.")
-    return found
 
 
 def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
@@ -203,6 +200,7 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
+        "subspace_modules": {module: place for module, place in packed.places.items() if module != place},
         "subspace": "../..",
         "subspace_fingerprint": fingerprint,
         "carried": bool(packed.carried),
@@ -214,14 +212,15 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
     tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
     source_config = files[keys.SOURCE_CONFIG].decode("utf-8")
     source = json.loads(source_config)
-    modules = json.loads(files[keys.ADAPTER_CONFIG])["target_modules"]
+    config = json.loads(files[keys.ADAPTER_CONFIG])
+    places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
     coefficients = {}
-    for module in modules:
+    for module in places:
         down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
         _, scaling = hf_peft.rank_and_scaling(module, source, name)
         coefficients[module] = Coefficients(down, up, scaling)
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
-    return PackedAdapter(name, coefficients, tensors, carried, source_config, record)
+    return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record)
 
 
 def _dump(value: Any) -> bytes:
