@@ -26,8 +26,7 @@ def remove(
     from ..pack import Pack
 
     with Pack.edit(pack) as opened:
-        for name in dict.fromkeys(names):
-            opened.remove(name)
+        opened.remove(*names)
     if json:
         console.print_json({"pack": str(pack), "removed": sorted(set(names)), "left": opened.names})
     else:
