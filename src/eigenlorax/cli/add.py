@@ -12,7 +12,7 @@ EPILOG = """Examples:
 
   eigenlorax add pack/ adapters/new
 
-  eigenlorax add pack/ mine=runs/3/best org/adapter-on-the-hub --carry-missing"""
+  eigenlorax add pack/ mine=runs/3/best org/on-the-hub --carry-missing"""
 
 
 def register(app: typer.Typer) -> None:

@@ -12,7 +12,7 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/ -o pack/
 
-  eigenlorax fit adapters/* org/adapter-on-the-hub mine=runs/3/best -o pack/ --n-components 64
+  eigenlorax fit adapters/* org/on-the-hub mine=runs/3/best -o pack/ -k 64
 
   eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite"""
 

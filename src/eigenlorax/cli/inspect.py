@@ -30,7 +30,7 @@ def inspect(
     json: console.Json = False,
 ) -> None:
     """Show what a pack or an adapter holds, what it costs, and what was lost."""
-    from .. import keys
+    from .. import hub, keys
     from ..errors import FormatError
     from ..formats import read_adapter
     from ..pack import Pack
@@ -48,7 +48,11 @@ def inspect(
         _show_pack(target, pack, json)
     else:
         with console.working():
-            adapter = read_adapter(target, allow_pickle=allow_pickle, revision=revision)
+            # whatever its folder is called: only a pack needs a name for it
+            name = hub.name_of(target)
+            adapter = read_adapter(
+                target, name=name if keys.is_name(name) else "adapter", allow_pickle=allow_pickle, revision=revision
+            )
         _show_adapter(target, adapter, json)
 
 

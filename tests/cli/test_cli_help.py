@@ -1,0 +1,183 @@
+"""Help, whose examples run; the command's start, which is quick; and streams that are closed, narrow or gone."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import children
+import eigenlorax
+from adapters import make_adapter
+from children import at_change, buffered_environment, command, needs_fork
+from eigenlorax.cli.main import app, main
+from outcomes import assert_usage_error, contents, succeeded
+
+VERBS = [info.callback.__name__ for info in app.registered_commands]
+EXAMPLES = {
+    verb: re.findall(r"^ *(eigenlorax .*)$", importlib.import_module(f"eigenlorax.cli.{verb}").EPILOG, re.MULTILINE)
+    for verb in VERBS
+}
+
+
+@pytest.fixture
+def prepared(cli, tmp_path, monkeypatch):
+    """The current folder has all that the examples name, and stands in for the Hub: `org/on-the-hub` is a folder."""
+    for seed, place in enumerate(("adapters/sst2", "adapters/mrpc", "adapters/new", "runs/3/best", "org/on-the-hub")):
+        make_adapter(tmp_path / place, seed=seed, modules={"encoder.layer.0.query": (97, 89)}, rank=32)
+    monkeypatch.chdir(tmp_path)
+    succeeded(cli("fit", "adapters/sst2", "adapters/mrpc", "-o", "pack/"))
+    return tmp_path
+
+
+def test_the_verbs_are_these():
+    assert VERBS == ["fit", "inspect", "export", "add", "remove", "augment", "demo", "env"]
+
+
+def test_help_names_every_verb(cli):
+    out = succeeded(cli("--help")).out
+    assert all(re.search(rf"^│ {verb} ", out, re.MULTILINE) for verb in VERBS)
+    assert "eigenlorax demo" in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_its_examples_whole(cli, verb):
+    out = succeeded(cli(verb, "--help")).out
+    assert f"Usage: eigenlorax {verb}" in out
+    assert EXAMPLES[verb]
+    for example in EXAMPLES[verb]:
+        assert example.startswith(f"eigenlorax {verb}")
+        # one that is wrapped cannot be copied
+        assert example in out
+
+
+@pytest.mark.parametrize("example", [example for verb in VERBS if verb != "demo" for example in EXAMPLES[verb]])
+def test_an_example_runs(cli, prepared, example):
+    verb, *words = shlex.split(example)[1:]
+    if verb == "fit" and "--overwrite" not in words:
+        shutil.rmtree(prepared / "pack")
+    found = [sorted(map(str, prepared.glob(word))) if "*" in word else [word] for word in words]
+    succeeded(cli(verb, *(word for one in found for word in one)))
+
+
+def test_the_version(cli):
+    assert succeeded(cli("--version")).out == f"eigenlorax {eigenlorax.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["fti"], ["fit", "--nonsense"]])
+def test_what_is_no_verb(cli, arguments):
+    assert_usage_error(cli(*arguments), arguments[-1])
+
+
+def test_nothing_at_all_is_answered_with_help():
+    done = command()
+    assert "Usage: eigenlorax" in done.out + done.err
+    assert "Traceback" not in done.err
+    assert done.code == 2
+
+
+HEAVY = ["torch", "peft", "transformers", "numpy", "safetensors", "huggingface_hub"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import eigenlorax",
+        "import eigenlorax; dir(eigenlorax), eigenlorax.__version__",
+        "import eigenlorax.cli, eigenlorax.errors",
+        "from eigenlorax.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from eigenlorax.cli import main\ntry: main(['fit', '--help'])\nexcept SystemExit: pass",
+        "from eigenlorax.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass",
+    ],
+)
+def test_what_is_heavy_is_not_imported_for_it(code):
+    code += f"\nimport sys\nprint('loaded:', *[name for name in {HEAVY} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "loaded:"
+
+
+def shell(line, cwd, **env):
+    """A line of bash; `eigenlorax` in it is the command."""
+    ran = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'eigenlorax() {{ "{sys.executable}" -m eigenlorax "$@"; }}; {line}'],
+        cwd=cwd,
+        env={**buffered_environment(), **env},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    return ran.returncode, ran.stdout.decode("utf-8", "replace"), ran.stderr.decode("utf-8", "replace")
+
+
+class TestStreams:
+    def test_a_reader_that_has_left(self, pack):
+        code, out, err = shell("eigenlorax inspect pack | true", pack.parent)
+        assert (code, out, err) in [(0, "", ""), (1, "", "")]
+
+    def test_the_first_line_is_all_that_is_wanted(self, pack):
+        _, out, err = shell("eigenlorax inspect pack | head -1", pack.parent)
+        assert out.strip() == "pack pack"
+        assert err == ""
+
+    def test_stdout_is_closed(self, pack):
+        code, out, err = shell("eigenlorax inspect pack >&-", pack.parent)
+        assert code in (0, 1, 6)
+        assert "Traceback" not in err
+        assert out == ""
+
+    def test_both_are_closed(self, pack):
+        code, out, err = shell("eigenlorax inspect nowhere >&- 2>&-", pack.parent)
+        assert (code, out, err) == (3, "", "")
+
+    def test_stdin_is_closed(self, pack):
+        code, out, err = shell("eigenlorax inspect pack --json <&-", pack.parent)
+        assert (code, json.loads(out)["adapters"], err) == (0, 3, "")
+
+    def test_stdout_is_full(self, pack):
+        code, out, err = shell("eigenlorax inspect pack > /dev/full", pack.parent)
+        assert (code, out) == (6, "")
+        assert err.startswith("error: No space left on device")
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "env"),
+        [
+            ("inspect größe", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+            ("inspect ü", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+            ("inspect größe --json", {"PYTHONIOENCODING": "ascii"}),
+            ("--help", {"PYTHONIOENCODING": "ascii"}),
+        ],
+    )
+    def test_a_terminal_that_knows_ascii_alone(self, pack, arguments, env):
+        make_adapter(pack.parent / "größe", seed=1, base="org/größe")
+        before = contents(pack.parent)
+        code, out, err = shell(f"eigenlorax {arguments}", pack.parent, **env)
+        assert "Traceback" not in err
+        if arguments == "inspect ü":
+            assert code == 3
+            assert "does not exist" in err
+        else:
+            assert (code, err) == (0, "")
+            assert out
+        assert contents(pack.parent) == before
+
+
+@needs_fork
+def test_an_interrupt_leaves_the_pack_as_it_was_without_a_traceback(pack):
+    before = contents(pack)
+
+    def interrupted():
+        at_change(6, pack, lambda: os.kill(os.getpid(), signal.SIGINT))
+        main(["add", str(pack), str(pack.parent / "new")])
+
+    done = children.run(interrupted)
+    # which of them, and whether it says "Aborted!", is for typer to choose
+    assert done.code in (1, 130)
+    assert "Traceback" not in done.err
+    assert contents(pack) == before
