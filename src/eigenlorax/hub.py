@@ -80,9 +80,14 @@ def _download(
             )
         )
     except hub_errors.LocalEntryNotFoundError as error:
+        # what it answered, if it did
+        answer = error.__cause__
+        why, when = "offline, or no connection", "with a connection"
+        if isinstance(answer, hub_errors.HfHubHTTPError):
+            why, when = reason(answer), "when it can"
         raise HubError(
-            f"{repo_id} is neither a local folder nor in the Hub's cache, and the Hub cannot be asked "
-            "(offline, or no connection). Check the path, or run it once with a connection."
+            f"{repo_id} is neither a local folder nor in the Hub's cache, and the Hub cannot be asked ({why}). Check "
+            f"the path, or run it once {when}."
         ) from error
     except (
         hub_errors.RepositoryNotFoundError,
