@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from eigenlorax.cli import main
+
 TRACEBACK, KILLED = 70, 71
 SECONDS = 60
 
@@ -47,6 +49,13 @@ def command(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, s
 def buffered_environment() -> dict[str, str]:
     """This process's, but for the variable that hides what happens when buffers are flushed late."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def load_command() -> None:
+    """Import here, once, what the command would import in each fork: it does so when a verb runs."""
+    for arguments in (["inspect", "no where"], ["fit", "no where", "-o", "no where"], ["add", "no where", "no where"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
 
 
 def start(call: Callable[[], object], env: Mapping[str, str] | None = None) -> Callable[[], Done]:

@@ -16,7 +16,7 @@ import pytest
 import children
 import eigenlorax as ex
 from adapters import make_adapter
-from children import KILLED, at_change, kill, needs_fork
+from children import KILLED, at_change, kill, load_command, needs_fork
 from eigenlorax import folder, keys
 from eigenlorax.cli import main
 from eigenlorax.cli.main import IO_ERROR
@@ -34,6 +34,11 @@ MANY = 100
 def _no_waiting_for_the_disk(monkeypatch):
     # what is tested are killed processes, not power cuts
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    load_command()
 
 
 @pytest.fixture(scope="module")

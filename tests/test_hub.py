@@ -1,5 +1,6 @@
 """Adapters from the Hub, by a Hub on this machine: what is asked for, by which token, and what is said if it fails."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -9,7 +10,7 @@ import pytest
 import children
 import eigenlorax as ex
 from adapters import make_adapter
-from children import needs_fork
+from children import load_command, needs_fork
 from eigenlorax import hub as hub_module
 from eigenlorax.cli import main
 from eigenlorax.errors import FormatError
@@ -18,6 +19,13 @@ from outcomes import assert_refused, contents, json_of, succeeded
 
 pytestmark = needs_fork
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    load_command()
+    # what it needs in turn; itself it is imported anew in each fork
+    importlib.import_module("huggingface_hub.hf_api")
 
 
 @pytest.fixture
