@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from . import basis as one
-from . import card, keys, manifest, packed, store
+from . import card, dtypes, keys, manifest, packed, store
 from .basis import Basis
-from .errors import PackBusyError, PackDamagedError, PackExistsError, PackMissingError
+from .errors import PackBusyError, PackDamagedError, PackError, PackExistsError, PackMissingError, reason
 from .manifest import Entry, Manifest
 from .packed import PackedAdapter
 from .store import Files
@@ -69,9 +70,23 @@ def read_subspace(folder: Path, found: Manifest) -> Subspace:
     """The bases, with augmented directions rebuilt from their seeds and compared with what the writer had."""
     path = folder / found.subspace_file
     with _still_listed(folder, lambda now: now.subspace_sha256 == found.subspace_sha256):
-        tensors = from_safetensors(_read_checked(path, found.subspace_sha256))
+        data = _read_checked(path, found.subspace_sha256)
+    with _as_specified(path):
+        return _subspace(from_safetensors(data), found, path)
+
+
+def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Subspace:
+    n_extra = found.subspace.n_extra
     modules = {}
     for name, sides in found.subspace.modules.items():
+        for side in keys.SIDES:
+            components, wanted = tensors[keys.components_key(name, side)], sides[side]
+            shape = (wanted.k - n_extra, wanted.dimension)
+            if tuple(components.shape) != shape or dtypes.name(components.dtype) != found.subspace.dtype:
+                raise PackDamagedError(
+                    f"{path}: {keys.components_key(name, side)} is {tuple(components.shape)}, {components.dtype}; by "
+                    f"{keys.MANIFEST} it is {shape}, {found.subspace.dtype}. Make the pack again."
+                )
         down, up = (
             Basis(
                 tensors[keys.components_key(name, side)],
@@ -84,16 +99,30 @@ def read_subspace(folder: Path, found: Manifest) -> Subspace:
     subspace = Subspace(modules)
     for augmentation in found.subspace.augmentations:
         subspace = augmented(subspace, augmentation.n_extra, augmentation.seed)
-    for name, bases in subspace.modules.items() if found.subspace.augmentations else ():
+    for name, bases in subspace.modules.items() if n_extra else ():
         for side in keys.SIDES:
-            rebuilt, wanted = one.extra_check(bases.side(side)), tensors[keys.extra_check_key(name, side)]
-            if not torch.allclose(rebuilt, wanted, rtol=0, atol=_CHECK_TOLERANCE):
+            rebuilt, wanted_check = one.extra_check(bases.side(side)), tensors[keys.extra_check_key(name, side)]
+            if not torch.allclose(rebuilt, wanted_check, rtol=0, atol=_CHECK_TOLERANCE):
                 raise PackDamagedError(
                     f"{path}: this machine rebuilds the augmented directions of {name}.{side} differently from the one "
                     f"that wrote the pack (seeds {[a.seed for a in found.subspace.augmentations]}). Coefficients on "
                     "them would mean something else here; please report it with the output of `eigenlorax env`."
                 )
     return subspace
+
+
+@contextmanager
+def _as_specified(path: Path) -> Iterator[None]:
+    """`PackDamagedError` where bytes that are the ones that were written are not what the format asks."""
+    try:
+        yield
+    except PackError:
+        raise
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise PackDamagedError(
+            f"{path} was not written as the format asks: {type(error).__name__}: {reason(error)}. Make the pack again, "
+            "with another tool or release."
+        ) from error
 
 
 def subspace_bytes(subspace: Subspace) -> bytes:
@@ -112,7 +141,9 @@ def subspace_bytes(subspace: Subspace) -> bytes:
 def read_adapter(folder: Path, name: str, entry: Entry) -> PackedAdapter:
     """One adapter of the pack, every byte of it checked."""
     with _still_listed(folder, lambda now: now.adapters.get(name) == entry):
-        return packed.from_files(name, _read_adapter_files(folder, name, entry), entry.record)
+        files = _read_adapter_files(folder, name, entry)
+    with _as_specified(_place(folder, name)):
+        return packed.from_files(name, files, entry.record)
 
 
 def verify(folder: Path, found: Manifest) -> None:

@@ -1,15 +1,17 @@
 """A pack whose files are not the ones that were written: each verb says which, writes nothing, and `fit` heals it."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
 from adapters import make_adapter
-from eigenlorax import keys
+from eigenlorax import keys, store
 from outcomes import assert_refused, contents, succeeded
 
 CARRIED = "base_model.model.embeddings.lora_embedding_A"
@@ -128,3 +130,66 @@ def test_the_card_and_the_lock_are_no_content(cli, pack):
     (pack / keys.CARD).write_text("mine")
     (pack / keys.LOCK).unlink()
     succeeded(cli("inspect", pack))
+
+
+def signed_again(pack: Path) -> None:
+    """Let the manifest have the digests of the files as they are, as if a mistaken tool had written them."""
+    path = pack / keys.MANIFEST
+    body = json.loads(path.read_bytes())
+    del body["digest"]
+    data = (pack / body["subspace"]["file"]).read_bytes()
+    body["subspace"]["sha256"] = store.digest(data)
+    for name, entry in body["adapters"].items():
+        entry["files"] = {file: store.digest((pack / "adapters" / name / file).read_bytes()) for file in entry["files"]}
+    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    path.write_text(json.dumps({**body, "digest": store.digest(text.encode())}))
+
+
+def tensors_of(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+KEY = "encoder.layer.0.query.down.components"
+MISTAKES = {
+    "no safetensors in the subspace": ("subspace-*", lambda path: path.write_bytes(b"x" * 99)),
+    "a basis is missing": ("subspace-*", lambda path: tensors_of(path, lambda found: found.pop(KEY))),
+    "a basis of another shape": (
+        "subspace-*",
+        lambda path: tensors_of(path, lambda found: found.update({KEY: found[KEY][:, 1:].clone()})),
+    ),
+    "a basis of another dtype": (
+        "subspace-*",
+        lambda path: tensors_of(path, lambda found: found.update({KEY: found[KEY].half()})),
+    ),
+    "no safetensors in an adapter": ("adapters/beta/*.safetensors", lambda path: path.write_bytes(b"")),
+    "a coefficient is missing": (
+        "adapters/beta/*.safetensors",
+        lambda path: tensors_of(path, lambda found: [found.pop(key) for key in list(found) if "up" in key]),
+    ),
+    "no JSON in a config": ("adapters/beta/adapter_config.json", lambda path: path.write_bytes(b"{")),
+    "no object in a config": ("adapters/beta/adapter_config.json", lambda path: path.write_bytes(b"[]")),
+    "no modules in a config": ("adapters/beta/adapter_config.json", lambda path: path.write_bytes(b"{}")),
+    "no JSON in the source's config": ("adapters/beta/source_config.json", lambda path: path.write_bytes(b"\xff")),
+    "no rank in the source's config": (
+        "adapters/beta/source_config.json",
+        lambda path: path.write_bytes(b'{"peft_type": "LORA", "r": "x"}'),
+    ),
+}
+
+
+@pytest.mark.parametrize(("pattern", "mistake"), MISTAKES.values(), ids=MISTAKES)
+def test_what_a_mistaken_tool_wrote_and_signed_is_named(cli, pack, pattern, mistake):
+    (path,) = pack.glob(pattern)
+    mistake(path)
+    signed_again(pack)
+    before = contents(pack.parent)
+    place = path if path.parent == pack else path.parent
+    assert_refused(cli("export", pack, "beta", "-o", pack.parent / "out"), 4, place, "Make the pack again")
+    assert contents(pack.parent) == before
+
+
+def test_what_is_signed_again_as_it_was_is_sound(cli, pack):
+    signed_again(pack)
+    succeeded(cli("export", pack, "-o", pack.parent / "out"))
