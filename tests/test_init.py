@@ -2,6 +2,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import eigenlorax as ex
 
 
@@ -23,3 +25,26 @@ def test_import_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import eigenlorax; import peft",
+        "import peft; import eigenlorax",
+        "from eigenlorax.tuner.config import EigenLoraxConfig",
+    ],
+)
+def test_peft_knows_the_method_whichever_way_it_is_imported(code):
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
+    check = (
+        "import peft, pickle; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        "kind = peft.PeftType('EIGENLORAX')\n"
+        "assert kind is peft.PeftType.EIGENLORAX is peft.PeftType['EIGENLORAX'] is pickle.loads(pickle.dumps(kind))\n"
+        "assert kind in list(peft.PeftType) and known[kind].__name__ == 'EigenLoraxConfig'\n"
+        "assert known['EIGENLORAX'] is known[kind] and peft.__loader__ is peft.__spec__.loader\n"
+        "print(type(peft.__loader__).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "SourceFileLoader\n"

@@ -6,6 +6,7 @@ Importing this package loads neither torch nor peft; a name is looked up when it
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import hook
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from .pack import Pack
     from .subspace import Subspace
     from .summary import Summary
+    from .tuner import EigenLoraxConfig, EigenLoraxModel
 
 _HOME = {
     "Adapter": "adapter",
+    "EigenLoraxConfig": "tuner",
+    "EigenLoraxModel": "tuner",
     "EigenloraxError": "errors",
     "LoRAFactors": "adapter",
     "Pack": "pack",
@@ -31,6 +35,8 @@ _HOME = {
 }
 __all__ = [
     "Adapter",
+    "EigenLoraxConfig",
+    "EigenLoraxModel",
     "EigenloraxError",
     "LoRAFactors",
     "Pack",
@@ -50,6 +56,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+hook.arrange()
 
 
 def __dir__() -> list[str]:

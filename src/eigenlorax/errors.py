@@ -109,5 +109,13 @@ class UntrainedAdapterWarning(EigenloraxWarning):
     """An adapter whose delta weight is zero: kept in the pack, left out of the fit."""
 
 
+class RegistrationWarning(EigenloraxWarning):
+    """PEFT could not be told of our method: it is too old, say."""
+
+
+class RankWarning(EigenloraxWarning):
+    """A rank above the number of components: the update's rank is at most the latter."""
+
+
 class UnknownBaseWarning(EigenloraxWarning):
     """An adapter that does not say which base model it belongs to."""

@@ -41,19 +41,47 @@ def adapter_folder(
     match = _REPO_ID.fullmatch(str(source))
     if match is None:
         raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).")
-    if revision and match["revision"]:
-        raise FormatError(f"two revisions for {match['repo']}: {match['revision']!r} and {revision!r}. Give one.")
     weights = [keys.ADAPTER_WEIGHTS, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     folder = _download(
         match["repo"],
-        revision or match["revision"],
+        _one_revision(match, revision),
         [prefix + name for name in (keys.ADAPTER_CONFIG, *weights)],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
     return folder / prefix, name_of(source, subfolder)
+
+
+def pack_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a pack: a local one as it is, else all of the repository's pack in the Hub's cache."""
+    local = Path(source)
+    match = _REPO_ID.fullmatch(str(source))
+    if local.exists() or match is None:
+        return local
+    return _download(
+        match["repo"],
+        _one_revision(match, revision),
+        [keys.MANIFEST, "subspace-*.safetensors", f"{keys.ADAPTERS}/*"],
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+
+
+def _one_revision(match: re.Match[str], revision: str | None) -> str | None:
+    """The revision of `org/name@revision` or the one given beside it, not both."""
+    if revision and match["revision"]:
+        raise FormatError(f"two revisions for {match['repo']}: {match['revision']!r} and {revision!r}. Give one.")
+    return revision or match["revision"]
 
 
 def _download(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import checks, dtypes, folder, formats, keys, manifest, packed, store
+from . import checks, dtypes, folder, formats, hub, keys, known, manifest, packed, store
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
@@ -73,7 +73,37 @@ class Pack:
             coefficient_dtype=dtypes.by_name(found.coefficient_dtype),
         )
         pack.path, pack._opened = path, opened
+        pack.remember()
         return pack
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "Pack":
+        """The pack in a local folder, or in a repository on the Hub (`org/name`, `org/name@revision`)."""
+        return cls.open(
+            hub.pack_folder(
+                os.fspath(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
+
+    def remember(self) -> None:
+        """Let the tuner find this subspace by its fingerprint, for as long as the process lasts."""
+        if self.path is not None:
+            path = self.path.absolute()
+            known.remember(self.info.fingerprint, lambda: Pack.open(path).subspace)
+        else:
+            known.remember(self.info.fingerprint, lambda: self.subspace)
 
     @classmethod
     @contextmanager

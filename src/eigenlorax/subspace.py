@@ -85,7 +85,7 @@ class Coefficients:
         return self.down.nbytes + self.up.nbytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Subspace:
     """The bases of every module of one model, by module name in sorted order."""
 

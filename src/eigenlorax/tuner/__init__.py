@@ -1,0 +1,13 @@
+"""Training on coefficients, as a method of PEFT. Plain style: PEFT's own, shapes in prose."""
+
+from . import registration
+
+# before any module of ours that imports PEFT: at the end of PEFT's import these modules are wanted whole
+registration.check_peft()
+
+from .config import EigenLoraxConfig  # noqa: E402
+from .model import EigenLoraxModel  # noqa: E402
+
+registration.register()
+
+__all__ = ["EigenLoraxConfig", "EigenLoraxModel"]

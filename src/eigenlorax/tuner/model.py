@@ -1,0 +1,235 @@
+"""The tuner: finds the modules of a model that the subspace has, and puts coefficients beside them."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import keys
+from ..errors import ModuleNameError, RankWarning
+from . import reference as references
+from . import starts
+from .config import EigenLoraxConfig
+from .layer import EigenLoraxLayer, Linear
+from .reference import Embedded, Reference
+from .starts import Cores, Start
+
+
+class EigenLoraxModel(BaseTuner):
+    """Coefficients over a frozen subspace, on the linear layers of a model (arXiv 2502.04700).
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config ([`EigenLoraxConfig`]): The configuration.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`): Create empty coefficients on the meta device; bases are always real.
+    """
+
+    prefix = "eigenlorax_"
+    tuner_layer_cls = EigenLoraxLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_adapter_config(self, peft_config: EigenLoraxConfig, model_config: dict[str, Any]) -> EigenLoraxConfig:
+        """Everything that can be wrong is found here, before a layer is touched."""
+        references.check_whole(peft_config)
+        reference = references.resolve(peft_config)
+        if peft_config.target_modules is None:
+            names = [name for name, _ in self._linear_modules() if reference.place(name, peft_config) is not None]
+            if not names:
+                raise ModuleNameError(
+                    f"the model has none of the modules of the subspace {reference.fingerprint[:12]}…. It is a "
+                    "different base model; `eigenlorax inspect` says which one the pack belongs to."
+                )
+            peft_config.target_modules = set(names)
+        peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+        sizes = [
+            reference.bases(name, peft_config, *_get_in_out_features(module))
+            for name, module in self._linear_modules()
+            if self._check_target_module_exists(peft_config, name)
+        ]
+        smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=peft_config.r)
+        if smallest < peft_config.r and not (peft_config.core or peft_config.inference_mode):
+            warnings.warn(
+                f"r={peft_config.r} is more than the {smallest} components of a module: the rank of its update is at "
+                "most that.",
+                RankWarning,
+                stacklevel=2,
+            )
+        references.check_extra(peft_config, reference)
+        self._reference: Reference | Embedded = reference
+        self._cores: Cores = starts.cores(peft_config, reference)
+        return peft_config
+
+    def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The layers that can be adapted, by name, without what is inside of adapted ones."""
+        inside: tuple[str, ...] = ()
+        for name, module in self.model.named_modules():
+            if name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+                if isinstance(module, EigenLoraxLayer):
+                    yield name, module.get_base_layer()
+            elif _is_supported(module):
+                yield name, module
+
+    def _create_and_replace(
+        self,
+        peft_config: EigenLoraxConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not _is_supported(base_layer):
+            raise TypeError(
+                f"Target module {target} is not supported. Only `torch.nn.Linear` (quantised or not) and "
+                "`transformers.pytorch_utils.Conv1D` are."
+            )
+        in_features, out_features = _get_in_out_features(base_layer)
+        bases = self._reference.bases(current_key, peft_config, in_features, out_features)
+        place = self._reference.place(current_key, peft_config)
+        assert place is not None
+        start = Start(
+            kind=peft_config.start,
+            k_down=bases.down.k,
+            k_up=bases.up.k,
+            core=self._cores(place, bases),
+            as_core=peft_config.core,
+            init_weights=peft_config.init_weights,
+        )
+        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        layer = target if isinstance(target, Linear) else None
+        if layer is None:
+            layer = Linear(
+                target,
+                adapter_name,
+                fan_in_fan_out=_fan_in_fan_out(base_layer, peft_config),
+                **get_quantization_kwargs(self.model),
+            )
+        layer.update_layer(
+            adapter_name,
+            bases,
+            self._reference.fingerprint,
+            start,
+            config=peft_config,
+            r=ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
+            lora_alpha=alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
+            inference_mode=peft_config.inference_mode,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                # a further adapter is not trainable until it is the active one
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The coefficients, and the bases where the config says that they are saved too."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if config.embed_subspace:
+            for name, module in model.named_modules():
+                if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
+                    bases = module.bases_of(adapter_name)
+                    for side, basis in zip(("down", "up"), bases, strict=True):
+                        found[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _narrowed(basis)
+                    config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
+        return found
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Give `adapter_names`, one a row of the batch, to every layer for the time of one call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        adapters = {name for layer in self._layers() for name in layer.subspace_of}
+        unknown = set(adapter_names) - adapters - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams") or 1
+        # generation repeats each row of the decoder's batch once a beam; an encoder sees the batch as it was given
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = _encoder(self.model) if beams > 1 else None
+        inside_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, names=adapter_names if module in inside_encoder else repeated), with_kwargs=True
+            )
+            for module in self.model.modules()
+            if isinstance(module, EigenLoraxLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layers(self) -> Iterator[EigenLoraxLayer]:
+        return (module for module in self.model.modules() if isinstance(module, EigenLoraxLayer))
+
+
+def _narrowed(basis: Tensor) -> Tensor:
+    """The same numbers in the narrowest dtype that holds them."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        if torch.equal(basis.to(dtype).to(basis.dtype), basis):
+            return basis.to(dtype)
+    return basis
+
+
+def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return None
+    encoder: nn.Module = model.get_encoder()
+    return encoder
+
+
+def _is_supported(module: nn.Module) -> bool:
+    if isinstance(module, torch.nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def _fan_in_fan_out(base_layer: nn.Module, config: EigenLoraxConfig) -> bool:
+    """Whether the layer's weight is (in, out). A config that says otherwise is corrected, as in LoRA."""
+    wanted = isinstance(base_layer, Conv1D)
+    if config.fan_in_fan_out != wanted:
+        kind = "Conv1D" if wanted else "torch.nn.Linear"
+        warnings.warn(
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. Setting "
+            f"fan_in_fan_out to {wanted}.",
+            stacklevel=2,
+        )
+        config.fan_in_fan_out = wanted
+    return wanted

@@ -1,0 +1,153 @@
+"""From a config to the subspace it means, and from a model's modules to those of the subspace."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import basis, keys, known
+from .. import subspace as spaces
+from ..basis import Basis
+from ..errors import FormatError, ModuleNameError, OptionError, PackMissingError, ShapeError
+from ..pack import Pack
+from ..subspace import ModuleBases, Subspace
+from .config import INSIDE_PACK, EigenLoraxConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The subspace of an adapter, extra directions included, and the pack it is from where there is one at hand."""
+
+    subspace: Subspace
+    fingerprint: str
+    pack: Pack | None
+
+    def place(self, module: str, config: EigenLoraxConfig) -> str | None:
+        """The name in the subspace of a module of the model; None where the subspace lacks it."""
+        if module in config.subspace_modules:
+            return config.subspace_modules[module]
+        return keys.resolve(module, self.subspace.modules)
+
+    def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
+        """The bases of a module of the model, which must be in the subspace and of this shape."""
+        place = self.place(module, config)
+        if place is None:
+            names = sorted(self.subspace.modules)
+            raise ModuleNameError(
+                f"module {module!r} is not in the subspace, which has {len(names)} modules such as {names[0]!r}. Leave "
+                "target_modules away to take those it has, or keep this one out with exclude_modules."
+            )
+        found = self.subspace.modules[place]
+        if found.shape != (out_features, in_features):
+            raise ShapeError(
+                f"module {module}: (out, in) is {(out_features, in_features)} in the model and {found.shape} in the "
+                "subspace. It belongs to a different base model."
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A subspace that comes with the adapter's weights: room for it, until they are loaded."""
+
+    fingerprint: str
+    shapes: Mapping[str, list[int]]
+    pack: None = None
+
+    def place(self, module: str, config: EigenLoraxConfig) -> str | None:
+        """The module's own name; None where the adapter has no bases for it."""
+        return module if module in self.shapes else None
+
+    def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
+        """Bases of zeros, of the shape that will be loaded."""
+        if module not in self.shapes:
+            raise ModuleNameError(
+                f"module {module!r} is not among the {len(self.shapes)} that the adapter has embedded bases for, such "
+                f"as {min(self.shapes)!r}. It was trained on another model."
+            )
+        k_down, k_up = self.shapes[module]
+        return ModuleBases(_room(k_down, in_features), _room(k_up, out_features))
+
+
+def _room(k: int, dimension: int) -> Basis:
+    return Basis(torch.zeros(k, dimension), torch.zeros(0), energy=1.0)
+
+
+def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
+    """The subspace that a config means: its own if it is embedded, the pack it names, or one that is known in this
+    process by its fingerprint.
+
+    The config learns the fingerprint. An error says what was looked for, and the ways to give it.
+    """
+    if config.embed_subspace and config.embedded_shapes:
+        return Embedded(config.subspace_fingerprint or "embedded", config.embedded_shapes)
+    pack = _pack(config)
+    if pack is not None:
+        fingerprint = pack.info.fingerprint
+        if config.subspace_fingerprint not in (None, fingerprint):
+            raise OptionError(
+                f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} holds "
+                f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= its own pack."
+            )
+        config.subspace_fingerprint = fingerprint
+        subspace = known.find(fingerprint) or known.share(pack.subspace)
+    else:
+        if config.subspace_fingerprint is None:
+            raise OptionError(
+                "no subspace was given. EigenLoraxConfig(subspace='pack/') takes a pack's folder, a repository on the "
+                "Hub, or a Pack; `eigenlorax fit adapters/ -o pack/` makes one."
+            )
+        found = known.find(config.subspace_fingerprint)
+        if found is None:
+            raise PackMissingError(
+                f"the subspace {config.subspace_fingerprint[:12]}… of this adapter is not at hand. Open its pack in "
+                "this process (eigenlorax.Pack.open('pack/')), or pass subspace='pack/' where it is loaded, or save "
+                "the adapter with embed_subspace=True."
+            )
+        subspace = found
+    if config.n_extra:
+        subspace = known.share(spaces.augment(subspace, config.n_extra, config.extra_seed))
+    return Reference(subspace, subspace.fingerprint, pack)
+
+
+def _pack(config: EigenLoraxConfig) -> Pack | None:
+    if config.subspace is None or config.subspace == INSIDE_PACK:
+        return None
+    if Path(config.subspace).exists():
+        return Pack.open(config.subspace)
+    try:
+        return Pack.from_pretrained(config.subspace, revision=config.subspace_revision)
+    except FormatError as error:
+        raise PackMissingError(
+            f"subspace={config.subspace!r} is no pack's folder, and no repository on the Hub."
+        ) from error
+
+
+def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> None:
+    """Whether this machine has rebuilt the extra directions of a config as the one that saved it; a new config notes
+    what it has."""
+    if not config.n_extra or isinstance(reference, Embedded):
+        return
+    sums = {
+        place: sum(float(basis.extra_check(bases.side(side))[-config.n_extra :].sum()) for side in keys.SIDES)
+        for place, bases in reference.subspace.modules.items()
+    }
+    wanted = config.extra_check or sums
+    worst = max(sums, key=lambda place: abs(sums[place] - wanted.get(place, sums[place])))
+    if abs(sums[worst] - wanted.get(worst, sums[worst])) > 1e-3 * config.n_extra:
+        raise OptionError(
+            f"this machine rebuilds the extra directions of {worst} from seed {config.extra_seed} differently from the "
+            "one that saved the adapter, so that its coefficients would mean something else. Save it there with "
+            "embed_subspace=True; and please report it with the output of `eigenlorax env`."
+        )
+    config.extra_check = wanted
+
+
+def check_whole(config: EigenLoraxConfig) -> None:
+    """Refuse an adapter of a pack that is more than coefficients."""
+    if config.carried:
+        raise OptionError(
+            "this adapter has tensors that coefficients cannot express (carried.safetensors: DoRA magnitudes, "
+            "embeddings, modules that the subspace lacks). `eigenlorax export` gives all of it as an ordinary LoRA."
+        )

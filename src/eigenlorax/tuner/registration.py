@@ -1,0 +1,62 @@
+"""Makes the method known to PEFT without a change of its files: a member of `PeftType`, and three tables."""
+
+from typing import Any
+
+from .. import keys
+from ..errors import MissingExtraError
+
+OLDEST_PEFT = (0, 21)
+_GET_PEFT = f"pip install 'peft>={OLDEST_PEFT[0]}.{OLDEST_PEFT[1]}'"
+
+
+def check_peft() -> None:
+    """`MissingExtraError` where PEFT is not installed or too old."""
+    try:
+        import peft
+        from packaging.version import Version
+    except ImportError as error:
+        raise MissingExtraError(f"training on coefficients needs {error.name}: {_GET_PEFT}.") from error
+    if Version(peft.__version__).release[:2] < OLDEST_PEFT:
+        raise MissingExtraError(f"training on coefficients needs a newer PEFT than {peft.__version__}: {_GET_PEFT}.")
+
+
+def register() -> None:
+    """Make the method known to PEFT. Calling it again changes nothing.
+
+    `MissingExtraError` where PEFT has a method of this name of its own.
+    """
+    from peft.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+
+    from .config import EigenLoraxConfig
+    from .model import EigenLoraxModel
+
+    kind = peft_type()
+    there = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if there not in (None, EigenLoraxConfig):
+        raise MissingExtraError(
+            f"this PEFT has a method {keys.PEFT_TYPE} of its own ({there.__module__}): use that, or an older PEFT."
+        )
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = EigenLoraxConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = EigenLoraxModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = EigenLoraxModel.prefix
+
+
+def peft_type() -> Any:
+    """Our member of `peft.PeftType`, made on the first call."""
+    from peft.utils.peft_types import PeftType
+
+    members: dict[str, Any] = PeftType._member_map_
+    if keys.PEFT_TYPE not in members:
+        member = str.__new__(PeftType, keys.PEFT_TYPE)
+        member._name_ = member._value_ = keys.PEFT_TYPE
+        member._sort_order_ = len(members)
+        PeftType._member_names_.append(keys.PEFT_TYPE)
+        PeftType._value2member_map_[keys.PEFT_TYPE] = member
+        members[keys.PEFT_TYPE] = member
+        # from Python 3.12 on, attributes are not looked up in the table of members
+        type.__setattr__(PeftType, keys.PEFT_TYPE, member)
+    return members[keys.PEFT_TYPE]

@@ -1,0 +1,124 @@
+"""Where training starts: the first coefficients of a module, as a config asks for them.
+
+Every start but the two random ones is a core, the update in the two bases, which is exact where coefficients are cores
+and is factored to the rank otherwise.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import formats, keys
+from .. import subspace as spaces
+from ..adapter import Adapter
+from ..errors import OptionError
+from ..packed import PackedAdapter
+from ..subspace import ModuleBases
+from .config import EigenLoraxConfig
+from .reference import Embedded, Reference
+
+Cores = Callable[[str, ModuleBases], Tensor | None]
+"""Module name in the subspace and its bases → scaling · C_up C_down, (k_up, k_down) float64; None where it is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The start of one module: random, or from a core."""
+
+    kind: str
+    k_down: int
+    k_up: int
+    core: Tensor | None
+    as_core: bool
+    init_weights: bool
+
+    def coefficients(self, r: int, scaling: float) -> tuple[Tensor, ...]:
+        """Down (r, k_down) and up (k_up, r), or one core (k_up, k_down)."""
+        if self.as_core:
+            return (self._core(scaling),)
+        if self.kind == "uniform":
+            return torch.rand(r, self.k_down) - 0.5, torch.rand(self.k_up, r) - 0.5
+        if self.core is not None and scaling:
+            return factored(self.core / scaling, r)
+        down = torch.randn(r, self.k_down) / math.sqrt(max(self.k_down, 1))
+        up = torch.zeros(self.k_up, r) if self.init_weights else torch.randn(self.k_up, r)
+        return down, up
+
+    def _core(self, scaling: float) -> Tensor:
+        if self.kind == "uniform":
+            return torch.rand(self.k_up, self.k_down) - 0.5
+        if self.core is not None and scaling:
+            return (self.core / scaling).float()
+        shape = self.k_up, self.k_down
+        return torch.zeros(shape) if self.init_weights else torch.randn(shape) / math.sqrt(max(self.k_down, 1))
+
+
+def factored(core: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Down (r, k_down) and up (k_up, r), float32, of equal norms, whose product is the best one of rank r of `core`."""
+    u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    kept = min(r, len(sigma))
+    roots = sigma[:kept].sqrt()
+    down = torch.zeros(r, core.shape[1], dtype=core.dtype)
+    up = torch.zeros(core.shape[0], r, dtype=core.dtype)
+    down[:kept], up[:, :kept] = roots[:, None] * vh[:kept], u[:, :kept] * roots
+    return down.float(), up.float()
+
+
+def cores(config: EigenLoraxConfig, reference: Reference | Embedded) -> Cores:
+    """Where the cores of a start come from; found before any layer is touched."""
+    if config.start in ("zero", "uniform") or isinstance(reference, Embedded):
+        return lambda place, bases: None
+    if config.start == "mean":
+        return _mean(reference, config)
+    pack = reference.pack
+    if pack is not None and config.start in pack.names:
+        return _of_packed([pack.packed(config.start)], config.n_extra)
+    if Path(config.start).is_dir():
+        return _projected(formats.read_adapter(config.start), reference)
+    known = ", ".join(pack.names[:12]) if pack is not None else "none: no pack is at hand"
+    raise OptionError(
+        f"start={config.start!r} is neither 'zero', 'mean' nor 'uniform', nor the folder of a LoRA, nor an adapter of "
+        f"the pack. Those are: {known}."
+    )
+
+
+def _mean(reference: Reference, config: EigenLoraxConfig) -> Cores:
+    pack = reference.pack
+    trained = [name for name, record in pack.records.items() if not record.untrained] if pack is not None else []
+    if pack is None or not trained:
+        raise OptionError("start='mean' needs a pack with adapters: pass subspace='pack/', the pack they are in.")
+    return _of_packed([pack.packed(name) for name in trained], config.n_extra)
+
+
+def _of_packed(adapters: list[PackedAdapter], n_extra: int) -> Cores:
+    """The mean update of adapters of a pack; with extra directions, zero on them."""
+
+    def core(place: str, bases: ModuleBases) -> Tensor | None:
+        total: Tensor | None = None
+        for adapter in adapters:
+            for module, coefficients in adapter.coefficients.items():
+                if adapter.places[module] == place:
+                    padded = spaces.pad(coefficients, n_extra)
+                    one = coefficients.scaling * padded.up.double() @ padded.down.double()
+                    total = one if total is None else total + one
+        return None if total is None else total / len(adapters)
+
+    return core
+
+
+def _projected(adapter: Adapter, reference: Reference) -> Cores:
+    """The projection of a LoRA on the subspace."""
+    places = keys.resolve_all(adapter.specs, reference.subspace.modules)
+    modules = {place: module for module, place in places.items() if place is not None}
+
+    def core(place: str, bases: ModuleBases) -> Tensor | None:
+        if place not in modules:
+            return None
+        found = spaces.project(adapter.modules[modules[place]], bases)
+        return found.scaling * found.up @ found.down
+
+    return core
