@@ -3,7 +3,6 @@
 import copy
 import errno
 import os
-import resource
 import shutil
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 import children
 import eigenlorax as ex
 from adapters import make_adapter
-from children import KILLED, at_change, kill, load_command, needs_fork
+from children import KILLED, at_change, kill, load_command, needs_fork, no_more_room
 from eigenlorax import folder, keys
 from eigenlorax.cli import main
 from eigenlorax.cli.main import IO_ERROR
@@ -231,12 +230,6 @@ def test_a_disk_that_gets_full_leaves_the_folder_as_it_was_and_is_one_message(ve
         assert contents(place.parent) == before
         refused += 1
     assert refused > 3
-
-
-def no_more_room() -> None:
-    """From here on no file of this process gets longer than a message of its own."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
 
 
 class TestTwoAtOnce:

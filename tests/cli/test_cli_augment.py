@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import children
 import eigenlorax as ex
 from adapters import MODULES
+from children import at_change, needs_fork, no_more_room
+from eigenlorax.cli.main import IO_ERROR, main
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 
 # the narrowest side of the modules here is 11 wide, and holds 4 components
@@ -142,3 +145,24 @@ def test_an_adapter_may_be_added_to_it(cli, pack):
     succeeded(augment(cli, pack, "--n-extra", 5, "--seed", 3))
     more = json_of(cli("add", pack.parent / "more", pack.parent / "new", "--json"))["added"]["new"]
     assert more["delta_error"] < plain["delta_error"]
+
+
+@needs_fork
+def test_a_disk_that_gets_full_leaves_nothing(cli, pack):
+    succeeded(augment(cli, pack, "--n-extra", 2, "--seed", 3, output="wanted"))
+    refused = 0
+    for n in range(1, 60, 4):
+        out = pack.parent / "more"
+
+        def filled(n=n, out=out):
+            at_change(n, out, no_more_room)
+            main(["augment", str(pack), "--n-extra", "2", "--seed", "3", "-o", str(out)])
+
+        done = children.run(filled)
+        if done.code == 0:
+            break
+        assert_refused(done, IO_ERROR, "File too large", out)
+        assert not out.exists()
+        refused += 1
+    assert contents(out) == contents(pack.parent / "wanted")
+    assert refused > 3

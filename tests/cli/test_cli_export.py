@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import children
 import eigenlorax as ex
 import reference
 from adapters import change_tensors, make_adapter
-from eigenlorax.cli.main import IO_ERROR
+from children import at_change, needs_fork, no_more_room
+from eigenlorax.cli.main import IO_ERROR, main
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -169,3 +171,29 @@ class TestWhereItGoes:
     def test_not_to_a_name_too_long_for_the_disk(self, cli, pack):
         done = cli("export", pack, "-o", pack.parent / ("o" * 300))
         assert_refused(done, IO_ERROR, "File name too long", "o" * 300)
+
+
+@needs_fork
+def test_a_disk_that_gets_full_leaves_whole_adapters_or_none(cli, pack):
+    succeeded(cli("export", pack, "-o", pack.parent / "wanted"))
+    wanted = contents(pack.parent / "wanted")
+    written = []
+    for n in range(1, 50):
+        out = pack.parent / str(n)
+
+        def filled(n=n, out=out):
+            at_change(n, out, no_more_room)
+            main(["export", str(pack), "-o", str(out)])
+
+        done = children.run(filled)
+        there = contents(out)
+        if done.code == 0:
+            break
+        assert_refused(done, IO_ERROR, "File too large", out, "Nothing was left half-written")
+        assert there.items() <= wanted.items()
+        names = [name for name in there if "/" not in name]
+        assert all(f"{name}/{file}" in there for name in names for file in FILES)
+        assert names or not out.exists()
+        written.append(len(names))
+    assert there == wanted
+    assert sorted(set(written)) == [0, 1, 2]
