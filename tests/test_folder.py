@@ -343,6 +343,15 @@ class TestTwoAtOnce:
             with pytest.raises(PackBusyError, match=f"{place} was changed by another process.*Open it again"):
                 read()
 
+    def test_so_is_one_of_the_command(self, place, fitted):
+        verify = folder.verify
+
+        def inspect() -> None:
+            folder.verify = lambda *arguments: [fitted.save(place, overwrite=True), verify(*arguments)]
+            main(["inspect", str(place)])
+
+        assert_refused(children.run(inspect), 5, f"{place} was changed by another process", "Open it again")
+
     def test_what_was_read_already_stays(self, place, fitted):
         opened = ex.Pack.open(place)
         adapter = opened.adapter("beta")

@@ -75,6 +75,26 @@ def test_what_is_no_verb(cli, arguments):
     assert_usage_error(cli(*arguments), arguments[-1])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fit in -k 4 -o EMPTY",
+        "export EMPTY -o out",
+        "export pack -o EMPTY",
+        "add EMPTY new",
+        "remove EMPTY alpha",
+        "augment EMPTY --n-extra 2 --seed 3 -o out",
+        "augment pack --n-extra 2 --seed 3 -o EMPTY",
+    ],
+)
+def test_an_unset_variable_is_not_the_current_folder(cli, pack, monkeypatch, line):
+    monkeypatch.chdir(pack if line.split()[1] == "EMPTY" else pack.parent)
+    before = contents(pack.parent)
+    done = cli(*("" if word == "EMPTY" else word for word in line.split()))
+    assert_usage_error(done, "it is empty")
+    assert contents(pack.parent) == before
+
+
 def test_nothing_at_all_is_answered_with_help():
     done = command()
     assert "Usage: eigenlorax" in done.out + done.err

@@ -1,7 +1,6 @@
 """`eigenlorax add`: further adapters into a pack, by projection on its subspace."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def add(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack.")],
+    pack: console.PackFolder,
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER", help="Folders, a parent folder of some, Hub ids, NAME=PATH.")
     ],

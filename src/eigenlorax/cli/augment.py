@@ -19,10 +19,12 @@ def register(app: typer.Typer) -> None:
 
 
 def augment(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack.")],
+    pack: console.PackFolder,
     n_extra: Annotated[int, typer.Option("--n-extra", metavar="L", help="Directions to add to every side.")],
     seed: Annotated[int, typer.Option(metavar="S", help="The seed that gives them, and rebuilds them later.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK2", help="The folder of the new pack.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PACK2", help="The folder of the new pack.", parser=console.path)
+    ],
     overwrite: console.Overwrite = False,
     json: console.Json = False,
 ) -> None:

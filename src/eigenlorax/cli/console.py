@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 
     from ..summary import Components, Errors, Summary
 
+
+def path(text: str) -> Path:
+    """A path of the command line. An empty one would be the current folder, which nobody means by it."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; was a variable of the shell not set?")
+    return Path(text)
+
+
+PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="The pack.", parser=path)]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
 SameBase = Annotated[
     bool, typer.Option("--same-base", help="The adapters' base models are one, under several names or paths.")

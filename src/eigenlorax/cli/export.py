@@ -20,8 +20,10 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Each adapter becomes DIR/NAME.")],
+    pack: console.PackFolder,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Each adapter becomes DIR/NAME.", parser=console.path)
+    ],
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which ones; all by default.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the LoRA factors (default: float32, or the pack's if that is wider).")

@@ -29,7 +29,10 @@ def fit(
             metavar="ADAPTER", help="Adapter folders, a parent folder of some, Hub ids (org/name), NAME=PATH."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PACK", help="The folder to write the pack to.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="PACK", help="The folder to write the pack to.", parser=console.path),
+    ],
     n_components: Annotated[
         int | None,
         typer.Option("--n-components", "-k", metavar="K", help="Directions a side of a module, at most (default 32)."),

@@ -1,6 +1,5 @@
 """`eigenlorax remove`: adapters out of a pack."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def remove(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack.")],
+    pack: console.PackFolder,
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="The adapters to remove.")],
     json: console.Json = False,
 ) -> None:
