@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..errors import OptionError
+from ..pack import Pack
 from . import registration
 
 INSIDE_PACK = "../.."
@@ -59,7 +60,8 @@ class EigenLoraxConfig(PeftConfig):
             Written when an adapter is saved, by packs or by PEFT; not for users.
     """
 
-    subspace: str | None = field(
+    # transformers' argument parser takes the second of these types
+    subspace: os.PathLike[str] | str | Pack | None = field(
         default=None, metadata={"help": "The pack whose subspace is used: a folder, or a repository on the Hub."}
     )
     subspace_revision: str | None = field(
@@ -132,7 +134,7 @@ class EigenLoraxConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise OptionError("when `layers_pattern` is given, `layers_to_transform` has to be given too.")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise OptionError(
@@ -148,10 +150,8 @@ class EigenLoraxConfig(PeftConfig):
         if not 0 <= self.lora_dropout < 1:
             raise OptionError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
 
-    def use_subspace(self, subspace: "str | os.PathLike[str] | Any | None") -> None:
+    def use_subspace(self, subspace: os.PathLike[str] | str | Pack | None) -> None:
         """Take this subspace from now on: the folder or repository of a pack, or a `Pack`."""
-        from ..pack import Pack
-
         if isinstance(subspace, Pack):
             subspace.remember()
             self.subspace_fingerprint = subspace.info.fingerprint
@@ -166,6 +166,7 @@ class EigenLoraxConfig(PeftConfig):
         """
         saved = copy.copy(self)
         saved.start = "zero"
+        assert isinstance(saved.subspace, str | None)
         if saved.subspace is not None and (saved.subspace == INSIDE_PACK or Path(saved.subspace).exists()):
             saved.subspace = None
         PeftConfig.save_pretrained(saved, save_directory, **kwargs)

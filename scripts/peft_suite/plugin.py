@@ -1,0 +1,109 @@
+"""What pytest is told for the run: subspaces for our rows, what is left out and why, and a count of it all by part."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from peft_tests import (
+    test_decoder_models,
+    test_encoder_decoder_models,
+    testing_common,
+)
+
+from . import packs, subject
+from .foreign import FOREIGN
+
+PARTS = {
+    "TestPeftCustomModel": "custom models",
+    "TestRequiresGrad": "custom models",
+    "TestMultipleActiveAdapters": "several active adapters",
+    "TestMixedAdapterBatches": "mixed batches",
+    "TestPeftFsdpStateDict": "FSDP state dict",
+    "TestDecoderModels": "decoder",
+    "TestEncoderDecoderModels": "encoder-decoder",
+    "TestPeftFeatureExtractionModel": "feature extraction",
+    "TestSequenceClassificationModels": "sequence classification",
+    "TestPeftConfig": "config",
+    "TestQuantization": "quantisation",
+}
+MIXED = ("test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches")
+
+
+class Suite:
+    """One run."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+        self.skips: Counter[str] = Counter()
+        self.left_out: dict[str, str] = {}
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out what is named in `foreign.py`; in a quick run, all that is not about the method on trial."""
+        kept, others = [], []
+        for item in items:
+            name = f"{item.cls.__name__}.{item.originalname}"
+            ours = subject.concerns(list(_params(item).values()))
+            reason = FOREIGN.get(name)
+            if reason is not None:
+                self.left_out[name] = reason
+            (others if reason is not None or (subject.quick and not ours) else kept).append(item)
+        items[:] = kept
+        config.hook.pytest_deselected(items=others)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Give a row of ours the pack of the model it is combined with: PEFT's lists know no model in a config."""
+        params = _params(item)
+        if subject.control or params.get("config_cls") is not subject.config_class() or "config_kwargs" not in params:
+            return
+        if "quant" in params:
+            model_id = params["quant"].model_id
+        else:
+            model_id = params.get("model_id") or test_decoder_models.PEFT_DECODER_MODELS_TO_TEST[0]
+        params["config_kwargs"] = {"subspace": packs.folder_of(model_id), **params["config_kwargs"]}
+
+    @pytest.fixture(autouse=True)
+    def _lists_of_classes(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PEFT skips by lists of classes written into its tests, which cannot name ours: here they do."""
+        if subject.control:
+            return
+        monkeypatch.setattr(testing_common, "_skip_if_conv1d_not_supported", lambda *row: None)
+        if request.node.originalname in MIXED:
+            for module in (testing_common, test_decoder_models, test_encoder_decoder_models):
+                if getattr(module, "LoraConfig", None) is LoraConfig:
+                    monkeypatch.setattr(module, "LoraConfig", subject.config_class())
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a result."""
+        if report.when == "call" or report.outcome != "passed":
+            part = PARTS[report.nodeid.split("::")[1]]
+            self.outcomes[part][report.outcome] += 1
+            if report.skipped:
+                self.skips[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Count a file that skips itself."""
+        if report.skipped:
+            self.outcomes["quantisation"]["skipped"] += 1
+            self.skips[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+    def summary(self) -> Iterator[str]:
+        """A line for each part, then what was skipped, and what was left out."""
+        for part in dict.fromkeys(PARTS.values()):
+            counts = self.outcomes.get(part, {})
+            if counts:
+                found = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("passed", "failed", "skipped"))
+                yield f"{part:24} {found}"
+        if self.skips:
+            yield "\nskipped by PEFT's tests:"
+            yield from (f"{count:6}  {reason}" for reason, count in self.skips.most_common())
+        if self.left_out:
+            yield "\nleft out:"
+            yield from (f"  {name}: {reason}" for name, reason in sorted(self.left_out.items()))
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    """The row of a parametrised test, as pytest will hand it over."""
+    return item.callspec.params if hasattr(item, "callspec") else {}

@@ -1,0 +1,80 @@
+"""The method on trial, ours or in-tree VeRA as the control, and how its rows get into PEFT's parametrisations.
+
+PEFT's tests are parametrised over lists, which pytest reads after their modules are imported: what is in them by then
+is what is tested.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from peft import PeftConfig, VeraConfig
+
+from eigenlorax import EigenLoraxConfig
+
+control = False
+quick = False
+
+# the first ones are those of a quick run
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "core": {"core": True},
+    "extra": {"n_extra": 3, "extra_seed": 1},
+    "embedded": {"embed_subspace": True},
+    "rslora": {"r": 4, "lora_alpha": 16, "use_rslora": True},
+    "dropout": {"lora_dropout": 0.1},
+    "patterns": {
+        "r": 4,
+        "rank_pattern": {"q_proj|c_attn|query|q": 2},
+        "alpha_pattern": {r"layers?\.0\..*|h\.0\..*|block\.0\..*": 16},
+    },
+}
+QUICK_VARIANTS = ("plain", "core")
+
+
+def config_class() -> type[PeftConfig]:
+    """The config class of the method on trial."""
+    return VeraConfig if control else EigenLoraxConfig
+
+
+def rows(listed: list, ours: list) -> None:
+    """Put our rows into a list of PEFT's tests in place of all others; the control's own rows are there already."""
+    listed[:] = [row for row in listed if concerns(row)] if control else ours
+
+
+def variants(**kwargs: Any) -> list:
+    """One row (config class, config kwargs) for each of our variants."""
+    names = QUICK_VARIANTS if quick else VARIANTS
+    return [pytest.param(EigenLoraxConfig, {**kwargs, **VARIANTS[name]}, id=f"eigenlorax-{name}") for name in names]
+
+
+def written(function: Callable) -> list:
+    """The list that is written out in a test's own parametrisation."""
+    (found,) = (mark.args[1] for mark in function.pytestmark if mark.name == "parametrize" and "config" in mark.args[0])
+    return found
+
+
+def with_subspace(name: str, subspace: str) -> Callable[..., PeftConfig]:
+    """Our config class for tests that give it no argument but the modules: with a subspace."""
+
+    def config(**kwargs: Any) -> EigenLoraxConfig:
+        return EigenLoraxConfig(subspace=subspace, **kwargs)
+
+    config.__name__ = name
+    config.stands_for = EigenLoraxConfig
+    return config
+
+
+def concerns(row: Any) -> bool:
+    """Whether a row, or one value of it, is of the method on trial."""
+    return any(
+        value is config_class() or isinstance(value, config_class()) or hasattr(value, "stands_for")
+        for value in _values(row)
+    )
+
+
+def _values(row: Any) -> Iterator[Any]:
+    yield row
+    if isinstance(row, tuple | list):
+        for value in row:
+            yield from _values(value)
