@@ -76,6 +76,7 @@ class Adapter:
     is asked for them. `heads` (task heads, trained biases, resized embeddings) and `carried` (what a subspace cannot
     hold: DoRA magnitudes, embedding and convolution LoRA) are keyed by the name PEFT writes them under, and are never
     changed. `source_config` is the text of the adapter's `adapter_config.json`, word for word.
+    `subspace` is the fingerprint of the one it was trained in, if it was.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Adapter:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     source_config: str | None = None
     file_bytes: int = 0
+    subspace: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:

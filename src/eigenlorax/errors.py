@@ -117,5 +117,9 @@ class RankWarning(EigenloraxWarning):
     """A rank above the number of components: the update's rank is at most the latter."""
 
 
+class ProjectionWarning(EigenloraxWarning):
+    """A part of an adapter lies outside the subspace it was put into, and is lost."""
+
+
 class UnknownBaseWarning(EigenloraxWarning):
     """An adapter that does not say which base model it belongs to."""

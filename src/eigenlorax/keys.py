@@ -10,6 +10,8 @@ from .errors import AdapterNameError, FormatError, ModuleNameError
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "EIGENLORAX"
+INSIDE_PACK = "../.."
+"""What the adapters of a pack call their subspace: where it is, seen from their own folder."""
 
 MANIFEST = "subspace_config.json"
 ADAPTERS = "adapters"
@@ -24,6 +26,8 @@ CARRIED = "carried.safetensors"
 MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
+CORE = "eigenlorax_core"
+EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

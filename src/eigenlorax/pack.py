@@ -234,8 +234,9 @@ class Pack:
                 f"the pack already has an adapter named {adapter.name!r}. Give the new one another name with "
                 "NAME=PATH, or remove the old one first."
             )
-        this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
-        checks.check_one_base([this, adapter], same_base)
+        if adapter.subspace != self.info.fingerprint:
+            this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
+            checks.check_one_base([this, adapter], same_base)
         places = self._places(adapter, carry_missing)
         packing = Packing(adapter, checks.scan(adapter))
         for module, place in places.items():

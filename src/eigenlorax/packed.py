@@ -17,7 +17,7 @@ from . import keys, metrics
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
 from .checks import Scan
-from .formats import hf_peft
+from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError
 from .subspace import Coefficients, Subspace
 
@@ -118,7 +118,7 @@ class Packing:
             source_sha256=self.scan.content_hash,
             source_file_bytes=adapter.file_bytes,
         )
-        config = adapter.source_config if adapter.source_config is not None else hf_peft.lora_config(adapter)
+        config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
         coefficients, places = dict(sorted(self.coefficients.items())), dict(sorted(self.places.items()))
         return PackedAdapter(adapter.name, coefficients, places, heads, carried, config, record)
 
@@ -201,7 +201,7 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
         "subspace_modules": {module: place for module, place in packed.places.items() if module != place},
-        "subspace": "../..",
+        "subspace": keys.INSIDE_PACK,
         "subspace_fingerprint": fingerprint,
         "carried": bool(packed.carried),
     }
@@ -217,7 +217,7 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
     coefficients = {}
     for module in places:
         down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
-        _, scaling = hf_peft.rank_and_scaling(module, source, name)
+        _, scaling = lora_config.rank_and_scaling(module, source, name)
         coefficients[module] = Coefficients(down, up, scaling)
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record)

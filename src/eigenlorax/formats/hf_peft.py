@@ -6,10 +6,9 @@ is not imported. The format and what is done with each kind of tensor: docs/adap
 
 import json
 import math
-import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ from .. import dtypes, hub, keys, store
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
 from ..errors import FormatError, ShapeError, reason
 from ..keys import Kind
+from . import coefficients, lora_config
 
 _DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora", "kasa_config")
-# PEFT's own defaults, for configs older than the field.
-_DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,7 @@ def read(
 ) -> Adapter:
     """A PEFT LoRA from a local folder, or from the Hub where no such folder exists (`org/name`, `org/name@revision`).
 
+    An adapter that was trained on coefficients is read as the LoRA it is, where its subspace is known (`Pack.open`).
     allow_pickle: read `adapter_model.bin` where there are no safetensors, with torch's restricted unpickler.
     The other options are huggingface_hub's; HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN count as they do there.
     """
@@ -65,8 +64,13 @@ def read(
     )
     text, config = _read_config(folder)
     weights, headers, load = _open_weights(folder, allow_pickle)
+    name = keys.check_name(name if name is not None else default_name)
+    if config["peft_type"] == keys.PEFT_TYPE:
+        tensors = dict(zip(headers, load(list(headers)), strict=True))
+        found = coefficients.adapter(name, config, tensors, where=str(weights))
+        return replace(found, file_bytes=weights.stat().st_size)
     adapter = assemble(
-        keys.check_name(name if name is not None else default_name),
+        name,
         text,
         config,
         headers,
@@ -95,11 +99,11 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(config, dict):
         raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
     kind = config.get("peft_type")
-    if kind == keys.PEFT_TYPE:
+    if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
             f"{folder} holds coefficients of a pack already. `eigenlorax export` gives it back as an ordinary LoRA."
         )
-    if kind != "LORA":
+    if kind not in ("LORA", keys.PEFT_TYPE):
         raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
     _check_texts(config, path)
     return text, config
@@ -264,7 +268,7 @@ def _spec(
     for side, header in (("down", down), ("up", up)):
         if header.dtype is None:
             raise FormatError(f"{where}: tensor {pair[side]!r} is not float64, float32, float16 or bfloat16.")
-    rank, scaling = rank_and_scaling(module, config, where)
+    rank, scaling = lora_config.rank_and_scaling(module, config, where)
     if down.shape[0] != up.shape[1] or down.shape[0] < 1:
         raise ShapeError(
             f"{where}: {pair['down']!r} is {down.shape} and {pair['up']!r} is {up.shape}: "
@@ -280,29 +284,6 @@ def _spec(
     return ModuleSpec(rank, down.shape[1], up.shape[0], scaling, torch.promote_types(down.dtype, up.dtype))
 
 
-def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[int, float]:
-    """Rank and scaling of a module, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r."""
-    patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
-    try:
-        rank = keys.pattern_value(patterns[0], module, config.get("r", _DEFAULT_RANK))
-        alpha = keys.pattern_value(patterns[1], module, config.get("lora_alpha", _DEFAULT_ALPHA))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(
-            f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
-        ) from error
-    usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
-    try:
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
-    except OverflowError:
-        scaling = math.inf
-    # squared, it enters every norm of the update
-    if not math.isfinite(scaling * scaling):
-        raise FormatError(f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} are not usable numbers.")
-    return rank, scaling
-
-
 def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
     """A folder that `PeftModel.from_pretrained` loads. Config word for word, heads and carried tensors to the bit.
 
@@ -314,11 +295,11 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, ove
 
 def files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The bytes of the two files of a PEFT folder."""
-    text = adapter.source_config if adapter.source_config is not None else lora_config(adapter)
+    text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     config = json.loads(text)
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
     for module, factors in adapter.modules.items():
-        expected = rank_and_scaling(module, config, adapter.name)
+        expected = lora_config.rank_and_scaling(module, config, adapter.name)
         if expected[0] != factors.down.shape[0] or not math.isclose(expected[1], factors.scaling, rel_tol=1e-9):
             raise FormatError(
                 f"adapter {adapter.name!r}, module {module}: rank {factors.down.shape[0]} and scaling "
@@ -336,27 +317,3 @@ def files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, by
 def owned(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A copy that safetensors accepts: on the CPU, contiguous, sharing memory with no other tensor."""
     return tensor.detach().cpu().to(dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
-
-
-def lora_config(adapter: Adapter) -> str:
-    """An `adapter_config.json` for an adapter that was made in memory: ranks and scalings by module, nothing else."""
-    first = next(iter(adapter.specs.values()))
-    alphas = {module: spec.scaling * spec.rank for module, spec in adapter.specs.items()}
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": adapter.base_model,
-        "revision": adapter.revision,
-        "task_type": None,
-        "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.scaling * first.rank,
-        "rank_pattern": {_whole(m): s.rank for m, s in adapter.specs.items() if s.rank != first.rank},
-        "alpha_pattern": {_whole(m): a for m, a in alphas.items() if a != first.scaling * first.rank},
-        "target_modules": sorted(adapter.specs),
-    }
-    return json.dumps(config, indent=2, sort_keys=True)
-
-
-def _whole(module: str) -> str:
-    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
-    return f"^{re.escape(module)}$"

@@ -6,8 +6,9 @@ from . import registration
 registration.check_peft()
 
 from .config import EigenLoraxConfig  # noqa: E402
+from .convert import combine, from_lora, scaled, swap, to_lora  # noqa: E402
 from .model import EigenLoraxModel  # noqa: E402
 
 registration.register()
 
-__all__ = ["EigenLoraxConfig", "EigenLoraxModel"]
+__all__ = ["EigenLoraxConfig", "EigenLoraxModel", "combine", "from_lora", "scaled", "swap", "to_lora"]

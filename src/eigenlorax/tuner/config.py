@@ -8,12 +8,10 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .. import keys
 from ..errors import OptionError
 from ..pack import Pack
 from . import registration
-
-INSIDE_PACK = "../.."
-"""What the adapters of a pack call their subspace: where it is, seen from their own folder."""
 
 
 @dataclass
@@ -167,7 +165,7 @@ class EigenLoraxConfig(PeftConfig):
         saved = copy.copy(self)
         saved.start = "zero"
         assert isinstance(saved.subspace, str | None)
-        if saved.subspace is not None and (saved.subspace == INSIDE_PACK or Path(saved.subspace).exists()):
+        if saved.subspace is not None and (saved.subspace == keys.INSIDE_PACK or Path(saved.subspace).exists()):
             saved.subspace = None
         PeftConfig.save_pretrained(saved, save_directory, **kwargs)
 
@@ -183,7 +181,7 @@ class EigenLoraxConfig(PeftConfig):
         config: EigenLoraxConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if subspace is not None:
             config.use_subspace(subspace)
-        elif getattr(config, "subspace", None) == INSIDE_PACK:
+        elif getattr(config, "subspace", None) == keys.INSIDE_PACK:
             folder = Path(pretrained_model_name_or_path, subfolder or "")
             if folder.is_dir():
                 config.subspace = str(folder.parent.parent)

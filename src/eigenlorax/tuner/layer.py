@@ -209,14 +209,14 @@ class Linear(nn.Module, EigenLoraxLayer):
 
     def _update(self, adapter: str, x: Tensor) -> Tensor:
         down_basis, up_basis = self.bases_of(adapter)
-        factors = self._factors(adapter)
+        factors = self.factors_of(adapter)
         hidden = self._cast_input_dtype(self.eigenlorax_dropout[adapter](x), factors[0].dtype)
         hidden = linear(hidden, down_basis.to(hidden.dtype))
         for factor in factors:
             hidden = linear(hidden, factor)
         return (hidden * self.scaling[adapter]) @ up_basis.to(hidden.dtype)
 
-    def _factors(self, adapter: str) -> tuple[Tensor, ...]:
+    def factors_of(self, adapter: str) -> tuple[Tensor, ...]:
         """What the projected input is multiplied with, one after the other."""
         if adapter in self.eigenlorax_core:
             return (self.eigenlorax_core[adapter],)

@@ -1,5 +1,6 @@
 """The tuner: finds the modules of a model that the subspace has, and puts coefficients beside them."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class EigenLoraxModel(BaseTuner):
         references.check_whole(peft_config)
         reference = references.resolve(peft_config)
         if peft_config.target_modules is None:
-            names = [name for name, _ in self._linear_modules() if reference.place(name, peft_config) is not None]
+            names = self._shared_modules(reference, peft_config)
             if not names:
                 raise ModuleNameError(
                     f"the model has none of the modules of the subspace {reference.fingerprint[:12]}…. It is a "
@@ -69,6 +70,14 @@ class EigenLoraxModel(BaseTuner):
         self._reference: Reference | Embedded = reference
         self._cores: Cores = starts.cores(peft_config, reference)
         return peft_config
+
+    def _shared_modules(self, reference: Reference | Embedded, config: EigenLoraxConfig) -> list[str]:
+        """The layers of the model that the subspace has, in the layers that the config asks for."""
+        names = [name for name, _ in self._linear_modules() if reference.place(name, config) is not None]
+        # PEFT looks at layers_to_transform only where a target is less than a whole name
+        by_suffix = copy.copy(config)
+        by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
+        return [name for name in names if self._check_target_module_exists(by_suffix, name)]
 
     def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The layers that can be adapted, by name, without what is inside of adapted ones."""

@@ -9,10 +9,10 @@ import torch
 from .. import basis, keys, known
 from .. import subspace as spaces
 from ..basis import Basis
-from ..errors import FormatError, ModuleNameError, OptionError, PackMissingError, ShapeError
+from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
 from ..pack import Pack
 from ..subspace import ModuleBases, Subspace
-from .config import INSIDE_PACK, EigenLoraxConfig
+from .config import EigenLoraxConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +112,12 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
 
 
 def _pack(config: EigenLoraxConfig) -> Pack | None:
-    if config.subspace is None or config.subspace == INSIDE_PACK:
+    if config.subspace is None or config.subspace == keys.INSIDE_PACK:
         return None
+    assert isinstance(config.subspace, str)
     if Path(config.subspace).exists():
         return Pack.open(config.subspace)
-    try:
-        return Pack.from_pretrained(config.subspace, revision=config.subspace_revision)
-    except FormatError as error:
-        raise PackMissingError(
-            f"subspace={config.subspace!r} is no pack's folder, and no repository on the Hub."
-        ) from error
+    return Pack.from_pretrained(config.subspace, revision=config.subspace_revision)
 
 
 def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> None:

@@ -1,0 +1,60 @@
+"""The numbers of a LoRA's `adapter_config.json`: read as PEFT reads them, and written for adapters that have none."""
+
+import json
+import math
+import re
+from typing import Any
+
+from .. import keys
+from ..adapter import Adapter
+from ..errors import FormatError
+
+# PEFT's own defaults, for configs older than the field.
+_DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
+
+
+def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[int, float]:
+    """Rank and scaling of a module, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r."""
+    patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
+    try:
+        rank = keys.pattern_value(patterns[0], module, config.get("r", _DEFAULT_RANK))
+        alpha = keys.pattern_value(patterns[1], module, config.get("lora_alpha", _DEFAULT_ALPHA))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(
+            f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
+        ) from error
+    usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
+    try:
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
+    except OverflowError:
+        scaling = math.inf
+    # squared, it enters every norm of the update
+    if not math.isfinite(scaling * scaling):
+        raise FormatError(f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} are not usable numbers.")
+    return rank, scaling
+
+
+def make(adapter: Adapter) -> str:
+    """An `adapter_config.json` for an adapter that was made in memory: ranks and scalings by module, nothing else."""
+    first = next(iter(adapter.specs.values()))
+    alphas = {module: spec.scaling * spec.rank for module, spec in adapter.specs.items()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.base_model,
+        "revision": adapter.revision,
+        "task_type": None,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.scaling * first.rank,
+        "rank_pattern": {_whole(m): s.rank for m, s in adapter.specs.items() if s.rank != first.rank},
+        "alpha_pattern": {_whole(m): a for m, a in alphas.items() if a != first.scaling * first.rank},
+        "target_modules": sorted(adapter.specs),
+    }
+    return json.dumps(config, indent=2, sort_keys=True)
+
+
+def _whole(module: str) -> str:
+    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
+    return f"^{re.escape(module)}$"
