@@ -15,14 +15,13 @@ from .adapter import Adapter
 from .errors import (
     AdapterNameError,
     ModuleNameError,
-    NonFiniteError,
     OptionError,
     PackBusyError,
     PackDamagedError,
     PackVersionError,
     ShapeError,
 )
-from .formats import sources
+from .formats import hf_peft, sources
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .packed import PackedAdapter, Packing, Record
 from .subspace import Subspace
@@ -158,8 +157,19 @@ class Pack:
         found = self._adapters[name]
         if isinstance(found, Entry):
             assert self.path is not None
-            return folder.read_adapter(self.path, name, found)
+            found = folder.read_adapter(self.path, name, found)
+            self._check_sizes(self.path, found)
         return found
+
+    def _check_sizes(self, path: Path, found: PackedAdapter) -> None:
+        """Whether coefficients are as wide as their bases: what is as it was written may have been written wrong."""
+        for module, one in found.coefficients.items():
+            sides = self.info.modules.get(found.places[module])
+            if sides is None or (one.down.shape[1], one.up.shape[0]) != (sides["down"].k, sides["up"].k):
+                raise PackDamagedError(
+                    f"{path / keys.ADAPTERS / found.name}: the coefficients of module {module} do not fit the "
+                    "subspace. Make the pack again, with another tool or release."
+                )
 
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
@@ -201,12 +211,9 @@ class Pack:
         found = self.packed(name)
         if dtype is None:
             return
-        for module, factors in packed.unpacked(found, self.subspace, dtype).modules.items():
-            if not (factors.down.isfinite().all() and factors.up.isfinite().all()):
-                raise NonFiniteError(
-                    f"adapter {name!r}: the factors of module {module} are too large for {dtypes.name(dtype)}. Export "
-                    "it in a wider dtype."
-                )
+        for module, factors in packed.unpacked(found, self.subspace, torch.float64).modules.items():
+            for factor in (factors.down, factors.up):
+                hf_peft.rounded(factor, dtype, f"{name!r}, module {module}")
 
     def verify(self) -> None:
         """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""

@@ -48,8 +48,8 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
             heads[key] = tensor
     if not own:
         raise FormatError(
-            f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. An adapter of a pack is given back by "
-            "`eigenlorax export`."
+            f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. An adapter of a pack is given "
+            "back by `eigenlorax export`."
         )
     embedded = all(keys.EMBEDDED["down"] in found for found in own.values())
     subspace = None if embedded else _subspace(config, where)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import dtypes, hub, keys, store
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
-from ..errors import FormatError, ShapeError, reason
+from ..errors import FormatError, NonFiniteError, ShapeError, reason
 from ..keys import Kind
 from . import coefficients, lora_config
 
@@ -306,12 +306,22 @@ def files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, by
                 f"{factors.scaling:g} are not those of its config, {expected[0]} and {expected[1]:g}. Clear "
                 "source_config, and a fitting one is written."
             )
-        tensors[keys.lora_key(module, "down")] = owned(factors.down, dtype)
-        tensors[keys.lora_key(module, "up")] = owned(factors.up, dtype)
+        for side, factor in (("down", factors.down), ("up", factors.up)):
+            tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
     return {
         keys.ADAPTER_CONFIG: text.encode("utf-8"),
         keys.ADAPTER_WEIGHTS: to_safetensors(tensors, metadata={"format": "pt"}),
     }
+
+
+def rounded(factor: Tensor, dtype: torch.dtype | None, where: str) -> Tensor:
+    """A copy of a LoRA factor in `dtype`; `NonFiniteError` where that has no room for its numbers."""
+    copy = owned(factor, dtype)
+    if not copy.isfinite().all():
+        raise NonFiniteError(
+            f"adapter {where}: its factors are too large for {dtypes.name(copy.dtype)}. Take a wider dtype."
+        )
+    return copy
 
 
 def owned(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
