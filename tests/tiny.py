@@ -27,6 +27,8 @@ def make_bert(n_labels=3):
             intermediate_size=INNER,
             num_labels=n_labels,
             max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
         return BertForSequenceClassification(config).eval()
 
