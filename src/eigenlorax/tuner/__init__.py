@@ -5,10 +5,20 @@ from . import registration
 # before any module of ours that imports PEFT: at the end of PEFT's import these modules are wanted whole
 registration.check_peft()
 
+from .components import lora_from_components  # noqa: E402
 from .config import EigenLoraxConfig  # noqa: E402
 from .convert import combine, from_lora, scaled, swap, to_lora  # noqa: E402
 from .model import EigenLoraxModel  # noqa: E402
 
 registration.register()
 
-__all__ = ["EigenLoraxConfig", "EigenLoraxModel", "combine", "from_lora", "scaled", "swap", "to_lora"]
+__all__ = [
+    "EigenLoraxConfig",
+    "EigenLoraxModel",
+    "combine",
+    "from_lora",
+    "lora_from_components",
+    "scaled",
+    "swap",
+    "to_lora",
+]
