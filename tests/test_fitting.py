@@ -20,7 +20,7 @@ from eigenlorax.errors import (
     UnknownBaseWarning,
     UntrainedAdapterWarning,
 )
-from eigenlorax.formats import hf_peft
+from eigenlorax.formats import files
 from planted import (
     MODULES,
     assert_same_span,
@@ -309,7 +309,7 @@ def test_tensors_are_read_module_by_module(tmp_path, monkeypatch):
     n = 12
     folders = [ex.write_adapter(adapter, tmp_path / adapter.name) for adapter in random_collection(n)]
     alive, counts = set(), []
-    real = hf_peft._open_safetensors
+    real = files._open_safetensors
 
     def counting(path):
         headers, load = real(path)
@@ -324,7 +324,7 @@ def test_tensors_are_read_module_by_module(tmp_path, monkeypatch):
 
         return headers, counted
 
-    monkeypatch.setattr(hf_peft, "_open_safetensors", counting)
+    monkeypatch.setattr(files, "_open_safetensors", counting)
     ex.fit(folders, n_components=4)
     assert len(counts) >= n * 2 * len(MODULES)
     assert max(counts) <= 2 * (n + 1)

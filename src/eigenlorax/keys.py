@@ -10,6 +10,8 @@ from .errors import AdapterNameError, FormatError, ModuleNameError
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "EIGENLORAX"
+OFFICIAL_PEFT_TYPE = "EIGENLORA"
+"""What the authors' own code calls its adapters."""
 INSIDE_PACK = "../.."
 """What the adapters of a pack call their subspace: where it is, seen from their own folder."""
 
@@ -29,6 +31,8 @@ COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
+OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
+OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -40,9 +44,12 @@ _CARRIED = re.compile(
 )
 _FACTOR_BIAS = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.(?P<adapter>[^.]+))?(?P<rest>\.bias)")
 _HEAD = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
+_OFFICIAL = re.compile(
+    r"(?P<module>.+)\.(?P<side>eigenlora_A|eigenlora_B)(\.[^.]+)?\.(?P<part>components|loadings)(\.[^.]+)?"
+)
 # What other adapter methods and dialects leave in a file: held under a PEFT LoRA config, it would not be understood.
 _FOREIGN = re.compile(
-    r"(^|[._])(lora|ia3|vera|hada|lokr|oft|boft|hra|fourierft|vblora|loha)([._]|$)|\.alpha$|dora_scale"
+    r"(^|[._])(lora|eigenlora|ia3|vera|hada|lokr|oft|boft|hra|fourierft|vblora|loha)([._]|$)|\.alpha$|dora_scale"
 )
 
 
@@ -84,6 +91,13 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
             "lora_magnitude_vector, trained biases and modules_to_save. It would be lost, so nothing was read."
         )
     return TensorName(Kind.HEAD, key.rpartition(".")[0], f"{MODEL_PREFIX}{key}")
+
+
+def parse_official_key(raw: str) -> tuple[str, str, str] | None:
+    """Module, side ("down" or "up") and part ("components" or "loadings") of a tensor of the authors' files; None for
+    one that is not theirs. An adapter's name, or `weight`, may stand before or after the part."""
+    match = _OFFICIAL.fullmatch(raw.removeprefix(MODEL_PREFIX))
+    return (match["module"], OFFICIAL_SIDES[match["side"]], match["part"]) if match else None
 
 
 def _without_adapter(rest: str) -> str:

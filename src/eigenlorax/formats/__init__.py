@@ -7,18 +7,18 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..errors import OptionError
-from . import hf_peft
+from . import hf_peft, official
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How adapters of one format come in and go out."""
+    """How adapters of one format come in, and go out where they may."""
 
     read: Callable[..., Adapter]
-    write: Callable[..., Path]
+    write: Callable[..., Path] | None = None
 
 
-FORMATS = {"peft": Format(hf_peft.read, hf_peft.write)}
+FORMATS = {"peft": Format(hf_peft.read, hf_peft.write), "official": Format(official.read)}
 
 
 def read_adapter(source: str | Path, *, format: str = "peft", **options: Any) -> Adapter:
@@ -28,7 +28,11 @@ def read_adapter(source: str | Path, *, format: str = "peft", **options: Any) ->
 
 def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", **options: Any) -> Path:
     """Write an adapter as the folder `path`, whole or not at all. Options: the writer's own."""
-    return _format(format).write(adapter, Path(path), **options)
+    write = _format(format).write
+    if write is None:
+        writable = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
+        raise OptionError(f"format {format!r} is read, not written. Written are: {writable}.")
+    return write(adapter, Path(path), **options)
 
 
 def _format(name: str) -> Format:

@@ -3,7 +3,6 @@
 Nothing here reads a file: tensors come by PEFT's keys, and the subspace from `known` or from among the tensors.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,16 +15,6 @@ from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError
 from ..subspace import Subspace
 from . import lora_config
-
-_KEPT = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "fan_in_fan_out",
-    "lora_dropout",
-    "modules_to_save",
-)
 
 
 def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
@@ -99,17 +88,7 @@ def lora(
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
     )
-    bias = str(config.get("bias", "none")).replace("eigenlorax_only", "lora_only")
-    fields = {**json.loads(lora_config.make(found)), **{k: config[k] for k in _KEPT if k in config}, "bias": bias}
-    return Adapter(
-        name=found.name,
-        specs=found.specs,
-        modules=found.modules,
-        base_model=found.base_model,
-        revision=found.revision,
-        heads=heads,
-        source_config=json.dumps(fields, indent=2, sort_keys=True),
-    )
+    return replace(found, source_config=lora_config.derived(found, config))
 
 
 def _subspace(config: Mapping[str, Any], where: str) -> Subspace:

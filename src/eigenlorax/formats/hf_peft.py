@@ -6,34 +6,24 @@ is not imported. The format and what is done with each kind of tensor: docs/adap
 
 import json
 import math
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from .. import dtypes, hub, keys, store
+from .. import dtypes, keys, store
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
-from ..errors import FormatError, NonFiniteError, ShapeError, reason
+from ..errors import FormatError, NonFiniteError, ShapeError
 from ..keys import Kind
-from . import coefficients, lora_config
+from . import coefficients, files, lora_config, official
+from .files import Header
 
-_DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora", "kasa_config")
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """What is known of a stored tensor before it is read. `dtype` is None where a factor may not have it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
 
 
 def read(
@@ -49,12 +39,14 @@ def read(
 ) -> Adapter:
     """A PEFT LoRA from a local folder, or from the Hub where no such folder exists (`org/name`, `org/name@revision`).
 
-    An adapter that was trained on coefficients is read as the LoRA it is, where its subspace is known (`Pack.open`).
+    An adapter that was trained on coefficients is read as the LoRA it is, where its subspace is known (`Pack.open`);
+    so is one of the paper's authors, where its config has the `lora_alpha` that it goes with.
     allow_pickle: read `adapter_model.bin` where there are no safetensors, with torch's restricted unpickler.
     The other options are huggingface_hub's; HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN count as they do there.
     """
-    folder, default_name = hub.adapter_folder(
+    opened = files.opened(
         source,
+        name=name,
         revision=revision,
         subfolder=subfolder,
         token=token,
@@ -62,128 +54,26 @@ def read(
         local_files_only=local_files_only,
         allow_pickle=allow_pickle,
     )
-    text, config = _read_config(folder)
-    weights, headers, load = _open_weights(folder, allow_pickle)
-    name = keys.check_name(name if name is not None else default_name)
-    if config["peft_type"] == keys.PEFT_TYPE:
+    weights, headers, load = opened.weights, opened.headers, opened.load
+    if official.is_one(opened):
+        return official.adapter(opened)
+    if opened.config["peft_type"] == keys.PEFT_TYPE:
         tensors = dict(zip(headers, load(list(headers)), strict=True))
-        found = coefficients.adapter(name, config, tensors, where=str(weights))
-        return replace(found, file_bytes=weights.stat().st_size)
+        found = coefficients.adapter(opened.name, opened.config, tensors, where=str(weights))
+        return replace(found, file_bytes=opened.file_bytes)
     adapter = assemble(
-        name,
-        text,
-        config,
-        headers,
-        load,
-        where=str(weights),
-        file_bytes=weights.stat().st_size,
+        opened.name, opened.text, opened.config, headers, load, where=str(weights), file_bytes=opened.file_bytes
     )
     if not adapter.specs and not adapter.carried:
         raise FormatError(f"{weights} has no LoRA tensor at all.")
     return adapter
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    path = folder / keys.ADAPTER_CONFIG
-    if (folder / keys.MANIFEST).is_file():
-        raise FormatError(
-            f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` gives its adapters."
-        )
-    if not path.is_file():
-        raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
-    kind = config.get("peft_type")
-    if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
-        raise FormatError(
-            f"{folder} holds coefficients of a pack already. `eigenlorax export` gives it back as an ordinary LoRA."
-        )
-    if kind not in ("LORA", keys.PEFT_TYPE):
-        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
-    _check_texts(config, path)
-    return text, config
-
-
-def _check_texts(config: dict[str, Any], path: Path) -> None:
-    """`FormatError` where a field that has to be a text, or a list of them, is something else."""
-    for field in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(field), str | None):
-            raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
-    for field in ("modules_to_save", "target_parameters"):
-        value = config.get(field) or []
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
-
-
-def _open_weights(
-    folder: Path, allow_pickle: bool
-) -> tuple[Path, dict[str, _Header], Callable[[list[str]], list[Tensor]]]:
-    safetensors, pickled = folder / keys.ADAPTER_WEIGHTS, folder / keys.ADAPTER_PICKLE
-    if safetensors.is_file():
-        return safetensors, *_open_safetensors(safetensors)
-    if not pickled.is_file():
-        unfetched = "" if allow_pickle else " (from the Hub, a .bin is fetched with --allow-pickle only)"
-        raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
-    if not allow_pickle:
-        raise FormatError(
-            f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, which may run code when read. If you "
-            "trust it, pass --allow-pickle (allow_pickle=True): it is then read with weights_only=True."
-        )
-    return pickled, *_open_pickle(pickled)
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, _Header], Callable[[list[str]], list[Tensor]]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            headers = {
-                key: _Header(tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
-
-    def load(names: list[str]) -> list[Tensor]:
-        # opened at each read: a thousand adapters would be a thousand open files
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(key) for key in names]
-
-    return headers, load
-
-
-def _open_pickle(path: Path) -> tuple[dict[str, _Header], Callable[[list[str]], list[Tensor]]]:
-    state = _load_pickle(path)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
-    known = set(_DTYPES.values())
-    headers = {
-        key: _Header(tuple(value.shape), value.dtype if value.dtype in known else None) for key, value in state.items()
-    }
-    return headers, lambda names: [state[key].detach() for key in names]
-
-
-def _load_pickle(path: Path) -> Any:
-    try:
-        # mapped, so that a tensor is read when it is asked for; files of before torch 1.6 cannot be
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:
-        # on bytes that are no pickle, torch's unpickler raises whatever comes
-        raise FormatError(f"{path} cannot be read as tensors alone (weights_only=True): {reason(error)}") from error
-
-
 def assemble(
     name: str,
     config_text: str,
     config: dict[str, Any],
-    headers: Mapping[str, _Header],
+    headers: Mapping[str, Header],
     load: Callable[[list[str]], list[Tensor]],
     *,
     where: str,
@@ -245,14 +135,14 @@ def assemble(
 def from_tensors(name: str, config_text: str, tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
     """An adapter out of tensors in memory under PEFT's keys."""
     headers = {
-        key: _Header(tuple(value.shape), value.dtype if value.dtype in _DTYPES.values() else None)
+        key: Header(tuple(value.shape), value.dtype if value.dtype in dtypes.STORED else None)
         for key, value in tensors.items()
     }
     config = json.loads(config_text)
     return assemble(name, config_text, config, headers, lambda names: [tensors[key] for key in names], where=where)
 
 
-def _carried_whole(module: str, config: dict[str, Any], pair: list[_Header]) -> bool:
+def _carried_whole(module: str, config: dict[str, Any], pair: list[Header]) -> bool:
     """Whether lora_A and lora_B of a module are kept as they are: convolutions, experts, other products than B·A."""
     if any(len(header.shape) != 2 for header in pair) or any(config.get(option) for option in _OTHER_PRODUCTS):
         return True
@@ -262,7 +152,7 @@ def _carried_whole(module: str, config: dict[str, Any], pair: list[_Header]) -> 
 
 
 def _spec(
-    module: str, pair: dict[str, str], headers: Mapping[str, _Header], config: dict[str, Any], where: str
+    module: str, pair: dict[str, str], headers: Mapping[str, Header], config: dict[str, Any], where: str
 ) -> ModuleSpec:
     down, up = headers[pair["down"]], headers[pair["up"]]
     for side, header in (("down", down), ("up", up)):
@@ -289,11 +179,11 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, ove
 
     dtype: that of the LoRA factors; the adapter's own where it is not given.
     """
-    store.write_folder(path, files(adapter, dtype=dtype), overwrite=overwrite)
+    store.write_folder(path, to_files(adapter, dtype=dtype), overwrite=overwrite)
     return path
 
 
-def files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
+def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The bytes of the two files of a PEFT folder."""
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     config = json.loads(text)

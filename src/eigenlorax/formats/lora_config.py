@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from .. import keys
@@ -11,6 +12,16 @@ from ..errors import FormatError
 
 # PEFT's own defaults, for configs older than the field.
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
+# What the config of another method says that holds of a LoRA as well.
+_KEPT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "fan_in_fan_out",
+    "lora_dropout",
+    "modules_to_save",
+)
 
 
 def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[int, float]:
@@ -53,6 +64,14 @@ def make(adapter: Adapter) -> str:
         "target_modules": sorted(adapter.specs),
     }
     return json.dumps(config, indent=2, sort_keys=True)
+
+
+def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
+    """The same for an adapter that another method trained, with what that method's config has that still holds."""
+    # "eigenlorax_only" and its like: the biases of the modules that have an adapter
+    bias = re.sub(r"\w+_only$", "lora_only", str(config.get("bias", "none")))
+    fields = {**json.loads(make(adapter)), **{key: config[key] for key in _KEPT if key in config}, "bias": bias}
+    return json.dumps(fields, indent=2, sort_keys=True)
 
 
 def _whole(module: str) -> str:

@@ -1,0 +1,168 @@
+"""An adapter's folder, opened: its config, and the names and shapes of its tensors, each read when it is asked for.
+
+What the tensors stand for is for the formats to say.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import dtypes, hub, keys
+from ..errors import FormatError, reason
+
+_DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of a stored tensor before it is read. `dtype` is None where a factor may not have it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The config, parsed and word for word, and the tensors of an adapter's folder. `load` reads tensors by name."""
+
+    name: str
+    text: str
+    config: dict[str, Any]
+    weights: Path
+    headers: Mapping[str, Header]
+    load: Callable[[list[str]], list[Tensor]]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file of weights."""
+        return self.weights.stat().st_size
+
+
+def opened(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+) -> Opened:
+    """The folder of an adapter, or what the Hub has of it, where no such folder exists."""
+    folder, default_name = hub.adapter_folder(
+        source,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+    )
+    text, config = _read_config(folder)
+    weights, headers, load = _open_weights(folder, allow_pickle)
+    name = keys.check_name(name if name is not None else default_name)
+    return Opened(name, text, config, weights, headers, load)
+
+
+def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    path = folder / keys.ADAPTER_CONFIG
+    if (folder / keys.MANIFEST).is_file():
+        raise FormatError(
+            f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` gives its adapters."
+        )
+    if not path.is_file():
+        raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
+    kind = config.get("peft_type")
+    if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
+        raise FormatError(
+            f"{folder} holds coefficients of a pack already. `eigenlorax export` gives it back as an ordinary LoRA."
+        )
+    if kind not in ("LORA", keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE):
+        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
+    _check_texts(config, path)
+    return text, config
+
+
+def _check_texts(config: dict[str, Any], path: Path) -> None:
+    """`FormatError` where a field that has to be a text, or a list of them, is something else."""
+    for field in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(field), str | None):
+            raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
+    for field in ("modules_to_save", "target_parameters"):
+        value = config.get(field) or []
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
+
+
+def _open_weights(
+    folder: Path, allow_pickle: bool
+) -> tuple[Path, dict[str, Header], Callable[[list[str]], list[Tensor]]]:
+    safetensors, pickled = folder / keys.ADAPTER_WEIGHTS, folder / keys.ADAPTER_PICKLE
+    if safetensors.is_file():
+        return safetensors, *_open_safetensors(safetensors)
+    if not pickled.is_file():
+        unfetched = "" if allow_pickle else " (from the Hub, a .bin is fetched with --allow-pickle only)"
+        raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
+    if not allow_pickle:
+        raise FormatError(
+            f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, which may run code when read. If you "
+            "trust it, pass --allow-pickle (allow_pickle=True): it is then read with weights_only=True."
+        )
+    return pickled, *_open_pickle(pickled)
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], list[Tensor]]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            headers = {
+                key: Header(tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
+
+    def load(names: list[str]) -> list[Tensor]:
+        # opened at each read: a thousand adapters would be a thousand open files
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(key) for key in names]
+
+    return headers, load
+
+
+def _open_pickle(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], list[Tensor]]]:
+    state = _load_pickle(path)
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
+    known = set(_DTYPES.values())
+    headers = {
+        key: Header(tuple(value.shape), value.dtype if value.dtype in known else None) for key, value in state.items()
+    }
+    return headers, lambda names: [state[key].detach() for key in names]
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        # mapped, so that a tensor is read when it is asked for; files of before torch 1.6 cannot be
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:
+        # on bytes that are no pickle, torch's unpickler raises whatever comes
+        raise FormatError(f"{path} cannot be read as tensors alone (weights_only=True): {reason(error)}") from error
