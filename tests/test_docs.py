@@ -13,7 +13,7 @@ import eigenlorax
 from eigenlorax import errors, manifest, packed, subspace, summary
 from eigenlorax.cli import app
 from eigenlorax.cli.main import IO_ERROR
-from eigenlorax.tasks import demo
+from eigenlorax.tasks import demo, evaluate, train
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -106,6 +106,10 @@ class TestCommandLine:
             (manifest.FitInfo, "A pack's figures"),
             (packed.Record, "A pack's figures"),
             (demo.Outcome, "`eigenlorax demo`"),
+            (train.Trained, "`eigenlorax train`"),
+            (evaluate.Evaluated, "`eigenlorax evaluate`"),
+            (evaluate.Classified, "`eigenlorax evaluate`"),
+            (evaluate.Modelled, "`eigenlorax evaluate`"),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )

@@ -105,6 +105,10 @@ class SkippedAdapterWarning(EigenloraxWarning):
     """An adapter or folder was left out, because the caller said that it may be."""
 
 
+class RowsWarning(EigenloraxWarning):
+    """Rows of a file were cut or left out, or some class has none."""
+
+
 class UntrainedAdapterWarning(EigenloraxWarning):
     """An adapter whose delta weight is zero: kept in the pack, left out of the fit."""
 

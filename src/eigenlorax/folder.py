@@ -8,7 +8,7 @@ reasons.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ def open_manifest(folder: Path) -> Opened:
     opened = read_manifest(folder)
     if opened is None:
         raise PackMissingError(
-            f"{folder} is not a pack: it has no {keys.MANIFEST}. `eigenlorax fit ADAPTER... -o {folder}` makes one."
+            f"{folder} is not a pack: it has no {keys.MANIFEST}. `eigenlorax fit ADAPTER... -o {folder}` makes one, "
+            f"`eigenlorax pull ORG/NAME -o {folder}` gets one from the Hub."
         )
     return opened
 
@@ -146,9 +147,23 @@ def read_adapter(folder: Path, name: str, entry: Entry) -> PackedAdapter:
         return packed.from_files(name, files, entry.record)
 
 
+def place(folder: Path, name: str, entry: Entry) -> Path:
+    """The folder that an adapter is in: its spare place, where it is still there, or its own."""
+    spare = _spare_place(folder, name, entry)
+    return spare if spare.is_dir() else _place(folder, name)
+
+
 def verify(folder: Path, found: Manifest) -> None:
     """Read every byte of the pack; `PackDamagedError` names the first file that is not what was written."""
-    with _still_listed(folder, lambda now: now == found):
+
+    def same(now: Manifest) -> bool:
+        # what was found may be a part of the pack
+        return (
+            replace(now, adapters={name: entry for name, entry in now.adapters.items() if name in found.adapters})
+            == found
+        )
+
+    with _still_listed(folder, same):
         _read_checked(folder / found.subspace_file, found.subspace_sha256)
         for name, entry in found.adapters.items():
             _read_adapter_files(folder, name, entry)
@@ -289,8 +304,10 @@ def write(
     before: what is there now, if it can be read. subspace, adapters: the bytes of what may not be there yet. Up to the
     moment the manifest is replaced, a failure leaves the pack as it was.
     """
-    store.sweep_staging(folder)
     data = new.to_bytes()
+    # what could not be read again must not replace what can
+    manifest.parse(data, folder / keys.MANIFEST)
+    store.sweep_staging(folder)
     written: list[Path] = []
     try:
         target = folder / new.subspace_file

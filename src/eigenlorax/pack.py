@@ -1,15 +1,16 @@
 """The pack: one subspace, and any number of adapters in its terms."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checks, dtypes, folder, formats, hub, keys, known, manifest, packed, store
+from . import checks, dtypes, folder, formats, hub, keys, known, manifest, packed, remote, store
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
@@ -26,6 +27,9 @@ from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .packed import PackedAdapter, Packing, Record
 from .subspace import Subspace
 from .summary import Summary, summarize
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 class Pack:
@@ -53,6 +57,7 @@ class Pack:
         self.coefficient_dtype = coefficient_dtype
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
+        self._partial = False
         self._subspace = subspace
         self._adapters = dict(adapters)
 
@@ -80,21 +85,27 @@ class Pack:
         cls,
         source: str | os.PathLike[str],
         *,
+        adapters: Sequence[str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> "Pack":
-        """The pack in a local folder, or in a repository on the Hub (`org/name`, `org/name@revision`)."""
-        return cls.open(
-            hub.pack_folder(
-                os.fspath(source),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
+        """The pack in a local folder, or in a repository on the Hub (`org/name`, `org/name@revision`).
+
+        adapters: the only ones to have in it, or to fetch; none of them for the subspace alone. All by default.
+        """
+        source = os.fspath(source)
+        place = remote.fetch(
+            source, adapters, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        pack = cls.open(place)
+        if adapters is not None:
+            assert pack._opened is not None
+            found = remote.chosen(pack._opened.manifest, adapters)
+            pack._opened, pack._adapters = folder.Opened(found, pack._opened.digest), dict(found.adapters)
+            pack._partial = True
+        return pack
 
     def remember(self) -> None:
         """Let the tuner find this subspace by its fingerprint, for as long as the process lasts."""
@@ -112,6 +123,7 @@ class Pack:
         An error in the block leaves the pack on disk as it was.
         """
         folder.open_manifest(Path(path))
+        _check_no_cache(Path(path))
         with folder.locked(Path(path)):
             pack = cls.open(path)
             yield pack
@@ -160,6 +172,14 @@ class Pack:
             found = folder.read_adapter(self.path, name, found)
             self._check_sizes(self.path, found)
         return found
+
+    def adapter_folder(self, name: str) -> Path:
+        """Where an adapter of a pack on disk is now, for PEFT to load. `packed` checks its bytes."""
+        self._check_has(name)
+        found = self._adapters[name]
+        if self.path is None or not isinstance(found, Entry):
+            raise OptionError(f"adapter {name!r} is not on disk yet: save the pack first.")
+        return folder.place(self.path, name, found)
 
     def _check_sizes(self, path: Path, found: PackedAdapter) -> None:
         """Whether coefficients are as wide as their bases: what is as it was written may have been written wrong."""
@@ -284,9 +304,7 @@ class Pack:
             del self._adapters[name]
 
     def _check_has(self, name: str) -> None:
-        if name not in self._adapters:
-            known = ", ".join(self.names[:12]) + (" …" if len(self.names) > 12 else "")
-            raise AdapterNameError(f"no adapter named {name!r} in the pack. It has: {known or 'none'}.")
+        keys.check_known(name, self._adapters)
 
     def augment(self, n_extra: int, seed: int) -> "Pack":
         """A pack with `n_extra` more directions from `seed` on every side; every adapter's update stays what it was."""
@@ -310,6 +328,12 @@ class Pack:
         target = Path(path) if path is not None else self.path
         if target is None:
             raise OptionError("this pack is not on disk yet: save it with a path, pack.save('pack/').")
+        _check_no_cache(target)
+        if self._partial and self._is_at(target):
+            raise OptionError(
+                f"this is a part of the pack in {target}, which would lose its other adapters: save it with another "
+                "path, or open all of it."
+            )
         folder.check_free(target, overwrite or self._is_at(target))
         with folder.created(target), folder.locked(target):
             before = self._before(target, overwrite)
@@ -362,5 +386,57 @@ class Pack:
             adapters=dict(sorted(entries.items())),
         )
         digest = folder.write(target, before, new, data, files)
-        self.path, self._opened = target, folder.Opened(new, digest)
+        self.path, self._opened, self._partial = target, folder.Opened(new, digest), False
         self._adapters = dict(new.adapters)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapters: Sequence[str] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> "CommitInfo":
+        """Make the pack of a repository on the Hub this one, in one commit, and return that.
+
+        Changes that were not saved are pushed too. A pack that is there is replaced: adapters that this one lacks are
+        deleted, and the model card is written anew. Files of other kinds stay.
+        adapters: the only ones to push with the subspace; all by default.
+        private: whether a repository that is made for it is private. One that is there and public is refused then.
+        revision: a branch, which is made if it is not there. create_pr: as a pull request, to the main branch.
+        """
+        names = self.names if adapters is None else sorted(set(adapters))
+        for name in names:
+            self._check_has(name)
+        pushed = Pack(
+            self.subspace,
+            self.info,
+            {name: self.packed(name) for name in names},
+            self.fit_info,
+            base_model=self.base_model,
+            revision=self.revision,
+            coefficient_dtype=self.coefficient_dtype,
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            return remote.push(
+                pushed.save(Path(temporary) / "pack"),
+                repo_id,
+                private=private,
+                revision=revision,
+                message=commit_message,
+                token=token,
+                create_pr=create_pr,
+            )
+
+
+def _check_no_cache(target: Path) -> None:
+    """The Hub's cache is for reading: what is changed in it is taken for what the Hub has."""
+    repo_id = hub.cached_repo(target)
+    if repo_id is not None:
+        raise OptionError(
+            f"{target} is the copy of {repo_id} in the Hub's cache, and is not changed. Save the pack with another "
+            f"path, pack.save('pack/'), or get it by `eigenlorax pull {repo_id} -o pack/`."
+        )

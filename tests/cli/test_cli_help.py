@@ -37,7 +37,7 @@ def prepared(cli, tmp_path, monkeypatch):
 
 
 def test_the_verbs_are_these():
-    assert VERBS == ["fit", "inspect", "export", "add", "remove", "augment", "demo", "env"]
+    assert VERBS == ["fit", "inspect", "export", "add", "remove", "augment", "train", "evaluate", "demo", "env"]
 
 
 def test_help_names_every_verb(cli):
@@ -57,7 +57,11 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
         assert example in out
 
 
-@pytest.mark.parametrize("example", [example for verb in VERBS if verb != "demo" for example in EXAMPLES[verb]])
+# those that need a model are tested with one: test_demo.py, test_cli_train.py
+WITHOUT_MODEL = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate")]
+
+
+@pytest.mark.parametrize("example", [example for verb in WITHOUT_MODEL for example in EXAMPLES[verb]])
 def test_an_example_runs(cli, prepared, example):
     verb, *words = shlex.split(example)[1:]
     if verb == "fit" and "--overwrite" not in words:
@@ -85,6 +89,11 @@ def test_what_is_no_verb(cli, arguments):
         "remove EMPTY alpha",
         "augment EMPTY --n-extra 2 --seed 3 -o out",
         "augment pack --n-extra 2 --seed 3 -o EMPTY",
+        "train EMPTY --task causal-lm --train rows.jsonl -o out",
+        "train pack --task causal-lm --train EMPTY -o out",
+        "train pack --task causal-lm --train rows.jsonl -o EMPTY",
+        "evaluate EMPTY alpha --data rows.jsonl",
+        "evaluate pack alpha --data EMPTY",
     ],
 )
 def test_an_unset_variable_is_not_the_current_folder(cli, pack, monkeypatch, line):

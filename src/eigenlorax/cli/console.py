@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..tasks.options import MAX_LENGTH
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -24,7 +26,16 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def text(given: str) -> str:
+    """A folder or a repository of the command line, which is not empty either."""
+    path(given)
+    return given
+
+
 PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="The pack.", parser=path)]
+PackSource = Annotated[str, typer.Argument(metavar="PACK", help="The pack: a folder, or a Hub id.", parser=text)]
+PackRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a pack that comes from the Hub.")]
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="The repository on the Hub, ORG/NAME.", parser=text)]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
 SameBase = Annotated[
     bool, typer.Option("--same-base", help="The adapters' base models are one, under several names or paths.")
@@ -34,6 +45,21 @@ AllowPickle = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of adapters that come from the Hub.")]
+
+Model = Annotated[
+    str | None, typer.Option(help="The base model: a folder, or a repository (default: what the pack says).")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens taken of a row (default: " + ", ".join(f"{n} for {task}" for task, n in MAX_LENGTH.items()) + ")."
+    ),
+]
+TextColumn = Annotated[str, typer.Option(metavar="NAME", help="The column with the text.")]
+LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="The column with the label.")]
+PairColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The column with a second text, for tasks on two texts.")
+]
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import EigenloraxError
 from ..version import __version__
-from . import add, augment, console, demo, env, export, fit, inspect, remove
+from . import add, augment, console, demo, env, evaluate, export, fit, inspect, pull, push, remove, train
 
 IO_ERROR = 6
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (fit, inspect, export, add, remove, augment, demo, env):
+for verb in (fit, inspect, export, add, remove, augment, train, evaluate, push, pull, demo, env):
     verb.register(app)
 
 

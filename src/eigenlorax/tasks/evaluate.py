@@ -1,0 +1,212 @@
+"""An adapter of a pack on a file of rows: accuracy or perplexity, each row counted once."""
+
+import copy
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .. import keys
+from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError
+from ..fitting import Progress
+from ..pack import Pack
+from ..packed import PackedAdapter
+from . import data, examples, models
+from .data import Labels
+from .examples import IGNORED, Collate, Example
+from .options import EVALUATION_BATCH, TASKS, Columns, check_task
+
+CONFUSION_CLASSES = 20
+"""The most classes that a table of confusions is made for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """Figures of a classification. loss is the mean cross-entropy of a row, in nats; majority the share of the most
+    frequent class among these rows. confusion[i][j]: rows of class i that were taken for j, where classes are few.
+    """
+
+    rows: int
+    loss: float
+    accuracy: float
+    majority: float
+    labels: list[str]
+    confusion: list[list[int]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Modelled:
+    """Figures of a language model. loss is the mean cross-entropy of a predicted token, in nats, over all tokens of all
+    rows; perplexity is its exponential (None where that is no longer a number)."""
+
+    rows: int
+    tokens: int
+    loss: float
+    perplexity: float | None
+
+
+Figures = Classified | Modelled
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An adapter's figures on a file; seconds with the loading of the model."""
+
+    name: str
+    task: str
+    model: str
+    data: Path
+    figures: Figures
+    seconds: float
+
+
+def evaluate(
+    pack: Path,
+    name: str,
+    rows: Path,
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    columns: Columns | None = None,
+    batch_size: int = EVALUATION_BATCH,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Load an adapter with PEFT on the base model, and count.
+
+    task: the adapter's own where it is not given. labels: the names of the head's classes in their order, for files
+    whose labels are texts.
+    """
+    started, columns = time.perf_counter(), columns or Columns()
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+    opened = Pack.open(pack)
+    adapter, folder = opened.packed(name), opened.adapter_folder(name)
+    task = _task(adapter, task)
+    table = data.read(rows, columns.label)
+    models.check_installed()
+    with models.quiet():
+        base, revision = models.of_pack(opened, model)
+        config = models.config_of(base, revision)
+        tokenizer = models.tokenizer_of(base, revision)
+        most = examples.length(task, max_length, tokenizer, config)
+        classes = None
+        if task == "text-classification":
+            classes = _classes(classes_of_head(adapter, config), labels, table)
+            found = examples.classification(table, classes, columns, tokenizer, most)
+        else:
+            found = examples.modelling(table, columns, tokenizer, most)
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(models.load(base, revision, classes, tokenizer), folder)
+        network.to(_device())
+        figures = measure(network, found, examples.collator(task, tokenizer), classes, batch_size, progress)
+    return Evaluated(name, task, base, rows, figures, time.perf_counter() - started)
+
+
+def _task(adapter: PackedAdapter, asked: str | None) -> str:
+    """The task that was asked for, or the one that the adapter says it is for."""
+    if asked is not None:
+        check_task(asked)
+        return asked
+    kind = json.loads(adapter.source_config).get("task_type")
+    found = [task for task, theirs in TASKS.items() if theirs == kind]
+    if not found:
+        raise OptionError(
+            f"adapter {adapter.name!r} has the task type {kind!r}; name one of {', '.join(TASKS)} with --task."
+        )
+    return found[0]
+
+
+def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
+    """How many classes an adapter's head tells apart: the number with which the model's head has its shapes."""
+    from transformers import AutoModelForSequenceClassification
+
+    shapes = {key.removeprefix(keys.MODEL_PREFIX): tuple(tensor.shape) for key, tensor in adapter.heads.items()}
+    if not shapes:
+        raise AdapterNameError(f"adapter {adapter.name!r} has no head: there is nothing that tells classes apart.")
+    config = copy.deepcopy(config)
+    for n in sorted({shape[0] for shape in shapes.values()}):
+        config.num_labels = n
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        theirs = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+        if all(theirs.get(key) == shape for key, shape in shapes.items()):
+            return n
+    first = min(shapes)
+    raise FormatError(
+        f"the head of adapter {adapter.name!r}, such as {first} of shape {shapes[first]}, is not one of a "
+        f"{config.model_type} model for classification. It belongs to a different base model."
+    )
+
+
+def _classes(n: int, names: Sequence[str] | None, table: data.Table) -> Labels:
+    names = names or table.classes
+    if names is None:
+        return data.numbered(n)
+    if len(set(names)) != n:
+        raise OptionError(f"{len(set(names))} labels are named, and the adapter's head has {n}: {', '.join(names)}.")
+    return Labels(tuple(names))
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def measure(
+    model: Any,
+    rows: Sequence[Example],
+    collate: Collate,
+    labels: Labels | None,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Figures:
+    """The figures of a model that is loaded, wherever it is: of a classification if there are labels."""
+    model.eval()
+    device = next(model.parameters()).device
+    loss, tokens, answers = 0.0, 0, []
+    for start in range(0, len(rows), batch_size):
+        if progress is not None:
+            progress("evaluating", start, len(rows))
+        part = [dict(row) for row in rows[start : start + batch_size]]
+        batch = collate(part).to(device)
+        wanted = batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**batch).logits.float()
+        if labels is None:
+            logits, wanted = logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten()
+            tokens += int((wanted != IGNORED).sum())
+        else:
+            answers += logits.argmax(dim=-1).tolist()
+        loss += float(cross_entropy(logits.double(), wanted, ignore_index=IGNORED, reduction="sum"))
+    if progress is not None:
+        progress("evaluating", len(rows), len(rows))
+    if not math.isfinite(loss):
+        raise NonFiniteError("the model's loss on these rows is not a number: its weights are damaged, or diverged.")
+    if labels is None:
+        mean = loss / tokens
+        return Modelled(len(rows), tokens, mean, math.exp(mean) if mean < 700 else None)
+    return _classified([row["labels"] for row in rows], answers, loss / len(rows), labels)
+
+
+def _classified(wanted: list[int], answers: list[int], loss: float, labels: Labels) -> Classified:
+    pairs = Counter(zip(wanted, answers, strict=True))
+    n, classes = len(wanted), range(len(labels.names))
+    return Classified(
+        rows=n,
+        loss=loss,
+        accuracy=sum(pairs[one, one] for one in classes) / n,
+        majority=max(Counter(wanted).values()) / n,
+        labels=list(labels.names),
+        confusion=[[pairs[i, j] for j in classes] for i in classes] if len(classes) <= CONFUSION_CLASSES else None,
+    )

@@ -1,0 +1,128 @@
+"""Base models and their tokenizers, as transformers loads them; what it says by the way is kept quiet."""
+
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import FormatError, HubError, MissingExtraError, OptionError, reason
+from ..pack import Pack
+from . import examples
+from .data import Labels
+
+_GET = "pip install 'eigenlorax[train]'"
+
+
+def check_installed() -> None:
+    """`MissingExtraError` unless all that training needs is installed."""
+    try:
+        import accelerate  # noqa: F401
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"this needs {error.name}, which is not installed: {_GET}.") from error
+
+
+def of_pack(pack: Pack, model: str | None) -> tuple[str, str | None]:
+    """The base model to load, a folder or a repository, and its revision: the pack's, unless another one is named."""
+    if model is not None:
+        return model, None
+    if not pack.base_model:
+        raise OptionError("the pack does not say which base model it belongs to: name it with --model.")
+    return pack.base_model, pack.revision
+
+
+def tokenizer_of(model: str, revision: str | None) -> Any:
+    """The model's tokenizer, made ready to pad."""
+    from transformers import AutoTokenizer
+
+    with _said(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    examples.prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def config_of(model: str, revision: str | None) -> Any:
+    """The model's config."""
+    from transformers import AutoConfig
+
+    with _said(model):
+        return AutoConfig.from_pretrained(model, revision=revision)
+
+
+def load(model: str, revision: str | None, labels: Labels | None, tokenizer: Any) -> Any:
+    """The model with a new head for these classes, or, without any, the language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    with _said(model):
+        if labels is None:
+            found = AutoModelForCausalLM.from_pretrained(model, revision=revision)
+        else:
+            found = AutoModelForSequenceClassification.from_pretrained(
+                model,
+                revision=revision,
+                id2label=dict(enumerate(labels.names)),
+                label2id={name: number for number, name in enumerate(labels.names)},
+                # a head that was there for other classes gives way
+                ignore_mismatched_sizes=True,
+            )
+    if found.config.pad_token_id is None:
+        # without it, decoders do not see where a padded row ends
+        found.config.pad_token_id = tokenizer.pad_token_id
+    return found
+
+
+@contextmanager
+def _said(model: str) -> Iterator[None]:
+    """What transformers finds wrong with a model, in our words."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if Path(model).exists():
+            raise FormatError(f"{model} is not a model that transformers can load: {reason(error)}") from error
+        raise HubError(
+            f"the model {model} is no folder here, and could not be had from the Hub: {reason(error)} --model names a "
+            "folder or another repository."
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers and its kin say a lot that would drown the figures; TRANSFORMERS_VERBOSITY lets them speak."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        yield
+        return
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\.")
+            # the tuner sets it right by itself
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """A block in which seeds may be set: the states of random, NumPy and torch are put back at its end."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,293 @@
+"""Coefficients for a new task: rows in, an adapter folder out, and the adapter in the pack it was trained on."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import folder, keys, store
+from ..errors import (
+    AdapterNameError,
+    EigenloraxError,
+    FormatError,
+    NonFiniteError,
+    OptionError,
+    PackExistsError,
+)
+from ..fitting import Progress
+from ..pack import Pack
+from ..version import __version__
+from . import data, evaluate, examples, models, trainer
+from .data import Labels, Table
+from .evaluate import Figures
+from .options import TASKS, Training
+
+RECORD = "training.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training came to.
+
+    numbers: trained coefficients; head_numbers: what else was trained. loss: the mean of the Trainer's over its last
+    epoch or so. figures: of the trained model on the rows for evaluation. delta_error, rounding_error: what adding to
+    the pack lost (None where it was not added). history: losses and accuracies on the way. seconds: of this run.
+    """
+
+    name: str
+    task: str
+    model: str
+    labels: list[str] | None
+    rows: int
+    modules: int
+    numbers: int
+    head_numbers: int
+    steps: int
+    epochs: float
+    figures: Figures | None
+    history: list[dict[str, float]]
+    folder: Path
+    delta_error: float | None
+    rounding_error: float | None
+    seconds: float
+
+
+def train(
+    pack: Path,
+    training: Training,
+    output: Path,
+    *,
+    name: str | None = None,
+    add: bool = True,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train coefficients over the pack's subspace, with a head where the task is classification; save them to `output`
+    as a PEFT adapter, and add that to the pack.
+
+    name: the adapter's in the pack, by default that of the folder. resume: go on from the last checkpoint in `output`.
+    What can be found wrong before the training is.
+    """
+    started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
+    opened = Pack.open(pack)
+    name = _free_name(opened, name if name is not None else output.absolute().name, add)
+    if add and training.n_extra:
+        raise OptionError(
+            f"the pack has no room for the update on n_extra={training.n_extra} further directions. Make a pack that "
+            f"has them, `eigenlorax augment {pack} --n-extra {training.n_extra} --seed {training.extra_seed} -o PACK2`,"
+            " and train on that one; or leave the adapter out of the pack with --no-add."
+        )
+    _check_output(output, resume)
+    table = data.read(training.train, training.columns.label)
+    held_out = data.read(training.evaluation, training.columns.label) if training.evaluation else None
+    models.check_installed()
+    with models.quiet(), models.own_random_numbers():
+        run = _prepare(opened, pack, training, output, table, held_out)
+        _keep_record(output, run.asked, run.labels, resume)
+        model, found = _fit(run, resume, report)
+        figures = None
+        if run.evaluation is not None:
+            size = run.arguments.per_device_eval_batch_size
+            figures = evaluate.measure(model, run.evaluation, run.collate, run.labels, size, progress)
+        _save(model, opened, output, run.model)
+        record = None
+        if add:
+            with _with_hint(pack, name, output), Pack.edit(pack) as edited:
+                record = edited.add(output, name=name)
+    result = Trained(
+        name=name,
+        task=training.task,
+        model=run.model,
+        labels=list(run.labels.names) if run.labels else None,
+        rows=len(run.rows),
+        delta_error=record.delta_error if record else None,
+        rounding_error=record.rounding_error if record else None,
+        figures=figures,
+        folder=output,
+        seconds=time.perf_counter() - started,
+        **found,
+    )
+    _write_record(output, run.asked, run.labels, result)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """All that a training needs, checked. `asked`: what it depends on, as JSON."""
+
+    model: str
+    revision: str | None
+    labels: Labels | None
+    tokenizer: Any
+    config: Any
+    arguments: Any
+    rows: list[examples.Example]
+    evaluation: list[examples.Example] | None
+    collate: examples.Collate
+    asked: dict[str, Any]
+
+
+def _free_name(pack: Pack, name: str, add: bool) -> str:
+    keys.check_name(name)
+    if add and name.lower() in {known.lower() for known in pack.names}:
+        raise AdapterNameError(
+            f"the pack already has an adapter named {name!r}. Choose another name with --name, or remove the old one "
+            "first."
+        )
+    return name
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    folder.check_outside(output)
+    store.check_is_folder(output)
+    if resume and not (output / RECORD).is_file():
+        raise OptionError(f"{output} has no {RECORD}, so that there is no training to resume.")
+    if not resume and output.exists() and any(output.iterdir()):
+        raise PackExistsError(f"{output} exists and is not empty. Choose another folder, or go on with --resume.")
+
+
+def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: Table, held_out: Table | None) -> _Run:
+    """Everything that can be wrong is found here, before anything is written."""
+    from ..tuner import EigenLoraxConfig
+
+    alpha = training.rank if training.alpha is None else training.alpha
+    config = EigenLoraxConfig(
+        subspace=str(pack),
+        subspace_fingerprint=opened.info.fingerprint,
+        r=training.rank,
+        lora_alpha=alpha,
+        core=training.core,
+        start=training.start,
+        n_extra=training.n_extra,
+        extra_seed=training.extra_seed,
+        task_type=TASKS[training.task],
+    )
+    arguments = trainer.arguments(training, output / CHECKPOINTS)
+    model, revision = models.of_pack(opened, training.model)
+    tokenizer = models.tokenizer_of(model, revision)
+    most = examples.length(training.task, training.max_length, tokenizer, models.config_of(model, revision))
+    labels, columns = None, training.columns
+    tables = [table, *([held_out] if held_out else [])]
+    if training.task == "text-classification":
+        labels = data.labels_of(table, columns)
+        rows = [examples.classification(one, labels, columns, tokenizer, most) for one in tables]
+    else:
+        rows = [examples.modelling(one, columns, tokenizer, most) for one in tables]
+    asked = {
+        **json.loads(json.dumps(asdict(training), default=str)),
+        "train": data.digest(table),
+        "evaluation": data.digest(held_out) if held_out else None,
+        "model": model,
+        "subspace": opened.info.fingerprint,
+    }
+    # it is nobody's business but the Hub's
+    asked["trainer_options"].pop("hub_token", None)
+    return _Run(
+        model=model,
+        revision=revision,
+        labels=labels,
+        tokenizer=tokenizer,
+        config=config,
+        arguments=arguments,
+        rows=rows[0],
+        evaluation=rows[1] if held_out else None,
+        collate=examples.collator(training.task, tokenizer),
+        asked=asked,
+    )
+
+
+def _fit(run: _Run, resume: bool, progress: Progress) -> tuple[Any, dict[str, Any]]:
+    """The trained model, and what is told of its training."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from ..tuner.layer import EigenLoraxLayer
+
+    set_seed(run.arguments.seed)
+    model = get_peft_model(models.load(run.model, run.revision, run.labels, run.tokenizer), run.config)
+    if run.arguments.gradient_checkpointing:
+        # the embeddings are frozen: without it no gradient would reach the first checkpoint
+        model.enable_input_require_grads()
+    trained = {key: parameter.numel() for key, parameter in model.named_parameters() if parameter.requires_grad}
+    numbers = sum(size for key, size in trained.items() if "eigenlorax_" in key)
+    fitter = trainer.make(model, run.arguments, run.rows, run.evaluation, run.collate, progress)
+    checkpoint = trainer.last_checkpoint(Path(run.arguments.output_dir)) if resume else None
+    fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise NonFiniteError(
+            "the training has diverged: trained numbers are NaN or Inf. A lower --learning-rate may help; nothing was "
+            "added to the pack."
+        )
+    return model, {
+        "modules": sum(isinstance(module, EigenLoraxLayer) for module in model.modules()),
+        "numbers": numbers,
+        "head_numbers": sum(trained.values()) - numbers,
+        "steps": fitter.state.global_step,
+        "epochs": float(fitter.state.epoch),
+        "history": trainer.history(fitter.state.log_history),
+    }
+
+
+def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
+    config = model.peft_config["default"]
+    # the name that others know it by, not where it is on this machine
+    config.base_model_name_or_path = pack.base_model or base
+    config.revision = pack.revision
+    model.save_pretrained(output, save_embedding_layers=False)
+
+
+@contextmanager
+def _with_hint(pack: Path, name: str, output: Path) -> Iterator[None]:
+    """Say of an error that comes after the training that this was not for nothing."""
+    try:
+        yield
+    except EigenloraxError as error:
+        hint = f"The adapter itself is in {output}: `eigenlorax add {pack} {name}={output}` adds it."
+        raise type(error)(f"{error} {hint}") from error
+
+
+def _keep_record(output: Path, asked: dict[str, Any], labels: Labels | None, resume: bool) -> None:
+    """Note what is trained, so that nothing else goes on from its checkpoints."""
+    if not resume:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_record(output, asked, labels, None)
+        return
+    before = read_record(output).get("asked", {})
+    differing = sorted(option for option in asked if before.get(option) != asked[option])
+    if differing:
+        first = differing[0]
+        raise OptionError(
+            f"{output} was begun with another {first}: {before.get(first)!r} there, {asked[first]!r} now. --resume "
+            "goes on with the same training; begin another one in another folder."
+        )
+
+
+def _write_record(output: Path, asked: dict[str, Any], labels: Labels | None, result: Trained | None) -> None:
+    found = {
+        "eigenlorax": __version__,
+        "asked": asked,
+        "labels": list(labels.names) if labels else None,
+        "result": {**asdict(result), "folder": None} if result else None,
+    }
+    text = json.dumps(found, indent=2, sort_keys=True) + "\n"
+    store.write_file(output / RECORD, text.encode("utf-8", errors="surrogatepass"))
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """What a training has noted in its folder; `labels` are its classes in the head's order."""
+    path = output / RECORD
+    if not path.is_file():
+        raise FormatError(f"{output} has no {RECORD}: it is not a folder that `eigenlorax train` has written.")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("labels"), list | None):
+        raise FormatError(f"{path} is not what `eigenlorax train` writes.")
+    return found
