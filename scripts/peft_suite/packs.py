@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import eigenlorax as ex
 from eigenlorax.adapter import LoRAFactors
 
-N_COMPONENTS = 8
+N_COMPONENTS = 4
 HEADS = ("lm_head", "classifier", "score", "pooler")
 """Not adapted: heads are trained whole, and PEFT's tests want a gradient for whatever is adapted."""
 
