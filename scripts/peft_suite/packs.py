@@ -39,19 +39,17 @@ _BART = {
 }
 _T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
 
+
+def _opt(width: int) -> tf.PreTrainedModel:
+    small = {key: value for key, value in _SMALL.items() if key != "initializer_range"}
+    config = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 2 * width, "max_position_embeddings": 64}
+    return tf.OPTForCausalLM(tf.OPTConfig(**small, **config, **_LAYERS, init_std=0.2))
+
+
 # by the last component of the id that PEFT's tests have
 MODELS = {
-    "tiny-random-OPTForCausalLM": lambda: tf.OPTForCausalLM(
-        tf.OPTConfig(
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=48,
-            max_position_embeddings=64,
-            init_std=0.2,
-            **_LAYERS,
-            **{key: value for key, value in _SMALL.items() if key != "initializer_range"},
-        )
-    ),
+    "tiny-random-OPTForCausalLM": lambda: _opt(32),
+    "OPT-of-64": lambda: _opt(64),
     "tiny-random-GPT2LMHeadModel": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**_GPT)),
     "tiny-random-GPTJForCausalLM": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**_GPT, rotary_dim=4)),
     "tiny-random-LlamaForCausalLM": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA)),

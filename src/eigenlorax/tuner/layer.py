@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -247,6 +248,9 @@ class Linear(nn.Module, EigenLoraxLayer):
 
     def __repr__(self) -> str:
         return "eigenlorax." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
 
 def _real(device: torch.device | None) -> torch.device | None:
