@@ -7,14 +7,12 @@ import sys
 
 import pytest
 
-import children
 import eigenlorax as ex
 from adapters import make_adapter
 from children import load_command, needs_fork
 from eigenlorax import hub as hub_module
-from eigenlorax.cli import main
 from eigenlorax.errors import FormatError
-from fake_hub import FakeHub, commit, running
+from fake_hub import FakeHub, client, commit, running
 from outcomes import assert_refused, contents, json_of, succeeded
 
 pytestmark = needs_fork
@@ -59,18 +57,7 @@ def online(hub, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
-    def run(*arguments, call=None, **env):
-        def fresh():
-            # it reads its environment when it is imported
-            for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-                del sys.modules[name]
-            (call or (lambda: main([str(argument) for argument in arguments])))()
-
-        place = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_CACHE": str(tmp_path / "home" / "hub")}
-        return children.run(fresh, env={**place, **quiet, **env})
-
-    return run
+    return client(hub, tmp_path / "home")
 
 
 class TestWhatIsFetched:

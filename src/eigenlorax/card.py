@@ -1,14 +1,15 @@
-"""The model card of a pack: a README.md that the Hub shows. A function of the manifest alone."""
+"""The model card of a pack: a README.md that the Hub shows. A function of the manifest, and of where the pack is."""
 
 import json
 
-from . import keys, summary
+from . import hub, keys, summary
 from .manifest import Manifest
 from .summary import Errors, Summary
 
 
-def render(found: Manifest) -> str:
-    """The card's text: front matter, what is in the pack and what was lost, how to load it."""
+def render(found: Manifest, repo_id: str | None = None) -> str:
+    """The card's text: front matter, what is in the pack and what was lost, how to load it from the repository, or from
+    the folder that it is in."""
     figures = summary.summarize(
         {name: entry.record for name, entry in found.adapters.items()},
         found.subspace,
@@ -17,12 +18,13 @@ def render(found: Manifest) -> str:
         base_model=found.base_model,
         revision=found.revision,
     )
-    return "\n".join([*_front_matter(found), *_what(figures), *_adapters(found), *_how(found)]) + "\n"
+    return "\n".join([*_front_matter(found), *_what(figures), *_adapters(found), *_how(found, repo_id)]) + "\n"
 
 
 def _front_matter(found: Manifest) -> list[str]:
     lines = ["---", "library_name: eigenlorax", "tags:", "- eigenlorax", "- lora", "- peft"]
-    if found.base_model:
+    # the Hub refuses a card with a path there
+    if found.base_model and hub.may_be_model(found.base_model):
         # JSON strings are YAML strings, whatever is in them
         lines.append(f"base_model: {json.dumps(found.base_model)}")
     return [*lines, "---", ""]
@@ -61,7 +63,7 @@ def _what(figures: Summary) -> list[str]:
 
 def _error_row(group: str, errors: Errors) -> str:
     return (
-        f"| delta error, {errors.adapters} adapters {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
+        f"| delta error, {errors.adapters} adapter{'s' * (errors.adapters != 1)} {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
         f"({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
     )
 
@@ -83,21 +85,22 @@ def _adapters(found: Manifest) -> list[str]:
     return [*lines, ""]
 
 
-def _how(found: Manifest) -> list[str]:
+def _how(found: Manifest, repo_id: str | None) -> list[str]:
     name = next(iter(found.adapters), "NAME")
+    opened = f'ex.Pack.from_pretrained("{repo_id}")' if repo_id else 'ex.Pack.open(".")'
     return [
         "## Use",
         "",
         "```bash",
         "pip install eigenlorax",
-        f"eigenlorax export . {name} -o loras/   # an ordinary PEFT LoRA folder: loras/{name}",
+        f"eigenlorax export {repo_id or '.'} {name} -o loras/   # an ordinary PEFT LoRA folder: loras/{name}",
         "```",
         "",
         "```python",
         "import eigenlorax as ex",
         "from peft import PeftModel",
         "",
-        'pack = ex.Pack.open(".")',
+        f"pack = {opened}",
         f'folder = ex.write_adapter(pack.adapter("{name}"), "loras/{name}")',
         "model = PeftModel.from_pretrained(base_model, folder)",
         "```",

@@ -1,12 +1,24 @@
-"""From the name of a repository to a local folder, by huggingface_hub. Its cache, tokens and offline switch count."""
+"""From the name of a repository to a local folder, and back, by huggingface_hub. Its cache, tokens and switches count.
+
+What a pack is, and which files make one, is not known here.
+"""
 
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from . import keys
-from .errors import FormatError, HubError, reason
+from .errors import EigenloraxError, FormatError, HubError, OptionError, PackBusyError, reason
+from .version import __version__
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+_DEFAULT_BRANCH = "main"
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -38,15 +50,15 @@ def adapter_folder(
         if not folder.is_dir():
             raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
         return folder, name_of(source, subfolder)
-    match = _REPO_ID.fullmatch(str(source))
-    if match is None:
+    repository = parsed(source, revision)
+    if repository is None:
         raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).")
     weights = [keys.ADAPTER_WEIGHTS, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    folder = _download(
-        match["repo"],
-        _one_revision(match, revision),
-        [prefix + name for name in (keys.ADAPTER_CONFIG, *weights)],
+    # a pack's manifest is fetched so that a pack can be told from what is neither
+    folder = download(
+        *repository,
+        [prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -54,45 +66,44 @@ def adapter_folder(
     return folder / prefix, name_of(source, subfolder)
 
 
-def pack_folder(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder of a pack: a local one as it is, else all of the repository's pack in the Hub's cache."""
-    local = Path(source)
+def parsed(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
+    """The repository, and the revision of `org/name@revision` or the one given beside it, not both; None where
+    `source` has not the form of an id."""
     match = _REPO_ID.fullmatch(str(source))
-    if local.exists() or match is None:
-        return local
-    return _download(
-        match["repo"],
-        _one_revision(match, revision),
-        [keys.MANIFEST, "subspace-*.safetensors", f"{keys.ADAPTERS}/*"],
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
-
-
-def _one_revision(match: re.Match[str], revision: str | None) -> str | None:
-    """The revision of `org/name@revision` or the one given beside it, not both."""
+    if match is None:
+        return None
     if revision and match["revision"]:
         raise FormatError(f"two revisions for {match['repo']}: {match['revision']!r} and {revision!r}. Give one.")
-    return revision or match["revision"]
+    return match["repo"], revision or match["revision"]
 
 
-def _download(
+def may_be_model(text: str) -> bool:
+    """Whether the Hub would take a text for a model's id, as `base_model` in a card has to be one."""
+    return _MODEL_ID.fullmatch(text) is not None
+
+
+def cached_repo(folder: Path) -> str | None:
+    """The repository that a folder is the snapshot of, if it is one in the Hub's cache."""
+    snapshots = folder.absolute().parent
+    if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--"):
+        return None
+    return snapshots.parent.name.removeprefix("models--").replace("--", "/")
+
+
+def download(
     repo_id: str,
     revision: str | None,
     files: list[str],
     *,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
+    wanted: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Path:
+    """The snapshot in the Hub's cache, named by its commit, with those files (patterns, too) that the repository has.
+
+    wanted: what to call it where it is not in the cache, and the Hub cannot be asked.
+    """
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
@@ -113,9 +124,9 @@ def _download(
         why, when = "offline, or no connection", "with a connection"
         if isinstance(answer, hub_errors.HfHubHTTPError):
             why, when = reason(answer), "when it can"
+        missing = f"{wanted} is not" if wanted else f"{repo_id} is neither a local folder nor"
         raise HubError(
-            f"{repo_id} is neither a local folder nor in the Hub's cache, and the Hub cannot be asked ({why}). Check "
-            f"the path, or run it once {when}."
+            f"{missing} in the Hub's cache, and the Hub cannot be asked ({why}). Check the path, or run it once {when}."
         ) from error
     except (
         hub_errors.RepositoryNotFoundError,
@@ -128,3 +139,76 @@ def _download(
         ) from error
     except (hub_errors.HfHubHTTPError, OSError) as error:
         raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error
+
+
+def commit(
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    stale: Callable[[list[str]], Iterable[str]],
+    *,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+) -> "CommitInfo":
+    """Make one commit of `files`, by their paths in the repository, which is made if it is not there.
+
+    One, so that whoever downloads meanwhile gets all of the old state or all of the new one. stale: which of the
+    files that are there are to be deleted. `PackBusyError` if there was another commit since it was asked.
+    """
+    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    if create_pr and revision not in (None, _DEFAULT_BRANCH):
+        raise OptionError(
+            f"a pull request goes to {_DEFAULT_BRANCH}: leave the revision ({revision}) away, or create_pr."
+        )
+    api = huggingface_hub.HfApi(token=token, library_name="eigenlorax", library_version=__version__)
+    with _explained(repo_id):
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        before = api.model_info(repo, revision=revision or _DEFAULT_BRANCH)
+        if private and not before.private:
+            raise HubError(
+                f"{repo} is there already, and public: nothing was pushed. Make it private on the Hub first."
+            )
+        there = list(api.list_repo_files(repo, revision=before.sha))
+        deleted = [CommitOperationDelete(path) for path in sorted(stale(there))]
+        return api.create_commit(
+            repo,
+            [*deleted, *(CommitOperationAdd(path, data) for path, data in sorted(files.items()))],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=before.sha,
+        )
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Our errors in the place of those that pushing to a repository ends in."""
+    from huggingface_hub import errors as hub_errors
+
+    # a connection that fails is an error of httpx or of requests, whichever the library is built on; and whatever its
+    # parts for large files raise
+    built_on = cast(tuple[type[Exception], ...], hub_errors.HfHubHTTPError.__bases__)
+    causes: tuple[type[Exception], ...] = (*built_on, OSError, ValueError, RuntimeError)
+    try:
+        yield
+    except EigenloraxError:
+        raise
+    except causes as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 412:
+            raise PackBusyError(
+                f"{repo_id} was changed on the Hub while this was pushed, by somebody else. Nothing was pushed; run it "
+                "again."
+            ) from error
+        if status in (401, 403, 404):
+            raise HubError(
+                f"{repo_id} cannot be pushed to: {reason(error)} It takes a token that may write there (HF_TOKEN, or "
+                "`hf auth login`)."
+            ) from error
+        raise HubError(f"{repo_id} cannot be pushed to: {reason(error)}") from error

@@ -141,6 +141,14 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_known(name: str, known: Iterable[str]) -> None:
+    """`AdapterNameError` if `name` is not among the adapters of a pack."""
+    names = sorted(known)
+    if name not in names:
+        listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+        raise AdapterNameError(f"no adapter named {name!r} in the pack. It has: {listed or 'none'}.")
+
+
 def is_name(text: str) -> bool:
     """Whether `check_name` would pass."""
     return _NAME.fullmatch(text) is not None and not text.endswith(".")
