@@ -96,6 +96,7 @@ CASES = {
     "sequence classification": (bert, lora(task_type="SEQ_CLS")),
     "modules to save": (bert, lora(modules_to_save=["classifier", "pooler"])),
     "trained biases, all": (bert, lora(bias="all")),
+    "trained biases, all, and a head": (bert, lora(bias="all", task_type="SEQ_CLS")),
     "trained biases, lora only": (bert, lora(bias="lora_only")),
     "bias of lora_B": (bert, lora(lora_bias=True)),
     "DoRA": (bert, lora(use_dora=True)),

@@ -22,7 +22,7 @@ def test_the_python_of_the_readme(tmp_path):
     mean, ratio, projected = numbers
     assert 0 < mean < 0.5 < projected < 1
     assert ratio > 2
-    assert (tmp_path / "loras/clinc-travel/adapter_config.json").is_file()
+    assert (tmp_path / "recycled-loras/clinc-travel/adapter_config.json").is_file()
 
 
 def test_the_example_of_training(tmp_path):

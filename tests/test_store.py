@@ -58,8 +58,8 @@ class TestWriteFolder:
         with pytest.raises(PackExistsError, match="a exists and is not empty.*--overwrite"):
             store.write_folder(tmp_path / "a", OTHERS)
         assert contents(tmp_path / "a") == FILES
-        store.write_folder(tmp_path / "a", OTHERS, overwrite=True)
-        assert contents(tmp_path / "a") == OTHERS
+        store.write_folder(tmp_path / "a", {**FILES, **OTHERS}, overwrite=True)
+        assert contents(tmp_path / "a") == {**FILES, **OTHERS}
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
     def test_takes_an_empty_one(self, tmp_path):

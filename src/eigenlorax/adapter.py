@@ -9,6 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import dtypes
+from .errors import FormatError, ShapeError
+from .options import number
+
 T = TypeVar("T")
 
 
@@ -40,6 +44,19 @@ class LoRAFactors:
     down: Float[Tensor, "r n_in"]
     up: Float[Tensor, "n_out r"]
     scaling: float
+
+    def __post_init__(self) -> None:
+        for side, tensor in (("down", self.down), ("up", self.up)):
+            if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes.STORED:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise FormatError(f"{side} is {kind}; a float64, float32, float16 or bfloat16 tensor was expected.")
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] < 1:
+            raise ShapeError(
+                f"down is {down} and up is {up}: (rank, in) and (out, rank) must share one rank of at least 1."
+            )
+        # NumPy's and torch's numbers too
+        object.__setattr__(self, "scaling", number("scaling", self.scaling))
 
     @property
     def spec(self) -> "ModuleSpec":

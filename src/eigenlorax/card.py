@@ -62,8 +62,9 @@ def _what(figures: Summary) -> list[str]:
 
 
 def _error_row(group: str, errors: Errors) -> str:
+    plural = "" if errors.adapters == 1 else "s"
     return (
-        f"| delta error, {errors.adapters} adapter{'s' * (errors.adapters != 1)} {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
+        f"| delta error, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
         f"({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
     )
 

@@ -1,18 +1,32 @@
 """Do these adapters belong together, and is each of them sound? Reads and compares; changes nothing."""
 
 import fnmatch
+import json
 import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 from torch import Tensor
 
+from . import keys
 from . import subspace as spaces
 from .adapter import Adapter
-from .errors import AdapterNameError, BaseModelError, NonFiniteError, OptionError, ShapeError, UnknownBaseWarning
+from .errors import (
+    AdapterNameError,
+    BaseModelError,
+    FormatError,
+    ModuleNameError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    UnknownBaseWarning,
+)
+from .formats import lora_config
+from .keys import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,38 @@ def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
             f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Leave it out with "
             f"--exclude-adapter {adapter.name}, or leave out every such adapter with --skip-bad."
         )
+
+
+def check_made(adapter: Adapter) -> None:
+    """What a reader would have refused is refused of an adapter that was made in memory."""
+    for module in adapter.specs:
+        if not module.isprintable() or " " in module or not module.strip(".") or module.startswith(keys.MODEL_PREFIX):
+            raise ModuleNameError(
+                f"adapter {adapter.name!r}: {module!r} is no module's name. One is like 'encoder.layer.0.query', "
+                f"without {keys.MODEL_PREFIX!r}."
+            )
+    config = _config(adapter)
+    for module, factors in adapter.modules.items():
+        if factors.spec != adapter.specs[module]:
+            raise ShapeError(
+                f"adapter {adapter.name!r}, module {module}: its factors are {factors.spec}, and its specs say "
+                f"{adapter.specs[module]}. eigenlorax.from_factors makes both agree."
+            )
+        if config is not None:
+            lora_config.check(adapter.name, module, factors.spec, config)
+    for key in adapter.heads:
+        if keys.parse_peft_key(key).kind is not Kind.HEAD:
+            raise FormatError(f"adapter {adapter.name!r}: head {key!r} has the name of a LoRA tensor.")
+
+
+def _config(adapter: Adapter) -> dict[str, Any] | None:
+    try:
+        config = json.loads(adapter.source_config) if adapter.source_config is not None else None
+    except ValueError as error:
+        raise FormatError(f"adapter {adapter.name!r}: its source_config is not valid JSON: {error}") from error
+    if not isinstance(config, dict | None):
+        raise FormatError(f"adapter {adapter.name!r}: its source_config is not a JSON object.")
+    return config
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -5,8 +5,9 @@ Module by module: what is in memory at one time is one module's factors of all a
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .errors import (
 from .formats import sources
 from .formats.sources import Found, Sources
 from .manifest import FitInfo
+from .options import names as listed
 from .pack import Pack
 from .packed import Packing
 from .subspace import FitOptions, ModuleBases, Subspace
@@ -44,15 +46,19 @@ def fit(
     energy: float | None = None,
     weighting: str = "delta",
     sweeps: int = 2,
-    exclude_adapters: Sequence[str] = (),
-    exclude_modules: Sequence[str] = (),
+    exclude_adapters: str | Sequence[str] = (),
+    exclude_modules: str | Sequence[str] = (),
     dtype: str | torch.dtype | None = None,
     coefficient_dtype: str | torch.dtype | None = None,
     same_base: bool = False,
     skip_bad: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
-    **options: Any,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
 ) -> Pack:
     """The pack of some adapters: their shared principal subspace, and each of them in its terms.
 
@@ -66,19 +72,27 @@ def fit(
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
         cannot be read or hold NaN or Inf, rather than stop.
     device: where bases are fitted, in float64. progress(stage, done, total) is called as work goes on.
-    options: those of `read_adapter` (revision, token, cache_dir, local_files_only, allow_pickle).
+    revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
     wanted = n_components
     if n_components is None and energy is None:
         n_components = DEFAULT_COMPONENTS
     fit_options = FitOptions(n_components, energy, weighting, sweeps)
     fit_device = _device(device)
+    exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
+    options = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "allow_pickle": allow_pickle,
+    }
     read = _read(adapters, exclude_adapters, skip_bad, skipped, options)
-    base_model, revision = checks.check_one_base(read, same_base)
+    base_model, base_revision = checks.check_one_base(read, same_base)
     names, left_out = _module_names(read, exclude_modules)
-    _check_dimensions(wanted, checks.check_one_shape(read, names))
+    _check_dimensions(fit_options.n_components if wanted is not None else None, checks.check_one_shape(read, names))
     packings = _scan(read, skip_bad, skipped, report)
     read = [packing.adapter for packing in packings]
     shapes = checks.check_one_shape(read, names)
@@ -95,9 +109,9 @@ def fit(
         subspace,
         manifest.describe(subspace),
         {p.adapter.name: p.packed(in_fit=p.adapter.name in fitted) for p in packings},
-        FitInfo(n_components, energy, weighting, sweeps, sorted(left_out), dict(sorted(skipped.items()))),
+        FitInfo(**asdict(fit_options), excluded_modules=sorted(left_out), skipped=dict(sorted(skipped.items()))),
         base_model=base_model,
-        revision=revision,
+        revision=base_revision,
         coefficient_dtype=stored_coefficients,
     )
 
@@ -160,6 +174,7 @@ def _scan(read: Sequence[Adapter], skip_bad: bool, skipped: dict[str, str], repo
 
 def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict[str, str]) -> Adapter | None:
     if isinstance(one.source, Adapter):
+        checks.check_made(one.source)
         return replace(one.source, name=keys.check_name(one.name or one.source.name))
     try:
         return formats.read_adapter(one.source, name=one.name, **options)

@@ -1,11 +1,10 @@
 """What was lost: errors of updates by r × r products, none of which forms an out × in matrix. Float64 throughout."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from . import linalg
 from . import subspace as spaces
@@ -74,13 +73,12 @@ def adapter_error(modules: Iterable[ModuleError]) -> AdapterError:
     )
 
 
-def delta_error(original: LoRAFactors, other: LoRAFactors) -> float:
-    """‖D − D'‖ / ‖D‖ of two updates of any ranks, scalings and gauges."""
-    left = torch.cat([_up(original), -_up(other)], dim=1)
-    right = torch.cat([original.down.to(torch.float64), other.down.to(torch.float64)])
-    total = spaces.delta_square(original)
-    return math.sqrt(max(linalg.product_square(left, right), 0.0) / total) if total else 0.0
-
-
-def _up(factors: LoRAFactors) -> Tensor:
-    return factors.scaling * factors.up.to(torch.float64)
+def rounding_error(exact: Mapping[str, LoRAFactors], rounded: Mapping[str, LoRAFactors]) -> float:
+    """√(Σ‖D − D'‖² / Σ‖D‖²) over modules whose factors differ by rounding alone."""
+    lost = total = 0.0
+    for module in exact:
+        one, other = exact[module], rounded[module]
+        total += spaces.delta_square(one)
+        left, right, other_left, other_right = (t.to(torch.float64) for t in (one.up, one.down, other.up, other.down))
+        lost += one.scaling**2 * linalg.difference_square(left, right, other_left, other_right)
+    return math.sqrt(lost / total) if total else 0.0

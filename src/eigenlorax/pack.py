@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checks, dtypes, folder, formats, hub, keys, known, manifest, packed, remote, store
+from . import checks, dtypes, folder, formats, hub, keys, known, manifest, metrics, packed, remote, store
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
@@ -21,9 +22,11 @@ from .errors import (
     PackDamagedError,
     PackVersionError,
     ShapeError,
+    UntrainedAdapterWarning,
 )
 from .formats import hf_peft, sources
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
+from .options import names as listed
 from .packed import PackedAdapter, Packing, Record
 from .subspace import Subspace
 from .summary import Summary, summarize
@@ -85,7 +88,7 @@ class Pack:
         cls,
         source: str | os.PathLike[str],
         *,
-        adapters: Sequence[str] | None = None,
+        adapters: str | Sequence[str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -96,6 +99,7 @@ class Pack:
         adapters: the only ones to have in it, or to fetch; none of them for the subspace alone. All by default.
         """
         source = os.fspath(source)
+        adapters = listed(adapters) if adapters is not None else None
         place = remote.fetch(
             source, adapters, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -128,6 +132,17 @@ class Pack:
             pack = cls.open(path)
             yield pack
             pack.save()
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __repr__(self) -> str:
+        where = f" in {str(self.path)!r}" if self.path is not None else ""
+        base = self.base_model or "an unknown base model"
+        return f"<Pack of {len(self)} adapters of {base}, {len(self.info.modules)} modules{where}>"
 
     @property
     def names(self) -> list[str]:
@@ -200,7 +215,7 @@ class Pack:
     def export(
         self,
         directory: str | os.PathLike[str],
-        names: Sequence[str] | None = None,
+        names: str | Sequence[str] | None = None,
         *,
         dtype: str | torch.dtype | None = None,
         overwrite: bool = False,
@@ -210,7 +225,7 @@ class Pack:
 
         Names, folders and the pack's bytes are checked before the first one is written.
         """
-        wanted = list(dict.fromkeys(names)) if names is not None else self.names
+        wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
         for name in wanted:
             self._check_has(name)
@@ -225,6 +240,14 @@ class Pack:
                 progress("exporting adapters", done, len(targets))
             formats.write_adapter(self.adapter(name, parsed), target, overwrite=overwrite)
         return targets
+
+    def export_rounding(self, name: str, dtype: str | torch.dtype | None = None) -> float:
+        """What rounding the factors to `dtype` on export changes of an adapter's update, relative to its norm.
+
+        It comes on top of the `delta_error` of the adapter's record, which is that of the pack.
+        """
+        exact = self.adapter(name, torch.float64).modules
+        return metrics.rounding_error(exact, self.adapter(name, dtypes.parse(dtype)).modules)
 
     def _check_fits(self, name: str, dtype: torch.dtype | None) -> None:
         """Read an adapter, and, where a dtype is asked for, see that its factors fit in it."""
@@ -254,12 +277,16 @@ class Pack:
         carry_missing: keep modules that the subspace lacks as they are, rather than refuse the adapter.
         options: those of `read_adapter`.
         """
-        adapter = source if isinstance(source, Adapter) else formats.read_adapter(source, name=name, **options)
+        if isinstance(source, Adapter):
+            checks.check_made(source)
+            adapter = source
+        else:
+            adapter = formats.read_adapter(source, name=name, **options)
         adapter = replace(adapter, name=keys.check_name(adapter.name if name is None else name))
         if adapter.name.lower() in {known.lower() for known in self.names}:
             raise AdapterNameError(
-                f"the pack already has an adapter named {adapter.name!r}. Give the new one another name with "
-                "NAME=PATH, or remove the old one first."
+                f"the pack already has an adapter named {adapter.name!r}. Give the new one another name "
+                "(NAME=PATH, name=), or remove the old one first."
             )
         if adapter.subspace != self.info.fingerprint:
             this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
@@ -270,6 +297,12 @@ class Pack:
             bases = self.subspace.modules[place]
             packing.project(module, place, adapter.modules[module], bases, self.coefficient_dtype, spaces.duals(bases))
         added = packing.packed(in_fit=False)
+        if added.record.untrained:
+            warnings.warn(
+                f"untrained (every update is zero): {adapter.name}. It is kept in the pack.",
+                UntrainedAdapterWarning,
+                stacklevel=2,
+            )
         self._adapters[adapter.name] = added
         self.base_model = self.base_model or adapter.base_model
         self.revision = self.revision or adapter.revision
@@ -393,7 +426,7 @@ class Pack:
         self,
         repo_id: str,
         *,
-        adapters: Sequence[str] | None = None,
+        adapters: str | Sequence[str] | None = None,
         private: bool | None = None,
         revision: str | None = None,
         commit_message: str | None = None,
@@ -408,7 +441,7 @@ class Pack:
         private: whether a repository that is made for it is private. One that is there and public is refused then.
         revision: a branch, which is made if it is not there. create_pr: as a pull request, to the main branch.
         """
-        names = self.names if adapters is None else sorted(set(adapters))
+        names = self.names if adapters is None else sorted(set(listed(adapters)))
         for name in names:
             self._check_has(name)
         pushed = Pack(

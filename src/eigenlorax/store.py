@@ -93,13 +93,15 @@ def check_free(path: Path, overwrite: bool = False) -> None:
 def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:
     """`PackExistsError` unless a folder of these files may be written to `path`.
 
-    What may be replaced is a folder of the same kind: empty, or with one of the files that are to be written.
+    What may be replaced is a folder of the same kind: one with nothing in it but those files.
     """
     check_free(path, overwrite)
-    if path.exists() and any(path.iterdir()) and not any((path / name).exists() for name in files):
+    others = sorted({entry.name for entry in path.iterdir()} - set(files)) if path.exists() else []
+    if others:
         raise PackExistsError(
-            f"{path} is not replaced: it holds none of {', '.join(sorted(files))}, so it is something else. Choose "
-            "another folder, or remove it yourself."
+            f"{path} is not replaced: it holds {others[0]!r}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            + f" beside {', '.join(sorted(files))}, which would be lost. Choose another folder, or remove it yourself."
         )
 
 

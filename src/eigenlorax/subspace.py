@@ -17,6 +17,7 @@ from . import linalg
 from .adapter import LoRAFactors
 from .basis import Basis
 from .errors import NonFiniteError, OptionError
+from .options import integer, number
 
 WEIGHTINGS = ("delta", "factors")
 
@@ -37,6 +38,10 @@ class FitOptions:
     sweeps: int = 2
 
     def __post_init__(self) -> None:
+        for name, kind in (("n_components", integer), ("energy", number), ("sweeps", integer)):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, kind(name, value))
         one.check_size(self.n_components, self.energy)
         if self.weighting not in WEIGHTINGS:
             raise OptionError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
@@ -210,6 +215,7 @@ def empty_bases(in_features: int, out_features: int, dtype: torch.dtype) -> Modu
 
 def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
     """Every side of every module with `n_extra` further directions from `seed` (arXiv 2502.04700 §3.3)."""
+    n_extra, seed = integer("n_extra", n_extra), integer("seed", seed)
     if any(seed == old.seed for old in subspace.augmentations):
         raise OptionError(
             f"the subspace already has directions from seed {seed}; those it would give again. Choose another seed."
@@ -245,12 +251,24 @@ def project(
     down = one.project(factors.down.to(torch.float64) * 2.0**-shift, bases.down, down_dual)
     up = one.project(factors.up.mT.to(torch.float64) * 2.0**shift, bases.up, up_dual).mT
     rounded = Coefficients(down.to(dtype).contiguous(), up.to(dtype).contiguous(), factors.scaling)
+    _check_kept(down, rounded.down)
+    _check_kept(up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
         raise NonFiniteError(
             f"coefficients up to {float(max(down.abs().max(), up.abs().max())):.1e} do not fit "
             f"{dtype}, which ends at {torch.finfo(dtype).max:.1e}. Store them as float32."
         )
     return rounded
+
+
+def _check_kept(exact: Tensor, rounded: Tensor) -> None:
+    """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
+    size = float(torch.linalg.vector_norm(exact))
+    if size > 0 and float(torch.linalg.vector_norm(rounded.to(torch.float64))) < size / 2:
+        raise NonFiniteError(
+            f"coefficients of norm {size:.1e} vanish in {rounded.dtype}, whose smallest number is "
+            f"{torch.finfo(rounded.dtype).smallest_normal:.1e}. Store them as float32."
+        )
 
 
 def balance(factors: LoRAFactors, dtype: torch.dtype) -> int:

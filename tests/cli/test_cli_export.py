@@ -127,7 +127,16 @@ class TestWhereItGoes:
         (pack.parent / "out" / "beta" / "thesis.tex").write_text("mine")
         before = contents(pack.parent)
         done = cli("export", pack, "-o", pack.parent / "out", "--overwrite")
-        assert_refused(done, 4, pack.parent / "out" / "beta", "something else")
+        assert_refused(done, 4, pack.parent / "out" / "beta", "'thesis.tex'", "would be lost")
+        assert contents(pack.parent) == before
+
+    def test_never_over_an_adapter_with_more_in_its_folder(self, cli, pack):
+        # a training folder holds checkpoints beside the adapter, and may be the very source
+        succeeded(cli("export", pack, "-o", pack.parent / "out"))
+        (pack.parent / "out" / "beta" / "checkpoint-5").mkdir()
+        before = contents(pack.parent)
+        done = cli("export", pack, "-o", pack.parent / "out", "--overwrite")
+        assert_refused(done, 4, pack.parent / "out" / "beta", "'checkpoint-5'", "would be lost")
         assert contents(pack.parent) == before
 
     @pytest.mark.parametrize("below", ["", "adapters", "more"])

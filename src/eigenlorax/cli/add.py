@@ -36,8 +36,8 @@ def add(
     from ..formats import sources
     from ..pack import Pack
 
-    found = sources.find(adapters)
     with console.working() as progress, Pack.edit(pack) as opened:
+        found = sources.find(adapters)
         records = {}
         for done, one in enumerate(found):
             progress("projecting adapters", done, len(found))

@@ -103,10 +103,18 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(header))
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=any(header),
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for index, name in enumerate(header):
         number = index in numbers
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number)
+        # the first column has the names: half a name is none
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number or index == 0)
     for row in rows:
         table.add_row(*[_plain(cell) for cell in row])
     _console().print(table, soft_wrap=False)
@@ -151,8 +159,8 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         ("modules", str(figures.modules)),
         *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
         ("fit", f"weighting {figures.fit.weighting}, {_size(figures)}, stored as {dtype}"),
-        ("components, down (lora_A)", _components(figures.down)),
-        ("components, up (lora_B)", _components(figures.up)),
+        *_component_rows("components, down (lora_A)", figures.down),
+        *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
         *_error_rows("delta error", figures.in_fit),
         *_error_rows("delta error, projected adapters", figures.projected),
@@ -182,12 +190,13 @@ def _size(figures: "Summary") -> str:
     return f"at most {fit.n_components} components" if fit.n_components is not None else f"energy {fit.energy:g}"
 
 
-def _components(found: "Components") -> str:
-    numbers = f"{found.min} / {found.median:g} / {found.max} (min / median / max); energy {found.energy:.4f}"
-    if not found.capped:
-        return numbers
-    more = f" and {len(found.capped) - 3} more" if len(found.capped) > 3 else ""
-    return f"{numbers}; {len(found.capped)} capped, their stack has no more: {', '.join(found.capped[:3])}{more}"
+def _component_rows(label: str, found: "Components") -> list[tuple[str, str]]:
+    rows = [(label, f"{found.min} / {found.median:g} / {found.max} (min / median / max); energy {found.energy:.4f}")]
+    if found.capped:
+        more = f" and {len(found.capped) - 2} more" if len(found.capped) > 2 else ""
+        shown = ", ".join(found.capped[:2])
+        rows.append(("  capped", f"{len(found.capped)}, whose stack has no more: {shown}{more}"))
+    return rows
 
 
 def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def _show(found: "Demo", seconds: float) -> None:
     rows.append(_mean_row(f"mean of {len(fitted)} fitted", fitted))
     rows += [_row(outcome) for outcome in projected]
     rows.append(_mean_row(f"mean of {len(projected)} left out", projected))
-    header = ("adapter", "in fit", "delta error", "original", "recycled", "same answer", "no update")
+    header = ("adapter", "in fit", "delta error", "original", "recycled", "agree", "no update")
     console.print_table(
         "Accuracy on sentences written for the demo: the original adapter, the one that came back from the pack, and "
         "its head without any update",

@@ -11,7 +11,9 @@ EPILOG = """Examples:
 
   eigenlorax export pack/ -o loras/
 
-  eigenlorax export pack/ sst2 mrpc -o loras/ --dtype float16"""
+  eigenlorax export pack/ sst2 mrpc -o loras/ --dtype float16
+
+  eigenlorax export org/pack sst2 -o loras/"""
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    pack: console.PackFolder,
+    pack: console.PackSource,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Each adapter becomes DIR/NAME.", parser=console.path)
     ],
@@ -28,18 +30,27 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of the LoRA factors (default: float32, or the pack's if that is wider).")
     ] = None,
+    revision: console.PackRevision = None,
     overwrite: console.Overwrite = False,
     json: console.Json = False,
 ) -> None:
     """Give adapters of a pack back as ordinary LoRA folders that PEFT loads."""
     from ..pack import Pack
 
-    opened = Pack.open(pack)
+    opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
     with console.working() as progress:
         written = opened.export(output, names or None, dtype=dtype, overwrite=overwrite, progress=progress)
     if json:
         console.print_json({"written": {name: str(path) for name, path in written.items()}})
     else:
         records = opened.records
-        rows = [(name, console.share(records[name].delta_error), str(path)) for name, path in written.items()]
-        console.print_table("", ("adapter", "delta error", "folder"), rows, numbers=(1,))
+        rows = [
+            (
+                name,
+                console.share(records[name].delta_error),
+                console.share(opened.export_rounding(name, dtype)),
+                str(path),
+            )
+            for name, path in written.items()
+        ]
+        console.print_table("", ("adapter", "delta error", "rounding", "folder"), rows, numbers=(1, 2))

@@ -15,7 +15,9 @@ EPILOG = """Examples:
 
   eigenlorax inspect pack/
 
-  eigenlorax inspect adapters/sst2 --json"""
+  eigenlorax inspect adapters/sst2 --json
+
+  eigenlorax inspect org/pack"""
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +32,7 @@ def inspect(
     json: console.Json = False,
 ) -> None:
     """Show what a pack or an adapter holds, what it costs, and what was lost."""
-    from .. import hub, keys
+    from .. import hub, keys, remote
     from ..errors import FormatError
     from ..formats import read_adapter
     from ..pack import Pack
@@ -41,9 +43,9 @@ def inspect(
         raise FormatError(
             f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}."
         )
-    if (Path(target) / keys.MANIFEST).is_file():
+    if remote.is_pack(target, revision=revision):
         with console.working():
-            pack = Pack.open(target)
+            pack = Pack.from_pretrained(target, revision=revision)
             pack.verify()
         _show_pack(target, pack, json)
     else:
@@ -61,6 +63,8 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
         console.print_json({"pack": target, **console.figures_json(pack.summary, pack.records)})
         return
     console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
+    records = pack.records
+    carries = any(record.carried_bytes for record in records.values())
     rows = [
         (
             name,
@@ -69,13 +73,13 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
             "untrained" if record.untrained else console.share(record.delta_error),
             console.share(record.rounding_error),
             f"{record.coefficient_bytes:,}",
-            f"{record.carried_bytes:,}",
+            *[f"{record.carried_bytes:,}"] * carries,
             "yes" if record.in_fit else "no",
         )
-        for name, record in pack.records.items()
+        for name, record in records.items()
     ]
-    header = ("adapter", "rank", "modules", "delta error", "rounding", "coefficients", "carried", "in fit")
-    console.print_table("", header, rows, numbers=(2, 3, 4, 5, 6))
+    header = ("adapter", "rank", "modules", "delta error", "rounding", "bytes", *["carried"] * carries, "in fit")
+    console.print_table("", header, rows, numbers=range(2, 7 if carries else 6))
 
 
 def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:

@@ -14,6 +14,7 @@ from ..version import __version__
 from . import add, augment, console, demo, env, evaluate, export, fit, inspect, pull, push, remove, train
 
 IO_ERROR = 6
+_OUTPUT = ": the figures could not be printed. What was asked for has been done, if that was all."
 
 app = typer.Typer(
     name="eigenlorax",
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 for verb in (fit, inspect, export, add, remove, augment, train, evaluate, push, pull, demo, env):
     verb.register(app)
@@ -61,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _let_go_of_stdout()
-        where = f": {error.filename}" if error.filename else ""
-        console.error(f"{error.strerror or error}{where}. Nothing was left half-written.")
+        # files have names; what has none is the output
+        where = f": {error.filename}. Nothing was left half-written." if error.filename else _OUTPUT
+        console.error(f"{error.strerror or error}{where}")
         sys.exit(IO_ERROR)
 
 

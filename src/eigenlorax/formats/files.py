@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import dtypes, hub, keys
-from ..errors import FormatError, reason
+from ..errors import FormatError
 
 _DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
 
@@ -150,6 +150,9 @@ def _open_pickle(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], l
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
+    odd = [key for key, value in state.items() if value.layout is not torch.strided or value.device.type != "cpu"]
+    if odd:
+        raise FormatError(f"{path}: tensor {odd[0]!r} is sparse, or has no numbers; a dense one was expected.")
     known = set(_DTYPES.values())
     headers = {
         key: Header(tuple(value.shape), value.dtype if value.dtype in known else None) for key, value in state.items()
@@ -161,8 +164,11 @@ def _load_pickle(path: Path) -> Any:
     try:
         # mapped, so that a tensor is read when it is asked for; files of before torch 1.6 cannot be
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
+    except (PermissionError, FileNotFoundError):
         raise
     except Exception as error:
-        # on bytes that are no pickle, torch's unpickler raises whatever comes
-        raise FormatError(f"{path} cannot be read as tensors alone (weights_only=True): {reason(error)}") from error
+        # on bytes that are no pickle, torch's unpickler raises whatever comes; what it advises is the opposite of safe
+        raise FormatError(
+            f"{path} cannot be read as tensors alone (weights_only=True): it is broken, or holds something else "
+            f"({type(error).__name__})."
+        ) from error

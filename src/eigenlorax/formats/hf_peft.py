@@ -5,7 +5,6 @@ is not imported. The format and what is done with each kind of tensor: docs/adap
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from . import coefficients, files, lora_config, official
 from .files import Header
 
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
-_OTHER_PRODUCTS = ("use_qalora", "use_bdlora", "kasa_config")
+_OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
 
 
 def read(
@@ -89,15 +88,17 @@ def assemble(
             place = keys.parse_peft_key(raw, config.get("modules_to_save") or ())
         except FormatError as error:
             raise FormatError(f"{where}: {error}") from error
-        if place.key in seen:
-            raise FormatError(
-                f"{where}: tensors {seen[place.key]!r} and {raw!r} stand for the same one, {place.key!r}."
-            )
-        seen[place.key] = raw
+        key = place.key
+        if key in heads and place.kind is Kind.HEAD:
+            # PEFT writes the biases of a saved head twice for bias="all", once under the name they have in its wrapper
+            key = keys.MODEL_PREFIX + raw.removeprefix(keys.MODEL_PREFIX)
+        if key in seen:
+            raise FormatError(f"{where}: tensors {seen[key]!r} and {raw!r} stand for the same one, {key!r}.")
+        seen[key] = raw
         if place.kind in (Kind.DOWN, Kind.UP):
             factors.setdefault(place.module, {})[place.kind.value] = raw
         else:
-            (heads if place.kind is Kind.HEAD else carried)[place.key] = raw
+            (heads if place.kind is Kind.HEAD else carried)[key] = raw
     specs: dict[str, ModuleSpec] = {}
     for module, pair in factors.items():
         for side, other in (("down", "up"), ("up", "down")):
@@ -189,13 +190,7 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     config = json.loads(text)
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
     for module, factors in adapter.modules.items():
-        expected = lora_config.rank_and_scaling(module, config, adapter.name)
-        if expected[0] != factors.down.shape[0] or not math.isclose(expected[1], factors.scaling, rel_tol=1e-9):
-            raise FormatError(
-                f"adapter {adapter.name!r}, module {module}: rank {factors.down.shape[0]} and scaling "
-                f"{factors.scaling:g} are not those of its config, {expected[0]} and {expected[1]:g}. Clear "
-                "source_config, and a fitting one is written."
-            )
+        lora_config.check(adapter.name, module, factors.spec, config)
         for side, factor in (("down", factors.down), ("up", factors.up)):
             tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
     return {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import keys
-from ..adapter import Adapter
+from ..adapter import Adapter, ModuleSpec
 from ..errors import FormatError
 
 # PEFT's own defaults, for configs older than the field.
@@ -43,8 +43,21 @@ def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[i
         scaling = math.inf
     # squared, it enters every norm of the update
     if not math.isfinite(scaling * scaling):
-        raise FormatError(f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} are not usable numbers.")
+        raise FormatError(
+            f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} in {keys.ADAPTER_CONFIG} are not usable "
+            "numbers."
+        )
     return rank, scaling
+
+
+def check(name: str, module: str, spec: ModuleSpec, config: dict[str, Any]) -> None:
+    """`FormatError` where a config says another rank or scaling of a module than its factors have."""
+    rank, scaling = rank_and_scaling(module, config, name)
+    if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
+        raise FormatError(
+            f"adapter {name!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} are not those of its "
+            f"config, {rank} and {scaling:g}. Clear source_config, and a fitting one is written."
+        )
 
 
 def make(adapter: Adapter) -> str:
