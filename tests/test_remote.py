@@ -312,10 +312,11 @@ class TestPush:
         assert "base_model:" not in (hub.repos["org/new"]["main"] / CARD).read_text()
         assert ex.Pack.open(hub.repos["org/new"]["main"]).base_model == base
 
-    @pytest.mark.parametrize("names", [["beta"], ["gamma", "beta", "beta"], []])
+    @pytest.mark.parametrize("names", [["beta"], "beta", ["gamma", "beta", "beta"], []])
     def test_the_basis_and_some_adapters(self, push, hub, local, names):
         before = contents(local)
         succeeded(push(adapters=names))
+        names = [names] if isinstance(names, str) else names
         files = [".gitattributes", CARD, MANIFEST, subspace_of(local), *of(*set(names))]
         assert files_of(hub, "org/new") == sorted(files)
         pack = ex.Pack.open(hub.repos["org/new"]["main"])
@@ -402,6 +403,7 @@ class TestPush:
     def test_the_name_alone_is_the_users_own(self, push, hub):
         succeeded(push("mine"))
         assert "me/mine" in hub.repos
+        assert 'from_pretrained("me/mine")' in (hub.repos["me/mine"]["main"] / CARD).read_text()
 
     def test_the_token_of_the_environment(self, push, hub):
         succeeded(push(token=None, env={"HF_TOKEN": WRITER}))

@@ -143,7 +143,7 @@ def download(
 
 def commit(
     repo_id: str,
-    files: Mapping[str, Path | bytes],
+    files: Callable[[str], Mapping[str, Path | bytes]],
     stale: Callable[[list[str]], Iterable[str]],
     *,
     message: str,
@@ -152,10 +152,11 @@ def commit(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> "CommitInfo":
-    """Make one commit of `files`, by their paths in the repository, which is made if it is not there.
+    """Make one commit in a repository, which is made if it is not there.
 
-    One, so that whoever downloads meanwhile gets all of the old state or all of the new one. stale: which of the
-    files that are there are to be deleted. `PackBusyError` if there was another commit since it was asked.
+    One, so that whoever downloads meanwhile gets all of the old state or all of the new one. files: for the whole id
+    of the repository, what to put at which path in it. stale: which of the files that are there are to be deleted.
+    `PackBusyError` if there was another commit since it was asked.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -178,7 +179,7 @@ def commit(
         deleted = [CommitOperationDelete(path) for path in sorted(stale(there))]
         return api.create_commit(
             repo,
-            [*deleted, *(CommitOperationAdd(path, data) for path, data in sorted(files.items()))],
+            [*deleted, *(CommitOperationAdd(path, data) for path, data in sorted(files(repo).items()))],
             commit_message=message,
             revision=revision,
             create_pr=create_pr,

@@ -118,10 +118,14 @@ def push(
     found = folder.open_manifest(place).manifest
     files = [keys.MANIFEST, found.subspace_file]
     files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in found.adapters.items() for file in entry.files]
-    text = card.render(found, repo_id).encode("utf-8", errors="replace")
+
+    def contents(repo: str) -> dict[str, Path | bytes]:
+        text = card.render(found, repo).encode("utf-8", errors="replace")
+        return {**{file: place / file for file in files}, keys.CARD: text}
+
     return hub.commit(
         repo_id,
-        {**{file: place / file for file in files}, keys.CARD: text},
+        contents,
         lambda there: _stale(there, files),
         message=message or f"Upload a pack of {len(found.adapters)} adapters",
         private=private,

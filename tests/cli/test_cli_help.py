@@ -28,16 +28,30 @@ EXAMPLES = {
 
 @pytest.fixture
 def prepared(cli, tmp_path, monkeypatch):
-    """The current folder has all that the examples name, and stands in for the Hub: `org/on-the-hub` is a folder."""
+    """The current folder has all that the examples name, and stands in for the Hub: `org/…` are folders."""
     for seed, place in enumerate(("adapters/sst2", "adapters/mrpc", "adapters/new", "runs/3/best", "org/on-the-hub")):
         make_adapter(tmp_path / place, seed=seed, modules={"encoder.layer.0.query": (97, 89)}, rank=32)
     monkeypatch.chdir(tmp_path)
     succeeded(cli("fit", "adapters/sst2", "adapters/mrpc", "-o", "pack/"))
+    shutil.copytree("pack", "org/pack")
     return tmp_path
 
 
 def test_the_verbs_are_these():
-    assert VERBS == ["fit", "inspect", "export", "add", "remove", "augment", "train", "evaluate", "demo", "env"]
+    assert VERBS == [
+        "fit",
+        "inspect",
+        "export",
+        "add",
+        "remove",
+        "augment",
+        "train",
+        "evaluate",
+        "push",
+        "pull",
+        "demo",
+        "env",
+    ]
 
 
 def test_help_names_every_verb(cli):
@@ -57,11 +71,11 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
         assert example in out
 
 
-# those that need a model are tested with one: test_demo.py, test_cli_train.py
-WITHOUT_MODEL = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate")]
+# those that need a model or the Hub are tested with one: test_demo.py, test_cli_train.py, test_cli_push.py
+ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "push")]
 
 
-@pytest.mark.parametrize("example", [example for verb in WITHOUT_MODEL for example in EXAMPLES[verb]])
+@pytest.mark.parametrize("example", [example for verb in ALONE for example in EXAMPLES[verb]])
 def test_an_example_runs(cli, prepared, example):
     verb, *words = shlex.split(example)[1:]
     if verb == "fit" and "--overwrite" not in words:
@@ -89,6 +103,10 @@ def test_what_is_no_verb(cli, arguments):
         "remove EMPTY alpha",
         "augment EMPTY --n-extra 2 --seed 3 -o out",
         "augment pack --n-extra 2 --seed 3 -o EMPTY",
+        "push EMPTY org/new",
+        "push pack EMPTY",
+        "pull EMPTY -o out",
+        "pull org/pack -o EMPTY",
         "train EMPTY --task causal-lm --train rows.jsonl -o out",
         "train pack --task causal-lm --train EMPTY -o out",
         "train pack --task causal-lm --train rows.jsonl -o EMPTY",

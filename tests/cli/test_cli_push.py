@@ -1,0 +1,201 @@
+"""`eigenlorax push` and `pull`, and Hub ids in the place of packs, by a Hub on this machine. What becomes of a
+repository is in test_remote.py."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+
+import eigenlorax as ex
+from adapters import make_adapter
+from children import load_command, needs_fork
+from eigenlorax.cli.push import EPILOG
+from fake_hub import FakeHub, client, running
+from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
+
+pytestmark = needs_fork
+TOKEN = {"HF_TOKEN": "hf_writer"}
+CONFIG, MANIFEST = "adapter_config.json", "subspace_config.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    load_command()
+    importlib.import_module("huggingface_hub.hf_api")
+
+
+@pytest.fixture
+def hub(pack, tmp_path):
+    place = tmp_path / "hub"
+    shutil.copytree(pack, place / "pack")
+    ex.fit(tmp_path / "in" / "alpha", n_components=2).save(place / "v2")
+    (place / "commits").mkdir()
+    repos = {
+        "org/pack": {"main": place / "pack", "v2": place / "v2"},
+        "org/lora": {"main": make_adapter(place / "lora", seed=3)},
+    }
+    with running(FakeHub(repos, room=place / "commits")) as server:
+        yield server
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return client(hub, tmp_path / "home")
+
+
+def main_of(hub, repo):
+    return ex.Pack.open(hub.repos[repo]["main"])
+
+
+class TestPush:
+    def test_says_what_was_pushed_and_where(self, online, hub, pack):
+        found = json_of(online("push", pack, "org/new", "--json", **TOKEN))
+        commit = hub.head("org/new", "main")
+        assert found == {
+            "pack": str(pack),
+            "repo": "org/new",
+            "adapters": ["alpha", "beta", "gamma"],
+            "commit": commit,
+            "url": f"{hub.url}/org/new/commit/{commit}",
+            "pull_request": None,
+        }
+        assert main_of(hub, "org/new").names == ["alpha", "beta", "gamma"]
+
+    def test_in_a_table(self, online, hub, pack):
+        out = succeeded(online("push", pack, "org/new", "--create-pr", **TOKEN)).out
+        assert "pack org/new" in out
+        assert f"{hub.url}/org/new/discussions/1" in out
+
+    def test_its_options(self, online, hub, pack):
+        options = [
+            "--adapter",
+            "beta",
+            "--adapter",
+            "alpha",
+            "--private",
+            "--revision",
+            "small",
+            "--message",
+            "two of them",
+        ]
+        assert json_of(online("push", pack, "me/new", *options, "--json", **TOKEN))["adapters"] == ["alpha", "beta"]
+        assert hub.log == [{"repo": "me/new", "revision": "small", "message": "two of them"}]
+        assert ex.Pack.open(hub.repos["me/new"]["small"]).names == ["alpha", "beta"]
+        assert "me/new" in hub.private
+
+    def test_its_examples(self, online, hub, pack):
+        pack.rename("pack")
+        for line in EPILOG.splitlines()[2::2]:
+            words = line.replace("sst2", "alpha").replace("mrpc", "beta").split()
+            succeeded(online(*words[1:], **TOKEN))
+            hub.repos.pop("org/name")
+
+    def test_an_error_is_one_message(self, online, hub, pack):
+        before = contents(pack)
+        assert_refused(online("push", pack, "org/new"), 3, "org/new cannot be pushed to", "hf auth login")
+        assert_refused(online("push", pack, "org/new", "--adapter", "delta", **TOKEN), 3, "delta", "alpha, beta, gamma")
+        assert_refused(
+            online("push", pack, "org/pack", "--private", **TOKEN), 3, "org/pack is there already, and public"
+        )
+        assert_refused(online("push", pack, "org/pack", "--create-pr", "--revision", "v2", **TOKEN), 3, "(v2)")
+        assert_refused(online("push", pack.parent / "in", "org/new", **TOKEN), 4, "is not a pack")
+        assert (hub.log, contents(pack)) == ([], before)
+        assert_usage_error(online("push", pack), "REPO")
+
+    def test_another_push_in_between(self, online, hub, pack):
+        def interfere():
+            hub.new("org/pack", "main", hub.repos["org/pack"]["main"], lambda folder: (folder / "x").write_text("x"))
+
+        hub.before_commit = interfere
+        assert_refused(online("push", pack, "org/pack", **TOKEN), 5, "org/pack was changed on the Hub", "run it again")
+
+
+class TestPull:
+    def test_the_pack_as_it_was_pushed(self, online, pack, tmp_path):
+        found = json_of(online("pull", "org/pack", "-o", tmp_path / "mine", "--json"))
+        assert found == {**json_of(online("inspect", pack, "--json")), "pack": str(tmp_path / "mine")}
+        assert contents(tmp_path / "mine") == contents(pack)
+
+    def test_can_be_changed(self, online, tmp_path):
+        succeeded(online("pull", "org/pack", "-o", tmp_path / "mine"))
+        succeeded(online("remove", tmp_path / "mine", "beta"))
+        succeeded(online("add", tmp_path / "mine", tmp_path / "new"))
+        assert ex.Pack.open(tmp_path / "mine").names == ["alpha", "gamma", "new"]
+
+    def test_the_basis_and_one_adapter(self, online, hub, tmp_path):
+        out = succeeded(online("pull", "org/pack", "--adapter", "beta", "-o", tmp_path / "mine")).out
+        assert f"pack {tmp_path / 'mine'}" in out
+        pulled = ex.Pack.open(tmp_path / "mine")
+        pulled.verify()
+        assert pulled.names == ["beta"]
+        assert {file.split("/")[1] for file in hub.asked if "/" in file} == {"beta"}
+
+    @pytest.mark.parametrize("arguments", [["org/pack@v2"], ["org/pack", "--revision", "v2"]])
+    def test_a_revision(self, online, tmp_path, arguments):
+        assert json_of(online("pull", *arguments, "-o", tmp_path / "mine", "--json"))["adapters"] == 1
+
+    def test_over_a_pack(self, online, hub, tmp_path):
+        succeeded(online("pull", "org/pack", "-o", tmp_path / "mine"))
+        hub.requests.clear()
+        assert_refused(online("pull", "org/pack@v2", "-o", tmp_path / "mine"), 4, "is a pack already", "--overwrite")
+        assert hub.requests == []
+        succeeded(online("pull", "org/pack@v2", "-o", tmp_path / "mine", "--overwrite"))
+        assert ex.Pack.open(tmp_path / "mine").names == ["alpha"]
+
+    def test_what_it_refuses(self, online, tmp_path):
+        mine = tmp_path / "mine"
+        assert_refused(online("pull", "org/lora", "-o", mine), 4, "org/lora is not a pack")
+        assert_refused(online("pull", "org/gone", "-o", mine), 3, "org/gone is neither a local folder nor a repository")
+        assert_refused(online("pull", "org/pack", "--adapter", "x", "-o", mine), 3, "no adapter named 'x' in the pack")
+        assert not mine.exists()
+
+    def test_not_a_part_of_a_pack_over_the_whole(self, online, pack):
+        before = contents(pack)
+        done = online("pull", pack, "--adapter", "beta", "-o", pack, "--overwrite")
+        assert_refused(done, 3, "would lose its other adapters")
+        assert contents(pack) == before
+
+
+class TestHubIdsInThePlaceOfPacks:
+    def test_inspect(self, online, hub, pack):
+        found = json_of(online("inspect", "org/pack", "--json"))
+        assert found == {**json_of(online("inspect", pack, "--json")), "pack": "org/pack"}
+        assert "adapters/gamma/adapter_model.safetensors" in hub.asked
+        assert json_of(online("inspect", "org/pack", "--revision", "v2", "--json"))["adapters"] == 1
+        assert json_of(online("inspect", "org/lora", "--json"))["adapter"] == "org/lora"
+
+    def test_inspect_checks_every_byte(self, online, hub):
+        path = hub.repos["org/pack"]["main"] / "adapters" / "beta" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert_refused(online("inspect", "org/pack"), 4, "beta/adapter_model.safetensors was changed")
+
+    def test_export(self, online, hub, tmp_path):
+        found = json_of(online("export", "org/pack", "beta", "-o", tmp_path / "out", "--json"))
+        assert found == {"written": {"beta": str(tmp_path / "out" / "beta")}}
+        assert {file.split("/")[1] for file in hub.asked if "/" in file} == {"beta"}
+        assert json.loads((tmp_path / "out" / "beta" / CONFIG).read_text())["peft_type"] == "LORA"
+        succeeded(online("export", "org/pack@v2", "-o", tmp_path / "all"))
+        assert [path.name for path in (tmp_path / "all").iterdir()] == ["alpha"]
+
+    def test_export_of_what_is_not_there(self, online, hub, tmp_path):
+        assert_refused(online("export", "org/pack", "x", "-o", tmp_path / "out"), 3, "no adapter named 'x' in the pack")
+        assert hub.asked == [MANIFEST]
+        assert_refused(online("export", "org/lora", "-o", tmp_path / "out"), 4, "org/lora is not a pack")
+        assert_refused(online("export", "nowhere", "-o", tmp_path / "out"), 4, "nowhere is not a pack")
+
+    def test_a_pack_is_changed_in_a_folder_alone(self, online, hub, tmp_path):
+        assert_refused(online("remove", "org/pack", "beta"), 4, "`eigenlorax pull ORG/NAME -o org/pack`")
+        succeeded(online("inspect", "org/pack"))
+        (place,) = (tmp_path / "home" / "hub" / "models--org--pack" / "snapshots").iterdir()
+        before = contents(place)
+        assert_refused(online("remove", place, "beta"), 3, "is the copy of org/pack in the Hub's cache")
+        assert_refused(online("add", place, tmp_path / "new"), 3, "eigenlorax pull org/pack -o pack/")
+        assert contents(place) == before
+        assert hub.log == []
+
+    def test_as_an_adapter_it_is_refused(self, online, tmp_path):
+        done = online("fit", "org/pack", "-o", tmp_path / "out")
+        assert_refused(done, 3, "is a pack, not an adapter")
