@@ -62,6 +62,9 @@ PairColumn = Annotated[
 ]
 
 
+_SHORT = 32
+
+
 def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
@@ -108,13 +111,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_header=any(header),
-        padding=(0, 1),
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for index, name in enumerate(header):
         number = index in numbers
-        # the first column has the names: half a name is none
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number or index == 0)
+        # half a name is none; but a long one must not take the room of the figures
+        short = max((len(row[index]) for row in rows), default=0) <= _SHORT
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=short)
     for row in rows:
         table.add_row(*[_plain(cell) for cell in row])
     _console().print(table, soft_wrap=False)

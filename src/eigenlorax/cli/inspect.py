@@ -64,22 +64,23 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
         return
     console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
     records = pack.records
+    # what says the same of every adapter leaves room for what does not, at 80 columns
+    varied = len({record.modules for record in records.values()}) > 1
     carries = any(record.carried_bytes for record in records.values())
-    rows = [
-        (
-            name,
-            ", ".join(map(str, record.ranks)),
-            str(record.modules),
-            "untrained" if record.untrained else console.share(record.delta_error),
-            console.share(record.rounding_error),
-            f"{record.coefficient_bytes:,}",
-            *[f"{record.carried_bytes:,}"] * carries,
-            "yes" if record.in_fit else "no",
-        )
-        for name, record in records.items()
-    ]
-    header = ("adapter", "rank", "modules", "delta error", "rounding", "bytes", *["carried"] * carries, "in fit")
-    console.print_table("", header, rows, numbers=range(2, 7 if carries else 6))
+    columns = {
+        "adapter": list(records),
+        "rank": [", ".join(map(str, record.ranks)) for record in records.values()],
+        **({"modules": [str(record.modules) for record in records.values()]} if varied else {}),
+        "delta error": [
+            "untrained" if record.untrained else console.share(record.delta_error) for record in records.values()
+        ],
+        "rounding": [console.share(record.rounding_error) for record in records.values()],
+        "bytes": [f"{record.coefficient_bytes:,}" for record in records.values()],
+        **({"carried": [f"{record.carried_bytes:,}" for record in records.values()]} if carries else {}),
+        "in fit": ["yes" if record.in_fit else "no" for record in records.values()],
+    }
+    numbers = [index for index, name in enumerate(columns) if name not in ("adapter", "rank", "in fit")]
+    console.print_table("", list(columns), list(zip(*columns.values(), strict=True)), numbers=numbers)
 
 
 def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
