@@ -61,7 +61,8 @@ class TestAPack:
         assert f"{figures['bytes']['ratio']:.2f} with the basis counted" in ratio
         (row,) = (line.split() for line in lines if line.split()[:1] == ["beta"])
         error = figures["adapter_records"]["beta"]["delta_error"]
-        assert row[:4] == ["beta", "3", "3", f"{error:.4f}"]
+        # all adapters have the same modules, which the table above says
+        assert row[:3] == ["beta", "3", f"{error:.4f}"]
         assert row[-1] == "yes"
 
     def test_one_without_adapters(self, cli, pack):
