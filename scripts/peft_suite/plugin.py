@@ -50,9 +50,13 @@ class Suite:
             ours = subject.concerns(list(_params(item).values()))
             if not ours:
                 self.others.add(item.nodeid)
-            if name in FOREIGN:
+            if subject.quick and not ours:
+                dropped.append(item)
+            elif name in FOREIGN:
                 self.left_out[name] = FOREIGN[name]
-            (dropped if name in FOREIGN or (subject.quick and not ours) else kept).append(item)
+                dropped.append(item)
+            else:
+                kept.append(item)
         items[:] = kept
         config.hook.pytest_deselected(items=dropped)
 
@@ -100,6 +104,10 @@ class Suite:
             self.outcomes["quantisation"]["skipped"] += 1
             self.skips[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
+    def failed(self) -> bool:
+        """Whether a test of the method on trial did."""
+        return any(counts["failed"] for part, counts in self.outcomes.items() if part != OTHERS)
+
     def summary(self) -> Iterator[str]:
         """A line for each part, then what was skipped, and what was left out."""
         for part in (*dict.fromkeys(PARTS.values()), OTHERS):
@@ -110,9 +118,9 @@ class Suite:
         if self.skips:
             yield "\nskipped by PEFT's tests:"
             yield from (f"{count:6}  {reason}" for reason, count in self.skips.most_common())
-        if self.left_out:
-            yield "\nleft out:"
-            yield from (f"  {name}: {reason}" for name, reason in sorted(self.left_out.items()))
+        for reason in dict.fromkeys(self.left_out.values()):
+            yield f"\nleft out: {reason}"
+            yield from (f"    {name}" for name, why in self.left_out.items() if why == reason)
 
 
 def _params(item: pytest.Item) -> dict[str, Any]:

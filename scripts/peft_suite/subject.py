@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {r"layers?\.0\..*|h\.0\..*|block\.0\..*": 8},
     },
 }
-QUICK_VARIANTS = ("plain", "core")
+QUICK_VARIANTS = ("plain", "core", "embedded")
 
 
 def config_class() -> type[PeftConfig]:
@@ -40,8 +40,8 @@ def config_class() -> type[PeftConfig]:
 
 
 def rows(listed: list, ours: list) -> None:
-    """Put our rows into a list of PEFT's tests in place of all others; the control's own rows are there already."""
-    listed[:] = [row for row in listed if concerns(row)] if control else ours
+    """Put our rows into a list of PEFT's tests in place of all others; the control's are there already, or none is."""
+    listed[:] = [row for row in listed if concerns(row)] or listed if control else ours
 
 
 def variants(**kwargs: Any) -> list:
