@@ -102,5 +102,4 @@ def show_confusion(figures: "Figures") -> None:
 
     if isinstance(figures, Classified) and figures.confusion is not None:
         rows = [[label, *map(str, row)] for label, row in zip(figures.labels, figures.confusion, strict=True)]
-        title = "Rows by class (lines) and by what they were taken for (columns)"
-        console.print_table(title, ["", *figures.labels], rows, numbers=range(1, len(rows) + 1))
+        console.print_table("", ["class \\ answer", *figures.labels], rows, numbers=range(1, len(rows) + 1))

@@ -184,6 +184,12 @@ def labels_of(table: Table, columns: Columns) -> Labels:
     return labels
 
 
+def named_label(table: Table, columns: Columns) -> str | None:
+    """The first label that is a name, and no number."""
+    names = (value for value, _ in _label_column(table, columns) if isinstance(value, str) and not _is_number(value))
+    return next(names, None)
+
+
 def numbered(n: int) -> Labels:
     """Classes that have no names."""
     return Labels(tuple(map(str, range(n))))

@@ -100,7 +100,7 @@ def evaluate(
         most = examples.length(task, max_length, tokenizer, config)
         classes = None
         if task == "text-classification":
-            classes = _classes(classes_of_head(adapter, config), labels, table)
+            classes = _classes(classes_of_head(adapter, config), labels, table, columns)
             found = examples.classification(table, classes, columns, tokenizer, most)
         else:
             found = examples.modelling(table, columns, tokenizer, most)
@@ -148,9 +148,15 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     )
 
 
-def _classes(n: int, names: Sequence[str] | None, table: data.Table) -> Labels:
+def _classes(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
     names = names or table.classes
     if names is None:
+        name = data.named_label(table, columns)
+        if name is not None:
+            raise OptionError(
+                f"{table.where} has labels such as {name!r}, and a pack keeps no names of classes: give the adapter's "
+                f"{n} in the order of its head with --labels, or the folder that `eigenlorax train` has written."
+            )
         return data.numbered(n)
     if len(set(names)) != n:
         raise OptionError(f"{len(set(names))} labels are named, and the adapter's head has {n}: {', '.join(names)}.")

@@ -62,14 +62,15 @@ def modelling(table: Table, columns: Columns, tokenizer: Any, most: int) -> list
     for head, body in zip(heads, bodies, strict=True):
         ids = [*head, *body, *end]
         cut += len(ids) > most
-        labels = [IGNORED] * len(head) + ids[len(head) :]
-        # the first token has nothing before it that it could be predicted from
-        if any(label != IGNORED for label in labels[1:most]):
+        # the first token has nothing before it that it could be predicted from; the Trainer would count it as if it had
+        unpredicted = max(len(head), 1)
+        labels = [IGNORED] * unpredicted + ids[unpredicted:]
+        if any(label != IGNORED for label in labels[:most]):
             examples.append({"input_ids": ids[:most], "attention_mask": [1] * len(ids[:most]), "labels": labels[:most]})
-    _say_cut(table, cut, most)
     left_out = len(bodies) - len(examples)
     if not examples:
         raise FormatError(f"{table.where}: no row has a token to predict within {most} tokens.")
+    _say_cut(table, cut, most)
     if left_out:
         warnings.warn(
             f"{left_out} of {len(bodies)} rows of {table.where} have no token to predict within {most} tokens, and "

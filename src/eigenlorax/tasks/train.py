@@ -89,8 +89,15 @@ def train(
     models.check_installed()
     with models.quiet(), models.own_random_numbers():
         run = _prepare(opened, pack, training, output, table, held_out)
-        _keep_record(output, run.asked, run.labels, resume)
-        model, found = _fit(run, resume, report)
+        if resume:
+            _check_same(output, run.asked)
+        model = _model(run)
+        # nothing is left behind of what cannot begin
+        with store.made(output / CHECKPOINTS):
+            fitter = trainer.make(model, run.arguments, run.rows, run.evaluation, run.collate, report)
+            if not resume:
+                _write_record(output, run.asked, run.labels, None)
+        found = _fit(model, fitter, resume)
         figures = None
         if run.evaluation is not None:
             size = run.arguments.per_device_eval_batch_size
@@ -202,29 +209,33 @@ def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: 
     )
 
 
-def _fit(run: _Run, resume: bool, progress: Progress) -> tuple[Any, dict[str, Any]]:
-    """The trained model, and what is told of its training."""
+def _model(run: _Run) -> Any:
+    """The base model with coefficients, and with a head where there are classes."""
     from peft import get_peft_model
     from transformers import set_seed
-
-    from ..tuner.layer import EigenLoraxLayer
 
     set_seed(run.arguments.seed)
     model = get_peft_model(models.load(run.model, run.revision, run.labels, run.tokenizer), run.config)
     if run.arguments.gradient_checkpointing:
         # the embeddings are frozen: without it no gradient would reach the first checkpoint
         model.enable_input_require_grads()
+    return model
+
+
+def _fit(model: Any, fitter: Any, resume: bool) -> dict[str, Any]:
+    """Train, and tell of it."""
+    from ..tuner.layer import EigenLoraxLayer
+
     trained = {key: parameter.numel() for key, parameter in model.named_parameters() if parameter.requires_grad}
     numbers = sum(size for key, size in trained.items() if "eigenlorax_" in key)
-    fitter = trainer.make(model, run.arguments, run.rows, run.evaluation, run.collate, progress)
-    checkpoint = trainer.last_checkpoint(Path(run.arguments.output_dir)) if resume else None
+    checkpoint = trainer.last_checkpoint(Path(fitter.args.output_dir)) if resume else None
     fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         raise NonFiniteError(
             "the training has diverged: trained numbers are NaN or Inf. A lower --learning-rate may help; nothing was "
             "added to the pack."
         )
-    return model, {
+    return {
         "modules": sum(isinstance(module, EigenLoraxLayer) for module in model.modules()),
         "numbers": numbers,
         "head_numbers": sum(trained.values()) - numbers,
@@ -252,12 +263,8 @@ def _with_hint(pack: Path, name: str, output: Path) -> Iterator[None]:
         raise type(error)(f"{error} {hint}") from error
 
 
-def _keep_record(output: Path, asked: dict[str, Any], labels: Labels | None, resume: bool) -> None:
-    """Note what is trained, so that nothing else goes on from its checkpoints."""
-    if not resume:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_record(output, asked, labels, None)
-        return
+def _check_same(output: Path, asked: dict[str, Any]) -> None:
+    """`OptionError` unless this is the training that was begun in `output`."""
     before = read_record(output).get("asked", {})
     differing = sorted(option for option in asked if before.get(option) != asked[option])
     if differing:
@@ -269,6 +276,7 @@ def _keep_record(output: Path, asked: dict[str, Any], labels: Labels | None, res
 
 
 def _write_record(output: Path, asked: dict[str, Any], labels: Labels | None, result: Trained | None) -> None:
+    """Note what is trained, so that nothing else goes on from its checkpoints; and, in the end, what it came to."""
     found = {
         "eigenlorax": __version__,
         "asked": asked,
