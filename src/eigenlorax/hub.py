@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from . import keys
 from .errors import EigenloraxError, FormatError, HubError, OptionError, PackBusyError, reason
@@ -95,36 +95,38 @@ def download(
     revision: str | None,
     files: list[str],
     *,
-    wanted: str | None = None,
+    required: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
     """The snapshot in the Hub's cache, named by its commit, with those files (patterns, too) that the repository has.
 
-    wanted: what to call it where it is not in the cache, and the Hub cannot be asked.
+    required: a file without which the rest is of no use: an error where the Hub cannot be asked for it.
     """
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
+    how: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=files,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
-        )
+        place = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files, **how))
+        if required is not None and not (place / required).is_file():
+            # some releases of huggingface_hub give what part of a snapshot there is where the Hub cannot be asked
+            try:
+                huggingface_hub.hf_hub_download(repo_id, required, revision=revision, **how)
+            except hub_errors.LocalEntryNotFoundError:
+                raise
+            except hub_errors.EntryNotFoundError:
+                # it could, and has no such file: the caller knows what that means
+                return place
+        return place
     except hub_errors.LocalEntryNotFoundError as error:
         # what it answered, if it did
         answer = error.__cause__
         why, when = "offline, or no connection", "with a connection"
         if isinstance(answer, hub_errors.HfHubHTTPError):
             why, when = reason(answer), "when it can"
-        missing = f"{wanted} is not" if wanted else f"{repo_id} is neither a local folder nor"
+        missing = f"{required} of {repo_id} is not" if required else f"{repo_id} is neither a local folder nor"
         raise HubError(
             f"{missing} in the Hub's cache, and the Hub cannot be asked ({why}). Check the path, or run it once {when}."
         ) from error

@@ -53,7 +53,7 @@ def fetch(
             # all of it from the commit that the manifest is from
             place.name,
             [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.adapters)],
-            wanted=f"{missing[0]} of {repo_id}",
+            required=missing[0],
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
