@@ -117,7 +117,9 @@ def _pack(config: EigenLoraxConfig) -> Pack | None:
     assert isinstance(config.subspace, str)
     if Path(config.subspace).exists():
         return Pack.open(config.subspace)
-    return Pack.from_pretrained(config.subspace, revision=config.subspace_revision)
+    # adapters are fetched only for a start that is made of them
+    adapters: list[str] | None = [] if config.start in ("zero", "uniform") else None
+    return Pack.from_pretrained(config.subspace, adapters=adapters, revision=config.subspace_revision)
 
 
 def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> None:
