@@ -95,6 +95,22 @@ class TestATrainingAndItsEvaluation:
             cli(*CLASSIFY, "--epochs", "2", "--resume", "--name", "new"), 3, "another epochs: 1.0 there, 2.0 now"
         )
 
+    @needs_fork
+    @pytest.mark.parametrize("room", [200, 3000, 9000])
+    def test_a_full_disk_is_said_and_what_was_written_serves_to_resume(self, cli, place, room):
+        """Full under the record, the weights and the optimizer's state of a checkpoint."""
+        before = contents(place / "pack")
+
+        def full():
+            resource = pytest.importorskip("resource")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+            main([*CLASSIFY, "--epochs", "1"])
+
+        assert_refused(run(full), 6, ": out")
+        assert contents(place / "pack") == before
+        done = cli(*CLASSIFY, "--epochs", 1, *(["--resume"] if (place / "out").exists() else []))
+        assert "added to the pack" in succeeded(done).out
+
     def test_what_is_cut_is_noted(self, cli, place):
         done = succeeded(cli(*CLASSIFY, "--max-length", 4, "--epochs", 1, "--json"))
         json.loads(done.out)

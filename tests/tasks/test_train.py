@@ -291,6 +291,13 @@ class TestResuming:
         with pytest.raises(OptionError, match=match):
             train(place / "pack", classify(place, **fields), place / "out", resume=True)
 
+    def test_not_without_the_optimizer_s_state(self, place):
+        training = classify(place, trainer_options={"save_only_model": True})
+        with pytest.raises(StoppedError):
+            train(place / "pack", training, place / "out", progress=stopping_at(2))
+        with pytest.raises(OptionError, match="save_only_model lack the optimizer's state"):
+            train(place / "pack", training, place / "out", resume=True)
+
     def test_nothing_to_resume(self, place):
         with pytest.raises(OptionError, match=r"has no training.json, so that there is no training to resume"):
             train(place / "pack", classify(place), place / "out", resume=True)

@@ -1,5 +1,6 @@
 """Coefficients for a new task: rows in, an adapter folder out, and the adapter in the pack it was trained on."""
 
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .. import folder, keys, store
 from ..errors import (
@@ -18,6 +20,7 @@ from ..errors import (
     NonFiniteError,
     OptionError,
     PackExistsError,
+    reason,
 )
 from ..fitting import Progress
 from ..pack import Pack
@@ -29,6 +32,8 @@ from .options import TASKS, Training
 
 RECORD = "training.json"
 CHECKPOINTS = "checkpoints"
+# what torch says where a file cannot be written
+_NOT_WRITTEN = ("iostream error", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +95,21 @@ def train(
     with models.quiet(), models.own_random_numbers():
         run = _prepare(opened, pack, training, output, table, held_out)
         if resume:
-            _check_same(output, run.asked)
+            _check_same(output, run)
         model = _model(run)
         # nothing is left behind of what cannot begin
         with store.made(output / CHECKPOINTS):
             fitter = trainer.make(model, run.arguments, run.rows, run.evaluation, run.collate, report)
             if not resume:
                 _write_record(output, run.asked, run.labels, None)
-        found = _fit(model, fitter, resume)
+        with _said_plainly(output):
+            found = _fit(model, fitter, resume)
         figures = None
         if run.evaluation is not None:
             size = run.arguments.per_device_eval_batch_size
             figures = evaluate.measure(model, run.evaluation, run.collate, run.labels, size, progress)
-        _save(model, opened, output, run.model)
+        with _said_plainly(output):
+            _save(model, opened, output, run.model)
         record = None
         if add:
             with _with_hint(pack, name, output), Pack.edit(pack) as edited:
@@ -216,7 +223,7 @@ def _model(run: _Run) -> Any:
 
     set_seed(run.arguments.seed)
     model = get_peft_model(models.load(run.model, run.revision, run.labels, run.tokenizer), run.config)
-    if run.arguments.gradient_checkpointing:
+    if run.arguments.gradient_checkpointing or getattr(run.arguments, "activation_checkpointing", False):
         # the embeddings are frozen: without it no gradient would reach the first checkpoint
         model.enable_input_require_grads()
     return model
@@ -254,6 +261,25 @@ def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
 
 
 @contextmanager
+def _said_plainly(output: Path) -> Iterator[None]:
+    """Memory that is used up, and a disk that is full, in our words, whatever torch and safetensors make of them."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OptionError(
+            "the device has no memory left: a smaller --batch-size or --max-length needs less. Steps of several small "
+            "batches are gradient_accumulation_steps among the Trainer's options."
+        ) from error
+    except OSError as error:
+        error.filename = error.filename or str(output)
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) or any(sign in str(error) for sign in _NOT_WRITTEN):
+            raise OSError(errno.EIO, f"a file could not be written ({reason(error)})", str(output)) from error
+        raise
+
+
+@contextmanager
 def _with_hint(pack: Path, name: str, output: Path) -> Iterator[None]:
     """Say of an error that comes after the training that this was not for nothing."""
     try:
@@ -263,8 +289,11 @@ def _with_hint(pack: Path, name: str, output: Path) -> Iterator[None]:
         raise type(error)(f"{error} {hint}") from error
 
 
-def _check_same(output: Path, asked: dict[str, Any]) -> None:
-    """`OptionError` unless this is the training that was begun in `output`."""
+def _check_same(output: Path, run: _Run) -> None:
+    """`OptionError` unless this is the training that was begun in `output`, and may be gone on with."""
+    if run.arguments.save_only_model:
+        raise OptionError("checkpoints of save_only_model lack the optimizer's state: they cannot be resumed.")
+    asked = run.asked
     before = read_record(output).get("asked", {})
     differing = sorted(option for option in asked if before.get(option) != asked[option])
     if differing:
