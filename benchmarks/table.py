@@ -92,6 +92,7 @@ def figures_table(peers: Json, demo: Json) -> str:
     """The README's figures: what the demo found, and how the fit compares."""
     summary, outcomes, where = demo["summary"], demo["outcomes"], demo["environment"]
     fitted, left_out = ([one for one in outcomes if one["in_fit"] == wanted] for wanted in (True, False))
+    attempts = {one["method"]: one for one in demo["new_task"]}
     k = summary["fit"]["n_components"]
     cost = summary["bytes"]
     speed = peers["results"]["speed"][0]
@@ -105,6 +106,13 @@ def figures_table(peers: Json, demo: Json) -> str:
         ["compression ratio", f"{cost['ratio']:.2f} with the basis counted, {cost['ratio_without_basis']:.2f} without"],
         *outcome_rows(f"{len(fitted)} adapters of the fit", fitted),
         *outcome_rows(f"{len(left_out)} adapters left out of it, then projected", left_out),
+        [
+            f"a new task, {attempts['coefficients']['trained_numbers']:,} coefficients: accuracy on "
+            "120 messages after training on 200",
+            f"{attempts['coefficients']['accuracy']:.3f}; core {attempts['core']['accuracy']:.3f}; random basis "
+            f"{attempts['coefficients, random basis']['accuracy']:.3f}; LoRA of "
+            f"{attempts['LoRA r=8']['trained_numbers']:,} numbers {attempts['LoRA r=8']['accuracy']:.3f}",
+        ],
         [
             f"delta error at k = {k}, mean / worst of all {len(peers['results']['collection']['adapters'])} adapters",
             f"**{mean_and_worst(equal_k, 'delta')}**; paper's `factors` {mean_and_worst(equal_k, 'factors')}; "

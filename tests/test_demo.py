@@ -1,5 +1,6 @@
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import eigenlorax as ex
 from children import command
 from eigenlorax.errors import MissingExtraError
-from eigenlorax.tasks import demo
+from eigenlorax.tasks import demo, new_task
 from outcomes import json_of
 
 FULL_RANK = 104  # 13 fitted adapters of rank 8
@@ -74,6 +75,35 @@ class TestAtFullRank:
         about = demo.descriptions()
         for outcome in at_full_rank.outcomes:
             assert outcome.original > about[outcome.name]["test_accuracy"] - 0.15
+
+
+class TestTheNewTask:
+    def test_has_as_many_rows_of_each_label(self):
+        task = new_task.read()
+        for rows, each in ((task.train, 40), (task.test, 24)):
+            assert Counter(label for _, label in rows) == dict.fromkeys(range(len(task.labels)), each)
+        texts = [text for text, _ in (*task.train, *task.test)]
+        assert len(set(texts)) == len(texts)
+
+    def test_is_learned_in_each_way(self, at_full_rank):
+        found = {attempt.method: attempt for attempt in at_full_rank.attempts}
+        numbers = {method: attempt.trained_numbers for method, attempt in found.items()}
+        coefficients = 12 * 2 * FULL_RANK * 8
+        assert numbers == {
+            "coefficients": coefficients,
+            "core": 12 * FULL_RANK**2,
+            "coefficients, random basis": coefficients,
+            "LoRA r=8": 12 * 2 * 384 * 8,
+        }
+        assert all(attempt.accuracy > 0.6 for attempt in found.values())
+
+    def test_a_random_basis_is_as_large(self):
+        pack = ex.fit(demo.data() / "adapters", n_components=5)
+        other = new_task.random_basis(pack)
+        assert {n: b.shape for n, b in other.subspace.modules.items()} == {
+            n: b.shape for n, b in pack.subspace.modules.items()
+        }
+        assert {b.down.k for b in other.subspace.modules.values()} == {5}
 
 
 class TestTheCommand:

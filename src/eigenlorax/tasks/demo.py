@@ -1,13 +1,12 @@
-"""The whole story on real weights: sixteen shipped LoRA adapters of a MiniLM, recycled, and put to work by PEFT.
+"""The whole story on real weights: sixteen shipped LoRA adapters of a MiniLM, recycled, put to work by PEFT, and the
+basis for a task that none of them knows.
 
 Some adapters are left out of the fit and only projected on the subspace of the others; each adapter classifies the same
 sentences as it was, as it came back, and with its update taken away, so that it shows what the update is worth at all.
 """
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,6 +18,8 @@ import torch
 from ..errors import MissingExtraError
 from ..fitting import Progress, fit
 from ..summary import Summary
+from . import models, new_task
+from .new_task import Attempt
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,11 +49,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo found: the pack's figures, and every adapter's outcome, those of the fit first."""
+    """What the demo found: the pack's figures, every adapter's outcome, those of the fit first, and how a new task was
+    learned."""
 
     pack: Path
     summary: Summary
     outcomes: list[Outcome]
+    attempts: list[Attempt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ def run(directory: Path, *, n_components: int = 32, overwrite: bool = False, pro
     exported = pack.export(directory / "loras", overwrite=overwrite)
     outcomes = []
     order = sorted(shipped, key=lambda name: (name in HELD_OUT, name))
-    with _quiet():
+    with models.quiet():
         for done, name in enumerate(order):
             report("classifying sentences", done, len(order))
             task = descriptions()[name]["task"]
@@ -106,7 +109,8 @@ def run(directory: Path, *, n_components: int = 32, overwrite: bool = False, pro
             predicted = _predict(model_folder, shipped[name], exported[name], name)
             outcomes.append(_outcome(name, task, sentences(task), record.in_fit, record.delta_error, *predicted))
         report("classifying sentences", len(order), len(order))
-    return Demo(directory / "pack", pack.summary, outcomes)
+        attempts = new_task.run(pack, model_folder, report)
+    return Demo(directory / "pack", pack.summary, outcomes, attempts)
 
 
 def _outcome(
@@ -183,21 +187,3 @@ def _silence(model: "PeftModel") -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.scale_layer(0.0)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers says that the classifier is new, what it will deprecate, and draws a bar for each model: all that
-    would drown the table."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
