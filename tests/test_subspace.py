@@ -245,7 +245,7 @@ class TestMetrics:
         bases = subspace.rounded(exact, dtype)
         for f in factors:
             coefficients = subspace.project(f, bases, dtype)
-            found = metrics.module_error(f, coefficients, bases, exact)
+            found = metrics.module_error(f, coefficients, bases, metrics.unrounded(exact, bases))
             delta = reference.dense(f)
             ideal = reference.projected(delta, exact.down.components.numpy(), exact.up.components.numpy())
             back = reference.dense(subspace.reconstruct(coefficients, bases))

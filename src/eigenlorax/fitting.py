@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, dtypes, formats, keys, manifest
+from . import checks, dtypes, formats, keys, manifest, metrics
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
 from .errors import (
@@ -251,10 +251,10 @@ def _fit_and_project(
         spec = factors[0].spec
         exact = spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
     stored = spaces.rounded(exact, dtype)
-    exact_dual, dual = spaces.duals(exact), spaces.duals(stored)
+    before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
     for (packing, module), one in zip(members, factors, strict=True):
         try:
-            packing.project(module, name, one, stored, coefficient_dtype, dual, (exact, exact_dual))
+            packing.project(module, name, one, stored, coefficient_dtype, dual, before)
         except NonFiniteError as error:
             raise NonFiniteError(f"adapter {packing.adapter.name!r}, module {name}: {error}") from error
     return stored

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from . import linalg
 from . import subspace as spaces
@@ -34,31 +35,67 @@ class AdapterError:
     rounding_error: float
 
 
+@dataclass(frozen=True, slots=True)
+class Unrounded:
+    """The bases of a module before they were rounded, with what the errors of all its adapters need of them.
+
+    down_gram, up_gram: Gram matrices, (2k, 2k), of the rows before rounding on top of what rounding took from them.
+    """
+
+    duals: Duals
+    down_gram: Tensor
+    up_gram: Tensor
+
+
+def unrounded(exact: ModuleBases, stored: ModuleBases) -> Unrounded:
+    """What `module_error` needs of `exact`, of which `stored` is the rounding."""
+
+    def gram(side: str) -> Tensor:
+        rows, other = (bases.side(side).components.to(torch.float64) for bases in (exact, stored))
+        both = torch.cat([rows, rows - other])
+        return both @ both.mT
+
+    return Unrounded(spaces.duals(exact), gram("down"), gram("up"))
+
+
 def module_error(
-    factors: LoRAFactors,
-    coefficients: Coefficients,
-    bases: ModuleBases,
-    exact_bases: ModuleBases | None = None,
-    exact_dual: Duals | None = None,
+    factors: LoRAFactors, coefficients: Coefficients, bases: ModuleBases, exact: Unrounded | None = None
 ) -> ModuleError:
     """What `coefficients` in `bases`, both as stored, lose of `factors`.
 
-    exact_bases: the bases before they were rounded, with their `spaces.duals`; where they are not at hand, the rounding
-    measured is that of the coefficients alone.
+    exact: of the bases before they were rounded; where they are not at hand, the rounding measured is that of the
+    coefficients alone.
     """
     shift = spaces.balance(factors, coefficients.down.dtype)
     down = factors.down.to(torch.float64) * 2.0**-shift
     up = factors.up.to(torch.float64) * 2.0**shift
-    ideal = LoRAFactors(down, up, factors.scaling)
-    exact_bases = exact_bases or bases
-    exact = spaces.reconstruct(spaces.project(ideal, exact_bases, dual=exact_dual), exact_bases)
     stored = spaces.reconstruct(coefficients, bases)
     square = factors.scaling**2
     return ModuleError(
         total=spaces.delta_square(factors),
         lost=square * linalg.difference_square(up, down, stored.up, stored.down),
-        rounding=square * linalg.difference_square(exact.up, exact.down, stored.up, stored.down),
+        rounding=square * _rounding_square(down, up, coefficients, exact or unrounded(bases, bases)),
     )
+
+
+def _rounding_square(down: Tensor, up: Tensor, coefficients: Coefficients, exact: Unrounded) -> float:
+    """‖UᵀE_up·E_down·V − U'ᵀC_up·C_down·V'‖² of bases U, V, coefficients E before, and U', V', C after rounding.
+
+    Both factors are written in the rows before rounding and what rounding took from them, (2k, r), so that no product
+    is wider than that; and as in `linalg.difference_square`, no two large numbers are subtracted.
+    """
+    down_dual, up_dual = exact.duals
+    e_down, e_up = down @ down_dual.mT, up_dual @ up
+    c_down, c_up = coefficients.down.to(torch.float64), coefficients.up.to(torch.float64)
+    left = torch.cat([torch.cat([e_up - c_up, c_up], dim=1), torch.cat([c_up, -c_up], dim=1)])
+    right = torch.cat(
+        [
+            torch.cat([e_down, torch.zeros_like(e_down)], dim=1),
+            torch.cat([e_down - c_down, c_down], dim=1),
+        ]
+    )
+    square = ((left.mT @ exact.up_gram @ left) * (right @ exact.down_gram @ right.mT)).sum()
+    return max(float(square), 0.0)
 
 
 def adapter_error(modules: Iterable[ModuleError]) -> AdapterError:

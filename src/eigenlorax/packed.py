@@ -18,7 +18,7 @@ from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
 from .checks import Scan
 from .formats import hf_peft, lora_config
-from .metrics import AdapterError, ModuleError
+from .metrics import AdapterError, ModuleError, Unrounded
 from .subspace import Coefficients, Subspace
 
 
@@ -85,13 +85,12 @@ class Packing:
         bases: spaces.ModuleBases,
         dtype: torch.dtype,
         dual: spaces.Duals | None = None,
-        exact: tuple[spaces.ModuleBases, spaces.Duals] | None = None,
+        exact: Unrounded | None = None,
     ) -> None:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
         self.places[module] = place
         self.coefficients[module] = spaces.project(factors, bases, dtype, dual)
-        exact_bases, exact_dual = exact or (bases, dual)
-        self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact_bases, exact_dual))
+        self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact))
 
     def packed(self, *, in_fit: bool) -> PackedAdapter:
         """The adapter as a pack keeps it; modules that were not projected are carried as they are."""
