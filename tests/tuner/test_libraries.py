@@ -173,6 +173,7 @@ def test_quantised_layers(bert_pack, bits):
     for name in BERT:
         layer, other = (m.get_submodule(f"base_model.model.{name}") for m in (quantised, plain))
         assert layer.quantization_backend is not None
+        assert "quantization_backend=" in repr(layer)
         with torch.inference_mode():
             update = layer(x) - layer.base_layer(x)
             wanted = other(x) - other.base_layer(x)

@@ -137,6 +137,7 @@ class TestTheUpdate:
         assert names(target_modules=["query", "value"], layers_to_transform=[1]) == sorted(BERT[2:])
         assert names(exclude_modules=["value"]) == [BERT[0], BERT[2]]
         assert names(layers_to_transform=[0]) == sorted(BERT[:2])
+        assert names(layers_to_transform=0, layers_pattern="layer") == sorted(BERT[:2])
 
 
 class TestStarts:
