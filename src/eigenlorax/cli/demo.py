@@ -21,7 +21,7 @@ EPILOG = """Examples:
 
   eigenlorax demo
 
-  eigenlorax demo --keep demo/ --n-components 16"""
+  eigenlorax demo --keep demo/ --n-components 16 --no-training"""
 
 
 def register(app: typer.Typer) -> None:
@@ -36,6 +36,9 @@ def demo(
     n_components: Annotated[
         int, typer.Option("--n-components", "-k", metavar="K", help="Directions a side of a module, at most.")
     ] = 32,
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Train the new task too, which takes most of the time.")
+    ] = True,
     overwrite: console.Overwrite = False,
     json: console.Json = False,
 ) -> None:
@@ -53,7 +56,13 @@ def demo(
         folder.check_free(keep / "pack", overwrite)
         store.check_free(keep / "loras", overwrite)
     with tempfile.TemporaryDirectory() as temporary, console.working() as progress:
-        found = task.run(keep or Path(temporary), n_components=n_components, overwrite=overwrite, progress=progress)
+        found = task.run(
+            keep or Path(temporary),
+            n_components=n_components,
+            training=training,
+            overwrite=overwrite,
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     if json:
         console.print_json(
@@ -91,12 +100,13 @@ def _show(found: "Demo", seconds: float) -> None:
         (attempt.method, f"{attempt.trained_numbers:,}", f"{attempt.accuracy:.3f}", f"{attempt.seconds:.0f}")
         for attempt in found.attempts
     ]
-    console.print_table(
-        "A new task, learned from 200 messages written for the demo: accuracy on 120 others",
-        ("method", "trained numbers", "accuracy", "seconds"),
-        attempts,
-        numbers=(1, 2, 3),
-    )
+    if attempts:
+        console.print_table(
+            "A new task, learned from 200 messages written for the demo: accuracy on 120 others",
+            ("method", "trained numbers", "accuracy", "seconds"),
+            attempts,
+            numbers=(1, 2, 3),
+        )
     console.print_rows("What it cost", [*console.cost_rows(found.summary), ("seconds", f"{seconds:.1f}")])
     typer.echo(
         "Delta error is the share of an update's norm that is lost. An adapter that was not in the fit keeps only what "

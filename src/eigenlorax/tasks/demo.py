@@ -85,8 +85,18 @@ def sentences(task: str) -> list[Sentence]:
     return [Sentence(one["text"], one["label"]) for one in found]
 
 
-def run(directory: Path, *, n_components: int = 32, overwrite: bool = False, progress: Progress | None = None) -> Demo:
-    """Fit, project, save, export and compare; the pack and the exported LoRAs are left in `directory`."""
+def run(
+    directory: Path,
+    *,
+    n_components: int = 32,
+    training: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Demo:
+    """Fit, project, save, export and compare; the pack and the exported LoRAs are left in `directory`.
+
+    training: learn the new task too, which takes most of the time.
+    """
     model_folder = _model_folder()
     report = progress or (lambda stage, done, total: None)
     shipped = {name: data() / "adapters" / name for name in descriptions()}
@@ -109,7 +119,7 @@ def run(directory: Path, *, n_components: int = 32, overwrite: bool = False, pro
             predicted = _predict(model_folder, shipped[name], exported[name], name)
             outcomes.append(_outcome(name, task, sentences(task), record.in_fit, record.delta_error, *predicted))
         report("classifying sentences", len(order), len(order))
-        attempts = new_task.run(pack, model_folder, report)
+        attempts = new_task.run(pack, model_folder, report) if training else []
     return Demo(directory / "pack", pack.summary, outcomes, attempts)
 
 
