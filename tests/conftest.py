@@ -26,3 +26,13 @@ def shared():
     if not (folder / "zoo").is_dir():
         pytest.skip("../shared/zoo, adapters by strangers, is not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    """Run something where `hub` is the Hub, its cache is empty at first, and the current folder has nothing."""
+    from fake_hub import client
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return client(hub, tmp_path / "home")

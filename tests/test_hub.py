@@ -12,7 +12,7 @@ from adapters import make_adapter
 from children import load_command, needs_fork
 from eigenlorax import hub as hub_module
 from eigenlorax.errors import FormatError
-from fake_hub import FakeHub, client, commit, running
+from fake_hub import FakeHub, commit, running
 from outcomes import assert_refused, contents, json_of, succeeded
 
 pytestmark = needs_fork
@@ -49,15 +49,6 @@ def hub(tmp_path):
         )
     ) as server:
         yield server
-
-
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch):
-    """Run something where `hub` is the Hub, its cache is empty at first, and the current folder has nothing."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    return client(hub, tmp_path / "home")
 
 
 class TestWhatIsFetched:

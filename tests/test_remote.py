@@ -13,7 +13,7 @@ import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from children import load_command, needs_fork
 from eigenlorax.errors import OptionError
-from fake_hub import FakeHub, client, running
+from fake_hub import FakeHub, running
 from outcomes import contents, json_of, succeeded
 
 pytestmark = needs_fork
@@ -74,13 +74,6 @@ def hub(made, tmp_path):
         )
     ) as server:
         yield server
-
-
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return client(hub, tmp_path / "home")
 
 
 def subspace_of(folder):

@@ -11,7 +11,7 @@ import eigenlorax as ex
 from adapters import make_adapter
 from children import load_command, needs_fork
 from eigenlorax.cli.push import EPILOG
-from fake_hub import FakeHub, client, running
+from fake_hub import FakeHub, running
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 
 pytestmark = needs_fork
@@ -37,13 +37,6 @@ def hub(pack, tmp_path):
     }
     with running(FakeHub(repos, room=place / "commits")) as server:
         yield server
-
-
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return client(hub, tmp_path / "home")
 
 
 def main_of(hub, repo):
