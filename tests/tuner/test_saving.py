@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import eigenlorax as ex
 from eigenlorax import known
 from eigenlorax.errors import ModuleNameError, OptionError, PackMissingError, ShapeError
+from eigenlorax.tuner import to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
 from tiny import BERT, IN, RANK, make_bert, make_pack, shake
@@ -61,6 +63,13 @@ def load(loader, base_folder, adapter):
     return model
 
 
+def succeeds(code, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 class TestLoaders:
     @pytest.mark.parametrize("loader", LOADERS)
     @pytest.mark.parametrize("fields", [{}, {"core": True}, {"n_extra": 2, "extra_seed": 8}, {"use_rslora": True}])
@@ -101,26 +110,41 @@ class TestLoaders:
         loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "out", subspace=bert_pack)
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
-    def test_in_a_new_process(self, saved_base, bert_pack, tmp_path, ids):
-        model = trained(saved_base, bert_pack)
+    @pytest.mark.parametrize("embed", [False, True], ids=["pack open", "embedded"])
+    def test_each_of_them_in_a_new_process(self, saved_base, bert_pack, tmp_path, ids, embed):
+        model = trained(saved_base, bert_pack, embed_subspace=embed)
         model.save_pretrained(tmp_path / "out")
         torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "wanted.pt")
+        opening = "" if embed else "eigenlorax.Pack.open(sys.argv[4])\n"
         code = (
             "import sys, torch, eigenlorax\n"
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+            f"{opening}"
+            "from pathlib import Path\n"
+            "from test_saving import LOADERS, load\n"
+            "base, out, wanted = map(Path, sys.argv[1:4])\n"
+            "wanted = torch.load(wanted)\n"
+            "for loader in LOADERS:\n"
+            "    assert torch.equal(load(loader, base, out).eval()(wanted['ids']).logits, wanted['logits']), loader\n"
+        )
+        succeeds(code, saved_base, tmp_path / "out", tmp_path / "wanted.pt", bert_pack)
+
+    def test_what_is_exported_needs_nothing_of_ours(self, saved_base, bert_pack, tmp_path, ids):
+        model = trained(saved_base, bert_pack)
+        ex.write_adapter(to_lora(model), tmp_path / "lora")
+        torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "wanted.pt")
+        code = (
+            "import sys, torch\n"
+            "sys.modules['eigenlorax'] = None\n"
             "from peft import PeftModel\n"
             "from transformers import AutoModelForSequenceClassification\n"
-            "base, pack, out, wanted = sys.argv[1:]\n"
-            "eigenlorax.Pack.open(pack)\n"
-            "model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)\n"
-            "model = PeftModel.from_pretrained(model, out).eval()\n"
-            "wanted = torch.load(wanted)\n"
-            "assert torch.equal(model(wanted['ids']).logits, wanted['logits'])\n"
+            "model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=3)\n"
+            "model = PeftModel.from_pretrained(model, sys.argv[2]).eval()\n"
+            "wanted = torch.load(sys.argv[3])\n"
+            "torch.testing.assert_close(model(wanted['ids']).logits, wanted['logits'], atol=1e-6, rtol=1e-6)\n"
         )
-        arguments = [saved_base, bert_pack, tmp_path / "out", tmp_path / "wanted.pt"]
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        succeeds(code, saved_base, tmp_path / "lora", tmp_path / "wanted.pt")
 
     def test_the_files_hold_no_path_and_no_basis(self, saved_base, bert_pack, tmp_path):
         trained(saved_base, bert_pack).save_pretrained(tmp_path / "out")
