@@ -121,6 +121,10 @@ class RankWarning(EigenloraxWarning):
     """A rank above the number of components: the update's rank is at most the latter."""
 
 
+class BaseModelWarning(EigenloraxWarning):
+    """A subspace on a model that has another name than the one it was found for."""
+
+
 class ProjectionWarning(EigenloraxWarning):
     """A part of an adapter lies outside the subspace it was put into, and is lost."""
 

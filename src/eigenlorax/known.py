@@ -1,27 +1,33 @@
 """Subspaces that are known in this process, by fingerprint: where each can be had again, without loading it twice.
 
-An opened pack is known by its folder, and read from there when it is wanted; a subspace that is in memory only is kept.
+An opened pack is known by its folder, and read from there when it is wanted; one that is in memory only is kept.
 """
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakValueDictionary
 
 from .subspace import Subspace
 
-_sources: dict[str, Callable[[], Subspace]] = {}
+_holders: dict[str, Callable[[], Any]] = {}
 _alive: WeakValueDictionary[str, Subspace] = WeakValueDictionary()
 
 
-def remember(fingerprint: str, source: Callable[[], Subspace]) -> None:
-    """Note how the subspace with this fingerprint can be had; the latest word counts."""
-    _sources[fingerprint] = source
+def remember(fingerprint: str, holder: Callable[[], Any]) -> None:
+    """Note how what has the subspace with this fingerprint can be had; the latest word counts."""
+    _holders[fingerprint] = holder
+
+
+def holder(fingerprint: str) -> Any:
+    """What has the subspace with this fingerprint, a pack; None if it is not known."""
+    return _holders[fingerprint]() if fingerprint in _holders else None
 
 
 def find(fingerprint: str) -> Subspace | None:
     """The subspace with this fingerprint, the same object as long as anybody has it; None if it is not known."""
     found = _alive.get(fingerprint)
-    if found is None and fingerprint in _sources:
-        found = share(_sources[fingerprint]())
+    if found is None and (held := holder(fingerprint)) is not None:
+        found = share(held.subspace)
     # a pack on disk may have been replaced since
     return found if found is not None and found.fingerprint == fingerprint else None
 
@@ -29,3 +35,9 @@ def find(fingerprint: str) -> Subspace | None:
 def share(subspace: Subspace) -> Subspace:
     """The one object that stands for all equal subspaces, which may be another one than was passed."""
     return _alive.setdefault(subspace.fingerprint, subspace)
+
+
+def forget() -> None:
+    """Know nothing, as at the start of a process."""
+    _holders.clear()
+    _alive.clear()

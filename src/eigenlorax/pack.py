@@ -115,9 +115,9 @@ class Pack:
         """Let the tuner find this subspace by its fingerprint, for as long as the process lasts."""
         if self.path is not None:
             path = self.path.absolute()
-            known.remember(self.info.fingerprint, lambda: Pack.open(path).subspace)
+            known.remember(self.info.fingerprint, lambda: Pack.open(path))
         else:
-            known.remember(self.info.fingerprint, lambda: self.subspace)
+            known.remember(self.info.fingerprint, lambda: self)
 
     @classmethod
     @contextmanager

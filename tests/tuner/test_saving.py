@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import eigenlorax as ex
 from eigenlorax import known
-from eigenlorax.errors import ModuleNameError, OptionError, PackMissingError, ShapeError
+from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError, PackMissingError, ShapeError
 from eigenlorax.tuner import to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
@@ -26,7 +27,7 @@ LOADERS = ["peft", "low_cpu", "auto_peft", "native", "auto_model"]
 @pytest.fixture
 def forgotten(monkeypatch):
     """As in a new process: no subspace is known."""
-    monkeypatch.setattr(known, "_sources", {})
+    monkeypatch.setattr(known, "_holders", {})
     monkeypatch.setattr(known, "_alive", type(known._alive)())
 
 
@@ -76,7 +77,7 @@ class TestLoaders:
     def test_with_the_pack_open(self, saved_base, bert_pack, tmp_path, ids, forgotten, loader, fields):
         model = trained(saved_base, bert_pack, **fields)
         model.save_pretrained(tmp_path / "out")
-        known._sources.clear()
+        known.forget()
         ex.Pack.open(bert_pack)
         assert torch.equal(load(loader, saved_base, tmp_path / "out").eval()(ids).logits, model(ids).logits)
 
@@ -85,8 +86,7 @@ class TestLoaders:
     def test_with_the_subspace_embedded(self, saved_base, bert_pack, tmp_path, ids, forgotten, loader, fields):
         model = trained(saved_base, bert_pack, embed_subspace=True, **fields)
         model.save_pretrained(tmp_path / "out")
-        known._sources.clear()
-        known._alive.clear()
+        known.forget()
         loaded = load(loader, saved_base, tmp_path / "out").eval()
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
@@ -95,8 +95,7 @@ class TestLoaders:
         model.save_pretrained(tmp_path / "without")
         model.peft_config["default"].embed_subspace = True
         model.save_pretrained(tmp_path / "with")
-        known._sources.clear()
-        known._alive.clear()
+        known.forget()
         again = load("peft", saved_base, tmp_path / "with").eval()
         assert torch.equal(again(ids).logits, model(ids).logits)
         again.save_pretrained(tmp_path / "again")
@@ -106,7 +105,7 @@ class TestLoaders:
     def test_with_the_pack_given(self, saved_base, bert_pack, tmp_path, ids, forgotten):
         model = trained(saved_base, bert_pack)
         model.save_pretrained(tmp_path / "out")
-        known._sources.clear()
+        known.forget()
         loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "out", subspace=bert_pack)
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
@@ -240,8 +239,7 @@ class TestWrongUse:
 
     def test_a_subspace_that_is_not_at_hand(self, saved_base, bert_pack, tmp_path, forgotten):
         trained(saved_base, bert_pack).save_pretrained(tmp_path / "out")
-        known._sources.clear()
-        known._alive.clear()
+        known.forget()
         model = base(saved_base)
         call = lambda: PeftModel.from_pretrained(model, tmp_path / "out")  # noqa: E731
         self.assert_untouched(model, PackMissingError, "Pack.open.*subspace=.*embed_subspace", call)
@@ -257,6 +255,20 @@ class TestWrongUse:
     def test_another_base_model(self, bert, gpt2_pack):
         call = lambda: get_peft_model(bert, ex.EigenLoraxConfig(subspace=gpt2_pack))  # noqa: E731
         self.assert_untouched(bert, ModuleNameError, "none of the modules of the subspace", call)
+
+    @pytest.mark.parametrize(
+        ("name", "warned"), [("org/other", True), ("org/tiny", False), ("Tiny", False), ("", False)]
+    )
+    def test_another_base_model_of_the_same_shape(self, bert, name, warned):
+        pack, _ = make_pack(dict.fromkeys(BERT, (IN, IN)))
+        pack.base_model = "someone/tiny"
+        bert.name_or_path = name
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            get_peft_model(bert, ex.EigenLoraxConfig(subspace=pack))
+        messages = [str(one.message) for one in caught if issubclass(one.category, BaseModelWarning)]
+        assert bool(messages) == warned
+        assert all("'someone/tiny'" in message and "'org/other'" in message for message in messages)
 
     def test_another_width(self, bert):
         pack, _ = make_pack(dict.fromkeys(BERT, (IN, IN + 1)))

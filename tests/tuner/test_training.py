@@ -171,6 +171,18 @@ class TestStarts:
             wanted = torch.stack([f.scaling * f.up @ f.down for f in found]).mean(dim=0)
             torch.testing.assert_close(layer.get_delta_weight("default"), wanted, atol=1e-5, rtol=1e-4)
 
+    def test_a_pack_in_memory_has_adapters_too(self, bert_pack):
+        pack, _ = make_pack(dict.fromkeys(BERT, (IN, IN)))
+        same = ex.Pack.open(bert_pack)
+        for start in ("mean", "a1"):
+            one, other = (
+                get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=given, start=start, core=True))
+                for given in (pack, same)
+            )
+            for name, layer in layers(one).items():
+                assert layer.core_of("default").abs().sum() > 0
+                torch.testing.assert_close(layer.core_of("default"), layers(other)[name].core_of("default"))
+
     def test_at_a_rank_it_is_the_best_one_of_that_rank(self, bert_pack, ids):
         exact, _ = self.logits(bert_pack, ids, "mean", core=True)
         model, _ = self.logits(bert_pack, ids, "mean", r=2)

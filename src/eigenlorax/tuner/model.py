@@ -67,6 +67,7 @@ class EigenLoraxModel(BaseTuner):
                 stacklevel=2,
             )
         references.check_extra(peft_config, reference)
+        references.check_base_model(reference, getattr(self.model, "name_or_path", None))
         self._reference: Reference | Embedded = reference
         self._cores: Cores = starts.cores(peft_config, reference)
         return peft_config

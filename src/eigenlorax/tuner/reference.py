@@ -1,5 +1,6 @@
 """From a config to the subspace it means, and from a model's modules to those of the subspace."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from .. import basis, keys, known
 from .. import subspace as spaces
 from ..basis import Basis
-from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
+from ..errors import BaseModelWarning, ModuleNameError, OptionError, PackMissingError, ShapeError
 from ..pack import Pack
 from ..subspace import ModuleBases, Subspace
 from .config import EigenLoraxConfig
@@ -83,6 +84,9 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
     if config.embed_subspace and config.embedded_shapes:
         return Embedded(config.subspace_fingerprint or "embedded", config.embedded_shapes)
     pack = _pack(config)
+    if pack is None and config.subspace_fingerprint is not None:
+        holder = known.holder(config.subspace_fingerprint)
+        pack = holder if isinstance(holder, Pack) and holder.info.fingerprint == config.subspace_fingerprint else None
     if pack is not None:
         fingerprint = pack.info.fingerprint
         if config.subspace_fingerprint not in (None, fingerprint):
@@ -140,6 +144,24 @@ def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> No
             "embed_subspace=True; and please report it with the output of `eigenlorax env`."
         )
     config.extra_check = wanted
+
+
+def check_base_model(reference: Reference | Embedded, model: object) -> None:
+    """Warn where the pack names another base model than the one that it is put on, and shapes alone would not tell.
+
+    Local folders may hold any model, so only names of repositories are compared, by their last part: `gpt2` is
+    `openai-community/gpt2`.
+    """
+    wanted = reference.pack.base_model if reference.pack is not None else None
+    if not isinstance(model, str) or not model or not wanted or Path(model).exists() or Path(wanted).exists():
+        return
+    if model.rpartition("/")[2].lower() != wanted.rpartition("/")[2].lower():
+        warnings.warn(
+            f"the subspace was found in adapters of {wanted!r}, and this model is {model!r}. If that is another one, "
+            "its modules mean something else: take a pack of its own adapters.",
+            BaseModelWarning,
+            stacklevel=2,
+        )
 
 
 def check_whole(config: EigenLoraxConfig) -> None:
