@@ -3,16 +3,14 @@
 The basis is that of the sixteen adapters the demo ships. Learning rates are chosen for each method and task on rows
 that are held out of the training rows, with one seed; test rows are read once for each of the other seeds.
 
-    python experiments/coefficients/run.py            # an hour or two on one thread; resumable
-    python experiments/coefficients/run.py --table    # the table of results.json
+    python experiments/coefficients/run.py    # an hour or more on one thread; resumable
+    python benchmarks/table.py --write        # the table in docs/tuner.md, of the tasks that are complete
 """
 
 import argparse
 import json
 import platform
 import random
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -204,26 +202,8 @@ def save(results: Json) -> None:
     fresh.replace(RESULTS)
 
 
-def table() -> str:
-    runs = json.loads(RESULTS.read_text("utf-8"))["runs"]
-    lines = ["| | trained numbers, head aside | " + " | ".join(runs) + " |", "|---|---" * 1 + "|---" * len(runs) + "|"]
-    for name in next(iter(runs.values())):
-        cells = []
-        for found in (runs[task].get(name, {"test": {}}) for task in runs):
-            each = [one["accuracy"] for one in found["test"].values()]
-            spread = f" ({min(each):.3f}–{max(each):.3f})" if each else ""
-            cells.append(f"{statistics.fmean(each):.3f}{spread}" if each else "–")
-        numbers = next(iter(runs.values()))[name].get("trained_numbers", 0)
-        lines.append(f"| {name} | {numbers:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table of what is recorded")
-    if parser.parse_args().table:
-        sys.stdout.write(table() + "\n")
-        return
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ class Pack:
         opened = folder.open_manifest(path)
         found = opened.manifest
         pack = cls(
-            lambda: folder.read_subspace(path, found),
+            partial(folder.read_subspace, path, found),
             found.subspace,
             found.adapters,
             found.fit,

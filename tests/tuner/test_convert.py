@@ -130,6 +130,33 @@ class TestSwap:
         assert all(torch.equal(delta, before[name]) for name, delta in deltas(model).items())
 
 
+class TestMergedAdapters:
+    """Merged, an adapter is in the base model's weights, where no change of ours reaches it."""
+
+    def test_are_not_swapped_nor_scaled(self, bert_pack):
+        model = model_of(bert_pack)
+        model.merge_adapter()
+        with pytest.raises(OptionError, match=r"adapters are merged: default. Call unmerge_adapter\(\) first"):
+            swap(model, to_lora(model))
+        with pytest.raises(OptionError, match="merged"), scaled(model, 0.5):
+            pass
+
+    def test_are_taken_out_as_they_were_put_in(self, bert_pack):
+        model = model_of(bert_pack)
+        before = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+        with scaled(model, 0.25):
+            model.merge_adapter()
+        model.unmerge_adapter()
+        for name, parameter in model.named_parameters():
+            if name in before:
+                torch.testing.assert_close(parameter, before[name], atol=1e-6, rtol=1e-6)
+
+
+def test_unknown_adapters_are_named(bert_pack):
+    with pytest.raises(AdapterNameError, match="no EigenLoRAx adapter 'zz'"):
+        swap(model_of(bert_pack), ex.Pack.open(bert_pack).adapter("a0"), "zz")
+
+
 def test_scaled_is_for_the_length_of_the_block(bert_pack, ids):
     model = model_of(bert_pack)
     before = deltas(model)

@@ -1,6 +1,7 @@
 """Saved and loaded by each loader, in this process and in a new one; and what is refused."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,19 @@ class TestLoaders:
         again.save_pretrained(tmp_path / "again")
         names = [set(load_file(tmp_path / f / "adapter_model.safetensors")) for f in ("without", "with", "again")]
         assert names[0] < names[1] == names[2]
+
+    def test_embedding_can_be_taken_back_too(self, saved_base, bert_pack, tmp_path, forgotten):
+        trained(saved_base, bert_pack, embed_subspace=True).save_pretrained(tmp_path / "with")
+        loaded = load("peft", saved_base, tmp_path / "with")
+        loaded.peft_config["default"].embed_subspace = False
+        loaded.save_pretrained(tmp_path / "without")
+        assert not any("embedded" in name for name in load_file(tmp_path / "without" / "adapter_model.safetensors"))
+
+    def test_models_and_packs_can_be_pickled(self, saved_base, bert_pack, ids):
+        model = trained(saved_base, bert_pack)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert pickle.loads(pickle.dumps(ex.Pack.open(bert_pack))).names == ["a0", "a1", "a2", "a3"]
 
     def test_with_the_pack_given(self, saved_base, bert_pack, tmp_path, ids, forgotten):
         model = trained(saved_base, bert_pack)
@@ -280,10 +294,22 @@ class TestWrongUse:
         call = lambda: get_peft_model(bert, config)  # noqa: E731
         self.assert_untouched(bert, ModuleNameError, "self.key' is not in the subspace.*exclude_modules", call)
 
+    def test_filters_that_leave_nothing(self, bert, bert_pack):
+        config = ex.EigenLoraxConfig(subspace=bert_pack, layers_to_transform=[99])
+        call = lambda: get_peft_model(bert, config)  # noqa: E731
+        self.assert_untouched(
+            bert, OptionError, r"none of the 4 modules .* is left by .*layers_to_transform=\[99\]", call
+        )
+
     @pytest.mark.parametrize(
         ("fields", "match"),
         [
             ({"r": 0}, "r must be an integer of at least 1"),
+            ({"r": True}, "r must be an integer, got True"),
+            ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be an integer of at least 1"),
+            ({"lora_alpha": "a"}, "lora_alpha must be a number"),
+            ({"lora_dropout": "x"}, "lora_dropout must be a number"),
+            ({"start": None}, "start must be 'zero'"),
             ({"n_extra": -1}, "n_extra must be"),
             ({"lora_dropout": 1.0}, "lora_dropout"),
             ({"core": True, "rank_pattern": {"query": 2}}, "rank_pattern has no meaning with core=True"),

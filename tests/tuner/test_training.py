@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import eigenlorax as ex
-from eigenlorax.errors import OptionError, RankWarning
+from eigenlorax.errors import ModuleNameError, OptionError, ProjectionWarning, RankWarning, ShapeError
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
 from tiny import BERT, GPT2, IN, RANK, make_bert, make_pack, shake
@@ -198,11 +197,25 @@ class TestStarts:
         pack = ex.Pack.open(bert_pack)
         pack.add(adapter)
         projected = pack.adapter("outside")
-        model, _ = self.logits(bert_pack, ids, str(tmp_path / "outside"), r=RANK)
+        with pytest.warns(ProjectionWarning, match=f"{pack.records['outside'].delta_error:.4f} of its update"):
+            model, _ = self.logits(bert_pack, ids, str(tmp_path / "outside"), r=RANK)
         for name, layer in layers(model).items():
             factors = projected.modules[name]
             wanted = factors.scaling * factors.up @ factors.down
             torch.testing.assert_close(layer.get_delta_weight("default"), wanted, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("modules", "error", "match"),
+        [
+            ({"elsewhere": (IN, IN)}, ModuleNameError, "none of the modules of the subspace"),
+            ({BERT[0]: (IN, IN + 1)}, ShapeError, r"\(24, 25\), and \(24, 24\) in the subspace"),
+        ],
+    )
+    def test_a_lora_of_another_model_is_refused(self, bert, bert_pack, tmp_path, modules, error, match):
+        factors = {name: random_factors(RANK, *shape, seed=1) for name, shape in modules.items()}
+        ex.write_adapter(ex.from_factors("other", factors), tmp_path / "other")
+        with pytest.raises(error, match=match):
+            get_peft_model(bert, ex.EigenLoraxConfig(subspace=bert_pack, start=str(tmp_path / "other")))
 
     def test_uniform_is_the_paper_s(self, bert_pack, ids):
         model, _ = self.logits(bert_pack, ids, "uniform")
@@ -258,4 +271,5 @@ class TestExtraDirections:
 def test_a_rank_above_k_is_warned_of(bert, bert_pack):
     with pytest.warns(RankWarning, match="r=10 is more than the 9 components"):
         get_peft_model(bert, ex.EigenLoraxConfig(subspace=bert_pack, r=10))
-    assert isinstance(bert.get_submodule(BERT[0]), nn.Module)
+    with pytest.warns(RankWarning, match="r=11 is more than the 9 components"):
+        get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=bert_pack, r=4, rank_pattern={"query": 11}))

@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from .. import keys
 from ..errors import OptionError
+from ..options import integer, number
 from ..pack import Pack
 from . import registration
 
@@ -142,11 +143,17 @@ class EigenLoraxConfig(PeftConfig):
         if self.core and self.rank_pattern:
             raise OptionError("rank_pattern has no meaning with core=True, which trains whole (k_up, k_down) matrices.")
         for name, smallest in (("r", 1), ("n_extra", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < smallest:
-                raise OptionError(f"{name} must be an integer of at least {smallest}, got {value!r}.")
-        if not 0 <= self.lora_dropout < 1:
+            if integer(name, getattr(self, name)) < smallest:
+                raise OptionError(f"{name} must be an integer of at least {smallest}, got {getattr(self, name)!r}.")
+        for module, rank in self.rank_pattern.items():
+            if integer(f"rank_pattern[{module!r}]", rank) < 1:
+                raise OptionError(f"rank_pattern[{module!r}] must be an integer of at least 1, got {rank!r}.")
+        for name, value in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
+            number(name, value)
+        if not 0 <= number("lora_dropout", self.lora_dropout) < 1:
             raise OptionError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
+        if not isinstance(self.start, str):
+            raise OptionError(f"start must be 'zero', 'mean', 'uniform', a name or a path, got {self.start!r}.")
 
     def use_subspace(self, subspace: os.PathLike[str] | str | Pack | None) -> None:
         """Take this subspace from now on: the folder or repository of a pack, or a `Pack`."""

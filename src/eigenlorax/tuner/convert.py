@@ -22,6 +22,7 @@ from ..basis import Basis
 from ..errors import AdapterNameError, ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..formats import coefficients
 from ..metrics import ModuleError
+from ..options import number
 from ..pack import Pack
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
@@ -92,9 +93,11 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     source: a LoRA, such as `pack.adapter("sst2")` or a folder, of the same ranks. Modules that it lacks get zeros.
     Of an adapter of the same subspace nothing is lost; of another one, a warning says how much.
     """
+    _config(model, adapter_name)
     adapter = _read(source)
-    state = _state(model, adapter_name)
     layers = _layers(model, adapter_name)
+    _check_unmerged(layers)
+    state = _state(model, adapter_name)
     places = keys.resolve_all(adapter.specs, layers)
     lacking = sorted(module for module, place in places.items() if place is None)
     if lacking:
@@ -131,7 +134,8 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
 @contextmanager
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """All active adapters with their scaling multiplied by `factor`, for the length of the block."""
-    layers = _layers(model)
+    factor, layers = number("factor", factor), _layers(model)
+    _check_unmerged(layers)
     before = {name: dict(layer.scaling) for name, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -185,6 +189,13 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
                 layer.eigenlorax_down[adapter_name].copy_(torch.cat([layer.eigenlorax_down[one] for one, _ in parts]))
                 ups = [weight * layer.eigenlorax_up[one] for one, weight in parts]
                 layer.eigenlorax_up[adapter_name].copy_(torch.cat(ups, dim=1))
+
+
+def _check_unmerged(layers: Mapping[str, EigenLoraxLayer]) -> None:
+    """What is merged is in the base model's weights, where no change of coefficients or scaling reaches it."""
+    merged = sorted({adapter for layer in layers.values() for adapter in layer.merged_adapters})
+    if merged:
+        raise OptionError(f"adapters are merged: {', '.join(merged)}. Call unmerge_adapter() first.")
 
 
 def _read(source: Source) -> Adapter:

@@ -49,6 +49,7 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.eigenlorax_embedded_up = BufferDict({}, persistent=True)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._merged_scaling: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.kwargs = kwargs
@@ -178,6 +179,7 @@ class Linear(nn.Module, EigenLoraxLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)
+            self._merged_scaling[adapter] = self.scaling[adapter]
 
     def unmerge(self) -> None:
         """Take merged updates out of the layer's weight again."""
@@ -187,7 +189,10 @@ class Linear(nn.Module, EigenLoraxLayer):
             adapter = self.merged_adapters.pop()
             if self.has_adapter(adapter):
                 weight = self.get_base_weight()
+                # what was added is taken out, though the scaling may have been changed since
+                now, self.scaling[adapter] = self.scaling[adapter], self._merged_scaling.pop(adapter)
                 weight -= self.get_delta_weight(adapter).to(weight.dtype)
+                self.scaling[adapter] = now
                 self.set_base_weight(weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

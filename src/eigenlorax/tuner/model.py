@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import keys
-from ..errors import ModuleNameError, RankWarning
+from ..errors import ModuleNameError, OptionError, RankWarning
 from . import reference as references
 from . import starts
 from .config import EigenLoraxConfig
@@ -58,18 +58,19 @@ class EigenLoraxModel(BaseTuner):
             for name, module in self._linear_modules()
             if self._check_target_module_exists(peft_config, name)
         ]
-        smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=peft_config.r)
-        if smallest < peft_config.r and not (peft_config.core or peft_config.inference_mode):
+        largest = max([peft_config.r, *peft_config.rank_pattern.values()])
+        smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
+        if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
-                f"r={peft_config.r} is more than the {smallest} components of a module: the rank of its update is at "
+                f"r={largest} is more than the {smallest} components of a module: the rank of its update is at "
                 "most that.",
                 RankWarning,
                 stacklevel=2,
             )
         references.check_extra(peft_config, reference)
         references.check_base_model(reference, getattr(self.model, "name_or_path", None))
-        self._reference: Reference | Embedded = reference
-        self._cores: Cores = starts.cores(peft_config, reference)
+        self._reference: Reference | Embedded | None = reference
+        self._cores: Cores | None = starts.cores(peft_config, reference)
         return peft_config
 
     def _shared_modules(self, reference: Reference | Embedded, config: EigenLoraxConfig) -> list[str]:
@@ -78,7 +79,13 @@ class EigenLoraxModel(BaseTuner):
         # PEFT looks at layers_to_transform only where a target is less than a whole name
         by_suffix = copy.copy(config)
         by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
-        return [name for name in names if self._check_target_module_exists(by_suffix, name)]
+        wanted = [name for name in names if self._check_target_module_exists(by_suffix, name)]
+        if names and not wanted:
+            raise OptionError(
+                f"none of the {len(names)} modules of the subspace is left by exclude_modules={config.exclude_modules} "
+                f"and layers_to_transform={config.layers_to_transform}."
+            )
+        return wanted
 
     def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The layers that can be adapted, by name, without what is inside of adapted ones."""
@@ -92,6 +99,13 @@ class EigenLoraxModel(BaseTuner):
                     yield name, module.get_base_layer()
             elif _is_supported(module):
                 yield name, module
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what was found out about the subspace is let go afterwards, with the pack that it is from."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._reference = self._cores = None
 
     def _create_and_replace(
         self,
@@ -109,6 +123,8 @@ class EigenLoraxModel(BaseTuner):
                 f"Target module {target} is not supported. Only `torch.nn.Linear` (quantised or not) and "
                 "`transformers.pytorch_utils.Conv1D` are."
             )
+        assert self._reference is not None
+        assert self._cores is not None
         in_features, out_features = _get_in_out_features(base_layer)
         bases = self._reference.bases(current_key, peft_config, in_features, out_features)
         place = self._reference.place(current_key, peft_config)
@@ -159,7 +175,10 @@ class EigenLoraxModel(BaseTuner):
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        if config.embed_subspace:
+        if not config.embed_subspace:
+            # of an adapter that was loaded with its subspace
+            found = {key: value for key, value in found.items() if ".eigenlorax_embedded_" not in key}
+        else:
             for name, module in model.named_modules():
                 if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
                     bases = module.bases_of(adapter_name)

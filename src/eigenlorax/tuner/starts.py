@@ -5,6 +5,7 @@ and is factored to the rank otherwise.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import formats, keys
+from .. import formats, keys, metrics
 from .. import subspace as spaces
 from ..adapter import Adapter
-from ..errors import OptionError
+from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..packed import PackedAdapter
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
@@ -114,6 +115,31 @@ def _projected(adapter: Adapter, reference: Reference) -> Cores:
     """The projection of a LoRA on the subspace."""
     places = keys.resolve_all(adapter.specs, reference.subspace.modules)
     modules = {place: module for module, place in places.items() if place is not None}
+    if not modules:
+        raise ModuleNameError(
+            f"start={adapter.name!r} has none of the modules of the subspace: it is a LoRA of another base model, or "
+            "of other modules."
+        )
+    lost = []
+    for place, module in modules.items():
+        factors, bases = adapter.modules[module], reference.subspace.modules[place]
+        if (factors.spec.out_features, factors.spec.in_features) != bases.shape:
+            raise ShapeError(
+                f"start={adapter.name!r}, module {module}: (out, in) is "
+                f"{(factors.spec.out_features, factors.spec.in_features)}, and {bases.shape} in the subspace. It is "
+                "a LoRA of another base model."
+            )
+        lost.append(metrics.module_error(factors, spaces.project(factors, bases), bases))
+    lacking = sorted(set(adapter.specs) - set(modules.values()))
+    error = metrics.adapter_error(lost).delta_error
+    if lacking or error > 1e-5:
+        elsewhere = f", and all of {len(lacking)} modules that the subspace lacks" if lacking else ""
+        warnings.warn(
+            f"start={adapter.name!r}: {error:.4f} of its update lies outside the subspace (delta error){elsewhere}. "
+            "Training starts without that.",
+            ProjectionWarning,
+            stacklevel=2,
+        )
 
     def core(place: str, bases: ModuleBases) -> Tensor | None:
         if place not in modules:
