@@ -148,6 +148,8 @@ class TestLabels:
             ([0.5, 1], "line 1: label 0.5; an integer or a text was expected"),
             ([True, False], "line 1: label True"),
             ([0, None], "line 2: label None"),
+            (["a", ""], "line 2: the label is empty"),
+            (["a", " "], "line 2: the label is empty"),
         ],
     )
     def test_what_cannot_be_classes(self, tmp_path, labels, match):

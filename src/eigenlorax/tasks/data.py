@@ -213,6 +213,8 @@ def _label_column(table: Table, columns: Columns) -> Iterator[tuple[int | str, s
                 f"{table.where}, {place}: label {value!r}; an integer or a text was expected. Classes alone are "
                 "learned, no numbers."
             )
+        if isinstance(value, str) and not value.strip():
+            raise FormatError(f"{table.where}, {place}: the label is empty. Leave the row out, or label it.")
         yield value, place
 
 
