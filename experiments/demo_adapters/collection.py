@@ -3,12 +3,16 @@
 Plain records: nothing here trains or reads a file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One adapter: the `part`-th of `parts` disjoint shares of a task's training rows, at most `max_rows` of them."""
+    """One adapter: the `part`-th of `parts` disjoint shares of a task's training rows, at most `max_rows` of them.
+
+    start_seed: of the random A alone, drawn anew after the head; without it, heads of different sizes shift what one seed
+    gives.
+    """
 
     name: str
     task: str
@@ -18,6 +22,16 @@ class Spec:
     part: int = 0
     parts: int = 1
     max_rows: int = 2000
+    start_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Adapters of one run. folder: in the package's data; results: the record of the run, beside this file."""
+
+    folder: str
+    results: str
+    specs: tuple[Spec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +108,21 @@ SPECS = (
     Spec("hate-davidson-c", "hate_davidson", seed=403, epochs=4, part=2, parts=3),
     Spec("acl-arc-a", "acl_arc", seed=501, epochs=5, part=0, parts=2),
     Spec("acl-arc-b", "acl_arc", seed=502, epochs=5, part=1, parts=2),
+)
+SEED = 7
+SHARED = (
+    "clinc-banking",
+    "clinc-home",
+    "clinc-travel",
+    "clinc-work",
+    "banking77-a",
+    "sms-spam-a",
+    "hate-davidson-a",
+    "hate-davidson-b",
+)
+OWN_SEEDS = Collection(".", "results.json", SPECS)
+ONE_SEED = Collection(
+    "one_seed",
+    "results_one_seed.json",
+    tuple(replace(spec, seed=SEED, start_seed=SEED) for spec in SPECS if spec.name in SHARED),
 )

