@@ -1,0 +1,67 @@
+"""Pieces of the page as HTML: tables, figures, folds, names. Whatever comes from outside is escaped here."""
+
+import html
+from collections.abc import Sequence
+
+from . import numbers
+from .tables import Cell, Column, Table
+
+
+def text(value: str) -> str:
+    """The text as HTML shows it."""
+    return html.escape(value)
+
+
+def paragraph(*sentences: str) -> str:
+    """Sentences that are HTML already."""
+    return f"<p>{' '.join(sentences)}</p>"
+
+
+def fold(summary: str, *content: str) -> str:
+    """What is there for those who open it."""
+    return f"<details><summary>{summary}</summary>{''.join(content)}</details>"
+
+
+def figure(svg: str, caption: str, *, wide: bool = True) -> str:
+    """A picture with its caption. wide: one that scrolls rather than shrinks on a narrow screen."""
+    shape = ' class="wide"' if wide else ""
+    return f'<figure{shape}><div class="picture">{svg}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def chips(names: Sequence[str], most: int = 8) -> str:
+    """Names in a row, the rest of them folded."""
+    if not names:
+        return ""
+    first, rest = numbers.some(list(names), most)
+    folded = fold(f"and {numbers.count(len(rest))} more", _row_of(rest)) if rest else ""
+    return _row_of(first) + folded
+
+
+def table(found: Table, key: str = "", *, tall: bool = False) -> str:
+    """The table in a box that scrolls. tall: with rows so many that the box has a height, a filter and sorting."""
+    heads = "".join(_head(column) for column in found.columns)
+    rows = "\n".join(_row(found.columns, row) for row in found.rows)
+    shape = "scroll tall" if tall else "scroll"
+    mark = f' id="{key}"' if key else ""
+    return (
+        f'<div class="{shape}" tabindex="0" role="region" aria-label="{text(found.caption)}">'
+        f"<table{mark}><caption>{text(found.caption)}</caption>"
+        f"<thead><tr>{heads}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
+    )
+
+
+def _row_of(names: Sequence[str]) -> str:
+    return f'<ul class="names">{"".join(f"<li>{text(name)}</li>" for name in names)}</ul>'
+
+
+def _head(column: Column) -> str:
+    meaning = f' title="{text(column.meaning)}"' if column.meaning else ""
+    return f'<th scope="col"{"" if column.numeric else " class=t"}{meaning}>{text(column.label)}</th>'
+
+
+def _row(columns: list[Column], row: list[Cell]) -> str:
+    cells = [f'<th scope="row">{text(row[0].text)}</th>']
+    for column, cell in zip(columns[1:], row[1:], strict=True):
+        exact = f' title="{text(cell.exact)}"' if cell.exact else ""
+        cells.append(f"<td{'' if column.numeric else ' class=t'}{exact}>{text(cell.text)}</td>")
+    return f"<tr>{''.join(cells)}</tr>"

@@ -1,0 +1,154 @@
+"""Pictures as inline SVG: drawn by matplotlib, coloured by the page. Nothing here knows what is shown.
+
+Colours are drawn as stand-ins and come out as CSS variables, `--ink-…`, so that the page's light and dark themes are the
+picture's too. Text stays text, in the page's font. The same picture gives the same bytes.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import MissingExtraError
+
+SERIES = 8
+"""Colours that can be told apart, `series(0)` to `series(SERIES - 1)`."""
+
+_NAMES = ("text", "muted", "grid", "card", "accent", "bad", *(f"series-{n}" for n in range(SERIES)))
+_STAND_INS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES, start=1)}
+
+SEQUENTIAL = ("#27306b", "#2f6f9f", "#35a59b", "#8fd07a", "#f3e055")
+"""From nothing to much; each readable on white and on black."""
+
+DIVERGING = ("#123f8c", "#4d84c9", "#b9bdc5", "#dd8d45", "#9c3f06")
+"""From −1 over 0 to 1: blue, grey, orange, which the colour-blind tell apart."""
+
+
+def ink(name: str) -> str:
+    """The colour that the page calls `--ink-{name}`."""
+    return _STAND_INS[name]
+
+
+def series(number: int) -> str:
+    """The colour of the n-th of several things; they repeat after `SERIES`."""
+    return _STAND_INS[f"series-{number % SERIES}"]
+
+
+def colour_map(stops: Sequence[str], steps: int = 256) -> Any:
+    """matplotlib's map of numbers to colours, from the first stop to the last: call it within `paint`."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("stops", stops, N=steps)
+
+
+def draw(name: str, size: tuple[float, float], label: str, paint: Callable[[Any], None]) -> str:
+    """An `<svg>`, `size` wide and high in CSS pixels, on which `paint` draws by matplotlib's `Figure`.
+
+    name: unlike that of any other picture in the page. label: what who cannot see the picture is told.
+    """
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise MissingExtraError(
+            "The report's page has pictures, which matplotlib draws, and that is not installed: "
+            "pip install 'eigenlorax[report]'. Reports in Markdown and JSON need no pictures."
+        ) from e
+
+    with style.context(["default", _style(name)]):
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        paint(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    return _inline(file.getvalue(), name, size, label)
+
+
+def titled(svg: str, gid: str, titles: Sequence[str]) -> str:
+    """The picture with a tooltip on each mark of the group that was drawn with this gid."""
+    start = svg.index(f'<g id="{gid}">')
+    end = svg.index("</g></g>" if "<use" in svg[start : svg.index("</g>", start)] else "</g>", start)
+    queue = iter(titles)
+    definitions, marks = "", svg[start:end]
+    if "<defs>" in marks:
+        cut = marks.index("</defs>") + len("</defs>")
+        definitions, marks = marks[:cut], marks[cut:]
+    marked = re.sub(
+        r"<(path|use)\b([^>]*)/>",
+        lambda found: f"<{found[1]}{found[2]}><title>{html.escape(next(queue))}</title></{found[1]}>",
+        marks,
+    )
+    return svg[:start] + definitions + marked + svg[end:]
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        # a `$` in a name is a dollar
+        "text.parse_math": False,
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 10,
+        "axes.labelsize": 11,
+        "legend.fontsize": 10.5,
+        "legend.frameon": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.color": ink("text"),
+        "axes.titlecolor": ink("text"),
+        "axes.labelcolor": ink("muted"),
+        "axes.edgecolor": ink("grid"),
+        "xtick.color": ink("grid"),
+        "ytick.color": ink("grid"),
+        "xtick.labelcolor": ink("muted"),
+        "ytick.labelcolor": ink("muted"),
+        "grid.color": ink("grid"),
+        "grid.linewidth": 0.7,
+        "lines.linewidth": 1.8,
+    }
+
+
+def _inline(svg: str, name: str, size: tuple[float, float], label: str) -> str:
+    body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
+    # the style would apply to the whole page; the page has one of its own
+    body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
+    body = re.sub(r' (d|x|y)="([^"]*)"', lambda found: f' {found[1]}="{_rounded(found[2])}"', body)
+    body = re.sub(r'style="[^"]*"', lambda found: _themed(found[0]), body)
+    body = body.replace("xlink:href=", "href=").replace("data:image/png;base64,\n", "data:image/png;base64,")
+    body = _own_ids(body, name)
+    # whitespace between marks is nothing; that in a text may be
+    body = re.sub(r">\s+<", "><", body)
+    width, height = size
+    return (
+        f'<svg class="plot" role="img" aria-label="{html.escape(label)}" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg">{body.strip()}</svg>'
+    )
+
+
+def _rounded(numbers: str) -> str:
+    shorter = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), numbers)
+    return " ".join(shorter.split())
+
+
+def _themed(style: str) -> str:
+    style = re.sub(r"font-family:[^;]*;? ?", "", style)
+    for name, stand_in in _STAND_INS.items():
+        style = style.replace(stand_in, f"var(--ink-{name})")
+    return style
+
+
+def _own_ids(body: str, name: str) -> str:
+    """Ids that nothing refers to are left out, but those that were given as a gid; the others begin with the name."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
+
+    def renamed(found: re.Match[str]) -> str:
+        if found[1] in used:
+            return f' id="{name}-{found[1]}"'
+        return found[0] if found[1].startswith(f"{name}-") else ""
+
+    body = re.sub(r' id="([^"]*)"', renamed, body)
+    return re.sub(r'(url\(#|href="#)', rf"\1{name}-", body)
