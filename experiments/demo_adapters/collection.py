@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 class Spec:
     """One adapter: the `part`-th of `parts` disjoint shares of a task's training rows, at most `max_rows` of them.
 
-    start_seed: of the random A alone, drawn anew after the head; without it, heads of different sizes shift what one seed
-    gives.
+    start_seed: of the random A alone, drawn anew after the head; without it, heads of different sizes shift what one
+    seed gives.
     """
 
     name: str

@@ -20,6 +20,7 @@ from ..fitting import Progress, fit
 from ..summary import Summary
 from . import models, new_task
 from .new_task import Attempt
+from .sides import without_updates
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -180,20 +181,12 @@ def _predict(model_folder: Path, original: Path, recycled: Path, name: str) -> t
         model.set_adapter(adapter)
         found.append(_labels(model, batch))
     model.set_adapter("original")
-    _silence(model)
-    return found[0], found[1], _labels(model, batch)
+    with without_updates(model):
+        bare = _labels(model, batch)
+    return found[0], found[1], bare
 
 
 def _labels(model: "PeftModel", batch: Any) -> list[int]:
     with torch.inference_mode():
         labels: list[int] = model(**batch).logits.argmax(dim=-1).tolist()
     return labels
-
-
-def _silence(model: "PeftModel") -> None:
-    """Take the LoRA updates away and leave the head."""
-    from peft.tuners.lora import LoraLayer
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(0.0)

@@ -5,12 +5,13 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .. import keys
@@ -86,11 +87,10 @@ def evaluate(
     whose labels are texts.
     """
     started, columns = time.perf_counter(), columns or Columns()
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+    check_batch_size(batch_size)
     opened = Pack.open(pack)
     adapter, folder = opened.packed(name), opened.adapter_folder(name)
-    task = _task(adapter, task)
+    task = task_of(adapter, task)
     table = data.read(rows, columns.label)
     models.check_installed()
     with models.quiet():
@@ -100,19 +100,25 @@ def evaluate(
         most = examples.length(task, max_length, tokenizer, config)
         classes = None
         if task == "text-classification":
-            classes = _classes(classes_of_head(adapter, config), labels, table, columns)
+            classes = classes_of(classes_of_head(adapter, config), labels, table, columns)
             found = examples.classification(table, classes, columns, tokenizer, most)
         else:
             found = examples.modelling(table, columns, tokenizer, most)
         from peft import PeftModel
 
         network = PeftModel.from_pretrained(models.load(base, revision, classes, tokenizer), folder)
-        network.to(_device())
+        network.to(device())
         figures = measure(network, found, examples.collator(task, tokenizer), classes, batch_size, progress)
     return Evaluated(name, task, base, rows, figures, time.perf_counter() - started)
 
 
-def _task(adapter: PackedAdapter, asked: str | None) -> str:
+def check_batch_size(batch_size: int) -> None:
+    """`OptionError` unless there is room for a row."""
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+
+
+def task_of(adapter: PackedAdapter, asked: str | None) -> str:
     """The task that was asked for, or the one that the adapter says it is for."""
     if asked is not None:
         check_task(asked)
@@ -134,12 +140,17 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     if not shapes:
         raise AdapterNameError(f"adapter {adapter.name!r} has no head: there is nothing that tells classes apart.")
     config = copy.deepcopy(config)
-    for n in sorted({shape[0] for shape in shapes.values()}):
+
+    def fits(n: int) -> bool:
         config.num_labels = n
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
         theirs = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        if all(theirs.get(key) == shape for key, shape in shapes.items()):
+        return all(theirs.get(key) == shape for key, shape in shapes.items())
+
+    for n in sorted({shape[0] for shape in shapes.values()}):
+        # trained biases fit whatever the number of classes is
+        if fits(n) and not fits(n + 1):
             return n
     first = min(shapes)
     raise FormatError(
@@ -148,7 +159,8 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     )
 
 
-def _classes(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
+def classes_of(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
+    """The n classes of a head: those named, else those that the file itself names, else numbers."""
     names = names or table.classes
     if names is None:
         name = data.named_label(table, columns)
@@ -163,7 +175,8 @@ def _classes(n: int, names: Sequence[str] | None, table: data.Table, columns: Co
     return Labels(tuple(names))
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where models are run: on the accelerator, if there is one."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -179,30 +192,53 @@ def measure(
 ) -> Figures:
     """The figures of a model that is loaded, wherever it is: of a classification if there are labels."""
     model.eval()
-    device = next(model.parameters()).device
-    loss, tokens, answers = 0.0, 0, []
-    for start in range(0, len(rows), batch_size):
+    loss, tokens, answers, done = 0.0, 0, [], 0
+    for inputs, wanted in batches(model, rows, collate, batch_size):
         if progress is not None:
-            progress("evaluating", start, len(rows))
-        part = [dict(row) for row in rows[start : start + batch_size]]
-        batch = collate(part).to(device)
-        wanted = batch.pop("labels")
+            progress("evaluating", done, len(rows))
+        done += len(wanted)
         with torch.inference_mode():
-            logits = model(**batch).logits.float()
+            logits = model(**inputs).logits
         if labels is None:
-            logits, wanted = logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten()
-            tokens += int((wanted != IGNORED).sum())
+            logits, wanted = predicted(logits, wanted)
+            tokens += len(wanted)
         else:
             answers += logits.argmax(dim=-1).tolist()
-        loss += float(cross_entropy(logits.double(), wanted, ignore_index=IGNORED, reduction="sum"))
+        logits = exact(logits)
+        loss += float(cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
     if progress is not None:
         progress("evaluating", len(rows), len(rows))
     if not math.isfinite(loss):
         raise NonFiniteError("the model's loss on these rows is not a number: its weights are damaged, or diverged.")
     if labels is None:
-        mean = loss / tokens
-        return Modelled(len(rows), tokens, mean, math.exp(mean) if mean < 700 else None)
+        return Modelled(len(rows), tokens, loss / tokens, perplexity(loss / tokens))
     return _classified([row["labels"] for row in rows], answers, loss / len(rows), labels)
+
+
+def batches(
+    model: Any, rows: Sequence[Example], collate: Collate, batch_size: int
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """What a model is given, where it is, and what it should say: its labels."""
+    where = next(model.parameters()).device
+    for start in range(0, len(rows), batch_size):
+        inputs = dict(collate([dict(row) for row in rows[start : start + batch_size]]).to(where))
+        yield inputs, inputs.pop("labels")
+
+
+def predicted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the tokens that count, a row each, and these tokens: each is predicted from what is before it."""
+    counts = labels[:, 1:] != IGNORED
+    return logits[:, :-1][counts], labels[:, 1:][counts]
+
+
+def exact(logits: Tensor) -> Tensor:
+    """In float64; on the CPU where the accelerator has no such numbers."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()
+
+
+def perplexity(loss: float) -> float | None:
+    """The exponential of a mean loss, None where that is no longer a number."""
+    return math.exp(loss) if loss < 700 else None
 
 
 def _classified(wanted: list[int], answers: list[int], loss: float, labels: Labels) -> Classified:

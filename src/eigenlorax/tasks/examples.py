@@ -36,15 +36,23 @@ def prepare_tokenizer(tokenizer: Any) -> None:
 
 def classification(table: Table, labels: Labels, columns: Columns, tokenizer: Any, most: int) -> list[Example]:
     """One example a row."""
+    numbers = labels.encode(table, columns)
+    return labelled(unlabelled(table, columns, tokenizer, most), numbers)
+
+
+def labelled(rows: list[Example], numbers: Sequence[int]) -> list[Example]:
+    """The same rows with the numbers of their classes."""
+    return [{**row, "labels": number} for row, number in zip(rows, numbers, strict=True)]
+
+
+def unlabelled(table: Table, columns: Columns, tokenizer: Any, most: int) -> list[Example]:
+    """One example a row, whatever its class is."""
     texts = data.texts(table, columns.text, "--text-column")
     pairs = data.texts(table, columns.pair, "--pair-column") if columns.pair else None
-    numbers = labels.encode(table, columns)
     whole = tokenizer(texts, pairs)["input_ids"]
     _say_cut(table, sum(len(row) > most for row in whole), most)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=most)
-    return [
-        {**{name: encoded[name][index] for name in encoded}, "labels": number} for index, number in enumerate(numbers)
-    ]
+    return [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
 
 
 def modelling(table: Table, columns: Columns, tokenizer: Any, most: int) -> list[Example]:

@@ -1,0 +1,224 @@
+"""Original and recycled adapters on rows of the user's own: do both say the same, and is the recycled one as good?"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+
+from ..adapter import Adapter
+from ..errors import FormatError, NonFiniteError, OptionError
+from ..fitting import Progress
+from ..pack import Pack
+from ..packed import PackedAdapter
+from ..reports.data import Evaluation
+from . import data, evaluate, examples, models
+from .data import Table
+from .examples import IGNORED, Collate, Example
+from .options import EVALUATION_BATCH, Columns
+from .sides import Bench, Sides
+
+_NUMBERS = 2**24
+"""Logits that are in float64 at a time: those of all tokens of a batch may be gigabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One adapter on one file. classes: how many its head tells apart, None of a language model. labelled: whether the
+    file says which class a row is of."""
+
+    name: str
+    file: Path
+    classes: int | None
+    labelled: bool
+    rows: list[Example]
+
+    @property
+    def task(self) -> str:
+        return "causal-lm" if self.classes is None else "text-classification"
+
+
+def compare(
+    pack: Pack,
+    originals: Mapping[str, Adapter],
+    files: Sequence[tuple[str | None, Path]],
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    labels: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    columns: Columns | None = None,
+    batch_size: int = EVALUATION_BATCH,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """Run adapters as they were, as they come back, and without their updates, in the order of `files`.
+
+    originals: by their names in the pack. files: rows, and the adapter that they are for, None for each that has its
+    original here. Rows without a label column are compared all the same. task: that of every adapter; else what it says
+    itself, or classification where it says nothing and has a head. labels: the names of the classes in the order of the
+    head, by adapter or for all.
+    """
+    evaluate.check_batch_size(batch_size)
+    columns = columns or Columns()
+    models.check_installed()
+    with models.quiet():
+        base, revision = models.of_pack(pack, model)
+        config, tokenizer = models.config_of(base, revision), models.tokenizer_of(base, revision)
+        jobs: list[_Job] = []
+        for name, file in files:
+            table = data.read(file, columns.label)
+            encoded: dict[str, list[Example]] = {}
+            for adapter in _adapters(pack, originals, name):
+                what = _task(adapter, task)
+                classes = numbers = None
+                if what == "text-classification":
+                    classes = evaluate.classes_of_head(adapter, config)
+                    names = labels.get(adapter.name) if isinstance(labels, Mapping) else labels
+                    numbers = _numbers(adapter.name, classes, names, table, columns, bare=name is None)
+                if what not in encoded:
+                    encode = examples.modelling if classes is None else examples.unlabelled
+                    most = examples.length(what, max_length, tokenizer, config)
+                    encoded[what] = encode(table, columns, tokenizer, most)
+                rows = encoded[what]
+                if classes is not None:
+                    rows = examples.labelled(rows, numbers or [IGNORED] * len(rows))
+                jobs.append(_Job(adapter.name, file, classes, numbers is not None, rows))
+
+        def load(classes: int | None) -> Any:
+            names = None if classes is None else data.numbered(classes)
+            return models.load(base, revision, names, tokenizer)
+
+        return _run(pack, originals, jobs, load, tokenizer, batch_size, progress)
+
+
+def _adapters(pack: Pack, originals: Mapping[str, Adapter], name: str | None) -> list[PackedAdapter]:
+    """Those that a file is for."""
+    found = [pack.packed(name)] if name is not None else [pack.packed(one) for one in pack.names if one in originals]
+    if name is not None and name not in originals:
+        raise OptionError(f"adapter {name!r} cannot be compared: its original is not at hand.")
+    if not found:
+        raise OptionError("there is nothing to compare: of no adapter of the pack the original is at hand.")
+    return found
+
+
+def _task(adapter: PackedAdapter, asked: str | None) -> str:
+    says_nothing = json.loads(adapter.source_config).get("task_type") is None
+    return evaluate.task_of(adapter, "text-classification" if not asked and says_nothing and adapter.heads else asked)
+
+
+def _numbers(
+    adapter: str, n: int, names: Sequence[str] | None, table: Table, columns: Columns, *, bare: bool
+) -> list[int] | None:
+    """The classes of the rows, None where the file does not say. `bare`: no adapter was named for the file."""
+    if columns.label == Columns().label and not data.has_columns(table, columns.label):
+        return None
+    try:
+        return evaluate.classes_of(n, names, table, columns).encode(table, columns)
+    except (FormatError, OptionError) as error:
+        if not bare:
+            raise
+        raise OptionError(
+            f"the labels of {table.where} do not fit adapter {adapter!r}: {error} If the file is for some adapters "
+            f"only, name each: NAME={table.where}."
+        ) from error
+
+
+def _run(
+    pack: Pack,
+    originals: Mapping[str, Adapter],
+    jobs: Sequence[_Job],
+    load: Callable[[int | None], Any],
+    tokenizer: Any,
+    batch_size: int,
+    progress: Progress | None,
+) -> list[Evaluation]:
+    """One base model after the other, on each its adapters, and each adapter on all of its files."""
+    found: dict[int, Evaluation] = {}
+    total, done = sum(len(job.rows) for job in jobs), 0
+
+    def tick(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress("comparing predictions", done, total)
+
+    order = sorted(range(len(jobs)), key=lambda at: (jobs[at].classes or 0, jobs[at].name))
+    for classes, of_size in groupby(order, key=lambda at: jobs[at].classes):
+        bench = Bench(partial(load, classes))
+        for name, places in groupby(of_size, key=lambda at: jobs[at].name):
+            sides = bench.sides(originals[name], pack, name)
+            for at in places:
+                collate = examples.collator(jobs[at].task, tokenizer)
+                found[at] = _evaluation(jobs[at], sides, collate, batch_size, tick)
+    return [found[at] for at in range(len(jobs))]
+
+
+def _evaluation(job: _Job, sides: Sides, collate: Collate, batch_size: int, tick: Callable[[int], None]) -> Evaluation:
+    """Counted batch by batch: the logits of a whole file may be too many to keep."""
+    sums, n = torch.zeros(3, 4, dtype=torch.float64), 0
+    tick(0)
+    for inputs, labels in evaluate.batches(sides.original[0], job.rows, collate, batch_size):
+        said, wanted = [], labels
+        for side, network in sides.each():
+            with torch.inference_mode():
+                logits = network(**inputs).logits
+            if job.classes is None:
+                logits, wanted = evaluate.predicted(logits, labels)
+            if not bool(logits.isfinite().all()):
+                raise NonFiniteError(
+                    f"what adapter {job.name!r} ({side}) predicts on {job.file} is not a number: its weights are "
+                    "damaged, or diverged."
+                )
+            said.append(logits)
+        step = max(1, _NUMBERS // said[0].shape[-1])
+        for start in range(0, len(wanted), step):
+            part = slice(start, start + step)
+            sums += _scores([evaluate.exact(one[part]) for one in said], wanted[part])
+        n += len(wanted)
+        tick(len(labels))
+    (right, loss, agreement, kl) = (sums / n).mT.tolist()
+    modelled = job.classes is None
+    accuracy = right if job.labelled else [None] * 3
+    perplexity = [evaluate.perplexity(one) if modelled else None for one in loss]
+    return Evaluation(
+        name=job.name,
+        data=str(job.file),
+        task=job.task,
+        rows=len(job.rows),
+        tokens=n if modelled else None,
+        labelled=job.labelled,
+        original_accuracy=accuracy[0],
+        recycled_accuracy=accuracy[1],
+        without_accuracy=accuracy[2],
+        agreement=agreement[1],
+        without_agreement=agreement[2],
+        kl=max(kl[1], 0.0),
+        without_kl=max(kl[2], 0.0),
+        original_perplexity=perplexity[0],
+        recycled_perplexity=perplexity[1],
+        without_perplexity=perplexity[2],
+    )
+
+
+def _scores(said: Sequence[Tensor], wanted: Tensor) -> Tensor:
+    """Sums over rows of logits, a line a side: right answers, loss, answers that the first side gives too, divergence
+    from the first side."""
+    wanted = wanted.to(said[0].device)
+    logs = [one.log_softmax(dim=-1) for one in said]
+    answers = [one.argmax(dim=-1) for one in said]
+    lines = [
+        (
+            (answer == wanted).sum(),
+            nll_loss(log, wanted, ignore_index=IGNORED, reduction="sum"),
+            (answer == answers[0]).sum(),
+            kl_div(log, logs[0], reduction="sum", log_target=True),
+        )
+        for log, answer in zip(logs, answers, strict=True)
+    ]
+    return torch.tensor([[float(one) for one in line] for line in lines], dtype=torch.float64)
