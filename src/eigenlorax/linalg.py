@@ -46,6 +46,17 @@ class RowStack:
         wide = self.rows.shape[0] <= self.rows.shape[1]
         self.gram = self.rows @ self.rows.mT if wide else None
 
+    def without(self, index: int) -> "RowStack":
+        """The same rows but for one block. Inner products that are there are kept, not formed again."""
+        left_out, size = self.blocks[index], self.blocks[index].stop - self.blocks[index].start
+        keep = torch.cat([torch.arange(left_out.start), torch.arange(left_out.stop, self.rows.shape[0])])
+        found = object.__new__(RowStack)
+        found.rows = self.rows[keep]
+        found.gram = self.gram[keep][:, keep] if self.gram is not None else None
+        later = [slice(block.start - size, block.stop - size) for block in self.blocks[index + 1 :]]
+        found.blocks = [*self.blocks[:index], *later]
+        return found
+
     def weighted(self, weights: Sequence[Tensor]) -> Tensor:
         """Each block multiplied from the left by its own square matrix; (n, d)."""
         return _block_multiply(self.rows, self.blocks, weights)
@@ -100,9 +111,9 @@ def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
 
 
 def psd_root(gram: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix, (r, r) float64."""
+    """Symmetric square root of a positive semi-definite matrix, (…, r, r) float64."""
     values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
     return root
 
 

@@ -38,8 +38,8 @@ class Collection:
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that the figures say. kind: "shared", "not-shared", "partly-shared", "unknown" (the answer to the main
-    question, first in the list), "start", "mean", "clusters", "outlier", "duplicate", "untrained", "loss", "bytes",
-    "size", "rounding", "capped". text: one or two plain sentences. advice: what to do about it, or "".
+    question, first in the list), "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss",
+    "bytes", "baseline", "rounding". text: one or two plain sentences. advice: what to do about it, or "".
     good: True where it speaks for the pack, False against it, None neither. adapters: whom it is about.
     """
 
@@ -192,10 +192,12 @@ class StartGroup:
 @dataclass(frozen=True, slots=True)
 class StartEnergy:
     """Energy that k directions keep of some of the adapters, means over modules. who: "all", "group 1", …, "others".
-    factors_*: of the stacked A, and B, as the paper stacks them, each adapter of equal norm; delta_*: of the updates."""
+    k: the highest rank among all of them, so many directions as one start has. factors_*: of the stacked A, and B, as
+    the paper stacks them, each adapter of equal norm; delta_*: of the updates."""
 
     who: str
     adapters: int
+    k: int
     factors_down: float
     factors_up: float
     delta_down: float

@@ -1,0 +1,162 @@
+"""Who belongs together, out of matrices of all pairs: shared starts, clusters, duplicates, outliers, and a map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..errors import MissingExtraError
+from .pairs import Pairs, cosines
+
+DUPLICATE = 0.9999
+"""The cosine of two updates from which on they are called the same."""
+_START_COSINE, _START_SIGMAS, _SAME_START = 0.1, 6.0, 0.95
+_MOST_CLUSTERS = 10
+_SILHOUETTE = 0.25
+_IN_COMMON = 0.1
+
+
+def linked(related: Bool[Tensor, "n n"]) -> list[list[int]]:
+    """Groups of two and more that are related to one another, if need be by others; in order."""
+    left, groups = set(range(len(related))), []
+    while left:
+        found, new = set(), {min(left)}
+        while new:
+            found |= new
+            new = set(related[sorted(new)].any(0).nonzero().flatten().tolist()) - found
+        left -= found
+        if len(found) > 1:
+            groups.append(sorted(found))
+    return groups
+
+
+def same_start(pairs: Pairs) -> list[list[int]]:
+    """Groups of adapters whose A began as the same random numbers.
+
+    The rows of two such A are alike one by one, r with r, more than r with s is by chance, and B, which began as zeros,
+    is not alike as A is; nor is the whole update: what training found in both is a common mean, and no start.
+    """
+    down, up, delta = cosines(pairs.down), cosines(pairs.up), cosines(pairs.delta)
+    norms = pairs.down.diagonal().sqrt()
+    chance = pairs.down_cross.sqrt() / (norms[:, None] * norms[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
+    found = (down >= _START_COSINE) & (down >= _START_SIGMAS * chance) & (chance > 0)
+    found |= down >= _SAME_START
+    found &= pairs.same_ranks & (down >= 1.5 * up.abs()) & (delta.abs() < 0.7 * down)
+    return linked(found.fill_diagonal_(False))
+
+
+def duplicates(pairs: Pairs) -> list[list[int]]:
+    """Groups of adapters with the same update, whatever factors it is made of."""
+    return linked((cosines(pairs.delta) >= DUPLICATE).fill_diagonal_(False))
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """tree: scipy's linkage of 1 − overlap by average. order: of its leaves. clusters: of two adapters and more, the
+    largest first; none where there are not two of them. silhouette: of that division."""
+
+    tree: Float[np.ndarray, "m 4"]
+    order: list[int]
+    clusters: list[list[int]]
+    silhouette: float | None
+
+
+def clustering(overlap: Float[Tensor, "n n"]) -> Clustering:
+    """Adapters grouped by the directions that they share.
+
+    The number of clusters is the one of the best mean silhouette (Rousseeuw, 1987). They count as clusters only if that
+    is above 0.25 and the adapters of each share twice as much with each other as with the rest.
+    """
+    try:
+        from scipy.cluster import hierarchy
+        from scipy.spatial.distance import squareform
+        from sklearn.metrics import silhouette_score
+    except ImportError as error:
+        raise MissingExtraError("a report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'.") from error
+    n = len(overlap)
+    if n < 2:
+        return Clustering(np.zeros((0, 4)), list(range(n)), [], None)
+    distance = (1 - overlap).clamp_min(0).numpy()
+    np.fill_diagonal(distance, 0)
+    tree = hierarchy.linkage(squareform(distance, checks=False), "average")
+    order = hierarchy.leaves_list(tree).tolist()
+    best: tuple[float, np.ndarray] | None = None
+    for k in range(2, min(_MOST_CLUSTERS, n - 1) + 1):
+        labels = hierarchy.fcluster(tree, k, "maxclust")
+        if 1 < len(set(labels)) < n:
+            score = float(silhouette_score(distance, labels, metric="precomputed"))
+            if best is None or score > best[0] + 1e-12:
+                best = score, labels
+    if best is None or best[0] <= _SILHOUETTE:
+        return Clustering(tree, order, [], None)
+    groups = [np.flatnonzero(best[1] == label).tolist() for label in sorted(set(best[1]))]
+    clusters = sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
+    apart = all(within(overlap, group) > 2 * between(overlap, group) for group in clusters)
+    return Clustering(tree, order, clusters if apart and len(clusters) > 1 else [], best[0])
+
+
+def within(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
+    """Mean over the pairs of a group."""
+    block = matrix[list(group)][:, list(group)]
+    return float((block.sum() - block.diagonal().sum()) / (len(group) * (len(group) - 1)))
+
+
+def between(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
+    """Mean over the pairs of one in a group and one outside; 0 if nobody is."""
+    outside = sorted(set(range(len(matrix))) - set(group))
+    return float(matrix[list(group)][:, outside].mean()) if outside else 0.0
+
+
+def outliers(overlap: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
+    """Adapters that share less than half as much with the others as the median adapter does, and less by far than
+    chance scatters that (four robust standard deviations); of four and more, of which the median has an overlap of 0.1
+    at least: where little is shared, nobody stands out. grouped: those that are in a cluster."""
+    n = len(overlap)
+    if n < 4:
+        return []
+    mean = (overlap.sum(1) - overlap.diagonal()) / (n - 1)
+    median = mean.median()
+    spread = 1.4826 * (mean - median).abs().median()
+    if median < _IN_COMMON:
+        return []
+    found = (mean < median / 2) & (mean < median - 4 * spread)
+    return sorted(set(found.nonzero().flatten().tolist()) - set(grouped))
+
+
+def on_a_map(cosine: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n 2"], float]:
+    """Places in the plane whose distances are nearest those of the updates at equal norms (principal coordinates:
+    classical scaling), and the share of squared distance that they show."""
+    n = len(cosine)
+    if n < 2:
+        return torch.zeros(n, 2, dtype=torch.float64), 1.0
+    centred = cosine - cosine.mean(0) - cosine.mean(1)[:, None] + cosine.mean()
+    values, vectors = torch.linalg.eigh(centred)
+    total = float(values.clamp_min(0).sum())
+    places = vectors.flip(1)[:, :2] * values.flip(0)[:2].clamp_min(0).sqrt()
+    # as signs of components are fixed, so that a map does not flip from machine to machine
+    largest = places.gather(0, places.abs().argmax(0, keepdim=True))
+    places = places * torch.where(largest < 0, -1.0, 1.0)
+    return places, float(values.flip(0)[:2].clamp_min(0).sum()) / total if total > 0 else 1.0
+
+
+def mean_losses(pairs: Pairs) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Relative errors of each adapter if the mean stands for it, and what others' mean says of it.
+
+    The mean of the updates as they are; the best multiple of the mean of the updates at equal norms; and the share of
+    an update's squared norm that the mean of the *others*, at equal norms, explains.
+    """
+    square = pairs.delta.diagonal()
+    mean, mean_square = pairs.delta.mean(1), pairs.delta.mean()
+    plain = ((square - 2 * mean + mean_square).clamp_min(0) / square).sqrt()
+    cosine, n = cosines(pairs.delta), len(square)
+    explained = cosine.mean(1).square() / cosine.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = (1 - explained).clamp_min(0).sqrt()
+    if n < 2:
+        return plain, scaled, torch.zeros_like(plain)
+    others = ((cosine.sum(1) - 1) / (n - 1)).clamp_min(0)
+    others_square = (cosine.sum() - 2 * cosine.sum(1) + 1) / (n - 1) ** 2
+    share = torch.where(others_square > 0, others.square() / others_square, 0.0)
+    return plain, scaled, share.clamp(0, 1)

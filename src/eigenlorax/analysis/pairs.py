@@ -1,0 +1,127 @@
+"""Every adapter with every other: inner products of updates and of factors, and how much of their directions they share.
+
+Sums over modules. Two adapters meet in r × r blocks of inner products of their rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .stack import Stack, roots
+
+FLOAT64_ROWS = 2048
+"""Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the norms), for speed."""
+_CHUNK_NUMBERS = 2**23
+
+
+@dataclass(slots=True)
+class Pairs:
+    """Sums over the modules that were added, (n, n) float64 each.
+
+    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r. down_cross: Σ of squares of the inner
+    products of A's rows r and s ≠ r, over rank − 1: what ⟨A_i, A_j⟩² would be by chance.
+    down_shared, up_shared: ‖D_i D_jᵀ‖² and ‖D_iᵀ D_j‖². same_ranks: whether i and j have equal ranks in every module.
+    """
+
+    delta: Tensor
+    down: Tensor
+    up: Tensor
+    down_cross: Tensor
+    down_shared: Tensor
+    up_shared: Tensor
+    same_ranks: Tensor
+
+    @classmethod
+    def of(cls, n: int) -> Self:
+        """Nothing added yet."""
+        zeros = [torch.zeros(n, n, dtype=torch.float64) for _ in range(6)]
+        return cls(*zeros, torch.ones(n, n, dtype=torch.bool))
+
+    def of_some(self, chosen: Sequence[int]) -> "Pairs":
+        """The pairs of some of the adapters."""
+        places = list(chosen)
+        return Pairs(*(getattr(self, name)[places][:, places] for name in self.__slots__))
+
+    def add(self, one: Stack) -> None:
+        """Add a module."""
+        n, r = one.down.shape[:2]
+        if r == 0:
+            return
+        ranks = torch.tensor(one.ranks)
+        self.same_ranks &= ranks[:, None] == ranks[None, :]
+        dtype = torch.float64 if n * r <= FLOAT64_ROWS else torch.float32
+        # unit norm, so that float32 has room for any size; the sizes come back below
+        sizes = [torch.linalg.vector_norm(rows, dim=(1, 2)) for rows in (one.down, one.up)]
+        down, up = (
+            (rows / size.where(size > 0, torch.ones_like(size))[:, None, None]).to(dtype)
+            for rows, size in zip((one.down, one.up), sizes, strict=True)
+        )
+        down_root, up_root = roots(down.double()).to(dtype), roots(up.double()).to(dtype)
+        unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.abs().reciprocal()) * one.scaling.sign()
+        down_size, up_size = sizes[0], sizes[1]
+        both = down_size * up_size
+        chance = torch.tensor([1 / (rank - 1) if rank > 1 else 0.0 for rank in one.ranks]).double()
+        step = max(1, _CHUNK_NUMBERS // (n * r * r))
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            here, later = slice(start, stop), slice(start, n)
+            down_blocks, up_blocks = _blocks(down, here, later), _blocks(up, here, later)
+            found = (down_blocks * up_blocks).sum((1, 3)).double()
+            self._fill("delta", here, later, found * both[here, None] * both[None, later])
+            aligned = torch.diagonal(down_blocks, dim1=1, dim2=3).sum(-1).double()
+            crossed = (down_blocks.square().sum((1, 3)) - _diagonal_squares(down_blocks)).double()
+            self._fill("down", here, later, aligned * down_size[here, None] * down_size[None, later])
+            square = down_size.square()
+            self._fill("down_cross", here, later, crossed * square[here, None] * square[None, later] * chance[here, None])
+            aligned = torch.diagonal(up_blocks, dim1=1, dim2=3).sum(-1).double()
+            scale = up_size * unscaled
+            self._fill("up", here, later, aligned * scale[here, None] * scale[None, later])
+            fourth = both.square()
+            for name, blocks, root in (("down_shared", down_blocks, up_root), ("up_shared", up_blocks, down_root)):
+                shared = _weighed(blocks, root[here], root[later]).square().sum((1, 3)).double()
+                self._fill(name, here, later, shared * fourth[here, None] * fourth[None, later])
+
+    def _fill(self, name: str, here: slice, later: slice, values: Tensor) -> None:
+        """Add a block of rows right of the diagonal, and its mirror below."""
+        target: Tensor = getattr(self, name)
+        target[here, later] += values
+        beyond = slice(here.stop, later.stop)
+        target[beyond, here] += values[:, here.stop - here.start :].mT
+
+
+def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:
+    """Inner products of rows, (here, r, later, r)."""
+    r, d = rows.shape[1:]
+    one, other = rows[here].reshape(-1, d), rows[later].reshape(-1, d)
+    return (one @ other.mT).reshape(-1, r, other.shape[0] // r, r)
+
+
+def _diagonal_squares(blocks: Tensor) -> Tensor:
+    return torch.diagonal(blocks, dim1=1, dim2=3).square().sum(-1)
+
+
+def _weighed(blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left_i @ block_ij @ right_j."""
+    n, r, m, _ = blocks.shape
+    half = (left @ blocks.reshape(n, r, m * r)).reshape(n, r, m, r)
+    return (half.permute(2, 0, 1, 3).reshape(m, n * r, r) @ right).reshape(m, n, r, r).permute(1, 2, 0, 3)
+
+
+def cosines(products: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Inner products divided by norms, exactly 1 on the diagonal; 0 where a norm is 0."""
+    norms = products.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(norms > 0, norms.reciprocal(), 0.0)
+    found = (products * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
+    found.fill_diagonal_(1.0)
+    return found
+
+
+def overlap(pairs: Pairs) -> Float[Tensor, "n n"]:
+    """How much of their directions two adapters share, 0 to 1: the mean over both sides of the cosine of D_iᵀD_i and
+    D_jᵀD_j, and of D_iD_iᵀ and D_jD_jᵀ. 1 where they are equal, r/dimension where they are unrelated, all of equal
+    singular values."""
+    return (cosines(pairs.down_shared) + cosines(pairs.up_shared)) / 2

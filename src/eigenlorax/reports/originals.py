@@ -1,0 +1,78 @@
+"""From what a user points at to the adapters that a pack was made of, recognised by their content."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import checks, formats
+from ..adapter import Adapter
+from ..checks import Scan
+from ..errors import OptionError, SkippedAdapterWarning
+from ..fitting import Progress
+from ..formats import sources
+from ..formats.sources import Sources
+from ..pack import Pack
+
+EXACT = 1e-4
+"""The delta error up to which what comes back from a pack is taken for what went in: of adapters trained in it, say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Originals:
+    """Adapters as they were, under their names in the pack, and the norms of their updates. missing: projected adapters
+    that were not found."""
+
+    adapters: Mapping[str, Adapter]
+    scans: Mapping[str, Scan]
+    missing: list[str]
+
+
+def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Originals:
+    """The trained adapters of the pack among those given. Others are left out, and said.
+
+    An adapter that comes back from the pack as it was needs no original. `OptionError` names one of the fit that is not
+    there.
+    """
+    hashes: dict[str, list[str]] = {}
+    for name, record in pack.records.items():
+        if not record.untrained:
+            hashes.setdefault(record.source_sha256, []).append(name)
+    adapters, scans, strangers = {}, {}, []
+    found = sources.find(given)
+    for done, one in enumerate(found):
+        progress("reading originals", done, len(found))
+        if isinstance(one.source, Adapter):
+            checks.check_made(one.source)
+            adapter = one.source
+        else:
+            adapter = formats.read_adapter(one.source, name=one.name, **options)
+        scan = checks.scan(adapter)
+        names = hashes.get(scan.content_hash, [])
+        if not names and any(scan.delta_squares.values()):
+            strangers.append(adapter.name)
+        for name in names:
+            adapters[name], scans[name] = replace(adapter, name=name), scan
+    progress("reading originals", len(found), len(found))
+    if strangers:
+        warnings.warn(
+            f"not in the pack, by their content, and left out: {', '.join(sorted(strangers))}.",
+            SkippedAdapterWarning,
+            stacklevel=3,
+        )
+    missing = []
+    for name, record in pack.records.items():
+        if record.untrained or name in adapters:
+            continue
+        if record.delta_error <= EXACT:
+            adapters[name] = pack.adapter(name)
+            scans[name] = checks.scan(adapters[name])
+        elif record.in_fit:
+            raise OptionError(
+                f"the original of {name!r}, which is in the fit, is not among the adapters given ({len(found)} of them; "
+                "they are recognised by their content). Give all that the pack was fitted on, or none, for a report of "
+                "the pack alone."
+            )
+        else:
+            missing.append(name)
+    return Originals(dict(sorted(adapters.items())), scans, missing)

@@ -1,0 +1,396 @@
+"""What the figures say, in plain words, and what to do about it. Nothing is computed here but comparisons.
+
+The main question is answered by adapters that the fit has not seen. Where others' directions keep three quarters of
+their squared norm and more (an error of at most 0.5), the collection shares a subspace; below one quarter it does not.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from .data import Finding, Report, SizePoint, Verdict
+from .numbers import error, plural, ratio, share
+
+SHARED, NOT_SHARED = 0.75, 0.25
+"""Shares of squared norm that an adapter keeps in the subspace of the others."""
+LOSS = 0.5
+"""The delta error above which an adapter is named as one that lost much."""
+MEAN = 0.25
+"""The share of squared norm from which on a common mean is spoken of."""
+FINE = 0.1
+"""A delta error that is small."""
+
+
+def of(report: Report) -> Verdict:
+    """The verdict on a report's figures."""
+    headline, main = _main(report)
+    found = [
+        main,
+        *_start(report),
+        *_mean(report),
+        *_clusters(report),
+        *_outliers(report),
+        *_duplicates(report),
+        *_untrained(report),
+        *_task(report),
+        *_loss(report),
+        *_bytes(report),
+        *_rivals(report),
+        *_rounding(report),
+    ]
+    return Verdict(headline, found)
+
+
+def _main(report: Report) -> tuple[str, Finding]:
+    n, left_out, in_fit = report.collection.adapters, report.left_out, report.in_fit
+    who = "This adapter" if n == 1 else f"These {n:,} adapters"
+    if in_fit is None:
+        text = "No adapter of the fit is left in this pack."
+        return text, Finding("unknown", text)
+    cost = _cost(report)
+    if left_out is None:
+        why = (
+            "The pack alone does not tell whether its adapters share a subspace"
+            if not report.collection.with_originals
+            else "One adapter alone shares its subspace with nobody"
+        )
+        advice = (
+            "Give the original adapters with --adapters: then each is left out of the fit in turn, which tells."
+            if not report.collection.with_originals
+            else ""
+        )
+        return f"{why}. {cost}", Finding("unknown", f"{why}.", advice)
+    kept = 1 - left_out.errors.rms**2
+    chance = _mean_of(row.random_error for row in report.adapters if row.in_fit)
+    against = f" (random directions: {error(chance)})" if chance is not None else ""
+    measured = (
+        f"left out of the fit, an adapter loses {error(left_out.errors.mean)} of its update in the directions of the "
+        f"others{against}"
+    )
+    if kept >= SHARED:
+        return (
+            f"{who} share a subspace: {measured}. {cost}",
+            Finding(
+                "shared",
+                f"They share a subspace: {measured}; the same adapters lose {error(left_out.in_fit.mean)} if they are in "
+                "it.",
+                "Recycle them: a new adapter of this kind will mostly fit in as well.",
+                good=True,
+            ),
+        )
+    more = _wider(report.sizes, SHARED)
+    if more is not None and more.ratio > 1:
+        return (
+            f"{who} share a subspace of more directions than were kept: {measured}, and {error(more.left_out)} with "
+            f"k = {more.k}. {cost}",
+            Finding(
+                "partly-shared",
+                f"They share a subspace, but k is too small for it: {measured}.",
+                f"Fit again with -k {more.k}: an adapter left out then loses {error(more.left_out)}, and the pack is "
+                f"{ratio(more.ratio)} smaller than the LoRAs, basis counted.",
+                good=None,
+            ),
+        )
+    if kept >= NOT_SHARED:
+        return (
+            f"{who} share a part of their subspace: {measured}. {cost}",
+            Finding(
+                "partly-shared",
+                f"They share a part of their directions: {measured}; if they are in the fit, the same adapters lose "
+                f"{error(left_out.in_fit.mean)}.",
+                f"{_enough(report)} An adapter that comes later is best put into a new fit.",
+                good=None,
+            ),
+        )
+    return (
+        f"{who} do not share a subspace: {measured}. {cost}",
+        Finding(
+            "not-shared",
+            f"They do not share a subspace: {measured}. In the fit they lose {error(left_out.in_fit.mean)}, since "
+            f"{_room(report)}: that is compression, and no common structure.",
+            f"{_enough(report)} An adapter that comes later will not fit in.",
+            good=False,
+        ),
+    )
+
+
+def _cost(report: Report) -> str:
+    in_fit, b = report.in_fit, report.bytes
+    assert in_fit is not None
+    size = f"{ratio(b.ratio)} smaller than the LoRAs" if b.ratio >= 1 else f"{ratio(1 / b.ratio)} larger than the LoRAs"
+    return (
+        f"Recycling costs {error(in_fit.mean)} of an update on average, {error(in_fit.worst)} at worst, and the pack is "
+        f"{size}, basis counted."
+    )
+
+
+def _room(report: Report) -> str:
+    sizes = {side.k for module in report.modules for side in (module.down, module.up)}
+    k = f"k = {max(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} directions"
+    return f"{k} leave room to hold them side by side"
+
+
+def _enough(report: Report) -> str:
+    """Which k would keep them well, or that none that saves anything does."""
+    found = next((point for point in report.sizes if point.mean <= FINE), None)
+    if report.in_fit is not None and report.in_fit.mean <= FINE:
+        return "Keep the pack for its size."
+    if found is None:
+        return "Keep them as they are."
+    if found.ratio <= 1:
+        return (
+            f"Keep them as they are: a mean loss of {FINE} takes k = {found.k}, and then the pack is "
+            f"{ratio(1 / found.ratio)} larger than the LoRAs."
+        )
+    return (
+        f"Keep them as they are, or raise k to {found.k}: the mean loss is then {error(found.mean)}, and the pack "
+        f"{ratio(found.ratio)} smaller than the LoRAs."
+    )
+
+
+def _wider(sizes: Sequence[SizePoint], kept: float) -> SizePoint | None:
+    return next((p for p in sizes if p.left_out is not None and 1 - p.left_out**2 >= kept), None)
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _start(report: Report) -> list[Finding]:
+    if report.starts is None:
+        return []
+    found = []
+    energies = {row.who: row for row in report.starts.energies}
+    for number, group in enumerate(report.starts.groups, 1):
+        row, others = energies.get(f"group {number}"), energies.get("others")
+        kept = ""
+        if row is not None:
+            kept = f" {row.k} directions hold {share(row.factors_down)} of their A, and {share(row.factors_up)} of their B"
+            kept += f"; of the others' A {share(others.factors_down)}." if others is not None else "."
+        found.append(
+            Finding(
+                "start",
+                f"{len(group.adapters):,} adapters began from the same random A (mean cosine {group.cosine_down:.2f}, of B "
+                f"{group.cosine_up:.2f}). What they share on that side is what training left of the start, not what it "
+                f"found.{kept}",
+                "Do not take a steep spectrum of A for a structure of the tasks: look at B, and at adapters left out.",
+                good=None,
+                adapters=group.adapters,
+            )
+        )
+    return found
+
+
+def _mean(report: Report) -> list[Finding]:
+    one = report.similarity
+    if one is None or one.mean_energy is None or one.mean_energy < MEAN:
+        return []
+    return [
+        Finding(
+            "mean",
+            f"They have a strong common mean: the mean of the others explains {share(one.mean_energy)} of an adapter's "
+            f"squared norm (mean cosine between updates {one.mean_cosine:.2f}).",
+            "Compare with the mean adapter on your task before crediting the subspace.",
+            good=None,
+        )
+    ]
+
+
+def _clusters(report: Report) -> list[Finding]:
+    clusters = report.similarity.clusters if report.similarity is not None else []
+    if not clusters:
+        return []
+    sizes = ", ".join(f"{len(one.adapters):,}" for one in clusters)
+    inside = max(one.overlap for one in clusters)
+    outside = max(one.overlap_with_others for one in clusters)
+    listed = "; ".join(_few(one.adapters) for one in clusters)
+    return [
+        Finding(
+            "clusters",
+            f"They fall into {len(clusters)} groups, of {sizes} adapters: within a group directions overlap up to "
+            f"{share(inside)}, between groups at most {share(outside)} on average. {listed}.",
+            "Fit each group by itself: fewer directions then do the same.",
+            good=None,
+            adapters=[name for one in clusters for name in one.adapters],
+        )
+    ]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+
+
+def _outliers(report: Report) -> list[Finding]:
+    if not report.outliers:
+        return []
+    many = len(report.outliers) > 1
+    return [
+        Finding(
+            "outlier",
+            f"{_few(report.outliers)} {'have' if many else 'has'} far less in common with the rest than they have with "
+            "one another.",
+            f"Leave {'them' if many else 'it'} out of the fit (--exclude-adapter), and keep {'those LoRAs' if many else 'that LoRA'} "
+            f"as {'they are' if many else 'it is'}.",
+            good=False,
+            adapters=report.outliers,
+        )
+    ]
+
+
+def _duplicates(report: Report) -> list[Finding]:
+    if not report.duplicates:
+        return []
+    listed = "; ".join(_few(group) for group in report.duplicates[:3])
+    more = f"; and {len(report.duplicates) - 3:,} groups more" if len(report.duplicates) > 3 else ""
+    return [
+        Finding(
+            "duplicate",
+            f"The same update under several names: {listed}{more}.",
+            "Keep one of each: a duplicate counts twice in the fit.",
+            good=None,
+            adapters=[name for group in report.duplicates for name in group],
+        )
+    ]
+
+
+def _untrained(report: Report) -> list[Finding]:
+    if not report.untrained:
+        return []
+    return [
+        Finding(
+            "untrained",
+            f"{_few(report.untrained)}: untrained, every update is zero. Kept in the pack, left out of the fit and of all "
+            "figures.",
+            "Remove what was added by mistake.",
+            good=None,
+            adapters=report.untrained,
+        )
+    ]
+
+
+def _task(report: Report) -> list[Finding]:
+    found = []
+    scored = [
+        (one.original_accuracy, one.recycled_accuracy)
+        for one in report.evaluations
+        if one.original_accuracy is not None and one.recycled_accuracy is not None
+    ]
+    if scored:
+        original, recycled = (sum(column) / len(scored) for column in zip(*scored, strict=True))
+        text = f"On {plural(len(scored), 'labelled task')}, accuracy is {original:.3f} with the original adapters and "
+        found.append(
+            Finding("task", f"{text}{recycled:.3f} with the recycled ones, on average.", good=recycled >= original - 0.01)
+        )
+    if report.evaluations:
+        agreement = sum(one.agreement for one in report.evaluations) / len(report.evaluations)
+        kl = sum(one.kl for one in report.evaluations) / len(report.evaluations)
+        found.append(
+            Finding(
+                "task",
+                f"Original and recycled adapters give the same answer on {share(agreement)} of the rows, or tokens, that "
+                f"they were given; the mean divergence is {error(kl)} nats.",
+                good=agreement >= 0.95,
+            )
+        )
+    return found
+
+
+def _loss(report: Report) -> list[Finding]:
+    lossy = [row for row in report.adapters if not row.untrained and row.delta_error > LOSS]
+    if not lossy:
+        return []
+    names = [row.name for row in lossy]
+    advice = "Fit the pack again with those that were projected, or keep those LoRAs as they are."
+    if any(row.in_fit for row in lossy):
+        point = next((point for point in report.sizes if point.worst <= LOSS), None)
+        advice = (
+            f"-k {point.k} would bring every adapter of the fit to {error(point.worst)} or less, in a pack "
+            + (f"{ratio(point.ratio)} smaller than the LoRAs" if point.ratio > 1 else "no smaller than the LoRAs")
+            + f"; --max-error {LOSS} finds the smallest one."
+            if point is not None
+            else f"--max-error {LOSS} finds the smallest pack that keeps them; or keep those LoRAs as they are."
+        )
+    return [
+        Finding(
+            "loss",
+            f"{plural(len(lossy), 'adapter')} {'lose' if len(lossy) > 1 else 'loses'} more than half of "
+            f"{'their updates' if len(lossy) > 1 else 'its update'}: {_few(names)} (worst {error(lossy[0].delta_error)}).",
+            advice,
+            good=False,
+            adapters=names,
+        )
+    ]
+
+
+def _bytes(report: Report) -> list[Finding]:
+    b = report.bytes
+    even = (
+        f"it pays from {plural(b.break_even, 'adapter')} of this size on" if b.break_even is not None else "it never pays at this k"
+    )
+    if b.ratio < 1:
+        return [
+            Finding(
+                "bytes",
+                f"The pack is larger than the LoRAs ({ratio(b.ratio)} with the basis counted): {even}.",
+                "Gather more adapters of this base model, or fit with a smaller k.",
+                good=False,
+            )
+        ]
+    return [
+        Finding(
+            "bytes",
+            f"The pack is {ratio(b.ratio)} smaller with the basis counted, {ratio(b.limit)} in the limit of many adapters; "
+            f"{even}.",
+            good=True,
+        )
+    ]
+
+
+def _rivals(report: Report) -> list[Finding]:
+    """What does better for as many bytes, said as it is."""
+    known = {one.key: one for one in report.baselines}
+    pack = known.get("pack")
+    if pack is None or pack.stored_bytes is None:
+        return []
+    found = []
+    cut = known.get("truncated")
+    if cut is not None and cut.errors.mean <= pack.errors.mean:
+        found.append(
+            Finding(
+                "baseline",
+                f"Cutting each LoRA by SVD to the same bytes loses less: {error(cut.errors.mean)} on average, against "
+                f"{error(pack.errors.mean)} here.",
+                "A shared basis does not pay for these adapters at this k.",
+                good=False,
+            )
+        )
+    for key, bits in (("int4", 4), ("int8", 8)):
+        one = known.get(key)
+        if one is not None and one.stored_bytes is not None and one.errors.mean <= pack.errors.mean and one.stored_bytes <= pack.stored_bytes:
+            found.append(
+                Finding(
+                    "baseline",
+                    f"Rounding each LoRA to {bits} bits takes fewer bytes and loses less: {error(one.errors.mean)} on "
+                    "average.",
+                    "For storage alone, round; a pack is for serving and training in one subspace.",
+                    good=False,
+                )
+            )
+            break
+    return found
+
+
+def _rounding(report: Report) -> list[Finding]:
+    trained = [row for row in report.adapters if not row.untrained]
+    worst = max(trained, key=lambda row: row.rounding_error, default=None)
+    if worst is None or worst.rounding_error < 1e-3 or worst.rounding_error < worst.delta_error / 2:
+        return []
+    return [
+        Finding(
+            "rounding",
+            f"Rounding to {report.collection.dtype} is most of what is lost: {error(worst.rounding_error)} of "
+            f"{worst.name}'s update.",
+            "--dtype float32 stores it in full.",
+            good=None,
+            adapters=[worst.name],
+        )
+    ]
