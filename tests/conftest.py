@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_configure(config):
     # not in pyproject.toml: there pytest would import the package before its annotations can be checked
     config.addinivalue_line("filterwarnings", "error::eigenlorax.errors.EigenloraxWarning")
+    # random collections share nothing, and tests keep little of them
+    config.addinivalue_line("filterwarnings", "ignore::eigenlorax.errors.LossWarning")
 
 
 @pytest.fixture(scope="session")

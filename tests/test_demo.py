@@ -48,11 +48,8 @@ class TestShippedData:
 class TestAdaptersOfOneSeed:
     """Eight of the tasks again: what a collection looks like that shares its random start."""
 
-    @pytest.fixture(scope="class")
-    def folder(self):
-        return demo.data() / "one_seed"
-
-    def test_are_described_as_the_others_are(self, folder):
+    def test_are_described_as_the_others_are(self):
+        folder = demo.data() / "one_seed"
         about = json.loads((folder / "adapters.json").read_text("utf-8"))
         assert len(about) == 8
         assert sorted(about) == sorted(path.name for path in (folder / "adapters").iterdir())
@@ -63,7 +60,9 @@ class TestAdaptersOfOneSeed:
                 assert one[key] == twin[key]
             assert one["test_accuracy"] == pytest.approx(twin["test_accuracy"], abs=0.03)
 
-    def test_began_alike_and_the_others_did_not(self, folder):
+    def test_began_alike_and_the_others_did_not(self):
+        folder = demo.data() / "one_seed"
+
         def alike(place):
             names = [path.name for path in (folder / "adapters").iterdir()]
             found = [ex.read_adapter(place / "adapters" / name).modules for name in names]

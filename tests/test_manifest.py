@@ -50,6 +50,27 @@ def put(value):
     return lambda holder, key: holder.__setitem__(key, value)
 
 
+def version_1(data):
+    """The same manifest as a release before version 2 wrote it."""
+    body = json.loads(data)
+    fit = {key: value for key, value in body["fit"].items() if key not in ("auto", "max_error")}
+    return signed({**body, "format_version": 1, "fit": fit})
+
+
+def test_version_1_is_read_and_written_as_the_newest(data):
+    found = manifest.parse(version_1(data), PATH)
+    assert (found.fit.auto, found.fit.max_error, found.fit.n_components) == (False, None, 4)
+    assert found.to_bytes() == data
+
+
+def test_auto_goes_with_a_number_of_components(data):
+    assert manifest.parse(changed(data, ("fit", "auto"), put(True)), PATH).fit.size == "at most 4 components (auto)"
+    body = json.loads(data)
+    body["fit"] |= {"auto": True, "n_components": None, "energy": 0.5}
+    with pytest.raises(PackDamagedError, match="fit.auto goes with n_components"):
+        manifest.parse(signed(body), PATH)
+
+
 def test_what_is_written_is_read(data):
     found = manifest.parse(data, PATH)
     assert found.to_bytes() == data
@@ -100,17 +121,23 @@ def test_what_is_no_manifest(text, message):
 
 
 def test_a_newer_format_is_refused_before_anything_else(data):
-    newer = signed({"format_version": 2, "eigenlorax_version": "9.1", "anything": []})
-    with pytest.raises(PackVersionError, match="pack format 2 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+    newer = signed({"format_version": 3, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 3 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
         manifest.parse(newer, PATH)
-    with pytest.raises(PackVersionError, match="pack format 2"):
-        manifest.parse(json.dumps({**json.loads(data), "format_version": 2}).encode(), PATH)
+    with pytest.raises(PackVersionError, match="pack format 3"):
+        manifest.parse(json.dumps({**json.loads(data), "format_version": 3}).encode(), PATH)
 
 
 FREE = {("eigenlorax_version",), ("digest",)}
 # any number of JSON may stand for a float, and null where nothing was stated
 ALIKE = {float: (int, float)}
-OPTIONAL = {("base_model_name_or_path",), ("revision",), ("fit", "n_components"), ("fit", "energy")}
+OPTIONAL = {
+    ("base_model_name_or_path",),
+    ("revision",),
+    ("fit", "n_components"),
+    ("fit", "energy"),
+    ("fit", "max_error"),
+}
 
 
 def test_a_field_of_another_type_is_refused_though_the_digest_fits(data):
@@ -162,8 +189,10 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (("adapters", "../a"), {}, "adapter name '../a' is not allowed"),
         (("subspace", "dtype"), "int8", "dtype"),
         (("coefficient_dtype",), "complex64", "dtype"),
-        (("fit", "energy"), 0.5, "one of n_components and energy"),
-        (("fit", "n_components"), None, "one of n_components and energy"),
+        (("format_version",), 1, r"fit has the fields \['auto', 'max_error'\], which version 1 lacks"),
+        (("fit", "energy"), 0.5, "one of n_components, energy and max_error"),
+        (("fit", "max_error"), 0.5, "one of n_components, energy and max_error"),
+        (("fit", "n_components"), None, "one of n_components, energy and max_error"),
         ((*SIDE, "k"), 1000, "k is out of range"),
         ((*SIDE, "k"), 1, "k is out of range"),
         ((*SIDE, "square"), -1.0, "square is negative"),

@@ -144,6 +144,28 @@ class TestFactorsWeighting:
 
 @pytest.mark.parametrize("weighting", subspace.WEIGHTINGS)
 class TestBoth:
+    def test_a_number_for_each_side_is_kept(self, weighting):
+        factors = collection()
+        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (4, 7))
+        assert (bases.down.k, bases.up.k) == (4, 7)
+
+    def test_equal_numbers_give_the_bases_of_n_components(self, weighting):
+        factors = collection()
+        plain = fitted(factors, n_components=6, weighting=weighting)
+        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (6, 6))
+        for side in ("down", "up"):
+            assert_same_span(bases.side(side).components, plain.side(side).components)
+            assert bases.side(side).energy == pytest.approx(plain.side(side).energy)
+
+    def test_none_on_both_sides_keeps_the_spectrum_alone(self, weighting):
+        factors = collection()
+        plain = fitted(factors, n_components=6, weighting=weighting)
+        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (0, 0))
+        assert bases.shape == (OUT, IN)
+        for side in ("down", "up"):
+            assert (bases.side(side).k, bases.side(side).energy) == (0, 0.0)
+            torch.testing.assert_close(bases.side(side).singular_values, plain.side(side).singular_values)
+
     def test_a_planted_subspace_is_recovered(self, weighting):
         planted_bases = orthonormal(5, IN, seed=1), orthonormal(6, OUT, seed=2)
         factors = [factors_in(planted_bases, 3, seed=10 * i) for i in range(7)]
@@ -302,6 +324,11 @@ class TestSubspace:
     [
         ({"n_components": 0}, "at least 1"),
         ({"energy": 2.0}, "at most 1"),
+        ({"max_error": 0.0}, "above 0 and below 1, got 0"),
+        ({"max_error": 1.0}, "above 0 and below 1, got 1"),
+        ({"max_error": float("nan")}, "above 0 and below 1, got nan"),
+        ({"max_error": 0.3, "n_components": 2}, "give one of .* n_components=2, energy=None, max_error=0.3"),
+        ({}, "give one of n_components, energy and max_error"),
         ({"n_components": 2, "weighting": "deltas"}, "one of delta, factors, got 'deltas'"),
         ({"n_components": 2, "sweeps": -1}, "0 or more, got -1"),
     ],

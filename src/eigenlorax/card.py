@@ -42,6 +42,7 @@ def _what(figures: Summary) -> list[str]:
         "| | |",
         "|---|---|",
         f"| weighting | {figures.fit.weighting} |",
+        f"| asked for | {figures.fit.size} |",
     ]
     for side, found in (("down", figures.down), ("up", figures.up)):
         capped = f", {len(found.capped)} capped" if found.capped else ""

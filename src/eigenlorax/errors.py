@@ -129,5 +129,13 @@ class ProjectionWarning(EigenloraxWarning):
     """A part of an adapter lies outside the subspace it was put into, and is lost."""
 
 
+class LossWarning(EigenloraxWarning):
+    """Adapters of which the pack keeps less than the caller wants to hear nothing of."""
+
+
+WARN_ABOVE = 0.5
+"""The delta error above which a `LossWarning` is given, unless told otherwise."""
+
+
 class UnknownBaseWarning(EigenloraxWarning):
     """An adapter that does not say which base model it belongs to."""

@@ -6,16 +6,17 @@ Module by module: what is in memory at one time is one module's factors of all a
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checks, dtypes, formats, keys, manifest, metrics
+from . import checks, dtypes, formats, keys, manifest, metrics, sizes
 from . import subspace as spaces
-from .adapter import Adapter, LoRAFactors
+from .adapter import Adapter
 from .errors import (
+    WARN_ABOVE,
     AdapterNameError,
     EigenloraxError,
     FormatError,
@@ -30,9 +31,11 @@ from .formats import sources
 from .formats.sources import Found, Sources
 from .manifest import FitInfo
 from .options import names as listed
-from .pack import Pack
+from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
+from .sizes import Member, Read, Setting
 from .subspace import FitOptions, ModuleBases, Subspace
+from .summary import Bytes, lossy
 
 DEFAULT_COMPONENTS = 32
 
@@ -44,6 +47,7 @@ def fit(
     *,
     n_components: int | None = None,
     energy: float | None = None,
+    max_error: float | None = None,
     weighting: str = "delta",
     sweeps: int = 2,
     exclude_adapters: str | Sequence[str] = (),
@@ -52,6 +56,7 @@ def fit(
     coefficient_dtype: str | torch.dtype | None = None,
     same_base: bool = False,
     skip_bad: bool = False,
+    warn_above: float = WARN_ABOVE,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     revision: str | None = None,
@@ -64,21 +69,23 @@ def fit(
 
     adapters: folders, parent folders, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
     n_components: at most so many directions on each side of each module (default 32); or energy: the smallest number
-        that keeps this share of the squared norm.
+        that keeps this share of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as
+        its record has it, at most this, with numbers of its own for each side of each module.
     weighting, sweeps: see `FitOptions`.
     exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
         which each adapter then carries as they are.
     dtype, coefficient_dtype: of the stored basis and coefficients; the widest among the sources, and dtype, by default.
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
-        cannot be read or hold NaN or Inf, rather than stop.
+        cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
+        that, and say what would keep them; 1 for never.
     device: where bases are fitted, in float64. progress(stage, done, total) is called as work goes on.
     revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
     wanted = n_components
-    if n_components is None and energy is None:
+    if n_components is None and energy is None and max_error is None:
         n_components = DEFAULT_COMPONENTS
-    fit_options = FitOptions(n_components, energy, weighting, sweeps)
-    fit_device = _device(device)
+    fit_options = FitOptions(n_components, energy, weighting, sweeps, max_error)
+    fit_device, warn_above = _device(device), check_warn_above(warn_above)
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
@@ -98,22 +105,32 @@ def fit(
     shapes = checks.check_one_shape(read, names)
     stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
     stored_coefficients = dtypes.parse(coefficient_dtype) or stored
-    fitted = _fitted(packings, names)
+    setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
+    by_module = _by_module(packings, names)
+    chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
     modules: dict[str, ModuleBases] = {}
-    for done, (name, members) in enumerate(_by_module(packings, names)):
+    for done, (name, members) in enumerate(by_module):
         report("fitting modules", done, len(shapes))
-        modules[name] = _fit_and_project(name, members, fitted, fit_options, stored, stored_coefficients, fit_device)
+        modules[name] = _fit_and_project(name, members, setting, chosen.get(name))
     report("fitting modules", len(shapes), len(shapes))
     subspace = Subspace(modules)
-    return Pack(
+    pack = Pack(
         subspace,
         manifest.describe(subspace),
-        {p.adapter.name: p.packed(in_fit=p.adapter.name in fitted) for p in packings},
-        FitInfo(**asdict(fit_options), excluded_modules=sorted(left_out), skipped=dict(sorted(skipped.items()))),
+        {p.adapter.name: p.packed(in_fit=p.adapter.name in setting.weights) for p in packings},
+        FitInfo(
+            **asdict(fit_options),
+            auto=False,
+            excluded_modules=sorted(left_out),
+            skipped=dict(sorted(skipped.items())),
+        ),
         base_model=base_model,
         revision=base_revision,
         coefficient_dtype=stored_coefficients,
     )
+    if lossy(pack.records, warn_above):
+        warn_of_losses(pack.records, warn_above, _remedy(_reads(by_module), setting, warn_above, pack.summary.bytes))
+    return pack
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -229,36 +246,48 @@ def _by_module(packings: Sequence[Packing], names: dict[str, str]) -> list[tuple
     return sorted(members.items())
 
 
+def _reads(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> dict[str, Read]:
+    """Of each module that some adapter has trained, how its adapters' factors are read."""
+
+    def read(members: Sequence[tuple[Packing, str]]) -> list[Member]:
+        return [_member(packing, module) for packing, module in members]
+
+    return {
+        name: partial(read, members)
+        for name, members in by_module
+        if any(packing.scan.delta_squares[module] > 0 for packing, module in members)
+    }
+
+
+def _remedy(reads: dict[str, Read], setting: Setting, above: float, figures: Bytes) -> str:
+    """What would keep adapters that lose more than `above`, in words."""
+    k, stored = sizes.smallest(reads, setting, above)
+    below = f"About -k {k} (n_components={k}) would bring every adapter below {above:g}"
+    if stored >= figures.lora - figures.carried:
+        return f"{below}, in more bytes than the LoRAs themselves have: keep such adapters as ordinary LoRAs."
+    bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if above else ""
+    return f"{below}{bounded}."
+
+
+def _member(packing: Packing, module: str) -> Member:
+    return Member(packing.adapter.name, packing.adapter.modules[module], packing.scan.delta_squares[module] > 0)
+
+
 def _fit_and_project(
-    name: str,
-    members: Sequence[tuple[Packing, str]],
-    weights: dict[str, float],
-    options: FitOptions,
-    dtype: torch.dtype,
-    coefficient_dtype: torch.dtype,
-    device: torch.device,
+    name: str, members: Sequence[tuple[Packing, str]], setting: Setting, k: sizes.Cell | None
 ) -> ModuleBases:
     """One module: its bases from the adapters that have trained it, and every adapter's coefficients in them."""
-    factors = [packing.adapter.modules[module] for packing, module in members]
-    trained = [
-        (_on_device(one, device), weights[packing.adapter.name])
-        for (packing, module), one in zip(members, factors, strict=True)
-        if packing.scan.delta_squares[module] > 0
-    ]
-    if trained:
-        exact = spaces.fit_module([one for one, _ in trained], [weight for _, weight in trained], options)
+    read = [_member(packing, module) for packing, module in members]
+    if any(member.trained for member in read):
+        exact = setting.fit(read, k)
     else:
-        spec = factors[0].spec
+        spec = read[0].factors.spec
         exact = spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
-    stored = spaces.rounded(exact, dtype)
+    stored = spaces.rounded(exact, setting.dtype)
     before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
-    for (packing, module), one in zip(members, factors, strict=True):
+    for (packing, module), member in zip(members, read, strict=True):
         try:
-            packing.project(module, name, one, stored, coefficient_dtype, dual, before)
+            packing.project(module, name, member.factors, stored, setting.coefficient_dtype, dual, before)
         except NonFiniteError as error:
-            raise NonFiniteError(f"adapter {packing.adapter.name!r}, module {name}: {error}") from error
+            raise NonFiniteError(f"adapter {member.adapter!r}, module {name}: {error}") from error
     return stored
-
-
-def _on_device(factors: LoRAFactors, device: torch.device) -> LoRAFactors:
-    return LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)

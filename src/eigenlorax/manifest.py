@@ -17,19 +17,35 @@ from .version import __version__
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 _FORMAT = "eigenlorax-pack"
+_SINCE_2: dict[str, Any] = {"max_error": None, "auto": False}
+"""Fields of `fit` that version 1 lacks, and what stands for them there."""
 _REMEDY = "Restore the pack from a copy, or fit it again."
 
 
 @dataclass(frozen=True, slots=True)
 class FitInfo:
-    """How the subspace was fitted. `skipped`: adapters left out by request, with the reason."""
+    """How the subspace was fitted. `skipped`: adapters left out by request, with the reason.
+
+    One of n_components, energy and max_error was given; auto: whether n_components was found rather than given.
+    """
 
     n_components: int | None
     energy: float | None
+    max_error: float | None
+    auto: bool
     weighting: str
     sweeps: int
     excluded_modules: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """What decided how many components are kept, in words."""
+        if self.max_error is not None:
+            return f"every adapter's delta error at most {self.max_error:g}"
+        if self.energy is not None:
+            return f"energy {self.energy:g}"
+        return f"at most {self.n_components} components" + (" (auto)" if self.auto else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +164,13 @@ class _UnfitError(Exception):
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:
-    if (body.get("format"), body["format_version"]) != (_FORMAT, keys.FORMAT_VERSION):
+    if body.get("format") != _FORMAT or body["format_version"] < 1:
         raise _UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
     subspace, entries = (dict(_typed(dict, body.get(key), key)) for key in ("subspace", "adapters"))
     found = Manifest(
         base_model=_typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
         revision=_typed(str | None, body.get("revision", ...), "revision"),
-        fit=_typed(FitInfo, body.get("fit"), "fit"),
+        fit=_typed(FitInfo, _fit(body), "fit"),
         subspace_file=_typed(str, subspace.pop("file", None), "subspace.file"),
         subspace_sha256=_typed(str, subspace.pop("sha256", None), "subspace.sha256"),
         subspace=_typed(SubspaceInfo, subspace, "subspace"),
@@ -163,6 +179,17 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     )
     _check(found)
     return found
+
+
+def _fit(body: dict[str, Any]) -> Any:
+    """`fit`, with what an older version lacks."""
+    fit = body.get("fit")
+    if body["format_version"] > 1 or not isinstance(fit, dict):
+        return fit
+    early = sorted(_SINCE_2.keys() & fit.keys())
+    if early:
+        raise _UnfitError(f"fit has the fields {early}, which version 1 lacks.")
+    return {**fit, **_SINCE_2}
 
 
 def _entry(value: Any, where: str) -> Entry:
@@ -207,7 +234,11 @@ def _check(found: Manifest) -> None:
     for right, what in (
         (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
         ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
-        ((fit.n_components is None) != (fit.energy is None), "fit must have one of n_components and energy"),
+        (
+            [fit.n_components, fit.energy, fit.max_error].count(None) == 2,
+            "fit must have one of n_components, energy and max_error",
+        ),
+        (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
         (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
         (all(subspace.n_extra <= side.k <= side.dimension for side in sides), "a k is out of range"),
         (all(side.square >= 0 for side in sides), "a square is negative"),

@@ -16,7 +16,9 @@ from . import checks, dtypes, folder, formats, hub, keys, known, manifest, metri
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
+    WARN_ABOVE,
     AdapterNameError,
+    LossWarning,
     ModuleNameError,
     OptionError,
     PackBusyError,
@@ -28,9 +30,10 @@ from .errors import (
 from .formats import hf_peft, sources
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .options import names as listed
+from .options import number
 from .packed import PackedAdapter, Packing, Record
 from .subspace import Subspace
-from .summary import Summary, summarize
+from .summary import Summary, losses, lossy, summarize
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -271,13 +274,16 @@ class Pack:
         name: str | None = None,
         carry_missing: bool = False,
         same_base: bool = False,
+        warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
         """Project one more adapter on the subspace; the record says how much of it was lost.
 
         carry_missing: keep modules that the subspace lacks as they are, rather than refuse the adapter.
+        warn_above: the delta error above which is warned of it; 1 for never.
         options: those of `read_adapter`.
         """
+        warn_above = check_warn_above(warn_above)
         if isinstance(source, Adapter):
             checks.check_made(source)
             adapter = source
@@ -304,6 +310,7 @@ class Pack:
                 UntrainedAdapterWarning,
                 stacklevel=2,
             )
+        warn_of_losses({adapter.name: added.record}, warn_above)
         self._adapters[adapter.name] = added
         self.base_model = self.base_model or adapter.base_model
         self.revision = self.revision or adapter.revision
@@ -464,6 +471,24 @@ class Pack:
                 token=token,
                 create_pr=create_pr,
             )
+
+
+def check_warn_above(value: float) -> float:
+    """`value` as a number from 0 to 1."""
+    found = number("warn_above", value)
+    if not 0 <= found <= 1:
+        raise OptionError(f"warn_above is a relative error, 0 to 1 (1: never warn), got {value}.")
+    return found
+
+
+def warn_of_losses(
+    records: Mapping[str, Record],
+    above: float,
+    remedy: str = "Fit the pack again with such adapters among the sources, or keep the LoRAs themselves.",
+) -> None:
+    """`LossWarning` of the trained adapters whose delta error is above that; 1 for never."""
+    if lossy(records, above):
+        warnings.warn(f"{losses(records, above)} {remedy}", LossWarning, stacklevel=3)
 
 
 def _check_no_cache(target: Path) -> None:

@@ -4,7 +4,7 @@ The mathematics, with proofs and measurements, is in docs/method.md. Nothing her
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -20,13 +20,16 @@ from .errors import NonFiniteError, OptionError
 from .options import integer, number
 
 WEIGHTINGS = ("delta", "factors")
+SIZES = ("n_components", "energy", "max_error")
+"""The options of which one says how many components are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
     """How a subspace is fitted; valid from birth.
 
-    n_components: at most so many on each side of each module; or energy: the smallest number that keeps this share.
+    One of n_components: at most so many on each side of each module; energy: the smallest number that keeps this
+        share; max_error: as few bytes as keep every adapter's delta error at most this (`sizes` finds the numbers).
     weighting: "delta" weighs each factor by the other one, so that the error of the update itself is minimised;
         "factors" stacks the factors as they are (arXiv 2502.04700).
     sweeps: alternating refinements of the "delta" fit; the objective never grows with one.
@@ -36,13 +39,24 @@ class FitOptions:
     energy: float | None = None
     weighting: str = "delta"
     sweeps: int = 2
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("n_components", integer), ("energy", number), ("sweeps", integer)):
+        for name, kind in (("n_components", integer), ("energy", number), ("max_error", number), ("sweeps", integer)):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind(name, value))
-        one.check_size(self.n_components, self.energy)
+        sizes = {name: getattr(self, name) for name in SIZES}
+        if sum(value is not None for value in sizes.values()) != 1:
+            given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+            raise OptionError(
+                f"give one of n_components, energy and max_error, not both, all or none of them: got {given}. "
+                "For example n_components=32, energy=0.9, or max_error=0.3."
+            )
+        if self.max_error is None:
+            one.check_size(self.n_components, self.energy)
+        elif not 0 < self.max_error < 1:
+            raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
         if self.weighting not in WEIGHTINGS:
             raise OptionError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         if self.sweeps < 0:
@@ -146,36 +160,112 @@ def delta_square(factors: LoRAFactors) -> float:
     return max(factors.scaling**2 * float((down_gram * up_gram).sum()), 0.0)
 
 
-def fit_module(factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> ModuleBases:
+Chooser = Callable[[Tensor, tuple[int, int]], int]
+"""From a spectrum and the shape of its stack to how many directions to keep."""
+
+
+def fit_module(
+    factors: Sequence[LoRAFactors],
+    weights: Sequence[float],
+    options: FitOptions,
+    k: tuple[int, int] | None = None,
+) -> ModuleBases:
     """The bases of one module, float64, from its adapters' factors, none of which may be a zero update.
 
     weights: one positive number an adapter, 1 / ‖its whole delta weight‖ where every adapter should count alike; they
-    enter the "delta" weighting only. `rounded` makes the bases ready to be stored.
+    enter the "delta" weighting only. k: so many components (down, up), which `max_error` needs to be told; in place of
+    what the options say. `rounded` makes the bases ready to be stored.
     """
-    down = linalg.RowStack([f.down for f in factors])
-    up = linalg.RowStack([f.up.mT for f in factors])
-    choose = one.chooser(options.n_components, options.energy)
-    if options.weighting == "factors":
-        identities = [torch.eye(f.down.shape[0], dtype=torch.float64, device=f.down.device) for f in factors]
-        first_down, first_up = down.leading(identities, choose), up.leading(identities, choose)
-        return ModuleBases(
-            down=_finished(first_down, first_down, identities, down),
-            up=_finished(first_up, first_up, identities, up),
+    stack = ModuleStack(factors, weights, options)
+    if k is not None:
+        return stack.fit(stack.whole(), k)
+    return stack.finished(stack.first(one.chooser(options.n_components, options.energy)))
+
+
+Pair = tuple[linalg.Leading, linalg.Leading]
+
+
+class ModuleStack:
+    """One module's factors, stacked and weighted: what fits of every size start from."""
+
+    __slots__ = ("_sweeps", "down", "down_roots", "scales", "up", "up_roots")
+
+    def __init__(self, factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> None:
+        self.down = linalg.RowStack([f.down for f in factors])
+        self.up = linalg.RowStack([f.up.mT for f in factors])
+        self.scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
+        self._sweeps = options.sweeps if options.weighting == "delta" else 0
+        if options.weighting == "factors":
+            identities = [torch.eye(f.down.shape[0], dtype=torch.float64, device=f.down.device) for f in factors]
+            self.down_roots = self.up_roots = identities
+        else:
+            grams = [gram_pair(f) for f in factors]
+            self.down_roots = [s * linalg.psd_root(gram) for s, (_, gram) in zip(self.scales, grams, strict=True)]
+            self.up_roots = [s * linalg.psd_root(gram) for s, (gram, _) in zip(self.scales, grams, strict=True)]
+
+    def without(self, index: int) -> "ModuleStack":
+        """The same but for one adapter. What is known of the others is not computed again."""
+        found = object.__new__(ModuleStack)
+        found.down, found.up = self.down.without(index), self.up.without(index)
+        for name in ("scales", "down_roots", "up_roots"):
+            values = getattr(self, name)
+            setattr(found, name, [*values[:index], *values[index + 1 :]])
+        found._sweeps = self._sweeps
+        return found
+
+    def sizes(self, whole: Pair, options: FitOptions) -> tuple[int, int]:
+        """How many components (down, up) the options ask for."""
+        choose = one.chooser(options.n_components, options.energy)
+        down, up = (
+            choose(leading.singular_values, (stack.rows.shape[0], stack.rows.shape[1]))
+            for leading, stack in zip(whole, (self.down, self.up), strict=True)
         )
-    grams = [gram_pair(f) for f in factors]
-    scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
-    down_roots = [scale * linalg.psd_root(gram) for scale, (_, gram) in zip(scales, grams, strict=True)]
-    up_roots = [scale * linalg.psd_root(gram) for scale, (gram, _) in zip(scales, grams, strict=True)]
-    first_down, first_up = down.leading(down_roots, choose), up.leading(up_roots, choose)
-    last_down, last_up = first_down, first_up
-    keep_down, keep_up = one.chooser(first_down.k, None), one.chooser(first_up.k, None)
-    for _ in range(options.sweeps):
-        last_down = down.leading(_projected_roots(last_up, up.blocks, scales), keep_down)
-        last_up = up.leading(_projected_roots(last_down, down.blocks, scales), keep_up)
-    return ModuleBases(
-        down=_finished(first_down, last_down, down_roots, down),
-        up=_finished(first_up, last_up, up_roots, up),
+        return down, up
+
+    def first(self, choose: Chooser) -> Pair:
+        """The leading directions of each side by itself, as many as `choose` says."""
+        return self.down.leading(self.down_roots, choose), self.up.leading(self.up_roots, choose)
+
+    def whole(self) -> Pair:
+        """All directions of each side by itself, up to its numerical rank; `fit` takes as many as it is asked for."""
+        return self.first(one.chooser(None, 1.0))
+
+    def fit(self, whole: Pair, k: tuple[int, int]) -> ModuleBases:
+        """The bases with `k` components (down, up), or fewer where the rank is less; 0 on both sides drops the module.
+
+        whole: what `whole` gave, which fits of several sizes share.
+        """
+        if k == (0, 0):
+            return ModuleBases(down=_without(whole[0], self.down), up=_without(whole[1], self.up))
+        return self.finished((_cut(whole[0], k[0]), _cut(whole[1], k[1])))
+
+    def finished(self, first: Pair) -> ModuleBases:
+        """The bases after the sweeps, as wide as those of `first`."""
+        down, up = first
+        keep_down, keep_up = one.chooser(down.k, None), one.chooser(up.k, None)
+        for _ in range(self._sweeps):
+            down = self.down.leading(_projected_roots(up, self.up.blocks, self.scales), keep_down)
+            up = self.up.leading(_projected_roots(down, self.down.blocks, self.scales), keep_up)
+        return ModuleBases(
+            down=_finished(first[0], down, self.down_roots, self.down),
+            up=_finished(first[1], up, self.up_roots, self.up),
+        )
+
+
+def _cut(leading: linalg.Leading, k: int) -> linalg.Leading:
+    """The first `k` directions alone."""
+    # contiguous copies: a slice would keep the others alive
+    return replace(
+        leading,
+        projection=leading.projection[:, :k].contiguous(),
+        components=lambda: leading.components()[:k].clone(),
     )
+
+
+def _without(leading: linalg.Leading, stack: linalg.RowStack) -> Basis:
+    """No component, beside the spectrum of what is dropped."""
+    none = torch.zeros(0, stack.rows.shape[1], dtype=torch.float64)
+    return Basis(none, leading.singular_values.float().cpu(), energy=0.0)
 
 
 def _projected_roots(other: linalg.Leading, blocks: Sequence[slice], scales: Sequence[float]) -> list[Tensor]:

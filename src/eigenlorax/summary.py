@@ -158,4 +158,20 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     )
 
 
+def lossy(records: Mapping[str, Record], share: float) -> list[str]:
+    """The trained adapters whose delta error is above `share`, the worst first; none of them where that is 1."""
+    if share >= 1:
+        return []
+    found = [name for name, record in records.items() if not record.untrained and record.delta_error > share]
+    return sorted(found, key=lambda name: (-records[name].delta_error, name))
+
+
+def losses(records: Mapping[str, Record], share: float) -> str:
+    """What is lost of the adapters that `lossy` names, in words: five of them, and how many more there are."""
+    found = lossy(records, share)
+    named = ", ".join(f"{name} ({records[name].delta_error:.2f})" for name in found[:5])
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return f"more than {share:g} of the update is lost (delta error) of {named}{more}."
+
+
 SIDE_NAMES = {side: f"{side} ({keys.LORA_PARTS[side]})" for side in keys.SIDES}

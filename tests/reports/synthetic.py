@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+
 from eigenlorax.reports import data
 
 BERT = ("attention.self.query", "attention.self.value")
@@ -14,7 +15,7 @@ HOSTILE = "<script>alert(1)</script>&\"'|`*$x$"
 def report(
     adapters=30, *, layers=12, kinds=BERT, width=768, k=32, seed=3, names=None, base_model="FacebookAI/roberta-base"
 ):
-    """A report with every field filled. Adapters come in four clusters, the last one an outlier, the first untrained."""
+    """A report with every field filled. Adapters come in four clusters, the last is an outlier, the first untrained."""
     random = np.random.default_rng(seed)
     names = names or [
         f"{('sst2', 'mnli-genre', 'org--intent-classifier', 'spam')[i % 4]}-{i:03d}" for i in range(adapters)
@@ -60,9 +61,9 @@ def report(
         starts=data.Starts(
             groups=[data.StartGroup(names[: max(2, adapters // 3)], 0.912, 0.013)],
             energies=[
-                data.StartEnergy("all", adapters, 0.741, 0.623, 0.902, 0.885),
-                data.StartEnergy("group 1", max(2, adapters // 3), 0.988, 0.651, 0.931, 0.917),
-                data.StartEnergy("others", adapters - max(2, adapters // 3), 0.522, 0.609, 0.871, 0.866),
+                data.StartEnergy("all", adapters, 8, 0.741, 0.623, 0.902, 0.885),
+                data.StartEnergy("group 1", max(2, adapters // 3), 8, 0.988, 0.651, 0.931, 0.917),
+                data.StartEnergy("others", adapters - max(2, adapters // 3), 8, 0.522, 0.609, 0.871, 0.866),
             ],
         ),
         similarity=similarity,
@@ -110,7 +111,7 @@ def bare(adapters=3):
         ],
         module_errors=[],
         bytes=dataclasses.replace(full.bytes, lora_stored=None, break_even=None, over_n=[]),
-        **{name: None for name in ("in_fit", "projected", "left_out", "starts", "similarity")},
+        **dict.fromkeys(("in_fit", "projected", "left_out", "starts", "similarity")),
         **{name: [] for name in ("baselines", "duplicates", "outliers", "untrained", "sizes", "evaluations", "notes")},
     )
 
@@ -335,7 +336,7 @@ def _evaluations(names):
             8.412,
             8.471,
             13.92,
-        )  # fmt: skip
+        )
     )
     return made
 
@@ -354,7 +355,7 @@ def _verdict(names):
             ),
             data.Finding(
                 "start",
-                f"{max(2, len(names) // 3)} adapters began with the same random A. They look alike on that side for this reason.",
+                f"{max(2, len(names) // 3)} adapters began with the same random A. They look alike there for this reason.",
                 "Judge the collection by the updates, not by A.",
                 False,
                 names[: max(2, len(names) // 3)],

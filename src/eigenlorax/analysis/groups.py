@@ -75,7 +75,9 @@ def clustering(overlap: Float[Tensor, "n n"]) -> Clustering:
         from scipy.spatial.distance import squareform
         from sklearn.metrics import silhouette_score
     except ImportError as error:
-        raise MissingExtraError("a report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'.") from error
+        raise MissingExtraError(
+            "a report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'."
+        ) from error
     n = len(overlap)
     if n < 2:
         return Clustering(np.zeros((0, 4)), list(range(n)), [], None)

@@ -114,7 +114,9 @@ def truncated(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> 
     values: squared singular values of each module; costs: bytes of one singular direction in each. The directions that
     keep most for a byte are taken first, as long as they fit.
     """
-    found = [(float(value) / cost, float(value), cost) for row, cost in zip(values, costs, strict=True) for value in row]
+    found = [
+        (float(value) / cost, float(value), cost) for row, cost in zip(values, costs, strict=True) for value in row
+    ]
     total = 0.0
     for _, value, cost in sorted(found, reverse=True):
         if value > 0 and cost <= budget:

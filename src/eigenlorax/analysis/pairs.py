@@ -76,7 +76,9 @@ class Pairs:
             crossed = (down_blocks.square().sum((1, 3)) - _diagonal_squares(down_blocks)).double()
             self._fill("down", here, later, aligned * down_size[here, None] * down_size[None, later])
             square = down_size.square()
-            self._fill("down_cross", here, later, crossed * square[here, None] * square[None, later] * chance[here, None])
+            self._fill(
+                "down_cross", here, later, crossed * square[here, None] * square[None, later] * chance[here, None]
+            )
             aligned = torch.diagonal(up_blocks, dim1=1, dim2=3).sum(-1).double()
             scale = up_size * unscaled
             self._fill("up", here, later, aligned * scale[here, None] * scale[None, later])

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import WARN_ABOVE
 from . import console
 
 EPILOG = """Examples:
@@ -27,6 +28,9 @@ def add(
     carry_missing: Annotated[
         bool, typer.Option("--carry-missing", help="Keep modules that the subspace lacks as they are.")
     ] = False,
+    warn_above: Annotated[
+        float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
+    ] = WARN_ABOVE,
     same_base: console.SameBase = False,
     allow_pickle: console.AllowPickle = False,
     revision: console.Revision = None,
@@ -34,8 +38,9 @@ def add(
 ) -> None:
     """Project more adapters on a pack's subspace, and say how much of each was lost."""
     from ..formats import sources
-    from ..pack import Pack
+    from ..pack import Pack, check_warn_above, warn_of_losses
 
+    warn_above = check_warn_above(warn_above)
     with console.working() as progress, Pack.edit(pack) as opened:
         found = sources.find(adapters)
         records = {}
@@ -47,11 +52,13 @@ def add(
                 name=one.name,
                 carry_missing=carry_missing,
                 same_base=same_base,
+                warn_above=1.0,
                 allow_pickle=allow_pickle,
                 revision=revision,
             )
             (name,) = set(opened.names) - before
             records[name] = record
+        warn_of_losses(records, warn_above)
     if json:
         console.print_json({"pack": str(pack), "added": {name: asdict(record) for name, record in records.items()}})
     else:

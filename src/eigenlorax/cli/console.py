@@ -161,7 +161,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *[(f"  left out: {name}", reason) for name, reason in figures.fit.skipped.items()],
         ("modules", str(figures.modules)),
         *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
-        ("fit", f"weighting {figures.fit.weighting}, {_size(figures)}, stored as {dtype}"),
+        ("fit", f"weighting {figures.fit.weighting}, {figures.fit.size}, stored as {dtype}"),
         *_component_rows("components, down (lora_A)", figures.down),
         *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
@@ -186,11 +186,6 @@ def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
-
-
-def _size(figures: "Summary") -> str:
-    fit = figures.fit
-    return f"at most {fit.n_components} components" if fit.n_components is not None else f"energy {fit.energy:g}"
 
 
 def _component_rows(label: str, found: "Components") -> list[tuple[str, str]]:

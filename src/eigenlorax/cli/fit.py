@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import WARN_ABOVE
 from . import console
 
 EPILOG = """Examples:
@@ -14,7 +15,9 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/* org/on-the-hub mine=runs/3/best -o pack/ -k 64
 
-  eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite"""
+  eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
+
+  eigenlorax fit adapters/ -o pack/ --max-error 0.3"""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +44,10 @@ def fit(
         float | None,
         typer.Option(metavar="E", help="Instead of K: the share of squared norm to keep, above 0, at most 1."),
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Instead of K: as few bytes as keep every adapter's delta error at most X."),
+    ] = None,
     weighting: Annotated[
         str, typer.Option(help="delta: least error of the updates. factors: the paper's, of A and B apart.")
     ] = "delta",
@@ -54,6 +61,9 @@ def fit(
         str | None, typer.Option(help="float32, float16, bfloat16, float64. (Default: the widest of the sources.)")
     ] = None,
     coefficient_dtype: Annotated[str | None, typer.Option(help="That of the coefficients (default: DTYPE).")] = None,
+    warn_above: Annotated[
+        float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
+    ] = WARN_ABOVE,
     same_base: console.SameBase = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out, and name, adapters that are broken or hold NaN or Inf.")
@@ -75,6 +85,7 @@ def fit(
             adapters,
             n_components=n_components,
             energy=energy,
+            max_error=max_error,
             weighting=weighting,
             sweeps=sweeps,
             exclude_adapters=exclude_adapter or (),
@@ -83,6 +94,7 @@ def fit(
             coefficient_dtype=coefficient_dtype,
             same_base=same_base,
             skip_bad=skip_bad,
+            warn_above=warn_above,
             device=device,
             progress=progress,
             allow_pickle=allow_pickle,

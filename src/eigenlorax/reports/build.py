@@ -368,7 +368,8 @@ def _module_errors(
         return []
     places = {name: place for place, name in enumerate(measured.names)}
     return [
-        [measured.errors[module][places[row.name]] if row.name in places else None for module in modules] for row in rows
+        [measured.errors[module][places[row.name]] if row.name in places else None for module in modules]
+        for row in rows
     ]
 
 
@@ -485,7 +486,9 @@ def _similarity(
     explained = groups.mean_losses(pairs)[2]
     # the order of leaves is that of the rows and columns: the tree speaks of places in it
     place = {leaf: rank for rank, leaf in enumerate(order)}
-    tree = [[*(float(place.get(int(one), int(one))) for one in row[:2]), float(row[2]), float(row[3])] for row in found.tree]
+    tree = [
+        [*(float(place.get(int(one), int(one))) for one in row[:2]), float(row[2]), float(row[3])] for row in found.tree
+    ]
     _, share = groups.on_a_map(cosines(recycled.delta))
     return (
         Similarity(
@@ -600,7 +603,9 @@ def _notes(pack: Pack, found: Originals | None, measured: Measured | None) -> li
             "random; --left-out says how many."
         )
     if len(pack) > MATRIX:
-        notes.append(f"The matrices of similarity are in the page alone: the collection has more than {MATRIX} adapters.")
+        notes.append(
+            f"The matrices of similarity are in the page alone: the collection has more than {MATRIX} adapters."
+        )
     carried = [name for name, record in pack.records.items() if record.carried_bytes]
     if carried:
         notes.append(f"{len(carried)} adapters carry tensors as they are; those lose nothing and are in no error here.")

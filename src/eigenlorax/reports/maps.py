@@ -8,8 +8,7 @@ from jaxtyping import Float
 
 from . import numbers, svg
 from .data import AdapterFigures, Report, Similarity
-from .plots import WIDE
-from .svg import ink, series
+from .svg import WIDE, ink, series
 
 MOST_NAMES = 40
 """Adapters up to which each has its name in a picture."""
@@ -18,8 +17,8 @@ PIXELS = 500
 """Rows and columns of a matrix's picture, at most."""
 
 _NAMED_WORST, _NAMED_OUTLIERS = 5, 20
-_CHARACTER, _LINE = 0.6, 1.25
-"""Width and height of a character of text, in its size."""
+_SIZE, _CHARACTER, _LINE = 11, 0.6, 1.25
+"""Of a name on the map: its size in pixels, and the width and height of a character in it."""
 
 
 def matrices(report: Report, similarity: Similarity) -> str:
@@ -38,9 +37,14 @@ def matrices(report: Report, similarity: Similarity) -> str:
         axes[-1].tick_params(labelleft=False, labelright=few)
         if few:
             axes[-1].set_yticks(range(len(names)), [numbers.shortened(name, 28) for name in names])
-            axes[-1].tick_params(axis="y", labelcolor=ink("text"), labelsize=max(7, 11 - len(names) / 9))
+            axes[-1].tick_params(axis="y", labelcolor=ink("text"), labelsize=11)
 
-    return svg.draw("matrices", (WIDE, 410 if few else 500), "Similarity of adapters, with their dendrogram", paint)
+    return svg.draw(
+        "matrices",
+        (WIDE, max(410, 130 + 14 * len(names)) if few else 520),
+        "Similarity of adapters, with their dendrogram",
+        paint,
+    )
 
 
 def picture(matrix: Float[np.ndarray, "n n"]) -> str:
@@ -48,7 +52,7 @@ def picture(matrix: Float[np.ndarray, "n n"]) -> str:
     table = downsampled(matrix, PIXELS)
 
     def paint(figure: Any) -> None:
-        _matrix(figure, figure.subplots(), table, "cosine of the updates", diagonal=len(matrix) == len(table))
+        _matrix(figure, figure.subplots(), table, "cosine of the updates")
 
     return svg.draw("picture", (560, 580), f"Cosines of the updates of {len(matrix):,} adapters", paint)
 
@@ -68,29 +72,32 @@ def points(report: Report) -> str:
     shown = [one for one in report.adapters if one.x is not None and one.y is not None]
     places = np.array([(one.x, one.y) for one in shown], dtype=float)
     outliers = set(report.outliers)
-    size = (760, 560)
+    size = (WIDE, 600)
 
     def paint(figure: Any) -> None:
         figure.set_layout_engine("none")
-        axis = figure.add_axes((0.03, 0.03, 0.94, 0.94))
+        axis = figure.add_axes((0, 0, 1, 1))
         axis.set_aspect("equal", adjustable="datalim")
-        axis.grid(visible=False)
-        axis.tick_params(length=0, labelbottom=False, labelleft=False)
+        axis.set_axis_off()
         axis.margins(0.09)
         radius = 4.5 if len(shown) <= 200 else 3.2
         colours = [ink("muted") if one.cluster is None else series(one.cluster) for one in shown]
-        edges = [ink("bad") if one.name in outliers else ink("card") for one in shown]
-        axis.scatter(*places.T, s=(2 * radius) ** 2, c=colours, edgecolors=edges, linewidths=1.1, gid="points-marks")
+        axis.scatter(
+            *places.T, s=(2 * radius) ** 2, c=colours, edgecolors=ink("card"), linewidths=1, gid="points-marks"
+        )
+        ringed = places[[one.name in outliers for one in shown]]
+        axis.scatter(*ringed.T, s=(2 * radius + 7) ** 2, facecolors="none", edgecolors=ink("bad"), linewidths=1.6)
         figure.draw_without_rendering()
         pixels = axis.transData.transform(places) * 72 / figure.dpi
-        for at, anchor, name in _labels(pixels, _named(report, shown), shown, radius, size):
+        for number, (at, anchor, name) in enumerate(_labels(pixels, _named(report, shown), shown, radius, size)):
             axis.annotate(
                 name,
                 at,
                 xycoords="figure pixels",
-                fontsize=9,
+                fontsize=_SIZE,
                 ha=anchor,
                 va="center",
+                gid=f"points-name-{number}",
                 color=ink("bad") if name in outliers else ink("text"),
             )
 
@@ -100,9 +107,9 @@ def points(report: Report) -> str:
     return svg.titled(drawn, "points-marks", [_tooltip(one) for one in shown]) if len(shown) <= 1000 else drawn
 
 
-def _matrix(figure: Any, axis: Any, table: np.ndarray, title: str, *, diagonal: bool = True) -> None:
+def _matrix(figure: Any, axis: Any, table: np.ndarray, title: str) -> None:
     """Cosines from −top to top, overlaps from 0; top is the largest off the diagonal, which says nothing."""
-    others = table[~np.eye(len(table), dtype=bool)] if diagonal else table
+    others = table[~np.eye(len(table), dtype=bool)]
     top = max(float(np.abs(others).max(initial=0)), 0.01)
     signed = "cosine" in title
     # few colours make a small image
@@ -139,9 +146,9 @@ def _dendrogram(axis: Any, tree: Sequence[Sequence[float]], leaves: int) -> None
 def _named(report: Report, shown: list[AdapterFigures]) -> list[int]:
     """Places in `shown` of those that are named, the most important first."""
     outliers = [one.name for one in shown if one.name in set(report.outliers)][:_NAMED_OUTLIERS]
-    first = {name: None for name in [*outliers, *(one.name for one in shown[:_NAMED_WORST])]}
+    first = dict.fromkeys([*outliers, *(one.name for one in shown[:_NAMED_WORST])])
     if len(shown) <= MOST_NAMES:
-        first |= {one.name: None for one in shown}
+        first |= dict.fromkeys(one.name for one in shown)
     where = {one.name: place for place, one in enumerate(shown)}
     return [where[name] for name in first]
 
@@ -156,10 +163,10 @@ def _labels(
     taken: list[tuple[float, float, float, float]] = []
     for place in named:
         name = numbers.shortened(shown[place].name, 26)
-        width, height = len(name) * 9 * _CHARACTER, 9 * _LINE
+        width, height = len(name) * _SIZE * _CHARACTER, _SIZE * _LINE
         best = None
         for dx, dy in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, 2), (1, -2), (-1, 2), (-1, -2)):
-            x = pixels[place][0] + dx * (radius + 4)
+            x = pixels[place][0] + dx * (radius + 5)
             y = pixels[place][1] + dy * (height * 0.75)
             box = (x if dx > 0 else x - width, y - height / 2, x + width if dx > 0 else x, y + height / 2)
             if box[0] < 4 or box[2] > size[0] - 4 or box[1] < 4 or box[3] > size[1] - 4:

@@ -1,6 +1,7 @@
 """Pieces of the page as HTML: tables, figures, folds, names. Whatever comes from outside is escaped here."""
 
 import html
+import re
 from collections.abc import Sequence
 
 from . import numbers
@@ -10,6 +11,21 @@ from .tables import Cell, Column, Table
 def text(value: str) -> str:
     """The text as HTML shows it."""
     return html.escape(value)
+
+
+def prose(value: str) -> str:
+    """The text, with what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(value))
+
+
+def words(*pairs: tuple[str, str]) -> str:
+    """Terms and their meanings, HTML already."""
+    return f'<dl class="words">{"".join(f"<dt>{word}</dt><dd>{meaning}</dd>" for word, meaning in pairs)}</dl>'
+
+
+def columns(found: Table) -> str:
+    """What a table's columns mean, where their headings do not say."""
+    return words(*((text(column.label), text(column.meaning)) for column in found.columns if column.meaning))
 
 
 def paragraph(*sentences: str) -> str:

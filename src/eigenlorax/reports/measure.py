@@ -305,7 +305,9 @@ def energies(
             if members:
                 weights = [spaces.delta_square(one) ** -0.5 for one in members]
                 weighted = (members, weights)
-                sums[who].append((*spectra.energy(weighted, (k, k), "factors"), *spectra.energy(weighted, (k, k), "delta")))
+                sums[who].append(
+                    (*spectra.energy(weighted, (k, k), "factors"), *spectra.energy(weighted, (k, k), "delta"))
+                )
     progress("weighing shared starts", len(pack.info.modules), len(pack.info.modules))
     found = {}
     for who, rows in sums.items():

@@ -7,7 +7,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def error(value: float | None) -> str:
-    """Three decimals; below a thousandth two digits and an exponent, so that what is small does not look like nothing."""
+    """Three decimals; below a thousandth two digits and an exponent: what is small shall not look like nothing."""
     if value is None:
         return MISSING
     if value == 0:

@@ -1,7 +1,7 @@
 """Pictures as inline SVG: drawn by matplotlib, coloured by the page. Nothing here knows what is shown.
 
-Colours are drawn as stand-ins and come out as CSS variables, `--ink-…`, so that the page's light and dark themes are the
-picture's too. Text stays text, in the page's font. The same picture gives the same bytes.
+Colours are drawn as stand-ins and come out as CSS variables, `--ink-…`, so that the page's light and dark themes are
+the picture's too. Text stays text, in the page's font. The same picture gives the same bytes.
 """
 
 import html
@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import MissingExtraError
+
+WIDE, HALF = 1000, 492
+"""Widths in pixels: of the page, and of one of two pictures side by side."""
 
 SERIES = 8
 """Colours that can be told apart, `series(0)` to `series(SERIES - 1)`."""
@@ -87,12 +90,12 @@ def _style(name: str) -> dict[str, Any]:
         "svg.hashsalt": name,
         # a `$` in a name is a dollar
         "text.parse_math": False,
-        "font.size": 11,
-        "axes.titlesize": 12,
+        "font.size": 12,
+        "axes.titlesize": 12.5,
         "axes.titlelocation": "left",
         "axes.titlepad": 10,
-        "axes.labelsize": 11,
-        "legend.fontsize": 10.5,
+        "axes.labelsize": 12,
+        "legend.fontsize": 12,
         "legend.frameon": False,
         "axes.grid": True,
         "axes.axisbelow": True,

@@ -1,4 +1,4 @@
-"""The report's tables as data: what the page and Markdown both print. Columns in which nothing was measured are left out."""
+"""The report's tables as data: what the page and Markdown both print. Columns without a single figure are left out."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -61,18 +61,18 @@ def adapters(report: Report, most: int | None = None) -> Table:
         ),
         _Field("int8", lambda a: a.int8_error, numbers.error, "error of its factors in int8"),
         _Field("int4", lambda a: a.int4_error, numbers.error, "error of its factors in int4"),
-        _Field("rounding", lambda a: None if a.untrained else a.rounding_error, numbers.error, "the share of rounding"),
-        _Field("A alone", lambda a: a.factor_error_down, numbers.error, "error of the down factor"),
-        _Field("B alone", lambda a: a.factor_error_up, numbers.error, "error of the up factor"),
         _Field("nearest", lambda a: a.nearest, meaning="the adapter of the largest |cosine|", numeric=False),
         _Field("cosine", lambda a: a.nearest_cosine, numbers.cosine, "with the nearest"),
         _Field("overlap", lambda a: a.overlap, numbers.share, "how much of its directions the others have, on average"),
         _Field("cluster", lambda a: None if a.cluster is None else a.cluster + 1, str),
+        _Field("LoRA", lambda a: a.lora_bytes, numbers.size, "tensor bytes of its factors", exact=True),
+        _Field("here", lambda a: a.coefficient_bytes, numbers.size, "bytes of its coefficients", exact=True),
+        _Field("rounding", lambda a: None if a.untrained else a.rounding_error, numbers.error, "the share of rounding"),
+        _Field("A alone", lambda a: a.factor_error_down, numbers.error, "error of the down factor"),
+        _Field("B alone", lambda a: a.factor_error_up, numbers.error, "error of the up factor"),
         _Field("norm", lambda a: a.norm, numbers.norm, "‖D‖"),
         _Field("rank", lambda a: ", ".join(map(str, a.ranks))),
         _Field("modules", lambda a: a.modules, numbers.count),
-        _Field("LoRA", lambda a: a.lora_bytes, numbers.size, "tensor bytes of its factors", exact=True),
-        _Field("here", lambda a: a.coefficient_bytes, numbers.size, "bytes of its coefficients", exact=True),
         _Field(
             "carried", lambda a: a.carried_bytes or None, numbers.size, "bytes the subspace cannot hold", exact=True
         ),
@@ -170,8 +170,15 @@ def evaluations(report: Report) -> Table:
         _Field("perplexity: original", lambda e: e.original_perplexity, numbers.plain),
         _Field("perplexity: recycled", lambda e: e.recycled_perplexity, numbers.plain, "perplexity as it comes back"),
         _Field("perplexity: no update", lambda e: e.without_perplexity, numbers.plain, "perplexity of the base model"),
-        _Field("agreement", lambda e: e.agreement, numbers.share, "share of predictions that are equal, original and recycled"),
-        _Field("agreement: no update", lambda e: e.without_agreement, numbers.share, "the same, original and no update"),
+        _Field(
+            "agreement",
+            lambda e: e.agreement,
+            numbers.share,
+            "share of predictions that are equal, original and recycled",
+        ),
+        _Field(
+            "agreement: no update", lambda e: e.without_agreement, numbers.share, "the same, original and no update"
+        ),
         _Field("KL", lambda e: e.kl, numbers.error, "of the recycled from the original, nats a row or token"),
         _Field("KL: no update", lambda e: e.without_kl, numbers.error, "the same, original and no update"),
     ]

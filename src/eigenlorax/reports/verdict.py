@@ -164,7 +164,9 @@ def _start(report: Report) -> list[Finding]:
         row, others = energies.get(f"group {number}"), energies.get("others")
         kept = ""
         if row is not None:
-            kept = f" {row.k} directions hold {share(row.factors_down)} of their A, and {share(row.factors_up)} of their B"
+            kept = (
+                f" {row.k} directions hold {share(row.factors_down)} of their A, and {share(row.factors_up)} of their B"
+            )
             kept += f"; of the others' A {share(others.factors_down)}." if others is not None else "."
         found.append(
             Finding(
@@ -278,7 +280,9 @@ def _task(report: Report) -> list[Finding]:
         original, recycled = (sum(column) / len(scored) for column in zip(*scored, strict=True))
         text = f"On {plural(len(scored), 'labelled task')}, accuracy is {original:.3f} with the original adapters and "
         found.append(
-            Finding("task", f"{text}{recycled:.3f} with the recycled ones, on average.", good=recycled >= original - 0.01)
+            Finding(
+                "task", f"{text}{recycled:.3f} with the recycled ones, on average.", good=recycled >= original - 0.01
+            )
         )
     if report.evaluations:
         agreement = sum(one.agreement for one in report.evaluations) / len(report.evaluations)
@@ -324,7 +328,9 @@ def _loss(report: Report) -> list[Finding]:
 def _bytes(report: Report) -> list[Finding]:
     b = report.bytes
     even = (
-        f"it pays from {plural(b.break_even, 'adapter')} of this size on" if b.break_even is not None else "it never pays at this k"
+        f"it pays from {plural(b.break_even, 'adapter')} of this size on"
+        if b.break_even is not None
+        else "it never pays at this k"
     )
     if b.ratio < 1:
         return [
@@ -365,7 +371,12 @@ def _rivals(report: Report) -> list[Finding]:
         )
     for key, bits in (("int4", 4), ("int8", 8)):
         one = known.get(key)
-        if one is not None and one.stored_bytes is not None and one.errors.mean <= pack.errors.mean and one.stored_bytes <= pack.stored_bytes:
+        if (
+            one is not None
+            and one.stored_bytes is not None
+            and one.errors.mean <= pack.errors.mean
+            and one.stored_bytes <= pack.stored_bytes
+        ):
             found.append(
                 Finding(
                     "baseline",

@@ -136,7 +136,12 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     """How many classes an adapter's head tells apart: the number with which the model's head has its shapes."""
     from transformers import AutoModelForSequenceClassification
 
-    shapes = {key.removeprefix(keys.MODEL_PREFIX): tuple(tensor.shape) for key, tensor in adapter.heads.items()}
+    # with trained biases, PEFT writes some under the names of what it wraps modules in, those of a head twice
+    shapes = {
+        key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", "."): tuple(tensor.shape)
+        for key, tensor in adapter.heads.items()
+        if not {"modules_to_save", "original_module"} & set(key.split("."))
+    }
     if not shapes:
         raise AdapterNameError(f"adapter {adapter.name!r} has no head: there is nothing that tells classes apart.")
     config = copy.deepcopy(config)

@@ -1,0 +1,219 @@
+"""The report's curves: spectra, principal angles, errors and bytes over k, the ratio over the number of adapters.
+
+Each function takes the report, and gives an `<svg>`.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import kinds, numbers, svg
+from .data import Report, SideFigures
+from .svg import HALF, WIDE, ink, series
+
+SIDES = (("down", "down (LoRA A)"), ("up", "up (LoRA B)"))
+
+MOST_KINDS = 8
+
+
+def scree(report: Report) -> str:
+    """The spectrum, its mean over the modules of a kind, and that of Gaussian adapters; logarithmic."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (side, title) in zip(axes, SIDES, strict=True):
+            _curves(axis, report, side, lambda spectrum: spectrum)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(_plain)
+            axis.minorticks_off()
+            axis.set(title=title, xlabel="direction")
+            axis.margins(x=0.01)
+            _mark_k(axis, [getattr(module, side) for module in report.modules])
+        axes[0].set_ylabel("share of energy")
+        _legend_below(figure, axes[0])
+
+    return svg.draw("scree", (WIDE, 360), "Share of energy by direction, for each side and kind of module", paint)
+
+
+def cumulative(report: Report) -> str:
+    """The energy that the first directions keep, likewise."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (side, title) in zip(axes, SIDES, strict=True):
+            _curves(axis, report, side, np.cumsum)
+            axis.set(title=title, xlabel="directions kept", ylim=(0, 1.02))
+            axis.margins(x=0.01)
+            _mark_k(axis, [getattr(module, side) for module in report.modules], at=0.08)
+        axes[0].set_ylabel("energy kept")
+        _legend_below(figure, axes[0])
+
+    return svg.draw("cumulative", (WIDE, 360), "Energy kept by the first directions, for each side and kind", paint)
+
+
+def angles(report: Report) -> str:
+    """Principal angles between the subspaces of two halves of the collection, sorted, their mean over modules."""
+
+    def paint(figure: Any) -> None:
+        axis = figure.subplots()
+        for number, (side, title) in enumerate(SIDES):
+            found = [getattr(module, side).angles for module in report.modules if getattr(module, side).angles]
+            if found:
+                mean = _mean(found, np.nan)
+                axis.plot(np.arange(1, len(mean) + 1), mean, color=series(number), label=title)
+        axis.set(ylim=(0, 92), yticks=[0, 30, 60, 90], xlabel="principal angle, in order", ylabel="degrees")
+        axis.legend(loc="lower right")
+
+    return svg.draw("angles", (HALF, 300), "Principal angles between the subspaces of two halves", paint)
+
+
+def ratio(report: Report) -> str:
+    """The compression ratio over the number of adapters, the basis counted."""
+    counted, found = zip(*report.bytes.over_n, strict=True)
+
+    def paint(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.axhline(
+            report.bytes.limit, color=ink("muted"), linestyle="--", linewidth=1.2, label="limit: the basis is free"
+        )
+        axis.axhline(1, color=ink("bad"), linestyle=":", linewidth=1.4, label="as large as the LoRAs")
+        axis.plot(counted, found, color=series(0))
+        if report.bytes.break_even is not None:
+            axis.plot(
+                [report.bytes.break_even], [1], "o", color=ink("bad"), label=f"break-even: {report.bytes.break_even:,}"
+            )
+        axis.plot(
+            [report.collection.adapters],
+            [report.bytes.ratio],
+            "o",
+            color=series(0),
+            markersize=7,
+            label=f"this pack: {numbers.ratio(report.bytes.ratio)}",
+        )
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(_plain)
+        axis.minorticks_off()
+        axis.set(xlabel="adapters", ylabel="compression ratio", ylim=(0, report.bytes.limit * 1.12))
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return svg.draw("ratio", (HALF, 330), "Compression ratio over the number of adapters", paint)
+
+
+def sizes(report: Report) -> str:
+    """Errors over k."""
+    k = [point.k for point in report.sizes]
+
+    def paint(figure: Any) -> None:
+        axis = figure.subplots()
+        for number, (field, label) in enumerate(
+            (("mean", "mean"), ("worst", "worst"), ("left_out", "left out, mean"), ("random", "random bases, mean"))
+        ):
+            found = [(at, getattr(point, field)) for at, point in zip(k, report.sizes, strict=True)]
+            found = [pair for pair in found if pair[1] is not None]
+            if found:
+                dash = "--" if field == "random" else "-"
+                axis.plot(
+                    *zip(*found, strict=True), dash, marker="o", markersize=3.5, color=series(number), label=label
+                )
+        axis.set(xlabel="k", ylabel="delta error")
+        axis.set_ylim(0, max(1.15, axis.get_ylim()[1]))
+        _mark_k(axis, _all_sides(report))
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return svg.draw("sizes", (HALF, 330), "Errors over the number of components", paint)
+
+
+def size_bytes(report: Report) -> str:
+    """Bytes over k, and where they exceed those of the LoRAs."""
+    k = [point.k for point in report.sizes]
+    stored = [point.stored_bytes for point in report.sizes]
+    top = max(*stored, report.bytes.lora)
+    unit, name = next(((10**p, n) for p, n in ((9, "GB"), (6, "MB"), (3, "kB")) if top >= 10**p), (1, "bytes"))
+
+    def paint(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.plot(
+            k,
+            [value / unit for value in stored],
+            marker="o",
+            markersize=3.5,
+            color=series(0),
+            label="basis and coefficients",
+        )
+        axis.axhline(report.bytes.lora / unit, color=ink("bad"), linestyle=":", label="the LoRAs")
+        crossing = _crossing(k, stored, report.bytes.lora)
+        if crossing is not None:
+            axis.axvspan(crossing, k[-1], color=ink("bad"), alpha=0.1, linewidth=0, label="larger than the LoRAs")
+        axis.set(xlabel="k", ylabel=name)
+        axis.set_ylim(0, 1.18 * top / unit)
+        _mark_k(axis, _all_sides(report))
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return svg.draw("size-bytes", (HALF, 330), "Bytes over the number of components", paint)
+
+
+def _curves(axis: Any, report: Report, side: str, of: Any) -> None:
+    for number, (label, group) in enumerate(kinds.grouped(report.modules, MOST_KINDS).items()):
+        found = [getattr(module, side).spectrum for module in group if getattr(module, side).spectrum]
+        if found:
+            curve = of(_mean(found, 0.0))
+            style = "-" if number < 4 else "-."
+            axis.plot(
+                range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), style, color=series(number), label=label
+            )
+    null = [getattr(module, side).null for module in report.modules if getattr(module, side).null]
+    if null:
+        curve = of(_mean(null, 0.0))
+        axis.plot(range(1, len(curve) + 1), curve, "--", color=ink("muted"), linewidth=1.4, label="Gaussian adapters")
+
+
+def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:
+    """Their mean, place by place. beyond: what a curve has after its end; NaN where it then no longer counts."""
+    table = np.full((len(curves), max(map(len, curves))), beyond)
+    for row, curve in zip(table, curves, strict=True):
+        row[: len(curve)] = curve
+    return np.asarray(np.nanmean(table, axis=0))
+
+
+def _all_sides(report: Report) -> list[SideFigures]:
+    return [side for module in report.modules for side in (module.down, module.up)]
+
+
+def _mark_k(axis: Any, sides: list[SideFigures], at: float = 1.0) -> None:
+    """A line where most sides are cut, a band from the least to the most; its words at this height of the axes."""
+    found = [side.k for side in sides]
+    middle = statistics.median_low(found)
+    if min(found) < max(found):
+        axis.axvspan(min(found), max(found), color=ink("accent"), alpha=0.1, linewidth=0)
+    axis.axvline(middle, color=ink("accent"), linewidth=1.2)
+    axis.annotate(
+        f"k = {middle}" if min(found) == max(found) else f"k = {min(found)}–{max(found)}",
+        (middle, at),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -2),
+        textcoords="offset points",
+        va="top",
+        color=ink("accent"),
+        fontsize=11.5,
+    )
+
+
+def _crossing(k: list[int], stored: list[int], limit: int) -> float | None:
+    for (left, low), (right, high) in zip(
+        zip(k, stored, strict=True), list(zip(k, stored, strict=True))[1:], strict=False
+    ):
+        if low <= limit < high:
+            return left + (right - left) * (limit - low) / (high - low)
+    return float(k[0]) if stored[0] > limit else None
+
+
+def _legend_below(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower left", ncols=5)
+
+
+def _plain(value: float, _place: int) -> str:
+    return f"{value:g}" if value < 1e5 else f"{value:.0e}"

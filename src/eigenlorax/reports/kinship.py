@@ -1,0 +1,110 @@
+"""The page's section on how the adapters lie to one another: matrices, the map, and who belongs together."""
+
+import numpy as np
+from jaxtyping import Float
+
+from . import maps, numbers, svg, tables
+from .data import Report, Similarity
+from .markup import chips, figure, fold, paragraph, table, words
+
+
+def render(report: Report, matrix: Float[np.ndarray, "n n"] | None) -> str:
+    """Matrices or the picture of one, the map, and the groups; "" where nothing of it was measured."""
+    near = report.similarity
+    if near is None:
+        return _groups(report, None)
+    figures = [
+        f"mean cosine {numbers.cosine(near.mean_cosine)}" if near.mean_cosine is not None else "",
+        f"silhouette of the clusters {numbers.cosine(near.silhouette)}" if near.silhouette is not None else "",
+    ]
+    said = ", ".join(part for part in figures if part)
+    of = "as they were" if near.of == "originals" else "as they come back from the pack, for want of the originals"
+    content = [
+        paragraph(
+            f"Compared are the updates of {numbers.plural(len(near.names), 'trained adapter')}, {of}: those whose "
+            "branches join early, and those close on the map, share directions.",
+            f"{said[:1].upper()}{said[1:]}." if said else "",
+        )
+    ]
+    off_scale = "The diagonal, 1, is off the scale."
+    if near.cosine:
+        content.append(figure(maps.matrices(report, near), f"In the order of the dendrogram. {off_scale}"))
+    elif matrix is not None:
+        averaged = " Neighbours are averaged." if len(matrix) > maps.PIXELS else f" {off_scale}"
+        content.append(figure(maps.picture(matrix), f"In the order of the dendrogram.{averaged}", wide=False))
+    if any(one.x is not None and one.y is not None for one in report.adapters):
+        share = (
+            f" It shows {numbers.share(near.map_share)} of the squared distance." if near.map_share is not None else ""
+        )
+        outliers = " Outliers are ringed." if report.outliers else ""
+        content += [
+            "<h3>Map</h3>",
+            figure(
+                maps.points(report),
+                f"Each point an adapter, coloured by cluster; point at one to read it.{outliers}{share}",
+            ),
+        ]
+    content.append(_groups(report, near))
+    content.append(
+        fold(
+            "The words",
+            words(
+                ("cosine", "of two updates D as long vectors: 1 the same but for size, 0 nothing in common."),
+                ("overlap", "how much of their directions two adapters share, whatever they do along them: 0 to 1."),
+                (
+                    "silhouette",
+                    "how much nearer the adapters of a cluster are to each other than to the next: −1 to 1.",
+                ),
+                (
+                    "start",
+                    "LoRA's A begins as random numbers. Of one seed, adapters keep part of them, and look alike.",
+                ),
+            ),
+        )
+    )
+    return "".join(content)
+
+
+def _groups(report: Report, near: Similarity | None) -> str:
+    content = []
+    if near is not None and near.clusters:
+        cards = [
+            _group(
+                f'<span class="dot" style="background: var(--ink-series-{place % svg.SERIES})"></span>'
+                f"Cluster {place + 1}: {numbers.plural(len(one.adapters), 'adapter')}",
+                f"Overlap {numbers.share(one.overlap)}; with the others {numbers.share(one.overlap_with_others)}.",
+                one.adapters,
+            )
+            for place, one in enumerate(near.clusters)
+        ]
+        content += ["<h3>Clusters</h3>", f'<div class="groups">{"".join(cards)}</div>']
+    if report.starts is not None and report.starts.groups:
+        content += [
+            "<h3>Shared starts</h3>",
+            paragraph("These adapters began as the same random numbers: their A look alike for that reason alone."),
+            table(tables.start_groups(report.starts.groups)),
+        ]
+        content += [
+            fold(f"Adapters of group {place}", chips(group.adapters, most=64))
+            for place, group in enumerate(report.starts.groups, start=1)
+        ]
+        if report.starts.energies:
+            content.append(
+                paragraph("The energy that k directions keep, with and without them. Trust “updates” more than “A”.")
+                + table(tables.start_energies(report.starts.energies))
+            )
+    cards = [
+        _group(f"Duplicates, {place}", "Equal updates, but for rounding.", names)
+        for place, names in enumerate(report.duplicates, start=1)
+    ]
+    if report.outliers:
+        cards.append(_group("Outliers", "They share little with the others.", report.outliers))
+    if report.untrained:
+        cards.append(_group("Untrained", "Their update is zero; they are left out of the fit.", report.untrained))
+    if cards:
+        content += ["<h3>To look at</h3>", f'<div class="groups">{"".join(cards)}</div>']
+    return "".join(content)
+
+
+def _group(title: str, meaning: str, names: list[str]) -> str:
+    return f'<div class="group"><h4>{title}</h4><p>{meaning}</p>{chips(names)}</div>'

@@ -1,0 +1,371 @@
+"""How many components each side of each module needs, so that no adapter loses more than was asked for.
+
+A *cell* is a pair (k_down, k_up) of one module. It costs bytes, and of every adapter it loses a share of the squared
+norm. Wanted is one cell of each module, together as cheap as can be. How they are found, and what is promised, is in
+docs/method.md. Nothing here knows of files or packs.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from . import knapsack, metrics
+from . import subspace as spaces
+from .adapter import LoRAFactors
+from .errors import NonFiniteError, OptionError
+from .knapsack import Menu
+from .subspace import FitOptions, ModuleBases, ModuleStack, Pair
+
+Cell = tuple[int, int]
+Report = Callable[[str, int, int], None]
+
+STAGE = "choosing sizes"
+ROUNDS = 30
+WORK = 40_000.0
+"""What a search may cost beyond its first fits, in units of about a millisecond."""
+TABLE_BYTES = 2**28
+NOTHING: Cell = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter in one module. trained: whether its update there is not zero."""
+
+    adapter: str
+    factors: LoRAFactors
+    trained: bool
+
+
+Read = Callable[[], Sequence[Member]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How modules are fitted and stored. weights: 1 / ‖delta weight‖ of every adapter that takes part in the fit."""
+
+    options: FitOptions
+    weights: Mapping[str, float]
+    dtype: torch.dtype
+    coefficient_dtype: torch.dtype
+    device: torch.device
+
+    def fit(self, members: Sequence[Member], k: Cell | None) -> ModuleBases:
+        """The bases of a module, from the adapters that have trained it."""
+        return spaces.fit_module(*self._trained(members), self.options, k)
+
+    def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ModuleStack:
+        """The adapters that have trained a module, as `fit` stacks them.
+
+        worth: how much each of them counts beside its weight; then the weighting is that of the updates.
+        """
+        factors, weights = self._trained(members)
+        if worth is None:
+            return ModuleStack(factors, weights, self.options)
+        extra = [math.sqrt(worth[member.adapter]) for member in members if member.trained]
+        scaled = [weight * more for weight, more in zip(weights, extra, strict=True)]
+        return ModuleStack(factors, scaled, replace(self.options, weighting="delta"))
+
+    def _trained(self, members: Sequence[Member]) -> tuple[list[LoRAFactors], list[float]]:
+        trained = [member for member in members if member.trained]
+        return [_on(m.factors, self.device) for m in trained], [self.weights[m.adapter] for m in trained]
+
+
+def _on(factors: LoRAFactors, device: torch.device) -> LoRAFactors:
+    return LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A cell that was fitted: what it really costs, and each adapter's share that is lost, (n,)."""
+
+    price: int
+    losses: np.ndarray
+
+
+class Module:
+    """One module: its cells, what they cost and, by a fit without sweeps or by fits that were made, what they lose."""
+
+    def __init__(self, name: str, read: Read, setting: Setting, most: int) -> None:
+        self.name, self._read, self._setting = name, read, setting
+        self._index = {adapter: index for index, adapter in enumerate(setting.weights)}
+        members = read()
+        self._prices = _prices(members, setting)
+        stack = setting.stack(members)
+        whole = stack.whole()
+        self.full: Cell = (whole[0].k, whole[1].k)
+        self.cells = [
+            NOTHING,
+            *((down, up) for down in _steps(self.full[0], most) for up in _steps(self.full[1], most)),
+        ]
+        self.at = {cell: index for index, cell in enumerate(self.cells)}
+        self.prices = np.array([self.price(cell) for cell in self.cells], dtype=np.float64)
+        self.table = self._nested(members, stack, whole)
+        rows = min(stack.down.rows.shape[0], max(stack.down.rows.shape[1], stack.up.rows.shape[1]))
+        # four eigenproblems, and some thirty small products an adapter
+        self.work = 4 * (1 + 2e-7 * rows**3) + 0.6 * len(members)
+        self.known = {NOTHING: Known(0, self.table[0])}
+        self.evaluate([self.full], members, stack, whole)
+
+    def price(self, cell: Cell) -> int:
+        """Bytes of the components and of every adapter's coefficients."""
+        return cell[0] * self._prices[0] + cell[1] * self._prices[1]
+
+    def _nested(self, members: Sequence[Member], stack: ModuleStack, whole: Pair) -> np.ndarray:
+        """What every cell loses of every adapter, (c, n), if the bases are those of the first spectra."""
+        table = np.zeros((len(self.cells), len(self._index)))
+        down, up = np.array(self.cells).T
+        for member, kept in _kept(members, stack, whole):
+            weight = self._setting.weights[member.adapter] ** 2
+            total = weight * spaces.delta_square(member.factors)
+            lost = total - weight * kept.table(np.unique(down), np.unique(up))
+            rows, columns = (np.searchsorted(np.unique(k), k) for k in (down, up))
+            table[:, self._index[member.adapter]] = np.maximum(lost[rows, columns], 0.0)
+        return table
+
+    def evaluate(
+        self,
+        cells: Sequence[Cell],
+        members: Sequence[Member] | None = None,
+        stack: ModuleStack | None = None,
+        whole: Pair | None = None,
+    ) -> None:
+        """Fit these cells as `fit` will, and measure what is lost after rounding."""
+        unknown = [cell for cell in cells if cell not in self.known]
+        if not unknown:
+            return
+        members = members if members is not None else self._read()
+        stack = stack or self._setting.stack(members)
+        whole = whole or stack.whole()
+        for cell in unknown:
+            self.known[cell] = self._fitted(cell, members, stack, whole)
+
+    def _fitted(self, cell: Cell, members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Known:
+        exact = stack.fit(whole, cell)
+        stored = spaces.rounded(exact, self._setting.dtype)
+        before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
+        losses = np.zeros(len(self._index))
+        for member in members:
+            if member.adapter not in self._index:
+                continue
+            try:
+                coefficients = spaces.project(member.factors, stored, self._setting.coefficient_dtype, dual)
+            except NonFiniteError as error:
+                if cell == self.full:
+                    raise NonFiniteError(f"adapter {member.adapter!r}, module {self.name}: {error}") from error
+                # the little of this adapter that lies in so few directions cannot be stored
+                losses[:] = np.inf
+                break
+            lost = metrics.module_error(member.factors, coefficients, stored, before).lost
+            losses[self._index[member.adapter]] = lost * self._setting.weights[member.adapter] ** 2
+        return Known(self.price((exact.down.k, exact.up.k)), losses)
+
+    def menu(self) -> Menu:
+        """What is known, and for all other cells what the table says, corrected by how far it was off nearby."""
+        tried = [cell for cell in self.known if cell not in (NOTHING, self.full)]
+        prices, losses = self.prices.copy(), self.table
+        if tried:
+            said = self.table[[self.at[cell] for cell in tried]]
+            found = np.array([self.known[cell].losses for cell in tried])
+            ratios = np.where(said > 1e-12, found / np.maximum(said, 1e-12), 1.0).clip(0.2, 5.0)
+            logs, places = np.log(np.array(self.cells[1:])), np.log(np.array(tried))
+            distance = np.abs(logs[:, None] - places[None]).sum(axis=2)
+            losses = losses.copy()
+            losses[1:] *= ratios[distance.argmin(axis=1)]
+        else:
+            losses = losses.copy()
+        for cell, known in self.known.items():
+            prices[self.at[cell]], losses[self.at[cell]] = known.price, known.losses
+        return Menu(prices, losses)
+
+    def least(self, worth: Mapping[str, float]) -> np.ndarray:
+        """The least that any bases of each cell's size can lose of all adapters together, weighted by `worth`, (c,).
+
+        By Eckart and Young on one side alone; what was fitted is known.
+        """
+        sigmas = [side.singular_values for side in self._setting.stack(self._read(), worth).whole()]
+        tails = [np.append(s.square().flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0) for s in sigmas]
+        down, up = np.array(self.cells).T
+        least = np.maximum(*(tail[np.minimum(k, len(tail) - 1)] for tail, k in zip(tails, (down, up), strict=True)))
+        least *= 1 - 1e-9
+        weights = np.array([worth[adapter] for adapter in self._index])
+        for cell, known in self.known.items():
+            least[self.at[cell]] = float(known.losses @ weights)
+        return least
+
+    def measured(self) -> tuple[list[Cell], Menu]:
+        """The cells that were fitted, and those alone."""
+        cells = sorted(self.known)
+        prices = np.array([self.known[cell].price for cell in cells], dtype=np.float64)
+        return cells, Menu(prices, np.array([self.known[cell].losses for cell in cells]))
+
+
+def _steps(rank: int, most: int) -> list[int]:
+    """Numbers of components to look at, up to the rank: all, or ever wider steps."""
+    if rank <= most:
+        return list(range(1, rank + 1))
+    return sorted({round(step) for step in np.geomspace(1, rank, most)})
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """‖U D Vᵀ‖² of one adapter's update in a module, for any number of leading directions on each side.
+
+    down, up: Gram matrices of the projected factors, flat, (k + 1, r²), of the first 0, 1, … directions.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    scaling: float
+
+    def table(self, down: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """For every number of directions in `down` with every one in `up`."""
+        found: np.ndarray = self.scaling**2 * (self.down[down] @ self.up[up].T)
+        return found
+
+    def diagonal(self, down: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """For one number in `down` with one in `up`, pair by pair."""
+        found: np.ndarray = self.scaling**2 * (self.down[down] * self.up[up]).sum(axis=1)
+        return found
+
+
+def _kept(members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Iterable[tuple[Member, Kept]]:
+    """Of each adapter that has trained a module, what the bases of the first spectra keep."""
+    trained = [member for member in members if member.trained]
+    for member, *blocks in zip(trained, stack.down.blocks, stack.up.blocks, strict=True):
+        grams = []
+        for side, block in zip(whole, blocks, strict=True):
+            rows = side.projection[block].cpu()
+            zero = torch.zeros(1, rows.shape[0] ** 2, dtype=torch.float64)
+            grams.append(torch.cat([zero, torch.einsum("ik,jk->kij", rows, rows).flatten(1).cumsum(0)]).numpy())
+        yield member, Kept(grams[0], grams[1], member.factors.scaling)
+
+
+def _prices(members: Sequence[Member], setting: Setting) -> tuple[int, int]:
+    """Bytes of one more component on each side (down, up): its own, and those of every adapter's coefficients."""
+    spec = members[0].factors.spec
+    coefficients = sum(member.factors.spec.rank for member in members) * setting.coefficient_dtype.itemsize
+    return (
+        spec.in_features * setting.dtype.itemsize + coefficients,
+        spec.out_features * setting.dtype.itemsize + coefficients,
+    )
+
+
+def choose(reads: Mapping[str, Read], setting: Setting, report: Report) -> dict[str, Cell]:
+    """The components (down, up) of each module with which every adapter's delta error is at most `max_error`.
+
+    reads: of every module that some adapter has trained, its adapters' factors, read anew at each call.
+    """
+    assert setting.options.max_error is not None
+    # a hair below, for the last bits of the sum that the record makes of it
+    bound = setting.options.max_error**2 * (1 - 1e-12)
+    most = int(math.sqrt(TABLE_BYTES / (8 * len(setting.weights) * len(reads))))
+    modules = []
+    for done, (name, read) in enumerate(reads.items()):
+        report(STAGE, done, len(reads))
+        modules.append(Module(name, read, setting, max(24, min(most, 160))))
+    best = [module.full for module in modules]
+    _check_reachable(_losses(modules, best), bound, setting)
+    budget = WORK
+    worth = np.ones(len(setting.weights))
+    for _ in range(ROUNDS):
+        menus = [module.menu() for module in modules]
+        worth = knapsack.multipliers(menus, bound)
+        start = [module.at[cell] for module, cell in zip(modules, best, strict=True)]
+        picks = knapsack.good(menus, bound, worth, start)
+        cells = [module.cells[pick] for module, pick in zip(modules, picks, strict=True)]
+        fresh = [module for module, cell in zip(modules, cells, strict=True) if cell not in module.known]
+        for module, cell in zip(modules, cells, strict=True):
+            module.evaluate([cell])
+        budget -= sum(module.work for module in fresh)
+        if (_losses(modules, cells) <= bound).all() and _price(modules, cells) < _price(modules, best):
+            best = cells
+        if not fresh or budget < 0:
+            break
+    best = _searched(modules, best, bound, worth, setting, budget, report)
+    report(STAGE, len(reads), len(reads))
+    return {module.name: cell for module, cell in zip(modules, best, strict=True)}
+
+
+def smallest(reads: Mapping[str, Read], setting: Setting, error: float) -> tuple[int, int]:
+    """The least number of components, one for every side, with which every adapter's delta error is about `error` at
+    most, and the bytes of components and coefficients that takes. An estimate: by bases without sweeps or rounding."""
+    index = {adapter: at for at, adapter in enumerate(setting.weights)}
+    kept, ranks, prices = np.zeros((0, len(index))), [], []
+    for read in reads.values():
+        members = read()
+        stack = setting.stack(members)
+        whole = stack.whole()
+        ranks.append((whole[0].k, whole[1].k))
+        prices.append(_prices(members, setting))
+        steps = np.arange(max(len(kept) - 1, *ranks[-1]) + 1)
+        kept = np.pad(kept, ((0, len(steps) - len(kept)), (0, 0)), mode="edge" if len(kept) else "constant")
+        for member, square in _kept(members, stack, whole):
+            both = [np.minimum(steps, rank) for rank in ranks[-1]]
+            kept[:, index[member.adapter]] += setting.weights[member.adapter] ** 2 * square.diagonal(*both)
+    lost = np.sqrt(np.maximum(1 - kept, 0.0)).max(axis=1)
+    k = int(np.flatnonzero(lost <= max(error, lost[-1]))[0])
+    numbers = [(min(k, down), min(k, up)) for down, up in ranks]
+    return k, sum(
+        n * price for pair, cost in zip(numbers, prices, strict=True) for n, price in zip(pair, cost, strict=True)
+    )
+
+
+def _losses(modules: Sequence[Module], cells: Sequence[Cell]) -> np.ndarray:
+    found: np.ndarray = np.sum([m.known[cell].losses for m, cell in zip(modules, cells, strict=True)], axis=0)
+    return found
+
+
+def _price(modules: Sequence[Module], cells: Sequence[Cell]) -> int:
+    return sum(module.known[cell].price for module, cell in zip(modules, cells, strict=True))
+
+
+def _check_reachable(losses: np.ndarray, bound: float, setting: Setting) -> None:
+    """`OptionError` if some adapter loses more than it may though no direction is left out."""
+    worst = int(losses.argmax())
+    if losses[worst] > bound:
+        error = math.sqrt(losses[worst])
+        wider = "float64" if torch.float32 in (setting.dtype, setting.coefficient_dtype) else "float32"
+        raise OptionError(
+            f"max_error={setting.options.max_error:g} cannot be reached: with every direction kept, adapter "
+            f"{list(setting.weights)[worst]!r} has a delta error of {error:.2g}, which is rounding. Store the pack in "
+            f"a wider dtype (--dtype {wider}), or ask for max_error={_above(error):g}."
+        )
+
+
+def _above(error: float) -> float:
+    """Two digits, not below `error`."""
+    scale = 10.0 ** (1 - math.floor(math.log10(error)))
+    return math.ceil(error * scale) / scale
+
+
+def _searched(
+    modules: Sequence[Module],
+    best: list[Cell],
+    bound: float,
+    worth: np.ndarray,
+    setting: Setting,
+    budget: float,
+    report: Report,
+) -> list[Cell]:
+    """The best selection there is, where all cells that may be part of it can be fitted; else the one given."""
+    if sum(len(module.cells) for module in modules) > 20_000:
+        return best
+    by_name = dict(zip(setting.weights, worth.tolist(), strict=True))
+    least = [module.least(by_name) for module in modules]
+    room = bound * float(worth.sum()) * (1 + 1e-9)
+    may = knapsack.promising([module.prices for module in modules], least, room, _price(modules, best))
+    fresh = [
+        [cell for cell, flag in zip(module.cells, flags, strict=True) if flag and cell not in module.known]
+        for module, flags in zip(modules, may, strict=True)
+    ]
+    if sum(len(cells) * module.work for module, cells in zip(modules, fresh, strict=True)) > budget:
+        return best
+    for done, (module, cells) in enumerate(zip(modules, fresh, strict=True)):
+        report(STAGE, done, len(modules))
+        module.evaluate(cells)
+    measured = [module.measured() for module in modules]
+    picks = knapsack.cheapest([menu for _, menu in measured], bound, worth, _price(modules, best))
+    return [cells[pick] for (cells, _), pick in zip(measured, picks, strict=True)] if picks is not None else best
