@@ -63,7 +63,10 @@ def fitted(sources):
 
 @dataclass(frozen=True)
 class Verb:
-    """A change of the folder `pack`, by a call and by a command. `fresh`: there is no pack before."""
+    """A change of the folder `pack`, by a call and by a command. `fresh`: there is no pack before.
+
+    Commands give no note: where no file may get longer, it would be cut short on stderr, and the error with it.
+    """
 
     call: Callable[[Path, Path, ex.Pack], object]
     arguments: str
@@ -88,12 +91,16 @@ def remove(sources: Path, place: Path, fitted: ex.Pack) -> None:
 
 
 VERBS = {
-    "fit": Verb(lambda sources, place, fitted: fitted.save(place), "fit {sources}/two -o {pack} -k 3", fresh=True),
+    "fit": Verb(
+        lambda sources, place, fitted: fitted.save(place),
+        "fit {sources}/two -o {pack} -k 3 --warn-above 1",
+        fresh=True,
+    ),
     "fit --overwrite": Verb(
         lambda sources, place, fitted: fitted.save(place, overwrite=True),
-        "fit {sources}/two -o {pack} -k 3 --overwrite",
+        "fit {sources}/two -o {pack} -k 3 --overwrite --warn-above 1",
     ),
-    "add": Verb(add, "add {pack} {sources}/new/delta zeta={sources}/two/gamma"),
+    "add": Verb(add, "add {pack} {sources}/new/delta zeta={sources}/two/gamma --warn-above 1"),
     "remove": Verb(remove, "remove {pack} beta"),
     "remove and add": Verb(replace, ""),
 }

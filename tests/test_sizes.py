@@ -308,6 +308,14 @@ class TestKnapsack:
                 found = min(found, knapsack.price(menus, picks))
         return found
 
+    def dearest(self, menus, bound):
+        within = [
+            picks
+            for picks in itertools.product(*(range(len(menu.prices)) for menu in menus))
+            if (knapsack.loads(menus, picks) <= bound).all()
+        ]
+        return max(within, key=lambda picks: knapsack.price(menus, picks))
+
     @pytest.mark.parametrize("seed", range(5))
     def test_the_cheapest_is_found(self, seed):
         menus, bound = self.menus(seed), 1.6
@@ -329,8 +337,7 @@ class TestKnapsack:
     @pytest.mark.parametrize("seed", range(5))
     def test_no_exchange_of_two_improves_a_good_one(self, seed):
         menus, bound = self.menus(seed), 1.6
-        start = [int(menu.losses.max(axis=1).argmin()) for menu in menus]
-        assert (knapsack.loads(menus, start) <= bound).all()
+        start = self.dearest(menus, bound)
         picks = knapsack.good(menus, bound, knapsack.multipliers(menus, bound), start)
         assert (knapsack.loads(menus, picks) <= bound).all()
         for one, two in itertools.combinations(range(len(menus)), 2):
@@ -342,7 +349,7 @@ class TestKnapsack:
 
     def test_what_can_be_part_of_a_cheap_selection_is_promising(self):
         menus, bound = self.menus(3), 1.6
-        worth, below = knapsack.multipliers(menus, bound), self.best(menus, bound) + 15
+        worth, below = knapsack.multipliers(menus, bound), self.best(menus, bound) + 25
         weighted = [menu.losses @ worth for menu in menus]
         may = knapsack.promising([menu.prices for menu in menus], weighted, bound * worth.sum(), below)
         needed = 0

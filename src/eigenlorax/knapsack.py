@@ -51,7 +51,8 @@ def multipliers(menus: Sequence[Menu], bound: float) -> np.ndarray:
         step = np.clip(loads(menus, picks) / bound - 1, -1, 1) / (1 + turn / 8)
         worth = worth * np.exp(step)
     # a total that never binds is worth nothing; but not so little that it is lost in rounding
-    return np.maximum(found, 1e-6 * found.max())
+    floored: np.ndarray = np.maximum(found, 1e-6 * found.max())
+    return floored
 
 
 def good(menus: Sequence[Menu], bound: float, worth: np.ndarray, start: Sequence[int]) -> list[int]:
@@ -149,7 +150,8 @@ class Stairs:
     def price(self, room: np.ndarray) -> np.ndarray:
         """The least price with a loss of at most `room`; infinite where there is none."""
         at = np.searchsorted(self.losses, room, side="right") - 1
-        return np.where(at >= 0, self.prices[np.maximum(at, 0)], np.inf)
+        found: np.ndarray = np.where(at >= 0, self.prices[np.maximum(at, 0)], np.inf)
+        return found
 
 
 EMPTY = Stairs(np.zeros(1), np.zeros(1))

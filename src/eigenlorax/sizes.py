@@ -188,8 +188,9 @@ class Module:
         sigmas = [side.singular_values for side in self._setting.stack(self._read(), worth).whole()]
         tails = [np.append(s.square().flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0) for s in sigmas]
         down, up = np.array(self.cells).T
-        least = np.maximum(*(tail[np.minimum(k, len(tail) - 1)] for tail, k in zip(tails, (down, up), strict=True)))
-        least *= 1 - 1e-9
+        of_down, of_up = (tail[np.minimum(k, len(tail) - 1)] for tail, k in zip(tails, (down, up), strict=True))
+        # a hair lower, for the last bits of the spectra
+        least: np.ndarray = np.maximum(of_down, of_up) * (1 - 1e-9)
         weights = np.array([worth[adapter] for adapter in self._index])
         for cell, known in self.known.items():
             least[self.at[cell]] = float(known.losses @ weights)
@@ -356,7 +357,8 @@ def _searched(
     by_name = dict(zip(setting.weights, worth.tolist(), strict=True))
     least = [module.least(by_name) for module in modules]
     room = bound * float(worth.sum()) * (1 + 1e-9)
-    may = knapsack.promising([module.prices for module in modules], least, room, _price(modules, best))
+    below = float(_price(modules, best))
+    may = knapsack.promising([module.prices for module in modules], least, room, below)
     fresh = [
         [cell for cell, flag in zip(module.cells, flags, strict=True) if flag and cell not in module.known]
         for module, flags in zip(modules, may, strict=True)
@@ -367,5 +369,5 @@ def _searched(
         report(STAGE, done, len(modules))
         module.evaluate(cells)
     measured = [module.measured() for module in modules]
-    picks = knapsack.cheapest([menu for _, menu in measured], bound, worth, _price(modules, best))
+    picks = knapsack.cheapest([menu for _, menu in measured], bound, worth, below)
     return [cells[pick] for (cells, _), pick in zip(measured, picks, strict=True)] if picks is not None else best

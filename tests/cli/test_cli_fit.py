@@ -426,7 +426,7 @@ class TestOptions:
             (["--energy", 1.5], ["energy", "at most 1", "1.5"]),
             (["--energy", 0], ["energy", "above 0", "0.0"]),
             (["--energy", "nan"], ["energy", "nan"]),
-            (["--energy", 0.9, "-k", 4], ["either n_components or energy", "n_components=4, energy=0.9"]),
+            (["--energy", 0.9, "-k", 4], ["one of n_components, energy and max_error", "n_components=4, energy=0.9"]),
             (["-k", 4, "--weighting", "pca"], ["weighting", "delta, factors", "'pca'"]),
             (["-k", 4, "--sweeps", -1], ["sweeps", "-1"]),
             (["-k", 4, "--dtype", "int8"], ["float64, float32, float16, bfloat16", "int8"]),
