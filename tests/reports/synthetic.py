@@ -116,17 +116,6 @@ def bare(adapters=3):
     )
 
 
-def matrix(names, seed=5):
-    """Cosines of so many adapters, a picture's worth."""
-    random = np.random.default_rng(seed)
-    rows = (
-        random.normal(size=(len(names), 24))
-        + 1.5 * random.normal(size=(9, 24))[np.arange(len(names)) * 9 // len(names)]
-    )
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows @ rows.T
-
-
 def _adapters(names, similarity, random, modules, k):
     made = []
     clusters = {name: n for n, group in enumerate(similarity.clusters) for name in group.adapters}
@@ -181,12 +170,11 @@ def _similarity(names, random):
     rows = random.normal(size=(n, 24)) + 1.2 * random.normal(size=(4, 24))[group]
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     cosine = rows @ rows.T
-    small = n <= data.MATRIX
     found = data.Similarity(
         of="originals",
         names=trained,
-        cosine=cosine.tolist() if small else [],
-        overlap=(np.abs(cosine) ** 1.5).tolist() if small else [],
+        cosine=cosine.tolist(),
+        overlap=(np.abs(cosine) ** 1.5).tolist(),
         tree=_tree(n, random),
         clusters=[
             data.Cluster([trained[i] for i in np.flatnonzero(group == g)], 0.41, 0.12)
@@ -355,7 +343,7 @@ def _verdict(names):
             ),
             data.Finding(
                 "start",
-                f"{max(2, len(names) // 3)} adapters began with the same random A. They look alike there for this reason.",
+                f"{max(2, len(names) // 3)} adapters began with the same random A, and look alike there for that.",
                 "Judge the collection by the updates, not by A.",
                 False,
                 names[: max(2, len(names) // 3)],

@@ -11,46 +11,50 @@ import numpy as np
 
 from . import kinds, numbers, svg
 from .data import Report, SideFigures
-from .svg import HALF, WIDE, ink, series
+from .svg import HALF, ink, series
 
-SIDES = (("down", "down (LoRA A)"), ("up", "up (LoRA B)"))
+SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
 
 MOST_KINDS = 8
 
+_GAUSSIAN = "Gaussian adapters"
 
-def scree(report: Report) -> str:
-    """The spectrum, its mean over the modules of a kind, and that of Gaussian adapters; logarithmic."""
+_FLOOR = 1e-6
+"""The smallest share of energy that is drawn, in units of the largest."""
+
+
+def scree(report: Report, side: str) -> str:
+    """One side's spectrum, its mean over the modules of a kind, and that of Gaussian adapters; logarithmic."""
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(1, 2, sharey=True)
-        for axis, (side, title) in zip(axes, SIDES, strict=True):
-            _curves(axis, report, side, lambda spectrum: spectrum)
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(_plain)
-            axis.minorticks_off()
-            axis.set(title=title, xlabel="direction")
-            axis.margins(x=0.01)
-            _mark_k(axis, [getattr(module, side) for module in report.modules])
-        axes[0].set_ylabel("share of energy")
-        _legend_below(figure, axes[0])
+        axis = figure.subplots()
+        _curves(axis, _spectra(report, side))
+        axis.set_yscale("log")
+        # both sides on one scale; what is smaller is rounding
+        shown = np.concatenate([curve for each in SIDES for curve in _spectra(report, each).values()])
+        axis.set_ylim(shown[shown >= _FLOOR * shown.max()].min() / 1.5, shown.max() * 1.5)
+        axis.yaxis.set_major_formatter(_plain)
+        axis.minorticks_off()
+        axis.set(title=SIDES[side], xlabel="direction", ylabel="share of energy")
+        axis.margins(x=0.01)
+        _mark_k(axis, [getattr(module, side) for module in report.modules])
+        figure.legend(loc="outside lower left", ncols=3)
 
-    return svg.draw("scree", (WIDE, 360), "Share of energy by direction, for each side and kind of module", paint)
+    return svg.draw(f"scree-{side}", (HALF, 330), f"{SIDES[side]}: share of energy by direction, by kind", paint)
 
 
-def cumulative(report: Report) -> str:
+def cumulative(report: Report, side: str) -> str:
     """The energy that the first directions keep, likewise."""
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(1, 2, sharey=True)
-        for axis, (side, title) in zip(axes, SIDES, strict=True):
-            _curves(axis, report, side, np.cumsum)
-            axis.set(title=title, xlabel="directions kept", ylim=(0, 1.02))
-            axis.margins(x=0.01)
-            _mark_k(axis, [getattr(module, side) for module in report.modules], at=0.08)
-        axes[0].set_ylabel("energy kept")
-        _legend_below(figure, axes[0])
+        axis = figure.subplots()
+        _curves(axis, {label: np.cumsum(curve) for label, curve in _spectra(report, side).items()})
+        axis.set(title=SIDES[side], xlabel="directions kept", ylabel="energy kept", ylim=(0, 1.02))
+        axis.margins(x=0.01)
+        _mark_k(axis, [getattr(module, side) for module in report.modules], at=0.08)
+        figure.legend(loc="outside lower left", ncols=3)
 
-    return svg.draw("cumulative", (WIDE, 360), "Energy kept by the first directions, for each side and kind", paint)
+    return svg.draw(f"cumulative-{side}", (HALF, 330), f"{SIDES[side]}: energy kept by the first directions", paint)
 
 
 def angles(report: Report) -> str:
@@ -58,7 +62,7 @@ def angles(report: Report) -> str:
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
-        for number, (side, title) in enumerate(SIDES):
+        for number, (side, title) in enumerate(SIDES.items()):
             found = [getattr(module, side).angles for module in report.modules if getattr(module, side).angles]
             if found:
                 mean = _mean(found, np.nan)
@@ -66,7 +70,7 @@ def angles(report: Report) -> str:
         axis.set(ylim=(0, 92), yticks=[0, 30, 60, 90], xlabel="principal angle, in order", ylabel="degrees")
         axis.legend(loc="lower right")
 
-    return svg.draw("angles", (HALF, 300), "Principal angles between the subspaces of two halves", paint)
+    return svg.draw("angles", (HALF, 330), "Principal angles between the subspaces of two halves", paint)
 
 
 def ratio(report: Report) -> str:
@@ -154,19 +158,21 @@ def size_bytes(report: Report) -> str:
     return svg.draw("size-bytes", (HALF, 330), "Bytes over the number of components", paint)
 
 
-def _curves(axis: Any, report: Report, side: str, of: Any) -> None:
-    for number, (label, group) in enumerate(kinds.grouped(report.modules, MOST_KINDS).items()):
-        found = [getattr(module, side).spectrum for module in group if getattr(module, side).spectrum]
-        if found:
-            curve = of(_mean(found, 0.0))
-            style = "-" if number < 4 else "-."
-            axis.plot(
-                range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), style, color=series(number), label=label
-            )
-    null = [getattr(module, side).null for module in report.modules if getattr(module, side).null]
-    if null:
-        curve = of(_mean(null, 0.0))
-        axis.plot(range(1, len(curve) + 1), curve, "--", color=ink("muted"), linewidth=1.4, label="Gaussian adapters")
+def _spectra(report: Report, side: str) -> dict[str, np.ndarray]:
+    """One side's mean spectrum of each kind of module, by its label, and that of Gaussian adapters."""
+    groups = kinds.grouped(report.modules, MOST_KINDS)
+    found = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
+    found[_GAUSSIAN] = [getattr(module, side).null for module in report.modules]
+    curves = {label: [curve for curve in group if curve] for label, group in found.items()}
+    return {label: _mean(group, 0.0) for label, group in curves.items() if group}
+
+
+def _curves(axis: Any, spectra: dict[str, np.ndarray]) -> None:
+    for number, (label, curve) in enumerate(spectra.items()):
+        shape: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
+        if label == _GAUSSIAN:
+            shape = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}
+        axis.plot(range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), label=label, **shape)
 
 
 def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:
@@ -209,11 +215,6 @@ def _crossing(k: list[int], stored: list[int], limit: int) -> float | None:
     return float(k[0]) if stored[0] > limit else None
 
 
-def _legend_below(figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower left", ncols=5)
-
-
 def _plain(value: float, _place: int) -> str:
-    return f"{value:g}" if value < 1e5 else f"{value:.0e}"
+    """Without an exponent, which not everybody reads."""
+    return f"{value:,.10f}".rstrip("0").rstrip(".")

@@ -1,15 +1,12 @@
 """The page's section on how the adapters lie to one another: matrices, the map, and who belongs together."""
 
-import numpy as np
-from jaxtyping import Float
-
 from . import maps, numbers, svg, tables
 from .data import Report, Similarity
 from .markup import chips, figure, fold, paragraph, table, words
 
 
-def render(report: Report, matrix: Float[np.ndarray, "n n"] | None) -> str:
-    """Matrices or the picture of one, the map, and the groups; "" where nothing of it was measured."""
+def render(report: Report) -> str:
+    """The matrices, the map, and the groups; "" where nothing of it was measured."""
     near = report.similarity
     if near is None:
         return _groups(report, None)
@@ -26,12 +23,10 @@ def render(report: Report, matrix: Float[np.ndarray, "n n"] | None) -> str:
             f"{said[:1].upper()}{said[1:]}." if said else "",
         )
     ]
-    off_scale = "The diagonal, 1, is off the scale."
-    if near.cosine:
-        content.append(figure(maps.matrices(report, near), f"In the order of the dendrogram. {off_scale}"))
-    elif matrix is not None:
-        averaged = " Neighbours are averaged." if len(matrix) > maps.PIXELS else f" {off_scale}"
-        content.append(figure(maps.picture(matrix), f"In the order of the dendrogram.{averaged}", wide=False))
+    # a report read from JSON has no matrices of many adapters, and those of one say nothing
+    if len(near.cosine) > 1:
+        pixels = "Neighbours are averaged." if len(near.cosine) > maps.PIXELS else "The diagonal, 1, is off the scale."
+        content.append(figure(maps.matrices(near), f"In the order of the dendrogram. {pixels}"))
     if any(one.x is not None and one.y is not None for one in report.adapters):
         share = (
             f" It shows {numbers.share(near.map_share)} of the squared distance." if near.map_share is not None else ""
@@ -40,14 +35,14 @@ def render(report: Report, matrix: Float[np.ndarray, "n n"] | None) -> str:
         content += [
             "<h3>Map</h3>",
             figure(
-                maps.points(report),
-                f"Each point an adapter, coloured by cluster; point at one to read it.{outliers}{share}",
+                f'<div class="map">{maps.points(report)}</div>',
+                f"Each point an adapter, coloured by cluster; point at one to read its name.{outliers}{share}",
             ),
         ]
     content.append(_groups(report, near))
     content.append(
         fold(
-            "The words",
+            "What the words mean",
             words(
                 ("cosine", "of two updates D as long vectors: 1 the same but for size, 0 nothing in common."),
                 ("overlap", "how much of their directions two adapters share, whatever they do along them: 0 to 1."),

@@ -21,15 +21,14 @@ _SIZE, _CHARACTER, _LINE = 11, 0.6, 1.25
 """Of a name on the map: its size in pixels, and the width and height of a character in it."""
 
 
-def matrices(report: Report, similarity: Similarity) -> str:
+def matrices(similarity: Similarity) -> str:
     """Cosines and overlaps in the order of the dendrogram, which is at their left; names where they are few."""
     names = similarity.names
     few = len(names) <= MOST_NAMES
     tables = [("cosine of the updates", similarity.cosine), ("overlap of directions", similarity.overlap)]
-    tables = [(title, table) for title, table in tables if table]
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(1, 1 + len(tables), sharey=True, width_ratios=[0.28, *[1] * len(tables)])
+        axes = figure.subplots(1, 3, sharey=True, width_ratios=[0.28, 1, 1])
         _dendrogram(axes[0], similarity.tree, len(names))
         for axis, (title, rows) in zip(axes[1:], tables, strict=True):
             _matrix(figure, axis, np.array(rows), title)
@@ -42,19 +41,9 @@ def matrices(report: Report, similarity: Similarity) -> str:
     return svg.draw(
         "matrices",
         (WIDE, max(410, 130 + 14 * len(names)) if few else 520),
-        "Similarity of adapters, with their dendrogram",
+        f"Similarity of {numbers.plural(len(names), 'adapter')}, with their dendrogram",
         paint,
     )
-
-
-def picture(matrix: Float[np.ndarray, "n n"]) -> str:
-    """The cosines of more adapters than a report's data holds, as an image of at most `PIXELS` a side."""
-    table = downsampled(matrix, PIXELS)
-
-    def paint(figure: Any) -> None:
-        _matrix(figure, figure.subplots(), table, "cosine of the updates")
-
-    return svg.draw("picture", (560, 580), f"Cosines of the updates of {len(matrix):,} adapters", paint)
 
 
 def downsampled(matrix: Float[np.ndarray, "n n"], most: int) -> Float[np.ndarray, "m m"]:
@@ -72,7 +61,7 @@ def points(report: Report) -> str:
     shown = [one for one in report.adapters if one.x is not None and one.y is not None]
     places = np.array([(one.x, one.y) for one in shown], dtype=float)
     outliers = set(report.outliers)
-    size = (WIDE, 600)
+    size = (WIDE, 520)
 
     def paint(figure: Any) -> None:
         figure.set_layout_engine("none")
@@ -109,12 +98,17 @@ def points(report: Report) -> str:
 
 def _matrix(figure: Any, axis: Any, table: np.ndarray, title: str) -> None:
     """Cosines from −top to top, overlaps from 0; top is the largest off the diagonal, which says nothing."""
+    n = len(table)
+    table = downsampled(table, PIXELS)
     others = table[~np.eye(len(table), dtype=bool)]
     top = max(float(np.abs(others).max(initial=0)), 0.01)
     signed = "cosine" in title
     # few colours make a small image
     colours = svg.colour_map(svg.DIVERGING if signed else svg.SEQUENTIAL, steps=65)
-    image = axis.imshow(table, cmap=colours, vmin=-top if signed else 0, vmax=top, interpolation="none", aspect="auto")
+    edges = (-0.5, n - 0.5, n - 0.5, -0.5)
+    image = axis.imshow(
+        table, cmap=colours, vmin=-top if signed else 0, vmax=top, interpolation="none", aspect="auto", extent=edges
+    )
     axis.set_title(title)
     axis.grid(visible=False)
     axis.tick_params(length=0, labelbottom=False, labelleft=False)
@@ -166,7 +160,7 @@ def _labels(
         width, height = len(name) * _SIZE * _CHARACTER, _SIZE * _LINE
         best = None
         for dx, dy in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, 2), (1, -2), (-1, 2), (-1, -2)):
-            x = pixels[place][0] + dx * (radius + 5)
+            x = pixels[place][0] + dx * (radius + 7)
             y = pixels[place][1] + dy * (height * 0.75)
             box = (x if dx > 0 else x - width, y - height / 2, x + width if dx > 0 else x, y + height / 2)
             if box[0] < 4 or box[2] > size[0] - 4 or box[1] < 4 or box[3] > size[1] - 4:

@@ -26,11 +26,16 @@ def render(report: Report) -> str:
         *_section("What else could be done", tables.baselines(report)),
         *_section("Bytes", tables.bytes_(report)),
         _pays(report),
-        *_section("Another number of components", tables.sizes(report)),
+        *_section("With more or fewer components", tables.sizes(report)),
         *_kinship(report),
-        *_section("On the task", tables.evaluations(report)),
+        *(
+            block
+            for task, found in tables.evaluations(report).items()
+            for block in _section(f"On the task: {task}", found)
+        ),
         *_notes(report),
-        f"Made by eigenlorax {escaped(report.eigenlorax_version)} from the subspace of fingerprint `{about.fingerprint}`.",
+        f"Made by eigenlorax {escaped(report.eigenlorax_version)} from the subspace of fingerprint "
+        f"{escaped(about.fingerprint)}.",
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -128,7 +133,7 @@ def _kinship(report: Report) -> list[str]:
     lines += [f"- duplicates: {_listed(names)}" for names in report.duplicates]
     lines += [f"- outliers: {_listed(report.outliers)}"] if report.outliers else []
     lines += [f"- untrained: {_listed(report.untrained)}"] if report.untrained else []
-    blocks = ["## How the adapters lie to one another", "\n".join(lines)] if lines else []
+    blocks = ["## How alike the adapters are", "\n".join(lines)] if lines else []
     if report.starts is not None and report.starts.groups:
         blocks += [*_section("Shared starts", tables.start_groups(report.starts.groups))]
         blocks.append(

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from . import numbers
 from .tables import Cell, Column, Table
 
+_LONG = 16
+"""Characters from which on a name may be cut on a narrow screen."""
+
 
 def text(value: str) -> str:
     """The text as HTML shows it."""
@@ -39,9 +42,19 @@ def fold(summary: str, *content: str) -> str:
 
 
 def figure(svg: str, caption: str, *, wide: bool = True) -> str:
-    """A picture with its caption. wide: one that scrolls rather than shrinks on a narrow screen."""
+    """A picture with its caption, if it has one. wide: one that scrolls rather than shrinks on a narrow screen."""
     shape = ' class="wide"' if wide else ""
-    return f'<figure{shape}><div class="picture">{svg}</div><figcaption>{caption}</figcaption></figure>'
+    return f'<figure{shape}><div class="picture">{svg}</div>{_caption(caption)}</figure>'
+
+
+def html_figure(content: str, caption: str) -> str:
+    """What is no picture but fits any width, with its caption, if it has one."""
+    return f"<figure>{content}{_caption(caption)}</figure>"
+
+
+def pair(*parts: str) -> str:
+    """Two things side by side, where there is room."""
+    return f'<div class="pair">{"".join(parts)}</div>'
 
 
 def chips(names: Sequence[str], most: int = 8) -> str:
@@ -49,8 +62,13 @@ def chips(names: Sequence[str], most: int = 8) -> str:
     if not names:
         return ""
     first, rest = numbers.some(list(names), most)
-    folded = fold(f"and {numbers.count(len(rest))} more", _row_of(rest)) if rest else ""
-    return _row_of(first) + folded
+    if not rest:
+        return _row_of(first)
+    # on paper it stays folded
+    return (
+        f'{_row_of(first)}<details class="more"><summary>and {numbers.count(len(rest))} more</summary>'
+        f"{_row_of(rest)}</details>"
+    )
 
 
 def table(found: Table, key: str = "", *, tall: bool = False) -> str:
@@ -66,6 +84,10 @@ def table(found: Table, key: str = "", *, tall: bool = False) -> str:
     )
 
 
+def _caption(caption: str) -> str:
+    return f"<figcaption>{caption}</figcaption>" if caption else ""
+
+
 def _row_of(names: Sequence[str]) -> str:
     return f'<ul class="names">{"".join(f"<li>{text(name)}</li>" for name in names)}</ul>'
 
@@ -76,8 +98,11 @@ def _head(column: Column) -> str:
 
 
 def _row(columns: list[Column], row: list[Cell]) -> str:
-    cells = [f'<th scope="row">{text(row[0].text)}</th>']
+    # a long name is cut by the style sheet
+    whole = f' title="{text(row[0].text)}"' if len(row[0].text) > _LONG else ""
+    cells = [f'<th scope="row"{whole}>{text(row[0].text)}</th>']
     for column, cell in zip(columns[1:], row[1:], strict=True):
         exact = f' title="{text(cell.exact)}"' if cell.exact else ""
-        cells.append(f"<td{'' if column.numeric else ' class=t'}{exact}>{text(cell.text)}</td>")
+        shape = "t" if not column.numeric else "none" if cell.text == numbers.MISSING else ""
+        cells.append(f"<td{f' class={shape}' if shape else ''}{exact}>{text(cell.text)}</td>")
     return f"<tr>{''.join(cells)}</tr>"

@@ -77,7 +77,8 @@ def some(names: list[str], most: int = 8) -> tuple[list[str], list[str]]:
 
 
 def shortened(name: str, most: int) -> str:
-    """The name, its middle left out where it is longer than `most` characters."""
+    """The name on one line, its middle left out where it is longer than `most` characters."""
+    name = " ".join(name.split())
     if len(name) <= most:
         return name
     head = (most - 1) // 2

@@ -1,5 +1,20 @@
-// Sorting and filtering of the table of adapters. Without this, it is a plain table.
+// Sorting and filtering of the table of adapters, and the switch of themes. Without this, the page is all there.
 "use strict";
+(() => {
+  const root = document.documentElement;
+  const names = { "": "Theme: as the system", light: "Theme: light", dark: "Theme: dark" };
+  const order = Object.keys(names);
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "theme";
+  const set = (theme) => {
+    root.dataset.theme = theme;
+    button.textContent = names[theme];
+  };
+  button.addEventListener("click", () => set(order[(order.indexOf(root.dataset.theme) + 1) % order.length]));
+  set("");
+  document.querySelector("header").prepend(button);
+})();
 (() => {
   const table = document.getElementById("adapter-table");
   if (!table) return;
@@ -9,7 +24,7 @@
 
   const value = (row, column) => {
     const cell = row.cells[column];
-    const text = (cell.title || cell.textContent).trim().replace("−", "-");
+    const text = (cell.title || cell.textContent).trim().replace("−", "-").replace(/^>/, "");
     // a column of words is sorted as words, whatever they begin with
     return heads[column].classList.contains("t") || column === 0 ? text : parseFloat(text.replaceAll(",", ""));
   };

@@ -4,9 +4,6 @@ import base64
 import hashlib
 from importlib import resources
 
-import numpy as np
-from jaxtyping import Float
-
 from . import kinship, numbers, sections
 from .data import Finding, Report
 from .markup import chips, prose, text
@@ -15,20 +12,20 @@ MARKS = {True: ("good", "✓", "Good"), False: ("bad", "!", "Bad"), None: ("", "
 """Of a finding: its class, its mark, and the word for who cannot see it."""
 
 
-def render(report: Report, matrix: Float[np.ndarray, "n n"] | None = None) -> str:
-    """The document. matrix: cosines of the updates in the order of `report.similarity.names`, where those are more than
-    the report's data holds; it becomes a picture."""
+def render(report: Report) -> str:
+    """The document. It needs matplotlib: `MissingExtraError` where that is not installed."""
     found = [
+        ("newcomers", "New adapters", "Would a new adapter fit in?", sections.newcomers(report)),
         ("spectra", "Spectra", "How much a few directions keep", sections.spectra(report)),
-        ("modules", "Modules", "Where in the model it is lost", sections.modules(report)),
-        ("adapters", "Adapters", "Each adapter", sections.adapters(report)),
-        ("similarity", "Similarity", "How the adapters lie to one another", kinship.render(report, matrix)),
+        ("modules", "Modules", "Module by module", sections.modules(report)),
+        ("adapters", "Adapters", "Adapter by adapter", sections.adapters(report)),
+        ("similarity", "Similarity", "How alike the adapters are", kinship.render(report)),
         ("baselines", "Baselines", "What else could be done", sections.baselines(report)),
         ("bytes", "Bytes", "What it weighs", sections.bytes_(report)),
-        ("sizes", "Other k", "Another number of components", sections.sizes(report)),
+        ("sizes", "Other k", "With more or fewer components", sections.sizes(report)),
         ("task", "On the task", "On the task", sections.evaluations(report)),
+        ("notes", "Notes", "What to know of these figures", sections.notes(report)),
     ]
-    missing = [short for _, short, _, content in found if not content]
     found = [one for one in found if one[-1]]
     script = _asset("page.js")
     links = "".join(f'<a href="#{key}">{short}</a>' for key, short, _, _ in found)
@@ -58,7 +55,6 @@ def render(report: Report, matrix: Float[np.ndarray, "n n"] | None = None) -> st
 {_tiles(report)}
 {_findings(report)}
 {cards}
-{_notes(report, missing)}
 </main>
 <footer>{_footer(report)}</footer>
 <script>{script}</script>
@@ -106,33 +102,35 @@ def _header(report: Report) -> str:
 
 
 def _tiles(report: Report) -> str:
-    fit, out, b = report.in_fit, report.left_out, report.bytes
-    near = report.similarity
-    tiles = [
+    fit, out, near, b = report.in_fit, report.left_out, report.similarity, report.bytes
+    tiles = []
+    if fit is not None:
+        worst = f"worst {numbers.error(fit.worst)}: {text(fit.worst_adapter)}"
+        tiles.append(("Error in the fit, mean", numbers.error(fit.mean), worst))
+    if out is not None:
+        tiles.append(
+            (
+                "Error when left out, mean",
+                numbers.error(out.errors.mean),
+                f"± {numbers.error(out.standard_error)}, of {numbers.plural(out.sampled, 'adapter')}; "
+                f"the same in the fit: {numbers.error(out.in_fit.mean)}",
+            )
+        )
+    tiles.append(
         (
-            "Error in the fit, mean",
-            numbers.error(fit.mean if fit else None),
-            f"worst {numbers.error(fit.worst)}: {text(fit.worst_adapter)}" if fit else "not measured",
-        ),
-        (
-            "Error when left out, mean",
-            numbers.error(out.errors.mean if out else None),
-            f"±{numbers.error(out.standard_error)}, {out.sampled:,} of {out.of:,} adapters; "
-            f"the same in the fit: {numbers.error(out.in_fit.mean)}"
-            if out
-            else "not measured",
-        ),
-        (
-            "Smaller, basis counted",
+            "LoRA bytes ÷ the pack's",
             numbers.ratio(b.ratio),
-            f"than the LoRAs; {numbers.ratio(b.limit)} were the basis free",
-        ),
-        (
-            "Energy in the mean adapter",
-            numbers.share(near.mean_energy if near else None),
-            "of the updates, the best multiple for each" if near and near.mean_energy is not None else "not measured",
-        ),
-    ]
+            f"with the basis counted; without it {numbers.ratio(b.limit)}",
+        )
+    )
+    if near is not None and near.mean_energy is not None:
+        tiles.append(
+            (
+                "Energy in the mean adapter",
+                numbers.share(near.mean_energy),
+                "of each update, in the best multiple of the others' mean",
+            )
+        )
     return (
         '<dl class="tiles">'
         + "".join(
@@ -147,9 +145,8 @@ def _findings(report: Report) -> str:
     if not report.verdict.findings:
         return ""
     return (
-        '<h2 class="hidden">Findings</h2><ul class="findings">'
-        + "".join(_finding(one) for one in report.verdict.findings)
-        + "</ul>"
+        '<section aria-labelledby="findings-title"><h2 id="findings-title" class="lead">What was found</h2>'
+        '<ul class="findings">' + "".join(_finding(one) for one in report.verdict.findings) + "</ul></section>"
     )
 
 
@@ -159,24 +156,7 @@ def _finding(one: Finding) -> str:
     return (
         f'<li class="finding {shape}"><span class="mark" aria-hidden="true">{mark}</span>'
         f'<span class="hidden">{word}: </span>'
-        f"<p>{prose(one.text)}</p>{advice}{chips(one.adapters)}</li>"
-    )
-
-
-def _notes(report: Report, missing: list[str]) -> str:
-    notes = list(report.notes)
-    if missing:
-        notes.append(f"Not in this report: {', '.join(missing)}.")
-    if not report.collection.with_originals:
-        notes.append("The original adapters were not at hand: give them, and what is missing can be measured.")
-    if report.collection.excluded_modules:
-        notes.append(f"Modules left out on request: {', '.join(report.collection.excluded_modules)}.")
-    listed = (
-        "".join(f"<li>{prose(note)}</li>" for note in notes) or "<li>Everything was measured, on all adapters.</li>"
-    )
-    return (
-        '<section class="card" id="notes" aria-labelledby="notes-title"><h2 id="notes-title">Notes</h2>'
-        f'<p>What was not measured, or only of a sample, and why.</p><ul class="notes">{listed}</ul></section>'
+        f'<div class="says"><p>{prose(one.text)}</p>{chips(one.adapters)}</div>{advice}</li>'
     )
 
 

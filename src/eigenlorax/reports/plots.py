@@ -1,4 +1,4 @@
-"""The report's pictures of modules and of adapters: each takes the report, and gives an `<svg>`."""
+"""The report's pictures of errors: by layer, by adapter and module, and how they are spread. Each gives an `<svg>`."""
 
 import statistics
 from typing import Any
@@ -7,9 +7,12 @@ import numpy as np
 
 from . import kinds, numbers, svg
 from .data import Report
-from .svg import WIDE, ink, series
+from .svg import HALF, WIDE, ink, series
 
-MOST_BARS = 40
+MOST_NAMES = 40
+"""Rows up to which each has its name."""
+
+_BINS = 40
 
 
 def has_grid(report: Report) -> bool:
@@ -53,86 +56,64 @@ def layers(report: Report) -> str:
                     axis.text(x, y, f"{value:.2f}{star}", ha="center", va="center", fontsize=11, color=shade)
         else:
             axis.text(column, row, "★", ha="center", va="center", color=_over(colours(1.0)))
-        bar = figure.colorbar(image, ax=axis, label="delta error", pad=0.01, fraction=0.03)
-        bar.outline.set_visible(False)
-        bar.ax.locator_params(nbins=4)
+        _bar(figure, axis, image)
 
     return svg.draw("layers", (WIDE, 90 + 30 * len(rows)), "Delta error by layer and kind of module", paint)
-
-
-def modules(report: Report) -> str:
-    """The error of each module as bars, the worst first: for models without layers, or with one kind of module."""
-    known = [(module.delta_error, module) for module in report.modules if module.delta_error is not None]
-    known = sorted(known, key=lambda pair: -pair[0])[:MOST_BARS]
-
-    def paint(figure: Any) -> None:
-        axis = figure.subplots()
-        axis.barh(range(len(known)), [error for error, _ in known], height=0.62, color=series(0))
-        _rows(axis, [module.name for _, module in known])
-        axis.set_xlabel("delta error")
-
-    return svg.draw("modules", (WIDE, 90 + 19 * len(known)), "Delta error by module, the worst first", paint)
-
-
-def adapters(report: Report) -> str:
-    """Bars of delta errors, the worst first; the error when left out, and of the mean adapter's best multiple."""
-    shown = [one for one in report.adapters if not one.untrained][:MOST_BARS]
-
-    def paint(figure: Any) -> None:
-        axis = figure.subplots()
-        handles = []
-        for fitted, colour, label in ((True, series(0), "delta error"), (False, series(5), "the same, not in the fit")):
-            group = [(place, one.delta_error) for place, one in enumerate(shown) if one.in_fit is fitted]
-            if group:
-                handles.append(axis.barh(*zip(*group, strict=True), height=0.62, color=colour, label=label))
-        for field, shape, label in (
-            ("left_out_error", {"marker": "D", "markersize": 5.5, "color": series(1)}, "left out of the fit"),
-            (
-                "mean_scaled_error",
-                {"marker": "|", "markersize": 12, "markeredgewidth": 2, "color": ink("text")},
-                "best multiple of the mean adapter",
-            ),
-        ):
-            found = [(getattr(one, field), y) for y, one in enumerate(shown) if getattr(one, field) is not None]
-            if found:
-                handles += axis.plot(*zip(*found, strict=True), linestyle="none", label=label, **shape)
-        _rows(axis, [one.name for one in shown])
-        axis.set_xlabel("relative error (1: all is lost)")
-        axis.set_xlim(left=0)
-        figure.legend(handles=handles, loc="outside upper left", ncols=4)
-
-    return svg.draw("adapters", (WIDE, 110 + 19 * len(shown)), "Errors by adapter, the worst first", paint)
 
 
 def grid(report: Report) -> str:
     """Delta error of each adapter, a row, in each module, a column."""
     table = np.array([[np.nan if v is None else v for v in row] for row in report.module_errors], dtype=float)
     names = [one.name for one in report.adapters]
+    few = len(names) <= MOST_NAMES
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
-        colours = svg.colour_map(svg.SEQUENTIAL)
+        # few colours make a small image
+        colours = svg.colour_map(svg.SEQUENTIAL, steps=65)
         top = float(np.nanmax(table)) or 1.0
         image = axis.imshow(table, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="none")
-        few = len(names) <= MOST_BARS
         axis.set_yticks(
             range(len(names)) if few else [], [numbers.shortened(name, 32) for name in names] if few else []
         )
         axis.set(xlabel="module, in the order of the model", ylabel="" if few else "adapters, the worst first")
         _without_lines(axis)
-        bar = figure.colorbar(image, ax=axis, label="delta error", pad=0.01, fraction=0.03)
-        bar.outline.set_visible(False)
+        _bar(figure, axis, image)
 
-    height = 90 + 19 * len(names) if len(names) <= MOST_BARS else 480
+    height = 90 + 19 * len(names) if few else 480
     return svg.draw("grid", (WIDE, height), "Delta error of each adapter in each module", paint)
 
 
-def _rows(axis: Any, names: list[str]) -> None:
-    """A name for each bar, from the top down."""
-    axis.set_yticks(range(len(names)), [numbers.shortened(name, 40) for name in names])
-    axis.tick_params(axis="y", length=0)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.grid(visible=False, axis="y")
+def newcomers(report: Report) -> str:
+    """How many adapters have which error, in the fit and left out; as lines, what random bases and the mean do."""
+    pairs = [(one.delta_error, one.left_out_error) for one in report.adapters if one.left_out_error is not None]
+    end = max(1.0, *(value for pair in pairs for value in pair)) * 1.04
+
+    def paint(figure: Any) -> None:
+        axis = figure.subplots()
+        for values, colour, label in zip(
+            zip(*pairs, strict=True), (series(0), series(1)), ("in the fit", "left out"), strict=True
+        ):
+            axis.hist(values, bins=_BINS, range=(0, end), color=colour, alpha=0.85, label=label, rwidth=0.9)
+        for field, dash, label in (
+            ("random_error", "--", "random bases, mean"),
+            ("mean_scaled_error", ":", "mean adapter, mean"),
+        ):
+            found = [getattr(one, field) for one in report.adapters if getattr(one, field) is not None]
+            if found:
+                axis.axvline(statistics.fmean(found), color=ink("text"), linestyle=dash, linewidth=1.4, label=label)
+        axis.set(xlim=(0, end), xlabel="delta error", ylabel="adapters")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.grid(visible=False, axis="x")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return svg.draw("newcomers", (HALF, 330), "Errors of adapters in the fit, and of those left out of it", paint)
+
+
+def _bar(figure: Any, axis: Any, image: Any) -> None:
+    bar = figure.colorbar(image, ax=axis, label="delta error", pad=0.01, fraction=0.03)
+    bar.outline.set_visible(False)
+    bar.ax.locator_params(nbins=4)
 
 
 def _without_lines(axis: Any) -> None:

@@ -1,11 +1,14 @@
-"""The page's sections about spectra, modules, adapters, bytes and tasks: each says how to read it, then shows it.
+"""The page's sections, but that on similarity: each says how to read it, then shows it.
 
 A section of which nothing was measured is the empty string.
 """
 
-from . import curves, numbers, plots, tables
+import statistics
+from collections.abc import Iterable
+
+from . import curves, kinds, numbers, plots, rankings, tables
 from .data import Report
-from .markup import columns, figure, fold, paragraph, table, text, words
+from .markup import columns, figure, fold, html_figure, pair, paragraph, prose, table, text, words
 
 PRINTED_ROWS = 50
 """Rows of the table of adapters that are printed on paper; the style sheet hides the others."""
@@ -13,67 +16,86 @@ PRINTED_ROWS = 50
 _TALL = 24
 
 
-def spectra(report: Report) -> str:
-    """What directions keep, by side and kind of module, and whether two halves find the same ones."""
-    sides = [side for module in report.modules for side in (module.down, module.up)]
-    if not any(side.spectrum for side in sides):
+def newcomers(report: Report) -> str:
+    """What becomes of an adapter that the fit has not seen, and whether two halves find the same directions."""
+    drawn, said = [], []
+    out = report.left_out
+    if out is not None:
+        who = (
+            f"Each of {numbers.plural(out.of, 'adapter')}"
+            if out.sampled == out.of
+            else f"Each of {out.sampled:,} out of {numbers.plural(out.of, 'adapter')}, drawn at random,"
+        )
+        said.append(
+            f"{who} was put into the subspace of all the others, as a new one would be. There it loses "
+            f"<b>{numbers.error(out.errors.mean)}</b> of its update on average, ± {numbers.error(out.standard_error)}; "
+            f"against <b>{numbers.error(out.in_fit.mean)}</b> in a subspace that was fitted with it."
+        )
+        if any(one.left_out_error is not None for one in report.adapters):
+            drawn.append(
+                figure(
+                    plots.newcomers(report),
+                    "Adapters by delta error. The nearer the two heaps, the more of a new adapter is there already.",
+                    wide=False,
+                )
+            )
+    if any(side.angles for module in report.modules for side in (module.down, module.up)):
+        overlaps = ", ".join(
+            f"{side} {numbers.share(shared)} (unrelated: {numbers.share(unrelated)})"
+            for side, shared, unrelated in _halves(report)
+        )
+        drawn.append(
+            figure(
+                curves.angles(report),
+                "Two random halves of the collection, a subspace for each: the principal angles between them, means "
+                "over modules. At 0° both find the same direction, at 90° they have nothing in common."
+                + (f" Mean overlap: {overlaps}." if overlaps else ""),
+                wide=False,
+            )
+        )
+    if not drawn and not said:
         return ""
-    content = [
+    return (paragraph(*said) if said else "") + pair(*drawn)
+
+
+def spectra(report: Report) -> str:
+    """What directions keep, by side and kind of module."""
+    if not any(side.spectrum for module in report.modules for side in (module.down, module.up)):
+        return ""
+    more = len(kinds.grouped(report.modules, len(report.modules))) > curves.MOST_KINDS
+    gaussian = [
+        ("Gaussian adapters", "random ones of equal ranks and norms: what k directions keep if nothing is shared.")
+    ]
+    grouped = " The last kinds are drawn as one." if more else ""
+    null = any(side.null for module in report.modules for side in (module.down, module.up))
+    return (
         paragraph(
             "Where the lines fall faster than the dashed one, that of unrelated adapters of equal ranks and norms, the "
-            "adapters share directions. What lies right of the mark at k is not kept."
-        ),
-        figure(
-            curves.scree(report),
-            "Share of energy by direction, on a logarithmic scale: means over the modules of a kind.",
-        ),
-        figure(
-            curves.cumulative(report),
+            "adapters share directions."
+            if null
+            else "The faster the lines fall, the fewer directions do.",
+            "What lies right of the mark at k is not kept.",
+        )
+        + html_figure(
+            pair(*(figure(curves.scree(report, side), "", wide=False) for side in curves.SIDES)),
+            f"Share of energy by direction, on a logarithmic scale: means over the modules of a kind.{grouped}",
+        )
+        + html_figure(
+            pair(*(figure(curves.cumulative(report, side), "", wide=False) for side in curves.SIDES)),
             "Energy kept by so many directions. The curve at k is what the pack keeps at best.",
-        ),
-    ]
-    if any(side.angles for side in sides):
-        overlaps = [
-            f"{name} {numbers.share(_mean([v for v in values if v is not None]))} "
-            f"(unrelated: {numbers.share(_mean(unrelated))})"
-            for name, values, unrelated in (
-                (
-                    side,
-                    [getattr(module, side).halves_overlap for module in report.modules],
-                    [getattr(module, side).k / getattr(module, side).dimension for module in report.modules],
-                )
-                for side in ("down", "up")
-            )
-            if any(value is not None for value in values)
-        ]
-        said = f"Mean overlap: {', '.join(overlaps)}." if overlaps else ""
-        content += [
-            '<div class="pair"><div><h3>Two halves of the collection</h3>',
-            paragraph(
-                "The adapters in two random halves, a subspace for each. Small angles: both halves find the same "
-                "directions, so the next adapter may find them too. At 90° they have nothing in common."
-            ),
-            f"<p>{said}</p></div>" if said else "</div>",
-            figure(curves.angles(report), "Principal angles, sorted, means over modules.", wide=False),
-            "</div>",
-        ]
-    content.append(
-        fold(
-            "The words",
+        )
+        + fold(
+            "What the words mean",
             words(
                 (
                     "down, up",
                     "the two factors of a LoRA: A reads the input, B writes the output. Each has a basis of its own.",
                 ),
                 ("energy", "share of the squared norm of all updates, each adapter weighing the same."),
-                (
-                    "Gaussian adapters",
-                    "random ones of equal ranks and norms: what k directions keep if nothing is shared.",
-                ),
+                *(gaussian if null else []),
             ),
         )
     )
-    return "".join(content)
 
 
 def modules(report: Report) -> str:
@@ -84,16 +106,19 @@ def modules(report: Report) -> str:
         table(found, tall=len(report.modules) > _TALL),
         columns(found),
     )
-    if all(module.delta_error is None for module in report.modules):
+    known = [module for module in report.modules if module.delta_error is not None]
+    if not known:
         return listed
-    worst = max((m for m in report.modules if m.delta_error is not None), key=lambda m: m.delta_error or 0)
+    worst = max(known, key=lambda module: module.delta_error or 0)
     by = f", and there of {text(worst.worst)} ({numbers.error(worst.worst_error)})" if worst.worst else ""
     said = f"Most is lost in <code>{text(worst.name)}</code>: {numbers.error(worst.delta_error)}{by}."
-    drawn = plots.layers(report) if plots.has_grid(report) else plots.modules(report)
-    legend = "The star is on the worst module." if plots.has_grid(report) else f"At most the worst {plots.MOST_BARS}."
+    if plots.has_grid(report):
+        drawn = figure(plots.layers(report), "The star is on the worst module.")
+    else:
+        drawn = html_figure(rankings.modules(report), _which(len(known), "module"))
     return (
         paragraph("The delta error of all adapters together in each module: 0 is nothing lost, 1 is all.", said)
-        + figure(drawn, legend)
+        + drawn
         + listed
     )
 
@@ -101,27 +126,12 @@ def modules(report: Report) -> str:
 def adapters(report: Report) -> str:
     """Each adapter: the worst as bars, all in a table."""
     trained = [one for one in report.adapters if not one.untrained]
-    stroke = ""
-    if any(one.mean_scaled_error is not None for one in trained):
-        stroke = " A bar that reaches its upright stroke does no better than a multiple of the mean adapter."
-    content = [
-        paragraph(
-            "How much of each update is lost: ‖D − D̂‖ / ‖D‖, after rounding. Left out, an adapter is put into the "
-            "subspace of all the others, as a new one would be."
-        )
-    ]
+    content = [paragraph("How much of each update is lost, after rounding: the delta error, ‖D − D̂‖ / ‖D‖.")]
     if trained:
-        which = (
-            f"The worst {plots.MOST_BARS} of {len(trained):,}."
-            if len(trained) > plots.MOST_BARS
-            else "The worst first."
-        )
-        content.append(
-            figure(
-                plots.adapters(report),
-                f"{which}{stroke}",
-            )
-        )
+        stroke = ""
+        if any(one.mean_scaled_error is not None for one in trained):
+            stroke = " A bar that reaches its upright stroke does no better than a multiple of the mean adapter."
+        content.append(html_figure(rankings.adapters(report), f"{_which(len(trained), 'adapter')}{stroke}"))
     content.append("<h3>All figures</h3>")
     if len(report.adapters) > PRINTED_ROWS:
         content.append(
@@ -129,7 +139,7 @@ def adapters(report: Report) -> str:
             "and the first columns.</p>"
         )
     listed = tables.adapters(report)
-    content += [table(listed, "adapter-table", tall=True), fold("The columns", columns(listed))]
+    content += [table(listed, "adapter-table", tall=True), fold("What the columns mean", columns(listed))]
     if any(value is not None for row in report.module_errors for value in row):
         content.append(
             fold(
@@ -141,7 +151,12 @@ def adapters(report: Report) -> str:
         )
     skipped = [f"<li><b>{text(name)}</b>: {text(why)}</li>" for name, why in report.collection.skipped.items()]
     if skipped:
-        content.append(fold(f"{len(skipped)} left out of the pack", f'<ul class="notes">{"".join(skipped)}</ul>'))
+        content.append(
+            fold(
+                f"{numbers.plural(len(skipped), 'adapter')} that could not be read, and why",
+                f'<ul class="notes">{"".join(skipped)}</ul>',
+            )
+        )
     return "".join(content)
 
 
@@ -149,10 +164,14 @@ def baselines(report: Report) -> str:
     """What else could be done with the same adapters."""
     if not report.baselines:
         return ""
-    return paragraph(
-        "The same adapters, stored or replaced in other ways. The pack is worth its trouble where its error is below "
-        "that of random bases and of the mean adapter, and where nothing simpler is as small and as exact."
-    ) + table(tables.baselines(report))
+    return (
+        paragraph(
+            "The same adapters, stored or replaced in other ways. The pack is worth its trouble where its error is "
+            "below that of random bases and of the mean adapter, and where nothing simpler is as small and as exact."
+        )
+        + html_figure(rankings.baselines(report), "")
+        + table(tables.baselines(report))
+    )
 
 
 def bytes_(report: Report) -> str:
@@ -163,17 +182,15 @@ def bytes_(report: Report) -> str:
         if b.break_even is not None
         else "With such LoRAs, no number of adapters makes the pack the smaller one."
     )
-    listed = table(tables.bytes_(report))
-    drawn = (
-        figure(curves.ratio(report), "LoRA bytes ÷ the pack's, for so many such adapters.", wide=False)
-        if b.over_n
-        else ""
+    said = paragraph(
+        "The basis is paid once, coefficients by each adapter: the more adapters, the better the ratio.", even
     )
-    return (
-        paragraph(
-            "The basis is paid once, coefficients by each adapter: the more adapters, the better the ratio.", even
-        )
-        + f'<div class="pair"><div>{listed}</div>{drawn}</div>'
+    listed = table(tables.bytes_(report))
+    if not b.over_n:
+        return said + listed
+    return said + pair(
+        f"<div>{listed}</div>",
+        figure(curves.ratio(report), "LoRA bytes ÷ the pack's, for so many such adapters.", wide=False),
     )
 
 
@@ -186,10 +203,10 @@ def sizes(report: Report) -> str:
             "The same adapters with k components on every side, without sweeps. Where the left-out error no longer "
             "falls, more components learn the adapters by heart, not what they share."
         )
-        + '<div class="pair">'
-        + figure(curves.sizes(report), "Delta error over k; the mark is the pack's k.", wide=False)
-        + figure(curves.size_bytes(report), "Bytes over k, beside those of the LoRAs.", wide=False)
-        + "</div>"
+        + pair(
+            figure(curves.sizes(report), "Delta error over k; the mark is the pack's k.", wide=False),
+            figure(curves.size_bytes(report), "Bytes over k, beside those of the LoRAs.", wide=False),
+        )
         + fold("As a table", table(tables.sizes(report)))
     )
 
@@ -198,14 +215,20 @@ def evaluations(report: Report) -> str:
     """The adapters on their task."""
     if not report.evaluations:
         return ""
-    return (
+    content = [
         paragraph(
             "What counts in the end: the base model's predictions with the original adapter, with the recycled one, "
             "and with no update. Agreement is with the original."
         )
-        + table(tables.evaluations(report))
-        + fold(
-            "The words",
+    ]
+    for task, listed in tables.evaluations(report).items():
+        content.append(f"<h3>{text(task)}</h3>")
+        drawn = rankings.accuracies(tables.by_task(report)[task])
+        content.append(html_figure(drawn, "Accuracy by adapter, the largest loss first.") if drawn else "")
+        content.append(table(listed, tall=len(listed.rows) > _TALL))
+    content.append(
+        fold(
+            "What the words mean",
             words(
                 ("agreement", "share of rows, or of predicted tokens, on which both predict the same."),
                 (
@@ -216,7 +239,30 @@ def evaluations(report: Report) -> str:
             ),
         )
     )
+    return "".join(content)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def notes(report: Report) -> str:
+    """What was not measured, or only of a sample, and why."""
+    listed = [prose(note) for note in report.notes]
+    if report.collection.excluded_modules:
+        names = ", ".join(report.collection.excluded_modules)
+        listed.append(f"Modules left out on request: {text(names)}.")
+    return f'<ul class="notes">{"".join(f"<li>{note}</li>" for note in listed)}</ul>' if listed else ""
+
+
+def _which(number: int, noun: str) -> str:
+    return (
+        f"The worst {rankings.MOST} of {numbers.plural(number, noun)}."
+        if number > rankings.MOST
+        else "The worst first."
+    )
+
+
+def _halves(report: Report) -> Iterable[tuple[str, float, float]]:
+    """Of each side, the mean overlap of the two halves, and what unrelated ones would have."""
+    for name in curves.SIDES:
+        sides = [getattr(module, name) for module in report.modules]
+        known = [side.halves_overlap for side in sides if side.halves_overlap is not None]
+        if known:
+            yield name, statistics.fmean(known), statistics.fmean(side.k / side.dimension for side in sides)

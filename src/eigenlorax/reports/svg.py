@@ -7,6 +7,7 @@ the picture's too. Text stays text, in the page's font. The same picture gives t
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,9 @@ def draw(name: str, size: tuple[float, float], label: str, paint: Callable[[Any]
             "pip install 'eigenlorax[report]'. Reports in Markdown and JSON need no pictures."
         ) from e
 
-    with style.context(["default", _style(name)]):
+    with style.context(["default", _style(name)]), warnings.catch_warnings():
+        # matplotlib's font, which lacks some scripts, only measures the text: the browser has fonts of its own
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         paint(figure)
         file = io.StringIO()

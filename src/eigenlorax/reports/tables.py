@@ -132,7 +132,7 @@ def bytes_(report: Report) -> Table:
         ("basis", b.basis, None),
         ("coefficients", b.coefficients, None),
         ("carried: what the subspace cannot hold", b.carried or None, None),
-        ("this pack, the three together", stored, b.ratio),
+        ("this pack, together", stored, b.ratio),
         ("heads, beside both", b.heads or None, None),
     ]
     fields: list[_Field[tuple[str, int | None, float | None]]] = [
@@ -157,8 +157,20 @@ def sizes(report: Report) -> Table:
     return _table("The same adapters at another k", fields, report.sizes)
 
 
-def evaluations(report: Report) -> Table:
-    """Adapters on a task: as they were, as they come back, and without an update."""
+def evaluations(report: Report) -> dict[str, Table]:
+    """By task, the adapters on it: as they were, as they come back, and without an update."""
+    return {task: _evaluated(group) for task, group in by_task(report).items()}
+
+
+def by_task(report: Report) -> dict[str, list[Evaluation]]:
+    """The evaluations by their task, in order of appearance."""
+    groups: dict[str, list[Evaluation]] = {}
+    for one in report.evaluations:
+        groups.setdefault(one.task, []).append(one)
+    return groups
+
+
+def _evaluated(found: Sequence[Evaluation]) -> Table:
     fields: list[_Field[Evaluation]] = [
         _Field("adapter", lambda e: e.name, numeric=False),
         _Field("rows from", lambda e: e.data, numeric=False),
@@ -182,7 +194,7 @@ def evaluations(report: Report) -> Table:
         _Field("KL", lambda e: e.kl, numbers.error, "of the recycled from the original, nats a row or token"),
         _Field("KL: no update", lambda e: e.without_kl, numbers.error, "the same, original and no update"),
     ]
-    return _table("Adapters on their task", fields, report.evaluations)
+    return _table("Adapters on their task", fields, found)
 
 
 def start_groups(groups: list[StartGroup]) -> Table:
