@@ -1,5 +1,6 @@
 """Who belongs together, out of matrices of all pairs: shared starts, clusters, duplicates, outliers, and a map."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,10 @@ DUPLICATE = 0.9999
 """The cosine of two updates from which on they are called the same."""
 _START_COSINE, _START_SIGMAS, _SAME_START = 0.1, 6.0, 0.95
 _MOST_CLUSTERS = 10
-_SILHOUETTE = 0.25
+_SILHOUETTE = 0.1
 _IN_COMMON = 0.1
+_NOTHING = 1e-5
+"""Squared norm up to which a sum of unit vectors is what rounding leaves where they cancel."""
 
 
 def linked(related: Bool[Tensor, "n n"]) -> list[list[int]]:
@@ -68,7 +71,8 @@ def clustering(overlap: Float[Tensor, "n n"]) -> Clustering:
     """Adapters grouped by the directions that they share.
 
     The number of clusters is the one of the best mean silhouette (Rousseeuw, 1987). They count as clusters only if that
-    is above 0.25 and the adapters of each share twice as much with each other as with the rest.
+    is above 0.1 and the adapters of each share twice as much with each other as with the rest. 0.25, which is usual, is
+    out of reach: adapters of one subspace of 2r directions have an overlap of about 0.25 themselves.
     """
     try:
         from scipy.cluster import hierarchy
@@ -113,18 +117,19 @@ def between(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
 
 
 def outliers(overlap: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
-    """Adapters that share less than half as much with the others as the median adapter does, and less by far than
-    chance scatters that (four robust standard deviations); of four and more, of which the median has an overlap of 0.1
-    at least: where little is shared, nobody stands out. grouped: those that are in a cluster."""
+    """Adapters that share less than half as much with the others as the median adapter does, and less by far than that
+    scatters (four robust standard deviations of its logarithm); of four and more, of which the median has an overlap of
+    0.1 at least: where little is shared, nobody stands out. grouped: those that are in a cluster."""
     n = len(overlap)
     if n < 4:
         return []
     mean = (overlap.sum(1) - overlap.diagonal()) / (n - 1)
     median = mean.median()
-    spread = 1.4826 * (mean - median).abs().median()
     if median < _IN_COMMON:
         return []
-    found = (mean < median / 2) & (mean < median - 4 * spread)
+    below = (median / mean.clamp_min(torch.finfo(mean.dtype).tiny)).log()
+    spread = 1.4826 * below.abs().median()
+    found = (mean < median / 2) & (below > 4 * spread)
     return sorted(set(found.nonzero().flatten().tolist()) - set(grouped))
 
 
@@ -148,17 +153,18 @@ def mean_losses(pairs: Pairs) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"],
     """Relative errors of each adapter if the mean stands for it, and what others' mean says of it.
 
     The mean of the updates as they are; the best multiple of the mean of the updates at equal norms; and the share of
-    an update's squared norm that the mean of the *others*, at equal norms, explains.
+    an update's squared norm that the mean of the *others*, at equal norms, explains; 0 where it points the other way.
+    An update that is zero has no part in means at equal norms; its errors are NaN, and its share is 0.
     """
     square = pairs.delta.diagonal()
+    trained = (square > 0).double()
     mean, mean_square = pairs.delta.mean(1), pairs.delta.mean()
-    plain = ((square - 2 * mean + mean_square).clamp_min(0) / square).sqrt()
-    cosine, n = cosines(pairs.delta), len(square)
-    explained = cosine.mean(1).square() / cosine.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    scaled = (1 - explained).clamp_min(0).sqrt()
-    if n < 2:
-        return plain, scaled, torch.zeros_like(plain)
-    others = ((cosine.sum(1) - 1) / (n - 1)).clamp_min(0)
-    others_square = (cosine.sum() - 2 * cosine.sum(1) + 1) / (n - 1) ** 2
-    share = torch.where(others_square > 0, others.square() / others_square, 0.0)
-    return plain, scaled, share.clamp(0, 1)
+    plain = torch.where(trained > 0, ((square - 2 * mean + mean_square).clamp_min(0) / square).sqrt(), math.nan)
+    cosine = cosines(pairs.delta) * trained
+    with_sum, sum_square = cosine.sum(1), cosine.sum()
+    explained = torch.where(sum_square > _NOTHING, with_sum.square() / sum_square, 0.0)
+    scaled = torch.where(trained > 0, (1 - explained).clamp_min(0).sqrt(), math.nan)
+    with_others = (with_sum - trained).clamp_min(0)
+    others_square = sum_square - 2 * with_sum + trained
+    share = torch.where(others_square > _NOTHING, with_others.square() / others_square, 0.0)
+    return plain, scaled, (share * trained).clamp(0, 1)

@@ -18,7 +18,7 @@ SCALE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Squared norms of each adapter in one module: of what the pack loses of D, of A, and of B; and A and B themselves."""
+    """Squared norms of each adapter in one module: of what the pack loses of D, of A and of B, and of A and B."""
 
     delta: Tensor
     down: Tensor
@@ -33,7 +33,7 @@ def stored(
     coefficients: Sequence[Coefficients | None],
     bases: ModuleBases,
 ) -> Stored:
-    """What comes back from stored coefficients and bases, compared with what was there. `one` is the stack of `factors`."""
+    """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`."""
     down, up = torch.zeros_like(one.down), torch.zeros_like(one.up)
     down_basis, up_basis = (bases.side(side).components.to(torch.float64) for side in ("down", "up"))
     for index, (original, found) in enumerate(zip(factors, coefficients, strict=True)):
@@ -62,7 +62,7 @@ def kept(one: Stack, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor
 def kept_by_k(
     one: Stack, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
-    """The same in the first k rows of both bases, for each k of a grid that ascends; in all of a basis that has fewer."""
+    """The same in the first k rows of both bases, for each k of an ascending grid; in all of a basis that has fewer."""
     down, up = one.down @ down_basis.mT, one.up @ up_basis.mT
     found, start = [], 0
     down_gram = torch.zeros(len(one), down.shape[1], down.shape[1], dtype=torch.float64)
@@ -78,13 +78,15 @@ def kept_by_k(
 def random_rows(k: int, dimension: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
     """Orthonormal rows of a random subspace."""
     rows, _ = torch.linalg.qr(torch.randn(dimension, k, generator=generator, dtype=torch.float64))
-    return rows.mT
+    orthonormal: Tensor = rows.mT
+    return orthonormal
 
 
 def singular_squares(one: Stack) -> Float[Tensor, "n r"]:
     """Squared singular values of each update, descending: the eigenvalues of an r × r matrix."""
     root = roots(one.down)
-    return torch.linalg.eigvalsh(root @ gram(one.up) @ root).flip(1).clamp_min(0)
+    found: Tensor = torch.linalg.eigvalsh(root @ gram(one.up) @ root)
+    return found.flip(1).clamp_min(0)
 
 
 def rounded_squares(one: Stack, bits: int) -> Float[Tensor, " n"]:
@@ -99,7 +101,8 @@ def _rounded(rows: Tensor, bits: int) -> Tensor:
     # bfloat16 has the range of what it scales, and few digits are enough for a scale
     scale = (blocks.abs().amax(-1, keepdim=True) / levels).to(torch.bfloat16).to(torch.float64)
     steps = (blocks / scale.where(scale > 0, torch.ones_like(scale))).round().clamp(-levels, levels)
-    return (steps * scale).reshape(n, r, -1)[:, :, :d]
+    found: Tensor = (steps * scale).reshape(n, r, -1)[:, :, :d]
+    return found
 
 
 def rounded_bytes(rank: int, n_out: int, n_in: int, bits: int) -> int:

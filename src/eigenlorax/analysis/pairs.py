@@ -1,11 +1,10 @@
-"""Every adapter with every other: inner products of updates and of factors, and how much of their directions they share.
+"""Every adapter with every other: inner products of updates and of factors, and the directions that they share.
 
 Sums over modules. Two adapters meet in r × r blocks of inner products of their rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -14,16 +13,16 @@ from torch import Tensor
 from .stack import Stack, roots
 
 FLOAT64_ROWS = 2048
-"""Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the norms), for speed."""
+"""Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""
 _CHUNK_NUMBERS = 2**23
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Pairs:
     """Sums over the modules that were added, (n, n) float64 each.
 
-    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r. down_cross: Σ of squares of the inner
-    products of A's rows r and s ≠ r, over rank − 1: what ⟨A_i, A_j⟩² would be by chance.
+    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r. down_cross: what ⟨A_i, A_j⟩² would be by
+    chance, from the squared inner products of A's rows r and s ≠ r, or, where both have one row, from the dimension.
     down_shared, up_shared: ‖D_i D_jᵀ‖² and ‖D_iᵀ D_j‖². same_ranks: whether i and j have equal ranks in every module.
     """
 
@@ -36,15 +35,15 @@ class Pairs:
     same_ranks: Tensor
 
     @classmethod
-    def of(cls, n: int) -> Self:
+    def of(cls, n: int) -> "Pairs":
         """Nothing added yet."""
-        zeros = [torch.zeros(n, n, dtype=torch.float64) for _ in range(6)]
-        return cls(*zeros, torch.ones(n, n, dtype=torch.bool))
+        zeros = {field.name: torch.zeros(n, n, dtype=torch.float64) for field in fields(cls)}
+        return cls(**{**zeros, "same_ranks": torch.ones(n, n, dtype=torch.bool)})
 
     def of_some(self, chosen: Sequence[int]) -> "Pairs":
         """The pairs of some of the adapters."""
         places = list(chosen)
-        return Pairs(*(getattr(self, name)[places][:, places] for name in self.__slots__))
+        return Pairs(*(getattr(self, field.name)[places][:, places] for field in fields(self)))
 
     def add(self, one: Stack) -> None:
         """Add a module."""
@@ -52,7 +51,7 @@ class Pairs:
         if r == 0:
             return
         ranks = torch.tensor(one.ranks)
-        self.same_ranks &= ranks[:, None] == ranks[None, :]
+        self.same_ranks.logical_and_(ranks[:, None] == ranks[None, :])
         dtype = torch.float64 if n * r <= FLOAT64_ROWS else torch.float32
         # unit norm, so that float32 has room for any size; the sizes come back below
         sizes = [torch.linalg.vector_norm(rows, dim=(1, 2)) for rows in (one.down, one.up)]
@@ -64,7 +63,10 @@ class Pairs:
         unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.abs().reciprocal()) * one.scaling.sign()
         down_size, up_size = sizes[0], sizes[1]
         both = down_size * up_size
-        chance = torch.tensor([1 / (rank - 1) if rank > 1 else 0.0 for rank in one.ranks]).double()
+        aligned_rows = torch.minimum(ranks[:, None], ranks[None, :]).double()
+        crossed_rows = ranks[:, None] * ranks[None, :] - aligned_rows
+        share = torch.where(crossed_rows > 0, aligned_rows / crossed_rows, 0.0)
+        only = torch.where(crossed_rows > 0, 0.0, aligned_rows / one.down.shape[2])
         step = max(1, _CHUNK_NUMBERS // (n * r * r))
         for start in range(0, n, step):
             stop = min(start + step, n)
@@ -76,9 +78,8 @@ class Pairs:
             crossed = (down_blocks.square().sum((1, 3)) - _diagonal_squares(down_blocks)).double()
             self._fill("down", here, later, aligned * down_size[here, None] * down_size[None, later])
             square = down_size.square()
-            self._fill(
-                "down_cross", here, later, crossed * square[here, None] * square[None, later] * chance[here, None]
-            )
+            expected = crossed * share[here, later] + only[here, later]
+            self._fill("down_cross", here, later, expected * square[here, None] * square[None, later])
             aligned = torch.diagonal(up_blocks, dim1=1, dim2=3).sum(-1).double()
             scale = up_size * unscaled
             self._fill("up", here, later, aligned * scale[here, None] * scale[None, later])
