@@ -1,5 +1,7 @@
 """Who belongs together: what is planted comes out, and nothing where nothing is planted."""
 
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -11,7 +13,6 @@ import eigenlorax as ex
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import groups
 from eigenlorax.analysis.pairs import cosines, overlap
-from eigenlorax.tasks import demo
 from planted import normal, random_factors
 
 
@@ -340,16 +341,19 @@ def test_random_factors_of_one_size_are_what_the_tests_take_them_for():
     assert random_factors(3, 5, 4, seed=1).scaling == 2.0
 
 
+@pytest.fixture(scope="module")
+def found():
+    """Names of the demo's adapters, their pairs, and the places of those of several seeds."""
+    data = Path(ex.__file__).parent / "tasks" / "demo_data"
+    folders = [sorted((data / folder).iterdir()) for folder in ("adapters", "one_seed/adapters")]
+    adapters = [ex.read_adapter(path) for folder in folders for path in folder]
+    shapes = {m: (spec.out_features, spec.in_features) for m, spec in adapters[0].specs.items()}
+    several = list(range(len(folders[0])))
+    return [one.name for one in adapters], pairs_of([one.modules for one in adapters], shapes), several
+
+
 class TestRealAdapters:
     """The demo's, of a MiniLM: those of several seeds beside those of one."""
-
-    @pytest.fixture(scope="class")
-    def found(self):
-        folders = [demo.data() / "adapters", demo.data() / "one_seed" / "adapters"]
-        adapters = [ex.read_adapter(path) for folder in folders for path in sorted(folder.iterdir())]
-        shapes = {m: (spec.out_features, spec.in_features) for m, spec in adapters[0].specs.items()}
-        several = [i for i, one in enumerate(adapters) if i < 16]
-        return [one.name for one in adapters], pairs_of([one.modules for one in adapters], shapes), several
 
     def test_one_start(self, found):
         _, pairs, several = found

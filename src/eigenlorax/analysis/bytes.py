@@ -1,23 +1,24 @@
 """What a collection costs, as LoRAs and as a pack, and from how many adapters on the pack is the smaller one."""
 
-import math
+Number = int | float
+"""Bytes, or a mean of them."""
 
 
-def ratio(n: float, lora: float, basis: float, each: float) -> float:
+def ratio(n: int, lora: Number, basis: Number, each: Number) -> float:
     """LoRA bytes of n adapters over those of a pack: `lora` and `each` bytes an adapter, `basis` once."""
     ours = basis + n * each
     return n * lora / ours if ours else 1.0
 
 
-def break_even(lora: float, basis: float, each: float) -> int | None:
+def break_even(lora: Number, basis: Number, each: Number) -> int | None:
     """The fewest adapters of which a pack is smaller than the LoRAs; None if it never is."""
     if each >= lora:
         return None
-    n = math.floor(basis / (lora - each)) + 1
-    return max(n, 1)
+    # not the floor of a quotient, which may have been rounded up to the next integer
+    return int(basis // (lora - each)) + 1
 
 
-def over_n(lora: float, basis: float, each: float, n: int) -> list[tuple[int, float]]:
+def over_n(lora: Number, basis: Number, each: Number, n: int) -> list[tuple[int, float]]:
     """The ratio for 1, 2, 5, 10, … adapters, up to a thousand times as many as there are, and for n itself."""
     counts = {n}
     for power in range(7):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapter import LoRAFactors
 from ..basis import chooser
-from ..subspace import FitOptions, ModuleBases, ModuleStack, delta_square
+from ..subspace import FitOptions, ModuleStack, delta_square
 
 Weighted = tuple[Sequence[LoRAFactors], Sequence[float]]
 """Factors of one module, none of them a zero update, and their weights in the fit."""
@@ -42,8 +42,8 @@ def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tu
     for chosen in (first, second):
         if not chosen:
             return torch.zeros(0), torch.zeros(0)
-        factors, weights = ([values[i] for i in chosen] for values in members)
-        leading = ModuleStack(factors, weights, options).first(chooser(max(*k, 1), None))
+        factors, weights = [members[0][i] for i in chosen], [members[1][i] for i in chosen]
+        leading = ModuleStack(factors, weights, options).first(chooser(options.n_components, None))
         found.append([side.components()[:size] for side, size in zip(leading, k, strict=True)])
     (down, up), (other_down, other_up) = found
     return _cosines(down, other_down), _cosines(up, other_up)
@@ -52,7 +52,8 @@ def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tu
 def _cosines(rows: Tensor, other: Tensor) -> Tensor:
     if 0 in (rows.shape[0], other.shape[0]):
         return torch.zeros(0)
-    return torch.linalg.svdvals(rows @ other.mT).clamp(0, 1)
+    found: Tensor = torch.linalg.svdvals(rows @ other.mT)
+    return found.clamp(0, 1)
 
 
 def degrees(cosines: Float[Tensor, " n"]) -> list[float]:
@@ -80,10 +81,5 @@ def energy(members: Weighted, k: tuple[int, int], weighting: str) -> tuple[float
 
 
 def _unit(tensor: Tensor) -> Tensor:
-    return tensor / torch.linalg.vector_norm(tensor)
-
-
-def fitted(members: Weighted, options: FitOptions, k: tuple[int, int]) -> ModuleBases:
-    """The bases of one module with k components (down, up), as `fit` finds them."""
-    stack = ModuleStack(*members, options)
-    return stack.fit(stack.whole(), k)
+    unit: Tensor = tensor / torch.linalg.vector_norm(tensor)
+    return unit
