@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .fitting import fit
     from .formats import read_adapter, write_adapter
     from .pack import Pack
+    from .reports import Report, report
     from .subspace import Subspace
     from .summary import Summary
     from .tuner import EigenLoraxConfig, EigenLoraxModel
@@ -26,11 +27,13 @@ _HOME = {
     "EigenloraxError": "errors",
     "LoRAFactors": "adapter",
     "Pack": "pack",
+    "Report": "reports",
     "Subspace": "subspace",
     "Summary": "summary",
     "fit": "fitting",
     "from_factors": "adapter",
     "read_adapter": "formats",
+    "report": "reports",
     "write_adapter": "formats",
 }
 __all__ = [
@@ -40,12 +43,14 @@ __all__ = [
     "EigenloraxError",
     "LoRAFactors",
     "Pack",
+    "Report",
     "Subspace",
     "Summary",
     "__version__",
     "fit",
     "from_factors",
     "read_adapter",
+    "report",
     "write_adapter",
 ]
 

@@ -137,5 +137,9 @@ WARN_ABOVE = 0.5
 """The delta error above which a `LossWarning` is given, unless told otherwise."""
 
 
+class StaleReportWarning(EigenloraxWarning):
+    """A report that a pack was given is not about what the pack holds now."""
+
+
 class UnknownBaseWarning(EigenloraxWarning):
     """An adapter that does not say which base model it belongs to."""

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import EigenloraxError
 from ..version import __version__
-from . import add, augment, console, demo, env, evaluate, export, fit, inspect, pull, push, remove, train
+from . import add, augment, console, demo, env, evaluate, export, fit, inspect, pull, push, remove, report, train
 
 IO_ERROR = 6
 _OUTPUT = ": the figures could not be printed. What was asked for has been done, if that was all."
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (fit, inspect, export, add, remove, augment, train, evaluate, push, pull, demo, env):
+for verb in (fit, report, inspect, export, add, remove, augment, train, evaluate, push, pull, demo, env):
     verb.register(app)
 
 

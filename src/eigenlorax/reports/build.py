@@ -5,7 +5,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +15,16 @@ from .. import linalg
 from ..analysis import bytes as costs
 from ..analysis import groups, losses
 from ..analysis.pairs import Pairs, cosines, overlap
+from ..basis import Basis
 from ..errors import OptionError
 from ..fitting import Progress
 from ..formats.sources import Sources
 from ..options import integer
 from ..pack import Pack
-from ..basis import Basis
 from ..packed import PackedAdapter, Record
 from ..version import __version__
 from . import measure, originals, verdict
 from .data import (
-    MATRIX,
     SPECTRUM,
     AdapterFigures,
     Baseline,
@@ -49,17 +48,9 @@ from .measure import Measured
 from .originals import Originals
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A report, and the matrix of cosines in its order of names, which JSON has for small collections alone."""
-
-    report: Report
-    cosine: Tensor | None
-
-
 def report(
     pack: Pack,
-    adapters: Sources | None = None,
+    adapters: Sources | Originals | None = None,
     *,
     left_out: int | None = None,
     seed: int = 0,
@@ -73,24 +64,13 @@ def report(
     default all, or a sample of as many as can be done in about a minute. seed: of that sample, of random bases and of
     the division into halves. options: those of `read_adapter`.
     """
-    return picture(pack, adapters, left_out=left_out, seed=seed, progress=progress, **options).report
-
-
-def picture(
-    pack: Pack,
-    adapters: Sources | None = None,
-    *,
-    left_out: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Picture:
-    """`report`, with what its page needs besides."""
     seed = integer("seed", seed)
     if left_out is not None and integer("left_out", left_out) < 1:
         raise OptionError(f"left_out must be at least 1, got {left_out}.")
     say = progress or (lambda stage, done, total: None)
-    found = originals.find(pack, adapters, say, **options) if adapters is not None else None
+    found = adapters
+    if adapters is not None and not isinstance(adapters, Originals):
+        found = originals.find(pack, adapters, say, **options)
     packed = {name: pack.packed(name) for name in pack.names}
     measured = measure.measure(pack, packed, found, seed, left_out, say) if found is not None else None
     return _assembled(pack, packed, found, measured, seed, say)
@@ -103,7 +83,7 @@ def _assembled(
     measured: Measured | None,
     seed: int,
     say: Progress,
-) -> Picture:
+) -> Report:
     trained = [name for name, one in packed.items() if not one.record.untrained]
     recycled = measure.as_packed(pack, [packed[name] for name in trained], say)
     names = measured.names if measured is not None else trained
@@ -114,7 +94,7 @@ def _assembled(
     outlying = [names[place] for place in groups.outliers(shared, grouped)]
     twins = [[names[place] for place in group] for group in groups.duplicates(pairs)]
     places = dict(zip(trained, groups.on_a_map(cosines(recycled.delta))[0].tolist(), strict=True))
-    alone = {name: _neighbour(names, pairs, shared, place) for place, name in enumerate(names)}
+    alone = _neighbours(names, cosine, shared)
     if measured is not None:
         alone = {name: {**alone[name], **values} for name, values in _alone(pack, measured).items()}
     width = _width(pack)
@@ -146,7 +126,7 @@ def _assembled(
         evaluations=[],
         notes=_notes(pack, found, measured),
     )
-    return Picture(replace(empty, verdict=verdict.of(empty)), cosine)
+    return replace(empty, verdict=verdict.of(empty))
 
 
 def with_evaluations(one: Report, evaluations: Sequence[Evaluation]) -> Report:
@@ -238,19 +218,18 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _neighbour(names: list[str], pairs: Pairs, shared: Tensor, place: int) -> dict[str, Any]:
+def _neighbours(names: Sequence[str], cosine: Tensor, shared: Tensor) -> dict[str, dict[str, Any]]:
+    """Of each adapter, who is nearest to it, and how much the others have of its directions."""
     n = len(names)
     if n < 2:
-        return {"nearest": None, "nearest_cosine": None, "overlap": None}
-    row = cosines(pairs.delta)[place].clone()
-    row[place] = 0
-    nearest = int(row.abs().argmax())
-    if nearest == place:
-        nearest = 0 if place else 1
+        return {name: {} for name in names}
+    others = cosine.clone().fill_diagonal_(0.0)
+    # an adapter is not its own neighbour, also where it has nothing in common with anybody
+    nearest = others.abs().fill_diagonal_(-1.0).argmax(1).tolist()
+    common = ((shared.sum(1) - shared.diagonal()) / (n - 1)).tolist()
     return {
-        "nearest": names[nearest],
-        "nearest_cosine": float(row[nearest]),
-        "overlap": float((shared[place].sum() - shared[place, place]) / (n - 1)),
+        name: {"nearest": names[near], "nearest_cosine": float(others[place, near]), "overlap": common[place]}
+        for place, (name, near) in enumerate(zip(names, nearest, strict=True))
     }
 
 
@@ -479,7 +458,6 @@ def _similarity(
 ) -> tuple[Similarity, Tensor, Tensor]:
     cosine, shared = cosines(pairs.delta), overlap(pairs)
     found = groups.clustering(shared)
-    small = len(names) <= MATRIX
     order = found.order
     ordered = cosine[order][:, order]
     off = len(names) * (len(names) - 1)
@@ -494,8 +472,8 @@ def _similarity(
         Similarity(
             of="originals" if measured is not None else "pack",
             names=[names[leaf] for leaf in order],
-            cosine=ordered.tolist() if small else [],
-            overlap=shared[order][:, order].tolist() if small else [],
+            cosine=ordered.tolist(),
+            overlap=shared[order][:, order].tolist(),
             tree=tree,
             clusters=[
                 Cluster([names[i] for i in one], groups.within(shared, one), groups.between(shared, one))
@@ -506,7 +484,7 @@ def _similarity(
             mean_cosine=float((cosine.sum() - len(names)) / off) if off else None,
             mean_energy=float(explained.mean()) if len(names) > 1 else None,
         ),
-        ordered,
+        cosine,
         shared,
     )
 
@@ -601,10 +579,6 @@ def _notes(pack: Pack, found: Originals | None, measured: Measured | None) -> li
         notes.append(
             f"{len(measured.chosen)} of {len(measured.fitted)} adapters were left out of the fit in turn, drawn at "
             "random; --left-out says how many."
-        )
-    if len(pack) > MATRIX:
-        notes.append(
-            f"The matrices of similarity are in the page alone: the collection has more than {MATRIX} adapters."
         )
     carried = [name for name, record in pack.records.items() if record.carried_bytes]
     if carried:

@@ -225,8 +225,7 @@ class Cluster:
 class Similarity:
     """How the adapters lie to one another. names: the trained ones, in the order of the dendrogram's leaves.
 
-    cosine: of the updates, row by row in that order; empty where there are more than `MATRIX` (then only the picture in
-    the page has it). overlap: likewise, how much of their directions two adapters share, 0 to 1. tree: scipy's linkage
+    cosine: of the updates, row by row in that order; JSON leaves it empty where there are more than `MATRIX`. overlap: likewise, how much of their directions two adapters share, 0 to 1. tree: scipy's linkage
     of 1 − overlap by average, over the places in `names`. map_share: the share of squared distance that the map shows.
     of: "originals", or "pack" where those were not at hand.
     """

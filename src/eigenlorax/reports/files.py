@@ -1,0 +1,69 @@
+"""A report as files: JSON, which is read again, Markdown, and the page."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from .. import store
+from ..errors import FormatError, OptionError
+from ..typed import UnfitError, refuse_constant, typed
+from . import markdown, page
+from .data import MATRIX, SCHEMA, SCHEMA_VERSION, Report
+
+
+def to_json(report: Report) -> str:
+    """The report's JSON (docs/report.md), with the matrices of similarity where they are small."""
+    if report.similarity is not None and len(report.similarity.names) > MATRIX:
+        report = replace(report, similarity=replace(report.similarity, cosine=[], overlap=[]))
+    body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(report)}
+    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read(path: str | Path) -> Report:
+    """The report of a JSON file. `FormatError` if it is none, or of a newer schema."""
+    try:
+        body = json.loads(Path(path).read_bytes(), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(body, dict) or body.pop("schema", None) != SCHEMA:
+        raise FormatError(f"{path} is no report: its schema is not {SCHEMA!r}. `eigenlorax report` makes one.")
+    version = body.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise FormatError(
+            f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make the "
+            "report again."
+        )
+    try:
+        found: Report = typed(Report, body, "report")
+    except UnfitError as error:
+        raise FormatError(f"{path} is not as the schema of reports asks: {error} Make the report again.") from error
+    return found
+
+
+KINDS: dict[str, Callable[[Report], str]] = {
+    ".html": page.render,
+    ".htm": page.render,
+    ".json": to_json,
+    ".md": markdown.render,
+}
+
+
+def check(path: Path) -> None:
+    """`OptionError` unless a report may be written there."""
+    if path.suffix.lower() not in KINDS:
+        raise OptionError(
+            f"{path}: a report is written as .html (a page), .json or .md, and its name says which. "
+            f"For example {path.with_suffix('.html') if path.name else 'report.html'}."
+        )
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder. Name a file in it: {path / 'report.html'}.")
+
+
+def write(report: Report, path: str | Path) -> None:
+    """Write the report to `path` in one step, as its suffix says, in the place of a file that is there."""
+    target = Path(path)
+    check(target)
+    data = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")
+    with store.made(target.parent):
+        store.write_file(target, data)
