@@ -12,6 +12,24 @@ LLAMA = (*LLAMA, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 HOSTILE = "<script>alert(1)</script>&\"'|`*$x$"
 
 
+def hostile_names():
+    """Names that want to be markup, code, or a layout's end."""
+    return [
+        "untrained",
+        HOSTILE,
+        "x" * 200,
+        "ünï—çødé 名前 \u202eabc",
+        "a\nb\n\n# c",
+        '" onmouseover="alert(1)',
+        "</title></style></script><script>alert(2)//",
+        "${x}`y`",
+        "[a](javascript:alert(1))",
+        "]]>&amp;--><!--",
+        "<img src=https://example.com/x.png onerror=alert(3)>",
+        "__a__ ~~b~~ 1. c | d \\| e",
+    ]
+
+
 def report(
     adapters=30, *, layers=12, kinds=BERT, width=768, k=32, seed=3, names=None, base_model="FacebookAI/roberta-base"
 ):
@@ -294,7 +312,9 @@ def _sizes(adapters, modules, width):
         stored = modules * 2 * k * width * 4 + adapters * modules * 8 * 2 * k * 4
         mean = 0.9 * 0.97**k
         lora = adapters * modules * 8 * width * 2 * 4
-        points.append(data.SizePoint(k, mean, min(1, mean * 1.3), 0.5 + mean / 2, 1 - k / width, stored, lora / stored))
+        points.append(
+            data.SizePoint(k, mean, min(1.0, mean * 1.3), 0.5 + mean / 2, 1 - k / width, stored, lora / stored)
+        )
     return points
 
 

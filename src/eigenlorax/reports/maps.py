@@ -148,7 +148,7 @@ def _named(report: Report, shown: list[AdapterFigures]) -> list[int]:
 
 
 def _labels(
-    pixels: np.ndarray, named: list[int], shown: list[AdapterFigures], radius: float, size: tuple[float, float]
+    pixels: np.ndarray, named: list[int], shown: list[AdapterFigures], radius: float, size: tuple[int, int]
 ) -> Iterator[tuple[tuple[float, float], str, str]]:
     """Where each name goes: beside its point, where it hides no other name and, if possible, no point.
 
@@ -160,8 +160,8 @@ def _labels(
         width, height = len(name) * _SIZE * _CHARACTER, _SIZE * _LINE
         best = None
         for dx, dy in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, 2), (1, -2), (-1, 2), (-1, -2)):
-            x = pixels[place][0] + dx * (radius + 7)
-            y = pixels[place][1] + dy * (height * 0.75)
+            x = float(pixels[place][0]) + dx * (radius + 7)
+            y = float(pixels[place][1]) + dy * (height * 0.75)
             box = (x if dx > 0 else x - width, y - height / 2, x + width if dx > 0 else x, y + height / 2)
             if box[0] < 4 or box[2] > size[0] - 4 or box[1] < 4 or box[3] > size[1] - 4:
                 continue

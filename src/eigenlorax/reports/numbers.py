@@ -51,7 +51,7 @@ def ratio(value: float | None) -> str:
     """How many times as large."""
     if value is None:
         return MISSING
-    return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
+    return f"{value:,.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
 
 
 def size(value: int | None) -> str:

@@ -70,7 +70,10 @@ def _asset(name: str) -> str:
 def _policy(script: str) -> str:
     """What the browser may do with the page: show it, and run this one script. It may fetch nothing."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    return (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _title(report: Report) -> str:

@@ -46,7 +46,7 @@ def colour_map(stops: Sequence[str], steps: int = 256) -> Any:
     return LinearSegmentedColormap.from_list("stops", stops, N=steps)
 
 
-def draw(name: str, size: tuple[float, float], label: str, paint: Callable[[Any], None]) -> str:
+def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], None]) -> str:
     """An `<svg>`, `size` wide and high in CSS pixels, on which `paint` draws by matplotlib's `Figure`.
 
     name: unlike that of any other picture in the page. label: what who cannot see the picture is told.
@@ -118,7 +118,7 @@ def _style(name: str) -> dict[str, Any]:
     }
 
 
-def _inline(svg: str, name: str, size: tuple[float, float], label: str) -> str:
+def _inline(svg: str, name: str, size: tuple[int, int], label: str) -> str:
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     # the style would apply to the whole page; the page has one of its own
     body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
@@ -130,8 +130,8 @@ def _inline(svg: str, name: str, size: tuple[float, float], label: str) -> str:
     body = re.sub(r">\s+<", "><", body)
     width, height = size
     return (
-        f'<svg class="plot" role="img" aria-label="{html.escape(label)}" width="{width:g}" height="{height:g}" '
-        f'viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg">{body.strip()}</svg>'
+        f'<svg class="plot" role="img" aria-label="{html.escape(label)}" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">{body.strip()}</svg>'
     )
 
 
