@@ -10,6 +10,8 @@ import numpy as np
 
 ROUNDS = 80
 SHORTLIST = 64
+PAIRS = 2_000_000
+"""How many exchanges of two choices `good` looks at in one round of all pairs of menus, at most."""
 MOST_PARTIAL = 400_000
 """How many unfinished selections `cheapest` keeps in sight before it gives up."""
 
@@ -66,32 +68,59 @@ def good(menus: Sequence[Menu], bound: float, worth: np.ndarray, start: Sequence
         if bool((loads(menus, picks) <= bound).all()):
             starts.append(picks)
             break
-    shortlists = [np.argsort(menu.prices + menu.losses @ worth, kind="stable")[:SHORTLIST] for menu in menus]
+    pairs = max(len(menus) * (len(menus) - 1) // 2, 1)
+    most = max(8, min(SHORTLIST, int((PAIRS / pairs) ** 0.5)))
+    shortlists = [Shortlist.of(menu, worth, most) for menu in menus]
     finished = [_improved(menus, bound, picks, shortlists) for picks in starts]
     return min(finished, key=lambda picks: (price(menus, picks), picks))
 
 
-def _improved(menus: Sequence[Menu], bound: float, picks: Sequence[int], shortlists: Sequence[np.ndarray]) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """The choices of a menu that are worth most, (s,), and their weighted losses, (s,)."""
+
+    choices: np.ndarray
+    weighted: np.ndarray
+    worth: np.ndarray
+
+    @classmethod
+    def of(cls, menu: Menu, worth: np.ndarray, most: int) -> "Shortlist":
+        """At most so many."""
+        weighted = menu.losses @ worth
+        choices = np.argsort(menu.prices + weighted, kind="stable")[:most]
+        return cls(choices, weighted[choices], worth)
+
+
+def _improved(menus: Sequence[Menu], bound: float, picks: Sequence[int], shortlists: Sequence[Shortlist]) -> list[int]:
+    """Exchanges of one choice, each time the one that gains most, then of two, until none of either gains."""
     picks = list(picks)
+    _exchange_ones(menus, bound, picks)
+    improved = True
+    while improved:
+        improved = False
+        for first in range(len(menus)):
+            for second in range(first + 1, len(menus)):
+                found = _exchange(menus, bound, loads(menus, picks), picks, (first, second), shortlists)
+                if found is not None:
+                    picks[first], picks[second] = found
+                    _exchange_ones(menus, bound, picks)
+                    improved = True
+    return picks
+
+
+def _exchange_ones(menus: Sequence[Menu], bound: float, picks: list[int]) -> None:
+    """Change `picks` until no single exchange gains."""
     while True:
         load = loads(menus, picks)
-        best: tuple[float, dict[int, int]] = (0.0, {})
+        best: tuple[float, int, int] | None = None
         for index, menu in enumerate(menus):
             pick = _cheapest_within(menu, bound - load + menu.losses[picks[index]], menu.prices[picks[index]])
             if pick is not None:
-                best = max(best, (float(menu.prices[picks[index]] - menu.prices[pick]), {index: pick}), key=_gain)
-        if not best[1]:
-            for first in range(len(menus)):
-                for second in range(first + 1, len(menus)):
-                    best = max(best, _exchange(menus, bound, load, picks, (first, second), shortlists), key=_gain)
-        if not best[1]:
-            return picks
-        for index, pick in best[1].items():
-            picks[index] = pick
-
-
-def _gain(move: tuple[float, dict[int, int]]) -> float:
-    return move[0]
+                gain = float(menu.prices[picks[index]] - menu.prices[pick])
+                best = max(best or (0.0, 0, 0), (gain, index, pick), key=lambda move: move[0])
+        if best is None:
+            return
+        picks[best[1]] = best[2]
 
 
 def _cheapest_within(menu: Menu, room: np.ndarray, below: float) -> int | None:
@@ -107,23 +136,22 @@ def _exchange(
     load: np.ndarray,
     picks: Sequence[int],
     pair: tuple[int, int],
-    shortlists: Sequence[np.ndarray],
-) -> tuple[float, dict[int, int]]:
-    """The best change of two choices at once, within their shortlists: what it gains, and the new choices."""
+    shortlists: Sequence[Shortlist],
+) -> tuple[int, int] | None:
+    """The cheapest change of two choices at once, within their shortlists; None where none is cheaper than now."""
     one, two = (menus[index] for index in pair)
     rows, columns = (shortlists[index] for index in pair)
     now = float(one.prices[picks[pair[0]]] + two.prices[picks[pair[1]]])
     room = bound - load + one.losses[picks[pair[0]]] + two.losses[picks[pair[1]]]
-    prices = one.prices[rows][:, None] + two.prices[columns][None]
-    cheaper = np.flatnonzero(prices.ravel() < now)
-    cheaper = cheaper[np.argsort(prices.ravel()[cheaper], kind="stable")]
-    first, second = rows[cheaper // len(columns)], columns[cheaper % len(columns)]
+    prices = one.prices[rows.choices][:, None] + two.prices[columns.choices][None]
+    weighted = rows.weighted[:, None] + columns.weighted[None]
+    # one sum instead of n: what is beyond it is beyond one of the n; rounding must not cut off what is just within
+    near = (prices < now) & (weighted <= float(room @ rows.worth) * (1 + 1e-9))
+    at = np.flatnonzero(near.ravel())
+    at = at[np.argsort(prices.ravel()[at], kind="stable")]
+    first, second = rows.choices[at // len(columns.choices)], columns.choices[at % len(columns.choices)]
     fits = np.flatnonzero((one.losses[first] + two.losses[second] <= room).all(axis=1))
-    if not len(fits):
-        return 0.0, {}
-    at = fits[0]
-    gain = now - float(prices.ravel()[cheaper[at]])
-    return gain, {pair[0]: int(first[at]), pair[1]: int(second[at])}
+    return (int(first[fits[0]]), int(second[fits[0]])) if len(fits) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,18 @@ from .subspace import FitOptions, ModuleBases, ModuleStack, Pair
 Cell = tuple[int, int]
 Report = Callable[[str, int, int], None]
 
-STAGE = "choosing sizes"
-ROUNDS = 30
-WORK = 40_000.0
-"""What a search may cost beyond its first fits, in units of about a millisecond."""
-TABLE_BYTES = 2**28
+SPECTRA = "choosing sizes: spectra"
+TRIALS = "choosing sizes: trial fits"
+SEARCHING = "choosing sizes: search"
+ROUNDS = 12
+LEAST_ROUNDS = 4
+WORK = 60_000.0
+"""What rounds beyond `LEAST_ROUNDS` may cost, in units of about a millisecond."""
+SEARCH = 10_000.0
+"""The same of the exhaustive search, where few modules and small ones make one possible."""
+ENOUGH = 0.002
+"""A share of the bytes that is not worth another round."""
+TABLE_BYTES = 2**26
 NOTHING: Cell = (0, 0)
 
 
@@ -104,10 +111,9 @@ class Module:
         self.prices = np.array([self.price(cell) for cell in self.cells], dtype=np.float64)
         self.table = self._nested(members, stack, whole)
         rows = min(stack.down.rows.shape[0], max(stack.down.rows.shape[1], stack.up.rows.shape[1]))
-        # four eigenproblems, and some thirty small products an adapter
-        self.work = 4 * (1 + 2e-7 * rows**3) + 0.6 * len(members)
+        # six eigenproblems, and some thirty small products an adapter
+        self.work = 6 * (1 + 3e-7 * rows**3) + 1.5 * len(members)
         self.known = {NOTHING: Known(0, self.table[0])}
-        self.evaluate([self.full], members, stack, whole)
 
     def price(self, cell: Cell) -> int:
         """Bytes of the components and of every adapter's coefficients."""
@@ -262,32 +268,52 @@ def choose(reads: Mapping[str, Read], setting: Setting, report: Report) -> dict[
     assert setting.options.max_error is not None
     # a hair below, for the last bits of the sum that the record makes of it
     bound = setting.options.max_error**2 * (1 - 1e-12)
+    rounding = sum(torch.finfo(dtype).eps for dtype in (setting.dtype, setting.coefficient_dtype))
     most = int(math.sqrt(TABLE_BYTES / (8 * len(setting.weights) * len(reads))))
     modules = []
     for done, (name, read) in enumerate(reads.items()):
-        report(STAGE, done, len(reads))
+        report(SPECTRA, done, len(reads))
         modules.append(Module(name, read, setting, max(24, min(most, 160))))
-    best = [module.full for module in modules]
-    _check_reachable(_losses(modules, best), bound, setting)
-    budget = WORK
+    report(SPECTRA, len(reads), len(reads))
+    full = [module.full for module in modules]
+    best: list[Cell] | None = None
+    if setting.options.max_error < 16 * rounding:
+        best = _evaluated(modules, full, bound, setting)
+    aim, budget = bound, WORK
     worth = np.ones(len(setting.weights))
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         menus = [module.menu() for module in modules]
-        worth = knapsack.multipliers(menus, bound)
-        start = [module.at[cell] for module, cell in zip(modules, best, strict=True)]
-        picks = knapsack.good(menus, bound, worth, start)
+        worth = knapsack.multipliers(menus, aim)
+        start = [module.at[cell] for module, cell in zip(modules, best or full, strict=True)]
+        picks = knapsack.good(menus, aim, worth, start)
         cells = [module.cells[pick] for module, pick in zip(modules, picks, strict=True)]
-        fresh = [module for module, cell in zip(modules, cells, strict=True) if cell not in module.known]
-        for module, cell in zip(modules, cells, strict=True):
-            module.evaluate([cell])
-        budget -= sum(module.work for module in fresh)
-        if (_losses(modules, cells) <= bound).all() and _price(modules, cells) < _price(modules, best):
-            best = cells
-        if not fresh or budget < 0:
+        if best is not None and knapsack.price(menus, picks) > (1 - ENOUGH) * _price(modules, best):
             break
-    best = _searched(modules, best, bound, worth, setting, budget, report)
-    report(STAGE, len(reads), len(reads))
+        fresh = [module for module, cell in zip(modules, cells, strict=True) if cell not in module.known]
+        for done, (module, cell) in enumerate(zip(modules, cells, strict=True)):
+            report(TRIALS, turn * len(reads) + done, ROUNDS * len(reads))
+            module.evaluate([cell])
+        worst = float(_losses(modules, cells).max())
+        if worst <= bound and (best is None or _price(modules, cells) < _price(modules, best)):
+            best = cells
+        budget -= sum(module.work for module in fresh)
+        if not fresh or (turn + 1 >= LEAST_ROUNDS and budget < 0):
+            break
+        # what was predicted is not quite what is found: aim as far off as the last one missed
+        aim = min(bound, aim * bound / worst)
+    if best is None:
+        best = _evaluated(modules, full, bound, setting)
+    report(TRIALS, ROUNDS * len(reads), ROUNDS * len(reads))
+    best = _searched(modules, best, bound, worth, setting, report)
     return {module.name: cell for module, cell in zip(modules, best, strict=True)}
+
+
+def _evaluated(modules: Sequence[Module], full: list[Cell], bound: float, setting: Setting) -> list[Cell]:
+    """`full`, every direction of every module, if no adapter loses too much even so."""
+    for module, cell in zip(modules, full, strict=True):
+        module.evaluate([cell])
+    _check_reachable(_losses(modules, full), bound, setting)
+    return full
 
 
 def smallest(reads: Mapping[str, Read], setting: Setting, error: float) -> tuple[int, int]:
@@ -348,7 +374,6 @@ def _searched(
     bound: float,
     worth: np.ndarray,
     setting: Setting,
-    budget: float,
     report: Report,
 ) -> list[Cell]:
     """The best selection there is, where all cells that may be part of it can be fitted; else the one given."""
@@ -363,11 +388,12 @@ def _searched(
         [cell for cell, flag in zip(module.cells, flags, strict=True) if flag and cell not in module.known]
         for module, flags in zip(modules, may, strict=True)
     ]
-    if sum(len(cells) * module.work for module, cells in zip(modules, fresh, strict=True)) > budget:
+    if sum(len(cells) * module.work for module, cells in zip(modules, fresh, strict=True)) > SEARCH:
         return best
     for done, (module, cells) in enumerate(zip(modules, fresh, strict=True)):
-        report(STAGE, done, len(modules))
+        report(SEARCHING, done, len(modules))
         module.evaluate(cells)
+    report(SEARCHING, len(modules), len(modules))
     measured = [module.measured() for module in modules]
     picks = knapsack.cheapest([menu for _, menu in measured], bound, worth, below)
     return [cells[pick] for (cells, _), pick in zip(measured, picks, strict=True)] if picks is not None else best
