@@ -28,10 +28,10 @@ def scree(report: Report, side: str) -> str:
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
-        _curves(axis, _spectra(report, side))
+        _curves(axis, spectra(report, side))
         axis.set_yscale("log")
         # both sides on one scale; what is smaller is rounding
-        shown = np.concatenate([curve for each in SIDES for curve in _spectra(report, each).values()])
+        shown = np.concatenate([curve for each in SIDES for curve in spectra(report, each).values()])
         axis.set_ylim(shown[shown >= _FLOOR * shown.max()].min() / 1.5, shown.max() * 1.5)
         axis.yaxis.set_major_formatter(_plain)
         axis.minorticks_off()
@@ -48,7 +48,7 @@ def cumulative(report: Report, side: str) -> str:
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
-        _curves(axis, {label: np.cumsum(curve) for label, curve in _spectra(report, side).items()})
+        _curves(axis, {label: np.cumsum(curve) for label, curve in spectra(report, side).items()})
         axis.set(title=SIDES[side], xlabel="directions kept", ylabel="energy kept", ylim=(0, 1.02))
         axis.margins(x=0.01)
         _mark_k(axis, [getattr(module, side) for module in report.modules], at=0.08)
@@ -158,7 +158,7 @@ def size_bytes(report: Report) -> str:
     return svg.draw("size-bytes", (HALF, 330), "Bytes over the number of components", paint)
 
 
-def _spectra(report: Report, side: str) -> dict[str, np.ndarray]:
+def spectra(report: Report, side: str) -> dict[str, np.ndarray]:
     """One side's mean spectrum of each kind of module, by its label, and that of Gaussian adapters."""
     groups = kinds.grouped(report.modules, MOST_KINDS)
     found = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
@@ -167,8 +167,8 @@ def _spectra(report: Report, side: str) -> dict[str, np.ndarray]:
     return {label: _mean(group, 0.0) for label, group in curves.items() if group}
 
 
-def _curves(axis: Any, spectra: dict[str, np.ndarray]) -> None:
-    for number, (label, curve) in enumerate(spectra.items()):
+def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
+    for number, (label, curve) in enumerate(lines.items()):
         shape: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
         if label == _GAUSSIAN:
             shape = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}

@@ -45,7 +45,9 @@ def escaped(text: str) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
     # underscores within a word mean nothing
-    return " ".join(re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text).split())
+    text = " ".join(re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text).split())
+    # what would begin a list, or draw a line
+    return re.sub(r"^(\d{0,9})([.)](?= |$)|[-+](?=[- ]|$))", r"\1\\\2", text)
 
 
 def _prose(text: str) -> str:
