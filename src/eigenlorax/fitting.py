@@ -35,9 +35,11 @@ from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
 from .subspace import FitOptions, ModuleBases, Subspace
-from .summary import Bytes, lossy
+from .summary import lossy
 
 DEFAULT_COMPONENTS = 32
+FEW = 500
+"""Adapters × modules up to which a remedy is sought by looking at all of them."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -129,7 +131,7 @@ def fit(
         coefficient_dtype=stored_coefficients,
     )
     if lossy(pack.records, warn_above):
-        warn_of_losses(pack.records, warn_above, _remedy(_reads(by_module), setting, warn_above, pack.summary.bytes))
+        warn_of_losses(pack.records, warn_above, _remedy(_reads(by_module), setting, warn_above))
     return pack
 
 
@@ -259,14 +261,23 @@ def _reads(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> di
     }
 
 
-def _remedy(reads: dict[str, Read], setting: Setting, above: float, figures: Bytes) -> str:
+def _remedy(reads: dict[str, Read], setting: Setting, above: float) -> str:
     """What would keep adapters that lose more than `above`, in words."""
-    k, stored = sizes.smallest(reads, setting, above)
+    k, share = sizes.smallest(_some(reads, len(setting.weights)), setting, above)
     below = f"About -k {k} (n_components={k}) would bring every adapter below {above:g}"
-    if stored >= figures.lora - figures.carried:
+    if share >= 1:
         return f"{below}, in more bytes than the LoRAs themselves have: keep such adapters as ordinary LoRAs."
     bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if above else ""
     return f"{below}{bounded}."
+
+
+def _some(reads: dict[str, Read], adapters: int) -> dict[str, Read]:
+    """A random quarter of the modules, the same ones each time, where looking at all of them would take long."""
+    if adapters * len(reads) <= FEW:
+        return reads
+    order = torch.randperm(len(reads), generator=torch.Generator().manual_seed(0)).tolist()
+    names = list(reads)
+    return {names[place]: reads[names[place]] for place in sorted(order[: -(-len(reads) // 4)])}
 
 
 def _member(packing: Packing, module: str) -> Member:

@@ -316,28 +316,59 @@ def _evaluated(modules: Sequence[Module], full: list[Cell], bound: float, settin
     return full
 
 
-def smallest(reads: Mapping[str, Read], setting: Setting, error: float) -> tuple[int, int]:
-    """The least number of components, one for every side, with which every adapter's delta error is about `error` at
-    most, and the bytes of components and coefficients that takes. An estimate: by bases without sweeps or rounding."""
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """One module at a glance: by bases without sweeps or rounding, with as many components on both sides.
+
+    ranks, prices: of both sides (down, up); prices in bytes of one more component, and lora_bytes those of the LoRAs.
+    kept, totals: of each adapter, ‖P_U D P_V‖² by number of components, (k + 1, n), and ‖D‖², (n,), both weighted.
+    """
+
+    ranks: Cell
+    prices: tuple[int, int]
+    lora_bytes: int
+    kept: np.ndarray
+    totals: np.ndarray
+
+
+def _glance(read: Read, setting: Setting) -> Glance:
+    members = read()
+    stack = setting.stack(members)
+    whole = stack.whole()
+    ranks = whole[0].k, whole[1].k
+    steps = np.arange(max(ranks) + 1)
     index = {adapter: at for at, adapter in enumerate(setting.weights)}
-    kept, ranks, prices = np.zeros((0, len(index))), [], []
-    for read in reads.values():
-        members = read()
-        stack = setting.stack(members)
-        whole = stack.whole()
-        ranks.append((whole[0].k, whole[1].k))
-        prices.append(_prices(members, setting))
-        steps = np.arange(max(len(kept) - 1, *ranks[-1]) + 1)
-        kept = np.pad(kept, ((0, len(steps) - len(kept)), (0, 0)), mode="edge" if len(kept) else "constant")
-        for member, square in _kept(members, stack, whole):
-            both = [np.minimum(steps, rank) for rank in ranks[-1]]
-            kept[:, index[member.adapter]] += setting.weights[member.adapter] ** 2 * square.diagonal(*both)
-    lost = np.sqrt(np.maximum(1 - kept, 0.0)).max(axis=1)
+    kept, totals = np.zeros((len(steps), len(index))), np.zeros(len(index))
+    for member, square in _kept(members, stack, whole):
+        weight = setting.weights[member.adapter] ** 2
+        both = [np.minimum(steps, rank) for rank in ranks]
+        kept[:, index[member.adapter]] = weight * square.diagonal(*both)
+        totals[index[member.adapter]] = weight * spaces.delta_square(member.factors)
+    return Glance(ranks, _prices(members, setting), _lora_bytes(members, setting), kept, totals)
+
+
+def smallest(reads: Mapping[str, Read], setting: Setting, error: float) -> tuple[int, float]:
+    """The least number of components, one for every side, with which every adapter's delta error is about `error` at
+    most in these modules, and the bytes of components and coefficients that takes, as a share of the LoRAs' own.
+
+    An estimate: by bases without sweeps or rounding.
+    """
+    modules = [_glance(read, setting) for read in reads.values()]
+    steps = range(max(len(one.kept) for one in modules))
+    kept = np.array([sum(one.kept[min(k, len(one.kept) - 1)] for one in modules) for k in steps])
+    totals = np.sum([one.totals for one in modules], axis=0)
+    there = totals > 0
+    lost = np.sqrt(np.maximum(1 - kept[:, there] / totals[there], 0.0)).max(axis=1)
     k = int(np.flatnonzero(lost <= max(error, lost[-1]))[0])
-    numbers = [(min(k, down), min(k, up)) for down, up in ranks]
-    return k, sum(
-        n * price for pair, cost in zip(numbers, prices, strict=True) for n, price in zip(pair, cost, strict=True)
-    )
+    stored = sum(min(k, rank) * price for one in modules for rank, price in zip(one.ranks, one.prices, strict=True))
+    return k, stored / sum(one.lora_bytes for one in modules)
+
+
+def _lora_bytes(members: Sequence[Member], setting: Setting) -> int:
+    """What a module's factors take as LoRAs, in the narrower of the two dtypes."""
+    specs = [member.factors.spec for member in members]
+    width = min(setting.dtype.itemsize, setting.coefficient_dtype.itemsize)
+    return width * sum(spec.rank * (spec.in_features + spec.out_features) for spec in specs)
 
 
 def _losses(modules: Sequence[Module], cells: Sequence[Cell]) -> np.ndarray:
