@@ -15,7 +15,7 @@ from documents import Document
 from synthetic import HOSTILE, LLAMA, bare, hostile_names, report
 
 from eigenlorax.errors import MissingExtraError
-from eigenlorax.reports import data, page, sections
+from eigenlorax.reports import data, kinship, page, sections
 
 ADAPTERS = "All adapters, the worst first"
 ARXIV = "https://arxiv.org/abs/2502.04700"
@@ -323,3 +323,20 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'eigenlorax\[report\]'"):
         page.render(report(3))
+
+
+@pytest.mark.parametrize(("trained", "pictured"), [(2, []), (3, ["matrices", "points"])])
+def test_two_adapters_are_no_picture(trained, pictured):
+    section = kinship.render(report(trained + 1))
+    drawn = {found["id"].split("-")[0] for _, found in Document(f"<div>{section}</div>").elements if "id" in found}
+    assert sorted(drawn) == pictured
+    assert f"of {trained} trained adapters, as they were." in section
+
+
+def test_what_is_not_there_is_not_in_the_captions():
+    full = report(6)
+    near = changed(full.similarity, clusters=[], map_share=None, of="pack")
+    section = kinship.render(changed(full, similarity=near, outliers=[]))
+    assert "as they come back from the pack" in section
+    assert not re.search("coloured by cluster|ringed|squared distance|<h3>Clusters", section)
+    assert "Each point an adapter; near ones" in section

@@ -4,6 +4,9 @@ from . import maps, numbers, svg, tables
 from .data import Report, Similarity
 from .markup import chips, figure, fold, paragraph, table, words
 
+_FEW = 2
+"""Adapters up to which there is no picture of them."""
+
 
 def render(report: Report) -> str:
     """The matrices, the map, and the groups; "" where nothing of it was measured."""
@@ -18,27 +21,11 @@ def render(report: Report) -> str:
     of = "as they were" if near.of == "originals" else "as they come back from the pack, for want of the originals"
     content = [
         paragraph(
-            f"Compared are the updates of {numbers.plural(len(near.names), 'trained adapter')}, {of}: those whose "
-            "branches join early, and those close on the map, share directions.",
+            f"Compared are the updates of {numbers.plural(len(near.names), 'trained adapter')}, {of}.",
             f"{said[:1].upper()}{said[1:]}." if said else "",
-        )
+        ),
+        *_pictures(report, near),
     ]
-    # a report read from JSON has no matrices of many adapters, and those of one say nothing
-    if len(near.cosine) > 1:
-        pixels = "Neighbours are averaged." if len(near.cosine) > maps.PIXELS else "The diagonal, 1, is off the scale."
-        content.append(figure(maps.matrices(near), f"In the order of the dendrogram. {pixels}"))
-    if any(one.x is not None and one.y is not None for one in report.adapters):
-        share = (
-            f" It shows {numbers.share(near.map_share)} of the squared distance." if near.map_share is not None else ""
-        )
-        outliers = " Outliers are ringed." if report.outliers else ""
-        content += [
-            "<h3>Map</h3>",
-            figure(
-                f'<div class="map">{maps.points(report)}</div>',
-                f"Each point an adapter, coloured by cluster; point at one to read its name.{outliers}{share}",
-            ),
-        ]
     content.append(_groups(report, near))
     content.append(
         fold(
@@ -58,6 +45,37 @@ def render(report: Report) -> str:
         )
     )
     return "".join(content)
+
+
+def _pictures(report: Report, near: Similarity) -> list[str]:
+    """The matrices and the map, each where it says something."""
+    content = []
+    # a report read from JSON has no matrices of many adapters, and of two there is but one figure
+    if len(near.cosine) > _FEW:
+        pixels = "Neighbours are averaged." if len(near.cosine) > maps.PIXELS else "The diagonal, 1, is off the scale."
+        content.append(
+            figure(
+                maps.matrices(near),
+                f"In the order of the dendrogram: adapters whose branches join early share directions. {pixels}",
+            )
+        )
+    if sum(one.x is not None and one.y is not None for one in report.adapters) > _FEW:
+        share = (
+            f" The map shows {numbers.share(near.map_share)} of the squared distance."
+            if near.map_share is not None
+            else ""
+        )
+        colours = ", coloured by cluster" if near.clusters else ""
+        outliers = " Outliers are ringed." if report.outliers else ""
+        content += [
+            "<h3>Map</h3>",
+            figure(
+                f'<div class="map">{maps.points(report)}</div>',
+                f"Each point an adapter{colours}; near ones share directions. Point at one to read its name."
+                f"{outliers}{share}",
+            ),
+        ]
+    return content
 
 
 def _groups(report: Report, near: Similarity | None) -> str:

@@ -92,9 +92,13 @@ def _row_of(names: Sequence[str]) -> str:
     return f'<ul class="names">{"".join(f"<li>{text(name)}</li>" for name in names)}</ul>'
 
 
+def _class(*names: str) -> str:
+    return f' class="{" ".join(filter(None, names))}"' if any(names) else ""
+
+
 def _head(column: Column) -> str:
     meaning = f' title="{text(column.meaning)}"' if column.meaning else ""
-    return f'<th scope="col"{"" if column.numeric else " class=t"}{meaning}>{text(column.label)}</th>'
+    return f'<th scope="col"{_class("" if column.numeric else "t")}{meaning}>{text(column.label)}</th>'
 
 
 def _row(columns: list[Column], row: list[Cell]) -> str:
@@ -103,6 +107,6 @@ def _row(columns: list[Column], row: list[Cell]) -> str:
     cells = [f'<th scope="row"{whole}>{text(row[0].text)}</th>']
     for column, cell in zip(columns[1:], row[1:], strict=True):
         exact = f' title="{text(cell.exact)}"' if cell.exact else ""
-        shape = "t" if not column.numeric else "none" if cell.text == numbers.MISSING else ""
-        cells.append(f"<td{f' class={shape}' if shape else ''}{exact}>{text(cell.text)}</td>")
+        shape = _class("" if column.numeric else "t", "none" if cell.text == numbers.MISSING else "")
+        cells.append(f"<td{shape}{exact}>{text(cell.text)}</td>")
     return f"<tr>{''.join(cells)}</tr>"
