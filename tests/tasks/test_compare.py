@@ -201,6 +201,20 @@ class TestClassification:
             compare(pack, originals, [(None, tmp_path / "rows.jsonl")], max_length=5)
         assert len(said) == 1
 
+    def test_a_column_that_may_be_the_labels_is_said(self, tmp_path, pack, originals, rows):
+        file = trainable.write_jsonl(
+            tmp_path / "other.jsonl", [{"text": row["text"], "gold": row["label"]} for row in rows]
+        )
+        with pytest.warns(
+            RowsWarning, match="no column 'label': agreement is counted, .* text, gold. --label-column"
+        ) as said:
+            found = compare(pack, originals, [(None, file)])
+        assert len(said) == 1
+        assert not any(one.labelled for one in found)
+        (named,) = compare(pack, originals, [("a", file)], columns=Columns(label="gold"))
+        (got,) = compare(pack, originals, [("a", tmp_path / "rows.jsonl")])
+        assert replace(named, data=got.data) == got
+
     def test_progress_counts_rows(self, tmp_path, pack, originals, rows):
         seen = []
         file = tmp_path / "rows.jsonl"
@@ -320,7 +334,34 @@ class TestWhatCannotBeCompared:
             ([("b", "three")], {}, FormatError, "^[^N]*label 2 is none of the 2 classes: 0, 1.$"),
             ([("b", "named")], {}, OptionError, "labels such as 'good', and a pack keeps no names of classes"),
             ([(None, "named")], {"labels": ["bad", "good"]}, OptionError, "do not fit adapter 'a': 2 labels are named"),
-            ([("a", "rows")], {"columns": Columns(label="gold")}, OptionError, "no column 'gold'"),
+            ([("a", "rows")], {"columns": Columns(label="gold")}, OptionError, "no column 'gold'. .* --label-column"),
+            (
+                [("a", "first")],
+                {},
+                FormatError,
+                "line 1 has no 'label', which 30 of 31 rows have. Label all of them, or",
+            ),
+            (
+                [("a", "last")],
+                {},
+                FormatError,
+                "line 31 has no 'label', which 30 of 31 rows have. Label all of them, or",
+            ),
+            (
+                [("b", "named")],
+                {"labels": {"q": ["bad"]}},
+                AdapterNameError,
+                "given for 'q', which .* It has: a, b, c, d",
+            ),
+            ([("b", "named")], {"labels": {"a": ["x", "y", "z"]}}, OptionError, "labels such as 'good'"),
+            (
+                [("a", "named")],
+                {"labels": ["x", "y", "bad"]},
+                FormatError,
+                "label 'good' is none of the 3 classes: x, y, bad",
+            ),
+            ([("a", "nowhere")], {}, FormatError, "nowhere.jsonl does not exist. Rows are read from .jsonl, .csv"),
+            ([("a", "empty")], {}, FormatError, "empty.jsonl has no rows"),
             ([("a", "rows")], {"columns": Columns(text="gold")}, OptionError, "no column 'gold'"),
             ([("a", "rows")], {"task": "chess"}, OptionError, "no task 'chess'"),
             ([("a", "rows")], {"batch_size": 0}, OptionError, "batch_size must be at least 1"),
@@ -330,6 +371,9 @@ class TestWhatCannotBeCompared:
     def test_options(self, tmp_path, pack, originals, rows, files, options, error, match):
         trainable.write_jsonl(tmp_path / "three.jsonl", [{**row, "label": n % 3} for n, row in enumerate(rows)])
         trainable.write_jsonl(tmp_path / "named.jsonl", trainable.keyword_rows(5, seed=2))
+        trainable.write_jsonl(tmp_path / "first.jsonl", [{"text": rows[0]["text"]}, *rows[1:]])
+        trainable.write_jsonl(tmp_path / "last.jsonl", [*rows[:-1], {"text": rows[-1]["text"]}])
+        trainable.write_jsonl(tmp_path / "empty.jsonl", [])
         at_hand = {name: originals[name] for name in "abc"}
         with pytest.raises(error, match=match):
             compare(pack, at_hand, [(name, tmp_path / f"{file}.jsonl") for name, file in files], **options)
@@ -353,6 +397,12 @@ class TestWhatCannotBeCompared:
         pack = ex.fit([bare], n_components=2)
         with pytest.raises(FormatError, match="query.bias of shape .*, is not one of a bert model for classification"):
             compare(pack, {"bare": bare}, [(None, tmp_path / "rows.jsonl")])
+
+    def test_a_model_that_is_not_the_base(self, tmp_path, pack, originals, rows, _made):
+        with pytest.raises(FormatError, match="the head of adapter 'a', .* not one of a gpt2 .* different base model"):
+            compare(pack, originals, [("a", tmp_path / "rows.jsonl")], model=str(_made / "gpt2"))
+        with pytest.raises(FormatError, match="PEFT cannot load adapter 'a' .* 'query'.* Is it of another base model"):
+            compare(pack, originals, [("a", tmp_path / "rows.jsonl")], model=str(_made / "gpt2"), task="causal-lm")
 
     def test_what_is_no_number(self, tmp_path, pack, originals, rows):
         wild = {

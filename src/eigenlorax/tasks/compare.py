@@ -1,6 +1,7 @@
 """Original and recycled adapters on rows of the user's own: do both say the same, and is the recycled one as good?"""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
 from ..adapter import Adapter
-from ..errors import FormatError, NonFiniteError, OptionError
+from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, RowsWarning
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
@@ -66,6 +67,8 @@ def compare(
     """
     evaluate.check_batch_size(batch_size)
     columns = columns or Columns()
+    if isinstance(labels, Mapping):
+        _check_known(labels, pack)
     models.check_installed()
     with models.quiet():
         base, revision = models.of_pack(pack, model)
@@ -74,13 +77,16 @@ def compare(
         for name, file in files:
             table = data.read(file, columns.label)
             encoded: dict[str, list[Example]] = {}
-            for adapter in _adapters(pack, originals, name):
-                what = _task(adapter, task)
+            adapters = _adapters(pack, originals, name)
+            tasks = [_task(adapter, task) for adapter in adapters]
+            labelled = "text-classification" in tasks and _says_classes(table, columns)
+            for adapter, what in zip(adapters, tasks, strict=True):
                 classes = numbers = None
                 if what == "text-classification":
                     classes = evaluate.classes_of_head(adapter, config)
                     names = labels.get(adapter.name) if isinstance(labels, Mapping) else labels
-                    numbers = _numbers(adapter.name, classes, names, table, columns, bare=name is None)
+                    if labelled:
+                        numbers = _numbers(adapter.name, classes, names, table, columns, bare=name is None)
                 if what not in encoded:
                     encode = examples.modelling if classes is None else examples.unlabelled
                     most = examples.length(what, max_length, tokenizer, config)
@@ -107,6 +113,15 @@ def _adapters(pack: Pack, originals: Mapping[str, Adapter], name: str | None) ->
     return found
 
 
+def _check_known(labels: Mapping[str, Sequence[str]], pack: Pack) -> None:
+    unknown = sorted(set(labels) - set(pack.names))
+    if unknown:
+        raise AdapterNameError(
+            f"labels are given for {', '.join(map(repr, unknown))}, which the pack does not have. It has: "
+            f"{', '.join(pack.names)}."
+        )
+
+
 def _task(adapter: PackedAdapter, asked: str | None) -> str:
     says_nothing = json.loads(adapter.source_config).get("task_type") is None
     return evaluate.task_of(adapter, "text-classification" if not asked and says_nothing and adapter.heads else asked)
@@ -114,10 +129,8 @@ def _task(adapter: PackedAdapter, asked: str | None) -> str:
 
 def _numbers(
     adapter: str, n: int, names: Sequence[str] | None, table: Table, columns: Columns, *, bare: bool
-) -> list[int] | None:
-    """The classes of the rows, None where the file does not say. `bare`: no adapter was named for the file."""
-    if columns.label == Columns().label and not data.has_columns(table, columns.label):
-        return None
+) -> list[int]:
+    """The classes of the rows. `bare`: no adapter was named for the file."""
     try:
         return evaluate.classes_of(n, names, table, columns).encode(table, columns)
     except (FormatError, OptionError) as error:
@@ -127,6 +140,27 @@ def _numbers(
             f"the labels of {table.where} do not fit adapter {adapter!r}: {error} If the file is for some adapters "
             f"only, name each: NAME={table.where}."
         ) from error
+
+
+def _says_classes(table: Table, columns: Columns) -> bool:
+    """Whether the rows say of which class they are, or should: all of them or none."""
+    rows = [columns.label in row for row in table.rows]
+    if any(rows) and not all(rows):
+        raise FormatError(
+            f"{table.where}, {table.places[rows.index(False)]} has no {columns.label!r}, which {sum(rows)} of "
+            f"{len(rows)} rows have. Label all of them, or none."
+        )
+    # a column that was named has to be there
+    if all(rows) or columns.label != Columns().label:
+        return True
+    if columns.text in table.columns and set(table.columns) - {columns.text, columns.pair}:
+        warnings.warn(
+            f"{table.where} has no column {columns.label!r}: agreement is counted, and no accuracy. It has: "
+            f"{', '.join(table.columns)}. --label-column names another one.",
+            RowsWarning,
+            stacklevel=4,
+        )
+    return False
 
 
 def _run(
