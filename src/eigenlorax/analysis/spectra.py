@@ -46,19 +46,20 @@ def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tu
         leading = ModuleStack(factors, weights, options).first(chooser(options.n_components, None))
         found.append([side.components()[:size] for side, size in zip(leading, k, strict=True)])
     (down, up), (other_down, other_up) = found
-    return _cosines(down, other_down), _cosines(up, other_up)
+    return cosines(down, other_down), cosines(up, other_up)
 
 
-def _cosines(rows: Tensor, other: Tensor) -> Tensor:
+def cosines(rows: Float[Tensor, "k d"], other: Float[Tensor, "j d"]) -> Tensor:
+    """Cosines of the principal angles, descending, between the spans of orthonormal rows."""
     if 0 in (rows.shape[0], other.shape[0]):
         return torch.zeros(0)
     found: Tensor = torch.linalg.svdvals(rows @ other.mT)
     return found.clamp(0, 1)
 
 
-def degrees(cosines: Float[Tensor, " n"]) -> list[float]:
-    """Angles of cosines, ascending."""
-    found: list[float] = torch.rad2deg(torch.arccos(cosines.double().clamp(-1, 1))).tolist()
+def degrees(descending: Float[Tensor, " n"]) -> list[float]:
+    """Angles, ascending, of cosines."""
+    found: list[float] = torch.rad2deg(torch.arccos(descending.double().clamp(-1, 1))).tolist()
     return found
 
 
