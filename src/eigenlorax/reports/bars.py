@@ -41,8 +41,8 @@ def render(rows: Sequence[Bar], label: str) -> str:
     listed = "".join(_row(row, end) for row in rows)
     ticks = "".join(f'<span style="left:{25 * quarter}%">{end * quarter / 4:g}</span>' for quarter in _QUARTERS)
     return (
-        f'{_legend(rows)}<ol class="bars" aria-label="{text(label)}">{listed}</ol>'
-        f'<div class="ticks" aria-hidden="true"><span class="track">{ticks}</span></div>'
+        f'{_legend(rows)}<ol class="bars" aria-label="{text(label)}">{listed}'
+        f'<li class="ticks" aria-hidden="true"><span class="track">{ticks}</span></li></ol>'
     )
 
 

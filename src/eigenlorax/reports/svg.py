@@ -66,7 +66,7 @@ def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], No
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         paint(figure)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+        figure.savefig(file, format="svg", transparent=True)
     return _inline(file.getvalue(), name, size, label)
 
 
