@@ -4,6 +4,7 @@ A collection here is a list of adapters, each a mapping from module names to fac
 """
 
 import numpy as np
+import torch
 
 from planted import MODULES
 from reference import dense
@@ -70,3 +71,16 @@ def relative_error(update, other):
     """√(Σ‖D − D'‖² / Σ‖D‖²)."""
     lost = sum(np.square(update[m] - other[m]).sum() for m in update)
     return float(np.sqrt(lost / sum(np.square(update[m]).sum() for m in update)))
+
+
+def rounded(matrix, bits):
+    """Each row in blocks of 64, each to whole steps of its own size, which is a bfloat16."""
+    levels = 2 ** (bits - 1) - 1
+    out = np.zeros_like(matrix)
+    for i, row in enumerate(matrix):
+        for start in range(0, len(row), 64):
+            block = row[start : start + 64]
+            step = float(torch.tensor(np.abs(block).max() / levels).bfloat16())
+            if step > 0:
+                out[i, start : start + 64] = np.clip(np.round(block / step), -levels, levels) * step
+    return out

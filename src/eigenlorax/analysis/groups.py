@@ -40,15 +40,16 @@ def same_start(pairs: Pairs) -> list[list[int]]:
     """Groups of adapters whose A began as the same random numbers.
 
     The rows of two such A are alike one by one, r with r, more than r with s is by chance, and B, which began as zeros,
-    is not alike as A is; nor is the whole update: what training found in both is a common mean, and no start.
+    is not alike as A is: where A was trained far, neither is the whole update (what training found in both is a common
+    mean, and no start); where it was hardly trained, B differs by twice as much as A at least.
     """
-    down, up, delta = cosines(pairs.down), cosines(pairs.up), cosines(pairs.delta)
+    down, up, delta = cosines(pairs.down), cosines(pairs.up).abs(), cosines(pairs.delta).abs()
     norms = pairs.down.diagonal().sqrt()
     chance = pairs.down_cross.sqrt() / (norms[:, None] * norms[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
-    found = (down >= _START_COSINE) & (down >= _START_SIGMAS * chance) & (chance > 0)
-    found |= down >= _SAME_START
-    found &= pairs.same_ranks & (down >= 1.5 * up.abs()) & (delta.abs() < 0.7 * down)
-    return linked(found.fill_diagonal_(False))
+    alike = ((down >= _START_COSINE) & (down >= _START_SIGMAS * chance)) | (down >= _SAME_START)
+    far = (down >= 1.5 * up) & (delta < 0.7 * down)
+    hardly = (1 - up >= 2 * (1 - down)) & (up < _SAME_START)
+    return linked((alike & pairs.same_ranks & (far | hardly)).fill_diagonal_(False))
 
 
 def duplicates(pairs: Pairs) -> list[list[int]]:
