@@ -14,7 +14,7 @@ from .stack import Stack, roots
 
 FLOAT64_ROWS = 2048
 """Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""
-_CHUNK_NUMBERS = 2**23
+_CHUNK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,18 @@ class Pairs:
         target[here, later] += values
         beyond = slice(here.stop, later.stop)
         target[beyond, here] += values[:, here.stop - here.start :].mT
+
+
+def products(one: Stack) -> Float[Tensor, "n n"]:
+    """⟨D_i, D_j⟩ of one module."""
+    n, r = one.down.shape[:2]
+    found = torch.zeros(n, n, dtype=torch.float64)
+    step = max(1, _CHUNK_NUMBERS // max(1, n * r * r))
+    for start in range(0, n, step):
+        here, later = slice(start, start + step), slice(start, n)
+        found[here, later] = (_blocks(one.down, here, later) * _blocks(one.up, here, later)).sum((1, 3))
+    upper = found.triu()
+    return upper + upper.triu(1).mT
 
 
 def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:

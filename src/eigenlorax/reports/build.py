@@ -85,21 +85,25 @@ def _assembled(
     say: Progress,
 ) -> Report:
     trained = [name for name, one in packed.items() if not one.record.untrained]
-    recycled = measure.as_packed(pack, [packed[name] for name in trained], say)
-    names = measured.names if measured is not None else trained
-    pairs = measured.pairs if measured is not None else recycled
-    similarity, cosine, shared = _similarity(measured, pairs, names, recycled)
+    members = [packed[name] for name in trained]
+    if measured is not None:
+        names, pairs = measured.names, measured.pairs
+        recycled = measure.products_as_packed(pack, members, say)
+    else:
+        names, pairs = trained, measure.as_packed(pack, members, say)
+        recycled = pairs.delta
+    places, map_share = groups.on_a_map(cosines(recycled))
+    similarity, cosine, shared = _similarity(measured, pairs, names, map_share)
     clusters = {name: number for number, one in enumerate(similarity.clusters) for name in one.adapters}
     grouped = [names.index(name) for name in clusters]
     outlying = [names[place] for place in groups.outliers(shared, grouped)]
     twins = [[names[place] for place in group] for group in groups.duplicates(pairs)]
-    places = dict(zip(trained, groups.on_a_map(cosines(recycled.delta))[0].tolist(), strict=True))
     alone = _neighbours(names, cosine, shared)
     if measured is not None:
         alone = {name: {**alone[name], **values} for name, values in _alone(pack, measured).items()}
-    width = _width(pack)
+    width, on_map = _width(pack), dict(zip(trained, places.tolist(), strict=True))
     rows = [
-        _adapter(name, one.record, width, alone.get(name, {}), clusters.get(name), places.get(name))
+        _adapter(name, one.record, width, alone.get(name, {}), clusters.get(name), on_map.get(name))
         for name, one in packed.items()
     ]
     rows.sort(key=lambda row: (-row.delta_error, row.name))
@@ -369,7 +373,7 @@ def _left_out(measured: Measured | None, pack: Pack, seed: int) -> LeftOut | Non
         method=(
             "fitted again without the adapter, sweeps and all"
             if measured.exact
-            else "the adapter's part taken out of the Gram matrices of all (modules with more rows than dimensions)"
+            else "fitted again without the adapter, and without sweeps where a module has many rows"
         ),
         errors=spread,
         standard_error=statistics.stdev(errors.values()) / math.sqrt(n) if n > 1 else 0.0,
@@ -454,7 +458,7 @@ def _starts(
 
 
 def _similarity(
-    measured: Measured | None, pairs: Pairs, names: list[str], recycled: Pairs
+    measured: Measured | None, pairs: Pairs, names: list[str], map_share: float
 ) -> tuple[Similarity, Tensor, Tensor]:
     cosine, shared = cosines(pairs.delta), overlap(pairs)
     found = groups.clustering(shared)
@@ -467,7 +471,6 @@ def _similarity(
     tree = [
         [*(float(place.get(int(one), int(one))) for one in row[:2]), float(row[2]), float(row[3])] for row in found.tree
     ]
-    _, share = groups.on_a_map(cosines(recycled.delta))
     return (
         Similarity(
             of="originals" if measured is not None else "pack",
@@ -480,7 +483,7 @@ def _similarity(
                 for one in found.clusters
             ],
             silhouette=found.silhouette,
-            map_share=share if len(recycled.delta) > 1 else None,
+            map_share=map_share if len(names) > 1 else None,
             mean_cosine=float((cosine.sum() - len(names)) / off) if off else None,
             mean_energy=float(explained.mean()) if len(names) > 1 else None,
         ),
@@ -545,6 +548,7 @@ def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured |
         assert spread is not None
         random = _relative(total - measured.random_by_k[:, index], total)
         left = _relative(measured.total[chosen] - measured.left_out_by_k[:, index], measured.total[chosen])
+        left = [value for value in left if not math.isnan(value)]
         stored = fixed + sum(
             min(k, rank) * (dimension * pack.dtype.itemsize + ranks[module] * pack.coefficient_dtype.itemsize)
             for module, dimension, rank in bases

@@ -1,7 +1,7 @@
 """The figures of a whole collection, gathered module by module: what is in memory is one module of all adapters."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,32 +9,26 @@ from torch import Tensor
 
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
-from ..analysis import losses, spectra
-from ..analysis.left_out import is_exact, left_out
-from ..analysis.pairs import Pairs
+from ..analysis import crowded, losses, spectra
+from ..analysis.pairs import Pairs, products
 from ..analysis.stack import Stack, squares, stack, stack_coefficients
 from ..basis import chooser
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
 from ..subspace import Coefficients, FitOptions, ModuleBases, ModuleStack
-from .data import SPECTRUM
+from . import refits
 from .originals import Originals
+from .refits import Asked, Members, Side
 
-LEFT_OUT_WORK = 3e11
-"""Work that is put into fits without an adapter, in multiplications: seconds on one core."""
+LEFT_OUT_WORK = 1.2e12
+"""Work that is put into fits without an adapter, in multiplications: a quarter of a minute on one core."""
 LEFT_OUT_LEAST = 8
 """Adapters that are left out at least, however much work each of them is."""
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """What was measured of one side of one module; see `SideFigures`."""
-
-    null: list[float]
-    angles: list[float]
-    halves_overlap: float | None
+CHUNK = 2**20
+"""Numbers of adapters that are looked at together: more would not stay in a cache."""
 
 
 @dataclass(slots=True)
@@ -120,7 +114,7 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
     sizes = {basis.k - basis.n_extra for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)}
     grid = sorted({k for k in GRID if k < most} | {most} | {k for k in (max(sizes, default=0),) if 0 < k <= most})
     if sample is None:
-        work = sum(_work(n, pack.subspace.modules[module].shape) for module, n in rows.items())
+        work = sum(_work(n, pack.subspace.modules[module].shape, max(sizes, default=0)) for module, n in rows.items())
         sample = max(LEFT_OUT_LEAST, int(LEFT_OUT_WORK / max(work, 1)))
     generator = torch.Generator().manual_seed(setting.seed)
     # a collection of one has no others
@@ -157,11 +151,11 @@ def _rows(setting: Setting, names: Sequence[str]) -> dict[str, int]:
     return rows
 
 
-def _work(rows: int, shape: tuple[int, int]) -> float:
-    """Multiplications of leaving one adapter out of one module: six eigenproblems, or four where rows are many."""
-    if is_exact(rows, shape):
-        return 6 * 15.0 * rows**3
-    return 2 * 15.0 * sum(d**3 for d in shape)
+def _work(rows: int, shape: tuple[int, int], k: int) -> float:
+    """Multiplications, roughly, of leaving one adapter out of one module: an eigenproblem a side, or three."""
+    if crowded.is_crowded(rows):
+        return 2 * 15.0 * min(rows, *shape, crowded.most(max(refits.LEFT_OUT_MOST, k))) ** 3
+    return 6 * 15.0 * min(rows, *shape) ** 3
 
 
 def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, number: int) -> None:
@@ -171,27 +165,31 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     one = stack(factors, n_in, n_out)
     square = squares(one)
     found.total += square
-    stored = losses.stored(one, factors, coefficients, bases)
-    found.lost += stored.delta
-    found.down_lost += stored.down
-    found.down_total += stored.down_total
-    found.up_lost += stored.up
-    found.up_total += stored.up_total
-    relative = torch.where(
-        square > 0, (stored.delta / square.clamp_min(torch.finfo(square.dtype).tiny)).sqrt(), math.nan
-    )
+    lost, singular = [], []
+    step = max(1, CHUNK // max(1, one.down.shape[1] * (n_in + n_out)))
+    for start in range(0, len(one), step):
+        some = slice(start, start + step)
+        part = one.of(range(len(one))[some])
+        stored = losses.stored(part, factors[some], coefficients[some], bases)
+        found.down_lost[some] += stored.down
+        found.down_total[some] += stored.down_total
+        found.up_lost[some] += stored.up
+        found.up_total[some] += stored.up_total
+        for bits, sums in found.rounded.items():
+            sums[some] += losses.rounded_squares(part, bits)
+        lost.append(stored.delta)
+        singular.append(losses.singular_squares(part))
+    delta = torch.cat(lost)
+    found.lost += delta
+    found.singular.append((n_in + n_out, torch.cat(singular)))
+    tiny = torch.finfo(square.dtype).tiny
+    relative = torch.where(square > 0, (delta / square.clamp_min(tiny)).sqrt(), math.nan)
     found.errors[module] = [None if math.isnan(value) else value for value in relative.tolist()]
-    for bits, lost in found.rounded.items():
-        lost += losses.rounded_squares(one, bits)
-    found.singular.append((n_in + n_out, losses.singular_squares(one)))
     found.pairs.add(one)
     generator = torch.Generator().manual_seed(setting.seed + 1 + number)
-    most = max(found.grid[-1], bases.down.k, bases.up.k)
-    random = [
-        losses.random_rows(min(most, side.dimension), side.dimension, generator) for side in (bases.down, bases.up)
-    ]
-    found.random += losses.kept(one, random[0][: bases.down.k], random[1][: bases.up.k])
-    _add_fit(found, setting, module, bases, one.of(found.fitted), factors, random, generator)
+    random = (losses.random_rows(side.k, side.dimension, generator) for side in (bases.down, bases.up))
+    found.random += losses.kept(one, *random)
+    _add_fit(found, setting, module, bases, one.of(found.fitted), factors, generator)
 
 
 def _add_fit(
@@ -201,56 +199,46 @@ def _add_fit(
     bases: ModuleBases,
     one: Stack,
     factors: Sequence[LoRAFactors | None],
-    random: Sequence[Tensor],
     generator: torch.Generator,
 ) -> None:
-    """The part that is about the adapters of the fit: its spectrum, null, halves, other sizes, and adapters left out."""
+    """What is about the adapters of the fit alone."""
     square = squares(one)
     weights = torch.tensor([setting.weights[place] for place in found.fitted], dtype=torch.float64)
     # places in `fitted` of the adapters that have trained the module
     members = [place for place, value in enumerate(square.tolist()) if value > 0]
     k = (bases.down.k - bases.down.n_extra, bases.up.k - bases.up.n_extra)
     if not members:
-        found.sides[module] = (Side([], [], None), Side([], [], None))
+        nothing = Side([], [], None)
+        found.sides[module] = (nothing, nothing)
         return
     lost = torch.tensor([found.errors[module][place] or 0.0 for place in found.fitted]).double().square() * square
     shares = weights.square() * lost, weights.square() * square
     found.weighted[module] = float((shares[0].sum() / shares[1].sum()).sqrt())
-    trained = [factors[found.fitted[place]] for place in members]
-    weighted = ([f for f in trained if f is not None], [float(weights[place]) for place in members])
-    few = one.of(members)
-    everyone = ModuleStack(*weighted, setting.options)
-    first = everyone.first(chooser(found.grid[-1], None))
-    found.by_k[members] += losses.kept_by_k(few, first[0].components(), first[1].components(), found.grid)
-    found.random_by_k[members] += losses.kept_by_k(few, random[0], random[1], found.grid)
-    null = spectra.gaussian_like(weighted[0], generator)
-    null_stack = ModuleStack(null, weighted[1], setting.options)
-    null_first = null_stack.first(chooser(max(*k, 1), None))
-    null_bases = null_stack.fit(null_first, k)
-    null_few = stack(list(null), bases.down.dimension, bases.up.dimension)
-    null_kept = losses.kept(null_few, null_bases.down.components, null_bases.up.components)
-    found.null_lost[members] += (squares(null_few) - null_kept).clamp_min(0)
-    order = torch.randperm(len(members), generator=generator).tolist()
-    half = len(order) // 2
-    angles = spectra.halves(weighted, sorted(order[:half]), sorted(order[half:]), k)
-    down, up = (
-        Side(
-            null=spectra.shares(leading.singular_values, SPECTRUM),
-            angles=spectra.degrees(cosines),
-            halves_overlap=float(cosines.square().mean()) if len(cosines) else None,
-        )
-        for leading, cosines in zip(null_first, angles, strict=True)
-    )
-    found.sides[module] = (down, up)
     asked = [place for place in found.chosen if place in set(members)]
+    trained = (factors[found.fitted[place]] for place in members)
+    refit = refits.of(
+        Members([f for f in trained if f is not None], one.of(members), weights[members]),
+        Asked(
+            setting.options,
+            k,
+            fixed=setting.options.max_error is not None or k == (0, 0),
+            grid=found.grid,
+            chosen=[members.index(place) for place in asked],
+        ),
+        bases,
+        generator,
+    )
+    found.by_k[members] += refit.by_k
+    found.null_lost[members] += refit.null_lost
+    found.sides[module] = refit.sides
+    # of independent random directions, so many of so many
+    sides = bases.down, bases.up
+    chance = [math.prod(min(k, side.dimension) / side.dimension for side in sides) for k in found.grid]
+    found.random_by_k[members] += square[members][:, None] * torch.tensor(chance, dtype=torch.float64)
     rows = [found.chosen.index(place) for place in asked]
-    if not asked:
-        return
-    size = k if setting.options.max_error is not None or k == (0, 0) else None
-    kept = left_out(weighted, few, [members.index(place) for place in asked], setting.options, bases, size, found.grid)
-    found.left_out_kept[rows] += kept.fitted
-    found.left_out_by_k[rows] += kept.by_k
-    found.exact &= is_exact(sum(few.ranks), bases.shape)
+    found.left_out_kept[rows] += refit.left_out
+    found.left_out_by_k[rows] += refit.left_out_by_k
+    found.exact &= not crowded.is_crowded(sum(one.ranks))
 
 
 def _factors(setting: Setting, name: str, module: str) -> LoRAFactors | None:
@@ -274,11 +262,24 @@ def coefficients_at(packed: PackedAdapter, module: str) -> Coefficients | None:
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
     """All pairs of adapters as they come back, from their coefficients alone."""
     found = Pairs.of(len(packed))
+    for one in _coefficients(pack, packed, progress):
+        found.add(one)
+    return found
+
+
+def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Tensor:
+    """Inner products of their updates alone, (n, n)."""
+    found = torch.zeros(len(packed), len(packed), dtype=torch.float64)
+    for one in _coefficients(pack, packed, progress):
+        found += products(one)
+    return found
+
+
+def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Iterator[Stack]:
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
-        found.add(stack_coefficients([coefficients_at(one, module) for one in packed], bases.down.k, bases.up.k))
+        yield stack_coefficients([coefficients_at(one, module) for one in packed], bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
-    return found
 
 
 def energies(
