@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from . import checks, dtypes, formats, keys, manifest, metrics, sizes
+from . import auto, checks, dtypes, formats, keys, manifest, metrics, sizes
 from . import subspace as spaces
-from .adapter import Adapter
+from .adapter import Adapter, ModuleSpec
 from .errors import (
     WARN_ABOVE,
     AdapterNameError,
@@ -38,6 +38,8 @@ from .subspace import FitOptions, ModuleBases, Subspace
 from .summary import lossy
 
 DEFAULT_COMPONENTS = 32
+AUTO = "auto"
+"""The `n_components` that is found rather than given."""
 FEW = 500
 """Adapters × modules up to which a remedy is sought by looking at all of them."""
 
@@ -47,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 def fit(
     adapters: Sources,
     *,
-    n_components: int | None = None,
+    n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
     weighting: str = "delta",
@@ -70,9 +72,10 @@ def fit(
     """The pack of some adapters: their shared principal subspace, and each of them in its terms.
 
     adapters: folders, parent folders, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
-    n_components: at most so many directions on each side of each module (default 32); or energy: the smallest number
-        that keeps this share of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as
-        its record has it, at most this, with numbers of its own for each side of each module.
+    n_components: at most so many directions on each side of each module (default 32), or "auto": a number that is
+        found by leaving adapters out, and `Pack.notes` says why; or energy: the smallest number that keeps this share
+        of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as its record has it, at
+        most this, with numbers of its own for each side of each module.
     weighting, sweeps: see `FitOptions`.
     exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
         which each adapter then carries as they are.
@@ -83,10 +86,8 @@ def fit(
     device: where bases are fitted, in float64. progress(stage, done, total) is called as work goes on.
     revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
-    wanted = n_components
-    if n_components is None and energy is None and max_error is None:
-        n_components = DEFAULT_COMPONENTS
-    fit_options = FitOptions(n_components, energy, weighting, sweeps, max_error)
+    found = n_components == AUTO
+    fit_options = FitOptions(_number(n_components, energy, max_error), energy, weighting, sweeps, max_error)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
     report = progress or (lambda stage, done, total: None)
@@ -101,7 +102,8 @@ def fit(
     read = _read(adapters, exclude_adapters, skip_bad, skipped, options)
     base_model, base_revision = checks.check_one_base(read, same_base)
     names, left_out = _module_names(read, exclude_modules)
-    _check_dimensions(fit_options.n_components if wanted is not None else None, checks.check_one_shape(read, names))
+    asked = fit_options.n_components if n_components is not None and not found else None
+    _check_dimensions(asked, checks.check_one_shape(read, names))
     packings = _scan(read, skip_bad, skipped, report)
     read = [packing.adapter for packing in packings]
     shapes = checks.check_one_shape(read, names)
@@ -109,6 +111,11 @@ def fit(
     stored_coefficients = dtypes.parse(coefficient_dtype) or stored
     setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
     by_module = _by_module(packings, names)
+    notes = []
+    if found:
+        choice = auto.choose(_reads(by_module), _specs(by_module), setting, report)
+        fit_options = replace(fit_options, n_components=choice.n_components)
+        setting, notes = replace(setting, options=fit_options), [choice.reason]
     chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
     modules: dict[str, ModuleBases] = {}
     for done, (name, members) in enumerate(by_module):
@@ -122,7 +129,7 @@ def fit(
         {p.adapter.name: p.packed(in_fit=p.adapter.name in setting.weights) for p in packings},
         FitInfo(
             **asdict(fit_options),
-            auto=False,
+            auto=found,
             excluded_modules=sorted(left_out),
             skipped=dict(sorted(skipped.items())),
         ),
@@ -130,9 +137,23 @@ def fit(
         revision=base_revision,
         coefficient_dtype=stored_coefficients,
     )
+    pack.notes.extend(notes)
     if lossy(pack.records, warn_above):
         warn_of_losses(pack.records, warn_above, _remedy(_reads(by_module), setting, warn_above))
     return pack
+
+
+def _number(n_components: int | str | None, energy: float | None, max_error: float | None) -> int | None:
+    """What `FitOptions` checks: the default where nothing is given, and 1 for now where the number is to be found."""
+    if n_components == AUTO:
+        if energy is not None or max_error is not None:
+            raise OptionError(
+                f"n_components='auto' finds a number itself, which {energy=} and {max_error=} do too: give one of them."
+            )
+        return 1
+    if isinstance(n_components, str):
+        raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")
+    return DEFAULT_COMPONENTS if n_components is None and energy is None and max_error is None else n_components
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -259,6 +280,10 @@ def _reads(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> di
         for name, members in by_module
         if any(packing.scan.delta_squares[module] > 0 for packing, module in members)
     }
+
+
+def _specs(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> dict[str, list[ModuleSpec]]:
+    return {name: [packing.adapter.specs[module] for packing, module in members] for name, members in by_module}
 
 
 def _remedy(reads: dict[str, Read], setting: Setting, above: float) -> str:

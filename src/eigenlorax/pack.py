@@ -62,6 +62,8 @@ class Pack:
         self.base_model = base_model
         self.revision = revision
         self.coefficient_dtype = coefficient_dtype
+        self.notes: list[str] = []
+        """What the fit has to say, in sentences. Not saved."""
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False

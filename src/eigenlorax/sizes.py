@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import knapsack, metrics
 from . import subspace as spaces
-from .adapter import LoRAFactors
+from .adapter import LoRAFactors, ModuleSpec
 from .errors import NonFiniteError, OptionError
 from .knapsack import Menu
 from .subspace import FitOptions, ModuleBases, ModuleStack, Pair
@@ -99,7 +100,7 @@ class Module:
         self.name, self._read, self._setting = name, read, setting
         self._index = {adapter: index for index, adapter in enumerate(setting.weights)}
         members = read()
-        self._prices = _prices(members, setting)
+        self._prices = prices(_specs(members), setting)
         stack = setting.stack(members)
         whole = stack.whole()
         self.full: Cell = (whole[0].k, whole[1].k)
@@ -227,6 +228,11 @@ class Kept:
     up: np.ndarray
     scaling: float
 
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor, scaling: float) -> "Kept":
+        """From the coordinates of the factors' rows in each direction, (r, k) of both sides."""
+        return cls(_grams(down), _grams(up), scaling)
+
     def table(self, down: np.ndarray, up: np.ndarray) -> np.ndarray:
         """For every number of directions in `down` with every one in `up`."""
         found: np.ndarray = self.scaling**2 * (self.down[down] @ self.up[up].T)
@@ -238,26 +244,35 @@ class Kept:
         return found
 
 
+def _grams(rows: Tensor) -> np.ndarray:
+    zero = torch.zeros(1, rows.shape[0] ** 2, dtype=torch.float64)
+    found: np.ndarray = torch.cat([zero, torch.einsum("ik,jk->kij", rows, rows).flatten(1).cumsum(0)]).numpy()
+    return found
+
+
 def _kept(members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Iterable[tuple[Member, Kept]]:
     """Of each adapter that has trained a module, what the bases of the first spectra keep."""
     trained = [member for member in members if member.trained]
     for member, *blocks in zip(trained, stack.down.blocks, stack.up.blocks, strict=True):
-        grams = []
-        for side, block in zip(whole, blocks, strict=True):
-            rows = side.projection[block].cpu()
-            zero = torch.zeros(1, rows.shape[0] ** 2, dtype=torch.float64)
-            grams.append(torch.cat([zero, torch.einsum("ik,jk->kij", rows, rows).flatten(1).cumsum(0)]).numpy())
-        yield member, Kept(grams[0], grams[1], member.factors.scaling)
+        down, up = (side.projection[block].cpu() for side, block in zip(whole, blocks, strict=True))
+        yield member, Kept.of(down, up, member.factors.scaling)
 
 
-def _prices(members: Sequence[Member], setting: Setting) -> tuple[int, int]:
+def prices(specs: Sequence[ModuleSpec], setting: Setting) -> tuple[int, int]:
     """Bytes of one more component on each side (down, up): its own, and those of every adapter's coefficients."""
-    spec = members[0].factors.spec
-    coefficients = sum(member.factors.spec.rank for member in members) * setting.coefficient_dtype.itemsize
-    return (
-        spec.in_features * setting.dtype.itemsize + coefficients,
-        spec.out_features * setting.dtype.itemsize + coefficients,
-    )
+    coefficients = sum(spec.rank for spec in specs) * setting.coefficient_dtype.itemsize
+    down, up = (width * setting.dtype.itemsize for width in (specs[0].in_features, specs[0].out_features))
+    return down + coefficients, up + coefficients
+
+
+def lora_bytes(specs: Sequence[ModuleSpec], setting: Setting) -> int:
+    """What a module's factors take as LoRAs, in the narrower of the two dtypes."""
+    width = min(setting.dtype.itemsize, setting.coefficient_dtype.itemsize)
+    return width * sum(spec.rank * (spec.in_features + spec.out_features) for spec in specs)
+
+
+def _specs(members: Sequence[Member]) -> list[ModuleSpec]:
+    return [member.factors.spec for member in members]
 
 
 def choose(reads: Mapping[str, Read], setting: Setting, report: Report) -> dict[str, Cell]:
@@ -344,7 +359,8 @@ def _glance(read: Read, setting: Setting) -> Glance:
         both = [np.minimum(steps, rank) for rank in ranks]
         kept[:, index[member.adapter]] = weight * square.diagonal(*both)
         totals[index[member.adapter]] = weight * spaces.delta_square(member.factors)
-    return Glance(ranks, _prices(members, setting), _lora_bytes(members, setting), kept, totals)
+    specs = _specs(members)
+    return Glance(ranks, prices(specs, setting), lora_bytes(specs, setting), kept, totals)
 
 
 def smallest(reads: Mapping[str, Read], setting: Setting, error: float) -> tuple[int, float]:
@@ -362,13 +378,6 @@ def smallest(reads: Mapping[str, Read], setting: Setting, error: float) -> tuple
     k = int(np.flatnonzero(lost <= max(error, lost[-1]))[0])
     stored = sum(min(k, rank) * price for one in modules for rank, price in zip(one.ranks, one.prices, strict=True))
     return k, stored / sum(one.lora_bytes for one in modules)
-
-
-def _lora_bytes(members: Sequence[Member], setting: Setting) -> int:
-    """What a module's factors take as LoRAs, in the narrower of the two dtypes."""
-    specs = [member.factors.spec for member in members]
-    width = min(setting.dtype.itemsize, setting.coefficient_dtype.itemsize)
-    return width * sum(spec.rank * (spec.in_features + spec.out_features) for spec in specs)
 
 
 def _losses(modules: Sequence[Module], cells: Sequence[Cell]) -> np.ndarray:

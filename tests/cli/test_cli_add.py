@@ -215,3 +215,16 @@ def test_a_revision_that_differs_is_refused(cli, pack):
     succeeded(cli("add", pack, pack.parent / "new"))
     other = make_adapter(pack.parent / "other", seed=4, revision="v3")
     assert_refused(cli("add", pack, other), 3, "revision", "'v3'", "--same-base")
+
+
+def test_losses_are_noted_together_above_the_share_that_was_asked_for(cli, pack):
+    sources = pack.parent / "in"
+    both = [f"one={sources / 'alpha'}", f"two={pack.parent / 'new'}"]
+    done = succeeded(cli("add", pack, *both, "--warn-above", 0.1))
+    errors = {name: ex.Pack.open(pack).records[name].delta_error for name in ("one", "two")}
+    assert min(errors.values()) > 0.1
+    worst, other = sorted(errors, key=errors.get, reverse=True)
+    named = f"{worst} ({errors[worst]:.2f}), {other} ({errors[other]:.2f})."
+    assert done.err.startswith(f"note: more than 0.1 of the update is lost (delta error) of {named} Fit the pack again")
+    done = succeeded(cli("add", pack, f"three={pack.parent / 'new'}", "--warn-above", 1))
+    assert done.err == ""

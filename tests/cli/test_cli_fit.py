@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -427,6 +428,12 @@ class TestOptions:
             (["--energy", 0], ["energy", "above 0", "0.0"]),
             (["--energy", "nan"], ["energy", "nan"]),
             (["--energy", 0.9, "-k", 4], ["one of n_components, energy and max_error", "n_components=4, energy=0.9"]),
+            (["--max-error", 1], ["max_error", "above 0 and below 1", "1.0"]),
+            (["--max-error", 0.3, "--energy", 0.9], ["one of n_components, energy and max_error", "max_error=0.3"]),
+            (["--max-error", 1e-9], ["max_error=1e-09 cannot be reached", "--dtype float64"]),
+            (["-k", "auto"], ["n_components='auto'", "needs at least 3 trained ones, got 2"]),
+            (["-k", "auto", "--max-error", 0.3], ["n_components='auto'", "energy=None and max_error=0.3"]),
+            (["-k", 4, "--warn-above", 2], ["warn_above", "0 to 1", "2.0"]),
             (["-k", 4, "--weighting", "pca"], ["weighting", "delta, factors", "'pca'"]),
             (["-k", 4, "--sweeps", -1], ["sweeps", "-1"]),
             (["-k", 4, "--dtype", "int8"], ["float64, float32, float16, bfloat16", "int8"]),
@@ -447,6 +454,36 @@ class TestOptions:
     @pytest.mark.parametrize("k", ["x", "1.5", ""])
     def test_of_the_wrong_type(self, cli, pair, k):
         assert_usage_error(cli("fit", pair, "-o", pair.parent / "pack", "-k", k), "--n-components")
+
+    def test_a_number_that_is_found_and_why(self, cli, pack):
+        done = succeeded(cli("fit", pack.parent / "in", "-o", pack.parent / "two", "-k", "auto", "--warn-above", 1))
+        k = ex.Pack.open(pack.parent / "two").fit_info.n_components
+        assert re.fullmatch(rf"note: n_components={k} was chosen: adapters left out of the fit .*\.\n", done.err)
+        assert f"at most {k} components (auto)" in done.out
+
+    def test_why_is_in_the_json(self, cli, pack):
+        done = cli("fit", pack.parent / "in", "-o", pack.parent / "two", "--n-components", "auto", "--json")
+        found = json_of(done)
+        (sentence,) = found["notes"]
+        assert sentence.startswith(f"n_components={found['fit']['n_components']} was chosen: ")
+        assert found["fit"]["auto"] is True
+        assert json_of(cli("fit", pack.parent / "in", "-o", pack.parent / "three", "-k", 4, "--json"))["notes"] == []
+
+    def test_an_error_that_may_not_be_passed(self, cli, pair):
+        found = json_of(cli("fit", pair, "-o", pair.parent / "pack", "--max-error", 0.3, "--json"))
+        assert 0.1 < found["in_fit"]["worst"] <= 0.3
+        assert found["fit"]["max_error"] == 0.3
+
+    def test_losses_are_noted_above_the_share_that_was_asked_for(self, cli, pair):
+        done = succeeded(cli("fit", pair, "-o", pair.parent / "pack", "-k", 2))
+        worst = max(record.delta_error for record in ex.Pack.open(pair.parent / "pack").records.values())
+        assert worst > 0.5
+        assert re.fullmatch(r"note: more than 0\.5 of the update is lost .*\. About -k \d+ .*\.\n", done.err)
+        for share, noted in ((worst + 1e-6, False), (worst - 1e-6, True)):
+            done = succeeded(
+                cli("fit", pair, "-o", pair.parent / "pack", "-k", 2, "--warn-above", share, "--overwrite")
+            )
+            assert ("of the update is lost" in done.err) is noted
 
     def test_that_are_missing(self, cli, pair):
         assert_usage_error(cli("fit", "-o", pair.parent / "pack"), "ADAPTER")

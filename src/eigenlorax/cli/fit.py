@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,12 +17,24 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
 
-  eigenlorax fit adapters/ -o pack/ --max-error 0.3"""
+  eigenlorax fit adapters/ -o pack/ --max-error 0.3
+
+  eigenlorax fit adapters/ -o pack/ -k auto"""
 
 
 def register(app: typer.Typer) -> None:
     """Make the verb known to the command."""
     app.command(epilog=EPILOG)(fit)
+
+
+def _number(text: str) -> int | str:
+    """What -k takes."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither an integer nor 'auto'.") from error
 
 
 def fit(
@@ -36,9 +48,16 @@ def fit(
         Path,
         typer.Option("--output", "-o", metavar="PACK", help="The folder to write the pack to.", parser=console.path),
     ],
+    # an int, or "auto": a union, of which typer knows none
     n_components: Annotated[
-        int | None,
-        typer.Option("--n-components", "-k", metavar="K", help="Directions a side of a module, at most (default 32)."),
+        Any,
+        typer.Option(
+            "--n-components",
+            "-k",
+            metavar="K|auto",
+            help="Directions a side of a module, at most (default 32). auto: found by leaving adapters out.",
+            parser=_number,
+        ),
     ] = None,
     energy: Annotated[
         float | None,
@@ -101,11 +120,12 @@ def fit(
             revision=revision,
         )
         pack.save(output, overwrite=overwrite)
+    for sentence in pack.notes:
+        console.note(sentence)
     seconds = time.perf_counter() - started
     if json:
-        console.print_json(
-            {"pack": str(output), "seconds": seconds, **console.figures_json(pack.summary, pack.records)}
-        )
+        figures = console.figures_json(pack.summary, pack.records)
+        console.print_json({"pack": str(output), "seconds": seconds, "notes": pack.notes, **figures})
     else:
         rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}")]
         console.print_rows(f"pack {output}", rows)
