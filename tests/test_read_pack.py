@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import eigenlorax as ex
-from adapters import MODULES, factors, make_adapter, make_adapters
+from adapters import MODULES, change_tensors, factors, make_adapter, make_adapters
 from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -104,6 +104,47 @@ def test_module_names_that_differ_by_leading_components(tmp_path):
     short_of_fit = {module.removeprefix("encoder."): shape for module, shape in MODULES.items()}
     pack.add(make_adapter(tmp_path / "shorter-still", seed=4, modules=short_of_fit))
     assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 4 * len(MODULES)
+
+
+def test_a_module_that_was_dropped(tmp_path):
+    make_adapters(tmp_path / "sources", "a b c")
+    for name in "abc":
+        change_tensors(
+            tmp_path / "sources" / name, lambda found: [found[key].mul_(1e-3) for key in found if QUERY in key]
+        )
+    pack = ex.fit(tmp_path / "sources", max_error=0.2)
+    assert pack.info.modules[QUERY]["down"].k == pack.info.modules[QUERY]["up"].k == 0
+    folder = pack.save(tmp_path / "pack")
+    assert not read_pack.delta_weights(folder, "a")[QUERY].any()
+    assert_reads_what_the_library_reads(folder)
+
+
+def test_version_1(tmp_path):
+    folder = fitted(tmp_path)
+    before = as_version_1(folder)
+    assert assert_reads_what_the_library_reads(folder) == 3 * len(MODULES)
+    with ex.Pack.edit(folder) as pack:
+        assert (pack.fit_info.n_components, pack.fit_info.max_error, pack.fit_info.auto) == (4, None, False)
+        pack.verify()
+        pack.remove("b")
+    manifest = json.loads((folder / "subspace_config.json").read_text())
+    assert manifest["format_version"] == 2
+    assert manifest["subspace"] == before["subspace"]
+    assert manifest["adapters"] == {name: entry for name, entry in before["adapters"].items() if name != "b"}
+
+
+def as_version_1(folder):
+    """Make a pack what a release that knew version 1 alone has written; its manifest."""
+    path = folder / "subspace_config.json"
+    manifest = json.loads(path.read_text())
+    for key in ("max_error", "auto"):
+        del manifest["fit"][key]
+    manifest["format_version"] = 1
+    del manifest["digest"]
+    canonical = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    manifest["digest"] = sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return manifest
 
 
 def test_a_module_without_components(tmp_path):

@@ -40,6 +40,7 @@ def prepared(cli, tmp_path, monkeypatch):
 def test_the_verbs_are_these():
     assert VERBS == [
         "fit",
+        "report",
         "inspect",
         "export",
         "add",
