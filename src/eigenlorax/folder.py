@@ -367,6 +367,15 @@ def _tidy(folder: Path, found: Manifest) -> None:
     for path in folder.iterdir():
         if manifest.SUBSPACE_FILE.fullmatch(path.name) and path.name != found.subspace_file:
             store.remove(path)
+            _remove_reports(folder)
+
+
+def _remove_reports(folder: Path) -> None:
+    """Remove the report, if it is one, on a subspace that is gone."""
+    figures = folder / keys.REPORT_FIGURES
+    ours = f'"{keys.REPORT_SCHEMA}"'.encode()
+    for name in keys.REPORTS if figures.is_file() and ours in figures.read_bytes() else ():
+        store.remove(folder / name)
 
 
 def entries(adapters: Mapping[str, PackedAdapter], files: Mapping[str, Files]) -> dict[str, Entry]:

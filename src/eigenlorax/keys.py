@@ -22,6 +22,7 @@ REPORT_FIGURES = "report.json"
 REPORT_PAGE = "report.html"
 REPORTS = (REPORT_FIGURES, REPORT_PAGE)
 """What `fit` leaves beside a pack's own files; the manifest does not list it."""
+REPORT_SCHEMA = "eigenlorax-report"
 LOCK = ".lock"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -2,16 +2,16 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from . import dtypes, keys, store
 from .basis import Basis
 from .errors import AdapterNameError, PackDamagedError, PackVersionError
 from .packed import Record
 from .subspace import Augmentation, Subspace
+from .typed import UnfitError, refuse_constant, typed
 from .version import __version__
 
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
@@ -133,7 +133,7 @@ class Manifest:
 def parse(data: bytes, path: Path) -> Manifest:
     """The manifest from its file's bytes; `PackVersionError` or `PackDamagedError` where they cannot be trusted."""
     try:
-        body = json.loads(data, parse_constant=_refuse_constant)
+        body = json.loads(data, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise PackDamagedError(f"{path} is not valid JSON: {error}. {_REMEDY}") from error
     if not isinstance(body, dict) or type(body.get("format_version")) is not int:
@@ -153,28 +153,24 @@ def parse(data: bytes, path: Path) -> Manifest:
         raise PackDamagedError(f"{path} was changed after it was written: its digest does not fit. {_REMEDY}")
     try:
         return _manifest(body)
-    except (_UnfitError, AdapterNameError) as error:
+    except (UnfitError, AdapterNameError) as error:
         raise PackDamagedError(
             f"{path} was not written as the format asks: {error} Make the pack again, with another tool or release."
         ) from error
 
 
-class _UnfitError(Exception):
-    """What in a manifest is not as it should be, though its digest fits: whoever wrote it was mistaken."""
-
-
 def _manifest(body: dict[str, Any]) -> Manifest:
     if body.get("format") != _FORMAT or body["format_version"] < 1:
-        raise _UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
-    subspace, entries = (dict(_typed(dict, body.get(key), key)) for key in ("subspace", "adapters"))
+        raise UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
+    subspace, entries = (dict(typed(dict, body.get(key), key)) for key in ("subspace", "adapters"))
     found = Manifest(
-        base_model=_typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
-        revision=_typed(str | None, body.get("revision", ...), "revision"),
-        fit=_typed(FitInfo, _fit(body), "fit"),
-        subspace_file=_typed(str, subspace.pop("file", None), "subspace.file"),
-        subspace_sha256=_typed(str, subspace.pop("sha256", None), "subspace.sha256"),
-        subspace=_typed(SubspaceInfo, subspace, "subspace"),
-        coefficient_dtype=_typed(str, body.get("coefficient_dtype"), "coefficient_dtype"),
+        base_model=typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
+        revision=typed(str | None, body.get("revision", ...), "revision"),
+        fit=typed(FitInfo, _fit(body), "fit"),
+        subspace_file=typed(str, subspace.pop("file", None), "subspace.file"),
+        subspace_sha256=typed(str, subspace.pop("sha256", None), "subspace.sha256"),
+        subspace=typed(SubspaceInfo, subspace, "subspace"),
+        coefficient_dtype=typed(str, body.get("coefficient_dtype"), "coefficient_dtype"),
         adapters={keys.check_name(name): _entry(fields, f"adapters.{name}") for name, fields in entries.items()},
     )
     _check(found)
@@ -188,39 +184,14 @@ def _fit(body: dict[str, Any]) -> Any:
         return fit
     early = sorted(_SINCE_2.keys() & fit.keys())
     if early:
-        raise _UnfitError(f"fit has the fields {early}, which version 1 lacks.")
+        raise UnfitError(f"fit has the fields {early}, which version 1 lacks.")
     return {**fit, **_SINCE_2}
 
 
 def _entry(value: Any, where: str) -> Entry:
-    fields = dict(_typed(dict, value, where))
-    files = _typed(dict[str, str], fields.pop("files", None), f"{where}.files")
-    return Entry(_typed(Record, fields, where), files)
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, which JSON gave, as what the annotation `kind` says."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        fields = _typed(dict, value, where)
-        hints = get_type_hints(kind)
-        if fields.keys() != hints.keys():
-            raise _UnfitError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
-        return kind(**{name: _typed(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
-    if origin in (list, tuple):
-        items = [_typed(inner[0], item, f"{where}[{index}]") for index, item in enumerate(_typed(list, value, where))]
-        return items if origin is list else tuple(items)
-    if origin is dict:
-        return {key: _typed(inner[1], item, f"{where}.{key}") for key, item in _typed(dict, value, where).items()}
-    if origin is UnionType:
-        return None if value is None else _typed(inner[0], value, where)
-    if kind is float and type(value) is int:
-        # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
-        value = float(value) if abs(value) < 2**53 else value
-    if type(value) is not kind:
-        shown = "missing" if value is ... else json.dumps(value)[:40]
-        raise _UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
-    return value
+    fields = dict(typed(dict, value, where))
+    files = typed(dict[str, str], fields.pop("files", None), f"{where}.files")
+    return Entry(typed(Record, fields, where), files)
 
 
 def _check(found: Manifest) -> None:
@@ -248,11 +219,7 @@ def _check(found: Manifest) -> None:
         (all(_FILES <= one <= {*_FILES, keys.CARRIED} for one in files), "an adapter's files"),
     ):
         if not right:
-            raise _UnfitError(f"{what}.")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+            raise UnfitError(f"{what}.")
 
 
 def _dump(value: Any) -> bytes:

@@ -1,8 +1,8 @@
 """A module with many rows: its spectra are found once, and each adapter's share is taken out of them.
 
 The rows of a thousand adapters are many times as many as their dimensions. Gram matrices of so many rows are summed in
-float32, from rows that are scaled to a size that has room there (an error of 1e-7 of the largest eigenvalue, which turns
-the directions a little, and changes no figure by more); they are decomposed in float64.
+float32, from rows that are scaled to a size that has room there (an error of 1e-7 of the largest eigenvalue, which
+turns the directions a little, and changes no figure by more); they are decomposed in float64.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Spectrum:
         return cls(values, vectors.mT.contiguous())
 
     def without(self, rows: Float[Tensor, "r d"], k: int) -> Float[Tensor, "k d"]:
-        """The k leading directions, or as many as there are, of what is left of the Gram matrix without these of its rows.
+        """The k leading directions, or as many as there are, of the same stack without these of its rows.
 
         The best there are in the span of twice as many directions of all and of the rows themselves (Rayleigh–Ritz);
         exact where that is everything. What is missed is of second order in the rows' share.
@@ -66,14 +66,16 @@ class Spectrum:
             beyond = _directions(rows - seen @ basis)
             # the eigenvectors that are left out share nothing with those in front
             inside = (beyond @ self.vectors[m:].mT) * self.values[m:].sqrt()
-            small = torch.block_diag(torch.diag(self.values[:m]), inside @ inside.mT)
+            small = torch.zeros(m + len(beyond), m + len(beyond), dtype=torch.float64)
+            small[:m, :m], small[m:, m:] = torch.diag(self.values[:m]), inside @ inside.mT
             basis, seen = torch.cat([basis, beyond]), torch.cat([seen, rows @ beyond.mT], dim=1)
         else:
             small = torch.diag(self.values)
         values, vectors = torch.linalg.eigh(small - seen.mT @ seen)
         # what only the rows had is nothing now, but for rounding
         left = int((values > _ROUNDING * self.values[0]).sum())
-        return vectors.flip(1)[:, : min(k, left)].mT @ basis
+        found: Tensor = vectors.flip(1)[:, : min(k, left)].mT @ basis
+        return found
 
 
 def _descending(matrix: Float[Tensor, "s s"]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ EPILOG = """Examples:
 
   eigenlorax report pack/ --adapters adapters/ --evaluate sst2=reviews.csv -o report.html"""
 
+NAMED = 6
+"""Adapters that a finding names in the terminal."""
 MARKS = {True: "✓", False: "!", None: "·"}
 
 
@@ -105,14 +107,15 @@ def report(
         return
     show(made)
     for path in output or ():
-        console.note(f"written: {path}")
+        console.note(f"{path} was written.")
 
 
 def show(made: "Report") -> None:
     """The verdict, on stdout."""
     typer.echo(made.verdict.headline)
     for finding in made.verdict.findings:
-        typer.echo(f"\n{MARKS[finding.good]} {finding.text}")
+        names = ", ".join(finding.adapters[:NAMED]) + ", …" * (len(finding.adapters) > NAMED)
+        typer.echo(f"\n{MARKS[finding.good]} {finding.text}" + f" ({names})" * bool(names))
         if finding.advice:
             typer.echo(f"  → {finding.advice}")
     for note in made.notes:

@@ -6,7 +6,6 @@ None stands for what was not measured: for want of the original adapters, or bec
 
 from dataclasses import dataclass, field
 
-SCHEMA = "eigenlorax-report"
 SCHEMA_VERSION = 1
 
 
@@ -64,10 +63,10 @@ class AdapterFigures:
 
     norm: ‖D‖ over its modules in the subspace. energy_kept: 1 − delta_error². factor_error_*: of A and of B alone.
     left_out_error: delta error in the subspace of all the others. mean_error: of the mean adapter in its place;
-    mean_scaled_error: of the best multiple of it. random_error: in random bases of equal k. truncated_error: the adapter
-    alone, cut by SVD to the bytes that it costs here; int8_error, int4_error: its factors rounded.
-    nearest: the adapter with the largest |cosine| to it. overlap: how much of its directions the others have, on average.
-    cluster: its number in `Similarity.clusters`, None if it is alone. x, y: its place on the map.
+    mean_scaled_error: of the best multiple of it. random_error: in random bases of equal k. truncated_error: the
+    adapter alone, cut by SVD to the bytes that it costs here; int8_error, int4_error: its factors rounded.
+    nearest: the adapter with the largest |cosine| to it. overlap: how much of its directions the others have, on
+    average. cluster: its number in `Similarity.clusters`, None if it is alone. x, y: its place on the map.
     """
 
     name: str
@@ -127,9 +126,12 @@ SPECTRUM = 256
 
 @dataclass(frozen=True, slots=True)
 class ModuleFigures:
-    """One module of the subspace. layer: the first number in its name; kind: the name without the numbers, as in
-    "encoder.layer.*.attention.self.query". delta_error: √(Σ w²·lost / Σ w²·total) over the adapters of the fit that have
-    it; worst: the adapter with the largest error there."""
+    """One module of the subspace.
+
+    layer: the first number in its name; kind: the name without the numbers, "encoder.layer.*.attention.self.query".
+    delta_error: √(Σ w²·lost / Σ w²·total) over the adapters of the fit that have it, w² = 1/‖D‖² of the whole adapter;
+    worst: the adapter with the largest error there.
+    """
 
     name: str
     layer: int | None
@@ -181,8 +183,10 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class StartGroup:
-    """Adapters whose A began as the same random numbers. cosine_down, cosine_up: mean cosine of their A, and of their B,
-    between pairs."""
+    """Adapters whose A began as the same random numbers.
+
+    cosine_down, cosine_up: mean cosine of their A, and of their B, between pairs.
+    """
 
     adapters: list[str]
     cosine_down: float
@@ -223,11 +227,13 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """How the adapters lie to one another. names: the trained ones, in the order of the dendrogram's leaves.
+    """How the adapters lie to one another.
 
-    cosine: of the updates, row by row in that order; JSON leaves it empty where there are more than `MATRIX`. overlap: likewise, how much of their directions two adapters share, 0 to 1. tree: scipy's linkage
-    of 1 − overlap by average, over the places in `names`. map_share: the share of squared distance that the map shows.
-    of: "originals", or "pack" where those were not at hand.
+    of: "originals", or "pack" where those were not at hand. names: the trained ones, in the order of the dendrogram's
+    leaves. cosine: of the updates, row by row in that order; overlap: how much of their directions two adapters share,
+    0 to 1. JSON leaves both empty where there are more than `MATRIX` adapters. tree: scipy's linkage of 1 − overlap by
+    average, over the places in `names`. map_share: the share of squared distance that the map shows. mean_cosine:
+    between pairs; mean_energy: the share of an update that the mean of the others explains, on average.
     """
 
     of: str
@@ -250,10 +256,10 @@ MATRIX = 200
 class Bytes:
     """Tensor bytes of the collection, heads aside.
 
-    lora_files: weights files. lora_stored: the factors in the dtypes they came in; lora: at the pack's (narrower) dtype,
-    which ratios are taken of; lora_float16: two bytes a number. All three with what is carried. ratio = lora ÷ (basis +
-    coefficients + carried); limit: of endlessly many such adapters; break_even: adapters from which on the pack is
-    smaller, None if never. over_n: (N, ratio).
+    lora_files: weights files. lora_stored: the factors in the dtypes they came in; lora: at the pack's (narrower)
+    dtype, which ratios are taken of; lora_float16: two bytes a number. All three with what is carried. ratio = lora ÷
+    (basis + coefficients + carried); limit: of endlessly many such adapters; break_even: adapters from which on the
+    pack is smaller, None if never. over_n: (N, ratio).
     """
 
     lora_files: int
@@ -272,8 +278,11 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class SizePoint:
-    """The collection at another k, one for all sides, bases without sweeps. Errors as in `Spread`; left_out: mean of the
-    adapters left out of the fit; random: mean in random bases. stored_bytes: basis, coefficients and carried."""
+    """The collection at another k, one for all sides, bases without sweeps.
+
+    Errors as in `Spread`; left_out: mean of the adapters left out of the fit; random: in random bases. stored_bytes:
+    basis, coefficients and carried.
+    """
 
     k: int
     mean: float
@@ -313,9 +322,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All figures. adapters: the worst delta error first. module_errors: adapter by adapter, in the order of
-    `adapters`, the delta error in each of `modules`; None where it has no update there. notes: what was not measured, or
-    only of a sample, and why."""
+    """All figures.
+
+    adapters: the worst delta error first. module_errors: adapter by adapter, in the order of `adapters`, the delta
+    error in each of `modules`; None where it has no update there. notes: what was not measured, or only of a sample,
+    and why.
+    """
 
     eigenlorax_version: str
     collection: Collection

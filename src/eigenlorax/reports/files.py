@@ -5,18 +5,18 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .. import store
+from .. import keys, store
 from ..errors import FormatError, OptionError
 from ..typed import UnfitError, refuse_constant, typed
 from . import markdown, page
-from .data import MATRIX, SCHEMA, SCHEMA_VERSION, Report
+from .data import MATRIX, SCHEMA_VERSION, Report
 
 
 def to_json(report: Report) -> str:
     """The report's JSON (docs/report.md), with the matrices of similarity where they are small."""
     if report.similarity is not None and len(report.similarity.names) > MATRIX:
         report = replace(report, similarity=replace(report.similarity, cosine=[], overlap=[]))
-    body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(report)}
+    body = {"schema": keys.REPORT_SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(report)}
     return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -26,8 +26,8 @@ def read(path: str | Path) -> Report:
         body = json.loads(Path(path).read_bytes(), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(body, dict) or body.pop("schema", None) != SCHEMA:
-        raise FormatError(f"{path} is no report: its schema is not {SCHEMA!r}. `eigenlorax report` makes one.")
+    if not isinstance(body, dict) or body.pop("schema", None) != keys.REPORT_SCHEMA:
+        raise FormatError(f"{path} is no report: its schema is not {keys.REPORT_SCHEMA!r}. `eigenlorax report` makes one.")
     version = body.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise FormatError(

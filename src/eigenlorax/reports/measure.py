@@ -12,11 +12,10 @@ from ..adapter import LoRAFactors
 from ..analysis import crowded, losses, spectra
 from ..analysis.pairs import Pairs, products
 from ..analysis.stack import Stack, squares, stack, stack_coefficients
-from ..basis import chooser
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
-from ..subspace import Coefficients, FitOptions, ModuleBases, ModuleStack
+from ..subspace import Coefficients, FitOptions, ModuleBases
 from . import refits
 from .originals import Originals
 from .refits import Asked, Members, Side
@@ -130,7 +129,13 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
         fitted=fitted,
         chosen=chosen,
         grid=grid,
-        **{name: zeros(n) for name in ("total", "lost", "random", "down_lost", "down_total", "up_lost", "up_total")},
+        total=zeros(n),
+        lost=zeros(n),
+        random=zeros(n),
+        down_lost=zeros(n),
+        down_total=zeros(n),
+        up_lost=zeros(n),
+        up_total=zeros(n),
         null_lost=zeros(len(fitted)),
         left_out_kept=zeros(count),
         left_out_by_k=zeros(count, len(grid)),

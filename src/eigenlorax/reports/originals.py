@@ -69,9 +69,9 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
             scans[name] = checks.scan(adapters[name])
         elif record.in_fit:
             raise OptionError(
-                f"the original of {name!r}, which is in the fit, is not among the adapters given ({len(found)} of them; "
-                "they are recognised by their content). Give all that the pack was fitted on, or none, for a report of "
-                "the pack alone."
+                f"the original of {name!r}, which is in the fit, is not among the adapters given ({len(found)} of "
+                "them; they are recognised by their content). Give all that the pack was fitted on, or none, for a "
+                "report of the pack alone."
             )
         else:
             missing.append(name)

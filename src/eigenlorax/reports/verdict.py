@@ -1,7 +1,8 @@
 """What the figures say, in plain words, and what to do about it. Nothing is computed here but comparisons.
 
 The main question is answered by adapters that the fit has not seen. Where others' directions keep three quarters of
-their squared norm and more (an error of at most 0.5), the collection shares a subspace; below one quarter it does not.
+their squared norm and more, beyond what as many random directions would keep (an error of about 0.5 at most), the
+collection shares a subspace; below one quarter it does not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,8 @@ from .numbers import error, plural, ratio, share
 
 SHARED, NOT_SHARED = 0.75, 0.25
 """Shares of squared norm that an adapter keeps in the subspace of the others."""
+CHANCE = 0.7
+"""The error in random directions below which nothing can be told: they are half of all there are."""
 LOSS = 0.5
 """The delta error above which an adapter is named as one that lost much."""
 MEAN = 0.25
@@ -27,7 +30,7 @@ def of(report: Report) -> Verdict:
         *_start(report),
         *_mean(report),
         *_clusters(report),
-        *_outliers(report),
+        *_outliers(report, main),
         *_duplicates(report),
         *_untrained(report),
         *_task(report),
@@ -45,87 +48,93 @@ def _main(report: Report) -> tuple[str, Finding]:
     if in_fit is None:
         text = "No adapter of the fit is left in this pack."
         return text, Finding("unknown", text)
-    cost = _cost(report)
     if left_out is None:
-        why = (
-            "The pack alone does not tell whether its adapters share a subspace"
-            if not report.collection.with_originals
-            else "One adapter alone shares its subspace with nobody"
+        return _unknown(report)
+    chance = _mean_of(row.random_error for row in report.adapters if row.in_fit) or 1.0
+    kept = _beyond_chance(left_out.errors.rms, chance)
+    measured = f"left out of the fit, an adapter loses {error(left_out.errors.mean)} of its update"
+    against = f"{measured} in the directions of the others (in random ones: {error(chance)})"
+    if chance < CHANCE:
+        return (
+            f"{who} were fitted with so many directions that any adapter would mostly fit in (an error of "
+            f"{error(chance)} in random ones).",
+            Finding(
+                "unknown",
+                f"Whether they share a subspace does not show at this k: {against}.",
+                "Fit with fewer directions to find out.",
+            ),
         )
-        advice = (
-            "Give the original adapters with --adapters: then each is left out of the fit in turn, which tells."
-            if not report.collection.with_originals
-            else ""
-        )
-        return f"{why}. {cost}", Finding("unknown", f"{why}.", advice)
-    kept = 1 - left_out.errors.rms**2
-    chance = _mean_of(row.random_error for row in report.adapters if row.in_fit)
-    against = f" (random directions: {error(chance)})" if chance is not None else ""
-    measured = (
-        f"left out of the fit, an adapter loses {error(left_out.errors.mean)} of its update in the directions of the "
-        f"others{against}"
-    )
     if kept >= SHARED:
         return (
-            f"{who} share a subspace: {measured}. {cost}",
+            f"{who} share a subspace: {measured}.",
             Finding(
                 "shared",
-                f"They share a subspace: {measured}; the same adapters lose {error(left_out.in_fit.mean)} if they are in "
-                "it.",
+                f"They share a subspace: {against}; in the fit, the same adapters lose {error(left_out.in_fit.mean)}.",
                 "Recycle them: a new adapter of this kind will mostly fit in as well.",
                 good=True,
             ),
         )
-    more = _wider(report.sizes, SHARED)
+    more = _wider(report.sizes)
     if more is not None and more.ratio > 1:
         return (
             f"{who} share a subspace of more directions than were kept: {measured}, and {error(more.left_out)} with "
-            f"k = {more.k}. {cost}",
+            f"k = {more.k}.",
             Finding(
                 "partly-shared",
-                f"They share a subspace, but k is too small for it: {measured}.",
-                f"Fit again with -k {more.k}: an adapter left out then loses {error(more.left_out)}, and the pack is "
+                f"They share a subspace, but k is too small for it: {against}.",
+                f"Fit again with `-k {more.k}`: an adapter left out then loses {error(more.left_out)}, and the pack is "
                 f"{ratio(more.ratio)} smaller than the LoRAs, basis counted.",
                 good=None,
             ),
         )
     if kept >= NOT_SHARED:
         return (
-            f"{who} share a part of their subspace: {measured}. {cost}",
+            f"{who} share a part of their subspace: {measured}.",
             Finding(
                 "partly-shared",
-                f"They share a part of their directions: {measured}; if they are in the fit, the same adapters lose "
+                f"They share a part of their directions: {against}; in the fit, the same adapters lose "
                 f"{error(left_out.in_fit.mean)}.",
                 f"{_enough(report)} An adapter that comes later is best put into a new fit.",
                 good=None,
             ),
         )
     return (
-        f"{who} do not share a subspace: {measured}. {cost}",
+        f"{who} do not share a subspace: {measured}.",
         Finding(
             "not-shared",
-            f"They do not share a subspace: {measured}. In the fit they lose {error(left_out.in_fit.mean)}, since "
-            f"{_room(report)}: that is compression, and no common structure.",
+            f"They do not share a subspace: {against}. {_in_the_fit(report, left_out.in_fit.mean)}",
             f"{_enough(report)} An adapter that comes later will not fit in.",
             good=False,
         ),
     )
 
 
-def _cost(report: Report) -> str:
-    in_fit, b = report.in_fit, report.bytes
-    assert in_fit is not None
-    size = f"{ratio(b.ratio)} smaller than the LoRAs" if b.ratio >= 1 else f"{ratio(1 / b.ratio)} larger than the LoRAs"
-    return (
-        f"Recycling costs {error(in_fit.mean)} of an update on average, {error(in_fit.worst)} at worst, and the pack is "
-        f"{size}, basis counted."
-    )
+def _unknown(report: Report) -> tuple[str, Finding]:
+    if not report.collection.with_originals:
+        text = "The pack alone does not tell whether its adapters share a subspace."
+        advice = "Name the original adapters with `--adapters`: then each is left out of the fit in turn, which tells."
+        return text, Finding("unknown", text, advice)
+    if report.duplicates:
+        text = "All of these adapters have copies of themselves in the fit, so that none can be left out of it."
+        return text, Finding("unknown", text, "Keep one of each, and fit again.")
+    text = "One adapter alone shares its subspace with nobody."
+    return text, Finding("unknown", text)
 
 
-def _room(report: Report) -> str:
+def _beyond_chance(lost: float, chance: float) -> float:
+    """The share of squared norm that is kept, of what random directions of the same number do not keep anyway."""
+    return 1 - lost**2 / chance**2
+
+
+def _in_the_fit(report: Report, lost: float) -> str:
+    if lost > LOSS:
+        return f"In the fit they lose {error(lost)} too."
     sizes = {side.k for module in report.modules for side in (module.down, module.up)}
-    k = f"k = {max(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} directions"
-    return f"{k} leave room to hold them side by side"
+    room = f"k = {max(sizes)} has" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} directions have"
+    return (
+        f"In the fit they lose {error(lost)}, since {room} room to hold them side by side: that is compression, and no "
+        "common structure."
+    )
 
 
 def _enough(report: Report) -> str:
@@ -146,8 +155,18 @@ def _enough(report: Report) -> str:
     )
 
 
-def _wider(sizes: Sequence[SizePoint], kept: float) -> SizePoint | None:
-    return next((p for p in sizes if p.left_out is not None and 1 - p.left_out**2 >= kept), None)
+def _wider(sizes: Sequence[SizePoint]) -> SizePoint | None:
+    """The fewest directions in which adapters that are left out are mostly kept, and not by chance."""
+    return next(
+        (
+            point
+            for point in sizes
+            if point.left_out is not None
+            and (point.random or 1.0) >= CHANCE
+            and _beyond_chance(point.left_out, point.random or 1.0) >= SHARED
+        ),
+        None,
+    )
 
 
 def _mean_of(values: Iterable[float | None]) -> float | None:
@@ -163,17 +182,17 @@ def _start(report: Report) -> list[Finding]:
     for number, group in enumerate(report.starts.groups, 1):
         row, others = energies.get(f"group {number}"), energies.get("others")
         kept = ""
-        if row is not None:
+        if row is not None and others is not None:
             kept = (
                 f" {row.k} directions hold {share(row.factors_down)} of their A, and {share(row.factors_up)} of their B"
             )
-            kept += f"; of the others' A {share(others.factors_down)}." if others is not None else "."
+            kept += f"; of the others' A {share(others.factors_down)}."
         found.append(
             Finding(
                 "start",
-                f"{len(group.adapters):,} adapters began from the same random A (mean cosine {group.cosine_down:.2f}, of B "
-                f"{group.cosine_up:.2f}). What they share on that side is what training left of the start, not what it "
-                f"found.{kept}",
+                f"{len(group.adapters):,} adapters began from the same random A (mean cosine {group.cosine_down:.2f}; "
+                f"of their B {group.cosine_up:.2f}). What they share on that side is what training left of the start, "
+                f"not what it found.{kept}",
                 "Do not take a steep spectrum of A for a structure of the tasks: look at B, and at adapters left out.",
                 good=None,
                 adapters=group.adapters,
@@ -212,7 +231,6 @@ def _clusters(report: Report) -> list[Finding]:
             f"{share(inside)}, between groups at most {share(outside)} on average. {listed}.",
             "Fit each group by itself: fewer directions then do the same.",
             good=None,
-            adapters=[name for one in clusters for name in one.adapters],
         )
     ]
 
@@ -221,17 +239,17 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-def _outliers(report: Report) -> list[Finding]:
-    if not report.outliers:
+def _outliers(report: Report, main: Finding) -> list[Finding]:
+    if not report.outliers or main.kind == "not-shared":
         return []
     many = len(report.outliers) > 1
     return [
         Finding(
             "outlier",
-            f"{_few(report.outliers)} {'have' if many else 'has'} far less in common with the rest than they have with "
-            "one another.",
-            f"Leave {'them' if many else 'it'} out of the fit (--exclude-adapter), and keep {'those LoRAs' if many else 'that LoRA'} "
-            f"as {'they are' if many else 'it is'}.",
+            f"{plural(len(report.outliers), 'adapter')} {'have' if many else 'has'} far less in common with the rest "
+            "than those have with one another.",
+            f"Leave {'them' if many else 'it'} out of the fit (`--exclude-adapter`), and keep "
+            f"{'those LoRAs as they are' if many else 'that LoRA as it is'}.",
             good=False,
             adapters=report.outliers,
         )
@@ -241,7 +259,7 @@ def _outliers(report: Report) -> list[Finding]:
 def _duplicates(report: Report) -> list[Finding]:
     if not report.duplicates:
         return []
-    listed = "; ".join(_few(group) for group in report.duplicates[:3])
+    listed = "; ".join(" = ".join(group[:4]) + " = …" * (len(group) > 4) for group in report.duplicates[:3])
     more = f"; and {len(report.duplicates) - 3:,} groups more" if len(report.duplicates) > 3 else ""
     return [
         Finding(
@@ -249,7 +267,6 @@ def _duplicates(report: Report) -> list[Finding]:
             f"The same update under several names: {listed}{more}.",
             "Keep one of each: a duplicate counts twice in the fit.",
             good=None,
-            adapters=[name for group in report.duplicates for name in group],
         )
     ]
 
@@ -260,9 +277,9 @@ def _untrained(report: Report) -> list[Finding]:
     return [
         Finding(
             "untrained",
-            f"{_few(report.untrained)}: untrained, every update is zero. Kept in the pack, left out of the fit and of all "
-            "figures.",
-            "Remove what was added by mistake.",
+            f"{plural(len(report.untrained), 'adapter')} {'are' if len(report.untrained) > 1 else 'is'} untrained: "
+            "every update is zero. Kept in the pack, left out of the fit and of all figures.",
+            "Remove what was added by mistake: `eigenlorax remove`.",
             good=None,
             adapters=report.untrained,
         )
@@ -290,8 +307,8 @@ def _task(report: Report) -> list[Finding]:
         found.append(
             Finding(
                 "task",
-                f"Original and recycled adapters give the same answer on {share(agreement)} of the rows, or tokens, that "
-                f"they were given; the mean divergence is {error(kl)} nats.",
+                f"Original and recycled adapters give the same answer on {share(agreement)} of the rows, or tokens; "
+                f"the mean divergence is {error(kl)} nats.",
                 good=agreement >= 0.95,
             )
         )
@@ -307,17 +324,17 @@ def _loss(report: Report) -> list[Finding]:
     if any(row.in_fit for row in lossy):
         point = next((point for point in report.sizes if point.worst <= LOSS), None)
         advice = (
-            f"-k {point.k} would bring every adapter of the fit to {error(point.worst)} or less, in a pack "
+            f"`-k {point.k}` would bring every adapter of the fit to {error(point.worst)} or less, in a pack "
             + (f"{ratio(point.ratio)} smaller than the LoRAs" if point.ratio > 1 else "no smaller than the LoRAs")
-            + f"; --max-error {LOSS} finds the smallest one."
+            + f"; `--max-error {LOSS}` finds the smallest one."
             if point is not None
-            else f"--max-error {LOSS} finds the smallest pack that keeps them; or keep those LoRAs as they are."
+            else f"`--max-error {LOSS}` finds the smallest pack that keeps them; or keep those LoRAs as they are."
         )
     return [
         Finding(
             "loss",
             f"{plural(len(lossy), 'adapter')} {'lose' if len(lossy) > 1 else 'loses'} more than half of "
-            f"{'their updates' if len(lossy) > 1 else 'its update'}: {_few(names)} (worst {error(lossy[0].delta_error)}).",
+            f"{'their updates' if len(lossy) > 1 else 'its update'} ({error(lossy[0].delta_error)} at worst).",
             advice,
             good=False,
             adapters=names,
@@ -326,7 +343,12 @@ def _loss(report: Report) -> list[Finding]:
 
 
 def _bytes(report: Report) -> list[Finding]:
-    b = report.bytes
+    b, in_fit = report.bytes, report.in_fit
+    cost = (
+        f"Recycling costs {error(in_fit.mean)} of an update on average, {error(in_fit.worst)} at worst. "
+        if in_fit is not None
+        else ""
+    )
     even = (
         f"it pays from {plural(b.break_even, 'adapter')} of this size on"
         if b.break_even is not None
@@ -336,7 +358,7 @@ def _bytes(report: Report) -> list[Finding]:
         return [
             Finding(
                 "bytes",
-                f"The pack is larger than the LoRAs ({ratio(b.ratio)} with the basis counted): {even}.",
+                f"{cost}The pack is {ratio(1 / b.ratio)} larger than the LoRAs with the basis counted; {even}.",
                 "Gather more adapters of this base model, or fit with a smaller k.",
                 good=False,
             )
@@ -344,8 +366,8 @@ def _bytes(report: Report) -> list[Finding]:
     return [
         Finding(
             "bytes",
-            f"The pack is {ratio(b.ratio)} smaller with the basis counted, {ratio(b.limit)} in the limit of many adapters; "
-            f"{even}.",
+            f"{cost}The pack is {ratio(b.ratio)} smaller than the LoRAs with the basis counted, {ratio(b.limit)} in "
+            f"the limit of many adapters; {even}.",
             good=True,
         )
     ]

@@ -1,0 +1,41 @@
+"""Errors from squared norms, and errors of a group of adapters as one line."""
+
+import math
+import statistics
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import linalg
+from ..basis import Basis
+from ..pack import Pack
+from .data import Spread
+
+
+def of(errors: Mapping[str, float]) -> Spread | None:
+    """Of adapters by name; None of nobody."""
+    if not errors:
+        return None
+    values = list(errors.values())
+    worst = max(errors, key=lambda name: (errors[name], name))
+    rms = math.sqrt(math.fsum(value**2 for value in values) / len(values))
+    return Spread(len(values), statistics.fmean(values), rms, errors[worst], worst)
+
+
+def relative(lost: Tensor, total: Tensor) -> list[float]:
+    """√(lost / total) of each."""
+    tiny = torch.finfo(total.dtype).tiny
+    found: list[float] = (lost.clamp_min(0) / total.clamp_min(tiny)).sqrt().tolist()
+    return found
+
+
+def width(pack: Pack) -> int:
+    """Bytes of a number of the LoRAs that ratios are taken of: the pack's narrower dtype."""
+    return min(pack.dtype.itemsize, pack.coefficient_dtype.itemsize)
+
+
+def rank(basis: Basis) -> int:
+    """Directions of the stack that was fitted; its spectrum is kept in float32."""
+    values = basis.singular_values
+    return linalg.numerical_rank(values, (basis.dimension, basis.dimension)) if len(values) else 0
