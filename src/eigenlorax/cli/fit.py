@@ -2,12 +2,16 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import WARN_ABOVE
 from . import console
+
+if TYPE_CHECKING:
+    from ..fitting import Progress
+    from ..pack import Pack
 
 EPILOG = """Examples:
 
@@ -90,11 +94,14 @@ def fit(
     allow_pickle: console.AllowPickle = False,
     revision: console.Revision = None,
     device: Annotated[str, typer.Option(help="Where bases are fitted: cpu, cuda, cuda:1.")] = "cpu",
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Leave report.html and report.json in the pack.")
+    ] = True,
     overwrite: console.Overwrite = False,
     json: console.Json = False,
 ) -> None:
     """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
-    from .. import folder
+    from .. import folder, keys
     from ..fitting import fit as fit_adapters
 
     started = time.perf_counter()
@@ -120,12 +127,35 @@ def fit(
             revision=revision,
         )
         pack.save(output, overwrite=overwrite)
+        seconds = time.perf_counter() - started
+        headline = None
+        if report:
+            headline = _report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
     for sentence in pack.notes:
         console.note(sentence)
-    seconds = time.perf_counter() - started
     if json:
         figures = console.figures_json(pack.summary, pack.records)
-        console.print_json({"pack": str(output), "seconds": seconds, "notes": pack.notes, **figures})
+        printed = {"pack": str(output), "seconds": seconds, "notes": pack.notes, "headline": headline, **figures}
+        console.print_json(printed)
     else:
         rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}")]
+        if headline is not None:
+            rows.append((keys.REPORT_PAGE, headline))
         console.print_rows(f"pack {output}", rows)
+
+
+def _report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **options: Any) -> str | None:
+    """What the report says in one sentence; None, and why, where none was made."""
+    from ..reports import extra, stored
+
+    if not extra.is_installed():
+        console.note(f"no report was written. {extra.HOW} (--no-report: none is wanted.)")
+        return None
+    seconds = stored.seconds(pack)
+    if seconds > stored.PATIENCE:
+        console.note(
+            f"no report was written, since it would take about {seconds / 60:,.0f} minutes: "
+            f"`eigenlorax report {folder} --adapters ADAPTER… -o report.html` makes one."
+        )
+        return None
+    return stored.leave(pack, adapters, folder, progress, **options).verdict.headline

@@ -27,7 +27,9 @@ def read(path: str | Path) -> Report:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(body, dict) or body.pop("schema", None) != keys.REPORT_SCHEMA:
-        raise FormatError(f"{path} is no report: its schema is not {keys.REPORT_SCHEMA!r}. `eigenlorax report` makes one.")
+        raise FormatError(
+            f"{path} is no report: its schema is not {keys.REPORT_SCHEMA!r}. `eigenlorax report` makes one."
+        )
     version = body.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise FormatError(

@@ -24,6 +24,8 @@ LEFT_OUT_WORK = 1.2e12
 """Work that is put into fits without an adapter, in multiplications: a quarter of a minute on one core."""
 LEFT_OUT_LEAST = 8
 """Adapters that are left out at least, however much work each of them is."""
+MULTIPLICATIONS = 2.5e10
+"""A second's, all in all."""
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 CHUNK = 2**20
@@ -161,6 +163,20 @@ def _work(rows: int, shape: tuple[int, int], k: int) -> float:
     if crowded.is_crowded(rows):
         return 2 * 15.0 * min(rows, *shape, crowded.most(max(refits.LEFT_OUT_MOST, k))) ** 3
     return 6 * 15.0 * min(rows, *shape) ** 3
+
+
+def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
+    """How long `measure` will take on one core of a laptop; roughly."""
+    rows = dict.fromkeys(pack.subspace.modules, 0)
+    for one in packed.values():
+        for own, coefficients in one.coefficients.items():
+            rows[one.places[own]] += coefficients.rank
+    work = 0.0
+    for module, bases in pack.subspace.modules.items():
+        n = rows[module]
+        for d in bases.shape:
+            work += n**2 * d / 2 + 2 * n * d**2 + 60.0 * min(n, d) ** 3
+    return work / MULTIPLICATIONS
 
 
 def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, number: int) -> None:

@@ -2,18 +2,39 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .. import keys
-from ..errors import FormatError, StaleReportWarning
+from ..errors import EigenloraxWarning, FormatError, StaleReportWarning
+from ..fitting import Progress
+from ..formats import sources
+from ..formats.sources import Sources
 from ..pack import Pack
-from . import files
+from . import build, files, measure
 from .data import Report
 
+PATIENCE = 300.0
+"""Seconds that a report may take which nobody has asked for."""
 
-def save(report: Report, folder: Path) -> None:
-    """Leave a report in the pack in `folder`: its page, and its figures."""
+
+def leave(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **options: Any) -> Report:
+    """Make the report on a pack that was just written to `folder`, and leave its page and its figures there.
+
+    adapters, options: as they were given to `fit`, which has said already what is wrong with some of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EigenloraxWarning)
+        found = {sources.default_name(one): one.source for one in sources.find(adapters)}
+        kept = {name: source for name, source in found.items() if name in pack.records}
+        report = build.report(pack, kept, progress=progress, **options)
     for name in keys.REPORTS:
         files.write(report, folder / name)
+    return report
+
+
+def seconds(pack: Pack) -> float:
+    """How long that will take, roughly."""
+    return measure.seconds(pack, {name: pack.packed(name) for name in pack.names})
 
 
 def of(pack: Pack) -> Report | None:
