@@ -16,8 +16,8 @@ from ..subspace import Coefficients
 class Stack:
     """delta_weight of adapter i = up[i].mT @ down[i], (out, in): `up` has the scaling in it.
 
-    Adapters of a lower rank than the highest have rows of zeros, and so has one without the module, or with an update
-    of zero. scaling: each adapter's, 0 where it has no update.
+    Adapters of a lower rank than the highest have rows of zeros, and so has one without the module, whose rank is 0.
+    scaling: each adapter's, 0 where it lacks the module.
     """
 
     down: Float[Tensor, "n r n_in"]
