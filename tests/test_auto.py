@@ -60,8 +60,11 @@ def choice(adapters, **options):
         return lambda: [Member(a.name, a.modules[name], True) for a in adapters if name in a.modules]
 
     reads = {name: reading(name) for name in modules}
-    specs = {name: [member.factors.spec for member in read()] for name, read in reads.items()}
-    return auto.choose(reads, specs, setting, lambda *step: None)
+    outlines = {
+        name: auto.Outline([m.factors.spec for m in read()], [m.adapter for m in read()])
+        for name, read in reads.items()
+    }
+    return auto.choose(reads, outlines, setting, lambda *step: None)
 
 
 class TestChosen:
@@ -235,29 +238,39 @@ def test_random_directions_leave_what_is_outside_as_dense_as_it_was():
 
 class TestSamples:
     def sampled(self, adapters, modules, *, rank=8, width=768, sweeps=2):
-        specs = {
-            f"m.{j:02d}": [ModuleSpec(rank, width, width + 1, 1.0, torch.float32)] * adapters for j in range(modules)
-        }
+        names = [f"a{i:03d}" for i in range(adapters)]
+        outline = auto.Outline([ModuleSpec(rank, width, width + 1, 1.0, torch.float32)] * adapters, names)
+        outlines = {f"m.{j:02d}": outline for j in range(modules)}
         setting = Setting(
             FitOptions(n_components=1, sweeps=sweeps),
-            {f"a{i:03d}": 1.0 for i in range(adapters)},
+            dict.fromkeys(names, 1.0),
             torch.float32,
             torch.float32,
             torch.device("cpu"),
         )
-        return specs, auto._samples(specs, list(setting.weights), setting)
+        return outlines, auto._samples(outlines, setting)
 
     def test_all_where_that_is_little_work(self):
-        specs, (modules, adapters) = self.sampled(17, 12, rank=4, width=384)
-        assert modules == list(specs)
+        all_modules, (modules, adapters) = self.sampled(17, 12, rank=4, width=384)
+        assert modules == list(all_modules)
         assert len(adapters) == 17
 
     def test_no_more_work_than_the_fit(self):
-        specs, (modules, adapters) = self.sampled(200, 24)
+        all_modules, (modules, adapters) = self.sampled(200, 24)
         assert len(set(adapters)) == 12
         assert 3 <= len(modules) < 24
-        assert len(adapters) * len(modules) <= 3 * len(specs)
+        assert len(adapters) * len(modules) <= 3 * len(all_modules)
 
     def test_one_module_at_least(self):
         _, (modules, adapters) = self.sampled(200, 1, width=4096)
         assert (len(modules), len(set(adapters))) == (1, 12)
+
+    def test_those_who_have_trained_what_is_looked_at(self, monkeypatch):
+        # two groups of adapters with no module in common, of which one module alone is looked at
+        monkeypatch.setattr(auto, "CHEAP", 0)
+        one = planted(14, 6, 0.1, modules={"m.0": MODULES["m.0"]})
+        two = planted(14, 6, 0.1, modules={"m.2": MODULES["m.2"]}, seed=50_000)
+        renamed = [from_factors(f"b{i}", a.modules, base_model="org/base") for i, a in enumerate(two)]
+        pack = fitted([*one, *renamed], sweeps=0)
+        assert pack.notes[0].startswith(f"n_components={pack.fit_info.n_components} was chosen: 12 of 28 adapters left")
+        assert pack.fit_info.n_components in (6, 8)

@@ -149,6 +149,29 @@ class TestBytes:
                 break
         assert stored_bytes(pack) < 0.95 * stored_bytes(single)
 
+    @pytest.mark.parametrize("bound", [0.2, 0.5])
+    def test_where_rows_outnumber_dimensions(self, bound):
+        # more cells than can be tried, and predictions that sweeps and other bases put off
+        modules = {f"m.{j}": (47 + 3 * j, 61 - 2 * j) for j in range(5)}
+        adapters = shared(25, modules, seed=11)
+        pack = ex.fit(adapters, max_error=bound)
+        worst = max(record.delta_error for record in pack.records.values())
+        assert 0.97 * bound < worst <= bound
+        singles = (ex.fit(adapters, n_components=k, warn_above=1.0) for k in itertools.count(1))
+        single = next(one for one in singles if max(r.delta_error for r in one.records.values()) <= bound)
+        assert stored_bytes(pack) < stored_bytes(single)
+
+    def test_progress_is_told_stage_by_stage(self):
+        seen = []
+        ex.fit(shared(3, MODULES, seed=5), max_error=0.3, progress=lambda *step: seen.append(step))
+        stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+        assert stages[:3] == ["reading adapters", sizes.SPECTRA, sizes.TRIALS]
+        assert stages[-1] == "fitting modules"
+        for stage in stages:
+            steps = [(done, total) for name, done, total in seen if name == stage]
+            assert steps == sorted(steps)
+            assert steps[-1][0] == steps[-1][1]
+
 
 class TestNumbers:
     def test_planted_dimensions_are_found(self):

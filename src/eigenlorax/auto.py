@@ -34,6 +34,14 @@ NOTHING = 0.9
 
 
 @dataclass(frozen=True, slots=True)
+class Outline:
+    """A module: the shapes of all its adapters' factors, and the names of the adapters that have trained it."""
+
+    specs: Sequence[ModuleSpec]
+    trained: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """The number of components, and why, in a sentence.
 
@@ -48,12 +56,10 @@ class Choice:
     outside: list[float]
 
 
-def choose(
-    reads: Mapping[str, Read], specs: Mapping[str, Sequence[ModuleSpec]], setting: Setting, report: Report
-) -> Choice:
+def choose(reads: Mapping[str, Read], outlines: Mapping[str, Outline], setting: Setting, report: Report) -> Choice:
     """The smallest number of components beyond which the directions are hardly better than random ones.
 
-    reads: of every module that some adapter has trained, its adapters' factors; specs: their shapes. One adapter at a
+    reads: of every module that some adapter has trained, its adapters' factors, and their outlines. One adapter at a
     time is left out, and what the others' directions, without sweeps, keep of it is measured: of at most 24 adapters,
     and in some of the modules, drawn at random but the same each time, where they are many.
 
@@ -68,17 +74,16 @@ def choose(
             f"n_components='auto' leaves out one adapter at a time, and needs at least {LEAST} trained ones, got "
             f"{len(names)}. Give a number, n_components=32, or max_error=0.3."
         )
-    grid, capped = _grid({name: specs[name] for name in reads}, setting)
-    modules, sample = _samples({name: specs[name] for name in reads}, names, setting)
+    outlines = {name: outlines[name] for name in reads}
+    grid, capped = _grid(outlines, setting)
+    modules, sample = _samples(outlines, setting)
     found = _Sums.of(len(sample), len(grid))
     for done, module in enumerate(modules):
         report(STAGE, done, len(modules))
         _add(found, reads[module], sample, setting, grid)
     report(STAGE, len(modules), len(modules))
-    there = found.totals > 0
-    shares = found.kept[there] / found.totals[there, None]
-    outside = found.outside[there] / found.totals[there, None]
-    errors = np.sqrt(np.maximum(1 - shares, 0.0)).mean(axis=0)
+    outside = found.outside / found.totals[:, None]
+    errors = np.sqrt(np.maximum(1 - found.kept / found.totals[:, None], 0.0)).mean(axis=0)
     means = outside.mean(axis=0)
     best = int(means.argmin())
     differences = outside - outside[:, [best]]
@@ -112,15 +117,16 @@ def _reason(
     )
 
 
-def _grid(specs: Mapping[str, Sequence[ModuleSpec]], setting: Setting) -> tuple[list[int], bool]:
+def _grid(outlines: Mapping[str, Outline], setting: Setting) -> tuple[list[int], bool]:
     """Numbers to compare, up to the largest with which the pack is smaller than the LoRAs; whether that is a limit."""
     limits, costs, spectra, lora = [], [], 0, 0
-    for members in specs.values():
-        rows = sum(spec.rank for spec in members)
-        limits.append((min(rows, members[0].in_features), min(rows, members[0].out_features)))
-        costs.append(prices(members, setting))
+    for outline in outlines.values():
+        specs = outline.specs
+        rows = sum(spec.rank for spec in specs)
+        limits.append((min(rows, specs[0].in_features), min(rows, specs[0].out_features)))
+        costs.append(prices(specs, setting))
         spectra += 4 * sum(limits[-1])
-        lora += lora_bytes(members, setting)
+        lora += lora_bytes(specs, setting)
 
     def smaller(k: int) -> bool:
         sides = zip(limits, costs, strict=True)
@@ -133,26 +139,29 @@ def _grid(specs: Mapping[str, Sequence[ModuleSpec]], setting: Setting) -> tuple[
     return sorted({k for k in steps if k < top} | {top}), top < most
 
 
-def _samples(
-    specs: Mapping[str, Sequence[ModuleSpec]], names: Sequence[str], setting: Setting
-) -> tuple[list[str], list[str]]:
+def _samples(outlines: Mapping[str, Outline], setting: Setting) -> tuple[list[str], list[str]]:
     """Modules to look at, and adapters to leave out: all, or so many that it is no more work than the fit itself."""
     generator = torch.Generator().manual_seed(0)
-    order = [list(specs)[place] for place in torch.randperm(len(specs), generator=generator).tolist()]
-    work = {name: _work(members) for name, members in specs.items()}
+    names = list(setting.weights)
+    work = {name: _work(outline.specs) for name, outline in outlines.items()}
     total = sum(work.values())
     budget = max(CHEAP, (1 + setting.options.sweeps) * total)
-    count = next((min(most, len(names)) for most in SAMPLES if min(most, len(names)) * total <= budget), min(SAMPLES))
-    count = min(count, len(names))
+    counts = [min(most, len(names)) for most in SAMPLES]
+    count = next((count for count in counts if count * total <= budget), counts[-1])
     modules: list[str] = []
     spent = 0.0
-    for name in order:
+    for name in _shuffled(list(outlines), generator):
         spent += count * work[name]
         if modules and spent > budget:
             break
         modules.append(name)
-    chosen = torch.randperm(len(names), generator=generator)[:count].tolist()
-    return sorted(modules), [names[place] for place in sorted(chosen)]
+    seen = {adapter for module in modules for adapter in outlines[module].trained}
+    chosen = _shuffled([name for name in names if name in seen], generator)[:count]
+    return sorted(modules), [name for name in names if name in chosen]
+
+
+def _shuffled(names: Sequence[str], generator: torch.Generator) -> list[str]:
+    return [names[place] for place in torch.randperm(len(names), generator=generator).tolist()]
 
 
 def _work(specs: Sequence[ModuleSpec]) -> float:

@@ -14,7 +14,8 @@ import torch
 
 from . import auto, checks, dtypes, formats, keys, manifest, metrics, sizes
 from . import subspace as spaces
-from .adapter import Adapter, ModuleSpec
+from .adapter import Adapter
+from .auto import Outline
 from .errors import (
     WARN_ABOVE,
     AdapterNameError,
@@ -113,7 +114,7 @@ def fit(
     by_module = _by_module(packings, names)
     notes = []
     if found:
-        choice = auto.choose(_reads(by_module), _specs(by_module), setting, report)
+        choice = auto.choose(_reads(by_module), _outlines(by_module), setting, report)
         fit_options = replace(fit_options, n_components=choice.n_components)
         setting, notes = replace(setting, options=fit_options), [choice.reason]
     chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
@@ -282,8 +283,15 @@ def _reads(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> di
     }
 
 
-def _specs(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> dict[str, list[ModuleSpec]]:
-    return {name: [packing.adapter.specs[module] for packing, module in members] for name, members in by_module}
+def _outlines(by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]]) -> dict[str, Outline]:
+    """What is known of each module before a tensor is read."""
+    return {
+        name: Outline(
+            [packing.adapter.specs[module] for packing, module in members],
+            [packing.adapter.name for packing, module in members if packing.scan.delta_squares[module] > 0],
+        )
+        for name, members in by_module
+    }
 
 
 def _remedy(reads: dict[str, Read], setting: Setting, above: float) -> str:

@@ -44,6 +44,8 @@ class Pack:
 
     `add` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk when they
     are asked for, and checks their bytes against the manifest.
+
+    notes: what the fit has to say of its choices, in sentences. They are not saved.
     """
 
     def __init__(
@@ -63,7 +65,6 @@ class Pack:
         self.revision = revision
         self.coefficient_dtype = coefficient_dtype
         self.notes: list[str] = []
-        """What the fit has to say, in sentences. Not saved."""
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False

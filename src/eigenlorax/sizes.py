@@ -315,7 +315,8 @@ def choose(reads: Mapping[str, Read], setting: Setting, report: Report) -> dict[
         if not fresh or (turn + 1 >= LEAST_ROUNDS and budget < 0):
             break
         # what was predicted is not quite what is found: aim as far off as the last one missed
-        aim = min(bound, aim * bound / worst)
+        if 0 < worst < math.inf:
+            aim = min(bound, aim * bound / worst)
     if best is None:
         best = _evaluated(modules, full, bound, setting)
     report(TRIALS, ROUNDS * len(reads), ROUNDS * len(reads))
