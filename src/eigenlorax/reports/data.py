@@ -5,6 +5,7 @@ None stands for what was not measured: for want of the original adapters, or bec
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SCHEMA_VERSION = 1
 
@@ -348,3 +349,17 @@ class Report:
     sizes: list[SizePoint]
     evaluations: list[Evaluation]
     notes: list[str]
+
+    def save(self, path: str | Path) -> None:
+        """Write it as the name of `path` says: .html (the page), .md or .json. A file that is there is replaced."""
+        # files are written from what is defined here
+        from . import files
+
+        files.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """The report that was saved as JSON. `FormatError` if it is none, or of another version."""
+        from . import files
+
+        return files.read(path)

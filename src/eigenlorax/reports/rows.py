@@ -29,10 +29,8 @@ def measured_of(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
     if measured.fitted:
         for place, a, b in zip(measured.fitted, *_of_the_mean(pairs, measured.fitted), strict=True):
             plain[place], scaled[place] = a, b
-    others = {}
-    for row, place in enumerate(measured.chosen):
-        at = measured.fitted[place]
-        others[at] = spreads.relative(total[at] - measured.left_out_kept[row], total[at])
+    at = [measured.fitted[place] for place in measured.chosen]
+    others = dict(zip(at, spreads.relative(total[at] - measured.left_out_kept, total[at]), strict=True))
     found = {}
     for place, name in enumerate(names):
         found[name] = {

@@ -18,6 +18,8 @@ LOSS = 0.5
 """The delta error above which an adapter is named as one that lost much."""
 MEAN = 0.25
 """The share of squared norm from which on a common mean is spoken of."""
+NOTHING = 1e-3
+"""A delta error that is no loss."""
 FINE = 0.1
 """A delta error that is small."""
 
@@ -140,7 +142,7 @@ def _in_the_fit(report: Report, lost: float) -> str:
 def _enough(report: Report) -> str:
     """Which k would keep them well, or that none that saves anything does."""
     found = next((point for point in report.sizes if point.mean <= FINE), None)
-    if report.in_fit is not None and report.in_fit.mean <= FINE:
+    if report.in_fit is not None and report.in_fit.mean <= FINE and report.bytes.ratio > 1:
         return "Keep the pack for its size."
     if found is None:
         return "Keep them as they are."
@@ -220,7 +222,7 @@ def _clusters(report: Report) -> list[Finding]:
     clusters = report.similarity.clusters if report.similarity is not None else []
     if not clusters:
         return []
-    sizes = ", ".join(f"{len(one.adapters):,}" for one in clusters)
+    sizes = " and ".join(", ".join(f"{len(one.adapters):,}" for one in clusters).rsplit(", ", 1))
     inside = max(one.overlap for one in clusters)
     outside = max(one.overlap_with_others for one in clusters)
     listed = "; ".join(_few(one.adapters) for one in clusters)
@@ -377,7 +379,7 @@ def _rivals(report: Report) -> list[Finding]:
     """What does better for as many bytes, said as it is."""
     known = {one.key: one for one in report.baselines}
     pack = known.get("pack")
-    if pack is None or pack.stored_bytes is None:
+    if pack is None or pack.stored_bytes is None or pack.errors.mean < NOTHING:
         return []
     found = []
     cut = known.get("truncated")
@@ -415,7 +417,7 @@ def _rivals(report: Report) -> list[Finding]:
 def _rounding(report: Report) -> list[Finding]:
     trained = [row for row in report.adapters if not row.untrained]
     worst = max(trained, key=lambda row: row.rounding_error, default=None)
-    if worst is None or worst.rounding_error < 1e-3 or worst.rounding_error < worst.delta_error / 2:
+    if worst is None or worst.rounding_error < NOTHING or worst.rounding_error < worst.delta_error / 2:
         return []
     return [
         Finding(
