@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made import gauged, pairs_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eigenlorax as ex
@@ -15,6 +14,7 @@ from eigenlorax.analysis import losses, spectra
 from eigenlorax.analysis.left_out import left_out
 from eigenlorax.analysis.stack import squares, stack
 from eigenlorax.subspace import FitOptions, ModuleStack, delta_square
+from made import gauged, pairs_of
 from planted import MODULES, factors_in, orthonormal, random_factors
 from reference import dense, fit_delta, projected
 
@@ -51,13 +51,11 @@ def errors_left_out(made, chosen, options, *, k=None, grid=(1, 4, 9)):
         places = [i for i, one in enumerate(made) if m in one and delta_square(one[m]) > 0]
         members = [made[i][m] for i in places], [totals[i] ** -0.5 for i in places]
         rows = [j for j, i in enumerate(chosen) if i in places]
-        bases = spaces.fit_module(*members, options, k)
         found = left_out(
             members,
             stack(members[0], n_in, n_out),
             [places.index(chosen[j]) for j in rows],
             options,
-            bases,
             k,
             list(grid),
         )
@@ -212,7 +210,7 @@ def test_no_matrix_is_as_large_as_the_weight():
         spectra.gaussian_like(factors, generator)
         spectra.halves((factors, weights), [0, 2, 4], [1, 3, 5], k)
         spectra.energy((factors, weights), k, "delta")
-        left_out((factors, weights), one, [0, 3], options, bases, None, grid)
+        left_out((factors, weights), one, [0, 3], options, None, grid)
     assert 0 < largest.numbers <= n * 2 * rank * (n_in + n_out)
     with Largest() as largest:
         LoRAFactors(factors[0].down, factors[0].up, 1.0).up @ factors[0].down
@@ -224,7 +222,5 @@ def test_nobody_is_left_out():
     members = [one[DENSE] for one in collection(3)], [1.0] * 3
     n_out, n_in = MODULES[DENSE]
     options = FitOptions(n_components=3)
-    found = left_out(
-        members, stack(members[0], n_in, n_out), [], options, spaces.fit_module(*members, options), None, [1, 3]
-    )
+    found = left_out(members, stack(members[0], n_in, n_out), [], options, None, [1, 3])
     assert (found.fitted.shape, found.by_k.shape) == ((0,), (0, 2))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..basis import chooser
-from ..subspace import FitOptions, ModuleBases, ModuleStack
+from ..subspace import FitOptions, ModuleStack
 from .losses import kept, kept_by_k
 from .spectra import Weighted
 from .stack import Stack
@@ -31,15 +31,13 @@ def left_out(
     one: Stack,
     chosen: Sequence[int],
     options: FitOptions,
-    bases: ModuleBases,
     k: tuple[int, int] | None,
     grid: Sequence[int],
 ) -> Kept:
     """What the others' bases keep of each of `chosen`, places in `members`, of which `one` is the stack.
 
-    Nothing, of an adapter that alone has the module. bases: those of all. k: components (down, up) of the others'
-    bases, or as many as there are; by the options, from the others' spectrum, where it is None. grid: the sizes of
-    `by_k`, ascending.
+    Nothing, of an adapter that alone has the module. k: components (down, up) of the others' bases, or as many as there
+    are; by the options, from the others' spectrum, where it is None. grid: the sizes of `by_k`, ascending.
     """
     if len(one) < 2 or not chosen:
         return Kept(torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), len(grid)).double())

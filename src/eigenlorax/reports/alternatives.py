@@ -100,10 +100,11 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals | 
     b, records = pack.summary.bytes, pack.records
     numbers = sum(record.lora_numbers for record in records.values())
     stored = None
-    if found is not None and not found.missing and len(found.adapters) == len(records):
+    originals = {**found.adapters, **found.untrained} if found is not None else {}
+    if len(originals) == len(records):
         stored = b.carried + sum(
             one.specs[module].numbers * one.specs[module].dtype.itemsize
-            for name, one in found.adapters.items()
+            for name, one in originals.items()
             for module in packed[name].places
         )
     n = max(len(records), 1)

@@ -232,7 +232,8 @@ def _add_fit(
         nothing = Side([], [], None)
         found.sides[module] = (nothing, nothing)
         return
-    lost = torch.tensor([found.errors[module][place] or 0.0 for place in found.fitted]).double().square() * square
+    errors = [found.errors[module][place] or 0.0 for place in found.fitted]
+    lost = torch.tensor(errors, dtype=torch.float64).square() * square
     shares = weights.square() * lost, weights.square() * square
     found.weighted[module] = float((shares[0].sum() / shares[1].sum()).sqrt())
     asked = [place for place in found.chosen if place in set(members)]
@@ -246,7 +247,6 @@ def _add_fit(
             grid=found.grid,
             chosen=[members.index(place) for place in asked],
         ),
-        bases,
         generator,
     )
     found.by_k[members] += refit.by_k

@@ -20,11 +20,12 @@ EXACT = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Originals:
-    """Adapters as they were, under their names in the pack, and the norms of their updates. missing: projected adapters
-    that were not found."""
+    """Trained adapters as they were, under their names in the pack, and the norms of their updates. untrained: the
+    others that were found; missing: projected adapters that were not."""
 
     adapters: Mapping[str, Adapter]
     scans: Mapping[str, Scan]
+    untrained: Mapping[str, Adapter]
     missing: list[str]
 
 
@@ -36,9 +37,10 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
     """
     hashes: dict[str, list[str]] = {}
     for name, record in pack.records.items():
-        if not record.untrained:
-            hashes.setdefault(record.source_sha256, []).append(name)
-    adapters, scans, strangers = {}, {}, []
+        hashes.setdefault(record.source_sha256, []).append(name)
+    adapters: dict[str, Adapter] = {}
+    untrained: dict[str, Adapter] = {}
+    scans, strangers = {}, []
     found = sources.find(given)
     for done, one in enumerate(found):
         progress("reading originals", done, len(found))
@@ -49,10 +51,11 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
             adapter = formats.read_adapter(one.source, name=one.name, **options)
         scan = checks.scan(adapter)
         names = hashes.get(scan.content_hash, [])
-        if not names and any(scan.delta_squares.values()):
-            strangers.append(adapter.name)
+        if not names:
+            strangers.append(one.name or adapter.name)
         for name in names:
-            adapters[name], scans[name] = replace(adapter, name=name), scan
+            kept = untrained if pack.records[name].untrained else adapters
+            kept[name], scans[name] = replace(adapter, name=name), scan
     progress("reading originals", len(found), len(found))
     if strangers:
         warnings.warn(
@@ -75,4 +78,4 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
             )
         else:
             missing.append(name)
-    return Originals(dict(sorted(adapters.items())), scans, missing)
+    return Originals(dict(sorted(adapters.items())), scans, untrained, missing)

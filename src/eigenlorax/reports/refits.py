@@ -11,7 +11,7 @@ from ..analysis import crowded, losses, spectra
 from ..analysis.left_out import left_out
 from ..analysis.stack import Stack, squares, stack
 from ..basis import chooser
-from ..subspace import FitOptions, ModuleBases, ModuleStack
+from ..subspace import FitOptions, ModuleStack
 from .data import SPECTRUM
 
 
@@ -62,19 +62,17 @@ class Refit:
     sides: tuple[Side, Side]
 
 
-def of(members: Members, asked: Asked, bases: ModuleBases, generator: torch.Generator) -> Refit:
-    """All of it for one module; `bases` are those of the pack."""
+def of(members: Members, asked: Asked, generator: torch.Generator) -> Refit:
+    """All of it for one module."""
     order = torch.randperm(len(members.one), generator=generator).tolist()
     half = len(order) // 2
     halves = sorted(order[:half]), sorted(order[half:])
     if members.crowded:
         return _crowded(members, asked, halves, generator)
-    return _again(members, asked, bases, halves, generator)
+    return _again(members, asked, halves, generator)
 
 
-def _again(
-    members: Members, asked: Asked, bases: ModuleBases, halves: tuple[list[int], list[int]], generator: torch.Generator
-) -> Refit:
+def _again(members: Members, asked: Asked, halves: tuple[list[int], list[int]], generator: torch.Generator) -> Refit:
     """By fits like the pack's own."""
     weighted = members.factors, members.weights.tolist()
     first = ModuleStack(*weighted, asked.options).first(chooser(asked.grid[-1], None))
@@ -82,11 +80,11 @@ def _again(
     null_stack = ModuleStack(null, weighted[1], asked.options)
     null_first = null_stack.first(chooser(max(*asked.k, 1), None))
     null_bases = null_stack.fit(null_first, asked.k)
-    null_one = stack(list(null), bases.down.dimension, bases.up.dimension)
+    null_one = stack(list(null), members.one.down.shape[2], members.one.up.shape[2])
     null_kept = losses.kept(null_one, null_bases.down.components, null_bases.up.components)
     angles = spectra.halves(weighted, *halves, asked.k)
     size = asked.k if asked.fixed else None
-    kept = left_out(weighted, members.one, asked.chosen, asked.options, bases, size, asked.grid)
+    kept = left_out(weighted, members.one, asked.chosen, asked.options, size, asked.grid)
     down, up = (
         _side(spectra.shares(leading.singular_values, SPECTRUM), cosines)
         for leading, cosines in zip(null_first, angles, strict=True)

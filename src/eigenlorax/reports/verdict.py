@@ -31,7 +31,7 @@ def of(report: Report) -> Verdict:
         main,
         *_start(report),
         *_mean(report),
-        *_clusters(report),
+        *_clusters(report, main),
         *_outliers(report, main),
         *_duplicates(report),
         *_untrained(report),
@@ -218,7 +218,7 @@ def _mean(report: Report) -> list[Finding]:
     ]
 
 
-def _clusters(report: Report) -> list[Finding]:
+def _clusters(report: Report, main: Finding) -> list[Finding]:
     clusters = report.similarity.clusters if report.similarity is not None else []
     if not clusters:
         return []
@@ -231,7 +231,9 @@ def _clusters(report: Report) -> list[Finding]:
             "clusters",
             f"They fall into {len(clusters)} groups, of {sizes} adapters: within a group directions overlap up to "
             f"{share(inside)}, between groups at most {share(outside)} on average. {listed}.",
-            "Fit each group by itself: fewer directions then do the same.",
+            "What they share lies within these groups."
+            if main.kind == "not-shared"
+            else "Fit each group by itself: fewer directions then do the same.",
             good=None,
         )
     ]

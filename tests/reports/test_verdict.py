@@ -1,0 +1,301 @@
+"""What a report says of collections whose answer is known: in one sentence, in findings, and in its figures."""
+
+import math
+
+import pytest
+import torch
+
+import eigenlorax as ex
+from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.errors import UntrainedAdapterWarning
+from made import gauged, of_one_subspace, one_start, random, with_a_mean
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+
+
+def adapters(collection):
+    """a00, a01, … in float32."""
+    return [
+        from_factors(
+            f"a{i:02}",
+            {m: LoRAFactors(f.down.float(), f.up.float(), f.scaling) for m, f in one.items()},
+            base_model="org/base",
+        )
+        for i, one in enumerate(collection)
+    ]
+
+
+def report_on(collection, k=8, **options):
+    made = adapters(collection)
+    return ex.report(ex.fit(made, n_components=k, warn_above=1.0), made, **options)
+
+
+def names(*places):
+    return [f"a{place:02}" for place in places]
+
+
+def findings(report, kind):
+    return [finding for finding in report.verdict.findings if finding.kind == kind]
+
+
+def the(report, kind):
+    (found,) = findings(report, kind)
+    return found
+
+
+def without(collection, place, factor=0.0):
+    """The collection with one adapter's B multiplied by `factor`."""
+    found = list(collection)
+    found[place] = {m: LoRAFactors(f.down, f.up * factor, f.scaling) for m, f in found[place].items()}
+    return found
+
+
+def assert_plain(report, *others):
+    """Nothing is said but the answer, the bytes, what does better, and `others`."""
+    kinds = {finding.kind for finding in report.verdict.findings}
+    assert kinds <= {"shared", "partly-shared", "not-shared", "unknown", "loss", "bytes", "baseline", *others}
+
+
+class TestShared:
+    @pytest.mark.parametrize("seed", [0, 5])
+    def test_is_said(self, seed):
+        report = report_on(of_one_subspace(12, noise=0.02, seed=seed))
+        assert report.verdict.headline.startswith("These 12 adapters share a subspace: left out of the fit, an adapter")
+        finding = the(report, "shared")
+        assert finding.good is True
+        assert "Recycle them" in finding.advice
+        assert f"loses {report.left_out.errors.mean:.3f} of its update" in report.verdict.headline
+        assert report.left_out.errors.mean < 0.2
+        assert_plain(report)
+
+    def test_in_more_directions_than_were_kept(self):
+        report = report_on(of_one_subspace(12, noise=0.02, k=12), k=6)
+        assert "share a subspace of more directions than were kept" in report.verdict.headline
+        assert "`-k 12`" in the(report, "partly-shared").advice
+        (point,) = (point for point in report.sizes if point.k == 12)
+        assert point.left_out < 0.2 < report.left_out.errors.mean
+
+    def test_by_three_quarters_or_less(self):
+        """Half of each update's squared norm is in one subspace, half its own."""
+        shared = of_one_subspace(12, rank=3)
+        made = []
+        for one, own in zip(shared, random(12, rank=3, seed=44), strict=True):
+            mixed = {}
+            for m, f in one.items():
+                sizes = [float(torch.linalg.matrix_norm(g.up @ g.down)) for g in (f, own[m])]
+                down = torch.cat([f.down / sizes[0], own[m].down / sizes[1]])
+                mixed[m] = LoRAFactors(down, torch.cat([f.up, own[m].up], dim=1), 1.0)
+            made.append(mixed)
+        report = report_on(made)
+        assert "share a part of their subspace" in report.verdict.headline
+        assert report.left_out.errors.rms == pytest.approx(math.sqrt(0.5), abs=0.07)
+
+    def test_does_not_show_where_nearly_all_directions_are_kept(self):
+        report = report_on(random(14, rank=8), k=90)
+        assert "any adapter would mostly fit in" in report.verdict.headline
+        assert the(report, "unknown").advice == "Fit with fewer directions to find out."
+
+
+class TestNotShared:
+    @pytest.mark.parametrize("seed", [0, 3])
+    def test_is_said(self, seed):
+        report = report_on(random(12, seed=seed))
+        assert report.verdict.headline.startswith("These 12 adapters do not share a subspace")
+        finding = the(report, "not-shared")
+        assert finding.good is False
+        assert finding.advice.startswith("Keep them as they are")
+        assert report.left_out.errors.mean > 0.98
+        assert_plain(report)
+
+    def test_a_low_error_in_the_fit_is_called_compression(self):
+        report = report_on(random(5), k=16)
+        assert report.in_fit.mean < 0.3
+        assert "that is compression, and no common structure" in the(report, "not-shared").text
+
+
+class TestOneStart:
+    def test_of_all(self):
+        report = report_on(one_start(10, trained=0.4))
+        finding = the(report, "start")
+        assert finding.adapters == names(*range(10))
+        assert finding.text.startswith("10 adapters began from the same random A")
+        assert "do not share a subspace" in report.verdict.headline
+        (group,) = report.starts.groups
+        assert group.cosine_down == pytest.approx(1 - 0.4**2, abs=0.03)
+        assert abs(group.cosine_up) < 0.05
+        (energy,) = report.starts.energies
+        assert (energy.who, energy.adapters) == ("group 1", 10)
+        assert energy.factors_down > 0.75
+        assert_plain(report, "start")
+
+    def test_of_some(self):
+        report = report_on([*one_start(6, trained=0.3), *random(5, rank=4, seed=9)])
+        assert the(report, "start").adapters == names(*range(6))
+        energy = {row.who: row for row in report.starts.energies}
+        assert {who: row.adapters for who, row in energy.items()} == {"all": 11, "group 1": 6, "others": 5}
+        assert energy["group 1"].factors_down > energy["all"].factors_down > energy["others"].factors_down
+
+    @pytest.mark.parametrize("collection", [of_one_subspace(8, noise=0.05), random(8), with_a_mean(8, share=0.7)])
+    def test_is_not_seen_where_there_is_none(self, collection):
+        report = report_on(collection)
+        assert findings(report, "start") == []
+        assert report.starts.groups == []
+
+
+class TestMean:
+    def test_is_said(self):
+        report = report_on(with_a_mean(10, share=0.7))
+        finding = the(report, "mean")
+        assert report.similarity.mean_cosine == pytest.approx(0.7, abs=0.01)
+        # the mean of nine others is 0.7 of the squared norm, and a ninth of what is their own
+        expected = 0.7**2 / (0.7 + 0.3 / 9)
+        assert report.similarity.mean_energy == pytest.approx(expected, abs=0.01)
+        assert f"explains {report.similarity.mean_energy:.3f}" in finding.text
+        baselines = {one.key: one for one in report.baselines}
+        assert baselines["mean-scaled"].errors.mean < 0.6
+
+    def test_is_not_seen_where_there_is_none(self):
+        assert findings(report_on(of_one_subspace(10, noise=0.05)), "mean") == []
+
+
+class TestWhoIsLikeWhom:
+    def test_one_outlier(self):
+        report = report_on([*of_one_subspace(9, noise=0.05), *random(1, seed=5)])
+        finding = the(report, "outlier")
+        assert finding.adapters == report.outliers == names(9)
+        assert "--exclude-adapter" in finding.advice
+        assert report.verdict.headline.startswith("These 10 adapters share a subspace")
+        assert_plain(report, "shared", "outlier")
+
+    def test_two_clusters(self):
+        report = report_on([*of_one_subspace(6, noise=0.05), *of_one_subspace(5, noise=0.05, seed=99)], k=12)
+        finding = the(report, "clusters")
+        assert finding.text.startswith("They fall into 2 groups, of 6 and 5 adapters")
+        assert [one.adapters for one in report.similarity.clusters] == [names(*range(6)), names(*range(6, 11))]
+        assert {row.name: row.cluster for row in report.adapters} == dict.fromkeys(names(*range(6)), 0) | dict.fromkeys(
+            names(*range(6, 11)), 1
+        )
+        assert report.outliers == []
+
+    def test_copies_are_named_and_do_not_count_as_left_out(self):
+        collection = random(6)
+        report = report_on([*collection, gauged(collection[0], 3)])
+        assert "a00 = a06" in the(report, "duplicate").text
+        assert report.duplicates == [names(0, 6)]
+        assert report.left_out.sampled == 5
+        assert report.left_out.errors.mean > 0.98
+        errors = {row.name: row.left_out_error for row in report.adapters}
+        assert max(errors["a00"], errors["a06"]) < 0.8 < min(errors[name] for name in names(1, 2, 3, 4, 5))
+
+    def test_nothing_but_copies(self):
+        one, two = random(2)
+        report = report_on([one, gauged(one, 3), two, two])
+        assert report.left_out is None
+        assert "none can be left out" in report.verdict.headline
+
+    def test_an_untrained_adapter(self):
+        with pytest.warns(UntrainedAdapterWarning, match="untrained .*: a02"):
+            report = report_on(without(of_one_subspace(7, noise=0.05), 2))
+        assert the(report, "untrained").adapters == report.untrained == names(2)
+        assert report.left_out.of == 6
+        assert "a02" not in report.similarity.names
+        row = next(row for row in report.adapters if row.name == "a02")
+        assert (row.untrained, row.delta_error, row.left_out_error, row.x) == (True, 0.0, None, None)
+
+    def test_a_loud_adapter_does_not_drown_the_others(self):
+        """Sizes mean nothing to the answer."""
+        collection = of_one_subspace(8, noise=0.05)
+        quiet, loud = report_on(collection), report_on(without(collection, 3, factor=1000.0))
+        assert loud.verdict.headline == quiet.verdict.headline
+
+
+class TestFew:
+    def test_one_adapter(self):
+        report = report_on(random(1))
+        assert report.verdict.headline == "One adapter alone shares its subspace with nobody."
+        assert (report.left_out, report.starts.groups, report.similarity.clusters) == (None, [], [])
+
+    def test_two_adapters(self):
+        report = report_on(random(2))
+        assert report.verdict.headline.startswith("These 2 adapters do not share a subspace")
+        assert {row.nearest for row in report.adapters} == set(names(0, 1))
+
+
+class TestThePackAlone:
+    def test_says_what_is_missing(self):
+        made = adapters(of_one_subspace(8, noise=0.05))
+        report = ex.report(ex.fit(made, n_components=8))
+        assert report.verdict.headline == "The pack alone does not tell whether its adapters share a subspace."
+        assert "`--adapters`" in the(report, "unknown").advice
+        assert (report.left_out, report.baselines, report.sizes, report.module_errors) == (None, [], [], [])
+        assert report.similarity.of == "pack"
+
+    def test_its_similarities_are_those_of_what_comes_back(self):
+        made = adapters(of_one_subspace(8, noise=0.05))
+        pack = ex.fit(made, n_components=8)
+        alone = ex.report(pack)
+        returned = [pack.adapter(name) for name in pack.names]
+        again = ex.report(ex.fit(returned, energy=1.0), returned)
+        order = [again.similarity.names.index(name) for name in alone.similarity.names]
+        expected = torch.tensor(again.similarity.cosine)[order][:, order]
+        torch.testing.assert_close(torch.tensor(alone.similarity.cosine), expected, atol=1e-5, rtol=0)
+
+    def test_clusters_are_seen(self):
+        made = adapters([*of_one_subspace(6, noise=0.05), *of_one_subspace(5, noise=0.05, seed=99)])
+        report = ex.report(ex.fit(made, n_components=12))
+        assert [len(one.adapters) for one in report.similarity.clusters] == [6, 5]
+
+
+class TestOriginals:
+    def test_are_recognised_by_their_content_under_any_name(self):
+        made = adapters(of_one_subspace(6, noise=0.05))
+        pack = ex.fit(made, n_components=8)
+        renamed = {f"other-{i}": one for i, one in enumerate(reversed(made))}
+        assert ex.report(pack, renamed) == ex.report(pack, made)
+
+    def test_one_of_the_fit_that_is_missing(self):
+        made = adapters(of_one_subspace(6, noise=0.05))
+        pack = ex.fit(made, n_components=4)
+        with pytest.raises(ex.errors.OptionError, match="the original of 'a05', which is in the fit, is not among"):
+            ex.report(pack, made[:5])
+
+    def test_strangers_are_left_out_and_named(self):
+        made = adapters(of_one_subspace(6, noise=0.05))
+        pack = ex.fit(made, n_components=8)
+        (stranger,) = adapters(random(1, seed=7))
+        with pytest.warns(ex.errors.SkippedAdapterWarning, match="not in the pack.*: stranger"):
+            report = ex.report(pack, {**{one.name: one for one in made}, "stranger": stranger})
+        assert [row.name for row in report.adapters] == [row.name for row in ex.report(pack, made).adapters]
+
+    def test_projected_ones_may_be_missing_and_are_named(self):
+        collection = of_one_subspace(8, noise=0.05)
+        made = adapters(collection)
+        pack = ex.fit(made[:6], n_components=8)
+        for one in made[6:]:
+            pack.add(one)
+        report = ex.report(pack, made[:7])
+        assert any("No original was given of a07" in note for note in report.notes)
+        assert report.projected.adapters == 2
+        rows = {row.name: row for row in report.adapters}
+        assert rows["a06"].int8_error is not None
+        assert rows["a07"].int8_error is None
+
+
+def test_the_same_twice_is_the_same():
+    collection = of_one_subspace(7, noise=0.1)
+    assert report_on(collection) == report_on(collection)
+
+
+def test_a_sample_is_drawn_by_the_seed():
+    collection = of_one_subspace(9, noise=0.1)
+    few = [report_on(collection, left_out=3, seed=seed) for seed in (0, 0, 1)]
+    left = [{row.name for row in one.adapters if row.left_out_error is not None} for one in few]
+    assert left[0] == left[1] != left[2]
+    assert few[0].left_out.sampled == 3
+    assert any("3 of 9 adapters were left out" in note for note in few[0].notes)
+
+
+@pytest.mark.parametrize("left_out", [0, -1])
+def test_left_out_is_at_least_one(left_out):
+    with pytest.raises(ex.errors.OptionError, match="left_out must be at least 1"):
+        report_on(random(3), left_out=left_out)
