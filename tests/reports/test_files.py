@@ -1,0 +1,175 @@
+"""Reports as files: JSON that is read again, suffixes, and the report that lies in a pack."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from synthetic import report as synthetic
+
+import eigenlorax as ex
+from eigenlorax import keys
+from eigenlorax.errors import FormatError, OptionError, StaleReportWarning
+from eigenlorax.reports import data, files, stored
+from planted import random_adapter, random_collection, shared_collection
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+
+DOCUMENTED = (Path(__file__).parents[2] / "docs/report.md").read_text("utf-8").partition("## The JSON")[2]
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    return shared_collection(6, noise=0.05)[0]
+
+
+@pytest.fixture(scope="module")
+def pack(adapters):
+    return ex.fit(adapters, n_components=6)
+
+
+@pytest.fixture(scope="module")
+def report(pack, adapters):
+    return ex.report(pack, adapters)
+
+
+class TestJson:
+    def test_is_read_again_as_it_was(self, report, tmp_path):
+        report.save(tmp_path / "report.json")
+        assert ex.Report.load(tmp_path / "report.json") == report
+
+    def test_of_a_pack_alone(self, pack, tmp_path):
+        found = ex.report(pack)
+        found.save(tmp_path / "report.json")
+        assert ex.Report.load(tmp_path / "report.json") == found
+
+    def test_names_its_schema(self, report):
+        body = json.loads(files.to_json(report))
+        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 1)
+        assert body.keys() - {"schema", "schema_version"} == {field.name for field in dataclasses.fields(data.Report)}
+
+    @pytest.mark.parametrize("n", [data.MATRIX, data.MATRIX + 1])
+    def test_leaves_large_matrices_out(self, n):
+        body = json.loads(files.to_json(synthetic(n)))
+        assert len(body["similarity"]["names"]) <= n
+        assert bool(body["similarity"]["cosine"]) == (len(body["similarity"]["names"]) <= data.MATRIX)
+
+    def test_the_same_report_gives_the_same_bytes(self, report):
+        assert files.to_json(report) == files.to_json(dataclasses.replace(report))
+
+    @pytest.mark.parametrize(
+        "of", [one for one in vars(data).values() if isinstance(one, type) and dataclasses.is_dataclass(one)]
+    )
+    def test_every_field_is_documented(self, of):
+        for field in dataclasses.fields(of):
+            assert f"`{field.name}`" in DOCUMENTED, f"docs/report.md: {field.name} of {of.__name__}"
+
+    def test_no_field_is_documented_that_is_not_there(self):
+        known = {
+            field.name
+            for one in vars(data).values()
+            if dataclasses.is_dataclass(one)
+            for field in dataclasses.fields(one)
+        }
+        rows = re.findall(r"^\| (`.*?) \|", DOCUMENTED, flags=re.MULTILINE)
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} <= known | {"originals", "pack"}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda text: text[:-40], "is not valid JSON"),
+            (lambda text: "[]", "is no report: its schema is not"),
+            (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
+            (
+                lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
+                "of version 2 .* make the report",
+            ),
+            (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
+            (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6", where int'),
+            (lambda text: text.replace('"seed": 0', '"seed": NaN'), "NaN is not a number"),
+        ],
+    )
+    def test_what_is_no_report(self, report, tmp_path, change, message):
+        path = tmp_path / "report.json"
+        changed = change(files.to_json(report))
+        assert changed != files.to_json(report)
+        path.write_text(changed, encoding="utf-8")
+        with pytest.raises(FormatError, match=message):
+            ex.Report.load(path)
+
+
+class TestSuffixes:
+    @pytest.mark.parametrize(
+        ("name", "start"),
+        [("a.html", "<!doctype html>"), ("a.HTM", "<!doctype"), ("a.md", "# 6 LoRA"), ("a.json", "{")],
+    )
+    def test_say_what_is_written(self, report, tmp_path, name, start):
+        report.save(tmp_path / "new" / name)
+        assert (tmp_path / "new" / name).read_text("utf-8").startswith(start)
+
+    def test_a_file_that_is_there_is_replaced(self, report, tmp_path):
+        path = tmp_path / "report.md"
+        path.write_text("old")
+        report.save(path)
+        assert path.read_text("utf-8").startswith("# 6 LoRA")
+        assert [one.name for one in tmp_path.iterdir()] == ["report.md"]
+
+    @pytest.mark.parametrize("name", ["report", "report.txt", "report.html.bak"])
+    def test_others_are_refused(self, report, tmp_path, name):
+        with pytest.raises(OptionError, match=r"a report is written as \.html .* For example .*\.html"):
+            report.save(tmp_path / name)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_is_refused(self, report, tmp_path):
+        (tmp_path / "place.html").mkdir()
+        with pytest.raises(OptionError, match="place.html is a folder. Name a file in it"):
+            report.save(tmp_path / "place.html")
+
+
+class TestInAPack:
+    @pytest.fixture
+    def own(self, adapters):
+        """One of its own, which may be where it likes."""
+        return ex.fit(adapters, n_components=6)
+
+    @pytest.fixture
+    def place(self, own, adapters, tmp_path):
+        own.save(tmp_path / "pack")
+        stored.leave(own, adapters, tmp_path / "pack", lambda stage, done, total: None)
+        return tmp_path / "pack"
+
+    def test_is_read_again(self, place, report):
+        assert stored.of(ex.Pack.open(place)) == report
+
+    def test_is_no_part_of_the_pack(self, place):
+        ex.Pack.open(place).verify()
+        for name in keys.REPORTS:
+            assert (place / name).is_file()
+
+    def test_there_is_none(self, own, tmp_path, recwarn):
+        own.save(tmp_path / "pack")
+        assert stored.of(ex.Pack.open(tmp_path / "pack")) is None
+        assert not recwarn.list
+
+    def test_one_of_another_state_is_not_used(self, place):
+        with ex.Pack.edit(place) as pack:
+            pack.add(random_adapter("new", 50), warn_above=1.0)
+        with pytest.warns(StaleReportWarning, match=r"is not used: .* \(1 adapters? of it"):
+            assert stored.of(ex.Pack.open(place)) is None
+        assert (place / keys.REPORT_PAGE).is_file()
+
+    def test_goes_with_the_subspace_that_it_is_about(self, place):
+        ex.fit(random_collection(4), n_components=3, warn_above=1.0).save(place, overwrite=True)
+        assert not any((place / name).exists() for name in keys.REPORTS)
+
+    def test_what_is_no_report_of_ours_stays(self, own, tmp_path):
+        own.save(tmp_path / "pack")
+        (tmp_path / "pack" / keys.REPORT_PAGE).write_text("somebody's own")
+        ex.fit(random_collection(4), n_components=3, warn_above=1.0).save(tmp_path / "pack", overwrite=True)
+        assert (tmp_path / "pack" / keys.REPORT_PAGE).read_text() == "somebody's own"
+
+    def test_a_damaged_one_is_not_used(self, place):
+        (place / keys.REPORT_FIGURES).write_text("{")
+        with pytest.warns(StaleReportWarning, match="the report in the pack is not used: .* is not valid JSON"):
+            assert stored.of(ex.Pack.open(place)) is None
