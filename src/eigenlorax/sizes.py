@@ -26,13 +26,15 @@ Report = Callable[[str, int, int], None]
 SPECTRA = "choosing sizes: spectra"
 TRIALS = "choosing sizes: trial fits"
 SEARCHING = "choosing sizes: search"
-ROUNDS = 12
+ROUNDS = 40
 LEAST_ROUNDS = 4
 WORK = 60_000.0
 """What rounds beyond `LEAST_ROUNDS` may cost, in units of about a millisecond."""
 SEARCH = 10_000.0
 """The same of the exhaustive search, where few modules and small ones make one possible."""
-ENOUGH = 0.002
+LEAST_CAUTION, MOST_CAUTION = 0.9, 2.0
+"""Bounds of the factor by which predicted losses are raised, or lowered."""
+ENOUGH = 0.001
 """A share of the bytes that is not worth another round."""
 TABLE_BYTES = 2**26
 NOTHING: Cell = (0, 0)
@@ -169,20 +171,21 @@ class Module:
             losses[self._index[member.adapter]] = lost * self._setting.weights[member.adapter] ** 2
         return Known(self.price((exact.down.k, exact.up.k)), losses)
 
-    def menu(self) -> Menu:
-        """What is known, and for all other cells what the table says, corrected by how far it was off nearby."""
+    def menu(self, caution: float) -> Menu:
+        """What is known, and for all other cells what the table says, corrected by how far it was off nearby.
+
+        caution: a factor for what is not known.
+        """
         tried = [cell for cell in self.known if cell not in (NOTHING, self.full)]
-        prices, losses = self.prices.copy(), self.table
+        prices, losses = self.prices.copy(), self.table.copy()
         if tried:
             said = self.table[[self.at[cell] for cell in tried]]
             found = np.array([self.known[cell].losses for cell in tried])
             ratios = np.where(said > 1e-12, found / np.maximum(said, 1e-12), 1.0).clip(0.2, 5.0)
             logs, places = np.log(np.array(self.cells[1:])), np.log(np.array(tried))
             distance = np.abs(logs[:, None] - places[None]).sum(axis=2)
-            losses = losses.copy()
             losses[1:] *= ratios[distance.argmin(axis=1)]
-        else:
-            losses = losses.copy()
+        losses[1:] *= caution
         for cell, known in self.known.items():
             prices[self.at[cell]], losses[self.at[cell]] = known.price, known.losses
         return Menu(prices, losses)
@@ -294,34 +297,54 @@ def choose(reads: Mapping[str, Read], setting: Setting, report: Report) -> dict[
     best: list[Cell] | None = None
     if setting.options.max_error < 16 * rounding:
         best = _evaluated(modules, full, bound, setting)
-    aim, budget = bound, WORK
+    caution, budget = 1.0, WORK
     worth = np.ones(len(setting.weights))
     for turn in range(ROUNDS):
-        menus = [module.menu() for module in modules]
-        worth = knapsack.multipliers(menus, aim)
+        menus = [module.menu(caution) for module in modules]
+        worth = knapsack.multipliers(menus, bound)
         start = [module.at[cell] for module, cell in zip(modules, best or full, strict=True)]
-        picks = knapsack.good(menus, aim, worth, start)
+        picks = knapsack.good(menus, bound, worth, start)
         cells = [module.cells[pick] for module, pick in zip(modules, picks, strict=True)]
+        fresh = [at for at, (module, cell) in enumerate(zip(modules, cells, strict=True)) if cell not in module.known]
         if best is not None and knapsack.price(menus, picks) > (1 - ENOUGH) * _price(modules, best):
+            fresh = []
+        for at in fresh:
+            report(TRIALS, turn * len(reads) + at, ROUNDS * len(reads))
+            modules[at].evaluate([cells[at]])
+        budget -= sum(modules[at].work for at in fresh)
+        if all(cell in module.known for module, cell in zip(modules, cells, strict=True)):
+            losses = _losses(modules, cells)
+            if (losses <= bound).all() and (best is None or _price(modules, cells) < _price(modules, best)):
+                best = cells
+        if turn + 1 >= LEAST_ROUNDS and budget < 0:
             break
-        fresh = [module for module, cell in zip(modules, cells, strict=True) if cell not in module.known]
-        for done, (module, cell) in enumerate(zip(modules, cells, strict=True)):
-            report(TRIALS, turn * len(reads) + done, ROUNDS * len(reads))
-            module.evaluate([cell])
-        worst = float(_losses(modules, cells).max())
-        if worst <= bound and (best is None or _price(modules, cells) < _price(modules, best)):
-            best = cells
-        budget -= sum(module.work for module in fresh)
-        if not fresh or (turn + 1 >= LEAST_ROUNDS and budget < 0):
-            break
-        # what was predicted is not quite what is found: aim as far off as the last one missed
-        if 0 < worst < math.inf:
-            aim = min(bound, aim * bound / worst)
+        if not fresh:
+            # nothing better is in sight: look where the predictions may be too high
+            caution = 1.0 if caution > 1.0 else caution - 0.02
+            if caution < LEAST_CAUTION:
+                break
+        elif caution == 1.0 and (losses > bound).any():
+            caution = _caution(modules, cells, menus, picks, fresh)
+        else:
+            caution = 1.0
     if best is None:
         best = _evaluated(modules, full, bound, setting)
     report(TRIALS, ROUNDS * len(reads), ROUNDS * len(reads))
     best = _searched(modules, best, bound, worth, setting, report)
     return {module.name: cell for module, cell in zip(modules, best, strict=True)}
+
+
+def _caution(
+    modules: Sequence[Module], cells: Sequence[Cell], menus: Sequence[Menu], picks: Sequence[int], fresh: Sequence[int]
+) -> float:
+    """By how much more than predicted was lost in the modules that were tried, of the adapter that lost most.
+
+    Whoever picks what looks cheap picks what is predicted too low.
+    """
+    worst = int(_losses(modules, cells).argmax())
+    found = sum(float(modules[at].known[cells[at]].losses[worst]) for at in fresh)
+    said = sum(float(menus[at].losses[picks[at], worst]) for at in fresh)
+    return min(max(found / said, 1.0), MOST_CAUTION) if said > 0 else 1.0
 
 
 def _evaluated(modules: Sequence[Module], full: list[Cell], bound: float, setting: Setting) -> list[Cell]:
