@@ -29,7 +29,7 @@ SEARCHING = "choosing sizes: search"
 ROUNDS = 40
 LEAST_ROUNDS = 4
 WORK = 60_000.0
-"""What rounds beyond `LEAST_ROUNDS` may cost, in units of about a millisecond."""
+"""What rounds may cost, in units of about a millisecond; more if `LEAST_ROUNDS` of them do."""
 SEARCH = 10_000.0
 """The same of the exhaustive search, where few modules and small ones make one possible."""
 LEAST_CAUTION, MOST_CAUTION = 0.9, 2.0
