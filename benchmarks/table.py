@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS, DEMO, TUNER = (RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner"))
+PEERS, DEMO, TUNER, REPORT = (RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report"))
 NEW_TASKS = ROOT / "experiments" / "coefficients" / "results.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MISSED = " ✗"
@@ -28,7 +28,9 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
     peers, demo, tuner = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO, TUNER))
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
     blocks = {
+        ROOT / "docs" / "report.md": report_table(report),
         ROOT / "benchmarks" / "README.md": markdown(peers),
         ROOT / "README.md": figures_table(peers, demo),
         ROOT
@@ -55,6 +57,19 @@ def replaced(page: Path, block: str) -> str:
     if not (begin and end):
         raise SystemExit(f"{page} lacks {BEGIN} or, after it, {END}: there is nowhere to write the tables.")
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def report_table(report: Json) -> str:
+    """Seconds and memory of a report of many adapters."""
+    where = report["environment"]
+    rows = [[str(one["threads"]), f"{one['seconds']:.0f}", f"{one['peak_gb']:.2f}"] for one in report["runs"]]
+    return (
+        f"{report['adapters']:,} adapters of {report['modules']} modules, r = {report['rank']}, {report['width']} wide, "
+        f"{report['left_out']} of them left out in turn; from PEFT folders to a page of "
+        f"{report['page_bytes'] / 1e6:.1f} MB.\n\n"
+        f"{table(('threads', 'seconds', 'peak memory, GB'), rows)}\n\n"
+        f"`{report['command']}`; {where['processor']}, torch {where['torch']}, seeds 0 to {report['adapters']}."
+    )
 
 
 def tuner_table(tuner: Json) -> str:
