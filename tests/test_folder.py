@@ -93,12 +93,12 @@ def remove(sources: Path, place: Path, fitted: ex.Pack) -> None:
 VERBS = {
     "fit": Verb(
         lambda sources, place, fitted: fitted.save(place),
-        "fit {sources}/two -o {pack} -k 3 --warn-above 1",
+        "fit {sources}/two -o {pack} -k 3 --warn-above 1 --no-report",
         fresh=True,
     ),
     "fit --overwrite": Verb(
         lambda sources, place, fitted: fitted.save(place, overwrite=True),
-        "fit {sources}/two -o {pack} -k 3 --overwrite --warn-above 1",
+        "fit {sources}/two -o {pack} -k 3 --overwrite --warn-above 1 --no-report",
     ),
     "add": Verb(add, "add {pack} {sources}/new/delta zeta={sources}/two/gamma --warn-above 1"),
     "remove": Verb(remove, "remove {pack} beta"),
@@ -324,8 +324,8 @@ class TestTwoAtOnce:
 
     def test_the_first_of_two_first_fits_makes_the_pack(self, sources, tmp_path):
         place = tmp_path / "pack"
-        first = self.held(5, place, self.command("fit {sources}/one -o {pack} -k 4", sources, place))
-        second = children.start(self.command("fit {sources}/two -o {pack} -k 4", sources, place))
+        first = self.held(5, place, self.command("fit {sources}/one -o {pack} -k 4 --no-report", sources, place))
+        second = children.start(self.command("fit {sources}/two -o {pack} -k 4 --no-report", sources, place))
         time.sleep(0.5)
         succeeded(first())
         assert_refused(second(), 4, "is a pack already", "--overwrite")
@@ -335,8 +335,8 @@ class TestTwoAtOnce:
     def test_a_first_fit_that_fails_leaves_the_folder_to_the_one_that_waits(self, sources, tmp_path):
         place = tmp_path / "pack"
         place.mkdir()
-        first = self.held(5, place, self.command("fit {sources}/one -o {pack} -k 4", sources, place), fail)
-        second = children.start(self.command("fit {sources}/two -o {pack} -k 4", sources, place))
+        first = self.held(5, place, self.command("fit {sources}/one -o {pack} -k 4 --no-report", sources, place), fail)
+        second = children.start(self.command("fit {sources}/two -o {pack} -k 4 --no-report", sources, place))
         time.sleep(0.5)
         assert_refused(first(), IO_ERROR, os.strerror(errno.ENOSPC))
         succeeded(second())

@@ -20,7 +20,17 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+def cli(cli_with_reports: Callable[..., Done]) -> Callable[..., Done]:
+    """The same, but that `fit` leaves no report, which takes longer than all else and has tests of its own."""
+
+    def run(*arguments: str | int | float | Path) -> Done:
+        return cli_with_reports(*arguments, *(["--no-report"] if arguments[:1] == ("fit",) else []))
+
+    return run
+
+
+@pytest.fixture
+def cli_with_reports(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """The command in this process, where a process of its own is not the point. A traceback is raised as it is."""
 
     def run(*arguments: str | int | float | Path) -> Done:

@@ -1,5 +1,6 @@
 """`eigenlorax report`, and the report that `eigenlorax fit` leaves."""
 
+import errno
 import json
 import shutil
 
@@ -83,50 +84,61 @@ class TestReport:
 
 
 class TestFit:
-    def test_leaves_one_that_report_shows_again(self, cli, inside):
-        done = succeeded(cli("fit", "in", "-o", "fresh", "-k", "4"))
+    def test_leaves_one_that_report_shows_again(self, cli_with_reports, inside):
+        done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
         report = ex.Report.load(inside / "fresh" / keys.REPORT_FIGURES)
         assert report.verdict.headline in done.out
         assert (inside / "fresh" / keys.REPORT_PAGE).read_text("utf-8").startswith("<!doctype html>")
         shutil.rmtree("in")
-        assert succeeded(cli("report", "fresh")).out.startswith(report.verdict.headline)
+        assert succeeded(cli_with_reports("report", "fresh")).out.startswith(report.verdict.headline)
         ex.Pack.open("fresh").verify()
 
-    def test_headline_in_json(self, cli, inside):
-        found = json_of(cli("fit", "in", "-o", "fresh", "-k", "4", "--json"))
+    def test_headline_in_json(self, cli_with_reports, inside):
+        found = json_of(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4", "--json"))
         assert found["headline"] == ex.Report.load(inside / "fresh" / keys.REPORT_FIGURES).verdict.headline
 
-    def test_none_is_wanted(self, cli, inside):
-        found = json_of(cli("fit", "in", "-o", "fresh", "-k", "4", "--no-report", "--json"))
+    def test_none_is_wanted(self, cli_with_reports, inside):
+        found = json_of(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4", "--no-report", "--json"))
         assert found["headline"] is None
         assert not any((inside / "fresh" / name).exists() for name in keys.REPORTS)
 
-    def test_what_is_said_of_adapters_is_said_once(self, cli, inside):
+    def test_what_is_said_of_adapters_is_said_once(self, cli_with_reports, inside):
         (inside / "in/not-one").mkdir()
         (inside / "in/not-one/x.safetensors").write_bytes(b"")
-        done = succeeded(cli("fit", "in", "new", "-o", "fresh", "-k", "4", "--exclude-adapter", "beta"))
+        done = succeeded(cli_with_reports("fit", "in", "new", "-o", "fresh", "-k", "4", "--exclude-adapter", "beta"))
         assert done.err.count("was passed over") == 1
         assert "not in the pack" not in done.err
         names = {row.name for row in ex.Report.load(inside / "fresh" / keys.REPORT_FIGURES).adapters}
         assert names == {"alpha", "gamma", "new"}
 
-    def test_where_it_would_take_long(self, cli, inside, monkeypatch):
+    def test_where_it_would_take_long(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(stored, "PATIENCE", 0.0)
-        done = succeeded(cli("fit", "in", "-o", "fresh", "-k", "4"))
+        done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
         assert "no report was written, since it would take about" in done.err
         assert "eigenlorax report fresh --adapters" in done.err
         assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
 
-    def test_without_the_extra(self, cli, inside, monkeypatch):
+    def test_without_the_extra(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(extra, "is_installed", lambda: False)
-        done = succeeded(cli("fit", "in", "-o", "fresh", "-k", "4"))
+        done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
         assert "no report was written. A report needs matplotlib and scikit-learn: pip install" in done.err
         assert "--no-report" in done.err
         assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
 
-    def test_a_later_state_is_said(self, cli, inside):
-        succeeded(cli("fit", "in", "-o", "fresh", "-k", "4"))
-        succeeded(cli("add", "fresh", "new"))
-        done = succeeded(cli("report", "fresh"))
+    def test_a_disk_that_is_full_costs_the_report_alone(self, cli_with_reports, inside, monkeypatch):
+        def full(report, path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr("eigenlorax.reports.files.write", full)
+        done = cli_with_reports("fit", "in", "-o", "fresh", "-k", "4")
+        assert done.code == 0
+        assert "no report was written: " in done.err
+        assert "No space left on device" in done.err
+        ex.Pack.open("fresh").verify()
+
+    def test_a_later_state_is_said(self, cli_with_reports, inside):
+        succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
+        succeeded(cli_with_reports("add", "fresh", "new"))
+        done = succeeded(cli_with_reports("report", "fresh"))
         assert done.out.startswith("The pack alone does not tell")
         assert "it was made when the pack held something else" in done.err

@@ -5,6 +5,7 @@ float32, from rows that are scaled to a size that has room there (an error of 1e
 turns the directions a little, and changes no figure by more); they are decomposed in float64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,17 @@ class Spectrum:
         """That of a stack with this Gram matrix."""
         values, vectors = _descending(matrix)
         return cls(values, vectors.mT.contiguous())
+
+    @classmethod
+    def with_halves(
+        cls, rows: Float[Tensor, "n r d"], halves: tuple[Sequence[int], Sequence[int]]
+    ) -> tuple["Spectrum", "Spectrum", "Spectrum"]:
+        """That of all rows, and those of the rows of two halves of the adapters, none of which is empty."""
+        first, second = (rows[list(half)] for half in halves)
+        if rows.shape[0] * rows.shape[1] <= rows.shape[2]:
+            return cls.of(rows), cls.of(first), cls.of(second)
+        one, other = total(first), total(second)
+        return cls.of_total(one + other), cls.of_total(one), cls.of_total(other)
 
     def without(self, rows: Float[Tensor, "r d"], k: int) -> Float[Tensor, "k d"]:
         """The k leading directions, or as many as there are, of the same stack without these of its rows.
@@ -125,7 +137,7 @@ def total(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:
 
 def gaussian(one: Stack, generator: torch.Generator) -> Stack:
     """Adapters of Gaussian factors with the same ranks, shapes and norms of the update: what chance would give."""
-    down, up = (torch.randn(rows.shape, generator=generator, dtype=torch.float64) for rows in (one.down, one.up))
+    down, up = (torch.randn(rows.shape, generator=generator).to(torch.float64) for rows in (one.down, one.up))
     present = torch.arange(down.shape[1])[None, :] < torch.tensor(one.ranks)[:, None]
     down, up = down * present[:, :, None], up * present[:, :, None]
     drawn = Stack(down, up, torch.ones(len(one), dtype=torch.float64), one.ranks)

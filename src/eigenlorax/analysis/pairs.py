@@ -52,16 +52,9 @@ class Pairs:
             return
         ranks = torch.tensor(one.ranks)
         self.same_ranks.logical_and_(ranks[:, None] == ranks[None, :])
-        dtype = torch.float64 if n * r <= FLOAT64_ROWS else torch.float32
-        # unit norm, so that float32 has room for any size; the sizes come back below
-        sizes = [torch.linalg.vector_norm(rows, dim=(1, 2)) for rows in (one.down, one.up)]
-        down, up = (
-            (rows / size.where(size > 0, torch.ones_like(size))[:, None, None]).to(dtype)
-            for rows, size in zip((one.down, one.up), sizes, strict=True)
-        )
-        down_root, up_root = roots(down.double()).to(dtype), roots(up.double()).to(dtype)
+        (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
+        down_root, up_root = roots(down.double()).to(down.dtype), roots(up.double()).to(up.dtype)
         unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.abs().reciprocal()) * one.scaling.sign()
-        down_size, up_size = sizes[0], sizes[1]
         both = down_size * up_size
         aligned_rows = torch.minimum(ranks[:, None], ranks[None, :]).double()
         crossed_rows = ranks[:, None] * ranks[None, :] - aligned_rows
@@ -99,13 +92,22 @@ class Pairs:
 def products(one: Stack) -> Float[Tensor, "n n"]:
     """⟨D_i, D_j⟩ of one module."""
     n, r = one.down.shape[:2]
+    (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
     found = torch.zeros(n, n, dtype=torch.float64)
     step = max(1, _CHUNK_NUMBERS // max(1, n * r * r))
     for start in range(0, n, step):
         here, later = slice(start, start + step), slice(start, n)
-        found[here, later] = (_blocks(one.down, here, later) * _blocks(one.up, here, later)).sum((1, 3))
+        found[here, later] = (_blocks(down, here, later) * _blocks(up, here, later)).sum((1, 3)).double()
     upper = found.triu()
-    return upper + upper.triu(1).mT
+    both = down_size * up_size
+    return (upper + upper.triu(1).mT) * both[:, None] * both[None, :]
+
+
+def _of_unit_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Every adapter's rows at norm 1, so that float32, where it is used, has room for any size; and the norms."""
+    size = torch.linalg.vector_norm(rows, dim=(1, 2))
+    dtype = torch.float64 if rows.shape[0] * rows.shape[1] <= FLOAT64_ROWS else torch.float32
+    return (rows / size.where(size > 0, torch.ones_like(size))[:, None, None]).to(dtype), size
 
 
 def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:

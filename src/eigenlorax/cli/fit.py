@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import WARN_ABOVE
+from ..errors import WARN_ABOVE, reason
 from . import console
 
 if TYPE_CHECKING:
@@ -158,4 +158,9 @@ def _report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress
             f"`eigenlorax report {folder} --adapters ADAPTER… -o report.html` makes one."
         )
         return None
-    return stored.leave(pack, adapters, folder, progress, **options).verdict.headline
+    try:
+        return stored.leave(pack, adapters, folder, progress, **options).verdict.headline
+    except OSError as error:
+        # the pack is written, and whole
+        console.note(f"no report was written: {reason(error)}.")
+        return None

@@ -21,7 +21,7 @@ EPILOG = """Examples:
 
   eigenlorax report pack/ --adapters adapters/ -o report.md -o report.json
 
-  eigenlorax report pack/ --adapters adapters/ --evaluate sst2=reviews.csv -o report.html"""
+  eigenlorax report pack/ -a adapters/ --evaluate sst2=rows.csv -o report.html"""
 
 NAMED = 6
 """Adapters that a finding names in the terminal."""
@@ -53,7 +53,7 @@ def report(
     ] = None,
     left_out: Annotated[
         str | None,
-        typer.Option(metavar="N|all", help="Adapters to leave out of the fit in turn (default: as time allows)."),
+        typer.Option(metavar="N|all", help="Adapters to leave out of the fit in turn (default: up to 32)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of samples and of random bases.")] = 0,
     evaluate: Annotated[

@@ -24,6 +24,8 @@ LEFT_OUT_WORK = 1.2e12
 """Work that is put into fits without an adapter, in multiplications: a quarter of a minute on one core."""
 LEFT_OUT_LEAST = 8
 """Adapters that are left out at least, however much work each of them is."""
+LEFT_OUT_ENOUGH = 32
+"""And at most, unless more are asked for: the standard error of the mean is small by then."""
 MULTIPLICATIONS = 2.5e10
 """A second's, all in all."""
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -116,7 +118,7 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
     grid = sorted({k for k in GRID if k < most} | {most} | {k for k in (max(sizes, default=0),) if 0 < k <= most})
     if sample is None:
         work = sum(_work(n, pack.subspace.modules[module].shape, max(sizes, default=0)) for module, n in rows.items())
-        sample = max(LEFT_OUT_LEAST, int(LEFT_OUT_WORK / max(work, 1)))
+        sample = min(max(LEFT_OUT_LEAST, int(LEFT_OUT_WORK / max(work, 1))), LEFT_OUT_ENOUGH)
     generator = torch.Generator().manual_seed(setting.seed)
     # a collection of one has no others
     count = min(sample, len(fitted)) if len(fitted) > 1 else 0

@@ -109,15 +109,15 @@ def _crowded(members: Members, asked: Asked, halves: tuple[list[int], list[int]]
     """By spectra that are found once, without sweeps."""
     one, weighting = members.one, asked.options.weighting
     first = crowded.weighted(one, members.weights, weighting)
-    down, up = (crowded.Spectrum.of(rows) for rows in first)
+    (down, *down_halves), (up, *up_halves) = (crowded.Spectrum.with_halves(rows, halves) for rows in first)
     null = crowded.gaussian(one, generator)
     chance = [crowded.Spectrum.of(rows) for rows in crowded.weighted(null, members.weights, weighting)]
     by_chance = chance[0].vectors[: asked.k[0]], chance[1].vectors[: asked.k[1]]
     if weighting == "delta" and sum(one.ranks) <= SWEPT:
         by_chance = crowded.swept(null, members.weights, by_chance, asked.options.sweeps)
     sides = []
-    for rows, spectrum, k in zip(first, chance, asked.k, strict=True):
-        cosines = spectra.cosines(*(crowded.Spectrum.of(rows[half]).vectors[:k] for half in halves))
+    for (half, other), spectrum, k in zip((down_halves, up_halves), chance, asked.k, strict=True):
+        cosines = spectra.cosines(half.vectors[:k], other.vectors[:k])
         sides.append(_side(spectra.shares(spectrum.values.sqrt(), SPECTRUM), cosines))
     grid = [k for k in asked.grid if k <= LEFT_OUT_MOST]
     kept = torch.zeros(len(asked.chosen), dtype=torch.float64)
