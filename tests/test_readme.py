@@ -40,3 +40,11 @@ def test_the_example(tmp_path):
     out = run([ROOT / "examples/recycle.py"], tmp_path)
     assert "15 adapters fitted" in out
     assert "lost_or_stolen_card" in out
+
+
+def test_the_example_of_a_report(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
+    out = run([ROOT / "examples/report.py"], tmp_path)
+    assert out.startswith("These 16 adapters do not share a subspace")
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "report.json"}
