@@ -64,8 +64,8 @@ def report_table(report: Json) -> str:
     where = report["environment"]
     rows = [[str(one["threads"]), f"{one['seconds']:.0f}", f"{one['peak_gb']:.2f}"] for one in report["runs"]]
     return (
-        f"{report['adapters']:,} adapters of {report['modules']} modules, r = {report['rank']}, {report['width']} wide, "
-        f"{report['left_out']} of them left out in turn; from PEFT folders to a page of "
+        f"{report['adapters']:,} adapters of {report['modules']} modules, r = {report['rank']}, {report['width']} "
+        f"wide; {report['left_out']} of them left out in turn; from PEFT folders to a page of "
         f"{report['page_bytes'] / 1e6:.1f} MB.\n\n"
         f"{table(('threads', 'seconds', 'peak memory, GB'), rows)}\n\n"
         f"`{report['command']}`; {where['processor']}, torch {where['torch']}, seeds 0 to {report['adapters']}."

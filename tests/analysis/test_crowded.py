@@ -4,7 +4,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from made import gauged
 
 import eigenlorax as ex
 from eigenlorax import subspace as spaces
@@ -12,6 +11,7 @@ from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.analysis import crowded, losses
 from eigenlorax.analysis.stack import squares, stack
 from eigenlorax.subspace import delta_square
+from made import gauged
 from planted import assert_same_span, factors_in, normal, orthonormal, random_factors
 from reference import dense, fit_delta
 

@@ -6,13 +6,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from made import WIDE, awkward, gauged, of_one_subspace, one_start, pairs_of, random, with_a_mean
 from scipy.spatial.distance import pdist, squareform
 
 import eigenlorax as ex
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import groups
 from eigenlorax.analysis.pairs import cosines, overlap
+from made import WIDE, awkward, gauged, of_one_subspace, one_start, pairs_of, random, with_a_mean
 from planted import normal, random_factors
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from made import awkward
 
 from eigenlorax import subspace as spaces
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import losses
 from eigenlorax.analysis.stack import squares, stack, stack_coefficients
 from eigenlorax.subspace import FitOptions
+from made import awkward
 from planted import MODULES, normal, orthonormal, random_factors
 from reference import dense
 

@@ -4,13 +4,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from made import of_one_subspace, random
 from scipy.linalg import subspace_angles
 
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import spectra
 from eigenlorax.basis import chooser
 from eigenlorax.subspace import FitOptions, ModuleStack, delta_square
+from made import of_one_subspace, random
 from planted import factors_in, orthonormal, random_factors
 from reference import dense, fit_delta, top_rows
 
