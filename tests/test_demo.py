@@ -9,6 +9,7 @@ import torch
 import eigenlorax as ex
 from children import command
 from eigenlorax.errors import MissingExtraError
+from eigenlorax.reports import stored
 from eigenlorax.tasks import demo, new_task
 from outcomes import json_of
 
@@ -146,6 +147,8 @@ class TestTheCommand:
         assert found["new_task"] == []
         assert ex.Pack.open(tmp_path / "kept" / "pack").names == sorted(demo.descriptions())
         assert len(list((tmp_path / "kept" / "loras").iterdir())) == len(demo.descriptions())
+        report = stored.of(ex.Pack.open(tmp_path / "kept" / "pack"))
+        assert (report.in_fit.adapters, report.projected.adapters) == (13, 3)
         again = command("demo", "--keep", tmp_path / "kept")
         assert again.code == 4
         assert "--overwrite" in again.err

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import keys
 from . import console
 from .env import collect
 
@@ -46,6 +47,8 @@ def demo(
     import torch
 
     from .. import folder, store
+    from ..pack import Pack
+    from ..reports import extra, stored
     from ..tasks import demo as task
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -63,6 +66,9 @@ def demo(
             overwrite=overwrite,
             progress=progress,
         )
+        if keep is not None and extra.is_installed():
+            pack = keep / "pack"
+            stored.leave(Pack.open(pack), task.shipped(), pack, progress)
     seconds = time.perf_counter() - started
     if json:
         console.print_json(
@@ -78,7 +84,11 @@ def demo(
         return
     _show(found, seconds)
     if keep is not None:
-        console.note(f"kept {keep / 'pack'} and {keep / 'loras'}: try eigenlorax inspect {keep / 'pack'}.")
+        page = keep / "pack" / keys.REPORT_PAGE
+        console.note(
+            f"kept {keep / 'pack'} and {keep / 'loras'}: try eigenlorax inspect {keep / 'pack'}"
+            + (f", and open {page} in a browser." if page.exists() else ".")
+        )
 
 
 def _show(found: "Demo", seconds: float) -> None:

@@ -86,6 +86,11 @@ def sentences(task: str) -> list[Sentence]:
     return [Sentence(one["text"], one["label"]) for one in found]
 
 
+def shipped() -> dict[str, Path]:
+    """The demo's adapters, by name."""
+    return {name: data() / "adapters" / name for name in descriptions()}
+
+
 def run(
     directory: Path,
     *,
@@ -100,24 +105,24 @@ def run(
     """
     model_folder = _model_folder()
     report = progress or (lambda stage, done, total: None)
-    shipped = {name: data() / "adapters" / name for name in descriptions()}
+    adapters = shipped()
     pack = fit(
-        {name: path for name, path in shipped.items() if name not in HELD_OUT},
+        {name: path for name, path in adapters.items() if name not in HELD_OUT},
         n_components=n_components,
         progress=progress,
     )
     for name in HELD_OUT:
-        pack.add(shipped[name], name=name)
+        pack.add(adapters[name], name=name)
     pack.save(directory / "pack", overwrite=overwrite)
     exported = pack.export(directory / "loras", overwrite=overwrite)
     outcomes = []
-    order = sorted(shipped, key=lambda name: (name in HELD_OUT, name))
+    order = sorted(adapters, key=lambda name: (name in HELD_OUT, name))
     with models.quiet():
         for done, name in enumerate(order):
             report("classifying sentences", done, len(order))
             task = descriptions()[name]["task"]
             record = pack.records[name]
-            predicted = _predict(model_folder, shipped[name], exported[name], name)
+            predicted = _predict(model_folder, adapters[name], exported[name], name)
             outcomes.append(_outcome(name, task, sentences(task), record.in_fit, record.delta_error, *predicted))
         report("classifying sentences", len(order), len(order))
         attempts = new_task.run(pack, model_folder, report) if training else []
