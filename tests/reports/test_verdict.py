@@ -1,6 +1,7 @@
 """What a report says of collections whose answer is known: in one sentence, in findings, and in its figures."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -95,6 +96,49 @@ class TestShared:
         assert "any adapter would mostly fit in" in report.verdict.headline
         assert the(report, "unknown").advice == "Fit with fewer directions to find out."
 
+    def test_by_some_and_not_by_others(self):
+        report = report_on([*of_one_subspace(9, noise=0.05), *random(3, seed=4)])
+        finding = the(report, "partly-shared")
+        assert report.verdict.headline.startswith("9 of these 12 adapters share a subspace: left out of the fit, they")
+        assert finding.adapters == names(*range(9))
+        errors = {row.name: row.left_out_error for row in report.adapters}
+        inside = sum(errors[name] for name in names(*range(9))) / 9
+        assert f"they lose {inside:.3f} of their updates, the others 0.99" in report.verdict.headline
+        assert "`--exclude-adapter`" in finding.advice
+
+    def test_by_some_in_more_directions_than_were_kept(self):
+        report = report_on([*of_one_subspace(6, noise=0.05), *random(6, seed=3)])
+        assert report.left_out.errors.mean > 0.85
+        finding = the(report, "partly-shared")
+        assert report.verdict.headline.startswith("6 of these 12 adapters share a subspace of more directions than were")
+        assert finding.adapters == names(*range(6))
+        k = int(re.search(r"`-k (\d+)`", finding.advice)[1])
+        (point,) = (point for point in report.sizes if point.k == k)
+        assert sorted(point.sharing) == names(*range(6))
+
+    def test_a_number_of_directions_that_is_there_is_not_advised(self):
+        for collection in (of_one_subspace(8, noise=0.1), random(2), with_a_mean(6, share=0.5)):
+            report = report_on(collection, k=12)
+            there = max(side.k for module in report.modules for side in (module.down, module.up))
+            for finding in report.verdict.findings[:1]:
+                advised = re.findall(r"(?:`-k |raise k to )(\d+)", finding.advice + finding.text)
+                assert all(int(k) > there for k in advised)
+
+    def test_untrained_and_projected_adapters_are_not_counted(self):
+        made = adapters(without(of_one_subspace(8, noise=0.05), 2))
+        with pytest.warns(UntrainedAdapterWarning, match="untrained .*: a02"):
+            pack = ex.fit(made[:7], n_components=8)
+        pack.add(made[7])
+        assert ex.report(pack, made).verdict.headline.startswith("These 6 adapters share a subspace")
+
+    def test_augmented_directions_answer_nothing(self):
+        made = adapters(random(10))
+        pack = ex.fit(made, n_components=8, warn_above=1.0)
+        plain, augmented = ex.report(pack, made), ex.report(pack.augment(40, seed=1), made)
+        assert augmented.verdict.headline == plain.verdict.headline
+        chance = [[one.errors.mean for one in report.baselines if one.key == "random"] for report in (plain, augmented)]
+        assert chance[0] == chance[1]
+
 
 class TestNotShared:
     @pytest.mark.parametrize("seed", [0, 3])
@@ -187,6 +231,21 @@ class TestWhoIsLikeWhom:
         errors = {row.name: row.left_out_error for row in report.adapters}
         assert max(errors["a00"], errors["a06"]) < 0.8 < min(errors[name] for name in names(1, 2, 3, 4, 5))
 
+    def test_copies_of_strangers_share_nothing_at_any_k(self):
+        collection = random(5)
+        copied = [one for i in range(4) for one in (collection[i], gauged(collection[i], i))]
+        report = report_on([*copied, collection[4]])
+        assert report.verdict.headline.startswith("These 9 adapters do not share a subspace")
+        assert all(point.left_out > 0.9 for point in report.sizes)
+        assert (report.similarity.clusters, report.outliers) == ([], [])
+        assert report.similarity.mean_energy < 0.01
+        assert "; and 1 group more" in the(report, "duplicate").text
+
+    def test_copies_are_in_the_cluster_of_what_they_are_copies_of(self):
+        one, two = of_one_subspace(5, noise=0.05), of_one_subspace(4, noise=0.05, seed=99)
+        report = report_on([*one, *two, gauged(two[0], 3)], k=12)
+        assert [cluster.adapters for cluster in report.similarity.clusters] == [names(*range(5)), names(5, 6, 7, 8, 9)]
+
     def test_nothing_but_copies(self):
         one, two = random(2)
         report = report_on([one, gauged(one, 3), two, two])
@@ -207,6 +266,40 @@ class TestWhoIsLikeWhom:
         collection = of_one_subspace(8, noise=0.05)
         quiet, loud = report_on(collection), report_on(without(collection, 3, factor=1000.0))
         assert loud.verdict.headline == quiet.verdict.headline
+
+
+class TestModulesWithoutDirections:
+    """`max_error` may drop a module, and one may be trained by nobody."""
+
+    def dropped(self):
+        collection = of_one_subspace(6, noise=0.05)
+        first = next(iter(collection[0]))
+        return adapters(
+            [
+                {**one, first: LoRAFactors(one[first].down * 1e-4, one[first].up, one[first].scaling)}
+                for one in collection
+            ]
+        )
+
+    def untrained(self):
+        collection = of_one_subspace(6, noise=0.05)
+        first = next(iter(collection[0]))
+        return adapters(
+            [{**one, first: LoRAFactors(one[first].down, one[first].up * 0, one[first].scaling)} for one in collection]
+        )
+
+    @pytest.mark.parametrize("originals", [True, False])
+    @pytest.mark.parametrize(("make", "options"), [("dropped", {"max_error": 0.3}), ("untrained", {"n_components": 8})])
+    def test_are_reported(self, make, options, originals, tmp_path):
+        made = getattr(self, make)()
+        pack = ex.fit(made, **options)
+        first = min(pack.subspace.modules)
+        assert pack.subspace.modules[first].down.k == 0
+        report = ex.report(pack, made if originals else None)
+        assert {module.name: module.down.k for module in report.modules}[first] == 0
+        for name in ("report.html", "report.md", "report.json"):
+            report.save(tmp_path / name)
+        assert ex.Report.load(tmp_path / "report.json") == report
 
 
 class TestFew:
@@ -279,6 +372,17 @@ class TestOriginals:
         rows = {row.name: row for row in report.adapters}
         assert rows["a06"].int8_error is not None
         assert rows["a07"].int8_error is None
+
+
+@pytest.mark.parametrize("collection", [with_a_mean(6, share=0.7), of_one_subspace(7, noise=0.05), random(5)])
+def test_bytes_and_errors_by_k_are_those_of_fits_without_sweeps(collection):
+    made = adapters(collection)
+    for point in ex.report(ex.fit(made, n_components=8, warn_above=1.0), made).sizes:
+        pack = ex.fit(made, n_components=point.k, sweeps=0, warn_above=1.0)
+        b = pack.summary.bytes
+        assert (point.stored_bytes, point.ratio) == (b.basis + b.coefficients, pytest.approx(b.ratio))
+        assert point.mean == pytest.approx(pack.summary.in_fit.mean, abs=1e-6)
+        assert point.worst == pytest.approx(pack.summary.in_fit.worst, abs=1e-6)
 
 
 def test_the_same_twice_is_the_same():

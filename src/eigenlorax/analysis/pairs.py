@@ -48,7 +48,7 @@ class Pairs:
     def add(self, one: Stack) -> None:
         """Add a module."""
         n, r = one.down.shape[:2]
-        if r == 0:
+        if 0 in (r, one.down.shape[2], one.up.shape[2]):
             return
         ranks = torch.tensor(one.ranks)
         self.same_ranks.logical_and_(ranks[:, None] == ranks[None, :])
@@ -113,8 +113,8 @@ def _of_unit_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:
     """Inner products of rows, (here, r, later, r)."""
     r, d = rows.shape[1:]
-    one, other = rows[here].reshape(-1, d), rows[later].reshape(-1, d)
-    return (one @ other.mT).reshape(-1, r, other.shape[0] // r, r)
+    one, other = rows[here], rows[later]
+    return (one.reshape(len(one) * r, d) @ other.reshape(len(other) * r, d).mT).reshape(len(one), r, len(other), r)
 
 
 def _diagonal_squares(blocks: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from .data import AdapterFigures, Baseline, Bytes, LeftOut, SizePoint
 from .measure import Measured
 from .originals import Originals
 
+HALF = 0.5
+"""The share that an adapter keeps in the subspace of the others if it is one of those that share it."""
+
 
 def left_out(measured: Measured | None, pack: Pack, seed: int, twins: set[str]) -> LeftOut | None:
     """Of adapters without a copy in the fit, in which they would not be left out."""
@@ -125,16 +128,18 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals | 
     )
 
 
-def sizes(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | None) -> list[SizePoint]:
-    """The same collection at other k."""
+def sizes(
+    pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | None, twins: set[str]
+) -> list[SizePoint]:
+    """The same collection at other k. twins: those with a copy in the fit, in which they would not be left out."""
     if measured is None or not measured.fitted:
         return []
     total = measured.total[measured.fitted]
     names = [measured.names[place] for place in measured.fitted]
     bases = [
-        (module, basis.dimension, spreads.rank(basis))
+        (module, dimension, side.most)
         for module, pair in pack.subspace.modules.items()
-        for basis in (pair.down, pair.up)
+        for dimension, side in zip(reversed(pair.shape), measured.sides[module], strict=True)
     ]
     ranks: dict[str, int] = dict.fromkeys(pack.info.modules, 0)
     for one in packed.values():
@@ -146,28 +151,32 @@ def sizes(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | 
         for pair in pack.subspace.modules.values()
         for basis in (pair.down, pair.up)
     )
-    chosen = [measured.fitted[place] for place in measured.chosen]
+    alone = [row for row, place in enumerate(measured.chosen) if names[place] not in twins]
+    chosen = [measured.fitted[measured.chosen[row]] for row in alone]
     found = []
     for index, k in enumerate(measured.grid):
         errors = dict(zip(names, spreads.relative(total - measured.by_k[:, index], total), strict=True))
         spread = spreads.of(errors)
         assert spread is not None
         random = spreads.relative(total - measured.random_by_k[:, index], total)
-        left = spreads.relative(measured.total[chosen] - measured.left_out_by_k[:, index], measured.total[chosen])
-        left = [value for value in left if not math.isnan(value)]
+        kept = measured.left_out_by_k[alone, index]
+        without = zip(chosen, spreads.relative(measured.total[chosen] - kept, measured.total[chosen]), strict=True)
+        left = {measured.names[place]: lost for place, lost in without if not math.isnan(lost)}
+        chance = statistics.fmean(random)
         stored = fixed + sum(
-            min(k, rank) * (dimension * pack.dtype.itemsize + ranks[module] * pack.coefficient_dtype.itemsize)
-            for module, dimension, rank in bases
+            min(k, most) * (dimension * pack.dtype.itemsize + ranks[module] * pack.coefficient_dtype.itemsize)
+            for module, dimension, most in bases
         )
         found.append(
             SizePoint(
                 k=k,
                 mean=spread.mean,
                 worst=spread.worst,
-                left_out=statistics.fmean(left) if left else None,
-                random=statistics.fmean(random),
+                left_out=statistics.fmean(left.values()) if left else None,
+                random=chance,
                 stored_bytes=stored,
                 ratio=b.lora / stored if stored else 1.0,
+                sharing=[name for name, lost in left.items() if spreads.beyond_chance(lost, chance) >= HALF],
             )
         )
     return found

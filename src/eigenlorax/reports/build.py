@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..analysis import groups
@@ -21,7 +22,7 @@ from .originals import Originals
 
 
 def report(
-    pack: Pack,
+    pack: Pack | str | Path,
     adapters: Sources | Originals | None = None,
     *,
     left_out: int | None = None,
@@ -31,14 +32,21 @@ def report(
 ) -> Report:
     """Does this collection share a subspace, and what did recycling cost?
 
-    adapters: what the pack was made of, in any form that `fit` takes; they are recognised by their content. Without
-    them, the report has what a pack alone can tell. left_out: how many adapters to leave out of the fit in turn; by
-    default all, or a sample: 32 at most, and as many as can be done in a quarter of a minute. seed: of that sample, of
-    random bases and of the division into halves. options: those of `read_adapter`.
+    pack: or the folder or Hub id of one. adapters: what it was made of, in any form that `fit` takes; they are
+    recognised by their content. Without them, the report has what a pack alone can tell. left_out: how many adapters
+    to leave out of the fit in turn; by default all, or a sample: 32 at most, and as many as can be done in a quarter of
+    a minute. seed: of that sample, of random bases and of the division into halves. options: those of `read_adapter`.
     """
+    originals.check_options(options)
     seed = integer("seed", seed)
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed}.")
     if left_out is not None and integer("left_out", left_out) < 1:
         raise OptionError(f"left_out must be at least 1, got {left_out}.")
+    if adapters is None and left_out is not None:
+        raise OptionError("left_out needs the original adapters: give them too, as `adapters`.")
+    pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
+    adapters = None if adapters is None else originals.listed(adapters)
     say = progress or (lambda stage, done, total: None)
     found: Originals | None
     if adapters is None or isinstance(adapters, Originals):
@@ -67,11 +75,10 @@ def _assembled(
         names, pairs = trained, measure.as_packed(pack, members, say)
         recycled = pairs.delta
     places, map_share = groups.on_a_map(cosines(recycled))
-    similarity, cosine, shared = relations.similarity(measured, pairs, names, map_share)
+    copies = groups.duplicates(pairs)
+    twins = {names[place] for group in copies for place in group}
+    similarity, outlying, cosine, shared = relations.similarity(measured, pairs, names, copies, map_share)
     clusters = {name: number for number, one in enumerate(similarity.clusters) for name in one.adapters}
-    grouped = [names.index(name) for name in clusters]
-    outlying = [names[place] for place in groups.outliers(shared, grouped)]
-    twins = [[names[place] for place in group] for group in groups.duplicates(pairs)]
     alone = relations.neighbours(names, cosine, shared)
     if measured is not None:
         alone = {name: {**alone[name], **values} for name, values in rows.measured_of(pack, measured).items()}
@@ -92,15 +99,15 @@ def _assembled(
         module_errors=rows.module_errors(lines, measured, [module.name for module in modules]),
         in_fit=spreads.of({n: r.delta_error for n, r in pack.records.items() if r.in_fit and not r.untrained}),
         projected=spreads.of({n: r.delta_error for n, r in pack.records.items() if not r.in_fit and not r.untrained}),
-        left_out=alternatives.left_out(measured, pack, seed, {name for group in twins for name in group}),
+        left_out=alternatives.left_out(measured, pack, seed, twins),
         baselines=alternatives.baselines(pack, packed, lines, measured),
         starts=relations.starts(pack, packed, found, measured, say),
         similarity=similarity,
-        duplicates=twins,
+        duplicates=[[names[place] for place in group] for group in copies],
         outliers=outlying,
         untrained=[name for name, record in pack.records.items() if record.untrained],
         bytes=alternatives.weights(pack, packed, found),
-        sizes=alternatives.sizes(pack, packed, measured),
+        sizes=alternatives.sizes(pack, packed, measured, twins),
         evaluations=[],
         notes=_notes(pack, found, measured),
     )

@@ -281,8 +281,9 @@ class Bytes:
 class SizePoint:
     """The collection at another k, one for all sides, bases without sweeps.
 
-    Errors as in `Spread`; left_out: mean of the adapters left out of the fit; random: in random bases. stored_bytes:
-    basis, coefficients and carried.
+    Errors as in `Spread`; left_out: mean of the adapters left out of the fit; random: in random bases. sharing: those
+    of the left out that keep half of their squared norm and more, beyond what random bases keep. stored_bytes: basis,
+    coefficients and carried.
     """
 
     k: int
@@ -292,6 +293,7 @@ class SizePoint:
     random: float | None
     stored_bytes: int
     ratio: float
+    sharing: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,7 +210,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     found.errors[module] = [None if math.isnan(value) else value for value in relative.tolist()]
     found.pairs.add(one)
     generator = torch.Generator().manual_seed(setting.seed + 1 + number)
-    random = (losses.random_rows(side.k, side.dimension, generator) for side in (bases.down, bases.up))
+    random = (losses.random_rows(side.k - side.n_extra, side.dimension, generator) for side in (bases.down, bases.up))
     found.random += losses.kept(one, *random)
     _add_fit(found, setting, module, bases, one.of(found.fitted), factors, generator)
 
@@ -231,7 +231,7 @@ def _add_fit(
     members = [place for place, value in enumerate(square.tolist()) if value > 0]
     k = (bases.down.k - bases.down.n_extra, bases.up.k - bases.up.n_extra)
     if not members:
-        nothing = Side([], [], None)
+        nothing = Side(0, [], [], None)
         found.sides[module] = (nothing, nothing)
         return
     errors = [found.errors[module][place] or 0.0 for place in found.fitted]

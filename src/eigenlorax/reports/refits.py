@@ -17,8 +17,9 @@ from .data import SPECTRUM
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What was measured of one side of one module; see `SideFigures`."""
+    """What was measured of one side of one module; see `SideFigures`. most: components that a fit finds at most."""
 
+    most: int
     null: list[float]
     angles: list[float]
     halves_overlap: float | None
@@ -86,8 +87,8 @@ def _again(members: Members, asked: Asked, halves: tuple[list[int], list[int]], 
     size = asked.k if asked.fixed else None
     kept = left_out(weighted, members.one, asked.chosen, asked.options, size, asked.grid)
     down, up = (
-        _side(spectra.shares(leading.singular_values, SPECTRUM), cosines)
-        for leading, cosines in zip(null_first, angles, strict=True)
+        _side(whole.k, spectra.shares(leading.singular_values, SPECTRUM), cosines)
+        for whole, leading, cosines in zip(first, null_first, angles, strict=True)
     )
     return Refit(
         by_k=losses.kept_by_k(members.one, first[0].components(), first[1].components(), asked.grid),
@@ -116,9 +117,10 @@ def _crowded(members: Members, asked: Asked, halves: tuple[list[int], list[int]]
     if weighting == "delta" and sum(one.ranks) <= SWEPT:
         by_chance = crowded.swept(null, members.weights, by_chance, asked.options.sweeps)
     sides = []
-    for (half, other), spectrum, k in zip((down_halves, up_halves), chance, asked.k, strict=True):
+    whole = (down, down_halves), (up, up_halves)
+    for (side, (half, other)), spectrum, k in zip(whole, chance, asked.k, strict=True):
         cosines = spectra.cosines(half.vectors[:k], other.vectors[:k])
-        sides.append(_side(spectra.shares(spectrum.values.sqrt(), SPECTRUM), cosines))
+        sides.append(_side(len(side.values), spectra.shares(spectrum.values.sqrt(), SPECTRUM), cosines))
     grid = [k for k in asked.grid if k <= LEFT_OUT_MOST]
     kept = torch.zeros(len(asked.chosen), dtype=torch.float64)
     by_k = torch.full((len(asked.chosen), len(asked.grid)), torch.nan, dtype=torch.float64)
@@ -138,8 +140,9 @@ def _crowded(members: Members, asked: Asked, halves: tuple[list[int], list[int]]
     )
 
 
-def _side(null: list[float], cosines: Tensor) -> Side:
+def _side(most: int, null: list[float], cosines: Tensor) -> Side:
     return Side(
+        most=most,
         null=null,
         angles=spectra.degrees(cosines),
         halves_overlap=float(cosines.square().mean()) if len(cosines) else None,

@@ -60,36 +60,49 @@ def starts(
 
 
 def similarity(
-    measured: Measured | None, pairs: Pairs, names: list[str], map_share: float
-) -> tuple[Similarity, Tensor, Tensor]:
-    """Similarity in the order of the dendrogram; and cosines and overlaps in the order of `names`."""
+    measured: Measured | None, pairs: Pairs, names: list[str], copies: list[list[int]], map_share: float
+) -> tuple[Similarity, list[str], Tensor, Tensor]:
+    """Similarity in the order of the dendrogram, and outliers; and cosines and overlaps in the order of `names`.
+
+    copies: groups of the same update, each of which counts once where clusters, outliers and the mean are found.
+    """
     cosine, shared = cosines(pairs.delta), overlap(pairs)
     found = groups.clustering(shared)
     order = found.order
-    ordered = cosine[order][:, order]
     off = len(names) * (len(names) - 1)
-    explained = groups.mean_losses(pairs)[2]
+    first = {place: group[0] for group in copies for place in group}
+    once = [place for place in range(len(names)) if first.get(place, place) == place]
+    apart = shared[once][:, once]
+    divided = groups.clustering(apart) if copies else found
+    outlying = groups.outliers(apart, [place for cluster in divided.clusters for place in cluster])
+    explained = groups.mean_losses(pairs.of_some(once))[2]
+
+    def those(places: Sequence[int]) -> list[str]:
+        """The adapters of some places in `once`, and their copies."""
+        chosen = {once[place] for place in places}
+        return [name for place, name in enumerate(names) if first.get(place, place) in chosen]
+
     # the order of leaves is that of the rows and columns: the tree speaks of places in it
-    place = {leaf: rank for rank, leaf in enumerate(order)}
+    rank = {leaf: place for place, leaf in enumerate(order)}
     tree = [
-        [*(float(place.get(int(one), int(one))) for one in row[:2]), float(row[2]), float(row[3])] for row in found.tree
+        [*(float(rank.get(int(one), int(one))) for one in row[:2]), float(row[2]), float(row[3])] for row in found.tree
     ]
     return (
         Similarity(
             of="originals" if measured is not None else "pack",
             names=[names[leaf] for leaf in order],
-            cosine=ordered.tolist(),
+            cosine=cosine[order][:, order].tolist(),
             overlap=shared[order][:, order].tolist(),
             tree=tree,
             clusters=[
-                Cluster([names[i] for i in one], groups.within(shared, one), groups.between(shared, one))
-                for one in found.clusters
+                Cluster(those(one), groups.within(apart, one), groups.between(apart, one)) for one in divided.clusters
             ],
-            silhouette=found.silhouette,
+            silhouette=divided.silhouette,
             map_share=map_share if len(names) > 1 else None,
             mean_cosine=float((cosine.sum() - len(names)) / off) if off else None,
-            mean_energy=float(explained.mean()) if len(names) > 1 else None,
+            mean_energy=float(explained.mean()) if len(once) > 1 else None,
         ),
+        those(outlying),
         cosine,
         shared,
     )

@@ -121,7 +121,7 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
     for index, side in enumerate(("down", "up")):
         basis = bases.side(side)
         values = basis.singular_values.to(torch.float64)
-        other = measured.sides[name][index] if measured is not None else Side([], [], None)
+        other = measured.sides[name][index] if measured is not None else Side(0, [], [], None)
         total = values.square().sum()
         sides[side] = SideFigures(
             dimension=basis.dimension,

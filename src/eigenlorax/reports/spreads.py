@@ -30,6 +30,11 @@ def relative(lost: Tensor, total: Tensor) -> list[float]:
     return found
 
 
+def beyond_chance(lost: float, chance: float) -> float:
+    """The share of squared norm that is kept, of what random bases of equal k do not keep anyway: from their errors."""
+    return 1 - lost**2 / chance**2 if chance > 0 else 0.0
+
+
 def width(pack: Pack) -> int:
     """Bytes of a number of the LoRAs that ratios are taken of: the pack's narrower dtype."""
     return min(pack.dtype.itemsize, pack.coefficient_dtype.itemsize)

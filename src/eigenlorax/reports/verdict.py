@@ -7,6 +7,8 @@ collection shares a subspace; below one quarter it does not.
 
 from collections.abc import Iterable, Sequence
 
+from . import spreads
+from .alternatives import HALF
 from .data import Finding, Report, SizePoint, Verdict
 from .numbers import error, plural, ratio, share
 
@@ -37,7 +39,7 @@ def of(report: Report) -> Verdict:
         *_untrained(report),
         *_task(report),
         *_loss(report),
-        *_bytes(report),
+        *_bytes(report, main),
         *_rivals(report),
         *_rounding(report),
     ]
@@ -45,15 +47,15 @@ def of(report: Report) -> Verdict:
 
 
 def _main(report: Report) -> tuple[str, Finding]:
-    n, left_out, in_fit = report.collection.adapters, report.left_out, report.in_fit
-    who = "This adapter" if n == 1 else f"These {n:,} adapters"
+    left_out, in_fit = report.left_out, report.in_fit
     if in_fit is None:
         text = "No adapter of the fit is left in this pack."
         return text, Finding("unknown", text)
+    who = f"These {in_fit.adapters:,} adapters"
     if left_out is None:
         return _unknown(report)
     chance = _mean_of(row.random_error for row in report.adapters if row.in_fit) or 1.0
-    kept = _beyond_chance(left_out.errors.rms, chance)
+    kept = spreads.beyond_chance(left_out.errors.rms, chance)
     measured = f"left out of the fit, an adapter loses {error(left_out.errors.mean)} of its update"
     against = f"{measured} in the directions of the others (in random ones: {error(chance)})"
     if chance < CHANCE:
@@ -76,7 +78,10 @@ def _main(report: Report) -> tuple[str, Finding]:
                 good=True,
             ),
         )
-    more = _wider(report.sizes)
+    divided = _divided(report, chance)
+    if divided is not None:
+        return divided
+    more = _wider(report)
     if more is not None and more.ratio > 1:
         return (
             f"{who} share a subspace of more directions than were kept: {measured}, and {error(more.left_out)} with "
@@ -89,6 +94,9 @@ def _main(report: Report) -> tuple[str, Finding]:
                 good=None,
             ),
         )
+    emerging = _emerging(report, chance)
+    if emerging is not None:
+        return emerging
     if kept >= NOT_SHARED:
         return (
             f"{who} share a part of their subspace: {measured}.",
@@ -123,9 +131,76 @@ def _unknown(report: Report) -> tuple[str, Finding]:
     return text, Finding("unknown", text)
 
 
-def _beyond_chance(lost: float, chance: float) -> float:
-    """The share of squared norm that is kept, of what random directions of the same number do not keep anyway."""
-    return 1 - lost**2 / chance**2
+def _kept(report: Report, chance: float) -> dict[str, tuple[float, float]]:
+    """Of each adapter that was left out, the share that is kept beyond chance, and its error; copies aside."""
+    return {
+        row.name: (spreads.beyond_chance(row.left_out_error, chance), row.left_out_error)
+        for row in report.adapters
+        if row.left_out_error is not None and not any(row.name in group for group in report.duplicates)
+    }
+
+
+def _divided(report: Report, chance: float) -> tuple[str, Finding] | None:
+    """The answer where some adapters share a subspace and nearly all others have none of it."""
+    kept = _kept(report, chance)
+    inside = [name for name, (share_kept, _) in kept.items() if share_kept >= HALF]
+    outside = [name for name, (share_kept, _) in kept.items() if share_kept < NOT_SHARED]
+    if len(inside) < 2 or len(outside) < 1 or len(inside) + len(outside) < 0.8 * len(kept):
+        return None
+    losses = [sum(kept[name][1] for name in group) / len(group) for group in (inside, outside)]
+    assert report.left_out is not None
+    sampled = report.left_out.sampled < report.left_out.of
+    who = f"{len(inside):,} of {'the' if sampled else 'these'} {len(kept):,} adapters"
+    if sampled:
+        who += " that were left out in turn"
+    return (
+        f"{who} share a subspace: left out of the fit, they lose {error(losses[0])} of their updates, the others "
+        f"{error(losses[1])}.",
+        Finding(
+            "partly-shared",
+            f"A part of them shares a subspace: left out of the fit, {len(inside):,} of {len(kept):,} lose "
+            f"{error(losses[0])} of their updates on average in the directions of the others, and "
+            f"{len(outside):,} lose {error(losses[1])} (in random directions: {error(chance)}).",
+            "Fit those that share by themselves (`--exclude-adapter` names the others), and keep the others as they "
+            "are.",
+            good=None,
+            adapters=sorted(inside),
+        ),
+    )
+
+
+def _emerging(report: Report, chance: float) -> tuple[str, Finding] | None:
+    """The answer where some adapters share a subspace that shows with more directions, in a pack that still pays."""
+    largest = _largest_k(report)
+    points = [p for p in report.sizes if p.k > largest and p.ratio > 1 and (p.random or 0.0) >= CHANCE]
+    most = max((len(point.sharing) for point in points), default=0)
+    point = next((point for point in points if len(point.sharing) == most), None)
+    if point is None or most < 2:
+        return None
+    others = [kept for name, (kept, _) in _kept(report, chance).items() if name not in point.sharing]
+    if not others or sum(kept < NOT_SHARED for kept in others) < 0.8 * len(others):
+        return None
+    assert report.left_out is not None
+    n = report.left_out.sampled
+    which = "these" if n == report.left_out.of else "the"
+    turn = "" if n == report.left_out.of else " that were left out in turn"
+    return (
+        f"{most:,} of {which} {n:,} adapters{turn} share a subspace of more directions than were kept: it shows with "
+        f"k = {point.k}.",
+        Finding(
+            "partly-shared",
+            "A part of them shares a subspace, but k is too small for it: left out of the fit, an adapter loses "
+            f"{error(report.left_out.errors.mean)} of its update on average; with k = {point.k}, {most:,} of {n:,} "
+            "keep half of their squared norm and more.",
+            f"Fit those by themselves (`--exclude-adapter` names the others), or again with `-k {point.k}`.",
+            good=None,
+            adapters=sorted(point.sharing),
+        ),
+    )
+
+
+def _largest_k(report: Report) -> int:
+    return max((side.k for module in report.modules for side in (module.down, module.up)), default=0)
 
 
 def _in_the_fit(report: Report, lost: float) -> str:
@@ -141,9 +216,10 @@ def _in_the_fit(report: Report, lost: float) -> str:
 
 def _enough(report: Report) -> str:
     """Which k would keep them well, or that none that saves anything does."""
-    found = next((point for point in report.sizes if point.mean <= FINE), None)
-    if report.in_fit is not None and report.in_fit.mean <= FINE and report.bytes.ratio > 1:
-        return "Keep the pack for its size."
+    if report.in_fit is not None and report.in_fit.mean <= FINE:
+        return "Keep the pack for its size." if report.bytes.ratio > 1 else "Keep them as they are."
+    largest = _largest_k(report)
+    found = next((point for point in report.sizes if point.mean <= FINE and point.k > largest), None)
     if found is None:
         return "Keep them as they are."
     if found.ratio <= 1:
@@ -157,15 +233,16 @@ def _enough(report: Report) -> str:
     )
 
 
-def _wider(sizes: Sequence[SizePoint]) -> SizePoint | None:
-    """The fewest directions in which adapters that are left out are mostly kept, and not by chance."""
+def _wider(report: Report) -> SizePoint | None:
+    """The fewest directions, more than there are, in which adapters left out are mostly kept, and not by chance."""
     return next(
         (
             point
-            for point in sizes
-            if point.left_out is not None
+            for point in report.sizes
+            if point.k > _largest_k(report)
+            and point.left_out is not None
             and (point.random or 1.0) >= CHANCE
-            and _beyond_chance(point.left_out, point.random or 1.0) >= SHARED
+            and spreads.beyond_chance(point.left_out, point.random or 1.0) >= SHARED
         ),
         None,
     )
@@ -264,7 +341,8 @@ def _duplicates(report: Report) -> list[Finding]:
     if not report.duplicates:
         return []
     listed = "; ".join(" = ".join(group[:4]) + " = …" * (len(group) > 4) for group in report.duplicates[:3])
-    more = f"; and {len(report.duplicates) - 3:,} groups more" if len(report.duplicates) > 3 else ""
+    others = len(report.duplicates) - 3
+    more = f"; and {plural(others, 'group')} more" if others > 0 else ""
     return [
         Finding(
             "duplicate",
@@ -346,7 +424,7 @@ def _loss(report: Report) -> list[Finding]:
     ]
 
 
-def _bytes(report: Report) -> list[Finding]:
+def _bytes(report: Report, main: Finding) -> list[Finding]:
     b, in_fit = report.bytes, report.in_fit
     cost = (
         f"Recycling costs {error(in_fit.mean)} of an update on average, {error(in_fit.worst)} at worst. "
@@ -354,7 +432,7 @@ def _bytes(report: Report) -> list[Finding]:
         else ""
     )
     even = (
-        f"it pays from {plural(b.break_even, 'adapter')} of this size on"
+        f"if others fit this basis, it pays from {plural(b.break_even, 'such adapter')} on"
         if b.break_even is not None
         else "it never pays at this k"
     )
@@ -370,9 +448,9 @@ def _bytes(report: Report) -> list[Finding]:
     return [
         Finding(
             "bytes",
-            f"{cost}The pack is {ratio(b.ratio)} smaller than the LoRAs with the basis counted, {ratio(b.limit)} in "
-            f"the limit of many adapters; {even}.",
-            good=True,
+            f"{cost}The pack is {ratio(b.ratio)} smaller than the LoRAs with the basis counted"
+            + ("." if main.kind == "not-shared" else f", {ratio(b.limit)} in the limit of many adapters; {even}."),
+            good=True if in_fit is None or in_fit.mean <= LOSS else None,
         )
     ]
 
