@@ -110,7 +110,9 @@ class TestShared:
         report = report_on([*of_one_subspace(6, noise=0.05), *random(6, seed=3)])
         assert report.left_out.errors.mean > 0.85
         finding = the(report, "partly-shared")
-        assert report.verdict.headline.startswith("6 of these 12 adapters share a subspace of more directions than were")
+        assert report.verdict.headline.startswith(
+            "6 of these 12 adapters share a subspace of more directions than were"
+        )
         assert finding.adapters == names(*range(6))
         k = int(re.search(r"`-k (\d+)`", finding.advice)[1])
         (point,) = (point for point in report.sizes if point.k == k)
@@ -403,3 +405,18 @@ def test_a_sample_is_drawn_by_the_seed():
 def test_left_out_is_at_least_one(left_out):
     with pytest.raises(ex.errors.OptionError, match="left_out must be at least 1"):
         report_on(random(3), left_out=left_out)
+
+
+def test_factor_errors_of_a_module_are_the_mean_over_adapters_of_what_is_lost_of_a_and_b():
+    made = adapters(of_one_subspace(6, noise=0.3))
+    pack = ex.fit(made, n_components=7, warn_above=1.0)
+    for module in ex.report(pack, made).modules:
+        lost = {"down": [], "up": []}
+        for one in made:
+            back, factors = pack.adapter(one.name).modules[module.name], one.modules[module.name]
+            for side in lost:
+                ours, theirs = (getattr(f, side).double() for f in (back, factors))
+                lost[side].append(float((ours - theirs).square().sum() / theirs.square().sum()))
+        assert module.factor_error_down == pytest.approx(math.sqrt(sum(lost["down"]) / 6), rel=1e-4)
+        assert module.factor_error_up == pytest.approx(math.sqrt(sum(lost["up"]) / 6), rel=1e-4)
+        assert module.energy_kept == pytest.approx(1 - module.delta_error**2)

@@ -131,6 +131,7 @@ class ModuleFigures:
 
     layer: the first number in its name; kind: the name without the numbers, "encoder.layer.*.attention.self.query".
     delta_error: √(Σ w²·lost / Σ w²·total) over the adapters of the fit that have it, w² = 1/‖D‖² of the whole adapter;
+    factor_error_*: of A and of B, √ of the mean of lost / total over those adapters; energy_kept: 1 − delta_error²;
     worst: the adapter with the largest error there.
     """
 
@@ -143,6 +144,9 @@ class ModuleFigures:
     delta_error: float | None
     worst: str | None
     worst_error: float | None
+    energy_kept: float | None = None
+    factor_error_down: float | None = None
+    factor_error_up: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class Measured:
     pairs: Pairs
     errors: dict[str, list[float | None]] = field(default_factory=dict)
     weighted: dict[str, float] = field(default_factory=dict)
+    factor_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     singular: list[tuple[int, Tensor]] = field(default_factory=list)
     sides: dict[str, tuple[Side, Side]] = field(default_factory=dict)
     exact: bool = True
@@ -188,7 +189,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     one = stack(factors, n_in, n_out)
     square = squares(one)
     found.total += square
-    lost, singular = [], []
+    lost, singular, factor_lost = [], [], []
     step = max(1, CHUNK // max(1, one.down.shape[1] * (n_in + n_out)))
     for start in range(0, len(one), step):
         some = slice(start, start + step)
@@ -201,11 +202,17 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
         for bits, sums in found.rounded.items():
             sums[some] += losses.rounded_squares(part, bits)
         lost.append(stored.delta)
+        tiny = torch.finfo(torch.float64).tiny
+        shares = stored.down / stored.down_total.clamp_min(tiny), stored.up / stored.up_total.clamp_min(tiny)
+        factor_lost.append(torch.stack(shares, dim=1))
         singular.append(losses.singular_squares(part))
     delta = torch.cat(lost)
     found.lost += delta
     found.singular.append((n_in + n_out, torch.cat(singular)))
-    tiny = torch.finfo(square.dtype).tiny
+    in_fit = [place for place in found.fitted if factors[place] is not None]
+    if in_fit:
+        down, up = torch.cat(factor_lost)[in_fit].mean(0).sqrt().tolist()
+        found.factor_errors[module] = (down, up)
     relative = torch.where(square > 0, (delta / square.clamp_min(tiny)).sqrt(), math.nan)
     found.errors[module] = [None if math.isnan(value) else value for value in relative.tolist()]
     found.pairs.add(one)

@@ -141,6 +141,8 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
             for adapter, error in zip(measured.names, measured.errors[name], strict=True)
             if error is not None
         }
+    lost = measured.weighted.get(name) if measured is not None else None
+    factor_errors = measured.factor_errors.get(name, (None, None)) if measured is not None else (None, None)
     worst = max(errors, key=lambda adapter: (errors[adapter], adapter)) if errors else None
     return ModuleFigures(
         name=name,
@@ -149,7 +151,10 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
         adapters=adapters,
         down=sides["down"],
         up=sides["up"],
-        delta_error=measured.weighted.get(name) if measured is not None else None,
+        delta_error=lost,
+        energy_kept=1 - lost**2 if lost is not None else None,
+        factor_error_down=factor_errors[0],
+        factor_error_up=factor_errors[1],
         worst=worst,
         worst_error=errors[worst] if worst is not None else None,
     )
