@@ -95,6 +95,69 @@ def report(
     )
 
 
+def even(adapters, *, error=5e-8, cosine=0.0):
+    """A report of adapters and modules that are all alike: errors and places equal, spectra and angles of one value.
+
+    cosine: of each adapter with each other; their overlap is its square.
+    """
+    full = report(adapters + 1)
+    trained = [
+        dataclasses.replace(
+            one,
+            **dict.fromkeys(
+                ("delta_error", "left_out_error", "mean_scaled_error", "random_error", "truncated_error"), error
+            ),
+            x=0.0,
+            y=0.0,
+        )
+        for one in full.adapters
+        if not one.untrained
+    ]
+    names = [one.name for one in trained]
+    table = np.where(np.eye(adapters, dtype=bool), 1.0, cosine)
+    # each joins at the height of all
+    tree = [
+        [float(adapters + n - 2 if n > 1 else 0), float(n), 1.0 - cosine**2, float(n + 1)] for n in range(1, adapters)
+    ]
+    spread = data.Spread(adapters, error, error, error, names[0])
+    side = {"k": 1, "rank": 1, "energy": 1.0, "spectrum": [1.0], "null": [1.0], "angles": [0.0], "halves_overlap": 1.0}
+    return dataclasses.replace(
+        full,
+        collection=dataclasses.replace(full.collection, adapters=adapters),
+        adapters=trained,
+        modules=[
+            dataclasses.replace(
+                one,
+                delta_error=error,
+                worst=names[0],
+                worst_error=error,
+                down=dataclasses.replace(one.down, **side),
+                up=dataclasses.replace(one.up, **side),
+            )
+            for one in full.modules
+        ],
+        module_errors=[[error for _ in full.modules] for _ in trained],
+        in_fit=spread,
+        projected=None,
+        left_out=dataclasses.replace(full.left_out, sampled=adapters, of=adapters, errors=spread, in_fit=spread),
+        baselines=[dataclasses.replace(one, errors=spread) for one in full.baselines],
+        starts=None,
+        similarity=dataclasses.replace(
+            full.similarity,
+            names=names,
+            cosine=table.tolist(),
+            overlap=(table**2).tolist(),
+            tree=tree,
+            clusters=[],
+            mean_cosine=cosine,
+        ),
+        bytes=dataclasses.replace(full.bytes, over_n=full.bytes.over_n[:1]),
+        sizes=[dataclasses.replace(full.sizes[0], k=1, mean=error, worst=error, left_out=error, random=error)],
+        evaluations=[],
+        **{name: [] for name in ("duplicates", "outliers", "untrained", "notes")},
+    )
+
+
 def bare(adapters=3):
     """A report of which everything that may be missing is."""
     full = report(adapters)

@@ -5,7 +5,7 @@ import os
 
 import chromium
 import pytest
-from synthetic import bare, hostile_names, report
+from synthetic import bare, even, hostile_names, report
 
 from eigenlorax.reports import page
 
@@ -20,6 +20,7 @@ PAGES = {
     "30": lambda: report(30, names=NAMES),
     "1000": lambda: report(1000),
     "bare": lambda: bare(4),
+    "even": lambda: even(3),
     "hostile": lambda: report(len(hostile_names()), names=hostile_names(), base_model=hostile_names()[1]),
 }
 TROUBLE = {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Page.javascriptDialogOpening"}
@@ -132,6 +133,55 @@ def test_a_phone_need_not_scroll_sideways(tab, files, name):
     assert cut == []
 
 
+@pytest.mark.parametrize("name", ["3", "30", "hostile"])
+@pytest.mark.parametrize("width", [1024, 1280, 1440])
+def test_every_column_of_every_table_is_seen_at_once(tab, files, name, width):
+    tab.emulate(width=width)
+    tab.open(files(name))
+    tab.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    boxes = tab.value(
+        "[...document.querySelectorAll('.scroll')]"
+        ".map((one) => [one.ariaLabel, one.checkVisibility(), one.scrollWidth - one.clientWidth])"
+    )
+    assert {label for label, _, _ in boxes} >= {
+        "All modules",
+        "All adapters, the worst first",
+        "Bytes and factors of all adapters",
+        "What else could be done with these adapters",
+        "Adapters on their task",
+    }
+    assert [box for box in boxes if box[1:] != [True, 0]] == []
+
+
+def test_labels_of_bars_are_whole(tab, files):
+    tab.emulate(width=1280)
+    label = "Gaussian adapters of the same ranks and norms, fitted in the same way as these"
+    full = report(3)
+    baselines = [dataclasses.replace(one, label=label) if one.key == "null" else one for one in full.baselines]
+    target = files("3").with_name("long-label.html")
+    target.write_text(page.render(dataclasses.replace(full, baselines=baselines)), encoding="utf-8")
+    tab.open(target)
+    names = tab.value(
+        "[...document.querySelectorAll('#baselines .name')].map((one) => [one.textContent, "
+        "one.clientWidth - one.scrollWidth, one.clientHeight - one.scrollHeight])"
+    )
+    assert label in [name for name, *_ in names]
+    assert [name for name in names if name[1] < 0 or name[2] < 0] == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_small_numbers_are_on_one_line(tab, files, width):
+    tab.emulate(width=width)
+    tab.open(files("even"))
+    found = tab.value(
+        "[...document.querySelectorAll('.whole, .value, .said')].filter((one) => one.textContent.includes('e-'))"
+        ".map((one) => { const range = document.createRange(); range.selectNodeContents(one);"
+        " return [one.className, range.getClientRects().length]; })"
+    )
+    assert {shape for shape, _ in found} == {"whole", "value", "said"}
+    assert {lines for _, lines in found} == {1}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_can_be_told_from_their_ground(tab, files, scheme):
     tab.emulate(scheme=scheme)
@@ -223,11 +273,11 @@ def test_paper_is_white_has_all_that_is_folded_and_cuts_nothing(tab, files, name
     tab.value("document.querySelector('.theme').click(), document.querySelector('.theme').click()")
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.value("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
-    folded = "document.querySelectorAll('details:not(.more) > :not(summary)')"
+    folded = "document.querySelectorAll('details:not(.more) > :not(summary, .filter)')"
     assert tab.value(f"{folded}.length") > 5
     hidden = f"[...{folded}].filter((one) => !one.checkVisibility({{ contentVisibilityAuto: true }})).length"
     assert tab.value(hidden) == 0
-    assert tab.value("document.querySelectorAll('nav, .filter, .theme').length") == 3
+    assert tab.value("document.querySelectorAll('nav, .filter, .theme').length") == 4
     assert (
         tab.value("[...document.querySelectorAll('nav, .filter, .theme')].some((one) => one.checkVisibility())")
         is False
@@ -236,8 +286,9 @@ def test_paper_is_white_has_all_that_is_folded_and_cuts_nothing(tab, files, name
         "[...document.querySelectorAll('table, svg, .bars')].filter((one) => one.getBoundingClientRect().right > 703)"
     )
     assert tab.value(f"{wide}.map((one) => one.outerHTML.slice(0, 80))") == []
-    printed = "[...document.querySelectorAll('#adapter-table tbody tr')].filter((row) => row.checkVisibility()).length"
-    assert tab.value(printed) == min(int(name), 50)
+    for table in ("adapter-table", "weight-table"):
+        rows = f"[...document.querySelectorAll('#{table} tbody tr')]"
+        assert tab.value(f"{rows}.filter((row) => row.checkVisibility()).length") == min(int(name), 50)
 
 
 @pytest.mark.parametrize("name", ["30", "hostile"])

@@ -154,6 +154,7 @@ def test_what_was_not_measured_is_not_spoken_of():
     assert headings == [
         "4 LoRA adapters of a base model its adapters do not name in one subspace",
         "Adapters, the worst first",
+        "Their bytes and factors",
         "Modules",
         "Bytes",
     ]

@@ -8,16 +8,18 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from documents import Document
-from synthetic import HOSTILE, LLAMA, bare, hostile_names, report
+from synthetic import HOSTILE, LLAMA, bare, even, hostile_names, report
 
 from eigenlorax.errors import MissingExtraError
 from eigenlorax.reports import data, kinship, page, sections
 
 ADAPTERS = "All adapters, the worst first"
+WEIGHTS = "Bytes and factors of all adapters"
 ARXIV = "https://arxiv.org/abs/2502.04700"
 
 
@@ -248,8 +250,9 @@ def test_what_was_not_measured_has_no_section_no_tile_and_no_column():
     document = Document(page.render(bare(4)))
     assert [text for text, _ in document.all("h2")] == ["Module by module", "Adapter by adapter", "What it weighs"]
     assert [text[:4] for text, _ in document.of_class("tile")] == ["LoRA"]
-    assert document.tables[ADAPTERS][0] == [
-        "adapter", "delta error", "LoRA", "here", "rounding", "rank", "modules", "carried", "head", "state"
+    assert document.tables[ADAPTERS][0] == ["adapter", "delta error", "state"]
+    assert document.tables[WEIGHTS][0] == [
+        "adapter", "LoRA", "here", "rounding", "rank", "modules", "carried", "head"
     ]  # fmt: skip
     assert [text for text, _ in document.all("svg")] == []
 
@@ -340,4 +343,24 @@ def test_what_is_not_there_is_not_in_the_captions():
     section = kinship.render(changed(full, similarity=near, outliers=[]))
     assert "as they come back from the pack" in section
     assert not re.search("coloured by cluster|ringed|squared distance|<h3>Clusters", section)
-    assert "Each point an adapter; near ones" in section
+    assert "Each point an adapter; near ones have similar updates" in section
+
+
+@pytest.mark.parametrize("adapters", [1, 2, 3])
+@pytest.mark.parametrize(("error", "cosine"), [(0.0, 0.0), (5e-8, 0.02), (0.25, 1.0)])
+def test_figures_that_are_all_equal_give_pictures_and_no_warning(adapters, error, cosine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        html = page.render(even(adapters, error=error, cosine=cosine))
+    drawn = {found["aria-label"] for _, found in Document(html).all("svg")}
+    assert any(label.startswith("Similarity of") for label in drawn) == (adapters > 2)
+    assert "Delta error by layer and kind of module" in drawn
+
+
+@pytest.mark.parametrize(("error", "worst"), [(5e-8, False), (0.25, True)])
+def test_only_a_loss_is_pointed_at(error, worst):
+    section = sections.modules(even(2, error=error))
+    assert ("★" in section) is worst
+    assert ("The star is on the worst module." in section) is worst
+    assert ("Most is lost in" in section) is worst
+    assert ("No module loses more than" in section) is not worst

@@ -9,7 +9,7 @@ import pytest
 from documents import Document
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import report
+from synthetic import even, report
 
 from eigenlorax.reports import bars, curves, kinds, maps, numbers, plots, svg
 
@@ -72,6 +72,39 @@ def test_an_axis_holds_its_largest_value_and_little_more(largest):
 )
 def test_the_end_of_an_axis_is_a_round_number(largest, end):
     assert bars.axis_end(largest) == pytest.approx(end, rel=1e-12)
+
+
+@pytest.mark.parametrize(("error", "end"), [(5e-8, "0.1"), (0.0, "0.1"), (0.3, "0.4")])
+def test_bars_of_nearly_nothing_are_short(error, end):
+    kind = bars.Kind("bar", "delta error")
+    drawn = bars.render([bars.Bar("a", error, "", kind)], "one")
+    assert re.findall(r'left:100%">([^<]+)<', drawn) == [end]
+    assert re.findall(r"width:([\d.]+)%", drawn) == [f"{100 * error / float(end):.2f}"]
+
+
+@pytest.mark.parametrize(
+    ("cosine", "ends"), [(0.02, {"−0.20", "0.20", "0.30"}), (0.8, {"−0.80", "0.80", "0.64", "0.32"})]
+)
+def test_colours_of_likeness_end_at_the_largest_or_where_it_is_worth_a_colour(cosine, ends):
+    found = texts(maps.matrices(even(4, cosine=cosine).similarity))
+    # the dendrogram's axis has numbers too
+    assert set(found) >= ends
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+def test_directions_are_counted_in_whole_numbers(directions):
+    full = report(3, layers=2)
+    values = {"spectrum": [0.2] * directions, "null": [], "angles": [9.0] * directions, "k": 1}
+    modules = [changed(one, down=changed(one.down, **values), up=changed(one.up, **values)) for one in full.modules]
+    planted = changed(full, modules=modules)
+    for drawn, label in (
+        (curves.scree(planted, "down"), "direction"),
+        (curves.cumulative(planted, "up"), "directions kept"),
+        (curves.angles(planted), "principal angle, in order"),
+    ):
+        found = texts(drawn)
+        # numbers of the x axis come before its label
+        assert found[: found.index(label)] == [str(n) for n in range(1, directions + 1)]
 
 
 def test_a_matrix_is_averaged_by_blocks():

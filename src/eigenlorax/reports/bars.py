@@ -1,4 +1,7 @@
-"""Bars as HTML, which fit any width, where a picture would shrink or scroll. Nothing here knows what is shown."""
+"""Bars of shares as HTML, which fit any width, where a picture would shrink or scroll.
+
+Nothing here knows what they are shares of.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +11,9 @@ from .markup import text
 
 _ROUND = (1.0, 1.2, 1.6, 2.0, 4.0, 8.0, 10.0)
 """Leading digits of an axis's end of which a quarter is a round number too."""
+
+_LEAST_END = 0.1
+"""An axis ends no sooner: of errors and shares, nearly nothing shall look like nothing."""
 
 _QUARTERS = (0, 1, 2, 3, 4)
 
@@ -37,7 +43,9 @@ def render(rows: Sequence[Bar], label: str) -> str:
 
     label: what who cannot see the bars is told that they are.
     """
-    end = axis_end(max(value for row in rows for value in (row.value, *(mark[1] for mark in row.marks))))
+    end = axis_end(
+        max([_LEAST_END, *(value for row in rows for value in (row.value, *(mark[1] for mark in row.marks)))])
+    )
     listed = "".join(_row(row, end) for row in rows)
     ticks = "".join(f'<span style="left:{25 * quarter}%">{end * quarter / 4:g}</span>' for quarter in _QUARTERS)
     return (

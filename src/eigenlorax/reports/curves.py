@@ -37,6 +37,7 @@ def scree(report: Report, side: str) -> str:
         axis.minorticks_off()
         axis.set(title=SIDES[side], xlabel="direction", ylabel="share of energy")
         axis.margins(x=0.01)
+        _count_along(axis)
         _mark_k(axis, [getattr(module, side) for module in report.modules])
         figure.legend(loc="outside lower left", ncols=3)
 
@@ -51,6 +52,7 @@ def cumulative(report: Report, side: str) -> str:
         _curves(axis, {label: np.cumsum(curve) for label, curve in spectra(report, side).items()})
         axis.set(title=SIDES[side], xlabel="directions kept", ylabel="energy kept", ylim=(0, 1.02))
         axis.margins(x=0.01)
+        _count_along(axis)
         _mark_k(axis, [getattr(module, side) for module in report.modules], at=0.08)
         figure.legend(loc="outside lower left", ncols=3)
 
@@ -66,8 +68,9 @@ def angles(report: Report) -> str:
             found = [getattr(module, side).angles for module in report.modules if getattr(module, side).angles]
             if found:
                 mean = _mean(found, np.nan)
-                axis.plot(np.arange(1, len(mean) + 1), mean, color=series(number), label=title)
+                axis.plot(np.arange(1, len(mean) + 1), mean, marker=_dot(mean), color=series(number), label=title)
         axis.set(ylim=(0, 92), yticks=[0, 30, 60, 90], xlabel="principal angle, in order", ylabel="degrees")
+        _count_along(axis)
         axis.legend(loc="lower right")
 
     return svg.draw("angles", (HALF, 330), "Principal angles between the subspaces of two halves", paint)
@@ -122,6 +125,7 @@ def sizes(report: Report) -> str:
                     *zip(*found, strict=True), dash, marker="o", markersize=3.5, color=series(number), label=label
                 )
         axis.set(xlabel="k", ylabel="delta error")
+        _count_along(axis)
         axis.set_ylim(0, max(1.15, axis.get_ylim()[1]))
         _mark_k(axis, _all_sides(report))
         figure.legend(loc="outside upper left", ncols=2)
@@ -151,6 +155,7 @@ def size_bytes(report: Report) -> str:
         if crossing is not None:
             axis.axvspan(crossing, k[-1], color=ink("bad"), alpha=0.1, linewidth=0, label="larger than the LoRAs")
         axis.set(xlabel="k", ylabel=name)
+        _count_along(axis)
         axis.set_ylim(0, 1.18 * top / unit)
         _mark_k(axis, _all_sides(report))
         figure.legend(loc="outside upper left", ncols=2)
@@ -172,7 +177,22 @@ def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
         shape: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
         if label == _GAUSSIAN:
             shape = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}
-        axis.plot(range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), label=label, **shape)
+        axis.plot(
+            range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), marker=_dot(curve), label=label, **shape
+        )
+
+
+def _dot(curve: np.ndarray) -> str:
+    """matplotlib's marker for the curve's points: none, unless there is but one, of which a line shows nothing."""
+    return "o" if len(curve) == 1 else ""
+
+
+def _count_along(axis: Any) -> None:
+    """Has whole numbers alone on the x axis, be they few."""
+    from matplotlib.ticker import MaxNLocator
+
+    # two ticks, its least otherwise, may need fractions
+    axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:

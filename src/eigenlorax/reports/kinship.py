@@ -71,7 +71,7 @@ def _pictures(report: Report, near: Similarity) -> list[str]:
             "<h3>Map</h3>",
             figure(
                 f'<div class="map">{maps.points(report)}</div>',
-                f"Each point an adapter{colours}; near ones share directions. Point at one to read its name."
+                f"Each point an adapter{colours}; near ones have similar updates. Point at one to read its name."
                 f"{outliers}{share}",
             ),
         ]

@@ -16,6 +16,12 @@ MOST_NAMES = 40
 PIXELS = 500
 """Rows and columns of a matrix's picture, at most."""
 
+LEAST_COSINE, LEAST_OVERLAP = 0.2, 0.3
+"""Where the colour scales end at the soonest: what unrelated adapters have in common shall look like nothing."""
+
+_LEAST_HEIGHT = 0.1
+"""Where the dendrogram's axis ends at the soonest."""
+
 _NAMED_WORST, _NAMED_OUTLIERS = 5, 20
 _SIZE, _CHARACTER, _LINE = 11, 0.6, 1.25
 """Of a name on the map: its size in pixels, and the width and height of a character in it."""
@@ -91,18 +97,18 @@ def points(report: Report) -> str:
             )
 
     drawn = svg.draw(
-        "points", size, f"Map of {numbers.plural(len(shown), 'adapter')}: near ones share directions", paint
+        "points", size, f"Map of {numbers.plural(len(shown), 'adapter')}: near ones have similar updates", paint
     )
     return svg.titled(drawn, "points-marks", [_tooltip(one) for one in shown]) if len(shown) <= 1000 else drawn
 
 
 def _matrix(figure: Any, axis: Any, table: np.ndarray, title: str) -> None:
-    """Cosines from −top to top, overlaps from 0; top is the largest off the diagonal, which says nothing."""
+    """Cosines from −top to top, overlaps from 0; top is the largest off the diagonal, which says nothing, or more."""
     n = len(table)
     table = downsampled(table, PIXELS)
     others = table[~np.eye(len(table), dtype=bool)]
-    top = max(float(np.abs(others).max(initial=0)), 0.01)
     signed = "cosine" in title
+    top = float(np.abs(others).max(initial=LEAST_COSINE if signed else LEAST_OVERLAP))
     # few colours make a small image
     colours = svg.colour_map(svg.DIVERGING if signed else svg.SEQUENTIAL, steps=65)
     edges = (-0.5, n - 0.5, n - 0.5, -0.5)
@@ -129,7 +135,8 @@ def _dendrogram(axis: Any, tree: Sequence[Sequence[float]], leaves: int) -> None
         lines.append([(x, y), (height, y), (height, other_y), (other_x, other_y)])
         places.append(((y + other_y) / 2, height))
     axis.add_collection(LineCollection(lines, colors=ink("muted"), linewidths=1.1))
-    top = max((row[2] for row in tree), default=1.0)
+    # duplicates join at 0, and an axis needs a length
+    top = max([_LEAST_HEIGHT, *(row[2] for row in tree)])
     axis.set_xlim(top * 1.05, 0)
     axis.set(xticks=[0, round(top, 2)], xlabel="1 − overlap")
     axis.grid(visible=False)

@@ -106,6 +106,7 @@ def _adapters(report: Report) -> list[str]:
     more = len(report.adapters) - MOST_ADAPTERS
     return [
         *_section("Adapters, the worst first", tables.adapters(report, MOST_ADAPTERS)),
+        *_section("Their bytes and factors", tables.weights(report, MOST_ADAPTERS)),
         f"… and {numbers.count(more)} more." if more > 0 else "",
     ]
 

@@ -18,7 +18,12 @@ def text(value: str) -> str:
 
 def prose(value: str) -> str:
     """The text, with what stands between backticks as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(value))
+    return whole(re.sub(r"`([^`]+)`", r"<code>\1</code>", text(value)))
+
+
+def whole(content: str) -> str:
+    """Sentences that are HTML already, with no line ending within a number such as 1.0e-05."""
+    return re.sub(r"\d+\.\d+e-\d+", r'<span class="whole">\g<0></span>', content)
 
 
 def words(*pairs: tuple[str, str]) -> str:
@@ -33,7 +38,7 @@ def columns(found: Table) -> str:
 
 def paragraph(*sentences: str) -> str:
     """Sentences that are HTML already."""
-    return f"<p>{' '.join(sentences)}</p>"
+    return f"<p>{whole(' '.join(sentences))}</p>"
 
 
 def fold(summary: str, *content: str) -> str:
@@ -72,11 +77,14 @@ def chips(names: Sequence[str], most: int = 8) -> str:
 
 
 def table(found: Table, key: str = "", *, tall: bool = False) -> str:
-    """The table in a box that scrolls. tall: with rows so many that the box has a height, a filter and sorting."""
+    """The table in a box that scrolls where the screen is small. tall: with rows so many that the box has a height.
+
+    key: the id of a table that the page's script gives a filter and sorting.
+    """
     heads = "".join(_head(column) for column in found.columns)
     rows = "\n".join(_row(found.columns, row) for row in found.rows)
     shape = "scroll tall" if tall else "scroll"
-    mark = f' id="{key}"' if key else ""
+    mark = f' id="{key}" class="sorted"' if key else ""
     return (
         f'<div class="{shape}" tabindex="0" role="region" aria-label="{text(found.caption)}">'
         f"<table{mark}><caption>{text(found.caption)}</caption>"

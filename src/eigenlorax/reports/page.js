@@ -1,4 +1,4 @@
-// Sorting and filtering of the table of adapters, and the switch of themes. Without this, the page is all there.
+// Sorting and filtering of the tables of adapters, and the switch of themes. Without this, the page is all there.
 "use strict";
 (() => {
   const root = document.documentElement;
@@ -15,9 +15,7 @@
   set("");
   document.querySelector("header").prepend(button);
 })();
-(() => {
-  const table = document.getElementById("adapter-table");
-  if (!table) return;
+document.querySelectorAll("table.sorted").forEach((table) => {
   const body = table.tBodies[0];
   const rows = Array.from(body.rows);
   const heads = Array.from(table.tHead.rows[0].cells);
@@ -77,4 +75,4 @@
   bar.append(input, shown);
   table.parentElement.before(bar);
   filter();
-})();
+});

@@ -6,7 +6,7 @@ from importlib import resources
 
 from . import kinship, numbers, sections
 from .data import Finding, Report
-from .markup import chips, prose, text
+from .markup import chips, prose, text, whole
 
 MARKS = {True: ("good", "✓", "Good"), False: ("bad", "!", "Bad"), None: ("", "i", "Note")}
 """Of a finding: its class, its mark, and the word for who cannot see it."""
@@ -137,7 +137,8 @@ def _tiles(report: Report) -> str:
     return (
         '<dl class="tiles">'
         + "".join(
-            f'<div class="tile"><dt>{label}</dt><dd class="value">{value}</dd><dd class="beside">{beside}</dd></div>'
+            f'<div class="tile"><dt>{label}</dt><dd class="value">{value}</dd>'
+            f'<dd class="beside">{whole(beside)}</dd></div>'
             for label, value, beside in tiles
         )
         + "</dl>"

@@ -12,7 +12,13 @@ from .svg import HALF, WIDE, ink, series
 MOST_NAMES = 40
 """Rows up to which each has its name."""
 
+LEAST_STARRED = 0.005
+"""The error from which on the worst module has a star: less is printed as 0.00."""
+
 _BINS = 40
+
+_LEAST_TOP = 0.1
+"""A colour scale ends no lower: an error of nearly nothing shall look like nothing."""
 
 
 def has_grid(report: Report) -> bool:
@@ -22,7 +28,7 @@ def has_grid(report: Report) -> bool:
 
 
 def layers(report: Report) -> str:
-    """The error of each module, by layer and kind; a star on the worst."""
+    """The error of each module, by layer and kind; a star on the worst, where anything is lost."""
     names = kinds.labels(module.kind for module in report.modules)
     rows = list(dict.fromkeys(names[module.kind] for module in report.modules))
     columns = sorted({module.layer for module in report.modules if module.layer is not None})
@@ -36,7 +42,9 @@ def layers(report: Report) -> str:
             ]
             if found:
                 table[row, column] = statistics.fmean(found)
-    top = float(np.nanmax(table)) or 1.0
+    worst = float(np.nanmax(table))
+    top = max(worst, _LEAST_TOP)
+    mark = "★" if worst >= LEAST_STARRED else ""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -51,11 +59,11 @@ def layers(report: Report) -> str:
         if len(columns) <= 16:
             for (y, x), value in np.ndenumerate(table):
                 if np.isfinite(value):
-                    star = " ★" if (y, x) == (row, column) else ""
+                    said = f"{value:.2f} {mark if (y, x) == (row, column) else ''}".strip()
                     shade = _over(colours(value / top))
-                    axis.text(x, y, f"{value:.2f}{star}", ha="center", va="center", fontsize=11, color=shade)
-        else:
-            axis.text(column, row, "★", ha="center", va="center", color=_over(colours(1.0)))
+                    axis.text(x, y, said, ha="center", va="center", fontsize=11, color=shade)
+        elif mark:
+            axis.text(column, row, mark, ha="center", va="center", color=_over(colours(worst / top)))
         _bar(figure, axis, image)
 
     return svg.draw("layers", (WIDE, 90 + 30 * len(rows)), "Delta error by layer and kind of module", paint)
@@ -71,7 +79,7 @@ def grid(report: Report) -> str:
         axis = figure.subplots()
         # few colours make a small image
         colours = svg.colour_map(svg.SEQUENTIAL, steps=65)
-        top = float(np.nanmax(table)) or 1.0
+        top = max(float(np.nanmax(table)), _LEAST_TOP)
         image = axis.imshow(table, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="none")
         axis.set_yticks(
             range(len(names)) if few else [], [numbers.shortened(name, 32) for name in names] if few else []

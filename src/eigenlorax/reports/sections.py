@@ -111,9 +111,14 @@ def modules(report: Report) -> str:
         return listed
     worst = max(known, key=lambda module: module.delta_error or 0)
     by = f", and there of {text(worst.worst)} ({numbers.error(worst.worst_error)})" if worst.worst else ""
-    said = f"Most is lost in <code>{text(worst.name)}</code>: {numbers.error(worst.delta_error)}{by}."
+    much = (worst.delta_error or 0) >= plots.LEAST_STARRED
+    said = (
+        f"Most is lost in <code>{text(worst.name)}</code>: {numbers.error(worst.delta_error)}{by}."
+        if much
+        else f"No module loses more than {numbers.error(worst.delta_error)}."
+    )
     if plots.has_grid(report):
-        drawn = figure(plots.layers(report), "The star is on the worst module.")
+        drawn = figure(plots.layers(report), "The star is on the worst module." if much else "")
     else:
         drawn = html_figure(rankings.modules(report), _which(len(known), "module"))
     return (
@@ -135,11 +140,15 @@ def adapters(report: Report) -> str:
     content.append("<h3>All figures</h3>")
     if len(report.adapters) > PRINTED_ROWS:
         content.append(
-            f'<p class="for-print">The first {PRINTED_ROWS} of {len(report.adapters):,} rows are printed, '
-            "and the first columns.</p>"
+            f'<p class="for-print">The first {PRINTED_ROWS} of {len(report.adapters):,} rows are printed.</p>'
         )
     listed = tables.adapters(report)
-    content += [table(listed, "adapter-table", tall=True), fold("What the columns mean", columns(listed))]
+    weights = tables.weights(report)
+    content += [
+        table(listed, "adapter-table", tall=True),
+        fold("What the columns mean", columns(listed)),
+        fold("Bytes and factors of each adapter", table(weights, "weight-table", tall=True), columns(weights)),
+    ]
     if any(value is not None for row in report.module_errors for value in row):
         content.append(
             fold(

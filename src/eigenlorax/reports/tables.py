@@ -47,7 +47,7 @@ class _Field(Generic[T]):
 
 
 def adapters(report: Report, most: int | None = None) -> Table:
-    """Every adapter, the worst first; or the first `most`."""
+    """Errors of every adapter, the worst first, and whom it is like; or those of the first `most`."""
     fields: list[_Field[AdapterFigures]] = [
         _Field("adapter", lambda a: a.name, numeric=False),
         _Field("delta error", lambda a: None if a.untrained else a.delta_error, numbers.error, "‖D − D̂‖ / ‖D‖"),
@@ -65,6 +65,15 @@ def adapters(report: Report, most: int | None = None) -> Table:
         _Field("cosine", lambda a: a.nearest_cosine, numbers.cosine, "with the nearest"),
         _Field("overlap", lambda a: a.overlap, numbers.share, "how much of its directions the others have, on average"),
         _Field("cluster", lambda a: None if a.cluster is None else a.cluster + 1, str),
+        _Field("state", _state, numeric=False),
+    ]
+    return _table("All adapters, the worst first", fields, report.adapters[:most])
+
+
+def weights(report: Report, most: int | None = None) -> Table:
+    """Bytes, norms and factors of the same adapters, in the same order."""
+    fields: list[_Field[AdapterFigures]] = [
+        _Field("adapter", lambda a: a.name, numeric=False),
         _Field("LoRA", lambda a: a.lora_bytes, numbers.size, "tensor bytes of its factors", exact=True),
         _Field("here", lambda a: a.coefficient_bytes, numbers.size, "bytes of its coefficients", exact=True),
         _Field("rounding", lambda a: None if a.untrained else a.rounding_error, numbers.error, "the share of rounding"),
@@ -77,9 +86,8 @@ def adapters(report: Report, most: int | None = None) -> Table:
             "carried", lambda a: a.carried_bytes or None, numbers.size, "bytes the subspace cannot hold", exact=True
         ),
         _Field("head", lambda a: a.head_bytes or None, numbers.size, "bytes of heads, kept as they are", exact=True),
-        _Field("state", _state, numeric=False),
     ]
-    return _table("All adapters, the worst first", fields, report.adapters[:most])
+    return _table("Bytes and factors of all adapters", fields, report.adapters[:most])
 
 
 def modules(report: Report) -> Table:
