@@ -6,6 +6,8 @@ manifest is replaced last but for the card, and what it does not list is not in 
 reasons.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,6 +30,8 @@ from .subspace import ModuleBases, Subspace
 from .subspace import augment as augmented
 
 LOCK_SECONDS = 20.0
+REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")
+"""What every report says that is to be read by people."""
 # Rebuilt directions may differ in their last bits from machine to machine; a sum over d entries of at most 1 by more.
 _CHECK_TOLERANCE = 1e-3
 
@@ -336,8 +340,15 @@ def write(
         raise
     # what cannot be tidied now is no part of the pack; the next writer tries again
     with suppress(OSError):
+        if before is None or _content(before) != _content(new):
+            _remove_reports(folder)
         _tidy(folder, new)
     return store.digest(data)
+
+
+def _content(found: Manifest) -> tuple[object, ...]:
+    """What a report is about."""
+    return found.adapters, found.subspace, found.subspace_sha256
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -367,15 +378,27 @@ def _tidy(folder: Path, found: Manifest) -> None:
     for path in folder.iterdir():
         if manifest.SUBSPACE_FILE.fullmatch(path.name) and path.name != found.subspace_file:
             store.remove(path)
-            _remove_reports(folder)
 
 
 def _remove_reports(folder: Path) -> None:
-    """Remove the report, if it is one, on a subspace that is gone."""
-    figures = folder / keys.REPORT_FIGURES
-    ours = f'"{keys.REPORT_SCHEMA}"'.encode()
-    for name in keys.REPORTS if figures.is_file() and ours in figures.read_bytes() else ():
-        store.remove(folder / name)
+    """Remove what is a report of ours, on a pack that is another one now."""
+    for name in keys.REPORTS:
+        if is_report(folder / name):
+            store.remove(folder / name)
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that `eigenlorax report` has written, in whatever form."""
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    if path.suffix.lower() != ".json":
+        return REPORT_MARK.search(data) is not None
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("schema") == keys.REPORT_SCHEMA
 
 
 def entries(adapters: Mapping[str, PackedAdapter], files: Mapping[str, Files]) -> dict[str, Entry]:

@@ -10,8 +10,14 @@ from synthetic import report as synthetic
 
 import eigenlorax as ex
 from eigenlorax import keys
-from eigenlorax.errors import FormatError, OptionError, StaleReportWarning
-from eigenlorax.reports import data, files, stored
+from eigenlorax.errors import (
+    FormatError,
+    OptionError,
+    PackExistsError,
+    SkippedAdapterWarning,
+    StaleReportWarning,
+)
+from eigenlorax.reports import data, files, originals, stored
 from planted import random_adapter, random_collection, shared_collection
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
@@ -108,12 +114,47 @@ class TestSuffixes:
         report.save(tmp_path / "new" / name)
         assert (tmp_path / "new" / name).read_text("utf-8").startswith(start)
 
-    def test_a_file_that_is_there_is_replaced(self, report, tmp_path):
-        path = tmp_path / "report.md"
-        path.write_text("old")
+    @pytest.mark.parametrize("name", ["report.html", "report.md", "report.json", "README.md"])
+    @pytest.mark.parametrize("before", ["a report", "nothing"])
+    def test_a_report_or_an_empty_file_is_replaced(self, report, tmp_path, name, before):
+        path = tmp_path / name
+        if before == "nothing":
+            path.touch()
+        else:
+            synthetic(3).save(path)
+        old = path.read_bytes()
         report.save(path)
-        assert path.read_text("utf-8").startswith("# 6 LoRA")
-        assert [one.name for one in tmp_path.iterdir()] == ["report.md"]
+        assert path.read_bytes() != old
+        report.save(tmp_path / f"other{path.suffix}")
+        assert path.read_bytes() == (tmp_path / f"other{path.suffix}").read_bytes()
+        assert len(list(tmp_path.iterdir())) == 2
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("thesis.html", "<!doctype html><p>eigenlorax"),
+            ("notes.md", "# 6 LoRA adapters"),
+            ("data.json", '{"schema": "other"}'),
+            ("data.json", '["eigenlorax-report"]'),
+            ("data.json", '{"schema": "eigenlorax-report"'),
+        ],
+    )
+    def test_what_is_somebody_elses_is_not_replaced(self, report, tmp_path, name, content):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(PackExistsError, match=f"{name} exists and is no report .* Choose another name"):
+            report.save(tmp_path / name)
+        assert (tmp_path / name).read_text() == content
+
+    @pytest.mark.parametrize("name", ["subspace_config.json", "adapter_config.json", "Source_Config.json"])
+    def test_names_of_packs_and_adapters_are_refused(self, report, tmp_path, name):
+        with pytest.raises(OptionError, match=rf"{name} is a file of packs or adapters. .* such as .*report\.json"):
+            report.save(tmp_path / name)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nobody may write")
+    def test_where_it_cannot_be_written(self, report):
+        with pytest.raises(OSError, match="No such file or directory: '/proc/x.json'"):
+            report.save("/proc/x.json")
 
     @pytest.mark.parametrize("name", ["report", "report.txt", "report.html.bak"])
     def test_others_are_refused(self, report, tmp_path, name):
@@ -153,11 +194,54 @@ class TestInAPack:
         assert not recwarn.list
 
     def test_one_of_another_state_is_not_used(self, place):
+        figures = (place / keys.REPORT_FIGURES).read_bytes()
         with ex.Pack.edit(place) as pack:
             pack.add(random_adapter("new", 50), warn_above=1.0)
+        # as one that was copied there, or left by a writer that was killed
+        (place / keys.REPORT_FIGURES).write_bytes(figures)
         with pytest.warns(StaleReportWarning, match=r"is not used: .* \(1 adapters? of it"):
             assert stored.of(ex.Pack.open(place)) is None
-        assert (place / keys.REPORT_PAGE).is_file()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda pack: pack.add(random_adapter("new", 50), warn_above=1.0),
+            lambda pack: pack.remove(pack.names[0]),
+        ],
+        ids=["add", "remove"],
+    )
+    def test_goes_with_the_adapters_that_it_is_about(self, place, change):
+        (place / "notes.html").write_text("somebody's own")
+        with ex.Pack.edit(place) as pack:
+            change(pack)
+        assert not any((place / name).exists() for name in keys.REPORTS)
+        assert (place / "notes.html").is_file()
+
+    def test_a_page_goes_without_figures_too(self, place):
+        (place / keys.REPORT_FIGURES).unlink()
+        with ex.Pack.edit(place) as pack:
+            pack.remove(pack.names[0])
+        assert not (place / keys.REPORT_PAGE).exists()
+
+    def test_stays_with_a_pack_that_is_written_as_it_was(self, place, report):
+        with ex.Pack.edit(place) as pack:
+            pack.base_model = "org/renamed"
+        assert ex.Pack.open(place).base_model == "org/renamed"
+        assert stored.of(ex.Pack.open(place)) == report
+
+    def test_is_not_left_in_the_place_of_somebody_elses(self, own, adapters, tmp_path, monkeypatch):
+        own.save(tmp_path / "pack")
+        (tmp_path / "pack" / keys.REPORT_PAGE).write_text("somebody's own")
+        monkeypatch.setattr("eigenlorax.reports.build.report", None)
+        with pytest.raises(PackExistsError, match="report.html exists and is no report"):
+            stored.leave(own, adapters, tmp_path / "pack", lambda stage, done, total: None)
+        assert not (tmp_path / "pack" / keys.REPORT_FIGURES).exists()
+
+    def test_the_card_is_not_replaced(self, place, report):
+        before = (place / keys.CARD).read_bytes()
+        with pytest.raises(OptionError, match=r"is the card of the pack, .* such as .*report\.md"):
+            report.save(place / keys.CARD)
+        assert (place / keys.CARD).read_bytes() == before
 
     def test_goes_with_the_subspace_that_it_is_about(self, place):
         ex.fit(random_collection(4), n_components=3, warn_above=1.0).save(place, overwrite=True)
@@ -173,3 +257,46 @@ class TestInAPack:
         (place / keys.REPORT_FIGURES).write_text("{")
         with pytest.warns(StaleReportWarning, match="the report in the pack is not used: .* is not valid JSON"):
             assert stored.of(ex.Pack.open(place)) is None
+
+
+class TestArguments:
+    def test_a_path_is_a_pack(self, pack, report, adapters, tmp_path):
+        ex.fit(adapters, n_components=6).save(tmp_path / "pack")
+        for path in (tmp_path / "pack", str(tmp_path / "pack")):
+            assert ex.report(path, iter(adapters)) == report
+
+    @pytest.mark.parametrize("seed", [-1, 2**63, 10**22])
+    def test_a_seed_that_no_generator_takes(self, pack, seed):
+        with pytest.raises(OptionError, match=rf"seed must be a whole number from 0 to 2\*\*63 - 1, got {seed}"):
+            ex.report(pack, seed=seed)
+
+    def test_the_largest_seed(self, pack, adapters):
+        assert ex.report(pack, adapters, seed=2**63 - 1).left_out.seed == 2**63 - 1
+
+    def test_left_out_of_nothing(self, pack):
+        with pytest.raises(OptionError, match="left_out needs the original adapters"):
+            ex.report(pack, left_out=3)
+
+    def test_an_option_that_is_not_there(self, pack, adapters):
+        with pytest.raises(TypeError, match=r"report\(\) got an unexpected keyword argument 'foo'.*'allow_pickle'"):
+            ex.report(pack, adapters, foo=1)
+
+    @pytest.mark.parametrize("given", [3, [3], ["adapters/", 3], {"a": 3}])
+    def test_what_are_no_adapters(self, given):
+        # `report` itself has its annotations checked in the tests
+        with pytest.raises(OptionError, match="adapters must be folders, Hub ids or `Adapter`s, .* got 3"):
+            originals.listed(given)
+
+    def test_adapters_that_are_damaged_are_passed_over(self, pack, adapters, report):
+        nan = random_adapter("bad", 7)
+        first = next(iter(nan.modules))
+        nan.modules[first].down[0, 0] = float("nan")
+        with pytest.warns(SkippedAdapterWarning, match="bad was passed over: it holds NaN or Inf") as said:
+            found = ex.report(pack, [nan, *adapters])
+        assert len(said) == 1
+        assert found == report
+        with (
+            pytest.warns(SkippedAdapterWarning, match="bad was passed over"),
+            pytest.raises(OptionError, match="the original of .* is not among .* Passed over: bad."),
+        ):
+            ex.report(pack, [nan, *adapters[1:]])

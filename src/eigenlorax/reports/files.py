@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .. import keys, store
-from ..errors import FormatError, OptionError
+from .. import folder, keys, store
+from ..errors import FormatError, OptionError, PackExistsError
 from ..typed import UnfitError, refuse_constant, typed
 from . import markdown, page
 from .data import MATRIX, SCHEMA_VERSION, Report
@@ -51,8 +51,12 @@ KINDS: dict[str, Callable[[Report], str]] = {
 }
 
 
+RESERVED = {keys.MANIFEST, keys.ADAPTER_CONFIG, keys.SOURCE_CONFIG}
+"""Names that make a folder a pack, or an adapter."""
+
+
 def check(path: Path) -> None:
-    """`OptionError` unless a report may be written there."""
+    """`OptionError` unless a report may be written there; `PackExistsError` where something else is there already."""
     if path.suffix.lower() not in KINDS:
         raise OptionError(
             f"{path}: a report is written as .html (a page), .json or .md, and its name says which. "
@@ -60,12 +64,26 @@ def check(path: Path) -> None:
         )
     if path.is_dir():
         raise OptionError(f"{path} is a folder. Name a file in it: {path / 'report.html'}.")
+    free = path.with_name(f"report{path.suffix}")
+    if path.name.lower() in RESERVED:
+        raise OptionError(f"{path}: {path.name} is a file of packs or adapters. Choose another name, such as {free}.")
+    if path.name.lower() == keys.CARD.lower() and (path.parent / keys.MANIFEST).is_file():
+        raise OptionError(f"{path} is the card of the pack, which describes it. Choose another name, such as {free}.")
+    if path.is_file() and path.stat().st_size and not folder.is_report(path):
+        raise PackExistsError(
+            f"{path} exists and is no report that eigenlorax has written: it is not replaced. Choose another name, or "
+            "remove it yourself."
+        )
 
 
 def write(report: Report, path: str | Path) -> None:
-    """Write the report to `path` in one step, as its suffix says, in the place of a file that is there."""
+    """Write the report to `path` in one step, as its suffix says, in the place of a report that is there."""
     target = Path(path)
     check(target)
     data = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")
-    with store.made(target.parent):
-        store.write_file(target, data)
+    try:
+        with store.made(target.parent):
+            store.write_file(target, data)
+    except OSError as error:
+        # not what it is called until it is whole
+        raise OSError(error.errno, error.strerror, str(target)) from error

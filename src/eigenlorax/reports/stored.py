@@ -22,6 +22,8 @@ def leave(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **opt
 
     adapters, options: as they were given to `fit`, which has said already what is wrong with some of them.
     """
+    for name in keys.REPORTS:
+        files.check(folder / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EigenloraxWarning)
         found = {sources.default_name(one): one.source for one in sources.find(adapters)}
