@@ -3,12 +3,15 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
+from adapters import make_adapter
 from eigenlorax import keys
-from eigenlorax.reports import extra, stored
+from eigenlorax.reports import extra, measure, stored
 from outcomes import assert_refused, contents, json_of, succeeded
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
@@ -65,18 +68,79 @@ class TestReport:
             ("report pack -a in --left-out 0", ["--left-out must be a number from 1 on"]),
             ("report pack -a in/alpha", ["the original of 'beta', which is in the fit", "recognised by their content"]),
             ("report pack -a nowhere", ["nowhere"]),
-            ("report pack --evaluate rows.csv", ["name them with --adapters"]),
+            ("report pack --evaluate rows.csv", ["--evaluate needs --adapters, which names the original ones"]),
+            ("report pack --left-out 2", ["--left-out needs --adapters"]),
+            ("report pack --seed 1", ["--seed needs --adapters"]),
+            ("report pack --labels a,b", ["--labels needs --adapters"]),
+            ("report pack --allow-pickle", ["--allow-pickle needs --adapters"]),
+            ("report pack -a in --labels a,b", ["--labels needs --evaluate, which names rows", "leave --labels out"]),
+            ("report pack -a in --max-length 5", ["--max-length needs --evaluate"]),
+            ("report pack -a in --text-column body", ["--text-column needs --evaluate"]),
+            ("report pack -a in --seed 99999999999999999999999", ["seed must be a whole number from 0 to 2**63 - 1"]),
+            ("report pack -a in -o pack/subspace_config.json", ["is a file of packs or adapters", "pack/report.json"]),
+            ("report pack -a in -o in/alpha/adapter_config.json", ["is a file of packs or adapters"]),
+            ("report pack -a in -o pack/README.md", ["is the card of the pack", "pack/report.md"]),
             ("report pack -a in --evaluate rows.csv --labels x=a,b", ["the pack has no x"]),
+            ("report pack -a in --evaluate rows.csv --labels in", ["in has no training.json"]),
+            ("report pack -a in --evaluate rows.csv --labels alpha=in", ["in has no training.json"]),
+            ("report pack -a in --evaluate alpha=in/rows.csv", ["in/rows.csv does not exist"]),
+            ("report pack -a in --evaluate no=rows.csv", ["no=rows.csv does not exist"]),
+            ("report pack -a in --evaluate no=README.csv", ["no adapter named 'no' in the pack", "alpha, beta, gamma"]),
+            ("report pack -a in --evaluate README.csv --task causal-lm", ["the task type 'SEQ_CLS'"]),
+            ("report pack -a in --evaluate README.csv --task chess", ["no task 'chess'"]),
+            ("report pack -a in --evaluate README.csv --max-length 0", ["max_length must be at least 2, got 0"]),
+            ("report pack -a in --evaluate README.csv --batch-size 0", ["batch_size must be at least 1"]),
+            ("report pack -a in --evaluate README.csv --labels a,b,a", ["'a' is there twice"]),
+            ("report pack -a in --evaluate empty.csv", ["empty.csv: the first line has to name", "it is empty"]),
+            ("report pack -a in --evaluate cut.jsonl", ["cut.jsonl, line 2 is not JSON", "column 11. Each line"]),
             ("report pack -a in --evaluate rows.csv --labels a,b --labels c,d", ["give A,B,… once"]),
         ],
     )
-    def test_what_cannot_be_done(self, cli, inside, line, parts):
+    def test_what_cannot_be_done(self, cli, inside, line, parts, monkeypatch):
+        (inside / "README.csv").write_text("text,label\ngood,1\n")
+        (inside / "empty.csv").touch()
+        (inside / "cut.jsonl").write_text('{"text": "x"}\n{"text": 1\n')
+        # whatever it is, it is known before anything is measured
+        monkeypatch.setattr(measure, "measure", None)
         before = contents(inside)
         assert_refused(cli(*line.split()), 3, *parts)
         assert contents(inside) == before
 
     def test_no_pack(self, cli, inside):
         assert_refused(cli("report", "in", "-a", "in"), 4, "is not a pack")
+
+    def test_a_file_that_is_no_report_is_not_replaced(self, cli, inside):
+        (inside / "thesis.html").write_text("mine")
+        assert_refused(cli("report", "pack", "-a", "in", "-o", "thesis.html"), 4, "thesis.html exists and is no report")
+        assert (inside / "thesis.html").read_text() == "mine"
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nobody may write")
+    def test_a_place_that_cannot_be_written(self, cli, inside):
+        done = cli("report", "pack", "-o", "/proc/x.html")
+        assert done.code == 6
+        assert "No such file or directory: /proc/x.html. Nothing was left" in done.err
+
+    def test_what_fit_has_skipped_is_passed_over(self, cli, inside):
+        make_adapter(inside / "in/nan", seed=5)
+        tensors = load_file(inside / "in/nan/adapter_model.safetensors")
+        next(iter(tensors.values()))[0, 0] = float("nan")
+        save_file(tensors, inside / "in/nan/adapter_model.safetensors", metadata={"format": "pt"})
+        make_adapter(inside / "in/cut", seed=6)
+        (inside / "in/cut/adapter_model.safetensors").write_bytes(b"cut")
+        succeeded(cli("fit", "in", "-o", "fresh", "-k", "4", "--skip-bad"))
+        done = succeeded(cli("report", "fresh", "-a", "in", "-o", "a.json"))
+        assert "nan was passed over: it holds NaN or Inf" in done.err
+        assert "cut was passed over: " in done.err
+        assert "--skip-bad" not in done.err
+        assert "--exclude-adapter" not in done.err
+        assert [row.name for row in ex.Report.load("a.json").adapters if row.left_out_error is not None] != []
+        shutil.rmtree(inside / "in/beta")
+        assert_refused(
+            cli("report", "fresh", "-a", "in"),
+            3,
+            "the original of 'beta', which is in the fit",
+            "Passed over: cut, nan.",
+        )
 
     def test_strangers_are_named(self, cli, inside):
         done = succeeded(cli("report", "pack", "-a", "in", "-a", "new"))
@@ -136,9 +200,29 @@ class TestFit:
         assert "No space left on device" in done.err
         ex.Pack.open("fresh").verify()
 
+    @pytest.mark.parametrize("line", ["add fresh new", "remove fresh beta"])
+    def test_goes_when_the_pack_changes(self, cli_with_reports, inside, line):
+        succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
+        assert (inside / "fresh" / keys.REPORT_PAGE).is_file()
+        succeeded(cli_with_reports(*line.split()))
+        assert not any((inside / "fresh" / name).exists() for name in keys.REPORTS)
+        done = succeeded(cli_with_reports("report", "fresh"))
+        assert done.out.startswith("The pack alone does not tell")
+        assert "is not used" not in done.err
+
+    def test_does_not_replace_somebody_elses(self, cli_with_reports, inside):
+        succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4", "--no-report"))
+        (inside / "fresh" / keys.REPORT_PAGE).write_text("mine")
+        done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4", "--overwrite"))
+        assert "no report was written: " in done.err
+        assert "report.html exists and is no report" in done.err
+        assert (inside / "fresh" / keys.REPORT_PAGE).read_text() == "mine"
+
     def test_a_later_state_is_said(self, cli_with_reports, inside):
         succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
+        figures = (inside / "fresh" / keys.REPORT_FIGURES).read_bytes()
         succeeded(cli_with_reports("add", "fresh", "new"))
+        (inside / "fresh" / keys.REPORT_FIGURES).write_bytes(figures)
         done = succeeded(cli_with_reports("report", "fresh"))
         assert done.out.startswith("The pack alone does not tell")
         assert "it was made when the pack held something else" in done.err

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ import eigenlorax as ex
 import tiny
 import trainable
 from eigenlorax.adapter import from_factors
+from eigenlorax.cli import main
 from eigenlorax.errors import AdapterNameError, FormatError, NonFiniteError, OptionError, RowsWarning
 from eigenlorax.tasks import demo, models
-from eigenlorax.tasks.compare import compare
+from eigenlorax.tasks.compare import compare, prepare
 from eigenlorax.tasks.evaluate import evaluate
 from eigenlorax.tasks.options import Columns
 from planted import normal, random_factors
@@ -215,6 +216,27 @@ class TestClassification:
         (got,) = compare(pack, originals, [("a", tmp_path / "rows.jsonl")])
         assert replace(named, data=got.data) == got
 
+    def test_from_the_shell(self, tmp_path, pack, originals, rows, capsys, monkeypatch):
+        """With the names of the classes from what `train` has written."""
+        ex.fit(list(originals.values()), n_components=6, dtype="float32").save(tmp_path / "pack")
+        for name, one in originals.items():
+            ex.write_adapter(one, tmp_path / "in" / name)
+        named = [{**row, "label": ("no", "yes")[row["label"]]} for row in rows]
+        file = trainable.write_jsonl(tmp_path / "named.jsonl", named)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "training.json").write_text('{"labels": ["no", "yes"]}')
+        line = ["report", "pack", "-a", "in", "--evaluate", f"b={file}", "--labels", "b=out", "--json"]
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit, match="^0$"):
+            main(line)
+        (got,) = json.loads(capsys.readouterr().out)["evaluations"]
+        (wanted,) = compare(pack, originals, [("b", tmp_path / "rows.jsonl")])
+        assert got == {**asdict(wanted), "data": str(file)}
+        (tmp_path / "out" / "training.json").write_text('{"labels": null}')
+        with pytest.raises(SystemExit, match="^3$"):
+            main(line)
+        assert "out is of a training without classes" in capsys.readouterr().err
+
     def test_progress_counts_rows(self, tmp_path, pack, originals, rows):
         seen = []
         file = tmp_path / "rows.jsonl"
@@ -365,6 +387,22 @@ class TestWhatCannotBeCompared:
             ([("a", "rows")], {"columns": Columns(text="gold")}, OptionError, "no column 'gold'"),
             ([("a", "rows")], {"task": "chess"}, OptionError, "no task 'chess'"),
             ([("a", "rows")], {"batch_size": 0}, OptionError, "batch_size must be at least 1"),
+            ([("a", "rows")], {"max_length": 0}, OptionError, "max_length must be at least 2, got 0"),
+            ([("a", "nowhere")], {"model": "nowhere/too"}, FormatError, "nowhere.jsonl does not exist"),
+            ([("a", "rows"), ("b", "nowhere")], {"model": "nowhere/too"}, FormatError, "nowhere.jsonl does not exist"),
+            (
+                [("a", "rows")],
+                {"task": "causal-lm"},
+                OptionError,
+                "'a' has the task type 'SEQ_CLS': it is not for causal",
+            ),
+            ([("a", "rows")], {"labels": ["x", "y", "x"]}, OptionError, "x, y, x are not .*: 'x' is there twice"),
+            (
+                [("a", "rows")],
+                {"labels": {"a": ["x", "y", "x"]}},
+                OptionError,
+                "x, y, x are not .*: 'x' is there twice",
+            ),
             ([("a", "rows")], {"max_length": 90}, OptionError, "more than the 32 tokens"),
         ],
     )
@@ -402,10 +440,26 @@ class TestWhatCannotBeCompared:
         other, files = str(base.parent / "gpt2"), [("a", tmp_path / "rows.jsonl")]
         with pytest.raises(FormatError, match="the head of adapter 'a', .* not one of a gpt2 .* different base model"):
             compare(pack, originals, files, model=other)
+
+    def test_a_model_that_has_other_modules(self, place, made_of_gpt2, base):
+        pack, originals = made_of_gpt2
         with pytest.raises(
-            FormatError, match="PEFT cannot load adapter 'a' .* not found .* Is it of another base model"
+            FormatError, match="PEFT cannot load adapter 'a1' .* not found .* Is it of another base mod"
         ):
-            compare(pack, originals, files, model=other, task="causal-lm")
+            compare(pack, originals, [("a1", place / "lm-eval.jsonl")], model=str(base), task="causal-lm")
+
+    def test_a_head_is_not_for_language(self, tmp_path, base, rows):
+        quiet = made("quiet", 3, 5, base, task_type=None)
+        pack = ex.fit([quiet], n_components=tiny.RANK, dtype="float32")
+        with pytest.raises(OptionError, match=r"'quiet' has a head, classifier.bias, that a bert model for causal-lm"):
+            compare(pack, {"quiet": quiet}, [(None, tmp_path / "rows.jsonl")], task="causal-lm")
+
+    def test_a_head_of_the_language_model_is(self, tmp_path, base, rows):
+        bias = {"base_model.model.cls.predictions.bias": normal(len(trainable.VOCABULARY), seed=3)}
+        spoken = from_factors("spoken", dict(made("x", 3, 5, base).modules), heads=bias, base_model=str(base))
+        pack = ex.fit([spoken], n_components=tiny.RANK, dtype="float32")
+        checked = prepare(pack, {"spoken": spoken}, [(None, tmp_path / "rows.jsonl")], task="causal-lm")
+        assert [job.task for job in checked.jobs] == ["causal-lm"]
 
     def test_what_is_no_number(self, tmp_path, pack, originals, rows):
         wild = {

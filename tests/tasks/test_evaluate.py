@@ -87,8 +87,12 @@ class TestClassification:
         # numbers are numbers whatever the classes are called
         got = evaluate(classifier, "c", place / "rows.jsonl", task="text-classification", labels=names).figures
         assert got.confusion == numbers.confusion
-        for labels in (["good", "bad"], ["good", "bad", "bad"]):
-            with pytest.raises(OptionError, match="labels are named, and the adapter's head has 3"):
+        for labels, match in (
+            (["good", "bad"], "2 labels are named, and the adapter's head has 3"),
+            (["good", "bad", "bad"], "good, bad, bad are not the names of classes: 'bad' is there twice"),
+            (["good", "", "bad"], "are not the names of classes: one of them is empty"),
+        ):
+            with pytest.raises(OptionError, match=match):
                 evaluate(classifier, "c", named, task="text-classification", labels=labels)
 
     def test_many_classes_have_no_table(self, place):
@@ -108,6 +112,13 @@ class TestClassification:
             ("c", {}, OptionError, "adapter 'c' has the task type None; name one of text-classification, causal-lm"),
             ("c", {"task": "chess"}, OptionError, "no task 'chess'"),
             ("c", {"batch_size": 0}, OptionError, "batch_size must be at least 1"),
+            ("c", {"max_length": 0}, OptionError, "max_length must be at least 2, got 0"),
+            (
+                "c",
+                {"task": "causal-lm"},
+                OptionError,
+                "'c' has a head, classifier.bias, that a bert model for causal-lm",
+            ),
             ("a1", {"task": "text-classification"}, AdapterNameError, "adapter 'a1' has no head"),
             ("c", {"task": "text-classification", "rows": "lm-eval.jsonl"}, OptionError, "no column 'label'"),
             ("c", {"task": "text-classification", "rows": "high.jsonl"}, FormatError, "label 3 is none of the 3 cl"),

@@ -10,10 +10,8 @@ from ..tasks.options import EVALUATION_BATCH, TASKS, Columns
 from . import console
 
 if TYPE_CHECKING:
-    from ..fitting import Progress
     from ..pack import Pack
-    from ..reports.data import Evaluation, Report
-    from ..reports.originals import Originals
+    from ..reports.data import Report
 
 EPILOG = """Examples:
 
@@ -64,7 +62,10 @@ def report(
     task: Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)} (default: what an adapter says).")] = None,
     labels: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]A,B,…", help="Names of the classes in the head's order, of an adapter or all."),
+        typer.Option(
+            metavar="[NAME=]A,B,…|OUT",
+            help="Names of the classes in the head's order, or a folder of `train`; of an adapter or all.",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = EVALUATION_BATCH,
     max_length: console.MaxLength = None,
@@ -77,27 +78,59 @@ def report(
     json: console.Json = False,
 ) -> None:
     """Say whether a pack's adapters share a subspace, what recycling cost them, and what to do about it."""
-    from ..errors import OptionError
     from ..pack import Pack
     from ..reports import files, originals, stored, with_evaluations
     from ..reports import report as report_of
 
+    columns = Columns(text_column, label_column, pair_column)
+    of_evaluation = {
+        "--model": model is not None,
+        "--task": task is not None,
+        "--labels": bool(labels),
+        "--batch-size": batch_size != EVALUATION_BATCH,
+        "--max-length": max_length is not None,
+        "--text-column": columns.text != Columns().text,
+        "--label-column": columns.label != Columns().label,
+        "--pair-column": columns.pair is not None,
+    }
+    of_adapters = {
+        "--left-out": left_out is not None,
+        "--seed": seed != 0,
+        "--evaluate": bool(evaluate),
+        "--allow-pickle": allow_pickle,
+        "--revision": revision is not None,
+    }
+    if not adapters:
+        _refuse(of_adapters | of_evaluation, "--adapters, which names the original ones")
+    if not evaluate:
+        _refuse(of_evaluation, "--evaluate, which names rows")
     for path in output or ():
         files.check(path)
     count = _count(left_out)
-    if evaluate and not adapters:
-        raise OptionError("--evaluate compares with the original adapters: name them with --adapters.")
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=pack_revision)
         if adapters:
             reading = {"allow_pickle": allow_pickle, "revision": revision}
             found = originals.find(opened, adapters, progress, **reading)
-            made = report_of(opened, found, left_out=count, seed=seed, progress=progress)
+            comparison = None
             if evaluate:
-                rows = [_target(one, opened) for one in evaluate]
-                columns = Columns(text_column, label_column, pair_column)
-                options = model, task, _labels(labels or (), opened), columns, batch_size, max_length
-                made = with_evaluations(made, _evaluations(opened, found, rows, *options, progress))
+                from ..tasks import compare
+
+                # what is wrong with it is to be known before hours of measuring
+                comparison = compare.prepare(
+                    opened,
+                    found.adapters,
+                    [_target(one, opened) for one in evaluate],
+                    model=model,
+                    task=task,
+                    labels=_labels(labels or (), opened),
+                    columns=columns,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                )
+            made = report_of(opened, found, left_out=count, seed=seed, progress=progress)
+            if comparison is not None:
+                made = with_evaluations(made, compare.run(opened, found.adapters, comparison, progress))
         else:
             made = stored.of(opened) or report_of(opened, seed=seed, progress=progress)
         for path in output or ():
@@ -122,6 +155,15 @@ def show(made: "Report") -> None:
         console.note(note)
 
 
+def _refuse(given: Mapping[str, bool], needed: str) -> None:
+    """`OptionError` if one of these options was given, which mean nothing without another one."""
+    from ..errors import OptionError
+
+    option = next((option for option, there in given.items() if there), None)
+    if option is not None:
+        raise OptionError(f"{option} needs {needed}. Give that too, or leave {option} out.")
+
+
 def _count(left_out: str | None) -> int | None:
     from ..errors import OptionError
 
@@ -140,16 +182,20 @@ def _target(given: str, pack: "Pack") -> tuple[str | None, Path]:
     name, equals, rest = given.partition("=")
     if equals and name in pack.names and rest:
         return name, console.path(rest)
+    if equals and not Path(given).exists() and Path(rest).exists():
+        from .. import keys
+
+        keys.check_known(name, pack.names)
     return None, console.path(given)
 
 
 def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] | Sequence[str] | None:
     if not given:
         return None
-    named = {name: rest.split(",") for name, equals, rest in (one.partition("=") for one in given) if equals}
+    named = {name: rest for name, equals, rest in (one.partition("=") for one in given) if equals}
     unknown = sorted(named.keys() - set(pack.names))
     if not named and len(given) == 1:
-        return given[0].split(",")
+        return _classes(given[0])
     if len(named) != len(given) or unknown:
         from ..errors import OptionError
 
@@ -157,32 +203,17 @@ def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] |
             f"--labels {', '.join(given)}: give A,B,… once, for all adapters, or NAME=A,B,… for each"
             + (f"; the pack has no {', '.join(unknown)}." if unknown else ".")
         )
-    return named
+    return {name: _classes(rest) for name, rest in named.items()}
 
 
-def _evaluations(
-    pack: "Pack",
-    found: "Originals",
-    rows: Sequence[tuple[str | None, Path]],
-    model: str | None,
-    task: str | None,
-    labels: Mapping[str, Sequence[str]] | Sequence[str] | None,
-    columns: Columns,
-    batch_size: int,
-    max_length: int | None,
-    progress: "Progress",
-) -> "list[Evaluation]":
-    from ..tasks.compare import compare
+def _classes(given: str) -> Sequence[str]:
+    """`A,B,…`, or what a folder of `train` says."""
+    from ..errors import OptionError
+    from ..tasks import train
 
-    return compare(
-        pack,
-        found.adapters,
-        rows,
-        model=model,
-        task=task,
-        labels=labels,
-        columns=columns,
-        batch_size=batch_size,
-        max_length=max_length,
-        progress=progress,
-    )
+    if "," in given:
+        return given.split(",")
+    found: Sequence[str] | None = train.read_record(Path(given)).get("labels")
+    if found is None:
+        raise OptionError(f"{given} is of a training without classes: leave --labels out.")
+    return found

@@ -30,6 +30,17 @@ _NUMBERS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is to be run, checked against the base model's config and tokenizer, but not yet loaded."""
+
+    base: str
+    revision: str | None
+    tokenizer: Any
+    batch_size: int
+    jobs: "Sequence[_Job]"
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One adapter on one file. classes: how many its head tells apart, None of a language model. labelled: whether the
     file says which class a row is of."""
@@ -50,43 +61,60 @@ def compare(
     originals: Mapping[str, Adapter],
     files: Sequence[tuple[str | None, Path]],
     *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[Evaluation]:
+    """`prepare` and `run` in one."""
+    return run(pack, originals, prepare(pack, originals, files, **options), progress)
+
+
+def prepare(
+    pack: Pack,
+    originals: Mapping[str, Adapter],
+    files: Sequence[tuple[str | None, Path]],
+    *,
     model: str | None = None,
     task: str | None = None,
     labels: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     columns: Columns | None = None,
     batch_size: int = EVALUATION_BATCH,
     max_length: int | None = None,
-    progress: Progress | None = None,
-) -> list[Evaluation]:
-    """Run adapters as they were, as they come back, and without their updates, in the order of `files`.
+) -> Comparison:
+    """Find what is wrong with what was asked for: all of it but what only the base model's weights can tell.
 
     originals: by their names in the pack. files: rows, and the adapter that they are for, None for each that has its
     original here. Rows without a label column are compared all the same. task: that of every adapter; else what it says
     itself, or classification where it says nothing and has a head. labels: the names of the classes in the order of the
     head, by adapter or for all.
     """
-    evaluate.check_batch_size(batch_size)
+    evaluate.check_sizes(batch_size, max_length)
     columns = columns or Columns()
     if isinstance(labels, Mapping):
         _check_known(labels, pack)
+    for named in labels.values() if isinstance(labels, Mapping) else [labels] if labels is not None else []:
+        evaluate.check_labels(named)
+    chosen = [_adapters(pack, originals, name) for name, _ in files]
+    tasks = {adapter.name: _task(adapter, task) for adapters in chosen for adapter in adapters}
+    tables = [data.read(file, columns.label) for _, file in files]
     models.check_installed()
     with models.quiet():
         base, revision = models.of_pack(pack, model)
         config, tokenizer = models.config_of(base, revision), models.tokenizer_of(base, revision)
         jobs: list[_Job] = []
-        for name, file in files:
-            table = data.read(file, columns.label)
+        for (name, file), table, adapters in zip(files, tables, chosen, strict=True):
             encoded: dict[str, list[Example]] = {}
-            adapters = _adapters(pack, originals, name)
-            tasks = [_task(adapter, task) for adapter in adapters]
-            labelled = "text-classification" in tasks and _says_classes(table, columns)
-            for adapter, what in zip(adapters, tasks, strict=True):
+            classifying = any(tasks[adapter.name] == "text-classification" for adapter in adapters)
+            labelled = classifying and _says_classes(table, columns)
+            for adapter in adapters:
+                what = tasks[adapter.name]
                 classes = numbers = None
                 if what == "text-classification":
                     classes = evaluate.classes_of_head(adapter, config)
                     names = labels.get(adapter.name) if isinstance(labels, Mapping) else labels
                     if labelled:
                         numbers = _numbers(adapter.name, classes, names, table, columns, bare=name is None)
+                else:
+                    evaluate.check_modelled(adapter, config)
                 if what not in encoded:
                     encode = examples.modelling if classes is None else examples.unlabelled
                     most = examples.length(what, max_length, tokenizer, config)
@@ -95,12 +123,7 @@ def compare(
                 if classes is not None:
                     rows = examples.labelled(rows, numbers or [IGNORED] * len(rows))
                 jobs.append(_Job(adapter.name, file, classes, numbers is not None, rows))
-
-        def load(classes: int | None) -> Any:
-            names = None if classes is None else data.numbered(classes)
-            return models.load(base, revision, names, tokenizer)
-
-        return _run(pack, originals, jobs, load, tokenizer, batch_size, progress)
+        return Comparison(base, revision, tokenizer, batch_size, jobs)
 
 
 def _adapters(pack: Pack, originals: Mapping[str, Adapter], name: str | None) -> list[PackedAdapter]:
@@ -163,16 +186,14 @@ def _says_classes(table: Table, columns: Columns) -> bool:
     return False
 
 
-def _run(
-    pack: Pack,
-    originals: Mapping[str, Adapter],
-    jobs: Sequence[_Job],
-    load: Callable[[int | None], Any],
-    tokenizer: Any,
-    batch_size: int,
-    progress: Progress | None,
+def run(
+    pack: Pack, originals: Mapping[str, Adapter], asked: Comparison, progress: Progress | None = None
 ) -> list[Evaluation]:
-    """One base model after the other, on each its adapters, and each adapter on all of its files."""
+    """Run adapters as they were, as they come back, and without their updates, in the order of the files.
+
+    One base model after the other, on each its adapters, and each adapter on all of its files.
+    """
+    jobs = asked.jobs
     found: dict[int, Evaluation] = {}
     total, done = sum(len(job.rows) for job in jobs), 0
 
@@ -183,14 +204,20 @@ def _run(
             progress("comparing predictions", done, total)
 
     order = sorted(range(len(jobs)), key=lambda at: (jobs[at].classes or 0, jobs[at].name))
-    for classes, of_size in groupby(order, key=lambda at: jobs[at].classes):
-        bench = Bench(partial(load, classes))
-        for name, places in groupby(of_size, key=lambda at: jobs[at].name):
-            sides = bench.sides(originals[name], pack, name)
-            for at in places:
-                collate = examples.collator(jobs[at].task, tokenizer)
-                found[at] = _evaluation(jobs[at], sides, collate, batch_size, tick)
+    with models.quiet():
+        for classes, of_size in groupby(order, key=lambda at: jobs[at].classes):
+            bench = Bench(partial(_load, asked, classes))
+            for name, places in groupby(of_size, key=lambda at: jobs[at].name):
+                sides = bench.sides(originals[name], pack, name)
+                for at in places:
+                    collate = examples.collator(jobs[at].task, asked.tokenizer)
+                    found[at] = _evaluation(jobs[at], sides, collate, asked.batch_size, tick)
     return [found[at] for at in range(len(jobs))]
+
+
+def _load(asked: Comparison, classes: int | None) -> Any:
+    names = None if classes is None else data.numbered(classes)
+    return models.load(asked.base, asked.revision, names, asked.tokenizer)
 
 
 def _evaluation(job: _Job, sides: Sides, collate: Collate, batch_size: int, tick: Callable[[int], None]) -> Evaluation:

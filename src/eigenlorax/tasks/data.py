@@ -58,9 +58,13 @@ def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # a line that ends too early ends where it does, and not on the next one
+            row = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}, line {number} is not JSON: {reason(error)}.") from error
+            said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            raise FormatError(
+                f"{path}, line {number} is not JSON: {said}. Each line has to be one JSON object."
+            ) from error
         if not isinstance(row, dict):
             raise FormatError(f"{path}, line {number} is a JSON {type(row).__name__}; an object was expected.")
         yield number, row
@@ -71,7 +75,8 @@ def _csv_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
-            raise FormatError(f"{path}: the first line has to name the columns, each once; it is {header}.")
+            said = f"{', '.join(header)}" if header else "empty"
+            raise FormatError(f"{path}: the first line has to name the columns, each once; it is {said}.")
         for row in reader:
             if row and len(row) != len(header):
                 raise FormatError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .. import keys
-from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError
+from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, reason
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
@@ -87,7 +87,9 @@ def evaluate(
     whose labels are texts.
     """
     started, columns = time.perf_counter(), columns or Columns()
-    check_batch_size(batch_size)
+    check_sizes(batch_size, max_length)
+    if labels is not None:
+        check_labels(labels)
     opened = Pack.open(pack)
     adapter, folder = opened.packed(name), opened.adapter_folder(name)
     task = task_of(adapter, task)
@@ -103,6 +105,7 @@ def evaluate(
             classes = classes_of(classes_of_head(adapter, config), labels, table, columns)
             found = examples.classification(table, classes, columns, tokenizer, most)
         else:
+            check_modelled(adapter, config)
             found = examples.modelling(table, columns, tokenizer, most)
         from peft import PeftModel
 
@@ -112,18 +115,30 @@ def evaluate(
     return Evaluated(name, task, base, rows, figures, time.perf_counter() - started)
 
 
-def check_batch_size(batch_size: int) -> None:
-    """`OptionError` unless there is room for a row."""
+def check_sizes(batch_size: int, max_length: int | None) -> None:
+    """`OptionError` unless there is room for a row, and in it for a token and what it is predicted from."""
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+    if max_length is not None and max_length < 2:
+        raise OptionError(f"max_length must be at least 2, got {max_length}.")
+
+
+def check_labels(names: Sequence[str]) -> None:
+    """`OptionError` unless every class has a name of its own."""
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice or not all(names):
+        wrong = f"{twice[0]!r} is there twice" if twice else "one of them is empty"
+        raise OptionError(f"the labels {', '.join(names)} are not the names of classes: {wrong}. Name each class once.")
 
 
 def task_of(adapter: PackedAdapter, asked: str | None) -> str:
-    """The task that was asked for, or the one that the adapter says it is for."""
+    """The task that was asked for, unless the adapter says that it is for another one, or what it says."""
+    kind = json.loads(adapter.source_config).get("task_type")
     if asked is not None:
         check_task(asked)
+        if kind in TASKS.values() and kind != TASKS[asked]:
+            raise OptionError(f"adapter {adapter.name!r} has the task type {kind!r}: it is not for {asked}.")
         return asked
-    kind = json.loads(adapter.source_config).get("task_type")
     found = [task for task, theirs in TASKS.items() if theirs == kind]
     if not found:
         raise OptionError(
@@ -136,11 +151,8 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     """How many classes an adapter's head tells apart: the number with which the model's head has its shapes."""
     from transformers import AutoModelForSequenceClassification
 
-    # with trained biases, PEFT writes some under the names of what it wraps modules in, those of a head twice
     shapes = {
-        key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", "."): tuple(tensor.shape)
-        for key, tensor in adapter.heads.items()
-        if not {"modules_to_save", "original_module"} & set(key.split("."))
+        name: tuple(tensor.shape) for key, tensor in adapter.heads.items() if (name := _name_in_model(key)) is not None
     }
     if not shapes:
         raise AdapterNameError(f"adapter {adapter.name!r} has no head: there is nothing that tells classes apart.")
@@ -164,6 +176,34 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     )
 
 
+def check_modelled(adapter: PackedAdapter, config: Any) -> None:
+    """`OptionError` where an adapter has a head that the language model does not."""
+    if not adapter.heads:
+        return
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            theirs = AutoModelForCausalLM.from_config(config).state_dict().keys()
+    except ValueError as error:
+        raise OptionError(f"there is no {config.model_type} model for causal-lm: {reason(error)}") from error
+    for key in sorted(adapter.heads):
+        name = _name_in_model(key)
+        if name is not None and name not in theirs:
+            raise OptionError(
+                f"adapter {adapter.name!r} has a head, {name}, that a {config.model_type} model for causal-lm does not "
+                "have: it is for another task, such as text-classification."
+            )
+
+
+def _name_in_model(key: str) -> str | None:
+    """What a parameter of an adapter's is called in the model. With trained biases, PEFT writes some under the names of
+    what it wraps modules in, those of a head twice: None for the second."""
+    if {"modules_to_save", "original_module"} & set(key.split(".")):
+        return None
+    return key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
+
+
 def classes_of(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
     """The n classes of a head: those named, else those that the file itself names, else numbers."""
     names = names or table.classes
@@ -175,8 +215,8 @@ def classes_of(n: int, names: Sequence[str] | None, table: data.Table, columns: 
                 f"{n} in the order of its head with --labels, or the folder that `eigenlorax train` has written."
             )
         return data.numbered(n)
-    if len(set(names)) != n:
-        raise OptionError(f"{len(set(names))} labels are named, and the adapter's head has {n}: {', '.join(names)}.")
+    if len(names) != n:
+        raise OptionError(f"{len(names)} labels are named, and the adapter's head has {n}: {', '.join(names)}.")
     return Labels(tuple(names))
 
 
