@@ -158,6 +158,43 @@ def even(adapters, *, error=5e-8, cosine=0.0):
     )
 
 
+def wide(adapters=25):
+    """A report of figures that take as much room as they may: many digits, exponents, large units, long names."""
+    full = report(adapters, names=[f"organisation--a-long-task-name-{n:03d}-lora" for n in range(adapters)], layers=13)
+    long, small = 0.99999, 5.25e-8
+    errors = ("delta_error", "left_out_error", "mean_scaled_error", "random_error", "truncated_error", "int8_error")
+    errors += ("int4_error", "rounding_error", "factor_error_down", "factor_error_up")
+    sizes = ("lora_bytes", "coefficient_bytes", "carried_bytes", "head_bytes")
+    side = {"dimension": 14_336, "k": 1_024, "rank": 14_336, "energy": long, "halves_overlap": long}
+    return dataclasses.replace(
+        full,
+        adapters=[
+            dataclasses.replace(
+                one,
+                overlap=long,
+                norm=1.234e-5,
+                ranks=[8, 16, 32, 64],
+                **dict.fromkeys(errors, small),
+                **dict.fromkeys(sizes, 876_500_000),
+            )
+            for one in full.adapters
+        ],
+        modules=[
+            dataclasses.replace(
+                one,
+                down=dataclasses.replace(one.down, **side),
+                up=dataclasses.replace(one.up, **side),
+                **dict.fromkeys(("delta_error", "worst_error", "factor_error_down", "factor_error_up"), small),
+            )
+            for one in full.modules
+        ],
+        evaluations=[
+            dataclasses.replace(one, tokens=one.tokens and 123_456_789, agreement=long, kl=small, without_kl=12.345)
+            for one in full.evaluations
+        ],
+    )
+
+
 def bare(adapters=3):
     """A report of which everything that may be missing is."""
     full = report(adapters)

@@ -5,7 +5,7 @@ import os
 
 import chromium
 import pytest
-from synthetic import bare, even, hostile_names, report
+from synthetic import bare, even, hostile_names, report, wide
 
 from eigenlorax.reports import page
 
@@ -19,6 +19,7 @@ PAGES = {
     "3": lambda: report(3),
     "30": lambda: report(30, names=NAMES),
     "1000": lambda: report(1000),
+    "wide": lambda: wide(25),
     "bare": lambda: bare(4),
     "even": lambda: even(3),
     "hostile": lambda: report(len(hostile_names()), names=hostile_names(), base_model=hostile_names()[1]),
@@ -133,7 +134,7 @@ def test_a_phone_need_not_scroll_sideways(tab, files, name):
     assert cut == []
 
 
-@pytest.mark.parametrize("name", ["3", "30", "hostile"])
+@pytest.mark.parametrize("name", ["3", "30", "wide", "hostile"])
 @pytest.mark.parametrize("width", [1024, 1280, 1440])
 def test_every_column_of_every_table_is_seen_at_once(tab, files, name, width):
     tab.emulate(width=width)
@@ -145,6 +146,7 @@ def test_every_column_of_every_table_is_seen_at_once(tab, files, name, width):
     )
     assert {label for label, _, _ in boxes} >= {
         "All modules",
+        "Directions of all modules",
         "All adapters, the worst first",
         "Bytes and factors of all adapters",
         "What else could be done with these adapters",

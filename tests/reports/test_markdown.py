@@ -156,6 +156,7 @@ def test_what_was_not_measured_is_not_spoken_of():
         "Adapters, the worst first",
         "Their bytes and factors",
         "Modules",
+        "Their directions",
         "Bytes",
     ]
     assert "None" not in text

@@ -23,6 +23,7 @@ def render(report: Report) -> str:
         _key_figures(report),
         *_adapters(report),
         *_section("Modules", tables.modules(report)),
+        *_section("Their directions", tables.sides(report)),
         *_section("What else could be done", tables.baselines(report)),
         *_section("Bytes", tables.bytes_(report)),
         _pays(report),

@@ -100,11 +100,12 @@ def spectra(report: Report) -> str:
 
 def modules(report: Report) -> str:
     """Where in the model it is lost."""
-    found = tables.modules(report)
-    listed = fold(
-        f"All {numbers.plural(len(report.modules), 'module')}",
-        table(found, tall=len(report.modules) > _TALL),
-        columns(found),
+    listed = "".join(
+        fold(title, table(found, tall=len(report.modules) > _TALL), columns(found))
+        for title, found in (
+            (f"All {numbers.plural(len(report.modules), 'module')}", tables.modules(report)),
+            ("Directions of each module", tables.sides(report)),
+        )
     )
     known = [module for module in report.modules if module.delta_error is not None]
     if not known:

@@ -91,14 +91,22 @@ def weights(report: Report, most: int | None = None) -> Table:
 
 
 def modules(report: Report) -> Table:
-    """Every module, in the model's order."""
+    """What is lost in every module, in the model's order."""
     fields: list[_Field[ModuleFigures]] = [
         _Field("module", lambda m: m.name, numeric=False),
         _Field("delta error", lambda m: m.delta_error, numbers.error),
         _Field("worst", lambda m: m.worst_error, numbers.error, "the largest error of an adapter there"),
         _Field("adapter", lambda m: m.worst, meaning="which one that is", numeric=False),
+        _Field("A alone", lambda m: m.factor_error_down, numbers.error, "error of the down factors"),
+        _Field("B alone", lambda m: m.factor_error_up, numbers.error, "error of the up factors"),
         _Field("adapters", lambda m: m.adapters, numbers.count, "of the fit that have it"),
     ]
+    return _table("All modules", fields, report.modules)
+
+
+def sides(report: Report) -> Table:
+    """The directions of every module, by side, in the same order."""
+    fields: list[_Field[ModuleFigures]] = [_Field("module", lambda m: m.name, numeric=False)]
     for side, label in (("down", "down"), ("up", "up")):
         fields += [
             _Field(f"k, {label}", _of(side, "k"), numbers.count),
@@ -109,7 +117,7 @@ def modules(report: Report) -> Table:
             _Field(f"energy, {label}", _of(side, "energy"), numbers.share, "share of squared norm that the k keep"),
             _Field(f"halves, {label}", _of(side, "halves_overlap"), numbers.share, "overlap of two halves' subspaces"),
         ]
-    return _table("All modules", fields, report.modules)
+    return _table("Directions of all modules", fields, report.modules)
 
 
 def baselines(report: Report) -> Table:
