@@ -337,6 +337,9 @@ def _module(name, width, k, adapters, names, random):
         down=_side(width, k, adapters, 0.9 + 0.02 * random.random(), random),
         up=_side(width, k, adapters, 0.86 + 0.05 * random.random(), random),
         delta_error=error,
+        energy_kept=1 - error**2,
+        factor_error_down=error * 1.2,
+        factor_error_up=error * 0.9,
         worst=names[-1],
         worst_error=error * 1.6,
     )
@@ -413,7 +416,7 @@ def _sizes(adapters, modules, width):
         mean = 0.9 * 0.97**k
         lora = adapters * modules * 8 * width * 2 * 4
         points.append(
-            data.SizePoint(k, mean, min(1.0, mean * 1.3), 0.5 + mean / 2, 1 - k / width, stored, lora / stored)
+            data.SizePoint(k, mean, min(1.0, mean * 1.3), 0.5 + mean / 2, 1 - k / width, stored, lora / stored, [])
         )
     return points
 

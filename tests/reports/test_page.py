@@ -133,7 +133,7 @@ def test_tables_of_baselines_bytes_sizes_starts_and_tasks():
         groups=[data.StartGroup(["p", "q"], 0.875, -0.125)],
         energies=[data.StartEnergy("group 1", 2, 8, 0.25, 0.375, 0.9999, 1.0)],
     )
-    sizes = [data.SizePoint(k, 0.5 / k, 0.75 / k, None, 0.9, 1000 * k, 8.0 / k) for k in (2, 3)]
+    sizes = [data.SizePoint(k, 0.5 / k, 0.75 / k, None, 0.9, 1000 * k, 8.0 / k, []) for k in (2, 3)]
     document = Document(page.render(changed(full, bytes=gain, baselines=baselines, starts=starts, sizes=sizes)))
     tables = document.tables
     assert tables["What else could be done with these adapters"] == [

@@ -142,11 +142,11 @@ class ModuleFigures:
     down: SideFigures
     up: SideFigures
     delta_error: float | None
+    energy_kept: float | None
+    factor_error_down: float | None
+    factor_error_up: float | None
     worst: str | None
     worst_error: float | None
-    energy_kept: float | None = None
-    factor_error_down: float | None = None
-    factor_error_up: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +297,7 @@ class SizePoint:
     random: float | None
     stored_bytes: int
     ratio: float
-    sharing: list[str] = field(default_factory=list)
+    sharing: list[str]
 
 
 @dataclass(frozen=True, slots=True)
