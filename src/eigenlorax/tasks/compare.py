@@ -30,18 +30,7 @@ _NUMBERS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """What is to be run, checked against the base model's config and tokenizer, but not yet loaded."""
-
-    base: str
-    revision: str | None
-    tokenizer: Any
-    batch_size: int
-    jobs: "Sequence[_Job]"
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """One adapter on one file. classes: how many its head tells apart, None of a language model. labelled: whether the
     file says which class a row is of."""
 
@@ -56,16 +45,15 @@ class _Job:
         return "causal-lm" if self.classes is None else "text-classification"
 
 
-def compare(
-    pack: Pack,
-    originals: Mapping[str, Adapter],
-    files: Sequence[tuple[str | None, Path]],
-    *,
-    progress: Progress | None = None,
-    **options: Any,
-) -> list[Evaluation]:
-    """`prepare` and `run` in one."""
-    return run(pack, originals, prepare(pack, originals, files, **options), progress)
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is to be run, checked against the base model's config and tokenizer, but not yet loaded."""
+
+    base: str
+    revision: str | None
+    tokenizer: Any
+    batch_size: int
+    jobs: Sequence[Job]
 
 
 def prepare(
@@ -100,7 +88,7 @@ def prepare(
     with models.quiet():
         base, revision = models.of_pack(pack, model)
         config, tokenizer = models.config_of(base, revision), models.tokenizer_of(base, revision)
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         for (name, file), table, adapters in zip(files, tables, chosen, strict=True):
             encoded: dict[str, list[Example]] = {}
             classifying = any(tasks[adapter.name] == "text-classification" for adapter in adapters)
@@ -122,7 +110,7 @@ def prepare(
                 rows = encoded[what]
                 if classes is not None:
                     rows = examples.labelled(rows, numbers or [IGNORED] * len(rows))
-                jobs.append(_Job(adapter.name, file, classes, numbers is not None, rows))
+                jobs.append(Job(adapter.name, file, classes, numbers is not None, rows))
         return Comparison(base, revision, tokenizer, batch_size, jobs)
 
 
@@ -220,7 +208,7 @@ def _load(asked: Comparison, classes: int | None) -> Any:
     return models.load(asked.base, asked.revision, names, asked.tokenizer)
 
 
-def _evaluation(job: _Job, sides: Sides, collate: Collate, batch_size: int, tick: Callable[[int], None]) -> Evaluation:
+def _evaluation(job: Job, sides: Sides, collate: Collate, batch_size: int, tick: Callable[[int], None]) -> Evaluation:
     """Counted batch by batch: the logits of a whole file may be too many to keep."""
     sums, n = torch.zeros(3, 4, dtype=torch.float64), 0
     tick(0)
