@@ -147,10 +147,10 @@ def fit(
 def _number(n_components: int | str | None, energy: float | None, max_error: float | None) -> int | None:
     """What `FitOptions` checks: the default where nothing is given, and 1 for now where the number is to be found."""
     if n_components == AUTO:
-        if energy is not None or max_error is not None:
-            raise OptionError(
-                f"n_components='auto' finds a number itself, which {energy=} and {max_error=} do too: give one of them."
-            )
+        others = {"energy": energy, "max_error": max_error}
+        given = " and ".join(f"{name}={value}" for name, value in others.items() if value is not None)
+        if given:
+            raise OptionError(f"n_components='auto' finds a number itself, as {given} would: give one of them.")
         return 1
     if isinstance(n_components, str):
         raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")

@@ -432,7 +432,10 @@ class TestOptions:
             (["--max-error", 0.3, "--energy", 0.9], ["one of n_components, energy and max_error", "max_error=0.3"]),
             (["--max-error", 1e-9], ["max_error=1e-09 cannot be reached", "--dtype float64"]),
             (["-k", "auto"], ["n_components='auto'", "needs at least 3 trained ones, got 2"]),
-            (["-k", "auto", "--max-error", 0.3], ["n_components='auto'", "energy=None and max_error=0.3"]),
+            (
+                ["-k", "auto", "--max-error", 0.3],
+                ["n_components='auto' finds a number itself, as max_error=0.3 would: give one of them."],
+            ),
             (["-k", 4, "--warn-above", 2], ["warn_above", "0 to 1", "2.0"]),
             (["-k", 4, "--weighting", "pca"], ["weighting", "delta, factors", "'pca'"]),
             (["-k", 4, "--sweeps", -1], ["sweeps", "-1"]),

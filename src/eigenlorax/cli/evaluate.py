@@ -1,5 +1,6 @@
 """`eigenlorax evaluate`: an adapter of a pack on rows that are labelled, or read."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,11 +47,8 @@ def evaluate(
 ) -> None:
     """Load an adapter of a pack with PEFT, and say how good it is on a file of rows."""
     from ..tasks import evaluate as task_of
-    from ..tasks import train
 
-    names = None
-    if labels is not None:
-        names = labels.split(",") if "," in labels else train.read_record(Path(labels))["labels"]
+    names = class_names(labels) if labels is not None else None
     with console.working() as progress:
         found = task_of.evaluate(
             pack,
@@ -75,6 +73,19 @@ def evaluate(
     ]
     console.print_rows(f"adapter {name} on {data}", rows)
     show_confusion(found.figures)
+
+
+def class_names(given: str) -> Sequence[str]:
+    """`A,B,…`, or what a folder of `train` says."""
+    from ..errors import OptionError
+    from ..tasks import train
+
+    if "," in given:
+        return given.split(",")
+    found: Sequence[str] | None = train.read_record(Path(given)).get("labels")
+    if found is None:
+        raise OptionError(f"{given} is of a training without classes: leave --labels out.")
+    return found
 
 
 def figure_rows(figures: "Figures") -> list[tuple[str, str]]:

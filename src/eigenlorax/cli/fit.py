@@ -162,5 +162,5 @@ def _report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress
         return stored.leave(pack, adapters, folder, progress, **options).verdict.headline
     except OSError as error:
         # the pack is written, and whole
-        console.note(f"no report was written: {reason(error)}.")
+        console.note(f"no report was written: {reason(error).rstrip('.')}.")
         return None

@@ -8,6 +8,7 @@ import typer
 
 from ..tasks.options import EVALUATION_BATCH, TASKS, Columns
 from . import console
+from .evaluate import class_names
 
 if TYPE_CHECKING:
     from ..pack import Pack
@@ -195,7 +196,7 @@ def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] |
     named = {name: rest for name, equals, rest in (one.partition("=") for one in given) if equals}
     unknown = sorted(named.keys() - set(pack.names))
     if not named and len(given) == 1:
-        return _classes(given[0])
+        return class_names(given[0])
     if len(named) != len(given) or unknown:
         from ..errors import OptionError
 
@@ -203,17 +204,4 @@ def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] |
             f"--labels {', '.join(given)}: give A,B,… once, for all adapters, or NAME=A,B,… for each"
             + (f"; the pack has no {', '.join(unknown)}." if unknown else ".")
         )
-    return {name: _classes(rest) for name, rest in named.items()}
-
-
-def _classes(given: str) -> Sequence[str]:
-    """`A,B,…`, or what a folder of `train` says."""
-    from ..errors import OptionError
-    from ..tasks import train
-
-    if "," in given:
-        return given.split(",")
-    found: Sequence[str] | None = train.read_record(Path(given)).get("labels")
-    if found is None:
-        raise OptionError(f"{given} is of a training without classes: leave --labels out.")
-    return found
+    return {name: class_names(rest) for name, rest in named.items()}
