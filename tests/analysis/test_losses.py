@@ -170,7 +170,7 @@ class TestRounding:
         # scaling a power of two: it changes no step
         made = [random_factors(rank, n_out, n_in, seed=rank, scaling=-0.5, size=size) for rank in (3, 5)]
         found = losses.rounded_squares(stack([*made, None], n_in, n_out), bits)
-        for f, lost in zip(made, found, strict=False):
+        for f, lost in zip(made, found[:2], strict=True):
             down, up = (oracle.rounded(oracle.rows(f, side), bits) for side in ("down", "up"))
             back = f.scaling * up.T @ down
             assert float(lost) == pytest.approx(square(dense(f) - back), rel=1e-9)

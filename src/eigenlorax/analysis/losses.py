@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adapter import LoRAFactors
 from ..subspace import Coefficients, ModuleBases, balance
-from .stack import Stack, captured, difference_squares, gram, roots, squares
+from .stack import Stack, captured, difference_squares, gram, roots
 
 BLOCK = 64
 """Numbers that share one scale where LoRA factors are rounded to few bits."""
@@ -126,18 +126,3 @@ def truncated(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> 
             total += value
             budget -= cost
     return total
-
-
-__all__ = [
-    "BLOCK",
-    "Stored",
-    "kept",
-    "kept_by_k",
-    "random_rows",
-    "rounded_bytes",
-    "rounded_squares",
-    "singular_squares",
-    "squares",
-    "stored",
-    "truncated",
-]

@@ -5,6 +5,7 @@ Each function takes the report, and gives an `<svg>`.
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -227,9 +228,7 @@ def _mark_k(axis: Any, sides: list[SideFigures], at: float = 1.0) -> None:
 
 
 def _crossing(k: list[int], stored: list[int], limit: int) -> float | None:
-    for (left, low), (right, high) in zip(
-        zip(k, stored, strict=True), list(zip(k, stored, strict=True))[1:], strict=False
-    ):
+    for (left, low), (right, high) in pairwise(zip(k, stored, strict=True)):
         if low <= limit < high:
             return left + (right - left) * (limit - low) / (high - low)
     return float(k[0]) if stored[0] > limit else None

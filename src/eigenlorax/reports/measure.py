@@ -47,7 +47,6 @@ class Measured:
     chosen: list[int]
     grid: list[int]
     total: Tensor
-    lost: Tensor
     random: Tensor
     null_lost: Tensor
     left_out_kept: Tensor
@@ -135,7 +134,6 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
         chosen=chosen,
         grid=grid,
         total=zeros(n),
-        lost=zeros(n),
         random=zeros(n),
         down_lost=zeros(n),
         down_total=zeros(n),
@@ -207,7 +205,6 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
         factor_lost.append(torch.stack(shares, dim=1))
         singular.append(losses.singular_squares(part))
     delta = torch.cat(lost)
-    found.lost += delta
     found.singular.append((n_in + n_out, torch.cat(singular)))
     in_fit = [place for place in found.fitted if factors[place] is not None]
     if in_fit:
@@ -219,7 +216,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     generator = torch.Generator().manual_seed(setting.seed + 1 + number)
     random = (losses.random_rows(side.k - side.n_extra, side.dimension, generator) for side in (bases.down, bases.up))
     found.random += losses.kept(one, *random)
-    _add_fit(found, setting, module, bases, one.of(found.fitted), factors, generator)
+    _add_fit(found, setting, module, bases, one, factors, square, delta, generator)
 
 
 def _add_fit(
@@ -229,32 +226,33 @@ def _add_fit(
     bases: ModuleBases,
     one: Stack,
     factors: Sequence[LoRAFactors | None],
+    square: Tensor,
+    lost: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """What is about the adapters of the fit alone."""
-    square = squares(one)
-    weights = torch.tensor([setting.weights[place] for place in found.fitted], dtype=torch.float64)
-    # places in `fitted` of the adapters that have trained the module
-    members = [place for place, value in enumerate(square.tolist()) if value > 0]
+    """What is about the adapters of the fit alone. square, lost: ‖D‖² of all adapters, and what is lost of it."""
+    # places in `fitted` of the adapters that have trained the module, and in `names`
+    members = [place for place, at in enumerate(found.fitted) if square[at] > 0]
+    there = [found.fitted[place] for place in members]
     k = (bases.down.k - bases.down.n_extra, bases.up.k - bases.up.n_extra)
     if not members:
         nothing = Side(0, [], [], None)
         found.sides[module] = (nothing, nothing)
         return
-    errors = [found.errors[module][place] or 0.0 for place in found.fitted]
-    lost = torch.tensor(errors, dtype=torch.float64).square() * square
-    shares = weights.square() * lost, weights.square() * square
+    weights = torch.tensor([setting.weights[at] for at in there], dtype=torch.float64)
+    shares = weights.square() * lost[there], weights.square() * square[there]
     found.weighted[module] = float((shares[0].sum() / shares[1].sum()).sqrt())
-    asked = [place for place in found.chosen if place in set(members)]
-    trained = (factors[found.fitted[place]] for place in members)
+    rank = {place: row for row, place in enumerate(members)}
+    asked = [place for place in found.chosen if place in rank]
+    trained = Members([f for f in (factors[at] for at in there) if f is not None], one.of(there), weights)
     refit = refits.of(
-        Members([f for f in trained if f is not None], one.of(members), weights[members]),
+        trained,
         Asked(
             setting.options,
             k,
             fixed=setting.options.max_error is not None or k == (0, 0),
             grid=found.grid,
-            chosen=[members.index(place) for place in asked],
+            chosen=[rank[place] for place in asked],
         ),
         generator,
     )
@@ -264,11 +262,11 @@ def _add_fit(
     # of independent random directions, so many of so many
     sides = bases.down, bases.up
     chance = [math.prod(min(k, side.dimension) / side.dimension for side in sides) for k in found.grid]
-    found.random_by_k[members] += square[members][:, None] * torch.tensor(chance, dtype=torch.float64)
+    found.random_by_k[members] += square[there][:, None] * torch.tensor(chance, dtype=torch.float64)
     rows = [found.chosen.index(place) for place in asked]
     found.left_out_kept[rows] += refit.left_out
     found.left_out_by_k[rows] += refit.left_out_by_k
-    found.exact &= not crowded.is_crowded(sum(one.ranks))
+    found.exact &= not trained.crowded
 
 
 def _factors(setting: Setting, name: str, module: str) -> LoRAFactors | None:
