@@ -10,7 +10,7 @@ import eigenlorax as ex
 from children import command
 from eigenlorax.errors import MissingExtraError
 from eigenlorax.reports import stored
-from eigenlorax.tasks import demo, new_task
+from eigenlorax.tasks import demo, methods, new_task
 from outcomes import json_of
 
 FULL_RANK = 104  # 13 fitted adapters of rank 8
@@ -132,7 +132,7 @@ class TestTheNewTask:
 
     def test_a_random_basis_is_as_large(self):
         pack = ex.fit(demo.data() / "adapters", n_components=5)
-        other = new_task.random_basis(pack)
+        other = methods.random_basis(pack)
         assert {n: b.shape for n, b in other.subspace.modules.items()} == {
             n: b.shape for n, b in pack.subspace.modules.items()
         }

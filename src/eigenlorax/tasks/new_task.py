@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapter import LoRAFactors, from_factors
-from ..fitting import Progress, fit
+from ..fitting import Progress
 from ..pack import Pack
+from . import methods
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,7 +59,7 @@ def run(pack: Pack, model_folder: Path, progress: Progress) -> list[Attempt]:
 
     task = read()
     targets = sorted({name.rpartition(".")[2] for name in pack.info.modules})
-    at_random = random_basis(pack)
+    at_random = methods.random_basis(pack, seed=SEED)
     ways: dict[str, tuple[str, Callable[[], Any]]] = {
         "coefficients": ("coefficients", lambda: EigenLoraxConfig(subspace=pack, r=8, task_type="SEQ_CLS")),
         "core": ("coefficients", lambda: EigenLoraxConfig(subspace=pack, r=8, core=True, task_type="SEQ_CLS")),
@@ -75,22 +75,6 @@ def run(pack: Pack, model_folder: Path, progress: Progress) -> list[Attempt]:
         attempts.append(_attempt(method, config(), RATES[rate], task, model_folder))
     progress("training a new task", len(ways), len(ways))
     return attempts
-
-
-def random_basis(pack: Pack) -> Pack:
-    """A subspace of the same size that nobody has trained: that of adapters of random numbers."""
-    generator = torch.Generator().manual_seed(SEED)
-    size = max(bases.down.k for bases in pack.subspace.modules.values())
-
-    def factors(in_features: int, out_features: int) -> LoRAFactors:
-        return LoRAFactors(
-            torch.randn(size, in_features, generator=generator),
-            torch.randn(out_features, size, generator=generator),
-            1.0,
-        )
-
-    modules = {name: factors(b.down.dimension, b.up.dimension) for name, b in pack.subspace.modules.items()}
-    return fit([from_factors("random", modules)], n_components=size)
 
 
 def _attempt(method: str, config: Any, rate: float, task: NewTask, model_folder: Path) -> Attempt:

@@ -1,0 +1,1 @@
+"""What `run.py` runs: jobs, their records, and the experiments themselves."""

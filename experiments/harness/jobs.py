@@ -1,0 +1,86 @@
+"""Jobs and how they are run: those that are done are skipped, the others each get a process of one thread."""
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eigenlorax.tasks import models
+
+from . import record
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a name, which is its file's in `results/`, and the config that says all of it. needs: other files that
+    have to be there for the job to be done."""
+
+    name: str
+    config: Json
+    function: Callable[[Json], Json]
+    needs: tuple[Path, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return record.RESULTS / f"{self.name}.json"
+
+    def done(self) -> bool:
+        """Whether its record is there, of the same config."""
+        if not self.path.is_file() or not all(one.exists() for one in self.needs):
+            return False
+        return record.read(self.path)["run_info"]["train_config"] == json.loads(json.dumps(self.config))
+
+
+def run(jobs: Sequence[Job], command: str, *, workers: int, estimate: float) -> int:
+    """Run what is not done. `estimate`: CPU seconds a job, where no record says better. How many failed."""
+    todo = [job for job in jobs if not job.done()]
+    seconds = expected(todo, jobs, estimate)
+    print(
+        f"{len(jobs)} runs, {len(jobs) - len(todo)} done; about {seconds / 3600:.2f} CPU-hours left, "
+        f"{seconds / 60 / workers:.0f} minutes in {workers} processes of one thread.",
+        flush=True,
+    )
+    failed = 0
+    context = multiprocessing.get_context("forkserver")
+    # what takes seconds to import is there when a process begins
+    context.set_forkserver_preload(["harness.preload"])
+    with context.Pool(workers, maxtasksperchild=1) as pool:
+        calls = [(job, command) for job in todo]
+        for n, (name, error, took) in enumerate(pool.imap_unordered(_one, calls), 1):
+            failed += error is not None
+            print(f"{n}/{len(todo)} {name} {took:.0f} s" + (f"\n{error}" if error else ""), flush=True)
+    return failed
+
+
+def expected(todo: Sequence[Job], jobs: Sequence[Job], estimate: float) -> float:
+    """CPU seconds of jobs, from those that are done."""
+    known = [record.read(job.path)["run_info"]["total_time"] for job in jobs if job not in todo]
+    return len(todo) * (statistics.mean(known) if known else estimate)
+
+
+def _one(call: tuple[Job, str]) -> tuple[str, str | None, float]:
+    job, command = call
+    started = time.perf_counter()
+    try:
+        with models.quiet():
+            found = job.function(job.config)
+        record.write(job.path, {**record.about(job.name, job.config, command, started), **found})
+    except Exception:  # noqa: BLE001  one failed run is no reason to lose the others
+        return job.name, traceback.format_exc(), time.perf_counter() - started
+    return job.name, None, time.perf_counter() - started
+
+
+def check_one_thread() -> None:
+    """Two threads on shared cores wait for each other."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
