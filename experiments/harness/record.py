@@ -1,12 +1,12 @@
 """The record of a run: a JSON file with PEFT's field names (its method comparison), what it was run on, and from which
 commit. Nothing here knows what was run."""
 
-import base64
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +22,7 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
+RESAMPLES = 200
 PACKAGES = ("eigenlorax", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
@@ -76,13 +77,10 @@ def about(name: str, config: Json, command: str, started: float) -> Json:
     }
 
 
-def packed(values: np.ndarray) -> str:
-    """Predictions as text: classes as bytes, numbers as float16."""
-    kind = np.uint8 if values.ndim == 2 and values.shape[1] > 1 else np.float16
-    values = values.argmax(axis=-1) if kind is np.uint8 else values.reshape(-1)
-    return base64.b64encode(values.astype(kind).tobytes()).decode()
-
-
-def unpacked(text: str, classes: bool) -> np.ndarray:
-    """Predictions out of `packed`."""
-    return np.frombuffer(base64.b64decode(text), dtype=np.uint8 if classes else np.float16)
+def resampled(
+    score: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray, wanted: np.ndarray
+) -> list[float]:
+    """The score on `RESAMPLES` draws of the test rows, with replacement: the same draws for every run on these rows, so
+    that runs can be compared draw by draw. It says how much of a score is the choice of rows."""
+    draws = np.random.default_rng(len(wanted)).integers(len(wanted), size=(RESAMPLES, len(wanted)))
+    return [round(score(predicted[draw], wanted[draw]), 4) for draw in draws]

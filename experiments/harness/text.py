@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 
@@ -176,7 +177,7 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
             config["learning_rate"],
             **{**{name: recipe[name] for name in RECIPE}, "head_learning_rate": config["learning_rate"]},
         )
-    way = test[: recipe["rows_on_the_way"]]
+    way, wanted = test[: recipe["rows_on_the_way"]], np.array([row["labels"] for row in test])
     found = trial.run(model, rows, way, test, collate(), asked, seed=config["seed"], metric=metric(config["task"]))
     return {
         "train_info": {
@@ -203,7 +204,7 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
             "metric": metric(config["task"]),
             "score": found.score,
             "rows": len(test),
-            "predicted": record.packed(found.predicted),
+            "resampled": record.resampled(trial.METRICS[metric(config["task"])], found.predicted, wanted),
         },
     }
 
@@ -256,4 +257,142 @@ def sources(config: Json) -> Iterator[Job]:
             yield Job(f"text/sources/{name}", job, source, (weights,))
 
 
-STAGES = {"sources": sources}
+def pack_spec(config: Json, method: Json, **changes: Any) -> Json | None:
+    """What the basis of a method is made of."""
+    if "basis" not in method:
+        return None
+    spec = {**config["pack"], **method.get("pack", {}), **changes}
+    found = {"sources": source_names(config, spec["sets"]), "k": spec["k"], "weighting": spec["weighting"]}
+    return {**found, "random": 0} if method["basis"] == "random" else found
+
+
+def target(config: Json, stage: str, name: str, method: Json, task: str, seed: int, rate: float, **changes: Any) -> Job:
+    """A training of a method on a task. changes: what differs from the config, `pack` and `rows` among it."""
+    job = {
+        "method": name,
+        "task": task,
+        "kind": method["kind"],
+        "options": {**method.get("options", {}), **changes.get("options", {})},
+        "learning_rate": rate,
+        "rows": changes.get("rows", config["recipe"]["rows"]),
+        "seed": seed,
+        "pack": changes.get("pack", pack_spec(config, method)),
+        "recipe": {**config["recipe"], **method.get("recipe", {}), **changes.get("recipe", {})},
+    }
+    return Job(f"text/{stage}/{name}--{task}--{seed}" + changes.get("suffix", ""), job, train)
+
+
+def rates(config: Json) -> Iterator[Job]:
+    """Every method at three learning rates on the development tasks."""
+    for name, method in config["methods"].items():
+        for rate in method["rates"]:
+            for task in config["development"]["rates"]:
+                seed = config["development"]["seed"]
+                yield target(config, "rates", name, method, task, seed, rate, suffix=f"--{rate:g}")
+
+
+def chosen_rate(config: Json, name: str) -> float:
+    """The rate with the best mean score on the development tasks; of equals, the lowest."""
+    scores: dict[float, list[float]] = {}
+    for job in rates(config):
+        if job.config["method"] == name:
+            if not job.done():
+                raise SystemExit(f"{job.name} has no record: run the stage rates first.")
+            scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
+    return max(sorted(scores), key=lambda rate: sum(scores[rate]))
+
+
+def targets(config: Json) -> Iterator[Job]:
+    """Every method on every target and seed, at the rate that was chosen for it."""
+    for seed in config["targets"]["seeds"]:
+        for name, method in config["methods"].items():
+            rate = chosen_rate(config, name)
+            for task in config["targets"]["tasks"]:
+                yield target(config, "targets", name, method, task, seed, rate)
+
+
+def variations(config: Json) -> Iterator[Job]:
+    """Of the two kinds of coefficients, one thing changed at a time, on four targets."""
+    asked = config["variations"]
+    for name in asked["of"]:
+        method, rate = config["methods"][name], chosen_rate(config, name)
+        cells: dict[str, Json] = {}
+        for k in asked["k"]:
+            cells[f"k{k}"] = {"pack": pack_spec(config, method, k=k)}
+            cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
+        for start in asked["starts"]:
+            cells[f"start-{start}"] = {"options": {"start": start}}
+        for weighting in asked["weightings"]:
+            cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, weighting=weighting)}
+        for n_extra in asked["n_extra"]:
+            cells[f"extra{n_extra}"] = {"options": {"n_extra": n_extra}}
+        if name == "factors":
+            for k, r in asked["shapes"]:
+                options = {"r": r, "lora_alpha": 2 * r}
+                cells[f"k{k}-r{r}"] = {"pack": pack_spec(config, method, k=k), "options": options}
+        for seed in config["targets"]["seeds"]:
+            for cell, changes in cells.items():
+                for task in config["targets"]["four"]:
+                    yield target(config, "variations", f"{name}-{cell}", method, task, seed, rate, **changes)
+
+
+def low(config: Json) -> Iterator[Job]:
+    """Bases of one to eight sources, with further directions and without, and random ones as large."""
+    asked = config["low"]
+    name, seed = asked["method"], asked["seed"]
+    method, rate = config["methods"][name], chosen_rate(config, name)
+    everyone = source_names(config, config["pack"]["sets"][:1])
+    cells = {}
+    for n in asked["sources"]:
+        for draw in asked["draws"]:
+            drawn = sorted(random.Random(f"low {n} {draw}").sample(everyone, n))
+            spec = {**pack_spec(config, method), "sources": drawn}
+            for n_extra in asked["n_extra"]:
+                cells[f"n{n}-extra{n_extra}-draw{draw}"] = {"pack": spec, "options": {"n_extra": n_extra}}
+                k = min(spec["k"], n * config["sources"]["rank"]) + n_extra
+                cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
+    for cell, changes in cells.items():
+        for task in config["targets"]["four"]:
+            yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
+
+
+def few(config: Json) -> Iterator[Job]:
+    """Targets with few examples. As many steps for all, since epochs of 16 rows are soon over."""
+    asked = config["few"]
+    for rows in asked["rows"]:
+        epochs = asked["recipe"]["steps"] * asked["recipe"]["batch_size"] / rows
+        recipe = {**{key: value for key, value in asked["recipe"].items() if key != "steps"}, "epochs": epochs}
+        for seed in config["targets"]["seeds"]:
+            for name in asked["methods"]:
+                rate = chosen_rate(config, name)
+                for task in config["targets"]["tasks"]:
+                    method, end = config["methods"][name], f"--{rows}"
+                    yield target(config, "few", name, method, task, seed, rate, rows=rows, recipe=recipe, suffix=end)
+
+
+def count(config: Json) -> Iterator[Job]:
+    """Bases of more and more sources, each set with its own random starts or with one."""
+    asked = config["count"]
+    name = asked["method"]
+    method, rate = config["methods"][name], chosen_rate(config, name)
+    for one in asked["sets"]:
+        everyone = source_names(config, [one])
+        for n in asked["sources"]:
+            for draw in asked["draws"] if n < len(everyone) else asked["draws"][:1]:
+                drawn = sorted(random.Random(f"count {n} {draw}").sample(everyone, n))
+                spec = {**pack_spec(config, method), "sources": drawn}
+                for task in asked["tasks"]:
+                    for seed in config["targets"]["seeds"][:1]:
+                        cell = f"{one}-n{n}-draw{draw}"
+                        yield target(config, "count", cell, method, task, seed, rate, pack=spec)
+
+
+STAGES = {
+    "sources": sources,
+    "rates": rates,
+    "targets": targets,
+    "variations": variations,
+    "low": low,
+    "few": few,
+    "count": count,
+}

@@ -91,10 +91,11 @@ def singular_squares(one: Stack) -> Float[Tensor, "n r"]:
 
 def rounded_squares(one: Stack, bits: int) -> Float[Tensor, " n"]:
     """‖D − D'‖² where both factors are rounded to `bits` bits, each block of `BLOCK` numbers of a row to one scale."""
-    return difference_squares(one, _rounded(one.down, bits), _rounded(one.up, bits))
+    return difference_squares(one, rounded_rows(one.down, bits), rounded_rows(one.up, bits))
 
 
-def _rounded(rows: Tensor, bits: int) -> Tensor:
+def rounded_rows(rows: Tensor, bits: int) -> Tensor:
+    """Rows of whole adapters, (n, r, d), rounded so."""
     levels = 2 ** (bits - 1) - 1
     n, r, d = rows.shape
     blocks = torch.nn.functional.pad(rows, (0, -d % BLOCK)).reshape(n, r, -1, BLOCK)
