@@ -40,7 +40,8 @@ class Recipe:
     """How all methods of a comparison are trained: AdamW, a linear warm-up and a linear decay to zero.
 
     learning_rate: of the method's numbers; heads have their own, whatever the method. evaluations: scores taken on the
-    way, in equal steps, the end included. bf16: autocast, of what is not trained.
+    way, in equal steps, the end included. bf16: autocast, of what is not trained. by_length: rows of like length meet
+    in a batch, which halves the padding; for rows that have a length.
     """
 
     learning_rate: float
@@ -51,6 +52,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     evaluations: int = 8
     bf16: bool = False
+    by_length: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,7 @@ def _trainer(
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=2 * recipe.batch_size,
         max_grad_norm=recipe.max_grad_norm,
-        # rows of like length meet in a batch, which halves the padding
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if recipe.by_length else "random",
         eval_strategy="no",
         logging_strategy="no",
         save_strategy="no",
