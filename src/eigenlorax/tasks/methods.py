@@ -1,15 +1,18 @@
 """The ways to train a task that are compared: what each of them adds to a base model. No training here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from .. import manifest
 from ..adapter import LoRAFactors, from_factors
+from ..basis import Basis
 from ..errors import OptionError
 from ..fitting import fit
 from ..pack import Pack
+from ..subspace import ModuleBases, Subspace
 
 HEAD = ("classifier", "score", "modules_to_save")
 """What names of a task's own layers hold: they are trained by every method, and counted apart."""
@@ -70,7 +73,7 @@ def is_head(name: str) -> bool:
 
 
 def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
-    """A subspace of the same size that nobody has trained: that of an adapter of random numbers."""
+    """A subspace of the same shapes that nobody has trained: that of an adapter of random numbers."""
     generator = torch.Generator().manual_seed(seed)
     size = max(max(bases.down.k, bases.up.k) for bases in pack.subspace.modules.values())
 
@@ -79,7 +82,33 @@ def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
         return LoRAFactors(down, torch.randn(out_features, size, generator=generator), 1.0)
 
     modules = {name: factors(b.down.dimension, b.up.dimension) for name, b in pack.subspace.modules.items()}
-    return fit([from_factors("random", modules)], n_components=size)
+    found = fit([from_factors("random", modules)], n_components=size)
+    sizes = {name: (bases.down.k, bases.up.k) for name, bases in pack.subspace.modules.items()}
+    return found if all(k == (size, size) for k in sizes.values()) else _cut(found, sizes)
+
+
+def _cut(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
+    """The first components (down, up) of each module. What leads among random directions is as random as the rest."""
+    modules = {
+        name: ModuleBases(_first(bases.down, sizes[name][0]), _first(bases.up, sizes[name][1]))
+        for name, bases in pack.subspace.modules.items()
+    }
+    subspace = Subspace(modules)
+    return Pack(
+        subspace,
+        manifest.describe(subspace),
+        {},
+        pack.fit_info,
+        base_model=pack.base_model,
+        revision=pack.revision,
+        coefficient_dtype=pack.coefficient_dtype,
+    )
+
+
+def _first(basis: Basis, k: int) -> Basis:
+    square = basis.singular_values.double().square()
+    # a slice would keep all rows alive
+    return replace(basis, components=basis.components[:k].clone(), energy=float(square[:k].sum() / square.sum()))
 
 
 def _head(base: Any, setting: Setting) -> Any:
