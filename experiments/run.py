@@ -14,9 +14,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from harness import jobs, recycled, text
+    from harness import jobs, language, recycled, text
 
-    experiments = {"text": {**text.STAGES, "recycled": recycled.jobs}}
+    experiments = {"text": {**text.STAGES, "recycled": recycled.jobs}, "language": language.STAGES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("stages", nargs="*", help="all of them, in their order, if none is named")

