@@ -11,7 +11,23 @@ import typer
 
 from ..errors import EigenloraxError
 from ..version import __version__
-from . import add, augment, console, demo, env, evaluate, export, fit, inspect, pull, push, remove, report, train
+from . import (
+    add,
+    augment,
+    compare,
+    console,
+    demo,
+    env,
+    evaluate,
+    export,
+    fit,
+    inspect,
+    pull,
+    push,
+    remove,
+    report,
+    train,
+)
 
 IO_ERROR = 6
 _OUTPUT = ": the figures could not be printed. What was asked for has been done, if that was all."
@@ -26,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (fit, report, inspect, export, add, remove, augment, train, evaluate, push, pull, demo, env):
+for verb in (fit, report, inspect, export, add, remove, augment, train, evaluate, compare, push, pull, demo, env):
     verb.register(app)
 
 

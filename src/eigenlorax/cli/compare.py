@@ -1,0 +1,143 @@
+"""`eigenlorax compare`: a new task by several methods alike, on a user's own rows."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..tasks.entrants import ENTRANTS, METHODS, SEEDS, Contest, read_rates
+from ..tasks.options import DEFAULTS, Columns
+from . import console
+
+if TYPE_CHECKING:
+    from ..tasks.contest import Outcome
+    from ..tasks.verdicts import Line
+
+EPILOG = """Examples:
+
+  eigenlorax compare pack/ --train a.csv --eval b.csv -o results.json
+
+  eigenlorax compare pack/ --train a.csv --eval b.csv --methods lora,core -o two.json"""
+
+EPOCHS = 5
+"""The most columns of scores on the way."""
+
+
+def register(app: typer.Typer) -> None:
+    """Make the verb known to the command."""
+    app.command(epilog=EPILOG)(compare)
+
+
+def compare(
+    pack: console.PackFolder,
+    rows: Annotated[
+        Path,
+        typer.Option(
+            "--train", metavar="FILE", help="Rows: .jsonl, .csv, or a folder saved by datasets.", parser=console.path
+        ),
+    ],
+    evaluation: Annotated[
+        Path, typer.Option("--eval", metavar="FILE", help="Rows to test on, and for nothing else.", parser=console.path)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The file for the results (JSON).", parser=console.path),
+    ],
+    task: Annotated[str, typer.Option(help="text-classification.")] = "text-classification",
+    model: console.Model = None,
+    methods: Annotated[
+        str, typer.Option(metavar="A,B,…", help=f"Some of {', '.join(ENTRANTS)}; the first ones are the default.")
+    ] = ",".join(METHODS),
+    learning_rates: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[METHOD=]A,B,C", help="The rates to choose from, of a method or all. Once or more."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Trainings of each method, at the rate chosen.")] = SEEDS,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA and of factors.")] = 8,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = float(DEFAULTS["num_train_epochs"]),
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = int(DEFAULTS["per_device_train_batch_size"]),
+    max_length: console.MaxLength = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; what is trained stays float32.")] = False,
+    text_column: console.TextColumn = "text",
+    label_column: console.LabelColumn = "label",
+    pair_column: console.PairColumn = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the file has.")] = False,
+    json: console.Json = False,
+) -> None:
+    """Train a new task by several methods alike, and say how coefficients do beside LoRA and others."""
+    names = [name.strip() for name in methods.split(",")]
+    asked = Contest(
+        train=rows,
+        evaluation=evaluation,
+        task=task,
+        model=model,
+        methods=names,
+        rates=read_rates(learning_rates or [], names),
+        seeds=seeds,
+        rank=rank,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        bf16=bf16,
+        columns=Columns(text_column, label_column, pair_column),
+    )
+    from ..tasks import contest
+
+    with console.working():
+        prepared = contest.prepare(pack, asked, output, resume=resume)
+    console.note(prepared.plan)
+    with console.working() as progress:
+        found = contest.run(prepared, progress)
+    if json:
+        console.print_json({**asdict(found), "file": str(output), "pack": str(pack)})
+        return
+    _show(found)
+
+
+def _show(found: "Outcome") -> None:
+    yardstick = found.yardstick
+    console.print_table(
+        f"{found.evaluated:,} rows after {found.epochs:g} epochs on {found.rows:,}; the most frequent class alone has "
+        f"{found.majority:.3f}",
+        ["method", "numbers", "file bytes", "accuracy", "±", "least–most", f"points above {yardstick} (95 %)"],
+        [_scores(line) for line in found.methods],
+        numbers=range(1, 7),
+    )
+    n = len(found.methods[0].epochs)
+    shown = (
+        range(n) if n <= EPOCHS else sorted({round(1 + part * (n - 1) / (EPOCHS - 1)) - 1 for part in range(EPOCHS)})
+    )
+    some = f" on {found.rows_on_the_way} of the rows" if found.rows_on_the_way < found.evaluated else ""
+    console.print_table(
+        f"On the way{some}; a training has {found.steps:,} steps",
+        [
+            "method",
+            "rate",
+            *[f"epoch {epoch + 1}" for epoch in shown],
+            f"steps to 98 % of {yardstick}",
+            "seconds",
+        ],
+        [
+            [
+                line.method,
+                f"{line.learning_rate:g}",
+                *[f"{line.epochs[epoch]:.3f}" for epoch in shown],
+                f"{line.steps:,}" if line.steps is not None else "never",
+                f"{line.seconds:.0f}",
+            ]
+            for line in found.methods
+        ],
+        numbers=range(1, len(shown) + 4),
+    )
+    for sentence in found.findings:
+        typer.echo(f"· {sentence}")
+
+
+def _scores(line: "Line") -> list[str]:
+    from ..tasks.verdicts import points
+
+    spread = f"{line.spread:.3f}" if line.spread is not None else ""
+    least = f"{min(line.scores):.3f}–{max(line.scores):.3f}" if len(line.scores) > 1 else ""
+    against = points(line.difference) if line.difference is not None else ""
+    return [line.method, f"{line.numbers:,}", f"{line.file_bytes:,}", f"{line.mean:.3f}", spread, least, against]

@@ -1,0 +1,56 @@
+"""The file of a contest: what its trainings depend on, each of them as it came to an end, and what they came to."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import folder, store, typed
+from ..errors import FormatError, OptionError, PackExistsError
+from ..version import __version__
+from .verdicts import Run
+
+
+def check(output: Path, resume: bool) -> None:
+    """An error unless the file is there to be resumed, or is not there."""
+    folder.check_outside(output)
+    if output.is_dir():
+        raise OptionError(
+            f"{output} is a folder. The results are one file: name it, such as {output / 'results.json'}."
+        )
+    if resume and not output.is_file():
+        raise OptionError(f"{output} does not exist, so that there is nothing to resume.")
+    if not resume and output.exists():
+        raise PackExistsError(f"{output} exists. Choose another file, or go on with --resume.")
+
+
+def write(output: Path, asked: Mapping[str, Any], runs: Iterable[Run], result: Mapping[str, Any] | None) -> None:
+    """Everything so far, a training a line, in the place of what was there."""
+    parts = {
+        "eigenlorax": json.dumps(__version__),
+        "asked": json.dumps(asked, sort_keys=True),
+        "trainings": "[\n" + ",\n".join(json.dumps(asdict(run), sort_keys=True) for run in runs) + "\n]",
+        "result": json.dumps(result, indent=2, sort_keys=True),
+    }
+    text = "{\n" + ",\n".join(f'"{name}": {value}' for name, value in parts.items()) + "\n}\n"
+    store.write_file(output, text.encode("utf-8", errors="surrogatepass"))
+
+
+def read(output: Path, asked: Mapping[str, Any]) -> list[Run]:
+    """The trainings of a file, if they are of this contest."""
+    try:
+        found = json.loads(output.read_bytes())
+        before = typed.typed(dict, found["asked"], "asked")
+        runs: list[Run] = typed.typed(list[Run], found["trainings"], "trainings")
+    except (ValueError, KeyError, TypeError, typed.UnfitError) as error:
+        raise FormatError(f"{output} is not what `eigenlorax compare` writes: {error}") from error
+    differing = sorted(name for name in asked if before.get(name) != asked[name])
+    if differing:
+        first = differing[0]
+        raise OptionError(
+            f"{output} was begun with another {first}: {before.get(first)!r} there, {asked[first]!r} now. --resume "
+            "goes on with the same contest, of more methods, rates or seeds if you like; begin another one in another "
+            "file."
+        )
+    return runs
