@@ -102,7 +102,7 @@ class Bench:
         from peft import PeftModel
 
         self.model = PeftModel.from_pretrained(text.new_base(task), text.adapter_folder(name)).eval()
-        self.test = sorted(test, key=lambda row: len(row["input_ids"]))
+        self.test = sorted(test, key=text.length)
         self.metric = trial.METRICS[text.metric(task)]
         self.wanted = torch.tensor([row["labels"] for row in self.test])
         self.first: Tensor | None = None

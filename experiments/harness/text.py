@@ -177,7 +177,9 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
             config["learning_rate"],
             **{**{name: recipe[name] for name in RECIPE}, "head_learning_rate": config["learning_rate"]},
         )
-    way, wanted = test[: recipe["rows_on_the_way"]], np.array([row["labels"] for row in test])
+    # of like length in a batch; rows are scored in the order that they are given in
+    way, test = (sorted(part, key=length) for part in (test[: recipe["rows_on_the_way"]], test))
+    wanted = np.array([row["labels"] for row in test])
     found = trial.run(model, rows, way, test, collate(), asked, seed=config["seed"], metric=metric(config["task"]))
     return {
         "train_info": {
@@ -207,6 +209,10 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
             "resampled": record.resampled(trial.METRICS[metric(config["task"])], found.predicted, wanted),
         },
     }
+
+
+def length(row: Json) -> int:
+    return len(row["input_ids"])
 
 
 def file_size(model: Any) -> int:
@@ -330,7 +336,7 @@ def variations(config: Json) -> Iterator[Job]:
             for k, r in asked["shapes"]:
                 options = {"r": r, "lora_alpha": 2 * r}
                 cells[f"k{k}-r{r}"] = {"pack": pack_spec(config, method, k=k), "options": options}
-        for seed in config["targets"]["seeds"]:
+        for seed in asked["seeds"]:
             for cell, changes in cells.items():
                 for task in config["targets"]["four"]:
                     yield target(config, "variations", f"{name}-{cell}", method, task, seed, rate, **changes)
@@ -365,7 +371,7 @@ def few(config: Json) -> Iterator[Job]:
         for seed in config["targets"]["seeds"]:
             for name in asked["methods"]:
                 rate = chosen_rate(config, name)
-                for task in config["targets"]["tasks"]:
+                for task in asked["tasks"]:
                     method, end = config["methods"][name], f"--{rows}"
                     yield target(config, "few", name, method, task, seed, rate, rows=rows, recipe=recipe, suffix=end)
 

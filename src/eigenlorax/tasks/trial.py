@@ -179,7 +179,13 @@ def _trainer(
     optimizer = torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0)
     parts = recipe.evaluations
     clock = _Clock({math.ceil(steps * part / parts) for part in range(1, parts + 1)})
-    trainer = Trainer(
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        # grouped by length, rows to be scored would be shuffled too, and predictions would not be those of the rows
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            return torch.utils.data.SequentialSampler(eval_dataset)
+
+    trainer = InOrder(
         model,
         arguments,
         train_dataset=rows,
