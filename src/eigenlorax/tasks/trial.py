@@ -127,19 +127,19 @@ def run(
         trainer.train()
         cpu, whole = time.process_time() - cpu, time.perf_counter() - started
         points = _points(trainer.state.log_history, clock)
-        predicted = trainer.predict(test)
-    if not math.isfinite(points[-1].loss) or not np.isfinite(predicted.predictions).all():
+        predicted, score = _predicted(trainer, test, recipe, METRICS[metric])
+    if not math.isfinite(points[-1].loss) or not np.isfinite(predicted).all():
         raise NonFiniteError("the training has diverged: losses or predictions are no numbers. A lower rate may help.")
     return Trial(
         numbers=numbers,
         head_numbers=head_numbers,
         total_numbers=sum(parameter.numel() for parameter in model.parameters()),
         points=points,
-        score=METRICS[metric](predicted.predictions, predicted.label_ids),
+        score=score,
         seconds=points[-1].seconds if points else whole,
         cpu_seconds=cpu,
         peak_bytes=_peak_bytes(),
-        predicted=predicted.predictions,
+        predicted=predicted,
     )
 
 
@@ -198,6 +198,17 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
+
+
+def _predicted(trainer: Any, rows: Sequence[Any], recipe: Recipe, metric: Metric) -> tuple[np.ndarray, float]:
+    """What is predicted, in the order of the rows, and the score."""
+    order = list(range(len(rows)))
+    if recipe.by_length:
+        order.sort(key=lambda place: len(rows[place]["input_ids"]))
+    # the Trainer evaluates in the order that it samples in: grouped by length, that is another one each time
+    trainer.args.train_sampling_strategy = "random"
+    found = trainer.predict([rows[place] for place in order])
+    return found.predictions[np.argsort(order)], metric(found.predictions, found.label_ids)
 
 
 def _groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
