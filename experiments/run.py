@@ -14,9 +14,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from harness import jobs, language, recycled, text
+    from harness import jobs, language, recycled, text, vision
 
-    experiments = {"text": {**text.STAGES, "recycled": recycled.jobs}, "language": language.STAGES}
+    experiments = {
+        "text": {**text.STAGES, "recycled": recycled.jobs},
+        "language": language.STAGES,
+        "vision": vision.STAGES,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=experiments)
     parser.add_argument("stages", nargs="*", help="all of them, in their order, if none is named")

@@ -1,0 +1,143 @@
+"""Image classification: LoRAs of a small ViT on disjoint subsets of classes, what their subspace is worth for other
+classes, and the methods beside it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from . import images, record, vit
+from .images import Task
+from .jobs import Job
+
+Json = dict[str, Any]
+
+
+def tasks(config: Json, role: str) -> dict[str, Task]:
+    """The tasks of a role by name: subsets of classes, of which no two have one in common."""
+    found = {}
+    for one, sizes in config["classes"].items():
+        rows = config["rows"][one]
+        for n, (name, classes) in enumerate(images.dealt(one, sizes, role).items()):
+            found[name] = Task(one, classes, rows[role][n % len(rows[role])], rows["test"], rows["copies"])
+    return found
+
+
+def pretrain(config: Json) -> Iterator[Job]:
+    job = {**config["pretraining"], "kind": "full", "model": config["model"]}
+    job["recipe"] = {**config["recipe"], **job.pop("recipe"), "head_learning_rate": job["learning_rate"]}
+    yield Job("vision/pretrain/base", job, vit.pretrained, (vit.base_folder() / "model.safetensors",))
+
+
+def training(
+    stage: str,
+    name: str,
+    method: Json,
+    task: Task,
+    seed: int,
+    rate: float,
+    config: Json,
+    pack: Json | None,
+    saved: bool,
+) -> Job:
+    """A training of a method on a task, its adapter under the run's name if it is saved."""
+    job = {
+        "name": name if saved else None,
+        "method": method["label"],
+        "task": asdict(task),
+        "kind": method["kind"],
+        "options": method["options"],
+        "learning_rate": rate,
+        "seed": seed,
+        "pack": pack,
+        "recipe": config["recipe"],
+    }
+    return Job(f"vision/{stage}/{name}", job, vit.train, (vit.weights_of(name),) if saved else ())
+
+
+def sources(config: Json) -> Iterator[Job]:
+    """A LoRA of every source task, each from a seed of its own."""
+    asked = config["sources"]
+    for n, (name, task) in enumerate(tasks(config, "source").items()):
+        seed = asked["seed"] + n
+        method = {"label": "LoRA", "kind": "lora", "options": asked["options"]}
+        yield training("sources", name, method, task, seed, asked["learning_rate"], config, None, True)
+
+
+def rates(config: Json) -> Iterator[Job]:
+    """Every method at three learning rates on the development tasks."""
+    for name in config["methods"]:
+        yield from rates_of(config, name)
+
+
+def rates_of(config: Json, name: str) -> Iterator[Job]:
+    method = config["methods"][name]
+    for rate in method["rates"]:
+        for one, task in tasks(config, "development").items():
+            for seed in config["development"]["seeds"]:
+                yield target(config, "rates", name, one, task, seed, rate, f"--{rate:g}")
+
+
+def target(config: Json, stage: str, name: str, one: str, task: Task, seed: int, rate: float, end: str = "") -> Job:
+    method = {"options": {}, **config["methods"][name]}
+    pack = None
+    if "basis" in method:
+        pack = {"sources": list(tasks(config, "source")), **config["pack"]}
+        if method["basis"] == "random":
+            pack["random"] = 0
+    saved = stage == "targets" and method.get("saved", False)
+    return training(stage, f"{name}--{one}--{seed}{end}", method, task, seed, rate, config, pack, saved)
+
+
+def chosen_rate(config: Json, name: str) -> float:
+    """The rate with the best mean score on the development tasks; of equals, the lowest."""
+    scores: dict[float, list[float]] = {}
+    for job in rates_of(config, name):
+        if not job.done():
+            raise SystemExit(f"{job.name} has no record: run the stage rates first.")
+        scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
+    return max(sorted(scores), key=lambda rate: sum(scores[rate]))
+
+
+def targets(config: Json) -> Iterator[Job]:
+    """Every method on every target and seed, at the rate that was chosen for it."""
+    chosen = {name: chosen_rate(config, name) for name in config["methods"]}
+    for seed in config["targets"]["seeds"]:
+        for name, rate in chosen.items():
+            for one, task in tasks(config, "target").items():
+                yield target(config, "targets", name, one, task, seed, rate)
+
+
+def zero_shot(config: Json) -> Iterator[Job]:
+    """The targets' own LoRAs, projected on a basis of other classes, with their heads."""
+    for name, method in config["methods"].items():
+        if method.get("saved", False):
+            for seed in config["targets"]["seeds"]:
+                for one, task in tasks(config, "target").items():
+                    yield kept(config, "zero_shot", f"{name}--{one}--{seed}", task)
+
+
+def recycles(config: Json) -> Iterator[Job]:
+    """The sources, in bases that have seen them and in bases that have not."""
+    for name, task in tasks(config, "source").items():
+        yield kept(config, "recycled", name, task)
+
+
+def kept(config: Json, stage: str, name: str, task: Task) -> Job:
+    job = {
+        "name": name,
+        "task": asdict(task),
+        "sources": list(tasks(config, "source")),
+        "k": config["recycled"]["components"],
+        "weighting": config["pack"]["weighting"],
+    }
+    return Job(f"vision/{stage}/{name}", job, vit.recycle)
+
+
+STAGES = {
+    "pretrain": pretrain,
+    "sources": sources,
+    "rates": rates,
+    "targets": targets,
+    "zero_shot": zero_shot,
+    "recycled": recycles,
+}

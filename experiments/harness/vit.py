@@ -1,0 +1,206 @@
+"""A small ViT: how it is pretrained and trained on a task by a method, and what its adapters answer once recycled.
+Which tasks and which methods, vision.py says."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import eigenlorax as ex
+from eigenlorax.analysis import losses
+from eigenlorax.tasks import methods, trial
+from eigenlorax.tasks.methods import Method, Setting
+
+from . import images, record, recycled
+from .images import Rows, Task
+from .text import file_size, k_of
+
+Json = dict[str, Any]
+
+WORK = record.ROOT / "experiments" / "work" / "vision"
+RECIPE = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations")
+METRIC = "accuracy"
+
+
+def base_folder() -> Path:
+    return WORK / "base"
+
+
+def adapter_folder(name: str) -> Path:
+    return WORK / "adapters" / name
+
+
+def weights_of(name: str) -> Path:
+    return adapter_folder(name) / "adapter_model.safetensors"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def task_of(config: Json) -> Task:
+    return Task(**{**config["task"], "classes": tuple(config["task"]["classes"])})
+
+
+def new_base(n_classes: int) -> Any:
+    from transformers import ViTForImageClassification
+
+    return ViTForImageClassification.from_pretrained(
+        base_folder(), num_labels=n_classes, ignore_mismatched_sizes=True, problem_type="single_label_classification"
+    )
+
+
+def pack_of(spec: Json) -> ex.Pack:
+    """The pack of some source adapters. spec: sources (names), k, weighting; or random, its seed, in the place of what
+    the sources share."""
+    sources = {name: adapter_folder(name) for name in spec["sources"]}
+    pack = ex.fit(sources, n_components=spec["k"], weighting=spec["weighting"], dtype="float32", warn_above=1.0)
+    return methods.random_basis(pack, seed=spec["random"]) if "random" in spec else pack
+
+
+def pretrained(config: Json) -> Json:
+    """The base model: all of it trained on all classes of some sets at once."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    rows: Rows = []
+    test: Rows = []
+    first = 0
+    for name, n_test in config["sets"].items():
+        task = Task(name, images.classes(name), 10**9, n_test, config["copies"])
+        rows += [{**row, "labels": first + row["labels"]} for row in images.train_rows(task, config["seed"])]
+        test += [{**row, "labels": first + row["labels"]} for row in images.test_rows(task)]
+        first += len(task.classes)
+    torch.manual_seed(config["seed"])
+    model = ViTForImageClassification(ViTConfig(**config["model"], num_labels=first))
+    found = trained(model, rows, test, config)
+    model.save_pretrained(base_folder())
+    return {**found, "sha256": sha256(base_folder() / "model.safetensors")}
+
+
+def train(config: Json) -> Json:
+    """One run of a task: a method, a rate, a seed; saved where the config has a name for it."""
+    task, recipe = task_of(config), config["recipe"]
+    pack = pack_of(config["pack"]) if config["pack"] else None
+    setting = Setting(recipe["target_modules"], None, modules_to_save=["classifier"], pack=pack)
+    torch.manual_seed(config["seed"])
+    model = methods.applied(Method(config["kind"], config["options"]), new_base(len(task.classes)), setting)
+    found = trained(model, images.train_rows(task, config["seed"]), images.test_rows(task), config)
+    if pack is not None:
+        found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": k_of(pack)}
+    if config["name"] is not None:
+        model.save_pretrained(adapter_folder(config["name"]))
+        found["sha256"] = sha256(weights_of(config["name"]))
+    return found
+
+
+def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
+    """Train and test; what a record says of it."""
+    asked = {name: config["recipe"][name] for name in RECIPE}
+    if config["kind"] == "head":
+        asked["head_learning_rate"] = config["learning_rate"]
+    recipe = trial.Recipe(config["learning_rate"], **asked, by_length=False)
+    found = trial.run(model, rows, test, test, images.collate, recipe, seed=config["seed"], metric=METRIC)
+    wanted = np.array([row["labels"] for row in test])
+    return {
+        "train_info": {
+            "status": "success",
+            "train_time": round(found.seconds, 2),
+            "cpu_time": round(found.cpu_seconds, 2),
+            "memory_max": found.peak_bytes,
+            "file_size": file_size(model),
+            "num_trainable_params": found.numbers,
+            "num_head_params": found.head_numbers,
+            "num_total_params": found.total_numbers,
+            "metrics": [
+                {
+                    "step": point.step,
+                    "epoch": round(point.epoch, 3),
+                    "train loss": round(point.loss, 5),
+                    f"test {METRIC}": round(point.score, 5),
+                    "train time": round(point.seconds, 2),
+                }
+                for point in found.points
+            ],
+        },
+        "test": {
+            "metric": METRIC,
+            "score": found.score,
+            "rows": len(test),
+            "resampled": record.resampled(trial.METRICS[METRIC], found.predicted, wanted),
+        },
+    }
+
+
+def recycle(config: Json) -> Json:
+    """A trained LoRA with its head, kept in every way: by bases that have seen it, that have not, and by none.
+
+    An adapter that is none of the sources has never been seen: its projections are the paper's zero-shot rows.
+    """
+    name, sources = config["name"], config["sources"]
+    adapter = ex.read_adapter(adapter_folder(name))
+    original = dict(adapter.modules)
+    bench = Bench(name, task_of(config))
+    rows = [{"way": "original", "k": None, "bits": None, "delta_error": 0.0, **bench.answers(original)}]
+    rows.append(
+        {"way": "base", "k": None, "bits": None, "delta_error": 1.0, **bench.answers(recycled.nothing(original))}
+    )
+    for k in config["k"]:
+        spec = {"sources": [one for one in sources if one != name], "k": k, "weighting": config["weighting"]}
+        others = pack_of(spec)
+        rows.append(
+            {"way": "left out", "k": k, **recycled.compared(original, recycled.projected(original, others), bench)}
+        )
+        random = methods.random_basis(others, seed=0)
+        rows.append(
+            {"way": "random", "k": k, **recycled.compared(original, recycled.projected(original, random), bench)}
+        )
+        if name not in sources:
+            continue
+        pack = pack_of({**spec, "sources": sources})
+        rows.append({"way": "seen", "k": k, **recycled.compared(original, pack.adapter(name).modules, bench)})
+        coefficients = recycled.coefficient_numbers(original, pack)
+        each = rows[-1]["numbers_an_adapter"] = recycled.pack_numbers(pack) / len(sources) + coefficients
+        rows[-1]["numbers_at_100"] = recycled.pack_numbers(pack) / 100 + coefficients
+        rows.append(
+            {"way": "truncated", "k": k, **recycled.compared(original, recycled.truncated(original, each), bench)}
+        )
+    for bits in (8, 4):
+        rows.append(
+            {"way": "rounded", "k": None, **recycled.compared(original, recycled.rounded(original, bits), bench)}
+        )
+        rows[-1]["bits"] = bits
+        rows[-1]["bytes"] = sum(
+            losses.rounded_bytes(one.spec.rank, one.spec.out_features, one.spec.in_features, bits)
+            for one in original.values()
+        )
+    numbers = sum(one.spec.numbers for one in original.values())
+    return {"test": {"metric": METRIC, "rows": len(bench.wanted), "numbers": numbers, "ways": rows}}
+
+
+class Bench:
+    """One model for all ways to keep an adapter: its head stays, its factors are put in."""
+
+    def __init__(self, name: str, task: Task) -> None:
+        from peft import PeftModel
+
+        self.model = PeftModel.from_pretrained(new_base(len(task.classes)), adapter_folder(name)).eval()
+        inputs = images.collate(images.test_rows(task))
+        self.wanted = inputs.pop("labels")
+        self.inputs = inputs
+        self.first: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def answers(self, factors: recycled.Factors) -> Json:
+        """The score with these factors, and on how many rows the answer is that of the first ones."""
+        for module, one in factors.items():
+            layer = self.model.get_submodule(f"base_model.model.{module}")
+            layer.lora_A["default"].weight.data = one.down.float()
+            # the layer scales by what the adapter's config says
+            layer.lora_B["default"].weight.data = (one.up * (one.scaling / layer.scaling["default"])).float()
+        said = self.model(**self.inputs).logits
+        if self.first is None:
+            self.first = said
+        same = (said.argmax(-1) == self.first.argmax(-1)).float().mean().item()
+        return {"score": trial.METRICS[METRIC](said.numpy(), self.wanted.numpy()), "agreement": same}
