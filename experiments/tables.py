@@ -1,7 +1,7 @@
 """The tables and plots of docs/results.md, and the README's, out of results/: printed, written, or compared.
 
-    python experiments/tables.py --write     # tables between markers, and plots
-    python experiments/tables.py --check     # exits with 1 where a page has other tables
+python experiments/tables.py --write     # tables between markers, and plots
+python experiments/tables.py --check     # exits with 1 where a page has other tables
 """
 
 import argparse

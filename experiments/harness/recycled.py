@@ -67,7 +67,7 @@ def recycle(config: Json) -> Json:
     test = text.encoded(text.test_rows(task, config["test_rows"]), recipe["max_length"])
     adapter = ex.read_adapter(text.adapter_folder(name))
     original = dict(adapter.modules)
-    bench = Bench(name, task, test)
+    bench = Bench(name, task, test, recipe)
     rows = [{"way": "original", "k": None, "bits": None, "delta_error": 0.0, **bench.answers(original)}]
     rows += [{"way": "base", "k": None, "bits": None, "delta_error": 1.0, **bench.answers(nothing(original))}]
     rows.append(mean_of_others(config, original, bench))
@@ -98,10 +98,10 @@ def recycle(config: Json) -> Json:
 class Bench:
     """One model for all ways to keep an adapter: its head stays, its factors are put in."""
 
-    def __init__(self, name: str, task: str, test: list[Json]) -> None:
+    def __init__(self, name: str, task: str, test: list[Json], recipe: Json) -> None:
         from peft import PeftModel
 
-        self.model = PeftModel.from_pretrained(text.new_base(task), text.adapter_folder(name)).eval()
+        self.model = PeftModel.from_pretrained(text.new_base(task, recipe), text.adapter_folder(name)).eval()
         self.test = sorted(test, key=text.length)
         self.metric = trial.METRICS[text.metric(task)]
         self.wanted = torch.tensor([row["labels"] for row in self.test])

@@ -53,7 +53,9 @@ def over_tasks(tasks: Mapping[str, Sequence[Run]]) -> Mean:
     return Mean(float(np.mean([one.value for one in means])), half)
 
 
-def differences(tasks: Mapping[str, Mapping[int, Run]], others: Mapping[str, Mapping[int, Run]]) -> dict[str, list[Run]]:
+def differences(
+    tasks: Mapping[str, Mapping[int, Run]], others: Mapping[str, Mapping[int, Run]]
+) -> dict[str, list[Run]]:
     """By task, run minus run of the same seed, which had the same training rows."""
     return {
         task: [run.minus(others[task][seed]) for seed, run in runs.items() if seed in others[task]]

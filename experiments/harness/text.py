@@ -97,13 +97,27 @@ def collate() -> Any:
     return DataCollatorWithPadding(tokenizer())
 
 
-def new_base(task: str) -> Any:
+def new_base(task: str, recipe: Json) -> Any:
+    """The base model. Attention as matrix products: torch's kernel for CPUs takes twice a whole step's time backward."""
     from transformers import AutoModelForSequenceClassification
 
     kind = "single_label_classification" if meta(task)["labels"] else "regression"
     return AutoModelForSequenceClassification.from_pretrained(
-        base_model(), num_labels=n_labels(task), problem_type=kind
+        base_model(),
+        num_labels=n_labels(task),
+        problem_type=kind,
+        attn_implementation="eager",
+        hidden_dropout_prob=recipe["dropout"],
+        attention_probs_dropout_prob=recipe["dropout"],
     )
+
+
+def in_half(model: Any) -> Any:
+    """Frozen matrices as autocast would take them at every step."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim == 2:
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 # --- packs ----------------------------------------------------------------------------------------------------------
@@ -140,7 +154,7 @@ def train(config: Json) -> Json:
     pack = pack_of(config["pack"]) if config["pack"] else None
     setting = Setting(recipe["target_modules"], "SEQ_CLS", pack=pack)
     torch.manual_seed(config["seed"])
-    model = methods.applied(Method(config["kind"], config["options"]), new_base(task), setting)
+    model = methods.applied(Method(config["kind"], config["options"]), new_base(task, recipe), setting)
     found = trained(model, rows, test, config)
     if pack is not None:
         found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": k_of(pack)}
@@ -155,7 +169,7 @@ def source(config: Json) -> Json:
     rows = train_rows(task, config["rows"], config["seed"], texts_of(tuple(config["without"])))
     test = encoded(test_rows(task, recipe["test_rows"]), recipe["max_length"])
     torch.manual_seed(config["seed"])
-    base = new_base(task)
+    base = new_base(task, recipe)
     if config["start"] is not None:
         torch.manual_seed(config["start"])
     lora = LoraConfig(r=config["rank"], lora_alpha=config["lora_alpha"], target_modules=recipe["target_modules"])
@@ -180,7 +194,9 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
     # of like length in a batch; rows are scored in the order that they are given in
     way, test = (sorted(part, key=length) for part in (test[: recipe["rows_on_the_way"]], test))
     wanted = np.array([row["labels"] for row in test])
-    found = trial.run(model, rows, way, test, collate(), asked, seed=config["seed"], metric=metric(config["task"]))
+    found = trial.run(
+        in_half(model), rows, way, test, collate(), asked, seed=config["seed"], metric=metric(config["task"])
+    )
     return {
         "train_info": {
             "status": "success",
@@ -253,7 +269,7 @@ def sources(config: Json) -> Iterator[Job]:
                 "rank": spec["rank"],
                 "lora_alpha": spec["lora_alpha"],
                 "learning_rate": spec["learning_rate"],
-                "rows": config["recipe"]["rows"],
+                "rows": spec["rows"],
                 "seed": 1000 * (n + 1) + m,
                 "start": 7 if one == "shared" else None,
                 "without": without,
