@@ -13,7 +13,7 @@ import eigenlorax
 from eigenlorax import errors, manifest, packed, subspace, summary
 from eigenlorax.cli import app
 from eigenlorax.cli.main import IO_ERROR
-from eigenlorax.tasks import demo, evaluate, train
+from eigenlorax.tasks import contest, demo, entrants, evaluate, train, verdicts
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -69,7 +69,7 @@ class TestCommandLine:
     def test_no_option_is_told_of_that_a_verb_lacks(self, verb):
         known = {spelling for p in VERBS[verb].params for spelling in [*p.opts, *p.secondary_opts]} | {"--help"}
         told = set(re.findall(r"^\| .*?(?= \| )", section(CLI, f"`eigenlorax {verb}`"), flags=re.MULTILINE))
-        options = {option for cell in told for option in re.findall(r"`(--?[a-z][a-z-]*)", cell)}
+        options = {option for cell in told for option in re.findall(r"`(--?[a-z][a-z0-9-]*)", cell)}
         assert options <= known
 
     def test_the_verbs_in_the_list_are_those_of_the_command(self):
@@ -85,6 +85,13 @@ class TestCommandLine:
         (named,) = re.findall(rf"^\| `--{option}(?: [A-Z]+)?` \| ([^|]*) \|", shared, flags=re.MULTILINE)
         having = [verb for verb in VERBS if any(f"--{option}" in p.opts for p in VERBS[verb].params)]
         assert named == ("all" if having == list(VERBS) else ", ".join(having))
+
+    def test_methods_that_are_compared_and_their_rates(self):
+        text = section(CLI, "`eigenlorax compare`")
+        rows = re.findall(r"^\| `([a-z-]+)` \| [^|]* \| ([\d., ]+) \|$", text, flags=re.MULTILINE)
+        assert {name: tuple(map(float, rates.split(", "))) for name, rates in rows} == entrants.ENTRANTS
+        (left_out,) = re.findall(r"^\| `--methods A,B,…` \| all but (.*?) \|", text, flags=re.MULTILINE)
+        assert re.findall(r"`(.*?)`", left_out) == [name for name in entrants.ENTRANTS if name not in entrants.METHODS]
 
     def test_every_error_is_beside_its_exit_code(self):
         rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", section(CLI, "Exit codes"), flags=re.MULTILINE))
@@ -110,6 +117,10 @@ class TestCommandLine:
             (evaluate.Evaluated, "`eigenlorax evaluate`"),
             (evaluate.Classified, "`eigenlorax evaluate`"),
             (evaluate.Modelled, "`eigenlorax evaluate`"),
+            (contest.Outcome, "`eigenlorax compare`"),
+            (verdicts.Line, "`eigenlorax compare`"),
+            (verdicts.Difference, "`eigenlorax compare`"),
+            (verdicts.Run, "`eigenlorax compare`"),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )

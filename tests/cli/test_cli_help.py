@@ -48,6 +48,7 @@ def test_the_verbs_are_these():
         "augment",
         "train",
         "evaluate",
+        "compare",
         "push",
         "pull",
         "demo",
@@ -72,8 +73,8 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
         assert example in out
 
 
-# those that need a model or the Hub are tested with one: test_demo.py, test_cli_train.py, test_cli_push.py
-ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "push")]
+# those that need a model or the Hub are tested with one: test_demo.py, test_cli_{train,compare,push}.py
+ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "compare", "push")]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,10 @@ def test_what_is_no_verb(cli, arguments):
         "train pack --task causal-lm --train rows.jsonl -o EMPTY",
         "evaluate EMPTY alpha --data rows.jsonl",
         "evaluate pack alpha --data EMPTY",
+        "compare EMPTY --train rows.jsonl --eval rows.jsonl -o out.json",
+        "compare pack --train EMPTY --eval rows.jsonl -o out.json",
+        "compare pack --train rows.jsonl --eval EMPTY -o out.json",
+        "compare pack --train rows.jsonl --eval rows.jsonl -o EMPTY",
     ],
 )
 def test_an_unset_variable_is_not_the_current_folder(cli, pack, monkeypatch, line):

@@ -86,7 +86,14 @@ TRIED = {"lora": {0.001: 0.7, 0.01: 0.8, 0.1: None}, "core": {0.01: 0.8, 0.1: 0.
 
 def table_of(runs, tried=None):
     tried = tried or {name: {0.01: None} for name in runs}
-    return verdicts.lines(runs, tried, next(iter(runs)), 10)
+    return verdicts.lines(runs, tried, next(iter(runs)))
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1, "1 epoch"), (1.0, "1 epoch"), (1.5, "1.5 epochs"), (12345, "12,345 epochs")]
+)
+def test_some(number, text):
+    assert verdicts.some(number, "epoch") == text
 
 
 class TestTheTable:
@@ -100,9 +107,9 @@ class TestTheTable:
             ],
         }
         lora, core = table_of(runs, TRIED)
-        assert (lora.method, lora.difference, lora.steps, lora.epochs) == ("lora", None, 20, [0.2, 0.8])
+        assert (lora.method, lora.difference, lora.steps, lora.curve) == ("lora", None, 20, [0.1, 0.2, 0.3, 0.8])
         # 98 % of 0.8 are 0.784
-        assert (core.steps, core.epochs) == (10, pytest.approx([0.79, 1.0]))
+        assert (core.steps, core.curve) == (10, pytest.approx([0.3, 0.79, 0.95, 1.0]))
         assert (core.numbers, core.head_numbers, core.file_bytes, core.seconds) == (20, 9, 80, 2.5)
         assert core.scores == pytest.approx([0.8, 0.9])
         assert (core.mean, core.spread) == pytest.approx((0.85, math.sqrt(0.005)))
@@ -142,9 +149,9 @@ class TestWords:
     @pytest.mark.parametrize(
         ("share", "part"),
         [
-            (0.70, "the sources are worth something for this task: factors are 15.0 points above"),
-            (0.95, "the sources do harm to this task: factors are 10.0 points below"),
-            (0.849, "cannot be told from noise here: factors are 0.1 points above"),
+            (0.70, "the sources are worth something for this task: factors are 15.0 points above the same over"),
+            (0.95, "the sources do harm to this task: factors are 10.0 points below the same over random directions ("),
+            (0.849, "cannot be told from noise here: factors are 0.1 points above the same over random directions ("),
         ],
     )
     def test_of_a_random_basis(self, share, part):
@@ -152,7 +159,7 @@ class TestWords:
         runs["random"] = [replace(one, right=right(share, 5)) for one in made("random", share, numbers=3)]
         (found,) = [one for one in said(runs) if one.startswith("random basis: ")]
         assert part in found
-        assert found.endswith("the same over random directions.")
+        assert found.endswith(").")
 
     def test_of_small_methods_and_of_rates_at_an_edge(self):
         runs = {

@@ -1,5 +1,6 @@
 """`eigenlorax compare`: a new task by several methods alike, on a user's own rows."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,10 +19,12 @@ EPILOG = """Examples:
 
   eigenlorax compare pack/ --train a.csv --eval b.csv -o results.json
 
-  eigenlorax compare pack/ --train a.csv --eval b.csv --methods lora,core -o two.json"""
+  eigenlorax compare pack/ --train a.csv --eval b.csv -o results.json --resume"""
 
-EPOCHS = 5
+POINTS = 5
 """The most columns of scores on the way."""
+
+_ASIDE = ", ".join(name for name in ENTRANTS if name not in METHODS)
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +50,12 @@ def compare(
     task: Annotated[str, typer.Option(help="text-classification.")] = "text-classification",
     model: console.Model = None,
     methods: Annotated[
-        str, typer.Option(metavar="A,B,…", help=f"Some of {', '.join(ENTRANTS)}; the first ones are the default.")
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            help=f"Some of {', '.join(ENTRANTS)}. Unless named, {_ASIDE} take no part.",
+            show_default=False,
+        ),
     ] = ",".join(METHODS),
     learning_rates: Annotated[
         list[str] | None,
@@ -96,25 +104,28 @@ def compare(
 
 
 def _show(found: "Outcome") -> None:
+    from ..tasks.verdicts import some
+
     yardstick = found.yardstick
+    header = ["method", "numbers", "file bytes", "accuracy", "±", "least–most", f"points above {yardstick} (95 %)"]
+    scores = [_scores(line) for line in found.methods]
+    # of one seed there is no spread, and of one method no difference
+    filled = [place for place in range(len(header)) if any(row[place] for row in scores)]
     console.print_table(
-        f"{found.evaluated:,} rows after {found.epochs:g} epochs on {found.rows:,}; the most frequent class alone has "
-        f"{found.majority:.3f}",
-        ["method", "numbers", "file bytes", "accuracy", "±", "least–most", f"points above {yardstick} (95 %)"],
-        [_scores(line) for line in found.methods],
-        numbers=range(1, 7),
+        f"{found.evaluated:,} rows after {some(found.epochs, 'epoch')} on {found.rows:,}; the most frequent class "
+        f"alone has {found.majority:.3f}",
+        [header[place] for place in filled],
+        [[row[place] for place in filled] for row in scores],
+        numbers=range(1, len(filled)),
     )
-    n = len(found.methods[0].epochs)
-    shown = (
-        range(n) if n <= EPOCHS else sorted({round(1 + part * (n - 1) / (EPOCHS - 1)) - 1 for part in range(EPOCHS)})
-    )
-    some = f" on {found.rows_on_the_way} of the rows" if found.rows_on_the_way < found.evaluated else ""
+    shown = _shown(found.points)
+    part = f" on {found.rows_on_the_way} of the rows" if found.rows_on_the_way < found.evaluated else ""
     console.print_table(
-        f"On the way{some}; a training has {found.steps:,} steps",
+        f"On the way{part}; a training has {some(found.steps, 'step')}",
         [
             "method",
             "rate",
-            *[f"epoch {epoch + 1}" for epoch in shown],
+            *[f"epoch {found.points[place]:g}" for place in shown],
             f"steps to 98 % of {yardstick}",
             "seconds",
         ],
@@ -122,7 +133,7 @@ def _show(found: "Outcome") -> None:
             [
                 line.method,
                 f"{line.learning_rate:g}",
-                *[f"{line.epochs[epoch]:.3f}" for epoch in shown],
+                *[f"{line.curve[place]:.3f}" for place in shown],
                 f"{line.steps:,}" if line.steps is not None else "never",
                 f"{line.seconds:.0f}",
             ]
@@ -132,6 +143,15 @@ def _show(found: "Outcome") -> None:
     )
     for sentence in found.findings:
         typer.echo(f"· {sentence}")
+
+
+def _shown(points: Sequence[float]) -> list[int]:
+    """Which points have a column: whole epochs, if the last one is; of many, some in equal steps."""
+    places = [place for place, epoch in enumerate(points) if epoch == int(epoch) or points[-1] != int(points[-1])]
+    last = len(places) - 1
+    if last < POINTS:
+        return places
+    return [places[round(part * last / (POINTS - 1))] for part in range(POINTS)]
 
 
 def _scores(line: "Line") -> list[str]:

@@ -23,7 +23,7 @@ from .data import Labels
 from .entrants import Contest
 from .entries import Entry
 from .parts import Rows
-from .verdicts import Line, Run
+from .verdicts import Line, Run, some
 
 Key = tuple[str, float, int | None]
 """Method, learning rate, seed: None for the choice of a rate."""
@@ -55,11 +55,15 @@ class Prepared:
         """What is going to be done, in a sentence."""
         contest = self.contest
         choosing = [len(rates) for name in contest.methods if len(rates := contest.rates_of(name)) > 1]
-        whole = f"{contest.seeds} seeds on {len(self.rows.whole):,} rows for each of {len(contest.methods)} methods"
+        each = f" for each of {len(contest.methods)} methods" if len(contest.methods) > 1 else ""
+        whole = f"{some(contest.seeds, 'seed')} on {len(self.rows.whole):,} rows{each}"
         choice = f"{sum(choosing)} on {len(self.rows.part):,} of them, which choose learning rates by the others"
         total = sum(choosing) + contest.seeds * len(contest.methods)
-        left = f"{self.left} of {total}" if self.done else str(total)
-        return f"{left} trainings of {contest.epochs:g} epochs: {whole}{f', and {choice}' if choosing else ''}."
+        left = f"{self.left} of " if self.done else ""
+        return (
+            f"{left}{some(total, 'training')} of {some(contest.epochs, 'epoch')}: "
+            f"{whole}{f', and {choice}' if choosing else ''}."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ class Outcome:
 
     majority: the share of the most frequent class among the rows for evaluation. rows, held_out, evaluated: how many to
     train on, of which held out to choose rates; and for evaluation, of which rows_on_the_way served for scores on the
-    way. steps: of a training, and of an epoch. trainings, seconds: of this run alone.
+    way. steps: of a training, and of an epoch. points: after how many epochs scores were taken on the way. trainings,
+    seconds: of this run alone.
     """
 
     task: str
@@ -82,6 +87,7 @@ class Outcome:
     epochs: float
     steps: int
     steps_per_epoch: int
+    points: list[float]
     seeds: int
     yardstick: str
     basis_bytes: int
@@ -112,6 +118,7 @@ def prepare(pack: Path, contest: Contest, output: Path, *, resume: bool = False)
             "evaluation": data.digest(tests),
             "columns": asdict(contest.columns),
             "model": base,
+            "revision": revision,
             "subspace": opened.info.fingerprint,
             **{name: getattr(contest, name) for name in ("rank", "epochs", "batch_size", "bf16")},
             "max_length": most,
@@ -274,7 +281,8 @@ def _outcome(prepared: Prepared, found: Mapping[Key, Run], trained: int, seconds
         rates = contest.rates_of(name)
         tried[name] = {one: found[name, one, None].score if len(rates) > 1 else None for one in rates}
     per_epoch = -(-len(rows.whole) // contest.batch_size)
-    table = verdicts.lines(runs, tried, contest.yardstick, per_epoch)
+    table = verdicts.lines(runs, tried, contest.yardstick)
+    steps = runs[contest.yardstick][0].steps
     return Outcome(
         task=contest.task,
         model=prepared.base,
@@ -285,8 +293,9 @@ def _outcome(prepared: Prepared, found: Mapping[Key, Run], trained: int, seconds
         evaluated=len(rows.test),
         rows_on_the_way=len(rows.way),
         epochs=contest.epochs,
-        steps=runs[contest.yardstick][0].steps[-1],
+        steps=steps[-1],
         steps_per_epoch=per_epoch,
+        points=[round(step / per_epoch, 3) for step in steps],
         seeds=contest.seeds,
         yardstick=contest.yardstick,
         basis_bytes=prepared.basis_bytes,

@@ -75,7 +75,8 @@ class Contest:
         for name, rates in self.rates.items():
             if name not in self.methods:
                 raise OptionError(
-                    f"learning rates are given for {name!r}, which does not take part: {', '.join(self.methods)} do."
+                    f"learning rates are given for {name!r}, which is none of the methods that take part: "
+                    f"{', '.join(self.methods)}."
                 )
             if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
                 raise OptionError(
@@ -100,11 +101,18 @@ class Contest:
 def read_rates(given: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
     """`METHOD=A,B,C`, each of one method, and `A,B,C`, of all that are not named."""
     found: dict[str, list[float]] = {}
+    named: list[str] = []
     for text in sorted(given, key=lambda one: "=" in one):
         name, equals, rest = text.partition("=")
         try:
             rates = [float(one) for one in (rest if equals else text).split(",")]
         except ValueError as error:
             raise OptionError(f"{text!r} are not learning rates. METHOD=A,B,C or A,B,C was expected.") from error
+        of = name if equals else ""
+        if of in named:
+            raise OptionError(
+                f"learning rates {f'of {of}' if of else 'of all'} are given twice. Give them once, A,B,C."
+            )
+        named.append(of)
         found |= {name: rates} if equals else dict.fromkeys(methods, rates)
     return found

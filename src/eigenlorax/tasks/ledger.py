@@ -11,14 +11,20 @@ from ..errors import FormatError, OptionError, PackExistsError
 from ..version import __version__
 from .verdicts import Run
 
+_OTHER = {
+    "train": "other rows to train on",
+    "evaluation": "other rows for evaluation",
+    "subspace": "a pack of another subspace",
+}
+"""What is known by a hash, which nobody knows it by."""
+
 
 def check(output: Path, resume: bool) -> None:
     """An error unless the file is there to be resumed, or is not there."""
     folder.check_outside(output)
+    store.check_is_folder(output.parent)
     if output.is_dir():
-        raise OptionError(
-            f"{output} is a folder. The results are one file: name it, such as {output / 'results.json'}."
-        )
+        raise OptionError(f"{output} is a folder. The results are one file: name it, such as results.json.")
     if resume and not output.is_file():
         raise OptionError(f"{output} does not exist, so that there is nothing to resume.")
     if not resume and output.exists():
@@ -47,10 +53,10 @@ def read(output: Path, asked: Mapping[str, Any]) -> list[Run]:
         raise FormatError(f"{output} is not what `eigenlorax compare` writes: {error}") from error
     differing = sorted(name for name in asked if before.get(name) != asked[name])
     if differing:
-        first = differing[0]
+        name = differing[0]
+        said = _OTHER.get(name) or f"another {name}: {before.get(name)!r} there, {asked[name]!r} now"
         raise OptionError(
-            f"{output} was begun with another {first}: {before.get(first)!r} there, {asked[first]!r} now. --resume "
-            "goes on with the same contest, of more methods, rates or seeds if you like; begin another one in another "
-            "file."
+            f"{output} was begun with {said}. --resume goes on with the same contest, of more methods, rates or seeds "
+            "if you like; begin another one in another file."
         )
     return runs

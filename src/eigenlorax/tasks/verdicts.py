@@ -58,9 +58,9 @@ class Line:
 
     numbers: trained ones, head aside. file_bytes: of what is saved, head included. rates: each that was tried, with its
     score on the rows held out, None where it diverged or there was no choice. scores: of each seed, on all rows for
-    evaluation; mean, spread: theirs (the standard deviation; None of one seed). difference: from the yardstick. epochs:
-    the mean score after each epoch, on the rows for the way. steps: how many until 98 % of the yardstick's last score
-    on these; None where that was not reached. seconds: of a training, the mean.
+    evaluation; mean, spread: theirs (the standard deviation; None of one seed). difference: from the yardstick. curve:
+    the mean score at each point on the way, on the rows for that. steps: how many until 98 % of the yardstick's last
+    score on these, as far as points tell; None where that was not reached. seconds: of a training, the mean.
     """
 
     method: str
@@ -73,7 +73,7 @@ class Line:
     mean: float
     spread: float | None
     difference: Difference | None
-    epochs: list[float]
+    curve: list[float]
     steps: int | None
     seconds: float
 
@@ -101,7 +101,6 @@ def lines(
     runs: Mapping[str, Sequence[Run]],
     tried: Mapping[str, Mapping[float, float | None]],
     yardstick: str,
-    steps_per_epoch: int,
 ) -> list[Line]:
     """The table. runs: of each method, by seed; tried: of each, the score of each rate on the rows held out."""
     wanted = _REACHED * fmean(run.scores[-1] for run in runs[yardstick])
@@ -117,7 +116,7 @@ def lines(
             mean=fmean(scores),
             spread=stdev(scores) if len(scores) > 1 else None,
             difference=_between(runs, method, yardstick) if method != yardstick else None,
-            epochs=[score for step, score in _curve(found) if step % steps_per_epoch == 0],
+            curve=[score for _, score in _curve(found)],
             steps=next((step for step, score in _curve(found) if score >= wanted), None),
             seconds=fmean(run.seconds for run in found),
         )
@@ -145,7 +144,7 @@ def words(
         if name in by_name and name != yardstick:
             line = by_name[name]
             size = _size(line.numbers, by_name[yardstick].numbers)
-            found.append(f"{name}: {_said(line.difference)} {yardstick}{size}.")
+            found.append(f"{name}: {_said(line.difference, yardstick)}{size}.")
     if {"factors", "random"} <= by_name.keys():
         worth = _between(runs, "factors", "random")
         if worth.is_noise:
@@ -154,7 +153,7 @@ def words(
             text = "the sources are worth something for this task: factors are"
         else:
             text = "the sources do harm to this task: factors are"
-        found.append(f"random basis: {text} {_said(worth)} the same over random directions.")
+        found.append(f"random basis: {text} {_said(worth, 'the same over random directions')}.")
     small = [name for name in _SMALL if name in by_name]
     if "factors" in by_name and small:
         each = [f"{name} ({by_name[name].numbers:,}) {_said(_between(runs, name, 'factors'))}" for name in small]
@@ -173,7 +172,7 @@ def words(
     if at_edge:
         found.append(
             f"rates: the one chosen is the lowest or the highest tried for {', '.join(at_edge)}; another one may be "
-            "better: --learning-rates METHOD=A,B,C."
+            "better: --learning-rates METHOD=A,B,C with --resume."
         )
     return found
 
@@ -181,6 +180,12 @@ def words(
 def them(parts: Sequence[str]) -> str:
     """A list as one reads it."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def some(number: int | float, what: str) -> str:
+    """So many of something."""
+    whole = number == int(number)
+    return f"{int(number) if whole else number:{',' if whole else 'g'}} {what}{'' if number == 1 else 's'}"
 
 
 def _is_at_edge(line: Line) -> bool:
@@ -193,10 +198,14 @@ def points(found: Difference) -> str:
     return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
 
-def _said(found: Difference | None) -> str:
+def _said(found: Difference | None, what: str = "") -> str:
+    """Where a method stands, beside what."""
     assert found is not None
     size = abs(100 * found.value)
-    where = f"{size:.1f} points {'below' if found.value < 0 else 'above'}" if size >= 0.05 else "level with"
+    if size >= 0.05:
+        where = f"{size:.1f} points {'below' if found.value < 0 else 'above'} {what}".rstrip()
+    else:
+        where = f"level with {what}" if what else "level"
     noise = ", which may be noise" if found.is_noise else ""
     return f"{where} ({100 * found.low:+.1f} to {100 * found.high:+.1f}{noise})"
 
