@@ -124,8 +124,8 @@ class TestTheTable:
         assert [line.steps for line in table_of(runs)] == [20, None]
 
 
-def said(runs, tried=None):
-    return verdicts.words(runs, table_of(runs, tried), next(iter(runs)), ROWS, 5000)
+def said(runs, tried=None, majority=0.5):
+    return verdicts.words(runs, table_of(runs, tried), next(iter(runs)), ROWS, majority, 5000)
 
 
 class TestWords:
@@ -181,3 +181,10 @@ class TestWords:
     def test_of_a_method_alone(self):
         runs = {"lora": made("lora", 0.9, numbers=96)}
         assert said(runs) == []
+
+    def test_of_what_has_learned_nothing(self):
+        runs = {"lora": made("lora", 0.9, numbers=96), "head": made("head", 0.6, numbers=0)}
+        start = "no better than the most frequent class alone: "
+        assert said(runs, majority=0.6)[0].startswith(f"{start}head. What has learned nothing says nothing of a method")
+        assert said(runs, majority=0.95)[0].startswith(f"{start}lora, head. ")
+        assert not any(one.startswith(start) for one in said(runs, majority=0.59))

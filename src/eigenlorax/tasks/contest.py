@@ -282,12 +282,13 @@ def _outcome(prepared: Prepared, found: Mapping[Key, Run], trained: int, seconds
         tried[name] = {one: found[name, one, None].score if len(rates) > 1 else None for one in rates}
     per_epoch = -(-len(rows.whole) // contest.batch_size)
     table = verdicts.lines(runs, tried, contest.yardstick)
+    majority = max(Counter(row["labels"] for row in rows.test).values()) / len(rows.test)
     steps = runs[contest.yardstick][0].steps
     return Outcome(
         task=contest.task,
         model=prepared.base,
         labels=list(prepared.labels.names),
-        majority=max(Counter(row["labels"] for row in rows.test).values()) / len(rows.test),
+        majority=majority,
         rows=len(rows.whole),
         held_out=len(rows.held_out),
         evaluated=len(rows.test),
@@ -300,7 +301,7 @@ def _outcome(prepared: Prepared, found: Mapping[Key, Run], trained: int, seconds
         yardstick=contest.yardstick,
         basis_bytes=prepared.basis_bytes,
         methods=table,
-        findings=verdicts.words(runs, table, contest.yardstick, len(rows.test), prepared.basis_bytes),
+        findings=verdicts.words(runs, table, contest.yardstick, len(rows.test), majority, prepared.basis_bytes),
         trainings=trained,
         seconds=seconds,
     )

@@ -135,11 +135,25 @@ def _between(runs: Mapping[str, Sequence[Run]], one: str, other: str) -> Differe
 
 
 def words(
-    runs: Mapping[str, Sequence[Run]], table: Sequence[Line], yardstick: str, rows: int, basis_bytes: int
+    runs: Mapping[str, Sequence[Run]],
+    table: Sequence[Line],
+    yardstick: str,
+    rows: int,
+    majority: float,
+    basis_bytes: int,
 ) -> list[str]:
-    """What the table says of coefficients, a sentence each; nothing that its figures do not carry."""
+    """What the table says of coefficients, a sentence each; nothing that its figures do not carry.
+
+    rows: for evaluation; majority: the share of the most frequent class among them.
+    """
     by_name = {line.method: line for line in table}
     found = []
+    untaught = [line.method for line in table if line.mean <= majority]
+    if untaught:
+        found.append(
+            f"no better than the most frequent class alone: {', '.join(untaught)}. What has learned nothing says "
+            "nothing of a method; more rows, more epochs or other rates may."
+        )
     for name in _COEFFICIENTS:
         if name in by_name and name != yardstick:
             line = by_name[name]
