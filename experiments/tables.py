@@ -1,4 +1,4 @@
-"""The tables and plots of docs/results.md, and the README's, out of results/: printed, written, or compared.
+"""The tables and plots of docs/results.md, and the README's, out of results/: written, or compared.
 
 python experiments/tables.py --write     # tables between markers, and plots
 python experiments/tables.py --check     # exits with 1 where a page has other tables
@@ -12,34 +12,42 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "tuner.md", ROOT / "README.md")
 
 
 def main() -> int:
-    from harness import pages, text_tables
+    from harness import cell_tables, language_tables, pages, recycled_tables, text_tables, vision_tables
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group()
+    action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true")
     action.add_argument("--check", action="store_true")
     asked = parser.parse_args()
-    config = tomllib.loads((HERE / "configs" / "text.toml").read_text("utf-8"))
-    blocks: dict[str, Callable[[], str]] = text_tables.blocks(config)
-    stale = False
-    for page in (ROOT / "docs" / "results.md", ROOT / "README.md"):
+    configs = {
+        name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
+        for name in ("text", "language", "vision")
+    }
+    blocks: dict[str, Callable[[], str]] = {
+        **text_tables.blocks(configs["text"]),
+        **cell_tables.blocks(configs["text"]),
+        **recycled_tables.blocks(configs["text"]),
+        **language_tables.blocks(configs["language"]),
+        **vision_tables.blocks(configs["vision"]),
+    }
+    stale = []
+    for page in PAGES:
         found = page.read_text("utf-8")
         fresh = pages.filled(found, blocks)
-        if not (asked.write or asked.check):
-            print(fresh)
-        elif fresh != found:
-            stale = True
-            print(f"{page.relative_to(ROOT)}: {'written' if asked.write else 'not the tables of the results'}")
+        if fresh != found:
+            stale.append(page.relative_to(ROOT).as_posix())
             if asked.write:
                 page.write_text(fresh, "utf-8")
     if asked.write:
-        text_tables.plots(config, ROOT / "docs" / "results")
+        text_tables.plots(configs["text"], ROOT / "docs" / "results")
+    print(f"{'written' if asked.write else 'not the tables of the results'}: {', '.join(stale) or 'none'}")
     if stale and asked.check:
         print("python experiments/tables.py --write mends it.", file=sys.stderr)
-    return int(stale and asked.check)
+    return int(bool(stale) and asked.check)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Factors = Mapping[str, ex.LoRAFactors]
 def jobs(config: Json) -> Iterator[Job]:
     """One job an adapter: all ways to keep it, on the same rows."""
     asked = config["recycled"]
-    everyone = text.source_names(config, config["sources"]["sets"])
+    everyone = text.source_names(config, config["pack"]["sets"])
     for task in config["sources"]["tasks"]:
         name = f"{task}-{asked['evaluated']}"
         job = {
@@ -47,7 +47,7 @@ def strangers(config: Json, task: str) -> list[str]:
     """
     return [
         f"{other}-{one}"
-        for one in config["sources"]["sets"]
+        for one in config["pack"]["sets"]
         for other in config["sources"]["tasks"]
         if group(config, other) != group(config, task)
     ]

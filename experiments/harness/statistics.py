@@ -47,7 +47,7 @@ def mean(runs: Sequence[Run]) -> Mean:
 
 
 def over_tasks(tasks: Mapping[str, Sequence[Run]]) -> Mean:
-    """The mean over tasks of the means over seeds. The tasks themselves are taken as given: nothing is said of others."""
+    """The mean over tasks of the means over seeds. Tasks are taken as given: nothing is said of others."""
     means = [mean(runs) for runs in tasks.values()]
     half = math.sqrt(sum(one.half_width**2 for one in means)) / len(means)
     return Mean(float(np.mean([one.value for one in means])), half)

@@ -98,7 +98,7 @@ def collate() -> Any:
 
 
 def new_base(task: str, recipe: Json) -> Any:
-    """The base model. Attention as matrix products: torch's kernel for CPUs takes twice a whole step's time backward."""
+    """The base model. Attention as matrix products: backward, torch's kernel for CPUs takes half of a step's time."""
     from transformers import AutoModelForSequenceClassification
 
     kind = "single_label_classification" if meta(task)["labels"] else "regression"
@@ -158,7 +158,13 @@ def train(config: Json) -> Json:
     found = trained(model, rows, test, config)
     if pack is not None:
         found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": k_of(pack)}
+        found["subspace"] |= {"left_out": left_out(pack, config["left_out"])} if "left_out" in config else {}
     return found
+
+
+def left_out(pack: ex.Pack, names: list[str]) -> Json:
+    """Delta errors of adapters that the pack has not seen."""
+    return {name: pack.add(adapter_folder(name), name=name, warn_above=1.0).delta_error for name in names}
 
 
 def source(config: Json) -> Json:
@@ -300,6 +306,7 @@ def target(config: Json, stage: str, name: str, method: Json, task: str, seed: i
         "seed": seed,
         "pack": changes.get("pack", pack_spec(config, method)),
         "recipe": {**config["recipe"], **method.get("recipe", {}), **changes.get("recipe", {})},
+        **({"left_out": changes["left_out"]} if "left_out" in changes else {}),
     }
     return Job(f"text/{stage}/{name}--{task}--{seed}" + changes.get("suffix", ""), job, train)
 
@@ -359,23 +366,36 @@ def variations(config: Json) -> Iterator[Job]:
 
 
 def low(config: Json) -> Iterator[Job]:
-    """Bases of one to eight sources, with further directions and without, and random ones as large."""
+    """Bases of one to eight sources, with further directions and without, and random ones as large. Every seed draws
+    sources of its own."""
     asked = config["low"]
-    name, seed = asked["method"], asked["seed"]
+    name = asked["method"]
     method, rate = config["methods"][name], chosen_rate(config, name)
     everyone = source_names(config, config["pack"]["sets"][:1])
-    cells = {}
-    for n in asked["sources"]:
-        for draw in asked["draws"]:
-            drawn = sorted(random.Random(f"low {n} {draw}").sample(everyone, n))
-            spec = {**pack_spec(config, method), "sources": drawn}
+    for seed in asked["seeds"]:
+        cells: dict[str, Json] = {}
+        for n in asked["sources"]:
+            drawn = sorted(random.Random(f"low {n} {seed}").sample(everyone, n))
+            spec = {**pack_spec(config, method, k=asked["k"]), "sources": drawn}
             for n_extra in asked["n_extra"]:
-                cells[f"n{n}-extra{n_extra}-draw{draw}"] = {"pack": spec, "options": {"n_extra": n_extra}}
-                k = min(spec["k"], n * config["sources"]["rank"]) + n_extra
+                cells[f"n{n}-extra{n_extra}"] = {"pack": spec, "options": {"n_extra": n_extra}}
+                k = min(asked["k"], n * config["sources"]["rank"]) + n_extra
                 cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
-    for cell, changes in cells.items():
-        for task in config["targets"]["four"]:
-            yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
+        for cell, changes in cells.items():
+            for task in config["targets"]["four"]:
+                yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
+
+
+def gap(config: Json) -> Iterator[Job]:
+    """On the development tasks, what closes the gap between coefficients and LoRA."""
+    asked = config["gap"]
+    for name, cell in asked["cells"].items():
+        method = {"kind": cell["kind"], **({"basis": cell["basis"]} if "basis" in cell else {})}
+        pack = pack_spec(config, method, k=cell["k"]) if "basis" in cell else None
+        changes = {"options": cell["options"], "pack": pack}
+        for seed in asked["seeds"]:
+            for task in asked["tasks"]:
+                yield target(config, "gap", name, method, task, seed, cell["learning_rate"], **changes)
 
 
 def few(config: Json) -> Iterator[Job]:
@@ -402,15 +422,16 @@ def count(config: Json) -> Iterator[Job]:
         for n in asked["sources"]:
             for draw in asked["draws"] if n < len(everyone) else asked["draws"][:1]:
                 drawn = sorted(random.Random(f"count {n} {draw}").sample(everyone, n))
-                spec = {**pack_spec(config, method), "sources": drawn}
+                spec, others = {**pack_spec(config, method), "sources": drawn}, sorted(set(everyone) - set(drawn))
                 for task in asked["tasks"]:
                     for seed in config["targets"]["seeds"][:1]:
                         cell = f"{one}-n{n}-draw{draw}"
-                        yield target(config, "count", cell, method, task, seed, rate, pack=spec)
+                        yield target(config, "count", cell, method, task, seed, rate, pack=spec, left_out=others)
 
 
 STAGES = {
     "sources": sources,
+    "gap": gap,
     "rates": rates,
     "targets": targets,
     "variations": variations,

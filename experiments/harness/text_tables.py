@@ -1,83 +1,17 @@
-"""What the records of the text experiment say, as tables and plots."""
+"""What the records of the text experiment say of methods on targets: tables, and how far the goals were met."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import record, statistics, text
+from . import records, recycled_tables, statistics
 from .pages import table
-from .statistics import Mean, Run
+from .records import points, signed
 
 Json = dict[str, Any]
-Scores = dict[str, dict[int, Run]]
 
 LORA, SHARE_OF_LORA = "lora-r8", 0.98
-
-
-# --- records --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def records(stage: str) -> tuple[Json, ...]:
-    return tuple(record.read(path) for path in sorted((record.RESULTS / stage).glob("*.json")))
-
-
-def asked(one: Json) -> Json:
-    found: Json = one["run_info"]["train_config"]
-    return found
-
-
-def run_of(one: Json) -> Run:
-    return Run(one["test"]["score"], tuple(one["test"]["resampled"]))
-
-
-def scores(stage: str, method: str) -> Scores:
-    """Task → seed → run, of one method."""
-    found: Scores = {}
-    for one in records(stage):
-        config = asked(one)
-        if config["method"] == method:
-            found.setdefault(config["task"], {})[config["seed"]] = run_of(one)
-    return found
-
-
-def complete(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> bool:
-    return all(set(found.get(task, ())) >= set(seeds) for task in tasks)
-
-
-def first(stage: str, method: str) -> Json:
-    return next(one for one in records(stage) if asked(one)["method"] == method)
-
-
-# --- how figures are written ------------------------------------------------------------------------------------------
-
-
-def points(mean: Mean) -> str:
-    """A mean in points, hundredths of what is scored."""
-    return f"{100 * mean.value:.1f} ± {100 * mean.half_width:.1f}"
-
-
-def signed(mean: Mean) -> str:
-    return f"{100 * mean.value:+.1f} ± {100 * mean.half_width:.1f}"
-
-
-def source_line(stage: str, command: str) -> str:
-    """Where the figures are from: files, command, machine, versions."""
-    found = records(stage)
-    if not found:
-        return f"`{command}` has not been run."
-    where, packages = found[0]["meta_info"]["system_info"], found[0]["meta_info"]["package_info"]
-    hours = sum(one["run_info"]["total_time"] for one in found) / 3600
-    versions = ", ".join(f"{name} {packages[f'{name}-version']}" for name in ("torch", "transformers", "peft"))
-    return (
-        f"{len(found)} runs, {hours:.1f} hours of one core: [experiments/results/{stage}](../experiments/results/{stage}), "
-        f"`{command}`; {where['processor']}, python {where['python']}, {versions}."
-    )
-
-
-# --- blocks ---------------------------------------------------------------------------------------------------------
+STAGE = "text/targets"
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
@@ -87,57 +21,77 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "targets": lambda: targets_table(config),
         "targets-by-task": lambda: by_task_table(config),
         "convergence": lambda: convergence_table(config),
-        "goals": lambda: goals(config),
+        "goals": lambda: goals_table(config),
     }
 
 
 def shown(config: Json) -> list[str]:
     """Methods that have been run on all targets with all seeds, in the config's order."""
     spec = config["targets"]
-    return [name for name in config["methods"] if complete(scores("text/targets", name), spec["tasks"], spec["seeds"])]
+    return [
+        name
+        for name in config["methods"]
+        if records.complete(records.scores(STAGE, name), spec["tasks"], spec["seeds"])
+    ]
+
+
+def label(config: Json, name: str) -> str:
+    text: str = config["methods"][name]["label"]
+    return f"**{text}**" if name == config["targets"]["ours"] else text
+
+
+def numbers(name: str) -> int:
+    found: int = records.first(STAGE, name)["train_info"]["num_trainable_params"]
+    return found
+
+
+def between(one: str, other: str) -> statistics.Mean:
+    """The mean difference of two methods over targets, run by run."""
+    apart = statistics.differences(records.scores(STAGE, one), records.scores(STAGE, other))
+    return statistics.over_tasks(apart)
 
 
 def rates_table(config: Json) -> str:
+    """Mean scores on the development tasks; what was chosen is bold."""
     rows = []
     for name, method in config["methods"].items():
-        cells = []
+        means = {}
         for rate in method["rates"]:
             found = [
                 one["test"]["score"]
-                for one in records("text/rates")
-                if asked(one)["method"] == name and asked(one)["learning_rate"] == rate
+                for one in records.of("text/rates")
+                if records.asked(one)["method"] == name and records.asked(one)["learning_rate"] == rate
             ]
-            cells.append(f"{rate:g}: {100 * sum(found) / len(found):.1f}" if found else f"{rate:g}: –")
-        rows.append([method["label"], *cells])
-    tasks = ", ".join(config["development"]["rates"])
+            if found:
+                means[rate] = sum(found) / len(found)
+        best = max(sorted(means), key=lambda rate: means[rate]) if means else None
+        cells = [
+            f"{'**' if rate == best else ''}{rate:g}: {records.percent(means[rate])}{'**' if rate == best else ''}"
+            for rate in means
+        ]
+        rows.append([method["label"], *cells, *["–"] * (len(method["rates"]) - len(cells))])
+    tasks = " and ".join(config["development"]["rates"])
     return (
-        f"{table(('', 'lowest', 'middle', 'highest'), rows)}\n\nMean score on {tasks}, seed "
-        f"{config['development']['seed']}. {source_line('text/rates', 'python experiments/run.py text rates')}"
+        f"{table(('', 'lowest', 'middle', 'highest'), rows)}\n\nRate and mean score on {tasks}, seed "
+        f"{config['development']['seed']}. {records.source_line('text/rates')}"
     )
 
 
 def targets_table(config: Json) -> str:
     """Means over targets; differences are to LoRA r = 8, run by run."""
-    lora = scores("text/targets", LORA)
     rows = []
     for name in shown(config):
-        found = scores("text/targets", name)
-        info = first("text/targets", name)["train_info"]
+        found = records.scores(STAGE, name)
         overall = statistics.over_tasks({task: list(runs.values()) for task, runs in found.items()})
-        apart = statistics.over_tasks(statistics.differences(found, lora)) if lora else None
-        rows.append(
-            [
-                config["methods"][name]["label"],
-                f"{info['num_trainable_params']:,}",
-                points(overall),
-                "–" if name == LORA or apart is None else signed(apart),
-            ]
-        )
+        apart = "–" if name == LORA else signed(between(name, LORA))
+        size = records.first(STAGE, name)["train_info"]["file_size"]
+        rows.append([label(config, name), f"{numbers(name):,}", f"{size / 1000:,.0f}", points(overall), apart])
     n, seeds = len(config["targets"]["tasks"]), len(config["targets"]["seeds"])
     return (
-        f"{table(('', 'trained numbers, head aside', 'mean score', 'against LoRA r = 8'), rows)}\n\n"
-        f"Mean over {n} tasks and {seeds} seeds, in points, with 95 % intervals; differences are between runs of the same "
-        f"seed and rows. {source_line('text/targets', 'python experiments/run.py text targets')}"
+        f"{table(('', 'trained numbers', 'kB of its file', 'mean score', 'against LoRA r = 8'), rows)}\n\n"
+        f"Mean over {n} tasks and {seeds} seeds, in points, with 95 % intervals; differences are between runs of the "
+        "same seed and rows. Trained numbers are those of the method: every method trains the task's head beside them, "
+        f"which is in its file. {records.source_line(STAGE)}"
     )
 
 
@@ -145,23 +99,27 @@ def by_task_table(config: Json) -> str:
     tasks = config["targets"]["tasks"]
     rows = []
     for name in shown(config):
-        found = scores("text/targets", name)
+        found = records.scores(STAGE, name)
         means = [statistics.mean(list(found[task].values())) for task in tasks]
-        rows.append([config["methods"][name]["label"], *(points(one) for one in means)])
+        rows.append([label(config, name), *(points(one) for one in means)])
     return table(("", *tasks), rows)
 
 
-def curve(name: str) -> list[tuple[int, float, float]]:
-    """Steps, mean score on the rows for the way, and mean seconds, over all runs on targets."""
-    found = [one for one in records("text/targets") if asked(one)["method"] == name]
-    points_ = zip(*(one["train_info"]["metrics"] for one in found), strict=True)
+def curve(name: str) -> list[tuple[int, float, float, float]]:
+    """Steps, epochs, mean score on the rows for the way, and mean seconds: over all runs on targets with most steps.
+
+    Tasks with fewer rows have fewer steps, so that points are those of equal parts of a training.
+    """
+    found = [one for one in records.of(STAGE) if records.asked(one)["method"] == name]
+    parts = zip(*(one["train_info"]["metrics"] for one in found), strict=True)
     return [
         (
-            sum(one["step"] for one in each) // len(each),
+            max(one["step"] for one in each),
+            max(one["epoch"] for one in each),
             sum(score_at(one) for one in each) / len(each),
             sum(one["train time"] for one in each) / len(each),
         )
-        for each in points_
+        for each in parts
     ]
 
 
@@ -169,44 +127,105 @@ def score_at(point: Json) -> float:
     return next(value for key, value in point.items() if key.startswith("test "))
 
 
-def steps_to(name: str, wanted: float) -> tuple[float, float] | None:
-    """Steps and seconds until the mean curve reaches a score, between two points in proportion."""
-    before = (0, 0.0, 0.0)
-    for here in curve(name):
-        if here[1] >= wanted:
-            share = (wanted - before[1]) / (here[1] - before[1]) if here[1] > before[1] else 1.0
-            return before[0] + share * (here[0] - before[0]), before[2] + share * (here[2] - before[2])
-        before = here
+def share_to(name: str, wanted: float) -> tuple[float, float] | None:
+    """The share of the training, and the seconds, until the mean curve reaches a score: between two points in
+    proportion."""
+    before, last = (0.0, 0.0, 0.0), curve(name)[-1][0]
+    for step, _, score, seconds in curve(name):
+        if score >= wanted:
+            part = (wanted - before[1]) / (score - before[1])
+            return (before[0] + part * (step - before[0])) / last, before[2] + part * (seconds - before[2])
+        before = (step, score, seconds)
     return None
 
 
+def wanted_score() -> float:
+    return SHARE_OF_LORA * curve(LORA)[-1][2]
+
+
 def convergence_table(config: Json) -> str:
-    names = shown(config)
-    if LORA not in names:
-        return "Not yet measured."
-    wanted = SHARE_OF_LORA * curve(LORA)[-1][1]
-    header = [str(step) for step, _, _ in curve(LORA)]
+    wanted = wanted_score()
+    header = [f"{epoch:g}" for _, epoch, _, _ in curve(LORA)]
     rows = []
-    for name in names:
-        reached = steps_to(name, wanted)
-        cells = [f"{100 * score:.1f}" for _, score, _ in curve(name)]
-        rows.append(
-            [
-                config["methods"][name]["label"],
-                *cells,
-                *((f"{reached[0]:.0f}", f"{reached[1]:.0f}") if reached else ("never", "–")),
-            ]
-        )
+    for name in shown(config):
+        reached = share_to(name, wanted)
+        ends = (f"{reached[0]:.2f}", f"{reached[1]:.1f}") if reached else ("never", "–")
+        rows.append([label(config, name), *(records.percent(score) for _, _, score, _ in curve(name)), *ends])
     return (
-        f"{table(('after steps', *header, 'steps to 98 %', 'seconds'), rows)}\n\n"
-        f"Mean score on {config['recipe']['rows_on_the_way']} test rows of each target; 98 % of LoRA's last score are "
-        f"{100 * wanted:.1f}. Seconds of training alone."
+        f"{table(('score after epochs', *header, 'share of steps to 98 %', 'seconds'), rows)}\n\n"
+        f"Mean score on {config['recipe']['rows_on_the_way']} test rows of each target, which nothing is chosen by; "
+        f"98 % of LoRA's last score are {records.percent(wanted)}. A training has {curve(LORA)[-1][0]} steps at most. "
+        "Seconds of training alone, on a thread that shares its core with another one: compare them with each other."
     )
 
 
-def goals(config: Json) -> str:
-    return ""
+def goals_table(config: Json) -> str:
+    """What the project set out to reach, and what came out."""
+    ours, found = config["targets"]["ours"], shown(config)
+    rows = []
+    if {ours, LORA} <= set(found):
+        apart, share = between(ours, LORA), numbers(LORA) / numbers(ours)
+        rows.append(
+            (
+                "at most 0.5 points below LoRA r = 8, with at most 1/12 of its numbers",
+                f"{signed(apart)}, with 1/{share:.1f}",
+                apart.value >= -0.005 and share >= 12,
+            )
+        )
+    for other in ("vera", "vblora", "lora-xs"):
+        if {ours, other} <= set(found):
+            apart = between(ours, other)
+            rows.append(
+                (
+                    f"2 points above {config['methods'][other]['label']}, with no more numbers",
+                    f"{signed(apart)}, {numbers(ours):,} to {numbers(other):,}",
+                    apart.value >= 0.02 and numbers(ours) <= numbers(other),
+                )
+            )
+    random = config["targets"]["random"]
+    if {ours, random} <= set(found):
+        apart = between(ours, random)
+        rows.append(("above a random basis of equal size, by more than the interval", signed(apart), apart.low > 0))
+    if {ours, LORA} <= set(found):
+        mine, theirs = share_to(ours, wanted_score()), share_to(LORA, wanted_score())
+        assert theirs is not None
+        said = f"{mine[0] / theirs[0]:.2f} of them" if mine else "not reached"
+        reached = mine is not None and mine[0] <= theirs[0] / 2
+        rows.append(("98 % of LoRA's last score in half of the steps that LoRA needs", said, reached))
+    kept = recycled_tables.at_a_sixth(config)
+    if kept is not None:
+        k, lost = kept
+        rows.append(
+            (
+                "recycled at a sixth of the bytes, basis counted, 100 adapters: 0.5 points lost at most",
+                f"k = {k}: {100 * lost:.1f} lost",
+                lost <= 0.005,
+            )
+        )
+    return table(("goal", "measured", ""), [(goal, said, "reached" if met else "missed") for goal, said, met in rows])
 
 
 def plots(config: Json, folder: Path) -> None:
     """Learning curves, as SVG."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": "eigenlorax", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for name in shown(config):
+            drawn = curve(name)
+            wide = 2.5 if name in (config["targets"]["ours"], LORA) else 1.0
+            axes.plot(
+                [epoch for _, epoch, _, _ in drawn],
+                [100 * score for _, _, score, _ in drawn],
+                label=config["methods"][name]["label"],
+                linewidth=wide,
+            )
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("mean score on targets")
+        axes.legend(fontsize=7, ncols=2)
+        figure.savefig(folder / "curves.svg", metadata={"Date": None})
+        plt.close(figure)

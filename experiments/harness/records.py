@@ -1,0 +1,74 @@
+"""Records of runs, read back: scores by task and seed, how figures are written. Nothing here knows a stage."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from . import record
+from .statistics import Mean, Run
+
+Json = dict[str, Any]
+Scores = dict[str, dict[int, Run]]
+
+
+@cache
+def of(stage: str) -> tuple[Json, ...]:
+    """All records of a stage."""
+    return tuple(record.read(path) for path in sorted((record.RESULTS / stage).glob("*.json")))
+
+
+def asked(one: Json) -> Json:
+    found: Json = one["run_info"]["train_config"]
+    return found
+
+
+def scores(stage: str, method: str) -> Scores:
+    """Task → seed → run, of one method."""
+    found: Scores = {}
+    for one in of(stage):
+        config = asked(one)
+        if config["method"] == method:
+            run = Run(one["test"]["score"], tuple(one["test"]["resampled"]))
+            found.setdefault(config["task"], {})[config["seed"]] = run
+    return found
+
+
+def complete(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> bool:
+    return all(set(found.get(task, ())) >= set(seeds) for task in tasks)
+
+
+def some(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> Scores:
+    """Those of some tasks and seeds."""
+    return {task: {seed: found[task][seed] for seed in seeds} for task in tasks}
+
+
+def first(stage: str, method: str) -> Json:
+    return next(one for one in of(stage) if asked(one)["method"] == method)
+
+
+def points(mean: Mean) -> str:
+    """A mean in points, hundredths of what is scored."""
+    return f"{100 * mean.value:.1f} ± {100 * mean.half_width:.1f}"
+
+
+def signed(mean: Mean) -> str:
+    return f"{100 * mean.value:+.1f} ± {100 * mean.half_width:.1f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def source_line(stage: str) -> str:
+    """Where the figures are from: files, command, machine, versions."""
+    experiment, _, part = stage.partition("/")
+    command = f"python experiments/run.py {experiment} {part}"
+    found = of(stage)
+    where, packages = found[0]["meta_info"]["system_info"], found[0]["meta_info"]["package_info"]
+    hours = sum(one["run_info"]["total_time"] for one in found) / 3600
+    versions = ", ".join(f"{name} {packages[f'{name}-version']}" for name in ("torch", "transformers", "peft"))
+    return (
+        f"{len(found)} runs, {hours:.1f} hours of one thread: "
+        f"[experiments/results/{stage}](../experiments/results/{stage}), `{command}`; {where['processor']}, "
+        f"python {where['python']}, {versions}."
+    )

@@ -1,0 +1,95 @@
+"""What the records of recycled adapters say."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import records
+from .pages import table
+from .records import percent
+
+Json = dict[str, Any]
+
+STAGE = "text/recycled"
+A_SIXTH, MANY = 6, 100
+
+
+def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
+    """Name of a block → its Markdown."""
+    return {"recycled": lambda: recycled_table(config)}
+
+
+def ways() -> dict[tuple[str, int | None, int | None], list[Json]]:
+    """Way to keep an adapter, k and bits → what became of each adapter."""
+    found: dict[tuple[str, int | None, int | None], list[Json]] = {}
+    for one in records.of(STAGE):
+        for row in one["test"]["ways"]:
+            found.setdefault((row["way"], row["k"], row["bits"]), []).append(row)
+    return found
+
+
+def mean(rows: list[Json], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def full_numbers() -> int:
+    """Numbers of an adapter as it was trained, its head aside."""
+    found: int = records.of(STAGE)[0]["test"]["numbers"]
+    return found
+
+
+def at_a_sixth(config: Json) -> tuple[int, float] | None:
+    """The largest k whose basis and coefficients are a sixth of the adapters' bytes when there are 100, and the score
+    that adapters in the fit lose there on average. None as long as not all have been recycled."""
+    found = ways()
+    if len(records.of(STAGE)) < len(config["sources"]["tasks"]):
+        return None
+    fits = [
+        k for k in config["recycled"]["k"] if mean(found["seen", k, None], "numbers_at_100") <= full_numbers() / A_SIXTH
+    ]
+    k = max(fits)
+    return k, mean(found["original", None, None], "score") - mean(found["seen", k, None], "score")
+
+
+def recycled_table(config: Json) -> str:
+    """Scores, answers and errors of every way, over all source adapters."""
+    found = ways()
+    original = mean(found["original", None, None], "score")
+    n = len(records.of(STAGE)[0]["run_info"]["train_config"]["sources"])
+    full = full_numbers()
+
+    def row(name: str, rows: list[Json], ratio: str, many: str) -> tuple[str, ...]:
+        lost = original - mean(rows, "score")
+        worst = max(
+            one["score"] - other["score"] for one, other in zip(found["original", None, None], rows, strict=True)
+        )
+        return (
+            name,
+            ratio,
+            many,
+            percent(mean(rows, "score")),
+            f"{-100 * lost:+.1f}",
+            f"{-100 * worst:+.1f}",
+            percent(mean(rows, "agreement")),
+            f"{mean(rows, 'delta_error'):.2f}",
+        )
+
+    rows = [row("as trained", found["original", None, None], "1", "1")]
+    for k in config["recycled"]["k"]:
+        seen = found["seen", k, None]
+        ratio, many = (f"{full / mean(seen, name):.1f}" for name in ("numbers_an_adapter", "numbers_at_100"))
+        rows.append(row(f"k = {k}, in the fit", seen, ratio, many))
+        rows.append(row(f"k = {k}, left out", found["left out", k, None], ratio, many))
+        rows.append(row(f"SVD truncation to as much as k = {k}", found["truncated", k, None], ratio, ratio))
+    for bits in (8, 4):
+        kept = found["rounded", None, bits]
+        ratio = f"{2 * full / mean(kept, 'bytes'):.1f}"
+        rows.append(row(f"rounded to {bits} bits", kept, ratio, ratio))
+    rows.append(row("the mean of others", found["mean of others", None, None], "–", "–"))
+    rows.append(row("no adapter", found["base", None, None], "–", "–"))
+    header = ("", f"times smaller, {n}", f"{MANY} adapters", "score", "change", "worst", "same answer", "delta error")
+    return (
+        f"{table(header, rows)}\n\n{len(records.of(STAGE))} source adapters, {config['recycled']['test_rows']} test "
+        "rows of each, heads as trained. Sizes are of what adapts, in 16 bits a number, with the basis in them: shared by "
+        f"the {n} of this fit, or by {MANY}. Left out: the basis is that of tasks of other groups. "
+        f"{records.source_line(STAGE)}"
+    )
