@@ -13,7 +13,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS, DEMO, TUNER, REPORT = (RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report"))
-NEW_TASKS = ROOT / "experiments" / "coefficients" / "results.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MISSED = " ✗"
 FIGURES = ("mean", "mean_square", "worst")
@@ -33,9 +32,7 @@ def main() -> int:
         ROOT / "docs" / "report.md": report_table(report),
         ROOT / "benchmarks" / "README.md": markdown(peers),
         ROOT / "README.md": figures_table(peers, demo),
-        ROOT
-        / "docs"
-        / "tuner.md": f"{tuner_table(tuner)}\n\n{new_tasks_table(json.loads(NEW_TASKS.read_text('utf-8')))}",
+        ROOT / "docs" / "tuner.md": tuner_table(tuner),
     }
     if not (arguments.write or arguments.check):
         print("\n\n".join(blocks.values()))
@@ -103,26 +100,6 @@ def tuner_table(tuner: Json) -> str:
         f"{table(header, rows)}\n\n"
         f"`{tuner['command']}`; {where['processor']}, one thread, torch {where['torch']}, peft {where['peft']}, "
         f"transformers {where['transformers']}, seed {tuner['seed']}."
-    )
-
-
-def new_tasks_table(results: Json) -> str:
-    """Accuracy on tasks that the basis has not seen: mean of the seeds, and the least and most."""
-    recipe, runs = results["recipe"], results["runs"]
-    tasks = [task for task in runs if all(len(one["test"]) == len(recipe["seeds"]) for one in runs[task].values())]
-    rows = []
-    for method, first in runs[tasks[0]].items():
-        cells = []
-        for task in tasks:
-            each = [one["accuracy"] for one in runs[task][method]["test"].values()]
-            cells.append(f"{sum(each) / len(each):.3f} ({min(each):.3f}–{max(each):.3f})")
-        rows.append([method, f"{first['trained_numbers']:,}", *cells])
-    return (
-        f"Accuracy on the test rows of tasks that no adapter of the basis was trained on (MiniLM, the demo's sixteen "
-        f"adapters, k = {recipe['k']}), after {recipe['epochs']} epochs on {recipe['train_rows']} rows; mean "
-        f"(least–most) of {len(recipe['seeds'])} seeds. Rates chosen on {recipe['held_out_rows']} further rows.\n\n"
-        f"{table(('', 'trained numbers, head aside', *tasks), rows)}\n\n"
-        f"`{results['command']}`; one thread, torch {results['environment']['torch']}."
     )
 
 

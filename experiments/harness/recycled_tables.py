@@ -89,7 +89,7 @@ def recycled_table(config: Json) -> str:
     header = ("", f"times smaller, {n}", f"{MANY} adapters", "score", "change", "worst", "same answer", "delta error")
     return (
         f"{table(header, rows)}\n\n{len(records.of(STAGE))} source adapters, {config['recycled']['test_rows']} test "
-        "rows of each, heads as trained. Sizes are of what adapts, in 16 bits a number, with the basis in them: shared by "
-        f"the {n} of this fit, or by {MANY}. Left out: the basis is that of tasks of other groups. "
+        "rows of each, heads as trained. Sizes are of what adapts, in 16 bits a number, with the basis in them: shared "
+        f"by the {n} of this fit, or by {MANY}. Left out: the basis is that of tasks of other groups. "
         f"{records.source_line(STAGE)}"
     )

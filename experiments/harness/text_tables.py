@@ -22,6 +22,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "targets-by-task": lambda: by_task_table(config),
         "convergence": lambda: convergence_table(config),
         "goals": lambda: goals_table(config),
+        "summary": lambda: summary_table(config),
     }
 
 
@@ -92,6 +93,23 @@ def targets_table(config: Json) -> str:
         f"Mean over {n} tasks and {seeds} seeds, in points, with 95 % intervals; differences are between runs of the "
         "same seed and rows. Trained numbers are those of the method: every method trains the task's head beside them, "
         f"which is in its file. {records.source_line(STAGE)}"
+    )
+
+
+def summary_table(config: Json) -> str:
+    """The same in small, for pages about something else."""
+    rows = []
+    for name in (one for one in shown(config) if one in config["targets"]["in_short"]):
+        apart = "–" if name == LORA else signed(between(name, LORA))
+        overall = statistics.over_tasks(
+            {task: list(runs.values()) for task, runs in records.scores(STAGE, name).items()}
+        )
+        rows.append([label(config, name), f"{numbers(name):,}", points(overall), apart])
+    n, seeds = len(config["targets"]["tasks"]), len(config["targets"]["seeds"])
+    header = ("a new task, trained by", "trained numbers, head aside", "mean score", "against LoRA r = 8")
+    return (
+        f"{table(header, rows)}\n\nMiniLM, a basis of {len(config['sources']['tasks'])} adapters of other tasks; "
+        f"{n} tasks, {seeds} seeds, 95 % intervals. `python experiments/run.py text targets`."
     )
 
 
