@@ -191,12 +191,10 @@ def source(config: Json) -> Json:
 def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
     """Train and test; what a record says of it."""
     recipe = config["recipe"]
-    asked = trial.Recipe(config["learning_rate"], **{name: recipe[name] for name in RECIPE})
+    options = {name: recipe[name] for name in RECIPE}
     if config["kind"] == "head":
-        asked = trial.Recipe(
-            config["learning_rate"],
-            **{**{name: recipe[name] for name in RECIPE}, "head_learning_rate": config["learning_rate"]},
-        )
+        options["head_learning_rate"] = config["learning_rate"]
+    asked = trial.Recipe(config["learning_rate"], config.get("optimizer", "adamw"), **options)
     # of like length in a batch; rows are scored in the order that they are given in
     way, test = (sorted(part, key=length) for part in (test[: recipe["rows_on_the_way"]], test))
     wanted = np.array([row["labels"] for row in test])
@@ -302,6 +300,7 @@ def target(config: Json, stage: str, name: str, method: Json, task: str, seed: i
         "kind": method["kind"],
         "options": {**method.get("options", {}), **changes.get("options", {})},
         "learning_rate": rate,
+        "optimizer": method.get("optimizer", "adamw"),
         "rows": changes.get("rows", config["recipe"]["rows"]),
         "seed": seed,
         "pack": changes.get("pack", pack_spec(config, method)),
@@ -390,7 +389,7 @@ def gap(config: Json) -> Iterator[Job]:
     """On the development tasks, what closes the gap between coefficients and LoRA."""
     asked = config["gap"]
     for name, cell in asked["cells"].items():
-        method = {"kind": cell["kind"], **({"basis": cell["basis"]} if "basis" in cell else {})}
+        method = {name: cell[name] for name in ("kind", "basis", "optimizer") if name in cell}
         pack = pack_spec(config, method, k=cell["k"]) if "basis" in cell else None
         changes = {"options": cell["options"], "pack": pack}
         for seed in asked["seeds"]:

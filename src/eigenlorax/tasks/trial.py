@@ -55,14 +55,16 @@ REDUCED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"likelihood": row_loss
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How all methods of a comparison are trained: AdamW, a linear warm-up and a linear decay to zero.
+    """How all methods of a comparison are trained: a linear warm-up and a linear decay to zero.
 
-    learning_rate: of the method's numbers; heads have their own, whatever the method. evaluations: scores taken on the
+    learning_rate: of the method's numbers; heads have their own, whatever the method. optimizer: of the method's
+    numbers, "adamw" or "soap" (`tuner.SOAP`); heads get AdamW. evaluations: scores taken on the
     way, in equal steps, the end included. bf16: autocast, of what is not trained. by_length: rows of like length meet
     in a batch, which halves the padding; for rows that have a length.
     """
 
     learning_rate: float
+    optimizer: str = "adamw"
     head_learning_rate: float = 5e-3
     epochs: float = 4.0
     batch_size: int = 32
@@ -176,7 +178,7 @@ def _trainer(
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    optimizer = torch.optim.AdamW(_groups(model, recipe), weight_decay=0.0)
+    optimizer = _optimizer(model, recipe)
     parts = recipe.evaluations
     clock = _Clock({math.ceil(steps * part / parts) for part in range(1, parts + 1)})
 
@@ -211,13 +213,22 @@ def _predicted(trainer: Any, rows: Sequence[Any], recipe: Recipe, metric: Metric
     return found.predictions[np.argsort(order)], metric(found.predictions, found.label_ids)
 
 
-def _groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    own, head = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if methods.is_head(name) else own).append(parameter)
+    # of AdamW, the key is one that it does not look at
     groups = [
-        {"params": [one for name, one in named if not methods.is_head(name)], "lr": recipe.learning_rate},
-        {"params": [one for name, one in named if methods.is_head(name)], "lr": recipe.head_learning_rate},
+        {"params": own, "lr": recipe.learning_rate},
+        {"params": head, "lr": recipe.head_learning_rate, "max_side": 0},
     ]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+    from ..tuner import SOAP
+
+    return SOAP(groups)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> Any:

@@ -1,0 +1,177 @@
+"""The optimizer for coefficients: they are few, so that Adam can run in the eigenbasis of their gradients."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from ..errors import OptionError
+from ..options import integer, number
+
+MAX_SIDE = 512
+"""The longest side of a matrix that is rotated: 1 MiB a side in float32, and a decomposition of that size."""
+
+
+class SOAP(Optimizer):
+    """
+    SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the eigenbasis of Shampoo's two preconditioners.
+
+    A matrix G of gradients has a second moment on either side, G Gᵀ and Gᵀ G; in their eigenbases its entries are
+    nearly uncorrelated, which is what Adam takes them to be. For a LoRA's factors, thousands long, that costs too much;
+    coefficients are small on both sides. Parameters that are no matrices, or longer than `max_side` on one side, get
+    AdamW. The first step of a matrix only begins the second moments, as the authors have it.
+
+    Args:
+        params (iterable):
+            Parameters, or groups of them, as for any optimizer of torch; a group may have options of its own, such as
+            `lr`. `coefficient_groups` makes those of a model.
+        lr (`float`):
+            The step, in units of Adam's: what each entry moves by, in the eigenbasis.
+        betas (`tuple`):
+            Decay of the mean of gradients, and of all second moments.
+        eps (`float`), weight_decay (`float`):
+            As in AdamW: the decay is apart from the gradients.
+        precondition_frequency (`int`):
+            Steps between two eigenbases.
+        max_side (`int`):
+            The longest side that is decomposed; 0 for AdamW.
+
+    The state of a matrix (m, n) is 2·m·n + 2·(m² + n²) numbers. Parameters are to be float32, as coefficients are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        precondition_frequency: int = 5,
+        max_side: int = MAX_SIDE,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0 <= number(name, value) < math.inf:
+                raise OptionError(f"{name} must be a number from 0 on, got {value!r}.")
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise OptionError(f"betas must be two numbers from 0 to below 1, got {betas!r}.")
+        for name, value, least in (
+            ("precondition_frequency", precondition_frequency, 1),
+            ("max_side", max_side, 0),
+        ):
+            if integer(name, value) < least:
+                raise OptionError(f"{name} must be at least {least}, got {value!r}.")
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "precondition_frequency": precondition_frequency,
+                "max_side": max_side,
+            },
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; `closure` gives the loss anew, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            due = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise RuntimeError("SOAP does not take sparse gradients.")
+                state = self.state[parameter]
+                if not state:
+                    _begin(state, parameter, group["max_side"])
+                state["step"] += 1
+                if "left" in state:
+                    _see(state, parameter.grad, group["betas"][1])
+                    if state["step"] == 1 or state["step"] % group["precondition_frequency"] == 0:
+                        due.append(state)
+            _decompose(due)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    _move(parameter, self.state[parameter], group)
+        return loss
+
+
+def coefficient_groups(model: nn.Module, *, lr: float = 2e-2, head_lr: float = 5e-3) -> list[dict[str, Any]]:
+    """
+    Groups of a model's trained parameters, for [`SOAP`]: coefficients, and all else that is trained, such as a task's
+    head, which gets AdamW.
+
+    Args:
+        model (`nn.Module`):
+            What `get_peft_model` gives.
+        lr (`float`), head_lr (`float`):
+            The rates of the two.
+    """
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts["eigenlorax_" in name].append(parameter)
+    groups = [{"params": parts[True], "lr": lr}, {"params": parts[False], "lr": head_lr, "max_side": 0}]
+    return [group for group in groups if group["params"]]
+
+
+def _begin(state: dict[str, Any], parameter: nn.Parameter, max_side: int) -> None:
+    state["step"] = 0
+    state["mean"] = torch.zeros_like(parameter)
+    state["square"] = torch.zeros_like(parameter)
+    if parameter.ndim == 2 and max(parameter.shape) <= max_side:
+        rows, columns = parameter.shape
+        for side, size in (("left", rows), ("right", columns)):
+            state[side] = parameter.new_zeros(size, size)
+
+
+def _see(state: dict[str, Any], gradient: Tensor, decay: float) -> None:
+    """Take a gradient into the second moments of both sides."""
+    state["left"].lerp_(gradient @ gradient.mT, 1 - decay)
+    state["right"].lerp_(gradient.mT @ gradient, 1 - decay)
+
+
+def _decompose(states: list[dict[str, Any]]) -> None:
+    """Eigenbases of second moments: all of one size at once."""
+    sizes: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for state in states:
+        for side in ("left", "right"):
+            sizes.setdefault(len(state[side]), []).append((state, side))
+    for places in sizes.values():
+        moments = torch.stack([state[side] for state, side in places])
+        # scaled, since gradients may be so small that their squares are lost; what is no number is left to the loss
+        scale = moments.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(moments.dtype).tiny)[:, None, None]
+        finite = moments.isfinite().all(-1).all(-1)[:, None, None]
+        identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+        bases = torch.linalg.eigh(torch.where(finite, moments / scale, identity)).eigenvectors
+        for (state, side), basis in zip(places, bases, strict=True):
+            state[f"{side}_basis"] = basis.clone()
+
+
+def _move(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Adam's step, in the eigenbases where there are some."""
+    step, (first, second) = state["step"], group["betas"]
+    rotated = "left" in state
+    state["mean"].lerp_(parameter.grad, 1 - first)
+    gradient, mean = parameter.grad, state["mean"]
+    if rotated:
+        left, right = state["left_basis"], state["right_basis"]
+        gradient, mean = (left.mT @ one @ right for one in (gradient, mean))
+    state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    if rotated and step == 1:
+        return
+    root = (state["square"] / (1 - second**step)).sqrt_().add_(group["eps"])
+    change = mean / (1 - first**step) / root
+    if rotated:
+        change = left @ change @ right.mT
+    if group["weight_decay"]:
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(change, alpha=-group["lr"])

@@ -1,0 +1,182 @@
+"""SOAP: against a slow oracle in float64, AdamW where nothing is rotated, and what the method is for."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from eigenlorax.errors import OptionError
+from eigenlorax.tuner import SOAP
+
+
+def gradients(shape, steps, *, seed=0):
+    """One for each step, of a second moment that is far from diagonal."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = [torch.randn(n, n, generator=generator, dtype=torch.float64) for n in shape]
+    return [mixing[0] @ torch.randn(shape, generator=generator, dtype=torch.float64) @ mixing[1] for _ in range(steps)]
+
+
+def run(parameter, given, **options):
+    optimizer = SOAP([parameter], **options)
+    for gradient in given:
+        parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    return optimizer
+
+
+def oracle(start, given, *, lr, betas, eps, weight_decay, every):
+    """The method as its paper has it, an entry at a time: a matrix is moved along pairs of eigenvectors."""
+    first, second = betas
+    weight, mean = start.clone(), torch.zeros_like(start)
+    left, right = (torch.zeros(n, n, dtype=torch.float64) for n in start.shape)
+    square = torch.zeros_like(start)
+    for step, gradient in enumerate(given, 1):
+        left = second * left + (1 - second) * gradient @ gradient.T
+        right = second * right + (1 - second) * gradient.T @ gradient
+        if step == 1 or step % every == 0:
+            u, v = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
+        mean = first * mean + (1 - first) * gradient
+        change = torch.zeros_like(start)
+        for i in range(start.shape[0]):
+            for j in range(start.shape[1]):
+                pair = torch.outer(u[:, i], v[:, j])
+                square[i, j] = second * square[i, j] + (1 - second) * (pair * gradient).sum() ** 2
+                along = (pair * mean).sum() / (1 - first**step)
+                change += along / (math.sqrt(square[i, j] / (1 - second**step)) + eps) * pair
+        if step > 1:
+            weight = weight * (1 - lr * weight_decay) - lr * change
+    return weight
+
+
+# with a longer wait, only where one gradient has all directions is there but one eigenbasis
+@pytest.mark.parametrize(("shape", "every"), [((3, 5), 1), ((4, 4), 1), ((1, 6), 1), ((4, 4), 3)])
+def test_is_adam_in_the_eigenbasis(shape, every):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    given = gradients(shape, 8)
+    parameter = nn.Parameter(start.clone())
+    run(parameter, given, precondition_frequency=every, **options)
+    assert torch.allclose(parameter, oracle(start, given, every=every, **options), atol=1e-10)
+
+
+def test_does_not_depend_on_the_basis():
+    """Coefficients over a turned basis are the same adapter, and are trained alike; AdamW would tell them apart."""
+    turned = [torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))[0]
+              for n in (1, 2)]  # fmt: skip
+    given = gradients((4, 4), 6)
+    here, there = (nn.Parameter(torch.zeros(4, 4, dtype=torch.float64)) for _ in range(2))
+    run(here, given, precondition_frequency=1)
+    run(there, [turned[0] @ one @ turned[1].T for one in given], precondition_frequency=1)
+    assert torch.allclose(turned[0] @ here @ turned[1].T, there, atol=1e-9)
+    assert here.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 9), (2, 3, 2)])
+def test_what_is_no_small_matrix_gets_adamw(shape):
+    options = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05}
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    given = [torch.randn(shape) for _ in range(5)]
+    run(ours, given, max_side=8, **options)
+    optimizer = torch.optim.AdamW([theirs], **options)
+    for gradient in given:
+        theirs.grad = gradient.clone()
+        optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_groups_have_rates_of_their_own():
+    still, moved = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = SOAP([{"params": [still], "lr": 0.0}, {"params": [moved]}], lr=0.1)
+    for _ in range(2):
+        still.grad, moved.grad = torch.eye(2), torch.eye(2)
+        optimizer.step()
+    assert torch.equal(still, torch.ones(2, 2))
+    assert not torch.equal(moved, torch.ones(2, 2))
+
+
+def test_gets_down_a_narrow_valley_that_adam_does_not():
+    """A quadratic whose axes are none of the coordinates'."""
+    generator = torch.Generator().manual_seed(3)
+    sides = [torch.linalg.qr(torch.randn(8, 8, generator=generator))[0] for _ in range(2)]
+    steep = torch.logspace(0, -3, 8)
+    wanted = torch.randn(8, 8, generator=generator)
+
+    def loss(weight):
+        turned = sides[0].mT @ (weight - wanted) @ sides[1]
+        return (turned.square() * torch.outer(steep, steep)).sum()
+
+    def lowest(make):
+        found = []
+        for lr in (0.003, 0.01, 0.03, 0.1, 0.3):
+            weight = nn.Parameter(torch.zeros(8, 8))
+            optimizer = make([weight], lr)
+            for _ in range(60):
+                optimizer.zero_grad()
+                loss(weight).backward()
+                optimizer.step()
+            found.append(float(loss(weight)))
+        return min(found)
+
+    ours = lowest(lambda parameters, lr: SOAP(parameters, lr=lr))
+    adam = lowest(lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=(0.9, 0.95)))
+    assert ours < adam / 2
+
+
+def test_goes_on_from_its_state():
+    given = gradients((4, 3), 9)
+    whole, halves = (nn.Parameter(torch.zeros(4, 3)) for _ in range(2))
+    run(whole, given)
+    first = run(halves, given[:4])
+    fresh = SOAP([halves])
+    fresh.load_state_dict(copy.deepcopy(first.state_dict()))
+    for gradient in given[4:]:
+        halves.grad = gradient.float()
+        fresh.step()
+    assert torch.equal(whole, halves)
+
+
+@pytest.mark.parametrize("gradient", [torch.zeros(3, 3), torch.full((3, 3), 1e-30), torch.full((3, 3), math.nan)])
+def test_takes_any_gradient(gradient):
+    """What is no number goes into the weights, where the Trainer finds it; nothing fails on the way."""
+    parameter = nn.Parameter(torch.zeros(3, 3))
+    run(parameter, [gradient] * 6)
+    assert torch.isfinite(parameter).all() == torch.isfinite(gradient).all()
+
+
+def test_the_closure_gives_the_loss():
+    parameter = nn.Parameter(torch.ones(2, 2))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer = SOAP([parameter])
+    assert float(optimizer.step(closure)) == 4.0
+    assert parameter.grad is not None
+
+
+def test_parameters_without_gradients_stay():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    SOAP([parameter]).step()
+    assert torch.equal(parameter, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a number from 0 on, got -1.0"),
+        ({"eps": math.nan}, "eps must be"),
+        ({"weight_decay": "much"}, "weight_decay must be a number"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"precondition_frequency": 0}, "precondition_frequency must be at least 1, got 0"),
+        ({"max_side": 2.5}, "max_side must be an integer, got 2.5"),
+    ],
+)
+def test_refuses_options_that_make_no_sense(options, message):
+    with pytest.raises(OptionError, match=message):
+        SOAP([nn.Parameter(torch.ones(2, 2))], **options)
