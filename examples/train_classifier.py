@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import eigenlorax as ex
 from eigenlorax.tasks import demo
+from eigenlorax.tuner import SOAP, coefficient_groups
 
 adapters = [path for path in (demo.data() / "adapters").iterdir() if not path.name.startswith("sms-spam")]
 pack = ex.fit(adapters, n_components=32)
@@ -26,11 +27,11 @@ rows = [{**tokenizer(one.text, truncation=True, max_length=64), "labels": one.la
 train, held_out = rows[::2], rows[1::2]
 
 configs = {
-    "LoRA": (LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]), 1e-3),
-    "coefficients": (ex.EigenLoraxConfig(task_type="SEQ_CLS", r=8, subspace=pack), 1e-2),
-    "core": (ex.EigenLoraxConfig(task_type="SEQ_CLS", core=True, subspace=pack), 1e-2),
+    "LoRA": LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"]),
+    "coefficients": ex.EigenLoraxConfig(task_type="SEQ_CLS", r=8, subspace=pack),
+    "core": ex.EigenLoraxConfig(task_type="SEQ_CLS", core=True, subspace=pack),
 }
-for name, (config, learning_rate) in configs.items():
+for name, config in configs.items():
     set_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
     model = get_peft_model(base, config)
@@ -38,12 +39,13 @@ for name, (config, learning_rate) in configs.items():
         options = TrainingArguments(
             folder,
             num_train_epochs=20,
-            learning_rate=learning_rate,
+            learning_rate=1e-3,  # of the LoRA; coefficients have their own optimizer
             report_to=[],
             disable_tqdm=True,
             save_strategy="no",
         )
-        trainer = Trainer(model, options, train_dataset=train, processing_class=tokenizer)
+        optimizer = SOAP(coefficient_groups(model)) if name != "LoRA" else None
+        trainer = Trainer(model, options, train_dataset=train, processing_class=tokenizer, optimizers=(optimizer, None))
         trainer.train()
         predicted = torch.as_tensor(trainer.predict(held_out).predictions).argmax(-1)
     right = sum(int(label) == row["labels"] for label, row in zip(predicted, held_out, strict=True))

@@ -35,7 +35,7 @@ from eigenlorax.tasks.options import Columns, Training
 from eigenlorax.tasks.train import RECORD, read_record, train
 
 K, RANK = 9, 4
-QUICK = {"learning_rate": 0.1, "rank": RANK}
+QUICK = {"learning_rate": 0.1, "head_learning_rate": 0.1, "rank": RANK}
 
 
 def classify(place, **fields):
@@ -380,6 +380,37 @@ class TestTheTrainersOptions:
         for key in one:
             torch.testing.assert_close(one[key], other[key], atol=1e-4, rtol=1e-4)
 
+    def test_an_optimizer_takes_the_place_of_ours(self, place):
+        """SOAP moves no coefficient in its first step, and AdamW does."""
+        first = {"max_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
+        train(place / "pack", classify(place, trainer_options=first), place / "ours")
+        options = {**first, "optim": "adamw_torch"}
+        train(place / "pack", classify(place, head_learning_rate=None, trainer_options=options), place / "theirs")
+        moved = {
+            name: any(tensor.any() for key, tensor in weights(place / name).items() if "eigenlorax_up" in key)
+            for name in ("ours", "theirs")
+        }
+        assert moved == {"ours": False, "theirs": True}
+
+    def test_heads_have_a_rate_of_their_own(self, place):
+        options = {"max_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
+        heads = {}
+        for name, rate in (("small", 1e-6), ("large", 1e-1)):
+            train(place / "pack", classify(place, head_learning_rate=rate, trainer_options=options), place / name)
+            heads[name] = weights(place / name)["base_model.model.classifier.weight"]
+        apart = (heads["small"] - heads["large"]).abs()
+        # Adam's first step is as long as the rate, whatever the gradient is
+        assert apart.max() == pytest.approx(0.1, rel=1e-3)
+
+    def test_decay_and_moments_are_given_to_ours(self, place):
+        options = {"max_steps": 3, "save_strategy": "no", "seed": 5}
+        found = {}
+        for name, more in {"plain": {}, "decay": {"weight_decay": 0.5}, "moments": {"adam_beta1": 0.1}}.items():
+            train(place / "pack", classify(place, trainer_options={**options, **more}), place / name)
+            found[name] = weights(place / name)
+        for name in ("decay", "moments"):
+            assert any(not torch.equal(found["plain"][key], found[name][key]) for key in found[name])
+
     @pytest.mark.parametrize(
         ("options", "match"),
         [
@@ -390,6 +421,7 @@ class TestTheTrainersOptions:
             ({"use_cpu": 1}, "the Trainer's use_cpu must be bool, got 1"),
             ({"lr_scheduler_type": "zigzag"}, "the Trainer does not take its options: zigzag is not a valid"),
             ({"eval_strategy": "steps"}, "there are no rows for them: --eval"),
+            ({"adam_beta2": 1.5}, "the Trainer does not take its options: betas must be two numbers"),
             ({"learning_rate": 0.1}, "learning_rate stands among the Trainer's options, and learning_rate was given"),
         ],
     )
@@ -438,6 +470,11 @@ class TestWhatCannotBe:
         [
             ({"task": "chess"}, "no task 'chess'. There are: text-classification, causal-lm"),
             ({"epochs": 0.0}, "epochs must be a number above 0"),
+            ({"head_learning_rate": 0.0}, "head_learning_rate must be a number above 0"),
+            (
+                {"head_learning_rate": 0.1, "trainer_options": {"optim": "sgd"}},
+                "it has one rate, and head_learning_rate is for the default one",
+            ),
             ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
             ({"alpha": -1.0}, "alpha must be"),
             ({"batch_size": 0}, "batch_size must be at least 1"),

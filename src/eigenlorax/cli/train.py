@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tasks.options import DEFAULTS, TASKS, Columns, Training
+from ..tasks.options import DEFAULTS, HEAD_LEARNING_RATE, TASKS, Columns, Training
 from . import console
 from .evaluate import figure_rows, show_confusion
 
@@ -47,7 +47,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="The adapter's name in the pack (default: that of OUT).")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = 8,
     alpha: Annotated[
-        float | None, typer.Option(help="The update is scaled by alpha / rank (default: the rank).")
+        float | None, typer.Option(help="The update is scaled by alpha / rank (default: 2 × the rank).")
     ] = None,
     core: Annotated[
         bool, typer.Option("--core", help="Train one k × k matrix a module instead of two factors.")
@@ -63,7 +63,10 @@ def train(
         float | None, typer.Option(help=f"Passes over the rows (default {DEFAULTS['num_train_epochs']:g}).")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"Of coefficients and head (default {DEFAULTS['learning_rate']:g}).")
+        float | None, typer.Option(help=f"Of coefficients (default {DEFAULTS['learning_rate']:g}).")
+    ] = None,
+    head_learning_rate: Annotated[
+        float | None, typer.Option(help=f"Of a head, which is trained beside (default {HEAD_LEARNING_RATE:g}).")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help=f"Rows a step (default {DEFAULTS['per_device_train_batch_size']}).")
@@ -103,6 +106,7 @@ def train(
                 extra_seed=extra_seed,
                 epochs=epochs,
                 learning_rate=learning_rate,
+                head_learning_rate=head_learning_rate,
                 batch_size=batch_size,
                 seed=seed,
                 max_length=max_length,

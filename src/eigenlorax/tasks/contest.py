@@ -225,6 +225,7 @@ def _train(prepared: Prepared, key: Key) -> Run:
     numbers, head_numbers = methods.counted(model)
     steps = trial.Recipe(
         learning_rate=rate,
+        optimizer=prepared.entries[name].optimizer,
         epochs=contest.epochs,
         batch_size=contest.batch_size,
         evaluations=1 if choosing else max(1, round(2 * contest.epochs)),

@@ -12,16 +12,17 @@ from ..errors import OptionError
 from .options import DEFAULTS, Columns, check_task
 
 ENTRANTS: Mapping[str, tuple[float, ...]] = {
-    "lora": (5e-4, 2e-3, 8e-3),
+    "lora": (1e-3, 3e-3, 9e-3),
     "lora-small": (2e-3, 6e-3, 2e-2),
-    "core": (5e-3, 2e-2, 8e-2),
-    "factors": (5e-3, 2e-2, 8e-2),
-    "random": (5e-3, 2e-2, 8e-2),
-    "vera": (5e-3, 2e-2, 8e-2),
+    "core": (6e-3, 2e-2, 6e-2),
+    "factors": (6e-3, 2e-2, 6e-2),
+    "random": (6e-3, 2e-2, 6e-2),
+    "vera": (6e-3, 2e-2, 6e-2),
     "vblora": (3e-3, 1e-2, 3e-2),
     "lora-xs": (3e-3, 1e-2, 3e-2),
-    "init": (5e-4, 2e-3, 8e-3),
-    "full": (2e-5, 1e-4, 5e-4),
+    "init": (1e-3, 3e-3, 9e-3),
+    "lora-soap": (2e-3, 6e-3, 2e-2),
+    "full": (5e-5, 1.5e-4, 5e-4),
     "head": (5e-3, 2e-2, 6e-2),
 }
 """Name → the learning rates that are tried: of the method's own numbers; of the head where there are no others."""

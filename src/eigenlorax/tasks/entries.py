@@ -15,16 +15,19 @@ from . import methods
 from .methods import Method, Setting
 
 TASK_TYPE = "SEQ_CLS"
+SOAP = ("core", "factors", "random", "lora-soap")
+"""Methods whose numbers `tuner.SOAP` trains; the others have AdamW, as in their papers."""
 _VECTORS = 256
 """PEFT's defaults of VB-LoRA: the most vectors, and the most numbers in one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One method of a contest, made to fit a model."""
+    """One method of a contest, made to fit a model; and the optimizer of its numbers, as in `trial.Recipe`."""
 
     method: Method
     setting: Setting
+    optimizer: str = "adamw"
 
     def applied(self, base: Any) -> Any:
         """The base model, ready to be trained."""
@@ -91,10 +94,10 @@ def _places(pack: Pack, rank: int, base: Any) -> tuple[list[Place], int]:
 
 def _entry(name: str, pack: Pack, random: Pack | None, rank: int, places: Sequence[Place], numbers: int) -> Entry:
     targets = [place.name for place in places]
-    scale = {"r": rank, "lora_alpha": rank}
+    scale = {"r": rank, "lora_alpha": 2 * rank}
     if name == "lora-small":
         small, targets = _small_lora(places, numbers)
-        return Entry(Method("lora", {"r": small, "lora_alpha": small}), Setting(targets, TASK_TYPE))
+        return Entry(Method("lora", {"r": small, "lora_alpha": 2 * small}), Setting(targets, TASK_TYPE))
     made: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "lora": ("lora", scale),
         "core": ("eigenlorax", {**scale, "core": True}),
@@ -105,11 +108,13 @@ def _entry(name: str, pack: Pack, random: Pack | None, rank: int, places: Sequen
         "vblora": ("vblora", _vblora(places, numbers)),
         "lora-xs": ("lora_xs", {"r": _lora_xs_rank(places, numbers)}),
         "init": ("init", scale),
+        "lora-soap": ("lora", scale),
         "full": ("full", {}),
         "head": ("head", {}),
     }
     kind, options = made[name]
-    return Entry(Method(kind, options), Setting(targets, TASK_TYPE, pack=random if name == "random" else pack))
+    setting = Setting(targets, TASK_TYPE, pack=random if name == "random" else pack)
+    return Entry(Method(kind, options), setting, "soap" if name in SOAP else "adamw")
 
 
 def _small_lora(places: Sequence[Place], numbers: int) -> tuple[int, list[str]]:

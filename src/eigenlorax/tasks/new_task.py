@@ -14,14 +14,16 @@ import torch
 
 from ..fitting import Progress
 from ..pack import Pack
-from . import methods
+from . import methods, trial
+from .trial import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 EPOCHS, BATCH, MAX_LENGTH, SEED = 8, 16, 48, 0
 # chosen on a quarter of the training messages: the best of three each (experiments/LOG.md)
-RATES = {"LoRA": 4e-3, "coefficients": 2e-2, "head": 5e-3}
+RATES = {"LoRA": 4e-3, "coefficients": 2e-2}
+HEAD_RATE = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +72,15 @@ def run(pack: Pack, model_folder: Path, progress: Progress) -> list[Attempt]:
         "LoRA r=8": ("LoRA", lambda: LoraConfig(r=8, target_modules=targets, task_type="SEQ_CLS")),
     }
     attempts = []
-    for done, (method, (rate, config)) in enumerate(ways.items()):
+    for done, (method, (kind, config)) in enumerate(ways.items()):
         progress("training a new task", done, len(ways))
-        attempts.append(_attempt(method, config(), RATES[rate], task, model_folder))
+        recipe = Recipe(RATES[kind], "adamw" if kind == "LoRA" else "soap", HEAD_RATE)
+        attempts.append(_attempt(method, config(), recipe, task, model_folder))
     progress("training a new task", len(ways), len(ways))
     return attempts
 
 
-def _attempt(method: str, config: Any, rate: float, task: NewTask, model_folder: Path) -> Attempt:
+def _attempt(method: str, config: Any, recipe: Recipe, task: NewTask, model_folder: Path) -> Attempt:
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -87,21 +90,16 @@ def _attempt(method: str, config: Any, rate: float, task: NewTask, model_folder:
         torch.manual_seed(SEED)
         base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=len(task.labels))
         model = get_peft_model(base, config)
-        _train(model, rate, tokenizer, task.train)
+        _train(model, recipe, tokenizer, task.train)
     accuracy = _accuracy(model.eval(), tokenizer, task.test)
     numbers = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     return Attempt(method, numbers, accuracy, time.perf_counter() - started)
 
 
-def _train(model: "PeftModel", rate: float, tokenizer: Any, rows: list[tuple[str, int]]) -> None:
-    """AdamW with a linear decay; the head learns at a rate of its own, whatever the method."""
-    heads: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            heads["modules_to_save" in name].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": heads[False], "lr": rate}, {"params": heads[True], "lr": RATES["head"]}], weight_decay=0.0
-    )
+def _train(model: "PeftModel", recipe: Recipe, tokenizer: Any, rows: list[tuple[str, int]]) -> None:
+    """A linear decay; the head learns at a rate of its own, whatever the method."""
+    optimizer = trial.optimizer(model, recipe)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = EPOCHS * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     order = random.Random(SEED)  # noqa: S311
@@ -115,7 +113,7 @@ def _train(model: "PeftModel", rate: float, tokenizer: Any, rows: list[tuple[str
             labels = torch.tensor([label for _, label in chosen])
             loss = model(**_encoded(tokenizer, chosen), labels=labels).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([*heads[False], *heads[True]], 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

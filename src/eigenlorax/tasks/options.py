@@ -16,9 +16,12 @@ MAX_LENGTH = {"text-classification": 128, "causal-lm": 512}
 
 EVALUATION_BATCH = 64
 
-DEFAULTS = {"num_train_epochs": 3.0, "learning_rate": 1e-2, "per_device_train_batch_size": 16, "seed": 0}
+DEFAULTS = {"num_train_epochs": 3.0, "learning_rate": 2e-2, "per_device_train_batch_size": 16, "seed": 0}
 """What is ours of transformers' `TrainingArguments` and has an option of its own. Coefficients want a learning rate
 that is an order of magnitude above that of a LoRA."""
+
+HEAD_LEARNING_RATE = 5e-3
+"""Of what is trained beside coefficients."""
 
 OWN_OPTIONS = dict(zip(("epochs", "learning_rate", "batch_size", "seed"), DEFAULTS, strict=True))
 """Those options, by field of `Training`."""
@@ -36,10 +39,11 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training. None stands for a default: `DEFAULTS`, `MAX_LENGTH`; the pack's base model; an alpha equal to the
-    rank, which scales the update by 1.
+    """One training. None stands for a default: `DEFAULTS`, `MAX_LENGTH`, `HEAD_LEARNING_RATE`; the pack's base model;
+    an alpha of twice the rank, which scales the update by 2.
 
-    trainer_options: any other fields of `TrainingArguments`.
+    learning_rate: of coefficients, which are trained with `tuner.SOAP`, unless trainer_options name an `optim`; that
+    one then trains all at this rate. trainer_options: any other fields of `TrainingArguments`.
     """
 
     task: str
@@ -54,6 +58,7 @@ class Training:
     extra_seed: int = 0
     epochs: float | None = None
     learning_rate: float | None = None
+    head_learning_rate: float | None = None
     batch_size: int | None = None
     seed: int | None = None
     max_length: int | None = None
@@ -62,7 +67,7 @@ class Training:
 
     def __post_init__(self) -> None:
         check_task(self.task)
-        for name in ("alpha", "epochs", "learning_rate"):
+        for name in ("alpha", "epochs", "learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise OptionError(f"{name} must be a number above 0, got {value!r}.")
@@ -75,6 +80,16 @@ class Training:
                 raise OptionError(
                     f"{field_} stands among the Trainer's options, and {option} was given too. Give one of them."
                 )
+        if self.head_learning_rate is not None and not self.own_optimizer:
+            raise OptionError(
+                "an optimizer stands among the Trainer's options (optim): it has one rate, and head_learning_rate is "
+                "for the default one. Give one of them."
+            )
+
+    @property
+    def own_optimizer(self) -> bool:
+        """Whether coefficients get `tuner.SOAP`, rather than an optimizer of the Trainer's."""
+        return not {"optim", "optim_args", "optim_target_modules"} & set(self.trainer_options)
 
 
 def check_task(task: str) -> None:

@@ -99,7 +99,7 @@ def train(
         model = _model(run)
         # nothing is left behind of what cannot begin
         with store.made(output / CHECKPOINTS):
-            fitter = trainer.make(model, run.arguments, run.rows, run.evaluation, run.collate, report)
+            fitter = trainer.make(model, training, run.arguments, run.rows, run.evaluation, run.collate, report)
             if not resume:
                 _write_record(output, run.asked, run.labels, None)
         with _said_plainly(output):
@@ -170,7 +170,7 @@ def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: 
     """Everything that can be wrong is found here, before anything is written."""
     from ..tuner import EigenLoraxConfig
 
-    alpha = training.rank if training.alpha is None else training.alpha
+    alpha = 2 * training.rank if training.alpha is None else training.alpha
     config = EigenLoraxConfig(
         subspace=str(pack),
         subspace_fingerprint=opened.info.fingerprint,

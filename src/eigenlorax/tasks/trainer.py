@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
 from ..fitting import Progress
-from .options import DEFAULTS, EVALUATION_BATCH, OWN_OPTIONS, Training
+from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, OWN_OPTIONS, Training
 
 _OURS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")
 """Fields that the command itself needs."""
@@ -105,7 +105,15 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def make(model: Any, training_arguments: Any, rows: Any, evaluation: Any, collate: Any, progress: Progress) -> Any:
+def make(
+    model: Any,
+    training: Training,
+    training_arguments: Any,
+    rows: Any,
+    evaluation: Any,
+    collate: Any,
+    progress: Progress,
+) -> Any:
     """The Trainer; it prints nothing, reports its steps to `progress`, and stops where the loss is no number."""
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -136,12 +144,31 @@ def make(model: Any, training_arguments: Any, rows: Any, evaluation: Any, collat
             eval_dataset=evaluation,
             data_collator=collate,
             compute_metrics=count if classification else None,
+            optimizers=(_optimizer(model, training, training_arguments) if training.own_optimizer else None, None),
             callbacks=[Report()],
         )
     except (ValueError, ImportError) as error:
         raise OptionError(f"the Trainer does not take its options: {reason(error)}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _optimizer(model: Any, training: Training, training_arguments: Any) -> Any:
+    """SOAP on coefficients, with what the Trainer's options say of Adam."""
+    from ..tuner import SOAP, coefficient_groups
+    from ..tuner.optim import BETAS, EPSILON
+
+    names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+    given = {name: getattr(training_arguments, name) for name in names if name in training.trainer_options}
+    groups = coefficient_groups(
+        model, lr=training_arguments.learning_rate, head_lr=training.head_learning_rate or HEAD_LEARNING_RATE
+    )
+    return SOAP(
+        groups,
+        betas=(given.get("adam_beta1", BETAS[0]), given.get("adam_beta2", BETAS[1])),
+        eps=given.get("adam_epsilon", EPSILON),
+        weight_decay=given.get("weight_decay", 0.0),
+    )
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:

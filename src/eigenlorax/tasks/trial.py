@@ -178,7 +178,7 @@ def _trainer(
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    optimizer = _optimizer(model, recipe)
+    chosen = optimizer(model, recipe)
     parts = recipe.evaluations
     clock = _Clock({math.ceil(steps * part / parts) for part in range(1, parts + 1)})
 
@@ -195,7 +195,7 @@ def _trainer(
         data_collator=collate,
         compute_metrics=lambda found: {"score": METRICS[metric](found.predictions, found.label_ids)},
         preprocess_logits_for_metrics=REDUCED.get(metric),
-        optimizers=(optimizer, _schedule(optimizer, steps, recipe.warmup)),
+        optimizers=(chosen, _schedule(chosen, steps, recipe.warmup)),
         callbacks=[clock.callback()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -213,7 +213,8 @@ def _predicted(trainer: Any, rows: Sequence[Any], recipe: Recipe, metric: Metric
     return found.predictions[np.argsort(order)], metric(found.predictions, found.label_ids)
 
 
-def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    """Of the method's numbers as the recipe has it; of heads, AdamW."""
     own, head = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

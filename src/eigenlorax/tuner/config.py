@@ -71,7 +71,7 @@ class EigenLoraxConfig(PeftConfig):
     )
     embed_subspace: bool = field(default=False, metadata={"help": "Save the subspace with the adapter."})
     r: int = field(default=8, metadata={"help": "Rank of the update."})
-    lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the layer's input."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     core: bool = field(

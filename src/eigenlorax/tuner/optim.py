@@ -13,6 +13,9 @@ from ..options import integer, number
 
 MAX_SIDE = 512
 """The longest side of a matrix that is rotated: 1 MiB a side in float32, and a decomposition of that size."""
+BETAS, EPSILON = (0.9, 0.95), 1e-8
+LEARNING_RATE, HEAD_LEARNING_RATE = 2e-2, 5e-3
+"""Of coefficients whose update is scaled by 2, as by default, and of a head (docs/results.md)."""
 
 
 class SOAP(Optimizer):
@@ -45,9 +48,9 @@ class SOAP(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        lr: float = LEARNING_RATE,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPSILON,
         weight_decay: float = 0.0,
         precondition_frequency: int = 5,
         max_side: int = MAX_SIDE,
@@ -104,7 +107,9 @@ class SOAP(Optimizer):
         return loss
 
 
-def coefficient_groups(model: nn.Module, *, lr: float = 2e-2, head_lr: float = 5e-3) -> list[dict[str, Any]]:
+def coefficient_groups(
+    model: nn.Module, *, lr: float = LEARNING_RATE, head_lr: float = HEAD_LEARNING_RATE
+) -> list[dict[str, Any]]:
     """
     Groups of a model's trained parameters, for [`SOAP`]: coefficients, and all else that is trained, such as a task's
     head, which gets AdamW.
