@@ -333,8 +333,8 @@ def chosen_rate(config: Json, name: str) -> float:
 def targets(config: Json) -> Iterator[Job]:
     """Every method on every target and seed, at the rate that was chosen for it."""
     for seed in config["targets"]["seeds"]:
-        for name, method in config["methods"].items():
-            rate = chosen_rate(config, name)
+        for name in config["targets"]["methods"]:
+            method, rate = config["methods"][name], chosen_rate(config, name)
             for task in config["targets"]["tasks"]:
                 yield target(config, "targets", name, method, task, seed, rate)
 
