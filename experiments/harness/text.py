@@ -331,12 +331,14 @@ def chosen_rate(config: Json, name: str) -> float:
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Every method on every target and seed, at the rate that was chosen for it."""
-    for seed in config["targets"]["seeds"]:
-        for name in config["targets"]["methods"]:
-            method, rate = config["methods"][name], chosen_rate(config, name)
-            for task in config["targets"]["tasks"]:
-                yield target(config, "targets", name, method, task, seed, rate)
+    """Every method on every target and seed, at the rate that was chosen for it; what takes long comes last."""
+    asked = config["targets"]
+    for names in (asked["methods"], asked["long"]):
+        for seed in asked["seeds"]:
+            for name in names:
+                method, rate = config["methods"][name], chosen_rate(config, name)
+                for task in asked["tasks"]:
+                    yield target(config, "targets", name, method, task, seed, rate)
 
 
 def variations(config: Json) -> Iterator[Job]:
