@@ -119,7 +119,7 @@ def tokenizer() -> Any:
 def new_base() -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(BASE)
+    return AutoModelForCausalLM.from_pretrained(BASE, attn_implementation="eager")
 
 
 def losses(model: Any, rows: Blocks, batch_size: int) -> np.ndarray:
@@ -202,9 +202,10 @@ def trained(model: Any, config: Json) -> Json:
     recipe, seed = config["recipe"], config["seed"]
     rows = blocks(config["task"], "train", recipe["blocks"], recipe["length"], seed)
     test = unseen(config["task"], recipe)
-    asked = trial.Recipe(config["learning_rate"], **{name: recipe[name] for name in RECIPE})
+    optimizer = config.get("optimizer", "adamw")
+    asked = trial.Recipe(config["learning_rate"], optimizer, **{name: recipe[name] for name in RECIPE})
     way = test[: recipe["blocks_on_the_way"]]
-    found = trial.run(model, rows, way, test, collate, asked, seed=seed, metric="likelihood")
+    found = trial.run(text.in_half(model), rows, way, test, collate, asked, seed=seed, metric="likelihood")
     return {
         "train_info": {
             "status": "success",
@@ -321,6 +322,7 @@ def training(config: Json, stage: str, name: str, kind: str, seed: int, rate: fl
         "kind": method["kind"],
         "options": method["options"],
         "learning_rate": rate,
+        "optimizer": method.get("optimizer", "adamw"),
         "seed": seed,
         "pack": pack,
         "recipe": recipe,

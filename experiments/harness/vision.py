@@ -47,6 +47,7 @@ def training(
         "kind": method["kind"],
         "options": method["options"],
         "learning_rate": rate,
+        "optimizer": method.get("optimizer", "adamw"),
         "seed": seed,
         "pack": pack,
         "recipe": config["recipe"],

@@ -100,7 +100,8 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
     asked = {name: config["recipe"][name] for name in RECIPE}
     if config["kind"] == "head":
         asked["head_learning_rate"] = config["learning_rate"]
-    recipe = trial.Recipe(config["learning_rate"], **asked, by_length=False)
+    optimizer = config.get("optimizer", "adamw")
+    recipe = trial.Recipe(config["learning_rate"], optimizer, **asked, by_length=False)
     found = trial.run(model, rows, test, test, images.collate, recipe, seed=config["seed"], metric=METRIC)
     wanted = np.array([row["labels"] for row in test])
     return {
