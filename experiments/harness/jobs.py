@@ -54,7 +54,7 @@ def run(jobs: Sequence[Job], command: str, *, workers: int, estimate: float) -> 
     # what takes seconds to import is there when a process begins
     context.set_forkserver_preload(["harness.preload"])
     with context.Pool(workers, maxtasksperchild=1) as pool:
-        calls = [(job, command) for job in todo]
+        calls = [(job, job.path, command) for job in todo]
         for n, (name, error, took) in enumerate(pool.imap_unordered(_one, calls), 1):
             failed += error is not None
             print(f"{n}/{len(todo)} {name} {took:.0f} s" + (f"\n{error}" if error else ""), flush=True)
@@ -67,13 +67,13 @@ def expected(todo: Sequence[Job], jobs: Sequence[Job], estimate: float) -> float
     return len(todo) * (statistics.mean(known) if known else estimate)
 
 
-def _one(call: tuple[Job, str]) -> tuple[str, str | None, float]:
-    job, command = call
+def _one(call: tuple[Job, Path, str]) -> tuple[str, str | None, float]:
+    job, path, command = call
     started = time.perf_counter()
     try:
         with models.quiet():
             found = job.function(job.config)
-        record.write(job.path, {**record.about(job.name, job.config, command, started), **found})
+        record.write(path, {**record.about(job.name, job.config, command, started), **found})
     except Exception:  # noqa: BLE001  one failed run is no reason to lose the others
         return job.name, traceback.format_exc(), time.perf_counter() - started
     return job.name, None, time.perf_counter() - started

@@ -1,0 +1,194 @@
+"""The harness: what is skipped and what is run again, intervals, and tables out of planted records."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+from harness import jobs, pages, record, records, recycled_tables, statistics, text_tables  # noqa: E402
+from harness.jobs import Job  # noqa: E402
+from harness.statistics import Run  # noqa: E402
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    records.of.cache_clear()
+    yield tmp_path
+    records.of.cache_clear()
+
+
+def doubled(config):
+    if config["number"] < 0:
+        raise ValueError("a negative number")
+    return {"test": {"score": 2 * config["number"]}}
+
+
+class TestJobs:
+    def test_what_is_done_is_skipped_and_what_has_changed_is_not(self, results, capfd):
+        made = [Job(f"some/{n}", {"number": n}, doubled) for n in (1, 2)]
+        assert jobs.run(made, "a command", workers=2, estimate=7200) == 0
+        assert "2 runs, 0 done; about 4.00 CPU-hours left, 120 minutes in 2 processes" in capfd.readouterr().out
+        before = {path: path.stat().st_mtime_ns for path in (results / "some").iterdir()}
+        assert jobs.run(made, "a command", workers=1, estimate=1) == 0
+        assert "2 runs, 2 done; about 0.00 CPU-hours left" in capfd.readouterr().out
+        assert {path: path.stat().st_mtime_ns for path in (results / "some").iterdir()} == before
+        changed = Job("some/1", {"number": 5}, doubled)
+        assert not changed.done()
+        assert not Job("some/1", {"number": 1}, doubled, (results / "weights",)).done()
+
+    def test_one_that_fails_leaves_no_record_and_the_others_run(self, results, capfd):
+        made = [Job(f"some/{n}", {"number": n}, doubled) for n in (-1, 3)]
+        assert jobs.run(made, "a command", workers=1, estimate=1) == 1
+        assert [path.name for path in (results / "some").iterdir()] == ["3.json"]
+        assert "a negative number" in capfd.readouterr().out
+        found = record.read(results / "some" / "3.json")
+        assert found["test"]["score"] == 6
+        assert found["run_info"]["train_config"] == {"number": 3}
+        assert found["run_info"]["command"] == "a command"
+        assert set(found["meta_info"]["package_info"]) >= {"torch-version", "peft-version"}
+
+
+class TestStatistics:
+    def test_intervals_hold_the_truth_as_often_as_they_say(self):
+        """Planted: two tasks whose rows are right by chance, and seeds that move the chance."""
+        random = np.random.default_rng(0)
+        held = 0
+        for _ in range(300):
+            tasks = {}
+            for task, truth in (("one", 0.7), ("other", 0.8)):
+                easy = random.normal(0, 0.1, size=400)
+                tasks[task] = []
+                for _ in range(3):
+                    right = random.random(400) < np.clip(truth + random.normal(0, 0.01) + easy, 0, 1)
+                    draws = np.random.default_rng(400).integers(400, size=(200, 400))
+                    tasks[task].append(Run(right.mean(), tuple(right[draws].mean(axis=1))))
+            found = statistics.over_tasks(tasks)
+            held += found.low <= 0.75 <= found.high
+        assert 0.9 < held / 300 < 0.995
+
+    def test_differences_are_those_of_one_seed(self):
+        runs = {"task": {1: Run(0.5, (0.4, 0.6)), 2: Run(0.9, (0.9, 0.9)), 3: Run(1.0, (1.0, 1.0))}}
+        others = {"task": {1: Run(0.25, (0.2, 0.3)), 2: Run(1.0, (0.8, 1.0))}, "only here": {1: Run(0.0, (0.0, 0.0))}}
+        found = statistics.differences(runs, others)
+        assert list(found) == ["task"]
+        assert [one.score for one in found["task"]] == pytest.approx([0.25, -0.1])
+        assert found["task"][0].resampled == pytest.approx((0.2, 0.3))
+
+    def test_rows_that_both_have_wrong_are_no_doubt_of_the_difference(self):
+        same = tuple(np.linspace(0.4, 0.6, 50))
+        runs = {seed: Run(0.5, same) for seed in (1, 2)}
+        found = statistics.over_tasks(statistics.differences({"task": runs}, {"task": runs}))
+        assert (found.value, found.half_width) == (0.0, 0.0)
+
+
+def planted(results, stage, method, task, seed, score, *, numbers, curve=(0.5, 1.0), rate=0.01):
+    """A record whose points on the way are shares of the score."""
+    metrics = [
+        {"step": 10 * n, "epoch": float(n), "test accuracy": share * score, "train time": float(n), "train loss": 1.0}
+        for n, share in enumerate(curve, 1)
+    ]
+    found = {
+        "run_info": {
+            "train_config": {"method": method, "task": task, "seed": seed, "learning_rate": rate},
+            "total_time": 3600.0,
+        },
+        "train_info": {"num_trainable_params": numbers, "file_size": 4 * numbers, "metrics": metrics},
+        "meta_info": {
+            "package_info": {f"{name}-version": "1" for name in ("torch", "transformers", "peft")},
+            "system_info": {"processor": "a processor", "python": "3"},
+        },
+        "test": {"score": score, "resampled": [score] * 5},
+    }
+    path = results / stage / f"{method}--{task}--{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found), "utf-8")
+
+
+NAMES = ("lora-r8", "factors", "random", "vera", "unfinished")
+CONFIG = {
+    "methods": {name: {"label": name.upper(), "rates": [0.01]} for name in NAMES},
+    "targets": {
+        "tasks": ["one", "other"],
+        "seeds": [1, 2],
+        "ours": "factors",
+        "random": "random",
+        "in_short": ["factors"],
+    },
+    "sources": {"tasks": ["a", "b"]},
+    "recycled": {"k": [8]},
+    "recipe": {"rows_on_the_way": 5},
+}
+
+
+class TestTables:
+    @pytest.fixture(autouse=True)
+    def some(self, results):
+        for task in ("one", "other"):
+            for seed in (1, 2):
+                put = {"stage": "text/targets", "task": task, "seed": seed}
+                planted(results, method="lora-r8", score=0.8, numbers=1200, curve=(0.49, 0.98, 1.0, 1.0), **put)
+                planted(results, method="factors", score=0.81, numbers=100, curve=(0.98 / 1.0125, 1.0, 1.0, 1.0), **put)
+                planted(results, method="random", score=0.81, numbers=100, curve=(0.1, 0.2, 0.3, 0.4), **put)
+                planted(results, method="vera", score=0.785, numbers=99, curve=(0.1, 0.2, 0.3, 0.4), **put)
+        planted(results, "text/targets", "unfinished", "one", 1, 0.9, numbers=1)
+
+    def test_methods_without_all_runs_are_not_shown(self):
+        found = text_tables.targets_table(CONFIG)
+        assert "UNFINISHED" not in found
+        assert "| **FACTORS** | 100 | 0 | 81.0 ± 0.0 | +1.0 ± 0.0 |" in found
+        assert "| LORA-R8 | 1,200 | 5 | 80.0 ± 0.0 | – |" in found
+        assert "17 runs, 17.0 hours of one thread" in found
+
+    def test_steps_are_counted_between_two_points(self):
+        wanted = text_tables.wanted_score()
+        assert wanted == pytest.approx(0.784)
+        assert text_tables.share_to("lora-r8", wanted) == pytest.approx((0.5, 2.0))
+        assert text_tables.share_to("factors", wanted) == pytest.approx((0.25, 1.0))
+        assert text_tables.share_to("vera", wanted) is None
+
+    def test_goals_are_reached_or_missed(self):
+        rows = [line.split(" | ") for line in text_tables.goals_table(CONFIG).splitlines()[2:]]
+        assert [row[-1].rstrip(" |") for row in rows] == ["reached", "missed", "missed", "reached"]
+        assert [row[1] for row in rows] == [
+            "+1.0 ± 0.0, with 1/12.0",
+            "+2.5 ± 0.0, 100 to 99",
+            "+0.0 ± 0.0",
+            "0.50 of them",
+        ]
+
+    def test_a_twelfth_is_a_twelfth(self, results):
+        for path in (results / "text" / "targets").glob("factors*"):
+            found = record.read(path)
+            found["train_info"]["num_trainable_params"] = 101
+            path.write_text(json.dumps(found), "utf-8")
+        records.of.cache_clear()
+        assert "with 1/11.9 | missed" in text_tables.goals_table(CONFIG)
+
+    def test_recycled_ones_at_a_sixth_of_the_bytes(self, results):
+        ways = [("original", None, 0.9, None), ("seen", 4, 0.8, 15.0), ("seen", 8, 0.89, 16.0), ("seen", 16, 0.9, 17.0)]
+        for name in ("a", "b"):
+            rows = [{"way": way, "k": k, "bits": None, "score": score, "numbers_at_100": numbers}
+                    for way, k, score, numbers in ways]  # fmt: skip
+            path = results / "text" / "recycled" / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"test": {"numbers": 96, "ways": rows}}), "utf-8")
+        config = {**CONFIG, "recycled": {"k": [4, 8, 16]}}
+        k, lost = recycled_tables.at_a_sixth(config)
+        assert (k, lost) == (8, pytest.approx(0.01))
+
+
+class TestPages:
+    def test_blocks_are_filled_and_the_rest_stays(self):
+        page = "a\n<!-- experiment:one-two -->\nold\n<!-- /experiment -->\nb\n"
+        found = pages.filled(page, {"one-two": lambda: "new"})
+        assert found == page.replace("old", "new")
+        assert pages.filled(found, {"one-two": lambda: "new"}) == found
+
+    def test_an_unknown_block_is_an_error(self):
+        with pytest.raises(SystemExit, match="there is no block 'three'"):
+            pages.filled("<!-- experiment:three -->\n<!-- /experiment -->", {"one": lambda: ""})
