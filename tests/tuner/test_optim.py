@@ -87,6 +87,15 @@ def test_what_is_no_small_matrix_gets_adamw(shape):
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize(("shape", "share"), [((32, 32), 1.0), ((128, 8), 1.0), ((128, 128), 0.5), ((50, 72), 0.8)])
+def test_wide_cores_are_moved_by_less(shape, share):
+    """Once, of a gradient that stays: every entry in the eigenbasis moves by the rate."""
+    parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    run(parameter, [torch.outer(torch.ones(shape[0]), torch.ones(shape[1]))] * 2, lr=0.1)
+    # the gradient is one pair of eigenvectors, of which a step is as long as the rate
+    assert float(parameter.detach().norm()) == pytest.approx(0.1 * share, rel=1e-6)
+
+
 def test_groups_have_rates_of_their_own():
     still, moved = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     optimizer = SOAP([{"params": [still], "lr": 0.0}, {"params": [moved]}], lr=0.1)

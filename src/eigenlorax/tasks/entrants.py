@@ -17,13 +17,13 @@ ENTRANTS: Mapping[str, tuple[float, ...]] = {
     "core": (6e-3, 2e-2, 6e-2),
     "factors": (6e-3, 2e-2, 6e-2),
     "random": (6e-3, 2e-2, 6e-2),
-    "vera": (6e-3, 2e-2, 6e-2),
+    "vera": (2e-2, 6e-2, 2e-1),
     "vblora": (3e-3, 1e-2, 3e-2),
-    "lora-xs": (3e-3, 1e-2, 3e-2),
+    "lora-xs": (1e-2, 3e-2, 9e-2),
     "init": (1e-3, 3e-3, 9e-3),
     "lora-soap": (2e-3, 6e-3, 2e-2),
     "full": (5e-5, 1.5e-4, 5e-4),
-    "head": (5e-3, 2e-2, 6e-2),
+    "head": (2e-2, 6e-2, 2e-1),
 }
 """Name → the learning rates that are tried: of the method's own numbers; of the head where there are no others."""
 

@@ -13,6 +13,8 @@ from ..options import integer, number
 
 MAX_SIDE = 512
 """The longest side of a matrix that is rotated: 1 MiB a side in float32, and a decomposition of that size."""
+WIDE = 32
+"""Sides of a core from which on steps are shorter."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LEARNING_RATE, HEAD_LEARNING_RATE = 2e-2, 5e-3
 """Of coefficients whose update is scaled by 2, as by default, and of a head (docs/results.md)."""
@@ -25,7 +27,9 @@ class SOAP(Optimizer):
     A matrix G of gradients has a second moment on either side, G Gᵀ and Gᵀ G; in their eigenbases its entries are
     nearly uncorrelated, which is what Adam takes them to be. For a LoRA's factors, thousands long, that costs too much;
     coefficients are small on both sides. Parameters that are no matrices, or longer than `max_side` on one side, get
-    AdamW. The first step of a matrix only begins the second moments, as the authors have it.
+    AdamW. The first step of a matrix only begins the second moments, as the authors have it. What is longer than 32 on
+    *both* sides, a wide core, is moved by less, √(32 / the shorter side): the norm of a step grows with both sides, and
+    so one rate serves all sizes.
 
     Args:
         params (iterable):
@@ -163,7 +167,7 @@ def _decompose(states: list[dict[str, Any]]) -> None:
 
 def _move(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
     """Adam's step, in the eigenbases where there are some."""
-    step, (first, second) = state["step"], group["betas"]
+    step, (first, second), rate = state["step"], group["betas"], group["lr"]
     rotated = "left" in state
     state["mean"].lerp_(parameter.grad, 1 - first)
     gradient, mean = parameter.grad, state["mean"]
@@ -177,6 +181,7 @@ def _move(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any])
     change = mean / (1 - first**step) / root
     if rotated:
         change = left @ change @ right.mT
+        rate *= min(1.0, math.sqrt(WIDE / min(parameter.shape)))
     if group["weight_decay"]:
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.add_(change, alpha=-group["lr"])
+        parameter.mul_(1 - rate * group["weight_decay"])
+    parameter.add_(change, alpha=-rate)
