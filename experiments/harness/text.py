@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import random
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ Rows = list[Json]
 
 DATA = record.ROOT.parent / "shared" / "data"
 WORK = record.ROOT / "experiments" / "work" / "text"
+NEAR = 0.005
 RECIPE = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations", "bf16")
 
 
@@ -320,14 +322,20 @@ def rates(config: Json) -> Iterator[Job]:
 
 
 def chosen_rate(config: Json, name: str) -> float:
-    """The rate with the best mean score on the development tasks; of equals, the lowest."""
+    """The lowest rate whose mean score on the development tasks is within `NEAR` of the best: what is near the best by
+    chance is steadier on other tasks if it is lower."""
     scores: dict[float, list[float]] = {}
     for job in rates(config):
         if job.config["method"] == name:
             if not job.done():
                 raise SystemExit(f"{job.name} has no record: run the stage rates first.")
             scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
-    return max(sorted(scores), key=lambda rate: sum(scores[rate]))
+    return steadiest({rate: statistics.fmean(found) for rate, found in scores.items()})
+
+
+def steadiest(means: dict[float, float]) -> float:
+    """The lowest rate within `NEAR` of the best."""
+    return min(rate for rate, mean in means.items() if mean >= max(means.values()) - NEAR)
 
 
 def targets(config: Json) -> Iterator[Job]:

@@ -7,6 +7,7 @@ from typing import Any
 from . import records, recycled_tables, statistics
 from .pages import table
 from .records import points, signed
+from .text import NEAR, steadiest
 
 Json = dict[str, Any]
 
@@ -65,7 +66,7 @@ def rates_table(config: Json) -> str:
             ]
             if found:
                 means[rate] = sum(found) / len(found)
-        best = max(sorted(means), key=lambda rate: means[rate]) if means else None
+        best = steadiest(means) if means else None
         cells = [
             f"{'**' if rate == best else ''}{rate:g}: {records.percent(means[rate])}{'**' if rate == best else ''}"
             for rate in means
@@ -74,7 +75,8 @@ def rates_table(config: Json) -> str:
     tasks = " and ".join(config["development"]["rates"])
     return (
         f"{table(('', 'lowest', 'middle', 'highest'), rows)}\n\nRate and mean score on {tasks}, seed "
-        f"{config['development']['seed']}. {records.source_line('text/rates')}"
+        f"{config['development']['seed']}. In bold, what was chosen: the lowest within {100 * NEAR:g} points of the "
+        f"best. {records.source_line('text/rates')}"
     )
 
 

@@ -1,6 +1,7 @@
 """Image classification: LoRAs of a small ViT on disjoint subsets of classes, what their subspace is worth for other
 classes, and the methods beside it."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from . import images, record, vit
 from .images import Task
 from .jobs import Job
+from .text import steadiest
 
 Json = dict[str, Any]
 
@@ -90,13 +92,13 @@ def target(config: Json, stage: str, name: str, one: str, task: Task, seed: int,
 
 
 def chosen_rate(config: Json, name: str) -> float:
-    """The rate with the best mean score on the development tasks; of equals, the lowest."""
+    """As in the experiment on text."""
     scores: dict[float, list[float]] = {}
     for job in rates_of(config, name):
         if not job.done():
             raise SystemExit(f"{job.name} has no record: run the stage rates first.")
         scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
-    return max(sorted(scores), key=lambda rate: sum(scores[rate]))
+    return steadiest({rate: statistics.fmean(found) for rate, found in scores.items()})
 
 
 def targets(config: Json) -> Iterator[Job]:

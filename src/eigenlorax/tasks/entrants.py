@@ -23,7 +23,7 @@ ENTRANTS: Mapping[str, tuple[float, ...]] = {
     "init": (1e-3, 3e-3, 9e-3),
     "lora-soap": (2e-3, 6e-3, 2e-2),
     "full": (5e-5, 1.5e-4, 5e-4),
-    "head": (2e-2, 6e-2, 2e-1),
+    "head": (6e-2, 2e-1, 6e-1),
 }
 """Name → the learning rates that are tried: of the method's own numbers; of the head where there are no others."""
 
