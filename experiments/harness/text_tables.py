@@ -27,14 +27,26 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
     }
 
 
-def shown(config: Json) -> list[str]:
-    """Methods that have been run on all targets with all seeds, in the config's order."""
+def seeds_of(config: Json, name: str) -> list[int]:
+    """Seeds that a method has been run with on all targets: of those, the ones that all methods have."""
     spec = config["targets"]
-    return [
-        name
-        for name in config["methods"]
-        if records.complete(records.scores(STAGE, name), spec["tasks"], spec["seeds"])
-    ]
+
+    def done(one: str) -> set[int]:
+        found = records.scores(STAGE, one)
+        return {seed for seed in spec["seeds"] if records.complete(found, spec["tasks"], [seed])}
+
+    return sorted(done(name).intersection(*(done(one) for one in spec["methods"])))
+
+
+def scores(config: Json, name: str) -> records.Scores:
+    """Task → seed → run, of all targets."""
+    return records.some(records.scores(STAGE, name), config["targets"]["tasks"], seeds_of(config, name))
+
+
+def shown(config: Json) -> list[str]:
+    """Methods that have been run on all targets, in the config's order."""
+    spec = config["targets"]
+    return [name for name in config["methods"] if name in spec["methods"] + spec["long"] and seeds_of(config, name)]
 
 
 def label(config: Json, name: str) -> str:
@@ -47,10 +59,25 @@ def numbers(name: str) -> int:
     return found
 
 
-def between(one: str, other: str) -> statistics.Mean:
+def between(config: Json, one: str, other: str) -> statistics.Mean:
     """The mean difference of two methods over targets, run by run."""
-    apart = statistics.differences(records.scores(STAGE, one), records.scores(STAGE, other))
-    return statistics.over_tasks(apart)
+    return statistics.over_tasks(statistics.differences(scores(config, one), scores(config, other)))
+
+
+def overall(config: Json, name: str) -> statistics.Mean:
+    """The mean over targets."""
+    return statistics.over_tasks({task: list(runs.values()) for task, runs in scores(config, name).items()})
+
+
+def seeds_said(config: Json) -> str:
+    """How many seeds there are; which methods have fewer."""
+    every = len(seeds_of(config, LORA))
+    fewer = [
+        f"{config['methods'][name]['label']} has {len(seeds_of(config, name))}"
+        for name in shown(config)
+        if len(seeds_of(config, name)) < every
+    ]
+    return f"{every} seeds{f' ({chr(59).join(fewer)})' if fewer else ''}"
 
 
 def rates_table(config: Json) -> str:
@@ -84,15 +111,15 @@ def targets_table(config: Json) -> str:
     """Means over targets; differences are to LoRA r = 8, run by run."""
     rows = []
     for name in shown(config):
-        found = records.scores(STAGE, name)
-        overall = statistics.over_tasks({task: list(runs.values()) for task, runs in found.items()})
-        apart = "–" if name == LORA else signed(between(name, LORA))
+        apart = "–" if name == LORA else signed(between(config, name, LORA))
         size = records.first(STAGE, name)["train_info"]["file_size"]
-        rows.append([label(config, name), f"{numbers(name):,}", f"{size / 1000:,.0f}", points(overall), apart])
-    n, seeds = len(config["targets"]["tasks"]), len(config["targets"]["seeds"])
+        rows.append(
+            [label(config, name), f"{numbers(name):,}", f"{size / 1000:,.0f}", points(overall(config, name)), apart]
+        )
+    n, seeds = len(config["targets"]["tasks"]), seeds_said(config)
     return (
         f"{table(('', 'trained numbers', 'kB of its file', 'mean score', 'against LoRA r = 8'), rows)}\n\n"
-        f"Mean over {n} tasks and {seeds} seeds, in points, with 95 % intervals; differences are between runs of the "
+        f"Mean over {n} tasks and {seeds}, in points, with 95 % intervals; differences are between runs of the "
         "same seed and rows. Trained numbers are those of the method: every method trains the task's head beside them, "
         f"which is in its file. {records.source_line(STAGE)}"
     )
@@ -102,16 +129,13 @@ def summary_table(config: Json) -> str:
     """The same in small, for pages about something else."""
     rows = []
     for name in (one for one in shown(config) if one in config["targets"]["in_short"]):
-        apart = "–" if name == LORA else signed(between(name, LORA))
-        overall = statistics.over_tasks(
-            {task: list(runs.values()) for task, runs in records.scores(STAGE, name).items()}
-        )
-        rows.append([label(config, name), f"{numbers(name):,}", points(overall), apart])
-    n, seeds = len(config["targets"]["tasks"]), len(config["targets"]["seeds"])
+        apart = "–" if name == LORA else signed(between(config, name, LORA))
+        rows.append([label(config, name), f"{numbers(name):,}", points(overall(config, name)), apart])
+    n, seeds = len(config["targets"]["tasks"]), seeds_said(config)
     header = ("a new task, trained by", "trained numbers, head aside", "mean score", "against LoRA r = 8")
     return (
         f"{table(header, rows)}\n\nMiniLM, a basis of {len(config['sources']['tasks'])} adapters of other tasks; "
-        f"{n} tasks, {seeds} seeds, 95 % intervals. `python experiments/run.py text targets`."
+        f"{n} tasks, {seeds}, 95 % intervals. `python experiments/run.py text targets`."
     )
 
 
@@ -119,18 +143,21 @@ def by_task_table(config: Json) -> str:
     tasks = config["targets"]["tasks"]
     rows = []
     for name in shown(config):
-        found = records.scores(STAGE, name)
+        found = scores(config, name)
         means = [statistics.mean(list(found[task].values())) for task in tasks]
         rows.append([label(config, name), *(points(one) for one in means)])
     return table(("", *tasks), rows)
 
 
-def curve(name: str) -> list[tuple[int, float, float, float]]:
+def curve(config: Json, name: str) -> list[tuple[int, float, float, float]]:
     """Steps, epochs, mean score on the rows for the way, and mean seconds: over all runs on targets with most steps.
 
     Tasks with fewer rows have fewer steps, so that points are those of equal parts of a training.
     """
-    found = [one for one in records.of(STAGE) if records.asked(one)["method"] == name]
+    seeds = seeds_of(config, name)
+    found = [
+        one for one in records.of(STAGE) if records.asked(one)["method"] == name and records.asked(one)["seed"] in seeds
+    ]
     parts = zip(*(one["train_info"]["metrics"] for one in found), strict=True)
     return [
         (
@@ -147,11 +174,11 @@ def score_at(point: Json) -> float:
     return next(value for key, value in point.items() if key.startswith("test "))
 
 
-def share_to(name: str, wanted: float) -> tuple[float, float] | None:
+def share_to(config: Json, name: str, wanted: float) -> tuple[float, float] | None:
     """The share of the training, and the seconds, until the mean curve reaches a score: between two points in
     proportion."""
-    before, last = (0.0, 0.0, 0.0), curve(name)[-1][0]
-    for step, _, score, seconds in curve(name):
+    before, last = (0.0, 0.0, 0.0), curve(config, name)[-1][0]
+    for step, _, score, seconds in curve(config, name):
         if score >= wanted:
             part = (wanted - before[1]) / (score - before[1])
             return (before[0] + part * (step - before[0])) / last, before[2] + part * (seconds - before[2])
@@ -159,22 +186,22 @@ def share_to(name: str, wanted: float) -> tuple[float, float] | None:
     return None
 
 
-def wanted_score() -> float:
-    return SHARE_OF_LORA * curve(LORA)[-1][2]
+def wanted_score(config: Json) -> float:
+    return SHARE_OF_LORA * curve(config, LORA)[-1][2]
 
 
 def convergence_table(config: Json) -> str:
-    wanted = wanted_score()
-    header = [f"{epoch:g}" for _, epoch, _, _ in curve(LORA)]
+    wanted = wanted_score(config)
+    header = [f"{epoch:g}" for _, epoch, _, _ in curve(config, LORA)]
     rows = []
     for name in shown(config):
-        reached = share_to(name, wanted)
+        reached = share_to(config, name, wanted)
         ends = (f"{reached[0]:.2f}", f"{reached[1]:.1f}") if reached else ("never", "–")
-        rows.append([label(config, name), *(records.percent(score) for _, _, score, _ in curve(name)), *ends])
+        rows.append([label(config, name), *(records.percent(score) for _, _, score, _ in curve(config, name)), *ends])
     return (
         f"{table(('score after epochs', *header, 'share of steps to 98 %', 'seconds'), rows)}\n\n"
         f"Mean score on {config['recipe']['rows_on_the_way']} test rows of each target, which nothing is chosen by; "
-        f"98 % of LoRA's last score are {records.percent(wanted)}. A training has {curve(LORA)[-1][0]} steps at most. "
+        f"98 % of LoRA's last score are {records.percent(wanted)}. A training has {curve(config, LORA)[-1][0]} steps at most. "
         "Seconds of training alone, on a thread that shares its core with another one: compare them with each other."
     )
 
@@ -184,7 +211,7 @@ def goals_table(config: Json) -> str:
     ours, found = config["targets"]["ours"], shown(config)
     rows = []
     if {ours, LORA} <= set(found):
-        apart, share = between(ours, LORA), numbers(LORA) / numbers(ours)
+        apart, share = between(config, ours, LORA), numbers(LORA) / numbers(ours)
         rows.append(
             (
                 "at most 0.5 points below LoRA r = 8, with at most 1/12 of its numbers",
@@ -194,7 +221,7 @@ def goals_table(config: Json) -> str:
         )
     for other in ("vera", "vblora", "lora-xs"):
         if {ours, other} <= set(found):
-            apart = between(ours, other)
+            apart = between(config, ours, other)
             rows.append(
                 (
                     f"2 points above {config['methods'][other]['label']}, with no more numbers",
@@ -204,10 +231,10 @@ def goals_table(config: Json) -> str:
             )
     random = config["targets"]["random"]
     if {ours, random} <= set(found):
-        apart = between(ours, random)
+        apart = between(config, ours, random)
         rows.append(("above a random basis of equal size, by more than the interval", signed(apart), apart.low > 0))
     if {ours, LORA} <= set(found):
-        mine, theirs = share_to(ours, wanted_score()), share_to(LORA, wanted_score())
+        mine, theirs = share_to(config, ours, wanted_score(config)), share_to(config, LORA, wanted_score(config))
         assert theirs is not None
         said = f"{mine[0] / theirs[0]:.2f} of them" if mine else "not reached"
         reached = mine is not None and mine[0] <= theirs[0] / 2
@@ -236,7 +263,7 @@ def plots(config: Json, folder: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "eigenlorax", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for name in shown(config):
-            drawn = curve(name)
+            drawn = curve(config, name)
             wide = 2.5 if name in (config["targets"]["ours"], LORA) else 1.0
             axes.plot(
                 [epoch for _, epoch, _, _ in drawn],

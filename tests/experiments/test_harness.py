@@ -114,7 +114,9 @@ CONFIG = {
     "methods": {name: {"label": name.upper(), "rates": [0.01]} for name in NAMES},
     "targets": {
         "tasks": ["one", "other"],
-        "seeds": [1, 2],
+        "seeds": [1, 2, 3],
+        "methods": ["lora-r8", "factors", "random", "vera"],
+        "long": ["unfinished"],
         "ours": "factors",
         "random": "random",
         "in_short": ["factors"],
@@ -136,20 +138,25 @@ class TestTables:
                 planted(results, method="random", score=0.81, numbers=100, curve=(0.1, 0.2, 0.3, 0.4), **put)
                 planted(results, method="vera", score=0.785, numbers=99, curve=(0.1, 0.2, 0.3, 0.4), **put)
         planted(results, "text/targets", "unfinished", "one", 1, 0.9, numbers=1)
+        planted(results, "text/targets", "factors", "one", 3, 0.1, numbers=100)
 
     def test_methods_without_all_runs_are_not_shown(self):
         found = text_tables.targets_table(CONFIG)
         assert "UNFINISHED" not in found
         assert "| **FACTORS** | 100 | 0 | 81.0 ± 0.0 | +1.0 ± 0.0 |" in found
         assert "| LORA-R8 | 1,200 | 5 | 80.0 ± 0.0 | – |" in found
-        assert "17 runs, 17.0 hours of one thread" in found
+        assert "18 runs, 18.0 hours of one thread" in found
+
+    def test_seeds_that_only_some_have_are_not_counted(self):
+        assert text_tables.seeds_of(CONFIG, "factors") == [1, 2]
+        assert "2 tasks and 2 seeds" in text_tables.targets_table(CONFIG)
 
     def test_steps_are_counted_between_two_points(self):
-        wanted = text_tables.wanted_score()
+        wanted = text_tables.wanted_score(CONFIG)
         assert wanted == pytest.approx(0.784)
-        assert text_tables.share_to("lora-r8", wanted) == pytest.approx((0.5, 2.0))
-        assert text_tables.share_to("factors", wanted) == pytest.approx((0.25, 1.0))
-        assert text_tables.share_to("vera", wanted) is None
+        assert text_tables.share_to(CONFIG, "lora-r8", wanted) == pytest.approx((0.5, 2.0))
+        assert text_tables.share_to(CONFIG, "factors", wanted) == pytest.approx((0.25, 1.0))
+        assert text_tables.share_to(CONFIG, "vera", wanted) is None
 
     def test_goals_are_reached_or_missed(self):
         rows = [line.split(" | ") for line in text_tables.goals_table(CONFIG).splitlines()[2:]]

@@ -66,7 +66,7 @@ class TestClassification:
     def test_learns_the_rule_and_adds_what_it_has_learned(self, place, ids, core):
         training = classify(place, evaluation=place / "eval.jsonl", epochs=5.0, core=core)
         found = train(place / "pack", training, place / "out" / "new")
-        assert found.figures.accuracy == 1.0
+        assert found.figures.accuracy > 0.95
         assert found.figures.majority < 0.7
         assert (found.labels, found.rows, found.figures.rows) == (["bad", "good"], 192, 57)
         per_module = K * K if core else 2 * K * RANK
@@ -92,7 +92,7 @@ class TestClassification:
         assert wanted.std() > 0.1
         # and what was counted at the end of the training is what is counted afterwards
         again = evaluate(place / "pack", "new", place / "eval.jsonl", labels=["bad", "good"])
-        assert again.figures.accuracy == 1.0
+        assert again.figures.accuracy > 0.95
         assert again.figures.loss == pytest.approx(found.figures.loss, abs=1e-5)
 
     def test_the_folder_says_what_it_is_and_where_it_is_not(self, place):
@@ -383,7 +383,7 @@ class TestTheTrainersOptions:
     def test_an_optimizer_takes_the_place_of_ours(self, place):
         """SOAP moves no coefficient in its first step, and AdamW does."""
         first = {"max_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
-        train(place / "pack", classify(place, trainer_options=first), place / "ours")
+        train(place / "pack", classify(place, trainer_options=first), place / "ours", add=False)
         options = {**first, "optim": "adamw_torch"}
         train(place / "pack", classify(place, head_learning_rate=None, trainer_options=options), place / "theirs")
         moved = {
@@ -396,7 +396,12 @@ class TestTheTrainersOptions:
         options = {"max_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"}
         heads = {}
         for name, rate in (("small", 1e-6), ("large", 1e-1)):
-            train(place / "pack", classify(place, head_learning_rate=rate, trainer_options=options), place / name)
+            train(
+                place / "pack",
+                classify(place, head_learning_rate=rate, trainer_options=options),
+                place / name,
+                add=False,
+            )
             heads[name] = weights(place / name)["base_model.model.classifier.weight"]
         apart = (heads["small"] - heads["large"]).abs()
         # Adam's first step is as long as the rate, whatever the gradient is

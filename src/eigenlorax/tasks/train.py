@@ -33,7 +33,7 @@ from .options import TASKS, Training
 RECORD = "training.json"
 CHECKPOINTS = "checkpoints"
 # what torch says where a file cannot be written
-_NOT_WRITTEN = ("iostream error", "PytorchStreamWriter")
+_NOT_WRITTEN = ("iostream error", "PytorchStreamWriter", "inline_container")
 
 
 @dataclass(frozen=True, slots=True)
