@@ -201,8 +201,9 @@ def convergence_table(config: Json) -> str:
     return (
         f"{table(('score after epochs', *header, 'share of steps to 98 %', 'seconds'), rows)}\n\n"
         f"Mean score on {config['recipe']['rows_on_the_way']} test rows of each target, which nothing is chosen by; "
-        f"98 % of LoRA's last score are {records.percent(wanted)}. A training has {curve(config, LORA)[-1][0]} steps at most. "
-        "Seconds of training alone, on a thread that shares its core with another one: compare them with each other."
+        f"98 % of LoRA's last score are {records.percent(wanted)}. A training has {curve(config, LORA)[-1][0]} steps "
+        "at most. Seconds are of training alone, on a thread that shares its core with another one: compare them with "
+        "each other."
     )
 
 
