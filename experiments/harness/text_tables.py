@@ -77,7 +77,7 @@ def seeds_said(config: Json) -> str:
         for name in shown(config)
         if len(seeds_of(config, name)) < every
     ]
-    return f"{every} seeds{f' ({chr(59).join(fewer)})' if fewer else ''}"
+    return f"{every} seed{'s' if every > 1 else ''}{f' ({chr(59).join(fewer)})' if fewer else ''}"
 
 
 def rates_table(config: Json) -> str:
@@ -121,7 +121,8 @@ def targets_table(config: Json) -> str:
         f"{table(('', 'trained numbers', 'kB of its file', 'mean score', 'against LoRA r = 8'), rows)}\n\n"
         f"Mean over {n} tasks and {seeds}, in points, with 95 % intervals; differences are between runs of the "
         "same seed and rows. Trained numbers are those of the method: every method trains the task's head beside them, "
-        f"which is in its file. {records.source_line(STAGE)}"
+        "which is in its file; VeRA's has its random matrices too, as PEFT saves them by default. "
+        f"{records.source_line(STAGE)}"
     )
 
 
