@@ -130,9 +130,11 @@ def adapter_folder(name: str) -> Path:
 
 
 def pack_of(spec: Json) -> ex.Pack:
-    """The pack of some source adapters, made once. spec: sources (names), k, weighting; or random, its seed, in the
-    place of what the sources share."""
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    """The pack of some source adapters, made once, and anew where one of them is another. spec: sources (names), k,
+    weighting; or random, its seed, in the place of what the sources share."""
+    weights = [(adapter_folder(name) / "adapter_model.safetensors").read_bytes() for name in spec["sources"]]
+    contents = [hashlib.sha256(one).hexdigest() for one in weights]
+    digest = hashlib.sha256(json.dumps([spec, contents], sort_keys=True).encode()).hexdigest()[:16]
     folder = WORK / "packs" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -9,7 +9,8 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from harness import jobs, pages, record, records, recycled_tables, statistics, text_tables  # noqa: E402
+from adapters import make_adapter  # noqa: E402
+from harness import jobs, pages, record, records, recycled_tables, statistics, text, text_tables  # noqa: E402
 from harness.jobs import Job  # noqa: E402
 from harness.statistics import Run  # noqa: E402
 
@@ -187,6 +188,20 @@ class TestTables:
         config = {**CONFIG, "recycled": {"k": [4, 8, 16]}}
         k, lost = recycled_tables.at_a_sixth(config)
         assert (k, lost) == (8, pytest.approx(0.01))
+
+
+def test_a_pack_is_fitted_anew_where_an_adapter_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "WORK", tmp_path)
+    spec = {"sources": ["a", "b"], "k": 2, "weighting": "delta"}
+
+    def trained(seed):
+        for n, name in enumerate(spec["sources"]):
+            make_adapter(text.adapter_folder(name), seed=seed + n)
+
+    trained(0)
+    before, again = (text.pack_of(spec).info.fingerprint for _ in range(2))
+    trained(10)
+    assert before == again != text.pack_of(spec).info.fingerprint
 
 
 class TestPages:
