@@ -215,7 +215,8 @@ def _predicted(trainer: Any, rows: Sequence[Any], recipe: Recipe, metric: Metric
 
 def optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     """Of the method's numbers as the recipe has it; of heads, AdamW."""
-    own, head = [], []
+    own: list[Any] = []
+    head: list[Any] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (head if methods.is_head(name) else own).append(parameter)

@@ -83,7 +83,7 @@ class SOAP(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; `closure` gives the loss anew, as in torch."""
         loss = None
         if closure is not None:
