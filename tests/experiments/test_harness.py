@@ -9,10 +9,11 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from adapters import make_adapter  # noqa: E402
 from harness import jobs, pages, record, records, recycled_tables, statistics, text, text_tables  # noqa: E402
 from harness.jobs import Job  # noqa: E402
 from harness.statistics import Run  # noqa: E402
+
+from adapters import make_adapter  # noqa: E402
 
 
 @pytest.fixture
