@@ -50,6 +50,11 @@ def at_a_sixth(config: Json) -> tuple[int, float] | None:
     return k, mean(found["original", None, None], "score") - mean(found["seen", k, None], "score")
 
 
+def changed(lost: float) -> str:
+    """A loss as a change in points."""
+    return f"{round(-100 * lost, 1) + 0.0:+.1f}"
+
+
 def recycled_table(config: Json) -> str:
     """Scores, answers and errors of every way, over all source adapters."""
     found = ways()
@@ -67,8 +72,8 @@ def recycled_table(config: Json) -> str:
             ratio,
             many,
             percent(mean(rows, "score")),
-            f"{-100 * lost:+.1f}",
-            f"{-100 * worst:+.1f}",
+            changed(lost),
+            changed(worst),
             percent(mean(rows, "agreement")),
             f"{mean(rows, 'delta_error'):.2f}",
         )

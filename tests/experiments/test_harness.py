@@ -170,6 +170,11 @@ class TestTables:
             "0.50 of them",
         ]
 
+    def test_an_interval_may_leave_a_goal_open(self):
+        assert text_tables.verdict(statistics.Mean(0.03, 0.005), 0.02) == "reached"
+        assert text_tables.verdict(statistics.Mean(0.03, 0.02), 0.02).startswith("reached, not surely")
+        assert text_tables.verdict(statistics.Mean(0.01, 0.02), 0.02) == "missed"
+
     def test_a_twelfth_is_a_twelfth(self, results):
         for path in (results / "text" / "targets").glob("factors*"):
             found = record.read(path)
