@@ -44,7 +44,8 @@ def main() -> int:
                 page.write_text(fresh, "utf-8")
     if asked.write:
         text_tables.plots(configs["text"], ROOT / "docs" / "results")
-    print(f"{'written' if asked.write else 'not the tables of the results'}: {', '.join(stale) or 'none'}")
+    if stale:
+        print(f"{', '.join(stale)}: {'written' if asked.write else 'not the tables of the results'}")
     if stale and asked.check:
         print("python experiments/tables.py --write mends it.", file=sys.stderr)
     return int(bool(stale) and asked.check)
