@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -106,3 +107,10 @@ def make_all(place):
     write_jsonl(place / "lm-train.jsonl", cycle_rows(96, seed=0))
     write_jsonl(place / "lm-eval.jsonl", cycle_rows(29, seed=1))
     return place
+
+
+def copy_all(made, folder):
+    """What `make_all` has made, but the models, which stay where they are."""
+    for path in made.iterdir():
+        if path.name not in BASES:
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)

@@ -23,14 +23,6 @@ def cells(stage: str) -> list[str]:
     return list(dict.fromkeys(records.asked(one)["method"] for one in records.of(stage)))
 
 
-def overall(found: Scores) -> statistics.Mean:
-    return statistics.over_tasks({task: list(runs.values()) for task, runs in found.items()})
-
-
-def apart(found: Scores, other: Scores) -> str:
-    return signed(statistics.over_tasks(statistics.differences(found, other)))
-
-
 def by_task(found: Scores, tasks: Sequence[str]) -> list[str]:
     return [percent(statistics.mean(list(found[task].values())).value) if task in found else "–" for task in tasks]
 
@@ -50,8 +42,8 @@ def gap_table(config: Json) -> str:
                 f"{info['train_info']['num_trainable_params']:,}",
                 f"{records.asked(info)['learning_rate']:g}",
                 *by_task(found, asked["tasks"]),
-                points(overall(found)),
-                "–" if name == asked["beside"] else apart(found, reference),
+                points(records.overall(found)),
+                "–" if name == asked["beside"] else signed(records.apart(found, reference)),
             ]
         )
     label = asked["cells"][asked["beside"]]["label"]
@@ -75,8 +67,8 @@ def variations_table(config: Json) -> str:
                         cell.removeprefix(f"{name}-"),
                         f"{info['num_trainable_params']:,}",
                         str(sum(len(runs) for runs in found.values())),
-                        points(overall(found)),
-                        apart(found, same),
+                        points(records.overall(found)),
+                        signed(records.apart(found, same)),
                     ]
                 )
     header = (
@@ -106,9 +98,9 @@ def low_table(config: Json) -> str:
                         str(n),
                         str(n_extra),
                         str(k),
-                        points(overall(found)),
-                        points(overall(random)),
-                        apart(found, random),
+                        points(records.overall(found)),
+                        points(records.overall(random)),
+                        signed(records.apart(found, random)),
                     ]
                 )
     header = ("sources", "further directions", "k in all", "mean", "random basis as large", "difference")
@@ -124,13 +116,8 @@ def few_table(config: Json) -> str:
     for name in asked["methods"]:
         cells_ = []
         for n in asked["rows"]:
-            found: Scores = {}
-            for one in records.of("text/few"):
-                setting = records.asked(one)
-                if setting["method"] == name and setting["rows"] == n:
-                    run = statistics.Run(one["test"]["score"], tuple(one["test"]["resampled"]))
-                    found.setdefault(setting["task"], {})[setting["seed"]] = run
-            cells_.append(points(overall(found)) if found else "–")
+            found = records.scores("text/few", name, rows=n)
+            cells_.append(points(records.overall(found)) if found else "–")
         rows.append([config["methods"][name]["label"], *cells_])
     header = ("training rows", *(str(n) for n in asked["rows"]))
     return (

@@ -1,7 +1,7 @@
 """What the records of the language experiment say."""
 
-import math
 from collections.abc import Callable, Mapping
+from statistics import fmean, stdev
 
 from . import records
 from .pages import table
@@ -31,7 +31,8 @@ def recycled_table(config: Json) -> str:
         error = sum(row["delta_error"] for row in cells.values()) / len(cells)
         rows.append([name, *(f"{cells[kind]['score']:.2f}" for kind in kinds), f"{more:+.3f}", f"{error:.2f}"])
     header = ("perplexity on unseen text", *kinds, "nats a token", "delta error")
-    return f"{table(header, rows)}\n\nNats a token: the mean change against the original. {line('language/recycled')}"
+    source = records.source_line("language/recycled")
+    return f"{table(header, rows)}\n\nNats a token: the mean change against the original. {source}"
 
 
 def seventh_table(config: Json) -> str:
@@ -43,20 +44,15 @@ def seventh_table(config: Json) -> str:
         found = [one for one in records.of("language/seventh") if records.asked(one)["method"] == name]
         if {records.asked(one)["seed"] for one in found} >= set(seeds):
             info, scores = found[0], [one["test"]["score"] for one in found]
-            mean = sum(scores) / len(scores)
-            spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1))
             rows.append(
                 [
                     method["label"],
                     f"{info['train_info']['num_trainable_params']:,}",
                     f"{records.asked(info)['learning_rate']:g}",
-                    f"{mean:.2f}",
-                    f"{spread:.2f}",
+                    f"{fmean(scores):.2f}",
+                    f"{stdev(scores):.2f}" if len(scores) > 1 else "–",
                 ]
             )
     header = ("", "trained numbers", "rate", f"perplexity, {kind}", "± of seeds")
-    return f"{table(header, rows)}\n\n{len(seeds)} seeds; ± is their standard deviation. {line('language/seventh')}"
-
-
-def line(stage: str) -> str:
-    return records.source_line(stage)
+    source = records.source_line("language/seventh")
+    return f"{table(header, rows)}\n\n{len(seeds)} seeds; ± is their standard deviation. {source}"

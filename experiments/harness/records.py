@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from . import record
+from . import record, statistics
 from .statistics import Mean, Run
 
 Json = dict[str, Any]
@@ -22,12 +22,12 @@ def asked(one: Json) -> Json:
     return found
 
 
-def scores(stage: str, method: str) -> Scores:
-    """Task → seed → run, of one method."""
+def scores(stage: str, method: str, **fields: Any) -> Scores:
+    """Task → seed → run, of one method; fields: what else their configs must have."""
     found: Scores = {}
     for one in of(stage):
         config = asked(one)
-        if config["method"] == method:
+        if config["method"] == method and all(config[name] == value for name, value in fields.items()):
             run = Run(one["test"]["score"], tuple(one["test"]["resampled"]))
             found.setdefault(config["task"], {})[config["seed"]] = run
     return found
@@ -40,6 +40,16 @@ def complete(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> bool:
 def some(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> Scores:
     """Those of some tasks and seeds."""
     return {task: {seed: found[task][seed] for seed in seeds} for task in tasks}
+
+
+def overall(found: Scores) -> Mean:
+    """The mean over tasks."""
+    return statistics.over_tasks({task: list(runs.values()) for task, runs in found.items()})
+
+
+def apart(found: Scores, other: Scores) -> Mean:
+    """The mean difference over tasks, run by run."""
+    return statistics.over_tasks(statistics.differences(found, other))
 
 
 def first(stage: str, method: str) -> Json:

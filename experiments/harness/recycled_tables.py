@@ -1,13 +1,10 @@
 """What the records of recycled adapters say."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from . import records
 from .pages import table
-from .records import percent
-
-Json = dict[str, Any]
+from .records import Json, percent
 
 STAGE = "text/recycled"
 A_SIXTH, MANY = 6, 100

@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from . import records, recycled_tables, statistics
 from .pages import table
-from .records import points, signed
+from .records import Json, points, signed
 from .text import NEAR, steadiest
-
-Json = dict[str, Any]
 
 LORA, SHARE_OF_LORA = "lora-r8", 0.98
 STAGE = "text/targets"
@@ -61,12 +58,12 @@ def numbers(name: str) -> int:
 
 def between(config: Json, one: str, other: str) -> statistics.Mean:
     """The mean difference of two methods over targets, run by run."""
-    return statistics.over_tasks(statistics.differences(scores(config, one), scores(config, other)))
+    return records.apart(scores(config, one), scores(config, other))
 
 
 def overall(config: Json, name: str) -> statistics.Mean:
     """The mean over targets."""
-    return statistics.over_tasks({task: list(runs.values()) for task, runs in scores(config, name).items()})
+    return records.overall(scores(config, name))
 
 
 def seeds_said(config: Json) -> str:

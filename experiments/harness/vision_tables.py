@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 
 from . import records, statistics
 from .pages import table
-from .records import Json, percent, points, signed
+from .records import Json, Scores, percent, points, signed
+from .recycled_tables import mean
 from .statistics import Run
 
 LORA = "lora-r8"
-Runs = dict[str, dict[int, Run]]
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
@@ -20,9 +20,9 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
     }
 
 
-def runs(name: str) -> Runs:
+def runs(name: str) -> Scores:
     """Task → seed → run, of one method on targets; names of records are METHOD--TASK--SEED."""
-    found: Runs = {}
+    found: Scores = {}
     for one in records.of("vision/targets"):
         method, task, seed = one["run_info"]["experiment_name"].rsplit("/", 1)[-1].split("--")
         if method == name:
@@ -43,10 +43,11 @@ def targets_table(config: Json) -> str:
             for one in records.of("vision/targets")
             if one["run_info"]["experiment_name"].rsplit("/", 1)[-1].startswith(f"{name}--")
         )
-        overall = statistics.over_tasks({task: list(found[task].values()) for task in tasks})
-        apart = signed(statistics.over_tasks(statistics.differences(found, lora))) if name != LORA else "–"
+        apart = signed(records.apart(found, lora)) if name != LORA else "–"
         each = [percent(statistics.mean(list(found[task].values())).value) for task in tasks]
-        rows.append([method["label"], f"{info['num_trainable_params']:,}", *each, points(overall), apart])
+        rows.append(
+            [method["label"], f"{info['num_trainable_params']:,}", *each, points(records.overall(found)), apart]
+        )
     header = ("", "trained numbers", *tasks, "mean", "against LoRA r = 8")
     return f"{table(header, rows)}\n\n{len(seeds)} seeds. {records.source_line('vision/targets')}"
 
@@ -64,9 +65,6 @@ def recycled_table(stage: str, what: str) -> str:
             if row["bits"] is not None:
                 text += f" to {row['bits']} bits"
             ways.setdefault(text, []).append(row)
-
-    def mean(rows: list[Json], name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
 
     rows = [
         [name, percent(mean(cells, "score")), percent(mean(cells, "agreement")), f"{mean(cells, 'delta_error'):.2f}"]

@@ -19,6 +19,14 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
+@pytest.fixture(scope="session")
+def _trainable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of training share; imported here, since it wants transformers."""
+    import trainable
+
+    return trainable.make_all(tmp_path_factory.mktemp("trainable"))
+
+
 @pytest.fixture
 def cli(cli_with_reports: Callable[..., Done]) -> Callable[..., Done]:
     """The same, but that `fit` leaves no report, which takes longer than all else and has tests of its own."""

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,17 +22,10 @@ NUMBERS = {"lora": 4 * 4 * 2 * 24, "core": 4 * 9 * 9}
 """Of rank 4 on four modules of 24 × 24; of a pack of nine components."""
 
 
-@pytest.fixture(scope="session")
-def _trainable(tmp_path_factory):
-    return trainable.make_all(tmp_path_factory.mktemp("trainable"))
-
-
 @pytest.fixture
 def place(_trainable, tmp_path, monkeypatch):
     """The current folder has what `trainable.make_all` makes, and few rows that no row for evaluation is among."""
-    for path in _trainable.iterdir():
-        if path.name not in trainable.BASES:
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    trainable.copy_all(_trainable, tmp_path)
     monkeypatch.chdir(tmp_path)
     rows = [json.loads(line) for line in Path("eval.jsonl").read_text("utf-8").splitlines()]
     fresh = [row for row in trainable.keyword_rows(90, seed=3) if row not in rows]

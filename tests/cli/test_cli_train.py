@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,10 @@ TRAIN = "train pack --task text-classification --train train.jsonl --learning-ra
 CLASSIFY = shlex.split(TRAIN)
 
 
-@pytest.fixture(scope="session")
-def _trainable(tmp_path_factory):
-    return trainable.make_all(tmp_path_factory.mktemp("trainable"))
-
-
 @pytest.fixture
 def place(_trainable, tmp_path, monkeypatch):
     """The current folder has what `trainable.make_all` makes; the models are where they were made."""
-    for path in _trainable.iterdir():
-        if path.name not in trainable.BASES:
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    trainable.copy_all(_trainable, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

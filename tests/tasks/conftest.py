@@ -1,7 +1,6 @@
 """Tiny models with tokenizers, their packs, and rows: what the tests of training and evaluation share."""
 
 import os
-import shutil
 
 import pytest
 import torch
@@ -30,8 +29,5 @@ def _made(tmp_path_factory):
 @pytest.fixture
 def place(_made, tmp_path):
     """A folder with what `trainable.make_all` makes; the models are not copied."""
-    for path in _made.iterdir():
-        if path.name in trainable.BASES:
-            continue
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    trainable.copy_all(_made, tmp_path)
     return tmp_path

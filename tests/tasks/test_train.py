@@ -31,8 +31,9 @@ from eigenlorax.errors import (
 )
 from eigenlorax.tasks import models
 from eigenlorax.tasks.evaluate import evaluate
-from eigenlorax.tasks.options import Columns, Training
+from eigenlorax.tasks.options import DEFAULTS, HEAD_LEARNING_RATE, Columns, Training
 from eigenlorax.tasks.train import RECORD, read_record, train
+from eigenlorax.tuner import optim
 
 K, RANK = 9, 4
 QUICK = {"learning_rate": 0.1, "head_learning_rate": 0.1, "rank": RANK}
@@ -140,6 +141,8 @@ class TestClassification:
         def states():
             return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
+        # whatever a test before has left
+        set_seed(4)
         before = states()
         with models.own_random_numbers():
             set_seed(3)
@@ -406,6 +409,10 @@ class TestTheTrainersOptions:
         apart = (heads["small"] - heads["large"]).abs()
         # Adam's first step is as long as the rate, whatever the gradient is
         assert apart.max() == pytest.approx(0.1, rel=1e-3)
+
+    def test_rates_are_those_of_the_optimizer(self):
+        """The command's help does not import torch, so that they stand in two places."""
+        assert (DEFAULTS["learning_rate"], HEAD_LEARNING_RATE) == (optim.LEARNING_RATE, optim.HEAD_LEARNING_RATE)
 
     def test_decay_and_moments_are_given_to_ours(self, place):
         options = {"max_steps": 3, "save_strategy": "no", "seed": 5}

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import NonFiniteError
 from . import methods
 from .examples import IGNORED
+from .options import HEAD_LEARNING_RATE
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """Predictions, a row each, and what they should be → a score, of which more is better."""
@@ -65,7 +66,7 @@ class Recipe:
 
     learning_rate: float
     optimizer: str = "adamw"
-    head_learning_rate: float = 5e-3
+    head_learning_rate: float = HEAD_LEARNING_RATE
     epochs: float = 4.0
     batch_size: int = 32
     warmup: float = 0.1
