@@ -351,6 +351,23 @@ def targets(config: Json) -> Iterator[Job]:
                     yield target(config, "targets", name, method, task, seed, rate)
 
 
+def short(config: Json) -> Iterator[Job]:
+    """Some methods on all targets with fewer steps, at whose end the rate is as low as it is after all of them."""
+    asked = config["short"]
+    for epochs in asked["epochs"]:
+        recipe = {"epochs": epochs, "evaluations": 1}
+        for seed in config["targets"]["seeds"]:
+            for name in asked["methods"]:
+                method, rate = config["methods"][name], chosen_rate(config, name)
+                for task in config["targets"]["tasks"]:
+                    yield target(config, "short", in_short(name, epochs), method, task, seed, rate, recipe=recipe)
+
+
+def in_short(name: str, epochs: int) -> str:
+    """What a method with so many epochs is called in records."""
+    return f"{name}-epochs{epochs}"
+
+
 def variations(config: Json) -> Iterator[Job]:
     """Of the two kinds of coefficients, one thing changed at a time, on four targets."""
     asked = config["variations"]
@@ -445,6 +462,7 @@ STAGES = {
     "gap": gap,
     "rates": rates,
     "targets": targets,
+    "short": short,
     "variations": variations,
     "low": low,
     "few": few,

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import records, recycled_tables, statistics
+from . import records, recycled_tables, statistics, text
 from .pages import table
 from .records import Json, points, signed
-from .text import NEAR, steadiest
 
 LORA, SHARE_OF_LORA = "lora-r8", 0.98
 STAGE = "text/targets"
@@ -19,6 +18,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "targets": lambda: targets_table(config),
         "targets-by-task": lambda: by_task_table(config),
         "convergence": lambda: convergence_table(config),
+        "short": lambda: short_table(config),
         "goals": lambda: goals_table(config),
         "summary": lambda: summary_table(config),
     }
@@ -47,8 +47,8 @@ def shown(config: Json) -> list[str]:
 
 
 def label(config: Json, name: str) -> str:
-    text: str = config["methods"][name]["label"]
-    return f"**{text}**" if name == config["targets"]["ours"] else text
+    said: str = config["methods"][name]["label"]
+    return f"**{said}**" if name == config["targets"]["ours"] else said
 
 
 def numbers(name: str) -> int:
@@ -90,7 +90,7 @@ def rates_table(config: Json) -> str:
             ]
             if found:
                 means[rate] = sum(found) / len(found)
-        best = steadiest(means) if means else None
+        best = text.steadiest(means) if means else None
         cells = [
             f"{'**' if rate == best else ''}{rate:g}: {records.percent(means[rate])}{'**' if rate == best else ''}"
             for rate in means
@@ -99,8 +99,8 @@ def rates_table(config: Json) -> str:
     tasks = " and ".join(config["development"]["rates"])
     return (
         f"{table(('', 'lowest', 'middle', 'highest'), rows)}\n\nRate and mean score on {tasks}, seed "
-        f"{config['development']['seed']}. In bold, what was chosen: the lowest within {100 * NEAR:g} points of the "
-        f"best. {records.source_line('text/rates')}"
+        f"{config['development']['seed']}. In bold, what was chosen: the lowest within {100 * text.NEAR:g} points of "
+        f"the best. {records.source_line('text/rates')}"
     )
 
 
@@ -205,6 +205,29 @@ def convergence_table(config: Json) -> str:
     )
 
 
+def in_short(config: Json, name: str, epochs: int) -> records.Scores | None:
+    """Task → seed → run of a method with fewer epochs; None as long as one is missing."""
+    found = records.scores("text/short", text.in_short(name, epochs))
+    spec = config["targets"]
+    done = records.complete(found, spec["tasks"], spec["seeds"])
+    return records.some(found, spec["tasks"], spec["seeds"]) if done else None
+
+
+def short_table(config: Json) -> str:
+    """Trainings with fewer steps, beside the whole ones."""
+    asked, lora, rows = config["short"], overall(config, LORA).value, []
+    for name in asked["methods"]:
+        found = [in_short(config, name, epochs) for epochs in asked["epochs"]]
+        means = [records.overall(one) if one else None for one in found] + [overall(config, name)]
+        cells = [f"{points(one)} ({100 * one.value / lora:.1f} %)" if one else "–" for one in means]
+        rows.append([label(config, name), *cells])
+    header = ("epochs", *(str(one) for one in asked["epochs"]), f"{config['recipe']['epochs']}")
+    return (
+        f"{table(header, rows)}\n\nMean score over all targets and test rows, {seeds_said(config)}; in brackets, its "
+        f"share of LoRA's after {config['recipe']['epochs']} epochs. {records.source_line('text/short')}"
+    )
+
+
 def goals_table(config: Json) -> str:
     """What the project set out to reach, and what came out."""
     ours, found = config["targets"]["ours"], shown(config)
@@ -240,6 +263,16 @@ def goals_table(config: Json) -> str:
         said = f"{mine[0] / theirs[0]:.2f} of them" if mine else "not reached"
         reached = mine is not None and mine[0] <= theirs[0] / 2
         rows.append(("98 % of LoRA's last score in half of the steps that LoRA needs", said, plain(reached)))
+        half = in_short(config, ours, config["recipe"]["epochs"] // 2)
+        if half is not None:
+            part = records.overall(half).value / overall(config, LORA).value
+            rows.append(
+                (
+                    "the same where each has a schedule of its own: ours trained for half of the steps",
+                    f"{100 * part:.1f} % of LoRA's score",
+                    plain(part >= SHARE_OF_LORA),
+                )
+            )
     kept = recycled_tables.at_a_sixth(config)
     if kept is not None:
         k, lost = kept

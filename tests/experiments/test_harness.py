@@ -125,7 +125,8 @@ CONFIG = {
     },
     "sources": {"tasks": ["a", "b"]},
     "recycled": {"k": [8]},
-    "recipe": {"rows_on_the_way": 5},
+    "recipe": {"rows_on_the_way": 5, "epochs": 4},
+    "short": {"epochs": [1, 2], "methods": ["lora-r8", "factors"]},
 }
 
 
@@ -182,6 +183,19 @@ class TestTables:
             path.write_text(json.dumps(found), "utf-8")
         records.of.cache_clear()
         assert "with 1/11.9 | missed" in text_tables.goals_table(CONFIG)
+
+    def test_half_of_the_steps_are_counted_once_all_of_them_were_run(self, results):
+        for task in ("one", "other"):
+            for seed in (1, 2, 3):
+                planted(results, "text/short", "factors-epochs2", task, seed, 0.792, numbers=100)
+        planted(results, "text/short", "factors-epochs1", "one", 1, 0.3, numbers=100)
+        assert "| **FACTORS** | – | 79.2 ± 0.0 (99.0 %) | 81.0 ± 0.0 (101.2 %) |" in text_tables.short_table(CONFIG)
+        assert "ours trained for half of the steps | 99.0 % of LoRA's score | reached |" in text_tables.goals_table(
+            CONFIG
+        )
+        (results / "text" / "short" / "factors-epochs2--one--3.json").unlink()
+        records.of.cache_clear()
+        assert "half of the steps | " not in text_tables.goals_table(CONFIG)
 
     def test_recycled_ones_at_a_sixth_of_the_bytes(self, results):
         ways = [("original", None, 0.9, None), ("seen", 4, 0.8, 15.0), ("seen", 8, 0.89, 16.0), ("seen", 16, 0.9, 17.0)]
