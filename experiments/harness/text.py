@@ -343,8 +343,8 @@ def steadiest(means: dict[float, float]) -> float:
 def targets(config: Json) -> Iterator[Job]:
     """Every method on every target and seed, at the rate that was chosen for it; what takes long comes last."""
     asked = config["targets"]
-    for names in (asked["methods"], asked["long"]):
-        for seed in asked["seeds"]:
+    for names, seeds in ((asked["methods"], asked["seeds"]), (asked["long"], asked["long_seeds"])):
+        for seed in seeds:
             for name in names:
                 method, rate = config["methods"][name], chosen_rate(config, name)
                 for task in asked["tasks"]:
@@ -376,20 +376,16 @@ def variations(config: Json) -> Iterator[Job]:
         cells: dict[str, Json] = {}
         for k in asked["k"]:
             cells[f"k{k}"] = {"pack": pack_spec(config, method, k=k)}
-            cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
         for start in asked["starts"]:
             cells[f"start-{start}"] = {"options": {"start": start}}
         for weighting in asked["weightings"]:
             cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, weighting=weighting)}
         for n_extra in asked["n_extra"]:
             cells[f"extra{n_extra}"] = {"options": {"n_extra": n_extra}}
-        if name == "factors":
-            for k, r in asked["shapes"]:
-                options = {"r": r, "lora_alpha": 2 * r}
-                cells[f"k{k}-r{r}"] = {"pack": pack_spec(config, method, k=k), "options": options}
         for seed in asked["seeds"]:
             for cell, changes in cells.items():
                 for task in config["targets"]["four"]:
+                    changes["recipe"] = asked["recipe"]
                     yield target(config, "variations", f"{name}-{cell}", method, task, seed, rate, **changes)
 
 
@@ -411,6 +407,7 @@ def low(config: Json) -> Iterator[Job]:
                 cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
         for cell, changes in cells.items():
             for task in config["targets"]["four"]:
+                changes["recipe"] = asked["recipe"]
                 yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
 
 
@@ -453,8 +450,8 @@ def count(config: Json) -> Iterator[Job]:
                 spec, others = {**pack_spec(config, method), "sources": drawn}, sorted(set(everyone) - set(drawn))
                 for task in asked["tasks"]:
                     for seed in config["targets"]["seeds"][:1]:
-                        cell = f"{one}-n{n}-draw{draw}"
-                        yield target(config, "count", cell, method, task, seed, rate, pack=spec, left_out=others)
+                        cell, changes = f"{one}-n{n}-draw{draw}", {"pack": spec, "recipe": asked["recipe"]}
+                        yield target(config, "count", cell, method, task, seed, rate, left_out=others, **changes)
 
 
 STAGES = {
