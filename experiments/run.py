@@ -17,7 +17,7 @@ def main() -> int:
     from harness import jobs, language, recycled, text, vision
 
     experiments = {
-        "text": {**text.STAGES, "recycled": recycled.jobs},
+        "text": {**text.STAGES, "recycled": recycled.jobs, "sized": recycled.sized},
         "language": language.STAGES,
         "vision": vision.STAGES,
     }

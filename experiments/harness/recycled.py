@@ -17,12 +17,23 @@ from eigenlorax.tasks import trial
 from . import text
 from .jobs import Job
 
+MANY = 100
+
 Json = dict[str, Any]
 Factors = Mapping[str, ex.LoRAFactors]
 
 
 def jobs(config: Json) -> Iterator[Job]:
     """One job an adapter: all ways to keep it, on the same rows."""
+    yield from ways(config, "recycled", {"k": config["recycled"]["k"]})
+
+
+def sized(config: Json) -> Iterator[Job]:
+    """The same in bases that were asked for an error, and not for a number of components."""
+    yield from ways(config, "sized", {"k": [], "max_error": config["recycled"]["max_error"]})
+
+
+def ways(config: Json, stage: str, sizes: Json) -> Iterator[Job]:
     asked = config["recycled"]
     everyone = text.source_names(config, config["pack"]["sets"])
     for task in config["sources"]["tasks"]:
@@ -32,12 +43,12 @@ def jobs(config: Json) -> Iterator[Job]:
             "task": task,
             "sources": everyone,
             "left_out": strangers(config, task),
-            "k": asked["k"],
+            **sizes,
             "test_rows": asked["test_rows"],
             "weighting": config["pack"]["weighting"],
             "recipe": config["recipe"],
         }
-        yield Job(f"text/recycled/{name}", job, recycle)
+        yield Job(f"text/{stage}/{name}", job, recycle)
 
 
 def strangers(config: Json, task: str) -> list[str]:
@@ -78,12 +89,13 @@ def recycle(config: Json) -> Json:
             found = pack.adapter(name).modules if way == "seen" else projected(original, pack)
             rows.append({"way": way, "k": k, **compared(original, found, bench)})
             if way == "seen":
-                # 16 bits a number; a pack of n adapters has one basis
-                each = pack_numbers(pack) / n + coefficient_numbers(original, pack)
-                rows[-1]["numbers_an_adapter"] = each
-                rows[-1]["numbers_at_100"] = pack_numbers(pack) / 100 + coefficient_numbers(original, pack)
-                cut = truncated(original, each)
+                rows[-1] |= numbers(original, pack, n)
+                cut = truncated(original, rows[-1]["numbers_an_adapter"])
                 rows.append({"way": "truncated", "k": k, **compared(original, cut, bench)})
+    for error in config.get("max_error", ()):
+        pack = text.pack_of({"sources": config["sources"], "max_error": error, "weighting": config["weighting"]})
+        row = {"way": "seen", "k": None, "max_error": error}
+        rows.append({**row, **compared(original, pack.adapter(name).modules, bench), **numbers(original, pack, n)})
     for bits in (8, 4):
         rows.append({"way": "rounded", "k": None, **compared(original, rounded(original, bits), bench)})
         rows[-1]["bits"] = bits
@@ -91,8 +103,8 @@ def recycle(config: Json) -> Json:
             losses.rounded_bytes(one.spec.rank, one.spec.out_features, one.spec.in_features, bits)
             for one in original.values()
         )
-    numbers = sum(one.spec.numbers for one in original.values())
-    return {"test": {"metric": text.metric(task), "rows": len(test), "numbers": numbers, "ways": rows}}
+    full = sum(one.spec.numbers for one in original.values())
+    return {"test": {"metric": text.metric(task), "rows": len(test), "numbers": full, "ways": rows}}
 
 
 class Bench:
@@ -204,6 +216,12 @@ def rounded(factors: Factors, bits: int) -> Factors:
         )
         for name, one in factors.items()
     }
+
+
+def numbers(factors: Factors, pack: ex.Pack, n: int) -> Json:
+    """What an adapter takes in a pack of n, and of 100, which have one basis."""
+    basis, own = pack_numbers(pack), coefficient_numbers(factors, pack)
+    return {"numbers_an_adapter": basis / n + own, "numbers_at_100": basis / MANY + own}
 
 
 def pack_numbers(pack: ex.Pack) -> int:

@@ -130,8 +130,8 @@ def adapter_folder(name: str) -> Path:
 
 
 def pack_of(spec: Json) -> ex.Pack:
-    """The pack of some source adapters, made once, and anew where one of them is another. spec: sources (names), k,
-    weighting; or random, its seed, in the place of what the sources share."""
+    """The pack of some source adapters, made once, and anew where one of them is another. spec: sources (names), k or
+    max_error, weighting; or random, its seed, in the place of what the sources share."""
     weights = [(adapter_folder(name) / "adapter_model.safetensors").read_bytes() for name in spec["sources"]]
     contents = [hashlib.sha256(one).hexdigest() for one in weights]
     digest = hashlib.sha256(json.dumps([spec, contents], sort_keys=True).encode()).hexdigest()[:16]
@@ -140,7 +140,8 @@ def pack_of(spec: Json) -> ex.Pack:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             sources = {name: adapter_folder(name) for name in spec["sources"]}
-            pack = ex.fit(sources, n_components=spec["k"], weighting=spec["weighting"], dtype="float32", warn_above=1.0)
+            size = {"max_error": spec["max_error"]} if "max_error" in spec else {"n_components": spec["k"]}
+            pack = ex.fit(sources, **size, weighting=spec["weighting"], dtype="float32", warn_above=1.0)
             if "random" in spec:
                 pack = methods.random_basis(pack, seed=spec["random"])
             pack.save(folder)

@@ -273,13 +273,11 @@ def goals_table(config: Json) -> str:
                     plain(part >= SHARE_OF_LORA),
                 )
             )
-    kept = recycled_tables.at_a_sixth(config)
-    if kept is not None:
-        k, lost = kept
+    for kept, lost in recycled_tables.at_a_sixth(config).items():
         rows.append(
             (
                 "recycled at a sixth of the bytes, basis counted, 100 adapters: 0.5 points lost at most",
-                f"k = {k}: {100 * lost:.1f} lost",
+                f"{kept}: {100 * lost:.1f} lost",
                 plain(lost <= 0.005),
             )
         )

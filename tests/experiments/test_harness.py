@@ -205,9 +205,17 @@ class TestTables:
             path = results / "text" / "recycled" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"test": {"numbers": 96, "ways": rows}}), "utf-8")
-        config = {**CONFIG, "recycled": {"k": [4, 8, 16]}}
-        k, lost = recycled_tables.at_a_sixth(config)
-        assert (k, lost) == (8, pytest.approx(0.01))
+            sized = [{"way": "seen", "k": None, "max_error": error, "score": score, "numbers_at_100": numbers}
+                     for error, score, numbers in ((0.4, 0.7, 14.0), (0.3, 0.88, 16.0), (0.2, 0.9, 16.1))]  # fmt: skip
+            path = results / "text" / "sized" / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"test": {"ways": sized}}), "utf-8")
+        config = {**CONFIG, "recycled": {"k": [4, 8, 16], "max_error": [0.4, 0.3, 0.2]}}
+        found = {"k = 8": pytest.approx(0.01), "max_error = 0.3": pytest.approx(0.02)}
+        assert recycled_tables.at_a_sixth(config) == found
+        (results / "text" / "sized" / "b.json").unlink()
+        records.of.cache_clear()
+        assert list(recycled_tables.at_a_sixth(config)) == ["k = 8"]
 
 
 def test_a_pack_is_fitted_anew_where_an_adapter_is_another(tmp_path, monkeypatch):
