@@ -47,7 +47,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from harness.jobs import check_one_thread
+    from harness.jobs import check_environment
 
-    check_one_thread()
+    check_environment()
     sys.exit(main())

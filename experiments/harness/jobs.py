@@ -79,8 +79,18 @@ def _one(call: tuple[Job, Path, str]) -> tuple[str, str | None, float]:
     return job.name, None, time.perf_counter() - started
 
 
-def check_one_thread() -> None:
-    """Two threads on shared cores wait for each other."""
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        os.environ["OMP_NUM_THREADS"] = "1"
+ENVIRONMENT = {
+    # two threads on shared cores wait for each other
+    "OMP_NUM_THREADS": "1",
+    # glibc would give what a step needs back to the system, and ask for it anew in the next one
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def check_environment() -> None:
+    """Start anew with what must be set before anything is imported."""
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        os.environ.update(ENVIRONMENT)
         os.execv(sys.executable, [sys.executable, *sys.argv])
