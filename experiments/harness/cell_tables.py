@@ -105,8 +105,8 @@ def low_table(config: Json) -> str:
                 )
     header = ("sources", "further directions", "k in all", "mean", "random basis as large", "difference")
     return (
-        f"{table(header, rows)}\n\nMean over {', '.join(config['targets']['four'])}, {len(asked['seeds'])} draws of "
-        f"sources; {config['methods'][name]['label']}. {records.source_line('text/low')}"
+        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])}, {len(asked['seeds'])} draw"
+        f"{'s' if len(asked['seeds']) > 1 else ''} of sources; {config['methods'][name]['label']}. {records.source_line('text/low')}"
     )
 
 

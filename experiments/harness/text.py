@@ -370,7 +370,7 @@ def in_short(name: str, epochs: int) -> str:
 
 
 def variations(config: Json) -> Iterator[Job]:
-    """Of the two kinds of coefficients, one thing changed at a time, on four targets."""
+    """One thing changed at a time, on four targets."""
     asked = config["variations"]
     for name in asked["of"]:
         method, rate = config["methods"][name], chosen_rate(config, name)
@@ -407,7 +407,7 @@ def low(config: Json) -> Iterator[Job]:
                 k = min(asked["k"], n * config["sources"]["rank"]) + n_extra
                 cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
         for cell, changes in cells.items():
-            for task in config["targets"]["four"]:
+            for task in asked["tasks"]:
                 changes["recipe"] = asked["recipe"]
                 yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
 
