@@ -104,9 +104,10 @@ def low_table(config: Json) -> str:
                     ]
                 )
     header = ("sources", "further directions", "k in all", "mean", "random basis as large", "difference")
+    n = len(asked["seeds"])
     return (
-        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])}, {len(asked['seeds'])} draw"
-        f"{'s' if len(asked['seeds']) > 1 else ''} of sources; {config['methods'][name]['label']}. {records.source_line('text/low')}"
+        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])}, {n} draw{'s' if n > 1 else ''} of sources; "
+        f"{config['methods'][name]['label']}. {records.source_line('text/low')}"
     )
 
 
