@@ -305,7 +305,7 @@ def plots(config: Json, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": "eigenlorax", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for name in shown(config):
+        for n, name in enumerate(shown(config)):
             drawn = curve(config, name)
             wide = 2.5 if name in (config["targets"]["ours"], LORA) else 1.0
             axes.plot(
@@ -313,6 +313,8 @@ def plots(config: Json, folder: Path) -> None:
                 [100 * score for _, _, score, _ in drawn],
                 label=config["methods"][name]["label"],
                 linewidth=wide,
+                # there are ten colours
+                linestyle="-" if n < 10 else "--",
             )
         axes.set_xlabel("epochs")
         axes.set_ylabel("mean score on targets")
