@@ -24,7 +24,8 @@ from eigenlorax.tasks import methods, models, trial
 from eigenlorax.tasks.examples import IGNORED
 from eigenlorax.tasks.methods import Method, Setting
 
-from . import record, text
+from . import outcome, record, text
+from . import rates as learning
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -186,7 +187,7 @@ def train(config: Json) -> Json:
     pack = pack_of(**config["pack"]) if config["pack"] else None
     found = trained(applied(config, pack), config)
     if pack is not None:
-        found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": text.k_of(pack)}
+        found["subspace"] = outcome.subspace(pack)
     return found
 
 
@@ -206,29 +207,8 @@ def trained(model: Any, config: Json) -> Json:
     asked = trial.Recipe(config["learning_rate"], optimizer, **{name: recipe[name] for name in RECIPE})
     way = test[: recipe["blocks_on_the_way"]]
     found = trial.run(text.in_half(model), rows, way, test, collate, asked, seed=seed, metric="likelihood")
-    return {
-        "train_info": {
-            "status": "success",
-            "train_time": round(found.seconds, 2),
-            "cpu_time": round(found.cpu_seconds, 2),
-            "memory_max": found.peak_bytes,
-            "file_size": text.file_size(model),
-            "num_trainable_params": found.numbers,
-            "num_head_params": found.head_numbers,
-            "num_total_params": found.total_numbers,
-            "metrics": [
-                {
-                    "step": point.step,
-                    "epoch": round(point.epoch, 3),
-                    "train loss": round(point.loss, 5),
-                    "test perplexity": round(math.exp(-point.score), 4),
-                    "train time": round(point.seconds, 2),
-                }
-                for point in found.points
-            ],
-        },
-        "test": figures(found.predicted, test),
-    }
+    info = outcome.train_info(found, model, "perplexity", lambda likelihood: round(math.exp(-likelihood), 4))
+    return {"train_info": info, "test": figures(found.predicted, test)}
 
 
 def recycle(config: Json) -> Json:
@@ -261,7 +241,7 @@ def recycle(config: Json) -> Json:
             costs = asdict(pack.summary.bytes)
             ways.append(
                 scored(
-                    way=way, k=k, kept=text.k_of(pack), delta_error=kept.delta_error, in_fit=kept.in_fit, bytes=costs
+                    way=way, k=k, kept=outcome.k_of(pack), delta_error=kept.delta_error, in_fit=kept.in_fit, bytes=costs
                 )
             )
             model.delete_adapter(label)
@@ -341,13 +321,8 @@ def rates(config: Json) -> Iterator[Job]:
 
 def chosen_rate(config: Json, name: str) -> float:
     """The rate with the lowest perplexity on the development kind; of equals, the lowest."""
-    scores = {}
-    for job in rates(config):
-        if job.config["method"] == name:
-            if not job.done():
-                raise SystemExit(f"{job.name} has no record: run the stage rates first.")
-            scores[job.config["learning_rate"]] = record.read(job.path)["test"]["score"]
-    return min(sorted(scores), key=lambda rate: scores[rate])
+    found = learning.means(job for job in rates(config) if job.config["method"] == name)
+    return min(sorted(found), key=lambda rate: found[rate])
 
 
 def seventh(config: Json) -> Iterator[Job]:

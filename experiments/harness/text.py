@@ -4,13 +4,10 @@ import functools
 import hashlib
 import json
 import random
-import statistics
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
@@ -18,7 +15,8 @@ import eigenlorax as ex
 from eigenlorax.tasks import methods, models, trial
 from eigenlorax.tasks.methods import Method, Setting
 
-from . import record
+from . import outcome, record
+from . import rates as learning
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -26,7 +24,6 @@ Rows = list[Json]
 
 DATA = record.ROOT.parent / "shared" / "data"
 WORK = record.ROOT / "experiments" / "work" / "text"
-NEAR = 0.005
 RECIPE = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations", "bf16")
 
 
@@ -162,7 +159,7 @@ def train(config: Json) -> Json:
     model = methods.applied(Method(config["kind"], config["options"]), new_base(task, recipe), setting)
     found = trained(model, rows, test, config)
     if pack is not None:
-        found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": k_of(pack)}
+        found["subspace"] = outcome.subspace(pack)
         found["subspace"] |= {"left_out": left_out(pack, config["left_out"])} if "left_out" in config else {}
     return found
 
@@ -202,59 +199,14 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
     asked = trial.Recipe(config["learning_rate"], config.get("optimizer", "adamw"), **options)
     # of like length in a batch; rows are scored in the order that they are given in
     way, test = (sorted(part, key=length) for part in (test[: recipe["rows_on_the_way"]], test))
-    wanted = np.array([row["labels"] for row in test])
     found = trial.run(
         in_half(model), rows, way, test, collate(), asked, seed=config["seed"], metric=metric(config["task"])
     )
-    return {
-        "train_info": {
-            "status": "success",
-            "train_time": round(found.seconds, 2),
-            "cpu_time": round(found.cpu_seconds, 2),
-            "memory_max": found.peak_bytes,
-            "file_size": file_size(model),
-            "num_trainable_params": found.numbers,
-            "num_head_params": found.head_numbers,
-            "num_total_params": found.total_numbers,
-            "metrics": [
-                {
-                    "step": point.step,
-                    "epoch": round(point.epoch, 3),
-                    "train loss": round(point.loss, 5),
-                    f"test {metric(config['task'])}": round(point.score, 5),
-                    "train time": round(point.seconds, 2),
-                }
-                for point in found.points
-            ],
-        },
-        "test": {
-            "metric": metric(config["task"]),
-            "score": found.score,
-            "rows": len(test),
-            "resampled": record.resampled(trial.METRICS[metric(config["task"])], found.predicted, wanted),
-        },
-    }
+    return outcome.of(found, model, [row["labels"] for row in test], metric(config["task"]))
 
 
 def length(row: Json) -> int:
     return len(row["input_ids"])
-
-
-def file_size(model: Any) -> int:
-    """Bytes of the file that PEFT saves, heads included; of a model without adapters, of what is trained."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return sum(one.numel() * one.element_size() for one in model.parameters() if one.requires_grad)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return (Path(folder) / "adapter_model.safetensors").stat().st_size
-
-
-def k_of(pack: ex.Pack) -> list[int]:
-    """The most components of a module, down and up."""
-    bases = pack.subspace.modules.values()
-    return [max(one.down.k for one in bases), max(one.up.k for one in bases)]
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -325,20 +277,8 @@ def rates(config: Json) -> Iterator[Job]:
 
 
 def chosen_rate(config: Json, name: str) -> float:
-    """The lowest rate whose mean score on the development tasks is within `NEAR` of the best: what is near the best by
-    chance is steadier on other tasks if it is lower."""
-    scores: dict[float, list[float]] = {}
-    for job in rates(config):
-        if job.config["method"] == name:
-            if not job.done():
-                raise SystemExit(f"{job.name} has no record: run the stage rates first.")
-            scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
-    return steadiest({rate: statistics.fmean(found) for rate, found in scores.items()})
-
-
-def steadiest(means: dict[float, float]) -> float:
-    """The lowest rate within `NEAR` of the best."""
-    return min(rate for rate, mean in means.items() if mean >= max(means.values()) - NEAR)
+    """The rate that a method has on targets."""
+    return learning.steadiest(learning.means(job for job in rates(config) if job.config["method"] == name))
 
 
 def targets(config: Json) -> Iterator[Job]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import records, recycled_tables, statistics, text
+from . import rates, records, recycled_tables, statistics, text
 from .pages import table
 from .records import Json, points, signed
 
@@ -90,7 +90,7 @@ def rates_table(config: Json) -> str:
             ]
             if found:
                 means[rate] = sum(found) / len(found)
-        best = text.steadiest(means) if means else None
+        best = rates.steadiest(means) if means else None
         cells = [
             f"{'**' if rate == best else ''}{rate:g}: {records.percent(means[rate])}{'**' if rate == best else ''}"
             for rate in means
@@ -99,7 +99,7 @@ def rates_table(config: Json) -> str:
     tasks = " and ".join(config["development"]["rates"])
     return (
         f"{table(('', 'lowest', 'middle', 'highest'), rows)}\n\nRate and mean score on {tasks}, seed "
-        f"{config['development']['seed']}. In bold, what was chosen: the lowest within {100 * text.NEAR:g} points of "
+        f"{config['development']['seed']}. In bold, what was chosen: the lowest within {100 * rates.NEAR:g} points of "
         f"the best. {records.source_line('text/rates')}"
     )
 

@@ -1,15 +1,14 @@
 """Image classification: LoRAs of a small ViT on disjoint subsets of classes, what their subspace is worth for other
 classes, and the methods beside it."""
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from . import images, record, vit
+from . import images, vit
+from . import rates as learning
 from .images import Task
 from .jobs import Job
-from .text import steadiest
 
 Json = dict[str, Any]
 
@@ -93,12 +92,7 @@ def target(config: Json, stage: str, name: str, one: str, task: Task, seed: int,
 
 def chosen_rate(config: Json, name: str) -> float:
     """As in the experiment on text."""
-    scores: dict[float, list[float]] = {}
-    for job in rates_of(config, name):
-        if not job.done():
-            raise SystemExit(f"{job.name} has no record: run the stage rates first.")
-        scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
-    return steadiest({rate: statistics.fmean(found) for rate, found in scores.items()})
+    return learning.steadiest(learning.means(rates_of(config, name)))
 
 
 def targets(config: Json) -> Iterator[Job]:

@@ -5,7 +5,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import eigenlorax as ex
@@ -13,9 +12,8 @@ from eigenlorax.analysis import losses
 from eigenlorax.tasks import methods, trial
 from eigenlorax.tasks.methods import Method, Setting
 
-from . import images, record, recycled
+from . import images, outcome, record, recycled
 from .images import Rows, Task
-from .text import file_size, k_of
 
 Json = dict[str, Any]
 
@@ -88,7 +86,7 @@ def train(config: Json) -> Json:
     model = methods.applied(Method(config["kind"], config["options"]), new_base(len(task.classes)), setting)
     found = trained(model, images.train_rows(task, config["seed"]), images.test_rows(task), config)
     if pack is not None:
-        found["subspace"] = {"fingerprint": pack.info.fingerprint, "k": k_of(pack)}
+        found["subspace"] = outcome.subspace(pack)
     if config["name"] is not None:
         model.save_pretrained(adapter_folder(config["name"]))
         found["sha256"] = sha256(weights_of(config["name"]))
@@ -103,35 +101,7 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
     optimizer = config.get("optimizer", "adamw")
     recipe = trial.Recipe(config["learning_rate"], optimizer, **asked, by_length=False)
     found = trial.run(model, rows, test, test, images.collate, recipe, seed=config["seed"], metric=METRIC)
-    wanted = np.array([row["labels"] for row in test])
-    return {
-        "train_info": {
-            "status": "success",
-            "train_time": round(found.seconds, 2),
-            "cpu_time": round(found.cpu_seconds, 2),
-            "memory_max": found.peak_bytes,
-            "file_size": file_size(model),
-            "num_trainable_params": found.numbers,
-            "num_head_params": found.head_numbers,
-            "num_total_params": found.total_numbers,
-            "metrics": [
-                {
-                    "step": point.step,
-                    "epoch": round(point.epoch, 3),
-                    "train loss": round(point.loss, 5),
-                    f"test {METRIC}": round(point.score, 5),
-                    "train time": round(point.seconds, 2),
-                }
-                for point in found.points
-            ],
-        },
-        "test": {
-            "metric": METRIC,
-            "score": found.score,
-            "rows": len(test),
-            "resampled": record.resampled(trial.METRICS[METRIC], found.predicted, wanted),
-        },
-    }
+    return outcome.of(found, model, [row["labels"] for row in test], METRIC)
 
 
 def recycle(config: Json) -> Json:
