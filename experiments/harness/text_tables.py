@@ -214,17 +214,22 @@ def in_short(config: Json, name: str, epochs: int) -> records.Scores | None:
 
 
 def short_table(config: Json) -> str:
-    """Trainings with fewer steps, beside the whole ones."""
-    asked, lora, rows = config["short"], overall(config, LORA).value, []
-    for name in asked["methods"]:
-        found = [in_short(config, name, epochs) for epochs in asked["epochs"]]
-        means = [records.overall(one) if one else None for one in found] + [overall(config, name)]
-        cells = [f"{points(one)} ({100 * one.value / lora:.1f} %)" if one else "–" for one in means]
-        rows.append([label(config, name), *cells])
-    header = ("epochs", *(str(one) for one in asked["epochs"]), f"{config['recipe']['epochs']}")
+    """Trainings with fewer steps: beside LoRA with as few, and beside what LoRA scores after all of them."""
+    asked, whole, rows = config["short"], config["recipe"]["epochs"], []
+    for epochs in asked["epochs"]:
+        lora = in_short(config, LORA, epochs)
+        for name in asked["methods"]:
+            found = in_short(config, name, epochs)
+            if found is None:
+                continue
+            mean = records.overall(found)
+            apart = "–" if name == LORA or lora is None else signed(records.apart(found, lora))
+            share = f"{100 * mean.value / overall(config, LORA).value:.1f} %"
+            rows.append([str(epochs), label(config, name), points(mean), apart, share])
+    header = ("epochs", "", "mean score", "against LoRA in as many", f"share of LoRA's score after {whole}")
     return (
-        f"{table(header, rows)}\n\nMean score over all targets and test rows, {seeds_said(config)}; in brackets, its "
-        f"share of LoRA's after {config['recipe']['epochs']} epochs. {records.source_line('text/short')}"
+        f"{table(header, rows)}\n\nMean over all targets and test rows, {len(config['targets']['seeds'])} seeds. "
+        f"{records.source_line('text/short')}"
     )
 
 
