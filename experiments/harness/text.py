@@ -356,7 +356,7 @@ def gap(config: Json) -> Iterator[Job]:
     """On the development tasks, what closes the gap between coefficients and LoRA."""
     asked = config["gap"]
     for name, cell in asked["cells"].items():
-        method = {name: cell[name] for name in ("kind", "basis", "optimizer") if name in cell}
+        method = {name: cell[name] for name in ("kind", "basis", "optimizer", "recipe") if name in cell}
         pack = pack_spec(config, method, k=cell["k"]) if "basis" in cell else None
         changes = {"options": cell["options"], "pack": pack}
         for seed in asked["seeds"]:
