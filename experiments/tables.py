@@ -16,7 +16,16 @@ PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "tuner.md", ROOT / "READM
 
 
 def main() -> int:
-    from harness import cell_tables, language_tables, pages, recycled_tables, text_tables, vision_tables
+    from harness import (
+        cell_tables,
+        language_tables,
+        pages,
+        record,
+        records,
+        recycled_tables,
+        text_tables,
+        vision_tables,
+    )
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
@@ -34,6 +43,7 @@ def main() -> int:
         **language_tables.blocks(configs["language"]),
         **vision_tables.blocks(configs["vision"]),
     }
+    records.check_bases(sorted(f"{one.parent.name}/{one.name}" for one in record.RESULTS.glob("*/*") if one.is_dir()))
     stale = []
     for page in PAGES:
         found = page.read_text("utf-8")

@@ -1,6 +1,7 @@
 """What the records of the text experiment say where one thing was changed at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
 
 from . import records, statistics
 from .pages import table
@@ -27,13 +28,20 @@ def by_task(found: Scores, tasks: Sequence[str]) -> list[str]:
     return [percent(statistics.mean(list(found[task].values())).value) if task in found else "–" for task in tasks]
 
 
+def seeds_said(seeds: Sequence[int]) -> str:
+    """How many seeds, and what is in the intervals of one."""
+    return (
+        f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed, so that intervals have only the choice of rows in them"
+    )
+
+
 def gap_table(config: Json) -> str:
     """Every cell on the development tasks, beside LoRA."""
     asked, rows = config["gap"], []
     reference = records.scores("text/gap", asked["beside"])
     for name, cell in asked["cells"].items():
-        found = records.scores("text/gap", name)
-        if not records.complete(found, asked["tasks"], asked["seeds"]):
+        found = records.cell("text/gap", name, asked["tasks"], asked["seeds"])
+        if found is None:
             continue
         info = records.first("text/gap", name)
         rows.append(
@@ -48,39 +56,36 @@ def gap_table(config: Json) -> str:
         )
     label = asked["cells"][asked["beside"]]["label"]
     header = ("", "trained numbers", "rate", *asked["tasks"], "mean", f"against {label}")
-    return f"{table(header, rows)}\n\nDevelopment tasks, none of them a target. {records.source_line('text/gap')}"
+    return (
+        f"{table(header, rows)}\n\nDevelopment tasks, none of them a target; {seeds_said(asked['seeds'])}. "
+        f"{records.source_line('text/gap')}"
+    )
 
 
 def variations_table(config: Json) -> str:
     """Each beside the reference cell, on the same tasks and seeds."""
-    asked, rows = config["variations"], []
+    asked, tasks, rows = config["variations"], config["targets"]["four"], []
     for name in asked["of"]:
-        reference = records.scores("text/targets", name)
+        same = records.cell("text/targets", name, tasks, asked["seeds"])
         for cell in cells("text/variations"):
-            if cell.startswith(f"{name}-"):
-                found = records.scores("text/variations", cell)
-                same = {task: {seed: reference[task][seed] for seed in runs} for task, runs in found.items()}
+            found = records.cell("text/variations", cell, tasks, asked["seeds"])
+            if cell.startswith(f"{name}-") and found is not None and same is not None:
                 info = records.first("text/variations", cell)["train_info"]
                 rows.append(
                     [
-                        config["methods"][name]["label"],
                         cell.removeprefix(f"{name}-"),
                         f"{info['num_trainable_params']:,}",
-                        str(sum(len(runs) for runs in found.values())),
+                        *by_task(found, tasks),
                         points(records.overall(found)),
                         signed(records.apart(found, same)),
                     ]
                 )
-    header = (
-        "method",
-        "what differs",
-        "trained numbers",
-        "runs",
-        "mean",
-        "against k = 32, start zero, weighting delta",
+    header = ("what differs", "trained numbers", *tasks, "mean", "against k = 32, start zero, weighting delta")
+    methods = ", ".join(config["methods"][name]["label"] for name in asked["of"])
+    return (
+        f"{table(header, rows)}\n\n{methods}; {seeds_said(asked['seeds'])}, and the rate that was chosen for k = 32. "
+        f"{records.source_line('text/variations')}"
     )
-    tasks = ", ".join(config["targets"]["four"])
-    return f"{table(header, rows)}\n\nMean over {tasks}. {records.source_line('text/variations')}"
 
 
 def low_table(config: Json) -> str:
@@ -89,10 +94,10 @@ def low_table(config: Json) -> str:
     name = asked["method"]
     for n in asked["sources"]:
         for n_extra in asked["n_extra"]:
-            found = records.scores("text/low", f"{name}-n{n}-extra{n_extra}")
+            found = records.cell("text/low", f"{name}-n{n}-extra{n_extra}", asked["tasks"], asked["seeds"])
             k = min(asked["k"], n * rank) + n_extra
-            random = records.scores("text/low", f"{name}-random-k{k}")
-            if found and random:
+            random = records.cell("text/low", f"{name}-random-k{k}", asked["tasks"], asked["seeds"])
+            if found is not None and random is not None:
                 rows.append(
                     [
                         str(n),
@@ -104,10 +109,9 @@ def low_table(config: Json) -> str:
                     ]
                 )
     header = ("sources", "further directions", "k in all", "mean", "random basis as large", "difference")
-    n = len(asked["seeds"])
     return (
-        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])}, {n} draw{'s' if n > 1 else ''} of sources; "
-        f"{config['methods'][name]['label']}. {records.source_line('text/low')}"
+        f"{table(header, rows)}\n\nMean over {' and '.join(asked['tasks'])}; {config['methods'][name]['label']}; every "
+        f"seed draws sources of its own, and there is {seeds_said(asked['seeds'])}. {records.source_line('text/low')}"
     )
 
 
@@ -117,7 +121,7 @@ def few_table(config: Json) -> str:
     for name in asked["methods"]:
         cells_ = []
         for n in asked["rows"]:
-            found = records.scores("text/few", name, rows=n)
+            found = records.cell("text/few", name, asked["tasks"], config["targets"]["seeds"], rows=n)
             cells_.append(points(records.overall(found)) if found else "–")
         rows.append([config["methods"][name]["label"], *cells_])
     header = ("training rows", *(str(n) for n in asked["rows"]))
@@ -141,15 +145,26 @@ def count_table(config: Json) -> str:
             scores = [item["test"]["score"] for item in found]
             cells_ += [
                 str(max(ks)) if ks else "–",
-                percent(sum(scores) / len(scores)) if scores else "–",
-                f"{sum(errors) / len(errors):.3f}" if errors else "–",
+                percent(fmean(scores)) if scores else "–",
+                f"{100 * stdev(draws(found)):.1f}" if len(draws(found)) > 1 else "–",
+                f"{fmean(errors):.3f}" if errors else "–",
             ]
         rows.append([str(n), *cells_])
     header = ["sources"]
     for one in asked["sets"]:
         named = {"shared": "one start"}.get(one, "own starts")
-        header += [f"k, {named}", "score", "left-out error"]
+        header += [f"k, {named}", "score", "± of draws", "left-out error"]
     return (
-        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])} and {len(asked['draws'])} draws of sources. "
-        f"The error is that of the set's adapters which were not drawn. {records.source_line('text/count')}"
+        f"{table(header, rows)}\n\nMean over {' and '.join(asked['tasks'])}, and over {len(asked['draws'])} draws of "
+        "sources where there is a choice; ± is the standard deviation of draws. "
+        f"{config['methods'][asked['method']]['label']}, whose numbers grow with k. The error is that of the set's "
+        f"adapters which were not drawn. {records.source_line('text/count')}"
     )
+
+
+def draws(found: Sequence[Json]) -> list[float]:
+    """The mean score of each draw of sources."""
+    scores: dict[str, list[float]] = {}
+    for one in found:
+        scores.setdefault(records.asked(one)["method"], []).append(one["test"]["score"])
+    return [fmean(each) for each in scores.values()]

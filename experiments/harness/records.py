@@ -17,6 +17,20 @@ def of(stage: str) -> tuple[Json, ...]:
     return tuple(record.read(path) for path in sorted((record.RESULTS / stage).glob("*.json")))
 
 
+def check_bases(stages: Sequence[str]) -> None:
+    """Runs on the same sources must have had the same basis: sources that were trained anew may be others."""
+    known: dict[str, tuple[str, str]] = {}
+    for one in (one for stage in stages for one in of(stage) if "subspace" in one):
+        name, fingerprint = one["run_info"]["experiment_name"], one["subspace"]["fingerprint"]
+        experiment = name.split("/")[0]
+        first_name, first = known.setdefault(f"{experiment} {asked(one)['pack']}", (name, fingerprint))
+        if fingerprint != first:
+            raise SystemExit(
+                f"{name} had another basis than {first_name}, of the same sources: sources were trained anew in between. "
+                "Delete the records of the one or of the other, and run them again."
+            )
+
+
 def asked(one: Json) -> Json:
     found: Json = one["run_info"]["train_config"]
     return found
@@ -42,6 +56,12 @@ def some(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> Scores:
     return {task: {seed: found[task][seed] for seed in seeds} for task in tasks}
 
 
+def cell(stage: str, method: str, tasks: Sequence[str], seeds: Sequence[int], **fields: Any) -> Scores | None:
+    """The runs that a cell of a table is made of; None as long as one of them is missing."""
+    found = scores(stage, method, **fields)
+    return some(found, tasks, seeds) if complete(found, tasks, seeds) else None
+
+
 def overall(found: Scores) -> Mean:
     """The mean over tasks."""
     return statistics.over_tasks({task: list(runs.values()) for task, runs in found.items()})
@@ -50,6 +70,11 @@ def overall(found: Scores) -> Mean:
 def apart(found: Scores, other: Scores) -> Mean:
     """The mean difference over tasks, run by run."""
     return statistics.over_tasks(statistics.differences(found, other))
+
+
+def median_apart(found: Scores, other: Scores) -> float:
+    """The median over tasks of mean differences."""
+    return statistics.median_task(statistics.differences(found, other))
 
 
 def first(stage: str, method: str) -> Json:

@@ -76,6 +76,8 @@ def recycled_table(config: Json) -> str:
     original = mean(found["original", None, None], "score")
     n = len(records.of(STAGE)[0]["run_info"]["train_config"]["sources"])
     full = full_numbers()
+    others = [len(records.asked(one)["left_out"]) for one in records.of(STAGE)]
+    fewest, most = min(others), max(others)
 
     def row(name: str, rows: list[Json], ratio: str, many: str) -> tuple[str, ...]:
         lost = original - mean(rows, "score")
@@ -101,9 +103,11 @@ def recycled_table(config: Json) -> str:
         seen = found["seen", k, None]
         ratio, many = ratios(seen)
         rows.append(row(f"k = {k}, in the fit", seen, ratio, many))
-        rows.append(row(f"k = {k}, left out", found["left out", k, None], ratio, many))
-        rows.append(row(f"SVD truncation to as much as k = {k}", found["truncated", k, None], ratio, ratio))
+        rows.append(row(f"k = {k}, left out", found["left out", k, None], "", ""))
+        rows.append(row(f"SVD truncation to as much as k = {k}, {n}", found["truncated", k, None], ratio, ratio))
     for error, seen in sized().items():
+        if len(seen) < len(records.of(STAGE)):
+            continue
         rows.append(row(f"max_error = {error:g}, in the fit", seen, *ratios(seen)))
     for bits in (8, 4):
         kept = found["rounded", None, bits]
@@ -111,11 +115,22 @@ def recycled_table(config: Json) -> str:
         rows.append(row(f"rounded to {bits} bits", kept, ratio, ratio))
     rows.append(row("the mean of others", found["mean of others", None, None], "–", "–"))
     rows.append(row("no adapter", found["base", None, None], "–", "–"))
-    header = ("", f"times smaller, {n}", f"{MANY} adapters", "score", "change", "worst", "same answer", "delta error")
+    header = (
+        "",
+        f"times smaller, {n} share a basis",
+        f"if {MANY} shared it",
+        "score",
+        "change",
+        "worst",
+        "same answer",
+        "delta error",
+    )
     return (
         f"{table(header, rows)}\n\n{len(records.of(STAGE))} source adapters, {config['recycled']['test_rows']} test "
         "rows of each, heads as trained. Sizes are of what adapts, in 16 bits a number, with the basis in them: shared "
-        f"by the {n} of this fit, or by {MANY}. Left out: the basis is that of tasks of other groups. "
+        f"by the {n} of this fit; or by {MANY}, where the loss is still that of {n}: so many have more directions than "
+        f"{n}, so that they would lose more. Left out: the basis is that of tasks of other groups, {fewest} to {most} "
+        "adapters, which have at most 8 directions each. "
         "max_error: each side of each module has as many components as keep every adapter below that delta error. "
         f"{records.source_line(STAGE)}"
     )

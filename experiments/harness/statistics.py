@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,47 @@ class Mean:
         return self.value + self.half_width
 
 
+@dataclass(frozen=True)
+class Part:
+    """A share of a mean's variance, and how many degrees of freedom it is known with."""
+
+    variance: float
+    freedom: int
+
+
 def mean(runs: Sequence[Run]) -> Mean:
-    """Of one task's seeds. The variance is that of the rows' draws, of the mean over seeds, and that of seeds."""
-    scores = np.array([run.score for run in runs])
-    rows = np.array([run.resampled for run in runs]).mean(axis=0)
-    variance = float(rows.var(ddof=1))
-    if len(runs) > 1:
-        variance += float(scores.var(ddof=1)) / len(runs)
-    return Mean(float(scores.mean()), 1.96 * math.sqrt(variance))
+    """Of one task's seeds. The variance is that of the rows' draws, of the mean over seeds, and that of seeds; of one
+    seed, of rows alone."""
+    return over_tasks({"": runs})
 
 
 def over_tasks(tasks: Mapping[str, Sequence[Run]]) -> Mean:
-    """The mean over tasks of the means over seeds. Tasks are taken as given: nothing is said of others."""
-    means = [mean(runs) for runs in tasks.values()]
-    half = math.sqrt(sum(one.half_width**2 for one in means)) / len(means)
-    return Mean(float(np.mean([one.value for one in means])), half)
+    """The mean over tasks of the means over seeds. Tasks are taken as given: nothing is said of others.
+
+    Student's t, with degrees of freedom as Satterthwaite (1946) has them: one task whose seeds differ much counts as
+    the few seeds it has.
+    """
+    values = [float(np.mean([run.score for run in runs])) for runs in tasks.values()]
+    found = [part for runs in tasks.values() for part in parts(runs)]
+    variance = sum(part.variance for part in found)
+    if variance == 0:
+        return Mean(float(np.mean(values)), 0.0)
+    freedom = variance**2 / sum(part.variance**2 / part.freedom for part in found)
+    return Mean(float(np.mean(values)), float(t.ppf(0.975, freedom)) * math.sqrt(variance) / len(values))
+
+
+def parts(runs: Sequence[Run]) -> list[Part]:
+    """What one task's mean over seeds varies by."""
+    rows = np.array([run.resampled for run in runs]).mean(axis=0)
+    found = [Part(float(rows.var(ddof=1)), len(rows) - 1)]
+    if len(runs) > 1:
+        found.append(Part(float(np.var([run.score for run in runs], ddof=1)) / len(runs), len(runs) - 1))
+    return found
+
+
+def median_task(tasks: Mapping[str, Sequence[Run]]) -> float:
+    """The median over tasks of the means over seeds: one task alone does not move it far."""
+    return float(np.median([np.mean([run.score for run in runs]) for runs in tasks.values()]))
 
 
 def differences(

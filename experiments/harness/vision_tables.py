@@ -36,7 +36,7 @@ def targets_table(config: Json) -> str:
     tasks = sorted(lora)
     for name, method in config["methods"].items():
         found = runs(name)
-        if sorted(found) != tasks or any(set(found[task]) < set(seeds) for task in tasks):
+        if not records.complete(found, tasks, seeds):
             continue
         info = next(
             one["train_info"]
@@ -67,8 +67,22 @@ def recycled_table(stage: str, what: str) -> str:
             ways.setdefault(text, []).append(row)
 
     rows = [
-        [name, percent(mean(cells, "score")), percent(mean(cells, "agreement")), f"{mean(cells, 'delta_error'):.2f}"]
+        [
+            name,
+            smaller(found[0]["test"]["numbers"], cells),
+            percent(mean(cells, "score")),
+            percent(mean(cells, "agreement")),
+            f"{mean(cells, 'delta_error'):.2f}",
+        ]
         for name, cells in ways.items()
+        if len(cells) == len(found)
     ]
-    header = ("", "accuracy", "same answer", "delta error")
+    header = ("", "times smaller", "accuracy", "same answer", "delta error")
     return f"{table(header, rows)}\n\nMean over {len(found)} {what}. {records.source_line(stage)}"
+
+
+def smaller(full: int, cells: list[Json]) -> str:
+    """How many times smaller than the LoRA, 16 bits a number and the basis counted, if that is known."""
+    if "numbers_an_adapter" in cells[0]:
+        return f"{full / mean(cells, 'numbers_an_adapter'):.1f}"
+    return f"{2 * full / mean(cells, 'bytes'):.1f}" if "bytes" in cells[0] else ""
