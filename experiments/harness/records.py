@@ -26,7 +26,7 @@ def check_bases(stages: Sequence[str]) -> None:
         first_name, first = known.setdefault(f"{experiment} {asked(one)['pack']}", (name, fingerprint))
         if fingerprint != first:
             raise SystemExit(
-                f"{name} had another basis than {first_name}, of the same sources: sources were trained anew in between. "
+                f"{name} had another basis than {first_name}, of the same sources: they were trained anew in between. "
                 "Delete the records of the one or of the other, and run them again."
             )
 
