@@ -309,6 +309,17 @@ def in_short(name: str, epochs: int) -> str:
     return f"{name}-epochs{epochs}"
 
 
+def heads(config: Json) -> Iterator[Job]:
+    """Some methods on all targets, their heads at another rate."""
+    asked = config["heads"]
+    recipe = {"head_learning_rate": asked["learning_rate"]}
+    for seed in config["targets"]["seeds"]:
+        for name in asked["methods"]:
+            method, rate = config["methods"][name], chosen_rate(config, name)
+            for task in config["targets"]["tasks"]:
+                yield target(config, "heads", name, method, task, seed, rate, recipe=recipe)
+
+
 def variations(config: Json) -> Iterator[Job]:
     """One thing changed at a time, on four targets."""
     asked = config["variations"]
@@ -401,6 +412,7 @@ STAGES = {
     "rates": rates,
     "targets": targets,
     "short": short,
+    "heads": heads,
     "variations": variations,
     "low": low,
     "few": few,

@@ -19,6 +19,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "targets-by-task": lambda: by_task_table(config),
         "convergence": lambda: convergence_table(config),
         "short": lambda: short_table(config),
+        "heads": lambda: heads_table(config),
         "goals": lambda: goals_table(config),
         "summary": lambda: summary_table(config),
     }
@@ -248,6 +249,26 @@ def short_table(config: Json) -> str:
         f"are those that were chosen for {whole} epochs, LoRA's among them, to which a higher one may do good here. "
         f"{records.source_line('text/short')}"
     )
+
+
+def heads_table(config: Json) -> str:
+    """The same methods with two rates of heads."""
+    asked, rows = config["heads"], []
+    targets = config["targets"]
+    rates_ = (config["recipe"]["head_learning_rate"], asked["learning_rate"])
+    for rate, stage in zip(rates_, (STAGE, "text/heads"), strict=True):
+        lora = records.cell(stage, LORA, targets["tasks"], targets["seeds"])
+        for name in asked["methods"]:
+            found = records.cell(stage, name, targets["tasks"], targets["seeds"])
+            if found is None or lora is None:
+                continue
+            apart, median = "–", "–"
+            if name != LORA:
+                apart, median = signed(records.apart(found, lora)), f"{100 * records.median_apart(found, lora):+.1f}"
+            means = [records.percent(statistics.mean(list(found[task].values())).value) for task in targets["tasks"]]
+            rows.append([f"{rate:g}", label(config, name), *means, points(records.overall(found)), apart, median])
+    header = ("rate of heads", "", *targets["tasks"], "mean", "against LoRA", "median")
+    return f"{table(header, rows)}\n\n{len(targets['seeds'])} seeds. {records.source_line('text/heads')}"
 
 
 def goals_table(config: Json) -> str:
