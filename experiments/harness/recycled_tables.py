@@ -104,7 +104,7 @@ def recycled_table(config: Json) -> str:
         ratio, many = ratios(seen)
         rows.append(row(f"k = {k}, in the fit", seen, ratio, many))
         rows.append(row(f"k = {k}, left out", found["left out", k, None], "", ""))
-        rows.append(row(f"SVD truncation to as much as k = {k}, {n}", found["truncated", k, None], ratio, ratio))
+        rows.append(row(f"SVD truncation to the bytes of k = {k}", found["truncated", k, None], ratio, ratio))
     for error, seen in sized().items():
         if len(seen) < len(records.of(STAGE)):
             continue
@@ -117,7 +117,7 @@ def recycled_table(config: Json) -> str:
     rows.append(row("no adapter", found["base", None, None], "–", "–"))
     header = (
         "",
-        f"times smaller, {n} share a basis",
+        f"times smaller, {n} adapters",
         f"if {MANY} shared it",
         "score",
         "change",
