@@ -244,7 +244,7 @@ def pack_spec(config: Json, method: Json, **changes: Any) -> Json | None:
     """What the basis of a method is made of."""
     if "basis" not in method:
         return None
-    spec = {**config["pack"], **method.get("pack", {}), **changes}
+    spec = {**config["pack"], **changes}
     found = {"sources": source_names(config, spec["sets"]), "k": spec["k"], "weighting": spec["weighting"]}
     return {**found, "random": 0} if method["basis"] == "random" else found
 

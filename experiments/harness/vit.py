@@ -131,9 +131,8 @@ def recycle(config: Json) -> Json:
             continue
         pack = pack_of({**spec, "sources": sources})
         rows.append({"way": "seen", "k": k, **recycled.compared(original, pack.adapter(name).modules, bench)})
-        coefficients = recycled.coefficient_numbers(original, pack)
-        each = rows[-1]["numbers_an_adapter"] = recycled.pack_numbers(pack) / len(sources) + coefficients
-        rows[-1]["numbers_at_100"] = recycled.pack_numbers(pack) / 100 + coefficients
+        rows[-1] |= recycled.numbers(original, pack, len(sources))
+        each = rows[-1]["numbers_an_adapter"]
         rows.append(
             {"way": "truncated", "k": k, **recycled.compared(original, recycled.truncated(original, each), bench)}
         )
