@@ -121,12 +121,12 @@ def few_table(config: Json) -> str:
     for name in asked["methods"]:
         cells_ = []
         for n in asked["rows"]:
-            found = records.cell("text/few", name, asked["tasks"], config["targets"]["seeds"], rows=n)
+            found = records.cell("text/few", name, asked["tasks"], asked["seeds"], rows=n)
             cells_.append(points(records.overall(found)) if found else "–")
         rows.append([config["methods"][name]["label"], *cells_])
     header = ("training rows", *(str(n) for n in asked["rows"]))
     return (
-        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])} and {len(config['targets']['seeds'])} seeds, "
+        f"{table(header, rows)}\n\nMean over {', '.join(asked['tasks'])} and {len(asked['seeds'])} seeds, "
         f"{asked['recipe']['steps']} steps each. {records.source_line('text/few')}"
     )
 

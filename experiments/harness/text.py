@@ -381,7 +381,7 @@ def few(config: Json) -> Iterator[Job]:
     for rows in asked["rows"]:
         epochs = asked["recipe"]["steps"] * asked["recipe"]["batch_size"] / rows
         recipe = {**{key: value for key, value in asked["recipe"].items() if key != "steps"}, "epochs": epochs}
-        for seed in config["targets"]["seeds"]:
+        for seed in asked["seeds"]:
             for name in asked["methods"]:
                 rate = chosen_rate(config, name)
                 for task in asked["tasks"]:
