@@ -332,8 +332,6 @@ def variations(config: Json) -> Iterator[Job]:
             cells[f"start-{start}"] = {"options": {"start": start}}
         for weighting in asked["weightings"]:
             cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, weighting=weighting)}
-        for n_extra in asked["n_extra"]:
-            cells[f"extra{n_extra}"] = {"options": {"n_extra": n_extra}}
         for seed in asked["seeds"]:
             for cell, changes in cells.items():
                 for task in config["targets"]["four"]:
