@@ -198,8 +198,9 @@ def seconds(config: Json, name: str) -> float:
     """Of a training, the mean over targets: of each, that of the fastest seed, which other processes have disturbed
     least."""
     found: dict[str, float] = {}
+    seeds = seeds_of(config, name)
     for one in records.of(STAGE):
-        if records.asked(one)["method"] == name and records.asked(one)["seed"] in seeds_of(config, name):
+        if records.asked(one)["method"] == name and records.asked(one)["seed"] in seeds:
             task, took = records.asked(one)["task"], one["train_info"]["metrics"][-1]["train time"]
             found[task] = min(found.get(task, took), took)
     return sum(found.values()) / len(found)

@@ -128,7 +128,8 @@ def test_a_row_s_loss_leaves_out_what_is_ignored():
 
 def test_rates_are_chosen_without_the_target():
     jobs = list(language.rates(CONFIG))
-    assert len(jobs) == sum(len(method["rates"]) for method in CONFIG["methods"].values())
+    # three of each of four methods, and a fourth for three of them
+    assert len(jobs) == 3 * len(CONFIG["methods"]) + 3 == 15
     for job in jobs:
         assert job.config["task"] == CONFIG["development"]["kind"]
         assert CONFIG["target"]["kind"] not in json.dumps(job.config)
