@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checks, dtypes, folder, formats, hub, keys, known, manifest, metrics, packed, remote, store
+from . import checks, dtypes, extension, folder, formats, hub, keys, known, manifest, metrics, packed, remote, store
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
@@ -27,10 +27,11 @@ from .errors import (
     ShapeError,
     UntrainedAdapterWarning,
 )
+from .extension import Newcomer
 from .formats import hf_peft, sources
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
+from .options import integer, number
 from .options import names as listed
-from .options import number
 from .packed import PackedAdapter, Packing, Record
 from .subspace import Subspace
 from .summary import Summary, losses, lossy, summarize
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 class Pack:
     """One subspace and the adapters that are kept in its terms.
 
-    `add` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk when they
-    are asked for, and checks their bytes against the manifest.
+    `add`, `add_all` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk
+    when they are asked for, and checks their bytes against the manifest.
 
     notes: what the fit has to say of its choices, in sentences. They are not saved.
     """
@@ -278,6 +279,7 @@ class Pack:
         source: sources.Source,
         *,
         name: str | None = None,
+        extend: int | None = None,
         carry_missing: bool = False,
         same_base: bool = False,
         warn_above: float = WARN_ABOVE,
@@ -285,17 +287,93 @@ class Pack:
     ) -> Record:
         """Project one more adapter on the subspace; the record says how much of it was lost.
 
+        extend: let the subspace grow by at most so many directions on each side of each module, those that it misses
+            most of the adapter. What is in the pack stays as it is.
         carry_missing: keep modules that the subspace lacks as they are, rather than refuse the adapter.
         warn_above: the delta error above which is warned of it; 1 for never.
         options: those of `read_adapter`.
         """
-        warn_above = check_warn_above(warn_above)
-        if isinstance(source, Adapter):
-            checks.check_made(source)
-            adapter = source
+        one = sources.Found(name, source)
+        (record,) = self._add([one], extend, carry_missing, same_base, warn_above, options).values()
+        return record
+
+    def add_all(
+        self,
+        adapters: sources.Sources,
+        *,
+        extend: int | None = None,
+        carry_missing: bool = False,
+        same_base: bool = False,
+        warn_above: float = WARN_ABOVE,
+        progress: Callable[[str, int, int], None] | None = None,
+        **options: Any,
+    ) -> dict[str, Record]:
+        """Project several adapters, as `fit` takes them, or none of them if one is refused; their records by name.
+
+        extend: as in `add`, by what the subspace misses of all of them together. progress(stage, done, total) is called
+        as work goes on.
+        """
+        found = sources.find(adapters)
+        return self._add(found, extend, carry_missing, same_base, warn_above, options, progress)
+
+    def _add(
+        self,
+        found: Sequence[sources.Found],
+        extend: int | None,
+        carry_missing: bool,
+        same_base: bool,
+        warn_above: float,
+        options: dict[str, Any],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, Record]:
+        report, warn_above = progress or (lambda stage, done, total: None), check_warn_above(warn_above)
+        extend = self._check_extend(extend) if extend is not None else None
+        joining = [self._joining(one, carry_missing, same_base, options) for one in found]
+        checks.check_names([*self.names, *(packing.adapter.name for packing, _ in joining)])
+        subspace = self.subspace
+        if extend is not None:
+            # in the order of their content: arguments may come in any order
+            ordered = sorted(joining, key=lambda one: (one[0].scan.content_hash, one[0].adapter.name))
+            newcomers = [Newcomer(packing.adapter, packing.scan.delta_squares, places) for packing, places in ordered]
+            subspace = extension.extended(subspace, newcomers, extend, report)
+        added = {}
+        for done, (packing, places) in enumerate(joining):
+            report("projecting adapters", done, len(joining))
+            for module, place in places.items():
+                bases, factors = subspace.modules[place], packing.adapter.modules[module]
+                packing.project(module, place, factors, bases, self.coefficient_dtype, spaces.duals(bases))
+            added[packing.adapter.name] = packing.packed(in_fit=False)
+        records = {name: one.record for name, one in added.items()}
+        untrained = [name for name, record in records.items() if record.untrained]
+        if untrained:
+            warnings.warn(
+                f"untrained (every update is zero): {', '.join(untrained)}. It is kept in the pack.",
+                UntrainedAdapterWarning,
+                stacklevel=3,
+            )
+        warn_of_losses(records, warn_above)
+        if subspace is not self.subspace:
+            # what is in memory alone refers to the subspace as it was until now
+            self._adapters = {
+                name: one if isinstance(one, Entry) else self._of_now(name) for name, one in self._adapters.items()
+            }
+            self._subspace, self.info = subspace, manifest.describe(subspace)
+        self._adapters |= added
+        for packing, _ in joining:
+            self.base_model = self.base_model or packing.adapter.base_model
+            self.revision = self.revision or packing.adapter.revision
+        return records
+
+    def _joining(
+        self, found: sources.Found, carry_missing: bool, same_base: bool, options: dict[str, Any]
+    ) -> tuple[Packing, dict[str, str]]:
+        """A new adapter, read and checked, and the place of each of its modules in the subspace."""
+        if isinstance(found.source, Adapter):
+            checks.check_made(found.source)
+            adapter = found.source
         else:
-            adapter = formats.read_adapter(source, name=name, **options)
-        adapter = replace(adapter, name=keys.check_name(adapter.name if name is None else name))
+            adapter = formats.read_adapter(found.source, name=found.name, **options)
+        adapter = replace(adapter, name=keys.check_name(adapter.name if found.name is None else found.name))
         if adapter.name.lower() in {known.lower() for known in self.names}:
             raise AdapterNameError(
                 f"the pack already has an adapter named {adapter.name!r}. Give the new one another name "
@@ -305,22 +383,18 @@ class Pack:
             this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
             checks.check_one_base([this, adapter], same_base)
         places = self._places(adapter, carry_missing)
-        packing = Packing(adapter, checks.scan(adapter))
-        for module, place in places.items():
-            bases = self.subspace.modules[place]
-            packing.project(module, place, adapter.modules[module], bases, self.coefficient_dtype, spaces.duals(bases))
-        added = packing.packed(in_fit=False)
-        if added.record.untrained:
-            warnings.warn(
-                f"untrained (every update is zero): {adapter.name}. It is kept in the pack.",
-                UntrainedAdapterWarning,
-                stacklevel=2,
+        return Packing(adapter, checks.scan(adapter)), places
+
+    def _check_extend(self, extend: int) -> int:
+        """`extend` as a number of directions that the widest side could take."""
+        extend = integer("extend", extend)
+        largest = max((side.dimension for pair in self.info.modules.values() for side in pair.values()), default=0)
+        if not 1 <= extend <= largest:
+            raise OptionError(
+                f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "
+                "module. Leave it away to project on the subspace as it is."
             )
-        warn_of_losses({adapter.name: added.record}, warn_above)
-        self._adapters[adapter.name] = added
-        self.base_model = self.base_model or adapter.base_model
-        self.revision = self.revision or adapter.revision
-        return added.record
+        return extend
 
     def _places(self, adapter: Adapter, carry_missing: bool) -> dict[str, str]:
         """Where each module of a new adapter belongs in the subspace; those it lacks are left out where they may be."""

@@ -165,6 +165,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *_component_rows("components, down (lora_A)", figures.down),
         *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
+        *[("  of extensions", f"{figures.n_extended:,} of them in all")] * bool(figures.n_extended),
         *_error_rows("delta error", figures.in_fit),
         *_error_rows("delta error, projected adapters", figures.projected),
         *cost_rows(figures),
