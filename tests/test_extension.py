@@ -49,7 +49,9 @@ def planted(there, sigmas, *, rank=3, seed=0, scaling=2.0):
 
 
 def extended(there, rows):
-    return ModuleBases(*(basis(torch.cat([s.components.double(), r])) for s, r in zip((there.down, there.up), rows)))
+    return ModuleBases(
+        *(basis(torch.cat([s.components.double(), r])) for s, r in zip((there.down, there.up), rows, strict=True))
+    )
 
 
 def lost(factors, there):
@@ -168,7 +170,9 @@ class TestSeveral:
 def mixed(there, *, seed, shared, rank=4):
     """An update partly in the spans, with what is outside falling off."""
     fall = [torch.logspace(0, -1, d, dtype=torch.float64) for d in (N_IN, N_OUT)]
-    down = shared * normal(rank, K_DOWN, seed=seed) @ there.down.components + fall[0] * normal(rank, N_IN, seed=seed + 1)
+    down = shared * normal(rank, K_DOWN, seed=seed) @ there.down.components + fall[0] * normal(
+        rank, N_IN, seed=seed + 1
+    )
     up = shared * normal(rank, K_UP, seed=seed + 2) @ there.up.components + fall[1] * normal(rank, N_OUT, seed=seed + 3)
     return LoRAFactors(down, up.mT.contiguous(), 2.0)
 

@@ -79,6 +79,11 @@ def add(sources: Path, place: Path, fitted: ex.Pack) -> None:
         pack.add(sources / "two" / "gamma", name="zeta")
 
 
+def extend(sources: Path, place: Path, fitted: ex.Pack) -> None:
+    with ex.Pack.edit(place) as pack:
+        pack.add(sources / "new" / "delta", extend=1, warn_above=1)
+
+
 def replace(sources: Path, place: Path, fitted: ex.Pack) -> None:
     with ex.Pack.edit(place) as pack:
         pack.remove("beta")
@@ -101,6 +106,7 @@ VERBS = {
         "fit {sources}/two -o {pack} -k 3 --overwrite --warn-above 1 --no-report",
     ),
     "add": Verb(add, "add {pack} {sources}/new/delta zeta={sources}/two/gamma --warn-above 1"),
+    "add --extend": Verb(extend, "add {pack} {sources}/new/delta --extend 1 --warn-above 1"),
     "remove": Verb(remove, "remove {pack} beta"),
     "remove and add": Verb(replace, ""),
 }

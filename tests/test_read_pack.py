@@ -152,6 +152,50 @@ def test_an_augmented_pack_of_version_2(tmp_path):
     assert assert_reads_what_the_library_reads(folder) == 2 * len(MODULES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_a_pack_that_has_grown_in_both_ways(tmp_path, dtype):
+    pack = ex.Pack.open(fitted(tmp_path, dtype=dtype))
+    widths = []
+    for step, grow in enumerate(
+        [
+            lambda p, one: p.add(one, extend=2) and p,
+            lambda p, one: p.augment(3, seed=7),
+            lambda p, one: p.add(one, extend=1) and p,
+            lambda p, one: p.augment(1, seed=8),
+        ]
+    ):
+        one = make_adapter(tmp_path / f"late-{step}", seed=20 + step, dtype=dtype)
+        pack = grow(pack, one)
+        if f"late-{step}" not in pack.names:
+            pack.add(one)
+        widths.append(pack.packed(f"late-{step}").coefficients[QUERY].down.shape[1])
+        folder = pack.save(tmp_path / f"pack-{step}")
+        assert assert_reads_what_the_library_reads(folder) == (4 + step) * len(MODULES)
+        # and as it was written
+        pack = ex.Pack.open(folder)
+    assert widths == [6, 9, 10, 11]
+    assert pack.info.k_at(pack.info.growth[1].fingerprint, QUERY) == (6, 6)
+
+
+def test_an_adapter_of_another_subspace_is_noticed(tmp_path):
+    folder = fitted(tmp_path)
+    with ex.Pack.edit(folder) as pack:
+        pack.add(make_adapter(tmp_path / "late", seed=9), extend=2)
+    path = folder / "subspace_config.json"
+    manifest = json.loads(path.read_text())
+    manifest["subspace"]["growth"][0]["fingerprint"] = "0" * 64
+    del manifest["digest"]
+    canonical = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    manifest["digest"] = sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(ValueError, match="is not in"):
+        read_pack.delta_weights(folder, "a")
+    with pytest.raises(PackDamagedError, match="coefficients of module .* do not fit the subspace"):
+        ex.Pack.open(folder).packed("a")
+    with pytest.raises(PackDamagedError, match="its rows have the fingerprint .* it is 000000000000"):
+        ex.Pack.open(folder).subspace  # noqa: B018
+
+
 def test_a_module_without_components(tmp_path):
     zeros = {key: torch.zeros_like(value) for key, value in factors(seed=1).items() if QUERY in key}
     make_adapter(tmp_path / "sources" / "a", seed=1, tensors=zeros)
@@ -233,6 +277,7 @@ def everything(tmp_path_factory):
     (make_adapter(parent / "sources" / "broken", seed=3) / "adapter_model.safetensors").write_bytes(b"")
     with pytest.warns(SkippedAdapterWarning, match="broken"):
         pack = ex.fit(parent / "sources", n_components=4, exclude_modules=[QUERY], skip_bad=True)
+    pack.add(make_adapter(parent / "late", seed=4), extend=1, carry_missing=True)
     return pack.augment(2, seed=1).save(parent / "pack")
 
 
@@ -253,16 +298,22 @@ class TestSpecification:
         digest = sha256()
         for module in sorted(subspace["modules"]):
             for side in ("down", "up"):
-                rows = tensors[f"{module}.{side}.components"]
+                rows = tensors[f"{module}.{side}.components"][:4]
                 digest.update(f"{module}\0{side}\0{rows.shape}\0torch.{subspace['dtype']}\0".encode())
                 digest.update(rows.astype("<f4").tobytes())
                 spectrum = tensors[f"{module}.{side}.singular_values"].astype(float)
                 assert subspace["modules"][module][side]["square"] == pytest.approx(np.square(spectrum).sum())
-        for n, step in zip(
-            subspace["modules"]["encoder.layer.1.query"]["up"]["grown"], subspace["growth"], strict=True
-        ):
-            assert digest.hexdigest() == step["fingerprint"]
-            digest.update(f"augmentation\0{n}\0{step['seed']}\0".encode())
+        extension, augmentation = subspace["growth"]
+        assert digest.hexdigest() == extension["fingerprint"]
+        digest.update(b"extension\0")
+        for module in sorted(subspace["modules"]):
+            for side in ("down", "up"):
+                rows = tensors[f"{module}.{side}.components"][4:]
+                assert subspace["modules"][module][side]["grown"] == [1, 2]
+                digest.update(f"{module}\0{side}\0{rows.shape}\0torch.{subspace['dtype']}\0".encode())
+                digest.update(rows.astype("<f4").tobytes())
+        assert digest.hexdigest() == augmentation["fingerprint"]
+        digest.update(f"augmentation\0{2}\0{augmentation['seed']}\0".encode())
         assert digest.hexdigest() == subspace["fingerprint"]
         assert subspace["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
 

@@ -360,6 +360,28 @@ class TestPush:
         pack = ex.Pack.open(hub.repos["org/new"]["main"])
         assert pack.subspace.fingerprint == ex.Pack.open(local).augment(3, seed=7).subspace.fingerprint
 
+    def test_a_pack_that_has_grown(self, push, online, hub, local, tmp_path):
+        late = make_adapter(tmp_path / "late", seed=5)
+        with ex.Pack.edit(local) as pack:
+            assert pack.add(late, extend=3).delta_error < 1e-6
+        succeeded(push(pack=lambda: ex.Pack.open(local)))
+        pushed = hub.repos["org/new"]["main"]
+        assert {k: v for k, v in contents(pushed).items() if k != CARD} == {
+            k: v for k, v in contents(local).items() if k not in (CARD, ".lock")
+        }
+
+        def pulled():
+            pack = ex.Pack.from_pretrained("org/new", adapters=["alpha", "late"])
+            pack.verify()
+            errors = {name: pack.records[name].delta_error for name in pack.names}
+            say([errors, pack.info.fingerprint, {name: pack.packed(name).subspace for name in pack.names}])
+
+        errors, fingerprint, subspaces = json_of(online(pulled))
+        opened = ex.Pack.open(local)
+        assert errors == {name: opened.records[name].delta_error for name in ("alpha", "late")}
+        assert fingerprint == opened.info.fingerprint == subspaces["late"]
+        assert subspaces["alpha"] == opened.info.growth[0].fingerprint
+
     def test_from_one_repository_to_another(self, push, hub):
         succeeded(push("org/copy", pack=lambda: ex.Pack.from_pretrained("org/pack", adapters=["beta"])))
         assert ex.Pack.open(hub.repos["org/copy"]["main"]).names == ["beta"]

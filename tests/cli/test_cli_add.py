@@ -157,7 +157,7 @@ class TestWhatIsRefused:
     def test_a_name_given_twice(self, cli, pack):
         before = contents(pack.parent)
         done = cli("add", pack, pack.parent / "new", f"new={pack.parent / 'in' / 'alpha'}")
-        assert_refused(done, 3, "already has an adapter named 'new'")
+        assert_refused(done, 3, "two adapters go by the name 'new'")
         assert contents(pack.parent) == before
 
     @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".x", "x y"])

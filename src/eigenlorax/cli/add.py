@@ -66,7 +66,8 @@ def add(
     extended = None if extend is None else _grown(before, opened.info)
     if json:
         added = {name: asdict(record) for name, record in records.items()}
-        console.print_json({"pack": str(pack), "added": added, "extended": extended})
+        more = {} if extended is None else {"extended": extended}
+        console.print_json({"pack": str(pack), "added": added, **more})
     else:
         rows = [
             (

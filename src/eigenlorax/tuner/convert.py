@@ -91,12 +91,14 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     """Put another adapter in the place of one, in place, so that a compiled model stays compiled; its `delta_error`.
 
     source: a LoRA, such as `pack.adapter("sst2")` or a folder, of the same ranks. Modules that it lacks get zeros.
-    Of an adapter of the same subspace nothing is lost; of another one, a warning says how much.
+    Of an adapter of the same subspace nothing is lost; of another one, a warning says how much. One whose subspace has
+    grown since it was saved gets coefficients on all of it first, for which a compiled model is compiled once more.
     """
     _config(model, adapter_name)
     adapter = _read(source)
     layers = _layers(model, adapter_name)
     _check_unmerged(layers)
+    _widen(model, adapter_name)
     state = _state(model, adapter_name)
     places = keys.resolve_all(adapter.specs, layers)
     lacking = sorted(module for module, place in places.items() if place is None)
@@ -155,6 +157,9 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
     if not weights:
         raise OptionError("no adapter was named to combine.")
     configs = {name: _config(model, name) for name in weights}
+    for name in weights:
+        # those of an earlier time of one subspace
+        _widen(model, name)
     first = next(iter(configs.values()))
     if len({(c.subspace_fingerprint, c.n_extra, c.extra_seed, c.core) for c in configs.values()}) > 1:
         raise OptionError(
@@ -189,6 +194,16 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
                 layer.eigenlorax_down[adapter_name].copy_(torch.cat([layer.eigenlorax_down[one] for one, _ in parts]))
                 ups = [weight * layer.eigenlorax_up[one] for one, weight in parts]
                 layer.eigenlorax_up[adapter_name].copy_(torch.cat(ups, dim=1))
+
+
+def _widen(model: nn.Module, adapter_name: str) -> None:
+    """Let an adapter have coefficients on all of its subspace, if that has grown since the adapter was saved."""
+    config, layers = _config(model, adapter_name), _layers(model, adapter_name).values()
+    if config.embed_subspace or config.n_extra:
+        return
+    for layer in layers:
+        layer.widen(adapter_name)
+        config.subspace_fingerprint = layer.subspace_of[adapter_name]
 
 
 def _check_unmerged(layers: Mapping[str, EigenLoraxLayer]) -> None:

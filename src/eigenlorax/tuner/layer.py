@@ -16,7 +16,6 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from .. import keys
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
@@ -26,7 +25,7 @@ class EigenLoraxLayer(BaseTunerLayer):
     """What an adapted layer holds, by adapter; and the bases, by the fingerprint of their subspace."""
 
     adapter_layer_names = ("eigenlorax_down", "eigenlorax_up", "eigenlorax_core")
-    other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of", "saved_as")
+    other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -38,8 +37,6 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.subspace_of: dict[str, str] = {}
-        # (k_down, k_up) of adapters that were saved before their subspace grew
-        self.saved_as: dict[str, tuple[int, int]] = {}
         self.eigenlorax_dropout = nn.ModuleDict({})
         self.eigenlorax_down = nn.ParameterDict({})
         self.eigenlorax_up = nn.ParameterDict({})
@@ -68,16 +65,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         r: int,
         lora_alpha: float,
         inference_mode: bool = False,
-        saved_as: tuple[int, int] | None = None,
     ) -> None:
-        """Add an adapter: its coefficients as `start` gives them, and its bases unless they are here already.
-
-        saved_as: the components (down, up) that coefficients of it may have been saved for, where the bases have grown
-        since.
-        """
-        self.saved_as.pop(adapter_name, None)
-        if saved_as is not None:
-            self.saved_as[adapter_name] = saved_as
+        """Add an adapter: its coefficients as `start` gives them, and its bases unless they are here already."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
@@ -110,11 +99,40 @@ class EigenLoraxLayer(BaseTunerLayer):
                 target[key] = basis.components.to(device=_real(device), dtype=dtype)
 
     def bases_of(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """(k_down, in) and (k_up, out), orthonormal rows."""
+        """(k_down, in) and (k_up, out), orthonormal rows: those that the adapter has coefficients on, the first ones
+        where its subspace has grown since."""
         if adapter_name in self.eigenlorax_embedded_down:
-            return self.eigenlorax_embedded_down[adapter_name], self.eigenlorax_embedded_up[adapter_name]
+            down, up = self.eigenlorax_embedded_down[adapter_name], self.eigenlorax_embedded_up[adapter_name]
+        else:
+            key = self.subspace_of[adapter_name]
+            down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
+        k_down, k_up = self.sizes_of(adapter_name)
+        return down[:k_down], up[:k_up]
+
+    def sizes_of(self, adapter_name: str) -> tuple[int, int]:
+        """On how many components (down, up) an adapter has coefficients."""
+        if adapter_name in self.eigenlorax_core:
+            k_up, k_down = self.eigenlorax_core[adapter_name].shape
+        else:
+            k_down, k_up = self.eigenlorax_down[adapter_name].shape[1], self.eigenlorax_up[adapter_name].shape[0]
+        return k_down, k_up
+
+    def widen(self, adapter_name: str) -> None:
+        """Give an adapter coefficients on all components that its subspace has now: zeros on those that came since."""
+        k_down, k_up = self.sizes_of(adapter_name)
         key = self.subspace_of[adapter_name]
-        return self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
+        if adapter_name in self.eigenlorax_embedded_down or key not in self.eigenlorax_basis_down:
+            return
+        more_down = len(self.eigenlorax_basis_down[key]) - k_down
+        more_up = len(self.eigenlorax_basis_up[key]) - k_up
+        for parts, room in (
+            (self.eigenlorax_down, (0, more_down)),
+            (self.eigenlorax_up, (0, 0, 0, more_up)),
+            (self.eigenlorax_core, (0, more_down, 0, more_up)),
+        ):
+            if adapter_name in parts and any(room):
+                old = parts[adapter_name]
+                parts[adapter_name] = nn.Parameter(pad(old.detach(), room), requires_grad=old.requires_grad)
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.eigenlorax_down or adapter_name in self.eigenlorax_core
@@ -261,20 +279,6 @@ class Linear(nn.Module, EigenLoraxLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for adapter, (k_down, k_up) in self.saved_as.items():
-            for part, shape in (
-                (keys.COEFFICIENTS["down"], (self.r[adapter], k_down)),
-                (keys.COEFFICIENTS["up"], (k_up, self.r[adapter])),
-                (keys.CORE, (k_up, k_down)),
-            ):
-                key = f"{prefix}{part}.{adapter}"
-                if key in state_dict and state_dict[key].shape == shape:
-                    rows, columns = getattr(self, part)[adapter].shape
-                    # zero on the directions that came since
-                    state_dict[key] = pad(state_dict[key], (0, columns - shape[1], 0, rows - shape[0]))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "eigenlorax." + super().__repr__()

@@ -129,11 +129,13 @@ class EigenLoraxModel(BaseTuner):
         bases = self._reference.bases(current_key, peft_config, in_features, out_features)
         place = self._reference.place(current_key, peft_config)
         assert place is not None
+        k_down, k_up = self._reference.sizes(place, bases)
+        core = self._cores(place, bases)
         start = Start(
             kind=peft_config.start,
-            k_down=bases.down.k,
-            k_up=bases.up.k,
-            core=self._cores(place, bases),
+            k_down=k_down,
+            k_up=k_up,
+            core=core[:k_up, :k_down] if core is not None else None,
             as_core=peft_config.core,
             init_weights=peft_config.init_weights,
         )
@@ -155,7 +157,6 @@ class EigenLoraxModel(BaseTuner):
             r=ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
             lora_alpha=alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
             inference_mode=peft_config.inference_mode,
-            saved_as=self._reference.saved_as(place),
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:

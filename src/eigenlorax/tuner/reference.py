@@ -20,7 +20,8 @@ from .config import EigenLoraxConfig
 class Reference:
     """The subspace of an adapter, extra directions included, and the pack it is from where there is one at hand.
 
-    before: what the subspace was when the adapter was saved, if it has grown since.
+    before: what the subspace was when the adapter was saved, if it has grown since: its coefficients are on the first
+        components of what it is now.
     """
 
     subspace: Subspace
@@ -28,11 +29,10 @@ class Reference:
     pack: Pack | None
     before: Subspace | None = None
 
-    def saved_as(self, place: str) -> tuple[int, int] | None:
-        """The components (down, up) of a module when the adapter was saved, where they are fewer than now."""
-        if self.before is None:
-            return None
-        return self.before.modules[place].down.k, self.before.modules[place].up.k
+    def sizes(self, place: str, bases: ModuleBases) -> tuple[int, int]:
+        """On how many components (down, up) of a module the adapter has coefficients."""
+        own = self.before.modules[place] if self.before is not None else bases
+        return own.down.k, own.up.k
 
     def place(self, module: str, config: EigenLoraxConfig) -> str | None:
         """The name in the subspace of a module of the model; None where the subspace lacks it."""
@@ -66,8 +66,9 @@ class Embedded:
     shapes: Mapping[str, list[int]]
     pack: None = None
 
-    def saved_as(self, place: str) -> None:
-        """An embedded subspace does not grow."""
+    def sizes(self, place: str, bases: ModuleBases) -> tuple[int, int]:
+        """On how many components (down, up) of a module the adapter has coefficients: on all."""
+        return bases.down.k, bases.up.k
 
     def place(self, module: str, config: EigenLoraxConfig) -> str | None:
         """The module's own name; None where the adapter has no bases for it."""
@@ -111,11 +112,11 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
         subspace = known.find(fingerprint) or known.share(pack.subspace)
         if config.subspace_fingerprint not in (None, fingerprint):
             before = subspace.at(config.subspace_fingerprint)
+        else:
+            config.subspace_fingerprint = fingerprint
         if before is not None and config.n_extra:
             # its own extra directions are orthogonal to what was there then, not to what came since
             subspace, before = known.share(before), None
-        else:
-            config.subspace_fingerprint = fingerprint
     else:
         if config.subspace_fingerprint is None:
             raise OptionError(
