@@ -71,6 +71,7 @@ def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
     [
         (1, ("fit", "auto"), True, r"fit has the fields \['auto'\], which version 1 lacks"),
         (2, ("fit", "solver"), "exact", r"fit has the fields \['solver'\], which version 2 lacks"),
+        (2, ("adapters", "a0", "bound"), False, "adapters.a0 has the field bound, which version 2 lacks"),
         (2, ("subspace", "growth"), [], "the field growth, which version 2 lacks"),
         (2, ("subspace", "augmentations"), ..., "subspace.augmentations is missing"),
         (2, ("subspace", "augmentations", 0, "n_extra"), 0, "a step of growth appends nothing"),

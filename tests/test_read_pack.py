@@ -133,7 +133,10 @@ def test_earlier_versions(tmp_path, version):
     manifest = json.loads((folder / "subspace_config.json").read_text())
     assert manifest["format_version"] == 3
     assert manifest["subspace"] == newest["subspace"]
-    assert manifest["adapters"] == {name: entry for name, entry in before["adapters"].items() if name != "b"}
+    assert manifest["adapters"] == {name: entry for name, entry in newest["adapters"].items() if name != "b"}
+    assert {name: entry["files"] for name, entry in manifest["adapters"].items()} == {
+        name: entry["files"] for name, entry in before["adapters"].items() if name != "b"
+    }
 
 
 def test_an_augmented_pack_of_version_2(tmp_path):

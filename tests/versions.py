@@ -22,7 +22,10 @@ def older(body, version):
         for name, pair in subspace["modules"].items()
     }
     fit = {key: value for key, value in body["fit"].items() if key not in gone}
-    return {**body, "format_version": version, "fit": fit, "subspace": subspace}
+    adapters = {
+        name: {key: value for key, value in entry.items() if key != "bound"} for name, entry in body["adapters"].items()
+    }
+    return {**body, "adapters": adapters, "format_version": version, "fit": fit, "subspace": subspace}
 
 
 def write_older(folder, version):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .fitting import fit
     from .formats import read_adapter, write_adapter
     from .pack import Pack
+    from .refitting import Refit, refit
     from .reports import Report, report
     from .subspace import Subspace
     from .summary import Summary
@@ -27,12 +28,14 @@ _HOME = {
     "EigenloraxError": "errors",
     "LoRAFactors": "adapter",
     "Pack": "pack",
+    "Refit": "refitting",
     "Report": "reports",
     "Subspace": "subspace",
     "Summary": "summary",
     "fit": "fitting",
     "from_factors": "adapter",
     "read_adapter": "formats",
+    "refit": "refitting",
     "report": "reports",
     "write_adapter": "formats",
 }
@@ -43,6 +46,7 @@ __all__ = [
     "EigenloraxError",
     "LoRAFactors",
     "Pack",
+    "Refit",
     "Report",
     "Subspace",
     "Summary",
@@ -50,6 +54,7 @@ __all__ = [
     "fit",
     "from_factors",
     "read_adapter",
+    "refit",
     "report",
     "write_adapter",
 ]

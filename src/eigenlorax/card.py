@@ -79,7 +79,7 @@ def _adapters(found: Manifest) -> list[str]:
     ]
     for name, entry in found.adapters.items():
         one = entry.record
-        error = "untrained" if one.untrained else f"{one.delta_error:.4f}"
+        error = "untrained" if one.untrained else f"{'≤ ' * one.bound}{one.delta_error:.4f}"
         ranks = ", ".join(map(str, one.ranks))
         lines.append(f"| {name} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
     for name, reason in found.fit.skipped.items():

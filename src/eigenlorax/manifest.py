@@ -216,7 +216,10 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         subspace_sha256=typed(str, subspace.pop("sha256", None), "subspace.sha256"),
         subspace=typed(SubspaceInfo, subspace, "subspace"),
         coefficient_dtype=typed(str, body.get("coefficient_dtype"), "coefficient_dtype"),
-        adapters={keys.check_name(name): _entry(fields, f"adapters.{name}") for name, fields in entries.items()},
+        adapters={
+            keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
+            for name, fields in entries.items()
+        },
     )
     _check(found)
     return found
@@ -264,8 +267,12 @@ class _EarlySide:
     square: float
 
 
-def _entry(value: Any, where: str) -> Entry:
+def _entry(value: Any, where: str, version: int) -> Entry:
     fields = dict(typed(dict, value, where))
+    if version < 3:
+        if "bound" in fields:
+            raise UnfitError(f"{where} has the field bound, which version {version} lacks.")
+        fields["bound"] = False
     files = typed(dict[str, str], fields.pop("files", None), f"{where}.files")
     return Entry(typed(Record, fields, where), files)
 

@@ -24,7 +24,10 @@ from .subspace import Coefficients, Subspace
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The figures of one adapter in a pack: bytes, and what was lost (docs/pack-format.md has each one's meaning)."""
+    """The figures of one adapter in a pack: bytes, and what was lost (docs/pack-format.md has each one's meaning).
+
+    bound: delta_error was not measured, and is what it is at most: the pack was fitted again without the original.
+    """
 
     delta_error: float
     rounding_error: float
@@ -38,6 +41,7 @@ class Record:
     head_bytes: int
     source_sha256: str
     source_file_bytes: int
+    bound: bool = False
 
 
 @dataclass(frozen=True, slots=True)

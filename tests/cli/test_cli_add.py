@@ -25,6 +25,7 @@ class TestWhatIsAdded:
         assert record.pop("rounding_error") < 1e-6
         assert len(record.pop("source_sha256")) == 64
         assert record == {
+            "bound": False,
             "carried_bytes": 0,
             # float32; rank 2; 4 components a side; 3 modules
             "coefficient_bytes": 4 * 2 * (4 + 4) * 3,

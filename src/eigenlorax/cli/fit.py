@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=EPILOG)(fit)
 
 
-def _number(text: str) -> int | str:
+def number_or_auto(text: str) -> int | str:
     """What -k takes."""
     if text == "auto":
         return text
@@ -60,7 +60,7 @@ def fit(
             "-k",
             metavar="K|auto",
             help="Directions a side of a module, at most (default 32). auto: found by leaving adapters out.",
-            parser=_number,
+            parser=number_or_auto,
         ),
     ] = None,
     energy: Annotated[

@@ -72,7 +72,8 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
         "rank": [", ".join(map(str, record.ranks)) for record in records.values()],
         **({"modules": [str(record.modules) for record in records.values()]} if varied else {}),
         "delta error": [
-            "untrained" if record.untrained else console.share(record.delta_error) for record in records.values()
+            "untrained" if record.untrained else "≤ " * record.bound + console.share(record.delta_error)
+            for record in records.values()
         ],
         "rounding": [console.share(record.rounding_error) for record in records.values()],
         "bytes": [f"{record.coefficient_bytes:,}" for record in records.values()],

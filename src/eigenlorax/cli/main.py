@@ -24,6 +24,7 @@ from . import (
     inspect,
     pull,
     push,
+    refit,
     remove,
     report,
     train,
@@ -42,7 +43,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (fit, report, inspect, export, add, remove, augment, train, evaluate, compare, push, pull, demo, env):
+for verb in (
+    fit,
+    report,
+    inspect,
+    export,
+    add,
+    remove,
+    augment,
+    refit,
+    train,
+    evaluate,
+    compare,
+    push,
+    pull,
+    demo,
+    env,
+):
     verb.register(app)
 
 

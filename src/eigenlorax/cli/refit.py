@@ -1,0 +1,145 @@
+"""`eigenlorax refit`: another basis for the adapters of a pack, and what that changes for whom."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import WARN_ABOVE
+from . import console
+from .fit import number_or_auto
+
+if TYPE_CHECKING:
+    from ..refitting import Change
+
+EPILOG = """Examples:
+
+  eigenlorax refit pack/ --adapters adapters/ -k 48 -o pack-48/
+
+  eigenlorax refit pack/ -o pack/ --overwrite"""
+
+
+def register(app: typer.Typer) -> None:
+    """Make the verb known to the command."""
+    app.command(epilog=EPILOG)(refit)
+
+
+def refit(
+    pack: console.PackFolder,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="PACK2", help="The new pack's folder; PACK itself too.", parser=console.path
+        ),
+    ],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapters", "-a", metavar="ADAPTER", help="Originals, as for `fit`, found by content. Once or more."
+        ),
+    ] = None,
+    n_components: Annotated[
+        Any,
+        typer.Option(
+            "--n-components",
+            "-k",
+            metavar="K|auto",
+            help="Directions a side of a module, at most (default: as the pack was fitted).",
+            parser=number_or_auto,
+        ),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(metavar="E", help="Instead of K: the share of squared norm to keep.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Instead of K: as few bytes as keep delta errors at most X."),
+    ] = None,
+    weighting: Annotated[str | None, typer.Option(help="delta or factors (default: as before).")] = None,
+    sweeps: Annotated[int | None, typer.Option(help="Alternating refinements (default: as before).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16, float64. (Default: as before.)")
+    ] = None,
+    coefficient_dtype: Annotated[
+        str | None, typer.Option(help="That of the coefficients (default: as before).")
+    ] = None,
+    warn_above: Annotated[
+        float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
+    ] = WARN_ABOVE,
+    allow_pickle: console.AllowPickle = False,
+    revision: console.Revision = None,
+    device: Annotated[str, typer.Option(help="Where bases are fitted: cpu, cuda, cuda:1.")] = "cpu",
+    overwrite: console.Overwrite = False,
+    json: console.Json = False,
+) -> None:
+    """Fit a pack's adapters again, from originals where they are given, and say what changed for whom."""
+    from .. import folder
+    from ..pack import Pack
+    from ..refitting import changes_json
+    from ..refitting import refit as refit_adapters
+
+    started = time.perf_counter()
+    opened = Pack.open(pack)
+    folder.check_free(output, overwrite)
+    reading = {"allow_pickle": allow_pickle, "revision": revision} if adapters else {}
+    with console.working() as progress:
+        found = refit_adapters(
+            opened,
+            adapters or None,
+            n_components=n_components,
+            energy=energy,
+            max_error=max_error,
+            weighting=weighting,
+            sweeps=sweeps,
+            dtype=dtype,
+            coefficient_dtype=coefficient_dtype,
+            warn_above=warn_above,
+            device=device,
+            progress=progress,
+            **reading,
+        )
+        found.pack.save(output, overwrite=overwrite)
+    if json:
+        console.print_json(
+            {
+                "pack": str(output),
+                "seconds": time.perf_counter() - started,
+                "changes": changes_json(found),
+                "worse": found.worse,
+                "fingerprint_before": opened.info.fingerprint,
+                **console.figures_json(found.pack.summary, found.pack.records),
+            }
+        )
+        return
+    header = ("adapter", "fitted from", "delta error before", "after", "moved", "bytes before", "after")
+    rows = [(name, *_row(change)) for name, change in found.changes.items()]
+    console.print_table("", header, rows, numbers=(2, 3, 4, 5, 6))
+    before, after = opened.summary.bytes, found.pack.summary.bytes
+    console.print_rows(
+        f"pack {output}",
+        [
+            ("got worse", ", ".join(found.worse) or "none"),
+            ("basis bytes", f"{before.basis:,} before, {after.basis:,} after"),
+            ("compression ratio", f"{before.ratio:.2f} before, {after.ratio:.2f} after, the basis counted"),
+            ("seconds", f"{time.perf_counter() - started:.1f}"),
+        ],
+    )
+    console.note(
+        "adapters that were trained in the old subspace and saved elsewhere do not belong to the new one: keep the old "
+        "pack for them, or add them to this one."
+    )
+
+
+def _row(change: "Change") -> tuple[str, ...]:
+    def share(value: float | None, *, bound: bool = False) -> str:
+        return "untrained" if value is None else ("≤ " if bound else "") + console.share(value)
+
+    return (
+        "its original" if change.from_original else "the pack",
+        share(change.error_before),
+        share(change.error_after, bound=change.bound),
+        "" if change.moved is None else console.share(change.moved),
+        f"{change.bytes_before:,}",
+        f"{change.bytes_after:,}",
+    )

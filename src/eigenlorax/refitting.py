@@ -1,0 +1,220 @@
+"""`refit`: another basis for the adapters of a pack, and what that changes for whom.
+
+Each adapter is fitted from its original where that is given, else from what the pack gives back. The latter is an exact
+LoRA, but what the pack had lost of it stays lost, and its error against the original is followed, not measured.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import fitting, keys, linalg
+from . import subspace as spaces
+from .adapter import Adapter, LoRAFactors
+from .errors import WARN_ABOVE, OptionError
+from .formats.sources import Sources
+from .pack import Pack, check_warn_above, warn_of_losses
+from .packed import PackedAdapter, Record
+from .recognition import recognise
+
+NOTICEABLE = 1e-6
+"""A rise of a delta error up to which an adapter is not said to have got worse: rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a refit has changed for one adapter.
+
+    from_original: whether it was fitted from its original, or from what the pack gave back. error_before, error_after:
+    its delta error against the original, None where it is untrained. bound: whether error_after is no more than what it
+    is at most, since the original was not given. moved: ‖update after − update before‖ ÷ ‖update before‖; None where
+    there was none. bytes_before, bytes_after: of its coefficients and what it carries.
+    """
+
+    from_original: bool
+    error_before: float | None
+    error_after: float | None
+    bound: bool
+    moved: float | None
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def worse(self) -> bool:
+        """Whether more of the adapter is lost than before, or may be."""
+        if self.error_before is None or self.error_after is None:
+            return False
+        return self.error_after > self.error_before + NOTICEABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """A pack with another basis, and what that changed, by adapter."""
+
+    pack: Pack
+    changes: Mapping[str, Change]
+
+    @property
+    def worse(self) -> list[str]:
+        """The adapters that lose more than before, or may do so; those that lose most more first."""
+        rises = {
+            name: (change.error_after or 0.0) - (change.error_before or 0.0)
+            for name, change in self.changes.items()
+            if change.worse
+        }
+        return sorted(rises, key=lambda name: (-rises[name], name))
+
+
+def refit(
+    pack: Pack | str | Path,
+    adapters: Sources | None = None,
+    *,
+    n_components: int | str | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    weighting: str | None = None,
+    sweeps: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    coefficient_dtype: str | torch.dtype | None = None,
+    warn_above: float = WARN_ABOVE,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Refit:
+    """A new basis for all adapters of a pack; the pack that was passed stays as it is.
+
+    adapters: originals, in any form that `fit` takes, recognised by their content. Those that are not among them are
+        fitted from what the pack gives back.
+    n_components, energy, max_error, weighting, sweeps: as in `fit`; by default what the pack was fitted with. dtype,
+        coefficient_dtype: by default the pack's.
+    options: those of `read_adapter`.
+
+    Adapters that were trained in the old subspace and saved elsewhere do not belong to the new one.
+    """
+    pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
+    warn_above = check_warn_above(warn_above)
+    report = progress or (lambda stage, done, total: None)
+    if not pack.names:
+        raise OptionError("the pack has no adapter: there is nothing to fit a basis to. `eigenlorax add` puts some in.")
+    originals: Mapping[str, Adapter] = {}
+    if adapters is not None:
+        originals = recognise(pack, adapters, report, options, 3).adapters
+    elif options:
+        raise OptionError(f"{', '.join(sorted(options))}: options of reading are for originals, and none are given.")
+    given = {name: originals.get(name) or pack.adapter(name, torch.float64) for name in pack.names}
+    names = set(keys.one_name_per_module(adapter.specs for adapter in given.values()).values())
+    old = pack.fit_info
+    sizes: dict[str, Any] = {"n_components": n_components, "energy": energy, "max_error": max_error}
+    if all(value is None for value in sizes.values()):
+        sizes = {"n_components": old.n_components, "energy": old.energy, "max_error": old.max_error}
+    found = fitting.fit(
+        given,
+        **sizes,
+        weighting=old.weighting if weighting is None else weighting,
+        sweeps=old.sweeps if sweeps is None else sweeps,
+        exclude_modules=[name for name in old.excluded_modules if name in names],
+        dtype=pack.dtype if dtype is None else dtype,
+        coefficient_dtype=pack.coefficient_dtype if coefficient_dtype is None else coefficient_dtype,
+        same_base=True,
+        warn_above=1.0,
+        device=device,
+        progress=progress,
+    )
+    members: dict[str, PackedAdapter] = {}
+    changes: dict[str, Change] = {}
+    for done, name in enumerate(pack.names):
+        report("comparing adapters", done, len(pack.names))
+        before, after = pack.packed(name), found.packed(name)
+        squares = _compared(pack.adapter(name, torch.float64), found.adapter(name, torch.float64), before)
+        record = after.record
+        if name not in originals:
+            alone = not originals and before.subspace in (None, pack.info.fingerprint)
+            record = _followed(before.record, record, squares, alone=alone)
+        members[name] = replace(after, record=record)
+        changes[name] = _change(before.record, record, squares, name in originals)
+    report("comparing adapters", len(pack.names), len(pack.names))
+    renewed = Pack(
+        found.subspace,
+        found.info,
+        members,
+        replace(found.fit_info, skipped=old.skipped),
+        base_model=pack.base_model,
+        revision=pack.revision,
+        coefficient_dtype=found.coefficient_dtype,
+    )
+    warn_of_losses(renewed.records, warn_above, "Refit from the originals, or with more components.")
+    return Refit(renewed, changes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Squares:
+    """Squared norms of an adapter's update as the pack gave it back, in the modules of its subspace and in others, and
+    of its difference to what the new pack gives back."""
+
+    inside: float
+    outside: float
+    moved: float
+
+
+def _compared(before: Adapter, after: Adapter, packed: PackedAdapter) -> _Squares:
+    inside = outside = moved = 0.0
+    for module in before.modules:
+        one, other = before.modules[module], after.modules[module]
+        square = spaces.delta_square(one)
+        inside, outside = (inside + square, outside) if module in packed.places else (inside, outside + square)
+        moved += _difference_square(one, other)
+    return _Squares(inside, outside, moved)
+
+
+def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
+    """‖D − D'‖² of any two gauges; as exact as the larger of the two norms allows."""
+    left = torch.cat([one.scaling * one.up.double(), -other.scaling * other.up.double()], dim=1)
+    return max(linalg.product_square(left, torch.cat([one.down.double(), other.down.double()])), 0.0)
+
+
+def _followed(before: Record, after: Record, squares: _Squares, *, alone: bool) -> Record:
+    """The record of an adapter that was fitted without its original: of that it says what it said, and what is lost is
+    followed from what was lost before and what has changed since.
+
+    alone: nothing has entered the fit but what lies in the components that the adapter was projected on. Then what was
+    lost is orthogonal to what has changed, and squares add up; else norms do, at most.
+    """
+    known = squares.inside / (1 - before.delta_error**2) if before.delta_error < 1 else 0.0
+    lost, total = known * before.delta_error**2, known + squares.outside
+    if total == 0:
+        error = before.delta_error
+    elif alone:
+        error = math.sqrt((lost + squares.moved) / total)
+    else:
+        error = (math.sqrt(lost) + math.sqrt(squares.moved)) / math.sqrt(total)
+    return replace(
+        after,
+        delta_error=error,
+        bound=before.bound or not alone,
+        untrained=before.untrained,
+        source_sha256=before.source_sha256,
+        source_file_bytes=before.source_file_bytes,
+    )
+
+
+def _change(before: Record, after: Record, squares: _Squares, from_original: bool) -> Change:
+    norm = squares.inside + squares.outside
+    trained = not before.untrained
+    return Change(
+        from_original=from_original,
+        error_before=before.delta_error if trained else None,
+        error_after=after.delta_error if trained else None,
+        bound=after.bound,
+        moved=math.sqrt(squares.moved / norm) if norm else None,
+        bytes_before=before.coefficient_bytes + before.carried_bytes,
+        bytes_after=after.coefficient_bytes + after.carried_bytes,
+    )
+
+
+def changes_json(found: Refit) -> dict[str, Any]:
+    """The changes as JSON has them."""
+    return {name: {**asdict(change), "worse": change.worse} for name, change in found.changes.items()}
