@@ -12,7 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS, DEMO, TUNER, REPORT = (RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report"))
+PEERS, DEMO, TUNER, REPORT, CONTINUAL = (
+    RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report", "continual")
+)
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MISSED = " ✗"
 FIGURES = ("mean", "mean_square", "worst")
@@ -27,8 +29,9 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
     peers, demo, tuner = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO, TUNER))
-    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    report, continual = (json.loads(path.read_text(encoding="utf-8")) for path in (REPORT, CONTINUAL))
     blocks = {
+        ROOT / "docs" / "growing.md": continual_table(continual),
         ROOT / "docs" / "report.md": report_table(report),
         ROOT / "benchmarks" / "README.md": markdown(peers),
         ROOT / "README.md": figures_table(peers, demo),
@@ -67,6 +70,29 @@ def report_table(report: Json) -> str:
         f"{table(('threads', 'seconds', 'peak memory, GB'), rows)}\n\n"
         f"`{report['command']}`; {where['processor']}, torch {where['torch']}, seeds 0 to {report['adapters']}."
     )
+
+
+def continual_table(continual: Json) -> str:
+    """Errors after the last adapter has come, by collection and way of taking it in."""
+    where, parts = continual["environment"], []
+    for name, one in continual["collections"].items():
+        rows = []
+        for way, runs in one["ways"].items():
+            last = [{field: values[-1] for field, values in run.items()} for run in runs]
+            errors = [
+                f"{sum(step[field] for step in last) / len(last):.3f}"
+                for field in ("first", "early", "mean", "worst", "new", "recorded")
+            ]
+            widest = max(step["k"] for step in last)
+            ratio = sum(step["lora_bytes"] / step["stored_bytes"] for step in last) / len(last)
+            rows.append([way, *errors, str(widest), f"{ratio:.2f}"])
+        header = ("", "first", "first 5", "all", "worst", "last", "recorded", "k", "ratio")
+        kind = {"demo": "The demo's adapters", "planted": "Made-up adapters that share 24 directions a side"}
+        title = f"**{kind[name.partition(' ')[0]]}**, {one['adapters']} of them, at most k = {one['k']}:"
+        parts.append(f"{title}\n\n{table(header, rows)}")
+    orders = continual["orders"]
+    made = f"`{continual['command']}`; means over {orders} orders in which they come, seeds 0 to {orders - 1}"
+    return "\n\n".join([*parts, f"{made}; {where['processor']}, torch {where['torch']}."])
 
 
 def tuner_table(tuner: Json) -> str:

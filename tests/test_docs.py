@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import eigenlorax
-from eigenlorax import errors, manifest, packed, subspace, summary
+from eigenlorax import errors, manifest, packed, refitting, subspace, summary
 from eigenlorax.cli import app
 from eigenlorax.cli.main import IO_ERROR
 from eigenlorax.tasks import contest, demo, entrants, evaluate, train, verdicts
@@ -112,6 +112,7 @@ class TestCommandLine:
             (summary.Bytes, "A pack's figures"),
             (manifest.FitInfo, "A pack's figures"),
             (packed.Record, "A pack's figures"),
+            (refitting.Change, "`eigenlorax refit`"),
             (demo.Outcome, "`eigenlorax demo`"),
             (train.Trained, "`eigenlorax train`"),
             (evaluate.Evaluated, "`eigenlorax evaluate`"),

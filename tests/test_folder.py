@@ -81,7 +81,7 @@ def add(sources: Path, place: Path, fitted: ex.Pack) -> None:
 
 def extend(sources: Path, place: Path, fitted: ex.Pack) -> None:
     with ex.Pack.edit(place) as pack:
-        pack.add(sources / "new" / "delta", extend=1, warn_above=1)
+        pack.add(sources / "new" / "delta", extend=1, warn_above=1.0)
 
 
 def replace(sources: Path, place: Path, fitted: ex.Pack) -> None:

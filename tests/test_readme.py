@@ -42,6 +42,15 @@ def test_the_example(tmp_path):
     assert "lost_or_stolen_card" in out
 
 
+def test_the_example_of_a_pack_that_grows(tmp_path):
+    out = run([ROOT / "examples/grow.py"], tmp_path)
+    lost = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) lost by projection, ([\d.]+) with", out)]
+    assert len(lost) == 4
+    assert all(extended < projected for projected, extended in lost)
+    assert "files of earlier adapters that changed: 0" in out
+    assert out.count("moved by") == 16
+
+
 def test_the_example_of_a_report(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")

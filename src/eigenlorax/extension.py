@@ -1,6 +1,6 @@
 """Directions that a subspace misses of new adapters: the leading ones of what lies outside its spans.
 
-What is there stays as it is. Nothing here knows of packs. docs/growing.md has the measurements.
+What is there stays as it is. Nothing here knows of packs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
