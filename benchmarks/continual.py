@@ -203,11 +203,12 @@ def picture(result: dict[str, Any], path: Path) -> None:
                 axis = axes[row][column]
                 for way, runs in one["ways"].items():
                     values = [statistics.fmean(one) for one in zip(*(run[field] for run in runs), strict=True)]
-                    axis.plot(range(1, len(values) + 1), values, color=COLOURS[way], label=way, linewidth=1.6)
+                    style = "--" if way == "one shot" else "-"
+                    axis.plot(range(1, len(values) + 1), values, style, color=COLOURS[way], label=way, linewidth=1.6)
                 axis.set_ylim(0, 1)
                 axis.set_title(f"{name.partition(' ')[0]}, k = {one['k']}: {label}", fontsize=9)
                 axis.grid(alpha=0.25)
-        axes[0][0].legend(frameon=False, fontsize=8)
+        axes[1][0].legend(frameon=False, fontsize=8)
         for axis in axes[1]:
             axis.set_xlabel("adapters so far")
         for row in axes:

@@ -19,6 +19,9 @@ SWEEPS = 4
 """Alternating refinements; each keeps at least as much of the updates as the one before."""
 
 
+Progress = Callable[[str, int, int], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Newcomer:
     """An adapter that a subspace may grow by.
@@ -32,9 +35,7 @@ class Newcomer:
     places: Mapping[str, str]
 
 
-def extended(
-    subspace: Subspace, newcomers: Sequence[Newcomer], most: int, progress: Callable[[str, int, int], None]
-) -> Subspace:
+def extended(subspace: Subspace, newcomers: Sequence[Newcomer], most: int, progress: Progress) -> Subspace:
     """The subspace with at most `most` more directions a side: those that it misses of the adapters, which count alike;
     itself if it misses none."""
     members: dict[str, list[tuple[Adapter, str, float]]] = {}

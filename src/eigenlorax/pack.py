@@ -12,27 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checks, dtypes, extension, folder, formats, hub, keys, known, manifest, metrics, packed, remote, store
+from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, store
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
     WARN_ABOVE,
-    AdapterNameError,
     LossWarning,
-    ModuleNameError,
     OptionError,
     PackBusyError,
     PackDamagedError,
     PackVersionError,
-    ShapeError,
     UntrainedAdapterWarning,
 )
-from .extension import Newcomer
+from .extension import Progress
 from .formats import hf_peft, sources
+from .joining import Host
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
-from .options import integer, number
 from .options import names as listed
-from .packed import PackedAdapter, Packing, Record
+from .options import number
+from .packed import PackedAdapter, Record
 from .subspace import Subspace
 from .summary import Summary, losses, lossy, summarize
 
@@ -305,7 +303,7 @@ class Pack:
         carry_missing: bool = False,
         same_base: bool = False,
         warn_above: float = WARN_ABOVE,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> dict[str, Record]:
         """Project several adapters, as `fit` takes them, or none of them if one is refused; their records by name.
@@ -324,25 +322,21 @@ class Pack:
         same_base: bool,
         warn_above: float,
         options: dict[str, Any],
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Record]:
         report, warn_above = progress or (lambda stage, done, total: None), check_warn_above(warn_above)
-        extend = self._check_extend(extend) if extend is not None else None
-        joining = [self._joining(one, carry_missing, same_base, options) for one in found]
-        checks.check_names([*self.names, *(packing.adapter.name for packing, _ in joining)])
-        subspace = self.subspace
-        if extend is not None:
-            # in the order of their content: arguments may come in any order
-            ordered = sorted(joining, key=lambda one: (one[0].scan.content_hash, one[0].adapter.name))
-            newcomers = [Newcomer(packing.adapter, packing.scan.delta_squares, places) for packing, places in ordered]
-            subspace = extension.extended(subspace, newcomers, extend, report)
+        extend = joining.check_extend(extend, self.info) if extend is not None else None
+        host = Host(self.info, self.names, self.base_model, self.revision)
+        new = joining.read(found, host, carry_missing=carry_missing, same_base=same_base, options=options)
+        subspace = self.subspace if extend is None else joining.extended(self.subspace, new, extend, report)
         added = {}
-        for done, (packing, places) in enumerate(joining):
-            report("projecting adapters", done, len(joining))
-            for module, place in places.items():
-                bases, factors = subspace.modules[place], packing.adapter.modules[module]
-                packing.project(module, place, factors, bases, self.coefficient_dtype, spaces.duals(bases))
-            added[packing.adapter.name] = packing.packed(in_fit=False)
+        for done, one in enumerate(new):
+            report("projecting adapters", done, len(new))
+            for module, place in one.places.items():
+                bases, factors = subspace.modules[place], one.adapter.modules[module]
+                one.packing.project(module, place, factors, bases, self.coefficient_dtype, spaces.duals(bases))
+            added[one.adapter.name] = one.packing.packed(in_fit=False)
+        report("projecting adapters", len(new), len(new))
         records = {name: one.record for name, one in added.items()}
         untrained = [name for name, record in records.items() if record.untrained]
         if untrained:
@@ -351,71 +345,18 @@ class Pack:
                 UntrainedAdapterWarning,
                 stacklevel=3,
             )
-        warn_of_losses(records, warn_above)
+        warn_of_losses(records, warn_above, stacklevel=4)
         if subspace is not self.subspace:
             # what is in memory alone refers to the subspace as it was until now
             self._adapters = {
-                name: one if isinstance(one, Entry) else self._of_now(name) for name, one in self._adapters.items()
+                name: kept if isinstance(kept, Entry) else self._of_now(name) for name, kept in self._adapters.items()
             }
             self._subspace, self.info = subspace, manifest.describe(subspace)
         self._adapters |= added
-        for packing, _ in joining:
-            self.base_model = self.base_model or packing.adapter.base_model
-            self.revision = self.revision or packing.adapter.revision
+        for one in new:
+            self.base_model = self.base_model or one.adapter.base_model
+            self.revision = self.revision or one.adapter.revision
         return records
-
-    def _joining(
-        self, found: sources.Found, carry_missing: bool, same_base: bool, options: dict[str, Any]
-    ) -> tuple[Packing, dict[str, str]]:
-        """A new adapter, read and checked, and the place of each of its modules in the subspace."""
-        if isinstance(found.source, Adapter):
-            checks.check_made(found.source)
-            adapter = found.source
-        else:
-            adapter = formats.read_adapter(found.source, name=found.name, **options)
-        adapter = replace(adapter, name=keys.check_name(adapter.name if found.name is None else found.name))
-        if adapter.name.lower() in {known.lower() for known in self.names}:
-            raise AdapterNameError(
-                f"the pack already has an adapter named {adapter.name!r}. Give the new one another name "
-                "(NAME=PATH, name=), or remove the old one first."
-            )
-        if adapter.subspace is None or adapter.subspace not in self.info.lineage:
-            this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
-            checks.check_one_base([this, adapter], same_base)
-        places = self._places(adapter, carry_missing)
-        return Packing(adapter, checks.scan(adapter)), places
-
-    def _check_extend(self, extend: int) -> int:
-        """`extend` as a number of directions that the widest side could take."""
-        extend = integer("extend", extend)
-        largest = max((side.dimension for pair in self.info.modules.values() for side in pair.values()), default=0)
-        if not 1 <= extend <= largest:
-            raise OptionError(
-                f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "
-                "module. Leave it away to project on the subspace as it is."
-            )
-        return extend
-
-    def _places(self, adapter: Adapter, carry_missing: bool) -> dict[str, str]:
-        """Where each module of a new adapter belongs in the subspace; those it lacks are left out where they may be."""
-        places = keys.resolve_all(adapter.specs, self.info.modules)
-        missing = [module for module, place in places.items() if place is None]
-        if missing and not carry_missing:
-            raise ModuleNameError(
-                f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, "
-                f"such as {missing[0]!r}. --carry-missing (carry_missing=True) keeps them as they are; or fit the pack "
-                "again with it."
-            )
-        found = {module: place for module, place in places.items() if place is not None}
-        for module, place in found.items():
-            sides, spec = self.info.modules[place], adapter.specs[module]
-            wanted = sides["up"].dimension, sides["down"].dimension
-            if (spec.out_features, spec.in_features) != wanted:
-                raise ShapeError(
-                    f"module {module}: (out, in) is {(spec.out_features, spec.in_features)} in adapter "
-                    f"{adapter.name!r} and {wanted} in the pack. It belongs to a different base model."
-                )
-        return found
 
     def remove(self, *names: str) -> None:
         """Forget adapters, all of them or, if one is not there, none. The subspace stays as it was fitted."""
@@ -570,10 +511,11 @@ def warn_of_losses(
     records: Mapping[str, Record],
     above: float,
     remedy: str = "Fit the pack again with such adapters among the sources, or keep the LoRAs themselves.",
+    stacklevel: int = 3,
 ) -> None:
     """`LossWarning` of the trained adapters whose delta error is above that; 1 for never."""
     if lossy(records, above):
-        warnings.warn(f"{losses(records, above)} {remedy}", LossWarning, stacklevel=3)
+        warnings.warn(f"{losses(records, above)} {remedy}", LossWarning, stacklevel=stacklevel)
 
 
 def _check_no_cache(target: Path) -> None:

@@ -1,0 +1,109 @@
+"""New adapters on their way into a pack: read, checked against its subspace, each module with its place there."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import checks, extension, formats, keys
+from .adapter import Adapter
+from .errors import AdapterNameError, ModuleNameError, OptionError, ShapeError
+from .extension import Newcomer, Progress
+from .formats.sources import Found
+from .manifest import SubspaceInfo
+from .options import integer
+from .packed import Packing
+from .subspace import Subspace
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a pack asks of a new adapter. names: of those that are in it."""
+
+    info: SubspaceInfo
+    names: Collection[str]
+    base_model: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """A new adapter, and the names that its modules have in the subspace, but for those that the subspace lacks."""
+
+    packing: Packing
+    places: Mapping[str, str]
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.packing.adapter
+
+
+def read(
+    found: Sequence[Found], host: Host, *, carry_missing: bool, same_base: bool, options: Mapping[str, Any]
+) -> list[Joining]:
+    """Every adapter, in the order given. An error names the first that the pack does not take.
+
+    options: those of `read_adapter`.
+    """
+    joining = [_read(one, host, carry_missing, same_base, options) for one in found]
+    checks.check_names([*host.names, *(one.adapter.name for one in joining)])
+    return joining
+
+
+def _read(found: Found, host: Host, carry_missing: bool, same_base: bool, options: Mapping[str, Any]) -> Joining:
+    if isinstance(found.source, Adapter):
+        checks.check_made(found.source)
+        adapter = found.source
+    else:
+        adapter = formats.read_adapter(found.source, name=found.name, **options)
+    adapter = replace(adapter, name=keys.check_name(adapter.name if found.name is None else found.name))
+    if adapter.name.lower() in {name.lower() for name in host.names}:
+        raise AdapterNameError(
+            f"the pack already has an adapter named {adapter.name!r}. Give the new one another name "
+            "(NAME=PATH, name=), or remove the old one first."
+        )
+    if adapter.subspace is None or adapter.subspace not in host.info.lineage:
+        this = Adapter("the pack", {}, {}, base_model=host.base_model, revision=host.revision)
+        checks.check_one_base([this, adapter], same_base)
+    places = _places(adapter, host.info, carry_missing)
+    return Joining(Packing(adapter, checks.scan(adapter)), places)
+
+
+def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[str, str]:
+    places = keys.resolve_all(adapter.specs, info.modules)
+    missing = [module for module, place in places.items() if place is None]
+    if missing and not carry_missing:
+        raise ModuleNameError(
+            f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, "
+            f"such as {missing[0]!r}. --carry-missing (carry_missing=True) keeps them as they are; or fit the pack "
+            "again with it."
+        )
+    found = {module: place for module, place in places.items() if place is not None}
+    for module, place in found.items():
+        sides, spec = info.modules[place], adapter.specs[module]
+        wanted = sides["up"].dimension, sides["down"].dimension
+        if (spec.out_features, spec.in_features) != wanted:
+            raise ShapeError(
+                f"module {module}: (out, in) is {(spec.out_features, spec.in_features)} in adapter "
+                f"{adapter.name!r} and {wanted} in the pack. It belongs to a different base model."
+            )
+    return found
+
+
+def check_extend(extend: int, info: SubspaceInfo) -> int:
+    """`extend` as a number of directions that the widest side could take."""
+    extend = integer("extend", extend)
+    largest = max((side.dimension for pair in info.modules.values() for side in pair.values()), default=0)
+    if not 1 <= extend <= largest:
+        raise OptionError(
+            f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "
+            "module. Leave it away to project on the subspace as it is."
+        )
+    return extend
+
+
+def extended(subspace: Subspace, joining: Sequence[Joining], most: int, progress: Progress) -> Subspace:
+    """The subspace with at most `most` more directions a side, whatever order the adapters were given in; itself if it
+    misses nothing of them."""
+    ordered = sorted(joining, key=lambda one: (one.packing.scan.content_hash, one.adapter.name))
+    newcomers = [Newcomer(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
+    return extension.extended(subspace, newcomers, most, progress)
