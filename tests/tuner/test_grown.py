@@ -114,6 +114,18 @@ class TestSavedElsewhere:
         loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=pack).eval()
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
+    def test_or_given_as_a_pack(self, saved_base, pack, tmp_path, ids):
+        model = trained(saved_base, pack)
+        model.save_pretrained(tmp_path / "mine")
+        grow(pack)
+        opened = ex.Pack.open(pack)
+        loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=opened).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        # one of another basis, though of as many components
+        other = ex.fit([opened.adapter(name) for name in ("a1", "a2", "a3")], n_components=9)
+        with pytest.raises(OptionError, match="but <Pack of 3 adapters .*> holds .* would mean something else there"):
+            PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=other)
+
     @pytest.mark.parametrize("start", ["mean", "a1", "uniform"])
     def test_wherever_it_was_started(self, saved_base, pack, tmp_path, ids, start):
         model = trained(saved_base, pack, start=start)

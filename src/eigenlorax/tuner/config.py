@@ -164,6 +164,18 @@ class EigenLoraxConfig(PeftConfig):
         else:
             self.subspace = None if subspace is None else os.fspath(subspace)
 
+    def _use_for_what_is_saved(self, subspace: os.PathLike[str] | str | Pack) -> None:
+        """Take this subspace, in which coefficients that were saved have to mean what they meant."""
+        saved = self.subspace_fingerprint
+        if isinstance(subspace, Pack) and saved not in (None, *subspace.info.lineage):
+            raise OptionError(
+                f"the adapter belongs to the subspace {str(saved)[:12]}…, but {subspace!r} holds "
+                f"{subspace.info.fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= "
+                "its own pack."
+            )
+        self.use_subspace(subspace)
+        self.subspace_fingerprint = saved or self.subspace_fingerprint
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
         Save the configuration. Paths of this machine are not written: the fingerprint stands for the subspace, and a
@@ -187,7 +199,7 @@ class EigenLoraxConfig(PeftConfig):
         subspace = kwargs.pop("subspace", None)
         config: EigenLoraxConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if subspace is not None:
-            config.use_subspace(subspace)
+            config._use_for_what_is_saved(subspace)
         elif getattr(config, "subspace", None) == keys.INSIDE_PACK:
             folder = Path(pretrained_model_name_or_path, subfolder or "")
             if folder.is_dir():
