@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import basis as one
-from . import linalg
+from . import chunks, linalg
 from .adapter import LoRAFactors
 from .basis import Basis
+from .chunks import Chunk, CoefficientChunk
 from .errors import NonFiniteError, OptionError, ShapeError
 from .options import integer, number
 
@@ -401,13 +402,23 @@ def project(
     """The best approximation of a module's update in its two spans: C_A = A·Vᵀ, C_B = U·B, rounded to `dtype`.
 
     Where `dtype` is too narrow for the numbers, a power of two moves from one factor to the other, which changes
-    neither the update nor its exactness (`balance`).
+    neither the update nor its exactness (`balanced`).
     """
-    shift = balance(factors, dtype)
-    down_dual, up_dual = dual or (None, None)
-    down = one.project(factors.down.to(torch.float64) * 2.0**-shift, bases.down, down_dual)
-    up = one.project(factors.up.mT.to(torch.float64) * 2.0**shift, bases.up, up_dual).mT
-    rounded = Coefficients(down.to(dtype).contiguous(), up.to(dtype).contiguous(), factors.scaling)
+    found = project_chunk(chunks.chunk([factors], [0.0]), bases, dtype, dual)
+    return Coefficients(found.down[0], found.up[0], factors.scaling)
+
+
+def project_chunk(
+    one_chunk: Chunk, bases: ModuleBases, dtype: torch.dtype = torch.float64, dual: Duals | None = None
+) -> CoefficientChunk:
+    """`project` for several adapters at a time. An error does not say which of them it is about."""
+    wide = balanced(one_chunk, dtype)
+    exact = {}
+    for side, rows in zip(("down", "up"), dual or (None, None), strict=True):
+        batch = wide.rows(side)
+        exact[side] = one.project(batch.flatten(0, 1), bases.side(side), rows).unflatten(0, batch.shape[:2])
+    down, up = exact["down"], exact["up"].mT
+    rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), one_chunk.scaling)
     _check_kept(down, rounded.down)
     _check_kept(up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
@@ -420,25 +431,34 @@ def project(
 
 def _check_kept(exact: Tensor, rounded: Tensor) -> None:
     """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
-    size = float(torch.linalg.vector_norm(exact))
-    if size > 0 and float(torch.linalg.vector_norm(rounded.to(torch.float64))) < size / 2:
+    size = torch.linalg.vector_norm(exact, dim=(1, 2))
+    vanished = (size > 0) & (torch.linalg.vector_norm(rounded.to(torch.float64), dim=(1, 2)) < size / 2)
+    if bool(vanished.any()):
         raise NonFiniteError(
-            f"coefficients of norm {size:.1e} vanish in {rounded.dtype}, whose smallest number is "
+            f"coefficients of norm {float(size[vanished][0]):.1e} vanish in {rounded.dtype}, whose smallest number is "
             f"{torch.finfo(rounded.dtype).smallest_normal:.1e}. Store them as float32."
         )
 
 
-def balance(factors: LoRAFactors, dtype: torch.dtype) -> int:
-    """The power of two to take out of `down` and into `up` so that both factors fit `dtype`; 0 where they do.
+def shifts(one_chunk: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """The power of two to take out of `down` and into `up` of each adapter so that both fit `dtype`; 0 where they do.
 
     A factor fits if the norms of its rows leave room below the largest number of `dtype`, and its largest entry is far
     enough above the smallest normal one to keep the digits of those a thousand times smaller.
     """
     info = torch.finfo(dtype)
-    sizes = [float(torch.linalg.vector_norm(t.to(torch.float64))) for t in (factors.down, factors.up)]
-    if 0.0 in sizes or all(info.tiny * 2.0**20 < size < info.max / 2 for size in sizes):
-        return 0
-    return round(math.log2(sizes[0] / sizes[1]) / 2)
+    down, up = (torch.linalg.vector_norm(one_chunk.rows(side).to(torch.float64), dim=(1, 2)) for side in ("down", "up"))
+    fits = [(info.tiny * 2.0**20 < size) & (size < info.max / 2) for size in (down, up)]
+    return torch.where((fits[0] & fits[1]) | (down == 0) | (up == 0), 1.0, down / up).log2().div(2).round()
+
+
+def balanced(one_chunk: Chunk, dtype: torch.dtype) -> Chunk:
+    """The same updates, float64, in factors that fit `dtype` (`shifts`)."""
+    wide = one_chunk.to(torch.float64)
+    powers = shifts(wide, dtype).exp2()[:, None, None]
+    if bool((powers == 1).all()):
+        return wide
+    return replace(wide, down=wide.down / powers, up=wide.up * powers)
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
