@@ -7,17 +7,19 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import dtypes, hub, keys
 from ..errors import FormatError
+from . import ranges
 
-_DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
+Load = Callable[[list[str]], list[Tensor]]
+"""Reads tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +29,22 @@ class Header:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Header":
+        """That of a tensor of any dtype."""
+        return cls(tuple(shape), dtype if dtype in dtypes.STORED else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The config, parsed and word for word, and the tensors of an adapter's folder. `load` reads tensors by name."""
+    """The config, parsed and word for word, and the tensors of an adapter's folder. It may be pickled."""
 
     name: str
     text: str
     config: dict[str, Any]
     weights: Path
     headers: Mapping[str, Header]
-    load: Callable[[list[str]], list[Tensor]]
+    load: Load
 
     @property
     def file_bytes(self) -> int:
@@ -109,9 +116,7 @@ def _check_texts(config: dict[str, Any], path: Path) -> None:
             raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
-def _open_weights(
-    folder: Path, allow_pickle: bool
-) -> tuple[Path, dict[str, Header], Callable[[list[str]], list[Tensor]]]:
+def _open_weights(folder: Path, allow_pickle: bool) -> tuple[Path, dict[str, Header], Load]:
     safetensors, pickled = folder / keys.ADAPTER_WEIGHTS, folder / keys.ADAPTER_PICKLE
     if safetensors.is_file():
         return safetensors, *_open_safetensors(safetensors)
@@ -126,25 +131,12 @@ def _open_weights(
     return pickled, *_open_pickle(pickled)
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], list[Tensor]]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            headers = {
-                key: Header(tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
-
-    def load(names: list[str]) -> list[Tensor]:
-        # opened at each read: a thousand adapters would be a thousand open files
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(key) for key in names]
-
-    return headers, load
+def _open_safetensors(path: Path) -> tuple[dict[str, Header], Load]:
+    found = ranges.stored(ranges.local(path))
+    return {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}, found.load
 
 
-def _open_pickle(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], list[Tensor]]]:
+def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:
     state = _load_pickle(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -153,11 +145,13 @@ def _open_pickle(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], l
     odd = [key for key, value in state.items() if value.layout is not torch.strided or value.device.type != "cpu"]
     if odd:
         raise FormatError(f"{path}: tensor {odd[0]!r} is sparse, or has no numbers; a dense one was expected.")
-    known = set(_DTYPES.values())
-    headers = {
-        key: Header(tuple(value.shape), value.dtype if value.dtype in known else None) for key, value in state.items()
-    }
-    return headers, lambda names: [state[key].detach() for key in names]
+    headers = {key: Header.of(value.shape, value.dtype) for key, value in state.items()}
+    return headers, partial(in_memory, {key: value.detach() for key, value in state.items()})
+
+
+def in_memory(tensors: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
+    """Tensors by name, of those that are there already."""
+    return [tensors[name] for name in names]
 
 
 def _load_pickle(path: Path) -> Any:
