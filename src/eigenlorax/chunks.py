@@ -78,9 +78,23 @@ def chunk(factors: Sequence[LoRAFactors], weights: Sequence[float]) -> Chunk:
     scaling = torch.tensor([one.scaling for one in factors], dtype=torch.float64)
     return Chunk(
         down=down,
-        up=columns.mT.unflatten(0, (n, rank)),
+        up=columns.mT.view(n, rank, -1),
         scaling=scaling,
         scale=scaling.abs() * torch.tensor(weights, dtype=torch.float64),
+    )
+
+
+def factors(one: Chunk, index: int) -> LoRAFactors:
+    """One of the adapters by itself."""
+    return LoRAFactors(one.down[index], one.up[index].mT, float(one.scaling[index]))
+
+
+def joined(parts: Sequence[CoefficientChunk]) -> CoefficientChunk:
+    """Adapters of several parts, one after the other."""
+    return CoefficientChunk(
+        torch.cat([part.down for part in parts]),
+        torch.cat([part.up for part in parts]),
+        torch.cat([part.scaling for part in parts]),
     )
 
 
@@ -100,7 +114,7 @@ def multiply(
 def project(one: Chunk, side: str, columns: Float[Tensor, "d b"]) -> Float[Tensor, "n r b"]:
     """The rows in the directions of the columns, in the dtype of the columns."""
     rows = one.rows(side).to(columns.dtype)
-    return (rows.flatten(0, 1) @ columns).unflatten(0, rows.shape[:2])
+    return (rows.flatten(0, 1) @ columns).view(*rows.shape[:2], -1)
 
 
 def gather(

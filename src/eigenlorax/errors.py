@@ -10,6 +10,7 @@
     ├── OptionError           an option outside its range
     ├── HubError              a repository or file that could not be had from the Hub
     ├── MissingExtraError     an optional dependency is not installed
+    ├── EngineError           workers that are not there, or were killed again and again
     └── PackError
         ├── PackMissingError  no pack there
         ├── PackExistsError   something is there already
@@ -61,6 +62,10 @@ class HubError(EigenloraxError, OSError):
 
 class MissingExtraError(EigenloraxError, ImportError):
     """An optional dependency is not installed."""
+
+
+class EngineError(EigenloraxError, RuntimeError):
+    """Workers that are not there, or were killed again and again."""
 
 
 class PackError(EigenloraxError):

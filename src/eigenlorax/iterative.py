@@ -68,16 +68,20 @@ class _Side:
     def multiply(self, inner: Sequence[Tensor], columns: Tensor) -> Tensor:
         """Σ rowsᵀ · inner · rows · columns."""
         calls = (partial(_multiply, held, self.side, i, columns) for held, i in zip(self.held, inner, strict=True))
-        return reduce(add, self.run(calls))
+        return _sum(self.run(calls))
 
     def gather(self, inner: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
         """Σ rowsᵀ · inner · projected."""
         each = zip(self.held, inner, projected, strict=True)
-        return reduce(add, self.run(partial(_gather, held, self.side, i, p) for held, i, p in each))
+        return _sum(self.run(partial(_gather, held, self.side, i, p) for held, i, p in each))
 
     def project(self, columns: Tensor) -> list[Tensor]:
         """Each chunk's rows in the directions of the columns."""
         return list(self.run(partial(_project, held, self.side, columns) for held in self.held))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(add, parts)
 
 
 def _multiply(held: Held, side: str, inner: Tensor, columns: Tensor) -> Tensor:
@@ -202,7 +206,7 @@ def _step(side: _Side, inner: list[Tensor], before: _Found) -> _Found:
 def _kept(inner: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
     """What the columns keep of the weighted stack, as a (k, k) matrix, float64."""
     small = (p.to(torch.float64) for p in projected)
-    return reduce(add, ((p.mT @ i @ p).sum(0) for i, p in zip(inner, small, strict=True)))
+    return _sum((p.mT @ i @ p).sum(0) for i, p in zip(inner, small, strict=True))
 
 
 def _basis(first: _Found, last: _Found, inner: list[Tensor], total: float) -> Basis:

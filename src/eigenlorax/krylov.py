@@ -72,7 +72,8 @@ def missing(sums: list[float]) -> float:
 
 def orthonormal_columns(columns: Tensor) -> Tensor:
     """The same span with orthonormal columns."""
-    return torch.linalg.qr(columns)[0]
+    q, _ = torch.linalg.qr(columns)
+    return q
 
 
 def _outside(columns: Tensor, basis: Tensor, normed: bool = False) -> Tensor:

@@ -45,7 +45,7 @@ class Pack:
     `add` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk when they
     are asked for, and checks their bytes against the manifest.
 
-    notes: what the fit has to say of its choices, in sentences. They are not saved.
+    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. Neither is saved.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Pack:
         self.revision = revision
         self.coefficient_dtype = coefficient_dtype
         self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False

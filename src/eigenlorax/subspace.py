@@ -3,7 +3,6 @@
 The mathematics, with proofs and measurements, is in docs/method.md. Nothing here knows of files or adapters' names.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -341,6 +340,14 @@ def _finished(first: linalg.Leading, last: linalg.Leading, roots: Sequence[Tenso
     )
 
 
+def on(bases: ModuleBases, device: torch.device) -> ModuleBases:
+    """The same bases with their components on a device."""
+    return ModuleBases(
+        down=replace(bases.down, components=bases.down.components.to(device)),
+        up=replace(bases.up, components=bases.up.components.to(device)),
+    )
+
+
 def rounded(bases: ModuleBases, dtype: torch.dtype) -> ModuleBases:
     """The same bases with their components rounded to `dtype`."""
     return ModuleBases(
@@ -416,7 +423,7 @@ def project_chunk(
     exact = {}
     for side, rows in zip(("down", "up"), dual or (None, None), strict=True):
         batch = wide.rows(side)
-        exact[side] = one.project(batch.flatten(0, 1), bases.side(side), rows).unflatten(0, batch.shape[:2])
+        exact[side] = one.project(batch.flatten(0, 1), bases.side(side), rows).view(*batch.shape[:2], -1)
     down, up = exact["down"], exact["up"].mT
     rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), one_chunk.scaling)
     _check_kept(down, rounded.down)
