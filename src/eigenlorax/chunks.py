@@ -104,6 +104,12 @@ def grams(one: Chunk) -> tuple[Float[Tensor, "n r r"], Float[Tensor, "n r r"]]:
     return down @ down.mT, up @ up.mT
 
 
+def norms(one: Chunk, side: str) -> Float[Tensor, " n"]:
+    """Of each adapter's factor, float64; inf, or nan, where the dtype of the rows has no room for squares."""
+    rows = one.rows(side)
+    return (rows @ rows.mT).diagonal(dim1=1, dim2=2).to(torch.float64).sum(1).sqrt()
+
+
 def multiply(
     one: Chunk, side: str, inner: Float[Tensor, "n r r"], columns: Float[Tensor, "d b"]
 ) -> Float[Tensor, "d b"]:
@@ -114,12 +120,17 @@ def multiply(
 def project(one: Chunk, side: str, columns: Float[Tensor, "d b"]) -> Float[Tensor, "n r b"]:
     """The rows in the directions of the columns, in the dtype of the columns."""
     rows = one.rows(side).to(columns.dtype)
-    return (rows.flatten(0, 1) @ columns).view(*rows.shape[:2], -1)
+    flat = rows.flatten(0, 1)
+    # a product is faster by half with its large matrix as it lies in memory
+    found = flat @ columns if flat.is_contiguous() else (columns.mT @ flat.mT).mT
+    return found.reshape(*rows.shape[:2], -1)
 
 
 def gather(
     one: Chunk, side: str, inner: Float[Tensor, "n r r"], projected: Float[Tensor, "n r b"]
 ) -> Float[Tensor, "d b"]:
     """Σ rowsᵀ · inner · projected: the second half of `multiply`."""
-    rows = one.rows(side).to(projected.dtype)
-    return rows.flatten(0, 1).mT @ (inner.to(projected.dtype) @ projected).flatten(0, 1)
+    flat = one.rows(side).to(projected.dtype).flatten(0, 1)
+    weighted = (inner.to(projected.dtype) @ projected).flatten(0, 1)
+    # as in `project`
+    return (weighted.mT @ flat).mT if flat.is_contiguous() else flat.mT @ weighted

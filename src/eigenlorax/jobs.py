@@ -62,6 +62,12 @@ class Job:
         wide = any(place.spec.dtype.itemsize > 2 for place in self.places)
         return torch.float64 if wide else torch.float32
 
+    @property
+    def measured(self) -> torch.dtype:
+        """The dtype in which adapters are projected, and their losses measured."""
+        stored = (self.setting.dtype, self.setting.coefficient_dtype)
+        return torch.float64 if any(dtype.itemsize > 2 for dtype in stored) else self.products
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -173,7 +179,8 @@ def do(loaded: Loaded, rounds: iterative.Run = iterative.here) -> Fitted:
         errors: dict[int, ModuleError] = {}
         for members, held in zip(loaded.members, loaded.held, strict=True):
             parts = []
-            for start, part in _parts(held()):
+            for start, narrow in _parts(held()):
+                part = spaces.balanced(narrow, setting.coefficient_dtype, job.measured)
                 found = _projected(job, members[start : start + len(part)], part, on_device[1], dual)
                 lost = metrics.module_errors(part, found, on_device[1], before)
                 errors.update(zip(members[start : start + len(part)], lost, strict=True))

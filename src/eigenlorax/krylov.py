@@ -72,7 +72,7 @@ def missing(sums: list[float]) -> float:
 
 def orthonormal_columns(columns: Tensor) -> Tensor:
     """The same span with orthonormal columns."""
-    q, _ = torch.linalg.qr(columns)
+    q: Tensor = torch.linalg.qr(columns)[0]
     return q
 
 

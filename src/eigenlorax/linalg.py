@@ -151,8 +151,8 @@ def dual_rows(components: Tensor) -> Tensor:
 
 
 def product_square(left: Tensor, right: Tensor) -> Tensor:
-    """‖left @ right‖²_F through r × r Gram matrices; left (…, m, r), right (…, r, n), float64."""
-    return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
+    """‖left @ right‖²_F, float64, through r × r Gram matrices; left (…, m, r), right (…, r, n)."""
+    return ((left.mT @ left).to(torch.float64) * (right @ right.mT).to(torch.float64)).sum((-2, -1))
 
 
 def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:

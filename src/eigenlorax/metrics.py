@@ -68,18 +68,18 @@ def module_error(
     coefficients alone.
     """
     found = CoefficientChunk(coefficients.down[None], coefficients.up[None], torch.ones(1, dtype=torch.float64))
-    return module_errors(chunks.chunk([factors], [0.0]), found, bases, exact)[0]
+    wide = spaces.balanced(chunks.chunk([factors], [0.0]), coefficients.down.dtype)
+    return module_errors(wide, found, bases, exact)[0]
 
 
 def module_errors(
-    one: Chunk, coefficients: CoefficientChunk, bases: ModuleBases, exact: Unrounded | None = None
+    wide: Chunk, coefficients: CoefficientChunk, bases: ModuleBases, exact: Unrounded | None = None
 ) -> list[ModuleError]:
-    """`module_error` for several adapters at a time."""
-    wide = spaces.balanced(one, coefficients.down.dtype)
-    down, up = wide.down, wide.up.mT
-    stored_down = coefficients.down.to(torch.float64) @ bases.down.components.to(torch.float64)
-    stored_up = (coefficients.up.mT.to(torch.float64) @ bases.up.components.to(torch.float64)).mT
-    square = one.scaling.square()
+    """`module_error` for several adapters at a time, as `subspace.balanced` gives them."""
+    down, up, dtype = wide.down, wide.up.mT, wide.down.dtype
+    stored_down = coefficients.down.to(dtype) @ bases.down.components.to(dtype)
+    stored_up = (coefficients.up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
+    square = wide.scaling.square()
     found = (
         square * linalg.product_square(up, down),
         square * linalg.difference_square(up, down, stored_up, stored_down),
@@ -94,8 +94,8 @@ def _rounding_square(down: Tensor, up: Tensor, coefficients: CoefficientChunk, e
     Both factors are written in the rows before rounding and what rounding took from them, (n, 2k, r), so that no
     product is wider than that; and as in `linalg.difference_square`, no two large numbers are subtracted.
     """
-    down_dual, up_dual = exact.duals
-    e_down, e_up = down @ down_dual.mT, up_dual @ up
+    down_dual, up_dual = (dual.to(down.dtype) for dual in exact.duals)
+    e_down, e_up = (rows.to(torch.float64) for rows in (down @ down_dual.mT, up_dual @ up))
     c_down, c_up = coefficients.down.to(torch.float64), coefficients.up.to(torch.float64)
     left = torch.cat([torch.cat([e_up - c_up, c_up], dim=2), torch.cat([c_up, -c_up], dim=2)], dim=1)
     right = torch.cat(

@@ -411,21 +411,20 @@ def project(
     Where `dtype` is too narrow for the numbers, a power of two moves from one factor to the other, which changes
     neither the update nor its exactness (`balanced`).
     """
-    found = project_chunk(chunks.chunk([factors], [0.0]), bases, dtype, dual)
+    found = project_chunk(balanced(chunks.chunk([factors], [0.0]), dtype), bases, dtype, dual)
     return Coefficients(found.down[0], found.up[0], factors.scaling)
 
 
 def project_chunk(
-    one_chunk: Chunk, bases: ModuleBases, dtype: torch.dtype = torch.float64, dual: Duals | None = None
+    wide: Chunk, bases: ModuleBases, dtype: torch.dtype = torch.float64, dual: Duals | None = None
 ) -> CoefficientChunk:
-    """`project` for several adapters at a time. An error does not say which of them it is about."""
-    wide = balanced(one_chunk, dtype)
+    """`project` for several adapters at a time, as `balanced` gives them. An error does not say which it is about."""
     exact = {}
-    for side, rows in zip(("down", "up"), dual or (None, None), strict=True):
-        batch = wide.rows(side)
-        exact[side] = one.project(batch.flatten(0, 1), bases.side(side), rows).view(*batch.shape[:2], -1)
+    for side, rows in zip(("down", "up"), dual or duals(bases), strict=True):
+        one.check_width(wide.rows(side).shape[2], bases.side(side))
+        exact[side] = chunks.project(wide, side, rows.mT.to(wide.down.dtype))
     down, up = exact["down"], exact["up"].mT
-    rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), one_chunk.scaling)
+    rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), wide.scaling)
     _check_kept(down, rounded.down)
     _check_kept(up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
@@ -438,8 +437,8 @@ def project_chunk(
 
 def _check_kept(exact: Tensor, rounded: Tensor) -> None:
     """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
-    size = torch.linalg.vector_norm(exact, dim=(1, 2))
-    vanished = (size > 0) & (torch.linalg.vector_norm(rounded.to(torch.float64), dim=(1, 2)) < size / 2)
+    size, kept = (torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64) for each in (exact, rounded))
+    vanished = (size > 0) & (kept < size / 2)
     if bool(vanished.any()):
         raise NonFiniteError(
             f"coefficients of norm {float(size[vanished][0]):.1e} vanish in {rounded.dtype}, whose smallest number is "
@@ -447,25 +446,38 @@ def _check_kept(exact: Tensor, rounded: Tensor) -> None:
         )
 
 
-def shifts(one_chunk: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
-    """The power of two to take out of `down` and into `up` of each adapter so that both fit `dtype`; 0 where they do.
+def balanced(one_chunk: Chunk, dtype: torch.dtype, products: torch.dtype = torch.float64) -> Chunk:
+    """The same updates in factors whose coefficients fit `dtype`, in a dtype that large products may be made in.
 
     A factor fits if the norms of its rows leave room below the largest number of `dtype`, and its largest entry is far
-    enough above the smallest normal one to keep the digits of those a thousand times smaller.
+    enough above the smallest normal one to keep the digits of those a thousand times smaller. Where one does not, a
+    power of two goes out of it, and into the other (`shifts`).
+    products: float32 will do where factors, components and coefficients are narrower than that; the result is float64
+    all the same where sizes leave float32 no room for squares.
     """
-    info = torch.finfo(dtype)
-    down, up = (torch.linalg.vector_norm(one_chunk.rows(side).to(torch.float64), dim=(1, 2)) for side in ("down", "up"))
-    fits = [(info.tiny * 2.0**20 < size) & (size < info.max / 2) for size in (down, up)]
-    return torch.where((fits[0] & fits[1]) | (down == 0) | (up == 0), 1.0, down / up).log2().div(2).round()
-
-
-def balanced(one_chunk: Chunk, dtype: torch.dtype) -> Chunk:
-    """The same updates, float64, in factors that fit `dtype` (`shifts`)."""
-    wide = one_chunk.to(torch.float64)
-    powers = shifts(wide, dtype).exp2()[:, None, None]
+    wide = one_chunk.to(products)
+    if products == torch.float32 and not _has_room(wide):
+        wide = one_chunk.to(torch.float64)
+    powers = shifts(wide, dtype).exp2().to(wide.down.dtype)[:, None, None]
     if bool((powers == 1).all()):
         return wide
     return replace(wide, down=wide.down / powers, up=wide.up * powers)
+
+
+def _has_room(one_chunk: Chunk) -> bool:
+    sizes = torch.cat([chunks.norms(one_chunk, side) for side in ("down", "up")])
+    return bool(((sizes == 0) | ((sizes > 1e-8) & (sizes < 1e8))).all())
+
+
+def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """The power of two to take out of `down` and into `up` of each adapter so that both fit `dtype`; 0 where they do.
+
+    wide: with room for the squares of its numbers.
+    """
+    info = torch.finfo(dtype)
+    down, up = (chunks.norms(wide, side) for side in ("down", "up"))
+    fits = [(info.tiny * 2.0**20 < size) & (size < info.max / 2) for size in (down, up)]
+    return torch.where((fits[0] & fits[1]) | (down == 0) | (up == 0), 1.0, down / up).log2().div(2).round()
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
