@@ -175,7 +175,7 @@ def _read(
     options: dict[str, Any],
 ) -> list[Adapter]:
     """Every adapter that is wanted, by its headers: what is wrong with them is found before a tensor is read."""
-    found = sources.find(adapters)
+    found = sources.find(adapters, **options)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
         if name not in known:
@@ -221,7 +221,8 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         return formats.read_adapter(one.source, name=one.name, **options)
     except (FormatError, ShapeError) as error:
         if not skip_bad:
-            raise
+            # as checks.scan says it of NaN
+            raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error
         _skip(sources.default_name(one), error, skipped)
         return None
 

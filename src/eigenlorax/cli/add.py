@@ -42,7 +42,7 @@ def add(
 
     warn_above = check_warn_above(warn_above)
     with console.working() as progress, Pack.edit(pack) as opened:
-        found = sources.find(adapters)
+        found = sources.find(adapters, revision=revision)
         records = {}
         for done, one in enumerate(found):
             progress("projecting adapters", done, len(found))
