@@ -86,6 +86,9 @@ def test_one_of_twenty(made, collection, tmp_path, case, remote):
     assert [*manifests[0]["fit"].pop("skipped")] == [BROKEN]
     assert manifests[1]["fit"].pop("skipped") == {}
     assert manifests[0] == manifests[1]
+    # the card says it too
+    assert BROKEN in found.pop("README.md").decode()
+    assert wanted.pop("README.md")
     assert found == wanted
 
 

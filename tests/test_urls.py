@@ -251,6 +251,8 @@ class TestVerbs:
         with pytest.raises(SystemExit) as left:
             main(["fit", str(parent), "-o", "s3://bucket/pack"])
         assert left.value.code == 2
+        with pytest.raises(OptionError, match="s3://bucket/a is a URL; adapters are read from those"):
+            ex.write_adapter(ex.read_adapter(parent / "alpha"), "s3://bucket/a")
 
 
 class TestWhatFails:

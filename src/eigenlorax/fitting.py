@@ -72,7 +72,7 @@ def fit(
 ) -> Pack:
     """The pack of some adapters: their shared principal subspace, and each of them in its terms.
 
-    adapters: folders, parent folders, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
+    adapters: folders, parent folders, URLs, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
     n_components: at most so many directions on each side of each module (default 32), or "auto": a number that is
         found by leaving adapters out, and `Pack.notes` says why; or energy: the smallest number that keeps this share
         of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as its record has it, at

@@ -137,7 +137,8 @@ def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[st
         headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
         return str(file), file.size, headers, found.load
     if not folder.is_file(keys.ADAPTER_PICKLE):
-        unfetched = "" if allow_pickle else " (from the Hub, a .bin is fetched with --allow-pickle only)"
+        fetched = allow_pickle or isinstance(folder, RemoteFolder)
+        unfetched = "" if fetched else " (from the Hub, a .bin is fetched with --allow-pickle only)"
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
     if isinstance(folder, RemoteFolder):
         raise FormatError(
