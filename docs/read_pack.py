@@ -19,9 +19,10 @@ def delta_weights(pack, name):
     digest = manifest.pop("digest")
     canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
     assert manifest["format"] == "eigenlorax-pack"
-    assert manifest["format_version"] in (1, 2)
+    assert manifest["format_version"] in (1, 2, 3)
     assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
     subspace, entry = manifest["subspace"], manifest["adapters"][name]
+    growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
     tensors = load(checked(pack / subspace["file"], subspace["sha256"]))
     spare = sha256("".join(file + digest for file, digest in sorted(entry["files"].items())).encode()).hexdigest()[:8]
     place = pack / "adapters" / f"{name}@{spare}"
@@ -32,11 +33,19 @@ def delta_weights(pack, name):
     config = json.loads(files["adapter_config.json"])
     for module in config["target_modules"]:
         key = config["subspace_modules"].get(module, module)
-        down, up = (basis(tensors, f"{key}.{side}", subspace["augmentations"]) for side in ("down", "up"))
+        sides = [(f"{key}.{side}", subspace["modules"][key][side]) for side in ("down", "up")]
+        # versions 1 and 2 have grown by augmentations alone
+        grown = [side.get("grown") or [step["n_extra"] for step in growth] for _, side in sides]
+        down, up = (basis(tensors, label, n, growth) for (label, _), n in zip(sides, grown, strict=True))
         c_down, c_up = (
             coefficients[f"base_model.model.{module}.eigenlorax_{side}"].astype(float) for side in ("down", "up")
         )
-        found[module] = scaling(source, module) * (up.T @ c_up) @ (c_down @ down)
+        # an adapter from before a step of growth is as wide as the bases were then
+        then = [step.get("fingerprint") for step in growth] + [subspace["fingerprint"]]
+        later = then.index(config["subspace_fingerprint"])
+        k_down, k_up = (side["k"] - sum(n[later:]) for (_, side), n in zip(sides, grown, strict=True))
+        assert (c_down.shape[1], c_up.shape[0]) == (k_down, k_up)
+        found[module] = scaling(source, module) * (up[:k_up].T @ c_up) @ (c_down @ down[:k_down])
     return found
 
 
@@ -59,15 +68,21 @@ def scaling(source, module):
     )
 
 
-def basis(tensors, label, augmentations):
-    """The components of one side, (k, dimension) float64, augmented directions rebuilt and checked."""
-    rows = tensors[f"{label}.components"]
-    stored, fitted = rows.dtype, len(rows)
-    for one in augmentations:
-        extra = orthonormal(normal(one["n_extra"], rows.shape[1], one["seed"], label), rows.astype(float))
-        rows = np.concatenate([rows, extra.astype(stored)])
-    if augmentations:
-        sums = rows[fitted:].astype(float).sum(axis=1)
+def basis(tensors, label, grown, growth):
+    """The components of one side, (k, dimension) float64: the fitted ones, then those of each step of its growth, of
+    which augmented ones are rebuilt and checked."""
+    stored = tensors[f"{label}.components"]
+    at = len(stored) - sum(n for n, step in zip(grown, growth, strict=True) if step["seed"] is None)
+    rows, sums = stored[:at], []
+    for n, step in zip(grown, growth, strict=True):
+        if step["seed"] is None:
+            more, at = stored[at : at + n], at + n
+        else:
+            extra = orthonormal(normal(n, rows.shape[1], step["seed"], label), rows.astype(float))
+            more = extra.astype(stored.dtype)
+            sums.extend(more.astype(float).sum(axis=1))
+        rows = np.concatenate([rows, more])
+    if sums:
         assert np.abs(sums - tensors[f"{label}.extra_check"]).max() <= 1e-3, "rebuilt differently here"
     return rows.astype(float)
 

@@ -9,6 +9,7 @@ import eigenlorax as ex
 from eigenlorax import card, keys, manifest, store
 from eigenlorax.errors import PackDamagedError, PackVersionError
 from planted import random_collection
+from versions import older
 
 PATH = Path("pack", keys.MANIFEST)
 
@@ -46,21 +47,41 @@ def changed(data, path, change):
     return signed(body)
 
 
+def changed_canonically(data, path, value):
+    """The manifest's bytes with another value in one place, as a writer of ours has them."""
+    body = json.loads(changed(data, path, put(value)))
+    return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+
+
 def put(value):
     return lambda holder, key: holder.__setitem__(key, value)
 
 
-def version_1(data):
-    """The same manifest as a release before version 2 wrote it."""
-    body = json.loads(data)
-    fit = {key: value for key, value in body["fit"].items() if key not in ("auto", "max_error")}
-    return signed({**body, "format_version": 1, "fit": fit})
-
-
-def test_version_1_is_read_and_written_as_the_newest(data):
-    found = manifest.parse(version_1(data), PATH)
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
+    found = manifest.parse(signed(older(json.loads(data), version)), PATH)
     assert (found.fit.auto, found.fit.max_error, found.fit.n_components) == (False, None, 4)
-    assert found.to_bytes() == data
+    assert (found.fit.solver, found.subspace.n_extra) == ("exact", 2)
+    # what the fingerprint was before the augmentation was not noted then
+    assert found.to_bytes() == changed_canonically(data, ("subspace", "growth", 0, "fingerprint"), None)
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "value", "message"),
+    [
+        (1, ("fit", "auto"), True, r"fit has the fields \['auto'\], which version 1 lacks"),
+        (2, ("fit", "solver"), "exact", r"fit has the fields \['solver'\], which version 2 lacks"),
+        (2, ("subspace", "growth"), [], "the field growth, which version 2 lacks"),
+        (2, ("subspace", "augmentations"), ..., "subspace.augmentations is missing"),
+        (2, ("subspace", "augmentations", 0, "n_extra"), 0, "a step of growth appends nothing"),
+        (2, ("subspace", "augmentations"), [{"n_extra": 1, "seed": 7}] * 2, "one seed"),
+        (2, ("subspace", "modules", "encoder.0.query", "down", "grown"), [2], "modules.encoder.0.query.down has"),
+    ],
+)
+def test_of_an_earlier_version_what_does_not_belong_there_is_refused(data, version, path, value, message):
+    change = (lambda holder, key: holder.pop(key)) if value is ... else put(value)
+    with pytest.raises(PackDamagedError, match=f"{PATH} was not written as the format asks: .*{message}"):
+        manifest.parse(changed(signed(older(json.loads(data), version)), path, change), PATH)
 
 
 def test_auto_goes_with_a_number_of_components(data):
@@ -121,11 +142,11 @@ def test_what_is_no_manifest(text, message):
 
 
 def test_a_newer_format_is_refused_before_anything_else(data):
-    newer = signed({"format_version": 3, "eigenlorax_version": "9.1", "anything": []})
-    with pytest.raises(PackVersionError, match="pack format 3 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+    newer = signed({"format_version": 4, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 4 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
         manifest.parse(newer, PATH)
-    with pytest.raises(PackVersionError, match="pack format 3"):
-        manifest.parse(json.dumps({**json.loads(data), "format_version": 3}).encode(), PATH)
+    with pytest.raises(PackVersionError, match="pack format 4"):
+        manifest.parse(json.dumps({**json.loads(data), "format_version": 4}).encode(), PATH)
 
 
 FREE = {("eigenlorax_version",), ("digest",)}
@@ -137,6 +158,8 @@ OPTIONAL = {
     ("fit", "n_components"),
     ("fit", "energy"),
     ("fit", "max_error"),
+    ("subspace", "growth", 0, "fingerprint"),
+    ("subspace", "growth", 0, "seed"),
 }
 
 
@@ -160,7 +183,7 @@ def test_a_field_of_another_type_is_refused_though_the_digest_fits(data):
 
 def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(data):
     for path in places(json.loads(data)):
-        # adapters, augmentations, ranks and modules are as many as there are
+        # adapters, steps of growth, ranks and modules are as many as there are
         optional = path in FREE or path[:-1] in {("adapters",), ("subspace", "modules"), ("fit", "skipped")}
         if not optional and isinstance(path[-1], str):
             with pytest.raises(PackDamagedError, match=str(PATH)):
@@ -189,16 +212,24 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (("adapters", "../a"), {}, "adapter name '../a' is not allowed"),
         (("subspace", "dtype"), "int8", "dtype"),
         (("coefficient_dtype",), "complex64", "dtype"),
-        (("format_version",), 1, r"fit has the fields \['auto', 'max_error'\], which version 1 lacks"),
+        (("format_version",), 1, r"fit has the fields \['auto', 'max_error', 'solver'\], which version 1 lacks"),
+        (("fit", "solver"), "lucky", "fit.solver is 'lucky'"),
         (("fit", "energy"), 0.5, "one of n_components, energy and max_error"),
         (("fit", "max_error"), 0.5, "one of n_components, energy and max_error"),
         (("fit", "n_components"), None, "one of n_components, energy and max_error"),
         ((*SIDE, "k"), 1000, "k is out of range"),
         ((*SIDE, "k"), 1, "k is out of range"),
         ((*SIDE, "square"), -1.0, "square is negative"),
-        (("subspace", "augmentations", 0, "n_extra"), 0, "n_extra is below 1"),
-        (("subspace", "augmentations"), [{"n_extra": 1, "seed": 7}] * 2, "one seed"),
-        ((*SIDE[:-1], "sideways"), {"dimension": 29, "k": 6, "energy": 1.0, "square": 1.0}, "side"),
+        ((*SIDE, "shortfall"), -0.1, "shortfall is negative"),
+        ((*SIDE, "grown"), [], "lacks a step of growth"),
+        ((*SIDE, "grown"), [-2], "less than nothing"),
+        ((*SIDE, "grown"), [1], "some sides more than to others"),
+        (("subspace", "growth"), [{"fingerprint": None, "seed": 7}] * 2, "lacks a step"),
+        (
+            (*SIDE[:-1], "sideways"),
+            {"dimension": 29, "k": 6, "energy": 1.0, "square": 1.0, "shortfall": 0.0, "grown": [2]},
+            "side",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_though_the_digest_fits(data, path, value, message):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import eigenlorax as ex
 from adapters import MODULES, change_tensors, factors, make_adapter, make_adapters
 from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning
+from versions import write_older
 
 DOCS = Path(__file__).parent.parent / "docs"
 QUERY = "encoder.layer.0.query"
@@ -119,32 +120,36 @@ def test_a_module_that_was_dropped(tmp_path):
     assert_reads_what_the_library_reads(folder)
 
 
-def test_version_1(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions(tmp_path, version):
     folder = fitted(tmp_path)
-    before = as_version_1(folder)
+    newest = json.loads((folder / "subspace_config.json").read_text())
+    before = write_older(folder, version)
     assert assert_reads_what_the_library_reads(folder) == 3 * len(MODULES)
     with ex.Pack.edit(folder) as pack:
         assert (pack.fit_info.n_components, pack.fit_info.max_error, pack.fit_info.auto) == (4, None, False)
         pack.verify()
         pack.remove("b")
     manifest = json.loads((folder / "subspace_config.json").read_text())
-    assert manifest["format_version"] == 2
-    assert manifest["subspace"] == before["subspace"]
+    assert manifest["format_version"] == 3
+    assert manifest["subspace"] == newest["subspace"]
     assert manifest["adapters"] == {name: entry for name, entry in before["adapters"].items() if name != "b"}
 
 
-def as_version_1(folder):
-    """Make a pack what a release that knew version 1 alone has written; its manifest."""
-    path = folder / "subspace_config.json"
-    manifest = json.loads(path.read_text())
-    for key in ("max_error", "auto"):
-        del manifest["fit"][key]
-    manifest["format_version"] = 1
-    del manifest["digest"]
-    canonical = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-    manifest["digest"] = sha256(canonical.encode()).hexdigest()
-    path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    return manifest
+def test_an_augmented_pack_of_version_2(tmp_path):
+    pack = ex.Pack.open(fitted(tmp_path)).augment(3, seed=7).augment(2, seed=8)
+    pack.add(make_adapter(tmp_path / "late", seed=9))
+    folder = pack.save(tmp_path / "augmented")
+    # there, the adapters were widened with their subspace: those that are older are not in it
+    with ex.Pack.edit(folder) as edited:
+        edited.remove("a", "b", "c")
+    manifest = write_older(folder, 2)
+    assert manifest["subspace"]["augmentations"] == [{"n_extra": 3, "seed": 7}, {"n_extra": 2, "seed": 8}]
+    assert assert_reads_what_the_library_reads(folder) == len(MODULES)
+    with ex.Pack.edit(folder) as edited:
+        edited.add(make_adapter(tmp_path / "later", seed=10))
+    assert json.loads((folder / "subspace_config.json").read_text())["format_version"] == 3
+    assert assert_reads_what_the_library_reads(folder) == 2 * len(MODULES)
 
 
 def test_a_module_without_components(tmp_path):
@@ -253,8 +258,11 @@ class TestSpecification:
                 digest.update(rows.astype("<f4").tobytes())
                 spectrum = tensors[f"{module}.{side}.singular_values"].astype(float)
                 assert subspace["modules"][module][side]["square"] == pytest.approx(np.square(spectrum).sum())
-        for one in subspace["augmentations"]:
-            digest.update(f"augmentation\0{one['n_extra']}\0{one['seed']}\0".encode())
+        for n, step in zip(
+            subspace["modules"]["encoder.layer.1.query"]["up"]["grown"], subspace["growth"], strict=True
+        ):
+            assert digest.hexdigest() == step["fingerprint"]
+            digest.update(f"augmentation\0{n}\0{step['seed']}\0".encode())
         assert digest.hexdigest() == subspace["fingerprint"]
         assert subspace["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
 
@@ -295,7 +303,7 @@ class TestSpecification:
                 collect(inner, *place)
 
         collect(manifest)
-        assert {"digest", "lora_numbers", "square", "n_extra", "down"} <= named
+        assert {"digest", "lora_numbers", "square", "grown", "down"} <= named
         assert not named & {"a", "b", "broken", *MODULES}
         self.assert_named(named)
 

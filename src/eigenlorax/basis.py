@@ -17,18 +17,33 @@ from .errors import OptionError, ShapeError
 
 
 @dataclass(frozen=True, slots=True)
-class Basis:
-    """Orthonormal rows, in the dtype they are stored in, the best-fitting direction first.
+class Growth:
+    """Rows that were appended to a basis after its fit. seed: what rebuilds them; None where they are stored."""
 
-    singular_values: those of the stack the basis was fitted on, descending, all of them, float32; they go on beyond k.
-    energy: the share of the stack's squared norm that lies in the span, 0 to 1.
-    n_extra: how many of the last rows are augmented directions, rebuilt from a seed.
+    n: int
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Orthonormal rows, in the dtype they are stored in: those that were fitted, the best-fitting direction first, then
+    those of each growth.
+
+    singular_values: those of the stack the basis was fitted on, descending, float32: all of them, which go on beyond k,
+        or those that an iterative fit has found.
+    energy: the share of the stack's squared norm that lies in the span of the fitted rows, 0 to 1.
+    growth: what was appended since, in order.
+    shortfall: the share of the stack's squared norm that the best basis of as many fitted rows would keep beyond this
+        one, as its fit estimates it; 0 where the fit is exact.
+    tail: the stack's squared norm beyond the singular values that are listed.
     """
 
     components: Float[Tensor, "k d"]
     singular_values: Float[Tensor, " n"]
     energy: float
-    n_extra: int = 0
+    growth: tuple[Growth, ...] = ()
+    shortfall: float = 0.0
+    tail: float = 0.0
 
     @property
     def k(self) -> int:
@@ -39,9 +54,55 @@ class Basis:
         return self.components.shape[1]
 
     @property
+    def n_extra(self) -> int:
+        """How many rows are augmented directions, rebuilt from a seed."""
+        return sum(one.n for one in self.growth if one.seed is not None)
+
+    @property
+    def n_extended(self) -> int:
+        """How many rows are directions of adapters that came after the fit."""
+        return sum(one.n for one in self.growth if one.seed is None)
+
+    @property
+    def n_fitted(self) -> int:
+        """How many rows the fit has found, which are the first ones."""
+        return self.k - sum(one.n for one in self.growth)
+
+    @property
     def fitted(self) -> Float[Tensor, "j d"]:
-        """The components that were fitted: all but the augmented ones."""
-        return self.components[: self.k - self.n_extra]
+        """The components that were fitted."""
+        return self.components[: self.n_fitted]
+
+    @property
+    def stored(self) -> Float[Tensor, "j d"]:
+        """The components that no seed rebuilds, in order."""
+        return self._rows(stored=True)
+
+    @property
+    def augmented(self) -> Float[Tensor, "j d"]:
+        """The components that are rebuilt from seeds, in order."""
+        return self._rows(stored=False)
+
+    @property
+    def square(self) -> float:
+        """The squared norm of the stack the basis was fitted on."""
+        return float(self.singular_values.double().square().sum()) + self.tail
+
+    def grown(self, step: int) -> Float[Tensor, "j d"]:
+        """The rows that one growth has appended."""
+        start = self.k - sum(one.n for one in self.growth[step:])
+        return self.components[start : start + self.growth[step].n]
+
+    def before(self, step: int) -> "Basis":
+        """The basis as it was before that growth; its rows are a view of these."""
+        kept = self.k - sum(one.n for one in self.growth[step:])
+        return replace(self, components=self.components[:kept], growth=self.growth[:step])
+
+    def _rows(self, *, stored: bool) -> Float[Tensor, "j d"]:
+        if not self.growth:
+            return self.components if stored else self.components[:0]
+        found = [self.grown(step) for step, one in enumerate(self.growth) if (one.seed is None) == stored]
+        return torch.cat([self.fitted if stored else self.components[:0], *found])
 
 
 def chooser(n_components: int | None, energy: float | None) -> Callable[[Tensor, tuple[int, int]], int]:
@@ -118,7 +179,16 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
     return replace(
         basis,
         components=torch.cat([basis.components, extra.to(basis.components.dtype)]),
-        n_extra=basis.n_extra + n_extra,
+        growth=(*basis.growth, Growth(n_extra, seed)),
+    )
+
+
+def extend(basis: Basis, rows: Float[Tensor, "m d"]) -> Basis:
+    """The basis with further rows, which are orthonormal, and orthogonal to those that are there; in its own dtype."""
+    return replace(
+        basis,
+        components=torch.cat([basis.components, rows.to(basis.components.dtype)]),
+        growth=(*basis.growth, Growth(rows.shape[0], None)),
     )
 
 
@@ -136,8 +206,7 @@ def normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
 
 def extra_check(basis: Basis) -> Float[Tensor, " n_extra"]:
     """One number for each augmented row, float32: what a machine compares after it has rebuilt them."""
-    extra = basis.components[basis.k - basis.n_extra :].to(torch.float64)
-    return extra.sum(dim=1).float()
+    return basis.augmented.to(torch.float64).sum(dim=1).float()
 
 
 def dual(basis: Basis) -> Float[Tensor, "k d"]:
@@ -157,8 +226,10 @@ def project(
     return rows.to(torch.float64) @ (dual(basis) if dual_rows is None else dual_rows).mT
 
 
-def reconstruct(coefficients: Float[Tensor, "n k"], basis: Basis) -> Float[Tensor, "n d"]:
-    """The rows that the coefficients stand for, float64."""
-    if coefficients.shape[1] != basis.k:
-        raise ShapeError(f"{coefficients.shape[1]} coefficients a row do not fit a basis of {basis.k} components.")
-    return coefficients.to(torch.float64) @ basis.components.to(torch.float64)
+def reconstruct(coefficients: Float[Tensor, "n j"], basis: Basis) -> Float[Tensor, "n d"]:
+    """The rows that the coefficients stand for, float64. Those of a time when the basis had fewer rows are zero on the
+    later ones, and give what they gave then, to the bit."""
+    width = coefficients.shape[1]
+    if width > basis.k:
+        raise ShapeError(f"{width} coefficients a row do not fit a basis of {basis.k} components.")
+    return coefficients.to(torch.float64) @ basis.components[:width].to(torch.float64)

@@ -11,6 +11,7 @@
     ├── HubError              a repository or file that could not be had from the Hub
     ├── UrlError              a folder or file behind a URL that could not be read
     ├── MissingExtraError     an optional dependency is not installed
+    ├── EngineError           workers that are not there, or were killed again and again
     └── PackError
         ├── PackMissingError  no pack there
         ├── PackExistsError   something is there already
@@ -66,6 +67,10 @@ class UrlError(EigenloraxError, OSError):
 
 class MissingExtraError(EigenloraxError, ImportError):
     """An optional dependency is not installed."""
+
+
+class EngineError(EigenloraxError, RuntimeError):
+    """Workers that are not there, or were killed again and again."""
 
 
 class PackError(EigenloraxError):

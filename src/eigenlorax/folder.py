@@ -27,7 +27,6 @@ from .manifest import Entry, Manifest
 from .packed import PackedAdapter
 from .store import Files
 from .subspace import ModuleBases, Subspace
-from .subspace import augment as augmented
 
 LOCK_SECONDS = 20.0
 REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")
@@ -92,28 +91,47 @@ def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Sub
                     f"{path}: {keys.components_key(name, side)} is {tuple(components.shape)}, {components.dtype}; by "
                     f"{keys.MANIFEST} it is {shape}, {found.subspace.dtype}. Make the pack again."
                 )
-        down, up = (
-            Basis(
-                tensors[keys.components_key(name, side)],
-                tensors[keys.singular_values_key(name, side)],
-                sides[side].energy,
-            )
-            for side in keys.SIDES
-        )
+        down, up = (_basis(tensors, name, side, found) for side in keys.SIDES)
         modules[name] = ModuleBases(down, up)
     subspace = Subspace(modules)
-    for augmentation in found.subspace.augmentations:
-        subspace = augmented(subspace, augmentation.n_extra, augmentation.seed)
+    if found.subspace.growth:
+        _check_lineage(subspace, found, path)
     for name, bases in subspace.modules.items() if n_extra else ():
         for side in keys.SIDES:
             rebuilt, wanted_check = one.extra_check(bases.side(side)), tensors[keys.extra_check_key(name, side)]
             if not torch.allclose(rebuilt, wanted_check, rtol=0, atol=_CHECK_TOLERANCE):
                 raise PackDamagedError(
                     f"{path}: this machine rebuilds the augmented directions of {name}.{side} differently from the one "
-                    f"that wrote the pack (seeds {[a.seed for a in found.subspace.augmentations]}). Coefficients on "
+                    f"that wrote the pack (seeds {[a.seed for a in subspace.augmentations]}). Coefficients on "
                     "them would mean something else here; please report it with the output of `eigenlorax env`."
                 )
     return subspace
+
+
+def _basis(tensors: Mapping[str, Tensor], name: str, side: str, found: Manifest) -> Basis:
+    """One basis, its rows in the order in which coefficients refer to them: augmented ones between stored ones."""
+    rows, info = tensors[keys.components_key(name, side)], found.subspace.modules[name][side]
+    values = tensors[keys.singular_values_key(name, side)]
+    at = info.k - sum(info.grown)
+    basis = Basis(rows[:at], values, info.energy, shortfall=info.shortfall)
+    if found.fit.solver != manifest.SOLVERS[0]:
+        basis = replace(basis, tail=max(info.square - basis.square, 0.0))
+    for n, step in zip(info.grown, found.subspace.growth, strict=True):
+        if step.seed is not None:
+            basis = one.augment(basis, n, step.seed, f"{name}.{side}")
+        else:
+            basis, at = one.extend(basis, rows[at : at + n]), at + n
+    return basis
+
+
+def _check_lineage(subspace: Subspace, found: Manifest, path: Path) -> None:
+    """Whether the rows are those of all the fingerprints that adapters may refer to."""
+    for wanted, got in zip(found.subspace.lineage, subspace.lineage, strict=True):
+        if wanted not in (None, got):
+            raise PackDamagedError(
+                f"{path}: its rows have the fingerprint {got[:12]}…; by {keys.MANIFEST} it is {wanted[:12]}…. Make the "
+                "pack again, with another tool or release."
+            )
 
 
 @contextmanager
@@ -131,12 +149,12 @@ def _as_specified(path: Path) -> Iterator[None]:
 
 
 def subspace_bytes(subspace: Subspace) -> bytes:
-    """The subspace's file: fitted components and spectra; of augmented directions only what checks their rebuilding."""
+    """The subspace's file: components and spectra; of augmented directions only what checks their rebuilding."""
     tensors: dict[str, Tensor] = {}
     for name, bases in subspace.modules.items():
         for side in keys.SIDES:
             basis = bases.side(side)
-            tensors[keys.components_key(name, side)] = basis.fitted.clone()
+            tensors[keys.components_key(name, side)] = basis.stored.clone()
             tensors[keys.singular_values_key(name, side)] = basis.singular_values
             if basis.n_extra:
                 tensors[keys.extra_check_key(name, side)] = one.extra_check(basis)

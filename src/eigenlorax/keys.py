@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import AdapterNameError, FormatError, ModuleNameError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PEFT_TYPE = "EIGENLORAX"
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
 """What the authors' own code calls its adapters."""

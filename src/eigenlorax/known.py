@@ -1,6 +1,7 @@
 """Subspaces that are known in this process, by fingerprint: where each can be had again, without loading it twice.
 
-An opened pack is known by its folder, and read from there when it is wanted; one that is in memory only is kept.
+An opened pack is known by its folder, and read from there when it is wanted; one that is in memory only is kept. One
+that has grown is known by its earlier fingerprints too.
 """
 
 from collections.abc import Callable
@@ -19,17 +20,21 @@ def remember(fingerprint: str, holder: Callable[[], Any]) -> None:
 
 
 def holder(fingerprint: str) -> Any:
-    """What has the subspace with this fingerprint, a pack; None if it is not known."""
+    """What has the subspace with this fingerprint, or one that has grown from it: a pack; None if it is not known."""
     return _holders[fingerprint]() if fingerprint in _holders else None
 
 
 def find(fingerprint: str) -> Subspace | None:
-    """The subspace with this fingerprint, the same object as long as anybody has it; None if it is not known."""
+    """The subspace with this fingerprint, the same object as long as anybody has it; None if it is not known.
+
+    Of one that has grown since, what it was then.
+    """
     found = _alive.get(fingerprint)
     if found is None and (held := holder(fingerprint)) is not None:
-        found = share(held.subspace)
-    # a pack on disk may have been replaced since
-    return found if found is not None and found.fingerprint == fingerprint else None
+        # None where a pack on disk was replaced by one of another subspace
+        found = held.subspace.at(fingerprint)
+        return share(found) if found is not None else None
+    return found
 
 
 def share(subspace: Subspace) -> Subspace:

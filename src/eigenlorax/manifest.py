@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from .version import __version__
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 _FORMAT = "eigenlorax-pack"
-_SINCE_2: dict[str, Any] = {"max_error": None, "auto": False}
-"""Fields of `fit` that version 1 lacks, and what stands for them there."""
+_SINCE: dict[int, dict[str, Any]] = {2: {"max_error": None, "auto": False}, 3: {"solver": "exact"}}
+"""Fields of `fit` that versions before this one lack, and what stands for them there."""
+SOLVERS = ("exact", "iterative")
+"""How bases may have been found: by decompositions, or by iterations that end close to them."""
 _REMEDY = "Restore the pack from a copy, or fit it again."
 
 
@@ -27,6 +30,7 @@ class FitInfo:
     """How the subspace was fitted. `skipped`: adapters left out by request, with the reason.
 
     One of n_components, energy and max_error was given; auto: whether n_components was found rather than given.
+    solver: one of `SOLVERS`.
     """
 
     n_components: int | None
@@ -37,6 +41,7 @@ class FitInfo:
     sweeps: int
     excluded_modules: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    solver: str = SOLVERS[0]
 
     @property
     def size(self) -> str:
@@ -50,15 +55,32 @@ class FitInfo:
 
 @dataclass(frozen=True, slots=True)
 class SideInfo:
-    """One side of one module: dimension, components kept (augmented ones included), and the share of energy they keep.
+    """One side of one module: dimension, components kept (those that came after the fit included), and the share of
+    energy that the fitted ones keep.
 
     square: the squared norm of the stack that was fitted, by which shares of several modules are averaged.
+    shortfall: what the best basis of as many components would keep beyond the fitted one, as a share of it.
+    grown: how many components each step of the subspace's growth has appended.
     """
 
     dimension: int
     k: int
     energy: float
     square: float
+    shortfall: float
+    grown: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a subspace's growth.
+
+    fingerprint: the subspace's before the step; None where it was not noted. seed: of an augmentation, which appends as
+    many directions to every side; None for an extension.
+    """
+
+    fingerprint: str | None
+    seed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +89,36 @@ class SubspaceInfo:
 
     dtype: str
     fingerprint: str
-    augmentations: tuple[Augmentation, ...]
+    growth: tuple[Step, ...]
     stored_bytes: int
     modules: dict[str, dict[str, SideInfo]]
 
     @property
+    def lineage(self) -> tuple[str | None, ...]:
+        """The fingerprints by which adapters may refer to it, from its fit on; the last one is its own."""
+        return (*(step.fingerprint for step in self.growth), self.fingerprint)
+
+    @property
     def n_extra(self) -> int:
         """How many of each side's components are augmented ones."""
-        return sum(augmentation.n_extra for augmentation in self.augmentations)
+        side = next((sides["down"] for sides in self.modules.values()), None)
+        return self._sum(side, lambda step: step.seed is not None) if side is not None else 0
+
+    @property
+    def n_extended(self) -> int:
+        """How many components extensions have appended, over all sides of all modules."""
+        return sum(
+            self._sum(side, lambda step: step.seed is None) for pair in self.modules.values() for side in pair.values()
+        )
+
+    def _sum(self, side: SideInfo, which: Callable[[Step], bool]) -> int:
+        return sum(n for n, step in zip(side.grown, self.growth, strict=True) if which(step))
+
+    def k_at(self, fingerprint: str, module: str) -> tuple[int, int]:
+        """How many components (down, up) a module had when the subspace had that fingerprint, one of its lineage."""
+        step = self.lineage.index(fingerprint)
+        down, up = (side.k - sum(side.grown[step:]) for side in (self.modules[module][s] for s in keys.SIDES))
+        return down, up
 
 
 def describe(subspace: Subspace) -> SubspaceInfo:
@@ -83,14 +127,14 @@ def describe(subspace: Subspace) -> SubspaceInfo:
         name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
         for name, bases in sorted(subspace.modules.items())
     }
-    return SubspaceInfo(
-        dtypes.name(subspace.dtype), subspace.fingerprint, subspace.augmentations, subspace.stored_bytes, modules
-    )
+    *before, fingerprint = subspace.lineage
+    growth = tuple(Step(one, seed) for one, seed in zip(before, subspace.seeds, strict=True))
+    return SubspaceInfo(dtypes.name(subspace.dtype), fingerprint, growth, subspace.stored_bytes, modules)
 
 
 def _side_info(basis: Basis) -> SideInfo:
-    square = float(basis.singular_values.double().square().sum())
-    return SideInfo(basis.dimension, basis.k, basis.energy, square)
+    grown = tuple(one.n for one in basis.growth)
+    return SideInfo(basis.dimension, basis.k, basis.energy, basis.square, basis.shortfall, grown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +206,12 @@ def parse(data: bytes, path: Path) -> Manifest:
 def _manifest(body: dict[str, Any]) -> Manifest:
     if body.get("format") != _FORMAT or body["format_version"] < 1:
         raise UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
-    subspace, entries = (dict(typed(dict, body.get(key), key)) for key in ("subspace", "adapters"))
+    fit = typed(FitInfo, _fit(body), "fit")
+    subspace, entries = dict(_subspace(body)), dict(typed(dict, body.get("adapters"), "adapters"))
     found = Manifest(
         base_model=typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
         revision=typed(str | None, body.get("revision", ...), "revision"),
-        fit=typed(FitInfo, _fit(body), "fit"),
+        fit=fit,
         subspace_file=typed(str, subspace.pop("file", None), "subspace.file"),
         subspace_sha256=typed(str, subspace.pop("sha256", None), "subspace.sha256"),
         subspace=typed(SubspaceInfo, subspace, "subspace"),
@@ -179,13 +224,44 @@ def _manifest(body: dict[str, Any]) -> Manifest:
 
 def _fit(body: dict[str, Any]) -> Any:
     """`fit`, with what an older version lacks."""
-    fit = body.get("fit")
-    if body["format_version"] > 1 or not isinstance(fit, dict):
+    version, fit = body["format_version"], body.get("fit")
+    if not isinstance(fit, dict):
         return fit
-    early = sorted(_SINCE_2.keys() & fit.keys())
+    lacking = {name: value for since, new in _SINCE.items() if version < since for name, value in new.items()}
+    early = sorted(lacking.keys() & fit.keys())
     if early:
-        raise UnfitError(f"fit has the fields {early}, which version 1 lacks.")
-    return {**fit, **_SINCE_2}
+        raise UnfitError(f"fit has the fields {early}, which version {version} lacks.")
+    return {**fit, **lacking}
+
+
+def _subspace(body: dict[str, Any]) -> dict[str, Any]:
+    """`subspace`, with what an older version lacks: it grew by augmentations alone, and adapters with it."""
+    found = dict(typed(dict, body.get("subspace"), "subspace"))
+    if body["format_version"] >= 3:
+        return found
+    steps = typed(tuple[Augmentation, ...], found.pop("augmentations", ...), "subspace.augmentations")
+    modules = typed(dict[str, dict[str, _EarlySide]], found.get("modules"), "subspace.modules")
+    if "growth" in found:
+        raise UnfitError(f"subspace has the field growth, which version {body['format_version']} lacks.")
+    grown = [step.n_extra for step in steps]
+    return {
+        **found,
+        "growth": [{"fingerprint": None, "seed": step.seed} for step in steps],
+        "modules": {
+            name: {side: {**asdict(one), "shortfall": 0.0, "grown": grown} for side, one in pair.items()}
+            for name, pair in modules.items()
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlySide:
+    """A side as versions 1 and 2 have it."""
+
+    dimension: int
+    k: int
+    energy: float
+    square: float
 
 
 def _entry(value: Any, where: str) -> Entry:
@@ -197,8 +273,9 @@ def _entry(value: Any, where: str) -> Entry:
 def _check(found: Manifest) -> None:
     """What types do not say. Names of files lead nowhere else than into the pack."""
     fit, subspace = found.fit, found.subspace
-    seeds = [augmentation.seed for augmentation in subspace.augmentations]
+    seeds = [step.seed for step in subspace.growth if step.seed is not None]
     sides = [side for pair in subspace.modules.values() for side in pair.values()]
+    steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
     names = [name.lower() for name in found.adapters]
     files = [set(entry.files) for entry in found.adapters.values()]
     known = {dtypes.name(dtype) for dtype in dtypes.STORED}
@@ -210,11 +287,23 @@ def _check(found: Manifest) -> None:
             "fit must have one of n_components, energy and max_error",
         ),
         (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
+        (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
         (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
-        (all(subspace.n_extra <= side.k <= side.dimension for side in sides), "a k is out of range"),
+        (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
+        (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),
+        (all(sum(side.grown) <= side.k <= side.dimension for side in sides), "a k is out of range"),
         (all(side.square >= 0 for side in sides), "a square is negative"),
-        (all(a.n_extra >= 1 for a in subspace.augmentations), "an n_extra is below 1"),
+        (all(side.shortfall >= 0 for side in sides), "a shortfall is negative"),
+        (all(max(grown, default=(0,)) > (0,) for _, grown in steps), "a step of growth appends nothing"),
+        (
+            all(len(set(grown)) == 1 for step, grown in steps if step.seed is not None),
+            "an augmentation appends to some sides more than to others",
+        ),
         (len(set(seeds)) == len(seeds), "two augmentations have one seed"),
+        (
+            len(set(subspace.lineage) - {None}) == len(subspace.lineage) - subspace.lineage.count(None),
+            "two times of the subspace have one fingerprint",
+        ),
         (len(set(names)) == len(names), "two adapters differ by case alone"),
         (all(_FILES <= one <= {*_FILES, keys.CARRIED} for one in files), "an adapter's files"),
     ):

@@ -45,7 +45,7 @@ class Pack:
     `add` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk when they
     are asked for, and checks their bytes against the manifest.
 
-    notes: what the fit has to say of its choices, in sentences. They are not saved.
+    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. Neither is saved.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Pack:
         self.revision = revision
         self.coefficient_dtype = coefficient_dtype
         self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False
@@ -119,12 +120,12 @@ class Pack:
         return pack
 
     def remember(self) -> None:
-        """Let the tuner find this subspace by its fingerprint, for as long as the process lasts."""
-        if self.path is not None:
-            path = self.path.absolute()
-            known.remember(self.info.fingerprint, lambda: Pack.open(path))
-        else:
-            known.remember(self.info.fingerprint, lambda: self)
+        """Let the tuner find this subspace by its fingerprint, and by those it had before it grew, for as long as the
+        process lasts."""
+        holder = partial(Pack.open, self.path.absolute()) if self.path is not None else lambda: self
+        for fingerprint in self.info.lineage:
+            if fingerprint is not None:
+                known.remember(fingerprint, holder)
 
     @classmethod
     @contextmanager
@@ -204,10 +205,13 @@ class Pack:
         return folder.place(self.path, name, found)
 
     def _check_sizes(self, path: Path, found: PackedAdapter) -> None:
-        """Whether coefficients are as wide as their bases: what is as it was written may have been written wrong."""
+        """Whether coefficients are as wide as their bases were when they were found: what is as it was written may have
+        been written wrong."""
         for module, one in found.coefficients.items():
-            sides = self.info.modules.get(found.places[module])
-            if sides is None or (one.down.shape[1], one.up.shape[0]) != (sides["down"].k, sides["up"].k):
+            place = found.places[module]
+            known = found.subspace in self.info.lineage and place in self.info.modules
+            wanted = self.info.k_at(str(found.subspace), place) if known else None
+            if (one.down.shape[1], one.up.shape[0]) != wanted:
                 raise PackDamagedError(
                     f"{path / keys.ADAPTERS / found.name}: the coefficients of module {module} do not fit the "
                     "subspace. Make the pack again, with another tool or release."
@@ -298,7 +302,7 @@ class Pack:
                 f"the pack already has an adapter named {adapter.name!r}. Give the new one another name "
                 "(NAME=PATH, name=), or remove the old one first."
             )
-        if adapter.subspace != self.info.fingerprint:
+        if adapter.subspace is None or adapter.subspace not in self.info.lineage:
             this = Adapter("the pack", {}, {}, base_model=self.base_model, revision=self.revision)
             checks.check_one_base([this, adapter], same_base)
         places = self._places(adapter, carry_missing)
@@ -356,12 +360,17 @@ class Pack:
         return Pack(
             subspace,
             manifest.describe(subspace),
-            {name: self.packed(name).padded(n_extra) for name in self.names},
+            {name: self._of_now(name) for name in self.names},
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
             coefficient_dtype=self.coefficient_dtype,
         )
+
+    def _of_now(self, name: str) -> PackedAdapter:
+        """An adapter that stays what it is where the subspace grows: it refers to the one of now."""
+        found = self.packed(name)
+        return replace(found, subspace=found.subspace or self.info.fingerprint)
 
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
         """Write the pack to the folder `path` (by default the one it was opened from), whole or not at all.

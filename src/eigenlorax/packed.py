@@ -5,7 +5,7 @@ The folder is a PEFT adapter of our own type: docs/pack-format.md.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class PackedAdapter:
     """One adapter in the terms of a subspace. Module names are the adapter's own.
 
     places: each of its modules' name in the subspace.
+    subspace: the fingerprint that the subspace had when these coefficients were found, which are as wide as its bases
+        were then; None for what it has now.
     """
 
     name: str
@@ -54,12 +56,7 @@ class PackedAdapter:
     carried: Mapping[str, Tensor]
     source_config: str
     record: Record
-
-    def padded(self, n_extra: int) -> "PackedAdapter":
-        """The same adapter in bases with `n_extra` more directions."""
-        coefficients = {module: spaces.pad(c, n_extra) for module, c in self.coefficients.items()}
-        record = replace(self.record, coefficient_bytes=sum(c.stored_bytes for c in coefficients.values()))
-        return replace(self, coefficients=coefficients, record=record)
+    subspace: str | None = None
 
 
 @dataclass(slots=True)
@@ -88,9 +85,14 @@ class Packing:
         exact: Unrounded | None = None,
     ) -> None:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
+        found = spaces.project(factors, bases, dtype, dual)
+        self.take(module, place, found, metrics.module_error(factors, found, bases, exact))
+
+    def take(self, module: str, place: str, coefficients: Coefficients, error: ModuleError) -> None:
+        """Note one module's coefficients in the bases of `place`, and what they lose."""
         self.places[module] = place
-        self.coefficients[module] = spaces.project(factors, bases, dtype, dual)
-        self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact))
+        self.coefficients[module] = coefficients
+        self.errors.append(error)
 
     def packed(self, *, in_fit: bool) -> PackedAdapter:
         """The adapter as a pack keeps it; modules that were not projected are carried as they are."""
@@ -157,7 +159,8 @@ def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> Mod
 
 
 def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
-    """The files of the adapter's folder."""
+    """The files of the adapter's folder. fingerprint: of the subspace, unless the adapter is of an earlier time."""
+    fingerprint = packed.subspace or fingerprint
     tensors = dict(packed.heads)
     for module, c in packed.coefficients.items():
         tensors[keys.coefficients_key(module, "down")] = c.down
@@ -219,7 +222,8 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
         _, scaling = lora_config.rank_and_scaling(module, source, name)
         coefficients[module] = Coefficients(down, up, scaling)
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
-    return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record)
+    fingerprint = config["subspace_fingerprint"]
+    return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record, fingerprint)
 
 
 def _dump(value: Any) -> bytes:

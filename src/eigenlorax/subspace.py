@@ -3,20 +3,21 @@
 The mathematics, with proofs and measurements, is in docs/method.md. Nothing here knows of files or adapters' names.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from . import basis as one
-from . import linalg
+from . import chunks, linalg
 from .adapter import LoRAFactors
 from .basis import Basis
-from .errors import NonFiniteError, OptionError
+from .chunks import Chunk, CoefficientChunk
+from .errors import NonFiniteError, OptionError, ShapeError
 from .options import integer, number
 
 WEIGHTINGS = ("delta", "factors")
@@ -106,10 +107,33 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Subspace:
-    """The bases of every module of one model, by module name in sorted order."""
+    """The bases of every module of one model, by module name in sorted order.
+
+    It may have grown since its fit, by steps that each concern every side: what was there before a step stays, and is
+    the subspace of an earlier fingerprint (`lineage`, `at`).
+    """
 
     modules: Mapping[str, ModuleBases]
-    augmentations: tuple[Augmentation, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = {tuple(one.seed for one in basis.growth) for basis in self._sides()}
+        if len(steps) > 1:
+            raise OptionError(f"the sides of a subspace grow together; here are some of {len(steps)} histories.")
+
+    def _sides(self) -> Iterator[Basis]:
+        return (module.side(side) for module in self.modules.values() for side in ("down", "up"))
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """The steps by which the subspace has grown: the seed of an augmentation, None for an extension."""
+        return next((tuple(one.seed for one in basis.growth) for basis in self._sides()), ())
+
+    @property
+    def augmentations(self) -> tuple[Augmentation, ...]:
+        """The augmentations among its steps."""
+        first = next(self._sides(), None)
+        growth = first.growth if first is not None else ()
+        return tuple(Augmentation(one.n, one.seed) for one in growth if one.seed is not None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,9 +146,11 @@ class Subspace:
 
     @property
     def stored_bytes(self) -> int:
-        """Tensor bytes of the subspace's file: fitted components, spectra, and the check numbers of augmented rows."""
-        bases = [module.side(side) for module in self.modules.values() for side in ("down", "up")]
-        return sum(b.fitted.nbytes + b.singular_values.nbytes + 4 * b.n_extra for b in bases)
+        """Tensor bytes of the subspace's file: stored components, spectra, and the check numbers of augmented rows."""
+        return sum(
+            (b.k - b.n_extra) * b.dimension * b.components.element_size() + b.singular_values.nbytes + 4 * b.n_extra
+            for b in self._sides()
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -132,15 +158,43 @@ class Subspace:
 
         Augmented rows enter by their seed, not their floats, which may differ in the last bits between machines.
         """
+        return self.lineage[-1]
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """The fingerprints of the subspace as it was fitted, and after each of its steps; the last one is its own."""
         digest = sha256()
         for name, bases in sorted(self.modules.items()):
             for side in ("down", "up"):
-                rows = bases.side(side).fitted.contiguous()
-                digest.update(f"{name}\0{side}\0{tuple(rows.shape)}\0{rows.dtype}\0".encode())
-                digest.update(tensor_bytes(rows))
-        for augmentation in self.augmentations:
-            digest.update(f"augmentation\0{augmentation.n_extra}\0{augmentation.seed}\0".encode())
-        return digest.hexdigest()
+                _add_rows(digest, name, side, bases.side(side).fitted)
+        found = [digest.hexdigest()]
+        for step, seed in enumerate(self.seeds):
+            if seed is not None:
+                n_extra = next(self._sides()).growth[step].n
+                digest.update(f"augmentation\0{n_extra}\0{seed}\0".encode())
+            else:
+                digest.update(b"extension\0")
+                for name, bases in sorted(self.modules.items()):
+                    for side in ("down", "up"):
+                        if bases.side(side).growth[step].n:
+                            _add_rows(digest, name, side, bases.side(side).grown(step))
+            found.append(digest.hexdigest())
+        return tuple(found)
+
+    def at(self, fingerprint: str) -> "Subspace | None":
+        """The subspace as it was when this was its fingerprint, a view of this one; None if it never was."""
+        lineage = self.lineage
+        if fingerprint not in lineage:
+            return None
+        step = lineage.index(fingerprint)
+        if step == len(lineage) - 1:
+            return self
+        return Subspace({name: ModuleBases(b.down.before(step), b.up.before(step)) for name, b in self.modules.items()})
+
+
+def _add_rows(digest: Any, name: str, side: str, rows: Tensor) -> None:
+    digest.update(f"{name}\0{side}\0{tuple(rows.shape)}\0{rows.dtype}\0".encode())
+    digest.update(tensor_bytes(rows))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -286,6 +340,14 @@ def _finished(first: linalg.Leading, last: linalg.Leading, roots: Sequence[Tenso
     )
 
 
+def on(bases: ModuleBases, device: torch.device) -> ModuleBases:
+    """The same bases with their components on a device."""
+    return ModuleBases(
+        down=replace(bases.down, components=bases.down.components.to(device)),
+        up=replace(bases.up, components=bases.up.components.to(device)),
+    )
+
+
 def rounded(bases: ModuleBases, dtype: torch.dtype) -> ModuleBases:
     """The same bases with their components rounded to `dtype`."""
     return ModuleBases(
@@ -317,7 +379,20 @@ def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
         )
         for name, bases in subspace.modules.items()
     }
-    return Subspace(modules, (*subspace.augmentations, Augmentation(n_extra, seed)))
+    return Subspace(modules)
+
+
+def extend(subspace: Subspace, rows: Mapping[str, tuple[Tensor, Tensor]]) -> Subspace:
+    """The subspace with further rows (down, up) of some modules, at least one in all, each side's orthonormal and
+    orthogonal to what is there. What refers to the subspace refers to the same rows of this one."""
+    if not any(len(side) for pair in rows.values() for side in pair):
+        raise OptionError("no direction was given to extend the subspace by.")
+    modules = {}
+    for name, bases in subspace.modules.items():
+        none = tuple(torch.zeros(0, basis.dimension) for basis in (bases.down, bases.up))
+        down, up = rows.get(name, none)
+        modules[name] = ModuleBases(one.extend(bases.down, down), one.extend(bases.up, up))
+    return Subspace(modules)
 
 
 Duals = tuple[Float[Tensor, "k_down n_in"], Float[Tensor, "k_up n_out"]]
@@ -334,13 +409,23 @@ def project(
     """The best approximation of a module's update in its two spans: C_A = A·Vᵀ, C_B = U·B, rounded to `dtype`.
 
     Where `dtype` is too narrow for the numbers, a power of two moves from one factor to the other, which changes
-    neither the update nor its exactness (`balance`).
+    neither the update nor its exactness (`balanced`).
     """
-    shift = balance(factors, dtype)
-    down_dual, up_dual = dual or (None, None)
-    down = one.project(factors.down.to(torch.float64) * 2.0**-shift, bases.down, down_dual)
-    up = one.project(factors.up.mT.to(torch.float64) * 2.0**shift, bases.up, up_dual).mT
-    rounded = Coefficients(down.to(dtype).contiguous(), up.to(dtype).contiguous(), factors.scaling)
+    found = project_chunk(chunks.chunk([factors], [0.0]), bases, dtype, dual)
+    return Coefficients(found.down[0], found.up[0], factors.scaling)
+
+
+def project_chunk(
+    one_chunk: Chunk, bases: ModuleBases, dtype: torch.dtype = torch.float64, dual: Duals | None = None
+) -> CoefficientChunk:
+    """`project` for several adapters at a time. An error does not say which of them it is about."""
+    wide = balanced(one_chunk, dtype)
+    exact = {}
+    for side, rows in zip(("down", "up"), dual or (None, None), strict=True):
+        batch = wide.rows(side)
+        exact[side] = one.project(batch.flatten(0, 1), bases.side(side), rows).view(*batch.shape[:2], -1)
+    down, up = exact["down"], exact["up"].mT
+    rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), one_chunk.scaling)
     _check_kept(down, rounded.down)
     _check_kept(up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
@@ -353,25 +438,34 @@ def project(
 
 def _check_kept(exact: Tensor, rounded: Tensor) -> None:
     """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
-    size = float(torch.linalg.vector_norm(exact))
-    if size > 0 and float(torch.linalg.vector_norm(rounded.to(torch.float64))) < size / 2:
+    size = torch.linalg.vector_norm(exact, dim=(1, 2))
+    vanished = (size > 0) & (torch.linalg.vector_norm(rounded.to(torch.float64), dim=(1, 2)) < size / 2)
+    if bool(vanished.any()):
         raise NonFiniteError(
-            f"coefficients of norm {size:.1e} vanish in {rounded.dtype}, whose smallest number is "
+            f"coefficients of norm {float(size[vanished][0]):.1e} vanish in {rounded.dtype}, whose smallest number is "
             f"{torch.finfo(rounded.dtype).smallest_normal:.1e}. Store them as float32."
         )
 
 
-def balance(factors: LoRAFactors, dtype: torch.dtype) -> int:
-    """The power of two to take out of `down` and into `up` so that both factors fit `dtype`; 0 where they do.
+def shifts(one_chunk: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """The power of two to take out of `down` and into `up` of each adapter so that both fit `dtype`; 0 where they do.
 
     A factor fits if the norms of its rows leave room below the largest number of `dtype`, and its largest entry is far
     enough above the smallest normal one to keep the digits of those a thousand times smaller.
     """
     info = torch.finfo(dtype)
-    sizes = [float(torch.linalg.vector_norm(t.to(torch.float64))) for t in (factors.down, factors.up)]
-    if 0.0 in sizes or all(info.tiny * 2.0**20 < size < info.max / 2 for size in sizes):
-        return 0
-    return round(math.log2(sizes[0] / sizes[1]) / 2)
+    down, up = (torch.linalg.vector_norm(one_chunk.rows(side).to(torch.float64), dim=(1, 2)) for side in ("down", "up"))
+    fits = [(info.tiny * 2.0**20 < size) & (size < info.max / 2) for size in (down, up)]
+    return torch.where((fits[0] & fits[1]) | (down == 0) | (up == 0), 1.0, down / up).log2().div(2).round()
+
+
+def balanced(one_chunk: Chunk, dtype: torch.dtype) -> Chunk:
+    """The same updates, float64, in factors that fit `dtype` (`shifts`)."""
+    wide = one_chunk.to(torch.float64)
+    powers = shifts(wide, dtype).exp2()[:, None, None]
+    if bool((powers == 1).all()):
+        return wide
+    return replace(wide, down=wide.down / powers, up=wide.up * powers)
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
@@ -383,10 +477,18 @@ def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dty
     )
 
 
-def pad(coefficients: Coefficients, n_extra: int) -> Coefficients:
-    """The same adapter in bases that were augmented by `n_extra`: zeros on the new directions."""
+def widened(coefficients: Coefficients, bases: ModuleBases) -> Coefficients:
+    """The same update in bases that have grown since: zeros on the later directions."""
+    more_down, more_up = bases.down.k - coefficients.down.shape[1], bases.up.k - coefficients.up.shape[0]
+    if not (more_down or more_up):
+        return coefficients
+    if min(more_down, more_up) < 0:
+        raise ShapeError(
+            f"coefficients of {coefficients.down.shape[1]} and {coefficients.up.shape[0]} components are wider than "
+            f"their bases, which have {bases.down.k} and {bases.up.k}."
+        )
     return replace(
         coefficients,
-        down=torch.nn.functional.pad(coefficients.down, (0, n_extra)),
-        up=torch.nn.functional.pad(coefficients.up, (0, 0, 0, n_extra)),
+        down=torch.nn.functional.pad(coefficients.down, (0, more_down)),
+        up=torch.nn.functional.pad(coefficients.up, (0, 0, 0, more_up)),
     )

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import dtypes, keys
-from .manifest import FitInfo, SubspaceInfo
+from .manifest import FitInfo, SideInfo, SubspaceInfo
 from .packed import Record
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Numbers of components on one side over the modules, and the share of energy they keep.
+    """Numbers of components on one side over the modules, and the share of energy that the fitted ones keep.
 
     capped: the modules with fewer than were asked for, because their stack has no more directions.
     energy: Σ of squared norm kept ÷ Σ of squared norm, over the modules; of the fitted collection.
@@ -67,6 +67,7 @@ class Summary:
     coefficient_dtype: str
     fingerprint: str
     n_extra: int
+    n_extended: int
     adapters: int
     ranks: list[int]
     untrained: list[str]
@@ -97,6 +98,7 @@ def summarize(
         coefficient_dtype=coefficient_dtype,
         fingerprint=info.fingerprint,
         n_extra=info.n_extra,
+        n_extended=info.n_extended,
         adapters=len(records),
         ranks=sorted({rank for record in records.values() for rank in record.ranks}),
         untrained=[name for name, record in records.items() if record.untrained],
@@ -113,14 +115,18 @@ def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
     sides = [sides[side] for sides in info.modules.values()]
     numbers = [one.k for one in sides]
     total = sum(one.square for one in sides)
-    wanted = fit.n_components + info.n_extra if fit.n_components is not None else 0
+    wanted = fit.n_components or 0
     return Components(
         min=min(numbers, default=0),
         median=float(statistics.median(numbers or [0])),
         max=max(numbers, default=0),
-        capped=[name for name, sides in info.modules.items() if sides[side].k < wanted],
+        capped=[name for name, sides in info.modules.items() if _fitted(sides[side]) < wanted],
         energy=sum(one.energy * one.square for one in sides) / total if total else 1.0,
     )
+
+
+def _fitted(side: SideInfo) -> int:
+    return side.k - sum(side.grown)
 
 
 def _errors(records: Mapping[str, Record]) -> Errors | None:

@@ -114,7 +114,7 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
     pack = setting.pack
     rows = _rows(setting, [names[place] for place in fitted])
     most = max((min(n, *pack.subspace.modules[module].shape) for module, n in rows.items()), default=1)
-    sizes = {basis.k - basis.n_extra for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)}
+    sizes = {basis.n_fitted for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)}
     grid = sorted({k for k in GRID if k < most} | {most} | {k for k in (max(sizes, default=0),) if 0 < k <= most})
     if sample is None:
         work = sum(_work(n, pack.subspace.modules[module].shape, max(sizes, default=0)) for module, n in rows.items())
@@ -182,7 +182,7 @@ def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
 
 def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, number: int) -> None:
     factors = [_factors(setting, name, module) for name in found.names]
-    coefficients = [coefficients_at(setting.packed[name], module) for name in found.names]
+    coefficients = [coefficients_at(setting.packed[name], module, bases) for name in found.names]
     n_out, n_in = bases.shape
     one = stack(factors, n_in, n_out)
     square = squares(one)
@@ -214,7 +214,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     found.errors[module] = [None if math.isnan(value) else value for value in relative.tolist()]
     found.pairs.add(one)
     generator = torch.Generator().manual_seed(setting.seed + 1 + number)
-    random = (losses.random_rows(side.k - side.n_extra, side.dimension, generator) for side in (bases.down, bases.up))
+    random = (losses.random_rows(side.n_fitted, side.dimension, generator) for side in (bases.down, bases.up))
     found.random += losses.kept(one, *random)
     _add_fit(found, setting, module, bases, one, factors, square, delta, generator)
 
@@ -234,7 +234,7 @@ def _add_fit(
     # places in `fitted` of the adapters that have trained the module, and in `names`
     members = [place for place, at in enumerate(found.fitted) if square[at] > 0]
     there = [found.fitted[place] for place in members]
-    k = (bases.down.k - bases.down.n_extra, bases.up.k - bases.up.n_extra)
+    k = (bases.down.n_fitted, bases.up.n_fitted)
     if not members:
         nothing = Side(0, [], [], None)
         found.sides[module] = (nothing, nothing)
@@ -281,10 +281,10 @@ def own_name(packed: PackedAdapter, module: str) -> str | None:
     return next((own for own, place in packed.places.items() if place == module), None)
 
 
-def coefficients_at(packed: PackedAdapter, module: str) -> Coefficients | None:
-    """An adapter's coefficients in a module of the subspace."""
+def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> Coefficients | None:
+    """An adapter's coefficients in a module of the subspace, as wide as its bases are now."""
     own = own_name(packed, module)
-    return packed.coefficients[own] if own is not None else None
+    return spaces.widened(packed.coefficients[own], bases) if own is not None else None
 
 
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
@@ -306,7 +306,7 @@ def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Pr
 def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Iterator[Stack]:
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
-        yield stack_coefficients([coefficients_at(one, module) for one in packed], bases.down.k, bases.up.k)
+        yield stack_coefficients([coefficients_at(one, module, bases) for one in packed], bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
 
 

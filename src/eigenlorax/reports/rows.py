@@ -122,10 +122,10 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
         basis = bases.side(side)
         values = basis.singular_values.to(torch.float64)
         other = measured.sides[name][index] if measured is not None else Side(0, [], [], None)
-        total = values.square().sum()
+        total = basis.square
         sides[side] = SideFigures(
             dimension=basis.dimension,
-            k=basis.k - basis.n_extra,
+            k=basis.n_fitted,
             rank=spreads.rank(basis),
             energy=info[side].energy,
             spectrum=(values.square()[:SPECTRUM] / total).tolist() if total > 0 else [],

@@ -41,6 +41,9 @@ def width(pack: Pack) -> int:
 
 
 def rank(basis: Basis) -> int:
-    """Directions of the stack that was fitted; its spectrum is kept in float32."""
+    """Directions of the stack that was fitted, whose spectrum is kept in float32; at least so many where it does not go
+    on to the end."""
     values = basis.singular_values
+    if basis.tail:
+        return len(values)
     return linalg.numerical_rank(values, (basis.dimension, basis.dimension)) if len(values) else 0

@@ -108,7 +108,7 @@ def _cut(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
 def _first(basis: Basis, k: int) -> Basis:
     square = basis.singular_values.double().square()
     # a slice would keep all rows alive
-    return replace(basis, components=basis.components[:k].clone(), energy=float(square[:k].sum() / square.sum()))
+    return replace(basis, components=basis.components[:k].clone(), energy=float(square[:k].sum()) / basis.square)
 
 
 def _head(base: Any, setting: Setting) -> Any:

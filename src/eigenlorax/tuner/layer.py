@@ -14,8 +14,9 @@ from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
+from .. import keys
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
@@ -25,7 +26,7 @@ class EigenLoraxLayer(BaseTunerLayer):
     """What an adapted layer holds, by adapter; and the bases, by the fingerprint of their subspace."""
 
     adapter_layer_names = ("eigenlorax_down", "eigenlorax_up", "eigenlorax_core")
-    other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of")
+    other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of", "saved_as")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -37,6 +38,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.subspace_of: dict[str, str] = {}
+        # (k_down, k_up) of adapters that were saved before their subspace grew
+        self.saved_as: dict[str, tuple[int, int]] = {}
         self.eigenlorax_dropout = nn.ModuleDict({})
         self.eigenlorax_down = nn.ParameterDict({})
         self.eigenlorax_up = nn.ParameterDict({})
@@ -65,8 +68,16 @@ class EigenLoraxLayer(BaseTunerLayer):
         r: int,
         lora_alpha: float,
         inference_mode: bool = False,
+        saved_as: tuple[int, int] | None = None,
     ) -> None:
-        """Add an adapter: its coefficients as `start` gives them, and its bases unless they are here already."""
+        """Add an adapter: its coefficients as `start` gives them, and its bases unless they are here already.
+
+        saved_as: the components (down, up) that coefficients of it may have been saved for, where the bases have grown
+        since.
+        """
+        self.saved_as.pop(adapter_name, None)
+        if saved_as is not None:
+            self.saved_as[adapter_name] = saved_as
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = config.use_rslora
@@ -250,6 +261,20 @@ class Linear(nn.Module, EigenLoraxLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for adapter, (k_down, k_up) in self.saved_as.items():
+            for part, shape in (
+                (keys.COEFFICIENTS["down"], (self.r[adapter], k_down)),
+                (keys.COEFFICIENTS["up"], (k_up, self.r[adapter])),
+                (keys.CORE, (k_up, k_down)),
+            ):
+                key = f"{prefix}{part}.{adapter}"
+                if key in state_dict and state_dict[key].shape == shape:
+                    rows, columns = getattr(self, part)[adapter].shape
+                    # zero on the directions that came since
+                    state_dict[key] = pad(state_dict[key], (0, columns - shape[1], 0, rows - shape[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "eigenlorax." + super().__repr__()

@@ -155,6 +155,7 @@ class EigenLoraxModel(BaseTuner):
             r=ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
             lora_alpha=alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
             inference_mode=peft_config.inference_mode,
+            saved_as=self._reference.saved_as(place),
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:

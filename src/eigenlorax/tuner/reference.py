@@ -18,11 +18,21 @@ from .config import EigenLoraxConfig
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The subspace of an adapter, extra directions included, and the pack it is from where there is one at hand."""
+    """The subspace of an adapter, extra directions included, and the pack it is from where there is one at hand.
+
+    before: what the subspace was when the adapter was saved, if it has grown since.
+    """
 
     subspace: Subspace
     fingerprint: str
     pack: Pack | None
+    before: Subspace | None = None
+
+    def saved_as(self, place: str) -> tuple[int, int] | None:
+        """The components (down, up) of a module when the adapter was saved, where they are fewer than now."""
+        if self.before is None:
+            return None
+        return self.before.modules[place].down.k, self.before.modules[place].up.k
 
     def place(self, module: str, config: EigenLoraxConfig) -> str | None:
         """The name in the subspace of a module of the model; None where the subspace lacks it."""
@@ -56,6 +66,9 @@ class Embedded:
     shapes: Mapping[str, list[int]]
     pack: None = None
 
+    def saved_as(self, place: str) -> None:
+        """An embedded subspace does not grow."""
+
     def place(self, module: str, config: EigenLoraxConfig) -> str | None:
         """The module's own name; None where the adapter has no bases for it."""
         return module if module in self.shapes else None
@@ -86,16 +99,23 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
     pack = _pack(config)
     if pack is None and config.subspace_fingerprint is not None:
         holder = known.holder(config.subspace_fingerprint)
-        pack = holder if isinstance(holder, Pack) and holder.info.fingerprint == config.subspace_fingerprint else None
+        pack = holder if isinstance(holder, Pack) and config.subspace_fingerprint in holder.info.lineage else None
+    before = None
     if pack is not None:
         fingerprint = pack.info.fingerprint
-        if config.subspace_fingerprint not in (None, fingerprint):
+        if config.subspace_fingerprint is not None and config.subspace_fingerprint not in pack.info.lineage:
             raise OptionError(
                 f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} holds "
                 f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= its own pack."
             )
-        config.subspace_fingerprint = fingerprint
         subspace = known.find(fingerprint) or known.share(pack.subspace)
+        if config.subspace_fingerprint not in (None, fingerprint):
+            before = subspace.at(config.subspace_fingerprint)
+        if before is not None and config.n_extra:
+            # its own extra directions are orthogonal to what was there then, not to what came since
+            subspace, before = known.share(before), None
+        else:
+            config.subspace_fingerprint = fingerprint
     else:
         if config.subspace_fingerprint is None:
             raise OptionError(
@@ -112,7 +132,7 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
         subspace = found
     if config.n_extra:
         subspace = known.share(spaces.augment(subspace, config.n_extra, config.extra_seed))
-    return Reference(subspace, subspace.fingerprint, pack)
+    return Reference(subspace, subspace.fingerprint, pack, before)
 
 
 def _pack(config: EigenLoraxConfig) -> Pack | None:

@@ -77,7 +77,7 @@ def cores(config: EigenLoraxConfig, reference: Reference | Embedded) -> Cores:
         return _mean(reference, config)
     pack = reference.pack
     if pack is not None and config.start in pack.names:
-        return _of_packed([pack.packed(config.start)], config.n_extra)
+        return _of_packed([pack.packed(config.start)])
     if Path(config.start).is_dir():
         return _projected(formats.read_adapter(config.start), reference)
     known = ", ".join(pack.names[:12]) if pack is not None else "none: no pack is at hand"
@@ -92,19 +92,19 @@ def _mean(reference: Reference, config: EigenLoraxConfig) -> Cores:
     trained = [name for name, record in pack.records.items() if not record.untrained] if pack is not None else []
     if pack is None or not trained:
         raise OptionError("start='mean' needs a pack with adapters: pass subspace='pack/', the pack they are in.")
-    return _of_packed([pack.packed(name) for name in trained], config.n_extra)
+    return _of_packed([pack.packed(name) for name in trained])
 
 
-def _of_packed(adapters: list[PackedAdapter], n_extra: int) -> Cores:
-    """The mean update of adapters of a pack; with extra directions, zero on them."""
+def _of_packed(adapters: list[PackedAdapter]) -> Cores:
+    """The mean update of adapters of a pack; zero on directions that came after them."""
 
     def core(place: str, bases: ModuleBases) -> Tensor | None:
         total: Tensor | None = None
         for adapter in adapters:
             for module, coefficients in adapter.coefficients.items():
                 if adapter.places[module] == place:
-                    padded = spaces.pad(coefficients, n_extra)
-                    one = coefficients.scaling * padded.up.double() @ padded.down.double()
+                    wide = spaces.widened(coefficients, bases)
+                    one = coefficients.scaling * wide.up.double() @ wide.down.double()
                     total = one if total is None else total + one
         return None if total is None else total / len(adapters)
 
