@@ -9,6 +9,7 @@
     ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
     ├── OptionError           an option outside its range
     ├── HubError              a repository or file that could not be had from the Hub
+    ├── UrlError              a folder or file behind a URL that could not be read
     ├── MissingExtraError     an optional dependency is not installed
     ├── EngineError           workers that are not there, or were killed again and again
     └── PackError
@@ -58,6 +59,10 @@ class OptionError(EigenloraxError, ValueError):
 
 class HubError(EigenloraxError, OSError):
     """A repository or file that could not be had from the Hub."""
+
+
+class UrlError(EigenloraxError, OSError):
+    """A folder or file behind a URL that could not be read: no permission, no connection."""
 
 
 class MissingExtraError(EigenloraxError, ImportError):

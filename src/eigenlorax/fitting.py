@@ -83,7 +83,7 @@ def fit(
 ) -> Pack:
     """The pack of some adapters: their shared principal subspace, and each of them in its terms.
 
-    adapters: folders, parent folders, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
+    adapters: folders, parent folders, URLs, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
     n_components: at most so many directions on each side of each module (default 32), or "auto": a number that is
         found by leaving adapters out, and `Pack.notes` says why; or energy: the smallest number that keeps this share
         of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as its record has it, at
@@ -195,7 +195,7 @@ def _read(
     options: dict[str, Any],
 ) -> list[Adapter]:
     """Every adapter that is wanted, by its headers: what is wrong with them is found before a tensor is read."""
-    found = sources.find(adapters)
+    found = sources.find(adapters, **options)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
         if name not in known:
@@ -241,7 +241,8 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         return formats.read_adapter(one.source, name=one.name, **options)
     except (FormatError, ShapeError) as error:
         if not skip_bad:
-            raise
+            # as checks.scan says it of NaN
+            raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error
         _skip(sources.default_name(one), error, skipped)
         return None
 

@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def add(
     pack: console.PackFolder,
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER", help="Folders, a parent folder of some, Hub ids, NAME=PATH.")
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders, a parent folder of some, URLs, Hub ids, NAME=PATH.")
     ],
     carry_missing: Annotated[
         bool, typer.Option("--carry-missing", help="Keep modules that the subspace lacks as they are.")
@@ -42,7 +42,7 @@ def add(
 
     warn_above = check_warn_above(warn_above)
     with console.working() as progress, Pack.edit(pack) as opened:
-        found = sources.find(adapters)
+        found = sources.find(adapters, revision=revision)
         records = {}
         for done, one in enumerate(found):
             progress("projecting adapters", done, len(found))

@@ -19,6 +19,8 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/* org/on-the-hub mine=runs/3/best -o pack/ -k 64
 
+  eigenlorax fit s3://bucket/adapters -o pack/
+
   eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
 
   eigenlorax fit adapters/ -o pack/ --max-error 0.3
@@ -45,7 +47,8 @@ def fit(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER", help="Adapter folders, a parent folder of some, Hub ids (org/name), NAME=PATH."
+            metavar="ADAPTER",
+            help="Adapter folders, a parent folder of some, URLs (s3://…), Hub ids (org/name), NAME=PATH.",
         ),
     ],
     output: Annotated[

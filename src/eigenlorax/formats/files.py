@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dtypes, hub, keys
-from ..errors import FormatError
-from . import ranges
+from .. import dtypes, keys
+from ..errors import FormatError, UrlError
+from ..urls import RemoteFolder
+from . import folders, ranges
+from .folders import Folder
 
 Load = Callable[[list[str]], list[Tensor]]
 """Reads tensors by name."""
@@ -37,19 +39,18 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The config, parsed and word for word, and the tensors of an adapter's folder. It may be pickled."""
+    """The config, parsed and word for word, and the tensors of an adapter's folder. It may be pickled.
+
+    `weights` is what the file with the tensors is called, `file_bytes` its size.
+    """
 
     name: str
     text: str
     config: dict[str, Any]
-    weights: Path
+    weights: str
+    file_bytes: int
     headers: Mapping[str, Header]
     load: Load
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file of weights."""
-        return self.weights.stat().st_size
 
 
 def opened(
@@ -63,8 +64,8 @@ def opened(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> Opened:
-    """The folder of an adapter, or what the Hub has of it, where no such folder exists."""
-    folder, default_name = hub.adapter_folder(
+    """The folder of an adapter: on disk, behind a URL, or what the Hub has of it, where there is no such folder."""
+    folder, default_name = folders.adapter_folder(
         source,
         revision=revision,
         subfolder=subfolder,
@@ -74,21 +75,23 @@ def opened(
         allow_pickle=allow_pickle,
     )
     text, config = _read_config(folder)
-    weights, headers, load = _open_weights(folder, allow_pickle)
+    weights, file_bytes, headers, load = _open_weights(folder, allow_pickle)
     name = keys.check_name(name if name is not None else default_name)
-    return Opened(name, text, config, weights, headers, load)
+    return Opened(name, text, config, weights, file_bytes, headers, load)
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    path = folder / keys.ADAPTER_CONFIG
-    if (folder / keys.MANIFEST).is_file():
-        raise FormatError(
-            f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` gives its adapters."
-        )
-    if not path.is_file():
+def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
+    path = str(folder.at(keys.ADAPTER_CONFIG))
+    if not folders.is_adapter(folder):
+        if folders.is_pack(folder):
+            raise FormatError(
+                f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` gives its adapters."
+            )
+        if isinstance(folder, RemoteFolder):
+            _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = folder.read(keys.ADAPTER_CONFIG).decode("utf-8")
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
@@ -105,7 +108,17 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return text, config
 
 
-def _check_texts(config: dict[str, Any], path: Path) -> None:
+def _check_is_there(folder: RemoteFolder) -> None:
+    """An error unless there is a folder; no `FormatError` where nothing is: a slip in a name breaks no adapter."""
+    kind = folder.kind()
+    if kind is None:
+        private = " A private repository needs a token (HF_TOKEN)." if folder.url.startswith("hf:") else ""
+        raise UrlError(f"{folder} does not exist.{private}")
+    if kind == "file":
+        raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
+
+
+def _check_texts(config: dict[str, Any], path: str) -> None:
     """`FormatError` where a field that has to be a text, or a list of them, is something else."""
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
@@ -116,24 +129,29 @@ def _check_texts(config: dict[str, Any], path: Path) -> None:
             raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
-def _open_weights(folder: Path, allow_pickle: bool) -> tuple[Path, dict[str, Header], Load]:
-    safetensors, pickled = folder / keys.ADAPTER_WEIGHTS, folder / keys.ADAPTER_PICKLE
-    if safetensors.is_file():
-        return safetensors, *_open_safetensors(safetensors)
-    if not pickled.is_file():
-        unfetched = "" if allow_pickle else " (from the Hub, a .bin is fetched with --allow-pickle only)"
+def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[str, Header], Load]:
+    """What the file of weights is called, its size, what it has, and what reads it."""
+    if folder.is_file(keys.ADAPTER_WEIGHTS):
+        file = folder.file(keys.ADAPTER_WEIGHTS)
+        found = ranges.stored(file)
+        headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
+        return str(file), file.size, headers, found.load
+    if not folder.is_file(keys.ADAPTER_PICKLE):
+        fetched = allow_pickle or isinstance(folder, RemoteFolder)
+        unfetched = "" if fetched else " (from the Hub, a .bin is fetched with --allow-pickle only)"
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
+    if isinstance(folder, RemoteFolder):
+        raise FormatError(
+            f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, of which no ranges can be read. "
+            "Download the folder, and name the copy."
+        )
     if not allow_pickle:
         raise FormatError(
             f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, which may run code when read. If you "
             "trust it, pass --allow-pickle (allow_pickle=True): it is then read with weights_only=True."
         )
-    return pickled, *_open_pickle(pickled)
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, Header], Load]:
-    found = ranges.stored(ranges.local(path))
-    return {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}, found.load
+    pickled = folder.at(keys.ADAPTER_PICKLE)
+    return str(pickled), pickled.stat().st_size, *_open_pickle(pickled)
 
 
 def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:

@@ -37,7 +37,8 @@ def read(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """A PEFT LoRA from a local folder, or from the Hub where no such folder exists (`org/name`, `org/name@revision`).
+    """A PEFT LoRA from a local folder, from behind a URL (`s3://…`, `hf://…`), or from the Hub where no such folder
+    exists (`org/name`, `org/name@revision`).
 
     An adapter that was trained on coefficients is read as the LoRA it is, where its subspace is known (`Pack.open`);
     so is one of the paper's authors, where its config has the `lora_alpha` that it goes with.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..urls import RemoteFile
 from . import header
 from .header import Entry
 
@@ -69,11 +70,14 @@ def local(path: Path) -> LocalFile:
     return LocalFile(str(path), os.path.abspath(path), found.st_size, found.st_mtime_ns)
 
 
+File = LocalFile | RemoteFile
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """The tensors of a safetensors file, by its header."""
 
-    file: LocalFile
+    file: File
     entries: Mapping[str, Entry]
 
     def load(self, names: Sequence[str]) -> list[Tensor]:
@@ -85,7 +89,7 @@ class Stored:
         return [buffer.view(entry.dtype).reshape(entry.shape) for entry, buffer in zip(entries, buffers, strict=True)]
 
 
-def stored(file: LocalFile) -> Stored:
+def stored(file: File) -> Stored:
     """What a safetensors file has, by its header. `FormatError` if the file is not whole."""
     where = str(file)
     first = _read(file, 0, min(_FIRST, file.size))
@@ -94,7 +98,7 @@ def stored(file: LocalFile) -> Stored:
     return Stored(file, header.parse(text, file.size, where))
 
 
-def _read(file: LocalFile, begin: int, end: int) -> bytes:
+def _read(file: File, begin: int, end: int) -> bytes:
     room = bytearray(end - begin)
     if room:
         file.fill([(begin, memoryview(room))])

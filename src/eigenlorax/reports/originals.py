@@ -43,7 +43,7 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
     adapters: dict[str, Adapter] = {}
     untrained: dict[str, Adapter] = {}
     scans, strangers, unread = {}, [], {}
-    found = sources.find(given)
+    found = sources.find(given, **options)
     for done, one in enumerate(found):
         progress("reading originals", done, len(found))
         try:
