@@ -49,6 +49,7 @@ from .version import __version__
 DEFAULT_COMPONENTS = 32
 AUTO = "auto"
 """The `n_components` that is found rather than given."""
+SOLVERS = ("auto", "exact")
 FEW = 500
 """Adapters × modules up to which a remedy is sought by looking at all of them."""
 
@@ -71,6 +72,7 @@ def fit(
     skip_bad: bool = False,
     warn_above: float = WARN_ABOVE,
     device: str | torch.device = "cpu",
+    solver: str = "auto",
     engine: str = "serial",
     workers: int | None = None,
     checkpoint: str | Path | None = None,
@@ -96,6 +98,9 @@ def fit(
         cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
         that, and say what would keep them; 1 for never.
     device: where bases are fitted. progress(stage, done, total) is called as work goes on.
+    solver: "exact" for the whole spectrum of every side; "auto" for a search of its leading directions where a stack is
+        large and n_components small beside it (docs/method.md); it lacks less than 1e-4 of the energy, and the pack's
+        info says how much.
     engine: who does the work: "serial", this process; "processes", so many `workers` of this machine; "ray", a Ray
         cluster, whose workers must be able to read the adapters' files. The result is the same but for rounding.
     checkpoint: a folder where each module is kept once it is fitted, so that a fit that was interrupted goes on there
@@ -106,6 +111,8 @@ def fit(
     fit_options = FitOptions(_number(n_components, energy, max_error), energy, weighting, sweeps, max_error)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
     engines.check(engine, workers)
+    if solver not in SOLVERS:
+        raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
@@ -135,8 +142,8 @@ def fit(
         fit_options = replace(fit_options, n_components=choice.n_components)
         setting, notes = replace(setting, options=fit_options), [choice.reason]
     chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
-    with engines.opened(engine, workers) as workforce, _checkpoint(checkpoint, packings, setting, names) as kept:
-        todo = _jobs(by_module, packings, setting, workforce, chosen)
+    with engines.opened(engine, workers) as workforce, _checkpoint(checkpoint, packings, setting, names, solver) as kept:
+        todo = _jobs(by_module, packings, setting, workforce, chosen, solver)
         modules, by_iteration, seconds = _fit_modules(todo, packings, workforce, kept, report)
     subspace = Subspace(modules)
     pack = Pack(
@@ -339,7 +346,7 @@ def _member(packing: Packing, module: str) -> Member:
 
 
 def _checkpoint(
-    folder: str | Path | None, packings: Sequence[Packing], setting: Setting, names: dict[str, str]
+    folder: str | Path | None, packings: Sequence[Packing], setting: Setting, names: dict[str, str], solver: str
 ) -> AbstractContextManager[Checkpoint | None]:
     """The checkpoint of this fit in a folder, where one is wanted."""
     if folder is None:
@@ -348,6 +355,8 @@ def _checkpoint(
         "version": __version__,
         "options": asdict(setting.options),
         "dtypes": [dtypes.name(setting.dtype), dtypes.name(setting.coefficient_dtype)],
+        "solver": solver,
+        "device": setting.device.type,
         "adapters": [[packing.adapter.name, packing.scan.content_hash] for packing in packings],
         "modules": sorted(names.items()),
     }
@@ -360,28 +369,25 @@ def _jobs(
     setting: Setting,
     engine: Engine,
     chosen: dict[str, sizes.Cell],
+    solver: str,
 ) -> list[Job]:
     adapters: Sequence[Adapter] = tuple(packing.adapter for packing in packings)
     shared = engine.share(adapters)
     index = {id(packing): place for place, packing in enumerate(packings)}
-    return [
-        Job(
-            module=name,
-            places=tuple(
-                Place(
-                    index=index[id(packing)],
-                    module=module,
-                    spec=packing.adapter.specs[module],
-                    trained=packing.scan.delta_squares[module] > 0,
-                )
-                for packing, module in members
-            ),
-            setting=setting,
-            adapters=shared,
-            k=chosen.get(name),
+    found = []
+    for name, members in by_module:
+        places = tuple(
+            Place(
+                index=index[id(packing)],
+                module=module,
+                spec=packing.adapter.specs[module],
+                trained=packing.scan.delta_squares[module] > 0,
+            )
+            for packing, module in members
         )
-        for name, members in by_module
-    ]
+        by_iteration = solver == "auto" and not chosen and jobs.suits_iteration(places, setting.options)
+        found.append(Job(name, places, setting, shared, by_iteration, chosen.get(name)))
+    return found
 
 
 def _fit_modules(

@@ -1,8 +1,9 @@
 """The fit of a module whose stack is too large for a whole spectrum: rounds over chunks of adapters.
 
 A side's directions are the leading eigenvectors of Σ rowsᵀ · inner · rows, a sum over adapters that is never formed:
-a round multiplies it with a few columns, chunk by chunk, and adds up. The first fit is a Krylov search (`krylov`); each
-sweep is one step of subspace iteration from the bases before, which never lowers what they keep (docs/method.md).
+a round multiplies it with a few columns, chunk by chunk, and adds up. The first fit is a Krylov search (`krylov`); in a
+sweep each side takes a step of subspace iteration from where it was, which never lowers what is kept, or where that
+brings much, searches on from there (docs/method.md).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +28,8 @@ BLOCK = 32
 """Columns that a round of a search multiplies."""
 TOLERANCE = 5e-5
 """The share of energy that a first fit may lack, as it is estimated, when its search ends."""
-MOST = 0.25
-"""Dimensions of a search, at most, as a share of the side's; and twice the components that are wanted, at least."""
+WORTH = 1e-3
+"""The share of energy above which what a sweep's step has brought is taken for a sign that more is to be had."""
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Eigenvalues below this share of the largest one are rounding, by the dtype of the products."""
 
@@ -161,7 +162,7 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     sweeps = options.sweeps if options.weighting == "delta" else 0
     for _ in range(sweeps):
         for side, other in (("down", "up"), ("up", "down")):
-            last[side] = _step(sides[side], _seen(last[other], weights, total[side]), last[side])
+            last[side] = _swept(sides[side], _seen(last[other], weights, total[side]), last[side])
     if sweeps == 0 and dtype == torch.float64:
         last = {side: _step(sides[side], inner[side], last[side]) for side in sides}
     down, up = (_basis(first[side], last[side], inner[side], total[side]) for side in ("down", "up"))
@@ -173,9 +174,7 @@ def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.d
     one = side.held[0]()
     dimension, device = one.rows(side.side).shape[2], one.down.device
     start = torch.from_numpy(normal_rows(BLOCK, dimension, 0, label)).mT.to(device, dtype)
-    ritz = krylov.leading(
-        partial(side.multiply, inner), start, k, tolerance=TOLERANCE, most=max(int(MOST * dimension), 2 * k)
-    )
+    ritz = krylov.leading(partial(side.multiply, inner), start, k, tolerance=TOLERANCE)
     kept = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
     if kept < k and dtype != torch.float64:
         return _search(side, inner, k, label, torch.float64)
@@ -191,6 +190,16 @@ def _seen(other: _Found, weights: Sequence[_Weights], total: float) -> list[Tens
     """What stands between the rows of each adapter as the basis of the other side sees the update."""
     projected = (p.to(torch.float64) for p in other.projected)
     return [one.scale.square()[:, None, None] * (p @ p.mT) / total for one, p in zip(weights, projected, strict=True)]
+
+
+def _swept(side: _Side, inner: list[Tensor], before: _Found) -> _Found:
+    """The side after one sweep: a step, and a search from there where that step has brought much."""
+    found = _step(side, inner, before)
+    gained = float((_kept(inner, found.projected) - _kept(inner, before.projected)).trace())
+    if gained < WORTH:
+        return found
+    ritz = krylov.leading(partial(side.multiply, inner), found.columns, found.columns.shape[1], tolerance=TOLERANCE)
+    return replace(before, columns=ritz.vectors, projected=side.project(ritz.vectors))
 
 
 def _step(side: _Side, inner: list[Tensor], before: _Found) -> _Found:

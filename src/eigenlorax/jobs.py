@@ -21,7 +21,7 @@ from .errors import NonFiniteError
 from .iterative import Held
 from .metrics import ModuleError
 from .sizes import Cell, Member, Setting
-from .subspace import ModuleBases
+from .subspace import FitOptions, ModuleBases
 
 HELD_BYTES = 2**29
 """The factors of one module that may be in memory; of a larger one, chunks are read anew in every round."""
@@ -41,20 +41,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One module, by its name in the subspace. k: the components of its sides where they were chosen before."""
+    """One module, by its name in the subspace.
+
+    by_iteration: whether its bases are found by rounds over chunks, rather than by whole spectra.
+    k: the components of its sides where they were chosen before.
+    """
 
     module: str
     places: tuple[Place, ...]
     setting: Setting
     adapters: Shared[Sequence[Adapter]]
+    by_iteration: bool = False
     k: Cell | None = None
-
-    @property
-    def by_iteration(self) -> bool:
-        """Whether the bases are found by rounds over chunks."""
-        first = self.places[0].spec
-        rows = sum(place.spec.rank for place in self.places if place.trained)
-        return self.k is None and iterative.is_due(rows, first.in_features, first.out_features, self.setting.options)
 
     @property
     def products(self) -> torch.dtype:
@@ -92,6 +90,12 @@ class Fitted:
     errors: tuple[ModuleError, ...]
     by_iteration: bool
     seconds: Mapping[str, float]
+
+
+def suits_iteration(places: Sequence[Place], options: FitOptions) -> bool:
+    """Whether the stack of a module is so large, beside the components that are wanted, that rounds are for it."""
+    spec, rows = places[0].spec, sum(place.spec.rank for place in places if place.trained)
+    return iterative.is_due(rows, spec.in_features, spec.out_features, options)
 
 
 def run(jobs: Sequence[Job], engine: Engine) -> Iterator[Fitted]:

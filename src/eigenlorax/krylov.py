@@ -34,10 +34,10 @@ class Ritz:
     shortfall: float
 
 
-def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float, most: int) -> Ritz:
+def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float) -> Ritz:
     """The k leading eigenvectors, from the columns `start`, (d, b), which any random ones may be.
 
-    The search goes on until `shortfall` is at most `tolerance`, or its space has more than `most` dimensions.
+    The search goes on until `shortfall` is at most `tolerance`; at the latest until its space has no room left.
     """
     basis = orthonormal_columns(start)
     size = start.shape[1]
@@ -53,7 +53,7 @@ def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float, most
         ended = float(torch.linalg.matrix_norm(outside)) <= negligible
         shortfall = 0.0 if ended else missing(sums)
         enough = len(squares) >= k and shortfall <= tolerance
-        if ended or enough or len(squares) + size > most:
+        if ended or enough or len(squares) + size > len(start):
             vectors = orthonormal_columns(basis @ mixing[:, :k].to(basis.dtype))
             return Ritz(squares.clamp_min(0), vectors, shortfall)
         basis = torch.cat([basis, _outside(orthonormal_columns(outside), basis, normed=True)], dim=1)
