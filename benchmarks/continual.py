@@ -120,8 +120,8 @@ def error(original: Adapter, other: Adapter) -> float:
         up, down = one.scaling * one.up.double(), one.down.double()
         back = other.modules[module]
         left, right = torch.cat([up, -back.scaling * back.up.double()], dim=1), torch.cat([down, back.down.double()])
-        lost += max(product_square(left, right), 0.0)
-        total += product_square(up, down)
+        lost += max(float(product_square(left, right)), 0.0)
+        total += float(product_square(up, down))
     return (lost / total) ** 0.5
 
 

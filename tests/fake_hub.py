@@ -1,5 +1,5 @@
 """A Hub on this machine: the part of its HTTP interface that downloads and commits use, over folders. Every request
-about a repository is noted."""
+about a repository is noted, and how much of each file was sent."""
 
 import base64
 import json
@@ -36,6 +36,7 @@ class FakeHub:
     log: list[dict[str, object]] = field(default_factory=list)
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
     @property
@@ -289,10 +290,22 @@ class _Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": sha1(path.read_bytes()).hexdigest()}
                 for name, path in files.items()
             ]
-            self._answer_json(tree)
+            if not re.search("recursive=true", self.path, re.IGNORECASE):
+                tree = _direct(tree, file)
+            if file and not tree:
+                self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            else:
+                self._answer_json(tree)
         elif file in files:
             data = files[file].read_bytes()
-            self._answer(200, data, {"X-Repo-Commit": sha, "ETag": f'"{sha1(data).hexdigest()}"'})
+            about = {"X-Repo-Commit": sha, "ETag": f'"{sha1(data).hexdigest()}"'}
+            span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if self.command == "GET":
+                part = data[int(span[1]) : int(span[2]) + 1] if span else data
+                self.hub.sent[file] = self.hub.sent.get(file, 0) + len(part)
+                self._answer(206 if span else 200, part, about)
+            else:
+                self._answer(200, data, about)
         else:
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
 
@@ -306,6 +319,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing: a fork may be under way."""
+
+
+def _direct(tree: list[dict[str, object]], folder: str) -> list[dict[str, object]]:
+    """What lies in a folder of the repository itself: files, and folders for what is deeper."""
+    prefix = f"{folder}/" if folder else ""
+    found: dict[str, dict[str, object]] = {}
+    for one in tree:
+        name, deeper, _ = str(one["path"]).removeprefix(prefix).partition("/")
+        if str(one["path"]).startswith(prefix):
+            entry = {"type": "directory", "path": prefix + name, "size": 0, "oid": sha1(name.encode()).hexdigest()}
+            found[name] = entry if deeper else one
+    return list(found.values())
 
 
 def _parts(path: str) -> tuple[str, str, str, str]:

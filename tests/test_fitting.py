@@ -20,7 +20,7 @@ from eigenlorax.errors import (
     UnknownBaseWarning,
     UntrainedAdapterWarning,
 )
-from eigenlorax.formats import files
+from eigenlorax.formats import ranges
 from planted import (
     MODULES,
     assert_same_span,
@@ -309,22 +309,17 @@ def test_tensors_are_read_module_by_module(tmp_path, monkeypatch):
     n = 12
     folders = [ex.write_adapter(adapter, tmp_path / adapter.name) for adapter in random_collection(n)]
     alive, counts = set(), []
-    real = files._open_safetensors
+    real = ranges.Stored.load
 
-    def counting(path):
-        headers, load = real(path)
+    def counting(stored, names):
+        tensors = real(stored, names)
+        for tensor in tensors:
+            alive.add(id(tensor))
+            weakref.finalize(tensor, alive.discard, id(tensor))
+        counts.append(len(alive))
+        return tensors
 
-        def counted(names):
-            tensors = load(names)
-            for tensor in tensors:
-                alive.add(id(tensor))
-                weakref.finalize(tensor, alive.discard, id(tensor))
-            counts.append(len(alive))
-            return tensors
-
-        return headers, counted
-
-    monkeypatch.setattr(files, "_open_safetensors", counting)
+    monkeypatch.setattr(ranges.Stored, "load", counting)
     ex.fit(folders, n_components=4)
     assert len(counts) >= n * 2 * len(MODULES)
     assert max(counts) <= 2 * (n + 1)

@@ -221,9 +221,14 @@ def project(
 
     dual_rows: `dual(basis)`, where many calls share one basis.
     """
-    if rows.shape[1] != basis.dimension:
-        raise ShapeError(f"rows of width {rows.shape[1]} cannot be projected on a basis of width {basis.dimension}.")
+    check_width(rows.shape[1], basis)
     return rows.to(torch.float64) @ (dual(basis) if dual_rows is None else dual_rows).mT
+
+
+def check_width(width: int, basis: Basis) -> None:
+    """`ShapeError` unless rows so wide can be projected on the basis."""
+    if width != basis.dimension:
+        raise ShapeError(f"rows of width {width} cannot be projected on a basis of width {basis.dimension}.")
 
 
 def reconstruct(coefficients: Float[Tensor, "n j"], basis: Basis) -> Float[Tensor, "n d"]:

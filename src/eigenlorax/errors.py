@@ -9,7 +9,9 @@
     ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
     ├── OptionError           an option outside its range
     ├── HubError              a repository or file that could not be had from the Hub
+    ├── UrlError              a folder or file behind a URL that could not be read
     ├── MissingExtraError     an optional dependency is not installed
+    ├── EngineError           workers that are not there, or were killed again and again
     └── PackError
         ├── PackMissingError  no pack there
         ├── PackExistsError   something is there already
@@ -59,8 +61,16 @@ class HubError(EigenloraxError, OSError):
     """A repository or file that could not be had from the Hub."""
 
 
+class UrlError(EigenloraxError, OSError):
+    """A folder or file behind a URL that could not be read: no permission, no connection."""
+
+
 class MissingExtraError(EigenloraxError, ImportError):
     """An optional dependency is not installed."""
+
+
+class EngineError(EigenloraxError, RuntimeError):
+    """Workers that are not there, or were killed again and again."""
 
 
 class PackError(EigenloraxError):

@@ -3,8 +3,11 @@
 Module by module: what is in memory at one time is one module's factors of all adapters, and what the pack keeps.
 """
 
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -12,10 +15,13 @@ from typing import Any
 
 import torch
 
-from . import auto, checks, dtypes, formats, keys, manifest, metrics, sizes
-from . import subspace as spaces
+from . import auto, checks, dtypes, formats, jobs, keys, manifest, sizes
+from . import checkpoint as checkpoints
+from . import engine as engines
 from .adapter import Adapter
 from .auto import Outline
+from .checkpoint import Checkpoint
+from .engine import Engine
 from .errors import (
     WARN_ABOVE,
     AdapterNameError,
@@ -30,17 +36,20 @@ from .errors import (
 )
 from .formats import sources
 from .formats.sources import Found, Sources
+from .jobs import Fitted, Job, Place
 from .manifest import FitInfo
 from .options import names as listed
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
-from .subspace import FitOptions, ModuleBases, Subspace
+from .subspace import Coefficients, FitOptions, ModuleBases, Subspace
 from .summary import lossy
+from .version import __version__
 
 DEFAULT_COMPONENTS = 32
 AUTO = "auto"
 """The `n_components` that is found rather than given."""
+SOLVERS = ("auto", "exact")
 FEW = 500
 """Adapters × modules up to which a remedy is sought by looking at all of them."""
 
@@ -63,6 +72,10 @@ def fit(
     skip_bad: bool = False,
     warn_above: float = WARN_ABOVE,
     device: str | torch.device = "cpu",
+    solver: str = "auto",
+    engine: str = "serial",
+    workers: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -72,7 +85,7 @@ def fit(
 ) -> Pack:
     """The pack of some adapters: their shared principal subspace, and each of them in its terms.
 
-    adapters: folders, parent folders, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
+    adapters: folders, parent folders, URLs, Hub ids, `NAME=PATH` strings, `Adapter`s, or a mapping from names to those.
     n_components: at most so many directions on each side of each module (default 32), or "auto": a number that is
         found by leaving adapters out, and `Pack.notes` says why; or energy: the smallest number that keeps this share
         of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as its record has it, at
@@ -84,12 +97,22 @@ def fit(
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
         cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
         that, and say what would keep them; 1 for never.
-    device: where bases are fitted, in float64. progress(stage, done, total) is called as work goes on.
+    device: where bases are fitted. progress(stage, done, total) is called as work goes on.
+    solver: "exact" for the whole spectrum of every side; "auto" for a search of its leading directions where a stack is
+        large and n_components small beside it (docs/method.md); it lacks less than 1e-4 of the energy, and the pack's
+        info says how much.
+    engine: who does the work: "serial", this process; "processes", so many `workers` of this machine; "ray", a Ray
+        cluster, whose workers must be able to read the adapters' files. The result is the same but for rounding.
+    checkpoint: a folder where each module is kept once it is fitted, so that a fit that was interrupted goes on there
+        when it is called again with the same adapters and options. It is yours to delete when the pack is saved.
     revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
     found = n_components == AUTO
     fit_options = FitOptions(_number(n_components, energy, max_error), energy, weighting, sweeps, max_error)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
+    engines.check(engine, workers)
+    if solver not in SOLVERS:
+        raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
@@ -105,9 +128,10 @@ def fit(
     names, left_out = _module_names(read, exclude_modules)
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
+    started = time.perf_counter()
     packings = _scan(read, skip_bad, skipped, report)
+    scanned = time.perf_counter() - started
     read = [packing.adapter for packing in packings]
-    shapes = checks.check_one_shape(read, names)
     stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
     stored_coefficients = dtypes.parse(coefficient_dtype) or stored
     setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
@@ -118,11 +142,12 @@ def fit(
         fit_options = replace(fit_options, n_components=choice.n_components)
         setting, notes = replace(setting, options=fit_options), [choice.reason]
     chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
-    modules: dict[str, ModuleBases] = {}
-    for done, (name, members) in enumerate(by_module):
-        report("fitting modules", done, len(shapes))
-        modules[name] = _fit_and_project(name, members, setting, chosen.get(name))
-    report("fitting modules", len(shapes), len(shapes))
+    with (
+        engines.opened(engine, workers) as workforce,
+        _checkpoint(checkpoint, packings, setting, names, solver) as kept,
+    ):
+        todo = _jobs(by_module, packings, setting, workforce, chosen, solver)
+        modules, by_iteration, seconds = _fit_modules(todo, packings, workforce, kept, report)
     subspace = Subspace(modules)
     pack = Pack(
         subspace,
@@ -131,6 +156,7 @@ def fit(
         FitInfo(
             **asdict(fit_options),
             auto=found,
+            solver="iterative" if by_iteration else "exact",
             excluded_modules=sorted(left_out),
             skipped=dict(sorted(skipped.items())),
         ),
@@ -139,8 +165,12 @@ def fit(
         coefficient_dtype=stored_coefficients,
     )
     pack.notes.extend(notes)
+    pack.seconds.update({"scanning": scanned, **seconds})
     if lossy(pack.records, warn_above):
-        warn_of_losses(pack.records, warn_above, _remedy(_reads(by_module), setting, warn_above))
+        # to find out how many would do takes whole spectra
+        more = "More components (-k, n_components) keep more of each."
+        remedy = more if by_iteration else _remedy(_reads(by_module), setting, warn_above)
+        warn_of_losses(pack.records, warn_above, remedy)
     return pack
 
 
@@ -175,7 +205,7 @@ def _read(
     options: dict[str, Any],
 ) -> list[Adapter]:
     """Every adapter that is wanted, by its headers: what is wrong with them is found before a tensor is read."""
-    found = sources.find(adapters)
+    found = sources.find(adapters, **options)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
         if name not in known:
@@ -221,7 +251,8 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         return formats.read_adapter(one.source, name=one.name, **options)
     except (FormatError, ShapeError) as error:
         if not skip_bad:
-            raise
+            # as checks.scan says it of NaN
+            raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error
         _skip(sources.default_name(one), error, skipped)
         return None
 
@@ -317,21 +348,82 @@ def _member(packing: Packing, module: str) -> Member:
     return Member(packing.adapter.name, packing.adapter.modules[module], packing.scan.delta_squares[module] > 0)
 
 
-def _fit_and_project(
-    name: str, members: Sequence[tuple[Packing, str]], setting: Setting, k: sizes.Cell | None
-) -> ModuleBases:
-    """One module: its bases from the adapters that have trained it, and every adapter's coefficients in them."""
-    read = [_member(packing, module) for packing, module in members]
-    if any(member.trained for member in read):
-        exact = setting.fit(read, k)
-    else:
-        spec = read[0].factors.spec
-        exact = spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
-    stored = spaces.rounded(exact, setting.dtype)
-    before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
-    for (packing, module), member in zip(members, read, strict=True):
-        try:
-            packing.project(module, name, member.factors, stored, setting.coefficient_dtype, dual, before)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"adapter {member.adapter!r}, module {name}: {error}") from error
-    return stored
+def _checkpoint(
+    folder: str | Path | None, packings: Sequence[Packing], setting: Setting, names: dict[str, str], solver: str
+) -> AbstractContextManager[Checkpoint | None]:
+    """The checkpoint of this fit in a folder, where one is wanted."""
+    if folder is None:
+        return nullcontext()
+    key = {
+        "version": __version__,
+        "options": asdict(setting.options),
+        "dtypes": [dtypes.name(setting.dtype), dtypes.name(setting.coefficient_dtype)],
+        "solver": solver,
+        "device": setting.device.type,
+        "adapters": [[packing.adapter.name, packing.scan.content_hash] for packing in packings],
+        "modules": sorted(names.items()),
+    }
+    return checkpoints.opened(Path(folder), key)
+
+
+def _jobs(
+    by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]],
+    packings: Sequence[Packing],
+    setting: Setting,
+    engine: Engine,
+    chosen: dict[str, sizes.Cell],
+    solver: str,
+) -> list[Job]:
+    adapters: Sequence[Adapter] = tuple(packing.adapter for packing in packings)
+    shared = engine.share(adapters)
+    index = {id(packing): place for place, packing in enumerate(packings)}
+    found = []
+    for name, members in by_module:
+        places = tuple(
+            Place(
+                index=index[id(packing)],
+                module=module,
+                spec=packing.adapter.specs[module],
+                trained=packing.scan.delta_squares[module] > 0,
+            )
+            for packing, module in members
+        )
+        by_iteration = solver == "auto" and not chosen and jobs.suits_iteration(places, setting.options)
+        found.append(Job(name, places, setting, shared, by_iteration, chosen.get(name)))
+    return found
+
+
+def _fit_modules(
+    todo: Sequence[Job], packings: Sequence[Packing], engine: Engine, kept: Checkpoint | None, report: Progress
+) -> tuple[dict[str, ModuleBases], bool, dict[str, float]]:
+    """The bases by module, whether some were found by iteration, and the seconds that went into it.
+
+    The packings get their coefficients.
+    """
+    modules: dict[str, ModuleBases] = {}
+    by_iteration, seconds = False, Counter[str]()
+    before = [kept.find(place) if kept else None for place in range(len(todo))]
+    done = jobs.run([todo[place] for place, found in enumerate(before) if found is None], engine)
+    for place, job in enumerate(todo):
+        report("fitting modules", place, len(todo))
+        fitted = before[place]
+        if fitted is None:
+            fitted = next(done)
+            if kept:
+                kept.keep(place, fitted)
+        modules[job.module] = fitted.bases
+        by_iteration |= fitted.by_iteration
+        seconds.update(fitted.seconds)
+        _take(fitted, job, packings)
+    report("fitting modules", len(todo), len(todo))
+    return modules, by_iteration, dict(seconds)
+
+
+def _take(fitted: Fitted, job: Job, packings: Sequence[Packing]) -> None:
+    """Give each adapter its coefficients of a module."""
+    for members, chunk in zip(fitted.members, fitted.coefficients, strict=True):
+        scalings = chunk.scaling.tolist()
+        for row, index in enumerate(members):
+            place = job.places[index]
+            coefficients = Coefficients(chunk.down[row], chunk.up[row], scalings[row])
+            packings[place.index].take(place.module, job.module, coefficients, fitted.errors[index])

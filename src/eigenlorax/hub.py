@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from . import keys
+from . import keys, urls
 from .errors import EigenloraxError, FormatError, HubError, OptionError, PackBusyError, reason
 from .version import __version__
 
@@ -21,9 +21,14 @@ _DEFAULT_BRANCH = "main"
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
+# what `Path` makes of a URL
+_WAS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
+
 
 def name_of(source: str | Path, subfolder: str | None = None) -> str:
-    """The adapter name that a folder or a repository gives: its last part, or `org--name`."""
+    """The adapter name that a folder, a URL or a repository gives: its last part, or `org--name`."""
+    if isinstance(source, str) and urls.is_url(source):
+        return urls.name_of(source, subfolder)
     local = Path(source)
     if local.exists():
         # not resolved: a link is called what it is called, not what it leads to
@@ -52,7 +57,8 @@ def adapter_folder(
         return folder, name_of(source, subfolder)
     repository = parsed(source, revision)
     if repository is None:
-        raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).")
+        hint = " A URL is given as a text, not as a Path." if _WAS_URL.match(str(source)) else ""
+        raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).{hint}")
     weights = [keys.ADAPTER_WEIGHTS, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     # a pack's manifest is fetched so that a pack can be told from what is neither

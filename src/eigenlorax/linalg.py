@@ -150,21 +150,18 @@ def dual_rows(components: Tensor) -> Tensor:
     return torch.cholesky_solve(components, torch.linalg.cholesky(gram))
 
 
-def product_square(left: Tensor, right: Tensor) -> float:
-    """‖left @ right‖²_F through r × r Gram matrices; left (m, r), right (r, n), float64."""
-    return float(((left.mT @ left) * (right @ right.mT)).sum())
+def product_square(left: Tensor, right: Tensor) -> Tensor:
+    """‖left @ right‖²_F, float64, through r × r Gram matrices; left (…, m, r), right (…, r, n)."""
+    return ((left.mT @ left).to(torch.float64) * (right @ right.mT).to(torch.float64)).sum((-2, -1))
 
 
-def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> float:
+def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
     """‖left @ right − other_left @ other_right‖²_F, accurate also where the two are nearly equal.
 
-    The four have one shape per side, (m, r) and (r, n), and one gauge. L·R − L'·R' = (L − L')·R + L'·(R − R'), so no
-    two large numbers are subtracted.
+    The four have one shape per side, (…, m, r) and (…, r, n), and one gauge. L·R − L'·R' = (L − L')·R + L'·(R − R'),
+    so no two large numbers are subtracted.
     """
-    return max(
-        product_square(
-            torch.cat([left - other_left, other_left], dim=1),
-            torch.cat([right, right - other_right]),
-        ),
-        0.0,
-    )
+    return product_square(
+        torch.cat([left - other_left, other_left], dim=-1),
+        torch.cat([right, right - other_right], dim=-2),
+    ).clamp_min(0)

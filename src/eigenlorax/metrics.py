@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import chunks, linalg
 from . import subspace as spaces
 from .adapter import LoRAFactors
+from .chunks import Chunk, CoefficientChunk
 from .subspace import Coefficients, Duals, ModuleBases
 
 
@@ -66,36 +67,46 @@ def module_error(
     exact: of the bases before they were rounded; where they are not at hand, the rounding measured is that of the
     coefficients alone.
     """
-    shift = spaces.balance(factors, coefficients.down.dtype)
-    down = factors.down.to(torch.float64) * 2.0**-shift
-    up = factors.up.to(torch.float64) * 2.0**shift
-    stored = spaces.reconstruct(coefficients, bases)
-    square = factors.scaling**2
-    return ModuleError(
-        total=spaces.delta_square(factors),
-        lost=square * linalg.difference_square(up, down, stored.up, stored.down),
-        rounding=square * _rounding_square(down, up, coefficients, exact or unrounded(bases, bases)),
+    found = CoefficientChunk(coefficients.down[None], coefficients.up[None], torch.ones(1, dtype=torch.float64))
+    wide = spaces.balanced(chunks.chunk([factors], [0.0]), coefficients.down.dtype)
+    return module_errors(wide, found, bases, exact)[0]
+
+
+def module_errors(
+    wide: Chunk, coefficients: CoefficientChunk, bases: ModuleBases, exact: Unrounded | None = None
+) -> list[ModuleError]:
+    """`module_error` for several adapters at a time, as `subspace.balanced` gives them."""
+    down, up, dtype = wide.down, wide.up.mT, wide.down.dtype
+    stored_down = coefficients.down.to(dtype) @ bases.down.components.to(dtype)
+    stored_up = (coefficients.up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
+    square = wide.scaling.square()
+    found = (
+        square * linalg.product_square(up, down),
+        square * linalg.difference_square(up, down, stored_up, stored_down),
+        square * _rounding_square(down, up, coefficients, exact or unrounded(bases, bases)),
     )
+    return [ModuleError(*values) for values in zip(*(value.tolist() for value in found), strict=True)]
 
 
-def _rounding_square(down: Tensor, up: Tensor, coefficients: Coefficients, exact: Unrounded) -> float:
+def _rounding_square(down: Tensor, up: Tensor, coefficients: CoefficientChunk, exact: Unrounded) -> Tensor:
     """‖UᵀE_up·E_down·V − U'ᵀC_up·C_down·V'‖² of bases U, V, coefficients E before, and U', V', C after rounding.
 
-    Both factors are written in the rows before rounding and what rounding took from them, (2k, r), so that no product
-    is wider than that; and as in `linalg.difference_square`, no two large numbers are subtracted.
+    Both factors are written in the rows before rounding and what rounding took from them, (n, 2k, r), so that no
+    product is wider than that; and as in `linalg.difference_square`, no two large numbers are subtracted.
     """
-    down_dual, up_dual = exact.duals
-    e_down, e_up = down @ down_dual.mT, up_dual @ up
+    down_dual, up_dual = (dual.to(down.dtype) for dual in exact.duals)
+    e_down, e_up = (rows.to(torch.float64) for rows in (down @ down_dual.mT, up_dual @ up))
     c_down, c_up = coefficients.down.to(torch.float64), coefficients.up.to(torch.float64)
-    left = torch.cat([torch.cat([e_up - c_up, c_up], dim=1), torch.cat([c_up, -c_up], dim=1)])
+    left = torch.cat([torch.cat([e_up - c_up, c_up], dim=2), torch.cat([c_up, -c_up], dim=2)], dim=1)
     right = torch.cat(
         [
-            torch.cat([e_down, torch.zeros_like(e_down)], dim=1),
-            torch.cat([e_down - c_down, c_down], dim=1),
-        ]
+            torch.cat([e_down, torch.zeros_like(e_down)], dim=2),
+            torch.cat([e_down - c_down, c_down], dim=2),
+        ],
+        dim=1,
     )
-    square = ((left.mT @ exact.up_gram @ left) * (right @ exact.down_gram @ right.mT)).sum()
-    return max(float(square), 0.0)
+    square = ((left.mT @ exact.up_gram @ left) * (right @ exact.down_gram @ right.mT)).sum((1, 2))
+    return square.clamp_min(0)
 
 
 def adapter_error(modules: Iterable[ModuleError]) -> AdapterError:
@@ -117,5 +128,5 @@ def rounding_error(exact: Mapping[str, LoRAFactors], rounded: Mapping[str, LoRAF
         one, other = exact[module], rounded[module]
         total += spaces.delta_square(one)
         left, right, other_left, other_right = (t.to(torch.float64) for t in (one.up, one.down, other.up, other.down))
-        lost += one.scaling**2 * linalg.difference_square(left, right, other_left, other_right)
+        lost += one.scaling**2 * float(linalg.difference_square(left, right, other_left, other_right))
     return math.sqrt(lost / total) if total else 0.0

@@ -44,7 +44,7 @@ class Pack:
     `add`, `add_all` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk
     when they are asked for, and checks their bytes against the manifest.
 
-    notes: what the fit has to say of its choices, in sentences. They are not saved.
+    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. Neither is saved.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Pack:
         self.revision = revision
         self.coefficient_dtype = coefficient_dtype
         self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False
@@ -311,7 +312,7 @@ class Pack:
         extend: as in `add`, by what the subspace misses of all of them together. progress(stage, done, total) is called
         as work goes on.
         """
-        found = sources.find(adapters)
+        found = sources.find(adapters, **options)
         return self._add(found, extend, carry_missing, same_base, warn_above, options, progress)
 
     def _add(

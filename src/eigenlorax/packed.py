@@ -89,9 +89,14 @@ class Packing:
         exact: Unrounded | None = None,
     ) -> None:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
+        found = spaces.project(factors, bases, dtype, dual)
+        self.take(module, place, found, metrics.module_error(factors, found, bases, exact))
+
+    def take(self, module: str, place: str, coefficients: Coefficients, error: ModuleError) -> None:
+        """Note one module's coefficients in the bases of `place`, and what they lose."""
         self.places[module] = place
-        self.coefficients[module] = spaces.project(factors, bases, dtype, dual)
-        self.errors.append(metrics.module_error(factors, self.coefficients[module], bases, exact))
+        self.coefficients[module] = coefficients
+        self.errors.append(error)
 
     def packed(self, *, in_fit: bool) -> PackedAdapter:
         """The adapter as a pack keeps it; modules that were not projected are carried as they are."""

@@ -37,7 +37,7 @@ def recognise(
         hashes.setdefault(record.source_sha256, []).append(name)
     adapters: dict[str, Adapter] = {}
     scans, strangers, unread = {}, [], {}
-    found = sources.find(given)
+    found = sources.find(given, **options)
     for done, one in enumerate(found):
         progress("reading originals", done, len(found))
         try:

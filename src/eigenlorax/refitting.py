@@ -173,7 +173,7 @@ def _compared(before: Adapter, after: Adapter, packed: PackedAdapter) -> _Square
 def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
     """‖D − D'‖² of any two gauges; as exact as the larger of the two norms allows."""
     left = torch.cat([one.scaling * one.up.double(), -other.scaling * other.up.double()], dim=1)
-    return max(linalg.product_square(left, torch.cat([one.down.double(), other.down.double()])), 0.0)
+    return max(float(linalg.product_square(left, torch.cat([one.down.double(), other.down.double()]))), 0.0)
 
 
 def _followed(before: Record, after: Record, squares: _Squares, *, alone: bool) -> Record:

@@ -3,7 +3,6 @@
 The mathematics, with proofs and measurements, is in docs/method.md. Nothing here knows of files or adapters' names.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -14,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import basis as one
-from . import linalg
+from . import chunks, linalg
 from .adapter import LoRAFactors
 from .basis import Basis
+from .chunks import Chunk, CoefficientChunk
 from .errors import NonFiniteError, OptionError, ShapeError
 from .options import integer, number
 
@@ -340,6 +340,14 @@ def _finished(first: linalg.Leading, last: linalg.Leading, roots: Sequence[Tenso
     )
 
 
+def on(bases: ModuleBases, device: torch.device) -> ModuleBases:
+    """The same bases with their components on a device."""
+    return ModuleBases(
+        down=replace(bases.down, components=bases.down.components.to(device)),
+        up=replace(bases.up, components=bases.up.components.to(device)),
+    )
+
+
 def rounded(bases: ModuleBases, dtype: torch.dtype) -> ModuleBases:
     """The same bases with their components rounded to `dtype`."""
     return ModuleBases(
@@ -401,13 +409,22 @@ def project(
     """The best approximation of a module's update in its two spans: C_A = A·Vᵀ, C_B = U·B, rounded to `dtype`.
 
     Where `dtype` is too narrow for the numbers, a power of two moves from one factor to the other, which changes
-    neither the update nor its exactness (`balance`).
+    neither the update nor its exactness (`balanced`).
     """
-    shift = balance(factors, dtype)
-    down_dual, up_dual = dual or (None, None)
-    down = one.project(factors.down.to(torch.float64) * 2.0**-shift, bases.down, down_dual)
-    up = one.project(factors.up.mT.to(torch.float64) * 2.0**shift, bases.up, up_dual).mT
-    rounded = Coefficients(down.to(dtype).contiguous(), up.to(dtype).contiguous(), factors.scaling)
+    found = project_chunk(balanced(chunks.chunk([factors], [0.0]), dtype), bases, dtype, dual)
+    return Coefficients(found.down[0], found.up[0], factors.scaling)
+
+
+def project_chunk(
+    wide: Chunk, bases: ModuleBases, dtype: torch.dtype = torch.float64, dual: Duals | None = None
+) -> CoefficientChunk:
+    """`project` for several adapters at a time, as `balanced` gives them. An error does not say which it is about."""
+    exact = {}
+    for side, rows in zip(("down", "up"), dual or duals(bases), strict=True):
+        one.check_width(wide.rows(side).shape[2], bases.side(side))
+        exact[side] = chunks.project(wide, side, rows.mT.to(wide.down.dtype))
+    down, up = exact["down"], exact["up"].mT
+    rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), wide.scaling)
     _check_kept(down, rounded.down)
     _check_kept(up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
@@ -420,25 +437,47 @@ def project(
 
 def _check_kept(exact: Tensor, rounded: Tensor) -> None:
     """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
-    size = float(torch.linalg.vector_norm(exact))
-    if size > 0 and float(torch.linalg.vector_norm(rounded.to(torch.float64))) < size / 2:
+    size, kept = (torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64) for each in (exact, rounded))
+    vanished = (size > 0) & (kept < size / 2)
+    if bool(vanished.any()):
         raise NonFiniteError(
-            f"coefficients of norm {size:.1e} vanish in {rounded.dtype}, whose smallest number is "
+            f"coefficients of norm {float(size[vanished][0]):.1e} vanish in {rounded.dtype}, whose smallest number is "
             f"{torch.finfo(rounded.dtype).smallest_normal:.1e}. Store them as float32."
         )
 
 
-def balance(factors: LoRAFactors, dtype: torch.dtype) -> int:
-    """The power of two to take out of `down` and into `up` so that both factors fit `dtype`; 0 where they do.
+def balanced(one_chunk: Chunk, dtype: torch.dtype, products: torch.dtype = torch.float64) -> Chunk:
+    """The same updates in factors whose coefficients fit `dtype`, in a dtype that large products may be made in.
 
     A factor fits if the norms of its rows leave room below the largest number of `dtype`, and its largest entry is far
-    enough above the smallest normal one to keep the digits of those a thousand times smaller.
+    enough above the smallest normal one to keep the digits of those a thousand times smaller. Where one does not, a
+    power of two goes out of it, and into the other (`shifts`).
+    products: float32 will do where factors, components and coefficients are narrower than that; the result is float64
+    all the same where sizes leave float32 no room for squares.
+    """
+    wide = one_chunk.to(products)
+    if products == torch.float32 and not _has_room(wide):
+        wide = one_chunk.to(torch.float64)
+    powers = shifts(wide, dtype).exp2().to(wide.down.dtype)[:, None, None]
+    if bool((powers == 1).all()):
+        return wide
+    return replace(wide, down=wide.down / powers, up=wide.up * powers)
+
+
+def _has_room(one_chunk: Chunk) -> bool:
+    sizes = torch.cat([chunks.norms(one_chunk, side) for side in ("down", "up")])
+    return bool(((sizes == 0) | ((sizes > 1e-8) & (sizes < 1e8))).all())
+
+
+def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """The power of two to take out of `down` and into `up` of each adapter so that both fit `dtype`; 0 where they do.
+
+    wide: with room for the squares of its numbers.
     """
     info = torch.finfo(dtype)
-    sizes = [float(torch.linalg.vector_norm(t.to(torch.float64))) for t in (factors.down, factors.up)]
-    if 0.0 in sizes or all(info.tiny * 2.0**20 < size < info.max / 2 for size in sizes):
-        return 0
-    return round(math.log2(sizes[0] / sizes[1]) / 2)
+    down, up = (chunks.norms(wide, side) for side in ("down", "up"))
+    fits = [(info.tiny * 2.0**20 < size) & (size < info.max / 2) for size in (down, up)]
+    return torch.where((fits[0] & fits[1]) | (down == 0) | (up == 0), 1.0, down / up).log2().div(2).round()
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:

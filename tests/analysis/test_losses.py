@@ -11,6 +11,7 @@ from eigenlorax import subspace as spaces
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import losses
 from eigenlorax.analysis.stack import squares, stack, stack_coefficients
+from eigenlorax.chunks import chunk
 from eigenlorax.subspace import FitOptions
 from made import awkward
 from planted import MODULES, normal, orthonormal, random_factors
@@ -64,7 +65,7 @@ class TestStored:
                 continue
             back = spaces.reconstruct(c, bases)
             # a power of two that was moved between the factors for the dtype's sake is no error of theirs
-            shift = 2.0 ** spaces.balance(f, dtype)
+            shift = 2.0 ** float(spaces.shifts(chunk([f], [0.0]).to(torch.float64), dtype))
             a, b = (oracle.rows(f, side) for side in ("down", "up"))
             a_back, b_back = oracle.rows(back, "down") * shift, oracle.rows(back, "up") / shift
             assert float(found.delta[i]) == pytest.approx(square(dense(f) - dense(back)), rel=1e-9)

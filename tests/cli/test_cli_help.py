@@ -73,12 +73,14 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
         assert example in out
 
 
-# those that need a model or the Hub are tested with one: test_demo.py, test_cli_{train,compare,push}.py
+# those that need a model, the Hub or a bucket are tested with one: test_demo.py, test_urls.py,
+# test_cli_{train,compare,push}.py
 ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "compare", "push")]
 
 
 @pytest.mark.parametrize(
-    "example", [example for verb in ALONE for example in EXAMPLES[verb] if "--evaluate" not in example]
+    "example",
+    [example for verb in ALONE for example in EXAMPLES[verb] if "--evaluate" not in example and "://" not in example],
 )
 def test_an_example_runs(cli, prepared, example):
     verb, *words = shlex.split(example)[1:]

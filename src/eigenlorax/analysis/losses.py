@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..adapter import LoRAFactors
-from ..subspace import Coefficients, ModuleBases, balance
+from ..chunks import chunk
+from ..subspace import Coefficients, ModuleBases, shifts
 from .stack import Stack, captured, difference_squares, gram, roots
 
 BLOCK = 64
@@ -40,7 +41,7 @@ def stored(
         if original is None or found is None:
             continue
         # what `project` moved from one factor to the other comes back
-        shift = balance(original, found.down.dtype)
+        shift = float(shifts(chunk([original], [0.0]).to(torch.float64), found.down.dtype))
         rank = found.rank
         down[index, :rank] = (found.down.to(torch.float64) * 2.0**shift) @ down_basis
         up[index, :rank] = (found.up.to(torch.float64).mT * (2.0**-shift * found.scaling)) @ up_basis

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..adapter import LoRAFactors
-from ..linalg import psd_root
+from ..linalg import difference_square, psd_root
 from ..subspace import Coefficients
 
 
@@ -79,7 +79,5 @@ def captured(down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"]) -> Float[
 
 
 def difference_squares(one: Stack, other_down: Tensor, other_up: Tensor) -> Float[Tensor, " n"]:
-    """‖D − D'‖² where D' = other_up.mT @ other_down is in the gauge of D; no two large numbers are subtracted."""
-    left = torch.cat([one.up - other_up, other_up], dim=1)
-    right = torch.cat([one.down, one.down - other_down], dim=1)
-    return (gram(left) * gram(right)).sum((1, 2)).clamp_min(0)
+    """‖D − D'‖² where D' = other_up.mT @ other_down is in the gauge of D."""
+    return difference_square(one.up.mT, one.down, other_up.mT, other_down)

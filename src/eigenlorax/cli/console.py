@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import urls
 from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ def path(text: str) -> Path:
     """A path of the command line. An empty one would be the current folder, which nobody means by it."""
     if not text.strip():
         raise typer.BadParameter("it is empty; was a variable of the shell not set?")
+    if urls.is_url(text):
+        raise typer.BadParameter(
+            f"{text} is a URL. Adapters may be anywhere; what is written, and packs, are on this machine."
+        )
     return Path(text)
 
 

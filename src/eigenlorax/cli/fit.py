@@ -19,11 +19,15 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/* org/on-the-hub mine=runs/3/best -o pack/ -k 64
 
+  eigenlorax fit s3://bucket/adapters -o pack/
+
   eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
 
   eigenlorax fit adapters/ -o pack/ --max-error 0.3
 
-  eigenlorax fit adapters/ -o pack/ -k auto"""
+  eigenlorax fit adapters/ -o pack/ -k auto
+
+  eigenlorax fit adapters/ -o pack/ -k 64 --engine processes --workers 8"""
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +49,8 @@ def fit(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER", help="Adapter folders, a parent folder of some, Hub ids (org/name), NAME=PATH."
+            metavar="ADAPTER",
+            help="Adapter folders, a parent folder of some, URLs (s3://…), Hub ids (org/name), NAME=PATH.",
         ),
     ],
     output: Annotated[
@@ -94,6 +99,13 @@ def fit(
     allow_pickle: console.AllowPickle = False,
     revision: console.Revision = None,
     device: Annotated[str, typer.Option(help="Where bases are fitted: cpu, cuda, cuda:1.")] = "cpu",
+    solver: Annotated[
+        str, typer.Option(help="exact: whole spectra, however large. auto: leading directions of large stacks.")
+    ] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="Who does the work: serial, processes (of this machine), ray (a cluster).")
+    ] = "serial",
+    workers: Annotated[int | None, typer.Option(metavar="N", help="How many processes (default: all cores).")] = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Leave report.html and report.json in the pack.")
     ] = True,
@@ -101,11 +113,12 @@ def fit(
     json: console.Json = False,
 ) -> None:
     """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
-    from .. import folder, keys
+    from .. import checkpoint, folder, keys
     from ..fitting import fit as fit_adapters
 
     started = time.perf_counter()
     folder.check_free(output, overwrite)
+    kept = output.parent / f".{output.name}.fitting"
     with console.working() as progress:
         pack = fit_adapters(
             adapters,
@@ -122,11 +135,16 @@ def fit(
             skip_bad=skip_bad,
             warn_above=warn_above,
             device=device,
+            solver=solver,
+            engine=engine,
+            workers=workers,
+            checkpoint=kept,
             progress=progress,
             allow_pickle=allow_pickle,
             revision=revision,
         )
         pack.save(output, overwrite=overwrite)
+        checkpoint.discard(kept)
         seconds = time.perf_counter() - started
         headline = None
         if report:

@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="PACK|ADAPTER", help="A pack, an adapter folder, or a Hub id.")],
+    target: Annotated[
+        str, typer.Argument(metavar="PACK|ADAPTER", help="A pack, an adapter's folder or URL, or a Hub id.")
+    ],
     allow_pickle: console.AllowPickle = False,
     revision: console.Revision = None,
     json: console.Json = False,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import urls
 from ..adapter import Adapter
 from ..errors import OptionError
 from . import hf_peft, official
@@ -22,7 +23,10 @@ FORMATS = {"peft": Format(hf_peft.read, hf_peft.write), "official": Format(offic
 
 
 def read_adapter(source: str | Path, *, format: str = "peft", **options: Any) -> Adapter:
-    """An adapter from a folder or a Hub id; its tensors are read when they are asked for. Options: the reader's own."""
+    """An adapter from a folder, a URL or a Hub id; its tensors are read when they are asked for, and it may be pickled.
+
+    Options: the reader's own.
+    """
     return _format(format).read(source, **options)
 
 
@@ -32,6 +36,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", *
     if write is None:
         writable = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
         raise OptionError(f"format {format!r} is read, not written. Written are: {writable}.")
+    if urls.is_url(path):
+        raise OptionError(f"{path} is a URL; adapters are read from those, and written to folders of this machine.")
     return write(adapter, Path(path), **options)
 
 

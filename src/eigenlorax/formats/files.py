@@ -7,17 +7,21 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import dtypes, hub, keys
-from ..errors import FormatError
+from .. import dtypes, keys
+from ..errors import FormatError, UrlError
+from ..urls import RemoteFolder
+from . import folders, ranges
+from .folders import Folder
 
-_DTYPES = dict(zip(("F64", "F32", "F16", "BF16"), dtypes.STORED, strict=True))
+Load = Callable[[list[str]], list[Tensor]]
+"""Reads tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +31,26 @@ class Header:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Header":
+        """That of a tensor of any dtype."""
+        return cls(tuple(shape), dtype if dtype in dtypes.STORED else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The config, parsed and word for word, and the tensors of an adapter's folder. `load` reads tensors by name."""
+    """The config, parsed and word for word, and the tensors of an adapter's folder. It may be pickled.
+
+    `weights` is what the file with the tensors is called, `file_bytes` its size.
+    """
 
     name: str
     text: str
     config: dict[str, Any]
-    weights: Path
+    weights: str
+    file_bytes: int
     headers: Mapping[str, Header]
-    load: Callable[[list[str]], list[Tensor]]
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file of weights."""
-        return self.weights.stat().st_size
+    load: Load
 
 
 def opened(
@@ -56,8 +64,8 @@ def opened(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> Opened:
-    """The folder of an adapter, or what the Hub has of it, where no such folder exists."""
-    folder, default_name = hub.adapter_folder(
+    """The folder of an adapter: on disk, behind a URL, or what the Hub has of it, where there is no such folder."""
+    folder, default_name = folders.adapter_folder(
         source,
         revision=revision,
         subfolder=subfolder,
@@ -67,21 +75,23 @@ def opened(
         allow_pickle=allow_pickle,
     )
     text, config = _read_config(folder)
-    weights, headers, load = _open_weights(folder, allow_pickle)
+    weights, file_bytes, headers, load = _open_weights(folder, allow_pickle)
     name = keys.check_name(name if name is not None else default_name)
-    return Opened(name, text, config, weights, headers, load)
+    return Opened(name, text, config, weights, file_bytes, headers, load)
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    path = folder / keys.ADAPTER_CONFIG
-    if (folder / keys.MANIFEST).is_file():
-        raise FormatError(
-            f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` gives its adapters."
-        )
-    if not path.is_file():
+def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
+    path = str(folder.at(keys.ADAPTER_CONFIG))
+    if not folders.is_adapter(folder):
+        if folders.is_pack(folder):
+            raise FormatError(
+                f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` gives its adapters."
+            )
+        if isinstance(folder, RemoteFolder):
+            _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = folder.read(keys.ADAPTER_CONFIG).decode("utf-8")
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
@@ -98,7 +108,17 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return text, config
 
 
-def _check_texts(config: dict[str, Any], path: Path) -> None:
+def _check_is_there(folder: RemoteFolder) -> None:
+    """An error unless there is a folder; no `FormatError` where nothing is: a slip in a name breaks no adapter."""
+    kind = folder.kind()
+    if kind is None:
+        private = " A private repository needs a token (HF_TOKEN)." if folder.url.startswith("hf:") else ""
+        raise UrlError(f"{folder} does not exist.{private}")
+    if kind == "file":
+        raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
+
+
+def _check_texts(config: dict[str, Any], path: str) -> None:
     """`FormatError` where a field that has to be a text, or a list of them, is something else."""
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
@@ -109,42 +129,32 @@ def _check_texts(config: dict[str, Any], path: Path) -> None:
             raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
-def _open_weights(
-    folder: Path, allow_pickle: bool
-) -> tuple[Path, dict[str, Header], Callable[[list[str]], list[Tensor]]]:
-    safetensors, pickled = folder / keys.ADAPTER_WEIGHTS, folder / keys.ADAPTER_PICKLE
-    if safetensors.is_file():
-        return safetensors, *_open_safetensors(safetensors)
-    if not pickled.is_file():
-        unfetched = "" if allow_pickle else " (from the Hub, a .bin is fetched with --allow-pickle only)"
+def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[str, Header], Load]:
+    """What the file of weights is called, its size, what it has, and what reads it."""
+    if folder.is_file(keys.ADAPTER_WEIGHTS):
+        file = folder.file(keys.ADAPTER_WEIGHTS)
+        found = ranges.stored(file)
+        headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
+        return str(file), file.size, headers, found.load
+    if not folder.is_file(keys.ADAPTER_PICKLE):
+        fetched = allow_pickle or isinstance(folder, RemoteFolder)
+        unfetched = "" if fetched else " (from the Hub, a .bin is fetched with --allow-pickle only)"
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
+    if isinstance(folder, RemoteFolder):
+        raise FormatError(
+            f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, of which no ranges can be read. "
+            "Download the folder, and name the copy."
+        )
     if not allow_pickle:
         raise FormatError(
             f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, which may run code when read. If you "
             "trust it, pass --allow-pickle (allow_pickle=True): it is then read with weights_only=True."
         )
-    return pickled, *_open_pickle(pickled)
+    pickled = folder.at(keys.ADAPTER_PICKLE)
+    return str(pickled), pickled.stat().st_size, *_open_pickle(pickled)
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], list[Tensor]]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            headers = {
-                key: Header(tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise FormatError(f"{path} is not a whole safetensors file: {error}") from error
-
-    def load(names: list[str]) -> list[Tensor]:
-        # opened at each read: a thousand adapters would be a thousand open files
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(key) for key in names]
-
-    return headers, load
-
-
-def _open_pickle(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], list[Tensor]]]:
+def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:
     state = _load_pickle(path)
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -153,11 +163,13 @@ def _open_pickle(path: Path) -> tuple[dict[str, Header], Callable[[list[str]], l
     odd = [key for key, value in state.items() if value.layout is not torch.strided or value.device.type != "cpu"]
     if odd:
         raise FormatError(f"{path}: tensor {odd[0]!r} is sparse, or has no numbers; a dense one was expected.")
-    known = set(_DTYPES.values())
-    headers = {
-        key: Header(tuple(value.shape), value.dtype if value.dtype in known else None) for key, value in state.items()
-    }
-    return headers, lambda names: [state[key].detach() for key in names]
+    headers = {key: Header.of(value.shape, value.dtype) for key, value in state.items()}
+    return headers, partial(in_memory, {key: value.detach() for key, value in state.items()})
+
+
+def in_memory(tensors: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
+    """Tensors by name, of those that are there already."""
+    return [tensors[name] for name in names]
 
 
 def _load_pickle(path: Path) -> Any:

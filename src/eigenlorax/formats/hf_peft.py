@@ -5,8 +5,9 @@ is not imported. The format and what is done with each kind of tensor: docs/adap
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
 from ..errors import FormatError, NonFiniteError, ShapeError
 from ..keys import Kind
 from . import coefficients, files, lora_config, official
-from .files import Header
+from .files import Header, Load
 
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
@@ -36,7 +37,8 @@ def read(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """A PEFT LoRA from a local folder, or from the Hub where no such folder exists (`org/name`, `org/name@revision`).
+    """A PEFT LoRA from a local folder, from behind a URL (`s3://…`, `hf://…`), or from the Hub where no such folder
+    exists (`org/name`, `org/name@revision`).
 
     An adapter that was trained on coefficients is read as the LoRA it is, where its subspace is known (`Pack.open`);
     so is one of the paper's authors, where its config has the `lora_alpha` that it goes with.
@@ -73,7 +75,7 @@ def assemble(
     config_text: str,
     config: dict[str, Any],
     headers: Mapping[str, Header],
-    load: Callable[[list[str]], list[Tensor]],
+    load: Load,
     *,
     where: str,
     file_bytes: int = 0,
@@ -116,31 +118,38 @@ def assemble(
         else:
             specs[module] = _spec(module, pair, headers, config, where)
 
-    def factors_of(module: str) -> LoRAFactors:
-        down, up = load([factors[module]["down"], factors[module]["up"]])
-        return LoRAFactors(down, up, specs[module].scaling)
-
     return Adapter(
         name=name,
         specs=specs,
-        modules=Lazy(specs, factors_of),
+        modules=Lazy(specs, partial(_factors, load, factors, specs)),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
-        heads=Lazy(heads, lambda key: load([heads[key]])[0]),
-        carried=Lazy(carried, lambda key: load([carried[key]])[0]),
+        heads=Lazy(heads, partial(_tensor, load, heads)),
+        carried=Lazy(carried, partial(_tensor, load, carried)),
         source_config=config_text,
         file_bytes=file_bytes,
     )
 
 
+# Functions of the module, bound by `partial`: an adapter can be sent to another process, which a closure cannot.
+
+
+def _factors(
+    load: Load, keys_of: Mapping[str, Mapping[str, str]], specs: Mapping[str, ModuleSpec], module: str
+) -> LoRAFactors:
+    down, up = load([keys_of[module]["down"], keys_of[module]["up"]])
+    return LoRAFactors(down, up, specs[module].scaling)
+
+
+def _tensor(load: Load, raw_keys: Mapping[str, str], key: str) -> Tensor:
+    return load([raw_keys[key]])[0]
+
+
 def from_tensors(name: str, config_text: str, tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
     """An adapter out of tensors in memory under PEFT's keys."""
-    headers = {
-        key: Header(tuple(value.shape), value.dtype if value.dtype in dtypes.STORED else None)
-        for key, value in tensors.items()
-    }
+    headers = {key: Header.of(value.shape, value.dtype) for key, value in tensors.items()}
     config = json.loads(config_text)
-    return assemble(name, config_text, config, headers, lambda names: [tensors[key] for key in names], where=where)
+    return assemble(name, config_text, config, headers, partial(files.in_memory, tensors), where=where)
 
 
 def _carried_whole(module: str, config: dict[str, Any], pair: list[Header]) -> bool:

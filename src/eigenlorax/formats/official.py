@@ -7,6 +7,7 @@ docs/adapter-formats.md has the cases.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,26 @@ def adapter(found: Opened, lora_alpha: float | None = None, basis: Opened | None
     config = {**found.config, "lora_alpha": _alpha(found, lora_alpha, modules)}
     specs = {module: _spec(found, module, parts, config) for module, parts in sorted(modules.items())}
 
-    def factors(module: str) -> LoRAFactors:
-        spec, parts = specs[module], modules[module]
-        down, up = (_product(parts, side) for side in keys.SIDES)
-        return LoRAFactors(down.mT.to(spec.dtype).contiguous(), up.to(spec.dtype), spec.scaling)
-
     made = Adapter(
         name=found.name,
         specs=specs,
-        modules=Lazy(specs, factors),
+        modules=Lazy(specs, partial(_factors, specs, modules)),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
-        heads=Lazy(heads, lambda key: heads[key].read()),
+        heads=Lazy(heads, partial(_read_head, heads)),
         file_bytes=found.file_bytes,
     )
     return replace(made, source_config=lora_config.derived(made, config))
+
+
+def _factors(specs: Mapping[str, ModuleSpec], modules: Mapping[str, _Module], module: str) -> LoRAFactors:
+    spec, parts = specs[module], modules[module]
+    down, up = (_product(parts, side) for side in keys.SIDES)
+    return LoRAFactors(down.mT.to(spec.dtype).contiguous(), up.to(spec.dtype), spec.scaling)
+
+
+def _read_head(heads: Mapping[str, _Part], key: str) -> Tensor:
+    return heads[key].read()
 
 
 def _sorted_out(found: Opened) -> tuple[dict[str, _Module], Mapping[str, _Part]]:

@@ -1,16 +1,23 @@
-"""From what a user points at to adapters, one by one: folders, folders of folders, Hub ids, NAME=PATH."""
+"""From what a user points at to adapters, one by one: folders, folders of folders, URLs, Hub ids, NAME=PATH."""
 
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .. import hub, keys
+from .. import hub, keys, urls
 from ..adapter import Adapter
 from ..errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning
+from . import folders
+from .folders import Folder, LocalFolder
 
 Source = str | Path | Adapter
 Sources = Source | Iterable[Source] | Mapping[str, Source]
+
+
+_LOOKED_INTO = 10
+"""Folders of a parent in which adapters are looked for in order to say where some are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +28,17 @@ class Found:
     source: Source
 
 
-def find(sources: Sources) -> list[Found]:
-    """Every adapter that the sources stand for, in their order; a parent folder gives its children by name."""
+def find(sources: Sources, *, revision: str | None = None, token: str | bool | None = None, **_: Any) -> list[Found]:
+    """Every adapter that the sources stand for, in their order; a parent folder gives its children by name.
+
+    revision, token: of the Hub, where it is looked into (`hf://…`); other options of `read_adapter` change nothing.
+    """
     if isinstance(sources, Mapping):
         pairs: list[tuple[str | None, Source]] = list(sources.items())
     else:
         several = [sources] if isinstance(sources, str | Path | Adapter) else list(sources)
         pairs = [_split(source) for source in several]
-    found = [item for name, source in pairs for item in _expand(name, source)]
+    found = [item for name, source in pairs for item in _expand(name, source, revision, token)]
     if not found:
         raise OptionError("no adapter was given: name one folder, a parent folder of some, or a Hub id, at least.")
     return found
@@ -36,7 +46,7 @@ def find(sources: Sources) -> list[Found]:
 
 def _split(source: Source) -> tuple[str | None, Source]:
     """`NAME=PATH` in its two parts; anything else as it is."""
-    if not isinstance(source, str) or "=" not in source or Path(source).exists():
+    if not isinstance(source, str) or "=" not in source or urls.is_url(source) or Path(source).exists():
         return None, source
     name, _, path = source.partition("=")
     if not path:
@@ -47,19 +57,20 @@ def _split(source: Source) -> tuple[str | None, Source]:
         raise AdapterNameError(f"{source} does not exist, and cannot be read as NAME=PATH: {error}") from error
 
 
-def _expand(name: str | None, source: Source) -> list[Found]:
+def _expand(name: str | None, source: Source, revision: str | None, token: str | bool | None) -> list[Found]:
     if isinstance(source, Adapter):
         return [Found(name, source)]
     if not str(source).strip():
         # as a path it would be the current folder
         raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
-    folder = Path(source)
-    if not folder.exists() or not folder.is_dir() or _is_adapter(folder) or (folder / keys.MANIFEST).is_file():
+    source = folders.localized(source)
+    folder = _folder(source, revision, token)
+    if folder is None or folders.is_adapter(folder) or folders.is_pack(folder):
         return [Found(name, source)]
-    children = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    adapters = [child for child in children if _is_adapter(child)]
+    children = folder.folders()
+    adapters = [child for child in children if folders.is_adapter(child)]
     if not adapters:
-        deeper = sorted({path.parent.parent for path in folder.glob(f"*/*/{keys.ADAPTER_CONFIG}")})
+        deeper = [child for child in children[:_LOOKED_INTO] if any(map(folders.is_adapter, child.folders()))]
         hint = f" There are some one level deeper: try {deeper[0]}." if deeper else ""
         raise FormatError(
             f"{folder} has no {keys.ADAPTER_CONFIG}, and neither has any folder in it: no adapter was found.{hint}"
@@ -67,16 +78,22 @@ def _expand(name: str | None, source: Source) -> list[Found]:
     if name is not None:
         raise OptionError(f"{name}={folder} names one adapter, but {folder} is a folder of {len(adapters)}.")
     for child in children:
-        weights = [*child.glob("*.safetensors"), *child.glob("*.bin")]
-        if child not in adapters and weights:
-            pack = (child / keys.MANIFEST).is_file()
-            reason = "is a pack" if pack else f"holds {weights[0].name} but no {keys.ADAPTER_CONFIG}"
+        if child in adapters:
+            continue
+        weights = [file for file in child.files() if file.endswith((".safetensors", ".bin"))]
+        if weights:
+            reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"
             warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
-    return [Found(None, child) for child in adapters]
+    return [Found(None, child.source) for child in adapters]
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / keys.ADAPTER_CONFIG).is_file()
+def _folder(source: str | Path, revision: str | None, token: str | bool | None) -> Folder | None:
+    """The folder that a source names, to look into; None for the Hub's ids, and for what is no folder, or not there."""
+    if isinstance(source, str) and urls.is_url(source):
+        remote = urls.folder(source, revision=revision, token=token)
+        remote.refresh()
+        return remote if folders.is_adapter(remote) or remote.kind() == "directory" else None
+    return LocalFolder(Path(source)) if Path(source).is_dir() else None
 
 
 def default_name(found: Found) -> str:

@@ -1,0 +1,105 @@
+"""Tensors of a safetensors file, read by their offsets when they are asked for.
+
+The header is read and checked once. What is kept is a description, which may be pickled, and read from in any process
+or thread: no file stays open, and none is mapped, since mapped pages count as the process's memory.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..urls import RemoteFile
+from . import header
+from .header import Entry
+
+_FIRST = 1 << 16
+"""Bytes that are read at first: most headers are shorter, so that one read is enough."""
+
+Part = tuple[int, memoryview]
+"""Where a range of bytes begins, and the room it is to fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file on disk as it was when it was described: by what it was called, and as an absolute path."""
+
+    called: str
+    path: str
+    size: int
+    modified_ns: int
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Read ranges of bytes, in the order of the file. `FormatError` if it is not the one that was described."""
+        try:
+            # unbuffered: bytes go where they are wanted, and none beside them is read
+            with open(self.path, "rb", buffering=0) as file:
+                now = os.fstat(file.fileno())
+                if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
+                    raise self._changed()
+                for begin, room in sorted(parts, key=itemgetter(0)):
+                    file.seek(begin)
+                    while room:
+                        count = file.readinto(room)
+                        if not count:
+                            raise self._changed()
+                        room = room[count:]
+        except OSError as error:
+            # a read does not say which file the disk failed at
+            error.filename = error.filename or self.called
+            raise
+
+    def _changed(self) -> FormatError:
+        return FormatError(
+            f"{self.called} was changed while it was in use: it is not the file whose header was read. Run it again "
+            "when nothing writes to it."
+        )
+
+    def __str__(self) -> str:
+        return self.called
+
+
+def local(path: Path) -> LocalFile:
+    """The file as it is now."""
+    found = path.stat()
+    return LocalFile(str(path), os.path.abspath(path), found.st_size, found.st_mtime_ns)
+
+
+File = LocalFile | RemoteFile
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The tensors of a safetensors file, by its header."""
+
+    file: File
+    entries: Mapping[str, Entry]
+
+    def load(self, names: Sequence[str]) -> list[Tensor]:
+        """Tensors by name, each in memory of its own."""
+        entries = [self.entries[name] for name in names]
+        buffers = [torch.empty(entry.end - entry.begin, dtype=torch.uint8) for entry in entries]
+        rooms = [buffer.numpy().data for buffer in buffers]
+        self.file.fill([(entry.begin, room) for entry, room in zip(entries, rooms, strict=True)])
+        return [buffer.view(entry.dtype).reshape(entry.shape) for entry, buffer in zip(entries, buffers, strict=True)]
+
+
+def stored(file: File) -> Stored:
+    """What a safetensors file has, by its header. `FormatError` if the file is not whole."""
+    where = str(file)
+    first = _read(file, 0, min(_FIRST, file.size))
+    end = header.LENGTH_BYTES + header.length(first, file.size, where)
+    text = first[header.LENGTH_BYTES : end] + _read(file, len(first), max(end, len(first)))
+    return Stored(file, header.parse(text, file.size, where))
+
+
+def _read(file: File, begin: int, end: int) -> bytes:
+    room = bytearray(end - begin)
+    if room:
+        file.fill([(begin, memoryview(room))])
+    return bytes(room)

@@ -1,0 +1,100 @@
+"""Leading eigenvectors of a symmetric matrix that can be multiplied with and is never formed.
+
+Randomised block Krylov iteration (Musco and Musco, arXiv 1504.05477) in the form of block Lanczos with full
+reorthogonalisation. Nothing here knows where the matrix comes from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Multiply = Callable[[Tensor], Tensor]
+"""From columns (d, b) to the matrix times them, (d, b)."""
+
+# A block whose part outside the space so far is below this share of the largest eigenvalue holds rounding alone.
+_NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-14}
+# The share of a step's gain that the next one brings, at least, in what is taken for missing.
+_LEAST_RATIO = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Ritz:
+    """What was found of a positive semi-definite matrix.
+
+    values: Ritz values, descending, float64, all that the search came by, (m,) with m ≥ k; each is at most the
+        eigenvalue of its place. vectors: the first k Ritz vectors as orthonormal columns, (d, k).
+    shortfall: what the sum of the k largest eigenvalues is above that of the first k Ritz values: an estimate from how
+        fast the latter grew, 0 where the search came to its end.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    shortfall: float
+
+
+def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float) -> Ritz:
+    """The k leading eigenvectors, from the columns `start`, (d, b), which any random ones may be.
+
+    The search goes on until `shortfall` is at most `tolerance`; at the latest until its space has no room left.
+    """
+    basis = orthonormal_columns(start)
+    size = start.shape[1]
+    small = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
+    sums: list[float] = []
+    while True:
+        image = multiply(basis[:, -size:])
+        small = _bordered(small, basis.mT @ image)
+        squares, mixing = _descending_eigh(small)
+        sums.append(float(squares[:k].clamp_min(0).sum()))
+        outside = _outside(image, basis)
+        negligible = _NEGLIGIBLE[start.dtype] * float(squares[0])
+        ended = float(torch.linalg.matrix_norm(outside)) <= negligible
+        shortfall = 0.0 if ended else missing(sums)
+        enough = len(squares) >= k and shortfall <= tolerance
+        if ended or enough or len(squares) + size > len(start):
+            vectors = orthonormal_columns(basis @ mixing[:, :k].to(basis.dtype))
+            return Ritz(squares.clamp_min(0), vectors, shortfall)
+        basis = torch.cat([basis, _outside(orthonormal_columns(outside), basis, normed=True)], dim=1)
+
+
+def missing(sums: list[float]) -> float:
+    """What a growing sequence still lacks of its limit, by the ratio of its last two steps; inf where it has fewer."""
+    if len(sums) < 3:
+        return float("inf")
+    before, last = sums[-2] - sums[-3], max(sums[-1] - sums[-2], 0.0)
+    if last == 0.0:
+        return 0.0
+    ratio = max(last / before, _LEAST_RATIO) if before > 0 else 1.0
+    return last * ratio / (1 - ratio) if ratio < 1 else float("inf")
+
+
+def orthonormal_columns(columns: Tensor) -> Tensor:
+    """The same span with orthonormal columns."""
+    q: Tensor = torch.linalg.qr(columns)[0]
+    return q
+
+
+def _outside(columns: Tensor, basis: Tensor, normed: bool = False) -> Tensor:
+    """The part of the columns that is orthogonal to the basis; orthonormal again where they were."""
+    for _ in range(2):
+        columns = columns - basis @ (basis.mT @ columns)
+    return orthonormal_columns(columns) if normed else columns
+
+
+def _bordered(small: Tensor, border: Tensor) -> Tensor:
+    """The symmetric matrix with further columns, and the same as rows."""
+    size, width = small.shape[0], border.shape[1]
+    whole = torch.zeros(size + width, size + width, dtype=torch.float64, device=border.device)
+    whole[:size, :size] = small
+    whole[:, size:] = border
+    whole[size:, :size] = whole[:size, size:].mT
+    corner = whole[size:, size:]
+    whole[size:, size:] = (corner + corner.mT) / 2
+    return whole
+
+
+def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0), vectors.flip(1)
