@@ -294,7 +294,12 @@ class TestSteps:
         rows = {row.name: row.delta_error for row in report.adapters}
         assert rows == pytest.approx({name: one.delta_error for name, one in pack.records.items()}, rel=1e-5)
         assert {module.down.k for module in report.modules} == {4}
-        assert ex.report(pack, None).adapters
+        assert any("has grown by 12 directions" in note for note in report.notes)
+        # without their originals, another basis leaves bounds
+        again = ex.refit(pack, n_components=3).pack
+        assert again.summary.bounds == 3
+        assert any("errors of a, b, c are upper bounds" in note for note in ex.report(again).notes)
+        assert not any("bounds" in note for note in ex.report(again, [sources, late]).notes)
 
     def test_after_a_fit_that_lists_a_part_of_the_spectrum(self, sources, tmp_path):
         from dataclasses import replace

@@ -131,4 +131,5 @@ class _Side:
         """The added directions, orthogonal to the basis to the last bit that float64 has."""
         if not added.k:
             return self.clean.new_zeros(0, self.clean.shape[1])
-        return linalg.orthogonal_complement_rows(added.components(), self.clean)
+        rows = added.components()
+        return linalg.orthonormal_rows(rows - (rows @ self.clean.mT) @ self.clean)

@@ -58,7 +58,11 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The figures of a pack. Errors are None where there is no trained adapter of that group."""
+    """The figures of a pack. Errors are None where there is no trained adapter of that group.
+
+    n_extended: directions that extensions have appended, over all sides. bounds: adapters whose delta error is an upper
+    bound.
+    """
 
     base_model: str | None
     revision: str | None
@@ -76,6 +80,7 @@ class Summary:
     up: Components
     in_fit: Errors | None
     projected: Errors | None
+    bounds: int
     bytes: Bytes
 
 
@@ -107,6 +112,7 @@ def summarize(
         up=_components(info, fit, "up"),
         in_fit=_errors({name: record for name, record in trained.items() if record.in_fit}),
         projected=_errors({name: record for name, record in trained.items() if not record.in_fit}),
+        bounds=sum(record.bound for record in records.values()),
         bytes=_bytes(records, info, coefficient_dtype),
     )
 

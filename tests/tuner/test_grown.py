@@ -166,6 +166,25 @@ class TestSavedElsewhere:
         assert columns(loaded) == {9}
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=0, rtol=0)
 
+    def test_it_may_be_embedded_then(self, saved_base, pack, tmp_path, ids):
+        model = trained(saved_base, pack)
+        model.save_pretrained(tmp_path / "mine")
+        grow(pack)
+        loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=pack)
+        loaded.peft_config["default"].embed_subspace = True
+        loaded.save_pretrained(tmp_path / "embedded")
+        alone = PeftModel.from_pretrained(base(saved_base), tmp_path / "embedded").eval()
+        torch.testing.assert_close(alone(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+    @pytest.mark.usefixtures("_forgotten")
+    def test_merging_and_unmerging_is_as_it_was(self, saved_base, pack, tmp_path, ids):
+        model = trained(saved_base, pack)
+        model.save_pretrained(tmp_path / "mine")
+        grow(pack)
+        loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=pack).eval()
+        merged, wanted = (one.merge_and_unload() for one in (loaded, model))
+        assert torch.equal(merged(ids).logits, wanted(ids).logits)
+
     @pytest.mark.usefixtures("_forgotten")
     def test_a_subspace_that_grew_elsewhere_is_another_one(self, saved_base, pack, tmp_path):
         """One pack, extended in two ways: what was trained after one extension does not belong to the other."""

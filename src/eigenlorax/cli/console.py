@@ -173,6 +173,8 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *[("  of extensions", f"{figures.n_extended:,} of them in all")] * bool(figures.n_extended),
         *_error_rows("delta error", figures.in_fit),
         *_error_rows("delta error, projected adapters", figures.projected),
+        *[("  of which upper bounds", f"{figures.bounds}: fitted again without their originals")]
+        * bool(figures.bounds),
         *cost_rows(figures),
     ]
 

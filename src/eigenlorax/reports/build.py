@@ -158,6 +158,18 @@ def _notes(pack: Pack, found: Originals | None, measured: Measured | None) -> li
             f"{len(measured.chosen)} of {len(measured.fitted)} adapters were left out of the fit in turn, drawn at "
             "random; --left-out says how many."
         )
+    measured_names = measured.names if measured is not None else []
+    bounds = [name for name, record in pack.records.items() if record.bound and name not in measured_names]
+    if bounds:
+        notes.append(
+            f"The delta errors of {', '.join(bounds)} are upper bounds: the pack was fitted again without their "
+            "originals."
+        )
+    if pack.info.n_extended:
+        notes.append(
+            f"The subspace has grown by {pack.info.n_extended:,} directions of adapters that came later. Errors in the "
+            "pack include them; k, spectra and what other sizes would lose are of the fit."
+        )
     carried = [name for name, record in pack.records.items() if record.carried_bytes]
     if carried:
         notes.append(f"{len(carried)} adapters carry tensors as they are; those lose nothing and are in no error here.")
