@@ -342,7 +342,8 @@ class Pack:
         untrained = [name for name, record in records.items() if record.untrained]
         if untrained:
             warnings.warn(
-                f"untrained (every update is zero): {', '.join(untrained)}. It is kept in the pack.",
+                f"untrained (every update is zero): {', '.join(untrained)}. "
+                f"{'They are' if len(untrained) > 1 else 'It is'} kept in the pack.",
                 UntrainedAdapterWarning,
                 stacklevel=3,
             )

@@ -25,7 +25,7 @@ class EigenLoraxLayer(BaseTunerLayer):
     """What an adapted layer holds, by adapter; and the bases, by the fingerprint of their subspace."""
 
     adapter_layer_names = ("eigenlorax_down", "eigenlorax_up", "eigenlorax_core")
-    other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of")
+    other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of", "sizes_of")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -37,6 +37,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.subspace_of: dict[str, str] = {}
+        # on how many components (down, up) each has coefficients: the first ones, where its subspace has grown since
+        self.sizes_of: dict[str, tuple[int, int]] = {}
         self.eigenlorax_dropout = nn.ModuleDict({})
         self.eigenlorax_down = nn.ParameterDict({})
         self.eigenlorax_up = nn.ParameterDict({})
@@ -77,9 +79,11 @@ class EigenLoraxLayer(BaseTunerLayer):
         coefficients = start.coefficients(r, self.scaling[adapter_name])
         if config.core:
             (core,) = coefficients
+            self.sizes_of[adapter_name] = core.shape[1], core.shape[0]
             self.eigenlorax_core[adapter_name] = nn.Parameter(core)
         else:
             down, up = coefficients
+            self.sizes_of[adapter_name] = down.shape[1], up.shape[0]
             self.eigenlorax_down[adapter_name] = nn.Parameter(down)
             self.eigenlorax_up[adapter_name] = nn.Parameter(up)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -99,32 +103,23 @@ class EigenLoraxLayer(BaseTunerLayer):
                 target[key] = basis.components.to(device=_real(device), dtype=dtype)
 
     def bases_of(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """(k_down, in) and (k_up, out), orthonormal rows: those that the adapter has coefficients on, the first ones
-        where its subspace has grown since."""
+        """(k_down, in) and (k_up, out), orthonormal rows: those that the adapter has coefficients on."""
         if adapter_name in self.eigenlorax_embedded_down:
             down, up = self.eigenlorax_embedded_down[adapter_name], self.eigenlorax_embedded_up[adapter_name]
         else:
             key = self.subspace_of[adapter_name]
             down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
-        k_down, k_up = self.sizes_of(adapter_name)
+        k_down, k_up = self.sizes_of[adapter_name]
         return down[:k_down], up[:k_up]
-
-    def sizes_of(self, adapter_name: str) -> tuple[int, int]:
-        """On how many components (down, up) an adapter has coefficients."""
-        if adapter_name in self.eigenlorax_core:
-            k_up, k_down = self.eigenlorax_core[adapter_name].shape
-        else:
-            k_down, k_up = self.eigenlorax_down[adapter_name].shape[1], self.eigenlorax_up[adapter_name].shape[0]
-        return k_down, k_up
 
     def widen(self, adapter_name: str) -> None:
         """Give an adapter coefficients on all components that its subspace has now: zeros on those that came since."""
-        k_down, k_up = self.sizes_of(adapter_name)
         key = self.subspace_of[adapter_name]
         if adapter_name in self.eigenlorax_embedded_down or key not in self.eigenlorax_basis_down:
             return
-        more_down = len(self.eigenlorax_basis_down[key]) - k_down
-        more_up = len(self.eigenlorax_basis_up[key]) - k_up
+        now = len(self.eigenlorax_basis_down[key]), len(self.eigenlorax_basis_up[key])
+        more_down, more_up = (size - old for size, old in zip(now, self.sizes_of[adapter_name], strict=True))
+        self.sizes_of[adapter_name] = now
         for parts, room in (
             (self.eigenlorax_down, (0, more_down)),
             (self.eigenlorax_up, (0, 0, 0, more_up)),
