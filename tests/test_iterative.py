@@ -19,9 +19,7 @@ def collection(n=60, ranks=(2, 5, 3), noise=0.05, seed=0, dtype=torch.float64, d
     bases = (strengths * orthonormal(directions, IN, 1), strengths * orthonormal(directions, OUT, 2))
     found = []
     for index in range(n):
-        one = factors_in(
-            bases, ranks[index % len(ranks)], seed=seed + 10 * index, scaling=0.5 + index % 4, noise=noise
-        )
+        one = factors_in(bases, ranks[index % len(ranks)], seed=seed + 10 * index, scaling=0.5 + index % 4, noise=noise)
         found.append(LoRAFactors(one.down.to(dtype), one.up.to(dtype), one.scaling))
     return found
 
@@ -69,9 +67,7 @@ def narrow(monkeypatch):
 def test_each_side_keeps_the_energy_of_the_exact_fit(weighting, noise, dtype):
     factors = collection(noise=noise)
     found = fitted(factors, weighting=weighting, sweeps=0, dtype=dtype)
-    exact = subspace.fit_module(
-        factors, weights_of(factors), FitOptions(n_components=K, weighting=weighting, sweeps=0)
-    )
+    exact = subspace.fit_module(factors, weights_of(factors), FitOptions(n_components=K, weighting=weighting, sweeps=0))
     for side in ("down", "up"):
         one, other = found.side(side), exact.side(side)
         assert 0 <= other.energy - one.energy + 1e-7 < 1e-4

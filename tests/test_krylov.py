@@ -40,9 +40,7 @@ def test_leading_vectors_keep_what_those_of_a_whole_decomposition_keep(kind, k):
     found = search(whole, k, tolerance=1e-6 * float(wanted.sum()))
     kept = float((found.vectors.mT @ whole @ found.vectors).trace())
     assert float(wanted[:k].sum()) - kept <= 1e-6 * float(wanted.sum())
-    torch.testing.assert_close(
-        found.vectors.mT @ found.vectors, torch.eye(k, dtype=torch.float64), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(k, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kind", SPECTRA)

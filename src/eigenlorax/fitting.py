@@ -142,9 +142,14 @@ def fit(
         fit_options = replace(fit_options, n_components=choice.n_components)
         setting, notes = replace(setting, options=fit_options), [choice.reason]
     chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
-    with engines.opened(engine, workers) as workforce, _checkpoint(checkpoint, packings, setting, names, solver) as kept:
+    with (
+        engines.opened(engine, workers) as workforce,
+        _checkpoint(checkpoint, packings, setting, names, solver) as kept,
+    ):
         todo = _jobs(by_module, packings, setting, workforce, chosen, solver)
-        modules, by_iteration, seconds = _fit_modules(todo, packings, workforce, kept, report)
+        before = [kept.find(place) if kept else None for place in range(len(todo))]
+        resumed = sum(found is not None for found in before)
+        modules, by_iteration, seconds = _fit_modules(todo, before, packings, workforce, kept, report)
     subspace = Subspace(modules)
     pack = Pack(
         subspace,
@@ -162,6 +167,8 @@ def fit(
         coefficient_dtype=stored_coefficients,
     )
     pack.notes.extend(notes)
+    if resumed:
+        pack.notes.append(f"{resumed} of {len(todo)} modules were there from a fit that was interrupted.")
     pack.seconds.update({"scanning": scanned, **seconds})
     if lossy(pack.records, warn_above):
         # to find out how many would do takes whole spectra
@@ -391,15 +398,19 @@ def _jobs(
 
 
 def _fit_modules(
-    todo: Sequence[Job], packings: Sequence[Packing], engine: Engine, kept: Checkpoint | None, report: Progress
+    todo: Sequence[Job],
+    before: Sequence[Fitted | None],
+    packings: Sequence[Packing],
+    engine: Engine,
+    kept: Checkpoint | None,
+    report: Progress,
 ) -> tuple[dict[str, ModuleBases], bool, dict[str, float]]:
     """The bases by module, whether some were found by iteration, and the seconds that went into it.
 
-    The packings get their coefficients.
+    before: what is there of them already. The packings get their coefficients.
     """
     modules: dict[str, ModuleBases] = {}
     by_iteration, seconds = False, Counter[str]()
-    before = [kept.find(place) if kept else None for place in range(len(todo))]
     done = jobs.run([todo[place] for place, found in enumerate(before) if found is None], engine)
     for place, job in enumerate(todo):
         report("fitting modules", place, len(todo))
