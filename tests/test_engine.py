@@ -49,7 +49,7 @@ def test_what_is_shared_is_sent_to_each_process_once(opened):
     shared = opened.share(list(range(1000)))
     assert list(opened.run(partial(calls.length_of, shared) for _ in range(6))) == [1000] * 6
     seen = list(opened.run(partial(calls.fetched, shared) for _ in range(12)))
-    assert len({identity for identity in seen}) == len({process for process, _ in seen})
+    assert len(set(seen)) == len({process for process, _ in seen})
 
 
 def test_serial_calls_are_made_here():

@@ -1,6 +1,7 @@
 """The fit by rounds over chunks, against the exact one and dense matrices."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_a_sweep_never_lowers_what_is_kept_and_comes_near_the_exact_ones(noise):
     factors = collection(noise=noise)
     weights = weights_of(factors)
     values = [kept(factors, weights, fitted(factors, weights, sweeps=n)) for n in range(4)]
-    assert all(later >= earlier * (1 - 1e-9) for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later >= earlier * (1 - 1e-9) for earlier, later in pairwise(values))
     exact = subspace.fit_module(factors, weights, FitOptions(n_components=K, sweeps=2))
     assert values[2] >= (1 - 1e-2) * kept(factors, weights, exact)
 

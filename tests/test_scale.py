@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import eigenlorax
 from eigenlorax import checkpoint, formats, jobs
 from eigenlorax.adapter import from_factors
-from eigenlorax.errors import NonFiniteError, OptionError, PackBusyError
+from eigenlorax.errors import NonFiniteError, OptionError
 from planted import factors_in, orthonormal, tree
 
 N, K = 200, 8
