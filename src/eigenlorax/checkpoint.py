@@ -65,7 +65,7 @@ def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
     mine = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
     _check_is_one(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with store.lock(folder / _LOCK, timeout=0):
+    with store.lock(folder / _LOCK, timeout=0.0):
         place = folder / _KEY
         if not place.exists() or place.read_bytes() != mine:
             for path in _contents(folder):

@@ -47,11 +47,13 @@ def scan(adapter: Adapter) -> Scan:
     squares: dict[str, float] = {}
     for module in sorted(adapter.modules):
         factors = adapter.modules[module]
+        squares[module] = spaces.delta_square(factors)
         for side, tensor in (("down", factors.down), ("up", factors.up)):
-            _check_finite(adapter, f"{module} ({side})", tensor)
+            # one number that is none makes none of the norm
+            if not math.isfinite(squares[module]):
+                _check_finite(adapter, f"{module} ({side})", tensor)
             digest.update(f"{module}\0{side}\0{tuple(tensor.shape)}\0{tensor.dtype}\0{factors.scaling!r}\0".encode())
             digest.update(spaces.tensor_bytes(tensor))
-        squares[module] = spaces.delta_square(factors)
     for group in (adapter.heads, adapter.carried):
         for key in sorted(group):
             tensor = group[key]
@@ -68,7 +70,8 @@ def scan(adapter: Adapter) -> Scan:
 
 
 def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
-    bad = int((~tensor.float().isfinite()).sum())
+    wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+    bad = int((~wide.isfinite()).sum())
     if bad:
         raise NonFiniteError(
             f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Leave it out with "

@@ -6,7 +6,7 @@ Module by module: what is in memory at one time is one module's factors of all a
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial, reduce
@@ -21,7 +21,7 @@ from . import engine as engines
 from .adapter import Adapter
 from .auto import Outline
 from .checkpoint import Checkpoint
-from .engine import Engine
+from .engine import Engine, Shared
 from .errors import (
     WARN_ABOVE,
     AdapterNameError,
@@ -128,26 +128,30 @@ def fit(
     names, left_out = _module_names(read, exclude_modules)
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
-    started = time.perf_counter()
-    packings = _scan(read, skip_bad, skipped, report)
-    scanned = time.perf_counter() - started
-    read = [packing.adapter for packing in packings]
-    stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
-    stored_coefficients = dtypes.parse(coefficient_dtype) or stored
-    setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
-    by_module = _by_module(packings, names)
-    notes = []
-    if found:
-        choice = auto.choose(_reads(by_module), _outlines(by_module), setting, report)
-        fit_options = replace(fit_options, n_components=choice.n_components)
-        setting, notes = replace(setting, options=fit_options), [choice.reason]
-    chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
-    with (
-        engines.opened(engine, workers) as workforce,
-        _checkpoint(checkpoint, packings, setting, names, solver) as kept,
-    ):
-        todo = _jobs(by_module, packings, setting, workforce, chosen, solver)
-        modules, by_iteration, seconds = _fit_modules(todo, packings, workforce, kept, report)
+    with engines.opened(engine, workers) as workforce:
+        taken: Sequence[Adapter] = tuple(read)
+        shared = workforce.share(taken)
+        started = time.perf_counter()
+        packings = _scan(taken, shared, workforce, skip_bad, skipped, report)
+        scanned = time.perf_counter() - started
+        read = [packing.adapter for packing in packings]
+        stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
+        stored_coefficients = dtypes.parse(coefficient_dtype) or stored
+        setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
+        by_module = _by_module(packings, names)
+        notes = []
+        if found:
+            choice = auto.choose(_reads(by_module), _outlines(by_module), setting, report)
+            fit_options = replace(fit_options, n_components=choice.n_components)
+            setting, notes = replace(setting, options=fit_options), [choice.reason]
+        chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
+        index = {adapter.name: place for place, adapter in enumerate(taken)}
+        todo = _jobs(by_module, index, setting, shared, chosen, solver)
+        with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
+            before = [kept.find(place) if kept else None for place in range(len(todo))]
+            by_index = {index[packing.adapter.name]: packing for packing in packings}
+            modules, by_iteration, seconds = _fit_modules(todo, before, by_index, workforce, kept, report)
+    resumed = sum(one is not None for one in before)
     subspace = Subspace(modules)
     pack = Pack(
         subspace,
@@ -165,6 +169,8 @@ def fit(
         coefficient_dtype=stored_coefficients,
     )
     pack.notes.extend(notes)
+    if resumed:
+        pack.notes.append(f"{resumed} of {len(todo)} modules were there from a fit that was interrupted.")
     pack.seconds.update({"scanning": scanned, **seconds})
     if lossy(pack.records, warn_above):
         # to find out how many would do takes whole spectra
@@ -226,21 +232,38 @@ def _module_names(read: Sequence[Adapter], exclude: Sequence[str]) -> tuple[dict
     return {module: name for module, name in names.items() if name not in left_out}, left_out
 
 
-def _scan(read: Sequence[Adapter], skip_bad: bool, skipped: dict[str, str], report: Progress) -> list[Packing]:
+def _scan(
+    read: Sequence[Adapter],
+    shared: Shared[Sequence[Adapter]],
+    engine: Engine,
+    skip_bad: bool,
+    skipped: dict[str, str],
+    report: Progress,
+) -> list[Packing]:
     """Every adapter, read once, in the order of their content: arguments may come in any order."""
     packings = []
+    scans = engine.run(partial(_scanned, shared, index) for index in range(len(read)))
     for done, adapter in enumerate(read):
         report("reading adapters", done, len(read))
-        try:
-            packings.append(Packing(adapter, checks.scan(adapter)))
-        except NonFiniteError as error:
+        scan = next(scans)
+        if isinstance(scan, NonFiniteError):
             if not skip_bad:
-                raise
-            _skip(adapter.name, error, skipped)
+                raise scan
+            _skip(adapter.name, scan, skipped)
+        else:
+            packings.append(Packing(adapter, scan))
     report("reading adapters", len(read), len(read))
     if not packings:
         raise OptionError("no adapter is left to fit: all of them were left out.")
     return sorted(packings, key=lambda packing: (packing.scan.content_hash, packing.adapter.name))
+
+
+def _scanned(shared: Shared[Sequence[Adapter]], index: int) -> checks.Scan | NonFiniteError:
+    """What one adapter's reading tells, or what is wrong with its numbers."""
+    try:
+        return checks.scan(shared.get()[index])
+    except NonFiniteError as error:
+        return error
 
 
 def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict[str, str]) -> Adapter | None:
@@ -368,20 +391,18 @@ def _checkpoint(
 
 def _jobs(
     by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]],
-    packings: Sequence[Packing],
+    index: Mapping[str, int],
     setting: Setting,
-    engine: Engine,
-    chosen: dict[str, sizes.Cell],
+    shared: Shared[Sequence[Adapter]],
+    chosen: Mapping[str, sizes.Cell],
     solver: str,
 ) -> list[Job]:
-    adapters: Sequence[Adapter] = tuple(packing.adapter for packing in packings)
-    shared = engine.share(adapters)
-    index = {id(packing): place for place, packing in enumerate(packings)}
+    """One job a module. index: of each adapter among those that are shared."""
     found = []
     for name, members in by_module:
         places = tuple(
             Place(
-                index=index[id(packing)],
+                index=index[packing.adapter.name],
                 module=module,
                 spec=packing.adapter.specs[module],
                 trained=packing.scan.delta_squares[module] > 0,
@@ -394,15 +415,19 @@ def _jobs(
 
 
 def _fit_modules(
-    todo: Sequence[Job], packings: Sequence[Packing], engine: Engine, kept: Checkpoint | None, report: Progress
+    todo: Sequence[Job],
+    before: Sequence[Fitted | None],
+    packings: Mapping[int, Packing],
+    engine: Engine,
+    kept: Checkpoint | None,
+    report: Progress,
 ) -> tuple[dict[str, ModuleBases], bool, dict[str, float]]:
     """The bases by module, whether some were found by iteration, and the seconds that went into it.
 
-    The packings get their coefficients.
+    before: what is there of them already. The packings get their coefficients.
     """
     modules: dict[str, ModuleBases] = {}
     by_iteration, seconds = False, Counter[str]()
-    before = [kept.find(place) if kept else None for place in range(len(todo))]
     done = jobs.run([todo[place] for place, found in enumerate(before) if found is None], engine)
     for place, job in enumerate(todo):
         report("fitting modules", place, len(todo))
@@ -419,7 +444,7 @@ def _fit_modules(
     return modules, by_iteration, dict(seconds)
 
 
-def _take(fitted: Fitted, job: Job, packings: Sequence[Packing]) -> None:
+def _take(fitted: Fitted, job: Job, packings: Mapping[int, Packing]) -> None:
     """Give each adapter its coefficients of a module."""
     for members, chunk in zip(fitted.members, fitted.coefficients, strict=True):
         scalings = chunk.scaling.tolist()

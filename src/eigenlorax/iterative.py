@@ -20,7 +20,7 @@ from .basis import Basis, normal_rows
 from .chunks import Chunk
 from .subspace import FitOptions, ModuleBases
 
-LARGEST_SIDE = 768
+LARGEST_SIDE = 384
 """Rows, or dimensions, up to which whole spectra are found."""
 LARGEST_STACK = 2**25
 """The same for the numbers in the rows of one side."""

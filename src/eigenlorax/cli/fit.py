@@ -153,7 +153,14 @@ def fit(
         console.note(sentence)
     if json:
         figures = console.figures_json(pack.summary, pack.records)
-        printed = {"pack": str(output), "seconds": seconds, "notes": pack.notes, "headline": headline, **figures}
+        printed = {
+            "pack": str(output),
+            "seconds": seconds,
+            "seconds_by_stage": pack.seconds,
+            "notes": pack.notes,
+            "headline": headline,
+            **figures,
+        }
         console.print_json(printed)
     else:
         rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}")]
