@@ -14,7 +14,7 @@ import torch
 
 from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, store
 from . import subspace as spaces
-from .adapter import Adapter
+from .adapter import Adapter, Lazy
 from .errors import (
     WARN_ABOVE,
     LossWarning,
@@ -436,7 +436,8 @@ class Pack:
             for name, found in self._adapters.items()
             if not (here and isinstance(found, Entry))
         }
-        files = {name: packed.to_files(one, self.info.fingerprint) for name, one in sorted(loaded.items())}
+        # made when they are asked for: all at once, they would be the pack in memory once more
+        files = Lazy(dict(sorted(loaded.items())), lambda name: packed.to_files(loaded[name], self.info.fingerprint))
         entries = {name: found for name, found in self._adapters.items() if isinstance(found, Entry)}
         entries |= folder.entries(loaded, files)
         if here and before is not None and before.subspace == self.info:
