@@ -18,7 +18,7 @@ from torch import Tensor
 from . import keys, store
 from .basis import Basis
 from .chunks import CoefficientChunk
-from .errors import OptionError
+from .errors import EngineError, OptionError
 from .jobs import Fitted
 from .metrics import ModuleError
 from .subspace import ModuleBases
@@ -73,6 +73,22 @@ def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
             store.write_file(place, mine)
         store.sweep_staging(folder)
         yield Checkpoint(folder)
+
+
+@contextmanager
+def until_done(folder: Path) -> Iterator[None]:
+    """Delete a checkpoint at the end of the block, also after an error that going on would not mend.
+
+    What was interrupted, or lost its workers, may go on: then it stays, as it does where the process is killed.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, EngineError):
+        raise
+    except BaseException:
+        discard(folder)
+        raise
+    discard(folder)
 
 
 def discard(folder: Path) -> None:
