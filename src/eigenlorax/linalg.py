@@ -152,7 +152,7 @@ def dual_rows(components: Tensor) -> Tensor:
 
 def product_square(left: Tensor, right: Tensor) -> Tensor:
     """‖left @ right‖²_F, float64, through r × r Gram matrices; left (…, m, r), right (…, r, n)."""
-    return ((left.mT @ left).to(torch.float64) * (right @ right.mT).to(torch.float64)).sum((-2, -1))
+    return _inner(left, left, right, right)
 
 
 def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
@@ -161,7 +161,15 @@ def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_rig
     The four have one shape per side, (…, m, r) and (…, r, n), and one gauge. L·R − L'·R' = (L − L')·R + L'·(R − R'),
     so no two large numbers are subtracted.
     """
-    return product_square(
-        torch.cat([left - other_left, other_left], dim=-1),
-        torch.cat([right, right - other_right], dim=-2),
-    ).clamp_min(0)
+    off_left, off_right = left - other_left, right - other_right
+    square = (
+        _inner(off_left, off_left, right, right)
+        + 2 * _inner(off_left, other_left, right, off_right)
+        + _inner(other_left, other_left, off_right, off_right)
+    )
+    return square.clamp_min(0)
+
+
+def _inner(left: Tensor, other_left: Tensor, right: Tensor, other_right: Tensor) -> Tensor:
+    """⟨left @ right, other_left @ other_right⟩, float64, through r × r matrices."""
+    return ((left.mT @ other_left).to(torch.float64) * (right @ other_right.mT).to(torch.float64)).sum((-2, -1))
