@@ -138,15 +138,16 @@ def unread(job: Job) -> Loaded:
 
 
 def load(job: Job) -> Loaded:
-    """Read a job's factors, and put them in the dtype of its products where memory allows."""
+    """Read a job's factors; what is narrower than float32 becomes that where rounds will need it, and memory allows."""
     started = time.perf_counter()
     loaded = unread(job)
+    numbers = sum(place.spec.numbers for place in job.places)
     stored = sum(place.spec.numbers * place.spec.dtype.itemsize for place in job.places)
-    raised = sum(place.spec.numbers for place in job.places) * job.products.itemsize
     if job.by_iteration and stored > HELD_BYTES:
         return loaded
-    dtype = job.products if job.by_iteration and raised <= HELD_BYTES else None
-    held = tuple(partial(_at_hand, _raised(one(), dtype)) for one in loaded.held)
+    narrow = job.products == torch.float32
+    widened = job.by_iteration and narrow and numbers * torch.float32.itemsize <= HELD_BYTES
+    held = tuple(partial(_at_hand, one().to(torch.float32) if widened else one()) for one in loaded.held)
     return replace(loaded, held=held, seconds=time.perf_counter() - started)
 
 
@@ -159,10 +160,6 @@ def read(job: Job, members: Sequence[int]) -> Chunk:
         [job.setting.weights[adapters[place.index].name] if place.trained else 0.0 for place in places],
     )
     return found if job.setting.device.type == "cpu" else found.to(found.down.dtype, job.setting.device)
-
-
-def _raised(one: Chunk, dtype: torch.dtype | None) -> Chunk:
-    return one if dtype is None or one.down.dtype == dtype else one.to(dtype)
 
 
 def _at_hand(one: Chunk) -> Chunk:
