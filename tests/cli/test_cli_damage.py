@@ -102,6 +102,7 @@ def test_each_verb_names_the_file_and_fit_heals_it(cli, sources, sound, pack, pa
         assert_refused(cli("add", pack, sources / "gamma"), 4, path)
     if pattern != keys.MANIFEST:
         assert_refused(cli("augment", pack, "--n-extra", 2, "--seed", 1, "-o", pack.parent / "more"), 4, path)
+        assert_refused(cli("refit", pack, "-o", pack.parent / "more"), 4, path)
     if gone:
         assert_refused(cli("fit", sources / "in", "-o", pack, "-k", 4, "--overwrite"), 4, "is not a pack", keys.CARD)
     assert contents(pack.parent) == before
