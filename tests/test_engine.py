@@ -1,6 +1,8 @@
 """Engines make calls: here, in processes, on Ray; also where one of those is killed."""
 
 import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -77,7 +79,7 @@ def test_a_process_that_is_killed_is_replaced_and_its_calls_made_again(tmp_path)
 def test_a_call_that_kills_every_process_ends_with_an_error():
     with (
         engine.opened("processes", 2) as found,
-        pytest.raises(EngineError, match=r"killed 3 times.*workers=1 \(--workers\)"),
+        pytest.raises(EngineError, match=r"ended 3 times.*workers=1 \(--workers\)"),
     ):
         list(found.run([calls.die]))
 
@@ -89,9 +91,18 @@ def test_a_call_that_kills_every_process_ends_with_an_error():
         ("serial", 2, r"workers=2 goes with engine='processes' \(--engine processes\), not with 'serial'"),
         ("ray", 2, "workers=2 goes with engine='processes'"),
         ("processes", 0, "workers must be at least 1, got 0"),
-        ("processes", 1.5, "workers must be an integer"),
     ],
 )
 def test_what_cannot_be_opened_is_refused(name, workers, message):
     with pytest.raises(OptionError, match=message):
         engine.opened(name, workers)
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from eigenlorax import engine\nwith engine.opened('processes', 1) as found:\n    list(found.run([dict]))\n"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1
+    assert "the call has to be under `if __name__ == '__main__':`" in ran.stderr

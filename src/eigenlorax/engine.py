@@ -109,8 +109,9 @@ class _Processes:
                 pool = self._pool
                 future = pool.submit(_call, data)
         raise EngineError(
-            f"worker processes were killed {ATTEMPTS} times in a row. If memory was short, take fewer: "
-            f"workers={max(self.workers // 2, 1)} (--workers), or engine='serial'."
+            f"worker processes ended {ATTEMPTS} times in a row. If memory was short, take fewer: "
+            f"workers={max(self.workers // 2, 1)} (--workers), or engine='serial'. In a script, the call has to be "
+            "under `if __name__ == '__main__':`, since each worker imports the script."
         )
 
     def share(self, value: T) -> Shared[T]:

@@ -15,6 +15,7 @@ class Components:
 
     capped: the modules with fewer than were asked for, because their stack has no more directions.
     energy: Σ of squared norm kept ÷ Σ of squared norm, over the modules; of the fitted collection.
+    shortfall: the most that the best basis of one module is estimated to keep beyond its own; 0 where all are exact.
     """
 
     min: int
@@ -22,6 +23,7 @@ class Components:
     max: int
     capped: list[str]
     energy: float
+    shortfall: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
         max=max(numbers, default=0),
         capped=[name for name, sides in info.modules.items() if _fitted(sides[side]) < wanted],
         energy=sum(one.energy * one.square for one in sides) / total if total else 1.0,
+        shortfall=max((one.shortfall for one in sides), default=0.0),
     )
 
 

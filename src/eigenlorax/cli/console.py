@@ -197,7 +197,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _component_rows(label: str, found: "Components") -> list[tuple[str, str]]:
-    rows = [(label, f"{found.min} / {found.median:g} / {found.max} (min / median / max); energy {found.energy:.4f}")]
+    energy = f"energy {found.energy:.4f}" + (f", at most {found.shortfall:.0e} short" if found.shortfall else "")
+    rows = [(label, f"{found.min} / {found.median:g} / {found.max} (min / median / max); {energy}")]
     if found.capped:
         more = f" and {len(found.capped) - 2} more" if len(found.capped) > 2 else ""
         shown = ", ".join(found.capped[:2])
