@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import eigenlorax as ex
 from adapters import lora_config
 from planted import normal
-from tiny import BERT, IN, make_bert
+from tiny import IN, make_bert
 
 HIDDEN, VOCABULARY = 24, 53
 BASE = "__base__"
@@ -89,8 +89,13 @@ RECIPES = {
 }
 
 
-def write_adapter(folder: Path, kind: Kind, name: str, seed: int) -> Path:
-    """A LoRA folder as PEFT saves it; `patterned` has another rank and alpha on one module."""
+def write_adapter(
+    folder: Path, kind: Kind, name: str, seed: int, own: dict[str, torch.Tensor] | None = None, **changed: object
+) -> Path:
+    """A LoRA folder as PEFT saves it; `patterned` has another rank and alpha on one module.
+
+    own: tensors of its own, by the model's name, in the place of its head; changed: fields of its config.
+    """
     rank, alpha, rslora, every = RECIPES[name]
     modules = dict(sorted(shapes(kind.model(), kind.suffixes).items())[::every])
     odd = min(modules)
@@ -103,7 +108,9 @@ def write_adapter(folder: Path, kind: Kind, name: str, seed: int) -> Path:
         down, up = normal(r, n_in, seed=seed + 2 * place), normal(n_out, r, seed=seed + 2 * place + 1)
         tensors[f"base_model.model.{module}.lora_A.weight"] = 0.2 * down.float()
         tensors[f"base_model.model.{module}.lora_B.weight"] = 0.2 * up.float()
-    if kind.heads and name == "narrow":
+    if own is not None:
+        tensors |= {f"base_model.model.{key}": value for key, value in own.items()}
+    elif kind.heads and name == "narrow":
         # of a classifier, PEFT always wants a head
         fields["task_type"] = None
     elif kind.heads:
@@ -111,7 +118,9 @@ def write_adapter(folder: Path, kind: Kind, name: str, seed: int) -> Path:
         tensors["base_model.model.classifier.weight"] = normal(3, IN, seed=seed + 90).float()
         tensors["base_model.model.classifier.bias"] = normal(3, seed=seed + 91).float()
     folder.mkdir(parents=True)
-    config = lora_config(modules, **{**fields, "base_model_name_or_path": None, "target_modules": sorted(modules)})
+    config = lora_config(
+        modules, **{**fields, "base_model_name_or_path": None, "target_modules": sorted(modules), **changed}
+    )
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
@@ -162,11 +171,3 @@ class Served:
                 one = {key: value[row : row + 1] for key, value in inputs.items()}
                 rows.append(self.alone(name)(**one).logits)
         return torch.cat(rows)
-
-
-def change_head(folder: Path, **tensors: torch.Tensor) -> Path:
-    """The same adapter with tensors added or changed; `__` stands for a dot in their names."""
-    path = folder / "adapter_model.safetensors"
-    new = {f"base_model.model.{key.replace('__', '.')}": value for key, value in tensors.items()}
-    save_file({**load_file(path), **new}, path, metadata={"format": "pt"})
-    return folder

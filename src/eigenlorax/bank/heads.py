@@ -31,7 +31,9 @@ def heads(packed: PackedAdapter, model: nn.Module) -> Heads:
     if packed.heads:
         names = {name for name, _ in _named_tensors(model)}
         for key, tensor in packed.heads.items():
-            name = keys.resolve(key.removeprefix(keys.MODEL_PREFIX), names)
+            # PEFT saves the trained bias of an adapted layer as it is called within its own
+            plain = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
+            name = keys.resolve(plain, names)
             if name is None:
                 raise ModuleNameError(
                     f"adapter {packed.name!r} has a head of its own, {key!r}, that the model lacks. Load the model "
