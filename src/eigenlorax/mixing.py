@@ -3,23 +3,43 @@
 Tensors alone: nothing here knows of adapters, models or requests. What is added to a layer's output is
 scaling · x·Vᵀ·C_Aᵀ·C_Bᵀ·U, in one of two orders. Shared: the products with the bases V and U are made once for all
 rows, k wide, and coefficients between them. Folded: C_A·V and C_Bᵀ·U are made first, and what remains is a plain LoRA
-of rank r. Folding costs r·k·d a side and adapter and saves (k − r)·d a token, so that long inputs are folded and short
-ones are not.
+of rank r. Folding costs r·k·d a side and adapter and saves (k − r)·d a token, so that it pays for many tokens of one
+adapter.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Folded where tokens · (k − r) > factor · r · k, the tokens being those of one adapter in one call. By operations the
-# factor is 1; products of many small matrices are slower than one of the same size, and lose up to 4
-# (benchmarks/bank.py measures both).
+# Folded where tokens · (k − r) > factor · r · k. By operations the factor is 1, and with one adapter for all rows,
+# whose products are kept, it is: the tokens are all that it has had. With one a row they are those of one adapter in
+# one call, and products of many small matrices take up to four times as long as one of the same size.
 FOLD_ALONE, FOLD_MIXED = 1.0, 4.0
 # Rows are grouped by adapter where that, with groups filled up to the longest, leaves at most this many rows a row.
 _FILLING = 1.5
+
+
+class Folded:
+    """The two products of one adapter's coefficients and bases, made once it has had the tokens that pay for them."""
+
+    __slots__ = ("_pair", "_tokens")
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def after(self, tokens: int, part: "Part", down_basis: Tensor, up_basis: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(r, in) and (r, out), once these and all tokens before them pay for it."""
+        if self._pair is None:
+            self._tokens += tokens
+            if folds(self._tokens, len(part.down), min(len(down_basis), len(up_basis)), FOLD_ALONE):
+                with constant(down_basis.device):
+                    self._pair = part.down @ down_basis, part.up.mT @ up_basis
+        return self._pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +50,14 @@ class Part:
     down: Tensor
     up: Tensor
     scaling: float
+    folded: Folded = field(default_factory=Folded)
+
+
+@contextmanager
+def constant(device: torch.device) -> Iterator[None]:
+    """What is computed in this block may be kept, and used in whatever mode: of autograd, inference or autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +111,10 @@ def folds(tokens: int, rank: int, k: int, factor: float) -> bool:
 def add_alone(result: Tensor, x: Tensor, down_basis: Tensor, up_basis: Tensor, part: Part, *, in_place: bool) -> Tensor:
     """`result` (…, out) and the update of x (…, in), all rows having one adapter. Bases: (k_down, in), (k_up, out)."""
     flat = x.reshape(-1, x.shape[-1]).to(part.down.dtype)
-    rank = len(part.down)
-    if folds(len(flat), rank, len(down_basis), FOLD_ALONE):
-        hidden = linear(flat, part.down @ down_basis)
-    else:
-        hidden = linear(linear(flat, down_basis), part.down)
-    if folds(len(flat), rank, len(up_basis), FOLD_ALONE):
-        up_basis = part.up.mT @ up_basis
-    else:
-        hidden = linear(hidden, part.up)
+    folded = part.folded.after(len(flat), part, down_basis, up_basis)
+    if folded is not None:
+        return _add_product(result, linear(flat, folded[0]), folded[1], part.scaling, in_place)
+    hidden = linear(linear(linear(flat, down_basis), part.down), part.up)
     return _add_product(result, hidden, up_basis, part.scaling, in_place)
 
 

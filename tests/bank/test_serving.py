@@ -153,9 +153,13 @@ class TestRequests:
         wanted = logits(bank, inputs)
         middle = bank.model.get_submodule("bert.encoder.layer.1")
         handle = middle.register_forward_pre_hook(lambda *_: bank.set_adapter("plain-a"))
-        assert torch.equal(bank.model(**inputs).logits, wanted)
+        with torch.no_grad():
+            got = bank.model(**inputs).logits
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
         handle.remove()
-        assert torch.equal(logits(bank, inputs), logits(bank, inputs, adapter_names="plain-a"))
+        torch.testing.assert_close(
+            logits(bank, inputs), logits(bank, inputs, adapter_names="plain-a"), atol=1e-6, rtol=0
+        )
 
     def test_tasks_of_one_thread_do_not_see_each_other_s(self, one, bank):
         inputs = one.inputs(2)
@@ -223,7 +227,7 @@ class TestThreads:
                     bank.remove(name)
                 for name in own[::2]:
                     bank.add(name, held[first[name]])
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 (of whatever kind, the test is to hear of it)
                 errors.append(error)
 
         def serve(thread):
@@ -241,7 +245,7 @@ class TestThreads:
                         error = min((got[row] - alone[answer][row]).abs().max().item() for answer in possible)
                         assert error < 1e-5, (name, error)
                     served[thread] += 1
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 (of whatever kind, the test is to hear of it)
                 errors.append(error)
 
         servers = [threading.Thread(target=serve, args=(number,)) for number in range(self.N_SERVING)]
@@ -272,9 +276,8 @@ class TestThreads:
 
         def ask(name):
             barrier.wait()
-            for _ in range(40):
-                if not torch.equal(logits(bank, inputs, adapter_names=name), alone[name]):
-                    wrong.append(name)
+            got = [logits(bank, inputs, adapter_names=name) for _ in range(40)]
+            wrong.extend(name for one in got if not torch.equal(one, alone[name]))
 
         threads = [threading.Thread(target=ask, args=(name,)) for name in ("wide", "plain-a", "narrow", BASE)]
         for thread in threads:

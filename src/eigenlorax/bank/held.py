@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModuleNameError, OptionError, ShapeError
-from ..mixing import Part
+from ..mixing import Part, constant
 from ..packed import PackedAdapter
 from ..subspace import Subspace
 from .heads import Heads
@@ -107,9 +107,10 @@ def hold(
         found.append(place)
         flat += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
         start = place.end
-    numbers = torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
+    with constant(device):
+        numbers = torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
+        stored = numbers.to(device, dtype)
     scalings = tuple(coefficients.scaling for _, coefficients in sorted(by_place.items()))
-    stored = numbers.to(device, dtype)
     if stored.dtype != numbers.dtype and not torch.equal(stored.to(numbers), numbers):
         raise OptionError(
             f"adapter {packed.name!r} is {numbers.dtype}, which the bank's {dtype} would round. Make the pack with "

@@ -14,29 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..mixing import Order, Part, arrange
+from ..mixing import Order, Part, arrange, constant
 from .held import Held, Layout
 
-_CURRENT: ContextVar[Mapping[Any, "Plan"]] = ContextVar("eigenlorax_bank_plans", default=MappingProxyType({}))
-"""Of this thread or task: the plan of each bank that has a request running."""
+_CURRENT: ContextVar[Mapping[Any, tuple["Plan", ...]]] = ContextVar(
+    "eigenlorax_bank_plans", default=MappingProxyType({})
+)
+"""Of this thread or task: the plans of each bank whose blocks it is in, the innermost last."""
 
 
 def current(bank: Any) -> "Plan | None":
     """The plan that this thread or task runs for a bank."""
-    return _CURRENT.get().get(bank)
+    plans = _CURRENT.get().get(bank)
+    return plans[-1] if plans else None
 
 
 class Running:
-    """A plan for a bank, for the length of a block and in this thread or task alone."""
+    """A plan for a bank, for the length of a block and in this thread or task alone. It can be entered again, and by
+    several at once."""
 
     def __init__(self, bank: Any, plan: "Plan") -> None:
         self._bank, self._plan = bank, plan
 
     def __enter__(self) -> None:
-        self._token = _CURRENT.set({**_CURRENT.get(), self._bank: self._plan})
+        plans = _CURRENT.get()
+        _CURRENT.set({**plans, self._bank: (*plans.get(self._bank, ()), self._plan)})
 
     def __exit__(self, *error: object) -> None:
-        _CURRENT.reset(self._token)
+        plans = dict(_CURRENT.get())
+        outer = plans.pop(self._bank)[:-1]
+        _CURRENT.set({**plans, self._bank: outer} if outer else plans)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +78,8 @@ def alone(held: Held | None, dtype: torch.dtype, rows: int | None = None, repeat
     if held is None:
         return Plan(rows=rows, repeats=repeats)
     heads: dict[str, dict[nn.Module, list[int]]] = {name: {module: []} for name, module in held.heads.modules.items()}
-    return Plan(held.parts(dtype), heads, None, rows, repeats, (held,))
+    with constant(held.numbers.device):
+        return Plan(held.parts(dtype), heads, None, rows, repeats, (held,))
 
 
 def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[int, ...] = (1,)) -> Plan:
@@ -85,7 +93,9 @@ def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[in
     for row, held in enumerate(adapters):
         for name, module in held.heads.modules.items() if held is not None else ():
             heads.setdefault(name, {}).setdefault(module, []).append(row)
-    parts = _parts([distinct[group] for group in groups], dtype)
+    device = next(held.numbers.device for held in distinct if held is not None)
+    with constant(device):
+        parts = _parts([distinct[group] for group in groups], dtype)
     return Plan(parts, heads, order, len(adapters), repeats, tuple(held for held in distinct if held is not None))
 
 
