@@ -127,6 +127,20 @@ def peft_model(make: Callable[[], nn.Module], targets: tuple[str, ...], n: int) 
     return model.eval()
 
 
+def tuner_model(make: Callable[[], nn.Module], targets: tuple[str, ...], pack: ex.Pack, n: int) -> Any:
+    """The same by our method of PEFT: adapters that were trained on coefficients."""
+
+    def config() -> ex.EigenLoraxConfig:
+        return ex.EigenLoraxConfig(
+            subspace=pack, r=RANK, lora_alpha=ALPHA, target_modules=list(targets), start="uniform", init_weights=False
+        )
+
+    model = get_peft_model(make(), config(), adapter_name="a0")
+    for number in range(1, n):
+        model.add_adapter(f"a{number}", config())
+    return model.eval()
+
+
 def measure_loading(n: int = ADAPTERS, n_peft: int = PEFT_ADAPTERS) -> Json:
     """A pack of n adapters on disk, to a bank that serves them, digests checked. Files are in the page cache."""
     targets = ("query", "value")
@@ -179,8 +193,9 @@ def measure_decode(rounds: int = 20) -> Json:
     """A step of 64 rows with a cache of 64 tokens."""
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")
     base, served = llama(), llama()
-    bank = ex.AdapterBank(served, made_pack(served, targets, max(MIXED)))
-    adapted = peft_model(llama, targets, max(MIXED))
+    pack = made_pack(served, targets, max(MIXED))
+    bank = ex.AdapterBank(served, pack)
+    adapted, tuned = peft_model(llama, targets, max(MIXED)), tuner_model(llama, targets, pack, max(MIXED))
     ids = torch.randint(5, 1000, (ROWS, CACHED), generator=torch.Generator().manual_seed(SEED))
 
     def step(model: Any, **options: Any) -> Run:
@@ -193,17 +208,20 @@ def measure_decode(rounds: int = 20) -> Json:
 
         return run
 
-    return measured(base, bank, adapted, step, rounds)
+    return measured(base, bank, adapted, tuned, step, rounds)
 
 
 def measure_encoder(rounds: int = 10) -> Json:
     """64 rows of 32 tokens."""
     targets = ("query", "value")
     base, served = minilm(), minilm()
-    bank = ex.AdapterBank(served, made_pack(served, targets, max(MIXED)))
-    adapted = peft_model(minilm, targets, max(MIXED))
+    pack = made_pack(served, targets, max(MIXED))
+    bank = ex.AdapterBank(served, pack)
+    adapted, tuned = peft_model(minilm, targets, max(MIXED)), tuner_model(minilm, targets, pack, max(MIXED))
     ids = torch.randint(5, 1000, (ROWS, 32), generator=torch.Generator().manual_seed(SEED))
-    return measured(base, bank, adapted, lambda model, **options: lambda: model(input_ids=ids, **options), rounds)
+    return measured(
+        base, bank, adapted, tuned, lambda model, **options: lambda: model(input_ids=ids, **options), rounds
+    )
 
 
 def measure_prefill(rounds: int = 10) -> Json:
@@ -222,8 +240,8 @@ def measure_prefill(rounds: int = 10) -> Json:
     return found
 
 
-def measured(base: Any, bank: ex.AdapterBank, adapted: Any, make: Callable[..., Run], rounds: int) -> Json:
-    """The base model, the bank and PEFT: one adapter for all rows, and several in turn."""
+def measured(base: Any, bank: ex.AdapterBank, adapted: Any, tuned: Any, make: Callable[..., Run], rounds: int) -> Json:
+    """The base model, the bank, PEFT's LoRA and our method of PEFT: one adapter for all rows, or several in turn."""
     runs: dict[str, Run] = {"base": make(base)}
     for n in MIXED:
         names = [f"a{row % n}" for row in range(ROWS)]
@@ -232,6 +250,7 @@ def measured(base: Any, bank: ex.AdapterBank, adapted: Any, make: Callable[..., 
         runs[f"bank {n}"] = _inside(bank, "a0" if n == 1 else names, inner)
         adapted.set_adapter("a0")
         runs[f"peft {n}"] = make(adapted) if n == 1 else make(adapted, adapter_names=names)
+    runs[f"tuner {n}"] = make(tuned, adapter_names=names)
     return timed(runs, rounds)
 
 
