@@ -9,7 +9,7 @@ adapter.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -74,18 +74,24 @@ class Order:
     index: Tensor | None = None
     inverse: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Order":
+        """The same on a device: not for each layer of each step anew."""
+        if self.index is None or self.inverse is None:
+            return self
+        return replace(self, index=self.index.to(device), inverse=self.inverse.to(device))
+
     def gather(self, rows: Tensor) -> Tensor:
         """(rows, t, d) → (groups, width · t, d)."""
         if self.index is None:
             return rows
-        return rows[self.index.to(rows.device)].reshape(self.groups, -1, rows.shape[-1])
+        return rows[self.index].reshape(self.groups, -1, rows.shape[-1])
 
     def scatter(self, grouped: Tensor) -> Tensor:
         """(groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
         if self.index is None or self.inverse is None:
             return grouped
         spread = grouped.reshape(len(self.index), -1, grouped.shape[-1])
-        return spread[self.inverse.to(grouped.device)]
+        return spread[self.inverse]
 
 
 def arrange(owners: Sequence[int]) -> tuple[list[int], Order]:

@@ -77,6 +77,17 @@ class TestModels:
                 model.get_submodule(module).weight.data += factors.scaling * (factors.up @ factors.down).mT
             torch.testing.assert_close(got[row], logits(model, inputs)[row], atol=2e-5, rtol=0)
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_on_a_device_or_moved_there(self, one):
+        inputs = one.inputs(3)
+        names = ["wide", "plain-a", BASE]
+        moved = one.bank()
+        moved.model.cuda()
+        there = ex.AdapterBank(make_bert().cuda(), one.pack)
+        for bank in (moved, there):
+            got = logits(bank, {key: value.cuda() for key, value in inputs.items()}, adapter_names=names)
+            torch.testing.assert_close(got.cpu(), one.wanted(names, inputs), atol=1e-4, rtol=0)
+
     def test_part_of_a_model(self, one):
         """Names that differ by leading components are one module."""
         whole, part = one.bank(heads=False), ex.AdapterBank(make_bert().bert, one.pack, heads=False)

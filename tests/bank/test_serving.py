@@ -176,6 +176,41 @@ class TestRequests:
         for got, name in zip(asyncio.run(both()), alone, strict=True):
             assert torch.equal(got, alone[name])
 
+    def test_what_using_gives_can_be_entered_again_and_by_several_at_once(self, one, bank):
+        inputs, names = one.inputs(2), ["wide", "plain-a"]
+        wanted, got = logits(bank, inputs, adapter_names=names), []
+        team, barrier = bank.using(names), threading.Barrier(2)
+
+        def ask():
+            for _ in range(5):
+                barrier.wait()
+                with team, team:
+                    got.append(logits(bank, inputs))
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(got) == 10
+        assert all(torch.equal(one, wanted) for one in got)
+        assert torch.equal(logits(bank, inputs), logits(bank, inputs, adapter_names=BASE))
+
+    def test_what_begins_in_inference_mode_goes_on_in_any(self, one, bank):
+        inputs = one.inputs(2)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            bank.add("new", "plain-b")
+            bank.set_adapter("new")
+            team = bank.using(["new", "wide"])
+            bank.model(**inputs)
+        torch.testing.assert_close(
+            bank.model(**inputs).logits.detach(), one.wanted(["plain-b"] * 2, inputs), atol=1e-5, rtol=0
+        )
+        with team:
+            got = bank.model(**inputs).logits
+        torch.testing.assert_close(got.detach(), one.wanted(["plain-b", "wide"], inputs), atol=1e-5, rtol=0)
+        got.sum().backward()
+
     def test_two_banks_on_one_model_add_up(self, one):
         bank, inputs = one.bank(heads=False), one.inputs(2)
         base = logits(bank, inputs)

@@ -18,11 +18,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import checks, keys
 from ..errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
 from ..formats.sources import Source
+from ..mixing import constant
 from ..options import names as listed
 from ..pack import Pack
 from ..packed import PackedAdapter, Record
 from . import requests
-from .heads import Heads, heads
+from .heads import Heads, heads, tensor_names
 from .held import Held, Layout, Place, check_whole, hold
 from .layers import Headed, Updated, linear_modules
 from .requests import Plan, Running, current
@@ -59,8 +60,9 @@ class AdapterBank:
         for name in chosen or ():
             keys.check_known(name, self.pack.names)
         checks.warn_of_other_model(self.pack.base_model, getattr(model, "name_or_path", None))
-        subspace = self.pack.subspace
-        self._with_heads = heads
+        with constant(torch.device("cpu")):
+            subspace = self.pack.subspace
+        self._tensor_names = tensor_names(model) if heads else None
         self._compute = torch.promote_types(subspace.dtype, torch.float32)
         self._places = _matched(model, self.pack)
         self._lock = threading.RLock()
@@ -74,7 +76,8 @@ class AdapterBank:
         self._unloaded = False
         for place, name in self._places.items():
             module = model.get_submodule(name)
-            layer = Updated(module, name, self._plan, place, subspace.modules[place], self._compute)
+            with constant(torch.device("cpu")):
+                layer = Updated(module, name, self._plan, place, subspace.modules[place], self._compute)
             self._updated[name] = layer
             self._handles.append(module.register_forward_hook(layer.hook(), with_kwargs=True))
         self._device = next(iter(self._updated.values())).down.device
@@ -279,9 +282,10 @@ class AdapterBank:
 
     def _hold(self, packed: PackedAdapter) -> Held:
         check_whole(packed)
-        found = heads(packed, self.model) if self._with_heads else Heads()
-        dtype = self.pack.coefficient_dtype
-        return hold(packed, self.pack.subspace, self._places, found, self._layouts, dtype, self._device)
+        names, dtype = self._tensor_names, self.pack.coefficient_dtype
+        with constant(self._device):
+            found = heads(packed, self.model, names) if names is not None else Heads()
+            return hold(packed, self.pack.subspace, self._places, found, self._layouts, dtype, self._device)
 
     def _put(self, held: Held) -> None:
         with self._lock:

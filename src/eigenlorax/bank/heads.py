@@ -25,29 +25,30 @@ class Heads:
     tensors: tuple[Tensor, ...] = ()
 
 
-def heads(packed: PackedAdapter, model: nn.Module) -> Heads:
-    """The adapter's heads as modules of this model; an error names the adapter where the model has no such place."""
+def tensor_names(model: nn.Module) -> frozenset[str]:
+    """The names of all parameters and buffers, those that are tied too."""
+    parameters, buffers = (found(remove_duplicate=False) for found in (model.named_parameters, model.named_buffers))
+    return frozenset(name for name, _ in (*parameters, *buffers))
+
+
+def heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -> Heads:
+    """The adapter's heads as modules of a model with tensors of these names; an error names the adapter where the model
+    has no such place."""
     own: dict[str, dict[str, Tensor]] = {}
-    if packed.heads:
-        names = {name for name, _ in _named_tensors(model)}
-        for key, tensor in packed.heads.items():
-            # PEFT saves the trained bias of an adapted layer as it is called within its own
-            plain = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
-            name = keys.resolve(plain, names)
-            if name is None:
-                raise ModuleNameError(
-                    f"adapter {packed.name!r} has a head of its own, {key!r}, that the model lacks. Load the model "
-                    "that it was trained on, such as AutoModelForSequenceClassification, or pass heads=False."
-                )
-            module, _, parameter = name.rpartition(".")
-            own.setdefault(module, {})[parameter] = tensor
+    for key, tensor in packed.heads.items():
+        # PEFT saves the trained bias of an adapted layer as it is called within its own
+        plain = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
+        name = keys.resolve(plain, names)
+        if name is None:
+            raise ModuleNameError(
+                f"adapter {packed.name!r} has a head of its own, {key!r}, that the model lacks. Load the model that it "
+                "was trained on, such as AutoModelForSequenceClassification, or pass heads=False."
+            )
+        module, _, parameter = name.rpartition(".")
+        own.setdefault(module, {})[parameter] = tensor
     modules = {module: _copy(model.get_submodule(module), tensors, packed.name) for module, tensors in own.items()}
     owned = tuple(getattr(modules[module], name) for module, tensors in own.items() for name in tensors)
     return Heads(modules, owned)
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _copy(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModuleNameError, OptionError, ShapeError
-from ..mixing import Part, constant
+from ..mixing import Part
 from ..packed import PackedAdapter
 from ..subspace import Subspace
 from .heads import Heads
@@ -107,9 +107,8 @@ def hold(
         found.append(place)
         flat += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
         start = place.end
-    with constant(device):
-        numbers = torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
-        stored = numbers.to(device, dtype)
+    numbers = torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
+    stored = numbers.to(device, dtype)
     scalings = tuple(coefficients.scaling for _, coefficients in sorted(by_place.items()))
     if stored.dtype != numbers.dtype and not torch.equal(stored.to(numbers), numbers):
         raise OptionError(

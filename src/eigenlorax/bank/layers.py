@@ -88,7 +88,8 @@ class Updated(Layer):
             part = mixing.Part(part.down.to(x.device), part.up.to(x.device), part.scaling)
         if plan.order is None:
             return mixing.add_alone(output, x, self.down, self.up, part, in_place=in_place)
-        return mixing.add_mixed(output, x, self.down, self.up, part, plan.order, in_place=in_place)
+        order = plan.order.to(x.device)
+        return mixing.add_mixed(output, x, self.down, self.up, part, order, in_place=in_place)
 
 
 class Headed(Layer):
@@ -101,6 +102,11 @@ class Headed(Layer):
         own = plan.heads.get(self.name)
         if own is None:
             return output
+        for there in self.module.parameters():
+            for head in own:
+                # the model may have been moved, or have become narrower, since
+                head.to(there.device, there.dtype)
+            break
         if plan.order is None:
             (head,) = own
             found: Tensor = head(x)

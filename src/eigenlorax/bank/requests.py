@@ -96,7 +96,9 @@ def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[in
     device = next(held.numbers.device for held in distinct if held is not None)
     with constant(device):
         parts = _parts([distinct[group] for group in groups], dtype)
-    return Plan(parts, heads, order, len(adapters), repeats, tuple(held for held in distinct if held is not None))
+    return Plan(
+        parts, heads, order.to(device), len(adapters), repeats, tuple(held for held in distinct if held is not None)
+    )
 
 
 def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Part]:

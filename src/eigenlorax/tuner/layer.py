@@ -261,7 +261,7 @@ class Linear(nn.Module, EigenLoraxLayer):
         """Projected rows (n, t, k_down), each with the coefficients of its adapter, all of one shape: (n, t, k_up)."""
         distinct = list(dict.fromkeys(adapter_names))
         groups, order = arrange([distinct.index(name) for name in adapter_names])
-        owners = [distinct[group] for group in groups]
+        owners, order = [distinct[group] for group in groups], order.to(hidden.device)
         hidden = order.gather(hidden)
         for factors in zip(*map(self.factors_of, owners), strict=True):
             hidden = torch.bmm(hidden, torch.stack(factors).mT)
