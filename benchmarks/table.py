@@ -107,9 +107,9 @@ def bank_table(bank: Json) -> str:
         for shape, one in bank["prefill"].items()
     ]
     return (
-        f"Random adapters of r = {bank['r']} and k = {bank['k']} on random models; modules are query and value (BERT-base: "
-        "12 layers, 768 wide; MiniLM: 6 layers, 384 wide) or q, k, v and o (Llama: 4 layers, 768 wide, a vocabulary of "
-        "1,000).\n\n"
+        f"Random adapters of r = {bank['r']} and k = {bank['k']} on random models; modules are query and value "
+        "(BERT-base: 12 layers, 768 wide; MiniLM: 6 layers, 384 wide) or q, k, v and o (Llama: 4 layers, 768 "
+        "wide, a vocabulary of 1,000).\n\n"
         f"{table(('', 'measured'), loaded)}\n\n"
         f"Time ÷ that of the base model, {bank['rows']} rows that use so many adapters in turn. A step of the Llama's "
         f"decoding has a cache of {bank['cached_tokens']} tokens; the MiniLM encodes 32 tokens a row. `tuner` is "

@@ -88,6 +88,15 @@ class TestModels:
             got = logits(bank, {key: value.cuda() for key, value in inputs.items()}, adapter_names=names)
             torch.testing.assert_close(got.cpu(), one.wanted(names, inputs), atol=1e-4, rtol=0)
 
+    def test_what_another_hook_has_seen_stays_what_it_was(self, one):
+        model, seen = make_bert(), []
+        module = model.get_submodule(BERT[0])
+        module.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+        bank = ex.AdapterBank(model, one.pack)
+        logits(bank, one.inputs(2), adapter_names="wide")
+        ((output, copied),) = seen
+        assert torch.equal(output, copied)
+
     def test_part_of_a_model(self, one):
         """Names that differ by leading components are one module."""
         whole, part = one.bank(heads=False), ex.AdapterBank(make_bert().bert, one.pack, heads=False)
@@ -175,10 +184,26 @@ class TestUnload:
 
         model.forward = forward
         bank, inputs = ex.AdapterBank(model, one.pack), one.inputs(2)
+        assert inspect.signature(model.forward) == inspect.signature(forward)
         got = logits(bank, inputs, adapter_names="wide")
         torch.testing.assert_close(got, one.wanted(["wide"] * 2, inputs), atol=1e-5, rtol=0)
         assert bank.unload().forward is forward
         assert calls == [1]
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_of_two_banks_in_any_order(self, one, first):
+        model, inputs = make_bert(), one.inputs(2)
+        banks = [ex.AdapterBank(model, one.pack, heads=False) for _ in range(2)]
+        banks[first].unload()
+        left = banks[1 - first]
+        left.set_adapter("wide")
+        wanted = one.bank(heads=False)
+        torch.testing.assert_close(
+            logits(model, inputs), logits(wanted, inputs, adapter_names="wide"), atol=1e-6, rtol=0
+        )
+        left.unload()
+        assert "forward" not in vars(model)
+        assert torch.equal(logits(model, inputs), logits(make_bert(), inputs))
 
     def test_and_the_bank_is_of_no_use(self, one):
         bank = one.bank()

@@ -1,11 +1,9 @@
 """`AdapterBank`: any number of adapters of one pack on one model."""
 
 import threading
-import types
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -81,7 +79,7 @@ class AdapterBank:
             self._updated[name] = layer
             self._handles.append(module.register_forward_hook(layer.hook(), with_kwargs=True))
         self._device = next(iter(self._updated.values())).down.device
-        self._restore_forward = _begin_requests(model, self._request)
+        self._end_requests = requests.begin(model, self._request)
         try:
             for name in self.pack.names if chosen is None else chosen:
                 self._put(self._hold(self.pack.packed(name)))
@@ -212,7 +210,7 @@ class AdapterBank:
             self._unloaded = True
             for handle in self._handles:
                 handle.remove()
-            self._restore_forward()
+            self._end_requests()
             self._updated, self._headed, self._adapters = {}, {}, {}
             self._default, self._default_plan = None, Plan()
         return self.model
@@ -329,30 +327,3 @@ def _matched(model: nn.Module, pack: Pack) -> dict[str, str]:
                 "the bank cannot serve it. Load exported adapters with PEFT (`eigenlorax export`)."
             )
     return found
-
-
-def _begin_requests(model: nn.Module, request: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
-    """Let each call of the model be a request; what is returned takes that back.
-
-    As a method of the instance, and not by hooks: a call that is interrupted must end its request too.
-    """
-    before = vars(model).get("forward")
-    original = type(model).forward if before is None else before
-
-    @wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = original.__get__(self) if before is None else original
-        # a compiled graph asks for the request at each layer
-        if torch.compiler.is_compiling():
-            return call(*args, **kwargs)
-        with request():
-            return call(*args, **kwargs)
-
-    def restore() -> None:
-        if before is None:
-            vars(model).pop("forward", None)
-        else:
-            vars(model)["forward"] = before
-
-    vars(model)["forward"] = types.MethodType(forward, model)
-    return restore

@@ -48,9 +48,10 @@ class Layer:
             if torch.compiler.is_compiling():
                 compiled: Tensor = _changed(output, x, self.number)
                 return compiled
-            # what autograd or a module of another kind may still need is not written to
+            # what autograd, another hook or a module of another kind may still need is not written to
             in_place = (
                 type(module) is nn.Linear
+                and len(module._forward_hooks) == 1
                 and not output.requires_grad
                 and output.is_contiguous()
                 and not torch.is_autocast_enabled(output.device.type)
@@ -82,13 +83,14 @@ class Updated(Layer):
         part = plan.parts.get(self.place)
         if part is None:
             return output
+        order = plan.order
         if part.down.device != x.device or self.down.device != x.device:
             # the model was moved since
             self.down, self.up = self.down.to(x.device), self.up.to(x.device)
             part = mixing.Part(part.down.to(x.device), part.up.to(x.device), part.scaling)
-        if plan.order is None:
+            order = order.to(x.device) if order is not None else None
+        if order is None:
             return mixing.add_alone(output, x, self.down, self.up, part, in_place=in_place)
-        order = plan.order.to(x.device)
         return mixing.add_mixed(output, x, self.down, self.up, part, order, in_place=in_place)
 
 
@@ -167,8 +169,9 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The linear modules of a model, quantised ones and Conv1D too: (out, in) by name."""
     found = {}
     for name, module in model.named_modules():
-        if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
-            found[name] = (module.weight.shape[1], module.weight.shape[0])
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+            found[name] = (weight.shape[1], weight.shape[0])
         else:
             out_features, in_features = (getattr(module, field, None) for field in ("out_features", "in_features"))
             if isinstance(out_features, int) and isinstance(in_features, int):

@@ -4,10 +4,12 @@ A plan is made once, when a request begins, and is never changed: whatever is ad
 every layer sees the same adapters, and these stay in memory as long as the plan does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import wraps
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -44,6 +46,73 @@ class Running:
         plans = dict(_CURRENT.get())
         outer = plans.pop(self._bank)[:-1]
         _CURRENT.set({**plans, self._bank: outer} if outer else plans)
+
+
+Request = Callable[[], AbstractContextManager[None]]
+_REQUESTS, _BEFORE = "bank_requests", "bank_before"
+
+
+def begin(model: nn.Module, request: Request) -> Callable[[], None]:
+    """Let each call of the model be a `request` too; what is returned takes that back.
+
+    Its `forward` is replaced, and no hook put on it: a call that is interrupted has to end its request. Several banks
+    share one replacement, so that they may go in any order.
+    """
+    requests = _replacement(model).get(_REQUESTS)
+    if requests is None:
+        requests = _replace_forward(model)
+    requests.append(request)
+
+    def end() -> None:
+        requests.remove(request)
+        replacement = _replacement(model)
+        if requests or replacement.get(_REQUESTS) is not requests:
+            return
+        if replacement[_BEFORE] is None:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = replacement[_BEFORE]
+
+    return end
+
+
+def _replacement(model: nn.Module) -> dict[str, Any]:
+    """The attributes of what stands for the model's `forward`, if it is one of ours."""
+    forward = vars(model).get("forward")
+    return getattr(getattr(forward, "__func__", forward), "__dict__", {})
+
+
+def _replace_forward(model: nn.Module) -> list[Request]:
+    before, requests = vars(model).get("forward"), list[Request]()
+
+    def run(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        # a compiled graph asks for the request at each layer
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        with ExitStack() as stack:
+            for request in tuple(requests):
+                stack.enter_context(request())
+            return call(*args, **kwargs)
+
+    if before is None:
+        original = type(model).forward
+
+        @wraps(original)
+        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return run(original.__get__(self), args, kwargs)
+
+        replacement: Any = method
+        # bound, so that a copy of the model runs its own
+        vars(model)["forward"] = MethodType(method, model)
+    else:
+
+        @wraps(before)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return run(before, args, kwargs)
+
+        replacement = vars(model)["forward"] = function
+    vars(replacement).update({_REQUESTS: requests, _BEFORE: before})
+    return requests
 
 
 @dataclass(frozen=True, slots=True, eq=False)
