@@ -48,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """An adapter of the bank. Who serves with it keeps it alive: a removed one goes with its last request.
+    """An adapter of the bank, which never changes: what replaces it is another one.
 
     scalings: in the order of the layout.
     """

@@ -1,7 +1,7 @@
 """What one request runs with: the coefficients of its adapters, laid out for the rows of its batch.
 
 A plan is made once, when a request begins, and is never changed: whatever is added, removed or replaced meanwhile,
-every layer sees the same adapters, and these stay in memory as long as the plan does.
+every layer sees the same adapters. It keeps alive what it needs of them, and what was removed goes with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +129,6 @@ class Plan:
     order: Order | None = None
     rows: int | None = None
     repeats: tuple[int, ...] = (1,)
-    adapters: tuple[Held, ...] = ()
 
     def check_rows(self, x: Tensor, module: str) -> None:
         """`ShapeError` if x, the input of a module, does not have the rows that adapters were named for."""
@@ -148,7 +147,7 @@ def alone(held: Held | None, dtype: torch.dtype, rows: int | None = None, repeat
         return Plan(rows=rows, repeats=repeats)
     heads: dict[str, dict[nn.Module, list[int]]] = {name: {module: []} for name, module in held.heads.modules.items()}
     with constant(held.numbers.device):
-        return Plan(held.parts(dtype), heads, None, rows, repeats, (held,))
+        return Plan(held.parts(dtype), heads, None, rows, repeats)
 
 
 def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[int, ...] = (1,)) -> Plan:
@@ -165,9 +164,7 @@ def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[in
     device = next(held.numbers.device for held in distinct if held is not None)
     with constant(device):
         parts = _parts([distinct[group] for group in groups], dtype)
-    return Plan(
-        parts, heads, order.to(device), len(adapters), repeats, tuple(held for held in distinct if held is not None)
-    )
+    return Plan(parts, heads, order.to(device), len(adapters), repeats)
 
 
 def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Part]:
