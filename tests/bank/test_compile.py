@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import eigenlorax as ex
 from eigenlorax.errors import OptionError, ShapeError
 from planted import normal
 from served import BASE, write_adapter
@@ -48,6 +49,59 @@ def test_nothing_is_compiled_twice(one, backend):
             torch.testing.assert_close(logits(compiled, inputs), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_was_compiled_before_is_compiled_again(served, in_place):
+    one = served("bert")
+    model, inputs = one.kind.model(), one.inputs(3)
+    if in_place:
+        model.compile(backend="aot_eager")
+    compiled = model if in_place else torch.compile(model, backend="aot_eager")
+    logits(compiled, inputs)
+    bank = ex.AdapterBank(model, one.pack, adapters=["narrow"])
+    with bank.using("narrow"):
+        torch.testing.assert_close(logits(compiled, inputs), one.wanted(["narrow"] * 3, inputs), atol=1e-5, rtol=0)
+    # the first one with a head of its own
+    bank.add("wide")
+    names = ["wide", "narrow", BASE]
+    with bank.using(names):
+        torch.testing.assert_close(logits(compiled, inputs), one.wanted(names, inputs), atol=1e-5, rtol=0)
+
+
+def test_the_first_head_is_seen_by_a_model_that_is_compiled(served):
+    one = served("bert")
+    bank, inputs = one.bank(adapters=["narrow"]), one.inputs(3)
+    compiled = torch.compile(bank.model, backend="aot_eager", fullgraph=True)
+    with bank.using("narrow"):
+        logits(compiled, inputs)
+    bank.add("wide")
+    with bank.using("wide"):
+        torch.testing.assert_close(logits(compiled, inputs), one.wanted(["wide"] * 3, inputs), atol=1e-5, rtol=0)
+
+
+def test_a_part_that_was_compiled_before_is_refused(served):
+    one = served("bert")
+    model = one.kind.model()
+    model.bert.encoder.layer[1].compile(backend="eager")
+    with pytest.raises(OptionError, match=r"module bert.encoder.layer.1 is compiled already.*layer.1.attention"):
+        ex.AdapterBank(model, one.pack)
+    bank = one.bank(adapters=["narrow"])
+    bank.model.classifier.compile(backend="eager")
+    with pytest.raises(OptionError, match="module classifier is compiled already"):
+        bank.add("wide")
+    assert bank.names == ["narrow"]
+
+
+def test_parts_that_are_compiled_afterwards(served):
+    one = served("llama")
+    bank, inputs = one.bank(), one.inputs(3)
+    for layer in bank.model.model.layers:
+        layer.compile(backend="aot_eager")
+    names = ["wide", "plain-a", BASE]
+    with torch.no_grad():
+        got = bank(**inputs, adapter_names=names).logits
+    torch.testing.assert_close(got, one.wanted(names, inputs), atol=1e-5, rtol=0)
+
+
 def test_compiled_in_place_a_call_of_the_bank_is_one_request(one):
     bank, inputs = one.bank(), one.inputs(3)
     bank.model.compile(backend="aot_eager", fullgraph=True)
@@ -69,7 +123,8 @@ def test_by_inductor(one):
     torch.testing.assert_close(got, one.wanted(names, inputs), atol=1e-5, rtol=0)
 
 
-def test_with_gradients_it_serves_and_refuses_to_go_back(one):
+def test_with_gradients_it_serves_and_refuses_to_go_back(served):
+    one = served("llama")
     bank, inputs = one.bank(), one.inputs(2)
     compiled = torch.compile(bank.model, backend="aot_eager", fullgraph=True)
     with bank.using("wide"):
@@ -79,7 +134,8 @@ def test_with_gradients_it_serves_and_refuses_to_go_back(one):
         got.sum().backward()
 
 
-def test_an_unloaded_bank_leaves_the_base_model(one):
+def test_an_unloaded_bank_leaves_the_base_model(served):
+    one = served("bert")
     bank, inputs = one.bank(), one.inputs(2)
     compiled = torch.compile(bank.model, backend="aot_eager", fullgraph=True)
     bank.set_adapter("wide")

@@ -23,7 +23,7 @@ from ..packed import PackedAdapter, Record
 from . import requests
 from .heads import Heads, heads, tensor_names
 from .held import Held, Layout, Place, check_whole, hold
-from .layers import Headed, Updated, linear_modules
+from .layers import Headed, Updated, check_hooks_are_seen, linear_modules
 from .requests import Plan, Running, current
 
 BASE = "__base__"
@@ -289,10 +289,12 @@ class AdapterBank:
         with self._lock:
             for name in held.heads.modules:
                 if name not in self._headed:
+                    check_hooks_are_seen(self.model, name)
                     module = self.model.get_submodule(name)
                     layer = self._headed[name] = Headed(module, name, self._plan)
                     # before the update of a linear module, which is added to its output with the trained bias
                     self._handles.append(module.register_forward_hook(layer.hook(), prepend=True, with_kwargs=True))
+                    requests.renew(self.model)
             self._adapters[held.name] = held
             if held.name == self._default:
                 self._default_plan = requests.alone(held, self._compute)
@@ -321,6 +323,7 @@ def _matched(model: nn.Module, pack: Pack) -> dict[str, str]:
                 f"module {name}: (out, in) is {sizes[name]} in the model and {wanted} in the pack. It belongs to a "
                 "different base model."
             )
+        check_hooks_are_seen(model, name)
         if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
             raise ModuleNameError(
                 f"module {name} is a part of nn.MultiheadAttention, which uses its weight without calling it: "

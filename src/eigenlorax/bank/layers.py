@@ -179,6 +179,18 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
+def check_hooks_are_seen(model: nn.Module, name: str) -> None:
+    """Refuse to put a hook on a module inside of one that is compiled by itself: its graph would go on without it."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        outer = ".".join(parts[:depth])
+        if model.get_submodule(outer)._compiled_call_impl is not None:
+            raise OptionError(
+                f"module {outer} is compiled already, and would go on without what the bank does in {name}. Make the "
+                "bank, with an adapter that has such a module of its own, and then compile."
+            )
+
+
 def _device(module: nn.Module) -> torch.device:
     """Where a module is; the CPU for one that is on no device yet."""
     parameter = next(module.parameters(), None)

@@ -4,6 +4,7 @@ A plan is made once, when a request begins, and is never changed: whatever is ad
 every layer sees the same adapters. It keeps alive what it needs of them, and what was removed goes with it.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
@@ -50,6 +51,7 @@ class Running:
 
 Request = Callable[[], AbstractContextManager[None]]
 _REQUESTS, _BEFORE = "bank_requests", "bank_before"
+_versions = itertools.count()
 
 
 def begin(model: nn.Module, request: Request) -> Callable[[], None]:
@@ -60,7 +62,8 @@ def begin(model: nn.Module, request: Request) -> Callable[[], None]:
     """
     requests = _replacement(model).get(_REQUESTS)
     if requests is None:
-        requests = _replace_forward(model)
+        requests = []
+        _replace_forward(model, requests, vars(model).get("forward"))
     requests.append(request)
 
     def end() -> None:
@@ -76,18 +79,26 @@ def begin(model: nn.Module, request: Request) -> Callable[[], None]:
     return end
 
 
+def renew(model: nn.Module) -> None:
+    """Let a model that is compiled as a whole be compiled again at its next call: hooks alone would go unseen."""
+    replacement = _replacement(model)
+    if _REQUESTS in replacement:
+        _replace_forward(model, replacement[_REQUESTS], replacement[_BEFORE])
+
+
 def _replacement(model: nn.Module) -> dict[str, Any]:
     """The attributes of what stands for the model's `forward`, if it is one of ours."""
     forward = vars(model).get("forward")
     return getattr(getattr(forward, "__func__", forward), "__dict__", {})
 
 
-def _replace_forward(model: nn.Module) -> list[Request]:
-    before, requests = vars(model).get("forward"), list[Request]()
+def _replace_forward(model: nn.Module, requests: list[Request], before: Any) -> None:
+    version = str(next(_versions))
 
     def run(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        # a compiled graph asks for the request at each layer
-        if torch.compiler.is_compiling():
+        # a compiled graph asks for the request at each layer; and what its tracing has looked at, as this version, it
+        # looks at in each call, to be traced again for another one
+        if torch.compiler.is_compiling() and version:
             return call(*args, **kwargs)
         with ExitStack() as stack:
             for request in tuple(requests):
@@ -112,7 +123,6 @@ def _replace_forward(model: nn.Module) -> list[Request]:
 
         replacement = vars(model)["forward"] = function
     vars(replacement).update({_REQUESTS: requests, _BEFORE: before})
-    return requests
 
 
 @dataclass(frozen=True, slots=True, eq=False)
