@@ -8,6 +8,7 @@ one; ratios are medians over rounds of the ratio to the base model in the same r
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -70,6 +71,12 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
+def same_weights(model: nn.Module) -> nn.Module:
+    """A copy that shares all tensors: where they are in memory alone makes models differ by some percent."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def made_pack(model: nn.Module, targets: tuple[str, ...], n: int) -> ex.Pack:
     """A pack of n random adapters of one recipe, in a random subspace: a fit would give the same shapes."""
     generator = torch.Generator().manual_seed(SEED)
@@ -119,15 +126,15 @@ def made_pack(model: nn.Module, targets: tuple[str, ...], n: int) -> ex.Pack:
     )
 
 
-def peft_model(make: Callable[[], nn.Module], targets: tuple[str, ...], n: int) -> Any:
+def peft_model(base: nn.Module, targets: tuple[str, ...], n: int) -> Any:
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False)
-    model = get_peft_model(make(), config, adapter_name="a0")
+    model = get_peft_model(same_weights(base), config, adapter_name="a0")
     for number in range(1, n):
         model.add_adapter(f"a{number}", config)
     return model.eval()
 
 
-def tuner_model(make: Callable[[], nn.Module], targets: tuple[str, ...], pack: ex.Pack, n: int) -> Any:
+def tuner_model(base: nn.Module, targets: tuple[str, ...], pack: ex.Pack, n: int) -> Any:
     """The same by our method of PEFT: adapters that were trained on coefficients."""
 
     def config() -> ex.EigenLoraxConfig:
@@ -135,7 +142,7 @@ def tuner_model(make: Callable[[], nn.Module], targets: tuple[str, ...], pack: e
             subspace=pack, r=RANK, lora_alpha=ALPHA, target_modules=list(targets), start="uniform", init_weights=False
         )
 
-    model = get_peft_model(make(), config(), adapter_name="a0")
+    model = get_peft_model(same_weights(base), config(), adapter_name="a0")
     for number in range(1, n):
         model.add_adapter(f"a{number}", config())
     return model.eval()
@@ -169,7 +176,7 @@ def measure_loading(n: int = ADAPTERS, n_peft: int = PEFT_ADAPTERS) -> Json:
         laying_out = [_seconds(lambda: bank.using(names)) for _ in range(20)]
         bank.unload()
         loras = pack.export(Path(folder) / "loras", pack.names[:n_peft])
-        adapted = peft_model(bert_base, targets, 1)
+        adapted = peft_model(model, targets, 1)
         theirs = [
             _seconds(lambda name=name, lora=lora: adapted.load_adapter(lora, name))
             for name, lora in list(loras.items())[1:]
@@ -198,10 +205,11 @@ def measure_loading(n: int = ADAPTERS, n_peft: int = PEFT_ADAPTERS) -> Json:
 def measure_decode(rounds: int = 20) -> Json:
     """A step of 64 rows with a cache of 64 tokens."""
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-    base, served = llama(), llama()
+    base = llama()
+    served = same_weights(base)
     pack = made_pack(served, targets, max(MIXED))
     bank = ex.AdapterBank(served, pack)
-    adapted, tuned = peft_model(llama, targets, max(MIXED)), tuner_model(llama, targets, pack, max(MIXED))
+    adapted, tuned = peft_model(base, targets, max(MIXED)), tuner_model(base, targets, pack, max(MIXED))
     ids = torch.randint(5, 1000, (ROWS, CACHED), generator=torch.Generator().manual_seed(SEED))
 
     def step(model: Any, **options: Any) -> Run:
@@ -220,10 +228,11 @@ def measure_decode(rounds: int = 20) -> Json:
 def measure_encoder(rounds: int = 20) -> Json:
     """64 rows of 32 tokens."""
     targets = ("query", "value")
-    base, served = minilm(), minilm()
+    base = minilm()
+    served = same_weights(base)
     pack = made_pack(served, targets, max(MIXED))
     bank = ex.AdapterBank(served, pack)
-    adapted, tuned = peft_model(minilm, targets, max(MIXED)), tuner_model(minilm, targets, pack, max(MIXED))
+    adapted, tuned = peft_model(base, targets, max(MIXED)), tuner_model(base, targets, pack, max(MIXED))
     ids = torch.randint(5, 1000, (ROWS, 32), generator=torch.Generator().manual_seed(SEED))
     return measured(
         base, bank, adapted, tuned, lambda model, **options: lambda: model(input_ids=ids, **options), rounds
@@ -233,10 +242,11 @@ def measure_encoder(rounds: int = 20) -> Json:
 def measure_prefill(rounds: int = 20) -> Json:
     """One adapter, prompts of several lengths."""
     targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-    base, served = llama(), llama()
+    base = llama()
+    served = same_weights(base)
     bank = ex.AdapterBank(served, made_pack(served, targets, 1))
     bank.set_adapter("a0")
-    adapted = peft_model(llama, targets, 1)
+    adapted = peft_model(base, targets, 1)
     found = {}
     for rows, tokens in ((1, 16), (1, 128), (1, 512), (8, 128)):
         ids = torch.randint(5, 1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
