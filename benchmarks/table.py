@@ -12,12 +12,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS, DEMO, TUNER, REPORT, CONTINUAL = (
-    RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report", "continual")
+PEERS, DEMO, TUNER, REPORT, CONTINUAL, BANK = (
+    RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report", "continual", "bank")
 )
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MISSED = " ✗"
 FIGURES = ("mean", "mean_square", "worst")
+WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
 
@@ -29,9 +30,10 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
     peers, demo, tuner = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO, TUNER))
-    report, continual = (json.loads(path.read_text(encoding="utf-8")) for path in (REPORT, CONTINUAL))
+    report, continual, bank = (json.loads(path.read_text(encoding="utf-8")) for path in (REPORT, CONTINUAL, BANK))
     blocks = {
         ROOT / "docs" / "growing.md": continual_table(continual),
+        ROOT / "docs" / "bank.md": bank_table(bank),
         ROOT / "docs" / "report.md": report_table(report),
         ROOT / "benchmarks" / "README.md": markdown(peers),
         ROOT / "README.md": figures_table(peers, demo),
@@ -93,6 +95,62 @@ def continual_table(continual: Json) -> str:
     orders = continual["orders"]
     made = f"`{continual['command']}`; means over {orders} orders in which they come, seeds 0 to {orders - 1}"
     return "\n\n".join([*parts, f"{made}; {where['processor']}, torch {where['torch']}."])
+
+
+def bank_table(bank: Json) -> str:
+    """Loading a thousand adapters; a step of decoding, an encoder and prompts with one adapter and with several."""
+    loading, where = bank["loading"], bank["environment"]
+    n, first, last = loading["adapters"], loading["peft_milliseconds_of_the_first_five"], loading["peft_adapters"]
+    peft_last = loading["peft_milliseconds_of_the_last_five"]
+    loaded = [
+        [
+            f"{n:,} adapters of a BERT-base, from a pack on disk: median / least / of the CPU",
+            f"{loading['median_seconds']:.1f} / {loading['least_seconds']:.1f} / {loading['cpu_seconds']:.1f} s",
+        ],
+        [
+            f"one more, `add`: of the first {n // 10} / of the last {n // 10}",
+            f"{loading['milliseconds_of_the_first_tenth']:.2f} / {loading['milliseconds_of_the_last_tenth']:.2f} ms",
+        ],
+        [
+            f"PEFT, `load_adapter` of the same as LoRAs: of the first 5 / of the last 5 of {last}",
+            f"{first:.0f} / {peft_last:.0f} ms",
+        ],
+        [
+            "bytes: the bank ÷ basis and coefficients in the pack",
+            f"{loading['bank_bytes']:,} ÷ {loading['basis_bytes'] + loading['coefficient_bytes']:,} = "
+            f"{loading['bank_bytes_ratio']:.3f}",
+        ],
+        ["`set_adapter`", f"{loading['set_adapter_milliseconds']:.2f} ms"],
+        [f"`using` with {bank['rows']} adapters, once a request", f"{loading['using_64_milliseconds']:.1f} ms"],
+    ]
+    counts = [name.removeprefix("bank ") for name in bank["decode"] if name.startswith("bank ")]
+    mixed = [
+        [count, *(ratio(bank[part].get(f"{who} {count}")) for part in ("decode", "encoder") for who in WHO)]
+        for count in sorted(counts, key=int)
+    ]
+    prompts = [
+        [shape.replace("x", "×"), f"{1e3 * one['base']['median_seconds']:.0f}", ratio(one["bank"]), ratio(one["peft"])]
+        for shape, one in bank["prefill"].items()
+    ]
+    return (
+        f"Random adapters of r = {bank['r']} and k = {bank['k']} on random models; modules are query and value "
+        "(BERT-base: 12 layers, 768 wide; MiniLM: 6 layers, 384 wide) or q, k, v and o (Llama: 4 layers, 768 "
+        "wide, a vocabulary of 1,000).\n\n"
+        f"{table(('', 'measured'), loaded)}\n\n"
+        f"Time ÷ that of the base model, {bank['rows']} rows that use so many adapters in turn. A step of the Llama's "
+        f"decoding has a cache of {bank['cached_tokens']} tokens; the MiniLM encodes 32 tokens a row. `tuner` is "
+        "`adapter_names=` of our PEFT method.\n\n"
+        f"{table(('adapters', *(f'{part}, {who}' for part in ('decode', 'encode') for who in WHO)), mixed)}\n\n"
+        "One adapter, prompts of the Llama (rows × tokens): milliseconds of the base model, and time ÷ that.\n\n"
+        f"{table(('prompt', 'base, ms', 'bank', 'peft'), prompts)}\n\n"
+        f"`{bank['command']}`; {where['processor']}, one thread, torch {where['torch']}, peft {where['peft']}, "
+        f"transformers {where['transformers']}, seed {bank['seed']}. Runs are interleaved on a machine that others use "
+        "too; ratios are medians over rounds of the ratio within a round."
+    )
+
+
+def ratio(timing: Json | None) -> str:
+    return "–" if timing is None else f"{timing['to_base']:.2f}"
 
 
 def tuner_table(tuner: Json) -> str:

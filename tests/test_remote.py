@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import eigenlorax as ex
-from adapters import make_adapter, make_adapters
+from adapters import MODULES, make_adapter, make_adapters
 from children import load_command, needs_fork
 from eigenlorax.errors import OptionError
 from fake_hub import FakeHub, running
@@ -103,6 +104,22 @@ class TestFetch:
         assert (names, adapters) == (["beta"], 1)
         wanted = ex.Pack.open(made / "one").adapter("beta").modules["encoder.layer.0.query"]
         assert torch.allclose(torch.tensor(delta), wanted.up @ wanted.down)
+        assert hub.asked == sorted([MANIFEST, subspace_of(made / "one"), *of("beta")])
+
+    def test_what_a_bank_serves(self, online, hub, made):
+        def call():
+            model = nn.Module()
+            for name, (n_out, n_in) in MODULES.items():
+                *parents, last = name.split(".")
+                module = model
+                for parent in parents:
+                    if not hasattr(module, parent):
+                        module.add_module(parent, nn.Module())
+                    module = getattr(module, parent)
+                module.add_module(last, nn.Linear(n_in, n_out))
+            say(ex.AdapterBank(model, "org/pack", adapters="beta").names)
+
+        assert json_of(online(call=call)) == ["beta"]
         assert hub.asked == sorted([MANIFEST, subspace_of(made / "one"), *of("beta")])
 
     def test_the_basis_alone(self, online, hub, made):

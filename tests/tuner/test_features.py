@@ -72,6 +72,44 @@ class TestMixedBatches:
                 wanted = model(ids[index : index + 1]).logits
             torch.testing.assert_close(got[index : index + 1], wanted, atol=1e-6, rtol=1e-6)
 
+    def test_many_ranks_cores_subspaces_and_repeats(self, bert_pack, ids):
+        model = model_of(bert_pack, task_type="SEQ_CLS")
+        other, _ = make_pack(dict.fromkeys(BERT, (IN, IN)), n=2)
+        recipes = {
+            "b": {"r": 4, "lora_alpha": 3},
+            "c": {"r": 2, "use_rslora": True},
+            "d": {"r": 3, "core": True},
+            "e": {"r": 3, "core": True, "lora_alpha": 1},
+            "f": {"r": 4, "embed_subspace": True},
+            "g": {"r": 4, "subspace": other},
+            "h": {"r": 4, "target_modules": BERT[:1]},
+        }
+        for seed, (name, fields) in enumerate(recipes.items()):
+            fields = {"subspace": bert_pack, "task_type": "SEQ_CLS", **fields}
+            model.add_adapter(name, ex.EigenLoraxConfig(**fields))
+            shake(model, name, seed=20 + seed)
+        model.eval()
+        names = ["default", *recipes, "__base__", "b", "b", "c", "default", "e"]
+        inputs = ids.repeat(3, 1)[: len(names)]
+        got = model(inputs, adapter_names=names).logits
+        for row, name in enumerate(names):
+            model.set_adapter("default" if name == "__base__" else name)
+            lone = inputs[row : row + 1]
+            if name == "__base__":
+                with model.disable_adapter():
+                    wanted = model(lone).logits
+            else:
+                wanted = model(lone).logits
+            torch.testing.assert_close(got[row : row + 1], wanted, atol=1e-6, rtol=1e-6)
+
+    def test_gradients_reach_the_adapter_of_a_row_alone(self, model, ids):
+        model.set_adapter("default")
+        layer = model.get_submodule(f"base_model.model.{BERT[0]}")
+        layer.requires_grad_(True)
+        model(ids[:2], adapter_names=["default", "__base__"]).logits.sum().backward()
+        assert layer.eigenlorax_up["default"].grad.abs().sum() > 0
+        assert layer.eigenlorax_core["other"].grad is None
+
     def test_wrong_use(self, model, ids):
         with pytest.raises(ValueError, match="non-existing adapter.*nope"):
             model(ids, adapter_names=["nope"] * 5)

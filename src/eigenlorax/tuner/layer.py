@@ -16,6 +16,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from ..mixing import arrange
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
@@ -253,14 +254,43 @@ class Linear(nn.Module, EigenLoraxLayer):
         return self.eigenlorax_down[adapter], self.eigenlorax_up[adapter]
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Each row of the batch with the adapter that it names; "__base__" is none."""
+        """Each row of the batch with the adapter that it names; "__base__" is none.
+
+        What shares a subspace is multiplied with its bases at once; adapters of one shape have their coefficients
+        multiplied in one product of batches. Dropout has no part in it: in training, mixed batches are refused.
+        """
         result = result.clone()
-        for adapter in sorted(set(adapter_names)):
-            if adapter == "__base__" or not self.has_adapter(adapter):
-                continue
-            rows = [index for index, name in enumerate(adapter_names) if name == adapter]
-            result[rows] += self._update(adapter, x[rows]).to(result.dtype)
+        by_bases: dict[str, dict[tuple[torch.Size, ...], list[int]]] = {}
+        for row, adapter in enumerate(adapter_names):
+            if adapter != "__base__" and self.has_adapter(adapter):
+                key = adapter if adapter in self.eigenlorax_embedded_down else self.subspace_of[adapter]
+                shape = tuple(factor.shape for factor in self.factors_of(adapter))
+                by_bases.setdefault(key, {}).setdefault(shape, []).append(row)
+        for by_shape in by_bases.values():
+            rows = [row for places in by_shape.values() for row in places]
+            names = [adapter_names[row] for row in rows]
+            down_basis, up_basis = self.bases_of(names[0])
+            hidden = self._cast_input_dtype(x[rows], self.factors_of(names[0])[0].dtype)
+            hidden = linear(hidden, down_basis.to(hidden.dtype)).reshape(len(rows), -1, len(down_basis))
+            parts, start = [], 0
+            for places in by_shape.values():
+                end = start + len(places)
+                parts.append(self._mixed_coefficients(hidden[start:end], names[start:end]))
+                start = end
+            update = torch.cat(parts) @ up_basis.to(hidden.dtype)
+            result[rows] += update.view(len(rows), *result.shape[1:]).to(result.dtype)
         return result
+
+    def _mixed_coefficients(self, hidden: Tensor, adapter_names: list[str]) -> Tensor:
+        """Projected rows (n, t, k_down), each with the coefficients of its adapter, all of one shape: (n, t, k_up)."""
+        distinct = list(dict.fromkeys(adapter_names))
+        groups, order = arrange([distinct.index(name) for name in adapter_names])
+        owners, order = [distinct[group] for group in groups], order.to(hidden.device)
+        hidden = order.gather(hidden)
+        for factors in zip(*map(self.factors_of, owners), strict=True):
+            hidden = torch.bmm(hidden, torch.stack(factors).mT)
+        scalings = torch.tensor([self.scaling[name] for name in owners], dtype=hidden.dtype, device=hidden.device)
+        return order.scatter(hidden * scalings[:, None, None])
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
         if adapter_names is None:
