@@ -11,6 +11,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapter import Adapter, LoRAFactors, from_factors
+    from .bank import AdapterBank
     from .errors import EigenloraxError
     from .fitting import fit
     from .formats import read_adapter, write_adapter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "adapter",
+    "AdapterBank": "bank",
     "EigenLoraxConfig": "tuner",
     "EigenLoraxModel": "tuner",
     "EigenloraxError": "errors",
@@ -38,6 +40,7 @@ _HOME = {
 }
 __all__ = [
     "Adapter",
+    "AdapterBank",
     "EigenLoraxConfig",
     "EigenLoraxModel",
     "EigenloraxError",

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from .adapter import Adapter
 from .errors import (
     AdapterNameError,
     BaseModelError,
+    BaseModelWarning,
     FormatError,
     ModuleNameError,
     NonFiniteError,
@@ -145,6 +147,23 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
                     f"{value!r}. Fit them apart; if both names stand for one model, pass --same-base."
                 )
     return _commonest(a.base_model for a in adapters), _commonest(a.revision for a in adapters)
+
+
+def warn_of_other_model(wanted: str | None, model: object, stacklevel: int = 3) -> None:
+    """Warn where a pack names another base model than the one that it is put on, and shapes alone would not tell.
+
+    Local folders may hold any model, so only names of repositories are compared, by their last part: `gpt2` is
+    `openai-community/gpt2`.
+    """
+    if not isinstance(model, str) or not model or not wanted or Path(model).exists() or Path(wanted).exists():
+        return
+    if model.rpartition("/")[2].lower() != wanted.rpartition("/")[2].lower():
+        warnings.warn(
+            f"the subspace was found in adapters of {wanted!r}, and this model is {model!r}. If that is another one, "
+            "its modules mean something else: take a pack of its own adapters.",
+            BaseModelWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _commonest(values: Iterable[str | None]) -> str | None:

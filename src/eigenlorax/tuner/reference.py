@@ -1,16 +1,15 @@
 """From a config to the subspace it means, and from a model's modules to those of the subspace."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import basis, keys, known
+from .. import basis, checks, keys, known
 from .. import subspace as spaces
 from ..basis import Basis
-from ..errors import BaseModelWarning, ModuleNameError, OptionError, PackMissingError, ShapeError
+from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
 from ..pack import Pack
 from ..subspace import ModuleBases, Subspace
 from .config import EigenLoraxConfig
@@ -167,21 +166,9 @@ def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> No
 
 
 def check_base_model(reference: Reference | Embedded, model: object) -> None:
-    """Warn where the pack names another base model than the one that it is put on, and shapes alone would not tell.
-
-    Local folders may hold any model, so only names of repositories are compared, by their last part: `gpt2` is
-    `openai-community/gpt2`.
-    """
-    wanted = reference.pack.base_model if reference.pack is not None else None
-    if not isinstance(model, str) or not model or not wanted or Path(model).exists() or Path(wanted).exists():
-        return
-    if model.rpartition("/")[2].lower() != wanted.rpartition("/")[2].lower():
-        warnings.warn(
-            f"the subspace was found in adapters of {wanted!r}, and this model is {model!r}. If that is another one, "
-            "its modules mean something else: take a pack of its own adapters.",
-            BaseModelWarning,
-            stacklevel=2,
-        )
+    """Warn where the pack names another base model than the one that it is put on."""
+    if reference.pack is not None:
+        checks.warn_of_other_model(reference.pack.base_model, model)
 
 
 def check_whole(config: EigenLoraxConfig) -> None:

@@ -1,0 +1,318 @@
+"""Many adapters on one model: a thousand loaded, and batches whose rows use up to 64 of them, beside PEFT's LoRA.
+
+    python benchmarks/bank.py         # minutes; writes benchmarks/results/bank.json
+
+Models have the shapes of BERT-base, a small Llama and MiniLM, with random weights; adapters are random too. Times do
+not depend on the numbers. All variants of a timing are run in turn, round after round, each round starting with another
+one; ratios are medians over rounds of the ratio to the base model in the same round.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import eigenlorax as ex
+from eigenlorax import manifest
+from eigenlorax.basis import Basis
+from eigenlorax.cli import env
+from eigenlorax.manifest import FitInfo
+from eigenlorax.packed import PackedAdapter, Record
+from eigenlorax.subspace import Coefficients, ModuleBases, Subspace
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "bank.json"
+K, RANK, ALPHA = 64, 16, 32
+ADAPTERS, PEFT_ADAPTERS, MIXED = 1000, 60, (1, 4, 16, 64)
+ROWS, CACHED = 64, 64
+SEED = 20261126
+
+Json = dict[str, Any]
+Run = Callable[[], object]
+
+
+def bert_base() -> nn.Module:
+    return BertModel(BertConfig(vocab_size=1000)).eval()
+
+
+def minilm() -> nn.Module:
+    config = BertConfig(
+        vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    return BertModel(config).eval()
+
+
+def llama() -> nn.Module:
+    # a small vocabulary: that of a real one would make the base model slower, and every ratio smaller
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2048,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def made_pack(model: nn.Module, targets: tuple[str, ...], n: int) -> ex.Pack:
+    """A pack of n random adapters of one recipe, in a random subspace: a fit would give the same shapes."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def basis(dimension: int) -> Basis:
+        rows = torch.linalg.qr(torch.randn(dimension, K, generator=generator))[0].mT.contiguous()
+        return Basis(rows, torch.ones(K), energy=1.0)
+
+    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if name.endswith(targets)}
+    subspace = Subspace({name: ModuleBases(basis(shape[1]), basis(shape[0])) for name, shape in sorted(shapes.items())})
+    config = {"peft_type": "LORA", "base_model_name_or_path": None, "r": RANK, "lora_alpha": ALPHA}
+    text = json.dumps({**config, "target_modules": sorted(shapes), "rank_pattern": {}, "alpha_pattern": {}})
+    adapters = {}
+    for number in range(n):
+        coefficients = {
+            name: Coefficients(
+                0.1 * torch.randn(RANK, K, generator=generator),
+                0.1 * torch.randn(K, RANK, generator=generator),
+                ALPHA / RANK,
+            )
+            for name in subspace.modules
+        }
+        record = Record(
+            delta_error=0.0,
+            rounding_error=0.0,
+            in_fit=True,
+            untrained=False,
+            ranks=[RANK],
+            modules=len(coefficients),
+            lora_numbers=sum(RANK * sum(shape) for shape in shapes.values()),
+            coefficient_bytes=sum(one.stored_bytes for one in coefficients.values()),
+            carried_bytes=0,
+            head_bytes=0,
+            source_sha256=f"{number:064x}",
+            source_file_bytes=0,
+        )
+        places = {name: name for name in coefficients}
+        adapters[f"a{number}"] = PackedAdapter(f"a{number}", coefficients, places, {}, {}, text, record)
+    return ex.Pack(
+        subspace,
+        manifest.describe(subspace),
+        adapters,
+        FitInfo(n_components=K, energy=None, max_error=None, auto=False, weighting="delta", sweeps=2),
+        base_model=None,
+        revision=None,
+        coefficient_dtype=torch.float32,
+    )
+
+
+def peft_model(make: Callable[[], nn.Module], targets: tuple[str, ...], n: int) -> Any:
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), init_lora_weights=False)
+    model = get_peft_model(make(), config, adapter_name="a0")
+    for number in range(1, n):
+        model.add_adapter(f"a{number}", config)
+    return model.eval()
+
+
+def measure_loading(n: int = ADAPTERS, n_peft: int = PEFT_ADAPTERS) -> Json:
+    """A pack of n adapters on disk, to a bank that serves them, digests checked. Files are in the page cache."""
+    targets = ("query", "value")
+    with tempfile.TemporaryDirectory() as folder:
+        model = bert_base()
+        path = made_pack(model, targets, n).save(Path(folder) / "pack")
+        ex.Pack.open(path).verify()
+        gc.collect()
+        before = time.perf_counter()
+        bank = ex.AdapterBank(model, path)
+        seconds = time.perf_counter() - before
+        pack = ex.Pack.open(path)
+        basis = pack.subspace.stored_bytes
+        coefficients = sum(record.coefficient_bytes for record in pack.records.values())
+        held = bank.nbytes
+        switching = [_seconds(lambda name=name: bank.set_adapter(name)) for name in bank.names]
+        bank.unload()
+        bank = ex.AdapterBank(model, pack, adapters=[])
+        each = [_seconds(lambda name=name: bank.add(name)) for name in pack.names]
+        names = bank.names[:ROWS]
+        laying_out = [_seconds(lambda: bank.using(names)) for _ in range(20)]
+        bank.unload()
+        loras = pack.export(Path(folder) / "loras", pack.names[:n_peft])
+        adapted = peft_model(bert_base, targets, 1)
+        theirs = [
+            _seconds(lambda name=name, lora=lora: adapted.load_adapter(lora, name))
+            for name, lora in list(loras.items())[1:]
+        ]
+    tenth = max(1, n // 10)
+    return {
+        "adapters": n,
+        "seconds": seconds,
+        "milliseconds_an_adapter": 1e3 * statistics.median(each),
+        "milliseconds_of_the_first_tenth": 1e3 * statistics.median(each[:tenth]),
+        "milliseconds_of_the_last_tenth": 1e3 * statistics.median(each[-tenth:]),
+        "peft_adapters": n_peft,
+        "peft_milliseconds_of_the_first_five": 1e3 * statistics.median(theirs[:5]),
+        "peft_milliseconds_of_the_last_five": 1e3 * statistics.median(theirs[-5:]),
+        "set_adapter_milliseconds": 1e3 * statistics.median(switching),
+        "set_adapter_milliseconds_worst": 1e3 * max(switching),
+        "using_64_milliseconds": 1e3 * statistics.median(laying_out),
+        "basis_bytes": basis,
+        "coefficient_bytes": coefficients,
+        "bank_bytes": held,
+        "bank_bytes_ratio": held / (basis + coefficients),
+    }
+
+
+def measure_decode(rounds: int = 20) -> Json:
+    """A step of 64 rows with a cache of 64 tokens."""
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    base, served = llama(), llama()
+    bank = ex.AdapterBank(served, made_pack(served, targets, max(MIXED)))
+    adapted = peft_model(llama, targets, max(MIXED))
+    ids = torch.randint(5, 1000, (ROWS, CACHED), generator=torch.Generator().manual_seed(SEED))
+
+    def step(model: Any, **options: Any) -> Run:
+        cache = DynamicCache()
+        model(input_ids=ids, past_key_values=cache, **options)
+
+        def run() -> None:
+            model(input_ids=ids[:, :1], past_key_values=cache, **options)
+            cache.crop(-1)
+
+        return run
+
+    return measured(base, bank, adapted, step, rounds)
+
+
+def measure_encoder(rounds: int = 10) -> Json:
+    """64 rows of 32 tokens."""
+    targets = ("query", "value")
+    base, served = minilm(), minilm()
+    bank = ex.AdapterBank(served, made_pack(served, targets, max(MIXED)))
+    adapted = peft_model(minilm, targets, max(MIXED))
+    ids = torch.randint(5, 1000, (ROWS, 32), generator=torch.Generator().manual_seed(SEED))
+    return measured(base, bank, adapted, lambda model, **options: lambda: model(input_ids=ids, **options), rounds)
+
+
+def measure_prefill(rounds: int = 10) -> Json:
+    """One adapter, prompts of several lengths."""
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    base, served = llama(), llama()
+    bank = ex.AdapterBank(served, made_pack(served, targets, 1))
+    bank.set_adapter("a0")
+    adapted = peft_model(llama, targets, 1)
+    found = {}
+    for rows, tokens in ((1, 16), (1, 128), (1, 512), (8, 128)):
+        ids = torch.randint(5, 1000, (rows, tokens), generator=torch.Generator().manual_seed(SEED))
+        models = {"base": base, "bank": served, "peft": adapted}
+        runs = {name: lambda model=model, ids=ids: model(input_ids=ids) for name, model in models.items()}
+        found[f"{rows} x {tokens}"] = timed(runs, rounds)
+    return found
+
+
+def measured(base: Any, bank: ex.AdapterBank, adapted: Any, make: Callable[..., Run], rounds: int) -> Json:
+    """The base model, the bank and PEFT: one adapter for all rows, and several in turn."""
+    runs: dict[str, Run] = {"base": make(base)}
+    for n in MIXED:
+        names = [f"a{row % n}" for row in range(ROWS)]
+        with bank.using("a0" if n == 1 else names):
+            inner = make(bank.model)
+        runs[f"bank {n}"] = _inside(bank, "a0" if n == 1 else names, inner)
+        adapted.set_adapter("a0")
+        runs[f"peft {n}"] = make(adapted) if n == 1 else make(adapted, adapter_names=names)
+    return timed(runs, rounds)
+
+
+def _inside(bank: ex.AdapterBank, names: str | list[str], run: Run) -> Run:
+    """A step of a longer request: what its adapters multiply with was laid out when it began."""
+    request = bank.using(names)
+
+    def inside() -> None:
+        with request:
+            run()
+
+    return inside
+
+
+def timed(runs: Mapping[str, Run], rounds: int) -> Json:
+    """Seconds of each, interleaved; `to_base` is the median over rounds of the ratio to "base"."""
+    names, seconds = list(runs), {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(_seconds(runs[name]))
+    return {
+        name: {
+            "median_seconds": statistics.median(each),
+            "least_seconds": min(each),
+            "to_base": statistics.median(one / base for one, base in zip(each, seconds["base"], strict=True)),
+        }
+        for name, each in seconds.items()
+    }
+
+
+def _seconds(run: Run) -> float:
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure(n: int = ADAPTERS, rounds: int = 20) -> Json:
+    """All of it, on one thread."""
+    with one_thread():
+        return {
+            "k": K,
+            "r": RANK,
+            "rows": ROWS,
+            "cached_tokens": CACHED,
+            "loading": measure_loading(n),
+            "decode": measure_decode(rounds),
+            "encoder": measure_encoder(rounds),
+            "prefill": measure_prefill(rounds),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=ADAPTERS, help="loaded onto BERT-base (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="of each timing (default: %(default)s)")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    result = {
+        "command": " ".join(["python", "benchmarks/bank.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": env.collect(),
+        "seed": SEED,
+        **measure(options.adapters, options.rounds),
+    }
+    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"wrote {RESULT}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""One adapter as the bank holds it: all coefficients one after the other in one tensor, and its heads. Nothing here
+knows of requests or layers."""
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ModuleNameError, OptionError, ShapeError
+from ..mixing import Part, constant
+from ..packed import PackedAdapter
+from ..subspace import Subspace
+from .heads import Heads
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one module's coefficients are among an adapter's numbers: down (rank, k_down), then up (k_up, rank)."""
+
+    module: str
+    start: int
+    rank: int
+    k_down: int
+    k_up: int
+
+    @property
+    def middle(self) -> int:
+        return self.start + self.rank * self.k_down
+
+    @property
+    def end(self) -> int:
+        return self.middle + self.rank * self.k_up
+
+    def of(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """down and up of numbers (…, n), as views."""
+        down, up = numbers[..., self.start : self.middle], numbers[..., self.middle : self.end]
+        leading = numbers.shape[:-1]
+        return down.view(*leading, self.rank, self.k_down), up.view(*leading, self.k_up, self.rank)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Layout:
+    """The places of an adapter's modules, by module name. One object for all adapters of the same ranks and modules."""
+
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """An adapter of the bank. Who serves with it keeps it alive: a removed one goes with its last request.
+
+    scalings: in the order of the layout.
+    """
+
+    name: str
+    layout: Layout
+    numbers: Tensor
+    scalings: tuple[float, ...]
+    heads: Heads
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.numbers, *self.heads.tensors]
+
+    def parts(self, dtype: torch.dtype) -> dict[str, Part]:
+        """What each module multiplies with, in `dtype`."""
+        numbers = self.numbers.to(dtype)
+        return {
+            place.module: Part(*place.of(numbers), scaling)
+            for place, scaling in zip(self.layout.places, self.scalings, strict=True)
+        }
+
+
+def hold(
+    packed: PackedAdapter,
+    subspace: Subspace,
+    places: Iterable[str],
+    heads: Heads,
+    layouts: MutableMapping[tuple[Place, ...], Layout],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Held:
+    """The adapter in `dtype` on `device`; an error that names it where the bank cannot serve it as it is.
+
+    places: the modules of the subspace that the model has. layouts: those that there are, where a new one is noted.
+    """
+    check_whole(packed)
+    known = frozenset(places)
+    by_place = {packed.places[module]: coefficients for module, coefficients in packed.coefficients.items()}
+    lacking = sorted(by_place.keys() - known)
+    if lacking:
+        raise ModuleNameError(
+            f"adapter {packed.name!r} has {len(lacking)} of {len(by_place)} modules that the model lacks, such as "
+            f"{lacking[0]!r}. It belongs to another base model, or to more of it."
+        )
+    found, flat, start = [], [], 0
+    for module, coefficients in sorted(by_place.items()):
+        bases = subspace.modules[module]
+        got = coefficients.down.shape[1], coefficients.up.shape[0]
+        if got != (bases.down.k, bases.up.k):
+            raise ShapeError(
+                f"adapter {packed.name!r}, module {module}: its coefficients are for (k_down, k_up) = {got}, the "
+                f"bank's subspace has {(bases.down.k, bases.up.k)}. Take it from the bank's own pack."
+            )
+        place = Place(module, start, coefficients.rank, *got)
+        found.append(place)
+        flat += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
+        start = place.end
+    with constant(device):
+        numbers = torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
+        stored = numbers.to(device, dtype)
+    scalings = tuple(coefficients.scaling for _, coefficients in sorted(by_place.items()))
+    if stored.dtype != numbers.dtype and not torch.equal(stored.to(numbers), numbers):
+        raise OptionError(
+            f"adapter {packed.name!r} is {numbers.dtype}, which the bank's {dtype} would round. Make the pack with "
+            f"dtype={str(numbers.dtype).removeprefix('torch.')!r}."
+        )
+    layout = layouts.setdefault(tuple(found), Layout(tuple(found)))
+    return Held(packed.name, layout, stored, scalings, heads)
+
+
+def check_whole(packed: PackedAdapter) -> None:
+    """Refuse an adapter that is more than coefficients and heads."""
+    if packed.carried:
+        raise OptionError(
+            f"adapter {packed.name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r} "
+            "(DoRA magnitudes, embeddings, modules that the subspace lacks). Leave it out with adapters=[…]; "
+            "`eigenlorax export` gives all of it as an ordinary LoRA."
+        )
