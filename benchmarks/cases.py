@@ -17,7 +17,6 @@ BASE = Shape(adapters=64, rank=16, dimension=1024, modules=1)
 USED = Shape(adapters=32, rank=8, dimension=768, modules=24)
 """The collection of the section `use`."""
 K, VLORA_K = 32, 16
-AXES = ("adapters", "dimension", "rank", "k", "modules")
 
 # Of each method, the sizes of each axis. The time of `authors` and `lorashare` is that of d × d eigenproblems.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -89,7 +88,7 @@ def plan(quick: bool, large: Path | None, adapters: Path) -> list[Case]:
 
 
 def components(method: str, k: int = K) -> int:
-    """vlora's are whole flattened factors: of 32 adapters 31 span everything, and it would have nothing to leave out."""
+    """vlora's are whole flattened factors: of 32 adapters 31 span everything, and nothing would be left out."""
     return min(k, VLORA_K) if method == "vlora" else k
 
 

@@ -21,6 +21,7 @@ import torch
 from collection import Shape, Source, copies_in_float32, delta_error, make_up, read
 from methods import METHODS
 
+ROOT = Path(__file__).resolve().parent.parent
 Json = dict[str, Any]
 
 WARM_UP = Shape(adapters=3, rank=4, dimension=64, modules=1)
@@ -93,8 +94,9 @@ def use(folder: Path, adapters: int, method: str, k: int, repetitions: int, **_:
 
 def serving(part: str, adapters: int = 0, rounds: int = 0) -> Json:
     """Loading, switching and mixing adapters of a bank beside PEFT's LoRA, by `bank.py`."""
-    import bank
     import transformers
+
+    import bank
 
     transformers.logging.set_verbosity_error()
     measures: dict[str, Callable[[], Json]] = {
@@ -120,8 +122,9 @@ def activations() -> Json:
 
 def pack_bytes(adapters: int, dimension: int, modules: int, k: int, rank: int) -> Json:
     """Bytes of a pack of random adapters for square modules: by its formula, and in its files."""
-    import bank
     from torch import nn
+
+    import bank
 
     bank.K, bank.RANK = k, rank
     model = nn.ModuleDict({f"{index}_proj": nn.Linear(dimension, dimension, bias=False) for index in range(modules)})
@@ -189,7 +192,7 @@ def large(folder: Path, k: int, engine: str, sweeps: int, adapters: int | None) 
 
 
 def exact(folder: Path, k: int) -> Json:
-    """The share of the first fit's stack that the k best directions keep, by whole spectra in float64, of a few sides."""
+    """The share of a first fit's stack that the k best directions keep, by whole spectra in float64, of a few sides."""
     import eigenlorax as ex
     from eigenlorax import subspace as spaces
 
@@ -217,7 +220,9 @@ def collection(adapters: str) -> Json:
     """What the real adapters are on which errors are measured."""
     import fidelity
 
-    return _on_copies(adapters, lambda sources, _: fidelity.describe(sources, adapters))
+    path = Path(adapters).resolve()
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return _on_copies(adapters, lambda sources, _: fidelity.describe(sources, shown))
 
 
 def equal_k(adapters: str, components: list[int]) -> Json:

@@ -69,7 +69,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--large", type=Path, help="a collection that large.py wrote, for the section `large`")
     parser.add_argument(
-        "--adapters", type=Path, default=ROOT / ADAPTERS, help="real ones, for the section `errors` (default: the demo's)"
+        "--adapters",
+        type=Path,
+        default=ROOT / ADAPTERS,
+        help="real ones, for the section `errors` (default: the demo's)",
     )
     return parser.parse_args()
 
