@@ -16,7 +16,7 @@ BASE = Shape(adapters=64, rank=16, dimension=1024, modules=1)
 """The collection around which sizes grow, one at a time."""
 USED = Shape(adapters=32, rank=8, dimension=768, modules=24)
 """The collection of the section `use`."""
-K, VLORA_K = 32, 16
+K, VLORA_K, LARGE_K = 32, 16, 64
 
 # Of each method, the sizes of each axis. The time of `authors` and `lorashare` is that of d × d eigenproblems.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -57,8 +57,9 @@ QUICK_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One measurement. measure: a function of `child.py`; options: what it is given; method: what has to be installed.
+    """One measurement. measure: a function of `child.py`; method: what has to be installed.
 
+    options: what it is given, and the result records; inputs: folders that it is given besides.
     shape: the collection it wants on disk, of which it takes the first `shape.adapters` of one that may be larger.
     """
 
@@ -68,6 +69,7 @@ class Case:
     method: str
     options: Json = field(default_factory=dict)
     shape: Shape | None = None
+    inputs: Json = field(default_factory=dict)
 
 
 def plan(quick: bool, large: Path | None, adapters: Path) -> list[Case]:
@@ -149,17 +151,20 @@ def _bytes(quick: bool) -> Iterator[Case]:
 
 
 def _errors(quick: bool, adapters: Path) -> Iterator[Case]:
-    shared = {"adapters": str(adapters)}
     k = (4, 32) if quick else (4, 8, 16, 32, 48, 64, 96)
-    yield Case("errors", "errors: collection", "collection", "delta", shared)
-    yield Case("errors", "errors: equal k", "equal_k", "lorashare", {**shared, "components": k})
-    yield Case("errors", "errors: equal bytes", "equal_bytes", "vlora", {**shared, "limit": 2 if quick else None})
-    yield Case("errors", "errors: scaling", "scaling", "vlora", shared)
+    for what, method, options in (
+        ("collection", "delta", {}),
+        ("equal_k", "lorashare", {"components": k}),
+        ("equal_bytes", "vlora", {"limit": 2 if quick else None}),
+        ("scaling", "vlora", {}),
+    ):
+        key = f"errors: {what.replace('_', ' ')}"
+        yield Case("errors", key, what, method, options, inputs={"adapters": str(adapters)})
 
 
 def _large(folder: Path) -> Iterator[Case]:
     """The whole collection by both engines and without sweeps, a half and a quarter of it, and exact spectra."""
-    shared = {"folder": str(folder), "k": 64}
+    shared = {"inputs": {"folder": str(folder)}}
     for engine, sweeps, n in (
         ("serial", 2, None),
         ("processes", 2, None),
@@ -167,6 +172,7 @@ def _large(folder: Path) -> Iterator[Case]:
         ("serial", 2, 250),
         ("serial", 2, 125),
     ):
-        options = {**shared, "engine": engine, "sweeps": sweeps, "adapters": n}
-        yield Case("large", f"large: {n or 'all'} adapters, {engine}, {sweeps} sweeps", "large", "delta", options)
-    yield Case("large", "large: exact", "exact", "delta", shared)
+        options = {"k": LARGE_K, "engine": engine, "sweeps": sweeps, "adapters": n}
+        key = f"large: {n or 'all'} adapters, {engine}, {sweeps} sweeps"
+        yield Case("large", key, "large", "delta", options, **shared)
+    yield Case("large", "large: exact", "exact", "delta", {"k": LARGE_K}, **shared)

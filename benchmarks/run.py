@@ -89,12 +89,19 @@ def this_run(given: argparse.Namespace) -> Json:
         "comparable": {
             "quick": given.quick,
             "threads": given.threads,
+            "adapters": shown(given.adapters),
             "cpu": env.collect()["processor"],
             "cores": os.cpu_count(),
             "system": platform.system(),
             "versions": {"python": platform.python_version(), **versions()},
         },
     }
+
+
+def shown(path: Path) -> str:
+    """The path from the repository's root, if it is in there; else as it was given."""
+    whole = path.resolve()
+    return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else path)
 
 
 def commit() -> str:
@@ -134,7 +141,7 @@ def measure_all(cases: Sequence[Case], result: Json, output: Path | None, scratc
     failed = []
     for number, case in enumerate(todo, start=1):
         started = time.perf_counter()
-        options = dict(case.options)
+        options = {**case.options, **case.inputs}
         if case.shape is not None:
             options |= {"folder": str(collection(case.shape, numbers, scratch)), "adapters": case.shape.adapters}
         found = in_a_process(case, options, threads)
