@@ -142,6 +142,8 @@ def measure_all(cases: Sequence[Case], result: Json, output: Path | None, scratc
     for number, case in enumerate(todo, start=1):
         started = time.perf_counter()
         options = {**case.options, **case.inputs}
+        if case.section == "large":
+            read_once(Path(case.inputs["folder"]), case.options.get("adapters"))
         if case.shape is not None:
             options |= {"folder": str(collection(case.shape, numbers, scratch)), "adapters": case.shape.adapters}
         found = in_a_process(case, options, threads)
@@ -173,9 +175,14 @@ def collection(shape: Shape, numbers: Mapping[Shape, int], scratch: Path) -> Pat
     folder = scratch / f"r{shape.rank}-d{shape.dimension}-m{shape.modules}"
     if not folder.exists():
         make_up(replace(shape, adapters=numbers[kind]), SEED, folder)
-    for path in sorted(folder.glob("*/*.safetensors"))[: shape.adapters]:
-        path.read_bytes()
+    read_once(folder, shape.adapters)
     return folder
+
+
+def read_once(folder: Path, adapters: int | None) -> None:
+    """Bring the files of the first adapters into the page cache."""
+    for path in sorted(folder.glob("*/*.safetensors"))[:adapters]:
+        path.read_bytes()
 
 
 def in_a_process(case: Case, options: Json, threads: int) -> Json | None:

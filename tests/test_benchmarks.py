@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the authors' algorithm, exponents, errors; and its runner goes on and refuses."""
+"""The benchmark measures what it says: the authors' algorithm, exponents, errors; its runner goes on, and refuses."""
 
 import importlib.util
 import json
@@ -119,6 +119,30 @@ def test_a_quick_run_of_ours_goes_on_and_is_shown(tmp_path):
     other = run("run.py", *options, "delta", "--threads", "2")
     assert other.returncode == 1
     assert "was measured with other threads: [1], now [2]. --fresh begins anew" in other.stderr
+
+
+def test_the_picture_is_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
+
+    def case(method, adapters, dimension):
+        return {
+            "section": "growth",
+            "options": {"method": method, "k": 32},
+            "shape": {"adapters": adapters, "dimension": dimension, "rank": 16, "modules": 1},
+            "seconds": {"total": 1e-3 * adapters * dimension},
+            "baseline_bytes": 2**20,
+            "peak_bytes": 2**20 * (1 + adapters),
+        }
+
+    planted = [case(m, n, d) for m in ("delta", "authors") for n, d in ((8, 64), (16, 64), (32, 64), (8, 128))]
+    result = {"runs": [], "cases": {str(index): one for index, one in enumerate(planted)}}
+    (tmp_path / "run.json").write_text(json.dumps(result))
+    for name in ("first.svg", "second.svg"):
+        drawn = run("plot.py", "--result", tmp_path / "run.json", "--output", tmp_path / name)
+        assert drawn.returncode == 0, drawn.stderr
+    first, second = ((tmp_path / name).read_bytes() for name in ("first.svg", "second.svg"))
+    assert first == second
+    assert first.count(b"ours, 1.00") >= 1
 
 
 def test_the_tables_are_those_of_the_results():
