@@ -25,6 +25,8 @@ LORASHARE_TARGET, AUTHORS_TARGET = 40.0, 100.0
 WIDTH = 4096
 # twice as many adapters may take 7 % more than twice the time
 LINEAR = 1.1
+FLAT = 0.1
+SWEEPS = 2
 MIB, GIB = 2**20, 2**30
 UNMEASURED = "Not measured yet: `python benchmarks/run.py`."
 
@@ -63,10 +65,11 @@ def environment(result: Json) -> str:
     quick = "**A smoke run at small sizes: its figures say nothing.** " if where["quick"] else ""
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     load = max(run["load_at_start"] for run in result["runs"])
+    minutes = sum(case["process_seconds"] for case in result["cases"].values()) / 60
     return (
         f"{quick}`{first['command']}` on {' and '.join(days)}, commit {', '.join(commits)}: {where['cpu']}, "
         f"{where['cores']} cores, load at the start {load:.1f}, {threads} a process, page cache warm, seed "
-        f"{first['seed']}; {packages}."
+        f"{first['seed']}, {minutes:.1f} minutes; {packages}."
     )
 
 
@@ -301,18 +304,22 @@ def large_tables(result: Json) -> str:
             *(f"{case['seconds'].get(stage, 0):.1f}" for stage in stages),
             f"{(case['peak_bytes'] - case['baseline_bytes']) / GIB:.2f}",
             f"{case['worker_peak_bytes'] / GIB:.2f}" if case["workers"] > 1 else "–",
+            f"{kept_bytes(case) / GIB:.2f}",
             f"{case['worst_shortfall']:.1e}",
             f"{case['delta_error_mean']:.4f}",
         ]
         for case in sorted(cases, key=lambda case: (case["adapters"], case["workers"], case["options"]["sweeps"]))
     ]
-    header = ("adapters", "by", "threads", "sweeps", *stages, "memory, GiB", "largest worker, GiB")
+    header = ("adapters", "by", "threads", "sweeps", *stages, "memory, GiB", "largest worker, GiB", "pack, GiB")
     header = (*header, "worst shortfall, estimated", "delta_error, mean")
     whole = max(cases, key=lambda case: case["adapters"])
     text = (
         f"**A large collection**: {whole['modules']} modules, k = {whole['options']['k']}, "
         f"{whole['input_bytes'] / GIB:.1f} GiB of files. Reading goes on while another module is solved; seconds of "
         f"processes are added up.\n\n{table(header, rows)}"
+    )
+    text += f"\n\nExponents in N, one process, {SWEEPS} sweeps: " + "; ".join(
+        f"{words} {exponent_of(growth.fitted(points))}" for words, points in large_growth(result).items()
     )
     exact = next((case for case in section(result, "large") if "shares" in case), None)
     if exact is None:
@@ -324,6 +331,26 @@ def large_tables(result: Json) -> str:
     ]
     header = ("side, first layer", "best k keep", "ours keep", "shortfall", "as estimated")
     return f"{text}\n\n**Shortfall beside whole spectra** of the first fit, in float64.\n\n{table(header, sides)}"
+
+
+def kept_bytes(case: Json) -> int:
+    """What of a process's memory is the pack that it makes."""
+    return case["basis_bytes"] + case["coefficient_bytes"]
+
+
+def large_growth(result: Json) -> dict[str, list[tuple[float, float]]]:
+    """By N, of the large collection and its parts: seconds, memory, and memory beyond the pack's own bytes."""
+    cases = [
+        case
+        for case in section(result, "large")
+        if "seconds" in case and case["workers"] == 1 and case["options"]["sweeps"] == SWEEPS
+    ]
+    memory = [(case["adapters"], case["peak_bytes"] - case["baseline_bytes"], kept_bytes(case)) for case in cases]
+    return {
+        "seconds": [(case["adapters"], case["seconds"]["total"]) for case in cases],
+        "memory": [(n, taken) for n, taken, _ in memory],
+        "memory beyond the pack": [(n, taken - kept) for n, taken, kept in memory],
+    }
 
 
 def claims(result: Json) -> list[tuple[str, bool | None, str]]:
@@ -354,8 +381,12 @@ def claims(result: Json) -> list[tuple[str, bool | None, str]]:
             found.append((words, None, ""))
     curve = curves(result).get("adapters", {}).get("delta")
     fitted = growth.fitted(seconds_of(curve)) if curve else None
-    words = f"seconds against N: the exponent is at most {LINEAR:g}"
-    found.append((words, fitted.exponent <= LINEAR, f"{fitted.exponent:.2f}") if fitted else (words, None, ""))
+    exponents = {"one module: seconds against N": (fitted, LINEAR)}
+    for what, limit in (("seconds", LINEAR), ("memory beyond the pack", FLAT)):
+        exponents[f"a large collection: {what} against N"] = growth.fitted(large_growth(result)[what]), limit
+    for what, (grown, limit) in exponents.items():
+        words = f"{what}: the exponent is at most {limit:g}"
+        found.append((words, grown.exponent <= limit, f"{grown.exponent:.2f}") if grown else (words, None, ""))
     return found
 
 

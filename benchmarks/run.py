@@ -1,7 +1,7 @@
 """The benchmark: eigenlorax beside lorashare, vlora-dev, PEFT's LoRA and the authors' algorithm.
 
     python benchmarks/run.py                 # a quarter of an hour; goes on where an earlier run was interrupted
-    python benchmarks/run.py --quick         # seconds: small sizes, to see that it works
+    python benchmarks/run.py --quick         # a minute: small sizes, to see that it works
 
 Every measurement is made in a process of its own, one after the other, and is added to the result as it comes.
 README.md beside this file says what is measured; table.py and plot.py make tables and the picture out of the result.

@@ -1,6 +1,5 @@
 """The benchmark measures what it says: the authors' algorithm, exponents, errors; its runner goes on, and refuses."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,19 +11,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# at the end: nothing there may hide a module of another name
+sys.path.append(str(ROOT / "benchmarks"))
+import authors  # noqa: E402
+import collection  # noqa: E402
+import growth  # noqa: E402
+import measured  # noqa: E402
+
 N, D, R, K = 5, 23, 3, 7
-
-
-def module(name):
-    """A file of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-authors, collection, growth = module("authors"), module("collection"), module("growth")
 
 
 def run(*arguments):
@@ -119,6 +113,38 @@ def test_a_quick_run_of_ours_goes_on_and_is_shown(tmp_path):
     other = run("run.py", *options, "delta", "--threads", "2")
     assert other.returncode == 1
     assert "was measured with other threads: [1], now [2]. --fresh begins anew" in other.stderr
+
+
+def fit_case(method, seconds, dimension=4096, mean_square=0.25):
+    return {
+        "section": "fit",
+        "options": {"method": method, "k": 32},
+        "shape": {"adapters": 32, "dimension": dimension, "rank": 16, "modules": 1},
+        "seconds": {"read": 0.1, "fit": seconds - 0.3, "rest": 0.2, "total": seconds},
+        "all_seconds": [seconds],
+        "baseline_bytes": 2**20,
+        "peak_bytes": 2**22,
+        "delta_error": {"mean": 0.5, "mean_square": mean_square, "worst": 0.75},
+    }
+
+
+class TestTables:
+    def test_a_result_without_cases_has_no_tables(self):
+        assert measured.markdown({"runs": [], "cases": {}}) == measured.UNMEASURED
+        assert measured.page({"runs": [], "cases": {}}) == measured.UNMEASURED
+
+    def test_claims_hold_or_fail_by_medians_or_are_not_judged(self):
+        cases = [fit_case("delta", s, mean_square=0.24) for s in (0.5, 0.4, 9.0)]
+        cases += [fit_case("factors", 0.4), fit_case("lorashare", 19.0), fit_case("lorashare", 19.2, dimension=64)]
+        result = {"runs": [], "cases": {str(index): case for index, case in enumerate(cases)}}
+        judged = {words: (holds, figure) for words, holds, figure in measured.claims(result)}
+        assert judged["4096 wide: ours at least 40 times as fast as lorashare"] == (False, "38.0 times")
+        assert judged["4096 wide: ours, factors at least 40 times as fast as lorashare"] == (True, "47.5 times")
+        (lost,) = (one for words, one in judged.items() if "mean square" in words and "lorashare" in words)
+        assert lost == (True, "0.2400, 0.2500")
+        assert judged["4096 wide: ours at least 100 times as fast as authors' algorithm"] == (None, "")
+        assert "| **fails** | 38.0 times |" in measured.markdown(result)
+        assert "authors" not in measured.markdown(result)
 
 
 def test_the_picture_is_the_same_each_time(tmp_path):
