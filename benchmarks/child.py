@@ -221,7 +221,7 @@ def collection(adapters: str) -> Json:
     import fidelity
 
     path = Path(adapters).resolve()
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
     return _on_copies(adapters, lambda sources, _: fidelity.describe(sources, shown))
 
 

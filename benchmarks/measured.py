@@ -60,6 +60,7 @@ def environment(result: Json) -> str:
     first = result["runs"][0]
     where = first["comparable"]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(where["versions"].items()))
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in result["runs"]))
     days = sorted({run["date"] for run in result["runs"]})
     commits = sorted({run["commit"] for run in result["runs"]})
     quick = "**A smoke run at small sizes: its figures say nothing.** " if where["quick"] else ""
@@ -67,7 +68,7 @@ def environment(result: Json) -> str:
     load = max(run["load_at_start"] for run in result["runs"])
     minutes = sum(case["process_seconds"] for case in result["cases"].values()) / 60
     return (
-        f"{quick}`{first['command']}` on {' and '.join(days)}, commit {', '.join(commits)}: {where['cpu']}, "
+        f"{quick}{commands} on {' and '.join(days)}, commit {', '.join(commits)}: {where['cpu']}, "
         f"{where['cores']} cores, load at the start {load:.1f}, {threads} a process, page cache warm, seed "
         f"{first['seed']}, {minutes:.1f} minutes; {packages}."
     )

@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
 def this_run(given: argparse.Namespace) -> Json:
     """What has to be known of a run to read its figures."""
     return {
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "load_at_start": os.getloadavg()[0],
@@ -98,17 +98,23 @@ def this_run(given: argparse.Namespace) -> Json:
     }
 
 
+def command() -> str:
+    """The command that was given, folders by their last name: their place on this machine says nothing elsewhere."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return " ".join(["python", "benchmarks/run.py", *words])
+
+
 def shown(path: Path) -> str:
     """The path from the repository's root, if it is in there; else as it was given."""
     whole = path.resolve()
-    return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else path)
+    return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else whole.name
 
 
 def commit() -> str:
     """The commit of the source, marked where files differ from it; "unknown" outside of a repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -133,7 +133,7 @@ def figures_table(run: Json, demo: Json) -> str:
     versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "peft", "transformers"))
     count = {1: "row is", 2: "two rows are", 3: "three rows are"}.get(len(measured_rows), "")
     last = (
-        f"The last {count} from `{run['runs'][0]['command']}` ([all of it](benchmarks/README.md)), the others"
+        f"The last {count} from `python benchmarks/run.py` ([all of it](benchmarks/README.md)), the others"
         if count
         else "All are"
     )
