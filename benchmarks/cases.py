@@ -138,7 +138,7 @@ def _use(quick: bool) -> Iterator[Case]:
 def _serving(quick: bool) -> Iterator[Case]:
     if not quick:
         yield Case("serving", "serving: loading", "serving", "peft", {"part": "loading", "adapters": 1000})
-        for part, rounds in (("decode", 10), ("encoder", 4), ("prefill", 4)):
+        for part, rounds in (("decode", 6), ("encoder", 3), ("prefill", 3)):
             yield Case("serving", f"serving: {part}", "serving", "peft", {"part": part, "rounds": rounds})
         yield Case("serving", "serving: activations", "activations", "peft")
 
