@@ -94,12 +94,11 @@ def components(method: str, k: int = K) -> int:
     return min(k, VLORA_K) if method == "vlora" else k
 
 
-def fit_case(section: str, method: str, shape: Shape, k: int, **options: Any) -> Case:
-    """A fit by one method of one collection."""
+def fit_case(section: str, method: str, shape: Shape, k: int, turn: int | None = None, **options: Any) -> Case:
+    """A fit by one method of one collection; `turn` numbers those that are measured several times."""
     words = f"{method} N={shape.adapters} r={shape.rank} d={shape.dimension} M={shape.modules} k={k}"
-    again = f" round {options['round']}" if "round" in options else ""
-    named = {"method": method, "k": k, **options}
-    return Case(section, f"{section}: {words}{again}", "fit", method, named, shape)
+    again = "" if turn is None else f" round {turn}"
+    return Case(section, f"{section}: {words}{again}", "fit", method, {"method": method, "k": k, **options}, shape)
 
 
 def _fit(quick: bool) -> Iterator[Case]:
@@ -109,8 +108,8 @@ def _fit(quick: bool) -> Iterator[Case]:
     for turn in range(rounds):
         first = turn % len(methods)
         for method in methods[first:] + methods[:first]:
-            yield fit_case("fit", method, shape, components(method, k), round=turn, errors=turn == 0, repetitions=1)
-    yield fit_case("fit", "authors", shape, k, round=0, errors=True, repetitions=1)
+            yield fit_case("fit", method, shape, components(method, k), turn=turn, errors=turn == 0, repetitions=1)
+    yield fit_case("fit", "authors", shape, k, turn=0, errors=True, repetitions=1)
 
 
 def _growth(quick: bool) -> Iterator[Case]:

@@ -39,7 +39,7 @@ def peak_bytes(who: int = resource.RUSAGE_SELF) -> int:
     return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def fit(folder: Path, adapters: int, method: str, k: int, repetitions: int, errors: bool, **_: Any) -> Json:
+def fit(folder: Path, adapters: int, method: str, k: int, repetitions: int, errors: bool) -> Json:
     """Seconds and memory of a fit, and what it loses of each adapter. Memory is that of the first repetition."""
     folders = _folders(folder, adapters)
     _warm_up(method)
@@ -70,7 +70,7 @@ def fit(folder: Path, adapters: int, method: str, k: int, repetitions: int, erro
     return found
 
 
-def use(folder: Path, adapters: int, method: str, k: int, repetitions: int, **_: Any) -> Json:
+def use(folder: Path, adapters: int, method: str, k: int, repetitions: int) -> Json:
     """Seconds to project one adapter that was not in the fit, and to write one as a PEFT LoRA."""
     folders = _folders(folder, adapters)
     name, left_out = folders.popitem()
