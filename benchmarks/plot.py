@@ -13,6 +13,7 @@ from typing import Any
 import growth
 import matplotlib as mpl
 import measured
+import recorded
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -52,7 +53,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
 def _line(panel: Any, points: list[tuple[float, float]], method: str) -> None:
     seen = [point for point in points if point[1] > 0]
     fitted = growth.fitted(points)
-    label = measured.NAMES[method] + (f", {fitted.exponent:.2f}" if fitted else "")
+    label = recorded.NAMES[method] + (f", {fitted.exponent:.2f}" if fitted else "")
     panel.plot(*zip(*seen, strict=True) if seen else ([], []), "o-", ms=3, lw=1.2, color=COLOURS[method], label=label)
     if fitted:
         panel.plot(

@@ -12,6 +12,7 @@ from typing import Any
 
 import error_tables
 import measured
+import recorded
 from markdown_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,10 +168,10 @@ def run_rows(run: Json, k: int) -> list[list[str]]:
                 f"**{mean_and_worst(within, 'delta')}**; vlora-dev {mean_and_worst(within, 'vlora')}",
             ]
         )
-    fits = measured.by_method(measured.section(run, "fit"))
+    fits = recorded.by_method(recorded.section(run, "fit"))
     if {"delta", "lorashare"} <= fits.keys():
-        figures = [f"{measured.median_seconds(each):.2f} {measured.NAMES[method]}" for method, each in fits.items()]
-        shape = measured.words_of(fits["delta"][0]["shape"])
+        figures = [f"{recorded.median_seconds(each):.2f} {recorded.NAMES[method]}" for method, each in fits.items()]
+        shape = recorded.words_of(fits["delta"][0]["shape"])
         rows.append([f"seconds to fit {shape}", "; ".join(figures)])
     return rows
 
