@@ -1,7 +1,7 @@
 """Adapters as PEFT folders of float32 tensors, and the exact error of what a method makes of them.
 
 Nothing here imports a package that is measured: files are read with safetensors, configs with json, and errors are
-those of the whole (out, in) matrices in float64.
+computed in float64.
 """
 
 import json
@@ -118,18 +118,24 @@ def make_up(shape: Shape, seed: int, target: Path) -> list[Path]:
 
 
 def delta_error(source: Source, other: Mapping[str, Pair], scaling: float | None = None) -> float:
-    """√(Σ‖D − D̂‖² / Σ‖D‖²) over the source's modules, from the whole matrices in float64.
+    """√(Σ‖D − D̂‖² / Σ‖D‖²) over the source's modules, in float64.
 
+    A product's norm is that of the product of its factors' triangular parts, so no whole matrix is formed.
     scaling: that of the other's factors; the source's own by default.
     """
     lost = total = 0.0
     for module, (down, up) in source.modules.items():
-        exact = source.scaling * (up.double() @ down.double())
         other_down, other_up = other[module]
-        approximate = (source.scaling if scaling is None else scaling) * (other_up.double() @ other_down.double())
-        lost += float((exact - approximate).square().sum())
-        total += float(exact.square().sum())
+        theirs = source.scaling if scaling is None else scaling
+        difference = torch.cat([source.scaling * up.double(), -theirs * other_up.double()], dim=1)
+        lost += _product_square(difference, torch.cat([down.double(), other_down.double()]))
+        total += _product_square(source.scaling * up.double(), down.double())
     return math.sqrt(lost / total)
+
+
+def _product_square(left: Tensor, right: Tensor) -> float:
+    """‖left @ right‖²_F of a tall matrix and a wide one."""
+    return float((torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT).square().sum())
 
 
 def saved_tensor_bytes(folder: Path, heads: Sequence[str]) -> int:

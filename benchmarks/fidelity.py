@@ -72,6 +72,7 @@ def measure_equal_bytes(sources: Sequence[Source], scratch: Path, limit: int | N
 def measure(method: str, sources: Sequence[Source], k: int, scratch: Path) -> Json:
     """Fit, save, and compare each adapter that comes back with its source, under the source's own scaling."""
     fitted = METHODS[method]({source.name: source.path for source in sources}, k)
+    assert fitted.save is not None
     errors = {source.name: delta_error(source, fitted.reconstruct(source.name)) for source in sources}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         fitted.save(Path(folder) / "saved")
@@ -132,8 +133,9 @@ def measure_scaling(sources: Sequence[Source], folder: Path) -> Json:
     found: Json = {}
     for name, k in full.items():
         fitted = METHODS[name]({one.name: one.path for one in sources}, k)
+        assert fitted.export is not None
         fitted.export(source.name, folder / name)
-        path = folder / name / "adapter_config.json"
+        (path,) = (folder / name).rglob("adapter_config.json")
         scaling = scaling_of(json.loads(path.read_text()), path)
         modules = fitted.reconstruct(source.name)
         found[name] = {

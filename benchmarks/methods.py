@@ -1,26 +1,20 @@
 """The packages measured, behind one face: from PEFT folders to shared bases and every adapter's coefficients in memory.
 
-Each is called as its own documentation shows, on one device, all adapters at once.
+Each is called as its own documentation shows, on one device, all adapters at once. What a method needs is imported when
+it is asked for: a process that measures one of them holds no other.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest import mock
 
-import lorashare.model
-import vlora.subspace
-from collection import PREFIX, Pair
-from vlora.io import load_adapter, save_adapter
+from collection import PREFIX, Pair, read
 
-import eigenlorax as ex
-from eigenlorax import subspace as spaces
-
-DISTRIBUTIONS = ("eigenlorax", "lorashare", "vlora-dev")
 Folders = Mapping[str, Path]
 
 
@@ -29,16 +23,19 @@ class Fitted:
     """What a method made of a collection.
 
     reconstruct(name): factors by module, as the method gives them back, float32. save(folder): by its own writer.
-    export(name, folder): one adapter as a PEFT LoRA, by its own writer.
-    parts: seconds of reading, of finding the bases ("fit"), of all else ("rest").
-    own_errors: the method's own figures of delta_error, where it has some.
+    add(name, folder): one more adapter, projected on the bases as they are. export(name, folder): one adapter as a
+    PEFT LoRA, by its own writer. parts: seconds in all ("total"), and those of reading ("read"), of finding the bases
+    ("fit"), of all else ("rest"). own_errors: the method's own figures of delta_error, where it has some. stages:
+    seconds as the method itself counts them, where it does.
     """
 
     reconstruct: Callable[[str], Mapping[str, Pair]]
-    save: Callable[[Path], Any]
-    export: Callable[[str, Path], Any]
     parts: Mapping[str, float]
-    own_errors: Mapping[str, float]
+    save: Callable[[Path], Any] | None = None
+    add: Callable[[str, Path], Any] | None = None
+    export: Callable[[str, Path], Any] | None = None
+    own_errors: Mapping[str, float] | None = None
+    stages: Mapping[str, float] | None = None
 
 
 class Clock:
@@ -71,24 +68,24 @@ class Clock:
         return {**self.spent, "rest": total - sum(self.spent.values()), "total": total}
 
 
-def fit_ours(folders: Folders, n_components: int, weighting: str, sweeps: int = 2) -> Fitted:
-    """`eigenlorax.fit`. What it does besides is in "rest": projecting, measuring every adapter's error, hashing."""
+def fit_ours(folders: Folders, n_components: int, weighting: str) -> Fitted:
+    """`eigenlorax.fit`. "read" holds hashing and a search for NaN too; "rest" holds the error of every adapter.
+
+    No advice is sought on adapters that lose much (`warn_above=1`): it would be the time of another fit.
+    """
+    import eigenlorax as ex
+
     clock = Clock()
-    events: dict[str, float] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        events.setdefault(stage, perf_counter() - clock.start)
-
-    with clock.calls_of(spaces, "fit_module", "fit"):
-        pack = ex.fit(
-            {name: str(path) for name, path in folders.items()},
-            n_components=n_components,
-            weighting=weighting,
-            sweeps=sweeps,
-            dtype="float32",
-            progress=progress,
-        )
-    clock.spent["read"] = events["fitting modules"]
+    pack = ex.fit(
+        {name: str(path) for name, path in folders.items()},
+        n_components=n_components,
+        weighting=weighting,
+        dtype="float32",
+        warn_above=1,
+    )
+    # the next module is read while one is fitted: only what the fit waited for counts
+    clock.spent["read"] = pack.seconds["scanning"] + pack.seconds["waiting"]
+    clock.spent["fit"] = pack.seconds["solving"]
     parts = clock.parts()
 
     def reconstruct(name: str) -> dict[str, Pair]:
@@ -97,15 +94,19 @@ def fit_ours(folders: Folders, n_components: int, weighting: str, sweeps: int = 
 
     return Fitted(
         reconstruct,
-        pack.save,
-        lambda name, folder: ex.write_adapter(pack.adapter(name), folder),
         parts,
-        {name: record.delta_error for name, record in pack.records.items()},
+        save=pack.save,
+        add=lambda name, folder: pack.add(folder, name=name, warn_above=1),
+        export=lambda name, folder: pack.export(folder, [name]),
+        own_errors={name: record.delta_error for name, record in pack.records.items()},
+        stages=dict(pack.seconds),
     )
 
 
 def fit_lorashare(folders: Folders, n_components: int) -> Fitted:
     """`SHAREModel.from_adapters`, given names, for without them it reads every file twice."""
+    import lorashare.model
+
     clock = Clock()
     with (
         clock.calls_of(lorashare.model, "load_peft_adapter", "read"),
@@ -128,12 +129,20 @@ def fit_lorashare(folders: Folders, n_components: int) -> Fitted:
         }
 
     return Fitted(
-        reconstruct, model.save_pretrained, lambda name, folder: model.reconstruct(name, output_dir=folder), parts, {}
+        reconstruct,
+        parts,
+        save=model.save_pretrained,
+        # any share of variance will do: by default it fits all adapters again where the new one lies outside
+        add=lambda name, folder: model.add_adapter(str(folder), name=name, variance_threshold=0.0),
+        export=lambda name, folder: model.reconstruct(name, output_dir=folder),
     )
 
 
 def fit_vlora(folders: Folders, n_components: int) -> Fitted:
     """`SharedSubspace.from_adapters`; `num_components` holds for both sides of all layers."""
+    import vlora.subspace
+    from vlora.io import load_adapter, save_adapter
+
     clock = Clock()
     with clock.part("read"):
         adapters = [load_adapter(path) for path in folders.values()]
@@ -148,8 +157,42 @@ def fit_vlora(folders: Folders, n_components: int) -> Fitted:
         return {layer: (weights.lora_a[layer], weights.lora_b[layer]) for layer in weights.layer_names}
 
     return Fitted(
-        reconstruct, space.save, lambda name, folder: save_adapter(space.reconstruct(name), folder), parts, {}
+        reconstruct,
+        parts,
+        save=space.save,
+        add=lambda name, folder: space.add_task(space.project(load_adapter(folder), name)),
+        export=lambda name, folder: save_adapter(space.reconstruct(name), folder),
     )
+
+
+def fit_authors(folders: Folders, n_components: int) -> Fitted:
+    """The algorithm of `authors.py`, on the factors as they are, without any scaling."""
+    import authors
+    import torch
+
+    clock = Clock()
+    with clock.part("read"):
+        adapters = {name: read(path) for name, path in folders.items()}
+    directions: dict[str, dict[str, Any]] = {}
+    loadings: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in folders}
+    for module in next(iter(adapters.values())).modules:
+        pairs = {name: adapter.modules[module] for name, adapter in adapters.items()}
+        tall = {"down": [down.mT.numpy() for down, _ in pairs.values()], "up": [up.numpy() for _, up in pairs.values()]}
+        with clock.part("fit"):
+            sides = {side: authors.fit_side(factors, n_components) for side, factors in tall.items()}
+        directions[module] = {side: found for side, (found, _) in sides.items()}
+        for index, name in enumerate(pairs):
+            loadings[name][module] = {side: of_all[index] for side, (_, of_all) in sides.items()}
+    parts = clock.parts()
+
+    def reconstruct(name: str) -> dict[str, Pair]:
+        factors = {module: authors.rebuilt(directions[module], loadings[name][module]) for module in directions}
+        return {
+            module: (torch.from_numpy(sides["down"]).mT, torch.from_numpy(sides["up"]))
+            for module, sides in factors.items()
+        }
+
+    return Fitted(reconstruct, parts)
 
 
 METHODS: dict[str, Callable[[Folders, int], Fitted]] = {
@@ -157,22 +200,33 @@ METHODS: dict[str, Callable[[Folders, int], Fitted]] = {
     "factors": lambda folders, k: fit_ours(folders, k, "factors"),
     "lorashare": fit_lorashare,
     "vlora": fit_vlora,
+    "authors": fit_authors,
 }
+NEEDS = {"lorashare": "lorashare", "vlora": "vlora", "peft": "peft"}
+"""The package of a method that may not be installed."""
+DISTRIBUTIONS = (
+    "eigenlorax",
+    "lorashare",
+    "vlora-dev",
+    "peft",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "torch",
+)
 
 
-def fit_module_seconds(folders: Folders, n_components: int, weighting: str, sweeps: int) -> float:
-    """Seconds of `fit_module` alone over all modules, the factors being in memory and every weight 1."""
-    adapters = [ex.read_adapter(path) for path in folders.values()]
-    options = spaces.FitOptions(n_components, None, weighting, sweeps)
-    seconds = 0.0
-    for module in adapters[0].modules:
-        factors = [adapter.modules[module] for adapter in adapters]
-        before = perf_counter()
-        spaces.fit_module(factors, [1.0] * len(factors), options)
-        seconds += perf_counter() - before
-    return seconds
+def is_here(method: str) -> bool:
+    """Whether what the method needs is installed."""
+    return method not in NEEDS or util.find_spec(NEEDS[method]) is not None
 
 
 def versions() -> dict[str, str]:
-    """Of the packages measured and of what they all stand on."""
-    return {name: metadata.version(name) for name in (*DISTRIBUTIONS, "numpy", "safetensors", "torch")}
+    """Of the packages measured and of what they all stand on, as far as they are installed."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

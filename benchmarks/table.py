@@ -6,18 +6,21 @@ Only the standard library: no package that is measured needs to be installed.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import error_tables
+import measured
+import recorded
+from markdown_table import table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS, DEMO, TUNER, REPORT, CONTINUAL, BANK = (
-    RESULTS / f"{name}.json" for name in ("peers", "demo", "tuner", "report", "continual", "bank")
+RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK = (
+    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank")
 )
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-MISSED = " ✗"
-FIGURES = ("mean", "mean_square", "worst")
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -29,14 +32,16 @@ def main() -> int:
     action.add_argument("--write", action="store_true", help="replace the text between the markers")
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
-    peers, demo, tuner = (json.loads(path.read_text(encoding="utf-8")) for path in (PEERS, DEMO, TUNER))
-    report, continual, bank = (json.loads(path.read_text(encoding="utf-8")) for path in (REPORT, CONTINUAL, BANK))
+    demo, tuner, report = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, TUNER, REPORT))
+    continual, bank = (json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK))
+    run = json.loads(RUN.read_text(encoding="utf-8")) if RUN.is_file() else {"runs": [], "cases": {}}
     blocks = {
         ROOT / "docs" / "growing.md": continual_table(continual),
         ROOT / "docs" / "bank.md": bank_table(bank),
         ROOT / "docs" / "report.md": report_table(report),
-        ROOT / "benchmarks" / "README.md": markdown(peers),
-        ROOT / "README.md": figures_table(peers, demo),
+        ROOT / "benchmarks" / "README.md": measured.markdown(run),
+        ROOT / "docs" / "benchmarks.md": measured.page(run),
+        ROOT / "README.md": figures_table(run, demo),
         ROOT / "docs" / "tuner.md": tuner_table(tuner),
     }
     if not (arguments.write or arguments.check):
@@ -187,16 +192,13 @@ def tuner_table(tuner: Json) -> str:
     )
 
 
-def figures_table(peers: Json, demo: Json) -> str:
+def figures_table(run: Json, demo: Json) -> str:
     """The README's figures: what the demo found, and how the fit compares."""
     summary, outcomes, where = demo["summary"], demo["outcomes"], demo["environment"]
     fitted, left_out = ([one for one in outcomes if one["in_fit"] == wanted] for wanted in (True, False))
     attempts = {one["method"]: one for one in demo["new_task"]}
     k = summary["fit"]["n_components"]
     cost = summary["bytes"]
-    speed = peers["results"]["speed"][0]
-    equal_k = next(row for row in peers["results"]["equal_k"] if row["k"] == k)
-    within = [row for row in peers["results"]["equal_bytes"] if row["within_half"]][-1]
     rows = [
         [
             f"bytes: {len(outcomes)} LoRAs → pack of k = {k}, {summary['dtype']}, task heads aside",
@@ -212,29 +214,51 @@ def figures_table(peers: Json, demo: Json) -> str:
             f"{attempts['coefficients, random basis']['accuracy']:.3f}; LoRA of "
             f"{attempts['LoRA r=8']['trained_numbers']:,} numbers {attempts['LoRA r=8']['accuracy']:.3f}",
         ],
-        [
-            f"delta error at k = {k}, mean / worst of all {len(peers['results']['collection']['adapters'])} adapters",
-            f"**{mean_and_worst(equal_k, 'delta')}**; paper's `factors` {mean_and_worst(equal_k, 'factors')}; "
-            f"lorashare {mean_and_worst(equal_k, 'lorashare')}",
-        ],
-        [
-            f"the same at equal bytes, {within['share_of_lora_bytes']:.2f} of the LoRAs'",
-            f"**{mean_and_worst(within, 'delta')}**; vlora-dev {mean_and_worst(within, 'vlora')}",
-        ],
-        [
-            f"seconds to fit {speed['shape']}",
-            f"{speed['median_seconds']['factors']['total']:.2f} (`factors`), "
-            f"{speed['median_seconds']['delta']['total']:.2f} (`delta`); "
-            f"lorashare {speed['median_seconds']['lorashare']['total']:.1f}",
-        ],
     ]
+    measured_rows = run_rows(run, k)
     versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "peft", "transformers"))
-    note = (
-        f"The last three rows are from `{peers['command']}` ([all of it](benchmarks/README.md)), the others from "
-        f"`eigenlorax demo --json`; {where['processor']}, {peers['threads']} thread, {versions}. The demo's adapters "
-        "have a seed each. Files: [benchmarks/results](benchmarks/results)."
+    count = {1: "row is", 2: "two rows are", 3: "three rows are"}.get(len(measured_rows), "")
+    last = (
+        f"The last {count} from `python benchmarks/run.py` ([all of it](benchmarks/README.md)), the others"
+        if count
+        else "All are"
     )
-    return f"{table(('', 'measured'), rows)}\n\n{note}"
+    note = (
+        f"{last} from `eigenlorax demo --json`; {where['processor']}, 1 thread, {versions}. The demo's adapters have a "
+        "seed each. Files: [benchmarks/results](benchmarks/results)."
+    )
+    return f"{table(('', 'measured'), [*rows, *measured_rows])}\n\n{note}"
+
+
+def run_rows(run: Json, k: int) -> list[list[str]]:
+    """What the benchmark found, as far as it was measured: errors at equal k and at equal bytes, and seconds."""
+    rows = []
+    collection, equal_k, equal_bytes = (
+        error_tables.found(run, what) for what in ("collection", "equal k", "equal bytes")
+    )
+    if collection and equal_k:
+        row = next(row for row in equal_k if row["k"] == k)
+        rows.append(
+            [
+                f"delta error at k = {k}, mean / worst of all {len(collection['adapters'])} adapters",
+                f"**{mean_and_worst(row, 'delta')}**; paper's `factors` {mean_and_worst(row, 'factors')}; "
+                f"lorashare {mean_and_worst(row, 'lorashare')}",
+            ]
+        )
+    if equal_bytes:
+        within = [row for row in equal_bytes if row["within_half"]][-1]
+        rows.append(
+            [
+                f"the same at equal bytes, {within['share_of_lora_bytes']:.2f} of the LoRAs'",
+                f"**{mean_and_worst(within, 'delta')}**; vlora-dev {mean_and_worst(within, 'vlora')}",
+            ]
+        )
+    fits = recorded.by_method(recorded.section(run, "fit"))
+    if {"delta", "lorashare"} <= fits.keys():
+        figures = [f"{recorded.median_seconds(each):.2f} {recorded.NAMES[method]}" for method, each in fits.items()]
+        shape = recorded.words_of(fits["delta"][0]["shape"])
+        rows.append([f"seconds to fit {shape}", "; ".join(figures)])
+    return rows
 
 
 def outcome_rows(who: str, outcomes: Sequence[Json]) -> list[list[str]]:
@@ -255,152 +279,6 @@ def outcome_rows(who: str, outcomes: Sequence[Json]) -> list[list[str]]:
 def mean_and_worst(row: Json, method: str) -> str:
     figures = row["methods"][method]
     return f"{figures['mean']:.3f} / {figures['worst']:.3f}"
-
-
-def markdown(result: Json) -> str:
-    results = result["results"]
-    sections = [
-        environment(result),
-        speed_table(results["speed"]),
-        parts_table(results["speed"]),
-        equal_k_table(results["equal_k"], results["collection"]),
-        equal_bytes_table(results["equal_bytes"]),
-        scaling_table(results["scaling"]),
-        claims_table(results["claims"]),
-    ]
-    return "\n\n".join(sections)
-
-
-def environment(result: Json) -> str:
-    machine, versions = result["machine"], result["versions"]
-    packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    return (
-        f"`{result['command']}` on {result['date']}: {machine['cpu']}, {machine['cores']} cores, "
-        f"{result['threads']} thread; {packages}."
-    )
-
-
-def speed_table(rows: Sequence[Json]) -> str:
-    methods = ("lorashare", "vlora-dev", "ours, factors", "ours, delta")
-    header = ("adapters", *methods, "lorashare ÷ factors", "lorashare ÷ delta", "delta ÷ factors")
-    cells = [
-        [
-            row["shape"],
-            *(span(row, method) for method in ("lorashare", "vlora", "factors", "delta")),
-            *(
-                f"{row['ratios']['whole'][ratio]:.1f}"
-                for ratio in ("lorashare_to_factors", "lorashare_to_delta", "delta_to_factors")
-            ),
-        ]
-        for row in rows
-    ]
-    k = rows[0]["n_components"]
-    title = (
-        f"**Seconds from PEFT folders to bases and coefficients in memory**: median (least–most) of "
-        f"{rows[0]['repetitions']} interleaved runs; k = {k['delta']}, vlora-dev {k['vlora']}."
-    )
-    return f"{title}\n\n{table(header, cells)}"
-
-
-def span(row: Json, method: str) -> str:
-    seconds = row["all_seconds"][method]
-    return f"{row['median_seconds'][method]['total']:.2f} ({min(seconds):.2f}–{max(seconds):.2f})"
-
-
-def parts_table(rows: Sequence[Json]) -> str:
-    header = ("adapters", "part", "lorashare", "vlora-dev", "ours, factors", "ours, delta")
-    names = {"read": "reading", "fit": "finding the bases", "rest": "projecting, all else"}
-    cells = [
-        [
-            row["shape"],
-            name,
-            *(f"{row['median_seconds'][m][part]:.3f}" for m in ("lorashare", "vlora", "factors", "delta")),
-        ]
-        for row in rows
-        for part, name in names.items()
-    ]
-    return f"**Where those seconds go**\n\n{table(header, cells)}"
-
-
-def equal_k_table(rows: Sequence[Json], collection: Json) -> str:
-    title = (
-        f"**delta_error at equal k**: mean / mean square / worst of {len(collection['adapters'])} adapters "
-        f"(`{collection['folder']}`, r = {', '.join(map(str, collection['ranks']))}, {collection['modules']} modules "
-        f"of {', '.join(collection['shapes'])}); bytes are shares of the LoRAs' own."
-    )
-    header = ("k", "ours, delta", "ours, factors", "lorashare", "bytes, ours", "bytes, lorashare")
-    cells = [
-        [
-            str(row["k"]),
-            errors(row["methods"]["delta"]),
-            *(errors(row["methods"][other], row["delta_no_higher_than"][other]) for other in ("factors", "lorashare")),
-            *(
-                f"{row['methods'][method]['stored_bytes'] / collection['lora_bytes']:.3f}"
-                for method in ("delta", "lorashare")
-            ),
-        ]
-        for row in rows
-    ]
-    return f"{title}\n\n{table(header, cells)}"
-
-
-def equal_bytes_table(rows: Sequence[Json]) -> str:
-    title = (
-        "**delta_error at equal stored bytes**: mean / mean square / worst; ours with the most components that fit "
-        "into vlora-dev's bytes. Rows in italics are above half of the LoRAs' bytes, outside the claim."
-    )
-    header = ("bytes ÷ LoRAs'", "vlora-dev's k", "our k", "ours, delta", "vlora-dev")
-    cells = [
-        [
-            f"{row['share_of_lora_bytes']:.3f}" if row["within_half"] else f"*{row['share_of_lora_bytes']:.3f}*",
-            str(row["k"]),
-            str(row["n_components"]),
-            errors(row["methods"]["delta"]),
-            errors(row["methods"]["vlora"], row["delta_no_higher_than"]["vlora"]),
-        ]
-        for row in rows
-    ]
-    return f"{title}\n\n{table(header, cells)}"
-
-
-def errors(figures: Json, ours_no_higher: Mapping[str, bool] | None = None) -> str:
-    """The three figures of a method, each marked where ours is higher."""
-    marks = {name: "" if ours_no_higher is None or ours_no_higher[name] else MISSED for name in FIGURES}
-    return " / ".join(f"{figures[name]:.4f}{marks[name]}" for name in FIGURES)
-
-
-def scaling_table(scaling: Json) -> str:
-    title = (
-        f"**Scaling of an adapter written as a PEFT LoRA again**: `{scaling['adapter']}`, whose own is "
-        f"{scaling['source_scaling']:g}, at a k that loses little else."
-    )
-    header = ("", "k", "scaling written", "delta_error as written", "delta_error with the source's scaling")
-    labels = {"delta": "ours, delta", "lorashare": "lorashare", "vlora": "vlora-dev"}
-    cells = [
-        [
-            labels[name],
-            str(row["k"]),
-            f"{row['exported_scaling']:g}" + ("" if row["kept"] else MISSED),
-            f"{row['error_as_exported']:.4f}",
-            f"{row['error_with_source_scaling']:.4f}",
-        ]
-        for name, row in sorted(scaling["methods"].items())
-    ]
-    return f"{title}\n\n{table(header, cells)}"
-
-
-def claims_table(claims: Mapping[str, Json]) -> str:
-    cells = [
-        [claim, "holds" if not found["fails_at"] else f"**fails** at {', '.join(found['fails_at'])}"]
-        for claim, found in sorted(claims.items())
-        if found["cases"]
-    ]
-    return f"**Claims**\n\n{table(('claim', 'in this run'), cells)}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

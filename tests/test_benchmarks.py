@@ -1,0 +1,176 @@
+"""The benchmark measures what it says: the authors' algorithm, exponents, errors; its runner goes on, and refuses."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# at the end: nothing there may hide a module of another name
+sys.path.append(str(ROOT / "benchmarks"))
+import authors  # noqa: E402
+import collection  # noqa: E402
+import growth  # noqa: E402
+import measured  # noqa: E402
+
+N, D, R, K = 5, 23, 3, 7
+
+
+def run(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / arguments[0], *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+class TestAuthors:
+    def factors(self, shift):
+        random = np.random.default_rng(1)
+        common = random.standard_normal((D, 1)) * shift
+        return [(random.standard_normal((D, R)) + common).astype(np.float32) for _ in range(N)]
+
+    def test_its_directions_are_those_of_centred_pca(self):
+        factors = self.factors(shift=2.0)
+        directions, _ = authors.fit_side(factors, K)
+        columns = np.concatenate(factors, axis=1).astype(np.float64)
+        left, _, _ = np.linalg.svd(columns - columns.mean(axis=1, keepdims=True), full_matrices=False)
+        oracle = left[:, :K] @ left[:, :K].T
+        np.testing.assert_allclose(directions @ directions.T, oracle, atol=1e-4)
+
+    def test_the_mean_is_taken_off_and_lost(self):
+        # one direction common to all columns, and nothing else in common
+        factors = self.factors(shift=50.0)
+        directions, loadings = authors.fit_side(factors, N * R - 1)
+        lost = [
+            np.linalg.norm(factor - directions @ loading) / np.linalg.norm(factor)
+            for factor, loading in zip(factors, loadings, strict=True)
+        ]
+        columns = np.concatenate(factors, axis=1)
+        exact = np.linalg.svd(columns, full_matrices=False)[0][:, : N * R - 1]
+        kept = [np.linalg.norm(factor - exact @ (exact.T @ factor)) / np.linalg.norm(factor) for factor in factors]
+        assert min(lost) > 0.5
+        assert max(kept) < 0.05
+
+    def test_factors_come_back_by_side(self):
+        factors = self.factors(shift=0.0)
+        directions, loadings = authors.fit_side(factors, K)
+        back = authors.rebuilt({"up": directions}, {"up": loadings[2]})
+        np.testing.assert_allclose(back["up"], directions @ (directions.T @ factors[2]), rtol=1e-5)
+
+
+class TestGrowth:
+    def test_the_exponent_of_a_power_is_found_and_told_at(self):
+        found = growth.fitted([(size, 3 * size**1.7) for size in (32, 2, 8, 16, 4)])
+        assert found.exponent == pytest.approx(1.7, abs=1e-12)
+        assert found.sizes == (8, 16, 32)
+        assert found.at(64) == pytest.approx(3 * 64**1.7)
+
+    def test_a_fixed_cost_in_the_lower_half_does_not_count(self):
+        points = [(1, 100.0), (2, 100.0), (64, 64.0**2), (128, 128.0**2)]
+        assert growth.fitted(points).exponent == pytest.approx(2, abs=1e-12)
+
+    @pytest.mark.parametrize("points", [[], [(8, 1.0)], [(8, 1.0), (16, 2.0)], [(8, 1.0), (16, 0.0), (32, 4.0)]])
+    def test_two_sizes_of_the_upper_half_are_needed(self, points):
+        assert growth.fitted(points) is None
+
+
+def test_an_error_is_that_of_the_whole_matrices():
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"a": (11, 7), "b": (5, 13)}
+    pairs = [
+        {
+            name: (torch.randn(R, n_in, generator=generator), torch.randn(n_out, R, generator=generator))
+            for name, (n_out, n_in) in shapes.items()
+        }
+        for _ in range(2)
+    ]
+    source = collection.Source("one", Path("one"), 1.5, pairs[0])
+    whole = [{name: up.double() @ down.double() for name, (down, up) in each.items()} for each in pairs]
+    lost = sum(float((1.5 * whole[0][name] - 0.5 * whole[1][name]).square().sum()) for name in shapes)
+    total = sum(float((1.5 * each).square().sum()) for each in whole[0].values())
+    assert collection.delta_error(source, pairs[1], scaling=0.5) == pytest.approx(math.sqrt(lost / total), rel=1e-12)
+    assert collection.delta_error(source, pairs[0]) < 1e-12
+
+
+def test_a_quick_run_of_ours_goes_on_and_is_shown(tmp_path):
+    result = tmp_path / "run.json"
+    options = ("--quick", "--only", "fit", "--output", result, "--methods")
+    first = run("run.py", *options, "delta")
+    assert first.returncode == 0, first.stderr
+    second = run("run.py", *options, "delta", "authors")
+    assert second.returncode == 0, second.stderr
+    assert "1 to measure, 1 there or skipped" in second.stderr
+    found = json.loads(result.read_text("utf-8"))
+    assert len(found["runs"]) == 2
+    ours, theirs = (one for _, one in sorted(found["cases"].items(), key=lambda item: item[1]["run"]))
+    for one in (ours, theirs):
+        assert 0 < one["seconds"]["total"] < one["process_seconds"]
+        assert one["peak_bytes"] >= one["baseline_bytes"] > 0
+    assert 0 < ours["delta_error"]["mean_square"] <= theirs["delta_error"]["mean_square"]
+    other = run("run.py", *options, "delta", "--threads", "2")
+    assert other.returncode == 1
+    assert "was measured with other threads: [1], now [2]. --fresh begins anew" in other.stderr
+
+
+def fit_case(method, seconds, dimension=4096, mean_square=0.25):
+    return {
+        "section": "fit",
+        "options": {"method": method, "k": 32},
+        "shape": {"adapters": 32, "dimension": dimension, "rank": 16, "modules": 1},
+        "seconds": {"read": 0.1, "fit": seconds - 0.3, "rest": 0.2, "total": seconds},
+        "all_seconds": [seconds],
+        "baseline_bytes": 2**20,
+        "peak_bytes": 2**22,
+        "delta_error": {"mean": 0.5, "mean_square": mean_square, "worst": 0.75},
+    }
+
+
+class TestTables:
+    def test_a_result_without_cases_has_no_tables(self):
+        assert measured.markdown({"runs": [], "cases": {}}) == measured.UNMEASURED
+        assert measured.page({"runs": [], "cases": {}}) == measured.UNMEASURED
+
+    def test_claims_hold_or_fail_by_medians_or_are_not_judged(self):
+        cases = [fit_case("delta", s, mean_square=0.24) for s in (0.5, 0.4, 9.0)]
+        cases += [fit_case("factors", 0.4), fit_case("lorashare", 19.0), fit_case("lorashare", 19.2, dimension=64)]
+        result = {"runs": [], "cases": {str(index): case for index, case in enumerate(cases)}}
+        judged = {words: (holds, figure) for words, holds, figure in measured.claims(result)}
+        assert judged["4096 wide: ours at least 40 times as fast as lorashare"] == (False, "38.0 times")
+        assert judged["4096 wide: ours, factors at least 40 times as fast as lorashare"] == (True, "47.5 times")
+        (lost,) = (one for words, one in judged.items() if "mean square" in words and "lorashare" in words)
+        assert lost == (True, "0.2400, 0.2500")
+        assert judged["4096 wide: ours at least 100 times as fast as authors' algorithm"] == (None, "")
+        assert "| **fails** | 38.0 times |" in measured.markdown(result)
+        assert "authors" not in measured.markdown(result)
+
+
+def test_the_picture_is_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
+
+    def case(method, adapters, dimension):
+        return {
+            "section": "growth",
+            "options": {"method": method, "k": 32},
+            "shape": {"adapters": adapters, "dimension": dimension, "rank": 16, "modules": 1},
+            "seconds": {"total": 1e-3 * adapters * dimension},
+            "baseline_bytes": 2**20,
+            "peak_bytes": 2**20 * (1 + adapters),
+        }
+
+    planted = [case(m, n, d) for m in ("delta", "authors") for n, d in ((8, 64), (16, 64), (32, 64), (8, 128))]
+    result = {"runs": [], "cases": {str(index): one for index, one in enumerate(planted)}}
+    (tmp_path / "run.json").write_text(json.dumps(result))
+    for name in ("first.svg", "second.svg"):
+        drawn = run("plot.py", "--result", tmp_path / "run.json", "--output", tmp_path / name)
+        assert drawn.returncode == 0, drawn.stderr
+    first, second = ((tmp_path / name).read_bytes() for name in ("first.svg", "second.svg"))
+    assert first == second
+    assert first.count(b"ours, 1.00") >= 1
+
+
+def test_the_tables_are_those_of_the_results():
+    checked = run("table.py", "--check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
