@@ -71,8 +71,8 @@ def test_each_side_keeps_the_energy_of_the_exact_fit(weighting, noise, dtype):
     exact = subspace.fit_module(factors, weights_of(factors), FitOptions(n_components=K, weighting=weighting, sweeps=0))
     for side in ("down", "up"):
         one, other = found.side(side), exact.side(side)
-        assert 0 <= other.energy - one.energy + 1e-7 < 1e-4
-        assert other.energy - one.energy <= one.shortfall + 1e-7
+        assert 0 <= other.energy - one.energy + 1e-6 < 1e-4
+        assert other.energy - one.energy <= one.shortfall + 1e-6
         assert one.square == pytest.approx(other.square, rel=1e-6)
         torch.testing.assert_close(one.singular_values, other.singular_values[:K], rtol=1e-2, atol=0)
         torch.testing.assert_close(

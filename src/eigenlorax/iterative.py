@@ -9,6 +9,7 @@ brings much, searches on from there (docs/method.md).
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from hashlib import sha256
 from operator import add
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import chunks, krylov, linalg
-from .basis import Basis, normal_rows
+from .basis import Basis
 from .chunks import Chunk
 from .subspace import FitOptions, ModuleBases
 
@@ -145,8 +146,8 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     """The bases of one module, float64, on the CPU.
 
     label: names the module, so that each has random columns of its own, always the same ones.
-    dtype: of the products in the last steps: float32 where the factors are narrower than that, else float64. A search
-        is in float32, unless that cannot tell as many directions as are wanted.
+    dtype: of the products in the last sweep: float32 where the factors are narrower than that, else float64. What comes
+        before is in float32, unless that cannot tell as many directions as are wanted.
     The result is the same, but for rounding, however the adapters are split into chunks and whoever makes the calls.
     """
     assert options.n_components is not None
@@ -158,13 +159,15 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     inner = {side: [one.inner[side] / total[side] for one in weights] for side in sides}
     searched = torch.float32 if all(one.narrow for one in weights) else torch.float64
     first = {side: _search(sides[side], inner[side], k, f"{label}.{side}", searched) for side in sides}
-    last = {side: _in(found, dtype) for side, found in first.items()}
+    last = dict(first)
     sweeps = options.sweeps if options.weighting == "delta" else 0
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
+        if sweep == sweeps - 1:
+            last = {side: _in(found, dtype) for side, found in last.items()}
         for side, other in (("down", "up"), ("up", "down")):
             last[side] = _swept(sides[side], _seen(last[other], weights, total[side]), last[side])
     if sweeps == 0 and dtype == torch.float64:
-        last = {side: _step(sides[side], inner[side], last[side]) for side in sides}
+        last = {side: _step(sides[side], inner[side], _in(found, dtype)) for side, found in last.items()}
     down, up = (_basis(first[side], last[side], inner[side], total[side]) for side in ("down", "up"))
     return ModuleBases(down, up)
 
@@ -173,13 +176,19 @@ def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.d
     """The leading directions of one side by itself."""
     one = side.held[0]()
     dimension, device = one.rows(side.side).shape[2], one.down.device
-    start = torch.from_numpy(normal_rows(BLOCK, dimension, 0, label)).mT.to(device, dtype)
+    start = _random(dimension, label).to(device, dtype)
     ritz = krylov.leading(partial(side.multiply, inner), start, k, tolerance=TOLERANCE)
     kept = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
     if kept < k and dtype != torch.float64:
         return _search(side, inner, k, label, torch.float64)
     columns = ritz.vectors[:, :kept]
     return _Found(columns, side.project(columns), ritz.values[:kept], ritz.shortfall)
+
+
+def _random(dimension: int, label: str) -> Tensor:
+    """Random columns, the same ones for a label each time."""
+    seed = int.from_bytes(sha256(label.encode()).digest()[:7], "big")
+    return torch.randn(dimension, BLOCK, generator=torch.Generator().manual_seed(seed))
 
 
 def _in(found: _Found, dtype: torch.dtype) -> _Found:

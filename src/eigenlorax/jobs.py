@@ -25,7 +25,7 @@ from .subspace import FitOptions, ModuleBases
 
 HELD_BYTES = 2**29
 """The factors of one module that may be in memory; of a larger one, chunks are read anew in every round."""
-PROJECTED = 16
+PROJECTED = 8
 """Adapters that are projected at a time: each needs some twenty times its factors, in float64."""
 
 

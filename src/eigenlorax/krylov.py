@@ -78,7 +78,7 @@ def orthonormal_columns(columns: Tensor) -> Tensor:
 
 def _outside(columns: Tensor, basis: Tensor, normed: bool = False) -> Tensor:
     """The part of the columns that is orthogonal to the basis; orthonormal again where they were."""
-    for _ in range(2):
+    for _ in range(1 if normed else 2):
         columns = columns - basis @ (basis.mT @ columns)
     return orthonormal_columns(columns) if normed else columns
 
