@@ -58,8 +58,8 @@ def loading_table(case: Json) -> str:
     cells = [[*row, other] for row, other in zip(rows, theirs, strict=True)]
     return (
         f"**Loading and switching on the shapes of BERT-base**: a pack of {one['adapters']:,} adapters in "
-        f"{one['median_seconds']:.1f} s; the bank holds {one['bank_bytes'] / MIB:.0f} MiB, {one['bank_bytes_ratio']:.2f} of "
-        f"the pack's tensors.\n\n{table(header, cells)}"
+        f"{one['median_seconds']:.1f} s; the bank holds {one['bank_bytes'] / MIB:.0f} MiB, "
+        f"{one['bank_bytes_ratio']:.2f} of the pack's tensors.\n\n{table(header, cells)}"
     )
 
 
