@@ -90,3 +90,4 @@ def test_missing_is_the_rest_of_a_geometric_series():
     assert krylov.missing(sums[:2]) == float("inf")
     assert krylov.missing([1.0, 2.0, 4.0]) == float("inf")
     assert krylov.missing([1.0, 2.0, 2.0]) == 0.0
+    assert krylov.missing([1.0, 2.0, 2.01]) == pytest.approx(0.01)

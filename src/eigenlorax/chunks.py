@@ -99,10 +99,10 @@ def joined(parts: Sequence[CoefficientChunk]) -> CoefficientChunk:
     )
 
 
-def grams(one: Chunk) -> tuple[Float[Tensor, "n r r"], Float[Tensor, "n r r"]]:
-    """Inner products of each adapter's own rows, down and up, float64."""
-    down, up = one.down.to(torch.float64), one.up.to(torch.float64)
-    return down @ down.mT, up @ up.mT
+def grams(one: Chunk, dtype: torch.dtype = torch.float64) -> tuple[Float[Tensor, "n r r"], Float[Tensor, "n r r"]]:
+    """Inner products of each adapter's own rows, down and up, multiplied in `dtype`, float64."""
+    down, up = (one.rows(side).to(dtype) for side in ("down", "up"))
+    return (down @ down.mT).to(torch.float64), (up @ up.mT).to(torch.float64)
 
 
 def norms(one: Chunk, side: str) -> Float[Tensor, " n"]:

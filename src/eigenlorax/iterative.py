@@ -112,23 +112,30 @@ class _Weights:
     narrow: bool
 
 
-def _weights(held: Held, weighting: str) -> _Weights:
+def _weights(held: Held, weighting: str, dtype: torch.dtype) -> _Weights:
+    """dtype: of the products. Where its room is too little for some row's square, they are float64 all the same."""
     one = held()
-    own = dict(zip(("down", "up"), chunks.grams(one), strict=True))
+    own = chunks.grams(one, dtype)
+    lengths = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in own])
+    narrow = bool(((lengths > 1e-20) & (lengths < 1e20)).all())
+    if not narrow and dtype != torch.float64:
+        return _weights(held, weighting, torch.float64)
+    if not narrow:
+        lengths = lengths[lengths > 0]
+        narrow = bool(((lengths > 1e-20) & (lengths < 1e20)).all())
+    grams = dict(zip(("down", "up"), own, strict=True))
     if weighting == "factors":
         identity = torch.eye(one.down.shape[1], dtype=torch.float64, device=one.down.device)
         taken = (one.scale > 0).to(torch.float64)[:, None, None] * identity
         inner = {"down": taken, "up": taken}
     else:
         square = one.scale.square()[:, None, None]
-        inner = {"down": square * own["up"], "up": square * own["down"]}
-    lengths = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in own.values()])
-    lengths = lengths[lengths > 0]
+        inner = {"down": square * grams["up"], "up": square * grams["down"]}
     return _Weights(
         inner=inner,
         scale=one.scale,
-        square={side: float((inner[side] * own[side]).sum()) for side in own},
-        narrow=bool(((lengths > 1e-20) & (lengths < 1e20)).all()),
+        square={side: float((inner[side] * grams[side]).sum()) for side in grams},
+        narrow=narrow,
     )
 
 
@@ -152,7 +159,7 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     """
     assert options.n_components is not None
     k = options.n_components
-    weights: list[_Weights] = list(run(partial(_weights, one, options.weighting) for one in held))
+    weights: list[_Weights] = list(run(partial(_weights, one, options.weighting, dtype) for one in held))
     sides = {side: _Side(side, held, run) for side in ("down", "up")}
     total = {side: sum(one.square[side] for one in weights) for side in sides}
     # shares of the whole: float32 has room for them, whatever the sizes of the factors are

@@ -23,7 +23,7 @@ from .metrics import ModuleError
 from .sizes import Cell, Member, Setting
 from .subspace import FitOptions, ModuleBases
 
-HELD_BYTES = 2**29
+HELD_BYTES = 2**28
 """The factors of one module that may be in memory; of a larger one, chunks are read anew in every round."""
 PROJECTED = 8
 """Adapters that are projected at a time: each needs some twenty times its factors, in float64."""
