@@ -1,8 +1,10 @@
 """Engines make calls: here, in processes, on Ray; also where one of those is killed."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -74,6 +76,19 @@ def test_a_process_that_is_killed_is_replaced_and_its_calls_made_again(tmp_path)
         ]
         assert list(found.run(made)) == [5 if n == 5 else n**2 for n in range(12)]
         assert list(found.run([partial(calls.square, 3)])) == [9]
+
+
+def test_a_process_that_is_killed_while_nobody_waits_is_replaced_too():
+    with engine.opened("processes", 2) as found:
+        for worker in set(found.run([calls.process] * 8)):
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(0.5)
+        assert list(found.run(partial(calls.square, number) for number in range(9))) == [n**2 for n in range(9)]
+
+
+def test_a_file_that_is_not_there_is_said_as_it_would_be_here(opened, tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        list(opened.run([(tmp_path / "gone").read_bytes]))
 
 
 def test_a_call_that_kills_every_process_ends_with_an_error():

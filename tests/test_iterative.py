@@ -168,3 +168,20 @@ def test_adapters_of_weight_zero_have_no_part():
 )
 def test_it_is_for_large_stacks_and_few_components(rows, n_in, n_out, options, due):
     assert iterative.is_due(rows, n_in, n_out, FitOptions(**options)) is due
+
+
+@pytest.mark.parametrize("k", [K, 50])
+def test_orthonormal_rows_that_nothing_tells_apart_are_kept_as_the_exact_fit_keeps_them(k):
+    """Every eigenvalue is there many times."""
+    factors = []
+    for index in range(60):
+        rows = [(3 * index + row) % IN for row in range(3)]
+        columns = [(3 * index + row) % OUT for row in range(3)]
+        down, up = torch.zeros(3, IN), torch.zeros(OUT, 3)
+        down[range(3), rows], up[columns, range(3)] = 1.0, 1.0
+        factors.append(LoRAFactors(down, up, 1.0))
+    found = fitted(factors, n_components=k, sweeps=0, dtype=torch.float32)
+    exact = subspace.fit_module(factors, weights_of(factors), FitOptions(n_components=k, sweeps=0))
+    for side in ("down", "up"):
+        assert found.side(side).k == exact.side(side).k == k
+        assert found.side(side).energy == pytest.approx(exact.side(side).energy, abs=1e-4)

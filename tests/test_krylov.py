@@ -91,3 +91,22 @@ def test_missing_is_the_rest_of_a_geometric_series():
     assert krylov.missing([1.0, 2.0, 4.0]) == float("inf")
     assert krylov.missing([1.0, 2.0, 2.0]) == 0.0
     assert krylov.missing([1.0, 2.0, 2.01]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("copies", [12, 30, 90])
+@pytest.mark.parametrize("rest", [0.0, 0.3])
+def test_equal_eigenvalues_are_found_as_often_as_they_are_there(copies, rest):
+    """Where the matrix is exactly so: no rounding mixes the copies."""
+    values = torch.cat([torch.ones(copies), torch.full((D - copies,), rest)]).to(torch.float64)
+    k, total = 40, float(values.sum())
+    start = normal(D, k, seed=3)
+    found = krylov.leading(lambda columns: values[:, None] * columns, start, k, tolerance=1e-9, trace=total)
+    assert float(found.values[:k].sum()) == pytest.approx(float(values[:k].sum()), rel=1e-9)
+
+
+def test_a_space_that_is_closed_is_left_while_something_is_left_of_the_trace():
+    values = torch.cat([torch.ones(70), torch.zeros(D - 70)]).to(torch.float64)
+    start = normal(D, 8, seed=3)
+    found = krylov.leading(lambda columns: values[:, None] * columns, start, 60, tolerance=1e-9, trace=70.0)
+    assert float(found.values[:60].sum()) == pytest.approx(60.0, rel=1e-9)
+    assert found.shortfall <= 1e-9

@@ -33,8 +33,8 @@ class Basis:
         or those that an iterative fit has found.
     energy: the share of the stack's squared norm that lies in the span of the fitted rows, 0 to 1.
     growth: what was appended since, in order.
-    shortfall: the share of the stack's squared norm that the best basis of as many fitted rows would keep beyond this
-        one, as its fit estimates it; 0 where the fit is exact.
+    shortfall: the share of the stack's squared norm that the search for the first rows, before sweeps, is estimated to
+        have missed; 0 where the fit is exact.
     tail: the stack's squared norm beyond the singular values that are listed.
     """
 

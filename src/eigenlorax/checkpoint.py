@@ -18,7 +18,7 @@ from torch import Tensor
 from . import keys, store
 from .basis import Basis
 from .chunks import CoefficientChunk
-from .errors import EngineError, OptionError
+from .errors import OptionError
 from .jobs import Fitted
 from .metrics import ModuleError
 from .subspace import ModuleBases
@@ -58,37 +58,31 @@ class Checkpoint:
 
 @contextmanager
 def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
-    """The checkpoint in `folder` for the fit with this key. What another fit left there is deleted.
+    """The checkpoint in `folder` for the fit with this key.
+
+    What another fit left there is deleted, and so is the folder if nothing was kept in it.
 
     `PackBusyError` where another process uses it.
     """
     mine = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
     _check_is_one(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with store.lock(folder / _LOCK, timeout=0.0):
-        place = folder / _KEY
-        if not place.exists() or place.read_bytes() != mine:
-            for path in _contents(folder):
-                path.unlink()
-            store.write_file(place, mine)
-        store.sweep_staging(folder)
-        yield Checkpoint(folder)
-
-
-@contextmanager
-def until_done(folder: Path) -> Iterator[None]:
-    """Delete a checkpoint at the end of the block, also after an error that going on would not mend.
-
-    What was interrupted, or lost its workers, may go on: then it stays, as it does where the process is killed.
-    """
+    empty = False
     try:
-        yield
-    except (KeyboardInterrupt, EngineError):
-        raise
-    except BaseException:
-        discard(folder)
-        raise
-    discard(folder)
+        with store.lock(folder / _LOCK, timeout=0.0):
+            place = folder / _KEY
+            if not place.exists() or place.read_bytes() != mine:
+                for path in _contents(folder):
+                    path.unlink()
+                store.write_file(place, mine)
+            store.sweep_staging(folder)
+            try:
+                yield Checkpoint(folder)
+            finally:
+                empty = not list(folder.glob(f"*{_SUFFIX}"))
+    finally:
+        if empty:
+            discard(folder)
 
 
 def discard(folder: Path) -> None:

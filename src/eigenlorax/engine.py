@@ -36,17 +36,17 @@ _received: dict[str, Any] = {}
 class Shared(Generic[T]):
     """A value that many calls need: each process that makes some is sent it once."""
 
-    __slots__ = ("_fetch", "_key")
+    __slots__ = ("_fetch", "key")
 
     def __init__(self, key: str, fetch: Call[T]) -> None:
-        self._key = key
+        self.key = key
         self._fetch = fetch
 
     def get(self) -> T:
         """The value."""
-        if self._key not in _received:
-            _received[self._key] = self._fetch()
-        found: T = _received[self._key]
+        if self.key not in _received:
+            _received[self.key] = self._fetch()
+        found: T = _received[self.key]
         return found
 
 
@@ -65,7 +65,23 @@ class Engine(Protocol):
         ...
 
 
-class _Serial:
+class _Sharing:
+    """Knows what it has shared, so that this process lets go of that in the end."""
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+
+    def _known(self, shared: Shared[T]) -> Shared[T]:
+        self._keys.append(shared.key)
+        return shared
+
+    def forget(self) -> None:
+        """Let go of what this process has received of it."""
+        for key in self._keys:
+            _received.pop(key, None)
+
+
+class _Serial(_Sharing):
     """Calls one after the other, here."""
 
     workers = 1
@@ -74,13 +90,18 @@ class _Serial:
         return (call() for call in calls)
 
     def share(self, value: T) -> Shared[T]:
-        return Shared(secrets.token_hex(8), lambda: value)
+        return self._known(Shared(secrets.token_hex(8), lambda: value))
 
 
-class _Processes:
+_Submitted = tuple[bytes, "Future[bytes]", ProcessPoolExecutor]
+"""A pickled call, what will come of it, and the pool that has it."""
+
+
+class _Processes(_Sharing):
     """Calls in processes of this machine, each with one thread."""
 
     def __init__(self, workers: int, folder: Path) -> None:
+        super().__init__()
         self.workers = workers
         self._folder = folder
         self._pool = self._made()
@@ -92,22 +113,27 @@ class _Processes:
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
         return _in_order(calls, self._submit, self._result, 2 * self.workers)
 
-    def _submit(self, call: Call[T]) -> tuple[bytes, "Future[bytes]", ProcessPoolExecutor]:
+    def _submit(self, call: Call[T]) -> _Submitted:
         # pickled here: multiprocessing would pass each tensor as an open file, of which there are only so many
-        data = pickle.dumps(call)
-        return data, self._pool.submit(_call, data), self._pool
+        return self._sent(pickle.dumps(call))
 
-    def _result(self, submitted: tuple[bytes, "Future[bytes]", ProcessPoolExecutor]) -> Any:
-        data, future, pool = submitted
+    def _sent(self, data: bytes) -> _Submitted:
+        try:
+            return data, self._pool.submit(_call, data), self._pool
+        except BrokenProcessPool:
+            self._pool = self._made()
+            return data, self._pool.submit(_call, data), self._pool
+
+    def _result(self, submitted: _Submitted) -> Any:
         for _ in range(ATTEMPTS):
+            data, future, pool = submitted
             try:
                 return _outcome(future.result())
             except BrokenProcessPool:
                 # one of its processes was killed, which ends all of them
                 if pool is self._pool:
                     self._pool = self._made()
-                pool = self._pool
-                future = pool.submit(_call, data)
+                submitted = self._sent(data)
         raise EngineError(
             f"worker processes ended {ATTEMPTS} times in a row. If memory was short, take fewer: "
             f"workers={max(self.workers // 2, 1)} (--workers), or engine='serial'. In a script, the call has to be "
@@ -117,7 +143,7 @@ class _Processes:
     def share(self, value: T) -> Shared[T]:
         path = self._folder / secrets.token_hex(8)
         path.write_bytes(pickle.dumps(value))
-        return Shared(path.name, partial(_unpickled, path))
+        return self._known(Shared(path.name, partial(_unpickled, path)))
 
     def close(self) -> None:
         """End the processes, without waiting for calls whose results nobody wants."""
@@ -134,7 +160,7 @@ def _call(data: bytes) -> bytes:
     """Make a pickled call; what comes out, or the error of ours that did, pickled."""
     try:
         return pickle.dumps(pickle.loads(data)())  # noqa: S301 (the process that started this one wrote it)
-    except EigenloraxError as error:
+    except (EigenloraxError, OSError) as error:
         return pickle.dumps(_Raised(error))
 
 
@@ -142,7 +168,7 @@ def _call(data: bytes) -> bytes:
 class _Raised:
     """An error that is to be raised where the result is wanted, without the traces of other processes."""
 
-    error: EigenloraxError
+    error: EigenloraxError | OSError
 
 
 def _outcome(data: bytes) -> Any:
@@ -156,10 +182,11 @@ def _unpickled(path: Path) -> Any:
     return pickle.loads(path.read_bytes())  # noqa: S301 (as above)
 
 
-class _Ray:
+class _Ray(_Sharing):
     """Calls as tasks of a Ray cluster. A task whose worker or node is lost is made again by Ray."""
 
     def __init__(self, ray: Any) -> None:
+        super().__init__()
         self._ray = ray
         self.workers = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         self._task = ray.remote(num_cpus=1, max_retries=10)(_call)
@@ -171,10 +198,13 @@ class _Ray:
         return self._task.remote(self._ray.cloudpickle.dumps(call))
 
     def _result(self, submitted: Any) -> Any:
-        return _outcome(self._ray.get(submitted))
+        try:
+            return _outcome(self._ray.get(submitted))
+        except self._ray.exceptions.RayError as error:
+            raise EngineError(f"a worker of the Ray cluster could not do its part: {reason(error)}") from error
 
     def share(self, value: T) -> Shared[T]:
-        return Shared(secrets.token_hex(8), partial(_from_store, [self._ray.put(value)]))
+        return self._known(Shared(secrets.token_hex(8), partial(_from_store, [self._ray.put(value)])))
 
 
 def _from_store(references: list[Any]) -> Any:
@@ -216,22 +246,31 @@ def opened(name: str, workers: int | None = None) -> AbstractContextManager[Engi
     check(name, workers)
     if name == "serial":
         return _serial()
-    return _processes(workers or len(os.sched_getaffinity(0))) if name == "processes" else _cluster()
+    return _processes(workers or _cores()) if name == "processes" else _cluster()
+
+
+def _cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def _serial() -> Iterator[Engine]:
-    with _forgetting():
-        yield _Serial()
+    engine = _Serial()
+    try:
+        yield engine
+    finally:
+        engine.forget()
 
 
 @contextmanager
 def _processes(workers: int) -> Iterator[Engine]:
-    with tempfile.TemporaryDirectory() as folder, _forgetting():
+    with tempfile.TemporaryDirectory() as folder:
         engine = _Processes(workers, Path(folder))
         try:
             yield engine
         finally:
+            engine.forget()
             engine.close()
 
 
@@ -248,20 +287,10 @@ def _cluster() -> Iterator[Engine]:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise EngineError(f"no Ray cluster could be reached or started: {reason(error)}") from error
+    engine = _Ray(ray)
     try:
-        with _forgetting():
-            yield _Ray(ray)
+        yield engine
     finally:
+        engine.forget()
         if started:
             ray.shutdown()
-
-
-@contextmanager
-def _forgetting() -> Iterator[None]:
-    """What is shared in the block is let go at its end."""
-    before = set(_received)
-    try:
-        yield
-    finally:
-        for key in set(_received) - before:
-            del _received[key]

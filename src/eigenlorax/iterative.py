@@ -26,7 +26,7 @@ LARGEST_SIDE = 384
 LARGEST_STACK = 2**25
 """The same for the numbers in the rows of one side."""
 BLOCK = 32
-"""Columns that a round of a search multiplies."""
+"""Columns that a round of a search multiplies, at least: as many as components are wanted, where these are more."""
 TOLERANCE = 5e-5
 """The share of energy that a first fit may lack, as it is estimated, when its search ends."""
 WORTH = 1e-3
@@ -183,8 +183,8 @@ def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.d
     """The leading directions of one side by itself."""
     one = side.held[0]()
     dimension, device = one.rows(side.side).shape[2], one.down.device
-    start = _random(dimension, label).to(device, dtype)
-    ritz = krylov.leading(partial(side.multiply, inner), start, k, tolerance=TOLERANCE)
+    start = _random(dimension, max(BLOCK, k), label).to(device, dtype)
+    ritz = krylov.leading(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
     kept = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
     if kept < k and dtype != torch.float64:
         return _search(side, inner, k, label, torch.float64)
@@ -192,10 +192,10 @@ def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.d
     return _Found(columns, side.project(columns), ritz.values[:kept], ritz.shortfall)
 
 
-def _random(dimension: int, label: str) -> Tensor:
+def _random(dimension: int, columns: int, label: str) -> Tensor:
     """Random columns, the same ones for a label each time."""
     seed = int.from_bytes(sha256(label.encode()).digest()[:7], "big")
-    return torch.randn(dimension, BLOCK, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(dimension, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def _in(found: _Found, dtype: torch.dtype) -> _Found:

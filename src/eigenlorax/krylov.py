@@ -34,10 +34,12 @@ class Ritz:
     shortfall: float
 
 
-def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float) -> Ritz:
+def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float, trace: float = float("inf")) -> Ritz:
     """The k leading eigenvectors, from the columns `start`, (d, b), which any random ones may be.
 
-    The search goes on until `shortfall` is at most `tolerance`; at the latest until its space has no room left.
+    Of equal eigenvalues, no more are found at once than there are columns: b should be k at least. The search goes on
+    until `shortfall` is at most `tolerance`; at the latest until its space has no room left. Where the space is closed
+    under the matrix and yet lacks more than that of its `trace`, further random columns are taken in.
     """
     basis = orthonormal_columns(start)
     size = start.shape[1]
@@ -50,10 +52,15 @@ def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float) -> R
         sums.append(float(squares[:k].clamp_min(0).sum()))
         outside = _outside(image, basis)
         negligible = _NEGLIGIBLE[start.dtype] * float(squares[0])
-        ended = float(torch.linalg.matrix_norm(outside)) <= negligible
-        shortfall = 0.0 if ended else missing(sums)
+        closed = float(torch.linalg.matrix_norm(outside)) <= negligible
+        left = max(trace - float(squares.clamp_min(0).sum()), 0.0)
+        if closed and trace < float("inf") and left > tolerance:
+            # what is left has no part in the columns so far
+            closed, sums = False, []
+            outside = _outside(_like(start, len(squares)), basis)
+        shortfall = 0.0 if closed else min(missing(sums), left)
         enough = len(squares) >= k and shortfall <= tolerance
-        if ended or enough or len(squares) + size > len(start):
+        if closed or enough or len(squares) + size > len(start):
             vectors = orthonormal_columns(basis @ mixing[:, :k].to(basis.dtype))
             return Ritz(squares.clamp_min(0), vectors, shortfall)
         basis = torch.cat([basis, _outside(orthonormal_columns(outside), basis, normed=True)], dim=1)
@@ -68,6 +75,12 @@ def missing(sums: list[float]) -> float:
         return 0.0
     ratio = max(last / before, _LEAST_RATIO) if before > 0 else 1.0
     return last * ratio / (1 - ratio) if ratio < 1 else float("inf")
+
+
+def _like(start: Tensor, seed: int) -> Tensor:
+    """Other random columns, the same ones for a seed each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
 
 
 def orthonormal_columns(columns: Tensor) -> Tensor:

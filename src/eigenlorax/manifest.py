@@ -59,7 +59,7 @@ class SideInfo:
     energy that the fitted ones keep.
 
     square: the squared norm of the stack that was fitted, by which shares of several modules are averaged.
-    shortfall: what the best basis of as many components would keep beyond the fitted one, as a share of it.
+    shortfall: what the search for the first components, before sweeps, is estimated to have missed, as a share of it.
     grown: how many components each step of the subspace's growth has appended.
     """
 

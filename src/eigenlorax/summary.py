@@ -15,7 +15,8 @@ class Components:
 
     capped: the modules with fewer than were asked for, because their stack has no more directions.
     energy: Σ of squared norm kept ÷ Σ of squared norm, over the modules; of the fitted collection.
-    shortfall: the most that the best basis of one module is estimated to keep beyond its own; 0 where all are exact.
+    shortfall: the most that the search for a module's first directions is estimated to have missed; 0 where all are
+        exact.
     """
 
     min: int

@@ -17,7 +17,7 @@ from eigenlorax.errors import (
     PackDamagedError,
     ShapeError,
 )
-from planted import normal, random_factors
+from planted import MODULES, normal, random_adapter, random_collection, random_factors
 from served import BASE
 from tiny import BERT, GPT2, IN, make_bert, make_gpt2, make_pack
 
@@ -294,3 +294,43 @@ class TestArranging:
         of_owner = torch.tensor(owners, dtype=rows.dtype)[:, None, None].expand(-1, 3, 5)
         for group, owner in zip(order.gather(of_owner.contiguous()), found, strict=True):
             assert (group == owner).all()
+
+
+class TestGrown:
+    """A pack that was extended: adapters of before it have coefficients on fewer components."""
+
+    def test_adapters_of_both_times_serve_in_one_batch(self, tmp_path):
+        pack = ex.fit(random_collection(4), n_components=5, warn_above=1.0)
+        pack.add(random_adapter("new", 777), extend=3, warn_above=1.0)
+        pack.save(tmp_path / "pack")
+        (n_out, n_in), module = MODULES["encoder.0.query"], "encoder.0.query"
+        model = nn.ModuleDict({"encoder": nn.ModuleList([nn.ModuleDict({"query": nn.Linear(n_in, n_out)})])})
+        linear, x = model["encoder"][0]["query"], normal(3, 4, n_in, seed=1, dtype=torch.float32)
+        names = ["a0", "new", "a2"]
+        with pytest.raises(ModuleNameError, match="modules that the model lacks"):
+            ex.AdapterBank(model, tmp_path / "pack")
+        model["encoder"][0]["dense"] = nn.Linear(37, 53)
+        with torch.no_grad():
+            base = linear(x)
+            bank = ex.AdapterBank(model, tmp_path / "pack")
+            with bank.using(names):
+                mixed = linear(x)
+        for row, name in enumerate(names):
+            factors = pack.adapter(name).modules[module]
+            wanted = base[row] + factors.scaling * (x[row] @ factors.down.mT) @ factors.up.mT
+            torch.testing.assert_close(mixed[row], wanted, rtol=1e-5, atol=1e-4)
+
+    def test_an_adapter_of_another_pack_is_refused_by_its_subspace(self, tmp_path):
+        one, other = (
+            ex.fit([random_adapter(f"a{i}", seed + i) for i in range(4)], n_components=5, warn_above=1.0).save(
+                tmp_path / str(seed)
+            )
+            for seed in (1000, 2000)
+        )
+        alien = ex.Pack.open(other).packed("a0")
+        model = nn.ModuleDict(
+            {"encoder": nn.ModuleList([nn.ModuleDict({"query": nn.Linear(29, 41), "dense": nn.Linear(37, 53)})])}
+        )
+        bank = ex.AdapterBank(model, one)
+        with pytest.raises(OptionError, match="which the bank's pack never had"):
+            bank.add("alien", alien)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import checks, keys
+from .. import subspace as spaces
 from ..errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
 from ..formats.sources import Source
 from ..mixing import constant
@@ -280,10 +281,25 @@ class AdapterBank:
 
     def _hold(self, packed: PackedAdapter) -> Held:
         check_whole(packed)
+        packed = self._of_now(packed)
         names, dtype = self._tensor_names, self.pack.coefficient_dtype
         with constant(self._device):
             found = heads(packed, self.model, names) if names is not None else Heads()
             return hold(packed, self.pack.subspace, self._places, found, self._layouts, dtype, self._device)
+
+    def _of_now(self, packed: PackedAdapter) -> PackedAdapter:
+        """An adapter with coefficients on all components: one of before the subspace grew has fewer, and gets zeros."""
+        lineage = self.pack.info.lineage
+        if packed.subspace is None or packed.subspace == lineage[-1]:
+            return packed
+        if packed.subspace not in lineage:
+            raise OptionError(
+                f"adapter {packed.name!r} is of the subspace {packed.subspace[:12]}…, which the bank's pack never had. "
+                "Take it from that pack, or give it as a LoRA: other.adapter(name)."
+            )
+        modules = self.pack.subspace.modules
+        wide = {m: spaces.widened(c, modules[packed.places[m]]) for m, c in packed.coefficients.items()}
+        return replace(packed, coefficients=wide)
 
     def _put(self, held: Held) -> None:
         with self._lock:

@@ -197,7 +197,9 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _component_rows(label: str, found: "Components") -> list[tuple[str, str]]:
-    energy = f"energy {found.energy:.4f}" + (f", at most {found.shortfall:.0e} short" if found.shortfall else "")
+    energy = f"energy {found.energy:.4f}" + (
+        f", its search at most {found.shortfall:.0e} short" if found.shortfall else ""
+    )
     rows = [(label, f"{found.min} / {found.median:g} / {found.max} (min / median / max); {energy}")]
     if found.capped:
         more = f" and {len(found.capped) - 2} more" if len(found.capped) > 2 else ""

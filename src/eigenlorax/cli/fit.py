@@ -119,7 +119,7 @@ def fit(
     started = time.perf_counter()
     folder.check_free(output, overwrite)
     kept = output.parent / f".{output.name}.fitting"
-    with console.working() as progress, checkpoint.until_done(kept):
+    with console.working() as progress:
         pack = fit_adapters(
             adapters,
             n_components=n_components,
@@ -144,6 +144,7 @@ def fit(
             revision=revision,
         )
         pack.save(output, overwrite=overwrite)
+        checkpoint.discard(kept)
         seconds = time.perf_counter() - started
         headline = None
         if report:

@@ -256,16 +256,16 @@ class Linear(nn.Module, EigenLoraxLayer):
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each row of the batch with the adapter that it names; "__base__" is none.
 
-        What shares a subspace is multiplied with its bases at once; adapters of one shape have their coefficients
-        multiplied in one product of batches. Dropout has no part in it: in training, mixed batches are refused.
+        What has coefficients on the same components is multiplied with these at once; adapters of one shape have
+        theirs multiplied in one product of batches. Dropout has no part in it: in training, mixed batches are refused.
         """
         result = result.clone()
-        by_bases: dict[str, dict[tuple[torch.Size, ...], list[int]]] = {}
+        by_bases: dict[tuple[Any, ...], dict[tuple[torch.Size, ...], list[int]]] = {}
         for row, adapter in enumerate(adapter_names):
             if adapter != "__base__" and self.has_adapter(adapter):
                 key = adapter if adapter in self.eigenlorax_embedded_down else self.subspace_of[adapter]
                 shape = tuple(factor.shape for factor in self.factors_of(adapter))
-                by_bases.setdefault(key, {}).setdefault(shape, []).append(row)
+                by_bases.setdefault((key, *self.sizes_of[adapter]), {}).setdefault(shape, []).append(row)
         for by_shape in by_bases.values():
             rows = [row for places in by_shape.values() for row in places]
             names = [adapter_names[row] for row in rows]
