@@ -26,7 +26,9 @@ LARGEST_SIDE = 384
 LARGEST_STACK = 2**25
 """The same for the numbers in the rows of one side."""
 BLOCK = 32
-"""Columns that a round of a search multiplies, at least: as many as components are wanted, where these are more."""
+"""Columns that a round multiplies: as many as components are wanted, where so many eigenvalues are alike."""
+ALIKE = 1e-3
+"""Eigenvalues are alike if they differ by less than this share."""
 TOLERANCE = 5e-5
 """The share of energy that a first fit may lack, as it is estimated, when its search ends."""
 WORTH = 1e-3
@@ -179,17 +181,28 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     return ModuleBases(down, up)
 
 
-def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype) -> _Found:
-    """The leading directions of one side by itself."""
+def _search(
+    side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype, block: int | None = None
+) -> _Found:
+    """The leading directions of one side by itself. block: columns of a round."""
+    block = block or BLOCK
     one = side.held[0]()
     dimension, device = one.rows(side.side).shape[2], one.down.device
-    start = _random(dimension, max(BLOCK, k), label).to(device, dtype)
+    start = _random(dimension, block, label).to(device, dtype)
     ritz = krylov.leading(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
+    if block < k and _alike(ritz.values[:k], block):
+        # there may be more of them than columns, of which a search finds no more than that
+        return _search(side, inner, k, label, dtype, k)
     kept = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
     if kept < k and dtype != torch.float64:
-        return _search(side, inner, k, label, torch.float64)
+        return _search(side, inner, k, label, torch.float64, block)
     columns = ritz.vectors[:, :kept]
     return _Found(columns, side.project(columns), ritz.values[:kept], ritz.shortfall)
+
+
+def _alike(values: Tensor, n: int) -> bool:
+    """Whether n of some descending values are alike."""
+    return bool((values[n - 1 :] > (1 - ALIKE) * values[: len(values) - n + 1]).any())
 
 
 def _random(dimension: int, columns: int, label: str) -> Tensor:
