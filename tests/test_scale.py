@@ -203,8 +203,7 @@ class TestInterrupted:
         with pytest.raises(StoppedError):
             eigenlorax.fit(folder, n_components=K, checkpoint=kept, progress=stop_after(2), warn_above=1.0)
         there = tree(kept)
-        for wrong in (["-k", "99999"], ["--engine", "threads"], ["--dtype", "int8"]):
-            assert subprocess.run([*command, *wrong], capture_output=True, check=False).returncode == 3
+        assert subprocess.run([*command, "-k", "99999"], capture_output=True, check=False).returncode == 3
         assert tree(kept) == there
         with store.lock(kept / ".lock", 0.0):
             busy = subprocess.run([*command, "-k", str(K)], capture_output=True, text=True, check=False)
