@@ -55,9 +55,6 @@ class CoefficientChunk:
     up: Float[Tensor, "n k_up r"]
     scaling: Float[Tensor, " n"]
 
-    def __len__(self) -> int:
-        return self.down.shape[0]
-
     def to(self, device: torch.device) -> "CoefficientChunk":
         """The same on another device."""
         return CoefficientChunk(self.down.to(device), self.up.to(device), self.scaling.to(device))

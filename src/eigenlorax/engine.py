@@ -65,6 +65,11 @@ class Engine(Protocol):
         ...
 
 
+def here(calls: Iterable[Call[T]]) -> Iterator[T]:
+    """Calls made one after the other, in this process."""
+    return (call() for call in calls)
+
+
 class _Sharing:
     """Knows what it has shared, so that this process lets go of that in the end."""
 
@@ -87,7 +92,7 @@ class _Serial(_Sharing):
     workers = 1
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
-        return (call() for call in calls)
+        return here(calls)
 
     def share(self, value: T) -> Shared[T]:
         return self._known(Shared(secrets.token_hex(8), lambda: value))

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import chunks, krylov, linalg
 from .basis import Basis
 from .chunks import Chunk
+from .engine import here
 from .subspace import FitOptions, ModuleBases
 
 LARGEST_SIDE = 384
@@ -40,11 +41,6 @@ Held = Callable[[], Chunk]
 """A chunk, at hand or read anew."""
 Run = Callable[[Iterable[Callable[[], Any]]], Iterable[Any]]
 """Makes calls, here or elsewhere, and gives their results in order."""
-
-
-def here(calls: Iterable[Callable[[], Any]]) -> Iterable[Any]:
-    """Calls made one after the other, in this process."""
-    return (call() for call in calls)
 
 
 def is_due(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
@@ -119,12 +115,9 @@ def _weights(held: Held, weighting: str, dtype: torch.dtype) -> _Weights:
     one = held()
     own = chunks.grams(one, dtype)
     lengths = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in own])
-    narrow = bool(((lengths > 1e-20) & (lengths < 1e20)).all())
-    if not narrow and dtype != torch.float64:
+    inside = (lengths > 1e-20) & (lengths < 1e20)
+    if dtype != torch.float64 and not bool(inside.all()):
         return _weights(held, weighting, torch.float64)
-    if not narrow:
-        lengths = lengths[lengths > 0]
-        narrow = bool(((lengths > 1e-20) & (lengths < 1e20)).all())
     grams = dict(zip(("down", "up"), own, strict=True))
     if weighting == "factors":
         identity = torch.eye(one.down.shape[1], dtype=torch.float64, device=one.down.device)
@@ -137,7 +130,7 @@ def _weights(held: Held, weighting: str, dtype: torch.dtype) -> _Weights:
         inner=inner,
         scale=one.scale,
         square={side: float((inner[side] * grams[side]).sum()) for side in grams},
-        narrow=narrow,
+        narrow=bool((inside | (lengths == 0)).all()),
     )
 
 
@@ -167,7 +160,7 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     # shares of the whole: float32 has room for them, whatever the sizes of the factors are
     inner = {side: [one.inner[side] / total[side] for one in weights] for side in sides}
     searched = torch.float32 if all(one.narrow for one in weights) else torch.float64
-    first = {side: _search(sides[side], inner[side], k, f"{label}.{side}", searched) for side in sides}
+    first = {side: _search(sides[side], inner[side], k, f"{label}.{side}", searched, BLOCK) for side in sides}
     last = dict(first)
     sweeps = options.sweeps if options.weighting == "delta" else 0
     for sweep in range(sweeps):
@@ -181,11 +174,8 @@ def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.d
     return ModuleBases(down, up)
 
 
-def _search(
-    side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype, block: int | None = None
-) -> _Found:
+def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype, block: int) -> _Found:
     """The leading directions of one side by itself. block: columns of a round."""
-    block = block or BLOCK
     one = side.held[0]()
     dimension, device = one.rows(side.side).shape[2], one.down.device
     start = _random(dimension, block, label).to(device, dtype)

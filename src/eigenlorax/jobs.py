@@ -16,7 +16,7 @@ from . import chunks, iterative, metrics
 from . import subspace as spaces
 from .adapter import Adapter, ModuleSpec
 from .chunks import CHUNK, Chunk, CoefficientChunk
-from .engine import Engine, Shared
+from .engine import Engine, Shared, here
 from .errors import NonFiniteError
 from .iterative import Held
 from .metrics import ModuleError
@@ -166,7 +166,7 @@ def _at_hand(one: Chunk) -> Chunk:
     return one
 
 
-def do(loaded: Loaded, rounds: iterative.Run = iterative.here) -> Fitted:
+def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
     """The bases and coefficients of a job. rounds: who makes the calls of rounds over chunks."""
     job, setting = loaded.job, loaded.job.setting
     seconds = {"reading": loaded.seconds}

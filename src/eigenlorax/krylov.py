@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .linalg import descending_eigh
+
 Multiply = Callable[[Tensor], Tensor]
 """From columns (d, b) to the matrix times them, (d, b)."""
 
@@ -48,7 +50,7 @@ def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float, trac
     while True:
         image = multiply(basis[:, -size:])
         small = _bordered(small, basis.mT @ image)
-        squares, mixing = _descending_eigh(small)
+        squares, mixing = descending_eigh(small)
         sums.append(float(squares[:k].clamp_min(0).sum()))
         outside = _outside(image, basis)
         negligible = _NEGLIGIBLE[start.dtype] * float(squares[0])
@@ -106,8 +108,3 @@ def _bordered(small: Tensor, border: Tensor) -> Tensor:
     corner = whole[size:, size:]
     whole[size:, size:] = (corner + corner.mT) / 2
     return whole
-
-
-def _descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), vectors.flip(1)

@@ -70,11 +70,11 @@ class RowStack:
         shape = (self.rows.shape[0], self.rows.shape[1])
         if self.gram is None:
             stack = self.weighted(weights)
-            squares, vectors = _descending_eigh(stack.mT @ stack)
+            squares, vectors = descending_eigh(stack.mT @ stack)
         else:
             stack = None
             half = _block_multiply(self.gram, self.blocks, weights)
-            squares, vectors = _descending_eigh(_block_multiply(half.mT, self.blocks, weights))
+            squares, vectors = descending_eigh(_block_multiply(half.mT, self.blocks, weights))
         sigma = squares.clamp_min(0).sqrt()
         k = choose(sigma, shape)
         if k > int((sigma > GRAM_RESOLUTION * sigma[0]).sum()):
@@ -99,7 +99,8 @@ def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[T
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])
 
 
-def _descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first, and eigenvectors as columns."""
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(0), vectors.flip(1)
 

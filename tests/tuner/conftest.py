@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[peft]'")
 
+from eigenlorax import known
 from tiny import BERT, GPT2, IN, make_bert, make_gpt2, make_pack
 
 
@@ -42,3 +43,16 @@ def bert_pack(tmp_path_factory):
 def gpt2_pack(tmp_path_factory):
     pack, _ = make_pack(GPT2)
     return pack.save(tmp_path_factory.mktemp("packs") / "gpt2")
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """As in a new process: no subspace is known."""
+    monkeypatch.setattr(known, "_holders", {})
+    monkeypatch.setattr(known, "_alive", type(known._alive)())
+
+
+@pytest.fixture
+def saved_base(tmp_path):
+    make_bert().save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"

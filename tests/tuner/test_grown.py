@@ -5,43 +5,25 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoModelForSequenceClassification
 
 import eigenlorax as ex
 from eigenlorax import known
 from eigenlorax.adapter import from_factors
 from eigenlorax.errors import LossWarning, OptionError, PackMissingError, ProjectionWarning
 from eigenlorax.tuner import combine, from_lora, swap, to_lora
+from loaders import LOADERS, base, load
 from planted import random_factors
-from tiny import BERT, IN, make_bert, shake
+from tiny import BERT, IN, shake
 
-LOADERS = ["peft", "low_cpu", "auto_peft", "native", "auto_model"]
 # float32 sums over more numbers, of which the further ones are zero: what they may differ by
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
 @pytest.fixture
-def _forgotten(monkeypatch):
-    """As in a new process: no subspace is known."""
-    monkeypatch.setattr(known, "_holders", {})
-    monkeypatch.setattr(known, "_alive", type(known._alive)())
-
-
-@pytest.fixture
-def saved_base(tmp_path):
-    make_bert().save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
-
-
-@pytest.fixture
 def pack(bert_pack, tmp_path):
     return shutil.copytree(bert_pack, tmp_path / "pack")
-
-
-def base(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
 
 
 def newcomer(name="new", seed=900, rank=2):
@@ -65,20 +47,6 @@ def trained(folder, subspace, **fields):
     return shake(get_peft_model(base(folder), config)).eval()
 
 
-def load(loader, base_folder, adapter):
-    if loader == "peft":
-        return PeftModel.from_pretrained(base(base_folder), adapter)
-    if loader == "low_cpu":
-        return PeftModel.from_pretrained(base(base_folder), adapter, low_cpu_mem_usage=True)
-    if loader == "auto_peft":
-        return AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=3)
-    if loader == "auto_model":
-        return AutoModelForSequenceClassification.from_pretrained(adapter, num_labels=3)
-    model = base(base_folder)
-    model.load_adapter(str(adapter))
-    return model
-
-
 def dense(factors):
     return factors.scaling * factors.up @ factors.down
 
@@ -92,7 +60,7 @@ def columns(model):
 
 
 class TestSavedElsewhere:
-    @pytest.mark.usefixtures("_forgotten")
+    @pytest.mark.usefixtures("forgotten")
     @pytest.mark.parametrize("loader", LOADERS)
     @pytest.mark.parametrize("fields", [{}, {"core": True}, {"rank_pattern": {"query": 2}}, {"n_extra": 2}])
     def test_it_loads_with_the_outputs_it_had(self, saved_base, pack, tmp_path, ids, loader, fields):
@@ -176,7 +144,7 @@ class TestSavedElsewhere:
         alone = PeftModel.from_pretrained(base(saved_base), tmp_path / "embedded").eval()
         torch.testing.assert_close(alone(ids).logits, model(ids).logits, atol=0, rtol=0)
 
-    @pytest.mark.usefixtures("_forgotten")
+    @pytest.mark.usefixtures("forgotten")
     def test_merging_and_unmerging_is_as_it_was(self, saved_base, pack, tmp_path, ids):
         model = trained(saved_base, pack)
         model.save_pretrained(tmp_path / "mine")
@@ -185,7 +153,7 @@ class TestSavedElsewhere:
         merged, wanted = (one.merge_and_unload() for one in (loaded, model))
         assert torch.equal(merged(ids).logits, wanted(ids).logits)
 
-    @pytest.mark.usefixtures("_forgotten")
+    @pytest.mark.usefixtures("forgotten")
     def test_a_subspace_that_grew_elsewhere_is_another_one(self, saved_base, pack, tmp_path):
         """One pack, extended in two ways: what was trained after one extension does not belong to the other."""
         other = shutil.copytree(pack, tmp_path / "other")

@@ -10,36 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
 import eigenlorax as ex
 from eigenlorax import known
 from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError, PackMissingError, ShapeError
 from eigenlorax.tuner import to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
+from loaders import LOADERS, base, load
 from planted import random_factors
-from tiny import BERT, IN, RANK, make_bert, make_pack, shake
-
-LOADERS = ["peft", "low_cpu", "auto_peft", "native", "auto_model"]
-
-
-@pytest.fixture
-def forgotten(monkeypatch):
-    """As in a new process: no subspace is known."""
-    monkeypatch.setattr(known, "_holders", {})
-    monkeypatch.setattr(known, "_alive", type(known._alive)())
-
-
-@pytest.fixture
-def saved_base(tmp_path):
-    make_bert().save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
-
-
-def base(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+from tiny import BERT, IN, RANK, make_pack, shake
 
 
 def trained(folder, pack, **fields):
@@ -48,20 +29,6 @@ def trained(folder, pack, **fields):
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.data += 0.1
-    return model
-
-
-def load(loader, base_folder, adapter):
-    if loader == "peft":
-        return PeftModel.from_pretrained(base(base_folder), adapter)
-    if loader == "low_cpu":
-        return PeftModel.from_pretrained(base(base_folder), adapter, low_cpu_mem_usage=True)
-    if loader == "auto_peft":
-        return AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=3)
-    if loader == "auto_model":
-        return AutoModelForSequenceClassification.from_pretrained(adapter, num_labels=3)
-    model = base(base_folder)
-    model.load_adapter(str(adapter))
     return model
 
 
