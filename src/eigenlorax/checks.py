@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import keys
+from . import formats, keys
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
@@ -28,6 +28,7 @@ from .errors import (
     UnknownBaseWarning,
 )
 from .formats import lora_config
+from .formats.sources import Found
 from .keys import Kind
 
 
@@ -79,6 +80,14 @@ def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
             f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Leave it out with "
             f"--exclude-adapter {adapter.name}, or leave out every such adapter with --skip-bad."
         )
+
+
+def read_found(found: Found, options: Mapping[str, Any]) -> Adapter:
+    """The adapter of a source: read, or, where it was made in memory, checked. options: those of `read_adapter`."""
+    if isinstance(found.source, Adapter):
+        check_made(found.source)
+        return found.source
+    return formats.read_adapter(found.source, name=found.name, **options)
 
 
 def check_made(adapter: Adapter) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import checks, extension, formats, keys
+from . import checks, extension, keys
 from .adapter import Adapter
 from .errors import AdapterNameError, ModuleNameError, OptionError, ShapeError
 from .extension import Newcomer, Progress
@@ -50,11 +50,7 @@ def read(
 
 
 def _read(found: Found, host: Host, carry_missing: bool, same_base: bool, options: Mapping[str, Any]) -> Joining:
-    if isinstance(found.source, Adapter):
-        checks.check_made(found.source)
-        adapter = found.source
-    else:
-        adapter = formats.read_adapter(found.source, name=found.name, **options)
+    adapter = checks.read_found(found, options)
     adapter = replace(adapter, name=keys.check_name(adapter.name if found.name is None else found.name))
     if adapter.name.lower() in {name.lower() for name in host.names}:
         raise AdapterNameError(

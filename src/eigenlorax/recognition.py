@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import checks, formats
+from . import checks
 from .adapter import Adapter
 from .checks import Scan
 from .errors import FormatError, NonFiniteError, ShapeError, SkippedAdapterWarning
 from .formats import sources
-from .formats.sources import Found, Sources
+from .formats.sources import Sources
 from .pack import Pack
 
 
@@ -41,7 +41,7 @@ def recognise(
     for done, one in enumerate(found):
         progress("reading originals", done, len(found))
         try:
-            adapter = _read(one, options)
+            adapter = checks.read_found(one, options)
             scan = checks.scan(adapter)
         except (FormatError, ShapeError) as error:
             unread[sources.default_name(one)] = str(error)
@@ -64,10 +64,3 @@ def recognise(
             stacklevel=stacklevel,
         )
     return Recognised(adapters, scans, len(found), unread)
-
-
-def _read(one: Found, options: Mapping[str, Any]) -> Adapter:
-    if isinstance(one.source, Adapter):
-        checks.check_made(one.source)
-        return one.source
-    return formats.read_adapter(one.source, name=one.name, **options)
