@@ -1,0 +1,1 @@
+"""Serving the adapters of a pack in vLLM (docs/vllm.md)."""

@@ -1,0 +1,14 @@
+"""The entry point that vLLM calls in each of its processes. It does nothing unless the environment names a pack."""
+
+from . import settings
+
+
+def register() -> None:
+    """Make vLLM serve the pack of the environment, if there is one."""
+    found = settings.read()
+    if found is None:
+        return
+    if found.shared_basis:
+        from . import loading
+
+        loading.register(found.pack)
