@@ -11,4 +11,4 @@ def register() -> None:
     if found.shared_basis:
         from . import loading
 
-        loading.register(found.pack)
+        loading.register()
