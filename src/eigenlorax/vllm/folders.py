@@ -1,8 +1,8 @@
 """From an adapter's name to a folder that vLLM loads, in either way of serving. Nothing here imports vLLM.
 
-Without a shared basis it is the adapter as `Pack.export` writes it, in the export's own dtype: vLLM rounds it to that of
-the model, once. With one it is a LoRA of the cores. The folder's name says all that decides its content, so that what
-vLLM keeps by name and path is never of other weights.
+Without a shared basis it is the adapter as `Pack.export` writes it, in the export's own dtype: vLLM rounds it to the
+model's, once. With one it is a LoRA of the cores. The folder's name says all that decides its content, so that what vLLM
+keeps by name and path is never of other weights.
 """
 
 from concurrent.futures import Future

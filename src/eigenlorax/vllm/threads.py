@@ -10,9 +10,9 @@ def single(name: str) -> ThreadPoolExecutor:
     """An executor of one thread, in which torch computes with that thread alone.
 
     The products of an expansion are small. Two threads on two busy cores took 9 to 15 s for those of one adapter of a
-    7B model, where one took 0.2 to 0.4 s: they wait for each other by spinning. The count of a thread is its own, and is
-    set to one here; by the same call torch notes it as the count of threads that are yet to come, which is put back at
-    once. No other thread's changes, so results elsewhere stay what they were.
+    7B model, where one took 0.2 to 0.4 s: they wait for each other by spinning. Each thread has a count of its own, and
+    here it is set to one. The same call notes it for threads that are yet to come, which is put back at once. No other
+    thread's count changes.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_compute_alone)
 
