@@ -8,10 +8,7 @@ def register() -> None:
     found = settings.read()
     if found is None:
         return
-    from . import resolver
+    from . import loading, resolver
 
     resolver.register(found)
-    if found.shared_basis:
-        from . import loading
-
-        loading.register()
+    loading.register()
