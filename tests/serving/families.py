@@ -1,7 +1,7 @@
 """Tiny models of the families that vLLM serves, and adapters for each: every linear module of a layer has a LoRA."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,11 @@ _SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # hidden_size / num_attention_heads is the size of a head
-_WIDE = {**{field: value for field, value in _SHARED.items() if field != "head_dim"}, "hidden_size": 128, "intermediate_size": 192}
+_WIDE = {
+    **{field: value for field, value in _SHARED.items() if field != "head_dim"},
+    "hidden_size": 128,
+    "intermediate_size": 192,
+}
 _GEMMA = {**_SHARED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 
 
@@ -53,13 +57,13 @@ class Family:
 
     config: Callable[..., PreTrainedConfig]
     suffixes: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    fields: Mapping[str, Any] | None = None
+    fields: Mapping[str, Any] = field(default_factory=lambda: _SHARED)
 
     def made(self, folder: Path) -> Path:
         """The model and a tokenizer, in `folder`."""
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            model = AutoModelForCausalLM.from_config(self.config(**(self.fields or _SHARED)))
+            model = AutoModelForCausalLM.from_config(self.config(**self.fields))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # biases start at zero, where nothing could be wrong with them

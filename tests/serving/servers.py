@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigenlorax.vllm import settings
 from offline import ENGINE, ENVIRONMENT, NEW
+
+from eigenlorax.vllm import settings
 
 SECONDS_TO_START, SECONDS_TO_STOP = 240, 40
 BASE_NAME = "base"
@@ -47,9 +48,9 @@ class Server:
         )
         try:
             with urllib.request.urlopen(request, timeout=SECONDS_TO_START) as answer:
-                return answer.status, json.loads(answer.read())
+                return answer.status, _parsed(answer.read())
         except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
+            return error.code, _parsed(error.read())
 
     def status(self, model: str) -> int:
         """Of the answer to a short request."""
@@ -61,6 +62,14 @@ class Server:
         status, answer = self.post("/v1/completions", {**body, "return_token_ids": True})
         assert status == 200, answer
         return answer["choices"][0]["token_ids"]
+
+
+def _parsed(body: bytes) -> Any:
+    """JSON, or the text that some of its answers are."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode()
 
 
 @contextmanager

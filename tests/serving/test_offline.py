@@ -6,11 +6,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+from families import _SHARED, FAMILIES, Family, made_adapters
+from offline import greedy, peft_greedy, with_engine
+
 import eigenlorax as ex
 from eigenlorax.errors import AdapterNameError, ModuleNameError, OptionError, ServingError, ShapeError
 from eigenlorax.vllm import Adapters
-from families import _SHARED, FAMILIES, Family, made_adapters
-from offline import greedy, peft_greedy, with_engine
 
 FAMILY = FAMILIES["llama"]
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(3)]

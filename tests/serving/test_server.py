@@ -12,11 +12,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
-import eigenlorax as ex
 from families import FAMILIES, made_adapters
-from fake_hub import FakeHub, running
 from offline import peft_greedy
 from servers import SECONDS_TO_START, serving, starting
+
+import eigenlorax as ex
+from fake_hub import FakeHub, running
 
 N, CLIENTS, REQUESTS = 50, 8, 200
 FAMILY = FAMILIES["llama"]
@@ -90,12 +91,19 @@ def test_many_clients_at_once_get_what_they_asked_for(server, wanted):
     assert [i for i, answer in answers if answer != wanted[f"a{i}"]] == []
 
 
-def test_an_adapter_that_comes_while_it_runs_is_found(server, made, tmp_path, wanted):
+def test_an_adapter_that_comes_while_it_runs_is_found_and_replaced_after_it_was_unloaded(
+    server, made, tmp_path, wanted
+):
     assert server.status("new") == 404
     with ex.Pack.edit(server.pack) as pack:
-        pack.add(made / "adapters" / "a3", name="new", same_base=True)
+        pack.add(made / "adapters" / "a3", name="new")
     # the basis has not changed: nor has what the adapter is
     assert server.greedy("new", prompt(3)) == wanted["a3"]
+    with ex.Pack.edit(server.pack) as pack:
+        pack.remove("new")
+        pack.add(made / "adapters" / "a5", name="new")
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "new"})[0] == 200
+    assert server.greedy("new", prompt(5)) == wanted["a5"]
 
 
 def test_one_that_cannot_be_served_is_said_in_the_log_once(server, made, tmp_path):
@@ -120,7 +128,12 @@ def test_a_changed_pack_is_served_after_a_restart_and_a_full_cache_serves_what_i
     room = sum(file.stat().st_size for file in (made / "exported" / "a0").iterdir())
     env = {"EIGENLORAX_CACHE": str(tmp_path / "cache"), "EIGENLORAX_CACHE_BYTES": str(int(2.5 * room))}
     with running(hub):
-        env |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        env |= {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
         with starting(made / "base", "org/pack", tmp_path / "log", env=env) as killed:
             _until(lambda: any((tmp_path / "cache").glob("server-*/")) or killed.process.poll() is not None)
             killed.process.send_signal(signal.SIGKILL)

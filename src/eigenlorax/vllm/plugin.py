@@ -8,7 +8,8 @@ def register() -> None:
     found = settings.read()
     if found is None:
         return
-    from . import loading, resolver
+    from . import base_rows, loading, resolver
 
     resolver.register(found)
+    base_rows.register()
     loading.register()
