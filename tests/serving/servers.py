@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline import ENGINE, ENVIRONMENT, NEW
-
 from eigenlorax.vllm import settings
+from offline import ENGINE, ENVIRONMENT, NEW
 
 SECONDS_TO_START, SECONDS_TO_STOP = 240, 40
 BASE_NAME = "base"

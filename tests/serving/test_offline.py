@@ -6,12 +6,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
-from families import _SHARED, FAMILIES, Family, made_adapters
-from offline import greedy, peft_greedy, with_engine
-
 import eigenlorax as ex
 from eigenlorax.errors import AdapterNameError, ModuleNameError, OptionError, ServingError, ShapeError
 from eigenlorax.vllm import Adapters
+from families import _SHARED, FAMILIES, Family, made_adapters
+from offline import greedy, peft_greedy, with_engine
 
 FAMILY = FAMILIES["llama"]
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(3)]
@@ -109,7 +108,7 @@ def _exported(pack, folder, *names):
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"intermediate_size": 96}, ShapeError, "is 96 × 48. Serve the base model"),
+        ({"intermediate_size": 96}, ShapeError, "is 48 × 96. Serve the base model"),
         ({"hidden_size": 40}, ShapeError, "Serve the base model"),
         ({"num_hidden_layers": 1}, ModuleNameError, "has no linear layer for 7 of the 14 modules"),
     ],

@@ -12,12 +12,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+import eigenlorax as ex
+from fake_hub import FakeHub, running
 from families import FAMILIES, made_adapters
 from offline import peft_greedy
 from servers import SECONDS_TO_START, serving, starting
-
-import eigenlorax as ex
-from fake_hub import FakeHub, running
 
 N, CLIENTS, REQUESTS = 50, 8, 200
 FAMILY = FAMILIES["llama"]
@@ -91,9 +90,7 @@ def test_many_clients_at_once_get_what_they_asked_for(server, wanted):
     assert [i for i, answer in answers if answer != wanted[f"a{i}"]] == []
 
 
-def test_an_adapter_that_comes_while_it_runs_is_found_and_replaced_after_it_was_unloaded(
-    server, made, tmp_path, wanted
-):
+def test_an_adapter_that_comes_while_it_runs_is_found_and_replaced_once_unloaded(server, made, tmp_path, wanted):
     assert server.status("new") == 404
     with ex.Pack.edit(server.pack) as pack:
         pack.add(made / "adapters" / "a3", name="new")

@@ -3,7 +3,8 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
+# by name, now: on CPUs vLLM puts a function that does nothing in the place of this one once its own threads are bound
+from torch import get_num_threads, set_num_threads
 
 
 def single(name: str) -> ThreadPoolExecutor:
@@ -18,9 +19,9 @@ def single(name: str) -> ThreadPoolExecutor:
 
 
 def _compute_alone() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = get_num_threads()
+    set_num_threads(1)
     # from another thread, whose own count it is too: there is no other way to set one without the other
-    other = threading.Thread(target=torch.set_num_threads, args=(before,))
+    other = threading.Thread(target=set_num_threads, args=(before,))
     other.start()
     other.join()
