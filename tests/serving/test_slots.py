@@ -1,0 +1,111 @@
+"""What `serve-check` says that vLLM takes, beside what a real engine has allocated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eigenlorax as ex
+from eigenlorax.adapter import from_factors
+from eigenlorax.tasks.shapes import shapes_of
+from eigenlorax.vllm import plan as plans
+from eigenlorax.vllm.checking import Asked, check
+from planted import random_factors
+
+pytest.importorskip("vllm")
+
+LAYERS, SLOTS, RANK = 2, 3, 5
+SHAPES = {"q_proj": (128, 48), "v_proj": (64, 48), "o_proj": (48, 128), "down_proj": (48, 88)}
+ASKED = Asked(max_loras=SLOTS, max_cpu_loras=4, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A Llama, and a pack for some of its modules, of which no two keep as many components."""
+    place = tmp_path_factory.mktemp("slots")
+    config = LlamaConfig(
+        vocab_size=211,
+        hidden_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=88,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(place / "model")
+    names = {
+        f"model.layers.{i}.{'mlp' if kind == 'down_proj' else 'self_attn'}.{kind}": shape
+        for i in range(LAYERS)
+        for kind, shape in SHAPES.items()
+    }
+    adapters = [
+        from_factors(
+            f"a{n}",
+            {name: random_factors(RANK, *shape, seed=31 * n + i) for i, (name, shape) in enumerate(names.items())},
+            base_model=None,
+        )
+        for n in range(3)
+    ]
+    pack = ex.fit(adapters, energy=0.8, dtype="float32")
+    assert len({(side["down"].k, side["up"].k) for side in pack.info.modules.values()}) > 1
+    pack.save(place / "pack")
+    return place
+
+
+def measured(made, *, shared, **flags):
+    """Bytes that an engine has in slots, in bases, and of one adapter in its memory."""
+    options = {"shared": shared, "adapter": "a1", "flags": {"max_loras": SLOTS, "max_cpu_loras": 4, **flags}}
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "EIGENLORAX_PACK": str(made / "pack"),
+        "EIGENLORAX_SHARED_BASIS": str(int(shared)),
+    }
+    script = Path(__file__).with_name("measure_slots.py")
+    command = [sys.executable, str(script), str(made / "model"), str(made / "pack"), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def checked(made):
+    return check(ex.Pack.open(made / "pack"), str(made / "pack"), shapes_of(str(made / "model")), ASKED)
+
+
+def test_slots_and_adapters_of_expanded_ones(made, checked):
+    tier = checked.plan.expanded
+    found = measured(made, shared=False, max_lora_rank=tier.max_lora_rank, lora_target_modules=checked.target_modules)
+    assert found == {"slots": tier.slots_bytes, "basis": 0, "adapter": tier.adapter_bytes}
+
+
+def test_slots_where_modules_are_not_restricted(made, checked):
+    layers = shapes_of(str(made / "model")).layers
+    found = measured(made, shared=False, max_lora_rank=checked.plan.expanded.max_lora_rank)
+    everything = plans.with_room(layers, plans.targets(layers))
+    assert found["slots"] == 4 * SLOTS * plans.expanded_slot(everything, checked.plan.expanded.max_lora_rank, 1)
+    # Llama's models have embeddings and a head for LoRAs beside the linear layers
+    assert found["slots"] > SLOTS * checked.plan.unrestricted_slot_bytes
+
+
+def test_slots_adapters_and_bases_where_the_model_holds_them(made, checked):
+    tier = checked.plan.shared
+    found = measured(made, shared=True, max_lora_rank=tier.max_lora_rank)
+    assert found == {"slots": tier.slots_bytes, "basis": tier.basis_bytes, "adapter": tier.adapter_bytes}
+
+
+def test_ranks_that_vllm_takes():
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == plans.RANKS
