@@ -269,6 +269,11 @@ class TestWhatIsRefused:
             (model / "config.json").write_text(text)
             assert_refused(cli("serve-check", fitting, "--model", model), 3, str(model))
 
+    def test_a_field_of_the_config_that_is_of_another_type(self, cli, fitting, model):
+        (model / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+        done = cli("serve-check", fitting, "--model", model)
+        assert_refused(done, 3, f"{model} is not a model that transformers can load", "'hidden_size' expected int")
+
     def test_no_model_at_all(self, cli, fitting):
         assert_refused(
             cli("serve-check", fitting), 3, "the pack does not say which base model it belongs to", "--model"
