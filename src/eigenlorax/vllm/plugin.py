@@ -4,10 +4,13 @@ from . import settings
 
 
 def register() -> None:
-    """Make vLLM serve the pack of the environment, if there is one."""
+    """Make vLLM serve the pack of the environment, if there is one. Errors end the process that vLLM is starting."""
     found = settings.read()
     if found is None:
         return
+    from . import resolver
+
+    resolver.register(found)
     if found.shared_basis:
         from . import loading
 
