@@ -1,23 +1,20 @@
 """What `serve-check` says that vLLM takes, beside what a real engine has allocated."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
+from offline import engine, in_worker, slots
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eigenlorax as ex
 from eigenlorax.adapter import from_factors
+from eigenlorax.formats import write_adapter
 from eigenlorax.tasks.shapes import shapes_of
 from eigenlorax.vllm import plan as plans
 from eigenlorax.vllm.checking import Asked, check
+from eigenlorax.vllm.cores import on_cores
 from planted import random_factors
-
-pytest.importorskip("vllm")
 
 LAYERS, SLOTS, RANK = 2, 3, 5
 SHAPES = {"q_proj": (128, 48), "v_proj": (64, 48), "o_proj": (48, 128), "down_proj": (48, 88)}
@@ -36,7 +33,7 @@ def made(tmp_path_factory):
         num_key_value_heads=2,
         head_dim=32,
         intermediate_size=88,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
     )
     LlamaForCausalLM(config).save_pretrained(place / "model")
     names = {
@@ -58,25 +55,28 @@ def made(tmp_path_factory):
     return place
 
 
+def nbytes(tensors):
+    return sum(one.nbytes for one in ([tensors] if isinstance(tensors, Tensor) else tensors) if one is not None)
+
+
 def measured(made, *, shared, **flags):
     """Bytes that an engine has in slots, in bases, and of one adapter in its memory."""
-    options = {"shared": shared, "adapter": "a1", "flags": {"max_loras": SLOTS, "max_cpu_loras": 4, **flags}}
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "EIGENLORAX_PACK": str(made / "pack"),
-        "EIGENLORAX_SHARED_BASIS": str(int(shared)),
-    }
-    script = Path(__file__).with_name("measure_slots.py")
-    command = [sys.executable, str(script), str(made / "model"), str(made / "pack"), json.dumps(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    from vllm.lora.request import LoRARequest
+
+    pack = ex.Pack.open(made / "pack")
+    given = on_cores(pack.packed("a1"), pack.info) if shared else pack.adapter("a1")
+    folder = write_adapter(given, made / f"a1-{shared}", overwrite=True)
+    options = {"max_loras": SLOTS, "max_cpu_loras": 4, "skip_tokenizer_init": True, **flags}
+    with engine(made / "model", made / "pack", shared=shared, **options) as llm:
+        assert llm.llm_engine.add_lora(LoRARequest("a1", 1, str(folder)))
+        loras = in_worker(llm).lora_manager._adapter_manager
+        (adapter,) = (loras.get_adapter(number) for number in loras.list_adapters())
+        buffers = in_worker(llm).model.named_buffers()
+        return {
+            "slots": sum(nbytes(one.lora_a_stacked) + nbytes(one.lora_b_stacked) for one in slots(llm).values()),
+            "basis": sum(one.nbytes for path, one in buffers if path.rpartition(".")[2].startswith("eigen_")),
+            "adapter": sum(nbytes(one.lora_a) + nbytes(one.lora_b) for one in adapter.loras.values()),
+        }
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,13 @@ def checked(made):
     return check(ex.Pack.open(made / "pack"), str(made / "pack"), shapes_of(str(made / "model")), ASKED)
 
 
-def test_slots_and_adapters_of_expanded_ones(made, checked):
+def test_slots_and_adapters_of_expanded_ones(vllm, made, checked):
     tier = checked.plan.expanded
     found = measured(made, shared=False, max_lora_rank=tier.max_lora_rank, lora_target_modules=checked.target_modules)
     assert found == {"slots": tier.slots_bytes, "basis": 0, "adapter": tier.adapter_bytes}
 
 
-def test_slots_where_modules_are_not_restricted(made, checked):
+def test_slots_where_modules_are_not_restricted(vllm, made, checked):
     layers = shapes_of(str(made / "model")).layers
     found = measured(made, shared=False, max_lora_rank=checked.plan.expanded.max_lora_rank)
     everything = plans.with_room(layers, plans.targets(layers))
@@ -99,13 +99,13 @@ def test_slots_where_modules_are_not_restricted(made, checked):
     assert found["slots"] > SLOTS * checked.plan.unrestricted_slot_bytes
 
 
-def test_slots_adapters_and_bases_where_the_model_holds_them(made, checked):
+def test_slots_adapters_and_bases_where_the_model_holds_them(vllm, made, checked):
     tier = checked.plan.shared
     found = measured(made, shared=True, max_lora_rank=tier.max_lora_rank)
     assert found == {"slots": tier.slots_bytes, "basis": tier.basis_bytes, "adapter": tier.adapter_bytes}
 
 
-def test_ranks_that_vllm_takes():
+def test_ranks_that_vllm_takes(vllm):
     from vllm.config.lora import MaxLoRARanks
 
     assert get_args(MaxLoRARanks) == plans.RANKS

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median_low
 
+import torch
+
 from .. import checks, keys
 from ..errors import ModuleNameError, OptionError, ShapeError
 from ..manifest import SubspaceInfo
@@ -176,13 +178,14 @@ def _of_experts(name: str, shapes: Shapes) -> bool:
 class _Served:
     """Adapters served in one way, as they are read: their ranks, and what all of them hold."""
 
+    file_itemsize: int
     ranks: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     numbers: int = 0
 
     @property
     def served(self) -> Served:
-        return Served(len(self.ranks), max(self.ranks.values(), default=0), self.numbers)
+        return Served(len(self.ranks), max(self.ranks.values(), default=0), self.numbers, self.file_itemsize)
 
     def way(self, command: str | None) -> Way:
         return Way(len(self.ranks), self.refused, command)
@@ -192,13 +195,15 @@ class _Served:
 class _Read:
     """Both ways. carried: modules of the model for which adapters have LoRAs outside the subspace."""
 
-    expanded: _Served = field(default_factory=_Served)
-    shared: _Served = field(default_factory=_Served)
+    expanded: _Served
+    shared: _Served
     carried: set[str] = field(default_factory=set)
 
 
 def _read(pack: Pack, match: _Match, progress: Callable[[str, int, int], None]) -> _Read:
-    read = _Read()
+    # as `Pack.adapter` and `on_cores` have them
+    widest = torch.promote_types(torch.promote_types(pack.dtype, pack.coefficient_dtype), torch.float32)
+    read = _Read(_Served(widest.itemsize), _Served(torch.float32.itemsize))
     for done, name in enumerate(pack.names):
         progress("reading adapters", done, len(pack))
         found = pack.packed(name)

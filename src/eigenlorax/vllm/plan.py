@@ -14,7 +14,6 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank`."""
 LINEAR, HEAD, EMBEDDING = "linear", "head", "embedding"
 COLUMN, ROW = "column", "row"
-_FILE_ITEMSIZE = 4
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -79,12 +78,14 @@ class Core:
 class Served:
     """The adapters that are served in one way.
 
-    rank: the largest. numbers: of all of them together, as they are in a worker's memory.
+    rank: the largest. numbers: of all of them together, as they are in a worker's memory. file_itemsize: bytes of a
+    number in the files that vLLM reads them from.
     """
 
     adapters: int
     rank: int
     numbers: int
+    file_itemsize: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Tier:
     slot_bytes: one slot, of `slot_numbers` numbers. slots_bytes: `max_loras` of them. basis_bytes: once, whatever is
     served. gpu_bytes: slots and basis. many_slots_bytes: as many slots as `many`, and the basis. adapter_bytes: an
     adapter in a worker's memory, in the mean. host_bytes: `max_cpu_loras` of them. many_host_bytes: `many` of them.
-    many_cached_bytes: `many` of them as the float32 files that vLLM reads.
+    many_cached_bytes: `many` of them in the files that vLLM reads.
     """
 
     adapters: int
@@ -251,7 +252,7 @@ def _tier(served: Served, rank: int, slot: int, basis_numbers: int, choices: Cho
         adapter_bytes=adapter,
         host_bytes=adapter * choices.max_cpu_loras,
         many_host_bytes=adapter * choices.many,
-        many_cached_bytes=numbers * _FILE_ITEMSIZE * choices.many,
+        many_cached_bytes=numbers * served.file_itemsize * choices.many,
     )
 
 
