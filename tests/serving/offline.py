@@ -2,10 +2,9 @@
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from eigenlorax.vllm import plugin, settings
 
+T = TypeVar("T")
 NEW = 20
 ENGINE: dict[str, Any] = {
     "enable_lora": True,
@@ -36,10 +36,13 @@ ENVIRONMENT = {
 }
 
 
-@contextmanager
-def engine(base: Path, pack: Path | None = None, *, shared: bool = False, **options: Any) -> Iterator[Any]:
-    """vLLM's engine, with the plugin's environment as it would be set for a server."""
-    from vllm import LLM
+def with_engine(
+    use: Callable[[Any], T], base: Path, pack: Path | None = None, *, shared: bool = False, **options: Any
+) -> T:
+    """What `use` makes of vLLM's engine, which has the plugin's environment as it would be set for a server.
+
+    A function, and no context manager: an engine that a variable still holds ends the next one when it goes.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory
 
     asked = {settings.PACK: str(pack), settings.SHARED_BASIS: str(int(shared))} if pack is not None else {}
@@ -48,14 +51,18 @@ def engine(base: Path, pack: Path | None = None, *, shared: bool = False, **opti
     try:
         # vLLM itself does it once a process, whatever the environment is then
         plugin.register()
-        llm = LLM(model=str(base), **{**ENGINE, **options})
-        yield llm
-        del llm
+        return use(_engine(base, options))
     finally:
         os.environ.clear()
         os.environ.update(before)
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _engine(base: Path, options: Mapping[str, Any]) -> Any:
+    from vllm import LLM
+
+    return LLM(model=str(base), **{**ENGINE, **options})
 
 
 def greedy(llm: Any, prompts: Sequence[Sequence[int]], requests: Sequence[Any]) -> list[list[int]]:

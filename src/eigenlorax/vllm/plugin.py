@@ -8,9 +8,10 @@ def register() -> None:
     found = settings.read()
     if found is None:
         return
-    from . import resolver
+    from . import base_rows, resolver
 
     resolver.register(found)
+    base_rows.register()
     if found.shared_basis:
         from . import loading
 
