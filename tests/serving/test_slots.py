@@ -1,9 +1,10 @@
 """What `serve-check` says that vLLM takes, beside what a real engine has allocated."""
 
+import shlex
 from typing import get_args
 
 import pytest
-from offline import engine, in_worker, slots
+from offline import in_worker, slots, with_engine
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,8 +67,8 @@ def measured(made, *, shared, **flags):
     pack = ex.Pack.open(made / "pack")
     given = on_cores(pack.packed("a1"), pack.info) if shared else pack.adapter("a1")
     folder = write_adapter(given, made / f"a1-{shared}", overwrite=True)
-    options = {"max_loras": SLOTS, "max_cpu_loras": 4, "skip_tokenizer_init": True, **flags}
-    with engine(made / "model", made / "pack", shared=shared, **options) as llm:
+
+    def measure(llm):
         assert llm.llm_engine.add_lora(LoRARequest("a1", 1, str(folder)))
         loras = in_worker(llm).lora_manager._adapter_manager
         (adapter,) = (loras.get_adapter(number) for number in loras.list_adapters())
@@ -77,6 +78,9 @@ def measured(made, *, shared, **flags):
             "basis": sum(one.nbytes for path, one in buffers if path.rpartition(".")[2].startswith("eigen_")),
             "adapter": sum(nbytes(one.lora_a) + nbytes(one.lora_b) for one in adapter.loras.values()),
         }
+
+    options = {"max_loras": SLOTS, "max_cpu_loras": 4, "skip_tokenizer_init": True, **flags}
+    return with_engine(measure, made / "model", made / "pack", shared=shared, **options)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,18 @@ def test_ranks_that_vllm_takes(vllm):
     from vllm.config.lora import MaxLoRARanks
 
     assert get_args(MaxLoRARanks) == plans.RANKS
+
+
+def test_vllm_reads_the_commands(vllm, made):
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    asked = Asked(max_loras=2, max_cpu_loras=5, dtype="float32", tensor_parallel_size=2)
+    shapes = shapes_of(str(made / "model"))
+    found = check(ex.Pack.open(made / "pack"), str(made / "pack"), shapes, asked, revision="abc")
+    for way, named in ((found.expanded, found.target_modules), (found.shared, None)):
+        words = shlex.split(way.command)
+        read = make_arg_parser(FlexibleArgumentParser()).parse_args(words[words.index("serve") + 1 :])
+        assert (read.model_tag, read.revision, read.dtype) == (str(made / "model"), "abc", "float32")
+        assert (read.enable_lora, read.max_loras, read.max_cpu_loras, read.max_lora_rank) == (True, 2, 5, 8)
+        assert (read.tensor_parallel_size, read.lora_target_modules) == (2, named)

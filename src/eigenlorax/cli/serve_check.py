@@ -15,7 +15,7 @@ EPILOG = """Examples:
 
   eigenlorax serve-check pack/ --model meta-llama/Meta-Llama-3-8B
 
-  eigenlorax serve-check pack/ --max-loras 32 --max-cpu-loras 1000 --tensor-parallel-size 2
+  eigenlorax serve-check pack/ --max-loras 32 --tensor-parallel-size 2
 
   eigenlorax serve-check org/pack --json"""
 
