@@ -116,7 +116,7 @@ def test_ranks_that_vllm_takes(vllm):
 
 
 def test_vllm_reads_the_commands(vllm, made):
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     asked = Asked(max_loras=2, max_cpu_loras=5, dtype="float32", tensor_parallel_size=2)
