@@ -1,7 +1,7 @@
 """Tiny models of the families that vLLM serves, and adapters for each: every linear module of a layer has a LoRA."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,13 @@ class Family:
 
     config: Callable[..., PreTrainedConfig]
     suffixes: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    fields: Mapping[str, Any] | None = None
+    fields: Mapping[str, Any] = field(default_factory=lambda: _SHARED)
 
     def made(self, folder: Path) -> Path:
         """The model and a tokenizer, in `folder`."""
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            model = AutoModelForCausalLM.from_config(self.config(**(self.fields or _SHARED)))
+            model = AutoModelForCausalLM.from_config(self.config(**self.fields))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # biases start at zero, where nothing could be wrong with them
