@@ -1,6 +1,12 @@
 """What `serve-check` says that vLLM takes, beside what a real engine has allocated."""
 
+import json
+import os
 import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -17,6 +23,7 @@ from eigenlorax.vllm.checking import Asked, check
 from eigenlorax.vllm.cores import on_cores
 from planted import random_factors
 
+HERE = Path(__file__).parent
 LAYERS, SLOTS, RANK = 2, 3, 5
 SHAPES = {"q_proj": (128, 48), "v_proj": (64, 48), "o_proj": (48, 128), "down_proj": (48, 88)}
 ASKED = Asked(max_loras=SLOTS, max_cpu_loras=4, dtype="float32")
@@ -24,14 +31,19 @@ ASKED = Asked(max_loras=SLOTS, max_cpu_loras=4, dtype="float32")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A Llama, and a pack for some of its modules, of which no two keep as many components."""
     place = tmp_path_factory.mktemp("slots")
+    make(place, kv_heads=2)
+    return place
+
+
+def make(place, *, kv_heads):
+    """A Llama, and a pack for some of its modules, of which no two keep as many components."""
     config = LlamaConfig(
         vocab_size=211,
         hidden_size=48,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         intermediate_size=88,
         max_position_embeddings=128,
@@ -40,7 +52,7 @@ def made(tmp_path_factory):
     names = {
         f"model.layers.{i}.{'mlp' if kind == 'down_proj' else 'self_attn'}.{kind}": shape
         for i in range(LAYERS)
-        for kind, shape in SHAPES.items()
+        for kind, shape in (SHAPES | {"v_proj": (32 * kv_heads, 48)}).items()
     }
     adapters = [
         from_factors(
@@ -53,7 +65,6 @@ def made(tmp_path_factory):
     pack = ex.fit(adapters, energy=0.8, dtype="float32")
     assert len({(side["down"].k, side["up"].k) for side in pack.info.modules.values()}) > 1
     pack.save(place / "pack")
-    return place
 
 
 def nbytes(tensors):
@@ -107,6 +118,30 @@ def test_slots_adapters_and_bases_where_the_model_holds_them(vllm, made, checked
     tier = checked.plan.shared
     found = measured(made, shared=True, max_lora_rank=tier.max_lora_rank)
     assert found == {"slots": tier.slots_bytes, "basis": tier.basis_bytes, "adapter": tier.adapter_bytes}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_of_two_processes_has_its_part(vllm, tmp_path, shared):
+    # one head of keys, which both have
+    make(tmp_path, kv_heads=1)
+    asked = replace(ASKED, tensor_parallel_size=2)
+    found = check(ex.Pack.open(tmp_path / "pack"), "pack", shapes_of(str(tmp_path / "model")), asked)
+    tier = found.plan.shared if shared else found.plan.expanded
+    flags = {"max_loras": SLOTS, "max_cpu_loras": 4, "skip_tokenizer_init": True, "max_lora_rank": tier.max_lora_rank}
+    if not shared:
+        flags["lora_target_modules"] = found.target_modules
+    words = [str(tmp_path / "model"), str(tmp_path / "pack"), str(int(shared)), json.dumps(flags)]
+    ran = subprocess.run(
+        [sys.executable, str(HERE / "ranks.py"), *words],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("TAKEN ")]
+    assert json.loads(line.removeprefix("TAKEN ")) == [{"slots": tier.slots_bytes, "basis": tier.basis_bytes}] * 2
 
 
 def test_ranks_that_vllm_takes(vllm):
