@@ -25,8 +25,9 @@ def main():
     base, pack, shared, flags = sys.argv[1:]
     os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     os.environ.update(EIGENLORAX_PACK=pack, EIGENLORAX_SHARED_BASIS=shared)
-    import ranks
     from vllm import LLM
+
+    import ranks
 
     options = {**ENGINE, "distributed_executor_backend": "mp", "tensor_parallel_size": 2, **json.loads(flags)}
     # of the module, by whose name the workers find it

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from offline import in_worker, slots, with_engine
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +20,7 @@ from eigenlorax.tasks.shapes import shapes_of
 from eigenlorax.vllm import plan as plans
 from eigenlorax.vllm.checking import Asked, check
 from eigenlorax.vllm.cores import on_cores
+from offline import in_worker, slots, with_engine
 from planted import random_factors
 
 HERE = Path(__file__).parent
