@@ -1,4 +1,4 @@
-"""On GPUs vLLM compiles its models; on CPUs it does not if there are LoRAs. Here a part of one is compiled by itself."""
+"""On GPUs vLLM compiles its models, on CPUs not where there are LoRAs. Here a part of one is compiled by itself."""
 
 import pytest
 import torch
@@ -28,7 +28,11 @@ def test_layers_with_bases_compile_to_one_graph(tmp_path):
         wrapper.is_prefill, wrapper.indices_len[0] = False, TOKENS
         wrapper._token_lora_indices.zero_()
         x = torch.randn(TOKENS, mlp.gate_up_proj.input_size, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad(), set_current_vllm_config(runner.vllm_config), set_forward_context(None, runner.vllm_config):
+        with (
+            torch.no_grad(),
+            set_current_vllm_config(runner.vllm_config),
+            set_forward_context(None, runner.vllm_config),
+        ):
             without = mlp(x)
             for layer in slots(llm).values():
                 for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):

@@ -1,5 +1,5 @@
-"""Two tensor-parallel processes: each has its slices of the bases. Models whose layers are cut in every way: queries and
-keys in one layer, one head of keys that both have, projections that are fused for LoRAs too."""
+"""Two tensor-parallel processes: each has its slices of the bases. Models whose layers are cut in every way: queries
+and keys in one layer, one head of keys that both have, projections that are fused for LoRAs too."""
 
 import json
 import os
