@@ -74,6 +74,41 @@ def test_a_folder_is_named_by_all_that_decides_its_content(serve, pack, tmp_path
     assert len({before.name, path_of(serve(), "alpha").name, path_of(serve(), "beta").name}) == 3
 
 
+def test_modules_have_the_names_of_the_subspace(serve, pack, tmp_path):
+    """vLLM does not find what lacks the first part, and does not say so."""
+    short = {name.removeprefix("encoder."): shape for name, shape in MODULES.items()}
+    patterns = {"rank_pattern": {"layer.1.query": 2}, "alpha_pattern": {"0.value": 17}, "use_rslora": True}
+    make_adapter(
+        tmp_path / "gamma", seed=5, modules=short, config=patterns, tensors=_of_rank(2, "layer.1.query", short)
+    )
+    with ex.Pack.edit(pack) as edited:
+        edited.add(tmp_path / "gamma")
+    served = ex.read_adapter(path_of(serve(), "gamma"))
+    wanted = ex.Pack.open(pack).adapter("gamma")
+    assert set(served.modules) == set(MODULES)
+    for module in short:
+        one, other = served.modules[f"encoder.{module}"], wanted.modules[module]
+        assert one.scaling == pytest.approx(other.scaling)
+        assert torch.equal(one.down, other.down)
+        assert torch.equal(one.up, other.up)
+
+
+def test_what_cannot_be_given_them_is_refused(serve, pack, tmp_path):
+    short = {name.removeprefix("encoder."): shape for name, shape in MODULES.items()}
+    lora = {"base_model.model.words.lora_embedding_A": torch.ones(3, 43)}
+    lora["base_model.model.words.lora_embedding_B"] = torch.ones(7, 3)
+    with ex.Pack.edit(pack) as edited:
+        edited.add(make_adapter(tmp_path / "gamma", seed=5, modules=short, tensors=lora))
+    with pytest.raises(ServingError, match="lack the first part of the model's names"):
+        path_of(serve(), "gamma")
+
+
+def _of_rank(rank, module, modules):
+    n_out, n_in = modules[module]
+    name = f"base_model.model.{module}"
+    return {f"{name}.lora_A.weight": torch.ones(rank, n_in), f"{name}.lora_B.weight": torch.ones(n_out, rank)}
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_adapter_that_is_added_is_found(serve, pack, tmp_path, shared):
     folders = serve(shared=shared)

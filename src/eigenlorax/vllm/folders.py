@@ -5,14 +5,15 @@ model's, once. With one it is a LoRA of the cores. The folder's name says all th
 kept by name and path is never of other weights.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import keys, store
-from ..adapter import Adapter
+from ..adapter import Adapter, from_factors
 from ..errors import AdapterNameError, PackBusyError, ServingError
-from ..formats import hf_peft
+from ..formats import hf_peft, lora_config
 from ..manifest import SubspaceInfo
 from ..pack import Pack
 from ..packed import PackedAdapter
@@ -94,11 +95,12 @@ class AdapterFolders:
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
         found = pack.packed(name)
-        why = refusal(found, shared=self.shared) or self._changed(found, pack.info)
+        why = refusal(found, shared=self.shared) or self._changed(found, pack.info) or _misnamed(found)
         if why is not None:
             self._refused[digest] = ServingError(why)
             raise self._refused[digest]
-        return hf_peft.to_files(_for_vllm(on_cores(found, self.served) if self.shared else pack.adapter(name)))
+        made = on_cores(found, self.served) if self.shared else _at_places(pack.adapter(name), found.places)
+        return hf_peft.to_files(_without_base_weights(made))
 
     def _changed(self, found: PackedAdapter, now: SubspaceInfo) -> str | None:
         """Why an adapter does not go with what was loaded, or compared with the model, when the server started."""
@@ -114,12 +116,32 @@ class AdapterFolders:
         )
 
 
+def _misnamed(found: PackedAdapter) -> str | None:
+    """Why an adapter cannot be given the subspace's names of its modules, if it needs them."""
+    if not found.carried or all(module == place for module, place in found.places.items()):
+        return None
+    return (
+        f"adapter {found.name!r} cannot be served: its modules lack the first part of the model's names, and it has "
+        "tensors outside the subspace, whose names are not known."
+    )
+
+
 def _sizes(found: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:
     """(out, in) of each module of an adapter, as a subspace has it."""
     sides = [info.modules.get(place) for place in found.places.values()]
     return [(pair["up"].dimension, pair["down"].dimension) if pair is not None else None for pair in sides]
 
 
-def _for_vllm(adapter: Adapter) -> Adapter:
+def _at_places(adapter: Adapter, places: Mapping[str, str]) -> Adapter:
+    """The adapter with the subspace's names of its modules, where it lacks their first part: such names lead nowhere in
+    vLLM, which does not say so."""
+    if all(module == place for module, place in places.items()):
+        return adapter
+    modules = {places[module]: adapter.modules[module] for module in adapter.modules}
+    renamed = from_factors(adapter.name, modules, base_model=adapter.base_model, heads=adapter.heads)
+    return replace(renamed, source_config=lora_config.derived(renamed, adapter.config))
+
+
+def _without_base_weights(adapter: Adapter) -> Adapter:
     """Without what vLLM would read and not use: whole embeddings of the base model."""
     return replace(adapter, heads={key: adapter.heads[key] for key in adapter.heads if not key.endswith(BASE_WEIGHTS)})
