@@ -13,12 +13,13 @@ from typing import Any
 import error_tables
 import measured
 import recorded
+import vllm_tables
 from markdown_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK = (
-    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank")
+RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM = (
+    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm")
 )
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 WHO = ("bank", "peft", "tuner")
@@ -33,13 +34,13 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
     demo, tuner, report = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, TUNER, REPORT))
-    continual, bank = (json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK))
+    continual, bank, vllm = (json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK, VLLM))
     run = json.loads(RUN.read_text(encoding="utf-8")) if RUN.is_file() else {"runs": [], "cases": {}}
     blocks = {
         ROOT / "docs" / "growing.md": continual_table(continual),
         ROOT / "docs" / "bank.md": bank_table(bank),
         ROOT / "docs" / "report.md": report_table(report),
-        ROOT / "benchmarks" / "README.md": measured.markdown(run),
+        ROOT / "benchmarks" / "README.md": f"{measured.markdown(run)}\n\n{vllm_tables.markdown(vllm)}",
         ROOT / "docs" / "benchmarks.md": measured.page(run),
         ROOT / "README.md": figures_table(run, demo),
         ROOT / "docs" / "tuner.md": tuner_table(tuner),
