@@ -12,6 +12,8 @@
     ├── UrlError              a folder or file behind a URL that could not be read
     ├── MissingExtraError     an optional dependency is not installed
     ├── EngineError           workers that are not there, or were killed again and again
+    ├── ServingError          an adapter that cannot be served as the server runs
+    ├── CacheFullError        no room for one more adapter in the cache of a server
     └── PackError
         ├── PackMissingError  no pack there
         ├── PackExistsError   something is there already
@@ -71,6 +73,14 @@ class MissingExtraError(EigenloraxError, ImportError):
 
 class EngineError(EigenloraxError, RuntimeError):
     """Workers that are not there, or were killed again and again."""
+
+
+class ServingError(EigenloraxError, ValueError):
+    """An adapter that cannot be served: because of its kind, or because the server holds another subspace."""
+
+
+class CacheFullError(EigenloraxError, OSError):
+    """No room for one more adapter in the cache of a server."""
 
 
 class PackError(EigenloraxError):

@@ -1,5 +1,6 @@
 """The pack: one subspace, and any number of adapters in its terms."""
 
+import json
 import os
 import tempfile
 import warnings
@@ -202,6 +203,19 @@ class Pack:
         if self.path is None or not isinstance(found, Entry):
             raise OptionError(f"adapter {name!r} is not on disk yet: save the pack first.")
         return folder.place(self.path, name, found)
+
+    def digest(self, name: str) -> str:
+        """sha256 over all that decides what an adapter of a pack on disk is; nothing is read for it.
+
+        The same adapter in a subspace that has grown since has another one.
+        """
+        self._check_has(name)
+        found = self._adapters[name]
+        if self._opened is None or not isinstance(found, Entry):
+            raise OptionError(f"adapter {name!r} is not on disk yet: save the pack first.")
+        listed = self._opened.manifest
+        content = [listed.subspace_sha256, self.info.fingerprint, listed.coefficient_dtype, sorted(found.files.items())]
+        return store.digest(json.dumps(content).encode())
 
     def _check_sizes(self, path: Path, found: PackedAdapter) -> None:
         """Whether coefficients are as wide as their bases were when they were found: what is as it was written may have

@@ -39,6 +39,8 @@ def attach(layer: LinearBase, parts: Sequence[Part], down: Tensor, ups: Sequence
         k_down = part.columns.stop - part.columns.start
         part.owner.add_module(part.core, _core(k_down, up.shape[1], up))
     layer.quant_method = SharedBasisMethod(layer.quant_method, tuple(parts))
+    # the bases multiply the input as it is, whatever the layer's own kernel would take
+    layer.requires_unquantized_input = True
 
 
 def _core(k_down: int, k_up: int, like: Tensor) -> ReplicatedLinear:

@@ -4,11 +4,15 @@ from . import settings
 
 
 def register() -> None:
-    """Make vLLM serve the pack of the environment, if there is one."""
+    """Make vLLM serve the pack of the environment, if there is one. Errors end the process that vLLM is starting."""
     found = settings.read()
     if found is None:
         return
+    from . import base_rows, resolver
+
+    resolver.register(found)
+    base_rows.register()
     if found.shared_basis:
         from . import loading
 
-        loading.register(found.pack)
+        loading.register()

@@ -1,0 +1,115 @@
+"""From an adapter's name to a folder that vLLM loads, in either way of serving. Nothing here imports vLLM.
+
+Without a shared basis it is the adapter as `Pack.export` writes it, in the export's own dtype: vLLM rounds it to that of
+the model, once. With one it is a LoRA of the cores. The folder's name says all that decides its content, so that what
+vLLM keeps by name and path is never of other weights.
+"""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import keys, store
+from ..adapter import Adapter
+from ..errors import AdapterNameError, PackBusyError, ServingError
+from ..formats import hf_peft
+from ..manifest import SubspaceInfo
+from ..pack import Pack
+from ..packed import PackedAdapter
+from . import cache, threads
+from .cores import on_cores
+from .servable import BASE_WEIGHTS, refusal
+from .settings import Settings
+from .watched import WatchedPack
+
+_FORMAT = 1
+"""Raised by whoever changes what is written for the same pack."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """Where an adapter is written. digest: of all that decides its content."""
+
+    path: Path
+    digest: str
+
+
+class AdapterFolders:
+    """The folders of a pack's adapters, each written when it is first asked for, one at a time in a thread of its own.
+
+    `OptionError`, `PackError` or `HubError` at once if the pack or the cache cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.shared = settings.shared_basis
+        self._watched = WatchedPack(settings.pack)
+        # what models that are loaded now hold, whatever becomes of the pack
+        self.served: SubspaceInfo = self._watched.now().info
+        root = settings.cache or cache.place()
+        cache.prepare(root)
+        self._cache = cache.Cache(root, settings.cache_bytes)
+        self._refused: dict[str, ServingError] = {}
+        self._thread = threads.single("eigenlorax")
+
+    @property
+    def pack(self) -> Pack:
+        """The pack as it is now."""
+        return self._watched.now()
+
+    def asked(self, name: str) -> "Future[AdapterFolder]":
+        """The folder of an adapter, to be waited for. It is there as long as this process.
+
+        `AdapterNameError` if there is none of that name, `ServingError` if it cannot be served, `CacheFullError`, or
+        what is wrong with the pack.
+        """
+        return self._thread.submit(self._find, name)
+
+    def _find(self, name: str) -> AdapterFolder:
+        # names are what clients send
+        if not keys.is_name(name):
+            raise AdapterNameError(f"{name[:100]!r} is not the name of an adapter.")
+        try:
+            return self._folder(name)
+        except PackBusyError:
+            # replaced between two reads: now it is another one
+            return self._folder(name)
+
+    def _folder(self, name: str) -> AdapterFolder:
+        pack = self._watched.now()
+        if name not in pack:
+            raise AdapterNameError(f"no adapter named {name!r} in the pack {self._watched.source}.")
+        digest = self._digest(pack, name)
+        if digest in self._refused:
+            raise self._refused[digest]
+        at_least = 0 if self.shared else pack.records[name].lora_numbers * 4
+        path = self._cache.folder(f"{name}-{digest[:32]}", at_least, lambda: self._files(name, digest))
+        return AdapterFolder(path, digest)
+
+    def _digest(self, pack: Pack, name: str) -> str:
+        way = f"cores of {self.served.fingerprint}" if self.shared else "expanded"
+        return store.digest(f"{_FORMAT}, {name}, {pack.digest(name)}, {way}".encode())
+
+    def _files(self, name: str, digest: str) -> store.Files:
+        pack = self._watched.having(name)
+        if self._digest(pack, name) != digest:
+            raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
+        found = pack.packed(name)
+        why = refusal(found, shared=self.shared) or (self._elsewhere(found) if self.shared else None)
+        if why is not None:
+            self._refused[digest] = ServingError(why)
+            raise self._refused[digest]
+        return hf_peft.to_files(_for_vllm(on_cores(found, self.served) if self.shared else pack.adapter(name)))
+
+    def _elsewhere(self, found: PackedAdapter) -> str | None:
+        """Why coefficients are not in the bases that the model holds, if they are not."""
+        if found.subspace in self.served.lineage:
+            return None
+        return (
+            f"adapter {found.name!r} cannot be served: its coefficients are in another subspace than the one that the "
+            "model was loaded with, because the pack has been changed since. Restart the server."
+        )
+
+
+def _for_vllm(adapter: Adapter) -> Adapter:
+    """Without what vLLM would read and not use: whole embeddings of the base model."""
+    return replace(adapter, heads={key: adapter.heads[key] for key in adapter.heads if not key.endswith(BASE_WEIGHTS)})

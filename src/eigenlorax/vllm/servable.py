@@ -1,0 +1,107 @@
+"""Which adapters of a pack vLLM can serve, and at which rank. Nothing here imports vLLM, or knows the served model.
+
+What vLLM refuses to load is refused here first, with a reason; so is what it would load, and compute something else.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .. import keys
+from ..packed import PackedAdapter
+
+LARGEST_RANK = 512
+"""The largest `--max-lora-rank` that vLLM has."""
+
+_HEADS = ("score", "classifier")
+_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Values of `init_lora_weights` that leave the base model's weights as they are; vLLM has the same list."""
+BASE_WEIGHTS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+"""Ends of keys under which PEFT saves embeddings of the base model beside a LoRA of them. They were not trained, and
+vLLM does not read them."""
+_NEEDED = ("r", "lora_alpha", "target_modules")
+_OPTIONS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias in its factors (lora_bias)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "use_qalora": "QALoRA",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+}
+
+
+def refusal(found: PackedAdapter, *, shared: bool) -> str | None:
+    """Why vLLM cannot serve an adapter, in one sentence; None if nothing speaks against it.
+
+    shared: by the subspace in the model, which serves what lies in the subspace, and nothing beside it.
+    """
+    config = json.loads(found.source_config)
+    why = _of_config(config) or _of_heads(found.heads, config) or _of_carried(found.carried)
+    if why is None and shared and found.carried:
+        why = f"it has {_some(found.carried)} outside the subspace; without a shared basis it can be served"
+    if why is None and not found.coefficients and (shared or not found.carried):
+        why = "it has no LoRA module"
+    if why is None and rank(found, shared=shared) > LARGEST_RANK:
+        why = f"its rank is {rank(found, shared=shared)}, and vLLM's largest {LARGEST_RANK}"
+    return why and f"adapter {found.name!r} cannot be served: {why}."
+
+
+def rank(found: PackedAdapter, *, shared: bool) -> int:
+    """The rank that vLLM finds in an adapter, and `--max-lora-rank` has to allow.
+
+    With a shared basis, a module's is at most the number of components of each of its sides.
+    """
+    if shared:
+        return max((min(c.rank, c.down.shape[1], c.up.shape[0]) for c in found.coefficients.values()), default=0)
+    config = json.loads(found.source_config)
+    # of the config: vLLM reads what it says of modules that are not there, too
+    said = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    return max([one for one in said if type(one) is int] + [c.rank for c in found.coefficients.values()], default=0)
+
+
+def _of_config(config: Mapping[str, Any]) -> str | None:
+    start, bias = config.get("init_lora_weights"), config.get("bias", "none")
+    missing = [field for field in _NEEDED if field not in config]
+    if missing:
+        return f"its {keys.ADAPTER_CONFIG} has no {missing[0]}, which vLLM needs"
+    for option, what in _OPTIONS.items():
+        if config.get(option):
+            return f"vLLM does not support {what}"
+    if bias != "none":
+        return f"vLLM does not support trained biases (bias={bias!r})"
+    if isinstance(start, str) and start.lower() not in _STARTS:
+        return f"it was trained from init_lora_weights={start!r}, which changes weights of the base model"
+    return None
+
+
+def _of_heads(heads: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    saved = config.get("modules_to_save") or ()
+    others = sorted(set(saved) - set(_HEADS))
+    if others:
+        return f"vLLM supports no trained modules but {' and '.join(_HEADS)} (modules_to_save has {others[0]!r})"
+    found = set()
+    for key in heads:
+        if key.endswith(BASE_WEIGHTS):
+            continue
+        *_, module, last = ["", *key.split(".")]
+        if module not in saved or last not in ("weight", "bias"):
+            return f"vLLM supports no trained modules but {' and '.join(_HEADS)}, and it has {key!r}"
+        found.add(module)
+    if len(found) > 1:
+        return "vLLM supports one trained head an adapter, and it has two"
+    return None
+
+
+def _of_carried(carried: Mapping[str, Any]) -> str | None:
+    for key, tensor in carried.items():
+        if not key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")):
+            return f"vLLM does not support the tensor {key!r}"
+        if tensor.ndim != 2:
+            return f"vLLM does not support LoRA of convolutions ({key!r})"
+    return None
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first!r}" + (f" and {len(others)} more tensors" if others else "")

@@ -1,0 +1,110 @@
+"""Tiny models of the families that vLLM serves, and adapters for each: every linear module of a layer has a LoRA."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from eigenlorax.adapter import from_factors
+from eigenlorax.formats import hf_peft
+from planted import random_factors
+
+VOCABULARY = 211
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 88,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+# hidden_size / num_attention_heads is the size of a head
+_WIDE = {**{field: value for field, value in _SHARED.items() if field != "head_dim"}, "hidden_size": 128, "intermediate_size": 192}
+_GEMMA = {**_SHARED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model. suffixes: of the modules that get a LoRA."""
+
+    config: Callable[..., PreTrainedConfig]
+    suffixes: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    fields: Mapping[str, Any] = field(default_factory=lambda: _SHARED)
+
+    def made(self, folder: Path) -> Path:
+        """The model and a tokenizer, in `folder`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            model = AutoModelForCausalLM.from_config(self.config(**self.fields))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # biases start at zero, where nothing could be wrong with them
+                if name.endswith("bias"):
+                    parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+            if model.config.tie_word_embeddings:
+                # or every token is followed by itself
+                model.get_input_embeddings().weight.mul_(0.1)
+        model.save_pretrained(folder)
+        words = {f"w{i}": i for i in range(VOCABULARY)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="w3", bos_token="w1", eos_token="w2", pad_token="w0"
+        ).save_pretrained(folder)
+        return folder
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """(out, in) of every module that gets a LoRA."""
+        return {
+            name: tuple(module.weight.shape) for name, module in model.named_modules() if name.endswith(self.suffixes)
+        }
+
+
+FAMILIES = {
+    "llama": Family(LlamaConfig),
+    "mistral": Family(MistralConfig, fields={**_SHARED, "sliding_window": None}),
+    # one without heads of another size, and with biases
+    "qwen2": Family(Qwen2Config, fields=_WIDE),
+    "qwen3": Family(Qwen3Config),
+    "gemma": Family(GemmaConfig),
+    "gemma2": Family(Gemma2Config, fields=_GEMMA),
+    "gemma3": Family(Gemma3TextConfig, fields=_GEMMA),
+    # fused for LoRAs too
+    "phi3": Family(Phi3Config, suffixes=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), fields=_WIDE),
+}
+
+
+def made_adapters(family: Family, base: Path, folder: Path, n: int = 8, rank: int = 4) -> Path:
+    """LoRAs of a model, `folder`/a0 and so on, that change what it says. No two have one scaling."""
+    shapes = family.shapes(AutoModelForCausalLM.from_pretrained(base))
+    for i in range(n):
+        modules = {
+            name: random_factors(rank, *shape, seed=100 * i + j, scaling=0.02 * (1 + i % 3), dtype=torch.float32)
+            for j, (name, shape) in enumerate(shapes.items())
+        }
+        hf_peft.write(from_factors(f"a{i}", modules, base_model=str(base)), folder / f"a{i}")
+    return folder

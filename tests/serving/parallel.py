@@ -1,0 +1,28 @@
+"""A program: the engine over two tensor-parallel processes on CPUs, for test_parallel.py. It prints tokens as JSON.
+
+python parallel.py BASE PACK SHARED RANKS PROMPTS
+"""
+
+import json
+import os
+import sys
+
+from offline import ENGINE, ENVIRONMENT, greedy
+
+
+def main() -> None:
+    base, pack, shared, ranks, prompts = sys.argv[1:]
+    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="1", EIGENLORAX_PACK=pack)
+    os.environ["EIGENLORAX_SHARED_BASIS"] = shared
+    from vllm import LLM
+
+    import eigenlorax.vllm
+
+    options = {**ENGINE, "distributed_executor_backend": "mp", "tensor_parallel_size": int(ranks)}
+    llm = LLM(model=base, **options)
+    adapters = eigenlorax.vllm.Adapters(pack)
+    print("TOKENS", json.dumps(greedy(llm, json.loads(prompts), [adapters[name] for name in adapters])))
+
+
+if __name__ == "__main__":
+    main()
