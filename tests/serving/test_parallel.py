@@ -11,9 +11,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
-import eigenlorax
 from families import FAMILIES, Family, made_adapters
 from offline import peft_greedy
+
+import eigenlorax
 
 HERE = Path(__file__).parent
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(4)]

