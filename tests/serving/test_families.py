@@ -5,10 +5,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+import eigenlorax
 from families import FAMILIES, made_adapters
 from offline import greedy, peft_greedy, slots, with_engine
-
-import eigenlorax
 
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(8)]
 

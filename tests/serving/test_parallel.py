@@ -1,5 +1,5 @@
-"""Two tensor-parallel processes: each has its slices of the bases. Models whose layers are cut in every way: queries and
-keys in one layer, one head of keys that both have, projections that are fused for LoRAs too."""
+"""Two tensor-parallel processes: each has its slices of the bases. Models whose layers are cut in every way: queries
+and keys in one layer, one head of keys that both have, projections that are fused for LoRAs too."""
 
 import json
 import os
@@ -11,10 +11,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+import eigenlorax
 from families import FAMILIES, Family, made_adapters
 from offline import peft_greedy
-
-import eigenlorax
 
 HERE = Path(__file__).parent
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(4)]

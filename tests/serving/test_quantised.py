@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+import eigenlorax
 from families import FAMILIES, VOCABULARY, made_adapters
 from offline import in_worker, with_engine
-
-import eigenlorax
 
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(4)]
 
