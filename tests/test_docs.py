@@ -14,6 +14,7 @@ from eigenlorax import errors, manifest, packed, refitting, subspace, summary
 from eigenlorax.cli import app
 from eigenlorax.cli.main import IO_ERROR
 from eigenlorax.tasks import contest, demo, entrants, evaluate, train, verdicts
+from eigenlorax.vllm import checking, plan
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -73,7 +74,7 @@ class TestCommandLine:
         assert options <= known
 
     def test_the_verbs_in_the_list_are_those_of_the_command(self):
-        assert re.findall(r"^\| \[`(\w+)`\]", CLI, flags=re.MULTILINE) == list(VERBS)
+        assert re.findall(r"^\| \[`([\w-]+)`\]", CLI, flags=re.MULTILINE) == list(VERBS)
 
     def test_options_of_the_command_itself(self):
         for parameter in COMMAND.params:
@@ -122,6 +123,11 @@ class TestCommandLine:
             (verdicts.Line, "`eigenlorax compare`"),
             (verdicts.Difference, "`eigenlorax compare`"),
             (verdicts.Run, "`eigenlorax compare`"),
+            (checking.Check, "`eigenlorax serve-check`"),
+            (checking.Way, "`eigenlorax serve-check`"),
+            (plan.Plan, "`eigenlorax serve-check`"),
+            (plan.Choices, "`eigenlorax serve-check`"),
+            (plan.Tier, "`eigenlorax serve-check`"),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )

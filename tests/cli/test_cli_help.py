@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 import children
 import eigenlorax
@@ -19,11 +20,9 @@ from children import at_change, buffered_environment, command, needs_fork
 from eigenlorax.cli.main import app, main
 from outcomes import assert_usage_error, contents, succeeded
 
-VERBS = [info.callback.__name__ for info in app.registered_commands]
-EXAMPLES = {
-    verb: re.findall(r"^ *(eigenlorax .*)$", importlib.import_module(f"eigenlorax.cli.{verb}").EPILOG, re.MULTILINE)
-    for verb in VERBS
-}
+VERBS = list(typer.main.get_command(app).commands)
+EPILOGS = {verb: importlib.import_module(f"eigenlorax.cli.{verb.replace('-', '_')}").EPILOG for verb in VERBS}
+EXAMPLES = {verb: re.findall(r"^ *(eigenlorax .*)$", epilog, re.MULTILINE) for verb, epilog in EPILOGS.items()}
 
 
 @pytest.fixture
@@ -52,6 +51,7 @@ def test_the_verbs_are_these():
         "compare",
         "push",
         "pull",
+        "serve-check",
         "demo",
         "env",
     ]
@@ -75,8 +75,8 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
 
 
 # those that need a model, the Hub or a bucket are tested with one: test_demo.py, test_urls.py,
-# test_cli_{train,compare,push}.py
-ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "compare", "push")]
+# test_cli_{train,compare,push,serve_check}.py
+ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "compare", "push", "serve-check")]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,11 @@ _SHARED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # hidden_size / num_attention_heads is the size of a head
-_WIDE = {**{field: value for field, value in _SHARED.items() if field != "head_dim"}, "hidden_size": 128, "intermediate_size": 192}
+_WIDE = {
+    **{field: value for field, value in _SHARED.items() if field != "head_dim"},
+    "hidden_size": 128,
+    "intermediate_size": 192,
+}
 _GEMMA = {**_SHARED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 
 

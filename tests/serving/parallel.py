@@ -21,7 +21,8 @@ def main() -> None:
     options = {**ENGINE, "distributed_executor_backend": "mp", "tensor_parallel_size": int(ranks)}
     llm = LLM(model=base, **options)
     adapters = eigenlorax.vllm.Adapters(pack)
-    print("TOKENS", json.dumps(greedy(llm, json.loads(prompts), [adapters[name] for name in adapters])))
+    found = greedy(llm, json.loads(prompts), [adapters[name] for name in adapters])
+    sys.stdout.write(f"\nTOKENS {json.dumps(found)}\n")
 
 
 if __name__ == "__main__":

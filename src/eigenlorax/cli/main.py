@@ -27,6 +27,7 @@ from . import (
     refit,
     remove,
     report,
+    serve_check,
     train,
 )
 
@@ -57,6 +58,7 @@ for verb in (
     compare,
     push,
     pull,
+    serve_check,
     demo,
     env,
 ):

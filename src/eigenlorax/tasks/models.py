@@ -81,8 +81,14 @@ def load(model: str, revision: str | None, labels: Labels | None, tokenizer: Any
 @contextmanager
 def _said(model: str) -> Iterator[None]:
     """What transformers finds wrong with a model, in our words."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
+    except StrictDataclassError as error:
+        # its first line only says in which field
+        said = " ".join(str(error).split())
+        raise FormatError(f"{model} is not a model that transformers can load: {said}") from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         if Path(model).exists():
             raise FormatError(f"{model} is not a model that transformers can load: {reason(error)}") from error

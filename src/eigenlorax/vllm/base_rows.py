@@ -4,7 +4,6 @@ Its kernels in plain torch index the slots with −1 for "none" (vllm-project/vl
 for GPUs skip such rows.
 """
 
-import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform

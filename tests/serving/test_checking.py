@@ -1,0 +1,81 @@
+"""Packs beside models that the command line cannot easily be given."""
+
+import pytest
+
+import eigenlorax as ex
+from eigenlorax.adapter import from_factors
+from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError
+from eigenlorax.vllm.checking import Asked, check
+from eigenlorax.vllm.plan import EMBEDDING, Layer, Shapes
+from planted import random_factors
+
+Q, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.gate_proj"
+
+
+def make_pack(modules, base="org/base"):
+    adapters = [
+        from_factors(
+            f"a{n}", {m: random_factors(2, *shape, seed=9 * n) for m, shape in modules.items()}, base_model=base
+        )
+        for n in range(3)
+    ]
+    return ex.fit(adapters, n_components=4)
+
+
+def shapes(model="org/base", **fields):
+    return Shapes(model, "bfloat16", {Q: Layer(17, 11)}, **fields)
+
+
+def test_another_model_by_name_is_warned_of():
+    with pytest.warns(BaseModelWarning, match="found in adapters of 'org/base', and this model is 'org/other'"):
+        check(make_pack({Q: (17, 11)}), "pack", shapes("org/other"))
+
+
+def test_the_same_model_by_another_owner_is_not():
+    assert check(make_pack({Q: (17, 11)}), "pack", shapes("mirror/base")).notes == []
+
+
+def test_experts_are_served_expanded_alone_and_count_as_the_pack_has_them():
+    found = check(make_pack({Q: (17, 11), GATE: (13, 11)}), "pack", shapes(experts=("model.layers.0.mlp.experts",)))
+    assert found.not_held == [GATE]
+    assert found.shared.served == 0
+    assert found.expanded.served == 3
+    assert found.target_modules == ["experts", "q_proj"]
+    assert found.plan.expanded.slot_numbers == 8 * (17 + 11 + 13 + 11)
+    assert found.notes == [
+        "experts count as the pack has them; vLLM makes room for all experts of a layer, so that a slot can be larger."
+    ]
+
+
+def test_experts_where_the_model_has_none():
+    with pytest.raises(ModuleNameError, match="org/base lacks 1 of the 2 modules of the pack, as .*experts"):
+        check(make_pack({Q: (17, 11), GATE: (13, 11)}), "pack", shapes())
+
+
+def test_layers_of_which_nobody_knows_how_they_are_cut():
+    asked = Asked(tensor_parallel_size=2)
+    (note,) = check(make_pack({Q: (17, 11)}), "pack", shapes(whole=True), asked).notes
+    assert "does not say how its layers are cut among GPUs" in note
+    assert check(make_pack({Q: (17, 11)}), "pack", shapes(whole=True)).notes == []
+
+
+def test_an_embedding_by_the_name_of_a_module_is_not_one_for_bases():
+    found = check(make_pack({Q: (17, 11)}), "pack", Shapes("org/base", "float16", {Q: Layer(17, 11, EMBEDDING)}))
+    assert found.not_held == [Q]
+
+
+def test_the_revision_of_the_model_is_in_the_commands():
+    found = check(make_pack({Q: (17, 11)}), "org/pack@v2", shapes(), revision="abc")
+    assert "EIGENLORAX_PACK=org/pack@v2" in found.shared.command
+    assert "vllm serve org/base --revision abc" in found.shared.command
+
+
+def test_memory_for_a_hundred_adapters_at_most(monkeypatch):
+    monkeypatch.setattr("eigenlorax.vllm.checking.MOST_IN_MEMORY", 2)
+    assert check(make_pack({Q: (17, 11)}), "pack", shapes(), Asked(max_loras=1)).plan.choices.max_cpu_loras == 2
+
+
+@pytest.mark.parametrize("fields", [{"max_loras": True}, {"max_cpu_loras": 9.5}, {"adapters": "1"}])
+def test_numbers_are_integers(fields):
+    with pytest.raises(OptionError, match=f"{next(iter(fields))} must be an integer"):
+        Asked(**fields)
