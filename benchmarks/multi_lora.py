@@ -82,7 +82,6 @@ class Plan:
 PLAN = Plan(Model(768, 6, 12, 4, 2048), adapters=(1, 8, 64), requests=64, prompt=16, tokens=48, rounds=9)
 QUICK = Plan(Model(128, 2, 4, 2, 320), adapters=(4,), requests=8, prompt=8, tokens=4, rounds=1)
 LLAMA_3_8B = Model(4096, 32, 32, 8, 14336)
-SERVED = 1000
 
 
 # --- one engine, in a process of its own ------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def measure(plan: Plan) -> Json:
         },
         "bytes": held,
         "numbers": plan.model.numbers(K, RANK),
-        "llama_3_8b": {"adapters": SERVED, **LLAMA_3_8B.numbers(K, RANK)},
+        "llama_3_8b": LLAMA_3_8B.numbers(K, RANK),
     }
 
 

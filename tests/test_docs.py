@@ -216,7 +216,7 @@ def test_what_the_page_on_serving_shows_is_in_the_examples():
 @pytest.mark.parametrize("page", PAGES, ids=by_path)
 def test_lines_are_short(page):
     # what benchmarks/table.py and experiments/tables.py write is not wrapped
-    written = r"<!-- (?:results:begin|experiment:[a-z-]+) -->.*?<!-- (?:results:end|/experiment) -->"
+    written = r"<!-- (?:[a-z-]+:begin|experiment:[a-z-]+) -->.*?<!-- (?:[a-z-]+:end|/experiment) -->"
     text = without_fences(re.sub(written, "", page.read_text("utf-8"), flags=re.DOTALL))
     long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "$$"))]
     assert not long

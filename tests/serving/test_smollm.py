@@ -10,12 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
-from offline import greedy, peft_greedy, with_engine
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eigenlorax as ex
 import smollm
+from offline import greedy, peft_greedy, with_engine
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in (smollm.PACKAGE, "gguf")),
