@@ -1,8 +1,8 @@
 """From an adapter's name to a folder that vLLM loads, in either way of serving. Nothing here imports vLLM.
 
-Without a shared basis it is the adapter as `Pack.export` writes it, in the export's own dtype: vLLM rounds it to that of
-the model, once. With one it is a LoRA of the cores. The folder's name says all that decides its content, so that what
-vLLM keeps by name and path is never of other weights.
+Without a shared basis it is the adapter as `Pack.export` writes it, in the export's own dtype: vLLM rounds it to the
+model's, once. With one it is a LoRA of the cores. The folder's name says all that decides its content, so that what is
+kept by name and path is never of other weights.
 """
 
 from concurrent.futures import Future
@@ -94,20 +94,30 @@ class AdapterFolders:
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
         found = pack.packed(name)
-        why = refusal(found, shared=self.shared) or (self._elsewhere(found) if self.shared else None)
+        why = refusal(found, shared=self.shared) or self._changed(found, pack.info)
         if why is not None:
             self._refused[digest] = ServingError(why)
             raise self._refused[digest]
         return hf_peft.to_files(_for_vllm(on_cores(found, self.served) if self.shared else pack.adapter(name)))
 
-    def _elsewhere(self, found: PackedAdapter) -> str | None:
-        """Why coefficients are not in the bases that the model holds, if they are not."""
-        if found.subspace in self.served.lineage:
+    def _changed(self, found: PackedAdapter, now: SubspaceInfo) -> str | None:
+        """Why an adapter does not go with what was loaded, or compared with the model, when the server started."""
+        if self.shared:
+            fits, what = found.subspace in self.served.lineage, "its coefficients are in another subspace"
+        else:
+            fits, what = _sizes(found, now) == _sizes(found, self.served), "it has modules or sizes of another model"
+        if fits:
             return None
         return (
-            f"adapter {found.name!r} cannot be served: its coefficients are in another subspace than the one that the "
-            "model was loaded with, because the pack has been changed since. Restart the server."
+            f"adapter {found.name!r} cannot be served: {what} than the pack had when the server started. Restart the "
+            "server."
         )
+
+
+def _sizes(found: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:
+    """(out, in) of each module of an adapter, as a subspace has it."""
+    sides = [info.modules.get(place) for place in found.places.values()]
+    return [(pair["up"].dimension, pair["down"].dimension) if pair is not None else None for pair in sides]
 
 
 def _for_vllm(adapter: Adapter) -> Adapter:

@@ -1,4 +1,4 @@
-"""vLLM's model loaders, each of which puts the bases of a pack into the model that it has loaded."""
+"""vLLM's model loaders, each of which puts the bases of a pack into the model that it loads, or compares the two."""
 
 import torch
 from torch import nn
@@ -9,12 +9,13 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from ..errors import OptionError
 from ..pack import Pack
 from . import settings
+from .agreement import check_fits
 from .cores import core_name
 from .placing import install
 
 
 def register() -> None:
-    """Make every load format put the subspace of the environment's pack into the models that it loads.
+    """Make every load format put the subspace of the environment's pack into the models that it loads, or compare them.
 
     The weights are loaded then, and processed into what the kernels want, quantised or not; vLLM looks for layers that
     a LoRA may be for right after it.
@@ -32,8 +33,11 @@ class _WithSubspace(BaseModelLoader):
         # asked again: a process may load one model after another
         found = settings.read()
         # a draft model for speculative decoding is loaded too
-        if found is not None and found.shared_basis and model_config.runner_type != "draft":
-            with_subspace(model, vllm_config, found.pack)
+        if found is not None and model_config.runner_type != "draft":
+            if found.shared_basis:
+                with_subspace(model, vllm_config, found.pack)
+            elif vllm_config.lora_config is not None:
+                check_fits(model, Pack.from_pretrained(found.pack, adapters=[]).info)
         return model
 
 

@@ -74,17 +74,18 @@ def install(model: nn.Module, subspace: Subspace, core: str, device: torch.devic
     of_layer: dict[LinearBase, list[tuple[Place, ModuleBases]]] = {}
     for module, bases in subspace.modules.items():
         place = known[names[module]]
-        _check_shape(module, bases, place)
+        check_shape(module, bases.shape, place)
         of_layer.setdefault(place.layer, []).append((place, bases))
     for layer, members in of_layer.items():
         _install_in(model, layer, members, core, device)
 
 
-def _check_shape(module: str, bases: ModuleBases, place: Place) -> None:
+def check_shape(module: str, shape: tuple[int, int], place: Place) -> None:
+    """`ShapeError` unless the weight of a place, on all ranks together, is of this shape, (out, in)."""
     found = (sum(piece.full for piece in _pieces(place)), place.layer.input_size)
-    if bases.shape != found:
+    if shape != found:
         raise ShapeError(
-            f"module {module} of the subspace has a weight of {bases.shape[0]} × {bases.shape[1]}, that of the served "
+            f"module {module} of the subspace has a weight of {shape[0]} × {shape[1]}, that of the served "
             f"model is {found[0]} × {found[1]}. Serve the base model that the pack's adapters are for."
         )
 

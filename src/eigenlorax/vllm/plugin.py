@@ -8,11 +8,8 @@ def register() -> None:
     found = settings.read()
     if found is None:
         return
-    from . import base_rows, resolver
+    from . import base_rows, loading, resolver
 
     resolver.register(found)
     base_rows.register()
-    if found.shared_basis:
-        from . import loading
-
-        loading.register()
+    loading.register()

@@ -1,0 +1,244 @@
+"""From names to folders: what is written for vLLM, under which name, and what becomes of it when the pack changes."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eigenlorax as ex
+from adapters import MODULES, make_adapter, make_adapters
+from children import needs_fork
+from eigenlorax.errors import AdapterNameError, CacheFullError, OptionError, PackMissingError, ServingError
+from eigenlorax.vllm.cores import core_name
+from eigenlorax.vllm.folders import AdapterFolders
+from eigenlorax.vllm.settings import Settings
+
+pytestmark = needs_fork
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """A pack of alpha and beta, its folder."""
+    make_adapters(tmp_path / "in", "alpha beta")
+    ex.fit(tmp_path / "in", n_components=4).save(tmp_path / "pack")
+    return tmp_path / "pack"
+
+
+@pytest.fixture
+def serve(pack, tmp_path):
+    def start(*, shared=False, **fields):
+        return AdapterFolders(replace(Settings(str(pack), shared, tmp_path / "cache"), **fields))
+
+    return start
+
+
+def path_of(folders, name):
+    return folders.asked(name).result(timeout=60).path
+
+
+def test_without_a_shared_basis_it_is_what_is_exported(serve, pack, tmp_path):
+    exported = ex.Pack.open(pack).export(tmp_path / "out", ["alpha"])["alpha"]
+    served = path_of(serve(), "alpha")
+    assert sorted(path.name for path in served.iterdir()) == sorted(path.name for path in exported.iterdir())
+    for path in exported.iterdir():
+        assert (served / path.name).read_bytes() == path.read_bytes()
+
+
+def test_with_one_it_is_a_lora_of_the_cores(serve, pack):
+    folders = serve(shared=True)
+    served, core = path_of(folders, "alpha"), core_name(ex.Pack.open(pack).info.fingerprint)
+    config = json.loads((served / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(f"{module}.{core}" for module in MODULES)
+    wanted, opened = load_file(served / "adapter_model.safetensors"), ex.Pack.open(pack)
+    alpha = opened.adapter("alpha", torch.float64)
+    for module in MODULES:
+        bases = opened.subspace.modules[module]
+        down, up = (wanted[f"base_model.model.{module}.{core}.lora_{side}.weight"].double() for side in "AB")
+        update = bases.up.components.double().mT @ up @ down @ bases.down.components.double()
+        factors = alpha.modules[module]
+        torch.testing.assert_close(update, factors.scaling * factors.up @ factors.down, rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_is_named_by_all_that_decides_its_content(serve, pack, tmp_path):
+    before, shared = path_of(serve(), "alpha"), path_of(serve(shared=True), "alpha")
+    again = path_of(serve(), "alpha")
+    assert before.name == again.name
+    assert len({before.name, shared.name}) == 2
+    make_adapter(tmp_path / "in" / "alpha", seed=77)
+    ex.fit(tmp_path / "in", n_components=4).save(pack, overwrite=True)
+    assert path_of(serve(), "alpha").name not in (before.name, shared.name)
+    ex.fit(tmp_path / "in", n_components=3).save(pack, overwrite=True)
+    assert len({before.name, path_of(serve(), "alpha").name, path_of(serve(), "beta").name}) == 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_adapter_that_is_added_is_found(serve, pack, tmp_path, shared):
+    folders = serve(shared=shared)
+    with pytest.raises(AdapterNameError, match="no adapter named 'gamma'"):
+        path_of(folders, "gamma")
+    with ex.Pack.edit(pack) as edited:
+        edited.add(make_adapter(tmp_path / "gamma", seed=5))
+    assert path_of(folders, "gamma").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "../alpha",
+        "alpha/../beta",
+        "/etc/passwd",
+        "al pha",
+        "alpha\0",
+        "ålpha",
+        ".",
+        "..",
+        "a" * 10_000,
+        "alpha/",
+        "-",
+    ],
+)
+def test_what_is_no_name_is_refused_shortly(serve, name):
+    with pytest.raises(AdapterNameError, match="is not the name of an adapter") as raised:
+        path_of(serve(), name)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_name_is_one_in_its_own_case_only(serve):
+    with pytest.raises(AdapterNameError, match="no adapter named 'Alpha'"):
+        path_of(serve(), "Alpha")
+
+
+def test_a_refit_is_served_anew_without_a_shared_basis(serve, pack, tmp_path):
+    folders = serve()
+    before = path_of(folders, "alpha")
+    ex.refit(pack, tmp_path / "in", n_components=2).pack.save(pack, overwrite=True)
+    after = path_of(folders, "alpha")
+    assert before.name != after.name
+    assert before.is_dir()
+    exported = ex.Pack.open(pack).export(tmp_path / "out", ["alpha"])["alpha"]
+    name = "adapter_model.safetensors"
+    assert (after / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_a_refit_needs_a_restart_with_one(serve, pack, tmp_path):
+    folders = serve(shared=True)
+    before = path_of(folders, "alpha")
+    ex.refit(pack, tmp_path / "in", n_components=2).pack.save(pack, overwrite=True)
+    for _ in range(2):
+        with pytest.raises(ServingError, match="'alpha' cannot be served.*another subspace.*Restart the server"):
+            path_of(folders, "alpha")
+    assert before.is_dir()
+    assert path_of(serve(shared=True), "alpha").is_dir()
+
+
+def test_what_was_there_before_the_subspace_grew_is_served_still(serve, pack, tmp_path):
+    folders = serve(shared=True)
+    core = core_name(folders.served.fingerprint)
+    with ex.Pack.edit(pack) as edited:
+        edited.add(make_adapter(tmp_path / "gamma", seed=5), extend=2)
+    served = load_file(path_of(folders, "alpha") / "adapter_model.safetensors")
+    assert {key.split(".")[-3] for key in served} == {core}
+    with pytest.raises(ServingError, match="'gamma' cannot be served.*Restart the server"):
+        path_of(folders, "gamma")
+    # after which both are, in the subspace that has grown
+    again = serve(shared=True)
+    assert path_of(again, "alpha").name != path_of(folders, "alpha").name
+    assert path_of(again, "gamma").is_dir()
+
+
+def test_a_pack_of_another_model_in_the_place_of_the_one_that_was_compared_needs_a_restart(serve, pack, tmp_path):
+    folders = serve()
+    narrow = {name: (n_out - 2, n_in - 2) for name, (n_out, n_in) in MODULES.items()}
+    make_adapters(tmp_path / "other", "alpha beta", modules=narrow)
+    ex.fit(tmp_path / "other", n_components=4).save(pack, overwrite=True)
+    with pytest.raises(ServingError, match="modules or sizes of another model.*Restart the server"):
+        path_of(folders, "alpha")
+
+
+def test_an_adapter_that_vllm_cannot_serve_is_refused_each_time(serve, pack, tmp_path):
+    with ex.Pack.edit(pack) as edited:
+        edited.add(make_adapter(tmp_path / "gamma", seed=5, config={"bias": "all"}))
+    folders = serve()
+    for _ in range(2):
+        with pytest.raises(ServingError, match="trained biases"):
+            path_of(folders, "gamma")
+
+
+def test_a_damaged_adapter_is_an_error_until_it_is_mended(serve, pack):
+    folders, file = serve(), pack / "adapters" / "alpha" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ex.EigenloraxError, match="changed after it was written"):
+        path_of(folders, "alpha")
+    file.write_bytes(whole)
+    assert path_of(folders, "alpha").is_dir()
+
+
+def test_a_damaged_manifest_is_an_error_until_it_is_mended(serve, pack):
+    folders, file = serve(), pack / "subspace_config.json"
+    whole = file.read_bytes()
+    file.write_bytes(b"{")
+    with pytest.raises(ex.EigenloraxError, match="not valid JSON"):
+        path_of(folders, "alpha")
+    file.write_bytes(whole)
+    assert path_of(folders, "alpha").is_dir()
+
+
+def test_a_pack_that_is_not_there_is_an_error_at_once(serve, tmp_path):
+    with pytest.raises(PackMissingError, match="is not a pack"):
+        serve(pack=str(tmp_path / "nowhere"))
+
+
+def test_so_is_a_cache_that_cannot_be_one(serve, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OptionError, match="EIGENLORAX_CACHE"):
+        serve(cache=tmp_path / "file")
+
+
+def test_a_full_cache_refuses_new_names_and_serves_old_ones(serve):
+    folders = serve(cache_bytes=4_000)
+    alpha = path_of(folders, "alpha")
+    with pytest.raises(CacheFullError, match="no room for beta-"):
+        path_of(folders, "beta")
+    assert path_of(folders, "alpha") == alpha
+
+
+def test_embeddings_of_the_base_model_are_not_written(pack, tmp_path):
+    key = "base_model.model.embed_tokens"
+    lora = {f"{key}.lora_embedding_A": torch.ones(3, 43), f"{key}.lora_embedding_B": torch.ones(7, 3)}
+    whole = {f"{key}.base_layer.weight": torch.ones(43, 7)}
+    make_adapter(tmp_path / "gamma", seed=5, tensors={**lora, **whole})
+    with ex.Pack.edit(pack) as edited:
+        edited.add(tmp_path / "gamma")
+    folders = AdapterFolders(Settings(str(pack), cache=tmp_path / "cache"))
+    served = load_file(path_of(folders, "gamma") / "adapter_model.safetensors")
+    assert set(lora) <= set(served)
+    assert not set(whole) & set(served)
+
+
+def test_the_threads_of_torch_stay_as_many_as_they_were(serve):
+    counts = []
+
+    def note():
+        counts.append(torch.get_num_threads())
+
+    def in_a_new_thread():
+        thread = threading.Thread(target=note)
+        thread.start()
+        thread.join()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        folders = serve()
+        path_of(folders, "alpha")
+        folders._thread.submit(note).result()
+        in_a_new_thread()
+        note()
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1, 3, 3]
