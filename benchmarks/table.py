@@ -13,14 +13,14 @@ from typing import Any
 import error_tables
 import measured
 import recorded
+import vllm_tables
 from markdown_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK = (
-    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank")
+RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM = (
+    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm")
 )
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -33,37 +33,42 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
     demo, tuner, report = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, TUNER, REPORT))
-    continual, bank = (json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK))
+    continual, bank, vllm = (json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK, VLLM))
     run = json.loads(RUN.read_text(encoding="utf-8")) if RUN.is_file() else {"runs": [], "cases": {}}
+    docs = ROOT / "docs"
     blocks = {
-        ROOT / "docs" / "growing.md": continual_table(continual),
-        ROOT / "docs" / "bank.md": bank_table(bank),
-        ROOT / "docs" / "report.md": report_table(report),
-        ROOT / "benchmarks" / "README.md": measured.markdown(run),
-        ROOT / "docs" / "benchmarks.md": measured.page(run),
-        ROOT / "README.md": figures_table(run, demo),
-        ROOT / "docs" / "tuner.md": tuner_table(tuner),
+        (docs / "growing.md", "results"): continual_table(continual),
+        (docs / "bank.md", "results"): bank_table(bank),
+        (docs / "report.md", "results"): report_table(report),
+        (ROOT / "benchmarks" / "README.md", "results"): f"{measured.markdown(run)}\n\n{vllm_tables.markdown(vllm)}",
+        (docs / "benchmarks.md", "results"): measured.page(run),
+        (ROOT / "README.md", "results"): figures_table(run, demo),
+        (docs / "tuner.md", "results"): tuner_table(tuner),
+        (docs / "vllm.md", "serving-bytes"): vllm_tables.computed_bytes(vllm),
+        (docs / "vllm.md", "serving-speed"): vllm_tables.speed(vllm),
     }
     if not (arguments.write or arguments.check):
         print("\n\n".join(blocks.values()))
         return 0
-    stale = {page: block for page, block in blocks.items() if replaced(page, block) != page.read_text("utf-8")}
-    for page, block in stale.items():
+    stale = {place: block for place, block in blocks.items() if replaced(*place, block) != place[0].read_text("utf-8")}
+    for (page, mark), block in stale.items():
         if arguments.write:
-            page.write_text(replaced(page, block), encoding="utf-8")
-        print(f"{page.relative_to(ROOT)}: {'written' if arguments.write else 'not the tables of the results'}")
+            page.write_text(replaced(page, mark, block), encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}, {mark}: {'written' if arguments.write else 'not the tables of the results'}")
     if stale and arguments.check:
         print("python benchmarks/table.py --write mends it.", file=sys.stderr)
         return 1
     return 0
 
 
-def replaced(page: Path, block: str) -> str:
-    head, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def replaced(page: Path, mark: str, block: str) -> str:
+    """The page with `block` between the two comments that have this mark."""
+    begins, ends = (f"<!-- {mark}:{which} -->" for which in ("begin", "end"))
+    head, begin, rest = page.read_text(encoding="utf-8").partition(begins)
+    _, end, tail = rest.partition(ends)
     if not (begin and end):
-        raise SystemExit(f"{page} lacks {BEGIN} or, after it, {END}: there is nowhere to write the tables.")
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+        raise SystemExit(f"{page} lacks {begins} or, after it, {ends}: there is nowhere to write the tables.")
+    return f"{head}{begins}\n{block}\n{ends}{tail}"
 
 
 def report_table(report: Json) -> str:

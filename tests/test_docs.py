@@ -192,7 +192,8 @@ def test_the_index_has_every_page(page):
 
 BLOCKS = [
     (page, block)
-    for page in [*PAGES, ROOT / "README.md"]
+    # that of vLLM runs where vLLM is: tests/serving/test_example.py
+    for page in [*(page for page in PAGES if page.name != "vllm.md"), ROOT / "README.md"]
     for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 ]
 
@@ -204,10 +205,19 @@ def test_examples_run(page, block, tmp_path, monkeypatch):
     assert any(tmp_path.iterdir()), "an example leaves something in its folder"
 
 
+def test_what_the_page_on_serving_shows_is_in_the_examples():
+    page = (DOCS / "bank.md").read_text("utf-8")
+    for title, name in (("With plain transformers", "generate_mixed.py"), ("Behind Ray Serve", "serve_ray.py")):
+        lines = [line.strip() for line in (ROOT / "examples" / name).read_text("utf-8").splitlines()]
+        shown = [line.strip() for line in section(page, title).splitlines() if line.startswith("    ")]
+        assert len(shown) > 4
+        assert set(shown) <= set(lines), f"docs/bank.md, {title}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=by_path)
 def test_lines_are_short(page):
     # what benchmarks/table.py and experiments/tables.py write is not wrapped
-    written = r"<!-- (?:results:begin|experiment:[a-z-]+) -->.*?<!-- (?:results:end|/experiment) -->"
+    written = r"<!-- (?:[a-z-]+:begin|experiment:[a-z-]+) -->.*?<!-- (?:[a-z-]+:end|/experiment) -->"
     text = without_fences(re.sub(written, "", page.read_text("utf-8"), flags=re.DOTALL))
     long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "$$"))]
     assert not long

@@ -60,6 +60,16 @@ def test_the_example_of_serving(tmp_path):
     assert lines[6] == "16 adapters now; wrong answers meanwhile: 0"
 
 
+def test_the_example_of_generation(tmp_path):
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
+    lines = run([ROOT / "examples/generate_mixed.py"], tmp_path).splitlines()
+    said = {line.split()[0]: line for line in lines[:6]}
+    assert len(said) == len(set(said.values())) == 5, "adapters and the base model that say different things"
+    assert lines[6:] == [
+        f"{who}.generate: 6 of 6 rows are what their adapter says alone" for who in ("PeftModel", "AdapterBank")
+    ]
+
+
 def test_the_example_of_a_report(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
