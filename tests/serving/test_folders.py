@@ -14,6 +14,7 @@ from children import needs_fork
 from eigenlorax.errors import AdapterNameError, CacheFullError, OptionError, PackMissingError, ServingError
 from eigenlorax.vllm.cores import core_name
 from eigenlorax.vllm.folders import AdapterFolders
+from eigenlorax.vllm.servable import rank
 from eigenlorax.vllm.settings import Settings
 
 pytestmark = needs_fork
@@ -183,6 +184,26 @@ def test_what_was_there_before_the_subspace_grew_is_served_still(serve, pack, tm
     again = serve(shared=True)
     assert path_of(again, "alpha").name != path_of(folders, "alpha").name
     assert path_of(again, "gamma").is_dir()
+
+
+def test_a_rank_above_the_number_of_components_is_cut_to_what_it_is_said_to_be(tmp_path):
+    """The number of the components that the adapter's coefficients are on, though the subspace has grown since."""
+    make_adapter(tmp_path / "wide", seed=1, rank=9)
+    make_adapter(tmp_path / "other", seed=2, rank=2)
+    ex.fit([tmp_path / "wide", tmp_path / "other"], n_components=5).save(tmp_path / "pack")
+    with ex.Pack.edit(tmp_path / "pack") as edited:
+        edited.add(make_adapter(tmp_path / "gamma", seed=3), extend=2)
+    folders = AdapterFolders(Settings(str(tmp_path / "pack"), shared_basis=True, cache=tmp_path / "cache"))
+    served, opened = ex.read_adapter(path_of(folders, "wide")), ex.Pack.open(tmp_path / "pack")
+    assert served.ranks == (rank(opened.packed("wide"), shared=True),) == (5,)
+    wanted = opened.adapter("wide", torch.float64)
+    for module in MODULES:
+        core, factors = served.modules[f"{module}.{core_name(opened.info.fingerprint)}"], wanted.modules[module]
+        bases = opened.subspace.modules[module]
+        update = (
+            bases.up.components.double().mT @ core.up.double() @ core.down.double() @ bases.down.components.double()
+        )
+        torch.testing.assert_close(update, factors.scaling * factors.up @ factors.down, rtol=1e-5, atol=1e-5)
 
 
 def test_a_pack_of_another_model_in_the_place_of_the_one_that_was_compared_needs_a_restart(serve, pack, tmp_path):

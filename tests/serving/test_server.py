@@ -121,7 +121,8 @@ def test_a_changed_pack_is_served_after_a_restart_and_a_full_cache_serves_what_i
     for name, source in others.items():
         changed.add(made / "adapters" / source, name=name)
     changed.save(tmp_path / "changed")
-    hub = FakeHub({"org/pack": {"main": made / "pack"}})
+    (tmp_path / "commits").mkdir()
+    hub = FakeHub({"org/pack": {"main": made / "pack"}}, room=tmp_path / "commits")
     room = sum(file.stat().st_size for file in (made / "exported" / "a0").iterdir())
     env = {"EIGENLORAX_CACHE": str(tmp_path / "cache"), "EIGENLORAX_CACHE_BYTES": str(int(2.5 * room))}
     with running(hub):
@@ -135,7 +136,7 @@ def test_a_changed_pack_is_served_after_a_restart_and_a_full_cache_serves_what_i
             _until(lambda: any((tmp_path / "cache").glob("server-*/")) or killed.process.poll() is not None)
             killed.process.send_signal(signal.SIGKILL)
         (left,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-        hub.repos["org/pack"]["main"] = tmp_path / "changed"
+        hub.new("org/pack", "main", tmp_path / "changed", lambda folder: None)
         with serving(made / "base", "org/pack", tmp_path / "log", env=env) as server:
             assert not left.exists()
             assert server.greedy("a0", prompt(10)) == wanted["a10"]
@@ -156,5 +157,5 @@ def _until(happened):
 def test_a_server_for_a_pack_that_is_not_there_does_not_start(made, tmp_path):
     with starting(made / "base", tmp_path / "nowhere", tmp_path / "log") as server:
         assert server.process.wait(SECONDS_TO_START) != 0
-        (line,) = [line for line in server.log.splitlines() if "PackMissingError" in line]
+        (line,) = [line for line in server.log.splitlines() if "PackMissingError: " in line]
     assert f"{tmp_path / 'nowhere'} is not a pack" in line

@@ -24,7 +24,8 @@ def core_name(fingerprint: str) -> str:
 def on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
     """An adapter's coefficients as a LoRA of the cores of a model that holds the subspace `served`.
 
-    Scalings are in B, so that one config holds for all modules. A rank above a core's own is cut to it, exactly.
+    Scalings are in B, so that one config holds for all modules. A rank above the number of components that the
+    coefficients are on is cut to it, exactly.
     """
     core = core_name(served.fingerprint)
     modules = {}
@@ -40,9 +41,10 @@ def on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
 def _on_core(coefficients: Coefficients, k_down: int, k_up: int) -> LoRAFactors:
     """One module's coefficients in bases of these sizes, which may have grown since: zeros on the later directions."""
     down, up = coefficients.down.float(), coefficients.up.float() * coefficients.scaling
-    down = torch.nn.functional.pad(down, (0, k_down - down.shape[1]))
-    up = torch.nn.functional.pad(up, (0, 0, 0, k_up - up.shape[0]))
-    if coefficients.rank > min(k_down, k_up):
+    (rank, own_down), own_up = down.shape, up.shape[0]
+    if rank > min(own_down, own_up):
         product = (up.double() @ down.double()).float()
-        down, up = (torch.eye(k_down), product) if k_down <= k_up else (product, torch.eye(k_up))
+        down, up = (torch.eye(own_down), product) if own_down <= own_up else (product, torch.eye(own_up))
+    down = torch.nn.functional.pad(down, (0, k_down - own_down))
+    up = torch.nn.functional.pad(up, (0, 0, 0, k_up - own_up))
     return LoRAFactors(down, up, 1.0)
