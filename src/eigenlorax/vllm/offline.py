@@ -14,6 +14,9 @@ try:
 except ImportError as error:
     raise MissingExtraError("eigenlorax.vllm.Adapters needs vLLM: pip install 'eigenlorax[vllm]'.") from error
 
+_ids: dict[str, int] = {}
+"""vLLM's numbers of adapters, by the digest of what is in them: of several packs no two adapters have the same."""
+
 
 class Adapters(Mapping[str, LoRARequest]):
     """The adapters of a pack as vLLM's offline engine takes them: `llm.generate(…, lora_request=adapters["name"])`.
@@ -29,13 +32,12 @@ class Adapters(Mapping[str, LoRARequest]):
     def __init__(self, pack: str | os.PathLike[str], *, shared_basis: bool | None = None) -> None:
         shared = settings.shared_basis() if shared_basis is None else shared_basis
         self._folders = AdapterFolders(Settings(os.fspath(pack), shared, settings.cache(), settings.cache_bytes()))
-        self._ids: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> LoRARequest:
         """The request for an adapter. `AdapterNameError` if the pack has none of that name, `ServingError` if vLLM
         cannot serve it, `CacheFullError` if there is no room for it."""
         found = self._folders.asked(name).result()
-        number = self._ids.setdefault(found.digest, len(self._ids) + 1)
+        number = _ids.setdefault(found.digest, len(_ids) + 1)
         return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(found.path))
 
     def get(self, name: str, default: Any = None) -> Any:
