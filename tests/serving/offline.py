@@ -16,7 +16,7 @@ T = TypeVar("T")
 NEW = 20
 ENGINE: dict[str, Any] = {
     "enable_lora": True,
-    "max_loras": 4,
+    "max_loras": 8,
     "max_cpu_loras": 8,
     "max_lora_rank": 8,
     "enforce_eager": True,

@@ -54,16 +54,17 @@ def server(request, made, tmp_path_factory):
     pack = shutil.copytree(made / "pack", place / "pack")
     env = {"EIGENLORAX_CACHE": str(place / "cache")}
     with serving(
-        made / "base", pack, place / "log", shared=request.param, max_loras=2, max_cpu_loras=4, env=env
+        made / "base", pack, place / "log", shared=request.param, max_loras=4, max_cpu_loras=6, env=env
     ) as found:
         found.pack, found.shared = pack, request.param
         yield found
         assert found.status(BASE) == 200
 
 
-def test_an_adapter_answers_by_its_name(server, wanted):
-    for i in range(8):
-        assert server.greedy(f"a{i}", prompt(i)) == wanted[f"a{i}"]
+def test_adapters_answer_by_their_names_at_once(server, wanted):
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answers = list(clients.map(lambda i: server.greedy(f"a{i}", prompt(i)), range(8)))
+    assert answers == [wanted[f"a{i}"] for i in range(8)]
 
 
 def test_so_it_does_after_it_was_evicted(server, wanted):
