@@ -56,10 +56,10 @@ def open_manifest(folder: Path) -> Opened:
     """The manifest of the pack in `folder`; `PackMissingError` where there is no pack."""
     opened = read_manifest(folder)
     if opened is None:
-        raise PackMissingError(
-            f"{folder} is not a pack: it has no {keys.MANIFEST}. `eigenlorax fit ADAPTER... -o {folder}` makes one, "
-            f"`eigenlorax pull ORG/NAME -o {folder}` gets one from the Hub."
-        )
+        how = f"`eigenlorax fit ADAPTER... -o {folder}` makes one, `eigenlorax pull ORG/NAME -o {folder}` gets one"
+        if (folder / keys.ADAPTER_CONFIG).is_file():
+            how = f"It is an adapter: `eigenlorax fit {folder} MORE... -o pack/` makes a pack, `pull` gets one"
+        raise PackMissingError(f"{folder} is not a pack: it has no {keys.MANIFEST}. {how} from the Hub.")
     return opened
 
 

@@ -206,16 +206,24 @@ def test_one_folder_is_made_at_a_time(root):
 
 def test_other_files_in_its_folder_are_left_alone(root):
     (root / "notes.txt").write_text("mine")
-    (root / "server-of-mine").mkdir()
+    for name in ("server-prod", "eigenlorax-server-prod", "eigenlorax-server-0123456789abcdef-2"):
+        (root / f"{name}.lock").touch()
+        (root / name).mkdir()
+        (root / name / "precious.txt").write_text("mine")
+    before = entries(root)
     prepare(root)
-    assert entries(root) == ["notes.txt", "server-of-mine"]
+    assert entries(root) == before
+    assert len(list(root.glob("*/precious.txt"))) == 3
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path, mode):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(mode)
-    with pytest.raises(OptionError, match="others cannot. Choose another one with EIGENLORAX_CACHE"):
+    with pytest.raises(
+        OptionError,
+        match=f"other users can write to it .its mode is {mode:o}.. .*EIGENLORAX_CACHE",
+    ):
         prepare(tmp_path / "open")
 
 
@@ -228,13 +236,13 @@ def test_one_where_nobody_can_remove_what_is_of_others_will_do(tmp_path):
 def test_a_link_is_refused(tmp_path):
     (tmp_path / "there").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "there")
-    with pytest.raises(OptionError, match="no link"):
+    with pytest.raises(OptionError, match="cannot be a cache: it is a link"):
         prepare(tmp_path / "link")
 
 
 def test_a_file_is_no_cache(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OptionError, match="cannot be a cache"):
+    with pytest.raises(OptionError, match="cannot be a cache: it is not a folder"):
         prepare(tmp_path / "file")
 
 
@@ -242,7 +250,7 @@ def test_a_file_is_no_cache(tmp_path):
 def test_the_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "theirs").mkdir(mode=0o700)
     os.chown(tmp_path / "theirs", 12345, 12345)
-    with pytest.raises(OptionError, match="that this user can write to"):
+    with pytest.raises(OptionError, match="it belongs to another user"):
         prepare(tmp_path / "theirs")
 
 

@@ -5,7 +5,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
 import eigenlorax
+from eigenlorax.errors import ServingError
 from families import FAMILIES, made_adapters
 from offline import greedy, peft_greedy, slots, with_engine
 
@@ -54,3 +59,47 @@ def test_rows_without_an_adapter_say_what_the_base_model_says(tmp_path):
 
     for shared in (False, True):
         with_engine(check, base, tmp_path / "pack", shared=shared, max_loras=3)
+
+
+@pytest.mark.parametrize("kind", ["lm_head", "embed_tokens"])
+def test_so_do_rows_beside_adapters_of_the_vocabulary(kind, tmp_path):
+    """vLLM has products of its own for these."""
+    base = FAMILIES["llama"].made(tmp_path / "base")
+    for seed, name in enumerate(("a0", "a1")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lora = LoraConfig(r=4, target_modules=["q_proj", kind], init_lora_weights=False, task_type="CAUSAL_LM")
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
+        model.save_pretrained(tmp_path / "adapters" / name, save_embedding_layers=False)
+    pack = eigenlorax.fit(tmp_path / "adapters", n_components=8)
+    pack.save(tmp_path / "pack")
+    exported = pack.export(tmp_path / "exported")
+    names = ["a0", None, "a1"]
+    wanted = peft_greedy(base, PROMPTS[:3], [exported.get(name) for name in names])
+    without = peft_greedy(base, PROMPTS[:3], [None] * 3)
+
+    def check(llm):
+        adapters = eigenlorax.vllm.Adapters(tmp_path / "pack")
+        requests = [adapters[name] if name is not None else None for name in names]
+        assert greedy(llm, PROMPTS[:3], requests) == wanted
+        assert greedy(llm, PROMPTS[:3], [None] * 3) == without
+
+    with_engine(check, base, tmp_path / "pack", max_loras=1)
+    assert wanted[0] != without[0]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["on demand", "shared basis"])
+def test_an_adapter_of_which_a_part_would_be_left_out_is_refused(shared, tmp_path):
+    """vLLM says nothing, and answers as the base model does."""
+    base = FAMILIES["llama"].made(tmp_path / "base")
+    made_adapters(FAMILIES["llama"], base, tmp_path / "adapters", n=2)
+    pack = eigenlorax.fit(tmp_path / "adapters", n_components=8)
+    pack.save(tmp_path / "pack")
+
+    def check(llm):
+        ordinary = eigenlorax.vllm.Adapters(tmp_path / "pack", shared_basis=False)
+        with pytest.raises(ServingError, match="14 modules of an adapter would be left out by this server"):
+            llm.llm_engine.add_lora(ordinary["a0"])
+
+    targets = {} if shared else {"lora_target_modules": ["embed_tokens"]}
+    with_engine(check, base, tmp_path / "pack", shared=shared, **targets)

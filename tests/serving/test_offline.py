@@ -128,3 +128,9 @@ def test_one_with_more_layers_is(pack, made, tmp_path):
     requests = [Adapters(pack)[name] for name in ("a0", "a1", "a2")]
     requests = [type(one)(one.lora_name, i + 1, one.lora_path) for i, one in enumerate(requests)]
     assert with_engine(lambda llm: greedy(llm, PROMPTS, requests), other, pack) == wanted
+
+
+def test_a_rank_that_the_engine_has_no_room_for_is_an_error(pack):
+    assert Adapters(pack, max_lora_rank=4)["a0"].lora_name == "a0"
+    with pytest.raises(ServingError, match="'a0' cannot be served: its rank is 4, and max_lora_rank is 1"):
+        Adapters(pack, max_lora_rank=1)["a0"]

@@ -134,7 +134,7 @@ def test_a_changed_pack_is_served_after_a_restart_and_a_full_cache_serves_what_i
             "HF_HUB_DISABLE_XET": "1",
         }
         with starting(made / "base", "org/pack", tmp_path / "log", env=env) as killed:
-            _until(lambda: any((tmp_path / "cache").glob("server-*/")) or killed.process.poll() is not None)
+            _until(lambda: any((tmp_path / "cache").glob("eigenlorax-server-*/")) or killed.process.poll() is not None)
             killed.process.send_signal(signal.SIGKILL)
         (left,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
         hub.new("org/pack", "main", tmp_path / "changed", lambda folder: None)

@@ -7,6 +7,7 @@ cache is full, there is no new one. What processes that were killed have left go
 import atexit
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -26,7 +27,9 @@ from .settings import CACHE, CACHE_BYTES
 _MEMORY = Path("/dev/shm")  # noqa: S108 (what is made in it is checked)
 _ROOM_IN_MEMORY = 10**9
 """Free bytes from which memory is preferred to a disk: containers often have 64 MB of it."""
-_PREFIX, _LOCK = "server-", ".lock"
+_PREFIX, _LOCK = "eigenlorax-server-", ".lock"
+# of what is swept: others may have files with names alike
+_OURS = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}{re.escape(_LOCK)}")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -51,24 +54,39 @@ def prepare(root: Path) -> None:
     """Make the folder in which caches are, or see that nobody else can change what we will put in it; remove what dead
     processes have left there. `OptionError` where it cannot be used."""
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # what is there already is looked at below
+        with suppress(FileExistsError):
+            root.mkdir(mode=0o700, parents=True)
         # of the place itself: a link may have been put there by somebody else
         found = root.lstat()
     except OSError as error:
         raise OptionError(f"{root} cannot be a cache: {reason(error)}. Choose another folder with {CACHE}.") from error
-    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
-    mine = stat.S_ISDIR(found.st_mode) and found.st_uid in (0, os.geteuid()) and not others_write
-    if not mine or not os.access(root, os.W_OK | os.X_OK):
+    why = _unusable(root, found)
+    if why is not None:
         raise OptionError(
-            f"{root} cannot be a cache: it must be a folder, no link, that this user can write to, and others cannot. "
-            f"Choose another one with {CACHE}; one that is not there is made."
+            f"{root} cannot be a cache: {why}. Choose another folder with {CACHE}; one that is not there is made."
         )
     _sweep(root)
 
 
+def _unusable(root: Path, found: os.stat_result) -> str | None:
+    """Why a place must not be a cache, if it must not."""
+    if stat.S_ISLNK(found.st_mode):
+        return "it is a link"
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is not a folder"
+    if found.st_uid not in (0, os.geteuid()):
+        return "it belongs to another user"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        return f"other users can write to it (its mode is {stat.S_IMODE(found.st_mode):o})"
+    if not os.access(root, os.W_OK | os.X_OK):
+        return "this user cannot write to it"
+    return None
+
+
 def _sweep(root: Path) -> None:
     """Remove what is of processes that have ended: their locks are free."""
-    for path in root.glob(f"{_PREFIX}*{_LOCK}"):
+    for path in (one for one in root.iterdir() if _OURS.fullmatch(one.name)):
         # of another user, or in use, or gone
         with suppress(OSError, filelock.Timeout):
             found = path.lstat()

@@ -19,7 +19,7 @@ from ..pack import Pack
 from ..packed import PackedAdapter
 from . import cache, threads
 from .cores import on_cores
-from .servable import BASE_WEIGHTS, refusal
+from .servable import BASE_WEIGHTS, rank, refusal
 from .settings import Settings
 from .watched import WatchedPack
 
@@ -41,14 +41,16 @@ class AdapterFolders:
     `OptionError`, `PackError` or `HubError` at once if the pack or the cache cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, max_lora_rank: int | None = None) -> None:
         self.shared = settings.shared_basis
+        self._max_lora_rank = max_lora_rank
         self._watched = WatchedPack(settings.pack)
+        self.base_model = self._watched.now().base_model
         # what models that are loaded now hold, whatever becomes of the pack
         self.served: SubspaceInfo = self._watched.now().info
-        root = settings.cache or cache.place()
-        cache.prepare(root)
-        self._cache = cache.Cache(root, settings.cache_bytes)
+        self._root, self._limit = settings.cache or cache.place(), settings.cache_bytes
+        cache.prepare(self._root)
+        self._cache: cache.Cache | None = None
         self._refused: dict[str, ServingError] = {}
         self._thread = threads.single("eigenlorax")
 
@@ -83,6 +85,9 @@ class AdapterFolders:
         if digest in self._refused:
             raise self._refused[digest]
         at_least = 0 if self.shared else pack.records[name].lora_numbers * 4
+        if self._cache is None:
+            # by the process that is asked: others only look whether it could be
+            self._cache = cache.Cache(self._root, self._limit)
         path = self._cache.folder(f"{name}-{digest[:32]}", at_least, lambda: self._files(name, digest))
         return AdapterFolder(path, digest)
 
@@ -96,11 +101,20 @@ class AdapterFolders:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
         found = pack.packed(name)
         why = refusal(found, shared=self.shared) or self._changed(found, pack.info) or _misnamed(found)
+        why = why or self._too_large(found)
         if why is not None:
             self._refused[digest] = ServingError(why)
             raise self._refused[digest]
         made = on_cores(found, self.served) if self.shared else _at_places(pack.adapter(name), found.places)
         return hf_peft.to_files(_without_base_weights(made))
+
+    def _too_large(self, found: PackedAdapter) -> str | None:
+        """Why an adapter has no room in a slot, where that is known here."""
+        needed = rank(found, shared=self.shared)
+        if self._max_lora_rank is None or needed <= self._max_lora_rank:
+            return None
+        limit = f"max_lora_rank is {self._max_lora_rank}"
+        return f"adapter {found.name!r} cannot be served: its rank is {needed}, and {limit}."
 
     def _changed(self, found: PackedAdapter, now: SubspaceInfo) -> str | None:
         """Why an adapter does not go with what was loaded, or compared with the model, when the server started."""

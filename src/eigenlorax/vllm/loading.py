@@ -1,17 +1,27 @@
-"""vLLM's model loaders, each of which puts the bases of a pack into the model that it loads, or compares the two."""
+"""vLLM's model loaders, each of which puts the bases of a pack into the model that it loads, or compares the two; and
+its loader of adapters, which is to leave nothing of one out.
+"""
+
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ..errors import OptionError
 from ..pack import Pack
 from . import settings
-from .agreement import check_fits
+from .agreement import check_all_have_slots, check_fits
 from .cores import core_name
 from .placing import install
+
+_log = init_logger("vllm.plugins.eigenlorax")
 
 
 def register() -> None:
@@ -20,6 +30,8 @@ def register() -> None:
     The weights are loaded then, and processed into what the kernels want, quantised or not; vLLM looks for layers that
     a LoRA may be for right after it.
     """
+    if not hasattr(WorkerLoRAManager._load_adapter, "__wrapped__"):
+        WorkerLoRAManager._load_adapter = _with_nothing_left_out(WorkerLoRAManager._load_adapter)
     loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     for load_format, loader in loaders.items():
         # vLLM's own function for this warns of each format that its loader is lost
@@ -38,6 +50,8 @@ class _WithSubspace(BaseModelLoader):
                 with_subspace(model, vllm_config, found.pack)
             elif vllm_config.lora_config is not None:
                 check_fits(model, Pack.from_pretrained(found.pack, adapters=[]).info)
+            else:
+                _log.warning("eigenlorax: no adapter of %s can be served without --enable-lora.", found.pack)
         return model
 
 
@@ -55,3 +69,18 @@ def with_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> Non
         )
     install(model, pack.subspace, core, torch.device(vllm_config.device_config.device))
     lora_config.target_modules = [core]
+
+
+def _with_nothing_left_out(load: Any) -> Any:
+    """vLLM's loader of adapters, with an error where it would go on without a part of one."""
+
+    @wraps(load)
+    def load_adapter(self: WorkerLoRAManager, *args: Any, **options: Any) -> Any:
+        found, manager = load(self, *args, **options), self._adapter_manager
+        # with several stages, each has some of the layers
+        if get_pp_group().world_size == 1:
+            targets = self.lora_config.target_modules
+            check_all_have_slots(found.loras, manager.modules, manager.packed_modules_mapping, targets)
+        return found
+
+    return load_adapter

@@ -24,14 +24,18 @@ class Adapters(Mapping[str, LoRARequest]):
     An adapter is written to a cache when it is first asked for, and is there until the process ends. The pack may be
     changed meanwhile: an adapter that is another one then has another id, so that vLLM does not confuse the two.
 
-    pack: a folder, or a repository on the Hub. shared_basis: whether the model holds the pack's subspace itself; by
-    default what EIGENLORAX_SHARED_BASIS says, which decided it when the model was loaded. The cache is the one that
-    EIGENLORAX_CACHE and EIGENLORAX_CACHE_BYTES describe.
+    pack: a folder, or a repository on the Hub. max_lora_rank: the engine's, so that an adapter of a larger rank is an
+        error here; an engine of several processes ends by it.
+    shared_basis: whether the model holds the pack's subspace itself; by default what EIGENLORAX_SHARED_BASIS says, as
+        it did when the model was loaded. The cache is the one of EIGENLORAX_CACHE and EIGENLORAX_CACHE_BYTES.
     """
 
-    def __init__(self, pack: str | os.PathLike[str], *, shared_basis: bool | None = None) -> None:
+    def __init__(
+        self, pack: str | os.PathLike[str], *, max_lora_rank: int | None = None, shared_basis: bool | None = None
+    ) -> None:
         shared = settings.shared_basis() if shared_basis is None else shared_basis
-        self._folders = AdapterFolders(Settings(os.fspath(pack), shared, settings.cache(), settings.cache_bytes()))
+        asked = Settings(os.fspath(pack), shared, settings.cache(), settings.cache_bytes())
+        self._folders = AdapterFolders(asked, max_lora_rank)
 
     def __getitem__(self, name: str) -> LoRARequest:
         """The request for an adapter. `AdapterNameError` if the pack has none of that name, `ServingError` if vLLM

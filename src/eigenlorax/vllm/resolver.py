@@ -9,6 +9,7 @@ import multiprocessing
 from collections import OrderedDict
 from pathlib import PurePath
 
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -34,7 +35,11 @@ def register(settings: Settings) -> None:
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         resolver = PackResolver(settings)
         if multiprocessing.parent_process() is None:
-            resolver.open()
+            pack = resolver.open().pack
+            way = "in the bases that the model holds" if settings.shared_basis else "expanded"
+            _log.info("eigenlorax: %d adapters of the pack %s can be asked for, %s.", len(pack), settings.pack, way)
+            if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+                _log.info("eigenlorax: a server is asked for them with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 only.")
         LoRAResolverRegistry.register_resolver(NAME, resolver)
 
 
@@ -57,7 +62,7 @@ class PackResolver(LoRAResolver):
         try:
             folders = self.open()
             found = await asyncio.wrap_future(folders.asked(lora_name))
-            self._compare(folders, base_model_name)
+            self._compare(folders.base_model, base_model_name)
         except AdapterNameError as error:
             self._say_once(logging.INFO, lora_name, str(error))
         except EigenloraxError as error:
@@ -70,10 +75,9 @@ class PackResolver(LoRAResolver):
             return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(found.path))
         return None
 
-    def _compare(self, folders: AdapterFolders, served: str) -> None:
+    def _compare(self, wanted: str | None, served: str) -> None:
         """Say it if the model's name is not the one that the pack's adapters are for: a copy may be called as it likes,
         and what has other sizes is refused by vLLM."""
-        wanted = folders.pack.base_model
         if wanted is not None and PurePath(wanted).name.casefold() != PurePath(served).name.casefold():
             self._say_once(
                 logging.WARNING, "", f"the pack's adapters are for the base model {wanted}; the served one is {served}."
