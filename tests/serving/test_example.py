@@ -1,4 +1,4 @@
-"""The example of docs/vllm.md, as it stands there, as a script of its own: with the processes that vLLM starts for it."""
+"""The example of docs/vllm.md as it stands there, as a script: with the processes that vLLM starts for it."""
 
 import ast
 import os
@@ -26,15 +26,12 @@ def test_the_example_runs_as_a_script(tmp_path):
     eigenlorax.fit(named, n_components=10).save(tmp_path / "pack")
     (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     (tmp_path / "example.py").write_text(block)
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **ENVIRONMENT, **several}
     ran = subprocess.run(
         [sys.executable, "example.py"],
         cwd=tmp_path,
-        env={
-            **os.environ,
-            **ENVIRONMENT,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env=environment,
         capture_output=True,
         text=True,
         timeout=SECONDS,
