@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
@@ -46,13 +47,24 @@ class _WithSubspace(BaseModelLoader):
         found = settings.read()
         # a draft model for speculative decoding is loaded too
         if found is not None and model_config.runner_type != "draft":
-            if found.shared_basis:
-                with_subspace(model, vllm_config, found.pack)
-            elif vllm_config.lora_config is not None:
-                check_fits(model, Pack.from_pretrained(found.pack, adapters=[]).info)
-            else:
-                _log.warning("eigenlorax: no adapter of %s can be served without --enable-lora.", found.pack)
+            _serve(found, model, vllm_config)
         return model
+
+
+def _serve(found: settings.Settings, model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Prepare a loaded model for a pack, and say so: here vLLM's log is there, when plugins are loaded it is not yet."""
+    if found.shared_basis:
+        with_subspace(model, vllm_config, found.pack)
+    elif vllm_config.lora_config is None:
+        _log.warning("eigenlorax: no adapter of %s can be served without --enable-lora.", found.pack)
+        return
+    else:
+        check_fits(model, Pack.from_pretrained(found.pack, adapters=[]).info)
+    way = "in its bases, which the model holds" if found.shared_basis else "as LoRAs, expanded when they are asked for"
+    asked = (
+        "" if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else ". A server asks with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 only"
+    )
+    _log.info("eigenlorax: adapters of the pack %s are served by name, %s%s.", found.pack, way, asked)
 
 
 def with_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None:

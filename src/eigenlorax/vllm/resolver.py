@@ -9,7 +9,6 @@ import multiprocessing
 from collections import OrderedDict
 from pathlib import PurePath
 
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -35,11 +34,7 @@ def register(settings: Settings) -> None:
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         resolver = PackResolver(settings)
         if multiprocessing.parent_process() is None:
-            pack = resolver.open().pack
-            way = "in the bases that the model holds" if settings.shared_basis else "expanded"
-            _log.info("eigenlorax: %d adapters of the pack %s can be asked for, %s.", len(pack), settings.pack, way)
-            if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-                _log.info("eigenlorax: a server is asked for them with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 only.")
+            resolver.open()
         LoRAResolverRegistry.register_resolver(NAME, resolver)
 
 
