@@ -95,7 +95,7 @@ class AdapterFolders:
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
         found = pack.packed(name)
-        why = refusal(found, shared=self.shared) or self._changed(found, pack.info) or _misnamed(found)
+        why = refusal(found, shared=self.shared) or self._changed(found, pack.info)
         if why is not None:
             self._refused[digest] = ServingError(why)
             raise self._refused[digest]
@@ -114,16 +114,6 @@ class AdapterFolders:
             f"adapter {found.name!r} cannot be served: {what} than the pack had when the server started. Restart the "
             "server."
         )
-
-
-def _misnamed(found: PackedAdapter) -> str | None:
-    """Why an adapter cannot be given the subspace's names of its modules, if it needs them."""
-    if not found.carried or all(module == place for module, place in found.places.items()):
-        return None
-    return (
-        f"adapter {found.name!r} cannot be served: its modules lack the first part of the model's names, and it has "
-        "tensors outside the subspace, whose names are not known."
-    )
 
 
 def _sizes(found: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:
