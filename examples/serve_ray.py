@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field
 from ray import serve
@@ -32,6 +33,12 @@ import eigenlorax as ex
 
 BASE = "base"
 api = FastAPI()
+
+
+@api.exception_handler(Exception)
+async def failed(_, error):
+    """What the client is told of an error that nobody expected; the replica's log has its traceback."""
+    return JSONResponse({"detail": f"the server failed: {type(error).__name__}: {error}"}, 500)
 
 
 class Asked(BaseModel):
@@ -55,24 +62,28 @@ class Completions:
     async def completions(self, asked: Asked):
         if asked.model != BASE and asked.model not in self.bank:
             raise HTTPException(404, f"there is no model {asked.model!r}: GET /v1/models lists them")
-        choice, together = await self.batched(asked)
+        # here, not in the batch: what one client sends is no error of the others
+        tokens = self.tokenizer(asked.prompt)["input_ids"]
+        if not tokens:
+            raise HTTPException(422, f"the prompt {asked.prompt!r} has no tokens: send some text")
+        choice, together = await self.batched(asked, tokens)
         return {"object": "text_completion", "model": asked.model, "choices": [choice], "requests_in_batch": together}
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.02)
-    async def batched(self, asked):
+    async def batched(self, asked, tokens):
         # in a thread: the replica takes further requests meanwhile
-        return await asyncio.to_thread(self.generate, asked)
+        return await asyncio.to_thread(self.generate, asked, tokens)
 
-    def generate(self, asked):
+    def generate(self, asked, tokens):
         """One batch, each row with the adapter of its request: every answer, and how many there are."""
-        tokens = self.tokenizer([one.prompt for one in asked], padding=True, return_tensors="pt")
+        padded = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
         rows = self.bank.generate(
-            **tokens,
+            **padded,
             adapter_names=["__base__" if one.model == BASE else one.model for one in asked],
             max_new_tokens=max(one.max_tokens for one in asked),
             do_sample=False,
         )
-        new = rows[:, tokens["input_ids"].shape[1] :]
+        new = rows[:, padded["input_ids"].shape[1] :]
         return [(self.choice(row[: one.max_tokens]), len(asked)) for row, one in zip(new, asked, strict=True)]
 
     def choice(self, row):
@@ -92,10 +103,11 @@ def app(arguments):
 
 def make_tiny(folder):
     """A Llama with random weights whose tokens are characters, and a pack of random adapters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     characters = Tokenizer(models.WordLevel({c: i for i, c in enumerate(["_", *string.ascii_lowercase, " "])}, "_"))
+    characters.normalizer = normalizers.Strip()
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="_", pad_token="_")
@@ -165,6 +177,7 @@ def main():
         with ThreadPoolExecutor(len(bodies)) as clients:
             answers = list(clients.map(lambda body: ask(url, **body), bodies))
         unknown = ask(url, model="nobody", prompt="to be")
+        blank = ask(url, model="poet", prompt="   ")
         serve.shutdown()
         ray.shutdown()
 
@@ -178,6 +191,7 @@ def main():
     print(f"{same} of {len(bodies)} answers are what the adapter says alone")
     print(f"requests in the largest batch: {max(answer['requests_in_batch'] for _, answer in answers)}")
     print(f"an unknown name: {unknown[0]}, {unknown[1]['detail']}")
+    print(f"a prompt of blanks: {blank[0]}, {blank[1]['detail']}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,14 @@ import torch
 
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
+from children import needs_fork
 from eigenlorax.cli.serve_check import EPILOG
+from eigenlorax.errors import ServingError
+from eigenlorax.vllm.folders import AdapterFolders
+from eigenlorax.vllm.settings import Settings
 from outcomes import assert_refused, assert_usage_error, json_of, succeeded
 
+QALORA = {"use_qalora": True}
 LAYERS, HIDDEN, KV, FFN, VOCABULARY = 2, 24, 12, 40, 53
 BLOCK = {"q_proj": (24, 24), "v_proj": (12, 24)}
 RANK, K = 3, 4
@@ -190,8 +195,24 @@ class TestWhatIsNotServed:
         pack = make_pack_of(tmp_path)
         run = succeeded(cli("serve-check", pack, "--model", model))
         assert "served expanded             2 of 3" in run.out
-        (line, _) = (line for line in run.out.splitlines() if "not trained-biases" in line)
-        assert "vLLM does not support trained biases (bias='all')." in line
+        said = "1 adapter (trained-biases): vLLM does not support trained biases (bias='all')."
+        assert f"\nNot served expanded: {said}\nNot served with a shared basis: {said}\n" in run.out
+
+    def test_adapters_refused_for_one_reason_are_told_together(self, cli, tmp_path, model):
+        for n in range(5):
+            name = tmp_path / "in" / (f"biased-{n}" + "-long" * 10)
+            make_adapter(name, seed=n, rank=RANK, modules=modules(), base=None, config={"bias": "all"})
+        make_adapters(tmp_path / "in", "a b", modules=modules(), rank=RANK, base=None)
+        make_adapter(tmp_path / "in" / "of-codes", seed=9, rank=RANK, modules=modules(), base=None, config=QALORA)
+        pack = make_pack_of(tmp_path)
+        run = succeeded(cli("serve-check", pack, "--model", model))
+        names = ", ".join(f"biased-{n}" + "-long" * 10 for n in range(3))
+        many, one = (line for line in run.out.splitlines() if line.startswith("Not served expanded: "))
+        assert f"5 adapters ({names} and 2 more): vLLM does not support trained biases" in many
+        assert one == "Not served expanded: 1 adapter (of-codes): vLLM does not support QALoRA."
+        refused = json_of(cli("serve-check", pack, "--model", model, "--json"))["expanded"]["refused"]
+        assert len(refused) == 6
+        assert refused["of-codes"] == "vLLM does not support QALoRA"
 
     def test_what_lies_outside_the_subspace_is_served_expanded_alone(self, cli, tmp_path, model):
         make_adapters(tmp_path / "in", "a b", modules=modules(), rank=RANK, base=None)
@@ -216,13 +237,28 @@ class TestWhatIsNotServed:
         pack = make_pack(tmp_path, shapes=modules() | {"lm_head": (VOCABULARY, HIDDEN)})
         found = json_of(cli("serve-check", pack, "--model", model, "--max-loras", 1, "--json"))
         assert found["not_held"] == ["lm_head"]
-        assert found["shared"] == {"served": 0, "refused": {}, "command": None}
+        assert (found["shared"]["served"], found["shared"]["command"]) == (0, None)
+        assert sorted(found["shared"]["refused"]) == ["a", "b", "c"]
         assert found["plan"]["shared"] is None
         attention = 2 * HIDDEN + 2 * (KV + HIDDEN)
         assert found["plan"]["expanded"]["slot_numbers"] == 8 * (LAYERS * attention + VOCABULARY + HIDDEN)
         run = succeeded(cli("serve-check", pack, "--model", model))
-        assert "not held by the model" in run.out
+        (line,) = (line for line in run.out.splitlines() if line.startswith("Not served with a shared basis: "))
+        assert "3 adapters (a, b, c): the model has no linear layer" in line
+        assert "for 1 of the 5 modules of the subspace, as 'lm_head'" in line
+        assert "(eigenlorax fit … --exclude-module lm_head)" in line
         assert "EIGENLORAX_SHARED_BASIS" not in run.out
+
+    def test_what_it_says_to_do_about_it_helps(self, cli, tmp_path, model):
+        make_adapters(tmp_path / "in", "a b c", modules=modules(), rank=RANK, base=None)
+        more = modules() | {"lm_head": (VOCABULARY, HIDDEN)}
+        make_adapter(tmp_path / "in" / "head", seed=5, rank=RANK, modules=more, base=None)
+        found = json_of(cli("serve-check", make_pack_of(tmp_path), "--model", model, "--json"))
+        (options,) = {re.search(r"\(eigenlorax fit … (.*)\)", why)[1] for why in found["shared"]["refused"].values()}
+        succeeded(cli("fit", tmp_path / "in", "-o", tmp_path / "again", *shlex.split(options)))
+        found = json_of(cli("serve-check", tmp_path / "again", "--model", model, "--json"))
+        assert (found["expanded"]["served"], found["shared"]["served"]) == (4, 3)
+        assert list(found["shared"]["refused"]) == ["head"]
 
     def test_adapters_of_embeddings_alone(self, cli, tmp_path, model):
         embedding = {
@@ -246,6 +282,20 @@ class TestWhatIsNotServed:
         assert (found["expanded"]["served"], found["shared"]["served"]) == (1, 0)
         assert found["plan"]["expanded"]["adapter_bytes"] == 2 * RANK * (VOCABULARY + HIDDEN)
 
+    @needs_fork
+    def test_names_without_their_first_part_beside_tensors_outside_the_subspace(self, cli, fitting, tmp_path, model):
+        short = {name.removeprefix("model."): shape for name, shape in modules().items()}
+        embedding = {
+            "base_model.model.embed_tokens.lora_embedding_A": torch.ones(RANK, VOCABULARY),
+            "base_model.model.embed_tokens.lora_embedding_B": torch.ones(HIDDEN, RANK),
+        }
+        make_adapter(tmp_path / "short", seed=5, rank=RANK, modules=short, tensors=embedding, base=None)
+        succeeded(cli("add", fitting, tmp_path / "short"))
+        found = json_of(cli("serve-check", fitting, "--model", model, "--json"))
+        assert "lack the first part of the model's names" in found["expanded"]["refused"]["short"]
+        with pytest.raises(ServingError, match="lack the first part of the model's names"):
+            AdapterFolders(Settings(str(fitting), False, tmp_path / "cache")).asked("short").result(timeout=60)
+
     def test_an_empty_pack(self, cli, fitting, model):
         succeeded(cli("remove", fitting, "a", "b", "c"))
         run = succeeded(cli("serve-check", fitting, "--model", model))
@@ -267,6 +317,13 @@ def make_pack_of(place, **options):
 
 
 class TestWhatIsRefused:
+    def test_a_basis_of_which_a_byte_is_another(self, cli, fitting, model):
+        (basis,) = fitting.glob("subspace-*.safetensors")
+        data = bytearray(basis.read_bytes())
+        data[-1] ^= 1
+        basis.write_bytes(data)
+        assert_refused(cli("serve-check", fitting, "--model", model), 4, basis.name)
+
     def test_a_model_that_is_not_there(self, cli, fitting):
         for model in ("no/such", "./nowhere"):
             done = cli("serve-check", fitting, "--model", model)

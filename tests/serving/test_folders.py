@@ -14,7 +14,7 @@ from children import needs_fork
 from eigenlorax.errors import AdapterNameError, CacheFullError, OptionError, PackMissingError, ServingError
 from eigenlorax.vllm.cores import core_name
 from eigenlorax.vllm.folders import AdapterFolders
-from eigenlorax.vllm.servable import rank
+from eigenlorax.vllm.servable import shared_rank
 from eigenlorax.vllm.settings import Settings
 
 pytestmark = needs_fork
@@ -195,7 +195,7 @@ def test_a_rank_above_the_number_of_components_is_cut_to_what_it_is_said_to_be(t
         edited.add(make_adapter(tmp_path / "gamma", seed=3), extend=2)
     folders = AdapterFolders(Settings(str(tmp_path / "pack"), shared_basis=True, cache=tmp_path / "cache"))
     served, opened = ex.read_adapter(path_of(folders, "wide")), ex.Pack.open(tmp_path / "pack")
-    assert served.ranks == (rank(opened.packed("wide"), shared=True),) == (5,)
+    assert served.ranks == (shared_rank(opened.packed("wide")),) == (5,)
     wanted = opened.adapter("wide", torch.float64)
     for module in MODULES:
         core, factors = served.modules[f"{module}.{core_name(opened.info.fingerprint)}"], wanted.modules[module]

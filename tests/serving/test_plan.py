@@ -8,7 +8,6 @@ from transformers import LlamaConfig
 from eigenlorax.errors import OptionError
 from eigenlorax.tasks.shapes import of_config
 from eigenlorax.vllm import plan as plans
-from eigenlorax.vllm import servable
 from eigenlorax.vllm.plan import COLUMN, EMBEDDING, HEAD, ROW, Choices, Core, Layer, Served, Shapes
 
 HIDDEN, FFN, KV, VOCABULARY, DEPTH = 4096, 14336, 1024, 128256, 32
@@ -166,7 +165,6 @@ class TestRanks:
         assert plans.max_lora_rank(rank) == flag
 
     def test_the_largest(self):
-        assert plans.RANKS[-1] == servable.LARGEST_RANK
         with pytest.raises(OptionError, match="up to rank 512, not 513"):
             plans.max_lora_rank(513)
 

@@ -8,7 +8,8 @@ import torch
 
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
-from eigenlorax.vllm.servable import LARGEST_RANK, rank, refusal
+from eigenlorax.vllm.plan import RANKS
+from eigenlorax.vllm.servable import expanded_rank, refusal, shared_rank
 
 HEAD = "base_model.model.score.weight"
 
@@ -122,25 +123,32 @@ def test_tensors_that_vllm_would_not_read_are_refused(plain, key, shape, said):
     assert said in refusal(found, shared=False)
 
 
+def test_names_that_cannot_be_completed_are_refused(plain):
+    short = replace(plain, places={module: f"model.{place}" for module, place in plain.places.items()})
+    assert refusal(short, shared=False) is None
+    found = replace(short, carried={"base_model.model.words.lora_embedding_A": torch.ones(3, 43)})
+    assert "its modules lack the first part of the model's names" in refusal(found, shared=False)
+
+
 def test_an_adapter_without_a_module_is_refused(plain):
     assert "no LoRA module" in refusal(replace(plain, coefficients={}, places={}), shared=True)
 
 
 def test_the_rank_is_that_of_the_config_with_its_patterns(plain):
-    assert rank(plain, shared=False) == 3
-    assert rank(with_config(plain, rank_pattern={"nowhere": 41}), shared=False) == 41
+    assert expanded_rank(plain) == 3
+    assert expanded_rank(with_config(plain, rank_pattern={"nowhere": 41})) == 41
 
 
 def test_with_a_shared_basis_the_rank_is_at_most_the_number_of_components(tmp_path):
     make_adapter(tmp_path / "wide", seed=1, rank=9)
     make_adapter(tmp_path / "other", seed=2, rank=2)
     pack = ex.fit([tmp_path / "wide", tmp_path / "other"], n_components=5)
-    assert rank(pack.packed("wide"), shared=False) == 9
-    assert rank(pack.packed("wide"), shared=True) == 5
-    assert rank(pack.packed("other"), shared=True) == 2
+    assert expanded_rank(pack.packed("wide")) == 9
+    assert shared_rank(pack.packed("wide")) == 5
+    assert shared_rank(pack.packed("other")) == 2
 
 
 def test_a_rank_beyond_what_vllm_has_is_refused(plain):
-    found = with_config(plain, rank_pattern={"nowhere": LARGEST_RANK + 1})
-    assert f"its rank is {LARGEST_RANK + 1}" in refusal(found, shared=False)
+    found = with_config(plain, rank_pattern={"nowhere": RANKS[-1] + 1})
+    assert f"its rank is {RANKS[-1] + 1}" in refusal(found, shared=False)
     assert refusal(found, shared=True) is None

@@ -8,7 +8,9 @@ import typer
 from . import console
 
 if TYPE_CHECKING:
-    from ..vllm.checking import Check, Way
+    from collections.abc import Mapping, Sequence
+
+    from ..vllm.checking import Check
     from ..vllm.plan import Plan, Tier
 
 EPILOG = """Examples:
@@ -65,11 +67,14 @@ def _show(found: "Check") -> None:
         console.note(note)
     rows = [
         ("model", f"{found.model}, in {found.dtype}"),
-        *_way_rows("served expanded", found.expanded, found.adapters),
-        *_way_rows("served with a shared basis", found.shared, found.adapters),
-        *[("  not held by the model", _some(found.not_held))] * bool(found.not_held),
+        ("served expanded", f"{found.expanded.served} of {found.adapters}"),
+        ("served with a shared basis", f"{found.shared.served} of {found.adapters}"),
     ]
     console.print_rows(f"pack {found.pack}", rows)
+    # below the table, which is as wide as its longest row
+    for title, way in (("Not served expanded", found.expanded), ("Not served with a shared basis", found.shared)):
+        for line in _by_reason(way.refused):
+            typer.echo(f"{title}: {line}")
     if found.plan.expanded is not None or found.plan.shared is not None:
         _show_plan(found.plan)
     for title, way in (("Expanded", found.expanded), ("With a shared basis", found.shared)):
@@ -77,12 +82,19 @@ def _show(found: "Check") -> None:
             typer.echo(f"\n{title}:\n\n  {way.command}")
 
 
-def _way_rows(label: str, way: "Way", adapters: int) -> list[tuple[str, str]]:
-    return [(label, f"{way.served} of {adapters}"), *[(f"  not {name}", why) for name, why in way.refused.items()]]
+def _by_reason(refused: "Mapping[str, str]") -> list[str]:
+    """A sentence for each reason, that of the most adapters first."""
+    found: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        found.setdefault(why, []).append(name)
+    return [
+        f"{len(names):,} adapter{'s' * (len(names) > 1)} ({_some(names)}): {why}."
+        for why, names in sorted(found.items(), key=lambda one: -len(one[1]))
+    ]
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _some(names: "Sequence[str]") -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _show_plan(plan: "Plan") -> None:

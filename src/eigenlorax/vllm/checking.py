@@ -4,9 +4,8 @@ Nothing here imports vLLM: a server is planned where there is none.
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median_low
 
 import torch
@@ -19,8 +18,8 @@ from ..pack import Pack
 from ..packed import PackedAdapter
 from . import plan as plans
 from . import servable
-from .plan import Choices, Core, Layer, Plan, Served, Shapes, Tier
-from .settings import PACK, SHARED_BASIS
+from .commands import Start
+from .plan import Choices, Core, Layer, Plan, Served, Shapes
 
 DTYPES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """What vLLM may run a model in, and the bytes of a number; `auto` is half precision."""
@@ -56,7 +55,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to serve: how many adapters; why not the others, a sentence each by name; the command that starts it.
+    """One way to serve: how many adapters; why not the others, a reason each by name; the command that starts it.
 
     command: None where nothing is served.
     """
@@ -98,7 +97,8 @@ def check(
 ) -> Check:
     """Compare a pack, which a server will find at `source`, with a model's shapes, and plan its serving.
 
-    revision: of the model. `ModuleNameError` and `ShapeError` where the pack is not for this model.
+    Every byte that a server reads is read. revision: of the model. `PackDamagedError` where the pack is,
+    `ModuleNameError` and `ShapeError` where it is not for this model.
     """
     asked = asked or Asked()
     plans.check_gpus(shapes, asked.tensor_parallel_size)
@@ -114,14 +114,14 @@ def check(
         expanded=read.expanded.served,
         shared=read.shared.served,
     )
-    start = _Start(source, shapes.model, revision, asked, plan.choices)
+    start = Start(source, shapes.model, revision, asked.dtype, plan.choices)
     return Check(
         pack=source,
         model=shapes.model,
         dtype=shapes.dtype if asked.dtype == "auto" else asked.dtype,
         adapters=len(pack),
-        expanded=read.expanded.way(start.command(plan.expanded, targets)),
-        shared=read.shared.way(start.command(plan.shared, None)),
+        expanded=read.expanded.way(start.expanded(plan.expanded, targets)),
+        shared=read.shared.way(start.shared(plan.shared)),
         not_held=match.not_held,
         target_modules=list(targets),
         plan=plan,
@@ -143,7 +143,9 @@ class _Match:
 
 def _matched(pack: Pack, shapes: Shapes) -> _Match:
     layers, cores, not_held = dict(shapes.layers), {}, []
-    names = keys.resolve_all(pack.info.modules, shapes.layers)
+    # the manifest says the sizes too; but the server reads the bases, and refuses to start where they are damaged
+    modules = pack.subspace.modules
+    names = keys.resolve_all(modules, shapes.layers)
     missing = [name for name, found in names.items() if found is None and not _of_experts(name, shapes)]
     remedy = "Name the base model that the pack's adapters are for with --model" + (
         f": the pack says {pack.base_model!r}." if pack.base_model else "."
@@ -153,19 +155,19 @@ def _matched(pack: Pack, shapes: Shapes) -> _Match:
             f"{shapes.model} lacks {len(missing)} of the {len(names)} modules of the pack, as {missing[0]!r}. {remedy}"
         )
     for name, place in names.items():
-        down, up = (pack.info.modules[name][side] for side in keys.SIDES)
+        bases = modules[name]
         if place is None:
             place = name
-            layers[name] = Layer(up.dimension, down.dimension)
+            layers[name] = Layer(*bases.shape)
         layer = layers[place]
-        if (layer.out, layer.input) != (up.dimension, down.dimension):
+        if (layer.out, layer.input) != bases.shape:
             raise ShapeError(
-                f"module {name} of the pack has a weight of {up.dimension} × {down.dimension}, that of {shapes.model} "
-                f"is {layer.out} × {layer.input}. {remedy}"
+                f"module {name} of the pack has a weight of {bases.shape[0]} × {bases.shape[1]}, that of "
+                f"{shapes.model} is {layer.out} × {layer.input}. {remedy}"
             )
         if layer.kind != plans.LINEAR or plans.in_experts(place):
             not_held.append(name)
-        cores[place] = Core(down.k, up.k)
+        cores[place] = Core(bases.down.k, bases.up.k)
     return _Match(layers, cores, not_held)
 
 
@@ -209,33 +211,46 @@ def _read(pack: Pack, match: _Match, progress: Callable[[str, int, int], None]) 
         found = pack.packed(name)
         carried = keys.resolve_all(sorted({keys.parse_peft_key(key).module for key in found.carried}), match.layers)
         _read_expanded(read, found, carried)
-        if not match.not_held:
-            _read_shared(read.shared, found, pack.info)
+        _read_shared(read.shared, found, pack.info, match)
     return read
 
 
 def _read_expanded(read: _Read, found: PackedAdapter, carried: Mapping[str, str | None]) -> None:
-    why = servable.refusal(found, shared=False)
+    why = servable.reason_against(found, shared=False)
     lacking = [module for module, place in carried.items() if place is None]
     if why is None and lacking:
-        why = f"adapter {found.name!r} cannot be served: the model lacks its module {lacking[0]!r}."
+        why = f"the model lacks its module {lacking[0]!r}"
     if why is not None:
         read.expanded.refused[found.name] = why
         return
-    read.expanded.ranks[found.name] = servable.rank(found, shared=False)
+    read.expanded.ranks[found.name] = servable.expanded_rank(found)
     read.expanded.numbers += found.record.lora_numbers + sum(tensor.numel() for tensor in found.carried.values())
     read.carried.update(place for place in carried.values() if place is not None)
 
 
-def _read_shared(served: _Served, found: PackedAdapter, info: SubspaceInfo) -> None:
-    why = servable.refusal(found, shared=True)
+def _read_shared(served: _Served, found: PackedAdapter, info: SubspaceInfo, match: _Match) -> None:
+    why = _without_place(match) or servable.reason_against(found, shared=True)
     if why is not None:
         served.refused[found.name] = why
         return
-    served.ranks[found.name] = servable.rank(found, shared=True)
+    served.ranks[found.name] = servable.shared_rank(found)
     for module, coefficients in found.coefficients.items():
         k_down, k_up = (info.modules[found.places[module]][side].k for side in keys.SIDES)
         served.numbers += min(coefficients.rank, k_down, k_up) * (k_down + k_up)
+
+
+def _without_place(match: _Match) -> str | None:
+    """Why a server with a shared basis would not start, whatever the adapter, and what to do."""
+    if not match.not_held:
+        return None
+    # of a mixture there are thousands
+    patterns = sorted({"*experts.*" if plans.in_experts(name) else name for name in match.not_held})
+    options = " ".join(f"--exclude-module {shlex.quote(pattern)}" for pattern in patterns)
+    return (
+        f"the model has no linear layer, which bases could be put into, for {len(match.not_held)} of the "
+        f"{len(match.cores)} modules of the subspace, as {match.not_held[0]!r}; leave them out when fitting "
+        f"(eigenlorax fit … {options}), and adapters that have no LoRA there will be served"
+    )
 
 
 def _choices(asked: Asked, adapters: int) -> Choices:
@@ -246,40 +261,6 @@ def _choices(asked: Asked, adapters: int) -> Choices:
         itemsize=DTYPES[asked.dtype],
         gpus=asked.tensor_parallel_size,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """What the commands that start a server share."""
-
-    pack: str
-    model: str
-    revision: str | None
-    asked: Asked
-    choices: Choices
-
-    def command(self, tier: Tier | None, targets: Sequence[str] | None) -> str | None:
-        """The command for one way to serve. targets: None for a shared basis, which chooses modules itself."""
-        if tier is None:
-            return None
-        environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", PACK: _absolute(self.pack)}
-        if targets is None:
-            environment[SHARED_BASIS] = "1"
-        words = ["vllm", "serve", _absolute(self.model)]
-        words += ["--revision", self.revision] if self.revision else []
-        words += ["--dtype", self.asked.dtype] if self.asked.dtype != "auto" else []
-        gpus = self.asked.tensor_parallel_size
-        words += ["--tensor-parallel-size", str(gpus)] if gpus > 1 else []
-        words += ["--enable-lora", "--max-loras", str(self.choices.max_loras)]
-        words += ["--max-cpu-loras", str(self.choices.max_cpu_loras), "--max-lora-rank", str(tier.max_lora_rank)]
-        words += ["--lora-target-modules", *targets] if targets is not None else []
-        assignments = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-        return " ".join([*assignments, shlex.join(words)])
-
-
-def _absolute(place: str) -> str:
-    """A folder wherever the command is started; what is none is a repository."""
-    return str(Path(place).absolute()) if Path(place).exists() else place
 
 
 def _notes(shapes: Shapes, match: _Match, read: _Read, asked: Asked) -> list[str]:

@@ -19,7 +19,7 @@ from ..pack import Pack
 from ..packed import PackedAdapter
 from . import cache, threads
 from .cores import on_cores
-from .servable import BASE_WEIGHTS, rank, refusal
+from .servable import BASE_WEIGHTS, expanded_rank, refusal, shared_rank
 from .settings import Settings
 from .watched import WatchedPack
 
@@ -100,8 +100,7 @@ class AdapterFolders:
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
         found = pack.packed(name)
-        why = refusal(found, shared=self.shared) or self._changed(found, pack.info) or _misnamed(found)
-        why = why or self._too_large(found)
+        why = refusal(found, shared=self.shared) or self._changed(found, pack.info) or self._too_large(found)
         if why is not None:
             self._refused[digest] = ServingError(why)
             raise self._refused[digest]
@@ -110,7 +109,7 @@ class AdapterFolders:
 
     def _too_large(self, found: PackedAdapter) -> str | None:
         """Why an adapter has no room in a slot, where that is known here."""
-        needed = rank(found, shared=self.shared)
+        needed = (shared_rank if self.shared else expanded_rank)(found)
         if self._max_lora_rank is None or needed <= self._max_lora_rank:
             return None
         limit = f"max_lora_rank is {self._max_lora_rank}"
@@ -128,16 +127,6 @@ class AdapterFolders:
             f"adapter {found.name!r} cannot be served: {what} than the pack had when the server started. Restart the "
             "server."
         )
-
-
-def _misnamed(found: PackedAdapter) -> str | None:
-    """Why an adapter cannot be given the subspace's names of its modules, if it needs them."""
-    if not found.carried or all(module == place for module, place in found.places.items()):
-        return None
-    return (
-        f"adapter {found.name!r} cannot be served: its modules lack the first part of the model's names, and it has "
-        "tensors outside the subspace, whose names are not known."
-    )
 
 
 def _sizes(found: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:

@@ -52,7 +52,7 @@ class _WithSubspace(BaseModelLoader):
 
 
 def _serve(found: settings.Settings, model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Prepare a loaded model for a pack, and say so: here vLLM's log is there, when plugins are loaded it is not yet."""
+    """Prepare a loaded model for a pack, and say so: vLLM has a log by now, which it lacks when plugins are loaded."""
     if found.shared_basis:
         with_subspace(model, vllm_config, found.pack)
     elif vllm_config.lora_config is None:

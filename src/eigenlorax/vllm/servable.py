@@ -9,9 +9,7 @@ from typing import Any
 
 from .. import keys
 from ..packed import PackedAdapter
-
-LARGEST_RANK = 512
-"""The largest `--max-lora-rank` that vLLM has."""
+from .plan import RANKS
 
 _HEADS = ("score", "classifier")
 _STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -32,7 +30,13 @@ _OPTIONS = {
 
 
 def refusal(found: PackedAdapter, *, shared: bool) -> str | None:
-    """Why vLLM cannot serve an adapter, in one sentence; None if nothing speaks against it.
+    """`reason_against` in a sentence, with the adapter's name."""
+    why = reason_against(found, shared=shared)
+    return why and f"adapter {found.name!r} cannot be served: {why}."
+
+
+def reason_against(found: PackedAdapter, *, shared: bool) -> str | None:
+    """Why vLLM cannot serve an adapter; None if nothing speaks against it.
 
     shared: by the subspace in the model, which serves what lies in the subspace, and nothing beside it.
     """
@@ -42,18 +46,24 @@ def refusal(found: PackedAdapter, *, shared: bool) -> str | None:
         why = f"it has {_some(found.carried)} outside the subspace; without a shared basis it can be served"
     if why is None and not found.coefficients and (shared or not found.carried):
         why = "it has no LoRA module"
-    if why is None and rank(found, shared=shared) > LARGEST_RANK:
-        why = f"its rank is {rank(found, shared=shared)}, and vLLM's largest {LARGEST_RANK}"
-    return why and f"adapter {found.name!r} cannot be served: {why}."
+    if why is None and (rank := shared_rank(found) if shared else expanded_rank(found)) > RANKS[-1]:
+        why = f"its rank is {rank}, and vLLM's largest {RANKS[-1]}"
+    if why is None and found.carried and any(module != place for module, place in found.places.items()):
+        why = (
+            "its modules lack the first part of the model's names, and it has tensors outside the subspace, whose "
+            "names are not known"
+        )
+    return why
 
 
-def rank(found: PackedAdapter, *, shared: bool) -> int:
-    """The rank that vLLM finds in an adapter, and `--max-lora-rank` has to allow.
+def shared_rank(found: PackedAdapter) -> int:
+    """The rank that `--max-lora-rank` has to allow with a shared basis: in each module at most the number of components
+    of either side."""
+    return max((min(c.rank, c.down.shape[1], c.up.shape[0]) for c in found.coefficients.values()), default=0)
 
-    With a shared basis, a module's is at most the number of components of each of its sides.
-    """
-    if shared:
-        return max((min(c.rank, c.down.shape[1], c.up.shape[0]) for c in found.coefficients.values()), default=0)
+
+def expanded_rank(found: PackedAdapter) -> int:
+    """The rank that vLLM finds in an expanded adapter, and `--max-lora-rank` has to allow."""
     config = json.loads(found.source_config)
     # of the config: vLLM reads what it says of modules that are not there, too
     said = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
