@@ -25,7 +25,7 @@ def settings(tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
+def said():
     """The lines that the log has got: level and text."""
     lines = []
 
@@ -33,11 +33,12 @@ def said(monkeypatch):
         def emit(self, record):
             lines.append((record.levelname, record.getMessage()))
 
-    handler = Note()
-    monkeypatch.setattr(resolver._log, "level", logging.DEBUG)
+    handler, before = Note(), resolver._log.level
+    resolver._log.setLevel(logging.DEBUG)
     resolver._log.addHandler(handler)
     yield lines
     resolver._log.removeHandler(handler)
+    resolver._log.setLevel(before)
 
 
 @pytest.fixture
