@@ -249,6 +249,14 @@ class TestWhatIsNotServed:
         assert "(eigenlorax fit … --exclude-module lm_head)" in line
         assert "EIGENLORAX_SHARED_BASIS" not in run.out
 
+    def test_an_adapter_that_fitting_again_would_not_help_has_its_own_reason(self, cli, tmp_path, model):
+        more = modules() | {"lm_head": (VOCABULARY, HIDDEN)}
+        make_adapters(tmp_path / "in", "a b", modules=more, rank=RANK, base=None)
+        make_adapter(tmp_path / "in" / "biased", seed=5, rank=RANK, modules=more, base=None, config={"bias": "all"})
+        refused = json_of(cli("serve-check", make_pack_of(tmp_path), "--model", model, "--json"))["shared"]["refused"]
+        assert refused["a"] == refused["b"] != refused["biased"]
+        assert refused["biased"] == "vLLM does not support trained biases (bias='all')"
+
     def test_what_it_says_to_do_about_it_helps(self, cli, tmp_path, model):
         make_adapters(tmp_path / "in", "a b c", modules=modules(), rank=RANK, base=None)
         more = modules() | {"lm_head": (VOCABULARY, HIDDEN)}

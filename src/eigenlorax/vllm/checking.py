@@ -229,7 +229,8 @@ def _read_expanded(read: _Read, found: PackedAdapter, carried: Mapping[str, str 
 
 
 def _read_shared(served: _Served, found: PackedAdapter, info: SubspaceInfo, match: _Match) -> None:
-    why = _without_place(match) or servable.reason_against(found, shared=True)
+    # its own reason first: fitting again does not help then
+    why = servable.reason_against(found, shared=True) or _without_place(match)
     if why is not None:
         served.refused[found.name] = why
         return
