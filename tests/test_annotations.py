@@ -36,7 +36,7 @@ def test_a_shape_that_is_wrong_is_found():
     one = subspace.project(factors, bases)
     assert metrics.module_error(factors, one, bases).lost > 0
     with pytest.raises(jaxtyping.TypeCheckError, match="down"):
-        subspace.Coefficients(one.down[0], one.up)
+        subspace.Coefficients(one.down[0], one.up, 1.0)
 
 
 def test_a_type_that_is_wrong_is_found():
