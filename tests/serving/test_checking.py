@@ -79,3 +79,8 @@ def test_memory_for_a_hundred_adapters_at_most(monkeypatch):
 def test_numbers_are_integers(fields):
     with pytest.raises(OptionError, match=f"{next(iter(fields))} must be an integer"):
         Asked(**fields)
+
+
+def test_names_that_are_not_the_model_s_own_are_said():
+    (note,) = check(make_pack({Q.removeprefix("model."): (17, 11)}), "pack", shapes()).notes
+    assert note.startswith("'layers.0.self_attn.q_proj' and 0 more modules of the pack have other names in org/base")

@@ -125,7 +125,7 @@ def check(
         not_held=match.not_held,
         target_modules=list(targets),
         plan=plan,
-        notes=_notes(shapes, match, read, asked),
+        notes=[*_note_of_names(pack, shapes, match), *_notes(shapes, match, read, asked)],
     )
 
 
@@ -262,6 +262,17 @@ def _choices(asked: Asked, adapters: int) -> Choices:
         itemsize=DTYPES[asked.dtype],
         gpus=asked.tensor_parallel_size,
     )
+
+
+def _note_of_names(pack: Pack, shapes: Shapes, match: _Match) -> list[str]:
+    """Names are matched here as everywhere, by their ends; vLLM wants them whole."""
+    other = [name for name in pack.info.modules if name not in match.cores]
+    if not other:
+        return []
+    return [
+        f"{other[0]!r} and {len(other) - 1} more modules of the pack have other names in {shapes.model}: vLLM's own "
+        "tables rename those of some models; with others the server says so and does not start."
+    ]
 
 
 def _notes(shapes: Shapes, match: _Match, read: _Read, asked: Asked) -> list[str]:
