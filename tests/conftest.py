@@ -4,6 +4,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 
 # a shared core may be away for longer than any deadline; and main stays as green as it was
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
@@ -12,6 +14,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # two threads on cores that are shared spin: set before torch is imported, here and in every process the tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# signatures without shapes are checked by beartype alone: jaxtyping, which holds the shapes of a call together, makes a
+# call several times as slow. Those with shapes are in pyproject.toml; the tuner is written in PEFT's plain style
+CHECKED = (
+    "auto card checkpoint checks dtypes engine fitting folder formats iterative keys knapsack known krylov "
+    "linalg manifest mixing reports sizes store summary tasks typed urls"
+)
+beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
 
 
 def pytest_configure(config):
