@@ -3,8 +3,9 @@
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Annotated
 
 import typer
@@ -102,9 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(IO_ERROR)
 
 
+@cache
+def _command() -> Callable[..., object]:
+    """`app` as typer's command, built once: who calls `main` again should not wait for that again."""
+    return typer.main.get_command(app)
+
+
 def _run(arguments: Sequence[str] | None) -> None:
     try:
-        app(args=arguments, prog_name="eigenlorax")
+        _command()(args=arguments, prog_name="eigenlorax")
     except SystemExit:
         # what cannot be written is to be known before the exit code is
         if sys.stdout is not None:
