@@ -23,6 +23,35 @@ from planted import MODULES, random_adapter, random_collection, random_factors
 
 NAME = "encoder.0.query"
 
+NO_FACTORS = {
+    "torch.ones(3, 20), torch.ones(30, 4), 1": "ShapeError",
+    "torch.ones(20), torch.ones(30, 4), 1": "ShapeError",
+    "torch.ones(0, 20), torch.ones(30, 0), 1": "ShapeError",
+    "torch.ones(3, 20).long(), torch.ones(30, 3), 1": "FormatError",
+    "torch.ones(3, 20).numpy(), torch.ones(30, 3).numpy(), 1": "FormatError",
+    "torch.ones(3, 20), torch.ones(30, 3), 'x'": "OptionError",
+}
+SCALED_BY_NUMPY = "torch.ones(3, 20), torch.ones(30, 3), numpy.float32(0.5)"
+
+
+@pytest.fixture(scope="module")
+def said_of_factors():
+    """What becomes of `LoRAFactors` of each of these, in a process of its own: here types and shapes are checked before
+    our own code sees them."""
+    code = (
+        "import eigenlorax as ex, json, numpy, sys, torch\n"
+        "said = {}\n"
+        "for arguments in sys.argv[1:]:\n"
+        "    try:\n"
+        "        found = ex.LoRAFactors(*eval(f'({arguments})')).scaling\n"
+        "        said[arguments] = f'scaling: {found}, a {type(found).__name__}'\n"
+        "    except ex.EigenloraxError as error:\n"
+        "        said[arguments] = f'{type(error).__name__}: {error}'\n"
+        "print(json.dumps(said))"
+    )
+    command = [sys.executable, "-c", code, *NO_FACTORS, SCALED_BY_NUMPY]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
 
 def one(**fields):
     factors = random_factors(3, 7, 5, seed=1, dtype=torch.float32, scaling=1.0)
@@ -61,31 +90,12 @@ class TestAdaptersInMemory:
         heads = {"base_model.model.m.lora_A.weight": torch.ones(2, 3)}
         self.refused(one(heads=heads), FormatError, "lora_A.weight' has the name of a LoRA tensor")
 
-    @pytest.mark.parametrize(
-        ("down", "up", "error"),
-        [
-            ("torch.ones(3, 20)", "torch.ones(30, 4)", "ShapeError"),
-            ("torch.ones(20)", "torch.ones(30, 4)", "ShapeError"),
-            ("torch.ones(0, 20)", "torch.ones(30, 0)", "ShapeError"),
-            ("torch.ones(3, 20).long()", "torch.ones(30, 3)", "FormatError"),
-            ("torch.ones(3, 20).numpy()", "torch.ones(30, 3).numpy()", "FormatError"),
-            ("torch.ones(3, 20)", "torch.ones(30, 3)", "OptionError"),
-        ],
-    )
-    def test_factors_that_are_none(self, down, up, error):
-        # in a process of its own: here types and shapes are checked before our own code sees them
-        scaling = "'x'" if error == "OptionError" else "1"
-        code = f"import eigenlorax as ex, torch; ex.LoRAFactors({down}, {up}, {scaling})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert error in done.stderr.splitlines()[-1]
+    @pytest.mark.parametrize(("arguments", "error"), NO_FACTORS.items())
+    def test_factors_that_are_none(self, said_of_factors, arguments, error):
+        assert said_of_factors[arguments].startswith(f"{error}: ")
 
-    def test_scalings_may_be_numpy_s(self):
-        code = (
-            "import eigenlorax as ex, numpy, torch\n"
-            "found = ex.LoRAFactors(torch.ones(3, 20), torch.ones(30, 3), numpy.float32(0.5)).scaling\n"
-            "assert type(found) is float and found == 0.5"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True)
+    def test_scalings_may_be_numpy_s(self, said_of_factors):
+        assert said_of_factors[SCALED_BY_NUMPY] == "scaling: 0.5, a float"
 
 
 class TestOptions:

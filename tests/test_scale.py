@@ -146,13 +146,26 @@ def stop_after(modules):
     return progress
 
 
+@pytest.fixture(scope="module")
+def stopped(folder, tmp_path_factory):
+    """What a fit keeps that was stopped after two of three modules."""
+    kept = tmp_path_factory.mktemp("stopped") / "kept"
+    with pytest.raises(StoppedError):
+        eigenlorax.fit(folder, n_components=K, checkpoint=kept, progress=stop_after(2), warn_above=1.0)
+    return kept
+
+
+@pytest.fixture
+def kept(stopped, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped, tmp_path / "kept")
+
+
 class TestInterrupted:
-    def test_a_fit_goes_on_where_it_was(self, pack, folder, tmp_path, monkeypatch):
-        with pytest.raises(StoppedError):
-            eigenlorax.fit(folder, n_components=K, checkpoint=tmp_path / "kept", progress=stop_after(2), warn_above=1.0)
+    def test_a_fit_goes_on_where_it_was(self, pack, folder, kept, tmp_path, monkeypatch):
         done, do = [], jobs.do
         monkeypatch.setattr(jobs, "do", lambda loaded, *rest: done.append(loaded.job.module) or do(loaded, *rest))
-        again = eigenlorax.fit(folder, n_components=K, checkpoint=tmp_path / "kept", warn_above=1.0)
+        again = eigenlorax.fit(folder, n_components=K, checkpoint=kept, warn_above=1.0)
         assert done == ["layers.1.q"]
         assert any("2 of 3 modules" in note for note in again.notes)
         again.save(tmp_path / "again")
@@ -162,22 +175,18 @@ class TestInterrupted:
     @pytest.mark.parametrize(
         "change", [{"n_components": K - 1}, {"sweeps": 1}, {"dtype": "float32"}, {"adapters": N - 1}]
     )
-    def test_another_fit_does_not_take_what_is_there(self, folder, tmp_path, change):
-        options = {"n_components": K, "warn_above": 1.0, "checkpoint": tmp_path / "kept"}
-        with pytest.raises(StoppedError):
-            eigenlorax.fit(folder, **options, progress=stop_after(2))
+    def test_another_fit_does_not_take_what_is_there(self, folder, kept, change):
+        options = {"n_components": K, "warn_above": 1.0, "checkpoint": kept}
         paths = sorted(folder.iterdir())[: change.pop("adapters", N)]
         other = eigenlorax.fit(paths, **{**options, **change})
         assert not any("interrupted" in note for note in other.notes)
         plain = eigenlorax.fit(paths, **{**options, **change, "checkpoint": None})
         assert other.info.fingerprint == plain.info.fingerprint
 
-    def test_a_module_that_was_half_written_is_fitted_again(self, pack, folder, tmp_path):
-        with pytest.raises(StoppedError):
-            eigenlorax.fit(folder, n_components=K, checkpoint=tmp_path, progress=stop_after(2), warn_above=1.0)
-        whole = (tmp_path / "00001.safetensors").read_bytes()
-        (tmp_path / "00001.safetensors").write_bytes(whole[: len(whole) // 2])
-        again = eigenlorax.fit(folder, n_components=K, checkpoint=tmp_path, warn_above=1.0)
+    def test_a_module_that_was_half_written_is_fitted_again(self, pack, folder, kept):
+        whole = (kept / "00001.safetensors").read_bytes()
+        (kept / "00001.safetensors").write_bytes(whole[: len(whole) // 2])
+        again = eigenlorax.fit(folder, n_components=K, checkpoint=kept, warn_above=1.0)
         assert again.info.fingerprint == pack.info.fingerprint
 
     def test_a_folder_with_anything_else_in_it_is_left_alone(self, folder, tmp_path):
@@ -197,11 +206,9 @@ class TestInterrupted:
             refused = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
         assert "PackBusyError" in refused.stderr
 
-    def test_what_is_kept_outlives_another_mistake(self, folder, tmp_path):
+    def test_what_is_kept_outlives_another_mistake(self, folder, stopped, tmp_path):
         command = [sys.executable, "-m", "eigenlorax", "fit", str(folder), "-o", str(tmp_path / "pack"), "--no-report"]
-        kept = tmp_path / ".pack.fitting"
-        with pytest.raises(StoppedError):
-            eigenlorax.fit(folder, n_components=K, checkpoint=kept, progress=stop_after(2), warn_above=1.0)
+        kept = shutil.copytree(stopped, tmp_path / ".pack.fitting")
         there = tree(kept)
         assert subprocess.run([*command, "-k", "99999"], capture_output=True, check=False).returncode == 3
         assert tree(kept) == there

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from synthetic import bare
 from synthetic import report as synthetic
 
 import eigenlorax as ex
@@ -38,6 +40,14 @@ def pack(adapters):
 @pytest.fixture(scope="module")
 def report(pack, adapters):
     return ex.report(pack, adapters)
+
+
+@pytest.fixture(scope="module")
+def with_a_report(adapters, tmp_path_factory):
+    own, folder = ex.fit(adapters, n_components=6), tmp_path_factory.mktemp("made") / "pack"
+    own.save(folder)
+    stored.leave(own, adapters, folder, lambda stage, done, total: None)
+    return folder
 
 
 class TestJson:
@@ -110,18 +120,19 @@ class TestSuffixes:
         ("name", "start"),
         [("a.html", "<!doctype html>"), ("a.HTM", "<!doctype"), ("a.md", "# 6 LoRA"), ("a.json", "{")],
     )
-    def test_say_what_is_written(self, report, tmp_path, name, start):
-        report.save(tmp_path / "new" / name)
+    def test_say_what_is_written(self, tmp_path, name, start):
+        bare(6).save(tmp_path / "new" / name)
         assert (tmp_path / "new" / name).read_text("utf-8").startswith(start)
 
     @pytest.mark.parametrize("name", ["report.html", "report.md", "report.json", "README.md"])
     @pytest.mark.parametrize("before", ["a report", "nothing"])
-    def test_a_report_or_an_empty_file_is_replaced(self, report, tmp_path, name, before):
-        path = tmp_path / name
+    def test_a_report_or_an_empty_file_is_replaced(self, tmp_path, name, before):
+        # a page without pictures, which take seconds to draw
+        path, report = tmp_path / name, bare(4)
         if before == "nothing":
             path.touch()
         else:
-            synthetic(3).save(path)
+            bare(3).save(path)
         old = path.read_bytes()
         report.save(path)
         assert path.read_bytes() != old
@@ -175,10 +186,9 @@ class TestInAPack:
         return ex.fit(adapters, n_components=6)
 
     @pytest.fixture
-    def place(self, own, adapters, tmp_path):
-        own.save(tmp_path / "pack")
-        stored.leave(own, adapters, tmp_path / "pack", lambda stage, done, total: None)
-        return tmp_path / "pack"
+    def place(self, with_a_report, tmp_path):
+        """A copy of it: a page takes seconds to draw."""
+        return Path(shutil.copytree(with_a_report, tmp_path / "pack"))
 
     def test_is_read_again(self, place, report):
         assert stored.of(ex.Pack.open(place)) == report

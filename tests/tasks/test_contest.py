@@ -1,6 +1,7 @@
 """A contest: rates are chosen on rows for training alone, what is resumed ends alike, and sizes are as they should."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,7 @@ K, RANK, MODULES = 9, 4, len(tiny.BERT)
 FACTORS = MODULES * RANK * 2 * K
 
 
-@pytest.fixture
-def asked(place):
+def few(place):
     """Of few rows, and quick."""
     trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=0))
     trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=1))
@@ -36,12 +36,26 @@ def asked(place):
     )
 
 
+@pytest.fixture
+def asked(place):
+    return few(place)
+
+
 def run(place, asked, name="out.json", *, resume=False, progress=None):
     with warnings.catch_warnings():
         # that chance has a hand in rates where rows are few is tested once
         warnings.simplefilter("ignore", RowsWarning)
         prepared = contest.prepare(place / "pack", asked, place / name, resume=resume)
     return contest.run(prepared, progress)
+
+
+@pytest.fixture(scope="module")
+def ended(_made, tmp_path_factory):
+    """Where a contest has ended in `out.json`, what it was asked, and what it found; its tests leave all this be."""
+    place = tmp_path_factory.mktemp("contest")
+    trainable.copy_all(_made, place)
+    asked = few(place)
+    return place, asked, run(place, asked)
 
 
 def trainings(path):
@@ -88,8 +102,8 @@ class TestAContest:
         assert found.points == [0.667, 1.333, 1.667]
         assert len(found.methods[0].curve) == 3
 
-    def test_has_a_line_in_its_file_for_every_training(self, place, asked):
-        found = run(place, asked)
+    def test_has_a_line_in_its_file_for_every_training(self, ended):
+        place, _, found = ended
         made = trainings(place / "out.json")
         keys = [(one["method"], one["learning_rate"], one["seed"]) for one in made]
         best = found.methods[0].learning_rate
@@ -106,20 +120,20 @@ class TestAContest:
         assert result["findings"] == found.findings
         assert result["methods"][1]["scores"] == found.methods[1].scores
 
-    def test_chooses_no_rate_by_the_rows_for_evaluation(self, place, asked):
-        run(place, asked)
+    def test_chooses_no_rate_by_the_rows_for_evaluation(self, ended):
+        place, asked, _ = ended
         rows = trainable.keyword_rows(23, seed=1)
         other = {"bad": "good", "good": "bad"}
-        trainable.write_jsonl(place / "test.jsonl", [{**row, "label": other[row["label"]]} for row in rows])
-        found = run(place, asked, "other.json")
+        turned = trainable.write_jsonl(place / "turned.jsonl", [{**row, "label": other[row["label"]]} for row in rows])
+        found = run(place, replace(asked, evaluation=turned), "other.json")
         assert choices(place / "other.json") == choices(place / "out.json")
         for one, turned in zip(trainings(place / "out.json")[2:], trainings(place / "other.json")[2:], strict=True):
             assert turned["learning_rate"] == one["learning_rate"]
             assert turned["score"] == pytest.approx(1 - one["score"])
         assert found.methods[0].learning_rate in (0.01, 0.1)
 
-    def test_that_is_resumed_ends_like_one_that_was_not_disturbed(self, place, asked):
-        run(place, asked)
+    def test_that_is_resumed_ends_like_one_that_was_not_disturbed(self, ended):
+        place, asked, _ = ended
 
         def stop(stage, done, total):
             assert total == 6
@@ -132,14 +146,15 @@ class TestAContest:
         assert run(place, asked, "stopped.json", resume=True).trainings == 3
         assert trainings(place / "stopped.json") == trainings(place / "out.json")
 
-    def test_that_is_resumed_with_more_trains_no_more_than_that(self, place, asked):
-        before = run(place, asked)
+    def test_that_is_resumed_with_more_trains_no_more_than_that(self, ended):
+        place, asked, before = ended
+        shutil.copy(place / "out.json", place / "more.json")
         more = replace(asked, methods=["lora", "core", "head"], rates={**asked.rates, "head": [0.1]}, seeds=3)
-        found = run(place, more, resume=True)
+        found = run(place, more, "more.json", resume=True)
         assert found.trainings == 1 + 1 + 3
         assert [line.scores[:2] for line in found.methods[:2]] == [line.scores for line in before.methods]
         # fewer are a part of it
-        assert run(place, asked, resume=True).trainings == 0
+        assert run(place, asked, "more.json", resume=True).trainings == 0
 
     def test_that_began_with_something_else_is_not_resumed(self, place, asked):
         quick = replace(asked, methods=["head"], rates={"head": [0.1]}, seeds=1)

@@ -90,25 +90,30 @@ class TestLoaders:
         loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "out", subspace=bert_pack)
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
-    @pytest.mark.parametrize("embed", [False, True], ids=["pack open", "embedded"])
-    def test_each_of_them_in_a_new_process(self, saved_base, bert_pack, tmp_path, ids, embed):
-        model = trained(saved_base, bert_pack, embed_subspace=embed)
-        model.save_pretrained(tmp_path / "out")
-        torch.save({"ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "wanted.pt")
-        opening = "" if embed else "eigenlorax.Pack.open(sys.argv[4])\n"
+    def test_each_of_them_in_a_new_process(self, saved_base, bert_pack, tmp_path, ids):
+        logits = {}
+        for name in ("embedded", "pack"):
+            model = trained(saved_base, bert_pack, embed_subspace=name == "embedded")
+            model.save_pretrained(tmp_path / name)
+            logits[name] = model(ids).logits.detach()
+        torch.save({"ids": ids, **logits}, tmp_path / "wanted.pt")
+        # what has its subspace with it comes first, while no pack is open
         code = (
             "import sys, torch, eigenlorax\n"
-            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
             f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-            f"{opening}"
             "from pathlib import Path\n"
-            "from test_saving import LOADERS, load\n"
-            "base, out, wanted = map(Path, sys.argv[1:4])\n"
-            "wanted = torch.load(wanted)\n"
-            "for loader in LOADERS:\n"
-            "    assert torch.equal(load(loader, base, out).eval()(wanted['ids']).logits, wanted['logits']), loader\n"
+            "from loaders import LOADERS, load\n"
+            "base, place, pack = map(Path, sys.argv[1:])\n"
+            "wanted = torch.load(place / 'wanted.pt')\n"
+            "def check(name):\n"
+            "    for loader in LOADERS:\n"
+            "        logits = load(loader, base, place / name).eval()(wanted['ids']).logits\n"
+            "        assert torch.equal(logits, wanted[name]), (name, loader)\n"
+            "check('embedded')\n"
+            "opened = eigenlorax.Pack.open(pack)\n"
+            "check('pack')\n"
         )
-        succeeds(code, saved_base, tmp_path / "out", tmp_path / "wanted.pt", bert_pack)
+        succeeds(code, saved_base, tmp_path, bert_pack)
 
     def test_what_is_exported_needs_nothing_of_ours(self, saved_base, bert_pack, tmp_path, ids):
         model = trained(saved_base, bert_pack)
