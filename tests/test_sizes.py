@@ -1,5 +1,6 @@
 """`max_error`: as few bytes as keep every adapter within the bound, held against all there are."""
 
+import bisect
 import itertools
 import json
 import math
@@ -22,23 +23,24 @@ BOUNDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def random(n, modules, seed):
-    """Adapters that share nothing."""
+    """Adapters that share nothing, of ranks 1, 2, 3, 1, …: the fewer rows, the fewer combinations there are to try."""
     return collection(
         n,
         modules,
         lambda i, j, out, width: (
-            normal(2 + i % 3, width, seed=seed + 100 * i + 10 * j),
-            normal(out, 2 + i % 3, seed=seed + 100 * i + 10 * j + 5),
+            normal(1 + i % 3, width, seed=seed + 100 * i + 10 * j),
+            normal(out, 1 + i % 3, seed=seed + 100 * i + 10 * j + 5),
         ),
     )
 
 
-def shared(n, modules, seed):
-    """Adapters that mostly share a subspace, of another dimension on each side of each module."""
+def shared(n, modules, seed, least=1):
+    """Adapters that mostly share a subspace, of another dimension on each side of each module; of three ranks, from the
+    least on."""
 
     def factors(i, j, out, width):
         bases = orthonormal(3 + 2 * j, width, seed + 7 * j), orthonormal(4 + j, out, seed + 7 * j + 3)
-        one = factors_in(bases, 2 + i % 3, seed=seed + 100 * i + 10 * j, noise=0.15)
+        one = factors_in(bases, least + i % 3, seed=seed + 100 * i + 10 * j, noise=0.15)
         return one.down, one.up
 
     return collection(n, modules, factors)
@@ -113,6 +115,18 @@ def fewest_bytes(cells, bound):
     return best
 
 
+def of_one_number(adapters, bound, most):
+    """The pack of a number of components, one for all, that keeps to the bound where one less does not."""
+    packs = {}
+
+    def keeps(k):
+        packs[k] = ex.fit(adapters, n_components=k, warn_above=1.0)
+        return max(record.delta_error for record in packs[k].records.values()) <= bound
+
+    assert keeps(most)
+    return packs[1 + bisect.bisect_left(range(1, most), True, key=keeps)]
+
+
 class TestBytes:
     def assert_fewest(self, adapters, dtype=torch.float32, weighting="delta", bounds=BOUNDS):
         cells = all_cells(adapters, dtype, weighting)
@@ -120,6 +134,8 @@ class TestBytes:
             pack = ex.fit(adapters, max_error=bound, dtype=dtype, weighting=weighting)
             assert max(record.delta_error for record in pack.records.values()) <= bound
             assert stored_bytes(pack) <= 1.05 * fewest_bytes(cells, bound)
+            # no side is empty alone
+            assert all((down == 0) == (up == 0) for down, up in numbers(pack).values())
 
     @pytest.mark.parametrize("make", [random, shared])
     @pytest.mark.parametrize("n", [3, 4])
@@ -127,9 +143,8 @@ class TestBytes:
         self.assert_fewest(make(n, dict(list(MODULES.items())[:2]), seed=1000 * n))
 
     @pytest.mark.parametrize("make", [random, shared])
-    @pytest.mark.parametrize("seed", [1, 2])
-    def test_are_the_fewest_over_three_modules(self, make, seed):
-        self.assert_fewest(make(3, MODULES, seed=5000 * seed))
+    def test_are_the_fewest_over_three_modules(self, make):
+        self.assert_fewest(make(3, MODULES, seed=5000))
 
     def test_are_the_fewest_in_float16(self):
         self.assert_fewest(shared(4, dict(list(MODULES.items())[1:]), seed=77), dtype=torch.float16)
@@ -143,23 +158,17 @@ class TestBytes:
         adapters = shared(5, modules, seed=9)
         pack = ex.fit(adapters, max_error=0.4)
         assert max(record.delta_error for record in pack.records.values()) <= 0.4
-        for k in itertools.count(1):
-            single = ex.fit(adapters, n_components=k)
-            if max(record.delta_error for record in single.records.values()) <= 0.4:
-                break
-        assert stored_bytes(pack) < 0.95 * stored_bytes(single)
+        assert stored_bytes(pack) < 0.95 * stored_bytes(of_one_number(adapters, 0.4, most=20))
 
     @pytest.mark.parametrize("bound", [0.2, 0.5])
     def test_where_rows_outnumber_dimensions(self, bound):
         # more cells than can be tried, and predictions that sweeps and other bases put off
         modules = {f"m.{j}": (47 + 3 * j, 61 - 2 * j) for j in range(5)}
-        adapters = shared(25, modules, seed=11)
+        adapters = shared(25, modules, seed=11, least=2)
         pack = ex.fit(adapters, max_error=bound)
         worst = max(record.delta_error for record in pack.records.values())
         assert 0.97 * bound < worst <= bound
-        singles = (ex.fit(adapters, n_components=k, warn_above=1.0) for k in itertools.count(1))
-        single = next(one for one in singles if max(r.delta_error for r in one.records.values()) <= bound)
-        assert stored_bytes(pack) < stored_bytes(single)
+        assert stored_bytes(pack) < stored_bytes(of_one_number(adapters, bound, most=61))
 
     def test_progress_is_told_stage_by_stage(self):
         seen = []
@@ -209,11 +218,6 @@ class TestNumbers:
         more = pack.augment(3, seed=1)
         assert numbers(more)["m.1"] == (3, 3)
         assert more.add(adapters[0], name="again").delta_error < pack.records[adapters[0].name].delta_error
-
-    def test_no_side_is_empty_alone(self):
-        for bound in BOUNDS:
-            pack = ex.fit(random(4, MODULES, seed=3), max_error=bound)
-            assert all((down == 0) == (up == 0) for down, up in numbers(pack).values())
 
     def test_nothing_is_capped(self):
         assert ex.fit(random(3, MODULES, seed=3), max_error=0.5).summary.down.capped == []
