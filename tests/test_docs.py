@@ -221,3 +221,9 @@ def test_lines_are_short(page):
     text = without_fences(re.sub(written, "", page.read_text("utf-8"), flags=re.DOTALL))
     long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "$$"))]
     assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_tables_have_a_line_for_each_row(page):
+    text = without_code(page.read_text("utf-8"))
+    assert all(line.startswith("|") for line in text.splitlines() if re.search(r"\|\s*-{3,}", line))
