@@ -234,6 +234,8 @@ def test_an_interrupt_leaves_the_pack_as_it_was_without_a_traceback(pack):
     before = contents(pack)
 
     def interrupted():
+        # shells have what they start in the background ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         at_change(6, pack, lambda: os.kill(os.getpid(), signal.SIGINT))
         main(["add", str(pack), str(pack.parent / "new")])
 
