@@ -491,13 +491,18 @@ def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dty
 
 def widened(coefficients: Coefficients, bases: ModuleBases) -> Coefficients:
     """The same update in bases that have grown since: zeros on the later directions."""
-    more_down, more_up = bases.down.k - coefficients.down.shape[1], bases.up.k - coefficients.up.shape[0]
+    return padded(coefficients, bases.down.k, bases.up.k)
+
+
+def padded(coefficients: Coefficients, k_down: int, k_up: int) -> Coefficients:
+    """The same on so many components of each side. `ShapeError` if the coefficients have more."""
+    more_down, more_up = k_down - coefficients.down.shape[1], k_up - coefficients.up.shape[0]
     if not (more_down or more_up):
         return coefficients
     if min(more_down, more_up) < 0:
         raise ShapeError(
             f"coefficients of {coefficients.down.shape[1]} and {coefficients.up.shape[0]} components are wider than "
-            f"their bases, which have {bases.down.k} and {bases.up.k}."
+            f"their bases, which have {k_down} and {k_up}."
         )
     return replace(
         coefficients,

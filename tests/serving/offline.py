@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from eigenlorax.vllm import plugin, settings
 
 T = TypeVar("T")
 NEW = 20
+SECONDS = 400
 ENGINE: dict[str, Any] = {
     "enable_lora": True,
     "max_loras": 8,
@@ -63,6 +66,23 @@ def _engine(base: Path, options: Mapping[str, Any]) -> Any:
     from vllm import LLM
 
     return LLM(model=str(base), **{**ENGINE, **options})
+
+
+def printed_by(*words: str | Path, cwd: Path | None = None) -> str:
+    """What a Python program prints, in which vLLM may start processes; it imports what is beside these tests."""
+    here = Path(__file__).parent
+    several = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    ran = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT, **several},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
 
 
 def greedy(llm: Any, prompts: Sequence[Sequence[int]], requests: Sequence[Any]) -> list[list[int]]:

@@ -7,13 +7,12 @@ import json
 import os
 import sys
 
-from offline import ENGINE, ENVIRONMENT, greedy
+from offline import ENGINE, greedy
 
 
 def main() -> None:
     base, pack, shared, ranks, prompts = sys.argv[1:]
-    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="1", EIGENLORAX_PACK=pack)
-    os.environ["EIGENLORAX_SHARED_BASIS"] = shared
+    os.environ.update(EIGENLORAX_PACK=pack, EIGENLORAX_SHARED_BASIS=shared)
     from vllm import LLM
 
     import eigenlorax.vllm

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from offline import ENGINE, ENVIRONMENT
+from offline import ENGINE
 
 
 def taken(worker):
@@ -23,8 +23,7 @@ def taken(worker):
 
 def main():
     base, pack, shared, flags = sys.argv[1:]
-    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
-    os.environ.update(EIGENLORAX_PACK=pack, EIGENLORAX_SHARED_BASIS=shared)
+    os.environ.update(EIGENLORAX_PACK=pack, EIGENLORAX_SHARED_BASIS=shared, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     from vllm import LLM
 
     import ranks

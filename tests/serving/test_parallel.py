@@ -2,9 +2,6 @@
 and keys in one layer, one head of keys that both have, projections that are fused for LoRAs too."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite in
 
 import eigenlorax
 from families import FAMILIES, Family, made_adapters
-from offline import peft_greedy
+from offline import peft_greedy, printed_by
 
 HERE = Path(__file__).parent
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(4)]
-SECONDS = 400
 
 
 def with_fields(kind: str, **fields: int) -> Family:
@@ -37,16 +33,8 @@ def test_two_ranks_say_what_peft_says(family, tmp_path):
     pack = eigenlorax.fit(tmp_path / "adapters", n_components=9)
     pack.save(tmp_path / "pack")
     exported = pack.export(tmp_path / "exported")
-    ran = subprocess.run(
-        [sys.executable, str(HERE / "parallel.py"), str(base), str(tmp_path / "pack"), "1", "2", json.dumps(PROMPTS)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("TOKENS ")]
+    said = printed_by(HERE / "parallel.py", base, tmp_path / "pack", "1", "2", json.dumps(PROMPTS))
+    (line,) = [line for line in said.splitlines() if line.startswith("TOKENS ")]
     wanted = peft_greedy(base, PROMPTS, [exported[name] for name in pack.names])
     assert json.loads(line.removeprefix("TOKENS ")) == wanted
     assert wanted != peft_greedy(base, PROMPTS, [None] * len(PROMPTS))

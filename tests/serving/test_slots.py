@@ -1,10 +1,7 @@
 """What `serve-check` says that vLLM takes, beside what a real engine has allocated."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -20,7 +17,7 @@ from eigenlorax.tasks.shapes import shapes_of
 from eigenlorax.vllm import plan as plans
 from eigenlorax.vllm.checking import Asked, check
 from eigenlorax.vllm.cores import on_cores
-from offline import in_worker, slots, with_engine
+from offline import in_worker, printed_by, slots, with_engine
 from planted import random_factors
 
 HERE = Path(__file__).parent
@@ -131,16 +128,8 @@ def test_each_of_two_processes_has_its_part(vllm, tmp_path, shared):
     if not shared:
         flags["lora_target_modules"] = found.target_modules
     words = [str(tmp_path / "model"), str(tmp_path / "pack"), str(int(shared)), json.dumps(flags)]
-    ran = subprocess.run(
-        [sys.executable, str(HERE / "ranks.py"), *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("TAKEN ")]
+    said = printed_by(HERE / "ranks.py", *words)
+    (line,) = [line for line in said.splitlines() if line.startswith("TAKEN ")]
     assert json.loads(line.removeprefix("TAKEN ")) == [{"slots": tier.slots_bytes, "basis": tier.basis_bytes}] * 2
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ModuleNameError, ServingError
 from ..manifest import SubspaceInfo
-from .placing import check_shape, names_in, places
+from .placing import check_shape, lora_names, names_in, places
 
 
 def check_fits(model: nn.Module, info: SubspaceInfo) -> None:
@@ -41,10 +41,7 @@ def check_all_have_slots(
     slots: the layers that have some, by vLLM's names. fused: what each kind of layer was made of. targets: what vLLM
     was asked to make slots for; None for all that it can.
     """
-    served: set[str] = set()
-    for path in slots:
-        parent, dot, last = path.rpartition(".")
-        served.update(parent + dot + part for part in fused.get(last, [last]))
+    served = {name for path in slots for name in lora_names(path, fused)}
     every = sorted(modules)
     # those of experts have one name in the adapter and another one in the model
     left_out = [module for module in every if module not in served and "experts" not in module.split(".")]

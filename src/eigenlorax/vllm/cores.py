@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..formats import lora_config
 from ..manifest import SubspaceInfo
@@ -41,10 +42,9 @@ def on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
 def _on_core(coefficients: Coefficients, k_down: int, k_up: int) -> LoRAFactors:
     """One module's coefficients in bases of these sizes, which may have grown since: zeros on the later directions."""
     down, up = coefficients.down.float(), coefficients.up.float() * coefficients.scaling
-    (rank, own_down), own_up = down.shape, up.shape[0]
-    if rank > min(own_down, own_up):
+    own_down, own_up = down.shape[1], up.shape[0]
+    if coefficients.rank > min(own_down, own_up):
         product = (up.double() @ down.double()).float()
         down, up = (torch.eye(own_down), product) if own_down <= own_up else (product, torch.eye(own_up))
-    down = torch.nn.functional.pad(down, (0, k_down - own_down))
-    up = torch.nn.functional.pad(up, (0, 0, 0, k_up - own_up))
-    return LoRAFactors(down, up, 1.0)
+    wide = spaces.padded(Coefficients(down, up, 1.0), k_down, k_up)
+    return LoRAFactors(wide.down, wide.up, wide.scaling)

@@ -3,9 +3,8 @@
 One mechanism for every model: vLLM's own tables say what it fused and renamed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +32,23 @@ class Place:
     fused: bool = False
 
 
+def lora_names(path: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names that LoRAs know a layer by: its own, or those of the projections that were fused in it, in order.
+
+    fused: what each kind of layer was made of, as vLLM has it.
+    """
+    parent, dot, last = path.rpartition(".")
+    return [parent + dot + part for part in fused.get(last, [last])]
+
+
 def places(model: nn.Module) -> dict[str, Place]:
     """Every linear layer and fused projection of a model, by name."""
-    packed = get_packed_modules_mapping(model)
-    found = {}
+    fused = get_packed_modules_mapping(model)
+    found: dict[str, Place] = {}
     for path, layer in model.named_modules():
-        if not isinstance(layer, LinearBase):
-            continue
-        parent, dot, last = path.rpartition(".")
-        parts = packed.get(last, [last])
-        for index, part in enumerate(parts):
-            name = parent + dot + part
-            found[name] = Place(name, layer, index, fused=len(parts) > 1)
+        if isinstance(layer, LinearBase):
+            names = lora_names(path, fused)
+            found |= {name: Place(name, layer, index, len(names) > 1) for index, name in enumerate(names)}
     return found
 
 
@@ -103,8 +107,7 @@ def _install_in(
         columns = slice(begin, begin + bases.down.k)
         parts.append(Part(_owner(model, place), core, columns, slice(pieces[0].rows.start, pieces[-1].rows.stop)))
         downs.append(bases.down.components[:, _inputs(layer)])
-        offsets = accumulate((piece.full for piece in pieces), initial=0)
-        up = [bases.up.components[:, piece.shifted(offset)] for piece, offset in zip(pieces, offsets, strict=False)]
+        up = [bases.up.components[:, piece.columns] for piece in pieces]
         ups.append(torch.cat(up, dim=1).mT.to(device, layer.params_dtype).contiguous())
     attach(layer, parts, torch.cat(downs).to(device, layer.params_dtype), ups)
 
@@ -129,26 +132,26 @@ def _inputs(layer: LinearBase) -> slice:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank has of the output of one projection: which rows of its layer's output; from where in all `full`."""
+    """What a rank has of one projection of a place: its rows of the layer's output, and which columns of the place's up
+    basis these are. full: the projection's rows on all ranks together."""
 
     rows: slice
-    begin: int
+    columns: slice
     full: int
-
-    def shifted(self, offset: int) -> slice:
-        """The piece in an output in which the projection begins at `offset`."""
-        return slice(offset + self.begin, offset + self.begin + self.rows.stop - self.rows.start)
 
 
 def _pieces(place: Place) -> list[Piece]:
     """What a rank has of a place: one piece, or several where vLLM has fused what is one module for LoRAs too."""
-    layer = place.layer
-    ends = list(accumulate(layer.output_partition_sizes))
-    found = []
-    for index, (n, end) in enumerate(zip(layer.output_partition_sizes, ends, strict=True)):
+    layer, pieces = place.layer, []
+    row = column = 0
+    for index, n in enumerate(layer.output_partition_sizes):
         split = layer.tp_size if isinstance(layer, ColumnParallelLinear) else 1
         # several ranks hold the same heads of keys and values where there are fewer heads than ranks
         copies = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and index else 1
-        begin = layer.tp_rank // copies * n if split > 1 else 0
-        found.append(Piece(slice(end - n, end), begin, n * split // copies))
-    return [found[place.index]] if place.fused else found
+        full = n * split // copies
+        if not place.fused or index == place.index:
+            begin = column + (layer.tp_rank // copies * n if split > 1 else 0)
+            pieces.append(Piece(slice(row, row + n), slice(begin, begin + n), full))
+            column += full
+        row += n
+    return pieces
