@@ -235,7 +235,7 @@ def _alphas(opened: OpenedFile, layers: Mapping[str, _Tensors]) -> dict[str, flo
     found = {stem: float(value.reshape(()).item()) for stem, value in zip(raw, values, strict=True)}
     for stem, value in found.items():
         if not math.isfinite(value * value):
-            raise NonFiniteError(f"{where}: {raw[stem]!r} is {value}. Leave the file out with --skip-bad.")
+            raise NonFiniteError(f"{where}: {raw[stem]!r} is {value}; an alpha is a number.")
     return found
 
 
