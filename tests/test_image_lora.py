@@ -108,6 +108,19 @@ class TestThroughAPack:
             if key.endswith(".alpha"):
                 assert torch.equal(after[key], tensor)
 
+    @pytest.mark.parametrize("dialect", ["diffusers", "lora.down", "processor"])
+    def test_without_a_component_s_name_a_file_is_of_the_unet_and_gets_it(self, sd, truth, wanted, tmp_path, dialect):
+        of_unet = {name: one for name, one in truth.modules.items() if name.startswith("unet.")}
+        file = lora_files.write(tmp_path / "a.safetensors", ex.from_factors("a", of_unet), dialect)
+        save_file({key.removeprefix("unet."): tensor for key, tensor in load_file(file).items()}, file)
+        again = write_adapter(
+            read_adapter(file), tmp_path / "again.safetensors", format=read_adapter(file).origin.format
+        )
+        outputs, updates = loaded(sd, again)
+        assert set(updates) == set(of_unet)
+        if dialect != "diffusers":  # where alphas are in the metadata, which are gone
+            assert_same_outputs({"unet": outputs["unet"]}, {"unet": wanted["unet"]})
+
     @pytest.mark.parametrize("dialect", lora_files.DIALECTS)
     def test_metadata_come_back(self, folder, tmp_path, dialect):
         path = ex.Pack.open(folder / "pack").export(tmp_path, dialect)[dialect]
@@ -137,8 +150,8 @@ class TestThroughAPack:
     def test_mixed_dialects_share_one_subspace(self, folder, truth, tmp_path):
         pack = ex.Pack.open(folder / "pack")
         assert list(pack.info.modules) == sorted(truth.specs)
-        # all four are one adapter, so that what one needs is enough
-        assert all(pair["down"].k <= 4 for pair in pack.info.modules.values())
+        # all four are one adapter, so that what one needs is enough, but for directions of rounding in two of them
+        assert all(pair["down"].k <= 2 * truth.specs[name].rank for name, pair in pack.info.modules.items())
         written = pack.export(tmp_path)
         assert {name: read_adapter(path).origin.format for name, path in written.items()} == {
             "diffusers": "diffusers",
@@ -262,7 +275,8 @@ class TestWhatAFileSays:
             {f"{stem}.lora_down.weight": torch.ones(2, 5, 1, 1), f"{stem}.lora_up.weight": torch.ones(7, 2, 1, 1)},
             tmp_path / "a.safetensors",
         )
-        spec = read_adapter(tmp_path / "a.safetensors").specs["unet.mid_block.attentions.0.proj_in"]
+        with pytest.warns(SourceWarning, match="1 of 1 modules have no alpha"):
+            spec = read_adapter(tmp_path / "a.safetensors").specs["unet.mid_block.attentions.0.proj_in"]
         assert (spec.scaling, spec.kernel) == (1.0, (1, 1))
 
     def test_an_alpha_that_is_missing_among_others_is_said(self, truth, tmp_path):

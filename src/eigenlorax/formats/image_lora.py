@@ -94,7 +94,7 @@ def adapter(opened: OpenedFile, wanted: str | None = None) -> Adapter:
             for kind in (MAGNITUDE, BIAS):
                 if kind in tensors.keys:
                     carried[_carried_key(part.module, kind)] = (tensors, kind)
-    _note_alphas(where, silent, len(specs))
+    _note_alphas(where, silent, len(specs), origin.format)
     folded = [stem for stem, tensors in layers.items() if MID in tensors.keys]
     if folded:
         warnings.warn(
@@ -297,8 +297,9 @@ def _spec(
     )
 
 
-def _note_alphas(where: str, silent: list[str], modules: int) -> None:
-    if silent and len(silent) < modules:
+def _note_alphas(where: str, silent: list[str], modules: int, dialect: str) -> None:
+    """Warn of modules without an alpha, but for whole files of the dialects that need none."""
+    if silent and (len(silent) < modules or dialect == names.KOHYA):
         warnings.warn(
             f"{where}: {len(silent)} of {modules} modules have no alpha, such as {silent[0]!r}; their scaling is taken "
             "to be 1, as kohya's programs take it.",

@@ -93,7 +93,7 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
     for stem, members in layers.items():
         where = f"{adapter.name!r}, module {members[0][0]}"
         factors = _whole(adapter, members)
-        if dialect == OLD or (dialect == DIFFUSERS and BARE in kind.spelling):
+        if dialect == OLD:
             # no program reads an alpha there
             factors = _rescaled(factors, 1.0)
         elif alpha is not None:
@@ -230,7 +230,8 @@ def _dotted_stem(component: str, name: str, kind: _Kind) -> str:
                 name = f"{match[1]}.processor.{match[2].removesuffix('.0')}_lora"
         elif component.startswith("text_encoder") and (match := re.fullmatch(r"(.+\.self_attn)\.(\w+)", name)):
             name = f"{match[1]}.{_TEXT_PROJECTIONS.get(match[2], match[2])}_lora"
-    return name if BARE in kind.spelling else f"{component}.{name}"
+    # the oldest files had no component's name; diffusers passes over such modules now, in silence
+    return f"{component}.{name}"
 
 
 def _factor_keys(stem: str, kind: _Kind) -> tuple[str, str]:
@@ -365,7 +366,7 @@ def _metadata(adapter: Adapter, kind: _Kind, named: Mapping[str, str]) -> dict[s
     text = given.pop(METADATA, None)
     found = {key: value for key, value in given.items() if not _HASHES.fullmatch(key)}
     found.setdefault("format", "pt")
-    if kind.dialect != DIFFUSERS or BARE in kind.spelling:
+    if kind.dialect != DIFFUSERS:
         return found
     came = text is not None and adapter.origin is not None and adapter.origin.format == DIFFUSERS
     if came:

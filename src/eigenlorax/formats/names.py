@@ -25,9 +25,9 @@ FIRST_NAMES, PROCESSORS, BARE, LORA_DOWN = "first-names", "processors", "bare", 
 TRANSFORMER, TE1 = "transformer", "te1"
 SPELLINGS = (FIRST_NAMES, PROCESSORS, BARE, LORA_DOWN, TRANSFORMER, TE1)
 """Where a dialect has two ways. first-names: a UNet's modules by the first code's names; processors:
-`.processor.to_q_lora`; bare: without a component's name; lora-down: `lora_down.weight` in the place of `lora_A.weight`;
-transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_` before the first text
-encoder's."""
+`.processor.to_q_lora`; bare: FLUX's authors' names without `diffusion_model.`; lora-down: `lora_down.weight` in the
+place of `lora_A.weight`; transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_`
+before the first text encoder's."""
 
 _TAILS = (
     # style, part by what the tail says, and the tail
@@ -151,7 +151,6 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
             first = _diffusion_model(name, spelling)
             return Layer(first.parts, DIFFUSION_MODEL, first.spelling | {BARE}) if first is not None else None
         component = implied
-        spelling.add(BARE)
     if not name:
         return None
     if name.partition(".")[0] in unets.HEADS and component == "unet":
