@@ -114,6 +114,27 @@ def test_words_that_are_not_known(name):
     assert words.dotted(name) is None
 
 
+def test_files_of_xlabs_trainer():
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    double, single = "double_blocks.3.processor.", "diffusion_model.single_blocks.5.processor."
+    stems = {double + "qkv_lora1": 27, double + "qkv_lora2": 27, double + "proj_lora1": 9, double + "proj_lora2": 9}
+    stems |= {single + "qkv_lora": 27, single + "proj_lora": 9}
+    generator = torch.Generator().manual_seed(0)
+    file = {f"{stem}.down.weight": torch.randn(2, 9, generator=generator) for stem in stems}
+    file |= {f"{stem}.up.weight": torch.randn(rows, 2, generator=generator) for stem, rows in stems.items()}
+    wanted = FluxLoraLoaderMixin.lora_state_dict(dict(file))
+    found = {}
+    for raw, tensor in file.items():
+        key = names.key(raw)
+        for part in names.layer(key.stem, key.style, has_flux=True).parts:
+            begin, end = flux.span(part, stems[raw.rsplit(".", 2)[0]], 9)
+            letter = "A" if key.part == "down" else "B"
+            found[f"{part.module}.lora_{letter}.weight"] = tensor if letter == "A" else tensor[begin:end]
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize(
     ("key", "module"),
     [
@@ -124,6 +145,7 @@ def test_words_that_are_not_known(name):
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight", "q_proj"),
         ("transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight", "to_q"),
         ("base_model.model.transformer_blocks.0.attn.to_k.lora_B.weight", "to_k"),
+        ("unet.base_model.model.mid_block.attentions.0.proj_in.lora_A.weight", "proj_in"),
         ("lora_transformer_single_transformer_blocks_3_proj_mlp.lora_down.weight", "proj_mlp"),
         ("text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_up.weight", "fc1"),
     ],
