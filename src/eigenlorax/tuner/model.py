@@ -26,6 +26,9 @@ from .layer import EigenLoraxLayer, sizes_of
 from .reference import Embedded, Reference
 from .starts import Cores, Start
 
+_FSDP = "_fsdp_wrapped_module."
+"""What FSDP puts into names of modules, and takes out of those of tensors."""
+
 
 class EigenLoraxModel(BaseTuner):
     """Coefficients over a frozen subspace, on linear layers and convolutions of a model (arXiv 2502.04700).
@@ -198,9 +201,9 @@ class EigenLoraxModel(BaseTuner):
             # of an adapter that was loaded with its subspace
             found = {key: value for key, value in found.items() if ".eigenlorax_embedded_" not in key}
         else:
-            for name, module in model.named_modules():
+            for wrapped, module in model.named_modules():
                 if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
-                    bases = module.bases_of(adapter_name)
+                    name, bases = wrapped.replace(_FSDP, ""), module.bases_of(adapter_name)
                     for side, basis in zip(("down", "up"), bases, strict=True):
                         found[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _narrowed(basis)
                     config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
@@ -212,7 +215,7 @@ class EigenLoraxModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As in PEFT, after modules that transformers has renamed got the model's names."""
         modules = [
-            name.removeprefix(keys.MODEL_PREFIX)
+            name.replace(_FSDP, "").removeprefix(keys.MODEL_PREFIX)
             for name, module in model.named_modules()
             if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)
         ]
