@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from ..mixing import arrange
-from ..subspace import ModuleBases
+from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
 
@@ -89,6 +89,24 @@ class EigenLoraxLayer(BaseTunerLayer):
             self.eigenlorax_up[adapter_name] = nn.Parameter(up)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def hold(self, adapter_name: str, bases: ModuleBases, fingerprint: str, coefficients: Coefficients) -> None:
+        """Add an adapter to run and not to train: its coefficients as they are, on bases that may be here already.
+
+        It is not active yet. Coefficients may be on the first components of bases that have grown since.
+        """
+        self.r[adapter_name] = coefficients.rank
+        self.lora_alpha[adapter_name] = coefficients.scaling * coefficients.rank
+        self.use_rslora[adapter_name] = False
+        self.set_scale(adapter_name, 1.0)
+        self.eigenlorax_dropout[adapter_name] = nn.Identity()
+        self._place_bases(adapter_name, bases, fingerprint, embed=False)
+        self.sizes_of[adapter_name] = coefficients.down.shape[1], coefficients.up.shape[0]
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for target, part in ((self.eigenlorax_down, coefficients.down), (self.eigenlorax_up, coefficients.up)):
+            # rounded to no narrower dtype than the pack's
+            wide = torch.promote_types(part.dtype, dtype) if dtype.is_floating_point else part.dtype
+            target[adapter_name] = nn.Parameter(part.to(device, wide), requires_grad=False)
 
     def _place_bases(self, adapter_name: str, bases: ModuleBases, fingerprint: str, embed: bool) -> None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
