@@ -7,15 +7,17 @@ when it gets its first adapter, and what is there already is not looked at.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .. import convolution
 from ..packed import PackedAdapter
 from ..subspace import Subspace
 from ..tuner.config import EigenLoraxConfig
-from ..tuner.layer import EigenLoraxLayer, Linear
+from ..tuner.adapted import Conv, Linear
+from ..tuner.layer import EigenLoraxLayer, sizes_of
 from ..tuner.model import _is_supported
 from .parts import Place
 
@@ -56,9 +58,13 @@ def _layer(place: Place) -> EigenLoraxLayer:
         if isinstance(one, EigenLoraxLayer):
             return one
     target, base = place.module, base_of(place.module)
-    made = Linear(
-        target, "", fan_in_fan_out=isinstance(base, Conv1D), **get_quantization_kwargs(place.part.model)
-    ).train(target.training)
+    quantisation = get_quantization_kwargs(place.part.model)
+    made = (
+        Conv(target, "", **quantisation)
+        if convolution.is_supported(base)
+        else Linear(target, "", fan_in_fan_out=isinstance(base, Conv1D), **quantisation)
+    )
+    made.train(target.training)
     if isinstance(target, BaseTunerLayer):
         made._active_adapter, made._disable_adapters = target._active_adapter, target._disable_adapters
     parent, _, name = place.layer.rpartition(".")
@@ -85,7 +91,7 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
     base = base_of(module)
     if not _is_supported(base):
         return None
-    n_in, n_out = _get_in_out_features(base)
+    n_in, n_out = sizes_of(base)
     return n_out, n_in
 
 
