@@ -5,7 +5,7 @@ when it gets its first adapter, and what is there already is not looked at.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -13,13 +13,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import convolution
+from ..errors import OptionError
 from ..packed import PackedAdapter
 from ..subspace import Subspace
-from ..tuner.config import EigenLoraxConfig
 from ..tuner.adapted import Conv, Linear
+from ..tuner.config import EigenLoraxConfig
 from ..tuner.layer import EigenLoraxLayer, sizes_of
 from ..tuner.model import _is_supported
 from .parts import Place
+
+
+class PackedConfig(EigenLoraxConfig):
+    """Of an adapter that was put on a model to run there: what it is stays in its pack, and is saved from there."""
+
+    def check_saving(self, adapter_name: str) -> None:
+        raise OptionError(
+            f"adapter {adapter_name!r} is in a model to run there, and is saved from the pack that it is from: "
+            "`eigenlorax export` writes a LoRA that pipe.load_lora_weights loads, pack.adapter(name) is one in memory."
+        )
 
 
 def put(
@@ -101,9 +112,9 @@ def merged(place: Place) -> list[str]:
     return [name for one in ours for name in one.merged_adapters]
 
 
-def tuner_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
-    """All adapted layers of a model, of every method."""
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+def tuner_layers(models: Iterable[nn.Module]) -> Iterator[BaseTunerLayer]:
+    """All adapted layers of models, of every method."""
+    return (module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def _configure(
@@ -114,7 +125,7 @@ def _configure(
     ranks = {layer: one.rank for layer, one in found.items()}
     alphas = {layer: one.scaling * one.rank for layer, one in found.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    config = EigenLoraxConfig(
+    config = PackedConfig(
         subspace_fingerprint=fingerprint,
         r=rank,
         lora_alpha=alpha,
@@ -122,6 +133,7 @@ def _configure(
         alpha_pattern={layer: one for layer, one in alphas.items() if one != alpha},
         target_modules=sorted(found),
         subspace_modules={layer: packed.places[modules[layer]] for layer in found},
+        kernels={layer: list(one.kernel) for layer, one in found.items() if one.kernel},
         inference_mode=True,
     )
     # in these two attributes PEFT, diffusers and transformers look for the adapters of a model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import keys
+from .. import convolution, keys
 from ..errors import AdapterNameError, MissingPartWarning, ModuleNameError, OptionError, ShapeError
 from ..options import names as listed
 from ..pack import Pack
@@ -42,9 +42,13 @@ def load_into(
     _check_free(adapters, models)
     found = parts.find({place for one in adapters.values() for place in one.places.values()}, pipe)
     _check(adapters, found, opened, pipe)
+    off = any(layer.disable_adapters for layer in layers.tuner_layers(models))
     with _offloading_paused(pipe):
         counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint)
-    _activate(next(reversed(adapters)), models)
+    for layer in layers.tuner_layers(models):
+        layer.set_adapter([*adapters][-1:], inference_mode=True)
+        if off:
+            layer.enable_adapters(False)
     return counts
 
 
@@ -140,12 +144,9 @@ def _check_shape(place: Place, wanted: tuple[int, int], kernel: tuple[int, ...],
         raise ModuleNameError(f"{place.name} is a {kind} in this {where}, which no update can be added to. {wrong}")
     if own != wanted:
         raise ShapeError(f"{place.name}: (out, in) is {own} in this {where} and {wanted} in the pack. {wrong}")
-
-
-def _activate(name: str, models: Sequence[nn.Module]) -> None:
-    for model in models:
-        for layer in layers.tuner_layers(model):
-            layer.set_adapter([name], inference_mode=True)
+    has = convolution.kernel_of(layers.base_of(place.module))
+    if not convolution.agree(kernel, has):
+        raise ShapeError(f"{place.name}: the kernel is {has} in this {where} and {kernel} in the pack. {wrong}")
 
 
 @contextmanager
