@@ -119,6 +119,16 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The single file that an adapter came in: its format, one of `formats.FORMATS`; which of several ways to spell
+    names that format has the file took; and its metadata."""
+
+    format: str
+    spelling: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One trained LoRA, all its modules.
 
@@ -126,7 +136,8 @@ class Adapter:
     is asked for them. `heads` (task heads, trained biases, resized embeddings) and `carried` (what a subspace cannot
     hold: DoRA magnitudes, embedding LoRA) are keyed by the name PEFT writes them under, and are never
     changed. `source_config` is the text of the adapter's `adapter_config.json`, word for word.
-    `subspace` is the fingerprint of the one it was trained in, if it was.
+    `subspace` is the fingerprint of the one it was trained in, if it was. `origin` is the file it came in, where that
+    is not one of PEFT's, or has metadata to give back.
     """
 
     name: str
@@ -139,6 +150,7 @@ class Adapter:
     source_config: str | None = None
     file_bytes: int = 0
     subspace: str | None = None
+    origin: Origin | None = None
 
     @property
     def config(self) -> dict[str, Any]:

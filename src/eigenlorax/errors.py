@@ -125,6 +125,10 @@ class SkippedAdapterWarning(EigenloraxWarning):
     """An adapter or folder was left out, because the caller said that it may be."""
 
 
+class SourceWarning(EigenloraxWarning):
+    """Something in an adapter's file that could be read in several ways, and in which it was."""
+
+
 class RowsWarning(EigenloraxWarning):
     """Rows of a file were cut or left out, or some class has none."""
 

@@ -125,6 +125,7 @@ def fit(
     }
     read = _read(adapters, exclude_adapters, skip_bad, skipped, options)
     base_model, base_revision = checks.check_one_base(read, same_base)
+    checks.check_one_family(read)
     names, left_out = _module_names(read, exclude_modules)
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))

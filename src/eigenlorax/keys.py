@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from .errors import AdapterNameError, FormatError, ModuleNameError
@@ -28,6 +29,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 SOURCE_CONFIG = "source_config.json"
+SOURCE_FILE = "source_file.json"
+"""What an adapter's folder in a pack has of the single file that it came in."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the LoRA in a folder or repository."""
+LORA_SUFFIX = ".safetensors"
 CARRIED = "carried.safetensors"
 
 MODEL_PREFIX = "base_model.model."
@@ -156,6 +162,13 @@ def check_known(name: str, known: Iterable[str]) -> None:
         raise AdapterNameError(f"no adapter named {name!r} in the pack. It has: {listed or 'none'}.")
 
 
+def name_of_file(file: str, folder: str) -> str:
+    """The name that a LoRA file gives an adapter: its own without the suffix, or its folder's where diffusers calls all
+    of them alike. What no name may have is left out: files of styles are called whatever their makers like."""
+    stem = folder if file == LORA_FILE else file.removesuffix(LORA_SUFFIX)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem
+
+
 def is_name(text: str) -> bool:
     """Whether `check_name` would pass."""
     return _NAME.fullmatch(text) is not None and not text.endswith(".")
@@ -167,10 +180,36 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     It is that of the first key that, as a regular expression, fits the whole name or its last components
     (peft.utils.other.get_pattern_key).
     """
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    if not pattern:
+        return default
+    whole, others = _patterns(tuple(pattern))
+    at, key = whole.get(module, (len(pattern), None))
+    for place, other in others:
+        if place > at:
+            break
+        if re.match(rf"(.*\.)?({other})$", module):
+            return pattern[other]
+    return default if key is None else pattern[key]
+
+
+@lru_cache(maxsize=8)
+def _patterns(patterns: tuple[str, ...]) -> tuple[dict[str, tuple[int, str]], list[tuple[int, str]]]:
+    """Patterns for one module alone (`^name$`), by its name with their places, and the others with theirs: files of
+    image models may have one of the first kind for each of a thousand modules."""
+    whole: dict[str, tuple[int, str]] = {}
+    others = []
+    for place, pattern in enumerate(patterns):
+        name = re.sub(r"\\([^A-Za-z0-9])", r"\1", pattern[1:-1])
+        if pattern == whole_name(name):
+            whole.setdefault(name, (place, pattern))
+        else:
+            others.append((place, pattern))
+    return whole, others
+
+
+def whole_name(module: str) -> str:
+    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
+    return f"^{re.escape(module)}$"
 
 
 def shorter(name: str) -> str | None:

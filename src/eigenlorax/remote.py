@@ -12,7 +12,7 @@ from .manifest import Manifest
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-_ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.CARRIED)
+_ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.SOURCE_FILE, keys.CARRIED)
 
 
 def chosen(found: Manifest, names: Sequence[str] | None) -> Manifest:

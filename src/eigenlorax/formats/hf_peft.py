@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from .. import dtypes, keys, store
-from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from ..errors import FormatError, NonFiniteError, ShapeError
 from ..keys import Kind
-from . import coefficients, files, lora_config, official
+from . import coefficients, files, lora_config, official, safetensors_file
 from .files import Header, Load
+from .folders import Place
 
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
 
 
 def read(
-    source: str | Path,
+    source: str | Path | Place,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -66,6 +66,9 @@ def read(
     adapter = assemble(
         opened.name, opened.text, opened.config, headers, load, where=str(weights), file_bytes=opened.file_bytes
     )
+    # PEFT itself writes no more than the format
+    if set(opened.metadata) - {"format"}:
+        adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(opened.metadata.items()))))
     if not adapter.specs and not adapter.carried:
         raise FormatError(f"{weights} has no LoRA tensor at all.")
     return adapter
@@ -218,9 +221,11 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
         lora_config.check(adapter.name, module, factors.spec, config)
         for side, factor in zip(keys.SIDES, factors.weights, strict=True):
             tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
+    own = adapter.origin is not None and adapter.origin.format == "peft"
+    metadata = {"format": "pt", **(adapter.origin.metadata if adapter.origin is not None and own else {})}
     return {
         keys.ADAPTER_CONFIG: text.encode("utf-8"),
-        keys.ADAPTER_WEIGHTS: to_safetensors(tensors, metadata={"format": "pt"}),
+        keys.ADAPTER_WEIGHTS: safetensors_file.to_bytes(tensors, metadata),
     }
 
 

@@ -3,12 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from .. import keys
 from ..adapter import Adapter, ModuleSpec
 from ..errors import FormatError
+
+Number = TypeVar("Number", int, float)
 
 # PEFT's own defaults, for configs older than the field.
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
@@ -62,18 +65,19 @@ def check(name: str, module: str, spec: ModuleSpec, config: dict[str, Any]) -> N
 
 def make(adapter: Adapter) -> str:
     """An `adapter_config.json` for an adapter that was made in memory: ranks and scalings by module, nothing else."""
-    first = next(iter(adapter.specs.values()))
-    alphas = {module: spec.scaling * spec.rank for module, spec in adapter.specs.items()}
+    ranks = {module: spec.rank for module, spec in adapter.specs.items()}
+    alphas = {module: alpha_of(spec.rank, spec.scaling) for module, spec in adapter.specs.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base_model,
         "revision": adapter.revision,
         "task_type": None,
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.scaling * first.rank,
-        "rank_pattern": {_whole(m): s.rank for m, s in adapter.specs.items() if s.rank != first.rank},
-        "alpha_pattern": {_whole(m): a for m, a in alphas.items() if a != first.scaling * first.rank},
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {keys.whole_name(m): one for m, one in ranks.items() if one != rank},
+        "alpha_pattern": {keys.whole_name(m): one for m, one in alphas.items() if one != alpha},
         "target_modules": sorted(adapter.specs),
     }
     return json.dumps(config, indent=2, sort_keys=True)
@@ -87,6 +91,12 @@ def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
-def _whole(module: str) -> str:
-    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
-    return f"^{re.escape(module)}$"
+def alpha_of(rank: int, scaling: float) -> float:
+    """The lora_alpha of a scaling: a whole number where one gives the same scaling."""
+    alpha = float(scaling * rank)
+    return float(round(alpha)) if round(alpha) / rank == scaling else alpha
+
+
+def _commonest(values: Iterable[Number]) -> Number:
+    """The value that is there most often; of several, the first: what differs from it has to be listed."""
+    return Counter(values).most_common(1)[0][0]

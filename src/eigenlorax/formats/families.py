@@ -1,0 +1,51 @@
+"""Which models a LoRA of an image model may be for, by the names and widths of its modules.
+
+What cannot be fitted together is found before any shapes are compared, and also where no module is in both.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+SD1, SD2, XL, FLUX = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL", "FLUX"
+TRANSFORMER = "another diffusion transformer"
+
+_UNETS = {768: SD1, 1024: SD2, 2048: XL}
+"""By the width of what their cross-attention reads."""
+_ENCODERS: Mapping[tuple[str, int], frozenset[str]] = {
+    ("text_encoder", 768): frozenset({SD1, XL, FLUX, TRANSFORMER}),
+    ("text_encoder", 1024): frozenset({SD2}),
+    ("text_encoder_2", 1280): frozenset({XL, TRANSFORMER}),
+}
+_DEEP = re.compile(r"\.transformer_blocks\.[1-9]")
+
+
+def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
+    """The models that these modules, each with the width of its input, may be of; empty where nothing says so."""
+    found: frozenset[str] = frozenset()
+    for module, width in modules:
+        may_be = _families(module, width)
+        if may_be:
+            # what is in one of no known model is its own
+            found = (found & may_be or may_be) if found else may_be
+    return found
+
+
+def called(family: frozenset[str]) -> str:
+    """A family in words."""
+    return " or ".join(sorted(family))
+
+
+def _families(module: str, width: int) -> frozenset[str]:
+    component, _, name = module.partition(".")
+    if component == "unet":
+        if re.search(r"\.attn2\.to_[kv]$", name):
+            return frozenset({_UNETS.get(width, f"a UNet with a cross-attention {width:,} wide")})
+        if _DEEP.search(name) or name.startswith("add_embedding."):
+            return frozenset({XL})
+        return frozenset({SD1, SD2} if name.startswith("down_blocks.0.attentions.") else ())
+    if component == "transformer":
+        known = name.startswith(("single_transformer_blocks.", "time_text_embed."))
+        return frozenset({FLUX} if known else {FLUX, TRANSFORMER})
+    if name.endswith(".self_attn.q_proj"):
+        return _ENCODERS.get((component, width), frozenset())
+    return frozenset()
