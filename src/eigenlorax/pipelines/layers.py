@@ -12,7 +12,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import convolution
+from .. import convolution, store
 from ..errors import OptionError
 from ..packed import PackedAdapter
 from ..subspace import Subspace
@@ -49,12 +49,15 @@ def put(
     for name, packed in adapters.items():
         modules: dict[str, dict[str, str]] = {}
         for module, coefficients in packed.coefficients.items():
-            place = places.get(packed.places[module])
+            source = packed.places[module]
+            place = places.get(source)
             if place is None:
                 continue
             if place.name not in layers:
                 layers[place.name] = _layer(place)
-            layers[place.name].hold(name, subspace.modules[packed.places[module]], fingerprint, coefficients)
+            # a pack may have two modules for one layer, under its old name and its new one, each with bases of its own
+            key = fingerprint if source == place.name else f"{fingerprint}_{store.digest(source.encode())[:8]}"
+            layers[place.name].hold(name, subspace.modules[source], key, coefficients)
             modules.setdefault(place.part.name, {})[place.layer] = module
         parts = {place.part.name: place.part for place in places.values()}
         for part, inside in modules.items():
