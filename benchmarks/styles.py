@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from markdown_table import table
 from torch import nn
 
 import eigenlorax as ex
 from eigenlorax.adapter import LoRAFactors
-from markdown_table import table
 
 SD1 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 XL = {

@@ -104,7 +104,7 @@ pipe = pipeline()
 for name, seed in STYLES.items():
     write_style(pipe, name, seed)
 
-# in the shell: eigenlorax fit styles-out/styles/ -o styles-out/pack --max-error 0.01; eigenlorax inspect styles-out/pack
+# in the shell: eigenlorax fit styles-out/styles/*.safetensors -o styles-out/pack --max-error 0.01
 ex.fit(OUT / "styles", max_error=0.01).save(OUT / "pack", overwrite=True)
 pack = ex.Pack.open(OUT / "pack")
 summary = pack.summary
