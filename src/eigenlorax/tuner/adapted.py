@@ -29,6 +29,12 @@ class Adapted(nn.Module, EigenLoraxLayer):
         EigenLoraxLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
 
+    def train(self, mode: bool = True) -> "Adapted":
+        """As in torch. What was trained is served afterwards."""
+        super().train(mode)
+        self.blend()
+        return self
+
     @abstractmethod
     def _onto(self, x: Tensor, basis: Tensor) -> Tensor:
         """The layer's input as its weight would see it, multiplied with rows (k, in)."""
@@ -88,6 +94,8 @@ class Adapted(nn.Module, EigenLoraxLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
+        if self.serving is not None and adapter_names is None and not self.training and not self.merged_adapters:
+            return self._serve(x, *args, **kwargs)
         self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -101,6 +109,20 @@ class Adapted(nn.Module, EigenLoraxLayer):
             return self._add_mixed(result, x, adapter_names)
         for adapters in self._sharing():
             result = result + self._update(adapters, x)
+        return result.to(dtype)
+
+    def _serve(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output with the cores that are there now. What is read here, a compiled model is compiled anew for."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for key, blend in self.eigenlorax_blend.items():
+            down_basis, up_basis = self.bases_at(key)
+            hidden = self._cast_input_dtype(x, down_basis.dtype)
+            hidden = self._onto(hidden, down_basis.to(hidden.dtype))
+            hidden = self._times(hidden.to(blend.dtype), blend)
+            result = result + self._times(hidden.to(up_basis.dtype), up_basis.mT)
         return result.to(dtype)
 
     def _sharing(self) -> list[list[str]]:

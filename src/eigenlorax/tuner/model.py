@@ -149,6 +149,8 @@ class EigenLoraxModel(BaseTuner):
         )
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         layer = target if isinstance(target, Adapted) else self._adapted(peft_config, adapter_name, target, base_layer)
+        if layer is not target and (serving := next((one.serving for one in self._layers()), None)) is not None:
+            layer.serve(serving.dtype)
         layer.update_layer(
             adapter_name,
             bases,
