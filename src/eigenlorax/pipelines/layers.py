@@ -7,6 +7,7 @@ when it gets its first adapter, and what is there already is not looked at.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
@@ -38,11 +39,13 @@ def put(
     places: Mapping[str, Place],
     subspace: Subspace,
     fingerprint: str,
+    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, int]]:
     """Give layers the coefficients of adapters, and the bases that these are on; how many layers of each part each
     adapter has.
 
-    adapters: by the names that they get. places: of modules of the subspace.
+    adapters: by the names that they get. places: of modules of the subspace. dtype: of the bases; None for that of each
+    layer's weight.
     """
     counts: dict[str, dict[str, int]] = {}
     layers: dict[str, EigenLoraxLayer] = {}
@@ -54,7 +57,7 @@ def put(
             if place is None:
                 continue
             if place.name not in layers:
-                layers[place.name] = _layer(place)
+                layers[place.name] = _layer(place, dtype)
             # a pack may have two modules for one layer, under its old name and its new one, each with bases of its own
             key = fingerprint if source == place.name else f"{fingerprint}_{store.digest(source.encode())[:8]}"
             layers[place.name].hold(name, subspace.modules[source], key, coefficients)
@@ -63,13 +66,17 @@ def put(
         for part, inside in modules.items():
             _configure(parts[part].model, name, packed, inside, fingerprint)
         counts[name] = {part: len(inside) for part, inside in modules.items()}
+    for layer in layers.values():
+        layer.blend()
     return counts
 
 
-def _layer(place: Place) -> EigenLoraxLayer:
-    """The layer of ours in this place, put there if need be."""
+def _layer(place: Place, dtype: torch.dtype | None) -> EigenLoraxLayer:
+    """The layer of ours in this place, put there if need be, which serves."""
     for one in nested(place.module):
         if isinstance(one, EigenLoraxLayer):
+            if dtype is not None or one.serving is None:
+                one.serve(dtype)
             return one
     target, base = place.module, base_of(place.module)
     quantisation = get_quantization_kwargs(place.part.model)
@@ -78,7 +85,9 @@ def _layer(place: Place) -> EigenLoraxLayer:
         if convolution.is_supported(base)
         else Linear(target, "", fan_in_fan_out=isinstance(base, Conv1D), **quantisation)
     )
-    made.train(target.training)
+    made.serve(dtype or made.dtype)
+    # whatever mode the model is in, what is put there is not trained
+    made.training = False
     if isinstance(target, BaseTunerLayer):
         made._active_adapter, made._disable_adapters = target._active_adapter, target._disable_adapters
     parent, _, name = place.layer.rpartition(".")

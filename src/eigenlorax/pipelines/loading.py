@@ -44,7 +44,7 @@ def load_into(
     _check(adapters, found, opened, pipe)
     off = any(layer.disable_adapters for layer in layers.tuner_layers(models))
     with _offloading_paused(pipe):
-        counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint)
+        counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint, dtype)
     for layer in layers.tuner_layers(models):
         layer.set_adapter([*adapters][-1:], inference_mode=True)
         if off:

@@ -23,6 +23,7 @@ from .starts import Start
 class EigenLoraxLayer(BaseTunerLayer):
     """What an adapted layer holds, by adapter; and the bases, by the fingerprint of their subspace."""
 
+    _active_adapter: str | list[str]
     adapter_layer_names = ("eigenlorax_down", "eigenlorax_up", "eigenlorax_core")
     other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of", "sizes_of")
 
@@ -96,19 +97,19 @@ class EigenLoraxLayer(BaseTunerLayer):
     def hold(self, adapter_name: str, bases: ModuleBases, fingerprint: str, coefficients: Coefficients) -> None:
         """Add an adapter to run and not to train: its coefficients as they are, on bases that may be here already.
 
-        It is not active yet. Coefficients may be on the first components of bases that have grown since.
+        It is not active yet, and is served after the next `blend`. Coefficients may be on the first components of bases
+        that have grown since.
         """
         self.r[adapter_name] = coefficients.rank
         self.lora_alpha[adapter_name] = coefficients.scaling * coefficients.rank
         self.use_rslora[adapter_name] = False
-        self.set_scale(adapter_name, 1.0)
-        self.eigenlorax_dropout[adapter_name] = nn.Identity()
+        self.scaling[adapter_name] = coefficients.scaling
         self._place_bases(adapter_name, bases, fingerprint, embed=False)
         self.sizes_of[adapter_name] = coefficients.down.shape[1], coefficients.up.shape[0]
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for target, part in ((self.eigenlorax_down, coefficients.down), (self.eigenlorax_up, coefficients.up)):
             # rounded to no narrower dtype than the pack's
-            wide = torch.promote_types(part.dtype, dtype) if dtype.is_floating_point else part.dtype
+            wide = torch.promote_types(part.dtype, self.dtype or part.dtype)
             target[adapter_name] = nn.Parameter(part.to(device, wide), requires_grad=False)
 
     def _place_bases(self, adapter_name: str, bases: ModuleBases, fingerprint: str, embed: bool) -> None:
@@ -211,8 +212,11 @@ class EigenLoraxLayer(BaseTunerLayer):
         self._blend_anew()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """As in PEFT. Adapters that are held are not made trainable."""
+        if self.eigenlorax_dropout:
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
+        else:
+            self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._blend_anew()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -279,6 +283,12 @@ class EigenLoraxLayer(BaseTunerLayer):
         return self._disable_adapters, tuple(
             (name, self.scaling[name]) for name in self.active_adapters if self.has_adapter(name)
         )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That which the layer itself computes in; None where its weight does not say."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else None
 
     @property
     def kernel(self) -> tuple[int, ...]:
