@@ -78,10 +78,10 @@ class TestPatterns:
     def test_are_matched_as_peft_does(self, pattern, module):
         other = pytest.importorskip("peft.utils.other")
         wanted = {pattern: 7}.get(other.get_pattern_key([pattern], module), 3)
-        assert keys.pattern_value({pattern: 7}, module, 3) == wanted
+        assert keys.Patterns({pattern: 7}).value(module, 3) == wanted
 
     def test_the_first_that_fits_counts(self):
-        assert keys.pattern_value({"key": 1, "query": 2, "0.query": 3}, "layer.0.query", 8) == 2
+        assert keys.Patterns({"key": 1, "query": 2, "0.query": 3}).value("layer.0.query", 8) == 2
 
 
 class TestOneNamePerModule:

@@ -101,14 +101,15 @@ def check_made(adapter: Adapter) -> None:
                 f"without {keys.MODEL_PREFIX!r}."
             )
     config = _config(adapter)
+    numbers = lora_config.Numbers(config, adapter.name) if config is not None else None
     for module, factors in adapter.modules.items():
         if factors.spec != adapter.specs[module]:
             raise ShapeError(
                 f"adapter {adapter.name!r}, module {module}: its factors are {factors.spec}, and its specs say "
                 f"{adapter.specs[module]}. eigenlorax.from_factors makes both agree."
             )
-        if config is not None:
-            lora_config.check(adapter.name, module, factors.spec, config)
+        if numbers is not None:
+            numbers.check(module, factors.spec)
     for key in adapter.heads:
         if keys.parse_peft_key(key).kind is not Kind.HEAD:
             raise FormatError(f"adapter {adapter.name!r}: head {key!r} has the name of a LoRA tensor.")

@@ -273,7 +273,7 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         return replace(one.source, name=keys.check_name(one.name or one.source.name))
     try:
         return formats.read_adapter(one.source, name=one.name, **options)
-    except (FormatError, ShapeError) as error:
+    except (FormatError, ShapeError, NonFiniteError) as error:
         if not skip_bad:
             # as checks.scan says it of NaN
             raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error

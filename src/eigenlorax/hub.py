@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _DEFAULT_BRANCH = "main"
+ALWAYS_THERE = ".gitattributes"
+"""A small file of every repository: huggingface_hub warns where nothing that is asked for is found."""
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -69,7 +71,7 @@ def adapter_folder(
     # a pack's manifest is fetched so that a pack can be told from what is neither
     folder = download(
         *repository,
-        [prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)],
+        [*(prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)), ALWAYS_THERE],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from typing import Any
 
 from .errors import AdapterNameError, FormatError, ModuleNameError
@@ -174,37 +173,36 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and not text.endswith(".")
 
 
-def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value that PEFT's `rank_pattern` or `alpha_pattern` has for a module.
+class Patterns:
+    """PEFT's `rank_pattern` or `alpha_pattern`, to be asked for many modules."""
 
-    It is that of the first key that, as a regular expression, fits the whole name or its last components
-    (peft.utils.other.get_pattern_key).
-    """
-    if not pattern:
-        return default
-    whole, others = _patterns(tuple(pattern))
-    at, key = whole.get(module, (len(pattern), None))
-    for place, other in others:
-        if place > at:
-            break
-        if re.match(rf"(.*\.)?({other})$", module):
-            return pattern[other]
-    return default if key is None else pattern[key]
+    __slots__ = ("_others", "_pattern", "_whole")
 
+    def __init__(self, pattern: Mapping[str, Any]) -> None:
+        self._pattern = pattern
+        # files of image models may have a pattern for each of a thousand modules, that fits it alone (`^name$`)
+        self._whole: dict[str, int] = {}
+        self._others: list[tuple[int, str]] = []
+        for place, key in enumerate(pattern):
+            name = re.sub(r"\\([^A-Za-z0-9])", r"\1", key[1:-1])
+            if key == whole_name(name):
+                self._whole[name] = place
+            else:
+                self._others.append((place, key))
 
-@lru_cache(maxsize=8)
-def _patterns(patterns: tuple[str, ...]) -> tuple[dict[str, tuple[int, str]], list[tuple[int, str]]]:
-    """Patterns for one module alone (`^name$`), by its name with their places, and the others with theirs: files of
-    image models may have one of the first kind for each of a thousand modules."""
-    whole: dict[str, tuple[int, str]] = {}
-    others = []
-    for place, pattern in enumerate(patterns):
-        name = re.sub(r"\\([^A-Za-z0-9])", r"\1", pattern[1:-1])
-        if pattern == whole_name(name):
-            whole.setdefault(name, (place, pattern))
-        else:
-            others.append((place, pattern))
-    return whole, others
+    def value(self, module: str, default: Any) -> Any:
+        """The value of a module.
+
+        It is that of the first key that, as a regular expression, fits the whole name or its last components
+        (peft.utils.other.get_pattern_key).
+        """
+        at = self._whole.get(module)
+        for place, key in self._others:
+            if at is not None and place > at:
+                break
+            if re.match(rf"(.*\.)?({key})$", module):
+                return self._pattern[key]
+        return default if at is None else self._pattern[whole_name(module)]
 
 
 def whole_name(module: str) -> str:

@@ -258,7 +258,7 @@ class Pack:
             formats.writable(format)
         for name in wanted:
             self._check_has(name)
-        chosen = {name: format or formats.format_of(self.packed(name).origin) for name in wanted}
+        chosen = {name: format or self._format(name) for name in wanted}
         targets = {name: Path(directory) / (name + formats.writable(chosen[name]).suffix) for name in wanted}
         for name, target in targets.items():
             folder.check_outside(target)
@@ -273,6 +273,13 @@ class Pack:
                 progress("exporting adapters", done, len(targets))
             formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
         return targets
+
+    def _format(self, name: str) -> str:
+        """The format an adapter came in; most packs say it by the names of their files."""
+        found = self._adapters[name]
+        if isinstance(found, Entry) and keys.SOURCE_FILE not in found.files:
+            return formats.PEFT
+        return formats.format_of(self.packed(name).origin)
 
     def export_rounding(self, name: str, dtype: str | torch.dtype | None = None) -> float:
         """What rounding the factors to `dtype` on export changes of an adapter's update, relative to its norm.

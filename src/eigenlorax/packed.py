@@ -227,10 +227,10 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
     source = json.loads(source_config)
     config = json.loads(files[keys.ADAPTER_CONFIG])
     places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
-    coefficients = {}
+    coefficients, numbers = {}, lora_config.Numbers(source, name)
     for module in places:
         down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
-        _, scaling = lora_config.rank_and_scaling(module, source, name)
+        _, scaling = numbers.of(module)
         coefficients[module] = Coefficients(down, up, scaling, tuple(config.get(keys.KERNELS, {}).get(module, ())))
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     fingerprint = config["subspace_fingerprint"]

@@ -82,11 +82,10 @@ def _fetch_manifest(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    # an adapter's config with it: huggingface_hub warns where nothing at all is found
     return hub.download(
         repo_id,
         revision,
-        [keys.MANIFEST, keys.ADAPTER_CONFIG],
+        [keys.MANIFEST, hub.ALWAYS_THERE],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,

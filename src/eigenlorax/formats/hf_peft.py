@@ -22,6 +22,7 @@ from ..keys import Kind
 from . import coefficients, files, lora_config, official, safetensors_file
 from .files import Header, Load
 from .folders import Place
+from .lora_config import Numbers
 
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
@@ -106,6 +107,7 @@ def assemble(
         else:
             (heads if place.kind is Kind.HEAD else carried)[key] = raw
     specs: dict[str, ModuleSpec] = {}
+    numbers = Numbers(config, where)
     for module, pair in factors.items():
         for side, other in (("down", "up"), ("up", "down")):
             if side not in pair:
@@ -120,7 +122,7 @@ def assemble(
         if _carried_whole(module, config, [headers[raw] for raw in pair.values()]):
             carried |= {keys.lora_key(module, side): raw for side, raw in pair.items()}
         else:
-            specs[module] = _spec(module, pair, headers, config, where)
+            specs[module] = _spec(module, pair, headers, numbers, where)
 
     return Adapter(
         name=name,
@@ -173,14 +175,12 @@ def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
     return len(down) == len(up) > 2 and set(up[2:]) == {1} and up[1] == down[0] and math.prod(down) > 0
 
 
-def _spec(
-    module: str, pair: dict[str, str], headers: Mapping[str, Header], config: dict[str, Any], where: str
-) -> ModuleSpec:
+def _spec(module: str, pair: dict[str, str], headers: Mapping[str, Header], numbers: Numbers, where: str) -> ModuleSpec:
     down, up = headers[pair["down"]], headers[pair["up"]]
     for side, header in (("down", down), ("up", up)):
         if header.dtype is None:
             raise FormatError(f"{where}: tensor {pair[side]!r} is not float64, float32, float16 or bfloat16.")
-    rank, scaling = lora_config.rank_and_scaling(module, config, where)
+    rank, scaling = numbers.of(module)
     if down.shape[0] != up.shape[1] or down.shape[0] < 1:
         raise ShapeError(
             f"{where}: {pair['down']!r} is {down.shape} and {pair['up']!r} is {up.shape}: "
@@ -215,10 +215,10 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, ove
 def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The bytes of the two files of a PEFT folder."""
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-    config = json.loads(text)
+    numbers = Numbers(json.loads(text), adapter.name)
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
     for module, factors in adapter.modules.items():
-        lora_config.check(adapter.name, module, factors.spec, config)
+        numbers.check(module, factors.spec)
         for side, factor in zip(keys.SIDES, factors.weights, strict=True):
             tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
     own = adapter.origin is not None and adapter.origin.format == "peft"

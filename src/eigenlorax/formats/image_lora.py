@@ -24,6 +24,7 @@ from . import files, flux, lora_config, names
 from .files import Header, OpenedFile
 from .flux import Part, Rows
 from .folders import Place
+from .lora_config import Numbers
 from .names import ALPHA, BIAS, DOWN, MAGNITUDE, MID, UP, Layer
 
 METADATA = "lora_adapter_metadata"
@@ -184,41 +185,39 @@ def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
     return Origin(dialect, tuple(one for one in names.SPELLINGS if one in spelling), dict(sorted(metadata.items())))
 
 
-def _configs(opened: OpenedFile) -> dict[str, dict[str, Any]]:
-    """What the file's metadata says of each component's LoRA, as fields of PEFT's config."""
+def _configs(opened: OpenedFile) -> dict[str, Numbers]:
+    """What the file's metadata says of the ranks and scalings of each component's LoRA."""
     text = opened.metadata.get(METADATA)
     if text is None:
         return {}
+    where = f"{opened.weights} ({METADATA})"
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{opened.weights}: its metadata {METADATA} is not valid JSON: {error}") from error
+        raise FormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise FormatError(f"{opened.weights}: its metadata {METADATA} is not a JSON object.")
+        raise FormatError(f"{where} is not a JSON object.")
     found: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         component, _, field = name.partition(".")
         found.setdefault(component, {})[field] = value
-    return found
+    return {component: Numbers(config, where) for component, config in found.items() if "r" in config}
 
 
-def _configured(module: str, rank: int, config: Mapping[str, Any] | None, where: str) -> float:
+def _configured(module: str, rank: int, numbers: Numbers | None, where: str) -> float:
     """The scaling of a module whose alpha is no tensor: the config's, or 1 where there is none."""
-    if config is None:
+    if numbers is None:
         return 1.0
     name = module.partition(".")[2]
-    # in later releases of transformers, a text encoder's modules have no such component
-    short = name.removeprefix("text_model.")
-    fields = dict(config)
-    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        if isinstance(fields.get(pattern), dict) and field in fields:
-            fields[field] = keys.pattern_value(fields[pattern], short, fields[field])
-    stated, scaling = lora_config.rank_and_scaling(name, fields, f"{where} ({METADATA})")
-    if stated != rank:
+    found = numbers.of(name)
+    if found == numbers.of(""):
+        # in later releases of transformers, a text encoder's modules have no such component
+        found = numbers.of(name.removeprefix("text_model."))
+    if found[0] != rank:
         raise ShapeError(
-            f"{where}: module {module} has rank {rank}, but {METADATA} says {stated}. Its scaling would be a guess."
+            f"{where}: module {module} has rank {rank}, but {METADATA} says {found[0]}. Its scaling would be a guess."
         )
-    return scaling
+    return found[1]
 
 
 def _alphas(opened: OpenedFile, layers: Mapping[str, _Tensors]) -> dict[str, float]:
@@ -236,7 +235,7 @@ def _alphas(opened: OpenedFile, layers: Mapping[str, _Tensors]) -> dict[str, flo
     found = {stem: float(value.reshape(()).item()) for stem, value in zip(raw, values, strict=True)}
     for stem, value in found.items():
         if not math.isfinite(value * value):
-            raise NonFiniteError(f"{where}: {raw[stem]!r} is {value}. Leave the file out with --skip-bad.")
+            raise NonFiniteError(f"{where}: {raw[stem]!r} is {value}; an alpha is a number.")
     return found
 
 

@@ -6,6 +6,7 @@ become one LoRA whose rank is the sum of theirs, or theirs where their inputs ar
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -88,12 +89,15 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
     layers = _layers(adapter, kind, named)
     carried = _carried(adapter, kind, named)
     tensors: dict[str, Tensor] = {}
+    alpha = _one_alpha(adapter, dialect)
     for stem, members in layers.items():
         where = f"{adapter.name!r}, module {members[0][0]}"
         factors = _whole(adapter, members)
         if dialect == OLD or (dialect == DIFFUSERS and BARE in kind.spelling):
             # no program reads an alpha there
-            factors = _unscaled(factors)
+            factors = _rescaled(factors, 1.0)
+        elif alpha is not None:
+            factors = _rescaled(factors, alpha / len(factors.down))
         down, up = factors.weights
         for key, tensor in zip(_factor_keys(stem, kind), (down, up), strict=True):
             tensors[key] = rounded(tensor, dtype, where)
@@ -220,7 +224,7 @@ def _prefixed(name: str | None, prefix: str, kind: _Kind) -> str | None:
 
 
 def _dotted_stem(component: str, name: str, kind: _Kind) -> str:
-    if PROCESSORS in kind.spelling:
+    if kind.dialect == OLD and PROCESSORS in kind.spelling:
         if match := re.fullmatch(r"(.+\.attn\d?)\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj)", name):
             if component in ("unet", "transformer"):
                 name = f"{match[1]}.processor.{match[2].removesuffix('.0')}_lora"
@@ -240,11 +244,22 @@ def _factor_keys(stem: str, kind: _Kind) -> tuple[str, str]:
     return f"{stem}.{down}", f"{stem}.{up}"
 
 
-def _unscaled(factors: LoRAFactors) -> LoRAFactors:
-    """The same update with a scaling of 1."""
-    if factors.scaling == 1:
+def _one_alpha(adapter: Adapter, dialect: str) -> float | None:
+    """The alpha that all layers of a kohya file get where the adapter came otherwise and has several: diffusers gives
+    one to all attention layers of such a file. Alphas that came in this dialect stay what they are."""
+    if dialect != KOHYA or (adapter.origin is not None and adapter.origin.format == KOHYA):
+        return None
+    alphas = Counter(lora_config.alpha_of(spec.rank, spec.scaling) for spec in adapter.specs.values())
+    common = alphas.most_common(1)[0][0]
+    return common if len(alphas) > 1 and common else None
+
+
+def _rescaled(factors: LoRAFactors, scaling: float) -> LoRAFactors:
+    """The same update with another scaling."""
+    if factors.scaling == scaling:
         return factors
-    return replace(factors, up=(factors.up.double() * factors.scaling).to(factors.up.dtype), scaling=1.0)
+    up = (factors.up.double() * (factors.scaling / scaling)).to(factors.up.dtype)
+    return replace(factors, up=up, scaling=scaling)
 
 
 def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
@@ -256,10 +271,7 @@ def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
         return replace(found, up=torch.cat(tuple(reversed(found.up.chunk(2)))))
     factors = {own: adapter.modules[own] for own, _ in members}
     scaling = next(iter(factors.values())).scaling or 1.0
-    ups = {
-        own: (one.up if one.scaling == scaling else (one.up.double() * (one.scaling / scaling)).to(one.up.dtype))
-        for own, one in factors.items()
-    }
+    ups = {own: _rescaled(one, scaling).up for own, one in factors.items()}
     heights = _heights(adapter, members)
     first = next(iter(factors.values())).down
     alike = all(

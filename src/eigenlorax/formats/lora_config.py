@@ -27,40 +27,50 @@ _KEPT = (
 )
 
 
-def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[int, float]:
-    """Rank and scaling of a module, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r."""
-    patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
-    try:
-        rank = keys.pattern_value(patterns[0], module, config.get("r", _DEFAULT_RANK))
-        alpha = keys.pattern_value(patterns[1], module, config.get("lora_alpha", _DEFAULT_ALPHA))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(
-            f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
-        ) from error
-    usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
-    try:
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
-    except OverflowError:
-        scaling = math.inf
-    # squared, it enters every norm of the update
-    if not math.isfinite(scaling * scaling):
-        raise FormatError(
-            f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} in {keys.ADAPTER_CONFIG} are not usable "
-            "numbers."
-        )
-    return rank, scaling
+class Numbers:
+    """Ranks and scalings by one config, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r.
 
+    where: stands before what is wrong with them.
+    """
 
-def check(name: str, module: str, spec: ModuleSpec, config: dict[str, Any]) -> None:
-    """`FormatError` where a config says another rank or scaling of a module than its factors have."""
-    rank, scaling = rank_and_scaling(module, config, name)
-    if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
-        raise FormatError(
-            f"adapter {name!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} are not those of its "
-            f"config, {rank} and {scaling:g}. Clear source_config, and a fitting one is written."
-        )
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+        patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
+        if not all(isinstance(pattern, dict) for pattern in patterns):
+            raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
+        self._ranks, self._alphas = (keys.Patterns(pattern) for pattern in patterns)
+
+    def of(self, module: str) -> tuple[int, float]:
+        """Rank and scaling of a module."""
+        config, where = self._config, self._where
+        try:
+            rank = self._ranks.value(module, config.get("r", _DEFAULT_RANK))
+            alpha = self._alphas.value(module, config.get("lora_alpha", _DEFAULT_ALPHA))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(
+                f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
+            ) from error
+        usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
+        try:
+            scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
+        except OverflowError:
+            scaling = math.inf
+        # squared, it enters every norm of the update
+        if not math.isfinite(scaling * scaling):
+            raise FormatError(
+                f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} in {keys.ADAPTER_CONFIG} are not "
+                "usable numbers."
+            )
+        return rank, scaling
+
+    def check(self, module: str, spec: ModuleSpec) -> None:
+        """`FormatError` where they are not those of a module's factors."""
+        rank, scaling = self.of(module)
+        if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
+            raise FormatError(
+                f"adapter {self._where!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} are not "
+                f"those of its config, {rank} and {scaling:g}. Clear source_config, and a fitting one is written."
+            )
 
 
 def make(adapter: Adapter) -> str:

@@ -26,7 +26,8 @@ TRANSFORMER, TE1 = "transformer", "te1"
 SPELLINGS = (FIRST_NAMES, PROCESSORS, BARE, LORA_DOWN, TRANSFORMER, TE1)
 """Where a dialect has two ways. first-names: a UNet's modules by the first code's names; processors:
 `.processor.to_q_lora`; bare: without a component's name; lora-down: `lora_down.weight` in the place of `lora_A.weight`;
-transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_` before the first text encoder's."""
+transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_` before the first text
+encoder's."""
 
 _TAILS = (
     # style, part by what the tail says, and the tail

@@ -97,7 +97,9 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
 
 
 def _folder(source: str | Path, revision: str | None, token: str | bool | None) -> Folder | None:
-    """The folder that a source names, to look into; None for the Hub's ids, and for what is no folder, or not there."""
+    """The folder that a source names, to look into; None for files and the Hub's ids, and for what is not there."""
+    if folders.is_file_name(source) and not Path(source).is_dir():
+        return None
     if isinstance(source, str) and urls.is_url(source):
         remote = urls.folder(source, revision=revision, token=token)
         remote.refresh()
