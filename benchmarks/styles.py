@@ -2,6 +2,7 @@
 
     python benchmarks/styles.py                  # the table of bytes, of docs/diffusion.md
     python benchmarks/styles.py --seconds 50     # seconds to load 50 styles, and to switch, on SDXL's layers, narrow
+    python benchmarks/styles.py --precision      # what half precision does to the update of a layer
 
 Bytes are arithmetic on shapes: models are made on the meta device, and have no weights.
 """
@@ -107,7 +108,7 @@ def seconds(count: int, rank: int = 4, k: int = 8) -> None:
         )
         for number in range(count)
     ]
-    pack = ex.fit(styles, n_components=k, sweeps=0, warn_above=1)
+    pack = ex.fit(styles, n_components=k, sweeps=0, warn_above=1.0)
     took = {"load_into": timed(lambda: ex.load_into(unet, pack))}
     took["switching to two of them"] = timed(lambda: unet.set_adapters(["style0", "style1"], [0.7, 0.5]))
     plain = make()
@@ -124,6 +125,37 @@ def seconds(count: int, rank: int = 4, k: int = 8) -> None:
         print(f"{what}: {value:.2f} s")
 
 
+def precision_table(rank: int = 16, k: int = 64, width: int = 1280, tokens: int = 256) -> str:
+    """The error of a layer's update in half precision, relative to float64's: of a LoRA, and of the same as a pack of k
+    components, in both dtypes of the bases. The output that it is added to is left away, which rounds more."""
+    random = torch.Generator().manual_seed(0)
+    styles = {
+        f"style{number}": LoRAFactors(
+            torch.randn(rank, width, generator=random) / width**0.5, torch.randn(width, rank, generator=random), 1.0
+        )
+        for number in range(k // rank)
+    }
+    pack = ex.fit([ex.from_factors(name, {"layer": one}) for name, one in styles.items()], energy=1.0)
+    given, style = torch.randn(tokens, width, generator=random), styles["style1"]
+    exact = given.double() @ style.down.double().mT @ style.up.double().mT
+    rows = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        inputs, errors = given.to(dtype), []
+        lora = inputs @ style.down.to(dtype).mT @ style.up.to(dtype).mT
+        errors.append(lora)
+        for of_bases in (None, torch.float32):
+            model = nn.Sequential()
+            model.add_module("layer", nn.Linear(width, width, bias=False))
+            nn.init.zeros_(model.layer.weight)
+            model.to(dtype)
+            ex.load_into(model, pack, "style1", dtype=of_bases)
+            with torch.no_grad():
+                errors.append(model(inputs))
+        relative = [float((one.double() - exact).norm() / exact.norm()) for one in errors]
+        rows.append([str(dtype).removeprefix("torch."), *(f"{one:.1e}" for one in relative)])
+    return table(["", "LoRA", "pack, bases in that dtype", "pack, bases in float32"], rows)
+
+
 def timed(call: Callable[[], object]) -> float:
     before = time.perf_counter()
     with warnings.catch_warnings():
@@ -136,8 +168,11 @@ def timed(call: Callable[[], object]) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, metavar="N", help="load N styles, and say how long that takes")
+    parser.add_argument("--precision", action="store_true", help="what half precision does to a layer's update")
     given = parser.parse_args()
     if given.seconds:
         seconds(given.seconds)
+    elif given.precision:
+        print(precision_table())
     else:
         print(bytes_table())

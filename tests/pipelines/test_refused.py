@@ -131,6 +131,13 @@ def test_fused_adapters(pipe, packs):
     ex.load_into(pipe, path, "clay")
 
 
+def test_weights_that_are_elsewhere(pipe, small):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(OptionError, match="has no weight at the moment, .* Use enable_model_cpu_offload"):
+        ex.load_into(pipe, small)
+    assert untouched(pipe)
+
+
 def test_what_is_no_pipeline(small):
     with pytest.raises(OptionError, match="dict is neither a pipeline of diffusers .* nor a model"):
         ex.load_into({}, small)

@@ -1,10 +1,9 @@
 """`load_into`: adapters of a pack in a pipeline, checked as a whole before anything is changed."""
 
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -43,12 +42,12 @@ def load_into(
     found = parts.find({place for one in adapters.values() for place in one.places.values()}, pipe)
     _check(adapters, found, opened, pipe)
     off = any(layer.disable_adapters for layer in layers.tuner_layers(models))
-    with _offloading_paused(pipe):
-        counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint, dtype)
+    counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint, dtype)
     for layer in layers.tuner_layers(models):
         layer.set_adapter([*adapters][-1:], inference_mode=True)
         if off:
             layer.enable_adapters(False)
+    _regroup(models)
     return counts
 
 
@@ -71,8 +70,9 @@ def _read(pack: Pack, names: list[str]) -> dict[str, PackedAdapter]:
         if more:
             where = pack.path if pack.path is not None else "pack/"
             raise OptionError(
-                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Load it as an "
-                f"ordinary LoRA: `eigenlorax export {where} {name} -o loras/`, then pipe.load_lora_weights."
+                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Load the others by "
+                f"their names, and this one as a LoRA: `eigenlorax export {where} {name} -o loras/`, then "
+                "pipe.load_lora_weights."
             )
         short = name.replace(".", "_")
         if short in found:
@@ -144,29 +144,20 @@ def _check_shape(place: Place, wanted: tuple[int, int], kernel: tuple[int, ...],
         raise ModuleNameError(f"{place.name} is a {kind} in this {where}, which no update can be added to. {wrong}")
     if own != wanted:
         raise ShapeError(f"{place.name}: (out, in) is {own} in this {where} and {wanted} in the pack. {wrong}")
+    if layers.base_of(place.module).weight.is_meta:
+        raise OptionError(
+            f"{place.name} has no weight at the moment, as under enable_sequential_cpu_offload, where bases could not "
+            "be beside it. Use enable_model_cpu_offload or group offloading, or load the model's weights first."
+        )
     has = convolution.kernel_of(layers.base_of(place.module))
     if not convolution.agree(kernel, has):
         raise ShapeError(f"{place.name}: the kernel is {has} in this {where} and {kernel} in the pack. {wrong}")
 
 
-@contextmanager
-def _offloading_paused(pipe: object) -> Iterator[None]:
-    """As where diffusers loads a LoRA: hooks that move layers one by one know those that were there before."""
-    if isinstance(pipe, nn.Module):
-        yield
-        return
-    pipeline: Any = pipe
-    whole, one_by_one, in_groups = pipeline._optionally_disable_offloading(pipeline)
-    try:
-        yield
-    finally:
-        if whole:
-            pipeline.enable_model_cpu_offload(device=pipeline._offload_device)
-        elif one_by_one:
-            pipeline.enable_sequential_cpu_offload(device=pipeline._offload_device)
-        elif in_groups:
-            from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+def _regroup(models: Sequence[nn.Module]) -> None:
+    """Let diffusers' offloading of groups know of the tensors that were not there when it was switched on."""
+    if "diffusers" in sys.modules:
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
-            for model in pipeline.components.values():
-                if isinstance(model, nn.Module):
-                    _maybe_remove_and_reapply_group_offloading(model)
+        for model in models:
+            _maybe_remove_and_reapply_group_offloading(model)

@@ -91,7 +91,7 @@ def find(modules: Iterable[str], pipeline: object) -> Found:
     found = Found()
     for module in sorted(modules):
         name, _, layer = module.partition(".")
-        if not is_part(name):
+        if name not in models and not is_part(name):
             name, layer = denoiser, module
         if name in models and models[name] is None:
             found.absent.append(module)

@@ -107,9 +107,10 @@ class EigenLoraxLayer(BaseTunerLayer):
         self._place_bases(adapter_name, bases, fingerprint, embed=False)
         self.sizes_of[adapter_name] = coefficients.down.shape[1], coefficients.up.shape[0]
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        own = self.dtype
         for target, part in ((self.eigenlorax_down, coefficients.down), (self.eigenlorax_up, coefficients.up)):
             # rounded to no narrower dtype than the pack's
-            wide = torch.promote_types(part.dtype, self.dtype or part.dtype)
+            wide = torch.promote_types(part.dtype, own) if own is not None else part.dtype
             target[adapter_name] = nn.Parameter(part.to(device, wide), requires_grad=False)
 
     def _place_bases(self, adapter_name: str, bases: ModuleBases, fingerprint: str, embed: bool) -> None:
@@ -252,7 +253,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         if self.serving is None:
             return
         active = [] if self._disable_adapters else [name for name in self.active_adapters if self.has_adapter(name)]
-        keys = dict.fromkeys(self.bases_key(name)[0] for name in self.sizes_of)
+        embedded = self.eigenlorax_embedded_down
+        keys = dict.fromkeys(name if name in embedded else key for name, key in self.subspace_of.items())
         for key in set(self.eigenlorax_blend) - set(keys):
             del self.eigenlorax_blend[key]
         # what is made or written within inference mode could not be written outside of it
