@@ -104,8 +104,9 @@ pipe = pipeline()
 for name, seed in STYLES.items():
     write_style(pipe, name, seed)
 
-# in the shell: eigenlorax fit styles-out/styles/*.safetensors -o styles-out/pack --max-error 0.01
-ex.fit(OUT / "styles", max_error=0.01).save(OUT / "pack", overwrite=True)
+# in the shell: eigenlorax fit styles-out/styles/*.safetensors -o styles-out/pack -k 10
+# as many components as these have in common; of styles by strangers something is lost, and `inspect` says how much
+ex.fit(OUT / "styles", n_components=SHARED).save(OUT / "pack", overwrite=True)
 pack = ex.Pack.open(OUT / "pack")
 summary = pack.summary
 print(f"{len(pack)} styles, the worst has lost {summary.in_fit.worst:.4f}; files ÷ pack = {summary.bytes.ratio:.2f}")

@@ -73,13 +73,13 @@ def test_the_example_of_generation(tmp_path):
 def test_the_example_of_styles(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusers]'")
     out = run([ROOT / "examples/styles.py"], tmp_path)
-    assert "6 styles, the worst has lost 0.00" in out
+    assert "6 styles, the worst has lost 0.0000" in out
     assert "in the pipeline: clay, ink, neon, pixel, sketch, toy" in out
-    from_own, from_none = re.search(r"sketch: (\S+) from its own file, (\S+) from no style", out).groups()
-    assert 10 * float(from_own) < float(from_none)
-    again = [float(found) for found in re.findall(r"(?:disabled|again|sketch.safetensors)[:,] (\S+) from", out)]
-    assert len(again) == 3
-    assert max(again) < 1e-3
+    (from_none,) = re.findall(r"own file, (\S+) from no style", out)
+    assert float(from_none) > 0.1
+    same = [float(found) for found in re.findall(r"(?:sketch:|disabled:|again:|safetensors,) (\S+) from", out)]
+    assert len(same) == 4
+    assert max(same) < 1e-3
     assert (tmp_path / "styles-out/loras/sketch.safetensors").is_file()
 
 

@@ -70,9 +70,8 @@ def _read(pack: Pack, names: list[str]) -> dict[str, PackedAdapter]:
         if more:
             where = pack.path if pack.path is not None else "pack/"
             raise OptionError(
-                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Load the others by "
-                f"their names, and this one as a LoRA: `eigenlorax export {where} {name} -o loras/`, then "
-                "pipe.load_lora_weights."
+                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Name the others, and "
+                f"load this one as a LoRA: `eigenlorax export {where} {name} -o loras/`, then pipe.load_lora_weights."
             )
         short = name.replace(".", "_")
         if short in found:
