@@ -70,7 +70,7 @@ def _read(pack: Pack, names: list[str]) -> dict[str, PackedAdapter]:
         if more:
             where = pack.path if pack.path is not None else "pack/"
             raise OptionError(
-                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Name the others, and "
+                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Name the others; "
                 f"load this one as a LoRA: `eigenlorax export {where} {name} -o loras/`, then pipe.load_lora_weights."
             )
         short = name.replace(".", "_")
