@@ -241,9 +241,11 @@ class EigenLoraxLayer(BaseTunerLayer):
             self.register_load_state_dict_post_hook(_blend_what_was_loaded)
         self.serving = Serving(dtype)
         if dtype is not None:
-            for bases in (self.eigenlorax_basis_down, self.eigenlorax_basis_up):
-                for key in list(bases):
-                    bases[key] = bases[key].to(dtype)
+            # a tensor that is made within inference mode could never be trained with again
+            with torch.inference_mode(False), torch.no_grad():
+                for bases in (self.eigenlorax_basis_down, self.eigenlorax_basis_up):
+                    for key in list(bases):
+                        bases[key] = bases[key].to(dtype)
         # one that was put into a model that is not being trained thinks that it is
         self.train(self.base_layer.training)
         self.blend()
@@ -252,29 +254,33 @@ class EigenLoraxLayer(BaseTunerLayer):
         """Fill the cores that are served, where there are any: after coefficients were changed by hand, too."""
         if self.serving is None:
             return
-        active = [] if self._disable_adapters else [name for name in self.active_adapters if self.has_adapter(name)]
         embedded = self.eigenlorax_embedded_down
-        keys = dict.fromkeys(name if name in embedded else key for name, key in self.subspace_of.items())
-        for key in set(self.eigenlorax_blend) - set(keys):
+        keys = {name: name if name in embedded else key for name, key in self.subspace_of.items()}
+        for key in set(self.eigenlorax_blend) - set(keys.values()):
             del self.eigenlorax_blend[key]
-        # what is made or written within inference mode could not be written outside of it
+        # what is made within inference mode could not be written outside of it
         with torch.inference_mode(False), torch.no_grad():
-            for key in keys:
+            for key in dict.fromkeys(keys.values()):
                 down, up = self.bases_at(key)
                 if key not in self.eigenlorax_blend:
                     dtype = torch.promote_types(up.dtype, torch.float32)
                     self.eigenlorax_blend[key] = torch.zeros(len(up), len(down), dtype=dtype, device=up.device)
-                blend = self.eigenlorax_blend[key].zero_()
-                for name in active:
-                    first, *rest = (
-                        factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors_of(name)
-                    )
-                    # what is not loaded yet is on no device
-                    if self.bases_key(name)[0] == key and not first.is_meta:
-                        core = rest[0] @ first if rest else first
-                        k_up, k_down = core.shape
-                        blend[:k_up, :k_down] += (self.scaling[name] * core).to(blend)
+                self.eigenlorax_blend[key].zero_()
+            for name in [] if self._disable_adapters else self.active_adapters:
+                if self.has_adapter(name):
+                    self._add_to(self.eigenlorax_blend[keys[name]], name)
         self._blended = self._what_is_active()
+
+    def _add_to(self, blend: Tensor, adapter_name: str) -> None:
+        """Add an adapter's core, as precise as it is and float32 at least, to the first components of a blend."""
+        first, *rest = (
+            factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors_of(adapter_name)
+        )
+        # what is not loaded yet is on no device
+        if not first.is_meta:
+            core = rest[0] @ first if rest else first
+            k_up, k_down = core.shape
+            blend[:k_up, :k_down] += (self.scaling[adapter_name] * core).to(blend)
 
     def _blend_anew(self) -> None:
         """`blend`, unless the same adapters are active with the same scalings as the last time."""
