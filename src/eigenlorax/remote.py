@@ -85,7 +85,7 @@ def _fetch_manifest(
     return hub.download(
         repo_id,
         revision,
-        [keys.MANIFEST, hub.ALWAYS_THERE],
+        [keys.MANIFEST, keys.ADAPTER_CONFIG, hub.ALWAYS_THERE],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,

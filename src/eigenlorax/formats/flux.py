@@ -93,6 +93,19 @@ def to_diffusers(name: str) -> list[Part]:
     return [Part(f"{place}.{_SINGLE[rest]}")] if rest in _SINGLE else []
 
 
+def of_xlabs(kind: str, block: str, what: str, which: str | None) -> list[Part]:
+    """The modules of a layer of XLabs' trainer, which has attention alone: `double_blocks.0.processor.qkv_lora1`.
+
+    which: 1 for the image's part of a double block, 2 for the text's.
+    """
+    if kind == "double":
+        return to_diffusers(f"double_blocks.{block}.{'txt' if which == '2' else 'img'}_attn.{what}")
+    place = f"single_transformer_blocks.{block}"
+    if what == "qkv":
+        return [Part(f"{place}.attn.to_{one}", Rows.THIRD, i) for i, one in enumerate("qkv")]
+    return [Part(f"{place}.proj_out")]
+
+
 def to_authors(module: str) -> str | None:
     """The authors' module that diffusers' is one of the parts of; None for what is no module of FLUX."""
     if module in _BACK_ENDS:

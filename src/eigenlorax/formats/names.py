@@ -6,7 +6,7 @@ No tensor is looked at here.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import keys
 from ..errors import FormatError
@@ -35,6 +35,7 @@ _TAILS = (
     ("lora_A", re.compile(r"(?P<stem>.+)\.lora_(?P<part>[AB])(\.(?!bias$|weight$)[^.]+)?(\.weight)?")),
     ("lora.down", re.compile(r"(?P<stem>.+)\.lora(_linear_layer)?\.(?P<part>down|up)\.weight")),
     ("_lora.down", re.compile(r"(?P<stem>.+)_lora\.(?P<part>down|up)\.weight")),
+    ("_lora.down", re.compile(r"(?P<stem>.+_lora[12])\.(?P<part>down|up)\.weight")),
     ("", re.compile(r"(?P<stem>.+?)(_lora)?\.(?P<part>alpha)")),
     ("", re.compile(r"(?P<stem>.+)\.(?P<part>dora_scale)")),
     ("", re.compile(r"(?P<stem>.+)\.(?P<part>lora_magnitude_vector)(\.[^.]+)*")),
@@ -69,6 +70,10 @@ _OTHER = tuple((what, re.compile(pattern)) for what, pattern in _OTHERS)
 _KOHYA = re.compile(r"lora_(?P<which>unet|transformer|te[123]?)[_.](?P<name>.+)")
 _COMFY_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_2"}
 _COMFY = re.compile(r"text_encoders\.(?P<which>clip_l|clip_g|t5xxl)\.transformer\.(?P<name>.+)")
+_XLABS = re.compile(
+    r"(diffusion_model\.)?(?P<kind>double|single)_blocks\.(?P<block>\d+)\.processor\.(?P<what>qkv|proj)"
+    r"(_lora(?P<which>[12]))?"
+)
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _TRANSFORMER_HEADS = frozenset(
     {"transformer_blocks", "single_transformer_blocks", "x_embedder", "context_embedder", "time_text_embed"}
@@ -137,6 +142,9 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
     if match := _KOHYA.fullmatch(stem):
         name = match["name"] if "." in match["name"] else dotted(match["name"])
         return _kohya(match["which"], name, has_flux) if name is not None else None
+    if match := _XLABS.fullmatch(stem):
+        parts = flux.of_xlabs(match["kind"], match["block"], match["what"], match["which"])
+        return Layer([replace(one, module=f"transformer.{one.module}") for one in parts], DIFFUSERS)
     spelling = {LORA_DOWN} if style == "lora_down" else set()
     if stem.startswith("diffusion_model."):
         return _diffusion_model(stem.removeprefix("diffusion_model."), spelling)
@@ -152,6 +160,8 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
             return Layer(first.parts, DIFFUSION_MODEL, first.spelling | {BARE}) if first is not None else None
         component = implied
         spelling.add(BARE)
+    # some save what PEFT has wrapped
+    name = name.removeprefix(keys.MODEL_PREFIX)
     if not name:
         return None
     if name.partition(".")[0] in unets.HEADS and component == "unet":

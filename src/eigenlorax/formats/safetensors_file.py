@@ -17,7 +17,9 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
     end = LENGTH_BYTES + int.from_bytes(plain[:LENGTH_BYTES], "little")
     described = json.loads(plain[LENGTH_BYTES:end])
     header = json.dumps(
-        {METADATA: dict(sorted(metadata.items())), **described} if metadata else described, separators=(",", ":")
+        {METADATA: dict(sorted(metadata.items())), **described} if metadata else described,
+        separators=(",", ":"),
+        ensure_ascii=False,
     ).encode()
     header += b" " * (-len(header) % _ALIGNED)
     return len(header).to_bytes(LENGTH_BYTES, "little") + header + plain[end:]
