@@ -141,6 +141,10 @@ class RegistrationWarning(EigenloraxWarning):
     """PEFT could not be told of our method: it is too old, say."""
 
 
+class MissingPartWarning(EigenloraxWarning):
+    """A model that a pipeline was made without, and that adapters have coefficients for."""
+
+
 class RankWarning(EigenloraxWarning):
     """A rank above the number of components: the update's rank is at most the latter."""
 

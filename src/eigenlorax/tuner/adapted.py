@@ -20,6 +20,8 @@ from .. import convolution
 from ..mixing import arrange
 from .layer import EigenLoraxLayer
 
+_NOTHING = nn.Identity()
+
 
 class Adapted(nn.Module, EigenLoraxLayer):
     """All that linear layers and convolutions have in common; they differ in four products."""
@@ -130,18 +132,24 @@ class Adapted(nn.Module, EigenLoraxLayer):
         found: dict[tuple[Any, ...], list[str]] = {}
         for adapter in self.active_adapters:
             if self.has_adapter(adapter):
-                dropout = self.eigenlorax_dropout[adapter]
+                dropout = self._dropout(adapter)
                 # each has zeros of its own in the input
                 alone = adapter if isinstance(dropout, nn.Dropout) and dropout.training else None
                 key = (*self.bases_key(adapter), self.factors_of(adapter)[0].dtype, alone)
                 found.setdefault(key, []).append(adapter)
         return list(found.values())
 
+    def _dropout(self, adapter: str) -> nn.Module:
+        """What is done to the layer's input for an adapter: nothing, for one that is held."""
+        if adapter in self.eigenlorax_dropout:
+            return self.eigenlorax_dropout[adapter]
+        return _NOTHING
+
     def _update(self, adapters: Sequence[str], x: Tensor) -> Tensor:
         """The sum of the updates of adapters that share their bases."""
         first = adapters[0]
         down_basis, up_basis = self.bases_of(first)
-        x = self._cast_input_dtype(self.eigenlorax_dropout[first](x), self.factors_of(first)[0].dtype)
+        x = self._cast_input_dtype(self._dropout(first)(x), self.factors_of(first)[0].dtype)
         projected = self._onto(x, down_basis.to(x.dtype))
         total: Tensor | None = None
         for adapter in adapters:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import convolution
-from ..subspace import ModuleBases
+from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
 
@@ -23,6 +23,7 @@ from .starts import Start
 class EigenLoraxLayer(BaseTunerLayer):
     """What an adapted layer holds, by adapter; and the bases, by the fingerprint of their subspace."""
 
+    _active_adapter: str | list[str]
     adapter_layer_names = ("eigenlorax_down", "eigenlorax_up", "eigenlorax_core")
     other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of", "sizes_of")
 
@@ -92,6 +93,25 @@ class EigenLoraxLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         self.blend()
+
+    def hold(self, adapter_name: str, bases: ModuleBases, fingerprint: str, coefficients: Coefficients) -> None:
+        """Add an adapter to run and not to train: its coefficients as they are, on bases that may be here already.
+
+        It is not active yet, and is served after the next `blend`. Coefficients may be on the first components of bases
+        that have grown since.
+        """
+        self.r[adapter_name] = coefficients.rank
+        self.lora_alpha[adapter_name] = coefficients.scaling * coefficients.rank
+        self.use_rslora[adapter_name] = False
+        self.scaling[adapter_name] = coefficients.scaling
+        self._place_bases(adapter_name, bases, fingerprint, embed=False)
+        self.sizes_of[adapter_name] = coefficients.down.shape[1], coefficients.up.shape[0]
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        own = self.dtype
+        for target, part in ((self.eigenlorax_down, coefficients.down), (self.eigenlorax_up, coefficients.up)):
+            # rounded to no narrower dtype than the pack's
+            wide = torch.promote_types(part.dtype, own) if own is not None else part.dtype
+            target[adapter_name] = nn.Parameter(part.to(device, wide), requires_grad=False)
 
     def _place_bases(self, adapter_name: str, bases: ModuleBases, fingerprint: str, embed: bool) -> None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -193,8 +213,11 @@ class EigenLoraxLayer(BaseTunerLayer):
         self._blend_anew()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """As in PEFT. Adapters that are held are not made trainable."""
+        if self.eigenlorax_dropout:
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
+        else:
+            self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._blend_anew()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -231,7 +254,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         """Fill the cores that are served, where there are any: after coefficients were changed by hand, too."""
         if self.serving is None:
             return
-        keys = {name: self.bases_key(name)[0] for name in self.sizes_of}
+        embedded = self.eigenlorax_embedded_down
+        keys = {name: name if name in embedded else key for name, key in self.subspace_of.items()}
         for key in set(self.eigenlorax_blend) - set(keys.values()):
             del self.eigenlorax_blend[key]
         # what is made within inference mode could not be written outside of it
@@ -267,6 +291,12 @@ class EigenLoraxLayer(BaseTunerLayer):
         return self._disable_adapters, tuple(
             (name, self.scaling[name]) for name in self.active_adapters if self.has_adapter(name)
         )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That which the layer itself computes in; None where its weight does not say."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else None
 
     @property
     def kernel(self) -> tuple[int, ...]:

@@ -193,6 +193,7 @@ class EigenLoraxModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The coefficients, and the bases where the config says that they are saved too."""
+        config.check_saving(adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
