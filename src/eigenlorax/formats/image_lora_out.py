@@ -24,7 +24,7 @@ from .flux import Rows
 from .hf_peft import owned, rounded
 from .image_lora import METADATA
 from .layers import Kind, Members
-from .names import BARE, DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
+from .names import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
 
 _HASHES = re.compile(r"(sshs_(model|legacy)_hash|modelspec\.hash_sha256)")
 """What is true of the bytes of one file alone."""
@@ -54,7 +54,7 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
     for stem, members in layers.layers(adapter, kind).items():
         where = f"{adapter.name!r}, module {members[0][0]}"
         factors = _whole(adapter, members)
-        if dialect == OLD or (dialect == DIFFUSERS and BARE in kind.spelling):
+        if dialect == OLD:
             # no program reads an alpha there
             factors = _rescaled(factors, 1.0)
         elif alpha is not None:
@@ -181,7 +181,7 @@ def _metadata(adapter: Adapter, kind: Kind) -> dict[str, str]:
     text = given.pop(METADATA, None)
     found = {key: value for key, value in given.items() if not _HASHES.fullmatch(key)}
     found.setdefault("format", "pt")
-    if kind.dialect != DIFFUSERS or BARE in kind.spelling:
+    if kind.dialect != DIFFUSERS:
         return found
     came = text is not None and adapter.origin is not None and adapter.origin.format == DIFFUSERS
     if came:
