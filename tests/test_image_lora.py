@@ -116,7 +116,7 @@ class TestThroughAPack:
             assert after.metadata() == {"format": "pt", **before.metadata()}
 
     def test_other_processes_read_it(self, folder, truth):
-        found = pickle.loads(pickle.dumps(read_adapter(folder / "kohya.safetensors")))  # noqa: S301
+        found = pickle.loads(pickle.dumps(read_adapter(folder / "kohya.safetensors")))
         assert_same_updates(deltas(found), deltas(truth), 1e-6)
 
     def test_the_same_bytes_each_time(self, folder, tmp_path):
