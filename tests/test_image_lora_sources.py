@@ -57,6 +57,10 @@ class TestOnDisk:
         assert ex.fit(found[0].source, n_components=2).names == ["ink"]
         assert read_adapter(styles / "ink.safetensors", name="mine").name == "mine"
 
+    def test_one_that_is_not_there_is_not_asked_of_the_hub(self):
+        with pytest.raises(FormatError, match=r"^styles/oil.safetensors does not exist\.$"):
+            read_adapter("styles/oil.safetensors")
+
     def test_two_of_one_name(self, styles, tmp_path):
         other = make(tmp_path / "more" / "Ink.safetensors")
         with pytest.raises(AdapterNameError, match="two adapters go by the name 'Ink'"):

@@ -60,4 +60,4 @@ def test_a_lora_of_stable_diffusion_comes_back(shared, tmp_path, format):
     assert reference.delta_error(original, back) < 1e-5
     if format is None:
         before, after = load_file(folder / "pytorch_lora_weights.safetensors"), load_file(path)
-        assert {key: tensor.shape for key, tensor in before.items()} == {k: t.shape for k, t in after.items()}
+        assert {f"unet.{key}": t.shape for key, t in before.items()} == {k: t.shape for k, t in after.items()}

@@ -15,7 +15,7 @@ EPILOG = """Examples:
 
   eigenlorax export org/pack sst2 -o loras/
 
-  eigenlorax export styles-pack/ -o styles/ --format kohya"""
+  eigenlorax export styles-pack/ -o exported/ --format kohya"""
 
 
 def register(app: typer.Typer) -> None:

@@ -97,6 +97,8 @@ def place(
         if subfolder:
             raise FormatError(f"{source} is not a folder, so it has no subfolder {subfolder!r}.")
         return _local_file(Path(source))
+    if is_file_name(source) and not Path(source).exists():
+        raise FormatError(f"{source} does not exist.")
     path, name = hub.adapter_folder(
         source,
         revision=revision,

@@ -12,7 +12,7 @@ from ..adapter import Adapter
 from ..errors import FormatError, OptionError
 from . import families, flux, names, unets
 from .flux import Part, Rows
-from .names import BARE, DIFFUSERS, DIFFUSION_MODEL, FIRST_NAMES, KOHYA, LORA_DOWN, OLD, PROCESSORS, TRANSFORMER
+from .names import DIFFUSERS, DIFFUSION_MODEL, FIRST_NAMES, KOHYA, LORA_DOWN, OLD, PROCESSORS, TRANSFORMER
 from .words import dotted, underscored
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -151,7 +151,7 @@ def _prefixed(name: str | None, prefix: str, kind: Kind) -> str | None:
     if name is None:
         return None
     if kind.dialect == DIFFUSION_MODEL:
-        return name if BARE in kind.spelling else f"diffusion_model.{name}"
+        return f"diffusion_model.{name}"
     # what does not come back would be another module's
     return prefix + underscored(name) if dotted(underscored(name)) == name else None
 
@@ -163,7 +163,7 @@ def _dotted_stem(component: str, name: str, kind: Kind) -> str:
                 name = f"{match[1]}.processor.{match[2].removesuffix('.0')}_lora"
         elif component.startswith("text_encoder") and (match := re.fullmatch(r"(.+\.self_attn)\.(\w+)", name)):
             name = f"{match[1]}.{_TEXT_PROJECTIONS.get(match[2], match[2])}_lora"
-    # the oldest files had no name of a component; diffusers now passes over such modules, in silence
+    # also where a file came without a component: no `load_lora_weights` reads it so any more
     return f"{component}.{name}"
 
 

@@ -21,13 +21,13 @@ DIALECTS = (KOHYA, DIFFUSERS, OLD, DIFFUSION_MODEL)
 """kohya: `lora_unet_…lora_down.weight`. diffusers: `unet.….lora_A.weight`. diffusers-old: `unet.….lora.down.weight`.
 diffusion-model: `diffusion_model.….lora_A.weight`, as ComfyUI and others write it."""
 
-FIRST_NAMES, PROCESSORS, BARE, LORA_DOWN = "first-names", "processors", "bare", "lora-down"
+FIRST_NAMES, PROCESSORS, LORA_DOWN = "first-names", "processors", "lora-down"
 TRANSFORMER, TE1 = "transformer", "te1"
-SPELLINGS = (FIRST_NAMES, PROCESSORS, BARE, LORA_DOWN, TRANSFORMER, TE1)
+SPELLINGS = (FIRST_NAMES, PROCESSORS, LORA_DOWN, TRANSFORMER, TE1)
 """Where a dialect has two ways. first-names: a UNet's modules by the first code's names; processors:
-`.processor.to_q_lora`; bare: FLUX's authors' names without `diffusion_model.`; lora-down: `lora_down.weight` in the
-place of `lora_A.weight`; transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_`
-before the first text encoder's."""
+`.processor.to_q_lora`; lora-down: `lora_down.weight` in the place of `lora_A.weight`;
+transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_` before the first text
+encoder's."""
 
 _TAILS = (
     # style, part by what the tail says, and the tail
@@ -156,8 +156,7 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
         name = stem.removeprefix(keys.MODEL_PREFIX)
         implied = _component(name.partition(".")[0])
         if implied is None:
-            first = _diffusion_model(name, spelling)
-            return Layer(first.parts, DIFFUSION_MODEL, first.spelling | {BARE}) if first is not None else None
+            return _diffusion_model(name, spelling)
         component = implied
     # some save what PEFT has wrapped
     name = name.removeprefix(keys.MODEL_PREFIX)
