@@ -92,7 +92,8 @@ class EigenLoraxLayer(BaseTunerLayer):
             self.eigenlorax_up[adapter_name] = nn.Parameter(up)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        self.blend()
+        if adapter_name in self.active_adapters or self.bases_key(adapter_name)[0] not in self.eigenlorax_blend:
+            self.blend()
 
     def hold(self, adapter_name: str, bases: ModuleBases, fingerprint: str, coefficients: Coefficients) -> None:
         """Add an adapter to run and not to train: its coefficients as they are, on bases that may be here already.
@@ -272,15 +273,17 @@ class EigenLoraxLayer(BaseTunerLayer):
         self._blended = self._what_is_active()
 
     def _add_to(self, blend: Tensor, adapter_name: str) -> None:
-        """Add an adapter's core, as precise as it is and float32 at least, to the first components of a blend."""
-        first, *rest = (
-            factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors_of(adapter_name)
-        )
+        """Add an adapter's core, in the dtype of the blend, to the first components of it."""
+        factors, scaling = self.factors_of(adapter_name), self.scaling[adapter_name]
         # what is not loaded yet is on no device
-        if not first.is_meta:
-            core = rest[0] @ first if rest else first
-            k_up, k_down = core.shape
-            blend[:k_up, :k_down] += (self.scaling[adapter_name] * core).to(blend)
+        if factors[0].is_meta:
+            return
+        k_down, k_up = self.sizes_of[adapter_name]
+        down, *up = (factor.to(blend) for factor in factors)
+        if up:
+            blend[:k_up, :k_down].addmm_(up[0], down, alpha=scaling)
+        else:
+            blend[:k_up, :k_down].add_(down, alpha=scaling)
 
     def _blend_anew(self) -> None:
         """`blend`, unless the same adapters are active with the same scalings as the last time."""
