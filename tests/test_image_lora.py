@@ -267,6 +267,20 @@ class TestWhatAFileSays:
                 "sshs_model_hash": sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest(),
             }
 
+    def test_alphas_beside_a_config_that_says_others(self, tmp_path):
+        truth = planted({"unet.conv_in": (11, 4, 3, 3), "unet.time_embedding.linear_1": (9, 6)}, seed=1)
+        file = lora_files.write(tmp_path / "a.safetensors", truth, "diffusers")
+        with safe_open(file, "pt") as found:
+            metadata = found.metadata()
+        # of tensors and texts, the tensors count
+        save_file({**load_file(file), "unet.conv_in.alpha": torch.tensor(14.0)}, file, metadata=metadata)
+        one = read_adapter(file)
+        assert one.specs["unet.conv_in"].scaling == 14.0 / 2
+        back = read_adapter(write_adapter(one, tmp_path / "b"))
+        assert {name: spec.scaling for name, spec in back.specs.items()} == {
+            name: spec.scaling for name, spec in one.specs.items()
+        }
+
     def test_no_alpha_is_a_scaling_of_one(self, tmp_path):
         stem = "lora_unet_mid_block_attentions_0_proj_in"
         save_file(
