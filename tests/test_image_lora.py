@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -278,6 +279,20 @@ class TestWhatAFileSays:
                 "sshs_model_hash": sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest(),
             }
 
+    def test_alphas_beside_a_config_that_says_others(self, tmp_path):
+        truth = planted({"unet.conv_in": (11, 4, 3, 3), "unet.time_embedding.linear_1": (9, 6)}, seed=1)
+        file = lora_files.write(tmp_path / "a.safetensors", truth, "diffusers")
+        with safe_open(file, "pt") as found:
+            metadata = found.metadata()
+        # of tensors and texts, the tensors count
+        save_file({**load_file(file), "unet.conv_in.alpha": torch.tensor(14.0)}, file, metadata=metadata)
+        one = read_adapter(file)
+        assert one.specs["unet.conv_in"].scaling == 14.0 / 2
+        back = read_adapter(write_adapter(one, tmp_path / "b"))
+        assert {name: spec.scaling for name, spec in back.specs.items()} == {
+            name: spec.scaling for name, spec in one.specs.items()
+        }
+
     def test_no_alpha_is_a_scaling_of_one(self, tmp_path):
         stem = "lora_unet_mid_block_attentions_0_proj_in"
         save_file(
@@ -315,6 +330,34 @@ class TestWhatAFileSays:
         wanted = 2.0 * conv(conv(conv(image, down), mid, padding=1), up)
         found_down, found_up = found.weights
         assert torch.allclose(found.scaling * conv(conv(image, found_down, padding=1), found_up), wanted, atol=1e-4)
+
+    def test_a_convolution_outside_the_subspace_is_one_still(self, tmp_path):
+        modules = {"unet.conv_in": (11, 4, 3, 3), "unet.time_embedding.linear_1": (9, 6)}
+        file = lora_files.write(tmp_path / "a.safetensors", planted(modules, seed=1), "kohya")
+        ex.fit([file], energy=1.0, exclude_modules=["conv_in"]).save(tmp_path / "pack")
+        (path,) = ex.Pack.open(tmp_path / "pack").export(tmp_path / "out").values()
+        before, after = load_file(file), load_file(path)
+        assert {k: t.shape for k, t in after.items()} == {k: t.shape for k, t in before.items()}
+        assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if "conv_in" in key)
+
+    def test_dora_as_diffusers_computes_it(self, tmp_path):
+        pipe, other = (image_models.tiny_pipeline("sd") for _ in range(2))
+        shapes = image_models.shapes(pipe.unet, "unet")
+        truth = planted({name: shapes[name] for name in list(shapes)[::9]}, seed=2)
+        magnitudes = {}
+        for name, module in other.unet.named_modules():
+            if (factors := truth.modules.get(f"unet.{name}")) is not None:
+                magnitude = 1.3 * module.weight.detach().double().flatten(1).norm(dim=1)
+                magnitudes[f"base_model.model.unet.{name}.lora_magnitude_vector"] = magnitude.float()
+                changed = (
+                    module.weight.double().flatten(1) + factors.scaling * factors.up.double() @ factors.down.double()
+                )
+                whole = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
+                module.weight.data = whole.reshape(module.weight.shape).float()
+        file = write_adapter(replace(truth, carried=magnitudes), tmp_path / "a", format="kohya")
+        path = write_adapter(read_adapter(file), tmp_path / "b", format="diffusers")
+        found, _ = loaded(pipe, path)
+        assert_same_outputs({"unet": found["unet"]}, {"unet": image_models.outputs(other)["unet"]})
 
     @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
     def test_dora_s_magnitudes_are_carried(self, tmp_path, dialect):

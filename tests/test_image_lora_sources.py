@@ -51,6 +51,10 @@ class TestOnDisk:
         # what all are called says nothing
         assert read_adapter(styles / "pixel" / FILE).name == "pixel"
 
+    def test_capitals(self, styles):
+        loud = (styles / "ink.safetensors").rename(styles / "INK.SAFETENSORS")
+        assert read_adapter(loud).name == "INK"
+
     def test_a_name_may_be_given(self, styles):
         found = find([f"mine={styles / 'ink.safetensors'}"])
         assert [one.name for one in found] == ["mine"]

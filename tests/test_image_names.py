@@ -48,8 +48,17 @@ def layers_of(modules, dialect, spelling=None):
     return found
 
 
-@pytest.mark.parametrize("dialect", names.DIALECTS)
-@pytest.mark.parametrize("spelling", [None, (), ("first-names",), ("processors",), ("transformer",)])
+@pytest.mark.parametrize(
+    ("dialect", "spelling"),
+    [
+        *((dialect, None) for dialect in names.DIALECTS),
+        ("kohya", ()),
+        ("kohya", ("first-names", "te1")),
+        ("kohya", ("transformer",)),
+        ("diffusers-old", ("processors",)),
+        ("diffusion-model", ("transformer",)),
+    ],
+)
 def test_there_and_back(model, modules, dialect, spelling):
     found = layers_of(modules, dialect, spelling)
     back = []

@@ -173,7 +173,7 @@ def check_known(name: str, known: Iterable[str]) -> None:
 def name_of_file(file: str, folder: str) -> str:
     """The name that a LoRA file gives an adapter: its own without the suffix, or its folder's where diffusers calls all
     of them alike. What no name may have is left out: files of styles are called whatever their makers like."""
-    stem = folder if file == LORA_FILE else file.removesuffix(LORA_SUFFIX)
+    stem = folder if file == LORA_FILE else file[: -len(LORA_SUFFIX)]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem
 
 

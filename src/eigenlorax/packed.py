@@ -106,9 +106,8 @@ class Packing:
         carried = {key: adapter.carried[key] for key in adapter.carried}
         for module in adapter.modules:
             if module not in self.coefficients:
-                factors = adapter.modules[module]
-                carried[keys.lora_key(module, "down")] = factors.down
-                carried[keys.lora_key(module, "up")] = factors.up
+                for side, weight in zip(keys.SIDES, adapter.modules[module].weights, strict=True):
+                    carried[keys.lora_key(module, side)] = weight
         heads = {key: adapter.heads[key] for key in adapter.heads}
         error = metrics.adapter_error(self.errors)
         record = Record(

@@ -188,9 +188,21 @@ def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
 def _configs(opened: OpenedFile) -> dict[str, Numbers]:
     """What the file's metadata says of the ranks and scalings of each component's LoRA."""
     text = opened.metadata.get(METADATA)
-    if text is None:
-        return {}
-    where = f"{opened.weights} ({METADATA})"
+    return {} if text is None else _numbers(text, f"{opened.weights} ({METADATA})")
+
+
+def says(text: str, specs: Mapping[str, ModuleSpec]) -> bool:
+    """Whether such metadata say the ranks and scalings of modules by diffusers' names."""
+    configs = _numbers(text, METADATA)
+    for module, spec in specs.items():
+        numbers = configs.get(module.partition(".")[0])
+        rank, scaling = _stated(module, numbers) if numbers is not None else (0, 0.0)
+        if rank != spec.rank or not math.isclose(scaling, spec.scaling):
+            return False
+    return True
+
+
+def _numbers(text: str, where: str) -> dict[str, Numbers]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -208,16 +220,20 @@ def _configured(module: str, rank: int, numbers: Numbers | None, where: str) -> 
     """The scaling of a module whose alpha is no tensor: the config's, or 1 where there is none."""
     if numbers is None:
         return 1.0
+    stated, scaling = _stated(module, numbers)
+    if stated != rank:
+        raise ShapeError(
+            f"{where}: module {module} has rank {rank}, but {METADATA} says {stated}. Its scaling would be a guess."
+        )
+    return scaling
+
+
+def _stated(module: str, numbers: Numbers) -> tuple[int, float]:
+    """The rank and the scaling that a component's config has for one of its modules."""
     name = module.partition(".")[2]
     found = numbers.of(name)
-    if found == numbers.of(""):
-        # in later releases of transformers, a text encoder's modules have no such component
-        found = numbers.of(name.removeprefix("text_model."))
-    if found[0] != rank:
-        raise ShapeError(
-            f"{where}: module {module} has rank {rank}, but {METADATA} says {found[0]}. Its scaling would be a guess."
-        )
-    return found[1]
+    # in later releases of transformers, a text encoder's modules have no such component
+    return numbers.of(name.removeprefix("text_model.")) if found == numbers.of("") else found
 
 
 def _alphas(opened: OpenedFile, layers: Mapping[str, _Tensors]) -> dict[str, float]:

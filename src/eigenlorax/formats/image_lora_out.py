@@ -22,7 +22,7 @@ from ..errors import OptionError
 from . import layers, lora_config, names, safetensors_file
 from .flux import Rows
 from .hf_peft import owned, rounded
-from .image_lora import METADATA
+from .image_lora import METADATA, says
 from .layers import Kind, Members
 from .names import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
 
@@ -183,9 +183,7 @@ def _metadata(adapter: Adapter, kind: Kind) -> dict[str, str]:
     found.setdefault("format", "pt")
     if kind.dialect != DIFFUSERS:
         return found
-    came = text is not None and adapter.origin is not None and adapter.origin.format == DIFFUSERS
-    if came:
-        assert text is not None
+    if text is not None and says(text, {module: adapter.specs[own] for own, module in kind.named.items()}):
         found[METADATA] = text
     elif any(spec.scaling != 1 for spec in adapter.specs.values()) or adapter.carried:
         found[METADATA] = json.dumps(_lora_metadata(adapter, kind.named), indent=2, sort_keys=True)

@@ -160,6 +160,8 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
         component = implied
     # some save what PEFT has wrapped
     name = name.removeprefix(keys.MODEL_PREFIX)
+    # diffusers itself spells no factor so
+    spelling.discard(LORA_DOWN)
     if not name:
         return None
     if name.partition(".")[0] in unets.HEADS and component == "unet":
