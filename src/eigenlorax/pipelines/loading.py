@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from .. import convolution, keys
-from ..errors import AdapterNameError, MissingPartWarning, ModuleNameError, OptionError, ShapeError
+from ..errors import (
+    AdapterNameError,
+    MissingPartWarning,
+    ModuleNameError,
+    OptionError,
+    ShapeError,
+    WrappedModelWarning,
+)
 from ..options import names as listed
 from ..pack import Pack
 from ..packed import PackedAdapter
@@ -48,6 +55,7 @@ def load_into(
         if off:
             layer.enable_adapters(False)
     _regroup(models)
+    _warn_of_wrapped(pipe, counts)
     return counts
 
 
@@ -151,6 +159,20 @@ def _check_shape(place: Place, wanted: tuple[int, int], kernel: tuple[int, ...],
     has = convolution.kernel_of(layers.base_of(place.module))
     if not convolution.agree(kernel, has):
         raise ShapeError(f"{place.name}: the kernel is {has} in this {where} and {kernel} in the pack. {wrong}")
+
+
+def _warn_of_wrapped(pipe: object, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Warn of models that `pipe.set_adapters` passes by in silence."""
+    for part in sorted({part for one in counts.values() for part in one}):
+        model = getattr(pipe, part, None)
+        if model is not None and parts.unwrapped(model) is not model:
+            warnings.warn(
+                f"pipe.{part} is what torch.compile(pipe.{part}) gave back, in which diffusers sees no adapters: "
+                f"pipe.set_adapters passes it by. Compile in place, pipe.{part}.compile(), or call "
+                f"pipe.{part}.set_adapters.",
+                WrappedModelWarning,
+                stacklevel=3,
+            )
 
 
 def _regroup(models: Sequence[nn.Module]) -> None:
