@@ -1,7 +1,6 @@
 """Names of modules that a config or file has from another version of transformers, as the model has them."""
 
 import copy
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -46,11 +45,11 @@ def follow(
         config.target_modules = kept
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field)
+        known = keys.Patterns(pattern)
         more = {
-            f"^{re.escape(name)}$": value
+            keys.whole_name(name): value
             for name, before in own.items()
-            if keys.pattern_value(pattern, name, None) is None
-            and (value := keys.pattern_value(pattern, before, None)) is not None
+            if known.value(name, None) is None and (value := known.value(before, None)) is not None
         }
         setattr(config, field, {**more, **pattern})
 
