@@ -145,6 +145,10 @@ class MissingPartWarning(EigenloraxWarning):
     """A model that a pipeline was made without, and that adapters have coefficients for."""
 
 
+class WrappedModelWarning(EigenloraxWarning):
+    """A model that `torch.compile` has wrapped, so that diffusers does not know it for one with adapters."""
+
+
 class RankWarning(EigenloraxWarning):
     """A rank above the number of components: the update's rank is at most the latter."""
 

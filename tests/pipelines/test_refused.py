@@ -171,3 +171,21 @@ def test_nothing_is_drawn_at_random(pipe, small):
     ex.load_into(pipe, small)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.isfinite(picture(pipe)).all()
+
+
+def test_two_modules_that_are_one_layer(pipe):
+    first = style(pipe, "toy", 1, parts=["text_encoder"])
+    both = {**first.modules, **{name.replace("text_model.", ""): one for name, one in first.modules.items()}}
+    pack = ex.fit([ex.from_factors("toy", both)], energy=1.0)
+    with pytest.raises(ModuleNameError, match="of adapter 'toy' are both the layer text_encoder.encoder.layers.0"):
+        ex.load_into(pipe, pack)
+    assert untouched(pipe)
+
+
+def test_a_dtype_that_bases_cannot_have(pipe, small):
+    with pytest.raises(OptionError, match="int8"):
+        ex.load_into(pipe, small, dtype=torch.int8)
+    assert untouched(pipe)
+    ex.load_into(pipe, small, dtype="bfloat16")
+    assert pipe.unet.conv_in.weight.dtype == torch.float32
+    assert {one.dtype for name, one in pipe.unet.named_buffers() if "_basis_" in name} == {torch.bfloat16}

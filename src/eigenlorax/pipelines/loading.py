@@ -8,8 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .. import convolution, keys
-from ..errors import AdapterNameError, MissingPartWarning, ModuleNameError, OptionError, ShapeError
+from .. import convolution, dtypes, keys
+from ..errors import (
+    AdapterNameError,
+    MissingPartWarning,
+    ModuleNameError,
+    OptionError,
+    ShapeError,
+    WrappedModelWarning,
+)
 from ..options import names as listed
 from ..pack import Pack
 from ..packed import PackedAdapter
@@ -22,7 +29,7 @@ def load_into(
     pack: "Pack | str | os.PathLike[str]",
     names: str | Sequence[str] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> dict[str, dict[str, int]]:
     """Load adapters of a pack into a pipeline of diffusers: how many layers of each of its models each adapter has.
 
@@ -39,15 +46,17 @@ def load_into(
     adapters = _read(opened, opened.names if wanted is None else wanted)
     models = [model for model in parts.models_of(pipe).values() if model is not None]
     _check_free(adapters, models)
+    parsed = dtypes.parse(dtype)
     found = parts.find({place for one in adapters.values() for place in one.places.values()}, pipe)
     _check(adapters, found, opened, pipe)
     off = any(layer.disable_adapters for layer in layers.tuner_layers(models))
-    counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint, dtype)
+    counts = layers.put(adapters, found.places, opened.subspace, opened.info.fingerprint, parsed)
     for layer in layers.tuner_layers(models):
         layer.set_adapter([*adapters][-1:], inference_mode=True)
         if off:
             layer.enable_adapters(False)
     _regroup(models)
+    _warn_of_wrapped(pipe, counts)
     return counts
 
 
@@ -114,9 +123,11 @@ def _check(adapters: Mapping[str, PackedAdapter], found: Found, pack: Pack, pipe
         kept = ", ".join(sorted({place.part.name for place in found.places.values()}))
         raise ModuleNameError(
             f"{found.lacking[0]}{more} not in this {where}, which has "
-            f"{f'others, of {kept}' if kept else 'no module of these adapters'}. {wrong}"
+            f"{f'others, of {kept}' if kept else 'no module of these adapters'}. The pack is for another base model"
+            f"{f', {pack.base_model},' if pack.base_model else ''} or another kind of pipeline."
         )
     for name, one in adapters.items():
+        _check_apart(name, one, found)
         if not any(place in found.places for place in one.places.values()):
             raise ModuleNameError(
                 f"adapter {name!r} has nothing for this {where}: its {len(one.places)} modules, such as "
@@ -136,6 +147,18 @@ def _check(adapters: Mapping[str, PackedAdapter], found: Found, pack: Pack, pipe
         )
 
 
+def _check_apart(name: str, packed: PackedAdapter, found: Found) -> None:
+    """Whether no two modules of an adapter are one layer, as under its old name and its new one."""
+    owners: dict[str, str] = {}
+    for module, source in packed.places.items():
+        place = found.places.get(source)
+        if place is not None and owners.setdefault(place.name, module) != module:
+            raise ModuleNameError(
+                f"modules {owners[place.name]!r} and {module!r} of adapter {name!r} are both the layer {place.name} of "
+                "the pipeline. One of them is left over: take it out of the adapter's file."
+            )
+
+
 def _check_shape(place: Place, wanted: tuple[int, int], kernel: tuple[int, ...], where: str, wrong: str) -> None:
     own = layers.shape_of(place.module)
     if own is None:
@@ -151,6 +174,20 @@ def _check_shape(place: Place, wanted: tuple[int, int], kernel: tuple[int, ...],
     has = convolution.kernel_of(layers.base_of(place.module))
     if not convolution.agree(kernel, has):
         raise ShapeError(f"{place.name}: the kernel is {has} in this {where} and {kernel} in the pack. {wrong}")
+
+
+def _warn_of_wrapped(pipe: object, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Warn of models that `pipe.set_adapters` passes by in silence."""
+    for part in sorted({part for one in counts.values() for part in one}):
+        model = getattr(pipe, part, None)
+        if model is not None and parts.unwrapped(model) is not model:
+            warnings.warn(
+                f"pipe.{part} is what torch.compile(pipe.{part}) gave back, in which diffusers sees no adapters: "
+                f"pipe.set_adapters passes it by. Compile in place, pipe.{part}.compile(), or call "
+                f"pipe.{part}.set_adapters.",
+                WrappedModelWarning,
+                stacklevel=3,
+            )
 
 
 def _regroup(models: Sequence[nn.Module]) -> None:
