@@ -18,7 +18,12 @@ def test_from_files_to_files(cli, tmp_path):
         lora_files.write(tmp_path / f"My style, v{seed}.safetensors", truth, dialect)
     pack = tmp_path / "pack"
     succeeded(cli("fit", *sorted(tmp_path.glob("*.safetensors")), "-o", pack))
-    succeeded(cli("inspect", pack))
+    assert "made for" in succeeded(cli("inspect", pack)).out
+    assert json_of(cli("inspect", pack, "--json"))["family"] == "Stable Diffusion 1"
+    card = (pack / "README.md").read_text("utf-8")
+    assert "2 LoRA adapters of Stable Diffusion 1" in card
+    assert 'ex.load_into(pipe, ".", ["My_style_v0"])' in card
+    assert "PeftModel" not in card
     found = json_of(cli("inspect", tmp_path / "My style, v0.safetensors", "--json"))
     assert (found["format"], found["family"], found["modules"]) == ("kohya", "Stable Diffusion 1", len(MODULES))
     written = json_of(cli("export", pack, "-o", tmp_path / "out", "--format", "diffusers-old", "--json"))["written"]

@@ -16,16 +16,19 @@ _ENCODERS: Mapping[tuple[str, int], frozenset[str]] = {
     ("text_encoder", 1024): frozenset({SD2}),
     ("text_encoder_2", 1280): frozenset({XL, TRANSFORMER}),
 }
+_READS = re.compile(r"^unet\..*\.attn2\.to_[kv]$")
 _DEEP = re.compile(r"\.transformer_blocks\.[1-9]")
 
 
 def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
     """The models that these modules, each with the width of its input, may be of; empty where nothing says so."""
+    modules = list(modules)
+    # what a cross-attention reads says it for sure: a UNet of somebody's own may be as deep as SDXL's
+    sure = [(module, width) for module, width in modules if _READS.search(module)]
     found: frozenset[str] = frozenset()
-    for module, width in modules:
+    for module, width in sure or modules:
         may_be = _families(module, width)
         if may_be:
-            # what is in one of no known model is its own
             found = (found & may_be or may_be) if found else may_be
     return found
 
@@ -38,7 +41,7 @@ def called(family: frozenset[str]) -> str:
 def _families(module: str, width: int) -> frozenset[str]:
     component, _, name = module.partition(".")
     if component == "unet":
-        if re.search(r"\.attn2\.to_[kv]$", name):
+        if _READS.search(module):
             return frozenset({_UNETS.get(width, f"a UNet with a cross-attention {width:,} wide")})
         if _DEEP.search(name) or name.startswith("add_embedding."):
             return frozenset({XL})
