@@ -213,12 +213,13 @@ class TestOtherModels:
     def test_a_unet_of_one_s_own_is_one_family_however_deep(self, tmp_path):
         block = "unet.mid_block.attentions.0.transformer_blocks"
         shallow = {f"{block}.0.attn2.to_k": (19, 64), f"{block}.0.attn1.to_q": (19, 19)}
+        without = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (19, 19)}
         deep = {f"{block}.{i}.attn{which}.to_k": (19, 64 if which == 2 else 19) for i in range(2) for which in (1, 2)}
         files = [
             lora_files.write(tmp_path / f"{i}.safetensors", planted(one, seed=i), "kohya")
-            for i, one in enumerate((shallow, deep))
+            for i, one in enumerate((shallow, deep, without))
         ]
-        assert ex.fit(files, n_components=2).summary.family == "a UNet with a cross-attention 64 wide"
+        assert ex.fit(files, n_components=2).summary.family == "another UNet"
 
     @pytest.mark.parametrize("other", [XL, XL_ELSEWHERE, FLUX])
     def test_nor_in_one_pack(self, file, tmp_path, other):

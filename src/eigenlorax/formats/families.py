@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 SD1, SD2, XL, FLUX = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL", "FLUX"
-TRANSFORMER = "another diffusion transformer"
+TRANSFORMER, UNET = "another diffusion transformer", "another UNet"
 
 _UNETS = {768: SD1, 1024: SD2, 2048: XL}
 """By the width of what their cross-attention reads."""
@@ -17,7 +17,7 @@ _ENCODERS: Mapping[tuple[str, int], frozenset[str]] = {
     ("text_encoder_2", 1280): frozenset({XL, TRANSFORMER}),
 }
 _READS = re.compile(r"^unet\..*\.attn2\.to_[kv]$")
-_DEEP = re.compile(r"\.transformer_blocks\.[1-9]")
+_AS_IN_XL = re.compile(r"^unet\.(.*\.transformer_blocks\.[1-9]|add_embedding\.)")
 
 
 def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
@@ -33,6 +33,11 @@ def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
     return found
 
 
+def is_like_xl(modules: Iterable[str]) -> bool:
+    """Whether modules of these names are in SDXL's UNet, or one built like it, and not in that of earlier ones."""
+    return any(map(_AS_IN_XL.match, modules))
+
+
 def called(family: frozenset[str]) -> str:
     """A family in words."""
     return " or ".join(sorted(family))
@@ -42,10 +47,10 @@ def _families(module: str, width: int) -> frozenset[str]:
     component, _, name = module.partition(".")
     if component == "unet":
         if _READS.search(module):
-            return frozenset({_UNETS.get(width, f"a UNet with a cross-attention {width:,} wide")})
-        if _DEEP.search(name) or name.startswith("add_embedding."):
-            return frozenset({XL})
-        return frozenset({SD1, SD2} if name.startswith("down_blocks.0.attentions.") else ())
+            return frozenset({_UNETS.get(width, UNET)})
+        if _AS_IN_XL.match(module):
+            return frozenset({XL, UNET})
+        return frozenset({SD1, SD2, UNET} if name.startswith("down_blocks.0.attentions.") else ())
     if component == "transformer":
         known = name.startswith(("single_transformer_blocks.", "time_text_embed."))
         return frozenset({FLUX} if known else {FLUX, TRANSFORMER})

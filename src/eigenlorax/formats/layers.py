@@ -47,7 +47,7 @@ class Kind:
 
     @property
     def is_xl(self) -> bool:
-        return self.family == {families.XL}
+        return self.family == {families.XL} or families.is_like_xl(self.named.values())
 
     @property
     def is_flux(self) -> bool:
@@ -59,17 +59,17 @@ def kind(adapter: Adapter, dialect: str) -> Kind:
     one that is of no image model."""
     named = _canonical(adapter)
     family = families.families((module, _width(adapter, own)) for own, module in named.items())
+    found = Kind(dialect, frozenset(), family, named)
     if adapter.origin is not None and adapter.origin.format == dialect:
-        spelling = frozenset(adapter.origin.spelling)
+        found = replace(found, spelling=frozenset(adapter.origin.spelling))
     elif dialect == DIFFUSION_MODEL:
-        spelling = frozenset({FIRST_NAMES, LORA_DOWN})
-    else:
-        spelling = frozenset({FIRST_NAMES} if dialect == KOHYA and family == {families.XL} else ())
-    found = Kind(dialect, spelling, family, named)
+        found = replace(found, spelling=frozenset({FIRST_NAMES, LORA_DOWN}))
+    elif dialect == KOHYA and found.is_xl:
+        found = replace(found, spelling=frozenset({FIRST_NAMES}))
     unet = [module.partition(".")[2] for module in named.values() if module.startswith("unet.")]
     if any(unets.to_first(name, xl=found.is_xl) is None for name in unet):
         # programs take a file for one of these or of diffusers' names, not for a mixture
-        found = replace(found, spelling=spelling - {FIRST_NAMES})
+        found = replace(found, spelling=found.spelling - {FIRST_NAMES})
     return found
 
 
