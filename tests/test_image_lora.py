@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,8 @@ from lora_files import deltas, planted
 pytest.importorskip("diffusers")
 import image_models
 
+# kohya files of many alphas, which diffusers misreads
+pytestmark = pytest.mark.filterwarnings("ignore:.*are written as they came, key by key")
 OUT = ("kohya", "diffusers", "diffusers-old", "diffusion-model")
 
 
@@ -100,6 +103,27 @@ class TestThroughAPack:
         else:
             assert_same_updates(updates, deltas(truth))
             assert_same_outputs(outputs, wanted)
+
+    def test_alphas_that_diffusers_reads_otherwise_are_said(self, folder, tmp_path):
+        pack = ex.Pack.open(folder / "pack")
+        with pytest.warns(
+            SourceWarning, match="kohya: its alphas .*export with --format diffusers"
+        ):
+            pack.export(tmp_path, "kohya")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SourceWarning)
+            pack.export(tmp_path, "diffusers", format="kohya")
+
+    def test_a_convolution_s_own_alpha_is_read_by_diffusers_too(self, tmp_path):
+        block = "unet.down_blocks.0"
+        shapes = {f"{block}.attentions.0.transformer_blocks.0.attn1.to_{one}": (19, 19) for one in "qkv"}
+        attention = planted(shapes, seed=1, mixed=False)
+        convolution = planted({f"{block}.resnets.0.conv1": (7, 5, 3, 3)}, seed=2)
+        adapter = ex.from_factors("a", {**attention.modules, **convolution.modules})
+        adapter = read_adapter(lora_files.write(tmp_path / "a.safetensors", adapter, "kohya"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SourceWarning)
+            write_adapter(adapter, tmp_path / "b.safetensors")
 
     @pytest.mark.parametrize("dialect", lora_files.DIALECTS)
     def test_back_as_it_came_by_default(self, folder, tmp_path, dialect):
@@ -221,6 +245,9 @@ class TestFlux:
         save_file(tensors, tmp_path / "f.safetensors")
         pack = ex.fit([tmp_path / "f.safetensors"], energy=1.0, dtype="float32")
         assert len(pack.info.modules) == 3 + 4 + 1
+        # a factor that several modules have in common is counted once
+        numbers = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
+        assert pack.records["f"].lora_numbers == numbers
         (path,) = pack.export(tmp_path / "out").values()
         back = load_file(path)
         assert back.keys() == tensors.keys()

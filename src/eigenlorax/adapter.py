@@ -103,7 +103,10 @@ def is_kernel(kernel: Any, in_features: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """What is known of a module's factors before its tensors are read."""
+    """What is known of a module's factors before its tensors are read.
+
+    shared: how many modules of the file have this `down` in common, as query, key and value of one fused layer have.
+    """
 
     rank: int
     in_features: int
@@ -111,11 +114,12 @@ class ModuleSpec:
     scaling: float
     dtype: torch.dtype
     kernel: tuple[int, ...] = ()
+    shared: int = field(default=1, compare=False)
 
     @property
     def numbers(self) -> int:
-        """Numbers in the two LoRA factors."""
-        return self.rank * (self.in_features + self.out_features)
+        """Numbers in the two LoRA factors, of a shared one this module's part."""
+        return self.rank * self.in_features // self.shared + self.rank * self.out_features
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,10 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
         # not resolved: a link is called what it is called, not what it leads to
         whole = Path(os.path.abspath(local / subfolder if subfolder else local))
         is_file = whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file()
-        return keys.name_of_file(whole.name, whole.parent.name) if is_file else whole.name
+        if is_file:
+            return keys.name_of_file(whole.name, whole.parent.name)
+        # as diffusers saves a LoRA
+        return keys.name_of_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
     parts = [match["repo"] if match else str(source), *([subfolder.strip("/")] if subfolder else [])]
     return "--".join(parts).replace("/", "--")

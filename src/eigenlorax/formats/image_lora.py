@@ -90,7 +90,8 @@ def adapter(opened: OpenedFile, wanted: str | None = None) -> Adapter:
                     f"{part.module!r}."
                 )
             modules[part.module] = module
-            specs[part.module] = _spec(module, down, up, tensors, opened.headers, scaling)
+            spec = _spec(module, down, up, tensors, opened.headers, scaling)
+            specs[part.module] = replace(spec, shared=len(understood[stem].parts))
             for kind in (MAGNITUDE, BIAS):
                 if kind in tensors.keys:
                     carried[_carried_key(part.module, kind)] = (tensors, kind)

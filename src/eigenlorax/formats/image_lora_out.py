@@ -6,6 +6,7 @@ inputs are weighed alike.
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import keys, store
 from ..adapter import Adapter, Lazy, LoRAFactors
-from ..errors import OptionError
+from ..errors import OptionError, SourceWarning
 from . import layers, lora_config, names, safetensors_file
 from .flux import Rows
 from .hf_peft import owned, rounded
@@ -51,6 +52,8 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
     carried = _carried(adapter, kind)
     tensors: dict[str, Tensor] = {}
     alpha = _one_alpha(adapter, dialect)
+    if dialect == KOHYA and alpha is None:
+        _warn_of_alphas(adapter, kind.named)
     for stem, members in layers.layers(adapter, kind).items():
         where = f"{adapter.name!r}, module {members[0][0]}"
         factors = _whole(adapter, members)
@@ -83,6 +86,25 @@ def _one_alpha(adapter: Adapter, dialect: str) -> float | None:
     alphas = Counter(lora_config.alpha_of(spec.rank, spec.scaling) for spec in adapter.specs.values())
     common = alphas.most_common(1)[0][0]
     return common if len(alphas) > 1 and common else None
+
+
+def _warn_of_alphas(adapter: Adapter, named: Mapping[str, str]) -> None:
+    """Say it where a kohya file keeps alphas that diffusers does not read as they are: it finds those of attention
+    layers of a UNet, and of text encoders, only where they are the commonest of their model."""
+    alphas = {own: lora_config.alpha_of(adapter.specs[own].rank, adapter.specs[own].scaling) for own in named}
+    misread: list[str] = []
+    for component in {module.partition(".")[0] for module in named.values()} - {"transformer"}:
+        inside = [own for own, module in named.items() if module.partition(".")[0] == component]
+        common = Counter(alphas[own] for own in inside).most_common(1)[0][0]
+        misread += [own for own in inside if alphas[own] != common and (component != "unet" or ".attn" in own)]
+    if misread:
+        warnings.warn(
+            f"{adapter.name}: its alphas are written as they came, key by key. {len(misread)} of them, such as that of "
+            f"{min(misread)}, diffusers does not find in a kohya file, in the original neither: for load_lora_weights, "
+            "export with --format diffusers.",
+            SourceWarning,
+            stacklevel=6,
+        )
 
 
 def _rescaled(factors: LoRAFactors, scaling: float) -> LoRAFactors:

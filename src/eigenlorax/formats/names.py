@@ -57,6 +57,10 @@ _OTHERS = (
     ),
     ("a file with trained norms (LyCORIS)", r"\.[wb]_norm$"),
     (
+        "a file of the first `lora` package, whose layers have numbers and no names",
+        r"^(unet|text_encoder):\d+:(up|down)$",
+    ),
+    (
         "a textual inversion, an embedding of new words",
         r"^string_to_(param|token)|^emb_params$|^bundle_emb\.|^clip_[lg]$|^<.+>$",
     ),
