@@ -106,9 +106,7 @@ class TestThroughAPack:
 
     def test_alphas_that_diffusers_reads_otherwise_are_said(self, folder, tmp_path):
         pack = ex.Pack.open(folder / "pack")
-        with pytest.warns(
-            SourceWarning, match="kohya: its alphas .*export with --format diffusers"
-        ):
+        with pytest.warns(SourceWarning, match="kohya: its alphas .*export with --format diffusers"):
             pack.export(tmp_path, "kohya")
         with warnings.catch_warnings():
             warnings.simplefilter("error", SourceWarning)

@@ -177,19 +177,19 @@ def _family(adapter: Adapter) -> frozenset[str]:
 def check_one_family(adapters: Sequence[Adapter]) -> None:
     """`BaseModelError` where two adapters are of different image models, by the names and widths of their modules: they
     may have no module in common, so that no shape would tell."""
-    first: list[tuple[str, frozenset[str]]] = []
-    for adapter in adapters:
-        own = _family(adapter)
-        if not own:
+    known = {adapter.name: own for adapter in adapters if (own := _family(adapter))}
+    for family in dict.fromkeys(known.values()):
+        others = [name for name, own in known.items() if not own & family]
+        if not others:
             continue
-        for name, other in first:
-            if not own & other:
-                raise BaseModelError(
-                    f"adapters of two models: {name!r} is for {families.called(other)}, and {adapter.name!r} is for "
-                    f"{families.called(own)}, by the names and widths of their modules. Fit them apart."
-                )
-        if own not in (other for _, other in first):
-            first.append((adapter.name, own))
+        these = [name for name, own in known.items() if own & family]
+        few = min(these, others, key=len)
+        leave_out = " ".join(f"--exclude-adapter {name}" for name in few[:12]) + (" …" if len(few) > 12 else "")
+        raise BaseModelError(
+            f"adapters of two models: {these[0]!r} is for {families.called(known[these[0]])}, and {others[0]!r} is for "
+            f"{families.called(known[others[0]])}, by the names and widths of their modules. Fit them apart; without "
+            f"the {len(few)} that are not of the others' model: {leave_out}."
+        )
 
 
 def check_family(adapter: Adapter, modules: Iterable[tuple[str, int]]) -> None:

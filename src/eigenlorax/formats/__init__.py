@@ -67,10 +67,12 @@ def format_of(origin: Origin | None) -> str:
 
 def writable(name: str) -> Format:
     """The format of that name, if it is written and not only read."""
-    found = _format(name)
-    if found.write is None:
+    found = FORMATS.get(name)
+    if found is None or found.write is None:
         known = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
-        raise OptionError(f"format {name!r} is read, not written. Written are: {known}.")
+        raise OptionError(
+            f"format {name!r} is {'not known' if found is None else 'read, not written'}. Written are: {known}."
+        )
     return found
 
 

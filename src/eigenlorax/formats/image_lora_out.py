@@ -52,8 +52,8 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
     carried = _carried(adapter, kind)
     tensors: dict[str, Tensor] = {}
     alpha = _one_alpha(adapter, dialect)
-    if dialect == KOHYA and alpha is None:
-        _warn_of_alphas(adapter, kind.named)
+    if dialect == KOHYA and (alpha is None or adapter.carried):
+        _warn_of_misreading(adapter, kind.named)
     for stem, members in layers.layers(adapter, kind).items():
         where = f"{adapter.name!r}, module {members[0][0]}"
         factors = _whole(adapter, members)
@@ -88,9 +88,17 @@ def _one_alpha(adapter: Adapter, dialect: str) -> float | None:
     return common if len(alphas) > 1 and common else None
 
 
-def _warn_of_alphas(adapter: Adapter, named: Mapping[str, str]) -> None:
-    """Say it where a kohya file keeps alphas that diffusers does not read as they are: it finds those of attention
-    layers of a UNet, and of text encoders, only where they are the commonest of their model."""
+def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
+    """Say what of a kohya file diffusers does not read as it is: magnitudes; and alphas of attention layers of a UNet,
+    and of text encoders, that are not the commonest of their model."""
+    if adapter.carried:
+        warnings.warn(
+            f"{adapter.name}: its DoRA magnitudes are written as kohya's programs and ComfyUI read them. diffusers "
+            "loads such a file without them, the original as well: for load_lora_weights, export with --format "
+            "diffusers.",
+            SourceWarning,
+            stacklevel=6,
+        )
     alphas = {own: lora_config.alpha_of(adapter.specs[own].rank, adapter.specs[own].scaling) for own in named}
     misread: list[str] = []
     for component in {module.partition(".")[0] for module in named.values()} - {"transformer"}:
@@ -176,7 +184,9 @@ def _magnitude(
         if len(whole) != n_out:
             raise OptionError(f"adapter {where}: its DoRA magnitude has {len(whole)} numbers, not {n_out}.")
         return {f"{stem}.dora_scale": owned(whole.reshape(n_out, *[1] * max(1, 1 + len(factors.kernel))))}
-    return {f"{stem}.lora_magnitude_vector": owned(as_peft(magnitudes[0], factors.kernel, where))}
+    # diffusers renames its own models' keys; those of text encoders go to transformers as they are
+    tail = ".weight" if stem.startswith("text_encoder") else ""
+    return {f"{stem}.lora_magnitude_vector{tail}": owned(as_peft(magnitudes[0], factors.kernel, where))}
 
 
 def is_by_output(magnitude: Tensor) -> bool:

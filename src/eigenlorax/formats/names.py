@@ -61,7 +61,7 @@ _OTHERS = (
         r"^(unet|text_encoder):\d+:(up|down)$",
     ),
     (
-        "a textual inversion, an embedding of new words",
+        "a file with embeddings of new words (textual inversion), which a LoRA has no place for",
         r"^string_to_(param|token)|^emb_params$|^bundle_emb\.|^clip_[lg]$|^<.+>$",
     ),
     (

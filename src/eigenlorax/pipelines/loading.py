@@ -75,12 +75,17 @@ def _read(pack: Pack, names: list[str]) -> dict[str, PackedAdapter]:
     found: dict[str, PackedAdapter] = {}
     for name in names:
         packed = pack.packed(name)
-        more = sorted([*packed.carried, *packed.heads])
-        if more:
+        if packed.heads:
+            raise OptionError(
+                f"adapter {name!r} has a head, or biases, of its own, such as {min(packed.heads)!r}, for which a "
+                "pipeline has no place. eigenlorax.AdapterBank(model, pack) serves such adapters, and PEFT loads them."
+            )
+        if packed.carried:
             where = pack.path if pack.path is not None else "pack/"
             raise OptionError(
-                f"adapter {name!r} has tensors that coefficients cannot express, such as {more[0]!r}. Name the others; "
-                f"load this one as a LoRA: `eigenlorax export {where} {name} -o loras/`, then pipe.load_lora_weights."
+                f"adapter {name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r}. Name "
+                f"the others; load this one as a LoRA: `eigenlorax export {where} {name} -o loras/ --format diffusers` "
+                "gives what pipe.load_lora_weights takes."
             )
         short = name.replace(".", "_")
         if short in found:
