@@ -13,13 +13,16 @@ from safetensors.numpy import load
 
 
 def delta_weights(pack, name):
-    """Module name → delta weight, (out, in) float64, of every module that adapter `name` has in the subspace."""
+    """Module name → delta weight, (out, in) float64, of every module that adapter `name` has in the subspace.
+
+    Of a convolution, `in` is channels · height · width.
+    """
     pack = Path(pack)
     manifest = json.loads((pack / "subspace_config.json").read_bytes())
     digest = manifest.pop("digest")
     canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
     assert manifest["format"] == "eigenlorax-pack"
-    assert manifest["format_version"] in (1, 2, 3)
+    assert manifest["format_version"] in (1, 2, 3, 4)
     assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
     subspace, entry = manifest["subspace"], manifest["adapters"][name]
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]

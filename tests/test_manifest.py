@@ -143,11 +143,11 @@ def test_what_is_no_manifest(text, message):
 
 
 def test_a_newer_format_is_refused_before_anything_else(data):
-    newer = signed({"format_version": 4, "eigenlorax_version": "9.1", "anything": []})
-    with pytest.raises(PackVersionError, match="pack format 4 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+    newer = signed({"format_version": 5, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 5 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
         manifest.parse(newer, PATH)
-    with pytest.raises(PackVersionError, match="pack format 4"):
-        manifest.parse(json.dumps({**json.loads(data), "format_version": 4}).encode(), PATH)
+    with pytest.raises(PackVersionError, match="pack format 5"):
+        manifest.parse(json.dumps({**json.loads(data), "format_version": 5}).encode(), PATH)
 
 
 FREE = {("eigenlorax_version",), ("digest",)}

@@ -1,6 +1,7 @@
 """One trained LoRA in memory: frozen data. Nothing here reads or writes a file."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -39,11 +40,15 @@ class Lazy(Mapping[str, T], Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class LoRAFactors:
-    """The update of one linear module: delta_weight = scaling · up @ down, (out, in)."""
+    """The update of one module: delta_weight = scaling · up @ down, (out, in).
+
+    kernel: that of a convolution, (height, width), whose `in` is channels · height · width; empty for a linear module.
+    """
 
     down: Float[Tensor, "r n_in"]
     up: Float[Tensor, "n_out r"]
     scaling: float
+    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for side, tensor in (("down", self.down), ("up", self.up)):
@@ -54,6 +59,10 @@ class LoRAFactors:
         if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] < 1:
             raise ShapeError(
                 f"down is {down} and up is {up}: (rank, in) and (out, rank) must share one rank of at least 1."
+            )
+        if not is_kernel(self.kernel, down[1]):
+            raise ShapeError(
+                f"a kernel of {self.kernel} does not fit a down of {down}: its rows are channels · kernel."
             )
         # NumPy's and torch's numbers too
         object.__setattr__(self, "scaling", number("scaling", self.scaling))
@@ -66,7 +75,30 @@ class LoRAFactors:
             out_features=self.up.shape[0],
             scaling=self.scaling,
             dtype=torch.promote_types(self.down.dtype, self.up.dtype),
+            kernel=self.kernel,
         )
+
+    @classmethod
+    def from_weights(cls, down: Tensor, up: Tensor, scaling: float) -> "LoRAFactors":
+        """From the weights of the two layers: of linear ones, or of convolutions, down (rank, in, height, width) and
+        up (out, rank, 1, 1)."""
+        return cls(down.flatten(1), up.flatten(1), scaling, tuple(down.shape[2:]))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The inverse of `from_weights`."""
+        ones = [1] * len(self.kernel)
+        return self.down.reshape(len(self.down), -1, *self.kernel), self.up.reshape(*self.up.shape, *ones)
+
+
+def is_kernel(kernel: Any, in_features: int) -> bool:
+    """Whether rows of `in_features` numbers may be those of a convolution of this kernel, or, where that is empty, of a
+    linear module."""
+    return (
+        isinstance(kernel, tuple)
+        and all(type(size) is int and size > 0 for size in kernel)
+        and in_features % math.prod(kernel) == 0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +110,7 @@ class ModuleSpec:
     out_features: int
     scaling: float
     dtype: torch.dtype
+    kernel: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -91,7 +124,7 @@ class Adapter:
 
     `specs` and `modules` have the same keys: module names without `base_model.model.`. `modules` reads tensors when it
     is asked for them. `heads` (task heads, trained biases, resized embeddings) and `carried` (what a subspace cannot
-    hold: DoRA magnitudes, embedding and convolution LoRA) are keyed by the name PEFT writes them under, and are never
+    hold: DoRA magnitudes, embedding LoRA) are keyed by the name PEFT writes them under, and are never
     changed. `source_config` is the text of the adapter's `adapter_config.json`, word for word.
     `subspace` is the fingerprint of the one it was trained in, if it was.
     """

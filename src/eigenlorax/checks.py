@@ -51,6 +51,8 @@ def scan(adapter: Adapter) -> Scan:
     for module in sorted(adapter.modules):
         factors = adapter.modules[module]
         squares[module] = spaces.delta_square(factors)
+        if factors.kernel:
+            digest.update(f"{module}\0{factors.kernel}\0".encode())
         for side, tensor in (("down", factors.down), ("up", factors.up)):
             # one number that is none makes none of the norm
             if not math.isfinite(squares[module]):
@@ -187,9 +189,12 @@ def _commonest(values: Iterable[str | None]) -> str | None:
 def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every module by its name in the subspace; an error names both adapters.
 
+    A linear layer and a convolution of kernel 1 are one: their rows mean the same.
+
     names: module name in an adapter → in the subspace; modules that are not in it are left out.
     """
     shapes: dict[str, tuple[int, int]] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
     first: dict[str, str] = {}
     for adapter in adapters:
         for module, spec in adapter.specs.items():
@@ -202,8 +207,19 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
                     f"{adapter.name!r}. They belong to different base models: fit them apart, or keep the module out "
                     f"of the subspace with --exclude-module {name}."
                 )
+            if kernels.setdefault(name, _wide(spec.kernel)) != _wide(spec.kernel):
+                raise ShapeError(
+                    f"module {name}: its kernel is {kernels[name] or 1} in adapter {first[name]!r} and "
+                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models: fit them apart, or "
+                    f"keep the module out of the subspace with --exclude-module {name}."
+                )
             first.setdefault(name, adapter.name)
     return shapes
+
+
+def _wide(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel that is more than one place wide; empty for others, and for linear layers."""
+    return () if set(kernel) <= {1} else kernel
 
 
 def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:

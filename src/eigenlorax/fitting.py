@@ -450,5 +450,5 @@ def _take(fitted: Fitted, job: Job, packings: Mapping[int, Packing]) -> None:
         scalings = chunk.scaling.tolist()
         for row, index in enumerate(members):
             place = job.places[index]
-            coefficients = Coefficients(chunk.down[row], chunk.up[row], scalings[row])
+            coefficients = Coefficients(chunk.down[row], chunk.up[row], scalings[row], place.spec.kernel)
             packings[place.index].take(place.module, job.module, coefficients, fitted.errors[index])

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import AdapterNameError, FormatError, ModuleNameError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PEFT_TYPE = "EIGENLORAX"
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
 """What the authors' own code calls its adapters."""
@@ -34,6 +34,8 @@ MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
+KERNELS = "kernels"
+"""What an adapter's config calls the kernels of its convolutions, by module."""
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}

@@ -159,7 +159,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
 
 
 def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
-    return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype)
+    return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype, c.kernel)
 
 
 def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
@@ -201,8 +201,10 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "bias",
         "modules_to_save",
     )
+    kernels = {module: list(c.kernel) for module, c in packed.coefficients.items() if c.kernel}
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
+        **({keys.KERNELS: kernels} if kernels else {}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
@@ -224,7 +226,7 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
     for module in places:
         down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
         _, scaling = lora_config.rank_and_scaling(module, source, name)
-        coefficients[module] = Coefficients(down, up, scaling)
+        coefficients[module] = Coefficients(down, up, scaling, tuple(config.get(keys.KERNELS, {}).get(module, ())))
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     fingerprint = config["subspace_fingerprint"]
     return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record, fingerprint)

@@ -84,7 +84,7 @@ class Setting:
 
 
 def _on(factors: LoRAFactors, device: torch.device) -> LoRAFactors:
-    return LoRAFactors(factors.down.to(device), factors.up.to(device), factors.scaling)
+    return replace(factors, down=factors.down.to(device), up=factors.up.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,7 @@ class Coefficients:
     down: Float[Tensor, "r k_down"]
     up: Float[Tensor, "k_up r"]
     scaling: float
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -412,7 +413,7 @@ def project(
     neither the update nor its exactness (`balanced`).
     """
     found = project_chunk(balanced(chunks.chunk([factors], [0.0]), dtype), bases, dtype, dual)
-    return Coefficients(found.down[0], found.up[0], factors.scaling)
+    return Coefficients(found.down[0], found.up[0], factors.scaling, factors.kernel)
 
 
 def project_chunk(
@@ -486,6 +487,7 @@ def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dty
         down=one.reconstruct(coefficients.down, bases.down).to(dtype),
         up=one.reconstruct(coefficients.up.mT, bases.up).mT.to(dtype).contiguous(),
         scaling=coefficients.scaling,
+        kernel=coefficients.kernel,
     )
 
 

@@ -43,6 +43,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     embedded = all(keys.EMBEDDED["down"] in found for found in own.values())
     subspace = None if embedded else _subspace(config, where)
     modules = {}
+    kernels = config.get(keys.KERNELS) or {}
     for module, found in own.items():
         _, scaling = lora_config.rank_and_scaling(module, config, where)
         if subspace is None:
@@ -51,10 +52,11 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
             bases = subspace.modules[_place(module, config, subspace, where)]
             down_basis, up_basis = bases.down.components, bases.up.components
         if keys.CORE in found:
-            modules[module] = from_core(found[keys.CORE], down_basis, up_basis, scaling)
+            plain = from_core(found[keys.CORE], down_basis, up_basis, scaling)
         else:
             down, up = (found[keys.COEFFICIENTS[side]] for side in keys.SIDES)
-            modules[module] = from_pair(down, up, down_basis, up_basis, scaling)
+            plain = from_pair(down, up, down_basis, up_basis, scaling)
+        modules[module] = replace(plain, kernel=tuple(kernels.get(module, ())))
     return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
 
 

@@ -5,6 +5,7 @@ is not imported. The format and what is done with each kind of tensor: docs/adap
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -138,7 +139,7 @@ def _factors(
     load: Load, keys_of: Mapping[str, Mapping[str, str]], specs: Mapping[str, ModuleSpec], module: str
 ) -> LoRAFactors:
     down, up = load([keys_of[module]["down"], keys_of[module]["up"]])
-    return LoRAFactors(down, up, specs[module].scaling)
+    return LoRAFactors.from_weights(down, up, specs[module].scaling)
 
 
 def _tensor(load: Load, raw_keys: Mapping[str, str], key: str) -> Tensor:
@@ -153,12 +154,20 @@ def from_tensors(name: str, config_text: str, tensors: Mapping[str, Tensor], *, 
 
 
 def _carried_whole(module: str, config: dict[str, Any], pair: list[Header]) -> bool:
-    """Whether lora_A and lora_B of a module are kept as they are: convolutions, experts, other products than B·A."""
-    if any(len(header.shape) != 2 for header in pair) or any(config.get(option) for option in _OTHER_PRODUCTS):
+    """Whether lora_A and lora_B of a module are kept as they are: experts, grouped convolutions, other products than
+    B·A."""
+    if any(config.get(option) for option in _OTHER_PRODUCTS) or not _multiply(*(header.shape for header in pair)):
         return True
     owner = module.removesuffix(".base_layer")
     targets = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
     return any(owner == target or owner.endswith(f".{target}") for target in targets if target)
+
+
+def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
+    """Whether shapes are those of two linear layers, or of a convolution and one of kernel 1, one after the other."""
+    if len(down) == len(up) == 2:
+        return True
+    return len(down) == len(up) > 2 and set(up[2:]) == {1} and up[1] == down[0] and math.prod(down) > 0
 
 
 def _spec(
@@ -181,7 +190,14 @@ def _spec(
         )
     assert down.dtype is not None
     assert up.dtype is not None
-    return ModuleSpec(rank, down.shape[1], up.shape[0], scaling, torch.promote_types(down.dtype, up.dtype))
+    return ModuleSpec(
+        rank=rank,
+        in_features=math.prod(down.shape[1:]),
+        out_features=up.shape[0],
+        scaling=scaling,
+        dtype=torch.promote_types(down.dtype, up.dtype),
+        kernel=down.shape[2:],
+    )
 
 
 def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
@@ -200,7 +216,7 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
     for module, factors in adapter.modules.items():
         lora_config.check(adapter.name, module, factors.spec, config)
-        for side, factor in (("down", factors.down), ("up", factors.up)):
+        for side, factor in zip(keys.SIDES, factors.weights, strict=True):
             tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
     return {
         keys.ADAPTER_CONFIG: text.encode("utf-8"),
