@@ -17,6 +17,7 @@ from . import images
 Json = dict[str, Any]
 
 TOKENS = 4
+PATCH = 4
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ def scheduler() -> Any:
 
 
 def packed(pixels: Tensor) -> Tensor:
-    """Pictures from 0 to 1 (n, 28, 28) as the model sees them (n, 4, 14, 14), from -1 to 1."""
-    found = functional.pixel_unshuffle(2 * pixels[:, None] - 1, 2)
+    """Pictures from 0 to 1 (n, 28, 28) as the model sees them (n, 16, 7, 7), from -1 to 1."""
+    found = functional.pixel_unshuffle(2 * pixels[:, None] - 1, PATCH)
     return found.contiguous(memory_format=torch.channels_last)
 
 
 def unpacked(samples: Tensor) -> Tensor:
-    return (functional.pixel_shuffle(samples, 2)[:, 0] / 2 + 0.5).clamp(0, 1)
+    return (functional.pixel_shuffle(samples, PATCH)[:, 0] / 2 + 0.5).clamp(0, 1)
 
 
 def loss(unet: Any, classes: Classes, batch: Glyphs, noise: Any, dropped: float, drawn: torch.Generator) -> Tensor:
@@ -115,7 +116,7 @@ def loss(unet: Any, classes: Classes, batch: Glyphs, noise: Any, dropped: float,
     without = torch.rand(len(batch), generator=drawn) < dropped
     labels = batch.labels.masked_fill(without, classes.none)
     with torch.autocast("cpu", torch.bfloat16):
-        found = unet(noise.add_noise(samples, random, times), times, classes(labels)).sample
+        found = unet(noise.add_noise(samples, random, times), times, classes(labels), class_labels=labels).sample
     return functional.mse_loss(found.float(), noise.get_velocity(samples, random, times))
 
 
@@ -142,13 +143,13 @@ def draw(unet: Any, classes: Classes, labels: Tensor, start: Tensor, steps: int,
     noise = scheduler()
     noise.set_timesteps(steps)
     samples = start.contiguous(memory_format=torch.channels_last)
-    tokens = classes(labels)
-    nothing = classes(torch.full_like(labels, classes.none))
+    none = torch.full_like(labels, classes.none)
+    tokens, nothing = classes(labels), classes(none)
     for time in noise.timesteps:
         with torch.autocast("cpu", torch.bfloat16):
-            found = unet(samples, time, tokens).sample.float()
+            found = unet(samples, time, tokens, class_labels=labels).sample.float()
             if guidance != 1:
-                free = unet(samples, time, nothing).sample.float()
+                free = unet(samples, time, nothing, class_labels=none).sample.float()
                 found = free + guidance * (found - free)
         samples = noise.step(found, time, samples).prev_sample
     return unpacked(samples)
@@ -211,4 +212,29 @@ def pretrained(config: Json, folder: Path, said: Callable[[str], None] = lambda 
             "num_parameters": sum(one.numel() for one in both.parameters()),
             "losses": [round(sum(losses[n : n + 50]) / 50, 5) for n in range(0, steps, 50)],
         }
+    }
+
+
+def adapted(model: Any, classes: Classes, rows: Glyphs, recipe: Json, seed: int) -> Json:
+    """Train what an adapter added to the model: all other weights must be frozen."""
+    ours = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(ours, lr=recipe["learning_rate"], weight_decay=0.0)
+    drawn = torch.Generator().manual_seed(seed)
+    noise, steps = scheduler(), recipe["steps"]
+    classes.requires_grad_(False)
+    model.train()
+    losses = []
+    for step, batch in enumerate(batches(rows, recipe["batch_size"], steps, drawn)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe["learning_rate"] * rate_at(step, steps, recipe["warmup"])
+        one = loss(model, classes, batch, noise, 0.0, drawn)
+        one.backward()
+        torch.nn.utils.clip_grad_norm_(ours, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(one.item())
+    model.eval()
+    return {
+        "num_trainable": sum(one.numel() for one in ours),
+        "losses": [round(sum(losses[n : n + 20]) / 20, 5) for n in range(0, steps, 20)],
     }
