@@ -4,10 +4,10 @@ Tensors alone: nothing here knows of adapters, models or requests. What is added
 scaling · x·Vᵀ·C_Aᵀ·C_Bᵀ·U, in one of two orders. Shared: the products with the bases V and U are made once for all
 rows, k wide, and coefficients between them. Folded: C_A·V and C_Bᵀ·U are made first, and what remains is a plain LoRA
 of rank r. Folding costs r·k·d a side and adapter and saves (k − r)·d a token, so that it pays for many tokens of one
-adapter.
+adapter. In a convolution tokens are the places of an image, and the product with V is the convolution.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,10 @@ from torch.nn.functional import linear
 FOLD_ALONE, FOLD_MIXED = 1.0, 2.5
 # Rows are grouped by adapter where that, with groups filled up to the longest, leaves at most this many rows a row.
 _FILLING = 1.5
+
+
+Convolve = Callable[[Tensor, Tensor], Tensor]
+"""Images (n, channels, …) and rows (m, channels · kernel) → the images convolved with each row, (n, m, …)."""
 
 
 class Folded:
@@ -115,36 +119,81 @@ def folds(tokens: int, rank: int, k: int, factor: float) -> bool:
     return tokens * (k - rank) > factor * rank * k
 
 
-def add_alone(result: Tensor, x: Tensor, down_basis: Tensor, up_basis: Tensor, part: Part, *, in_place: bool) -> Tensor:
-    """`result` (…, out) and the update of x (…, in), all rows having one adapter. Bases: (k_down, in), (k_up, out)."""
-    flat = x.reshape(-1, x.shape[-1]).to(part.down.dtype)
-    folded = part.folded.after(len(flat), part, down_basis, up_basis)
-    if folded is not None:
-        return _add_product(result, linear(flat, folded[0]), folded[1], part.scaling, in_place)
-    hidden = linear(linear(linear(flat, down_basis), part.down), part.up)
-    return _add_product(result, hidden, up_basis, part.scaling, in_place)
+def add_alone(
+    result: Tensor,
+    x: Tensor,
+    down_basis: Tensor,
+    up_basis: Tensor,
+    part: Part,
+    *,
+    in_place: bool = False,
+    convolve: Convolve | None = None,
+) -> Tensor:
+    """`result` (…, out) and the update of x (…, in), all rows having one adapter. Bases: (k_down, in), (k_up, out).
+
+    convolve: of a convolution, whose result is (n, out, …) and x (n, channels, …).
+    """
+    x = x.to(part.down.dtype)
+    tokens = result.numel() // up_basis.shape[1]
+    folded = part.folded.after(tokens, part, down_basis, up_basis)
+    down, up = (down_basis, up_basis) if folded is None else folded
+    hidden = _projected(x, down, convolve)
+    if folded is None:
+        hidden = linear(linear(hidden, part.down), part.up)
+    if convolve is not None:
+        return _add_images(result, hidden @ up, part.scaling)
+    return _add_product(result, hidden.reshape(-1, hidden.shape[-1]), up, part.scaling, in_place)
 
 
 def add_mixed(
-    result: Tensor, x: Tensor, down_basis: Tensor, up_basis: Tensor, part: Part, order: Order, *, in_place: bool
+    result: Tensor,
+    x: Tensor,
+    down_basis: Tensor,
+    up_basis: Tensor,
+    part: Part,
+    order: Order,
+    *,
+    in_place: bool = False,
+    convolve: Convolve | None = None,
 ) -> Tensor:
     """The same where each group of rows has its own coefficients. The rows of x are those of `order`, each repeated
     equally often."""
-    rows = x.reshape(order.rows, -1, x.shape[-1]).to(part.down.dtype)
+    x = x.to(part.down.dtype)
     rank = part.down.shape[1]
-    tokens = order.rows * rows.shape[1] // order.groups
-    if folds(tokens, rank, len(down_basis), FOLD_MIXED):
+    tokens = result.numel() // up_basis.shape[1] // order.groups
+    # a convolution of each group with rows of its own is no product of batches
+    if convolve is None and folds(tokens, rank, len(down_basis), FOLD_MIXED):
         folded = (part.down.reshape(-1, len(down_basis)) @ down_basis).view(order.groups, rank, -1)
-        hidden = torch.bmm(order.gather(rows), folded.mT)
+        hidden = torch.bmm(order.gather(x.reshape(order.rows, -1, x.shape[-1])), folded.mT)
     else:
-        hidden = torch.bmm(order.gather(linear(rows, down_basis)), part.down.mT)
+        projected = _projected(x, down_basis, convolve).reshape(order.rows, -1, len(down_basis))
+        hidden = torch.bmm(order.gather(projected), part.down.mT)
     if folds(tokens, rank, len(up_basis), FOLD_MIXED):
         folded = (part.up.mT.reshape(-1, len(up_basis)) @ up_basis).view(order.groups, rank, -1)
-        update = order.scatter(torch.bmm(hidden, folded)).reshape(result.shape)
+        update = order.scatter(torch.bmm(hidden, folded))
+        if convolve is not None:
+            return _add_images(result, update.reshape(len(result), -1, update.shape[-1]), part.scaling)
+        update = update.reshape(result.shape)
         update = update if part.scaling == 1 else update * part.scaling
         return result.add_(update.to(result.dtype)) if in_place else result + update.to(result.dtype)
     hidden = order.scatter(torch.bmm(hidden, part.up.mT))
+    if convolve is not None:
+        return _add_images(result, hidden.reshape(len(result), -1, len(up_basis)) @ up_basis, part.scaling)
     return _add_product(result, hidden.reshape(-1, len(up_basis)), up_basis, part.scaling, in_place)
+
+
+def _projected(x: Tensor, rows: Tensor, convolve: Convolve | None) -> Tensor:
+    """x (…, in) multiplied with rows (m, in): (…, m). Of images (n, channels, …), their places one after the other:
+    (n, t, m)."""
+    if convolve is None:
+        return linear(x, rows)
+    return convolve(x, rows).flatten(2).mT
+
+
+def _add_images(result: Tensor, update: Tensor, scaling: float) -> Tensor:
+    """`result` (n, out, …) + scaling · update (n, t, out)."""
+    update = update.mT.reshape(result.shape)
+    return result + (update if scaling == 1 else update * scaling).to(result.dtype)
 
 
 def _add_product(result: Tensor, hidden: Tensor, basis: Tensor, scaling: float, in_place: bool) -> Tensor:

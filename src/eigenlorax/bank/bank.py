@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import checks, keys
+from .. import checks, convolution, keys
 from .. import subspace as spaces
 from ..errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
 from ..formats.sources import Source
@@ -24,7 +24,7 @@ from ..packed import PackedAdapter, Record
 from . import requests
 from .heads import Heads, heads, tensor_names
 from .held import Held, Layout, Place, check_whole, hold
-from .layers import Headed, Updated, check_hooks_are_seen, linear_modules
+from .layers import Headed, Updated, check_hooks_are_seen, sizes
 from .requests import Plan, Running, current
 
 BASE = "__base__"
@@ -281,11 +281,24 @@ class AdapterBank:
 
     def _hold(self, packed: PackedAdapter) -> Held:
         check_whole(packed)
+        self._check_kernels(packed)
         packed = self._of_now(packed)
         names, dtype = self._tensor_names, self.pack.coefficient_dtype
         with constant(self._device):
             found = heads(packed, self.model, names) if names is not None else Heads()
             return hold(packed, self.pack.subspace, self._places, found, self._layouts, dtype, self._device)
+
+    def _check_kernels(self, packed: PackedAdapter) -> None:
+        for module, coefficients in packed.coefficients.items():
+            name = self._places.get(packed.places[module])
+            if name is None:
+                continue
+            kernel = convolution.kernel_of(self.model.get_submodule(name))
+            if not convolution.agree(coefficients.kernel, kernel):
+                raise ShapeError(
+                    f"adapter {packed.name!r}, module {module}: its kernel is {coefficients.kernel}, that of the model "
+                    f"{kernel}. It belongs to a different base model."
+                )
 
     def _of_now(self, packed: PackedAdapter) -> PackedAdapter:
         """An adapter with coefficients on all components: one of before the subspace grew has fewer, and gets zeros."""
@@ -324,8 +337,8 @@ def _opened(pack: Pack | str | PathLike[str], adapters: list[str] | None) -> Pac
 
 def _matched(model: nn.Module, pack: Pack) -> dict[str, str]:
     """Each module of the subspace that the model has, and the model's name of it."""
-    sizes = linear_modules(model)
-    found = {place: name for name, place in keys.resolve_all(sizes, pack.info.modules).items() if place is not None}
+    there = sizes(model)
+    found = {place: name for name, place in keys.resolve_all(there, pack.info.modules).items() if place is not None}
     if not found:
         raise ModuleNameError(
             f"the model has none of the {len(pack.info.modules)} modules of the pack, such as "
@@ -334,9 +347,9 @@ def _matched(model: nn.Module, pack: Pack) -> dict[str, str]:
     for place, name in sorted(found.items()):
         sides = pack.info.modules[place]
         wanted = sides["up"].dimension, sides["down"].dimension
-        if sizes[name] != wanted:
+        if there[name] != wanted:
             raise ShapeError(
-                f"module {name}: (out, in) is {sizes[name]} in the model and {wanted} in the pack. It belongs to a "
+                f"module {name}: (out, in) is {there[name]} in the model and {wanted} in the pack. It belongs to a "
                 "different base model."
             )
         check_hooks_are_seen(model, name)

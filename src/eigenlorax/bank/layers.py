@@ -6,13 +6,14 @@ that no adapter, number of adapters or choice of them is ever part of a graph.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .. import mixing
+from .. import convolution, mixing
 from ..errors import OptionError, ShapeError
 from ..subspace import ModuleBases
 from .heads import mix
@@ -62,7 +63,8 @@ class Layer:
 
 
 class Updated(Layer):
-    """A linear module whose output gets the updates of adapters, in the bases of `place` in the subspace."""
+    """A linear module or a convolution whose output gets the updates of adapters, in the bases of `place` in the
+    subspace."""
 
     def __init__(
         self, module: nn.Module, name: str, plan: Callable[[], Plan], place: str, bases: ModuleBases, dtype: torch.dtype
@@ -89,9 +91,17 @@ class Updated(Layer):
             self.down, self.up = self.down.to(x.device), self.up.to(x.device)
             part = mixing.Part(part.down.to(x.device), part.up.to(x.device), part.scaling)
             order = order.to(x.device) if order is not None else None
+        if isinstance(self.module, convolution.CONVOLUTIONS):
+            if x.dim() != 2 + len(self.module.kernel_size):
+                raise ShapeError(
+                    f"module {self.name} got an image of {tuple(x.shape)}: the bank serves batches, x[None] is one."
+                )
+            how: dict[str, Any] = {"convolve": partial(convolution.convolved, self.module)}
+        else:
+            how = {"in_place": in_place}
         if order is None:
-            return mixing.add_alone(output, x, self.down, self.up, part, in_place=in_place)
-        return mixing.add_mixed(output, x, self.down, self.up, part, order, in_place=in_place)
+            return mixing.add_alone(output, x, self.down, self.up, part, **how)
+        return mixing.add_mixed(output, x, self.down, self.up, part, order, **how)
 
 
 class Headed(Layer):
@@ -165,12 +175,15 @@ def _reshaped(name: str, changed: Tensor, output: Tensor) -> ShapeError:
     )
 
 
-def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linear modules of a model, quantised ones and Conv1D too: (out, in) by name."""
+def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The modules of a model that can be served, linear ones, quantised ones, Conv1D and convolutions of one group:
+    (out, in) by name, in being channels · kernel of a convolution."""
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        if convolution.is_supported(module):
+            found[name] = convolution.sizes(module)[::-1]
+        elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
             found[name] = (weight.shape[1], weight.shape[0])
         else:
             out_features, in_features = (getattr(module, field, None) for field in ("out_features", "in_features"))

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
 from .. import keys
@@ -14,6 +13,7 @@ from ..errors import ModuleNameError, OptionError
 from ..pack import Pack
 from . import reference as references
 from .config import EigenLoraxConfig
+from .layer import sizes_of
 
 STARTS = ("zero", "components")
 
@@ -42,7 +42,7 @@ def lora_from_components(
         name: place
         for name, module in model.named_modules()
         if isinstance(module, nn.Module)
-        and _get_in_out_features(module)[0] is not None
+        and sizes_of(module)[0] is not None
         and (place := reference.place(name, config)) is not None
     }
     if not places:
@@ -52,15 +52,15 @@ def lora_from_components(
     for name, layer in adapted.named_modules():
         if isinstance(layer, LoraLayer):
             module = name.removeprefix(keys.MODEL_PREFIX)
-            bases = reference.bases(module, config, layer.in_features, layer.out_features)
+            bases = reference.bases(module, config, *sizes_of(layer.get_base_layer()))
             _put(layer.lora_A[adapter_name].weight, bases.down.components)
             if start == "components":
-                _put(layer.lora_B[adapter_name].weight.mT, bases.up.components)
+                _put(layer.lora_B[adapter_name].weight.transpose(0, 1), bases.up.components)
     return adapted
 
 
 def _put(weight: torch.Tensor, rows: torch.Tensor) -> None:
-    """The first rows of a weight, as many as there are."""
+    """The first rows of a weight, as many as there are; each is shaped as those of a convolution are."""
     kept = min(len(weight), len(rows))
     with torch.no_grad():
-        weight[:kept].copy_(rows[:kept])
+        weight[:kept].copy_(rows[:kept].view(kept, *weight.shape[1:]))

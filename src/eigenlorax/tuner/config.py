@@ -55,7 +55,7 @@ class EigenLoraxConfig(PeftConfig):
             As in LoRA; bias is "none", "all" or "eigenlorax_only".
         init_weights (`bool`):
             False starts with random factors of which neither is zero: for tests.
-        subspace_modules (`dict`), carried (`bool`), extra_check (`dict`), embedded_shapes (`dict`):
+        subspace_modules (`dict`), kernels (`dict`), carried (`bool`), extra_check (`dict`), embedded_shapes (`dict`):
             Written when an adapter is saved, by packs or by PEFT; not for users.
     """
 
@@ -110,6 +110,9 @@ class EigenLoraxConfig(PeftConfig):
     )
     subspace_modules: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Names of modules in the subspace, where they differ."}
+    )
+    kernels: dict[str, list[int]] = field(
+        default_factory=dict, metadata={"help": "Written on saving: the kernel of each convolution."}
     )
     extra_check: dict[str, float] = field(
         default_factory=dict,

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .. import formats, keys, metrics
+from .. import convolution, formats, keys, metrics
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors
 from ..basis import Basis
@@ -44,9 +44,10 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> Adapter:
         down_basis, up_basis = (basis.cpu() for basis in layer.bases_of(adapter_name))
         scaling, parts = layer.scaling[adapter_name], [part.detach().cpu() for part in layer.factors_of(adapter_name)]
         if len(parts) == 1:
-            modules[name] = coefficients.from_core(parts[0], down_basis, up_basis, scaling)
+            plain = coefficients.from_core(parts[0], down_basis, up_basis, scaling)
         else:
-            modules[name] = coefficients.from_pair(parts[0], parts[1], down_basis, up_basis, scaling)
+            plain = coefficients.from_pair(parts[0], parts[1], down_basis, up_basis, scaling)
+        modules[name] = replace(plain, kernel=layer.kernel)
     heads = {key: value.cpu() for key, value in _state(model, adapter_name).items() if not _is_ours(key)}
     return coefficients.lora(adapter_name, modules, heads, asdict(config))
 
@@ -76,6 +77,7 @@ def from_lora(
             **{field: theirs[field] for field in taken if theirs.get(field) is not None},
             "bias": theirs["bias"].replace("lora_only", "eigenlorax_only"),
             "target_modules": sorted(adapter.specs),
+            "kernels": {module: list(spec.kernel) for module, spec in adapter.specs.items() if spec.kernel},
             **fields,
         },
     )
@@ -109,6 +111,11 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     for module, place in places.items():
         assert place is not None
         layer, factors = layers[place], adapter.modules[module]
+        if not convolution.agree(factors.kernel, layer.kernel):
+            raise ShapeError(
+                f"module {module}: the kernel of {adapter.name!r} is {factors.kernel}, and that of the model "
+                f"{layer.kernel}. It is an adapter of another base model."
+            )
         found, error = _projected(layer, adapter_name, factors)
         errors.append(error)
         for part, value in found.items():

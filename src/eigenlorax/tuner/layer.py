@@ -1,22 +1,19 @@
-"""The layer: a linear one with coefficients over two frozen bases beside it.
+"""What an adapted layer holds: the coefficients of each adapter, and the bases that they are on.
 
-The input is multiplied by the frozen basis first: what is kept for backward is k wide, and not the layer's input.
+What is computed with them is in `adapted`.
 """
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr
-from peft.utils.other import transpose
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
-from ..mixing import arrange
+from .. import convolution
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
@@ -54,7 +51,7 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = sizes_of(self.get_base_layer())
         self.kwargs = kwargs
 
     def update_layer(
@@ -139,6 +136,17 @@ class EigenLoraxLayer(BaseTunerLayer):
             return self.eigenlorax_core[adapter_name]
         return self.eigenlorax_up[adapter_name] @ self.eigenlorax_down[adapter_name]
 
+    def factors_of(self, adapter: str) -> tuple[Tensor, ...]:
+        """What the projected input is multiplied with, one after the other."""
+        if adapter in self.eigenlorax_core:
+            return (self.eigenlorax_core[adapter],)
+        return self.eigenlorax_down[adapter], self.eigenlorax_up[adapter]
+
+    def bases_key(self, adapter_name: str) -> tuple[str, int, int]:
+        """The same for adapters that have coefficients on the same components."""
+        embedded = adapter_name in self.eigenlorax_embedded_down
+        return adapter_name if embedded else self.subspace_of[adapter_name], *self.sizes_of[adapter_name]
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, and its bases if no other adapter uses them."""
         super().delete_adapter(adapter_name)
@@ -173,143 +181,18 @@ class EigenLoraxLayer(BaseTunerLayer):
         """Every adapter is a LoRA in the terms of a basis."""
         return True
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """That of a convolution; () of a linear layer."""
+        return convolution.kernel_of(self.get_base_layer())
 
-class Linear(nn.Module, EigenLoraxLayer):
-    """A linear layer, `Conv1D`, or a quantised one that PEFT has a backend for."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        EigenLoraxLayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = fan_in_fan_out
-        self._active_adapter = adapter_name
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update, in the shape of the layer's weight. Computed in float32 at least."""
-        down_basis, up_basis = self.bases_of(adapter)
-        core = self.core_of(adapter)
-        dtype = torch.promote_types(core.dtype, torch.float32)
-        down_basis, up_basis = (basis.to(core.device, dtype) for basis in (down_basis, up_basis))
-        delta = up_basis.mT @ (self.scaling[adapter] * core.to(dtype)) @ down_basis
-        return transpose(delta, self.fan_in_fan_out)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add updates to the layer's weight. `safe_merge`: only if the sum is finite everywhere."""
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if not self.has_adapter(adapter):
-                continue
-            weight = self.get_base_weight()
-            merged = weight.clone() if safe_merge else weight
-            merged += self.get_delta_weight(adapter).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(adapter)
-            self._merged_scaling[adapter] = self.scaling[adapter]
-
-    def unmerge(self) -> None:
-        """Take merged updates out of the layer's weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            if self.has_adapter(adapter):
-                weight = self.get_base_weight()
-                # what was added is taken out, though the scaling may have been changed since
-                now, self.scaling[adapter] = self.scaling[adapter], self._merged_scaling.pop(adapter)
-                weight -= self.get_delta_weight(adapter).to(weight.dtype)
-                self.scaling[adapter] = now
-                self.set_base_weight(weight)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        self._check_adapter_names(x, adapter_names)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or (adapter_names is None and self.merged):
-            return result
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        if adapter_names is not None:
-            return self._add_mixed(result, x, adapter_names)
-        for adapter in self.active_adapters:
-            if self.has_adapter(adapter):
-                result = result + self._update(adapter, x)
-        return result.to(dtype)
-
-    def _update(self, adapter: str, x: Tensor) -> Tensor:
-        down_basis, up_basis = self.bases_of(adapter)
-        factors = self.factors_of(adapter)
-        hidden = self._cast_input_dtype(self.eigenlorax_dropout[adapter](x), factors[0].dtype)
-        hidden = linear(hidden, down_basis.to(hidden.dtype))
-        for factor in factors:
-            hidden = linear(hidden, factor)
-        return (hidden * self.scaling[adapter]) @ up_basis.to(hidden.dtype)
-
-    def factors_of(self, adapter: str) -> tuple[Tensor, ...]:
-        """What the projected input is multiplied with, one after the other."""
-        if adapter in self.eigenlorax_core:
-            return (self.eigenlorax_core[adapter],)
-        return self.eigenlorax_down[adapter], self.eigenlorax_up[adapter]
-
-    def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Each row of the batch with the adapter that it names; "__base__" is none.
-
-        What has coefficients on the same components is multiplied with these at once; adapters of one shape have
-        theirs multiplied in one product of batches. Dropout has no part in it: in training, mixed batches are refused.
-        """
-        result = result.clone()
-        by_bases: dict[tuple[Any, ...], dict[tuple[torch.Size, ...], list[int]]] = {}
-        for row, adapter in enumerate(adapter_names):
-            if adapter != "__base__" and self.has_adapter(adapter):
-                key = adapter if adapter in self.eigenlorax_embedded_down else self.subspace_of[adapter]
-                shape = tuple(factor.shape for factor in self.factors_of(adapter))
-                by_bases.setdefault((key, *self.sizes_of[adapter]), {}).setdefault(shape, []).append(row)
-        for by_shape in by_bases.values():
-            rows = [row for places in by_shape.values() for row in places]
-            names = [adapter_names[row] for row in rows]
-            down_basis, up_basis = self.bases_of(names[0])
-            hidden = self._cast_input_dtype(x[rows], self.factors_of(names[0])[0].dtype)
-            hidden = linear(hidden, down_basis.to(hidden.dtype)).reshape(len(rows), -1, len(down_basis))
-            parts, start = [], 0
-            for places in by_shape.values():
-                end = start + len(places)
-                parts.append(self._mixed_coefficients(hidden[start:end], names[start:end]))
-                start = end
-            update = torch.cat(parts) @ up_basis.to(hidden.dtype)
-            result[rows] += update.view(len(rows), *result.shape[1:]).to(result.dtype)
-        return result
-
-    def _mixed_coefficients(self, hidden: Tensor, adapter_names: list[str]) -> Tensor:
-        """Projected rows (n, t, k_down), each with the coefficients of its adapter, all of one shape: (n, t, k_up)."""
-        distinct = list(dict.fromkeys(adapter_names))
-        groups, order = arrange([distinct.index(name) for name in adapter_names])
-        owners, order = [distinct[group] for group in groups], order.to(hidden.device)
-        hidden = order.gather(hidden)
-        for factors in zip(*map(self.factors_of, owners), strict=True):
-            hidden = torch.bmm(hidden, torch.stack(factors).mT)
-        scalings = torch.tensor([self.scaling[name] for name in owners], dtype=hidden.dtype, device=hidden.device)
-        return order.scatter(hidden * scalings[:, None, None])
-
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
-        if adapter_names is None:
-            return
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
-    def __repr__(self) -> str:
-        return "eigenlorax." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """The lengths of rows on both sides: (in, out); of a convolution (channels in · kernel, channels out)."""
+    if isinstance(module, convolution.CONVOLUTIONS):
+        return convolution.sizes(module)
+    in_features, out_features = _get_in_out_features(module)
+    return in_features, out_features
 
 
 def _real(device: torch.device | None) -> torch.device | None:

@@ -9,25 +9,26 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import keys
+from .. import convolution, keys
 from ..errors import ModuleNameError, OptionError, RankWarning
 from . import reference as references
 from . import starts
+from .adapted import Adapted, Conv, Linear
 from .config import EigenLoraxConfig
-from .layer import EigenLoraxLayer, Linear
+from .layer import EigenLoraxLayer, sizes_of
 from .reference import Embedded, Reference
 from .starts import Cores, Start
 
 
 class EigenLoraxModel(BaseTuner):
-    """Coefficients over a frozen subspace, on the linear layers of a model (arXiv 2502.04700).
+    """Coefficients over a frozen subspace, on linear layers and convolutions of a model (arXiv 2502.04700).
 
     Args:
         model (`torch.nn.Module`): The model to be adapted.
@@ -53,11 +54,15 @@ class EigenLoraxModel(BaseTuner):
                 )
             peft_config.target_modules = set(names)
         peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
-        sizes = [
-            reference.bases(name, peft_config, *_get_in_out_features(module))
-            for name, module in self._linear_modules()
-            if self._check_target_module_exists(peft_config, name)
-        ]
+        targets = {
+            name: module for name, module in self._base_modules() if self._check_target_module_exists(peft_config, name)
+        }
+        for name, module in targets.items():
+            if why := convolution.reason_against(module):
+                raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
+        targets = {name: module for name, module in targets.items() if _is_supported(module)}
+        sizes = [reference.bases(name, peft_config, *sizes_of(module)) for name, module in targets.items()]
+        references.note_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
         smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
@@ -75,7 +80,11 @@ class EigenLoraxModel(BaseTuner):
 
     def _shared_modules(self, reference: Reference | Embedded, config: EigenLoraxConfig) -> list[str]:
         """The layers of the model that the subspace has, in the layers that the config asks for."""
-        names = [name for name, _ in self._linear_modules() if reference.place(name, config) is not None]
+        names = [
+            name
+            for name, module in self._base_modules()
+            if _is_supported(module) and reference.place(name, config) is not None
+        ]
         # PEFT looks at layers_to_transform only where a target is less than a whole name
         by_suffix = copy.copy(config)
         by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
@@ -87,8 +96,8 @@ class EigenLoraxModel(BaseTuner):
             )
         return wanted
 
-    def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The layers that can be adapted, by name, without what is inside of adapted ones."""
+    def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the model by name, without what is inside of adapted ones; their base layers for ours."""
         inside: tuple[str, ...] = ()
         for name, module in self.model.named_modules():
             if name.startswith(inside):
@@ -97,7 +106,7 @@ class EigenLoraxModel(BaseTuner):
                 inside = (*inside, f"{name}.")
                 if isinstance(module, EigenLoraxLayer):
                     yield name, module.get_base_layer()
-            elif _is_supported(module):
+            else:
                 yield name, module
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -120,13 +129,12 @@ class EigenLoraxModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _is_supported(base_layer):
             raise TypeError(
-                f"Target module {target} is not supported. Only `torch.nn.Linear` (quantised or not) and "
-                "`transformers.pytorch_utils.Conv1D` are."
+                f"Target module {current_key}, {target}, is not supported. Only `torch.nn.Linear` (quantised or not), "
+                "`transformers.pytorch_utils.Conv1D` and `torch.nn.Conv1d`, `Conv2d` and `Conv3d` are."
             )
         assert self._reference is not None
         assert self._cores is not None
-        in_features, out_features = _get_in_out_features(base_layer)
-        bases = self._reference.bases(current_key, peft_config, in_features, out_features)
+        bases = self._reference.bases(current_key, peft_config, *sizes_of(base_layer))
         place = self._reference.place(current_key, peft_config)
         assert place is not None
         k_down, k_up = self._reference.sizes(place, bases)
@@ -140,14 +148,7 @@ class EigenLoraxModel(BaseTuner):
             init_weights=peft_config.init_weights,
         )
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
-        layer = target if isinstance(target, Linear) else None
-        if layer is None:
-            layer = Linear(
-                target,
-                adapter_name,
-                fan_in_fan_out=_fan_in_fan_out(base_layer, peft_config),
-                **get_quantization_kwargs(self.model),
-            )
+        layer = target if isinstance(target, Adapted) else self._adapted(peft_config, adapter_name, target, base_layer)
         layer.update_layer(
             adapter_name,
             bases,
@@ -163,6 +164,14 @@ class EigenLoraxModel(BaseTuner):
                 # a further adapter is not trainable until it is the active one
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _adapted(
+        self, config: EigenLoraxConfig, adapter_name: str, target: nn.Module, base_layer: nn.Module
+    ) -> Adapted:
+        quantisation = get_quantization_kwargs(self.model)
+        if convolution.is_supported(base_layer):
+            return Conv(target, adapter_name, **quantisation)
+        return Linear(target, adapter_name, fan_in_fan_out=_fan_in_fan_out(base_layer, config), **quantisation)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -246,7 +255,7 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 
 
 def _is_supported(module: nn.Module) -> bool:
-    if isinstance(module, torch.nn.Linear | Conv1D):
+    if isinstance(module, torch.nn.Linear | Conv1D) or convolution.is_supported(module):
         return True
     backend = resolve_quantization_backend(module)
     return backend is not None and backend.layer_type == "linear"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import basis, checks, keys, known
+from .. import basis, checks, convolution, keys, known
 from .. import subspace as spaces
 from ..basis import Basis
 from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
@@ -52,7 +52,7 @@ class Reference:
         if found.shape != (out_features, in_features):
             raise ShapeError(
                 f"module {module}: (out, in) is {(out_features, in_features)} in the model and {found.shape} in the "
-                "subspace. It belongs to a different base model."
+                "subspace (in: of a convolution, channels times its kernel). It belongs to a different base model."
             )
         return found
 
@@ -164,6 +164,17 @@ def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> No
             "embed_subspace=True; and please report it with the output of `eigenlorax env`."
         )
     config.extra_check = wanted
+
+
+def note_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ...]]) -> None:
+    """Let a config know the kernels of the model's modules that it adapts; an error where it has been of others."""
+    for name, module in keys.resolve_all(config.kernels, kernels).items():
+        if module is not None and not convolution.agree(tuple(config.kernels[name]), kernels[module]):
+            raise ShapeError(
+                f"module {module}: the adapter is for a kernel of {tuple(config.kernels[name])}, and that of the model "
+                f"is {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
+            )
+    config.kernels = {module: list(kernel) for module, kernel in kernels.items() if kernel}
 
 
 def check_base_model(reference: Reference | Embedded, model: object) -> None:

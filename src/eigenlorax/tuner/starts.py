@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import formats, keys, metrics
+from .. import convolution, formats, keys, metrics
 from .. import subspace as spaces
 from ..adapter import Adapter
 from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
@@ -79,7 +79,7 @@ def cores(config: EigenLoraxConfig, reference: Reference | Embedded) -> Cores:
     if pack is not None and config.start in pack.names:
         return _of_packed([pack.packed(config.start)])
     if Path(config.start).is_dir():
-        return _projected(formats.read_adapter(config.start), reference)
+        return _projected(formats.read_adapter(config.start), reference, config)
     known = ", ".join(pack.names[:12]) if pack is not None else "none: no pack is at hand"
     raise OptionError(
         f"start={config.start!r} is neither 'zero', 'mean' nor 'uniform', nor the folder of a LoRA, nor an adapter of "
@@ -111,8 +111,9 @@ def _of_packed(adapters: list[PackedAdapter]) -> Cores:
     return core
 
 
-def _projected(adapter: Adapter, reference: Reference) -> Cores:
+def _projected(adapter: Adapter, reference: Reference, config: EigenLoraxConfig) -> Cores:
     """The projection of a LoRA on the subspace."""
+    kernels = {reference.place(module, config): tuple(kernel) for module, kernel in config.kernels.items()}
     places = keys.resolve_all(adapter.specs, reference.subspace.modules)
     modules = {place: module for module, place in places.items() if place is not None}
     if not modules:
@@ -128,6 +129,12 @@ def _projected(adapter: Adapter, reference: Reference) -> Cores:
                 f"start={adapter.name!r}, module {module}: (out, in) is "
                 f"{(factors.spec.out_features, factors.spec.in_features)}, and {bases.shape} in the subspace. It is "
                 "a LoRA of another base model."
+            )
+        kernel = kernels.get(place, factors.kernel)
+        if not convolution.agree(factors.kernel, kernel):
+            raise ShapeError(
+                f"start={adapter.name!r}, module {module}: its kernel is {factors.kernel}, and {kernel} in the model. "
+                "It is a LoRA of another base model."
             )
         lost.append(metrics.module_error(factors, spaces.project(factors, bases), bases))
     lacking = sorted(set(adapter.specs) - set(modules.values()))

@@ -41,7 +41,12 @@ def reason_against(found: PackedAdapter, *, shared: bool) -> str | None:
     shared: by the subspace in the model, which serves what lies in the subspace, and nothing beside it.
     """
     config = json.loads(found.source_config)
-    why = _of_config(config) or _of_heads(found.heads, config) or _of_carried(found.carried)
+    why = (
+        _of_config(config)
+        or _of_heads(found.heads, config)
+        or _of_carried(found.carried)
+        or _of_kernels({module: c.kernel for module, c in found.coefficients.items() if c.kernel})
+    )
     if why is None and shared and found.carried:
         why = f"it has {_some(found.carried)} outside the subspace; without a shared basis it can be served"
     if why is None and not found.coefficients and (shared or not found.carried):
@@ -110,6 +115,10 @@ def _of_carried(carried: Mapping[str, Any]) -> str | None:
         if tensor.ndim != 2:
             return f"vLLM does not support LoRA of convolutions ({key!r})"
     return None
+
+
+def _of_kernels(kernels: Mapping[str, tuple[int, ...]]) -> str | None:
+    return f"vLLM does not support LoRA of convolutions ({min(kernels)!r})" if kernels else None
 
 
 def _some(names: Iterable[str]) -> str:
