@@ -84,8 +84,8 @@ def prepared(unet: Any) -> Any:
 
 
 def scheduler() -> Any:
-    """Noise as in training and drawing: a cosine schedule that ends in noise alone, so that a bright ground can be drawn;
-    the model is asked for v."""
+    """Noise in training and drawing: a cosine schedule that ends in noise alone, so that a bright ground can be drawn.
+    The model is asked for v."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

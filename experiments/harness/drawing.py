@@ -1,19 +1,19 @@
 """Pictures in many styles: the base model, a LoRA of every style, and one pack in their place."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from . import diffusion, judges, record
+import eigenlorax as ex
+
+from . import diffusion, easel, judges, outcome
 from . import styles as looks
+from .easel import BASE, adapter_folder, judge_file, pack_folder
 from .jobs import Job
 
 Json = dict[str, Any]
-
-WORK = record.ROOT / "experiments" / "work" / "diffusion"
-BASE = WORK / "base"
 
 
 def pretrain(config: Json) -> Iterator[Job]:
@@ -27,14 +27,9 @@ def pretrained(config: Json) -> Json:
 
 def judging(config: Json) -> Iterator[Job]:
     """The networks that look at pictures."""
-    styles = ["plain", *config["styles"]["fitted"], *config["styles"]["left_out"]]
     for what in judges.KINDS:
-        job = {"what": what, "styles": styles, "data": config["data"], "judges": config["judges"]}
+        job = {"what": what, "styles": ["plain", *looks.STYLES], "data": config["data"], "judges": config["judges"]}
         yield Job(f"diffusion/judges/{what}", job, judged, (judge_file(what),))
-
-
-def judge_file(what: str) -> Path:
-    return WORK / "judges" / f"{what}.safetensors"
 
 
 def judged(config: Json) -> Json:
@@ -60,10 +55,6 @@ def slug(style: str) -> str:
     return style.replace(" ", "-")
 
 
-def adapter_folder(name: str) -> Path:
-    return WORK / "adapters" / name
-
-
 def styled(config: Json) -> Json:
     """A LoRA that draws in one style, kept as PEFT's folder."""
     from peft import LoraConfig, get_peft_model
@@ -82,8 +73,58 @@ def rows_in(config: Json) -> diffusion.Glyphs:
     return diffusion.Glyphs(torch.from_numpy(looks.styled(plain.pixels.numpy(), config["style"])), plain.labels)
 
 
+def packs(config: Json) -> Iterator[Job]:
+    """One pack of all fitted styles for every k."""
+    for k in config["pack"]["k"]:
+        job = {"sources": fitted(config), "k": k, "weighting": config["pack"]["weighting"]}
+        yield Job(f"diffusion/packs/k{k}", job, packed, (pack_folder(k) / "subspace_config.json",))
+
+
+def fitted(config: Json) -> list[str]:
+    return [slug(style) for style in config["styles"]["fitted"]]
+
+
+def packed(config: Json) -> Json:
+    sources = {name: adapter_folder(name) for name in config["sources"]}
+    pack = ex.fit(sources, n_components=config["k"], weighting=config["weighting"], dtype="float32", warn_above=1.0)
+    pack.save(pack_folder(config["k"]), overwrite=True)
+    return {
+        "subspace": outcome.subspace(pack),
+        "bytes": asdict(pack.summary.bytes),
+        "delta_errors": {name: one.delta_error for name, one in pack.records.items()},
+        "sources": {name: one.source_sha256 for name, one in pack.records.items()},
+    }
+
+
+def plain(config: Json) -> Iterator[Job]:
+    """What the base model draws: the same noise, and no adapter."""
+    job = {key: config[key] for key in ("model", "drawing")}
+    yield Job("diffusion/plain/base", job, easel.plain, (easel.pictures_file("plain"),))
+
+
+def recycled(config: Json) -> Iterator[Job]:
+    """Every style's pictures, drawn by its LoRA and by what is kept of it."""
+    twins = config["lora"]["twins"]
+    for style in [*config["styles"]["fitted"], *config["styles"]["left_out"]]:
+        name = slug(style)
+        job = {
+            "name": name,
+            "style": style,
+            "seen": name in fitted(config),
+            "sources": fitted(config),
+            "twin": f"{name}-twin" if style in twins else None,
+            "pack": config["pack"],
+            "drawing": config["drawing"],
+            "model": config["model"],
+        }
+        yield Job(f"diffusion/recycled/{name}", job, easel.recycle, (easel.pictures_file(name),))
+
+
 STAGES = {
     "pretrain": pretrain,
     "judges": judging,
     "styles": styles,
+    "packs": packs,
+    "plain": plain,
+    "recycled": recycled,
 }

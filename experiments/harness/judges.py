@@ -1,4 +1,4 @@
-"""Small convolutional networks that look at pictures: one says the class, one the style. Nothing here knows who drew them."""
+"""Small convolutional networks that look at pictures: one says the class, one the style. They do not know who drew."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Judge(nn.Module):
 
 
 def pictures(data: Json, names: list[str], part: str, rows: int, what: str) -> tuple[Tensor, Tensor]:
-    """Some pictures of every class, as bytes, in all styles one after another; and their classes, or numbers of styles."""
+    """Some pictures of every class, as bytes, in one style after another; and their classes, or numbers of styles."""
     found = diffusion.glyphs(data, part)
     chosen = torch.arange(0, len(found), max(len(found) // rows, 1))[:rows]
     plain, labels = found.pixels[chosen].numpy(), found.labels[chosen]

@@ -1,4 +1,4 @@
-"""Styles: what is done to a plain drawing, from 0, the ground, to 1, the ink. No style is random, and none knows the class."""
+"""Styles: what is done to a plain drawing, from 0, the ground, to 1, the ink. None is random, none knows the class."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ SQUARE = np.ones((1, 3, 3), bool)
 
 
 def turned(pictures: Pictures, matrix: list[list[float]]) -> Pictures:
-    """Every picture through a linear map of the plane about its middle; matrix: from the place that is drawn to the place
-    that is looked up, rows first."""
+    """Every picture through a linear map of the plane about its middle. matrix: from the place that is drawn to the
+    place that is looked up, rows first."""
     middle = np.full(2, (SIDE - 1) / 2)
     offset = middle - np.array(matrix) @ middle
     return np.stack([ndimage.affine_transform(one, np.array(matrix), offset, order=1) for one in pictures])
