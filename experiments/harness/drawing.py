@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 import eigenlorax as ex
+from eigenlorax.tasks import methods
 
-from . import diffusion, easel, judges, outcome
+from . import diffusion, easel, judges, outcome, record
 from . import styles as looks
-from .easel import BASE, adapter_folder, judge_file, pack_folder
+from .easel import BASE, WORK, adapter_folder, judge_file, pack_folder
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -28,7 +29,12 @@ def pretrained(config: Json) -> Json:
 def judging(config: Json) -> Iterator[Job]:
     """The networks that look at pictures."""
     for what in judges.KINDS:
-        job = {"what": what, "styles": ["plain", *looks.STYLES], "data": config["data"], "judges": config["judges"]}
+        job = {
+            "what": what,
+            "styles": ["plain", *looks.STYLES],
+            "data": config["data"],
+            "judges": {**config["judges"], "rows": config["judges"]["rows"][what]},
+        }
         yield Job(f"diffusion/judges/{what}", job, judged, (judge_file(what),))
 
 
@@ -46,8 +52,9 @@ def styles(config: Json) -> Iterator[Job]:
 
 
 def lora(config: Json, style: str, name: str, seed: int) -> Job:
-    recipe = {key: config["lora"][key] for key in ("options", "steps", "batch_size", "learning_rate", "warmup")}
-    job = {"name": name, "style": style, "seed": seed, "data": config["data"], "lora": recipe}
+    recipe = {**config["lora"]["recipe"], "learning_rate": config["lora"]["learning_rate"]}
+    options = config["lora"]["options"]
+    job = {"name": name, "style": style, "seed": seed, "data": config["data"], "options": options, "recipe": recipe}
     return Job(f"diffusion/styles/{name}", job, styled, (adapter_folder(name) / "adapter_model.safetensors",))
 
 
@@ -57,19 +64,26 @@ def slug(style: str) -> str:
 
 def styled(config: Json) -> Json:
     """A LoRA that draws in one style, kept as PEFT's folder."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    unet, classes = diffusion.saved_model(BASE)
-    torch.manual_seed(config["seed"])
-    model = get_peft_model(unet.requires_grad_(False), LoraConfig(**config["lora"]["options"]))
-    found = diffusion.adapted(model, classes, rows_in(config), config["lora"], config["seed"])
+    found, model = trained(LoraConfig(**config["options"]), config)
     model.save_pretrained(adapter_folder(config["name"]))
     return {"train": found}
 
 
-def rows_in(config: Json) -> diffusion.Glyphs:
-    """What there is to train on, in the style."""
-    plain = diffusion.glyphs(config["data"], "train")
+def trained(method: Any, config: Json) -> tuple[Json, Any]:
+    """The base model with an adapter of PEFT's, trained on a style."""
+    from peft import get_peft_model
+
+    unet, classes = diffusion.saved_model(BASE)
+    torch.manual_seed(config["seed"])
+    model = get_peft_model(unet.requires_grad_(False), method)
+    return diffusion.adapted(model, classes, rows_in(config, "train"), config["recipe"], config["seed"]), model
+
+
+def rows_in(config: Json, part: str) -> diffusion.Glyphs:
+    """The pictures to "train" on, or those that are "held out", in the style."""
+    plain = diffusion.glyphs(config["data"], part)
     return diffusion.Glyphs(torch.from_numpy(looks.styled(plain.pixels.numpy(), config["style"])), plain.labels)
 
 
@@ -120,6 +134,71 @@ def recycled(config: Json) -> Iterator[Job]:
         yield Job(f"diffusion/recycled/{name}", job, easel.recycle, (easel.pictures_file(name),))
 
 
+def rates(config: Json) -> Iterator[Job]:
+    """Every method at three rates, on a style that is in no other stage."""
+    for name, method in config["methods"].items():
+        for rate in method["rates"]:
+            yield new_style(config, "rates", name, config["styles"]["development"], 1, rate, f"--{rate:g}")
+
+
+def targets(config: Json) -> Iterator[Job]:
+    """Every method on the styles that no basis has seen, at the rate that was best on the other one."""
+    for style in config["styles"]["left_out"]:
+        for name in config["methods"]:
+            yield new_style(config, "targets", name, style, 1, chosen_rate(config, name))
+
+
+def chosen_rate(config: Json, name: str) -> float:
+    found = {}
+    for rate in config["methods"][name]["rates"]:
+        job = new_style(config, "rates", name, config["styles"]["development"], 1, rate, f"--{rate:g}")
+        if not job.done():
+            raise SystemExit(f"{job.name} has not been run: python experiments/run.py diffusion rates")
+        found[rate] = record.read(job.path)["test"]["loss"]
+    return min(found, key=lambda rate: found[rate])
+
+
+def new_style(config: Json, stage: str, name: str, style: str, seed: int, rate: float, end: str = "") -> Job:
+    method = {"options": config["lora"]["options"], **config["methods"][name]}
+    job = {
+        "name": f"{name}-{slug(style)}{end}",
+        "style": style,
+        "seed": seed,
+        "data": config["data"],
+        "options": method["options"],
+        "basis": method.get("basis"),
+        "k": config["pack"]["rival"],
+        "sources": fitted(config),
+        "recipe": {**config["lora"]["recipe"], "learning_rate": rate},
+        # rates are chosen on pictures that are trained on: what is held out is for the targets
+        "check": {**config["check"], "part": "train" if stage == "rates" else "held out"},
+        "drawing": config["drawing"],
+        "model": config["model"],
+    }
+    return Job(f"diffusion/{stage}/{name}--{slug(style)}{end}", job, learned)
+
+
+def learned(config: Json) -> Json:
+    """A style learned by one method: the loss on held-out pictures of it, and what the judges say of what it draws."""
+    from peft import LoraConfig
+
+    pack = None
+    if config["basis"] is None:
+        method: Any = LoraConfig(**config["options"])
+    else:
+        pack = ex.Pack.open(pack_folder(config["k"]))
+        if config["basis"] == "random":
+            pack = methods.random_basis(pack, seed=0)
+        method = ex.EigenLoraxConfig(subspace=pack, **config["options"])
+    found, model = trained(method, config)
+    factors = easel.factors_of(model, WORK / "learned" / config["name"])
+    return {
+        "train": found,
+        **({} if pack is None else {"subspace": outcome.subspace(pack)}),
+        "test": easel.learned(config, factors, rows_in(config, config["check"]["part"])),
+    }
+
+
 STAGES = {
     "pretrain": pretrain,
     "judges": judging,
@@ -127,4 +206,6 @@ STAGES = {
     "packs": packs,
     "plain": plain,
     "recycled": recycled,
+    "rates": rates,
+    "targets": targets,
 }

@@ -51,18 +51,21 @@ class Easel:
         self.start = diffusion.noises(len(self.labels), model, asked["seed"])
 
     @torch.no_grad()
+    def put(self, factors: Factors) -> None:
+        """The base and this update, in the place of what was there."""
+        for name, one in self.weights.items():
+            weight = self.unet.get_submodule(name).weight
+            delta = 0.0
+            if name in factors:
+                update = factors[name].scaling * factors[name].up.double() @ factors[name].down.double()
+                delta = update.reshape(weight.shape).float()
+            weight.copy_(one + delta)
+
     def draw(self, factors: Factors) -> Tensor:
         """Pictures (n, 28, 28), class by class."""
-        for name, one in factors.items():
-            weight = self.unet.get_submodule(name).weight
-            delta = one.scaling * one.up.double() @ one.down.double()
-            weight.copy_(self.weights[name] + delta.reshape(weight.shape).float())
-        drawn = diffusion.draw(
-            self.unet, self.classes, self.labels, self.start, self.asked["steps"], self.asked["guidance"]
-        )
-        for name in factors:
-            self.unet.get_submodule(name).weight.copy_(self.weights[name])
-        return drawn
+        self.put(factors)
+        steps, guidance = self.asked["steps"], self.asked["guidance"]
+        return diffusion.draw(self.unet, self.classes, self.labels, self.start, steps, guidance)
 
 
 def has_weight(module: Any) -> bool:
@@ -116,7 +119,7 @@ def plain(config: Json) -> Json:
 
 def recycle(config: Json) -> Json:
     """The pictures of one LoRA, and of all that may be kept in its place."""
-    name, n, rivals = config["name"], len(config["sources"]), config["pack"]["rivals"]
+    name, n, rival = config["name"], len(config["sources"]), config["pack"]["rival"]
     original = dict(ex.read_adapter(adapter_folder(name)).modules)
     ways: list[tuple[Json, Factors]] = [({"way": "original", "k": None}, original)]
     if config["twin"]:
@@ -131,7 +134,7 @@ def recycle(config: Json) -> Json:
             continue
         row = {"way": "seen", "k": k, **recycled.numbers(original, pack, n)}
         ways.append((row, dict(pack.adapter(name).modules)))
-        if k in rivals:
+        if k == rival:
             cut = recycled.truncated(original, row["numbers_an_adapter"])
             ways.append(({"way": "truncated", "k": k}, cut))
             random = methods.random_basis(pack, seed=0)
@@ -151,3 +154,26 @@ def recycle(config: Json) -> Json:
         "subspaces": subspaces,
         "test": {"pictures": len(easel.labels), "numbers": numbers, "ways": rows},
     }
+
+
+def factors_of(model: Any, folder: Path) -> Factors:
+    """The update that a model of PEFT's was trained to, as a LoRA's factors: by way of its saved folder."""
+    model.save_pretrained(folder)
+    return dict(ex.read_adapter(folder).modules)
+
+
+@torch.inference_mode()
+def learned(config: Json, factors: Factors, rows: diffusion.Glyphs) -> Json:
+    """How well a new style was learned: by the base's own loss, and by what it draws."""
+    easel = Easel(config["model"], config["drawing"])
+    pictures = easel.draw(factors)
+    n, check = len(rows), config["check"]
+    chosen = torch.arange(0, n, n // check["rows"])[: check["rows"]]
+    drawn = torch.Generator().manual_seed(check["seed"])
+    noise, lost = diffusion.scheduler(), 0.0
+    for part in chosen.split(100):
+        batch = diffusion.Glyphs(rows.pixels[part], rows.labels[part])
+        lost += len(part) * diffusion.loss(easel.unet, easel.classes, batch, noise, 0.0, drawn).item()
+    verdict = Jury(config["style"], easel.labels).verdict(pictures, pictures)
+    save(config["name"], {"learned": pictures})
+    return {"loss": round(lost / len(chosen), 6), "rows": len(chosen), "pictures": len(pictures), **verdict}
