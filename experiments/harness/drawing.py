@@ -27,11 +27,12 @@ def pretrained(config: Json) -> Json:
 
 
 def judging(config: Json) -> Iterator[Job]:
-    """The networks that look at pictures."""
+    """The networks that look at pictures. The one of classes has seen styles that nobody draws, the other has not."""
+    places = {"class": ["plain", *looks.STYLES], "style": easel.places(config["styles"])}
     for what in judges.KINDS:
         job = {
             "what": what,
-            "styles": ["plain", *looks.STYLES],
+            "styles": places[what],
             "data": config["data"],
             "judges": {**config["judges"], "rows": config["judges"]["rows"][what]},
         }
@@ -112,7 +113,7 @@ def packed(config: Json) -> Json:
 
 def plain(config: Json) -> Iterator[Job]:
     """What the base model draws: the same noise, and no adapter."""
-    job = {key: config[key] for key in ("model", "drawing")}
+    job = {key: config[key] for key in ("model", "drawing", "styles")}
     yield Job("diffusion/plain/base", job, easel.plain, (easel.pictures_file("plain"),))
 
 
@@ -130,6 +131,7 @@ def recycled(config: Json) -> Iterator[Job]:
             "pack": config["pack"],
             "drawing": config["drawing"],
             "model": config["model"],
+            "styles": config["styles"],
         }
         yield Job(f"diffusion/recycled/{name}", job, easel.recycle, (easel.pictures_file(name),))
 
@@ -174,6 +176,7 @@ def new_style(config: Json, stage: str, name: str, style: str, seed: int, rate: 
         "check": {**config["check"], "part": "train" if stage == "rates" else "held out"},
         "drawing": config["drawing"],
         "model": config["model"],
+        "styles": config["styles"],
     }
     return Job(f"diffusion/{stage}/{name}--{slug(style)}{end}", job, learned)
 

@@ -11,15 +11,17 @@ import eigenlorax as ex
 from eigenlorax.tasks import methods
 
 from . import diffusion, judges, record, recycled
-from . import styles as looks
 from .recycled import Factors
 
 Json = dict[str, Any]
 
 WORK = record.ROOT / "experiments" / "work" / "diffusion"
 BASE = WORK / "base"
-PLACES = ["plain", *looks.STYLES]
-"""The judges' numbers of styles."""
+
+
+def places(styles: Json) -> list[str]:
+    """The styles as the judge of styles numbers them."""
+    return ["plain", *styles["fitted"], *styles["left_out"], styles["development"]]
 
 
 def adapter_folder(name: str) -> Path:
@@ -75,9 +77,9 @@ def has_weight(module: Any) -> bool:
 class Jury:
     """The judges, and the pictures of an original that others are compared with."""
 
-    def __init__(self, style: str, labels: Tensor) -> None:
+    def __init__(self, style: str, styles: Json, labels: Tensor) -> None:
         self.judges = {what: judges.saved(judge_file(what)) for what in judges.KINDS}
-        self.wanted = {"class": labels, "style": torch.full_like(labels, PLACES.index(style))}
+        self.wanted = {"class": labels, "style": torch.full_like(labels, places(styles).index(style))}
 
     @torch.inference_mode()
     def verdict(self, pictures: Tensor, original: Tensor) -> Json:
@@ -114,7 +116,7 @@ def plain(config: Json) -> Json:
     easel = Easel(config["model"], config["drawing"])
     drawn = easel.draw({})
     save("plain", {"base": drawn})
-    return {"test": {"pictures": len(drawn), **Jury("plain", easel.labels).verdict(drawn, drawn)}}
+    return {"test": {"pictures": len(drawn), **Jury("plain", config["styles"], easel.labels).verdict(drawn, drawn)}}
 
 
 def recycle(config: Json) -> Json:
@@ -140,7 +142,7 @@ def recycle(config: Json) -> Json:
             random = methods.random_basis(pack, seed=0)
             ways.append(({"way": "random", "k": k}, recycled.projected(original, random)))
     easel = Easel(config["model"], config["drawing"])
-    jury, drawn, rows = Jury(config["style"], easel.labels), {}, []
+    jury, drawn, rows = Jury(config["style"], config["styles"], easel.labels), {}, []
     for row, factors in ways:
         pictures = easel.draw(factors)
         drawn[row["way"] if row["k"] is None else f"{row['way']} {row['k']}"] = pictures
@@ -174,6 +176,6 @@ def learned(config: Json, factors: Factors, rows: diffusion.Glyphs) -> Json:
     for part in chosen.split(100):
         batch = diffusion.Glyphs(rows.pixels[part], rows.labels[part])
         lost += len(part) * diffusion.loss(easel.unet, easel.classes, batch, noise, 0.0, drawn).item()
-    verdict = Jury(config["style"], easel.labels).verdict(pictures, pictures)
+    verdict = Jury(config["style"], config["styles"], easel.labels).verdict(pictures, pictures)
     save(config["name"], {"learned": pictures})
     return {"loss": round(lost / len(chosen), 6), "rows": len(chosen), "pictures": len(pictures), **verdict}
