@@ -18,6 +18,7 @@ Json = dict[str, Any]
 
 TOKENS = 4
 PATCH = 4
+KEPT_EVERY = 200
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def pretrained(config: Json, folder: Path, said: Callable[[str], None] = lambda 
                 mean[name].lerp_(parameter, 1 - decay)
         if (step + 1) % 50 == 0:
             said(f"{step + 1} {sum(losses[-50:]) / 50:.4f}")
-        if (step + 1) % 200 == 0:
+        if (step + 1) % KEPT_EVERY == 0:
             state = {
                 "model": both.state_dict(),
                 "optimizer": optimizer.state_dict(),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import eigenlorax as ex
+from eigenlorax import tuner
 from eigenlorax.tasks import methods
 
 from . import diffusion, easel, judges, outcome, record
@@ -194,7 +195,11 @@ def learned(config: Json) -> Json:
             pack = methods.random_basis(pack, seed=0)
         method = ex.EigenLoraxConfig(subspace=pack, **config["options"])
     found, model = trained(method, config)
-    factors = easel.factors_of(model, WORK / "learned" / config["name"])
+    if pack is None:
+        model.save_pretrained(WORK / "learned" / config["name"])
+        factors = dict(ex.read_adapter(WORK / "learned" / config["name"]).modules)
+    else:
+        factors = dict(tuner.to_lora(model).modules)
     return {
         "train": found,
         **({} if pack is None else {"subspace": outcome.subspace(pack)}),

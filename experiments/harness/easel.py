@@ -158,12 +158,6 @@ def recycle(config: Json) -> Json:
     }
 
 
-def factors_of(model: Any, folder: Path) -> Factors:
-    """The update that a model of PEFT's was trained to, as a LoRA's factors: by way of its saved folder."""
-    model.save_pretrained(folder)
-    return dict(ex.read_adapter(folder).modules)
-
-
 @torch.inference_mode()
 def learned(config: Json, factors: Factors, rows: diffusion.Glyphs) -> Json:
     """How well a new style was learned: by the base's own loss, and by what it draws."""
