@@ -132,6 +132,11 @@ def rate_at(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
+def cooled(step: int, steps: int, cooling: int) -> float:
+    """What is left of the rate in the last steps: down to nothing in a line."""
+    return min(1.0, (steps - step) / cooling)
+
+
 def noises(n: int, model: Json, seed: int) -> Tensor:
     """Where n pictures start."""
     drawn = torch.Generator().manual_seed(seed)
@@ -181,7 +186,8 @@ def pretrained(config: Json, folder: Path, said: Callable[[str], None] = lambda 
     noise, steps, first = scheduler(), asked["steps"], len(losses)
     for step, batch in enumerate(batches(rows, asked["batch_size"], steps - first, drawn), first):
         for group in optimizer.param_groups:
-            group["lr"] = asked["learning_rate"] * rate_at(step, steps, asked["warmup"])
+            group["lr"] = asked["learning_rate"] * rate_at(step, asked["horizon"], asked["warmup"])
+            group["lr"] *= cooled(step, steps, asked["cooling"])
         one = loss(unet, classes, batch, noise, asked["dropped"], drawn)
         one.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)

@@ -73,8 +73,7 @@ def train(config: Json, file: Path) -> Json:
     order = torch.cat([torch.randperm(len(pixels), generator=drawn) for _ in range(asked["epochs"])])
     for step in range(steps):
         chosen = order[step * size : (step + 1) * size]
-        noise = asked["noise"] * torch.randn(len(chosen), styles.SIDE, styles.SIDE, generator=drawn)
-        lost = functional.cross_entropy(judge(pixels[chosen] / 255 + noise), wanted[chosen])
+        lost = functional.cross_entropy(judge(worn(pixels[chosen] / 255, asked["worn"], drawn)), wanted[chosen])
         lost.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -92,6 +91,16 @@ def train(config: Json, file: Path) -> Json:
             "by_style": {name: round(one, 4) for name, one in zip(names, by_style.tolist(), strict=True)},
         },
     }
+
+
+def worn(pictures: Tensor, most: Json, drawn: torch.Generator) -> Tensor:
+    """The pictures, each somewhat blurred, paler and noisier, as a model's drawings are: else a judge of clean pictures
+    is lost before these. most: how much of each at most."""
+    much = {name: top * torch.rand(len(pictures), 1, 1, generator=drawn) for name, top in most.items()}
+    smooth = functional.avg_pool2d(pictures[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+    found = pictures + much["blurred"] * (smooth - pictures)
+    found = found * (1 - much["paler"])
+    return found + much["noise"] * torch.randn(found.shape, generator=drawn)
 
 
 def saved(file: Path) -> Judge:

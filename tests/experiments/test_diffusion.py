@@ -27,7 +27,7 @@ SMALL = {
     "model": TINY,
     "data": CONFIG["data"],
     "base": {**CONFIG["base"], "steps": 3, "batch_size": 5},
-    "judges": {**CONFIG["judges"], "rows": 40, "epochs": 1},
+    "judges": {**CONFIG["judges"], "rows": 60, "epochs": 1},
     "styles": {"fitted": NAMES, "left_out": ["tilted"], "development": "hatched"},
     "drawing": {**CONFIG["drawing"], "per_class": 1, "steps": 2},
     "pack": {"k": [3, 5], "weighting": "delta", "rival": 5},
