@@ -28,14 +28,13 @@ def pretrained(config: Json) -> Json:
 
 
 def judging(config: Json) -> Iterator[Job]:
-    """The networks that look at pictures. The one of classes has seen styles that nobody draws, the other has not."""
-    places = {"class": ["plain", *looks.STYLES], "style": easel.places(config["styles"])}
+    """The networks that look at pictures."""
     for what in judges.KINDS:
         job = {
             "what": what,
-            "styles": places[what],
+            "styles": easel.places(config["styles"]),
             "data": config["data"],
-            "judges": {**config["judges"], "rows": config["judges"]["rows"][what]},
+            "judges": config["judges"],
         }
         yield Job(f"diffusion/judges/{what}", job, judged, (judge_file(what),))
 

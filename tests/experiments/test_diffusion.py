@@ -123,7 +123,7 @@ class TestRuns:
         for n, name in enumerate([*NAMES, "tilted"]):
             lora(name, name, n)
         lora("outline-twin", "outline", 9)
-        for job in [*drawing.judging({**SMALL, "judges": {**SMALL["judges"], "rows": {"class": 20, "style": 80}}})]:
+        for job in drawing.judging(SMALL):
             found = judges.train(job.config, easel.judge_file(job.config["what"]))
             assert 0 <= found["test"]["accuracy"] <= 1
         config = {**CONFIG, **SMALL, "lora": {**CONFIG["lora"], "twins": ["outline"]}}
@@ -165,7 +165,7 @@ class TestRuns:
     def test_a_new_style_by_every_method(self, workshop, basis):
         for n, name in enumerate(NAMES):
             lora(name, name, n)
-        for job in drawing.judging({**SMALL, "judges": {**SMALL["judges"], "rows": {"class": 20, "style": 80}}}):
+        for job in drawing.judging(SMALL):
             judges.train(job.config, easel.judge_file(job.config["what"]))
         config = {**CONFIG, **SMALL}
         for job in drawing.packs(config):
