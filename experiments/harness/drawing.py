@@ -91,8 +91,13 @@ def rows_in(config: Json, part: str) -> diffusion.Glyphs:
 def packs(config: Json) -> Iterator[Job]:
     """One pack of all fitted styles for every k."""
     for k in config["pack"]["k"]:
-        job = {"sources": fitted(config), "k": k, "weighting": config["pack"]["weighting"]}
-        yield Job(f"diffusion/packs/k{k}", job, packed, (pack_folder(k) / "subspace_config.json",))
+        yield Job(
+            f"diffusion/packs/k{k}", {"pack": pack_spec(config, k)}, packed, (pack_folder(k) / "subspace_config.json",)
+        )
+
+
+def pack_spec(config: Json, k: int) -> Json:
+    return {"sources": fitted(config), "k": k, "weighting": config["pack"]["weighting"]}
 
 
 def fitted(config: Json) -> list[str]:
@@ -100,9 +105,10 @@ def fitted(config: Json) -> list[str]:
 
 
 def packed(config: Json) -> Json:
-    sources = {name: adapter_folder(name) for name in config["sources"]}
-    pack = ex.fit(sources, n_components=config["k"], weighting=config["weighting"], dtype="float32", warn_above=1.0)
-    pack.save(pack_folder(config["k"]), overwrite=True)
+    asked = config["pack"]
+    sources = {name: adapter_folder(name) for name in asked["sources"]}
+    pack = ex.fit(sources, n_components=asked["k"], weighting=asked["weighting"], dtype="float32", warn_above=1.0)
+    pack.save(pack_folder(asked["k"]), overwrite=True)
     return {
         "subspace": outcome.subspace(pack),
         "bytes": asdict(pack.summary.bytes),
@@ -162,15 +168,18 @@ def chosen_rate(config: Json, name: str) -> float:
 
 def new_style(config: Json, stage: str, name: str, style: str, seed: int, rate: float, end: str = "") -> Job:
     method = {"options": config["lora"]["options"], **config["methods"][name]}
+    pack = None
+    if "basis" in method:
+        pack = pack_spec(config, config["pack"]["rival"])
+        if method["basis"] == "random":
+            pack["random"] = 0
     job = {
         "name": f"{name}-{slug(style)}{end}",
         "style": style,
         "seed": seed,
         "data": config["data"],
         "options": method["options"],
-        "basis": method.get("basis"),
-        "k": config["pack"]["rival"],
-        "sources": fitted(config),
+        "pack": pack,
         "recipe": {**config["lora"]["recipe"], "learning_rate": rate},
         # rates are chosen on pictures that are trained on: what is held out is for the targets
         "check": {**config["check"], "part": "train" if stage == "rates" else "held out"},
@@ -185,13 +194,13 @@ def learned(config: Json) -> Json:
     """A style learned by one method: the loss on held-out pictures of it, and what the judges say of what it draws."""
     from peft import LoraConfig
 
-    pack = None
-    if config["basis"] is None:
+    pack, asked = None, config["pack"]
+    if asked is None:
         method: Any = LoraConfig(**config["options"])
     else:
-        pack = ex.Pack.open(pack_folder(config["k"]))
-        if config["basis"] == "random":
-            pack = methods.random_basis(pack, seed=0)
+        pack = ex.Pack.open(pack_folder(asked["k"]))
+        if "random" in asked:
+            pack = methods.random_basis(pack, seed=asked["random"])
         method = ex.EigenLoraxConfig(subspace=pack, **config["options"])
     found, model = trained(method, config)
     if pack is None:

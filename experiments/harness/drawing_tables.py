@@ -27,12 +27,12 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
 
 def packs() -> list[Json]:
     """Records of packs, by k."""
-    return sorted(records.of("diffusion/packs"), key=lambda one: records.asked(one)["k"])
+    return sorted(records.of("diffusion/packs"), key=lambda one: records.asked(one)["pack"]["k"])
 
 
 def sixth() -> int:
     """The largest k at which the pack takes a sixth of the LoRAs' bytes, the basis counted."""
-    return max(records.asked(one)["k"] for one in packs() if one["bytes"]["ratio"] >= LEAST)
+    return max(records.asked(one)["pack"]["k"] for one in packs() if one["bytes"]["ratio"] >= LEAST)
 
 
 def styles(*, seen: bool) -> list[Json]:
@@ -87,7 +87,7 @@ def packs_table() -> str:
     """Every k: bytes, errors of updates, and what is drawn."""
     rows = []
     for one in packs():
-        k, size, errors = records.asked(one)["k"], one["bytes"], list(one["delta_errors"].values())
+        k, size, errors = records.asked(one)["pack"]["k"], one["bytes"], list(one["delta_errors"].values())
         found = list(ways_of("seen", k))
         name = f"**{k}**" if k == sixth() else str(k)
         lost = f"{mean(errors):.2f} / {max(errors):.2f}"
@@ -148,7 +148,7 @@ def styles_table() -> str:
 def left_out_table() -> str:
     """Styles that no basis has seen, projected."""
     rows = []
-    for k in [records.asked(one)["k"] for one in packs()]:
+    for k in [records.asked(one)["pack"]["k"] for one in packs()]:
         found = list(ways_of("left out", k, seen=False))
         rows.append([str(k), f"{mean(one['delta_error'] for one, _ in found):.2f}", *figures(found)])
     for label, way in (("their LoRAs", "original"), ("the base", "base")):
