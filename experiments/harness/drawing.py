@@ -32,7 +32,7 @@ def judging(config: Json) -> Iterator[Job]:
     for what in judges.KINDS:
         job = {
             "what": what,
-            "styles": easel.places(config["styles"]),
+            "styles": config["styles"]["known"],
             "data": config["data"],
             "judges": config["judges"],
         }

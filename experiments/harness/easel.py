@@ -19,11 +19,6 @@ WORK = record.ROOT / "experiments" / "work" / "diffusion"
 BASE = WORK / "base"
 
 
-def places(styles: Json) -> list[str]:
-    """The styles as the judge of styles numbers them."""
-    return ["plain", *styles["fitted"], *styles["left_out"], styles["development"]]
-
-
 def adapter_folder(name: str) -> Path:
     return WORK / "adapters" / name
 
@@ -79,7 +74,7 @@ class Jury:
 
     def __init__(self, style: str, styles: Json, labels: Tensor) -> None:
         self.judges = {what: judges.saved(judge_file(what)) for what in judges.KINDS}
-        self.wanted = {"class": labels, "style": torch.full_like(labels, places(styles).index(style))}
+        self.wanted = {"class": labels, "style": torch.full_like(labels, styles["known"].index(style))}
 
     @torch.inference_mode()
     def verdict(self, pictures: Tensor, original: Tensor) -> Json:
