@@ -217,9 +217,15 @@ def pretrained(config: Json, folder: Path, said: Callable[[str], None] = lambda 
     return {
         "train": {
             "num_parameters": sum(one.numel() for one in both.parameters()),
-            "losses": [round(sum(losses[n : n + 50]) / 50, 5) for n in range(0, steps, 50)],
+            "losses": means(losses, 50),
         }
     }
+
+
+def means(losses: list[float], many: int) -> list[float]:
+    """Of so many steps each."""
+    parts = [losses[n : n + many] for n in range(0, len(losses), many)]
+    return [round(sum(part) / len(part), 5) for part in parts]
 
 
 def adapted(model: Any, classes: Classes, rows: Glyphs, recipe: Json, seed: int) -> Json:
@@ -243,5 +249,5 @@ def adapted(model: Any, classes: Classes, rows: Glyphs, recipe: Json, seed: int)
     model.eval()
     return {
         "num_trainable": sum(one.numel() for one in ours),
-        "losses": [round(sum(losses[n : n + 20]) / 20, 5) for n in range(0, steps, 20)],
+        "losses": means(losses, 22),
     }
