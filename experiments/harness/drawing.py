@@ -8,7 +8,6 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax import tuner
-from eigenlorax.tasks import methods
 
 from . import diffusion, easel, judges, outcome, record
 from . import styles as looks
@@ -168,11 +167,7 @@ def chosen_rate(config: Json, name: str) -> float:
 
 def new_style(config: Json, stage: str, name: str, style: str, seed: int, rate: float, end: str = "") -> Job:
     method = {"options": config["lora"]["options"], **config["methods"][name]}
-    pack = None
-    if "basis" in method:
-        pack = pack_spec(config, config["pack"]["rival"])
-        if method["basis"] == "random":
-            pack["random"] = 0
+    pack = pack_spec(config, config["pack"]["rival"]) if "basis" in method else None
     job = {
         "name": f"{name}-{slug(style)}{end}",
         "style": style,
@@ -199,8 +194,6 @@ def learned(config: Json) -> Json:
         method: Any = LoraConfig(**config["options"])
     else:
         pack = ex.Pack.open(pack_folder(asked["k"]))
-        if "random" in asked:
-            pack = methods.random_basis(pack, seed=asked["random"])
         method = ex.EigenLoraxConfig(subspace=pack, **config["options"])
     found, model = trained(method, config)
     if pack is None:
