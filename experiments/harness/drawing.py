@@ -11,7 +11,7 @@ from eigenlorax import tuner
 
 from . import diffusion, easel, judges, outcome, record
 from . import styles as looks
-from .easel import BASE, WORK, adapter_folder, judge_file, pack_folder
+from .easel import BASE, adapter_folder, judge_file, pack_folder
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -142,70 +142,67 @@ def recycled(config: Json) -> Iterator[Job]:
 
 
 def rates(config: Json) -> Iterator[Job]:
-    """Every method at three rates, on a style that is in no other stage."""
-    for name, method in config["methods"].items():
-        for rate in method["rates"]:
-            yield new_style(config, "rates", name, config["styles"]["development"], 1, rate, f"--{rate:g}")
+    """Coefficients alone, at several rates, on a style that is in no other stage."""
+    for rate in config["new"]["rates"]:
+        yield new_style(config, "rates", config["styles"]["development"], rate, f"--{rate:g}")
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Every method on the styles that no basis has seen, at the rate that was best on the other one."""
+    """Coefficients alone on the styles that no basis has seen, at the rate that was best on the other one; and the LoRAs
+    of these styles, trained for as many steps."""
     for style in config["styles"]["left_out"]:
-        for name in config["methods"]:
-            yield new_style(config, "targets", name, style, 1, chosen_rate(config, name))
+        yield new_style(config, "targets", style, chosen_rate(config))
+        job = {"name": slug(style), "style": style, **checked(config, "held out")}
+        yield Job(f"diffusion/targets/lora--{slug(style)}", job, known)
 
 
-def chosen_rate(config: Json, name: str) -> float:
+def chosen_rate(config: Json) -> float:
     found = {}
-    for rate in config["methods"][name]["rates"]:
-        job = new_style(config, "rates", name, config["styles"]["development"], 1, rate, f"--{rate:g}")
+    for rate in config["new"]["rates"]:
+        job = new_style(config, "rates", config["styles"]["development"], rate, f"--{rate:g}")
         if not job.done():
             raise SystemExit(f"{job.name} has not been run: python experiments/run.py diffusion rates")
         found[rate] = record.read(job.path)["test"]["loss"]
     return min(found, key=lambda rate: found[rate])
 
 
-def new_style(config: Json, stage: str, name: str, style: str, seed: int, rate: float, end: str = "") -> Job:
-    method = {"options": config["lora"]["options"], **config["methods"][name]}
-    pack = pack_spec(config, config["pack"]["rival"]) if "basis" in method else None
+def new_style(config: Json, stage: str, style: str, rate: float, end: str = "") -> Job:
     job = {
-        "name": f"{name}-{slug(style)}{end}",
+        "name": f"core-{slug(style)}{end}",
         "style": style,
-        "seed": seed,
-        "data": config["data"],
-        "options": method["options"],
-        "pack": pack,
+        "seed": config["new"]["seed"],
+        "options": config["new"]["options"],
+        "pack": pack_spec(config, config["pack"]["rival"]),
         "recipe": {**config["lora"]["recipe"], "learning_rate": rate},
         # rates are chosen on pictures that are trained on: what is held out is for the targets
-        "check": {**config["check"], "part": "train" if stage == "rates" else "held out"},
-        "drawing": config["drawing"],
-        "model": config["model"],
-        "styles": config["styles"],
+        **checked(config, "train" if stage == "rates" else "held out"),
     }
-    return Job(f"diffusion/{stage}/{name}--{slug(style)}{end}", job, learned)
+    return Job(f"diffusion/{stage}/core--{slug(style)}{end}", job, learned)
+
+
+def checked(config: Json, part: str) -> Json:
+    """What a job has to know to say how well a style was learned."""
+    asked = {key: config[key] for key in ("data", "drawing", "model", "styles")}
+    return {**asked, "check": {**config["check"], "part": part}}
 
 
 def learned(config: Json) -> Json:
-    """A style learned by one method: the loss on held-out pictures of it, and what the judges say of what it draws."""
-    from peft import LoraConfig
+    """A style learned on coefficients alone: the loss on pictures of it, and what the judges say of what it draws."""
+    pack = ex.Pack.open(pack_folder(config["pack"]["k"]))
+    found, model = trained(ex.EigenLoraxConfig(subspace=pack, **config["options"]), config)
+    factors = dict(tuner.to_lora(model).modules)
+    return {"train": found, "subspace": outcome.subspace(pack), "test": tested(config, factors)}
 
-    pack, asked = None, config["pack"]
-    if asked is None:
-        method: Any = LoraConfig(**config["options"])
-    else:
-        pack = ex.Pack.open(pack_folder(asked["k"]))
-        method = ex.EigenLoraxConfig(subspace=pack, **config["options"])
-    found, model = trained(method, config)
-    if pack is None:
-        model.save_pretrained(WORK / "learned" / config["name"])
-        factors = dict(ex.read_adapter(WORK / "learned" / config["name"]).modules)
-    else:
-        factors = dict(tuner.to_lora(model).modules)
-    return {
-        "train": found,
-        **({} if pack is None else {"subspace": outcome.subspace(pack)}),
-        "test": easel.learned(config, factors, rows_in(config, config["check"]["part"])),
-    }
+
+def known(config: Json) -> Json:
+    """The same of a LoRA that has been trained already."""
+    factors = dict(ex.read_adapter(adapter_folder(config["name"])).modules)
+    numbers = sum(one.spec.numbers for one in factors.values())
+    return {"train": {"num_trainable": numbers}, "test": tested(config, factors)}
+
+
+def tested(config: Json, factors: Any) -> Json:
+    return easel.learned(config, factors, rows_in(config, config["check"]["part"]))
 
 
 STAGES = {

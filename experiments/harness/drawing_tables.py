@@ -159,41 +159,32 @@ def left_out_table() -> str:
 
 
 def new_table(config: Json) -> str:
-    """New styles, learned by each method."""
+    """New styles, on coefficients alone and by LoRA."""
     names, rows = config["styles"]["left_out"], []
-    found = {
-        (name, records.asked(one)["style"]): one
-        for one in records.of("diffusion/targets")
-        for name in [one["run_info"]["experiment_name"].rsplit("/", 1)[-1].split("--")[0]]
-    }
-    for name, method in config["methods"].items():
-        ours = [found[name, style] for style in names if (name, style) in found]
-        if len(ours) == len(names):
-            rows.append(
-                [
-                    method["label"],
-                    f"{ours[0]['train']['num_trainable']:,}",
-                    f"{records.asked(ours[0])['recipe']['learning_rate']:g}",
-                    *(f"{one['test']['loss']:.4f}" for one in ours),
-                    percent(mean(one["test"]["class"]["right"] for one in ours)),
-                    percent(mean(one["test"]["style"]["right"] for one in ours)),
-                ]
-            )
-    head = ["method", "trained numbers", "rate", *(f"loss, {style}" for style in names), "class right", "style right"]
+    found = {one["run_info"]["experiment_name"].rsplit("/", 1)[-1]: one for one in records.of("diffusion/targets")}
+    k = config["pack"]["rival"]
+    for name, label in (("lora", "LoRA r = 16"), ("core", f"coefficients alone: core, k = {k}")):
+        ours = [found[f"{name}--{style.replace(' ', '-')}"] for style in names]
+        rows.append(
+            [
+                label,
+                f"{ours[0]['train']['num_trainable']:,}",
+                *(f"{one['test']['loss']:.4f}" for one in ours),
+                percent(mean(one["test"]["class"]["right"] for one in ours)),
+                percent(mean(one["test"]["style"]["right"] for one in ours)),
+            ]
+        )
+    head = ["method", "trained numbers", *(f"loss, {style}" for style in names), "class right", "style right"]
     return f"{table(head, rows)}\n\n{records.source_line('diffusion/targets')}"
 
 
 def rates_table(config: Json) -> str:
-    """The losses that rates were chosen by."""
-    rows = []
-    for name, method in config["methods"].items():
-        ours = [
-            (records.asked(one)["recipe"]["learning_rate"], one["test"]["loss"])
-            for one in records.of("diffusion/rates")
-            if one["run_info"]["experiment_name"].rsplit("/", 1)[-1].startswith(f"{name}--")
-        ]
-        rows.append([method["label"], ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(ours))])
-    return table(["method", f"loss on {config['styles']['development']}, by rate"], rows)
+    """The losses that the rate was chosen by."""
+    losses = {
+        records.asked(one)["recipe"]["learning_rate"]: one["test"]["loss"] for one in records.of("diffusion/rates")
+    }
+    said = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(losses.items()))
+    return f'Loss of coefficients alone on "{config["styles"]["development"]}", by rate: {said}.'
 
 
 def judges_table() -> str:

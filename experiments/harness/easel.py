@@ -166,5 +166,5 @@ def learned(config: Json, factors: Factors, rows: diffusion.Glyphs) -> Json:
         batch = diffusion.Glyphs(rows.pixels[part], rows.labels[part])
         lost += len(part) * diffusion.loss(easel.unet, easel.classes, batch, noise, 0.0, drawn).item()
     verdict = Jury(config["style"], config["styles"], easel.labels).verdict(pictures, pictures)
-    save(config["name"], {"learned": pictures})
+    save(f"{config['name']}-learned", {"learned": pictures})
     return {"loss": round(lost / len(chosen), 6), "rows": len(chosen), "pictures": len(pictures), **verdict}
