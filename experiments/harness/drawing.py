@@ -148,8 +148,8 @@ def rates(config: Json) -> Iterator[Job]:
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Coefficients alone on the styles that no basis has seen, at the rate that was best on the other one; and the LoRAs
-    of these styles, trained for as many steps."""
+    """Coefficients alone on the styles that no basis has seen, at the rate that was best on the other one; and their
+    LoRAs, trained for as many steps."""
     for style in config["styles"]["left_out"]:
         yield new_style(config, "targets", style, chosen_rate(config))
         job = {"name": slug(style), "style": style, **checked(config, "held out")}
