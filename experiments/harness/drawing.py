@@ -89,7 +89,7 @@ def rows_in(config: Json, part: str) -> diffusion.Glyphs:
 
 def packs(config: Json) -> Iterator[Job]:
     """One pack of all fitted styles for every k."""
-    for k in config["pack"]["k"]:
+    for k in [*config["pack"]["k"], *config["closer"]["k"]]:
         yield Job(
             f"diffusion/packs/k{k}", {"pack": pack_spec(config, k)}, packed, (pack_folder(k) / "subspace_config.json",)
         )
@@ -139,6 +139,15 @@ def recycled(config: Json) -> Iterator[Job]:
             "styles": config["styles"],
         }
         yield Job(f"diffusion/recycled/{name}", job, easel.recycle, (easel.pictures_file(name),))
+
+
+def closer(config: Json) -> Iterator[Job]:
+    """The same at more k, for the styles of the pack."""
+    for job in recycled(config):
+        if job.config["seen"]:
+            asked = {**job.config, "pack": {**config["closer"], "rival": None}, "twin": None, "ending": "-closer"}
+            name = job.config["name"]
+            yield Job(f"diffusion/closer/{name}", asked, easel.recycle, (easel.pictures_file(f"{name}-closer"),))
 
 
 def rates(config: Json) -> Iterator[Job]:
@@ -212,6 +221,7 @@ STAGES = {
     "packs": packs,
     "plain": plain,
     "recycled": recycled,
+    "closer": closer,
     "rates": rates,
     "targets": targets,
 }

@@ -43,19 +43,27 @@ def styles(*, seen: bool) -> list[Json]:
     return sorted(found, key=lambda one: key.get(records.asked(one)["name"], len(key)))
 
 
+def closer() -> dict[str, Json]:
+    """Records of the k that were added later, by the adapter's name."""
+    return {records.asked(one)["name"]: one for one in records.of("diffusion/closer")}
+
+
 def row_of(one: Json, way: str, k: int | None = None) -> Json:
     return next(row for row in one["test"]["ways"] if (row["way"], row["k"]) == (way, k))
 
 
-def has(one: Json, way: str) -> bool:
-    return any(row["way"] == way for row in one["test"]["ways"])
+def has(one: Json, way: str, k: int | None) -> bool:
+    return any((row["way"], row["k"]) == (way, k) for row in one["test"]["ways"])
 
 
 def ways_of(way: str, k: int | None, *, seen: bool = True) -> Iterator[tuple[Json, Json]]:
     """(how it was kept, the distance of the base's pictures) of each style that has this way."""
+    more = closer()
     for one in styles(seen=seen):
-        if has(one, way):
-            yield row_of(one, way, k), row_of(one, "base")
+        for record in (one, more.get(records.asked(one)["name"], one)):
+            if has(record, way, k):
+                yield row_of(record, way, k), row_of(record, "base")
+                break
 
 
 HEADER = [
