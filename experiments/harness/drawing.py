@@ -157,12 +157,14 @@ def rates(config: Json) -> Iterator[Job]:
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Coefficients alone on the styles that no basis has seen, at the rate that was best on the other one; and their
-    LoRAs, trained for as many steps."""
+    """Coefficients alone on the styles that no basis has seen, at the rate that was best on the other one; their LoRAs,
+    trained for as many steps; and no adapter at all."""
     for style in config["styles"]["left_out"]:
         yield new_style(config, "targets", style, chosen_rate(config))
         job = {"name": slug(style), "style": style, **checked(config, "held out")}
         yield Job(f"diffusion/targets/lora--{slug(style)}", job, known)
+        job = {"name": f"base-{slug(style)}", "style": style, **checked(config, "held out")}
+        yield Job(f"diffusion/targets/base--{slug(style)}", job, untrained)
 
 
 def chosen_rate(config: Json) -> float:
@@ -208,6 +210,11 @@ def known(config: Json) -> Json:
     factors = dict(ex.read_adapter(adapter_folder(config["name"])).modules)
     numbers = sum(one.spec.numbers for one in factors.values())
     return {"train": {"num_trainable": numbers}, "test": tested(config, factors)}
+
+
+def untrained(config: Json) -> Json:
+    """The same of the base."""
+    return {"train": {"num_trainable": 0}, "test": tested(config, {})}
 
 
 def tested(config: Json, factors: Any) -> Json:

@@ -171,7 +171,11 @@ def new_table(config: Json) -> str:
     names, rows = config["styles"]["left_out"], []
     found = {one["run_info"]["experiment_name"].rsplit("/", 1)[-1]: one for one in records.of("diffusion/targets")}
     k = config["pack"]["rival"]
-    for name, label in (("lora", "LoRA r = 16"), ("core", f"coefficients alone: core, k = {k}")):
+    for name, label in (
+        ("base", "no adapter"),
+        ("lora", "LoRA r = 16"),
+        ("core", f"coefficients alone: core, k = {k}"),
+    ):
         ours = [found[f"{name}--{style.replace(' ', '-')}"] for style in names]
         rows.append(
             [
