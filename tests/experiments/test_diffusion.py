@@ -44,8 +44,8 @@ pytestmark = pytest.mark.skipif(
 def workshop(tmp_path, monkeypatch):
     """A base model, and all that is made, in a folder of the test's own."""
     pytest.importorskip("diffusers")
+    monkeypatch.setattr(easel, "WORK", tmp_path)
     for module in (easel, drawing):
-        monkeypatch.setattr(module, "WORK", tmp_path)
         monkeypatch.setattr(module, "BASE", tmp_path / "base")
     every = diffusion.glyphs
 
