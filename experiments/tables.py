@@ -2,6 +2,7 @@
 
 python experiments/tables.py --write     # tables between markers, and plots
 python experiments/tables.py --check     # exits with 1 where a page has other tables
+python experiments/tables.py --grid      # the pictures of docs/images.md
 """
 
 import argparse
@@ -12,12 +13,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "tuner.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "images.md", ROOT / "docs" / "tuner.md", ROOT / "README.md")
+GRID = ROOT / "docs" / "images-grid.webp"
 
 
 def main() -> int:
     from harness import (
         cell_tables,
+        drawing_tables,
         language_tables,
         pages,
         record,
@@ -31,17 +34,24 @@ def main() -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true")
     action.add_argument("--check", action="store_true")
+    action.add_argument(
+        "--grid", action="store_true", help="the pictures, from what `diffusion recycled` left in work/"
+    )
     asked = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-        for name in ("text", "language", "vision")
+        for name in ("text", "language", "vision", "diffusion")
     }
+    if asked.grid:
+        drawing_tables.grid(configs["diffusion"], GRID)
+        return 0
     blocks: dict[str, Callable[[], str]] = {
         **text_tables.blocks(configs["text"]),
         **cell_tables.blocks(configs["text"]),
         **recycled_tables.blocks(configs["text"]),
         **language_tables.blocks(configs["language"]),
         **vision_tables.blocks(configs["vision"]),
+        **drawing_tables.blocks(configs["diffusion"]),
     }
     records.check_bases(sorted(f"{one.parent.name}/{one.name}" for one in record.RESULTS.glob("*/*") if one.is_dir()))
     stale = []

@@ -1,11 +1,17 @@
 """Imported once, before processes are forked."""
 
+import contextlib
+
 import torch
 import transformers
 
 from eigenlorax import fitting, tuner
 
 __all__ = ["fitting", "tuner"]
+
+with contextlib.suppress(ImportError):
+    # the experiment on pictures has it
+    from diffusers import DDIMScheduler, UNet2DConditionModel  # noqa: F401
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
