@@ -20,7 +20,9 @@ pytest.importorskip("diffusers")
 import image_models
 
 # kohya files of many alphas, which diffusers misreads
-pytestmark = pytest.mark.filterwarnings("ignore:.*are written as they came, key by key")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*are written as they came, key by key", "ignore:.*DoRA magnitudes are written as kohya"
+)
 OUT = ("kohya", "diffusers", "diffusers-old", "diffusion-model")
 
 
@@ -365,24 +367,30 @@ class TestWhatAFileSays:
         assert {k: t.shape for k, t in after.items()} == {k: t.shape for k, t in before.items()}
         assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if "conv_in" in key)
 
-    def test_dora_as_diffusers_computes_it(self, tmp_path):
+    @pytest.mark.parametrize("out", ["diffusers", "diffusers-old"])
+    def test_dora_as_diffusers_computes_it(self, tmp_path, out):
         pipe, other = (image_models.tiny_pipeline("sd") for _ in range(2))
-        shapes = image_models.shapes(pipe.unet, "unet")
-        truth = planted({name: shapes[name] for name in list(shapes)[::9]}, seed=2)
+        shapes = modules_of(pipe)
+        text = [name for name in shapes if name.startswith("text_encoder.") and ".self_attn." in name]
+        truth = planted({name: shapes[name] for name in [*list(shapes)[::9], *text[:3]]}, seed=2)
         magnitudes = {}
-        for name, module in other.unet.named_modules():
-            if (factors := truth.modules.get(f"unet.{name}")) is not None:
-                magnitude = 1.3 * module.weight.detach().double().flatten(1).norm(dim=1)
-                magnitudes[f"base_model.model.unet.{name}.lora_magnitude_vector"] = magnitude.float()
-                changed = (
-                    module.weight.double().flatten(1) + factors.scaling * factors.up.double() @ factors.down.double()
-                )
-                whole = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
-                module.weight.data = whole.reshape(module.weight.shape).float()
-        file = write_adapter(replace(truth, carried=magnitudes), tmp_path / "a", format="kohya")
-        path = write_adapter(read_adapter(file), tmp_path / "b", format="diffusers")
-        found, _ = loaded(pipe, path)
-        assert_same_outputs({"unet": found["unet"]}, {"unet": image_models.outputs(other)["unet"]})
+        for component, model in image_models.components(other).items():
+            for name, module in model.named_modules():
+                in_file = name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+                if (factors := truth.modules.get(f"{component}.{in_file}")) is not None:
+                    magnitude = 1.3 * module.weight.detach().double().flatten(1).norm(dim=1)
+                    key = f"base_model.model.{component}.{in_file}.lora_magnitude_vector"
+                    magnitudes[key] = magnitude.float()
+                    update = factors.scaling * factors.up.double() @ factors.down.double()
+                    changed = module.weight.double().flatten(1) + update
+                    whole = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
+                    module.weight.data = whole.reshape(module.weight.shape).float()
+        with pytest.warns(SourceWarning, match="a: its DoRA magnitudes .* export with --format diffusers"):
+            file = write_adapter(
+                replace(truth, name="a", carried=magnitudes), tmp_path / "a.safetensors", format="kohya"
+            )
+        path = write_adapter(read_adapter(file), tmp_path / "b", format=out)
+        assert_same_outputs(loaded(pipe, path)[0], image_models.outputs(other))
 
     @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
     def test_dora_s_magnitudes_are_carried(self, tmp_path, dialect):

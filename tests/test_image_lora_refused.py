@@ -130,9 +130,9 @@ class TestOtherKinds:
             ("transformer.transformer_blocks.0.attn.query_norm.scale", "a ControlLoRA"),
             ("lora_controlnet", "a ControlLoRA"),
             ("unet:0:up", "a file of the first `lora` package"),
-            ("emb_params", "a textual inversion"),
-            ("clip_g", "a textual inversion"),
-            ("string_to_param.*", "a textual inversion"),
+            ("emb_params", "embeddings of new words"),
+            ("clip_g", "embeddings of new words"),
+            ("string_to_param.*", "embeddings of new words"),
             ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint, not a LoRA"),
         ],
     )
@@ -224,6 +224,16 @@ class TestOtherModels:
         ]
         assert ex.fit(files, n_components=2).summary.family == "another UNet"
 
+    def test_all_of_the_fewer_are_named_to_be_left_out(self, file, tmp_path):
+        files = [file, lora_files.write(tmp_path / "same.safetensors", planted(MODULES, seed=3), "kohya")]
+        files += [lora_files.write(tmp_path / "flux.safetensors", planted(FLUX, seed=4), "diffusers")]
+        with pytest.raises(BaseModelError, match="without the 1 that are not .*: --exclude-adapter flux.$"):
+            ex.fit(files, n_components=2)
+        files += [lora_files.write(tmp_path / f"xl{i}.safetensors", planted(XL, seed=i), "kohya") for i in range(3)]
+        with pytest.raises(BaseModelError, match="--exclude-adapter style --exclude-adapter same") as error:
+            ex.fit([*files[:2], *files[3:]], n_components=2)
+        assert "xl0" in str(error.value)
+
     @pytest.mark.parametrize("other", [XL, XL_ELSEWHERE, FLUX])
     def test_nor_in_one_pack(self, file, tmp_path, other):
         pack = ex.fit([file], n_components=2)
@@ -257,7 +267,7 @@ class TestWriting:
 
     def test_a_format_that_is_none(self, file, tmp_path):
         pack = ex.fit([file], n_components=2)
-        with pytest.raises(OptionError, match="format 'comfy' is not known. Known are: peft, kohya, diffusers"):
+        with pytest.raises(OptionError, match="format 'comfy' is not known. Written are: peft, kohya, diffusers"):
             pack.export(tmp_path / "out", format="comfy")
         with pytest.raises(OptionError, match="'official' is read, not written"):
             pack.export(tmp_path / "out", format="official")

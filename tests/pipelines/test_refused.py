@@ -81,11 +81,20 @@ def test_tensors_that_coefficients_cannot_express(pipe):
     dora = ex.from_factors("dora", toy.modules, carried=carried)
     pack = ex.fit([toy, dora], energy=1.0)
     with pytest.raises(
-        OptionError, match=r"'dora' has .* 'base_model.*magnitude_vector'.*export .* dora -o .*load_lora"
+        OptionError,
+        match=r"'dora' has .* 'base_model.*magnitude_vector.*export .* dora -o .*--format diffusers",
     ):
         ex.load_into(pipe, pack)
     assert untouched(pipe)
     assert ex.load_into(pipe, pack, "toy").keys() == {"toy"}
+
+
+def test_heads(pipe):
+    toy = style(pipe, "toy", 1)
+    headed = ex.from_factors("headed", toy.modules, heads={"base_model.model.classifier.bias": torch.ones(3)})
+    with pytest.raises(OptionError, match=r"'headed' has a head.*classifier.bias.*AdapterBank\(model, pack\)"):
+        ex.load_into(pipe, ex.fit([headed], energy=1.0))
+    assert untouched(pipe)
 
 
 def test_names(pipe, small, packs):
