@@ -151,6 +151,7 @@ def fit(
         headline = None
         if report:
             headline = _report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
+    more = f", and {time.perf_counter() - started - seconds:.1f} for the report" if report else ""
     for sentence in pack.notes:
         console.note(sentence)
     if json:
@@ -165,7 +166,7 @@ def fit(
         }
         console.print_json(printed)
     else:
-        rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}")]
+        rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}{more}")]
         if headline is not None:
             rows.append((keys.REPORT_PAGE, headline))
         console.print_rows(f"pack {output}", rows)
