@@ -18,8 +18,8 @@ from markdown_table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM = (
-    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm")
+RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
+    RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
 WHO = ("bank", "peft", "tuner")
 
@@ -33,7 +33,9 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit with 1 if the text between the markers differs")
     arguments = parser.parse_args()
     demo, tuner, report = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, TUNER, REPORT))
-    continual, bank, vllm = (json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK, VLLM))
+    continual, bank, vllm, sdxl = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK, VLLM, SDXL)
+    )
     run = json.loads(RUN.read_text(encoding="utf-8")) if RUN.is_file() else {"runs": [], "cases": {}}
     docs = ROOT / "docs"
     blocks = {
@@ -44,6 +46,7 @@ def main() -> int:
         (docs / "benchmarks.md", "results"): measured.page(run),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "tuner.md", "results"): tuner_table(tuner),
+        (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),
         (docs / "vllm.md", "serving-bytes"): vllm_tables.computed_bytes(vllm),
         (docs / "vllm.md", "serving-speed"): vllm_tables.speed(vllm),
     }
@@ -81,6 +84,45 @@ def report_table(report: Json) -> str:
         f"{report['page_bytes'] / 1e6:.1f} MB.\n\n"
         f"{table(('threads', 'seconds', 'peak memory, GB'), rows)}\n\n"
         f"`{report['command']}`; {where['processor']}, torch {where['torch']}, seeds 0 to {report['adapters']}."
+    )
+
+
+def sdxl_table(sdxl: Json) -> str:
+    """Bytes and seconds of SDXL's shapes, by the number of components."""
+    where, n = sdxl["environment"], sdxl["adapters"]
+    rows = []
+    for k, one in sdxl["sizes"].items():
+        each = one["coefficient_bytes"] / n
+        lora = one["lora_bytes"] / n
+        rows.append(
+            [
+                k,
+                f"{one['basis_bytes'] / 1e6:.0f}",
+                f"{each / 1e6:.2f}",
+                f"{one['ratio']:.1f}",
+                f"{100 * lora / (one['basis_bytes'] + 100 * each):.0f}",
+                f"{one['ratio_without_basis']:.0f}",
+                f"{one['fit_seconds']:.0f} ({one['fit_cpu_seconds']:.0f})",
+                f"{one['export_seconds']:.1f}",
+            ]
+        )
+    header = (
+        "k",
+        "basis, MB",
+        "a style, MB",
+        f"ratio, {n} styles",
+        "100 styles",
+        "without the basis",
+        "fit, s (of the CPU)",
+        "open and export one, s",
+    )
+    return (
+        f"{n} LoRAs of rank {sdxl['rank']} on {sdxl['modules']} linear layers of SDXL's UNet, as files of "
+        f"{sdxl['file_bytes'] / n / 1e6:.0f} MB in float16, from files to a pack in memory. The numbers are made up: "
+        "bytes and times depend on shapes alone, and what real styles lose at such k does not.\n\n"
+        f"{table(header, rows)}\n\n"
+        f"`{sdxl['command']}`; {where['processor']}, one thread, torch {where['torch']}, "
+        f"diffusers {where['diffusers']}, seed {sdxl['seed']}."
     )
 
 

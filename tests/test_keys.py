@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eigenlorax import keys
+from eigenlorax import keys, renamed
 from eigenlorax.errors import AdapterNameError, FormatError, ModuleNameError
 from eigenlorax.keys import Kind
 
@@ -78,10 +78,10 @@ class TestPatterns:
     def test_are_matched_as_peft_does(self, pattern, module):
         other = pytest.importorskip("peft.utils.other")
         wanted = {pattern: 7}.get(other.get_pattern_key([pattern], module), 3)
-        assert keys.pattern_value({pattern: 7}, module, 3) == wanted
+        assert keys.Patterns({pattern: 7}).value(module, 3) == wanted
 
     def test_the_first_that_fits_counts(self):
-        assert keys.pattern_value({"key": 1, "query": 2, "0.query": 3}, "layer.0.query", 8) == 2
+        assert keys.Patterns({"key": 1, "query": 2, "0.query": 3}).value("layer.0.query", 8) == 2
 
 
 class TestOneNamePerModule:
@@ -124,3 +124,104 @@ class TestResolve:
     def test_two_modules_of_one_adapter_are_never_one(self):
         with pytest.raises(ModuleNameError, match="'x.m' and 'y.x.m' of one adapter both fit the module 'm'"):
             keys.resolve_all(["x.m", "y.x.m"], ["m"])
+
+
+OLD_VIT = [
+    "vit.encoder.layer.3.attention.attention.query",
+    "vit.encoder.layer.3.attention.attention.value",
+    "vit.encoder.layer.3.attention.output.dense",
+    "vit.encoder.layer.3.intermediate.dense",
+    "vit.encoder.layer.3.output.dense",
+]
+NEW_VIT = [
+    "vit.layers.3.attention.q_proj",
+    "vit.layers.3.attention.v_proj",
+    "vit.layers.3.attention.o_proj",
+    "vit.layers.3.mlp.fc1",
+    "vit.layers.3.mlp.fc2",
+]
+
+
+class TestRenamedModules:
+    """What transformers 5 calls otherwise than transformers 4 did."""
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            (OLD_VIT, NEW_VIT),
+            (
+                ["dinov2.encoder.layer.1.attention.attention.key", "dinov2.encoder.layer.1.attention.output.dense"],
+                ["dinov2.encoder.layer.1.attention.k_proj", "dinov2.encoder.layer.1.attention.o_proj"],
+            ),
+            (
+                ["swin.encoder.layers.0.blocks.1.attention.self.query", "swin.encoder.layers.0.blocks.1.output.dense"],
+                ["swin.encoder.layers.0.blocks.1.attention.q_proj", "swin.encoder.layers.0.blocks.1.mlp.fc2"],
+            ),
+            (
+                ["segformer.encoder.block.0.1.attention.self.value", "segformer.encoder.block.0.1.mlp.dense1"],
+                ["segformer.stages.0.blocks.1.attention.v_proj", "segformer.stages.0.blocks.1.mlp.fc1"],
+            ),
+            (
+                ["model.decoder.layers.2.encoder_attn.out_proj", "model.decoder.layers.2.fc1"],
+                ["model.decoder.layers.2.encoder_attn.o_proj", "model.decoder.layers.2.mlp.fc1"],
+            ),
+            (
+                ["language_model.model.layers.0.mlp.up_proj", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"],
+                [
+                    "model.language_model.layers.0.mlp.up_proj",
+                    "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+                ],
+            ),
+            (
+                ["text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc1"],
+                ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1"],
+            ),
+        ],
+        ids=["vit", "dinov2", "swin", "segformer", "detr", "llava", "clip"],
+    )
+    def test_are_found_under_either_name(self, old, new):
+        assert keys.resolve_all(old, new) == dict(zip(old, new, strict=True))
+        assert keys.resolve_all(new, old) == dict(zip(new, old, strict=True))
+        assert [keys.resolve(name, new) for name in old] == new
+        assert [keys.resolve(name, old) for name in new] == old
+
+    def test_with_a_leading_component_more_or_less(self):
+        assert keys.resolve("encoder.layer.3.output.dense", NEW_VIT) == NEW_VIT[-1]
+        assert keys.resolve("layers.3.attention.v_proj", OLD_VIT) == OLD_VIT[1]
+
+    def test_what_fits_as_it_is_goes_first(self):
+        names = ["a.encoder.layer.0.output.dense", "a.layers.0.mlp.fc2"]
+        assert keys.resolve_all(names, names[1:]) == {names[0]: None, names[1]: names[1]}
+        assert keys.resolve_all(names, ["b." + names[1]]) == {names[0]: None, names[1]: "b." + names[1]}
+
+    def test_names_of_bert_stay_apart_from_those_of_others(self):
+        assert keys.resolve("encoder.layer.0.attention.self.query", ["vit.layers.0.attention.q_proj"]) is None
+
+    def test_two_that_fit_are_an_error(self):
+        with pytest.raises(
+            ModuleNameError, match=r"'encoder.layer.0.output.dense' fits two modules .* 'a.l.* and 'b.l"
+        ):
+            keys.resolve("encoder.layer.0.output.dense", ["a.layers.0.mlp.fc2", "b.layers.0.mlp.fc2"])
+
+    def test_of_two_adapters_are_one_module_of_the_newest_name(self):
+        found = keys.one_name_per_module([OLD_VIT, NEW_VIT, ["encoder.layer.3.output.dense"]])
+        assert found == {**dict(zip(OLD_VIT, NEW_VIT, strict=True)), **{n: n for n in NEW_VIT}} | {
+            "encoder.layer.3.output.dense": NEW_VIT[-1]
+        }
+
+    def test_of_old_adapters_alone_keep_their_names(self):
+        assert keys.one_name_per_module([OLD_VIT, OLD_VIT[:2]]) == {name: name for name in OLD_VIT}
+
+    def test_of_a_short_new_and_a_long_old_name_the_module_has_the_long_one(self):
+        found = keys.one_name_per_module([["layers.3.mlp.fc1"], ["vit.encoder.layer.3.intermediate.dense"]])
+        assert set(found.values()) == {"vit.encoder.layer.3.intermediate.dense"}
+
+    def test_both_names_in_one_adapter_are_an_error(self):
+        with pytest.raises(ModuleNameError, match="of one adapter could be one, by the names that transformers"):
+            keys.one_name_per_module([["x.intermediate.dense", "x.mlp.fc1"], ["x.mlp.fc1"]])
+
+    @pytest.mark.parametrize(
+        "name", ["bert.encoder.layer.0.attention.self.key", "model.layers.0.self_attn.q_proj", "x"]
+    )
+    def test_a_name_stays_one_in_its_newest_form(self, name):
+        assert renamed.newest(renamed.newest(name)) == renamed.newest(name)

@@ -70,6 +70,19 @@ def test_the_example_of_generation(tmp_path):
     ]
 
 
+def test_the_example_of_styles(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusers]'")
+    out = run([ROOT / "examples/styles.py"], tmp_path)
+    assert "6 styles, the worst has lost 0.0000" in out
+    assert "in the pipeline: clay, ink, neon, pixel, sketch, toy" in out
+    (from_none,) = re.findall(r"own file, (\S+) from no style", out)
+    assert float(from_none) > 0.1
+    same = [float(found) for found in re.findall(r"(?:sketch:|disabled:|again:|safetensors,) (\S+) from", out)]
+    assert len(same) == 4
+    assert max(same) < 1e-3
+    assert (tmp_path / "styles-out/loras/sketch.safetensors").is_file()
+
+
 def test_the_example_of_a_report(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eigenlorax as ex
 import reference
@@ -47,6 +48,18 @@ def test_a_folder_of_several_base_models_says_where_to_look(shared):
         ex.fit([shared / "zoo"])
 
 
-def test_another_dialect_is_refused_by_name(shared):
-    with pytest.raises(ValueError, match="has no adapter_config.json"):
-        ex.read_adapter(shared / "zoo" / "stable-diffusion-v1" / "catundchat__stable-diffusion-v1.5-lora")
+def test_a_lora_of_stable_diffusion_comes_back(shared, tmp_path):
+    folder = shared / "zoo" / "stable-diffusion-v1" / "catundchat__stable-diffusion-v1.5-lora"
+    ex.fit([folder], energy=1.0, dtype="float32").save(tmp_path / "pack")
+    pack, original = ex.Pack.open(tmp_path / "pack"), ex.read_adapter(folder)
+    for place, chosen in (("as-it-came", None), ("kohya", "kohya"), ("peft", "peft")):
+        (path,) = pack.export(tmp_path / place, format=chosen).values()
+        back = ex.read_adapter(path)
+        if chosen == "peft":
+            # without the component, as the model itself has them
+            back = ex.from_factors("back", {f"unet.{name}": one for name, one in back.modules.items()})
+        assert reference.delta_error(original, back) < 1e-5
+        if chosen is not None:
+            continue
+        before, after = load_file(folder / "pytorch_lora_weights.safetensors"), load_file(path)
+        assert {f"unet.{key}": t.shape for key, t in before.items()} == {k: t.shape for k, t in after.items()}

@@ -8,6 +8,7 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax import tuner
+from eigenlorax.tasks import methods
 
 from . import diffusion, easel, judges, outcome, record
 from . import styles as looks
@@ -15,6 +16,9 @@ from .easel import BASE, adapter_folder, judge_file, pack_folder
 from .jobs import Job
 
 Json = dict[str, Any]
+
+BASES = ("core", "random")
+"""What coefficients alone are over: the pack's directions, or as many that nobody has trained."""
 
 
 def pretrain(config: Json) -> Iterator[Job]:
@@ -152,43 +156,46 @@ def closer(config: Json) -> Iterator[Job]:
 
 def rates(config: Json) -> Iterator[Job]:
     """Coefficients alone, at several rates, on a style that is in no other stage."""
-    for rate in config["new"]["rates"]:
-        yield new_style(config, "rates", config["styles"]["development"], rate, f"--{rate:g}")
+    for basis in BASES:
+        for rate in config["new"]["rates"]:
+            yield new_style(config, "rates", basis, config["styles"]["development"], rate, f"--{rate:g}")
 
 
 def targets(config: Json) -> Iterator[Job]:
     """Coefficients alone on the styles that no basis has seen, at the rate that was best on the other one; their LoRAs,
     trained for as many steps; and no adapter at all."""
     for style in config["styles"]["left_out"]:
-        yield new_style(config, "targets", style, chosen_rate(config))
+        for basis in BASES:
+            yield new_style(config, "targets", basis, style, chosen_rate(config, basis))
         job = {"name": slug(style), "style": style, **checked(config, "held out")}
         yield Job(f"diffusion/targets/lora--{slug(style)}", job, known)
         job = {"name": f"base-{slug(style)}", "style": style, **checked(config, "held out")}
         yield Job(f"diffusion/targets/base--{slug(style)}", job, untrained)
 
 
-def chosen_rate(config: Json) -> float:
+def chosen_rate(config: Json, basis: str) -> float:
     found = {}
     for rate in config["new"]["rates"]:
-        job = new_style(config, "rates", config["styles"]["development"], rate, f"--{rate:g}")
+        job = new_style(config, "rates", basis, config["styles"]["development"], rate, f"--{rate:g}")
         if not job.done():
             raise SystemExit(f"{job.name} has not been run: python experiments/run.py diffusion rates")
         found[rate] = record.read(job.path)["test"]["loss"]
     return min(found, key=lambda rate: found[rate])
 
 
-def new_style(config: Json, stage: str, style: str, rate: float, end: str = "") -> Job:
+def new_style(config: Json, stage: str, basis: str, style: str, rate: float, end: str = "") -> Job:
+    pack = pack_spec(config, config["pack"]["rival"])
     job = {
-        "name": f"core-{slug(style)}{end}",
+        "name": f"{basis}-{slug(style)}{end}",
         "style": style,
         "seed": config["new"]["seed"],
         "options": config["new"]["options"],
-        "pack": pack_spec(config, config["pack"]["rival"]),
+        "pack": {**pack, "random": 0} if basis == "random" else pack,
         "recipe": {**config["lora"]["recipe"], "learning_rate": rate},
         # rates are chosen on pictures that are trained on: what is held out is for the targets
         **checked(config, "train" if stage == "rates" else "held out"),
     }
-    return Job(f"diffusion/{stage}/core--{slug(style)}{end}", job, learned)
+    return Job(f"diffusion/{stage}/{basis}--{slug(style)}{end}", job, learned)
 
 
 def checked(config: Json, part: str) -> Json:
@@ -200,6 +207,8 @@ def checked(config: Json, part: str) -> Json:
 def learned(config: Json) -> Json:
     """A style learned on coefficients alone: the loss on pictures of it, and what the judges say of what it draws."""
     pack = ex.Pack.open(pack_folder(config["pack"]["k"]))
+    if "random" in config["pack"]:
+        pack = methods.random_basis(pack, seed=config["pack"]["random"])
     found, model = trained(ex.EigenLoraxConfig(subspace=pack, **config["options"]), config)
     factors = dict(tuner.to_lora(model).modules)
     return {"train": found, "subspace": outcome.subspace(pack), "test": tested(config, factors)}

@@ -91,9 +91,10 @@ def pack_of(name: str, model: nn.Module, n_components: int = N_COMPONENTS) -> st
     """A pack for `model`, in a folder called after `name`: three random LoRAs, fitted."""
     folder = folder_of(name)
     shapes = {
-        module: layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        module: layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
         for module, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and not set(module.split(".")) & set(HEADS)
+        if isinstance(layer, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and not set(module.split(".")) & set(HEADS)
     }
     adapters = [ex.from_factors(f"a{seed}", _factors(shapes, seed), base_model=name) for seed in range(3)]
     ex.fit(adapters, n_components=n_components).save(folder)
@@ -108,8 +109,10 @@ def folder_of(name: str) -> str:
 def _factors(shapes: dict[str, torch.Size], seed: int, rank: int = 4) -> dict[str, LoRAFactors]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        module: LoRAFactors(
-            torch.randn(rank, n_in, generator=generator), torch.randn(n_out, rank, generator=generator), 1.0
+        module: LoRAFactors.from_weights(
+            torch.randn(rank, *patch, generator=generator),
+            torch.randn(n_out, rank, *[1] * (len(patch) - 1), generator=generator),
+            1.0,
         )
-        for module, (n_out, n_in) in shapes.items()
+        for module, (n_out, *patch) in shapes.items()
     }

@@ -6,11 +6,15 @@ from eigenlorax import EigenLoraxConfig
 
 from . import packs, subject
 
-for model_id in ("MLP", "EmbConv1D"):
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv2d2", "Conv2d1x1", "Conv3d")
+for model_id in ("MLP", "EmbConv1D", *CONVOLUTIONS):
     packs.pack_of(model_id, peft.MockTransformerWrapper.from_pretrained(model_id))
 MLP = packs.folder_of("MLP")
 # lin1 has two outputs: with all directions in the basis there is no room for an extra one
 NARROW = packs.pack_of("MLP-narrow", peft.MLP(), n_components=1)
+NARROW_CONVOLUTION = packs.pack_of(
+    "Conv2d-narrow", peft.MockTransformerWrapper.from_pretrained("Conv2d"), n_components=1
+)
 DEEP = packs.pack_of("DeepMLP", peft.DeepMLP(size=256))
 
 BOTH = ["lin0", "lin1"]
@@ -37,6 +41,27 @@ CASES = {
     "EmbConv1D": {
         "Conv1D": {"target_modules": ["conv1d"]},
         "Conv1D core": {"target_modules": ["conv1d", "lin0"], "core": True},
+    },
+    "Conv2d": {
+        "convolution": {"target_modules": ["conv2d"]},
+        "convolution and linear": {"target_modules": ["conv2d", "lin0"]},
+        "modules of the subspace, core": {"core": True},
+        "dropout": {"lora_dropout": 0.1},
+        "embedded": {"embed_subspace": True},
+        "extra": {"subspace": NARROW_CONVOLUTION, "r": 1, "n_extra": 1},
+        "modules_to_save": {"target_modules": ["conv2d"], "modules_to_save": ["lin0"]},
+        "patterns": {"r": 4, "rank_pattern": {"lin0": 2}, "alpha_pattern": {"conv2d": 16}},
+    },
+    "Conv2d2": {
+        "convolution": {"target_modules": ["conv2d"]},
+        "convolution and linear": {"target_modules": ["lin0", "conv2d"]},
+        "core": {"target_modules": ["lin0", "conv2d"], "core": True},
+    },
+    "Conv2d1x1": {"a kernel of 1": {"target_modules": ["conv2d"], "r": 1}},
+    "Conv1d": {"one row": {"target_modules": ["conv1d"], "r": 1}, "core": {"core": True, "r": 1}},
+    "Conv3d": {
+        "convolution": {"target_modules": ["conv3d"], "lora_alpha": 2},
+        "convolution and linear, core": {"target_modules": ["conv3d", "lin0"], "core": True},
     },
 }
 RANKED = {"r": 2, "init_weights": False, "subspace": MLP}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .fitting import fit
     from .formats import read_adapter, write_adapter
     from .pack import Pack
+    from .pipelines import load_into
     from .refitting import Refit, refit
     from .reports import Report, report
     from .subspace import Subspace
@@ -36,6 +37,7 @@ _HOME = {
     "Summary": "summary",
     "fit": "fitting",
     "from_factors": "adapter",
+    "load_into": "pipelines",
     "read_adapter": "formats",
     "refit": "refitting",
     "report": "reports",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "fit",
     "from_factors",
+    "load_into",
     "read_adapter",
     "refit",
     "report",

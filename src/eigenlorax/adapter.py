@@ -103,7 +103,10 @@ def is_kernel(kernel: Any, in_features: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """What is known of a module's factors before its tensors are read."""
+    """What is known of a module's factors before its tensors are read.
+
+    shared: how many modules of the file have this `down` in common, as query, key and value of one fused layer have.
+    """
 
     rank: int
     in_features: int
@@ -111,11 +114,22 @@ class ModuleSpec:
     scaling: float
     dtype: torch.dtype
     kernel: tuple[int, ...] = ()
+    shared: int = field(default=1, compare=False)
 
     @property
     def numbers(self) -> int:
-        """Numbers in the two LoRA factors."""
-        return self.rank * (self.in_features + self.out_features)
+        """Numbers in the two LoRA factors, of a shared one this module's part."""
+        return self.rank * self.in_features // self.shared + self.rank * self.out_features
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The single file that an adapter came in: its format, one of `formats.FORMATS`; which of several ways to spell
+    names that format has the file took; and its metadata."""
+
+    format: str
+    spelling: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +140,8 @@ class Adapter:
     is asked for them. `heads` (task heads, trained biases, resized embeddings) and `carried` (what a subspace cannot
     hold: DoRA magnitudes, embedding LoRA) are keyed by the name PEFT writes them under, and are never
     changed. `source_config` is the text of the adapter's `adapter_config.json`, word for word.
-    `subspace` is the fingerprint of the one it was trained in, if it was.
+    `subspace` is the fingerprint of the one it was trained in, if it was. `origin` is the file it came in, where that
+    is not one of PEFT's, or has metadata to give back.
     """
 
     name: str
@@ -139,6 +154,7 @@ class Adapter:
     source_config: str | None = None
     file_bytes: int = 0
     subspace: str | None = None
+    origin: Origin | None = None
 
     @property
     def config(self) -> dict[str, Any]:

@@ -18,11 +18,15 @@ def render(found: Manifest, repo_id: str | None = None) -> str:
         base_model=found.base_model,
         revision=found.revision,
     )
-    return "\n".join([*_front_matter(found), *_what(figures), *_adapters(found), *_how(found, repo_id)]) + "\n"
+    how = _how_in_pipelines(found, repo_id) if figures.family else _how(found, repo_id)
+    form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
+    lines = [*_front_matter(found, figures.family), *_what(figures), *_adapters(found), *how, "", form]
+    return "\n".join(lines) + "\n"
 
 
-def _front_matter(found: Manifest) -> list[str]:
-    lines = ["---", "library_name: eigenlorax", "tags:", "- eigenlorax", "- lora", "- peft"]
+def _front_matter(found: Manifest, family: str | None) -> list[str]:
+    kinds = ["diffusers", "text-to-image"] if family else ["peft"]
+    lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
     # the Hub refuses a card with a path there
     if found.base_model and hub.may_be_model(found.base_model):
         # JSON strings are YAML strings, whatever is in them
@@ -32,7 +36,7 @@ def _front_matter(found: Manifest) -> list[str]:
 
 def _what(figures: Summary) -> list[str]:
     b = figures.bytes
-    base = figures.base_model or "a base model its adapters do not name"
+    base = figures.base_model or figures.family or "a base model its adapters do not name"
     lines = [
         f"# {figures.adapters} LoRA adapters of {base} over one basis",
         "",
@@ -106,6 +110,24 @@ def _how(found: Manifest, repo_id: str | None) -> list[str]:
         f'folder = ex.write_adapter(pack.adapter("{name}"), "loras/{name}")',
         "model = PeftModel.from_pretrained(base_model, folder)",
         "```",
+    ]
+
+
+def _how_in_pipelines(found: Manifest, repo_id: str | None) -> list[str]:
+    name = next(iter(found.adapters), "NAME")
+    where = repo_id or "."
+    return [
+        "## Use",
         "",
-        f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}.",
+        "```bash",
+        "pip install 'eigenlorax[diffusers]'",
+        f"eigenlorax export {where} {name} -o loras/   # an ordinary LoRA, in the dialect that it came in",
+        "```",
+        "",
+        "```python",
+        "import eigenlorax as ex",
+        "",
+        f'ex.load_into(pipe, "{where}", ["{name}"])  # pipe: a pipeline of diffusers',
+        f'pipe.set_adapters(["{name.replace(".", "_")}"], adapter_weights=[0.8])',
+        "```",
     ]

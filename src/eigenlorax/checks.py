@@ -27,7 +27,7 @@ from .errors import (
     ShapeError,
     UnknownBaseWarning,
 )
-from .formats import lora_config
+from .formats import families, lora_config
 from .formats.sources import Found
 from .keys import Kind
 
@@ -101,14 +101,15 @@ def check_made(adapter: Adapter) -> None:
                 f"without {keys.MODEL_PREFIX!r}."
             )
     config = _config(adapter)
+    numbers = lora_config.Numbers(config, adapter.name) if config is not None else None
     for module, factors in adapter.modules.items():
         if factors.spec != adapter.specs[module]:
             raise ShapeError(
                 f"adapter {adapter.name!r}, module {module}: its factors are {factors.spec}, and its specs say "
                 f"{adapter.specs[module]}. eigenlorax.from_factors makes both agree."
             )
-        if config is not None:
-            lora_config.check(adapter.name, module, factors.spec, config)
+        if numbers is not None:
+            numbers.check(module, factors.spec)
     for key in adapter.heads:
         if keys.parse_peft_key(key).kind is not Kind.HEAD:
             raise FormatError(f"adapter {adapter.name!r}: head {key!r} has the name of a LoRA tensor.")
@@ -161,6 +162,45 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
                     f"{value!r}. Fit them apart; if both names stand for one model, pass --same-base."
                 )
     return _commonest(a.base_model for a in adapters), _commonest(a.revision for a in adapters)
+
+
+def family(adapter: Adapter) -> str | None:
+    """The model that an adapter of an image model is for, in words, as far as its modules tell; None for others."""
+    return families.called(_family(adapter)) or None
+
+
+def _family(adapter: Adapter) -> frozenset[str]:
+    """What `formats.families` tells; of a convolution, the width is the number of its channels."""
+    return families.families((name, spec.in_features // math.prod(spec.kernel)) for name, spec in adapter.specs.items())
+
+
+def check_one_family(adapters: Sequence[Adapter]) -> None:
+    """`BaseModelError` where two adapters are of different image models, by the names and widths of their modules: they
+    may have no module in common, so that no shape would tell."""
+    first: list[tuple[str, frozenset[str]]] = []
+    for adapter in adapters:
+        own = _family(adapter)
+        if not own:
+            continue
+        for name, other in first:
+            if not own & other:
+                raise BaseModelError(
+                    f"adapters of two models: {name!r} is for {families.called(other)}, and {adapter.name!r} is for "
+                    f"{families.called(own)}, by the names and widths of their modules. Fit them apart."
+                )
+        if own not in (other for _, other in first):
+            first.append((adapter.name, own))
+
+
+def check_family(adapter: Adapter, modules: Iterable[tuple[str, int]]) -> None:
+    """`BaseModelError` where an adapter is of another image model than a pack with these modules, each with the width
+    of its input."""
+    own, other = _family(adapter), families.families(modules)
+    if own and other and not own & other:
+        raise BaseModelError(
+            f"adapter {adapter.name!r} is for {families.called(own)}, and the pack is for {families.called(other)}, by "
+            "the names and widths of their modules. Fit it in a pack of its own model."
+        )
 
 
 def warn_of_other_model(wanted: str | None, model: object, stacklevel: int = 3) -> None:

@@ -125,6 +125,10 @@ class SkippedAdapterWarning(EigenloraxWarning):
     """An adapter or folder was left out, because the caller said that it may be."""
 
 
+class SourceWarning(EigenloraxWarning):
+    """Something in an adapter's file that could be read in several ways, and in which it was."""
+
+
 class RowsWarning(EigenloraxWarning):
     """Rows of a file were cut or left out, or some class has none."""
 
@@ -135,6 +139,14 @@ class UntrainedAdapterWarning(EigenloraxWarning):
 
 class RegistrationWarning(EigenloraxWarning):
     """PEFT could not be told of our method: it is too old, say."""
+
+
+class MissingPartWarning(EigenloraxWarning):
+    """A model that a pipeline was made without, and that adapters have coefficients for."""
+
+
+class WrappedModelWarning(EigenloraxWarning):
+    """A model that `torch.compile` has wrapped, so that diffusers does not know it for one with adapters."""
 
 
 class RankWarning(EigenloraxWarning):

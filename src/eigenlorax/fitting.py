@@ -125,6 +125,7 @@ def fit(
     }
     read = _read(adapters, exclude_adapters, skip_bad, skipped, options)
     base_model, base_revision = checks.check_one_base(read, same_base)
+    checks.check_one_family(read)
     names, left_out = _module_names(read, exclude_modules)
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
@@ -272,7 +273,7 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         return replace(one.source, name=keys.check_name(one.name or one.source.name))
     try:
         return formats.read_adapter(one.source, name=one.name, **options)
-    except (FormatError, ShapeError) as error:
+    except (FormatError, ShapeError, NonFiniteError) as error:
         if not skip_bad:
             # as checks.scan says it of NaN
             raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _DEFAULT_BRANCH = "main"
+ALWAYS_THERE = ".gitattributes"
+"""A small file of every repository: huggingface_hub warns where nothing that is asked for is found."""
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -26,13 +28,21 @@ _WAS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def name_of(source: str | Path, subfolder: str | None = None) -> str:
-    """The adapter name that a folder, a URL or a repository gives: its last part, or `org--name`."""
+    """The adapter name that a folder, a file, a URL or a repository gives: its last part, or `org--name`."""
     if isinstance(source, str) and urls.is_url(source):
-        return urls.name_of(source, subfolder)
+        last = urls.name_of(source, subfolder)
+        if subfolder is None and last.lower().endswith(keys.LORA_SUFFIX):
+            return keys.name_of_file(last, urls.name_of(source.rpartition("/")[0]))
+        return last
     local = Path(source)
     if local.exists():
         # not resolved: a link is called what it is called, not what it leads to
-        return Path(os.path.abspath(local / subfolder if subfolder else local)).name
+        whole = Path(os.path.abspath(local / subfolder if subfolder else local))
+        is_file = whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file()
+        if is_file:
+            return keys.name_of_file(whole.name, whole.parent.name)
+        # as diffusers saves a LoRA
+        return keys.name_of_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
     parts = [match["repo"] if match else str(source), *([subfolder.strip("/")] if subfolder else [])]
     return "--".join(parts).replace("/", "--")
@@ -59,12 +69,12 @@ def adapter_folder(
     if repository is None:
         hint = " A URL is given as a text, not as a Path." if _WAS_URL.match(str(source)) else ""
         raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).{hint}")
-    weights = [keys.ADAPTER_WEIGHTS, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
+    weights = [keys.ADAPTER_WEIGHTS, keys.LORA_FILE, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     # a pack's manifest is fetched so that a pack can be told from what is neither
     folder = download(
         *repository,
-        [prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)],
+        [*(prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)), ALWAYS_THERE],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -145,6 +155,28 @@ def download(
             f"{repo_id} is neither a local folder nor a repository that the Hub shows you"
             f"{f' at revision {revision}' if revision else ''}: {reason(error)} A private one needs a token (HF_TOKEN)."
         ) from error
+    except (hub_errors.HfHubHTTPError, OSError) as error:
+        raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error
+
+
+def files(
+    repo_id: str,
+    revision: str | None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> list[str]:
+    """The files of a repository; where the Hub is not to be asked, those of it in the cache."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        place = download(repo_id, revision, ["*"], cache_dir=cache_dir, local_files_only=True)
+        return sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+    try:
+        return sorted(huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision))
     except (hub_errors.HfHubHTTPError, OSError) as error:
         raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error
 

@@ -60,6 +60,7 @@ def _read(found: Found, host: Host, carry_missing: bool, same_base: bool, option
     if adapter.subspace is None or adapter.subspace not in host.info.lineage:
         this = Adapter("the pack", {}, {}, base_model=host.base_model, revision=host.revision)
         checks.check_one_base([this, adapter], same_base)
+    checks.check_family(adapter, ((module, sides["down"].dimension) for module, sides in host.info.modules.items()))
     places = _places(adapter, host.info, carry_missing)
     return Joining(Packing(adapter, checks.scan(adapter)), places)
 

@@ -1,11 +1,12 @@
 """Names of tensors, files and fields: the one place where they are spelled. No torch, no I/O."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from . import renamed
 from .errors import AdapterNameError, FormatError, ModuleNameError
 
 FORMAT_VERSION = 4
@@ -28,6 +29,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 SOURCE_CONFIG = "source_config.json"
+SOURCE_FILE = "source_file.json"
+"""What an adapter's folder in a pack has of the single file that it came in."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the LoRA in a folder or repository."""
+LORA_SUFFIX = ".safetensors"
 CARRIED = "carried.safetensors"
 
 MODEL_PREFIX = "base_model.model."
@@ -123,6 +129,14 @@ def coefficients_key(module: str, side: str) -> str:
     return f"{MODEL_PREFIX}{module}.{COEFFICIENTS[side]}"
 
 
+def owner(key: str) -> str | None:
+    """The module that a key of our adapters' files is of: coefficients, embedded bases, trained biases; or None."""
+    module, _, part = key.removeprefix(MODEL_PREFIX).rpartition(".")
+    if part in (*COEFFICIENTS.values(), CORE, *EMBEDDED.values()):
+        return module
+    return module.removesuffix(".base_layer") if part == "bias" and module.endswith(".base_layer") else None
+
+
 def components_key(module: str, side: str) -> str:
     """The key of a side's fitted components in the subspace's file."""
     return f"{module}.{side}.components"
@@ -156,21 +170,53 @@ def check_known(name: str, known: Iterable[str]) -> None:
         raise AdapterNameError(f"no adapter named {name!r} in the pack. It has: {listed or 'none'}.")
 
 
+def name_of_file(file: str, folder: str) -> str:
+    """The name that a LoRA file gives an adapter: its own without the suffix, or its folder's where diffusers calls all
+    of them alike. What no name may have is left out: files of styles are called whatever their makers like."""
+    stem = folder if file == LORA_FILE else file[: -len(LORA_SUFFIX)]
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem
+
+
 def is_name(text: str) -> bool:
     """Whether `check_name` would pass."""
     return _NAME.fullmatch(text) is not None and not text.endswith(".")
 
 
-def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value that PEFT's `rank_pattern` or `alpha_pattern` has for a module.
+class Patterns:
+    """PEFT's `rank_pattern` or `alpha_pattern`, to be asked for many modules."""
 
-    It is that of the first key that, as a regular expression, fits the whole name or its last components
-    (peft.utils.other.get_pattern_key).
-    """
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    __slots__ = ("_others", "_pattern", "_whole")
+
+    def __init__(self, pattern: Mapping[str, Any]) -> None:
+        self._pattern = pattern
+        # files of image models may have a pattern for each of a thousand modules, that fits it alone (`^name$`)
+        self._whole: dict[str, int] = {}
+        self._others: list[tuple[int, str]] = []
+        for place, key in enumerate(pattern):
+            name = re.sub(r"\\([^A-Za-z0-9])", r"\1", key[1:-1])
+            if key == whole_name(name):
+                self._whole[name] = place
+            else:
+                self._others.append((place, key))
+
+    def value(self, module: str, default: Any) -> Any:
+        """The value of a module.
+
+        It is that of the first key that, as a regular expression, fits the whole name or its last components
+        (peft.utils.other.get_pattern_key).
+        """
+        at = self._whole.get(module)
+        for place, key in self._others:
+            if at is not None and place > at:
+                break
+            if re.match(rf"(.*\.)?({key})$", module):
+                return self._pattern[key]
+        return default if at is None else self._pattern[whole_name(module)]
+
+
+def whole_name(module: str) -> str:
+    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
+    return f"^{re.escape(module)}$"
 
 
 def shorter(name: str) -> str | None:
@@ -179,14 +225,43 @@ def shorter(name: str) -> str | None:
     return rest if dot else None
 
 
+def endings(name: str) -> Iterator[str]:
+    """`a.b.c` → itself, `b.c`, `c`."""
+    one: str | None = name
+    while one is not None:
+        yield one
+        one = shorter(one)
+
+
 def one_name_per_module(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
     """Each module name of any adapter → the name the module has in the subspace.
 
     Names that differ only by one leading component (the architecture's prefix: `bert.encoder…`, `encoder…`) are one
     module, and the longest form is kept, unless some adapter has both: there they are two modules. A short form that
-    fits two longer ones is an error.
+    fits two longer ones is an error. So are names of before and after a renaming by transformers (`renamed`) one
+    module, and the newest one is kept.
     """
-    sets = [frozenset(names) for names in adapters]
+    sets = {frozenset(names) for names in adapters}
+    found = _without_prefixes(sets)
+    kept = {frozenset(found[name] for name in names) for names in sets}
+    by_newest: dict[str, list[str]] = {}
+    for name in sorted(frozenset().union(*kept), key=lambda name: (renamed.age(name), name)):
+        by_newest.setdefault(renamed.newest(name), []).append(name)
+    renamings = [same for same in by_newest.values() if len(same) > 1]
+    for names in kept:
+        for same in renamings:
+            if len(twice := [name for name in same if name in names]) > 1:
+                raise ModuleNameError(
+                    f"modules {twice[0]!r} and {twice[1]!r} of one adapter could be one, by the names that "
+                    "transformers has given it. Fit the adapters apart, or leave the module out with "
+                    f"--exclude-module {twice[1]}."
+                )
+    longest = _without_prefixes({frozenset(map(renamed.newest, names)) for names in kept})
+    return {name: by_newest[longest[renamed.newest(one)]][0] for name, one in found.items()}
+
+
+def _without_prefixes(sets: Collection[frozenset[str]]) -> dict[str, str]:
+    """Each name → the longest one that differs from it by leading components, in other sets than its own."""
     every = frozenset().union(*sets)
     parents: dict[str, list[str]] = {}
     for name in sorted(every):
@@ -216,26 +291,73 @@ def one_name_per_module(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
 
 def resolve(name: str, modules: Iterable[str]) -> str | None:
     """The module of a subspace that `name` stands for: the same name, or the only one that differs by leading
-    components. None where there is none; an error where there are two."""
+    components, or else by that and by what transformers has renamed. None where there is none; an error where there
+    are two."""
     modules = frozenset(modules)
     if name in modules:
         return name
-    found = sorted(m for m in modules if m.endswith(f".{name}") or name.endswith(f".{m}"))
-    if len(found) > 1:
-        raise ModuleNameError(f"module {name!r} fits two modules of the subspace, {found[0]!r} and {found[1]!r}.")
-    return found[0] if found else None
+    for form in (_as_it_is, renamed.newest):
+        now = form(name)
+        # a list of a few hundred names is gone through faster than it is put in order
+        found = [m for m in modules if _is_end(form(m), now)]
+        if found:
+            return _only(name, found)
+    return None
 
 
 def resolve_all(names: Iterable[str], modules: Iterable[str]) -> dict[str, str | None]:
-    """`resolve` for the modules of one adapter, no two of which stand for one module of the subspace."""
-    names, modules = list(names), frozenset(modules)
-    exact = modules & set(names)
-    free = modules - exact
-    found = {name: name if name in exact else resolve(name, free) for name in names}
-    owner: dict[str, str] = {}
-    for name, place in found.items():
-        if place is not None and owner.setdefault(place, name) != name:
-            raise ModuleNameError(
-                f"modules {owner[place]!r} and {name!r} of one adapter both fit the module {place!r} of the subspace."
-            )
+    """`resolve` for the modules of one adapter, no two of which stand for one module of the subspace. What fits as it
+    is goes before what was renamed."""
+    names, free = list(names), frozenset(modules)
+    found: dict[str, str | None] = dict.fromkeys(names)
+    found |= {name: name for name in names if name in free}
+    for form in (_as_it_is, renamed.newest):
+        free -= {place for place in found.values() if place is not None}
+        endings = _Endings(free, form)
+        matched = {name: endings.of(name) for name, place in found.items() if place is None}
+        owner: dict[str, str] = {}
+        for name, place in matched.items():
+            if place is not None and owner.setdefault(place, name) != name:
+                raise ModuleNameError(
+                    f"modules {owner[place]!r} and {name!r} of one adapter both fit the module {place!r} of the "
+                    "subspace."
+                )
+        found |= matched
     return found
+
+
+def _as_it_is(name: str) -> str:
+    return name
+
+
+class _Endings:
+    """Modules by all that their names end with, in one form of names."""
+
+    def __init__(self, modules: Iterable[str], form: Callable[[str], str]) -> None:
+        self._form = form
+        self._whole: dict[str, list[str]] = {}
+        self._by_ending: dict[str, list[str]] = {}
+        for module in sorted(modules):
+            now = form(module)
+            self._whole.setdefault(now, []).append(module)
+            for ending in endings(now):
+                self._by_ending.setdefault(ending, []).append(module)
+
+    def of(self, name: str) -> str | None:
+        """The only module that is called so, or that ends with this name, or is the end of it."""
+        now = self._form(name)
+        longer = self._by_ending.get(now, [])
+        found = [*longer, *(module for ending in list(endings(now))[1:] for module in self._whole.get(ending, []))]
+        return _only(name, found) if found else None
+
+
+def _only(name: str, found: Sequence[str]) -> str:
+    if len(found) > 1:
+        first, second, *_ = sorted(found)
+        raise ModuleNameError(f"module {name!r} fits two modules of the subspace, {first!r} and {second!r}.")
+    return found[0]
+
+
+def _is_end(one: str, other: str) -> bool:
+    """Whether names are the same, or one is the end of the other."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")

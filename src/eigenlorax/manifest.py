@@ -312,7 +312,7 @@ def _check(found: Manifest) -> None:
             "two times of the subspace have one fingerprint",
         ),
         (len(set(names)) == len(names), "two adapters differ by case alone"),
-        (all(_FILES <= one <= {*_FILES, keys.CARRIED} for one in files), "an adapter's files"),
+        (all(_FILES <= one <= {*_FILES, keys.CARRIED, keys.SOURCE_FILE} for one in files), "an adapter's files"),
     ):
         if not right:
             raise UnfitError(f"{what}.")

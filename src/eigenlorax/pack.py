@@ -241,29 +241,45 @@ class Pack:
         directory: str | os.PathLike[str],
         names: str | Sequence[str] | None = None,
         *,
+        format: str | None = None,
         dtype: str | torch.dtype | None = None,
         overwrite: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, Path]:
-        """Write adapters as PEFT LoRA folders, `directory`/NAME each; the folders by name. All of them by default.
+        """Write adapters as ordinary LoRAs; where each is, by name. All of them by default.
 
-        Names, folders and the pack's bytes are checked before the first one is written.
+        One that came as a PEFT folder becomes the folder `directory`/NAME, one that came as a single file becomes
+        `directory`/NAME.safetensors, in the dialect it had. format: the one for all of them, whatever they came in.
+        Names, what is there, and the pack's bytes are checked before the first one is written.
         """
         wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
+        if format is not None:
+            formats.writable(format)
         for name in wanted:
             self._check_has(name)
-        targets = {name: Path(directory) / name for name in wanted}
-        for target in targets.values():
+        chosen = {name: format or self._format(name) for name in wanted}
+        targets = {name: Path(directory) / (name + formats.writable(chosen[name]).suffix) for name in wanted}
+        for name, target in targets.items():
             folder.check_outside(target)
-            store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
+            if formats.writable(chosen[name]).suffix:
+                store.check_file_free(target, overwrite)
+            else:
+                store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
             self._check_fits(name, parsed)
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
                 progress("exporting adapters", done, len(targets))
-            formats.write_adapter(self.adapter(name, parsed), target, overwrite=overwrite)
+            formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
         return targets
+
+    def _format(self, name: str) -> str:
+        """The format an adapter came in; most packs say it by the names of their files."""
+        found = self._adapters[name]
+        if isinstance(found, Entry) and keys.SOURCE_FILE not in found.files:
+            return formats.PEFT
+        return formats.format_of(self.packed(name).origin)
 
     def export_rounding(self, name: str, dtype: str | torch.dtype | None = None) -> float:
         """What rounding the factors to `dtype` on export changes of an adapter's update, relative to its norm.

@@ -5,7 +5,7 @@ The folder is a PEFT adapter of our own type: docs/pack-format.md.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import keys, metrics
 from . import subspace as spaces
-from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from .checks import Scan
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .subspace import Coefficients, Subspace
+from .typed import typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class PackedAdapter:
     source_config: str
     record: Record
     subspace: str | None = None
+    origin: Origin | None = None
 
 
 @dataclass(slots=True)
@@ -104,9 +106,8 @@ class Packing:
         carried = {key: adapter.carried[key] for key in adapter.carried}
         for module in adapter.modules:
             if module not in self.coefficients:
-                factors = adapter.modules[module]
-                carried[keys.lora_key(module, "down")] = factors.down
-                carried[keys.lora_key(module, "up")] = factors.up
+                for side, weight in zip(keys.SIDES, adapter.modules[module].weights, strict=True):
+                    carried[keys.lora_key(module, side)] = weight
         heads = {key: adapter.heads[key] for key in adapter.heads}
         error = metrics.adapter_error(self.errors)
         record = Record(
@@ -125,7 +126,7 @@ class Packing:
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
         coefficients, places = dict(sorted(self.coefficients.items())), dict(sorted(self.places.items()))
-        return PackedAdapter(adapter.name, coefficients, places, heads, carried, config, record)
+        return PackedAdapter(adapter.name, coefficients, places, heads, carried, config, record, origin=adapter.origin)
 
     @property
     def error(self) -> AdapterError:
@@ -155,6 +156,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
         heads=packed.heads,
         carried=carried.carried,
         source_config=packed.source_config,
+        origin=packed.origin,
     )
 
 
@@ -180,6 +182,8 @@ def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
         files[keys.CARRIED] = to_safetensors(
             {key: hf_peft.owned(tensor) for key, tensor in packed.carried.items()}, metadata={"format": "pt"}
         )
+    if packed.origin is not None:
+        files[keys.SOURCE_FILE] = _dump(asdict(packed.origin))
     return files
 
 
@@ -222,14 +226,17 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
     source = json.loads(source_config)
     config = json.loads(files[keys.ADAPTER_CONFIG])
     places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
-    coefficients = {}
+    coefficients, numbers = {}, lora_config.Numbers(source, name)
     for module in places:
         down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
-        _, scaling = lora_config.rank_and_scaling(module, source, name)
+        _, scaling = numbers.of(module)
         coefficients[module] = Coefficients(down, up, scaling, tuple(config.get(keys.KERNELS, {}).get(module, ())))
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     fingerprint = config["subspace_fingerprint"]
-    return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record, fingerprint)
+    origin = None
+    if keys.SOURCE_FILE in files:
+        origin = typed(Origin, json.loads(files[keys.SOURCE_FILE]), keys.SOURCE_FILE)
+    return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record, fingerprint, origin)
 
 
 def _dump(value: Any) -> bytes:

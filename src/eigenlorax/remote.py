@@ -12,7 +12,7 @@ from .manifest import Manifest
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-_ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.CARRIED)
+_ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.SOURCE_FILE, keys.CARRIED)
 
 
 def chosen(found: Manifest, names: Sequence[str] | None) -> Manifest:
@@ -82,11 +82,10 @@ def _fetch_manifest(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    # an adapter's config with it: huggingface_hub warns where nothing at all is found
     return hub.download(
         repo_id,
         revision,
-        [keys.MANIFEST, keys.ADAPTER_CONFIG],
+        [keys.MANIFEST, keys.ADAPTER_CONFIG, hub.ALWAYS_THERE],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,

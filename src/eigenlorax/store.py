@@ -90,6 +90,16 @@ def check_free(path: Path, overwrite: bool = False) -> None:
         raise PackExistsError(f"{path} exists and is not empty. Choose another folder, or replace it with --overwrite.")
 
 
+def check_file_free(path: Path, overwrite: bool = False) -> None:
+    """`PackExistsError` unless a file may be written to `path`: nothing is there, or a file that may be replaced."""
+    check_is_folder(path.parent)
+    if path.is_symlink() or path.exists():
+        if path.is_symlink() or not path.is_file():
+            raise PackExistsError(f"{path} exists and is not a plain file. Choose another one, or remove it yourself.")
+        if not overwrite:
+            raise PackExistsError(f"{path} exists. Choose another folder, or replace it with --overwrite.")
+
+
 def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:
     """`PackExistsError` unless a folder of these files may be written to `path`.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import dtypes, keys
+from .formats import families
 from .manifest import FitInfo, SideInfo, SubspaceInfo
 from .packed import Record
 
@@ -63,11 +64,12 @@ class Bytes:
 class Summary:
     """The figures of a pack. Errors are None where there is no trained adapter of that group.
 
-    n_extended: directions that extensions have appended, over all sides. bounds: adapters whose delta error is an upper
-    bound.
+    family: of an image model, what the names and widths of its modules tell; None of others. n_extended: directions
+    that extensions have appended, over all sides. bounds: adapters whose delta error is an upper bound.
     """
 
     base_model: str | None
+    family: str | None
     revision: str | None
     fit: FitInfo
     dtype: str
@@ -100,6 +102,7 @@ def summarize(
     trained = {name: record for name, record in records.items() if not record.untrained}
     return Summary(
         base_model=base_model,
+        family=families.called(families.families(_widths(info))) or None,
         revision=revision,
         fit=fit,
         dtype=info.dtype,
@@ -118,6 +121,10 @@ def summarize(
         bounds=sum(record.bound for record in records.values()),
         bytes=_bytes(records, info, coefficient_dtype),
     )
+
+
+def _widths(info: SubspaceInfo) -> list[tuple[str, int]]:
+    return [(module, sides["down"].dimension) for module, sides in info.modules.items()]
 
 
 def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:

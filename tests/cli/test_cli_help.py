@@ -15,9 +15,11 @@ import typer
 
 import children
 import eigenlorax
+import lora_files
 from adapters import make_adapter
 from children import at_change, buffered_environment, command, needs_fork
 from eigenlorax.cli.main import app, main
+from lora_files import planted
 from outcomes import assert_usage_error, contents, succeeded
 
 VERBS = list(typer.main.get_command(app).commands)
@@ -35,6 +37,14 @@ def prepared(cli, tmp_path, monkeypatch):
     succeeded(cli("fit", "adapters/sst2", "adapters/mrpc", "-o", "pack/"))
     shutil.copytree("pack", "org/pack")
     return tmp_path
+
+
+def prepare_styles(cli, place):
+    (place / "styles").mkdir()
+    for seed in range(2):
+        style = planted({"unet.mid_block.attentions.0.proj_in": (71, 67)}, seed=seed)
+        lora_files.write(place / "styles" / f"{seed}.safetensors", style, "kohya")
+    succeeded(cli("fit", "styles", "-o", "styles-pack"))
 
 
 def test_the_verbs_are_these():
@@ -86,6 +96,8 @@ ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "co
 )
 def test_an_example_runs(cli, prepared, example):
     verb, *words = shlex.split(example)[1:]
+    if "styles" in example:
+        prepare_styles(cli, prepared)
     if verb == "fit" and "--overwrite" not in words:
         shutil.rmtree(prepared / "pack")
     found = [sorted(map(str, prepared.glob(word))) if "*" in word else [word] for word in words]

@@ -93,7 +93,7 @@ class TestAPack:
             ["add", pack.parent / "new"],
         ):
             done = cli(verb[0], pack, *verb[1:])
-            assert_refused(done, 4, path, "pack format 4", "up to format 3", "pip install --upgrade eigenlorax")
+            assert_refused(done, 4, path, "pack format 5", "up to format 4", "pip install --upgrade eigenlorax")
         assert contents(pack.parent) == before
 
     def test_that_a_mistaken_tool_signed(self, cli, pack):
@@ -119,9 +119,12 @@ class TestAnAdapter:
             "base_model": "org/base",
             "carried": [],
             "dtypes": ["float32"],
+            "family": None,
             "file_bytes": (folder / "adapter_model.safetensors").stat().st_size,
+            "format": "peft",
             "heads": ["base_model.model.classifier.weight"],
             "lora_bytes": FLOAT * 3 * WIDTHS,
+            "metadata": {},
             "modules": 3,
             "ranks": [3],
             "revision": "v2",

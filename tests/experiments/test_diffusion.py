@@ -44,8 +44,8 @@ pytestmark = pytest.mark.skipif(
 def workshop(tmp_path, monkeypatch):
     """A base model, and all that is made, in a folder of the test's own."""
     pytest.importorskip("diffusers")
+    monkeypatch.setattr(easel, "WORK", tmp_path)
     for module in (easel, drawing):
-        monkeypatch.setattr(module, "WORK", tmp_path)
         monkeypatch.setattr(module, "BASE", tmp_path / "base")
     every = diffusion.glyphs
 
@@ -164,7 +164,8 @@ class TestRuns:
         torch.testing.assert_close(drawn, same, atol=0.02, rtol=0)
         assert (drawn - bench.draw({})).abs().max() > 0.02
 
-    def test_a_new_style_on_coefficients_and_by_its_lora(self, workshop):
+    @pytest.mark.parametrize("basis", drawing.BASES)
+    def test_a_new_style_on_coefficients_and_by_its_lora(self, workshop, basis):
         for n, name in enumerate([*NAMES, "tilted"]):
             lora(name, name, n)
         for job in drawing.judging(SMALL):
@@ -172,7 +173,7 @@ class TestRuns:
         config = {**CONFIG, **SMALL, "check": {"rows": 30, "seed": 1}}
         for job in drawing.packs(config):
             drawing.packed(job.config)
-        job = drawing.new_style(config, "targets", "tilted", 1e-2)
+        job = drawing.new_style(config, "targets", basis, "tilted", 1e-2)
         job.config["recipe"] = {**job.config["recipe"], "steps": 20, "batch_size": 3}
         found = drawing.learned(job.config)
         other = {"name": "tilted", "style": "tilted", **drawing.checked(config, "held out")}

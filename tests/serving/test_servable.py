@@ -123,6 +123,13 @@ def test_tensors_that_vllm_would_not_read_are_refused(plain, key, shape, said):
     assert said in refusal(found, shared=False)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_coefficients_of_a_convolution_are_refused(plain, shared):
+    (module, *_), one = plain.coefficients, next(iter(plain.coefficients.values()))
+    found = replace(plain, coefficients={**plain.coefficients, module: replace(one, kernel=(3, 3))})
+    assert f"vLLM does not support LoRA of convolutions ('{module}')" in refusal(found, shared=shared)
+
+
 def test_names_that_cannot_be_completed_are_refused(plain):
     short = replace(plain, places={module: f"model.{place}" for module, place in plain.places.items()})
     assert refusal(short, shared=False) is None

@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
 def add(
     pack: console.PackFolder,
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER", help="Folders, a parent folder of some, URLs, Hub ids, NAME=PATH.")
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Folders, LoRA files, a folder of some, URLs, Hub ids, NAME=PATH."),
     ],
     extend: Annotated[
         int | None,

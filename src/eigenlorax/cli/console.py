@@ -161,6 +161,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         dtype += f", coefficients {figures.coefficient_dtype}"
     return [
         ("base model", (figures.base_model or "not stated") + (f" @ {figures.revision}" if figures.revision else "")),
+        *[("  made for", str(figures.family))] * bool(figures.family),
         ("adapters", f"{figures.adapters} (rank {_ranks(figures.ranks)})"),
         *[("  untrained", ", ".join(figures.untrained))] * bool(figures.untrained),
         *[(f"  left out: {name}", reason) for name, reason in figures.fit.skipped.items()],

@@ -1,4 +1,4 @@
-"""`eigenlorax export`: adapters of a pack as ordinary PEFT LoRA folders."""
+"""`eigenlorax export`: adapters of a pack as ordinary LoRAs, folders of PEFT's or single files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,9 @@ EPILOG = """Examples:
 
   eigenlorax export pack/ sst2 mrpc -o loras/ --dtype float16
 
-  eigenlorax export org/pack sst2 -o loras/"""
+  eigenlorax export org/pack sst2 -o loras/
+
+  eigenlorax export styles-pack/ -o exported/ --format kohya"""
 
 
 def register(app: typer.Typer) -> None:
@@ -24,9 +26,20 @@ def register(app: typer.Typer) -> None:
 def export(
     pack: console.PackSource,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Each adapter becomes DIR/NAME.", parser=console.path)
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Each adapter becomes DIR/NAME, or DIR/NAME.safetensors.",
+            parser=console.path,
+        ),
     ],
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which ones; all by default.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="peft, kohya, diffusers, diffusers-old or diffusion-model (default: what each came in)."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the LoRA factors (default: float32, or the pack's if that is wider).")
     ] = None,
@@ -34,12 +47,14 @@ def export(
     overwrite: console.Overwrite = False,
     json: console.Json = False,
 ) -> None:
-    """Give adapters of a pack back as ordinary LoRA folders that PEFT loads."""
+    """Give adapters of a pack back as ordinary LoRAs, in the format they came in or another one."""
     from ..pack import Pack
 
     opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
     with console.working() as progress:
-        written = opened.export(output, names or None, dtype=dtype, overwrite=overwrite, progress=progress)
+        written = opened.export(
+            output, names or None, format=format, dtype=dtype, overwrite=overwrite, progress=progress
+        )
     if json:
         console.print_json({"written": {name: str(path) for name, path in written.items()}})
     else:
@@ -53,4 +68,4 @@ def export(
             )
             for name, path in written.items()
         ]
-        console.print_table("", ("adapter", "delta error", "rounding", "folder"), rows, numbers=(1, 2))
+        console.print_table("", ("adapter", "delta error", "rounding", "written to"), rows, numbers=(1, 2))

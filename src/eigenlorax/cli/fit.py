@@ -19,6 +19,8 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/* org/on-the-hub mine=runs/3/best -o pack/ -k 64
 
+  eigenlorax fit styles/*.safetensors -o pack/
+
   eigenlorax fit s3://bucket/adapters -o pack/
 
   eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
@@ -50,7 +52,7 @@ def fit(
         list[str],
         typer.Argument(
             metavar="ADAPTER",
-            help="Adapter folders, a parent folder of some, URLs (s3://…), Hub ids (org/name), NAME=PATH.",
+            help="Adapter folders, LoRA files, a folder of some, URLs (s3://…), Hub ids (org/name), NAME=PATH.",
         ),
     ],
     output: Annotated[

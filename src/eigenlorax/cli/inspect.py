@@ -40,7 +40,7 @@ def inspect(
     from ..pack import Pack
 
     if Path(target).is_dir() and not any(
-        (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG)
+        (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE)
     ):
         raise FormatError(
             f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}."
@@ -95,6 +95,8 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
         f"adapter {target}",
         [
             ("base model", figures["base_model"] or "not stated"),
+            ("format", figures["format"]),
+            *[("made for", figures["family"])] * bool(figures["family"]),
             ("modules", str(figures["modules"])),
             ("rank", ", ".join(map(str, figures["ranks"]))),
             ("scaling", ", ".join(f"{scaling:g}" for scaling in figures["scalings"])),
@@ -102,6 +104,7 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
             ("LoRA bytes", f"{figures['lora_bytes']:,} (file: {figures['file_bytes']:,})"),
             ("heads", _listing(figures["heads"])),
             ("carried", _listing(figures["carried"])),
+            *[("metadata", _listing(list(figures["metadata"])))] * bool(figures["metadata"]),
             ("norm of the update", f"{figures['delta_norm']:.4g}" + (" (untrained)" * figures["untrained"])),
         ],
     )
@@ -110,6 +113,7 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
 def _figures(adapter: "Adapter") -> dict[str, Any]:
     from .. import checks
     from ..dtypes import name as dtype_name
+    from ..formats import format_of
 
     scan = checks.scan(adapter)
     specs = adapter.specs.values()
@@ -117,6 +121,9 @@ def _figures(adapter: "Adapter") -> dict[str, Any]:
     return {
         "base_model": adapter.base_model,
         "revision": adapter.revision,
+        "format": format_of(adapter.origin),
+        "family": checks.family(adapter),
+        "metadata": dict(adapter.origin.metadata) if adapter.origin is not None else {},
         "modules": len(adapter.specs),
         "ranks": list(adapter.ranks),
         "scalings": sorted({spec.scaling for spec in specs}),

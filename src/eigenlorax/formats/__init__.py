@@ -5,40 +5,73 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import urls
-from ..adapter import Adapter
+from .. import keys, urls
+from ..adapter import Adapter, Origin
 from ..errors import OptionError
-from . import hf_peft, official
+from . import diffusers, folders, hf_peft, image_lora, image_lora_out, kohya, names, official
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How adapters of one format come in, and go out where they may."""
+    """How adapters of one format come in, and go out where they may. suffix: of a format of single files."""
 
     read: Callable[..., Adapter]
     write: Callable[..., Path] | None = None
+    suffix: str = ""
 
 
-FORMATS = {"peft": Format(hf_peft.read, hf_peft.write), "official": Format(official.read)}
+PEFT = "peft"
+FORMATS = {
+    PEFT: Format(hf_peft.read, hf_peft.write),
+    names.KOHYA: Format(kohya.read, kohya.write, keys.LORA_SUFFIX),
+    names.DIFFUSERS: Format(diffusers.read, diffusers.write, keys.LORA_SUFFIX),
+    names.OLD: Format(diffusers.read_old, diffusers.write_old, keys.LORA_SUFFIX),
+    names.DIFFUSION_MODEL: Format(diffusers.read_diffusion_model, diffusers.write_diffusion_model, keys.LORA_SUFFIX),
+    "official": Format(official.read),
+}
+_OF_PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
 
 
-def read_adapter(source: str | Path, *, format: str = "peft", **options: Any) -> Adapter:
-    """An adapter from a folder, a URL or a Hub id; its tensors are read when they are asked for, and it may be pickled.
+def read_adapter(source: str | Path, *, format: str | None = None, **options: Any) -> Adapter:
+    """An adapter from a folder, a single file, a URL or a Hub id; its tensors are read when they are asked for, and it
+    may be pickled.
 
-    Options: the reader's own.
+    format: by default, what the files say: a folder with `adapter_config.json` is PEFT's, and a single file says it by
+        the names of its tensors. Options: the reader's own.
     """
-    return _format(format).read(source, **options)
+    if format is not None:
+        return _format(format).read(source, **options)
+    place = folders.place(source, **{key: value for key, value in options.items() if key in _OF_PLACE})
+    return (hf_peft.read if place.file is None else image_lora.read)(place, **options)
 
 
-def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", **options: Any) -> Path:
-    """Write an adapter as the folder `path`, whole or not at all. Options: the writer's own."""
-    write = _format(format).write
-    if write is None:
-        writable = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
-        raise OptionError(f"format {format!r} is read, not written. Written are: {writable}.")
+def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = None, **options: Any) -> Path:
+    """Write an adapter, whole or not at all: as the folder `path`, or, in the formats of single files, as that file.
+
+    format: by default, the one that it came in. Options: the writer's own.
+    """
+    chosen = format if format is not None else format_of(adapter.origin)
+    write = writable(chosen).write
+    assert write is not None
     if urls.is_url(path):
         raise OptionError(f"{path} is a URL; adapters are read from those, and written to folders of this machine.")
+    if chosen == PEFT and format_of(adapter.origin) != PEFT:
+        adapter = image_lora_out.for_peft(adapter)
     return write(adapter, Path(path), **options)
+
+
+def format_of(origin: Origin | None) -> str:
+    """The format that an adapter of that origin came in."""
+    return origin.format if origin is not None else PEFT
+
+
+def writable(name: str) -> Format:
+    """The format of that name, if it is written and not only read."""
+    found = _format(name)
+    if found.write is None:
+        known = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
+        raise OptionError(f"format {name!r} is read, not written. Written are: {known}.")
+    return found
 
 
 def _format(name: str) -> Format:

@@ -44,8 +44,9 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     subspace = None if embedded else _subspace(config, where)
     modules = {}
     kernels = config.get(keys.KERNELS) or {}
+    numbers = lora_config.Numbers(config, where)
     for module, found in own.items():
-        _, scaling = lora_config.rank_and_scaling(module, config, where)
+        _, scaling = numbers.of(module)
         if subspace is None:
             down_basis, up_basis = found[keys.EMBEDDED["down"]], found[keys.EMBEDDED["up"]]
         else:

@@ -18,7 +18,7 @@ from .. import dtypes, keys
 from ..errors import FormatError, UrlError
 from ..urls import RemoteFolder
 from . import folders, ranges
-from .folders import Folder
+from .folders import Folder, Place
 
 Load = Callable[[list[str]], list[Tensor]]
 """Reads tensors by name."""
@@ -51,33 +51,48 @@ class Opened:
     file_bytes: int
     headers: Mapping[str, Header]
     load: Load
+    metadata: Mapping[str, str]
 
 
-def opened(
-    source: str | Path,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    allow_pickle: bool = False,
-) -> Opened:
-    """The folder of an adapter: on disk, behind a URL, or what the Hub has of it, where there is no such folder."""
-    folder, default_name = folders.adapter_folder(
-        source,
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        allow_pickle=allow_pickle,
-    )
-    text, config = _read_config(folder)
-    weights, file_bytes, headers, load = _open_weights(folder, allow_pickle)
-    name = keys.check_name(name if name is not None else default_name)
-    return Opened(name, text, config, weights, file_bytes, headers, load)
+@dataclass(frozen=True, slots=True)
+class OpenedFile:
+    """The tensors of an adapter that is a single file, and the file's metadata. It may be pickled.
+
+    `weights` is what the file is called, `file_bytes` its size.
+    """
+
+    name: str
+    weights: str
+    file_bytes: int
+    headers: Mapping[str, Header]
+    load: Load
+    metadata: Mapping[str, str]
+
+
+def opened(source: str | Path | Place, *, name: str | None = None, allow_pickle: bool = False, **where: Any) -> Opened:
+    """The folder of an adapter: on disk, behind a URL, or what the Hub has of it, where there is no such folder.
+
+    where: the options of `folders.place`.
+    """
+    place = folders.place(source, allow_pickle=allow_pickle, **where)
+    if place.file is not None:
+        raise FormatError(f"{place} is a single file, not a folder with {keys.ADAPTER_CONFIG}. Leave the format away.")
+    text, config = _read_config(place.folder)
+    name = keys.check_name(name if name is not None else place.name)
+    return Opened(name, text, config, *_open_weights(place.folder, allow_pickle))
+
+
+def opened_file(
+    source: str | Path | Place, *, name: str | None = None, allow_pickle: bool = False, **where: Any
+) -> OpenedFile:
+    """The single file of an adapter: on disk, behind a URL, or on the Hub. Options: those of `opened`."""
+    place = folders.place(source, allow_pickle=allow_pickle, **where)
+    if place.file is None:
+        raise FormatError(f"{place} is not a {keys.LORA_SUFFIX} file, nor a folder of one {keys.LORA_FILE}.")
+    name = keys.check_name(name if name is not None else place.name)
+    if isinstance(place.folder, RemoteFolder) and not place.folder.is_file(place.file):
+        raise UrlError(f"{place} does not exist.")
+    return OpenedFile(name, *_open_safetensors(place.folder, place.file))
 
 
 def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
@@ -129,13 +144,18 @@ def _check_texts(config: dict[str, Any], path: str) -> None:
             raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
-def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[str, Header], Load]:
-    """What the file of weights is called, its size, what it has, and what reads it."""
+def _open_safetensors(folder: Folder, name: str) -> tuple[str, int, dict[str, Header], Load, dict[str, str]]:
+    """What a file is called, its size, what it has, what reads it, and its metadata."""
+    file = folder.file(name)
+    found = ranges.stored(file)
+    headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
+    return str(file), file.size, headers, found.load, dict(found.metadata)
+
+
+def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[str, Header], Load, dict[str, str]]:
+    """What the file of weights is called, its size, what it has, what reads it, and its metadata."""
     if folder.is_file(keys.ADAPTER_WEIGHTS):
-        file = folder.file(keys.ADAPTER_WEIGHTS)
-        found = ranges.stored(file)
-        headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
-        return str(file), file.size, headers, found.load
+        return _open_safetensors(folder, keys.ADAPTER_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_PICKLE):
         fetched = allow_pickle or isinstance(folder, RemoteFolder)
         unfetched = "" if fetched else " (from the Hub, a .bin is fetched with --allow-pickle only)"
@@ -151,7 +171,7 @@ def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[st
             "trust it, pass --allow-pickle (allow_pickle=True): it is then read with weights_only=True."
         )
     pickled = folder.at(keys.ADAPTER_PICKLE)
-    return str(pickled), pickled.stat().st_size, *_open_pickle(pickled)
+    return str(pickled), pickled.stat().st_size, *_open_pickle(pickled), {}
 
 
 def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:

@@ -16,7 +16,7 @@ from ..errors import FormatError
 
 LENGTH_BYTES = 8
 _MAX_LENGTH = 100_000_000
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 # a size in bits, and what torch calls it: under None, and in releases that lack the name, it cannot be read
 _DTYPES: dict[str, tuple[int, str | None]] = {
     "F64": (64, "float64"),
@@ -66,8 +66,9 @@ def length(first: bytes, size: int, where: str) -> int:
     return stated
 
 
-def parse(text: bytes, size: int, where: str) -> dict[str, Entry]:
-    """The tensors of a file of `size` bytes by name, in the order of their bytes. `where` stands before what is wrong.
+def parse(text: bytes, size: int, where: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file of `size` bytes by name, in the order of their bytes, and the file's metadata. `where`
+    stands before what is wrong.
 
     text: the header itself, without the bytes that say its length.
     """
@@ -79,9 +80,9 @@ def parse(text: bytes, size: int, where: str) -> dict[str, Entry]:
         "".join(header).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise _damaged(where, f"its header is not valid JSON: {error}") from error
-    metadata = header.pop(_METADATA, None) or {}
+    metadata = header.pop(METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(where, f"its {_METADATA} are not texts by name")
+        raise _damaged(where, f"its {METADATA} are not texts by name")
     entries = {}
     start = LENGTH_BYTES + len(text)
     at = 0
@@ -95,7 +96,7 @@ def parse(text: bytes, size: int, where: str) -> dict[str, Entry]:
         at = end
     if start + at != size:
         raise _damaged(where, f"its header and tensors take {start + at:,} bytes; the file has {size:,}")
-    return entries
+    return entries, metadata
 
 
 def _damaged(where: str, what: str) -> FormatError:

@@ -13,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from .. import dtypes, keys, store
-from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from ..errors import FormatError, NonFiniteError, ShapeError
 from ..keys import Kind
-from . import coefficients, files, lora_config, official
+from . import coefficients, files, lora_config, official, safetensors_file
 from .files import Header, Load
+from .folders import Place
+from .lora_config import Numbers
 
 # Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
 
 
 def read(
-    source: str | Path,
+    source: str | Path | Place,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -66,6 +67,9 @@ def read(
     adapter = assemble(
         opened.name, opened.text, opened.config, headers, load, where=str(weights), file_bytes=opened.file_bytes
     )
+    # PEFT itself writes no more than the format
+    if set(opened.metadata) - {"format"}:
+        adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(opened.metadata.items()))))
     if not adapter.specs and not adapter.carried:
         raise FormatError(f"{weights} has no LoRA tensor at all.")
     return adapter
@@ -103,6 +107,7 @@ def assemble(
         else:
             (heads if place.kind is Kind.HEAD else carried)[key] = raw
     specs: dict[str, ModuleSpec] = {}
+    numbers = Numbers(config, where)
     for module, pair in factors.items():
         for side, other in (("down", "up"), ("up", "down")):
             if side not in pair:
@@ -117,7 +122,7 @@ def assemble(
         if _carried_whole(module, config, [headers[raw] for raw in pair.values()]):
             carried |= {keys.lora_key(module, side): raw for side, raw in pair.items()}
         else:
-            specs[module] = _spec(module, pair, headers, config, where)
+            specs[module] = _spec(module, pair, headers, numbers, where)
 
     return Adapter(
         name=name,
@@ -170,14 +175,12 @@ def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
     return len(down) == len(up) > 2 and set(up[2:]) == {1} and up[1] == down[0] and math.prod(down) > 0
 
 
-def _spec(
-    module: str, pair: dict[str, str], headers: Mapping[str, Header], config: dict[str, Any], where: str
-) -> ModuleSpec:
+def _spec(module: str, pair: dict[str, str], headers: Mapping[str, Header], numbers: Numbers, where: str) -> ModuleSpec:
     down, up = headers[pair["down"]], headers[pair["up"]]
     for side, header in (("down", down), ("up", up)):
         if header.dtype is None:
             raise FormatError(f"{where}: tensor {pair[side]!r} is not float64, float32, float16 or bfloat16.")
-    rank, scaling = lora_config.rank_and_scaling(module, config, where)
+    rank, scaling = numbers.of(module)
     if down.shape[0] != up.shape[1] or down.shape[0] < 1:
         raise ShapeError(
             f"{where}: {pair['down']!r} is {down.shape} and {pair['up']!r} is {up.shape}: "
@@ -212,15 +215,17 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, ove
 def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """The bytes of the two files of a PEFT folder."""
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-    config = json.loads(text)
+    numbers = Numbers(json.loads(text), adapter.name)
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
     for module, factors in adapter.modules.items():
-        lora_config.check(adapter.name, module, factors.spec, config)
+        numbers.check(module, factors.spec)
         for side, factor in zip(keys.SIDES, factors.weights, strict=True):
             tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
+    own = adapter.origin is not None and adapter.origin.format == "peft"
+    metadata = {"format": "pt", **(adapter.origin.metadata if adapter.origin is not None and own else {})}
     return {
         keys.ADAPTER_CONFIG: text.encode("utf-8"),
-        keys.ADAPTER_WEIGHTS: to_safetensors(tensors, metadata={"format": "pt"}),
+        keys.ADAPTER_WEIGHTS: safetensors_file.to_bytes(tensors, metadata),
     }
 
 

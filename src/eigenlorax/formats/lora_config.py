@@ -3,12 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from .. import keys
 from ..adapter import Adapter, ModuleSpec
 from ..errors import FormatError
+
+Number = TypeVar("Number", int, float)
 
 # PEFT's own defaults, for configs older than the field.
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
@@ -24,56 +27,67 @@ _KEPT = (
 )
 
 
-def rank_and_scaling(module: str, config: dict[str, Any], where: str) -> tuple[int, float]:
-    """Rank and scaling of a module, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r."""
-    patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
-    try:
-        rank = keys.pattern_value(patterns[0], module, config.get("r", _DEFAULT_RANK))
-        alpha = keys.pattern_value(patterns[1], module, config.get("lora_alpha", _DEFAULT_ALPHA))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(
-            f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
-        ) from error
-    usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
-    try:
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
-    except OverflowError:
-        scaling = math.inf
-    # squared, it enters every norm of the update
-    if not math.isfinite(scaling * scaling):
-        raise FormatError(
-            f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} in {keys.ADAPTER_CONFIG} are not usable "
-            "numbers."
-        )
-    return rank, scaling
+class Numbers:
+    """Ranks and scalings by one config, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r.
 
+    where: stands before what is wrong with them.
+    """
 
-def check(name: str, module: str, spec: ModuleSpec, config: dict[str, Any]) -> None:
-    """`FormatError` where a config says another rank or scaling of a module than its factors have."""
-    rank, scaling = rank_and_scaling(module, config, name)
-    if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
-        raise FormatError(
-            f"adapter {name!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} are not those of its "
-            f"config, {rank} and {scaling:g}. Clear source_config, and a fitting one is written."
-        )
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+        patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
+        if not all(isinstance(pattern, dict) for pattern in patterns):
+            raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
+        self._ranks, self._alphas = (keys.Patterns(pattern) for pattern in patterns)
+
+    def of(self, module: str) -> tuple[int, float]:
+        """Rank and scaling of a module."""
+        config, where = self._config, self._where
+        try:
+            rank = self._ranks.value(module, config.get("r", _DEFAULT_RANK))
+            alpha = self._alphas.value(module, config.get("lora_alpha", _DEFAULT_ALPHA))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(
+                f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
+            ) from error
+        usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
+        try:
+            scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
+        except OverflowError:
+            scaling = math.inf
+        # squared, it enters every norm of the update
+        if not math.isfinite(scaling * scaling):
+            raise FormatError(
+                f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} in {keys.ADAPTER_CONFIG} are not "
+                "usable numbers."
+            )
+        return rank, scaling
+
+    def check(self, module: str, spec: ModuleSpec) -> None:
+        """`FormatError` where they are not those of a module's factors."""
+        rank, scaling = self.of(module)
+        if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
+            raise FormatError(
+                f"adapter {self._where!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} are not "
+                f"those of its config, {rank} and {scaling:g}. Clear source_config, and a fitting one is written."
+            )
 
 
 def make(adapter: Adapter) -> str:
     """An `adapter_config.json` for an adapter that was made in memory: ranks and scalings by module, nothing else."""
-    first = next(iter(adapter.specs.values()))
-    alphas = {module: spec.scaling * spec.rank for module, spec in adapter.specs.items()}
+    ranks = {module: spec.rank for module, spec in adapter.specs.items()}
+    alphas = {module: alpha_of(spec.rank, spec.scaling) for module, spec in adapter.specs.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base_model,
         "revision": adapter.revision,
         "task_type": None,
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.scaling * first.rank,
-        "rank_pattern": {_whole(m): s.rank for m, s in adapter.specs.items() if s.rank != first.rank},
-        "alpha_pattern": {_whole(m): a for m, a in alphas.items() if a != first.scaling * first.rank},
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {keys.whole_name(m): one for m, one in ranks.items() if one != rank},
+        "alpha_pattern": {keys.whole_name(m): one for m, one in alphas.items() if one != alpha},
         "target_modules": sorted(adapter.specs),
     }
     return json.dumps(config, indent=2, sort_keys=True)
@@ -87,6 +101,12 @@ def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
-def _whole(module: str) -> str:
-    """A pattern that fits this module alone: without the anchor, `0.query` would fit `decoder.0.query` too."""
-    return f"^{re.escape(module)}$"
+def alpha_of(rank: int, scaling: float) -> float:
+    """The lora_alpha of a scaling: a whole number where one gives the same scaling."""
+    alpha = float(scaling * rank)
+    return float(round(alpha)) if round(alpha) / rank == scaling else alpha
+
+
+def _commonest(values: Iterable[Number]) -> Number:
+    """The value that is there most often; of several, the first: what differs from it has to be listed."""
+    return Counter(values).most_common(1)[0][0]

@@ -199,7 +199,7 @@ def _spec(found: Opened, module: str, parts: _Module, config: dict[str, Any]) ->
     (n_in, rank), (n_out, rank_up) = shapes["down"], shapes["up"]
     if rank != rank_up:
         raise ShapeError(f"{found.weights}, module {module}: rank {rank} of eigenlora_A, {rank_up} of eigenlora_B.")
-    stated, scaling = lora_config.rank_and_scaling(module, {"r": rank, **config}, str(found.weights))
+    stated, scaling = lora_config.Numbers({"r": rank, **config}, str(found.weights)).of(module)
     if stated != rank:
         raise ShapeError(
             f"{found.weights}, module {module}: its rank is {rank}, but {keys.ADAPTER_CONFIG} says {stated}. Its "

@@ -79,6 +79,7 @@ class Stored:
 
     file: File
     entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
 
     def load(self, names: Sequence[str]) -> list[Tensor]:
         """Tensors by name, each in memory of its own."""
@@ -95,7 +96,7 @@ def stored(file: File) -> Stored:
     first = _read(file, 0, min(_FIRST, file.size))
     end = header.LENGTH_BYTES + header.length(first, file.size, where)
     text = first[header.LENGTH_BYTES : end] + _read(file, len(first), max(end, len(first)))
-    return Stored(file, header.parse(text, file.size, where))
+    return Stored(file, *header.parse(text, file.size, where))
 
 
 def _read(file: File, begin: int, end: int) -> bytes:

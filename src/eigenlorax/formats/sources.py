@@ -1,4 +1,4 @@
-"""From what a user points at to adapters, one by one: folders, folders of folders, URLs, Hub ids, NAME=PATH."""
+"""From what a user points at to adapters, one by one: folders and files, folders of some, URLs, Hub ids, NAME=PATH."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -65,18 +65,27 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
     source = folders.localized(source)
     folder = _folder(source, revision, token)
-    if folder is None or folders.is_adapter(folder) or folders.is_pack(folder):
+    if folder is None or folders.is_adapter(folder) or folders.is_pack(folder) or folders.holds_lora_file(folder):
         return [Found(name, source)]
     children = folder.folders()
-    adapters = [child for child in children if folders.is_adapter(child)]
-    if not adapters:
+    adapters = [child for child in children if folders.is_adapter(child) or folders.holds_lora_file(child)]
+    files = [file for file in folder.files() if folders.is_file_name(file) and not file.startswith(".")]
+    loras = [file for file in files if folders.is_lora(folder, file)]
+    if not adapters and not loras:
         deeper = [child for child in children[:_LOOKED_INTO] if any(map(folders.is_adapter, child.folders()))]
         hint = f" There are some one level deeper: try {deeper[0]}." if deeper else ""
+        none = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
         raise FormatError(
-            f"{folder} has no {keys.ADAPTER_CONFIG}, and neither has any folder in it: no adapter was found.{hint}"
+            f"{folder} has no {keys.ADAPTER_CONFIG}, and neither has any folder in it: no adapter was found."
+            f"{none}{hint}"
         )
     if name is not None:
-        raise OptionError(f"{name}={folder} names one adapter, but {folder} is a folder of {len(adapters)}.")
+        raise OptionError(
+            f"{name}={folder} names one adapter, but {folder} is a folder of {len(adapters) + len(loras)}."
+        )
+    for file in files:
+        if file not in loras:
+            warnings.warn(f"{folder.at(file)} was passed over: it is no LoRA.", SkippedAdapterWarning, stacklevel=2)
     for child in children:
         if child in adapters:
             continue
@@ -84,11 +93,13 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         if weights:
             reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"
             warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
-    return [Found(None, child.source) for child in adapters]
+    return [Found(None, child.source) for child in adapters] + [Found(None, folder.at(file)) for file in loras]
 
 
 def _folder(source: str | Path, revision: str | None, token: str | bool | None) -> Folder | None:
-    """The folder that a source names, to look into; None for the Hub's ids, and for what is no folder, or not there."""
+    """The folder that a source names, to look into; None for files and the Hub's ids, and for what is not there."""
+    if folders.is_file_name(source) and not Path(source).is_dir():
+        return None
     if isinstance(source, str) and urls.is_url(source):
         remote = urls.folder(source, revision=revision, token=token)
         remote.refresh()

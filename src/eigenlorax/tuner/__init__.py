@@ -8,20 +8,24 @@ registration.check_peft()
 from .components import lora_from_components  # noqa: E402
 from .config import EigenLoraxConfig  # noqa: E402
 from .convert import combine, from_lora, scaled, swap, to_lora  # noqa: E402
+from .layer import EigenLoraxLayer  # noqa: E402
 from .model import EigenLoraxModel  # noqa: E402
 from .optim import SOAP, coefficient_groups  # noqa: E402
+from .serving import serve  # noqa: E402
 
 registration.register()
 
 __all__ = [
     "SOAP",
     "EigenLoraxConfig",
+    "EigenLoraxLayer",
     "EigenLoraxModel",
     "coefficient_groups",
     "combine",
     "from_lora",
     "lora_from_components",
     "scaled",
+    "serve",
     "swap",
     "to_lora",
 ]

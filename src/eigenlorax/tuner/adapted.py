@@ -20,6 +20,8 @@ from .. import convolution
 from ..mixing import arrange
 from .layer import EigenLoraxLayer
 
+_NOTHING = nn.Identity()
+
 
 class Adapted(nn.Module, EigenLoraxLayer):
     """All that linear layers and convolutions have in common; they differ in four products."""
@@ -28,6 +30,12 @@ class Adapted(nn.Module, EigenLoraxLayer):
         super().__init__()
         EigenLoraxLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
+
+    def train(self, mode: bool = True) -> "Adapted":
+        """As in torch. What was trained is served afterwards."""
+        super().train(mode)
+        self.blend()
+        return self
 
     @abstractmethod
     def _onto(self, x: Tensor, basis: Tensor) -> Tensor:
@@ -88,6 +96,8 @@ class Adapted(nn.Module, EigenLoraxLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
+        if self.serving is not None and adapter_names is None and not self.training and not self.merged_adapters:
+            return self._serve(x, *args, **kwargs)
         self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -103,23 +113,43 @@ class Adapted(nn.Module, EigenLoraxLayer):
             result = result + self._update(adapters, x)
         return result.to(dtype)
 
+    def _serve(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output with the cores that are there now. What is read here, a compiled model is compiled anew for."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for key, blend in self.eigenlorax_blend.items():
+            down_basis, up_basis = self.bases_at(key)
+            hidden = self._cast_input_dtype(x, down_basis.dtype)
+            hidden = self._onto(hidden, down_basis.to(hidden.dtype))
+            hidden = self._times(hidden.to(blend.dtype), blend)
+            result = result + self._times(hidden.to(up_basis.dtype), up_basis.mT)
+        return result.to(dtype)
+
     def _sharing(self) -> list[list[str]]:
         """The active adapters, those together that can have the products with their bases in common."""
         found: dict[tuple[Any, ...], list[str]] = {}
         for adapter in self.active_adapters:
             if self.has_adapter(adapter):
-                dropout = self.eigenlorax_dropout[adapter]
+                dropout = self._dropout(adapter)
                 # each has zeros of its own in the input
                 alone = adapter if isinstance(dropout, nn.Dropout) and dropout.training else None
                 key = (*self.bases_key(adapter), self.factors_of(adapter)[0].dtype, alone)
                 found.setdefault(key, []).append(adapter)
         return list(found.values())
 
+    def _dropout(self, adapter: str) -> nn.Module:
+        """What is done to the layer's input for an adapter: nothing, for one that is held."""
+        if adapter in self.eigenlorax_dropout:
+            return self.eigenlorax_dropout[adapter]
+        return _NOTHING
+
     def _update(self, adapters: Sequence[str], x: Tensor) -> Tensor:
         """The sum of the updates of adapters that share their bases."""
         first = adapters[0]
         down_basis, up_basis = self.bases_of(first)
-        x = self._cast_input_dtype(self.eigenlorax_dropout[first](x), self.factors_of(first)[0].dtype)
+        x = self._cast_input_dtype(self._dropout(first)(x), self.factors_of(first)[0].dtype)
         projected = self._onto(x, down_basis.to(x.dtype))
         total: Tensor | None = None
         for adapter in adapters:

@@ -158,6 +158,9 @@ class EigenLoraxConfig(PeftConfig):
         if not isinstance(self.start, str):
             raise OptionError(f"start must be 'zero', 'mean', 'uniform', a name or a path, got {self.start!r}.")
 
+    def check_saving(self, adapter_name: str) -> None:
+        """Refuse to save an adapter that is not the model's own to save: none, where PEFT loaded or made it."""
+
     def use_subspace(self, subspace: os.PathLike[str] | str | Pack | None) -> None:
         """Take this subspace from now on: the folder or repository of a pack, or a `Pack`."""
         if isinstance(subspace, Pack):

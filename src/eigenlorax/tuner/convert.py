@@ -153,6 +153,7 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.scaling.update(before[name])
+            layer.blend()
 
 
 def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], adapter_name: str) -> None:
@@ -201,6 +202,7 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
                 layer.eigenlorax_down[adapter_name].copy_(torch.cat([layer.eigenlorax_down[one] for one, _ in parts]))
                 ups = [weight * layer.eigenlorax_up[one] for one, weight in parts]
                 layer.eigenlorax_up[adapter_name].copy_(torch.cat(ups, dim=1))
+            layer.blend()
 
 
 def _widen(model: nn.Module, adapter_name: str) -> None:

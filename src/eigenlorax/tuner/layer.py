@@ -4,6 +4,7 @@ What is computed with them is in `adapted`.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import convolution
-from ..subspace import ModuleBases
+from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
 
@@ -22,6 +23,7 @@ from .starts import Start
 class EigenLoraxLayer(BaseTunerLayer):
     """What an adapted layer holds, by adapter; and the bases, by the fingerprint of their subspace."""
 
+    _active_adapter: str | list[str]
     adapter_layer_names = ("eigenlorax_down", "eigenlorax_up", "eigenlorax_core")
     other_param_names = ("r", "lora_alpha", "use_rslora", "scaling", "eigenlorax_dropout", "subspace_of", "sizes_of")
 
@@ -47,6 +49,10 @@ class EigenLoraxLayer(BaseTunerLayer):
         # the same for adapters that are saved with their subspace, one pair an adapter: part of the state dict
         self.eigenlorax_embedded_down = BufferDict({}, persistent=True)
         self.eigenlorax_embedded_up = BufferDict({}, persistent=True)
+        # (k_up, k_down), one a subspace: what is active now, where the layer serves
+        self.eigenlorax_blend = BufferDict({}, persistent=False)
+        self.serving: Serving | None = None
+        self._blended: tuple[Any, ...] = ()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
@@ -86,6 +92,27 @@ class EigenLoraxLayer(BaseTunerLayer):
             self.eigenlorax_up[adapter_name] = nn.Parameter(up)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if adapter_name in self.active_adapters or self.bases_key(adapter_name)[0] not in self.eigenlorax_blend:
+            self.blend()
+
+    def hold(self, adapter_name: str, bases: ModuleBases, fingerprint: str, coefficients: Coefficients) -> None:
+        """Add an adapter to run and not to train: its coefficients as they are, on bases that may be here already.
+
+        It is not active yet, and is served after the next `blend`. Coefficients may be on the first components of bases
+        that have grown since.
+        """
+        self.r[adapter_name] = coefficients.rank
+        self.lora_alpha[adapter_name] = coefficients.scaling * coefficients.rank
+        self.use_rslora[adapter_name] = False
+        self.scaling[adapter_name] = coefficients.scaling
+        self._place_bases(adapter_name, bases, fingerprint, embed=False)
+        self.sizes_of[adapter_name] = coefficients.down.shape[1], coefficients.up.shape[0]
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        own = self.dtype
+        for target, part in ((self.eigenlorax_down, coefficients.down), (self.eigenlorax_up, coefficients.up)):
+            # rounded to no narrower dtype than the pack's
+            wide = torch.promote_types(part.dtype, own) if own is not None else part.dtype
+            target[adapter_name] = nn.Parameter(part.to(device, wide), requires_grad=False)
 
     def _place_bases(self, adapter_name: str, bases: ModuleBases, fingerprint: str, embed: bool) -> None:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -98,17 +125,21 @@ class EigenLoraxLayer(BaseTunerLayer):
             if key not in target:
                 # rounding the basis to the dtype of a half-precision model would be another basis
                 dtype = torch.promote_types(basis.components.dtype, torch.float32)
+                if self.serving is not None and not embed:
+                    dtype = self.serving.dtype or dtype
                 target[key] = basis.components.to(device=_real(device), dtype=dtype)
 
     def bases_of(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """(k_down, in) and (k_up, out), orthonormal rows: those that the adapter has coefficients on."""
-        if adapter_name in self.eigenlorax_embedded_down:
-            down, up = self.eigenlorax_embedded_down[adapter_name], self.eigenlorax_embedded_up[adapter_name]
-        else:
-            key = self.subspace_of[adapter_name]
-            down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
-        k_down, k_up = self.sizes_of[adapter_name]
+        key, k_down, k_up = self.bases_key(adapter_name)
+        down, up = self.bases_at(key)
         return down[:k_down], up[:k_up]
+
+    def bases_at(self, key: str) -> tuple[Tensor, Tensor]:
+        """The same whole: those of the adapter that has them embedded, or those of the subspace, of this name."""
+        if key in self.eigenlorax_embedded_down:
+            return self.eigenlorax_embedded_down[key], self.eigenlorax_embedded_up[key]
+        return self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
 
     def widen(self, adapter_name: str) -> None:
         """Give an adapter coefficients on all components that its subspace has now: zeros on those that came since."""
@@ -126,6 +157,7 @@ class EigenLoraxLayer(BaseTunerLayer):
             if adapter_name in parts and any(room):
                 old = parts[adapter_name]
                 parts[adapter_name] = nn.Parameter(pad(old.detach(), room), requires_grad=old.requires_grad)
+        self.blend()
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.eigenlorax_down or adapter_name in self.eigenlorax_core
@@ -156,18 +188,21 @@ class EigenLoraxLayer(BaseTunerLayer):
         for bases in (self.eigenlorax_basis_down, self.eigenlorax_basis_up):
             for key in set(bases) - set(self.subspace_of.values()):
                 del bases[key]
+        self.blend()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling of an adapter to `scale` times that of its config."""
         if adapter in self.r:
             divisor = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
             self.scaling[adapter] = scale * self.lora_alpha[adapter] / divisor
+            self._blend_anew()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of all active adapters."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
+        self._blend_anew()
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of all active adapters; without a number, set it back to that of their config."""
@@ -176,15 +211,111 @@ class EigenLoraxLayer(BaseTunerLayer):
                 self.scaling[adapter] /= scale
             elif adapter in self.scaling:
                 self.set_scale(adapter, 1.0)
+        self._blend_anew()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Adapters that are held are not made trainable."""
+        if self.eigenlorax_dropout:
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
+        else:
+            self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._blend_anew()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT."""
+        super().enable_adapters(enabled)
+        self._blend_anew()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Every adapter is a LoRA in the terms of a basis."""
         return True
 
+    def serve(self, dtype: torch.dtype | None = None) -> None:
+        """Serve from now on: outside of training, what is active is one core a subspace, whichever adapters that is.
+
+        The core is a buffer, filled anew in place when something else becomes active. The layer reads that tensor and
+        nothing else, so that a compiled model stays as it is; nothing is trained by what it computes in this way.
+
+        dtype: that of the bases from now on, unless they are embedded; None leaves them as they are.
+        """
+        if self.serving is None:
+            self.register_load_state_dict_post_hook(_blend_what_was_loaded)
+        self.serving = Serving(dtype)
+        if dtype is not None:
+            # a tensor that is made within inference mode could never be trained with again
+            with torch.inference_mode(False), torch.no_grad():
+                for bases in (self.eigenlorax_basis_down, self.eigenlorax_basis_up):
+                    for key in list(bases):
+                        bases[key] = bases[key].to(dtype)
+        # one that was put into a model that is not being trained thinks that it is
+        self.train(self.base_layer.training)
+        self.blend()
+
+    def blend(self) -> None:
+        """Fill the cores that are served, where there are any: after coefficients were changed by hand, too."""
+        if self.serving is None:
+            return
+        embedded = self.eigenlorax_embedded_down
+        keys = {name: name if name in embedded else key for name, key in self.subspace_of.items()}
+        for key in set(self.eigenlorax_blend) - set(keys.values()):
+            del self.eigenlorax_blend[key]
+        # what is made within inference mode could not be written outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            for key in dict.fromkeys(keys.values()):
+                down, up = self.bases_at(key)
+                if key not in self.eigenlorax_blend:
+                    dtype = torch.promote_types(up.dtype, torch.float32)
+                    self.eigenlorax_blend[key] = torch.zeros(len(up), len(down), dtype=dtype, device=up.device)
+                self.eigenlorax_blend[key].zero_()
+            for name in [] if self._disable_adapters else self.active_adapters:
+                if self.has_adapter(name):
+                    self._add_to(self.eigenlorax_blend[keys[name]], name)
+        self._blended = self._what_is_active()
+
+    def _add_to(self, blend: Tensor, adapter_name: str) -> None:
+        """Add an adapter's core, in the dtype of the blend, to the first components of it."""
+        factors, scaling = self.factors_of(adapter_name), self.scaling[adapter_name]
+        # what is not loaded yet is on no device
+        if factors[0].is_meta:
+            return
+        k_down, k_up = self.sizes_of[adapter_name]
+        down, *up = (factor.to(blend) for factor in factors)
+        if up:
+            blend[:k_up, :k_down].addmm_(up[0], down, alpha=scaling)
+        else:
+            blend[:k_up, :k_down].add_(down, alpha=scaling)
+
+    def _blend_anew(self) -> None:
+        """`blend`, unless the same adapters are active with the same scalings as the last time."""
+        if self.serving is not None and self._what_is_active() != self._blended:
+            self.blend()
+
+    def _what_is_active(self) -> tuple[Any, ...]:
+        return self._disable_adapters, tuple(
+            (name, self.scaling[name]) for name in self.active_adapters if self.has_adapter(name)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That which the layer itself computes in; None where its weight does not say."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else None
+
     @property
     def kernel(self) -> tuple[int, ...]:
         """That of a convolution; () of a linear layer."""
         return convolution.kernel_of(self.get_base_layer())
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """That a layer serves. dtype: of its bases; None for what they are loaded in."""
+
+    dtype: torch.dtype | None
+
+
+def _blend_what_was_loaded(layer: EigenLoraxLayer, keys: Any) -> None:
+    layer.blend()
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:

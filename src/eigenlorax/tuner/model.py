@@ -18,13 +18,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import convolution, keys
 from ..errors import ModuleNameError, OptionError, RankWarning
+from . import names, starts
 from . import reference as references
-from . import starts
 from .adapted import Adapted, Conv, Linear
 from .config import EigenLoraxConfig
 from .layer import EigenLoraxLayer, sizes_of
 from .reference import Embedded, Reference
 from .starts import Cores, Start
+
+_FSDP = "_fsdp_wrapped_module."
+"""What FSDP puts into names of modules, and takes out of those of tensors."""
 
 
 class EigenLoraxModel(BaseTuner):
@@ -46,17 +49,22 @@ class EigenLoraxModel(BaseTuner):
         references.check_whole(peft_config)
         reference = references.resolve(peft_config)
         if peft_config.target_modules is None:
-            names = self._shared_modules(reference, peft_config)
-            if not names:
+            shared = self._shared_modules(reference, peft_config)
+            if not shared:
                 raise ModuleNameError(
                     f"the model has none of the modules of the subspace {reference.fingerprint[:12]}…. It is a "
                     "different base model; `eigenlorax inspect` says which one the pack belongs to."
                 )
-            peft_config.target_modules = set(names)
+            peft_config.target_modules = set(shared)
         peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
-        targets = {
-            name: module for name, module in self._base_modules() if self._check_target_module_exists(peft_config, name)
-        }
+        modules = dict(self._base_modules())
+        names.follow(
+            peft_config,
+            modules,
+            lambda: {n: reference.place(n, peft_config) for n, module in modules.items() if _is_supported(module)},
+            self._check_target_module_exists,
+        )
+        targets = {n: module for n, module in modules.items() if self._check_target_module_exists(peft_config, n)}
         for name, module in targets.items():
             if why := convolution.reason_against(module):
                 raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
@@ -80,19 +88,19 @@ class EigenLoraxModel(BaseTuner):
 
     def _shared_modules(self, reference: Reference | Embedded, config: EigenLoraxConfig) -> list[str]:
         """The layers of the model that the subspace has, in the layers that the config asks for."""
-        names = [
+        shared = [
             name
             for name, module in self._base_modules()
             if _is_supported(module) and reference.place(name, config) is not None
         ]
         # PEFT looks at layers_to_transform only where a target is less than a whole name
         by_suffix = copy.copy(config)
-        by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
-        wanted = [name for name in names if self._check_target_module_exists(by_suffix, name)]
-        if names and not wanted:
+        by_suffix.target_modules = {name.rpartition(".")[2] for name in shared}
+        wanted = [name for name in shared if self._check_target_module_exists(by_suffix, name)]
+        if shared and not wanted:
             raise OptionError(
-                f"none of the {len(names)} modules of the subspace is left by exclude_modules={config.exclude_modules} "
-                f"and layers_to_transform={config.layers_to_transform}."
+                f"none of the {len(shared)} modules of the subspace is left by "
+                f"exclude_modules={config.exclude_modules} and layers_to_transform={config.layers_to_transform}."
             )
         return wanted
 
@@ -149,6 +157,8 @@ class EigenLoraxModel(BaseTuner):
         )
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         layer = target if isinstance(target, Adapted) else self._adapted(peft_config, adapter_name, target, base_layer)
+        if layer is not target and (serving := next((one.serving for one in self._layers()), None)) is not None:
+            layer.serve(serving.dtype)
         layer.update_layer(
             adapter_name,
             bases,
@@ -183,19 +193,36 @@ class EigenLoraxModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The coefficients, and the bases where the config says that they are saved too."""
+        config.check_saving(adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        config.embedded_shapes = {}
         if not config.embed_subspace:
             # of an adapter that was loaded with its subspace
             found = {key: value for key, value in found.items() if ".eigenlorax_embedded_" not in key}
         else:
-            for name, module in model.named_modules():
+            for wrapped, module in model.named_modules():
                 if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
-                    bases = module.bases_of(adapter_name)
+                    name, bases = wrapped.replace(_FSDP, ""), module.bases_of(adapter_name)
                     for side, basis in zip(("down", "up"), bases, strict=True):
                         found[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _narrowed(basis)
                     config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As in PEFT, after modules that transformers has renamed got the model's names."""
+        modules = [
+            name.replace(_FSDP, "").removeprefix(keys.MODEL_PREFIX)
+            for name, module in model.named_modules()
+            if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)
+        ]
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, names.of_the_model(state_dict, modules)
+        )
         return found
 
     @contextmanager
@@ -218,7 +245,8 @@ class EigenLoraxModel(BaseTuner):
         inside_encoder = set(encoder.modules()) if encoder is not None else set()
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_names, names=adapter_names if module in inside_encoder else repeated), with_kwargs=True
+                partial(_pass_names, adapter_names=adapter_names if module in inside_encoder else repeated),
+                with_kwargs=True,
             )
             for module in self.model.modules()
             if isinstance(module, EigenLoraxLayer | AuxiliaryTrainingWrapper)
@@ -241,8 +269,10 @@ def _narrowed(basis: Tensor) -> Tensor:
     return basis
 
 
-def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
+def _pass_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:

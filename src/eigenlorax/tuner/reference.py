@@ -70,17 +70,18 @@ class Embedded:
         return bases.down.k, bases.up.k
 
     def place(self, module: str, config: EigenLoraxConfig) -> str | None:
-        """The module's own name; None where the adapter has no bases for it."""
-        return module if module in self.shapes else None
+        """The name under which the adapter has bases for a module of the model; None where it has none."""
+        return keys.resolve(module, self.shapes)
 
     def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
         """Bases of zeros, of the shape that will be loaded."""
-        if module not in self.shapes:
+        place = self.place(module, config)
+        if place is None:
             raise ModuleNameError(
                 f"module {module!r} is not among the {len(self.shapes)} that the adapter has embedded bases for, such "
                 f"as {min(self.shapes)!r}. It was trained on another model."
             )
-        k_down, k_up = self.shapes[module]
+        k_down, k_up = self.shapes[place]
         return ModuleBases(_room(k_down, in_features), _room(k_up, out_features))
 
 
