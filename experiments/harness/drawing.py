@@ -93,7 +93,7 @@ def rows_in(config: Json, part: str) -> diffusion.Glyphs:
 
 def packs(config: Json) -> Iterator[Job]:
     """One pack of all fitted styles for every k."""
-    for k in [*config["pack"]["k"], *config["closer"]["k"]]:
+    for k in config["pack"]["k"]:
         yield Job(
             f"diffusion/packs/k{k}", {"pack": pack_spec(config, k)}, packed, (pack_folder(k) / "subspace_config.json",)
         )
@@ -145,15 +145,6 @@ def recycled(config: Json) -> Iterator[Job]:
         yield Job(f"diffusion/recycled/{name}", job, easel.recycle, (easel.pictures_file(name),))
 
 
-def closer(config: Json) -> Iterator[Job]:
-    """The same at more k, for the styles of the pack."""
-    for job in recycled(config):
-        if job.config["seen"]:
-            asked = {**job.config, "pack": {**config["closer"], "rival": None}, "twin": None, "ending": "-closer"}
-            name = job.config["name"]
-            yield Job(f"diffusion/closer/{name}", asked, easel.recycle, (easel.pictures_file(f"{name}-closer"),))
-
-
 def rates(config: Json) -> Iterator[Job]:
     """Coefficients alone, at several rates, on a style that is in no other stage."""
     for basis in BASES:
@@ -167,7 +158,7 @@ def targets(config: Json) -> Iterator[Job]:
     for style in config["styles"]["left_out"]:
         for basis in BASES:
             yield new_style(config, "targets", basis, style, chosen_rate(config, basis))
-        job = {"name": slug(style), "style": style, **checked(config, "held out")}
+        job = {"name": slug(style), "style": style, "lora": config["lora"], **checked(config, "held out")}
         yield Job(f"diffusion/targets/lora--{slug(style)}", job, known)
         job = {"name": f"base-{slug(style)}", "style": style, **checked(config, "held out")}
         yield Job(f"diffusion/targets/base--{slug(style)}", job, untrained)
@@ -237,7 +228,6 @@ STAGES = {
     "packs": packs,
     "plain": plain,
     "recycled": recycled,
-    "closer": closer,
     "rates": rates,
     "targets": targets,
 }

@@ -43,11 +43,6 @@ def styles(*, seen: bool) -> list[Json]:
     return sorted(found, key=lambda one: key.get(records.asked(one)["name"], len(key)))
 
 
-def closer() -> dict[str, Json]:
-    """Records of the k that were added later, by the adapter's name."""
-    return {records.asked(one)["name"]: one for one in records.of("diffusion/closer")}
-
-
 def row_of(one: Json, way: str, k: int | None = None) -> Json:
     return next(row for row in one["test"]["ways"] if (row["way"], row["k"]) == (way, k))
 
@@ -58,12 +53,9 @@ def has(one: Json, way: str, k: int | None) -> bool:
 
 def ways_of(way: str, k: int | None, *, seen: bool = True) -> Iterator[tuple[Json, Json]]:
     """(how it was kept, the distance of the base's pictures) of each style that has this way."""
-    more = closer()
     for one in styles(seen=seen):
-        for record in (one, more.get(records.asked(one)["name"], one)):
-            if has(record, way, k):
-                yield row_of(record, way, k), row_of(record, "base")
-                break
+        if has(one, way, k):
+            yield row_of(one, way, k), row_of(one, "base")
 
 
 HEADER = [
@@ -173,7 +165,7 @@ def new_table(config: Json) -> str:
     k = config["pack"]["rival"]
     for name, label in (
         ("base", "no adapter"),
-        ("lora", "LoRA r = 16"),
+        ("lora", "LoRA r = 32"),
         ("core", f"coefficients alone: core, k = {k}"),
         ("random", "the same over random directions"),
     ):

@@ -145,7 +145,7 @@ def recycle(config: Json) -> Json:
         rows.append({**row, "delta_error": round(error, 5), **jury.verdict(pictures, drawn["original"])})
     base = saved_pictures("plain")["base"] / 255
     rows.append({"way": "base", "k": None, "delta_error": 1.0, **jury.verdict(base, drawn["original"])})
-    save(name + config.get("ending", ""), drawn)
+    save(name, drawn)
     numbers = sum(one.spec.numbers for one in original.values())
     return {
         "subspaces": subspaces,
