@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import eigenlorax as ex
 import reference
+from eigenlorax import summary
 from eigenlorax.adapter import from_factors
 from eigenlorax.errors import (
     AdapterNameError,
@@ -113,6 +116,8 @@ class TestAdd:
         back = ex.Pack.open(saved).adapter("new").modules["encoder.0.value"]
         assert torch.equal(back.down, new.modules["encoder.0.value"].down)
         assert torch.equal(back.up, new.modules["encoder.0.value"].up)
+        lost = {"new": replace(ex.Pack.open(saved).records["new"], delta_error=0.9)}
+        assert "of new (0.90 of what is not carried)." in summary.losses(lost, 0.5)
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),

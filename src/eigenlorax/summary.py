@@ -192,7 +192,8 @@ def lossy(records: Mapping[str, Record], share: float) -> list[str]:
 def losses(records: Mapping[str, Record], share: float) -> str:
     """What is lost of the adapters that `lossy` names, in words: five of them, and how many more there are."""
     found = lossy(records, share)
-    named = ", ".join(f"{name} ({records[name].delta_error:.2f})" for name in found[:5])
+    beside = {name: " of what is not carried" if records[name].carried_bytes else "" for name in found[:5]}
+    named = ", ".join(f"{name} ({records[name].delta_error:.2f}{rest})" for name, rest in beside.items())
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     return f"more than {share:g} of the update is lost (delta error) of {named}{more}."
 
