@@ -88,8 +88,11 @@ class TestThroughAPack:
         assert_same_updates(deltas(found), deltas(truth), 1e-6)
         assert found.origin.format == ("diffusers-old" if dialect in ("lora.down", "processor") else dialect)
 
-    @pytest.mark.parametrize("out", OUT)
-    @pytest.mark.parametrize("dialect", lora_files.DIALECTS)
+    # of "lora.down", which "processor" spells otherwise, one is enough
+    @pytest.mark.parametrize(
+        ("dialect", "out"),
+        [(dialect, out) for dialect in lora_files.DIALECTS for out in OUT if dialect != "lora.down" or out == OUT[1]],
+    )
     def test_every_dialect_in_every_dialect_out(self, folder, sd, truth, wanted, tmp_path, dialect, out):
         path = ex.Pack.open(folder / "pack").export(tmp_path, dialect, format=out)[dialect]
         assert path == tmp_path / f"{dialect}.safetensors"

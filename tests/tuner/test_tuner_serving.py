@@ -1,7 +1,6 @@
 """Serving: one core a subspace, filled in place. Beside the same layers that do not serve, and without recompiling."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -145,12 +144,10 @@ def test_of_whatever_changes_what_is_active(bert_pack, ids, tmp_path):
         torch.testing.assert_close(served(ids).logits, plain(ids).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_nothing_is_compiled_again(bert_pack, ids, backend):
-    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("inductor needs a C++ compiler")
+def test_nothing_is_compiled_again(bert_pack, ids):
     plain, served = both(bert_pack)
-    run = torch.compile(served.get_base_model(), backend=backend, fullgraph=True)
+    # what is guarded against does not depend on the backend, and this one takes no time
+    run = torch.compile(served.get_base_model(), backend="eager", fullgraph=True)
     with torch.inference_mode():
         run(ids)
         with torch._dynamo.config.patch(error_on_recompile=True):
