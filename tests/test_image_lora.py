@@ -198,21 +198,11 @@ class TestThroughAPack:
         }
 
 
-@pytest.mark.parametrize("out", OUT[:3])
-def test_xl_as_diffusers_loads_it(tmp_path, out):
-    pipe = image_models.tiny_pipeline("xl")
+@pytest.mark.parametrize(("kind", "out"), [*(("xl", one) for one in OUT[:3]), *(("flux", one) for one in OUT[1:3])])
+def test_other_models_as_diffusers_loads_them(tmp_path, kind, out):
+    pipe = image_models.tiny_pipeline(kind)
     truth = planted(modules_of(pipe), seed=1)
-    path = write_adapter(truth, tmp_path / "xl", format=out)
-    outputs, updates = loaded(pipe, path)
-    assert_same_updates(updates, deltas(truth))
-    assert_same_outputs(outputs, image_models.outputs(image_models.merged(pipe, deltas(truth))))
-
-
-@pytest.mark.parametrize("out", OUT[1:3])
-def test_flux_as_diffusers_loads_it(tmp_path, out):
-    pipe = image_models.tiny_pipeline("flux")
-    truth = planted(modules_of(pipe), seed=1)
-    path = write_adapter(truth, tmp_path / "flux", format=out)
+    path = write_adapter(truth, tmp_path / kind, format=out)
     outputs, updates = loaded(pipe, path)
     assert_same_updates(updates, deltas(truth))
     assert_same_outputs(outputs, image_models.outputs(image_models.merged(pipe, deltas(truth))))

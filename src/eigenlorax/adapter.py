@@ -117,6 +117,11 @@ class ModuleSpec:
     shared: int = field(default=1, compare=False)
 
     @property
+    def channels(self) -> int:
+        """What the module reads at one place: the channels of a convolution, the input of a linear module."""
+        return self.in_features // math.prod(self.kernel)
+
+    @property
     def numbers(self) -> int:
         """Numbers in the two LoRA factors, of a shared one this module's part."""
         return self.rank * self.in_features // self.shared + self.rank * self.out_features

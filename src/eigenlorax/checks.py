@@ -170,8 +170,7 @@ def family(adapter: Adapter) -> str | None:
 
 
 def _family(adapter: Adapter) -> frozenset[str]:
-    """What `formats.families` tells; of a convolution, the width is the number of its channels."""
-    return families.families((name, spec.in_features // math.prod(spec.kernel)) for name, spec in adapter.specs.items())
+    return families.families((name, spec.channels) for name, spec in adapter.specs.items())
 
 
 def check_one_family(adapters: Sequence[Adapter]) -> None:

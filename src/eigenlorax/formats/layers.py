@@ -3,7 +3,6 @@
 One module by diffusers' name is one layer, but for those of FLUX that are parts of one of its authors'.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,7 +57,7 @@ def kind(adapter: Adapter, dialect: str) -> Kind:
     """How the modules of an adapter are called in a dialect; as they were, where it came in this one. `OptionError` for
     one that is of no image model."""
     named = _canonical(adapter)
-    family = families.families((module, _width(adapter, own)) for own, module in named.items())
+    family = families.families((module, adapter.specs[own].channels) for own, module in named.items())
     found = Kind(dialect, frozenset(), family, named)
     if adapter.origin is not None and adapter.origin.format == dialect:
         found = replace(found, spelling=frozenset(adapter.origin.spelling))
@@ -92,11 +91,6 @@ def _canonical(adapter: Adapter) -> dict[str, str]:
             "single files have no place. Export it in the format 'peft'."
         )
     return found
-
-
-def _width(adapter: Adapter, module: str) -> int:
-    spec = adapter.specs[module]
-    return spec.in_features // math.prod(spec.kernel)
 
 
 def layers(adapter: Adapter, kind: Kind) -> dict[str, Members]:

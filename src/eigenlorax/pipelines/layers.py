@@ -19,8 +19,7 @@ from ..packed import PackedAdapter
 from ..subspace import Subspace
 from ..tuner.adapted import Conv, Linear
 from ..tuner.config import EigenLoraxConfig
-from ..tuner.layer import EigenLoraxLayer, sizes_of
-from ..tuner.model import _is_supported
+from ..tuner.layer import EigenLoraxLayer, is_supported, sizes_of
 from .parts import Place
 
 
@@ -112,7 +111,7 @@ def base_of(module: nn.Module) -> nn.Module:
 def shape_of(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a layer that can have an update; None of one that cannot."""
     base = base_of(module)
-    if not _is_supported(base):
+    if not is_supported(base):
         return None
     n_in, n_out = sizes_of(base)
     return n_out, n_in

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
 
 from .. import convolution
 from ..subspace import Coefficients, ModuleBases
@@ -316,6 +317,14 @@ class Serving:
 
 def _blend_what_was_loaded(layer: EigenLoraxLayer, keys: Any) -> None:
     layer.blend()
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether a layer of a model can have coefficients: a linear one, quantised ones too, or a convolution."""
+    if isinstance(module, nn.Linear | Conv1D) or convolution.is_supported(module):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +22,7 @@ from . import names, starts
 from . import reference as references
 from .adapted import Adapted, Conv, Linear
 from .config import EigenLoraxConfig
-from .layer import EigenLoraxLayer, sizes_of
+from .layer import EigenLoraxLayer, is_supported, sizes_of
 from .reference import Embedded, Reference
 from .starts import Cores, Start
 
@@ -61,14 +61,14 @@ class EigenLoraxModel(BaseTuner):
         names.follow(
             peft_config,
             modules,
-            lambda: {n: reference.place(n, peft_config) for n, module in modules.items() if _is_supported(module)},
+            lambda: {n: reference.place(n, peft_config) for n, module in modules.items() if is_supported(module)},
             self._check_target_module_exists,
         )
         targets = {n: module for n, module in modules.items() if self._check_target_module_exists(peft_config, n)}
         for name, module in targets.items():
             if why := convolution.reason_against(module):
                 raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
-        targets = {name: module for name, module in targets.items() if _is_supported(module)}
+        targets = {name: module for name, module in targets.items() if is_supported(module)}
         sizes = [reference.bases(name, peft_config, *sizes_of(module)) for name, module in targets.items()]
         references.note_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
@@ -91,7 +91,7 @@ class EigenLoraxModel(BaseTuner):
         shared = [
             name
             for name, module in self._base_modules()
-            if _is_supported(module) and reference.place(name, config) is not None
+            if is_supported(module) and reference.place(name, config) is not None
         ]
         # PEFT looks at layers_to_transform only where a target is less than a whole name
         by_suffix = copy.copy(config)
@@ -135,7 +135,7 @@ class EigenLoraxModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_supported(base_layer):
+        if not is_supported(base_layer):
             raise TypeError(
                 f"Target module {current_key}, {target}, is not supported. Only `torch.nn.Linear` (quantised or not), "
                 "`transformers.pytorch_utils.Conv1D` and `torch.nn.Conv1d`, `Conv2d` and `Conv3d` are."
@@ -282,13 +282,6 @@ def _encoder(model: nn.Module) -> nn.Module | None:
         return None
     encoder: nn.Module = model.get_encoder()
     return encoder
-
-
-def _is_supported(module: nn.Module) -> bool:
-    if isinstance(module, torch.nn.Linear | Conv1D) or convolution.is_supported(module):
-        return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear"
 
 
 def _fan_in_fan_out(base_layer: nn.Module, config: EigenLoraxConfig) -> bool:
