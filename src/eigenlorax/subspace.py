@@ -90,20 +90,32 @@ class Augmentation:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """One module of one adapter in its bases: delta_weight = scaling · upᵀ-basis @ up @ down @ down-basis."""
+    """One module of one adapter in its bases: delta_weight = scaling · (U.mT @ up + up_rest) @ (down @ V + down_rest).
+
+    V, U: the components of the two bases. down_rest, up_rest: what the bases do not hold of the two factors; None where
+    nothing is kept of it. The rank need not be the one the adapter was trained with.
+    """
 
     down: Float[Tensor, "r k_down"]
     up: Float[Tensor, "k_up r"]
     scaling: float
     kernel: tuple[int, ...] = ()
+    down_rest: Float[Tensor, "r n_in"] | None = None
+    up_rest: Float[Tensor, "n_out r"] | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     @property
+    def has_rest(self) -> bool:
+        """Whether there is more to the update than its coefficients."""
+        return self.down_rest is not None or self.up_rest is not None
+
+    @property
     def stored_bytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
+        tensors = (self.down, self.up, self.down_rest, self.up_rest)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -482,13 +494,13 @@ def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
-    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, rank and scaling kept, no decomposition."""
-    return LoRAFactors(
-        down=one.reconstruct(coefficients.down, bases.down).to(dtype),
-        up=one.reconstruct(coefficients.up.mT, bases.up).mT.to(dtype).contiguous(),
-        scaling=coefficients.scaling,
-        kernel=coefficients.kernel,
-    )
+    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, with what is kept beside them; scaling kept, no decomposition."""
+    down, up = one.reconstruct(coefficients.down, bases.down), one.reconstruct(coefficients.up.mT, bases.up).mT
+    if coefficients.down_rest is not None:
+        down = down + coefficients.down_rest
+    if coefficients.up_rest is not None:
+        up = up + coefficients.up_rest
+    return LoRAFactors(down.to(dtype), up.to(dtype).contiguous(), coefficients.scaling, coefficients.kernel)
 
 
 def widened(coefficients: Coefficients, bases: ModuleBases) -> Coefficients:
