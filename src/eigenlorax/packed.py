@@ -260,9 +260,16 @@ def from_files(
     for module, place in places.items():
         rank, scaling = numbers.of(module)
         slots[module] = Slot(place, rank, scaling, tuple(kernels.get(module, ())))
-    coefficients, payload = storage.adapter(tensors, slots, subspace)
-    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     fingerprint = config["subspace_fingerprint"]
+
+    def of_then() -> Subspace:
+        found = subspace().at(fingerprint)
+        if found is None:
+            raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
+        return found
+
+    coefficients, payload = storage.adapter(tensors, slots, of_then)
+    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     origin = None
     if keys.SOURCE_FILE in files:
         origin = typed(Origin, json.loads(files[keys.SOURCE_FILE]), keys.SOURCE_FILE)

@@ -92,7 +92,7 @@ class Storage(ABC):
     ) -> tuple[dict[str, Coefficients], Payload | None]:
         """The inverse of `of_adapter`, and the payload; both are taken out of the file's `tensors`.
 
-        subspace: of the pack, or of the time when the adapter was written; called where it is needed. `KeyError` or
+        subspace: what the pack's was when the adapter was written; called where it is needed. `KeyError` or
         `ValueError` where the tensors are not those.
         """
 
