@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import linalg
 from .adapter import LoRAFactors
 
 CHUNK = 64
@@ -103,13 +104,8 @@ def joined(parts: Sequence[CoefficientChunk]) -> CoefficientChunk:
 
 
 def even(one: Chunk) -> Chunk:
-    """The same updates in the factors of their singular value decompositions, up = W·√Σ and down = √Σ·Zᵀ, float64, so
-    that rounding hits both sides alike; rows beyond the rank of an update are zero."""
-    (down, r_down), (up, r_up) = (torch.linalg.qr(one.rows(side).to(torch.float64).mT) for side in ("down", "up"))
-    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    roots, more = values.sqrt()[:, :, None], one.down.shape[1] - values.shape[1]
-    rows = roots * (right @ down.mT), roots * (left.mT @ up.mT)
-    down, up = (torch.nn.functional.pad(each, (0, 0, 0, more)) for each in rows)
+    """The same updates in the factors of their singular value decompositions (`linalg.even_rows`), float64."""
+    down, up = linalg.even_rows(one.down.to(torch.float64), one.up.to(torch.float64))
     return Chunk(down, up, one.scaling, one.scale)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 GROUP = 64
 """Numbers of a row that share a scale; the last group of a row may have fewer."""
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-"""Shares of a group's largest number that its largest code may stand for; what is beyond is cut off."""
+CLIPS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)}
+"""By bits, shares of a group's largest number that its largest code may stand for; what is beyond is cut off. With 127
+levels even a little off one number costs more than finer steps for the 63 others can bring."""
 PARTS = CODES, SCALES, EXPONENT = "codes", "scales", "exponent"
 SMALLEST, LARGEST = 2.0**-12, 2.0**15
 """Between these the largest scale of a matrix is kept as it is: float16 has room, and digits, for it and for scales so
@@ -37,7 +38,7 @@ def encode(rows: Tensor, bits: int) -> dict[str, Tensor]:
     groups, largest = (t * (-exponent).double().exp2().view(-1, *[1] * (t.ndim - 1)) for t in (groups, largest))
     codes, scales = torch.zeros_like(groups), torch.zeros_like(largest)
     least = torch.full_like(largest, torch.inf)
-    for clip in CLIPS:
+    for clip in CLIPS[bits]:
         scale = (largest * clip).to(torch.float16).to(torch.float64)
         step = torch.where(scale > 0, scale, 1.0)[..., None]
         code = torch.where(scale[..., None] > 0, (groups / step).round().clamp(-levels, levels), 0.0)

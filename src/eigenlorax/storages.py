@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import basis as one
-from . import chunks, dtypes, keys, quantised
+from . import chunks, dtypes, keys, linalg, quantised
 from . import subspace as spaces
 from .basis import Basis
 from .chunks import Chunk, CoefficientChunk
@@ -215,7 +215,8 @@ class Integers(Storage):
 
     def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
         exact = spaces.project_chunk(wide, bases, torch.float64, dual)
-        payload = {"down": quantised.encode(exact.down, self.bits), "up": quantised.encode(exact.up.mT, self.bits)}
+        rows = dict(zip(keys.SIDES, _mixed(exact.down.cpu(), exact.up.mT.cpu()), strict=True))
+        payload = {side: quantised.encode(rows[side], self.bits) for side in keys.SIDES}
         down, up = (quantised.decode(payload[side]).to(exact.down.device) for side in keys.SIDES)
         found = CoefficientChunk(
             down,
@@ -231,7 +232,7 @@ class Integers(Storage):
         return {
             f"{keys.coefficients_key(module, side)}.{name}": tensor
             for module, c in coefficients.items()
-            for side, rows in (("down", c.down), ("up", c.up.mT))
+            for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True)
             for name, tensor in quantised.kept(quantised.encode(rows, self.bits)).items()
         }
 
@@ -250,6 +251,15 @@ class Integers(Storage):
             down, up = sides
             found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel)
         return found, payload
+
+
+def _mixed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of coefficients, (…, r, k_down) and (…, r, k_up), of the same updates, in the factors that lose least if
+    what rounding takes from a row is in proportion to its norm (docs/method.md): all rows of one norm, and none along
+    a few components alone, as singular vectors are."""
+    turn = linalg.mixing(down.shape[-2])
+    even = linalg.even_rows(down, up)
+    return turn @ even[0], turn @ even[1]
 
 
 def of_row(found: CoefficientChunk, row: int, module: str) -> dict[str, Tensor]:
