@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import storages
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..analysis import crowded, losses, spectra
@@ -207,7 +208,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     delta = torch.cat(lost)
     found.singular.append((n_in + n_out, torch.cat(singular)))
     in_fit = [place for place in found.fitted if factors[place] is not None]
-    if in_fit:
+    if in_fit and storages.by_name(setting.pack.coefficient_storage).keeps_factors:
         down, up = torch.cat(factor_lost)[in_fit].mean(0).sqrt().tolist()
         found.factor_errors[module] = (down, up)
     relative = torch.where(square > 0, (delta / square.clamp_min(tiny)).sqrt(), math.nan)
@@ -306,7 +307,13 @@ def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Pr
 def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Iterator[Stack]:
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
-        yield stack_coefficients([coefficients_at(one, module, bases) for one in packed], bases.down.k, bases.up.k)
+        found = [coefficients_at(one, module, bases) for one in packed]
+        if bases.down.payload is None:
+            yield stack_coefficients(found, bases.down.k, bases.up.k)
+        else:
+            # rounded to integers, the rows of a basis are no longer orthonormal
+            n_out, n_in = bases.shape
+            yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
 
 
