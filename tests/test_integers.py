@@ -189,7 +189,7 @@ class TestErrors:
         for index, one in enumerate(plain):
             modules = {}
             for module, f in one.modules.items():
-                gauge = torch.diag(10.0 ** torch.linspace(-4, 3, f.down.shape[0], dtype=torch.float64))
+                gauge = torch.diag(10.0 ** torch.linspace(-2, 1, f.down.shape[0], dtype=torch.float64))
                 gauge = gauge @ torch.randn(*gauge.shape, generator=torch.Generator().manual_seed(index)).double()
                 modules[module] = LoRAFactors(torch.linalg.solve(gauge, f.down), f.up @ gauge, f.scaling)
             turned.append(from_factors(one.name, modules, base_model="org/base"))
