@@ -146,9 +146,13 @@ def dual_rows(components: Tensor) -> Tensor:
     """The rows P, (k, d), with which x @ Pᵀ are the least-squares coordinates of x in `components`.
 
     Equal to the components where they are exactly orthonormal; rounding to a stored dtype leaves them a little off.
+    Rows that depend on each other share what lies in their span.
     """
-    gram = components @ components.mT
-    return torch.cholesky_solve(components, torch.linalg.cholesky(gram))
+    root, failed = torch.linalg.cholesky_ex(components @ components.mT)
+    if bool(failed):
+        shared: Tensor = torch.linalg.pinv(components, rtol=1e-6).mT
+        return shared
+    return torch.cholesky_solve(components, root)
 
 
 def product_square(left: Tensor, right: Tensor) -> Tensor:

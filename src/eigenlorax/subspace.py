@@ -494,7 +494,7 @@ def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
-    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, with what is kept beside them; scaling kept, no decomposition."""
+    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, and the rest beside them; scaling kept, no decomposition."""
     down, up = one.reconstruct(coefficients.down, bases.down), one.reconstruct(coefficients.up.mT, bases.up).mT
     if coefficients.down_rest is not None:
         down = down + coefficients.down_rest
