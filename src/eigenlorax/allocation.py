@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -65,10 +64,7 @@ def view(wide: Components, weights: Float[Tensor, " n"]) -> View:
 
 def _side_view(rows: Tensor, lengths: Tensor) -> SideView:
     flat = rows.flatten(0, 1)
-    stack = linalg.RowStack([flat * lengths.flatten()[:, None]])
-    identity = torch.eye(len(flat), dtype=torch.float64)
-    leading = stack.leading([identity], lambda sigma, shape: min(linalg.numerical_rank(sigma, shape), MOST))
-    directions = leading.components()
+    directions = linalg.leading_rows(flat * lengths.flatten()[:, None], MOST)
     return SideView(directions, (flat @ directions.mT).square().numpy(), rows.shape[2])
 
 
@@ -204,14 +200,11 @@ class _Side:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was chosen: each adapter's step, relative to its norm, (n,), and each module's directions (down, up).
+    """What was chosen: each adapter's step, relative to its norm, (n,), and each module's directions (down, up), with
+    those of the next larger and smaller steps beside them. bits: about how many all of it takes."""
 
-    error: the delta error aimed at. bits: about how many all of it takes.
-    """
-
-    error: float
     steps: np.ndarray
-    k: list[tuple[int, int]]
+    k: list[list[tuple[int, int]]]
     bits: float
 
 
@@ -226,6 +219,7 @@ class Survey:
         self._bits, self._lost = np.zeros((len(steps), n)), np.zeros((len(steps), n))
         self._basis = np.zeros(len(steps))
         self._k: list[list[tuple[int, int]]] = []
+        self._members: list[list[int]] = []
 
     def add(self, one: View, members: Sequence[int]) -> None:
         """Take a module in."""
@@ -235,6 +229,7 @@ class Survey:
             self._lost[row, list(members)] += guess.lost
             self._basis[row] += guess.basis_bits
         self._k.append([guess.k for guess in found])
+        self._members.append(list(members))
 
     def plan(self, error: float) -> Plan:
         """For a delta error of every adapter."""
@@ -242,7 +237,7 @@ class Survey:
         lost = np.maximum.accumulate(np.log2(np.maximum(self._lost, 1e-300)), axis=0)
         at = np.array([np.interp(2 * np.log2(error), column, logs) for column in lost.T])
         bits = sum(float(np.interp(x, logs, column)) for x, column in zip(at, self._bits.T, strict=True))
-        middle = float(at.mean())
-        basis = float(np.interp(middle, logs, self._basis))
-        nearest = int(np.abs(logs - middle).argmin())
-        return Plan(error, 2.0**at, [row[nearest] for row in self._k], bits + basis)
+        basis = float(np.interp(float(at.mean()), logs, self._basis))
+        nearest = [int(np.abs(logs - at[members].mean()).argmin()) for members in self._members]
+        k = [row[max(place - 1, 0) : place + 2] for row, place in zip(self._k, nearest, strict=True)]
+        return Plan(2.0**at, k, bits + basis)

@@ -60,10 +60,26 @@ class AdapterCodes:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What an adapter's module must be read beside: its bases (down, up) and its shape, (out, in)."""
+    """What an adapter's module must be read beside: the bases (down, up) of its cluster, the module's shape, (out, in).
+
+    widths: how many rows (down, up) the bases of all clusters have; offsets: where those of this one begin.
+    """
 
     bases: tuple[RoundedBasis, RoundedBasis]
     shape: tuple[int, int]
+    widths: tuple[int, int]
+    offsets: tuple[int, int]
+
+    @classmethod
+    def of(cls, bases: tuple[RoundedBasis, RoundedBasis], cluster: int) -> "Place":
+        """That of a cluster, from the bases of all."""
+        down, up = bases
+        return cls(
+            (down.block(cluster), up.block(cluster)),
+            (up.codes.shape[1], down.codes.shape[1]),
+            (down.k, up.k),
+            (down.span(cluster).start, up.span(cluster).start),
+        )
 
     def dimension(self, side: int) -> int:
         """Of rows on the down side (0) or the up side (1)."""
@@ -108,7 +124,8 @@ def basis_bytes(bases: Sequence[RoundedBasis]) -> list[bytes]:
         [(one.codes.numpy().ravel(), np.repeat(_row_classes(one), one.codes.shape[1])) for one in bases]
     )
     return [
-        np.array([one.k], "<u2").tobytes()
+        bytes([max(len(one.blocks), 1)])
+        + np.array(one.blocks or [one.k], "<u2").tobytes()
         + one.fineness.astype("u1").tobytes()
         + (-one.profile).astype("u1").tobytes()
         + stream
@@ -124,15 +141,18 @@ def bases(sides: Sequence[tuple[bytes, int]]) -> list[RoundedBasis]:
     """The inverse of `basis_bytes`, of bytes and the width of rows."""
     heads, streams = [], []
     for data, dimension in sides:
-        k = int(np.frombuffer(data, "<u2", 1)[0]) if len(data) >= 2 else 0
-        if len(data) < 2 + 2 * k:
+        blocks = tuple(np.frombuffer(data[1 : 1 + 2 * data[0]], "<u2").tolist()) if data else ()
+        k, at = sum(blocks), 1 + 2 * len(blocks)
+        if not blocks or len(blocks) != data[0] or len(data) < at + 2 * k:
             raise FormatError("the bytes of a basis end too early.")
-        fineness, profile = (np.frombuffer(data, "u1", k, 2 + start).astype(np.int64) for start in (0, k))
-        heads.append((fineness, -profile))
-        streams.append((data[2 + 2 * k :], np.repeat(transform.row_classes(fineness, dimension), dimension)))
+        fineness, profile = (np.frombuffer(data, "u1", k, at + start).astype(np.int64) for start in (0, k))
+        heads.append((fineness, -profile, blocks if len(blocks) > 1 else ()))
+        streams.append((data[at + 2 * k :], np.repeat(transform.row_classes(fineness, dimension), dimension)))
     return [
-        RoundedBasis(torch.from_numpy(codes).reshape(len(fineness), dimension), fineness, profile)
-        for codes, (fineness, profile), (_, dimension) in zip(entropy.decode(streams), heads, sides, strict=True)
+        RoundedBasis(torch.from_numpy(codes).reshape(len(fineness), dimension), fineness, profile, blocks)
+        for codes, (fineness, profile, blocks), (_, dimension) in zip(
+            entropy.decode(streams), heads, sides, strict=True
+        )
     ]
 
 
@@ -302,15 +322,22 @@ def coefficients(
     one: ModuleCodes, step: float, place: Place, *, rank: int, scaling: float, kernel: tuple[int, ...] = ()
 ) -> Coefficients:
     """What the codes stand for, float32, of the rank of the adapter: rows of zeros fill it up."""
-    down_basis, up_basis = place.bases
     if one.core_level:
         core = torch.from_numpy(one.core.astype(np.float64))[None]
         left, right = transform.core_factors(core, torch.tensor([step], dtype=torch.float64), rank)
-        down, up = _padded(right[0], rank, down_basis.k), _padded(left[0].mT, rank, up_basis.k)
-        return Coefficients(down.float(), (up.mT / scaling).float().contiguous(), scaling, kernel)
-    weight = np.sqrt(step * 2.0 ** (-one.scales / transform.SCALES))
-    down, down_rest = _rows(one.down, weight, rank, down_basis.k, place.dimension(0))
-    up, up_rest = _rows(one.up, weight / (scaling or 1.0), rank, up_basis.k, place.dimension(1))
+        down = _placed(right[0], rank, place.widths[0], place.offsets[0])
+        up = _placed(left[0].mT / (scaling or 1.0), rank, place.widths[1], place.offsets[1])
+        return Coefficients(down, up.mT.contiguous(), scaling, kernel)
+    weight = torch.from_numpy(np.sqrt(step * 2.0 ** (-one.scales / transform.SCALES)))
+    found = []
+    for side, (rows, rows_weight) in enumerate(((one.down, weight), (one.up, weight / (scaling or 1.0)))):
+        known = _weighted(rows.coefficients, rows.coefficient_levels, rows_weight, rank)
+        found.append(_placed(known, rank, place.widths[side], place.offsets[side]))
+        rest = _weighted(rows.rest, rows.rest_levels, rows_weight, rank)
+        found.append(rest.float() if (rows.rest_levels > 0).any() else None)
+    down, down_rest, up, up_rest = found
+    assert down is not None
+    assert up is not None
     return Coefficients(
         down,
         up.mT.contiguous(),
@@ -321,20 +348,17 @@ def coefficients(
     )
 
 
-def _rows(one: SideRows, weight: np.ndarray, rank: int, k: int, dimension: int) -> tuple[Tensor, Tensor | None]:
-    """Coefficients and rest of one side, in rows."""
-    found = []
-    for levels, codes, width in ((one.coefficient_levels, one.coefficients, k), (one.rest_levels, one.rest, dimension)):
-        there = np.flatnonzero(levels > 0)
-        rows = np.zeros((rank, width), dtype=np.float32)
-        if len(there):
-            rows[there] = codes * weight[there, None]
-        found.append((torch.from_numpy(rows), bool(len(there))))
-    (known, _), (rest, has_rest) = found
-    return known, rest if has_rest else None
+def _weighted(codes: np.ndarray, levels: np.ndarray, weight: Tensor, rank: int) -> Tensor:
+    """Rows from the codes of those that have a level, (rank, d) float64."""
+    there = torch.from_numpy(np.flatnonzero(levels > 0))
+    found = torch.zeros(rank, codes.shape[1] if codes.ndim == 2 else 0, dtype=torch.float64)
+    if len(there):
+        found[there] = torch.from_numpy(codes.astype(np.float64)) * weight[there, None]
+    return found
 
 
-def _padded(rows: Tensor, rank: int, k: int) -> Tensor:
-    found = torch.zeros(rank, k, dtype=rows.dtype)
-    found[: len(rows)] = rows
+def _placed(rows: Tensor, rank: int, width: int, offset: int) -> Tensor:
+    """Coefficients on the rows of one cluster among those of all, float32."""
+    found = torch.zeros(rank, width, dtype=torch.float32)
+    found[: len(rows), offset : offset + rows.shape[1]] = rows
     return found

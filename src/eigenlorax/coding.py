@@ -6,14 +6,14 @@ its delta error, measured, is just below what was asked for. Nothing here knows 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import allocation, coded, transform
+from . import allocation, clusters, coded, transform
 from .adapter import LoRAFactors
 from .allocation import Plan, Survey
 from .coded import AdapterCodes, ModuleCodes, Place
@@ -26,8 +26,8 @@ SURVEY, BASES, STEPS, WRITING = (
     "choosing bytes: steps",
     "choosing bytes: writing",
 )
-FINEST, COARSEST = 2.0**-24, 0.7
-"""Steps, relative to the norm of an adapter, that are surveyed."""
+RANGE = 2.0**-22, 2.0**0.5
+"""Steps, relative to the norm of an adapter, that are surveyed where the error is not known beforehand."""
 CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
 TURNS = 14
@@ -37,10 +37,16 @@ FULL = 0.985
 BUDGET_TURNS = 8
 HELD_BYTES = 2**30
 """Components that are kept in memory between rounds; beyond that, factors are read anew."""
+COMPARED = 4
+"""Modules by which adapters are compared."""
+WORTHWHILE = 0.97
+"""The share of bytes that more clusters may take: a pack of several is harder to add to."""
 BATCH = 64
 """Adapters whose bytes are made together."""
 
 Report = Callable[[str, int, int], None]
+Bases = Mapping[tuple[str, int], tuple[RoundedBasis, RoundedBasis]]
+"""By module and cluster, (down, up)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +59,39 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module: its name, its shape (out, in), the adapters that have trained it, and how many numbers they have."""
+    """One module: its name, its shape (out, in), the adapters that have trained it, and how many numbers they have.
+
+    cluster: whose these adapters are, where they have bases of their own.
+    """
 
     name: str
     shape: tuple[int, int]
     members: tuple[Member, ...]
     numbers: int
+    cluster: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.cluster
+
+    def split(self, groups: Sequence[int]) -> "list[Module]":
+        """The module by the clusters of its adapters."""
+        found = []
+        for cluster in range(max(groups) + 1):
+            own = tuple(member for member in self.members if groups[member.index] == cluster)
+            if own:
+                share = self.numbers * len(own) // len(self.members)
+                found.append(replace(self, members=own, numbers=share, cluster=cluster))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """What came out: bases by module, the codes of each adapter by module, and what each loses, relative to its norm.
-
-    Adapters lack modules that they have not trained.
-    """
+    """What came out: bases (down, up) by module, those of all clusters; each adapter's codes; and what each loses,
+    relative to its norm. Adapters lack modules that they have not trained."""
 
     bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]]
-    codes: Sequence[Mapping[str, ModuleCodes]]
-    steps: Sequence[float]
+    adapters: Sequence[AdapterCodes]
     errors: Sequence[float]
 
 
@@ -83,15 +104,26 @@ class Point:
 
 
 class Collection:
-    """The modules of a collection, and the norms of its n adapters over all of them, none of which is 0."""
+    """The modules of a collection, and the norms of its n adapters over all of them, none of which is 0.
 
-    def __init__(self, modules: Sequence[Module], norms: Float[Tensor, " n"], report: Report) -> None:
-        self.modules = modules
+    groups: each adapter's cluster; all in one by default. steps: those that are surveyed, relative to norms.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Module],
+        norms: Float[Tensor, " n"],
+        steps: Sequence[float],
+        report: Report,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        self.groups = list(groups) if groups is not None else [0] * len(norms)
+        self.modules = [part for module in modules for part in module.split(self.groups)]
         self.norms = norms
         self._report = report
         size = 8 * sum(module.numbers for module in modules)
-        self._held: dict[str, Components] | None = {} if size <= HELD_BYTES else None
-        self.survey = Survey(len(norms), _grid())
+        self._held: dict[tuple[str, int], Components] | None = {} if size <= HELD_BYTES else None
+        self.survey = Survey(len(norms), steps)
         for module, wide in self._each(SURVEY):
             indices = _indices(module)
             self.survey.add(allocation.view(wide, 1 / norms[indices]), indices)
@@ -99,15 +131,16 @@ class Collection:
     def _each(self, stage: str) -> Iterator[tuple[Module, Components]]:
         for done, module in enumerate(self.modules):
             self._report(stage, done, len(self.modules))
-            yield module, self._components(module)
+            yield module, self.components(module)
         self._report(stage, len(self.modules), len(self.modules))
 
-    def _components(self, module: Module) -> Components:
-        if self._held is not None and module.name in self._held:
-            return self._held[module.name]
+    def components(self, module: Module) -> Components:
+        """Of a module's updates."""
+        if self._held is not None and module.key in self._held:
+            return self._held[module.key]
         found = transform.components([member.read() for member in module.members])
         if self._held is not None:
-            self._held[module.name] = found
+            self._held[module.key] = found
         return found
 
     def frontier(self, errors: Sequence[float]) -> list[Point]:
@@ -126,35 +159,47 @@ class Collection:
         steps, errors = self._sought(bases, steps, errors, bound)
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, wide in self._each(WRITING):
-            found = transform.encoded(wide, steps[_indices(module)], *bases[module.name])
+            found = transform.encoded(wide, steps[_indices(module)], *bases[module.key])
             for row, member in enumerate(module.members):
                 codes[member.index][module.name] = coded.taken(found, row)
-        return Coded(bases, codes, steps.tolist(), errors.tolist())
+        adapters = [
+            AdapterCodes(step, group, modules)
+            for step, group, modules in zip(steps.tolist(), self.groups, codes, strict=True)
+        ]
+        return Coded(self._joined(bases), adapters, errors.tolist())
+
+    def _joined(self, bases: Bases) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
+        """The bases of all clusters of each module, one after the other."""
+        count, found = max(self.groups) + 1, {}
+        for name, shape in {module.name: module.shape for module in self.modules}.items():
+            none = no_basis(shape[1]), no_basis(shape[0])
+            pairs = [bases.get((name, cluster), none) for cluster in range(count)]
+            down, up = (transform.joined(list(side)) for side in zip(*pairs, strict=True))
+            found[name] = down, up
+        return found
 
     def _bases(
         self, plan: Plan, steps: Tensor
-    ) -> tuple[dict[str, tuple[RoundedBasis, RoundedBasis]], Float[Tensor, " n"]]:
+    ) -> tuple[dict[tuple[str, int], tuple[RoundedBasis, RoundedBasis]], Float[Tensor, " n"]]:
         """Rounded bases where they are worth their bytes; and the errors with them."""
         bases, lost = {}, torch.zeros_like(steps)
         for at, (module, wide) in enumerate(self._each(BASES)):
             indices = _indices(module)
             own = steps[indices]
             best: tuple[float, tuple[RoundedBasis, RoundedBasis], Codes] | None = None
-            one = allocation.view(wide, 1 / self.norms[indices]) if max(plan.k[at]) else None
-            for k in dict.fromkeys([plan.k[at], (0, 0)]):
+            one = allocation.view(wide, 1 / self.norms[indices]) if max(map(max, plan.k[at])) else None
+            for k in dict.fromkeys([*plan.k[at], (0, 0)]):
                 pair = _pair(wide, one, own, k, module.shape)
                 found = transform.encoded(wide, own, *pair)
                 price = float(found.price().sum()) + sum(side.bits() + 16 * side.k for side in pair)
                 if best is None or price < best[0]:
                     best = price, pair, found
             assert best is not None
-            _, bases[module.name], found = best
+            _, bases[module.key], found = best
             lost.index_add_(0, indices, found.lost)
         return bases, lost.sqrt() / self.norms
 
-    def _sought(
-        self, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], steps: Tensor, errors: Tensor, bound: float
-    ) -> tuple[Tensor, Tensor]:
+    def _sought(self, bases: Bases, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """The steps with which errors are just below the bound, and those errors."""
         good, good_errors = torch.zeros_like(steps), torch.zeros_like(errors)
         bad = torch.full_like(steps, math.inf)
@@ -177,9 +222,7 @@ class Collection:
             raise OptionError(f"max_error={bound:g} is more than whole numbers of 32 bits can hold of some adapter.")
         return good, good_errors
 
-    def _errors(
-        self, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], steps: Tensor, which: Tensor
-    ) -> Float[Tensor, " n"]:
+    def _errors(self, bases: Bases, steps: Tensor, which: Tensor) -> Float[Tensor, " n"]:
         """Of some adapters, what they lose with these steps."""
         lost = torch.zeros_like(steps)
         for module, wide in self._each(STEPS):
@@ -187,7 +230,7 @@ class Collection:
             if rows:
                 indices = _indices(module)[rows]
                 part = wide if len(rows) == len(module.members) else wide.part(rows)
-                lost.index_add_(0, indices, transform.encoded(part, steps[indices], *bases[module.name]).lost)
+                lost.index_add_(0, indices, transform.encoded(part, steps[indices], *bases[module.key]).lost)
         return lost.sqrt() / self.norms
 
     def within(self, limit: float, size: Callable[[Coded], int], asked: str) -> Coded:
@@ -235,9 +278,23 @@ class Collection:
         return min(max(rise / fall if fall > 0 else 1.0, 0.2), 5.0)
 
 
-def _grid() -> list[float]:
-    steps = round(2 * math.log2(COARSEST / FINEST))
-    return [COARSEST * 2.0 ** (-number / 2) for number in range(steps + 1)]
+def steps_for(error: float, numbers: int) -> list[float]:
+    """Steps that may be those of an adapter of so many numbers with this error, or a little more or less.
+
+    The smallest is that of one whose every number is coded; the largest is that of one that loses whole components.
+    """
+    least, most = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, RANGE[1])
+    return _spaced(least, most, 2)
+
+
+def steps_for_any() -> list[float]:
+    """Steps for errors of every size."""
+    return _spaced(*RANGE, 1)
+
+
+def _spaced(least: float, most: float, by_octave: int) -> list[float]:
+    count = max(math.ceil(by_octave * math.log2(most / least)), 2)
+    return [float(step) for step in np.geomspace(least, most, count + 1)]
 
 
 def _as_written(steps: Tensor) -> Tensor:
@@ -269,20 +326,36 @@ def no_basis(dimension: int) -> RoundedBasis:
     return RoundedBasis(torch.zeros(0, dimension, dtype=torch.int64), none, none)
 
 
-def places(found: Coded, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Place]:
-    """Of every module."""
-    return {name: Place(found.bases[name], shape) for name, shape in shapes.items()}
-
-
-def written(found: Coded, by_module: Mapping[str, Place]) -> list[bytes]:
+def written(found: Coded) -> list[bytes]:
     """The bytes of each adapter."""
     blobs: list[bytes] = []
-    for start in range(0, len(found.codes), BATCH):
-        batch = [
-            (AdapterCodes(step, 0, modules), {name: by_module[name] for name in modules})
-            for modules, step in zip(
-                found.codes[start : start + BATCH], found.steps[start : start + BATCH], strict=True
-            )
-        ]
-        blobs += coded.adapter_bytes(batch)
+    for start in range(0, len(found.adapters), BATCH):
+        batch = found.adapters[start : start + BATCH]
+        blobs += coded.adapter_bytes([(one, places(found.bases, one)) for one in batch])
     return blobs
+
+
+def places(bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], one: AdapterCodes) -> dict[str, Place]:
+    """Where each module of an adapter is."""
+    return {name: Place.of(bases[name], one.cluster) for name in one.modules}
+
+
+def clustered(whole: Collection, modules: Sequence[Module], error: float, report: Report) -> Collection:
+    """The collection in as many clusters as take fewest bytes, by estimate, with this error."""
+    n = len(whole.norms)
+    compared = [module for module in whole.modules if len(module.members) == n]
+    if n < 2 * clusters.LEAST or not compared:
+        return whole
+    chosen = clusters.sample(n)
+    alike = torch.zeros(n, len(chosen), dtype=torch.float64)
+    for at in np.unique(np.linspace(0, len(compared) - 1, COMPARED).round().astype(int)).tolist():
+        alike += clusters.likenesses(whole.components(compared[at]), 1 / whole.norms, chosen)
+    steps = whole.survey.steps
+    middle = int(np.abs(np.log(steps) - np.log(whole.survey.plan(error).steps).mean()).argmin())
+    near = steps[max(middle - 1, 0) : middle + 2].tolist()
+    best, least = None, WORTHWHILE * Collection(modules, whole.norms, near, report).survey.plan(error).bits
+    for groups in clusters.groupings(alike, chosen):
+        bits = Collection(modules, whole.norms, near, report, groups).survey.plan(error).bits
+        if bits < least:
+            best, least = groups, WORTHWHILE * bits
+    return Collection(modules, whole.norms, steps.tolist(), report, best) if best is not None else whole

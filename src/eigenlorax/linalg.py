@@ -94,6 +94,15 @@ class RowStack:
         return Leading(sigma, self.rows @ components.mT, lambda: components)
 
 
+def leading_rows(rows: Tensor, most: int) -> Tensor:
+    """Leading right singular vectors of a matrix, (k, d), at most so many, and those that its Gram matrix resolves."""
+    wide = rows.shape[0] <= rows.shape[1]
+    squares, vectors = descending_eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    sigma = squares.clamp_min(0).sqrt()
+    k = min(most, int((sigma > GRAM_RESOLUTION * sigma[0]).sum()))
+    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if wide else vectors[:, :k].mT)
+
+
 def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
     """diag(weights) @ matrix, block by block."""
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])

@@ -74,16 +74,30 @@ def components(factors: Sequence[LoRAFactors]) -> Components:
 class RoundedBasis:
     """Rows of a basis as whole numbers: row a is codes[a] · 2^(−fineness[a] / 4).
 
-    profile: by how many classes coefficients on each row are smaller than where they are largest, 0 or less.
+    profile: by how many classes coefficients on each row are smaller than where they are largest, 0 or less. blocks:
+    how many rows are of each cluster, where there are several; the rows of one are nearly orthonormal.
     """
 
     codes: Int[Tensor, "k d"]
     fineness: Int[np.ndarray, " k"]
     profile: Int[np.ndarray, " k"]
+    blocks: tuple[int, ...] = ()
 
     @property
     def k(self) -> int:
         return len(self.fineness)
+
+    def span(self, cluster: int) -> slice:
+        """The rows of a cluster."""
+        if not self.blocks:
+            return slice(0, self.k)
+        start = sum(self.blocks[:cluster])
+        return slice(start, start + self.blocks[cluster])
+
+    def block(self, cluster: int) -> "RoundedBasis":
+        """The rows of a cluster by themselves."""
+        part = self.span(cluster)
+        return RoundedBasis(self.codes[part], self.fineness[part], self.profile[part])
 
     @property
     def rows(self) -> Float[Tensor, "k d"]:
@@ -95,6 +109,18 @@ class RoundedBasis:
         """About what the codes take."""
         classes = row_classes(self.fineness, self.codes.shape[1])
         return float(logistic_bits(self.codes.to(torch.float64), torch.from_numpy(classes)[:, None]).sum())
+
+
+def joined(blocks: Sequence[RoundedBasis]) -> RoundedBasis:
+    """The bases of several clusters, one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return RoundedBasis(
+        torch.cat([one.codes for one in blocks]),
+        np.concatenate([one.fineness for one in blocks]),
+        np.concatenate([one.profile for one in blocks]),
+        tuple(one.k for one in blocks),
+    )
 
 
 def row_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
@@ -217,7 +243,10 @@ def _by_components(wide: Components, steps: Tensor, down: RoundedBasis, up: Roun
         ((v_bits + u_bits + OVERHEAD) * kept).sum(1),
         torch.zeros_like(steps),
     )
-    return replace(found, lost=_lost(wide, *factors(found, down.rows, up.rows)))
+    right, left = factors(found, down.rows, up.rows)
+    root = wide.s.sqrt()[..., None]
+    # component beside component: no two large numbers are subtracted
+    return replace(found, lost=linalg.difference_square((wide.u * root).mT, wide.v * root, left.mT, right))
 
 
 def _by_cores(
