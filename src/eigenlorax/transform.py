@@ -335,7 +335,7 @@ def _cut(one: SideCodes, kept: Tensor) -> SideCodes:
 
 def factors(codes: Codes, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """What the codes stand for: (n, r, in) and (n, r, out), float64, whose products are the updates."""
-    weight = (codes.steps[:, None] * torch.exp2(-codes.scales / SCALES)).sqrt()[..., None]
+    weight = (codes.steps[:, None] * torch.exp2(-codes.scales.to(torch.float64) / SCALES)).sqrt()[..., None]
     return codes.down.rows(down) * weight, codes.up.rows(up) * weight
 
 
