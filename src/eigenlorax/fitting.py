@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import auto, checks, dtypes, formats, jobs, keys, manifest, sizes
+from . import auto, checks, dtypes, formats, jobs, keys, manifest, sizes, storages
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .adapter import Adapter
@@ -42,7 +42,8 @@ from .options import names as listed
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
-from .subspace import Coefficients, FitOptions, ModuleBases, Subspace
+from .storages import Integers, Storage
+from .subspace import FitOptions, ModuleBases, Subspace
 from .summary import lossy
 from .version import __version__
 
@@ -94,6 +95,8 @@ def fit(
     exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
         which each adapter then carries as they are.
     dtype, coefficient_dtype: of the stored basis and coefficients; the widest among the sources, and dtype, by default.
+        "int8" and "int4" are integers with a scale for every 64 numbers of a row (docs/method.md), beside which
+        coefficients are int8 by default.
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
         cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
         that, and say what would keep them; 1 for never.
@@ -110,6 +113,8 @@ def fit(
     found = n_components == AUTO
     fit_options = FitOptions(_number(n_components, energy, max_error), energy, weighting, sweeps, max_error)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
+    asked_storage, asked_coefficients = storages.parse(dtype), storages.parse(coefficient_dtype)
+    _check_sized(fit_options, asked_storage, asked_coefficients)
     engines.check(engine, workers)
     if solver not in SOLVERS:
         raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
@@ -136,9 +141,10 @@ def fit(
         packings = _scan(taken, shared, workforce, skip_bad, skipped, report)
         scanned = time.perf_counter() - started
         read = [packing.adapter for packing in packings]
-        stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
-        stored_coefficients = dtypes.parse(coefficient_dtype) or stored
-        setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
+        widest = reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
+        storage = asked_storage or storages.by_name(dtypes.name(widest))
+        coefficient_storage = asked_coefficients or storages.for_coefficients(storage)
+        setting = Setting(fit_options, _fitted(packings, names), storage, coefficient_storage, fit_device)
         by_module = _by_module(packings, names)
         notes = []
         if found:
@@ -156,7 +162,7 @@ def fit(
     subspace = Subspace(modules)
     pack = Pack(
         subspace,
-        manifest.describe(subspace),
+        manifest.describe(subspace, storage),
         {p.adapter.name: p.packed(in_fit=p.adapter.name in setting.weights) for p in packings},
         FitInfo(
             **asdict(fit_options),
@@ -167,7 +173,7 @@ def fit(
         ),
         base_model=base_model,
         revision=base_revision,
-        coefficient_dtype=stored_coefficients,
+        coefficient_dtype=coefficient_storage.name,
     )
     pack.notes.extend(notes)
     if resumed:
@@ -179,6 +185,16 @@ def fit(
         remedy = more if by_iteration else _remedy(_reads(by_module), setting, warn_above)
         warn_of_losses(pack.records, warn_above, remedy)
     return pack
+
+
+def _check_sized(options: FitOptions, *asked: Storage | None) -> None:
+    """`OptionError` where sizes are to be found for a storage that they are not found for."""
+    rounded = [one.name for one in asked if isinstance(one, Integers)]
+    if options.max_error is not None and rounded:
+        raise OptionError(
+            f"max_error={options.max_error:g} does not go with dtype {rounded[0]}: sizes are found for float dtypes "
+            "alone. Give n_components=32 or energy=0.9, and look at the delta errors that come out."
+        )
 
 
 def _number(n_components: int | str | None, energy: float | None, max_error: float | None) -> int | None:
@@ -381,7 +397,7 @@ def _checkpoint(
     key = {
         "version": __version__,
         "options": asdict(setting.options),
-        "dtypes": [dtypes.name(setting.dtype), dtypes.name(setting.coefficient_dtype)],
+        "dtypes": [setting.storage.name, setting.coefficient_storage.name],
         "solver": solver,
         "device": setting.device.type,
         "adapters": [[packing.adapter.name, packing.scan.content_hash] for packing in packings],
@@ -448,8 +464,7 @@ def _fit_modules(
 def _take(fitted: Fitted, job: Job, packings: Mapping[int, Packing]) -> None:
     """Give each adapter its coefficients of a module."""
     for members, chunk in zip(fitted.members, fitted.coefficients, strict=True):
-        scalings = chunk.scaling.tolist()
         for row, index in enumerate(members):
             place = job.places[index]
-            coefficients = Coefficients(chunk.down[row], chunk.up[row], scalings[row], place.spec.kernel)
-            packings[place.index].take(place.module, job.module, coefficients, fitted.errors[index])
+            error = fitted.errors[index]
+            packings[place.index].take(place.module, job.module, chunk, row, place.spec.kernel, error)

@@ -12,6 +12,7 @@ from .formats.sources import Found
 from .manifest import SubspaceInfo
 from .options import integer
 from .packed import Packing
+from .storages import Storage
 from .subspace import Subspace
 
 
@@ -98,9 +99,11 @@ def check_extend(extend: int, info: SubspaceInfo) -> int:
     return extend
 
 
-def extended(subspace: Subspace, joining: Sequence[Joining], most: int, progress: Progress) -> Subspace:
+def extended(
+    subspace: Subspace, storage: Storage, joining: Sequence[Joining], most: int, progress: Progress
+) -> Subspace:
     """The subspace with at most `most` more directions a side, whatever order the adapters were given in; itself if it
-    misses nothing of them."""
+    misses nothing of them. storage: of the subspace."""
     ordered = sorted(joining, key=lambda one: (one.packing.scan.content_hash, one.adapter.name))
     newcomers = [Newcomer(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
-    return extension.extended(subspace, newcomers, most, progress)
+    return extension.extended(subspace, newcomers, most, progress, storage.extended)

@@ -9,7 +9,7 @@ from typing import Any
 from . import renamed
 from .errors import AdapterNameError, FormatError, ModuleNameError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 PEFT_TYPE = "EIGENLORAX"
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
 """What the authors' own code calls its adapters."""

@@ -11,6 +11,7 @@ from . import dtypes, keys, store
 from .basis import Basis
 from .errors import AdapterNameError, PackDamagedError, PackVersionError
 from .packed import Record
+from .storages import STORAGES, Storage
 from .subspace import Augmentation, Subspace
 from .typed import UnfitError, refuse_constant, typed
 from .version import __version__
@@ -85,7 +86,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SubspaceInfo:
-    """What is known of a subspace without its tensors."""
+    """What is known of a subspace without its tensors. dtype: the name of its storage (`storages`)."""
 
     dtype: str
     fingerprint: str
@@ -121,15 +122,16 @@ class SubspaceInfo:
         return down, up
 
 
-def describe(subspace: Subspace) -> SubspaceInfo:
-    """The info of a subspace in memory."""
+def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
+    """The info of a subspace in memory. storage: how it is stored; as the floats that it is by default."""
     modules = {
         name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
         for name, bases in sorted(subspace.modules.items())
     }
     *before, fingerprint = subspace.lineage
     growth = tuple(Step(one, seed) for one, seed in zip(before, subspace.seeds, strict=True))
-    return SubspaceInfo(dtypes.name(subspace.dtype), fingerprint, growth, subspace.stored_bytes, modules)
+    dtype = storage.name if storage is not None else dtypes.name(subspace.dtype)
+    return SubspaceInfo(dtype, fingerprint, growth, subspace.stored_bytes, modules)
 
 
 def _side_info(basis: Basis) -> SideInfo:
@@ -221,7 +223,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
             for name, fields in entries.items()
         },
     )
-    _check(found)
+    _check(found, body["format_version"])
     return found
 
 
@@ -277,7 +279,7 @@ def _entry(value: Any, where: str, version: int) -> Entry:
     return Entry(typed(Record, fields, where), files)
 
 
-def _check(found: Manifest) -> None:
+def _check(found: Manifest, version: int) -> None:
     """What types do not say. Names of files lead nowhere else than into the pack."""
     fit, subspace = found.fit, found.subspace
     seeds = [step.seed for step in subspace.growth if step.seed is not None]
@@ -285,7 +287,7 @@ def _check(found: Manifest) -> None:
     steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
     names = [name.lower() for name in found.adapters]
     files = [set(entry.files) for entry in found.adapters.values()]
-    known = {dtypes.name(dtype) for dtype in dtypes.STORED}
+    known = STORAGES.keys() if version >= 5 else {dtypes.name(dtype) for dtype in dtypes.STORED}
     for right, what in (
         (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
         ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),

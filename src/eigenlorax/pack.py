@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, store
+from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, storages, store
 from . import subspace as spaces
 from .adapter import Adapter, Lazy
 from .errors import (
@@ -57,13 +57,15 @@ class Pack:
         *,
         base_model: str | None,
         revision: str | None,
-        coefficient_dtype: torch.dtype,
+        coefficient_dtype: str | torch.dtype,
     ) -> None:
         self.info = info
         self.fit_info = fit_info
         self.base_model = base_model
         self.revision = revision
-        self.coefficient_dtype = coefficient_dtype
+        found = storages.parse(coefficient_dtype)
+        assert found is not None
+        self._storage, self._coefficients = storages.by_name(info.dtype), found
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self.path: Path | None = None
@@ -85,7 +87,7 @@ class Pack:
             found.fit,
             base_model=found.base_model,
             revision=found.revision,
-            coefficient_dtype=dtypes.by_name(found.coefficient_dtype),
+            coefficient_dtype=found.coefficient_dtype,
         )
         pack.path, pack._opened = path, opened
         pack.remember()
@@ -166,8 +168,23 @@ class Pack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the components are stored in."""
-        return dtypes.by_name(self.info.dtype)
+        """The dtype of the components in memory: the one they are stored in, or float32 of integers."""
+        return self._storage.dtype
+
+    @property
+    def coefficient_dtype(self) -> torch.dtype:
+        """The same of the coefficients."""
+        return self._coefficients.dtype
+
+    @property
+    def storage(self) -> str:
+        """What the components are stored in, as `fit` takes it: `float16`, `int8`."""
+        return self._storage.name
+
+    @property
+    def coefficient_storage(self) -> str:
+        """The same of the coefficients."""
+        return self._coefficients.name
 
     @property
     def records(self) -> dict[str, Record]:
@@ -181,7 +198,7 @@ class Pack:
             self.records,
             self.info,
             self.fit_info,
-            dtypes.name(self.coefficient_dtype),
+            self.coefficient_storage,
             base_model=self.base_model,
             revision=self.revision,
         )
@@ -192,7 +209,7 @@ class Pack:
         found = self._adapters[name]
         if isinstance(found, Entry):
             assert self.path is not None
-            found = folder.read_adapter(self.path, name, found)
+            found = folder.read_adapter(self.path, name, found, self._coefficients, lambda: self.subspace)
             self._check_sizes(self.path, found)
         return found
 
@@ -359,13 +376,15 @@ class Pack:
         extend = joining.check_extend(extend, self.info) if extend is not None else None
         host = Host(self.info, self.names, self.base_model, self.revision)
         new = joining.read(found, host, carry_missing=carry_missing, same_base=same_base, options=options)
-        subspace = self.subspace if extend is None else joining.extended(self.subspace, new, extend, report)
+        subspace = self.subspace
+        if extend is not None:
+            subspace = joining.extended(subspace, self._storage, new, extend, report)
         added = {}
         for done, one in enumerate(new):
             report("projecting adapters", done, len(new))
             for module, place in one.places.items():
                 bases, factors = subspace.modules[place], one.adapter.modules[module]
-                one.packing.project(module, place, factors, bases, self.coefficient_dtype, spaces.duals(bases))
+                one.packing.project(module, place, factors, bases, self._coefficients, spaces.duals(bases))
             added[one.adapter.name] = one.packing.packed(in_fit=False)
         report("projecting adapters", len(new), len(new))
         records = {name: one.record for name, one in added.items()}
@@ -383,7 +402,7 @@ class Pack:
             self._adapters = {
                 name: kept if isinstance(kept, Entry) else self._of_now(name) for name, kept in self._adapters.items()
             }
-            self._subspace, self.info = subspace, manifest.describe(subspace)
+            self._subspace, self.info = subspace, manifest.describe(subspace, self._storage)
         self._adapters |= added
         for one in new:
             self.base_model = self.base_model or one.adapter.base_model
@@ -405,12 +424,12 @@ class Pack:
         subspace = spaces.augment(self.subspace, n_extra, seed)
         return Pack(
             subspace,
-            manifest.describe(subspace),
+            manifest.describe(subspace, self._storage),
             {name: self._of_now(name) for name in self.names},
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
-            coefficient_dtype=self.coefficient_dtype,
+            coefficient_dtype=self.coefficient_storage,
         )
 
     def _of_now(self, name: str) -> PackedAdapter:
@@ -467,13 +486,16 @@ class Pack:
             if not (here and isinstance(found, Entry))
         }
         # made when they are asked for: all at once, they would be the pack in memory once more
-        files = Lazy(dict(sorted(loaded.items())), lambda name: packed.to_files(loaded[name], self.info.fingerprint))
+        files = Lazy(
+            dict(sorted(loaded.items())),
+            lambda name: packed.to_files(loaded[name], self.info.fingerprint, self._coefficients),
+        )
         entries = {name: found for name, found in self._adapters.items() if isinstance(found, Entry)}
         entries |= folder.entries(loaded, files)
         if here and before is not None and before.subspace == self.info:
             data, file, sha256 = None, before.subspace_file, before.subspace_sha256
         else:
-            data = folder.subspace_bytes(self.subspace)
+            data = folder.subspace_bytes(self.subspace, self._storage)
             file, sha256 = folder.subspace_name(data)
         new = Manifest(
             base_model=self.base_model,
@@ -482,7 +504,7 @@ class Pack:
             subspace=self.info,
             subspace_file=file,
             subspace_sha256=sha256,
-            coefficient_dtype=dtypes.name(self.coefficient_dtype),
+            coefficient_dtype=self.coefficient_storage,
             adapters=dict(sorted(entries.items())),
         )
         digest = folder.write(target, before, new, data, files)
@@ -518,7 +540,7 @@ class Pack:
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
-            coefficient_dtype=self.coefficient_dtype,
+            coefficient_dtype=self.coefficient_storage,
         )
         with tempfile.TemporaryDirectory() as temporary:
             return remote.push(

@@ -160,10 +160,7 @@ class Subspace:
     @property
     def stored_bytes(self) -> int:
         """Tensor bytes of the subspace's file: stored components, spectra, and the check numbers of augmented rows."""
-        return sum(
-            (b.k - b.n_extra) * b.dimension * b.components.element_size() + b.singular_values.nbytes + 4 * b.n_extra
-            for b in self._sides()
-        )
+        return sum(b.row_bytes + b.singular_values.nbytes + 4 * b.n_extra for b in self._sides())
 
     @property
     def fingerprint(self) -> str:
@@ -362,10 +359,10 @@ def on(bases: ModuleBases, device: torch.device) -> ModuleBases:
 
 
 def rounded(bases: ModuleBases, dtype: torch.dtype) -> ModuleBases:
-    """The same bases with their components rounded to `dtype`."""
+    """The same bases with their components rounded to `dtype`, which is how they are stored."""
     return ModuleBases(
-        down=replace(bases.down, components=bases.down.components.to(dtype)),
-        up=replace(bases.up, components=bases.up.components.to(dtype)),
+        down=replace(bases.down, components=bases.down.components.to(dtype), payload=None),
+        up=replace(bases.up, components=bases.up.components.to(dtype), payload=None),
     )
 
 
@@ -395,16 +392,23 @@ def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
     return Subspace(modules)
 
 
-def extend(subspace: Subspace, rows: Mapping[str, tuple[Tensor, Tensor]]) -> Subspace:
+def extend(
+    subspace: Subspace,
+    rows: Mapping[str, tuple[Tensor, Tensor]],
+    append: Callable[[Basis, Tensor], Basis] = one.extend,
+) -> Subspace:
     """The subspace with further rows (down, up) of some modules, at least one in all, each side's orthonormal and
-    orthogonal to what is there. What refers to the subspace refers to the same rows of this one."""
+    orthogonal to what is there. What refers to the subspace refers to the same rows of this one.
+
+    append: adds rows to a basis, rounded as they will be stored.
+    """
     if not any(len(side) for pair in rows.values() for side in pair):
         raise OptionError("no direction was given to extend the subspace by.")
     modules = {}
     for name, bases in subspace.modules.items():
         none = tuple(torch.zeros(0, basis.dimension) for basis in (bases.down, bases.up))
         down, up = rows.get(name, none)
-        modules[name] = ModuleBases(one.extend(bases.down, down), one.extend(bases.up, up))
+        modules[name] = ModuleBases(append(bases.down, down), append(bases.up, up))
     return Subspace(modules)
 
 
@@ -438,8 +442,8 @@ def project_chunk(
         exact[side] = chunks.project(wide, side, rows.mT.to(wide.down.dtype))
     down, up = exact["down"], exact["up"].mT
     rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), wide.scaling)
-    _check_kept(down, rounded.down)
-    _check_kept(up, rounded.up)
+    check_kept(down, rounded.down)
+    check_kept(up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
         raise NonFiniteError(
             f"coefficients up to {float(max(down.abs().max(), up.abs().max())):.1e} do not fit "
@@ -448,7 +452,7 @@ def project_chunk(
     return rounded
 
 
-def _check_kept(exact: Tensor, rounded: Tensor) -> None:
+def check_kept(exact: Tensor, rounded: Tensor) -> None:
     """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
     size, kept = (torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64) for each in (exact, rounded))
     vanished = (size > 0) & (kept < size / 2)

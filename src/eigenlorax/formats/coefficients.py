@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import keys, known
+from .. import keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError
@@ -29,7 +29,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.EMBEDDED.values()]
     own: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in storages.plain(tensors).items():
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         if part in parts:
             own.setdefault(module, {})[part] = tensor

@@ -16,7 +16,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import convolution, keys
+from .. import convolution, keys, storages
 from ..errors import ModuleNameError, OptionError, RankWarning
 from . import names, starts
 from . import reference as references
@@ -214,14 +214,15 @@ class EigenLoraxModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, after modules that transformers has renamed got the model's names."""
+        """As in PEFT, after coefficients that are stored as integers became floats, and modules that transformers has
+        renamed got the model's names."""
         modules = [
             name.replace(_FSDP, "").removeprefix(keys.MODEL_PREFIX)
             for name, module in model.named_modules()
             if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)
         ]
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, names.of_the_model(state_dict, modules)
+            model, config, adapter_name, names.of_the_model(storages.plain(state_dict), modules)
         )
         return found
 
