@@ -95,7 +95,7 @@ def _apart(alike: Float[Tensor, "s s"], groups: Tensor) -> bool:
     """Whether adapters of each group are more alike than those of different ones."""
     same = groups[:, None] == groups[None]
     across = float(alike[~same].mean())
-    for number in groups.unique().tolist():
+    for number in sorted(set(groups.tolist())):
         own = groups == number
         pairs = int(own.sum()) * (int(own.sum()) - 1)
         if float(alike[own][:, own].sum()) / pairs < APART * across:

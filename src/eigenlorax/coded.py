@@ -17,6 +17,10 @@ from .errors import FormatError
 from .subspace import Coefficients
 from .transform import RoundedBasis
 
+CODED = "coded"
+"""What the bytes of a side are called in a subspace's file."""
+EMPTY = bytes([1, 0, 0])
+"""Those of a side without a row."""
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -60,12 +64,13 @@ class AdapterCodes:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What an adapter's module must be read beside: the bases (down, up) of its cluster, the module's shape, (out, in).
+    """What an adapter's module must be read beside: of the bases (down, up) of its cluster, and of the module's shape.
 
-    widths: how many rows (down, up) the bases of all clusters have; offsets: where those of this one begin.
+    profiles: `RoundedBasis.profile`. shape: (out, in). widths: how many rows the bases of all clusters have; offsets:
+    where those of this one begin.
     """
 
-    bases: tuple[RoundedBasis, RoundedBasis]
+    profiles: tuple[np.ndarray, np.ndarray]
     shape: tuple[int, int]
     widths: tuple[int, int]
     offsets: tuple[int, int]
@@ -75,7 +80,7 @@ class Place:
         """That of a cluster, from the bases of all."""
         down, up = bases
         return cls(
-            (down.block(cluster), up.block(cluster)),
+            (down.block(cluster).profile, up.block(cluster).profile),
             (up.codes.shape[1], down.codes.shape[1]),
             (down.k, up.k),
             (down.span(cluster).start, up.span(cluster).start),
@@ -114,8 +119,12 @@ def _side_rows(codes: transform.SideCodes, row: int, count: int) -> SideRows:
 
 
 def _narrow(codes: Tensor) -> np.ndarray:
-    most = int(codes.abs().max()) if codes.numel() else 0
-    return codes.to(torch.int8 if most < 128 else torch.int32).numpy()
+    return _narrowed(codes.numpy())
+
+
+def _narrowed(codes: np.ndarray) -> np.ndarray:
+    """The same integers in one byte each where that is enough."""
+    return codes.astype(np.int8 if not codes.size or np.abs(codes).max() < 128 else np.int32)
 
 
 def basis_bytes(bases: Sequence[RoundedBasis]) -> list[bytes]:
@@ -139,21 +148,40 @@ def _row_classes(one: RoundedBasis) -> np.ndarray:
 
 def bases(sides: Sequence[tuple[bytes, int]]) -> list[RoundedBasis]:
     """The inverse of `basis_bytes`, of bytes and the width of rows."""
-    heads, streams = [], []
-    for data, dimension in sides:
-        blocks = tuple(np.frombuffer(data[1 : 1 + 2 * data[0]], "<u2").tolist()) if data else ()
-        k, at = sum(blocks), 1 + 2 * len(blocks)
-        if not blocks or len(blocks) != data[0] or len(data) < at + 2 * k:
-            raise FormatError("the bytes of a basis end too early.")
-        fineness, profile = (np.frombuffer(data, "u1", k, at + start).astype(np.int64) for start in (0, k))
-        heads.append((fineness, -profile, blocks if len(blocks) > 1 else ()))
-        streams.append((data[at + 2 * k :], np.repeat(transform.row_classes(fineness, dimension), dimension)))
+    heads = [_basis_head(data) for data, _ in sides]
+    streams = [
+        (stream, np.repeat(transform.row_classes(fineness, dimension), dimension))
+        for (_, fineness, _, stream), (_, dimension) in zip(heads, sides, strict=True)
+    ]
     return [
         RoundedBasis(torch.from_numpy(codes).reshape(len(fineness), dimension), fineness, profile, blocks)
-        for codes, (fineness, profile, blocks), (_, dimension) in zip(
+        for codes, (blocks, fineness, profile, _), (_, dimension) in zip(
             entropy.decode(streams), heads, sides, strict=True
         )
     ]
+
+
+def place_of(sides: Sequence[tuple[bytes, int]], cluster: int) -> Place:
+    """That of a cluster, from the bytes and widths of a module's bases (down, up), whose rows are not needed for it."""
+    bare = []
+    for data, dimension in sides:
+        blocks, fineness, profile, _ = _basis_head(data)
+        bare.append(RoundedBasis(torch.zeros(1, 1).expand(len(fineness), dimension), fineness, profile, blocks))
+    return Place.of((bare[0], bare[1]), cluster)
+
+
+def _basis_head(data: bytes) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, bytes]:
+    """Blocks where there are several, fineness, profile, and what the rows are coded in."""
+    blocks = (
+        tuple(np.frombuffer(data[1 : 1 + 2 * min(data[0], (len(data) - 1) // 2)], "<u2").tolist())
+        if len(data) > 2
+        else ()
+    )
+    k, at = sum(blocks), 1 + 2 * len(blocks)
+    if not blocks or len(blocks) != data[0] or len(data) < at + 2 * k:
+        raise FormatError("the bytes of a basis end too early.")
+    fineness, profile = (np.frombuffer(data, "u1", k, at + start).astype(np.int64) for start in (0, k))
+    return blocks if len(blocks) > 1 else (), fineness, -profile, data[at + 2 * k :]
 
 
 def adapter_bytes(adapters: Sequence[tuple[AdapterCodes, Mapping[str, Place]]]) -> list[bytes]:
@@ -230,15 +258,15 @@ def _parts(module: ModuleCodes) -> list[np.ndarray]:
 
 def _classes(module: ModuleCodes, place: Place) -> list[np.ndarray]:
     """The class of each code of `_parts`."""
-    down, up = place.bases
+    down, up = place.profiles
     found = [_NONE]
     if module.core_level:
         profile = transform.core_profile(down, up).numpy()
         found = [np.maximum(module.core_level - 1 + profile, 0).ravel()]
-    for side, (rows, one) in enumerate(((module.down, down), (module.up, up))):
+    for side, (rows, profile) in enumerate(((module.down, down), (module.up, up))):
         known = rows.coefficient_levels[rows.coefficient_levels > 0]
         rest = rows.rest_levels[rows.rest_levels > 0]
-        found.append(np.maximum(known[:, None] - 1 + one.profile[None], 0).ravel())
+        found.append(np.maximum(known[:, None] - 1 + profile[None], 0).ravel())
         found.append(np.repeat(rest - 1, place.dimension(side)))
     return found
 
@@ -303,19 +331,21 @@ def _unpacked(body: np.ndarray, n: int, wide: bool) -> list[ModuleCodes]:
 
 def _filled(levels: ModuleCodes, core: np.ndarray, sides: Sequence[np.ndarray], place: Place) -> ModuleCodes:
     """A module with its codes."""
-    down, up = place.bases
-
-    def rows(side: int, of: SideRows, one: RoundedBasis) -> SideRows:
+    k = [len(profile) for profile in place.profiles]
+    found = []
+    for side, of in enumerate((levels.down, levels.up)):
         known, rest = sides[2 * side : 2 * side + 2]
-        return SideRows(
-            of.coefficient_levels,
-            known.reshape(int((of.coefficient_levels > 0).sum()), one.k),
-            of.rest_levels,
-            rest.reshape(int((of.rest_levels > 0).sum()), place.dimension(side)),
+        there, rest_there = int((of.coefficient_levels > 0).sum()), int((of.rest_levels > 0).sum())
+        found.append(
+            SideRows(
+                of.coefficient_levels,
+                _narrowed(known.reshape(there, k[side])),
+                of.rest_levels,
+                _narrowed(rest.reshape(rest_there, place.dimension(side))),
+            )
         )
-
-    wide = core.reshape(up.k, down.k) if levels.core_level else _NONE
-    return ModuleCodes(levels.scales, rows(0, levels.down, down), rows(1, levels.up, up), levels.core_level, wide)
+    wide = core.reshape(k[1], k[0]) if levels.core_level else _NONE
+    return ModuleCodes(levels.scales, found[0], found[1], levels.core_level, wide)
 
 
 def coefficients(
@@ -329,7 +359,7 @@ def coefficients(
         up = _placed(left[0].mT / (scaling or 1.0), rank, place.widths[1], place.offsets[1])
         return Coefficients(down, up.mT.contiguous(), scaling, kernel)
     weight = torch.from_numpy(np.sqrt(step * 2.0 ** (-one.scales / transform.SCALES)))
-    found = []
+    found: list[Tensor | None] = []
     for side, (rows, rows_weight) in enumerate(((one.down, weight), (one.up, weight / (scaling or 1.0)))):
         known = _weighted(rows.coefficients, rows.coefficient_levels, rows_weight, rank)
         found.append(_placed(known, rank, place.widths[side], place.offsets[side]))

@@ -7,16 +7,17 @@ its delta error, measured, is just below what was asked for. Nothing here knows 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import allocation, clusters, coded, transform
+from . import allocation, clusters, coded, linalg, transform
 from .adapter import LoRAFactors
 from .allocation import Plan, Survey
-from .coded import AdapterCodes, ModuleCodes, Place
+from .coded import AdapterCodes, ModuleCodes
 from .errors import OptionError
 from .transform import Codes, Components, RoundedBasis
 
@@ -32,19 +33,19 @@ CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
 TURNS = 14
 """Rounds in which the steps are sought, at most."""
-FULL = 0.985
+FULL = 0.99
 """How much of a budget of bytes must be used."""
-BUDGET_TURNS = 8
+BUDGET_TURNS = 10
 HELD_BYTES = 2**30
 """Components that are kept in memory between rounds; beyond that, factors are read anew."""
 COMPARED = 4
 """Modules by which adapters are compared."""
 WORTHWHILE = 0.97
 """The share of bytes that more clusters may take: a pack of several is harder to add to."""
-BATCH = 64
-"""Adapters whose bytes are made together."""
 
 Report = Callable[[str, int, int], None]
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""From steps, and which of them are asked about, to errors."""
 Bases = Mapping[tuple[str, int], tuple[RoundedBasis, RoundedBasis]]
 """By module and cluster, (down, up)."""
 
@@ -88,9 +89,14 @@ class Module:
 @dataclass(frozen=True, slots=True)
 class Coded:
     """What came out: bases (down, up) by module, those of all clusters; each adapter's codes; and what each loses,
-    relative to its norm. Adapters lack modules that they have not trained."""
+    relative to its norm. Adapters lack modules that they have not trained.
+
+    energies: of each module, the squared norm of its updates, relative to those of whole adapters, and what of it lies
+    in the directions of either side.
+    """
 
     bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]]
+    energies: Mapping[str, tuple[float, float, float]]
     adapters: Sequence[AdapterCodes]
     errors: Sequence[float]
 
@@ -126,7 +132,7 @@ class Collection:
         self.survey = Survey(len(norms), steps)
         for module, wide in self._each(SURVEY):
             indices = _indices(module)
-            self.survey.add(allocation.view(wide, 1 / norms[indices]), indices)
+            self.survey.add(allocation.view(wide, 1 / norms[indices]), indices.tolist())
 
     def _each(self, stage: str) -> Iterator[tuple[Module, Components]]:
         for done, module in enumerate(self.modules):
@@ -149,14 +155,11 @@ class Collection:
 
     def coded(self, error: float) -> Coded:
         """Every adapter's delta error at most this. `OptionError` if that is too small for whole numbers of 32 bits."""
-        # a hair below, for the last bits of what is measured of the tensors in float32
-        bound = error * (1 - 1e-6) - 2e-7
-        if bound <= 0:
-            raise OptionError(f"max_error={error:g} is less than float32 can hold: ask for 1e-6 or more.")
+        bound = _bound(error)
         plan = self.survey.plan(bound)
         steps = _as_written(torch.from_numpy(plan.steps) * self.norms)
-        bases, errors = self._bases(plan, steps)
-        steps, errors = self._sought(bases, steps, errors, bound)
+        bases, energies, errors = self._bases(plan, steps)
+        steps, errors = _sought(partial(self._errors, bases), steps, errors, bound)
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, wide in self._each(WRITING):
             found = transform.encoded(wide, steps[_indices(module)], *bases[module.key])
@@ -166,7 +169,7 @@ class Collection:
             AdapterCodes(step, group, modules)
             for step, group, modules in zip(steps.tolist(), self.groups, codes, strict=True)
         ]
-        return Coded(self._joined(bases), adapters, errors.tolist())
+        return Coded(self._joined(bases), energies, adapters, errors.tolist())
 
     def _joined(self, bases: Bases) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
         """The bases of all clusters of each module, one after the other."""
@@ -180,9 +183,15 @@ class Collection:
 
     def _bases(
         self, plan: Plan, steps: Tensor
-    ) -> tuple[dict[tuple[str, int], tuple[RoundedBasis, RoundedBasis]], Float[Tensor, " n"]]:
-        """Rounded bases where they are worth their bytes; and the errors with them."""
-        bases, lost = {}, torch.zeros_like(steps)
+    ) -> tuple[
+        dict[tuple[str, int], tuple[RoundedBasis, RoundedBasis]],
+        dict[str, tuple[float, float, float]],
+        Float[Tensor, " n"],
+    ]:
+        """Rounded bases where they are worth their bytes, the energy in them, and the errors with them."""
+        bases: dict[tuple[str, int], tuple[RoundedBasis, RoundedBasis]] = {}
+        energies: dict[str, tuple[float, float, float]] = {}
+        lost = torch.zeros_like(steps)
         for at, (module, wide) in enumerate(self._each(BASES)):
             indices = _indices(module)
             own = steps[indices]
@@ -197,30 +206,14 @@ class Collection:
             assert best is not None
             _, bases[module.key], found = best
             lost.index_add_(0, indices, found.lost)
-        return bases, lost.sqrt() / self.norms
-
-    def _sought(self, bases: Bases, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-        """The steps with which errors are just below the bound, and those errors."""
-        good, good_errors = torch.zeros_like(steps), torch.zeros_like(errors)
-        bad = torch.full_like(steps, math.inf)
-        for turn in range(TURNS):
-            within = errors <= bound
-            better = within & (steps > good)
-            good, good_errors = torch.where(better, steps, good), torch.where(better, errors, good_errors)
-            bad = torch.where(within, bad, torch.minimum(bad, steps))
-            open_ = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
-            if not bool(open_.any()) or (turn > TURNS // 2 and bool((good > 0).all())):
-                break
-            aimed = steps * (0.5 * (1 + CLOSE) * bound / errors.clamp_min(1e-300)).clamp(0.25, 4.0)
-            between = (good * bad).sqrt()
-            outside = (aimed <= good) | (aimed >= bad)
-            aimed = torch.where(outside & (good > 0) & bad.isfinite(), between, aimed)
-            aimed = torch.where((aimed >= bad) & (good == 0), bad / 2, aimed)
-            steps = torch.where(open_, _as_written(aimed), good)
-            errors = torch.where(open_, self._errors(bases, steps, open_), good_errors)
-        if bool((good == 0).any()):
-            raise OptionError(f"max_error={bound:g} is more than whole numbers of 32 bits can hold of some adapter.")
-        return good, good_errors
+            relative = wide.s / self.norms[indices, None]
+            energy = [float(relative.square().sum())]
+            for side, basis in zip(("down", "up"), bases[module.key], strict=True):
+                inside = wide.rows(side) @ linalg.dual_rows(basis.rows.double()).mT if basis.k else torch.zeros(0, 0, 1)
+                energy.append(float((inside * relative[..., None] if basis.k else inside).square().sum()))
+            before = energies.get(module.name, (0.0, 0.0, 0.0))
+            energies[module.name] = before[0] + energy[0], before[1] + energy[1], before[2] + energy[2]
+        return bases, energies, lost.sqrt() / self.norms
 
     def _errors(self, bases: Bases, steps: Tensor, which: Tensor) -> Float[Tensor, " n"]:
         """Of some adapters, what they lose with these steps."""
@@ -240,7 +233,7 @@ class Collection:
         """
         best: Coded | None = None
         low, high = 1e-6, 0.999
-        aim = self._aimed(limit)
+        aim = self.aimed(limit)
         for _ in range(BUDGET_TURNS):
             aim = min(max(aim, low), high)
             found = self.coded(aim)
@@ -261,7 +254,7 @@ class Collection:
             raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {taken:,} bytes.")
         return best
 
-    def _aimed(self, limit: float) -> float:
+    def aimed(self, limit: float) -> float:
         """The error whose bytes are estimated to be so many."""
         errors = np.exp(np.linspace(math.log(1e-4), math.log(0.98), 41))
         sizes = np.array([point.bytes for point in self.frontier(errors.tolist())])
@@ -276,6 +269,59 @@ class Collection:
         fall = math.log(max(near, 1) / max(far, 1))
         rise = math.log(min(1.1 * error, 0.9995) / error)
         return min(max(rise / fall if fall > 0 else 1.0, 0.2), 5.0)
+
+
+def alone(
+    updates: Mapping[str, tuple[LoRAFactors, tuple[RoundedBasis, RoundedBasis]]], cluster: int, error: float
+) -> tuple[AdapterCodes, float]:
+    """One adapter in bases that are there, and what it loses, which is at most `error`. updates: none is 0."""
+    wide = {name: transform.components([factors]) for name, (factors, _) in updates.items()}
+    norm = math.sqrt(sum(float(one.s.square().sum()) for one in wide.values()))
+    numbers = sum(factors.spec.numbers for factors, _ in updates.values())
+    bound = _bound(error)
+
+    def coded_with(steps: Tensor) -> dict[str, Codes]:
+        return {name: transform.encoded(wide[name], steps, *updates[name][1]) for name in updates}
+
+    def measure(steps: Tensor, _: Tensor | None = None) -> Tensor:
+        return torch.stack([codes.lost for codes in coded_with(steps).values()]).sum(0).sqrt() / norm
+
+    steps = _as_written(torch.tensor([bound * norm / math.sqrt(0.1 * numbers)], dtype=torch.float64))
+    steps, errors = _sought(measure, steps, measure(steps), bound)
+    modules = {name: coded.taken(codes, 0) for name, codes in coded_with(steps).items()}
+    return AdapterCodes(float(steps[0]), cluster, modules), float(errors[0])
+
+
+def _bound(error: float) -> float:
+    """A hair less than an error, for the last bits of what comes back in float32."""
+    bound = error * (1 - 1e-6) - 2e-7
+    if bound <= 0:
+        raise OptionError(f"max_error={error:g} is less than float32 can hold: ask for 1e-6 or more.")
+    return bound
+
+
+def _sought(measure: Measure, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """The steps with which errors are just below the bound, and those errors."""
+    good, good_errors = torch.zeros_like(steps), torch.zeros_like(errors)
+    bad = torch.full_like(steps, math.inf)
+    for turn in range(TURNS):
+        within = errors <= bound
+        better = within & (steps > good)
+        good, good_errors = torch.where(better, steps, good), torch.where(better, errors, good_errors)
+        bad = torch.where(within, bad, torch.minimum(bad, steps))
+        open_ = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
+        if not bool(open_.any()) or (turn > TURNS // 2 and bool((good > 0).all())):
+            break
+        aimed = steps * (0.5 * (1 + CLOSE) * bound / errors.clamp_min(1e-300)).clamp(0.25, 4.0)
+        between = (good * bad).sqrt()
+        outside = (aimed <= good) | (aimed >= bad)
+        aimed = torch.where(outside & (good > 0) & bad.isfinite(), between, aimed)
+        aimed = torch.where((aimed >= bad) & (good == 0), bad / 2, aimed)
+        steps = torch.where(open_, _as_written(aimed), good)
+        errors = torch.where(open_, measure(steps, open_), good_errors)
+    if bool((good == 0).any()):
+        raise OptionError(f"max_error={bound:g} is more than whole numbers of 32 bits can hold of some adapter.")
+    return good, good_errors
 
 
 def steps_for(error: float, numbers: int) -> list[float]:
@@ -324,20 +370,6 @@ def no_basis(dimension: int) -> RoundedBasis:
     """No row at all."""
     none = np.zeros(0, dtype=np.int64)
     return RoundedBasis(torch.zeros(0, dimension, dtype=torch.int64), none, none)
-
-
-def written(found: Coded) -> list[bytes]:
-    """The bytes of each adapter."""
-    blobs: list[bytes] = []
-    for start in range(0, len(found.adapters), BATCH):
-        batch = found.adapters[start : start + BATCH]
-        blobs += coded.adapter_bytes([(one, places(found.bases, one)) for one in batch])
-    return blobs
-
-
-def places(bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], one: AdapterCodes) -> dict[str, Place]:
-    """Where each module of an adapter is."""
-    return {name: Place.of(bases[name], one.cluster) for name in one.modules}
 
 
 def clustered(whole: Collection, modules: Sequence[Module], error: float, report: Report) -> Collection:

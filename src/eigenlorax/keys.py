@@ -40,6 +40,8 @@ MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
+CODED = "eigenlorax_coded"
+"""The whole of an adapter, in packs that are coded."""
 KERNELS = "kernels"
 """What an adapter's config calls the kernels of its convolutions, by module."""
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}

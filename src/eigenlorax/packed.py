@@ -13,11 +13,12 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from . import chunks, keys, metrics, storages
+from . import chunks, coded, keys, metrics, storages
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from .checks import Scan
 from .chunks import CoefficientChunk
+from .coded import AdapterCodes
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
@@ -77,7 +78,7 @@ class Packing:
 
     adapter: Adapter
     scan: Scan
-    coefficients: dict[str, Coefficients] = field(default_factory=dict)
+    coefficients: Mapping[str, Coefficients] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     errors: list[ModuleError] = field(default_factory=list)
     payload: dict[str, Tensor] = field(default_factory=dict)
@@ -108,9 +109,26 @@ class Packing:
     ) -> None:
         """Note one module's coefficients in the bases of `place`, which are one row of a chunk, and what they lose."""
         self.places[module] = place
-        self.coefficients[module] = Coefficients(chunk.down[row], chunk.up[row], float(chunk.scaling[row]), kernel)
+        found = Coefficients(chunk.down[row], chunk.up[row], float(chunk.scaling[row]), kernel)
+        assert isinstance(self.coefficients, dict)
+        self.coefficients[module] = found
         self.payload |= storages.of_row(chunk, row, module)
         self.errors.append(error)
+
+    def take_codes(self, codes: AdapterCodes, places: Mapping[str, coded.Place], data: bytes, error: float) -> None:
+        """Note all modules of an adapter that is coded, by its own names; `places` in the subspace are known by now.
+
+        data: the codes as bytes. error: what they lose, relative to the norm of it all.
+        """
+        specs = self.adapter.specs
+        slots = {
+            module: Slot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
+            for module, place in self.places.items()
+        }
+        self.coefficients = storages.coefficients_of(codes, places, slots)
+        self.payload = {keys.CODED: storages.blob(data)}
+        # whatever is lost is lost by rounding to whole steps
+        self.errors.append(ModuleError(1.0, error**2, error**2))
 
     def packed(self, *, in_fit: bool) -> PackedAdapter:
         """The adapter as a pack keeps it; modules that were not projected are carried as they are."""
@@ -137,7 +155,8 @@ class Packing:
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-        coefficients, places = dict(sorted(self.coefficients.items())), dict(sorted(self.places.items()))
+        coefficients = Lazy(dict.fromkeys(sorted(self.coefficients)), self.coefficients.__getitem__)
+        places = dict(sorted(self.places.items()))
         return PackedAdapter(
             adapter.name,
             coefficients,

@@ -7,19 +7,22 @@ the file travels along with them as a *payload*, so that a pack that was read is
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import basis as one
-from . import chunks, dtypes, keys, linalg, quantised
+from . import chunks, coded, dtypes, keys, linalg, quantised
 from . import subspace as spaces
+from .adapter import Lazy
 from .basis import Basis
 from .chunks import Chunk, CoefficientChunk
 from .errors import FormatError, OptionError, reason
 from .quantised import Payload
 from .subspace import Coefficients, Duals, ModuleBases, Subspace
 
+CODED = "coded"
 Rows = tuple[Tensor, Payload | None]
 """Components in memory, and what lies in the file where that is not the same."""
 
@@ -63,6 +66,10 @@ class Storage(ABC):
     def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
         """The tensors of a basis's stored rows by their names in the subspace's file. key: what floats are called."""
 
+    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """The tensors of a subspace's file, ready for `rows`. widths: of rows, by their keys."""
+        return tensors
+
     @abstractmethod
     def rows(
         self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
@@ -89,7 +96,7 @@ class Storage(ABC):
     @abstractmethod
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
-    ) -> tuple[dict[str, Coefficients], Payload | None]:
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         """The inverse of `of_adapter`, and the payload; both are taken out of the file's `tensors`.
 
         subspace: what the pack's was when the adapter was written; called where it is needed. `KeyError` or
@@ -140,7 +147,7 @@ class Floats(Storage):
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
-    ) -> tuple[dict[str, Coefficients], Payload | None]:
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         found = {}
         for module, slot in slots.items():
             down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
@@ -238,7 +245,7 @@ class Integers(Storage):
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
-    ) -> tuple[dict[str, Coefficients], Payload | None]:
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         found: dict[str, Coefficients] = {}
         payload: dict[str, Tensor] = {}
         for module, slot in slots.items():
@@ -251,6 +258,125 @@ class Integers(Storage):
             down, up = sides
             found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel)
         return found, payload
+
+
+@dataclass(frozen=True, slots=True)
+class Coded(Storage):
+    """Whole numbers in as few bytes as they can have (`coded`): a side of a module is one run of bytes, and all of an
+    adapter is another. Made by fits that are given an error or a size, and by what is added to their packs."""
+
+    @property
+    def number_bytes(self) -> float:
+        return 1.0
+
+    @property
+    def lora_itemsize(self) -> int:
+        return torch.float16.itemsize
+
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
+
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        raise OptionError(
+            "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+            "Add the adapter without extend."
+        )
+
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
+
+    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+        # all of them at once: one by one would take many times as long
+        blobs = {key: f"{key}.{coded.CODED}" for key in widths if f"{key}.{coded.CODED}" in tensors}
+        sides = [(_bytes(tensors, blob), widths[key]) for key, blob in blobs.items()]
+        rows = [one.rows for one in _readable(coded.bases, sides)]
+        return {**tensors, **dict(zip(blobs, rows, strict=True))}
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        if any(steps.values()):
+            raise ValueError(f"{key} has stored rows of a later time, which no coded basis has")
+        if not fitted:
+            return [(torch.zeros(0, dimension), {}), *((torch.zeros(0, dimension), None) for _ in steps)]
+        blob = f"{key}.{coded.CODED}"
+        _check(key, tensors[key], (fitted, dimension), self.dtype)
+        none = torch.zeros(0, dimension), None
+        return [(tensors[key], {coded.CODED: tensors[blob]}), *(none for _ in steps)]
+
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        raise OptionError(ONLY_CODED)
+
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        raise OptionError(ONLY_CODED)
+
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        raise OptionError("the coefficients of an adapter of this pack were changed by hand: add the adapter instead.")
+
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        payload = {keys.CODED: tensors.pop(keys.CODED)}
+        data = _bytes(payload, keys.CODED)
+        now = subspace()
+        places = _readable(
+            lambda: adapter_places(data, {name: now.modules[slot.place] for name, slot in slots.items()})
+        )
+        found = _readable(coded.adapter, data, places)
+        return coefficients_of(found, places, slots), payload
+
+
+ONLY_CODED = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
+
+
+def adapter_places(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, coded.Place]:
+    """Where the modules of a coded adapter are, from its bytes and the bases of each."""
+    number = coded.cluster(data)
+    found = {}
+    for name, bases in modules.items():
+        sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
+        found[name] = coded.place_of(sides, number)
+    return found
+
+
+def basis_bytes(basis: Basis) -> bytes:
+    """Those of a coded basis."""
+    stored = (basis.payload or {}).get(coded.CODED)
+    return coded.EMPTY if stored is None else stored.numpy().tobytes()
+
+
+def coefficients_of(
+    one: coded.AdapterCodes, places: Mapping[str, coded.Place], slots: Mapping[str, Slot]
+) -> Mapping[str, Coefficients]:
+    """An adapter's coefficients, made of its codes when they are asked for: they are many times larger."""
+
+    def read(name: str) -> Coefficients:
+        slot = slots[name]
+        return coded.coefficients(
+            one.modules[name], one.step, places[name], rank=slot.rank, scaling=slot.scaling, kernel=slot.kernel
+        )
+
+    return Lazy(dict(sorted(slots.items())), read)
+
+
+def blob(data: bytes) -> Tensor:
+    """Bytes as a tensor."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
+    found = tensors[name]
+    if found.dtype != torch.uint8 or found.dim() != 1:
+        raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be bytes")
+    return found.numpy().tobytes()
+
+
+def _readable(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call gives; a `ValueError` where it cannot read its bytes."""
+    try:
+        return call(*args)
+    except FormatError as error:
+        raise ValueError(reason(error)) from error
 
 
 def _mixed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,6 +416,7 @@ STORAGES: dict[str, Storage] = {
     **{dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED},
     "int8": Integers("int8", torch.float32, 8),
     "int4": Integers("int4", torch.float32, 4),
+    CODED: Coded(CODED, torch.float32),
 }
 """By the names that users and manifests write."""
 

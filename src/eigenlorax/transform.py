@@ -126,7 +126,8 @@ def joined(blocks: Sequence[RoundedBasis]) -> RoundedBasis:
 def row_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
     """The class that the numbers of each row of a basis have: they are those of a unit row."""
     unit = round(16 + 4 * math.log2(math.sqrt(3) / math.pi) - 2 * math.log2(dimension))
-    return np.clip(fineness + unit, 0, entropy.CLASSES - 1)
+    found: np.ndarray = np.clip(fineness + unit, 0, entropy.CLASSES - 1)
+    return found
 
 
 def rounded_basis(
@@ -257,7 +258,7 @@ def _by_cores(
     v, u = wide.v @ linalg.dual_rows(v_rows).mT, wide.u @ linalg.dual_rows(u_rows).mT
     exact = (u * (wide.s / steps[:, None])[..., None]).mT @ v
     codes = quantiser.rounded(exact)
-    profile = core_profile(down, up)
+    profile = core_profile(down.profile, up.profile)
     spread = (exact.square() * torch.exp2(-profile / 2.0)).mean((1, 2)).sqrt()
     levels = classes(spread) + 1
     bits = logistic_bits(codes, (levels[:, None, None] - 1 + profile).clamp_min(0)).sum((1, 2)) + OVERHEAD
@@ -265,9 +266,9 @@ def _by_cores(
     return codes.to(torch.int64), levels, bits, _lost(wide, right @ v_rows, left.mT @ u_rows)
 
 
-def core_profile(down: RoundedBasis, up: RoundedBasis) -> Int[Tensor, "k_up k_down"]:
-    """By how many classes each number of a core is smaller than the largest."""
-    return torch.from_numpy(up.profile)[:, None] + torch.from_numpy(down.profile)[None]
+def core_profile(down: np.ndarray, up: np.ndarray) -> Int[Tensor, "k_up k_down"]:
+    """By how many classes each number of a core is smaller than the largest, from the profiles of its bases."""
+    return torch.from_numpy(up)[:, None] + torch.from_numpy(down)[None]
 
 
 def core_factors(
@@ -285,7 +286,8 @@ def _best(wide: Components, steps: Tensor, v_rows: Tensor, whole: Tensor) -> Ten
     there = gram.diagonal(dim1=1, dim2=2) > 0
     gram = gram + torch.diag_embed(torch.where(there, 1e-9 * gram.diagonal(dim1=1, dim2=2), 1.0))
     mixed = torch.linalg.solve(gram, (v_rows @ wide.v.mT) * (wide.s / steps[:, None])[:, None, :])
-    return whole[..., None] * (mixed @ wide.u)
+    found: Tensor = whole[..., None] * (mixed @ wide.u)
+    return found
 
 
 def _side(rows: Tensor, basis: RoundedBasis) -> tuple[SideCodes, Tensor, Tensor]:
