@@ -171,6 +171,9 @@ def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
     for module, c in packed.coefficients.items():
         tensors[keys.coefficients_key(module, "down")] = c.down
         tensors[keys.coefficients_key(module, "up")] = c.up
+        for side in keys.SIDES:
+            if (rest := c.rest(side)) is not None:
+                tensors[keys.rest_key(module, side)] = rest
     files = {
         keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint)),
         keys.ADAPTER_WEIGHTS: to_safetensors(
@@ -206,9 +209,15 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "modules_to_save",
     )
     kernels = {module: list(c.kernel) for module, c in packed.coefficients.items() if c.kernel}
+    rests = {
+        module: [side for side in keys.SIDES if c.rest(side) is not None]
+        for module, c in packed.coefficients.items()
+        if c.has_rest
+    }
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
+        **({keys.RESTS: rests} if rests else {}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
@@ -230,7 +239,9 @@ def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedA
     for module in places:
         down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
         _, scaling = numbers.of(module)
-        coefficients[module] = Coefficients(down, up, scaling, tuple(config.get(keys.KERNELS, {}).get(module, ())))
+        kernel = tuple(config.get(keys.KERNELS, {}).get(module, ()))
+        rests = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
+        coefficients[module] = Coefficients(down, up, scaling, kernel, *rests)
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     fingerprint = config["subspace_fingerprint"]
     origin = None

@@ -112,6 +112,9 @@ class Coefficients:
         """Whether there is more to the update than its coefficients."""
         return self.down_rest is not None or self.up_rest is not None
 
+    def rest(self, side: str) -> Tensor | None:
+        return self.down_rest if side == "down" else self.up_rest
+
     @property
     def stored_bytes(self) -> int:
         tensors = (self.down, self.up, self.down_rest, self.up_rest)
@@ -494,7 +497,7 @@ def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
-    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, with what is kept beside them; scaling kept, no decomposition."""
+    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, and a rest; scaling kept, no decomposition."""
     down, up = one.reconstruct(coefficients.down, bases.down), one.reconstruct(coefficients.up.mT, bases.up).mT
     if coefficients.down_rest is not None:
         down = down + coefficients.down_rest
