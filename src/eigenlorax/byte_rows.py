@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import OptionError
+
 LEVELS = 127
 _SAMPLE = 64
 
@@ -56,6 +58,13 @@ def wide(rows: Rows, dtype: torch.dtype) -> Tensor:
 def tensors(rows: Rows) -> tuple[Tensor, ...]:
     """All that is in memory of the rows."""
     return rows.tensors if isinstance(rows, ByteRows) else (rows,)
+
+
+def asked(name: str, dtype: str | torch.dtype | None) -> bool:
+    """Whether 8 bits are asked for by an option of this name, as "int8" or `torch.int8`, and not None."""
+    if dtype not in (None, "int8", torch.int8):
+        raise OptionError(f"{name} must be 'int8' or None, which keeps bases as floats; got {dtype!r}.")
+    return dtype is not None
 
 
 def rounded(rows: Tensor) -> ByteRows:
