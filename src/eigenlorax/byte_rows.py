@@ -74,10 +74,10 @@ def rounded(rows: Tensor) -> ByteRows:
     float32 product.
     """
     rows = rows.float()
-    largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
-    scales = torch.where(largest == 0, 1.0, largest / LEVELS)
+    largest = rows.abs().amax(dim=1, keepdim=True)
     exact = _exact_scales(rows, largest)
-    scales = torch.where(exact > 0, exact, scales)
+    scales = torch.where(exact > 0, exact, largest / LEVELS)
+    scales = torch.where(scales == 0, 1.0, scales)
     return ByteRows((rows / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales)
 
 
