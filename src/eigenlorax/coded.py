@@ -359,23 +359,17 @@ def coefficients(
         up = _placed(left[0].mT / (scaling or 1.0), rank, place.widths[1], place.offsets[1])
         return Coefficients(down, up.mT.contiguous(), scaling, kernel)
     weight = torch.from_numpy(np.sqrt(step * 2.0 ** (-one.scales / transform.SCALES)))
-    found: list[Tensor | None] = []
+    known, rests = [], []
     for side, (rows, rows_weight) in enumerate(((one.down, weight), (one.up, weight / (scaling or 1.0)))):
-        known = _weighted(rows.coefficients, rows.coefficient_levels, rows_weight, rank)
-        found.append(_placed(known, rank, place.widths[side], place.offsets[side]))
+        on_basis = _weighted(rows.coefficients, rows.coefficient_levels, rows_weight, rank)
+        known.append(_placed(on_basis, rank, place.widths[side], place.offsets[side]))
         rest = _weighted(rows.rest, rows.rest_levels, rows_weight, rank)
-        found.append(rest.float() if (rows.rest_levels > 0).any() else None)
-    down, down_rest, up, up_rest = found
-    assert down is not None
-    assert up is not None
-    return Coefficients(
-        down,
-        up.mT.contiguous(),
-        scaling,
-        kernel,
-        down_rest,
-        up_rest.mT.contiguous() if up_rest is not None else None,
-    )
+        rests.append(rest.float() if (rows.rest_levels > 0).any() else None)
+    down, up = known
+    down_rest, up_rest = rests
+    if up_rest is not None:
+        up_rest = up_rest.mT.contiguous()
+    return Coefficients(down, up.mT.contiguous(), scaling, kernel, down_rest, up_rest)
 
 
 def _weighted(codes: np.ndarray, levels: np.ndarray, weight: Tensor, rank: int) -> Tensor:

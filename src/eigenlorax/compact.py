@@ -39,7 +39,7 @@ class Compact:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """Adapters by name: codes, places by their own names of modules, and bytes."""
+    """Adapters by name: codes, places of their modules, and bytes."""
 
     codes: Mapping[str, AdapterCodes]
     places: Mapping[str, Mapping[str, Place]]
@@ -139,13 +139,13 @@ def _written(found: Coded, by_module: ByModule, packings: Mapping[str, Packing],
         spec = _spec(members)
         none = coding.no_basis(spec.in_features), coding.no_basis(spec.out_features)
         clusters: dict[int, Place] = {}
-        for packing, module in members:
+        for packing, _ in members:
             name = packing.adapter.name
             number = codes[name].cluster
             if number not in clusters:
                 clusters[number] = Place.of(found.bases.get(place, none), number)
-            own[name][module] = codes[name].modules.get(place, coded.UNTRAINED)
-            places[name][module] = clusters[number]
+            own[name][place] = codes[name].modules.get(place, coded.UNTRAINED)
+            places[name][place] = clusters[number]
     whole = {name: AdapterCodes(one.step, one.cluster, own[name]) for name, one in codes.items()}
     data: dict[str, bytes] = {}
     for start in range(0, len(whole), BATCH):

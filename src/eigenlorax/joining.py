@@ -131,11 +131,13 @@ def code(one: Joining, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], e
     for cluster in range(max(len(side.blocks) or 1 for pair in bases.values() for side in pair)):
         found, lost = AdapterCodes(1.0, cluster, {}), 0.0
         if trained:
-            blocks = {name: tuple(side.block(cluster) for side in bases[one.places[name]]) for name in trained}
-            updates = {name: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()}
+            blocks = {name: [side.block(cluster) for side in bases[one.places[name]]] for name in trained}
+            updates = {
+                one.places[name]: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()
+            }
             found, lost = coding.alone(updates, cluster, error)
-        whole = replace(found, modules={name: found.modules.get(name, codes.UNTRAINED) for name in one.places})
-        places = {name: Place.of(bases[place], cluster) for name, place in one.places.items()}
+        whole = replace(found, modules={at: found.modules.get(at, codes.UNTRAINED) for at in one.places.values()})
+        places = {at: Place.of(bases[at], cluster) for at in one.places.values()}
         (data,) = codes.adapter_bytes([(whole, places)])
         if best is None or len(data) < len(best[2]):
             best = whole, places, data, lost

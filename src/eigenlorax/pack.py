@@ -260,6 +260,16 @@ class Pack:
                     f"{path / keys.ADAPTERS / found.name}: the coefficients of module {module} do not fit the "
                     "subspace. Make the pack again, with another tool or release."
                 )
+            sides = self.info.modules[place]
+            for side, shape in (
+                ("down", (one.rank, sides["down"].dimension)),
+                ("up", (sides["up"].dimension, one.rank)),
+            ):
+                if (rest := one.rest(side)) is not None and tuple(rest.shape) != shape:
+                    raise PackDamagedError(
+                        f"{path / keys.ADAPTERS / found.name}: the {side} rest of module {module} is "
+                        f"{tuple(rest.shape)} and not {shape}. Make the pack again, with another tool or release."
+                    )
 
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so

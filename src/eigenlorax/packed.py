@@ -22,7 +22,7 @@ from .coded import AdapterCodes
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
-from .storages import Slot, Storage
+from .storages import Outline, Slot, Storage
 from .subspace import Coefficients, Subspace
 from .typed import typed
 
@@ -116,7 +116,7 @@ class Packing:
         self.errors.append(error)
 
     def take_codes(self, codes: AdapterCodes, places: Mapping[str, coded.Place], data: bytes, error: float) -> None:
-        """Note all modules of an adapter that is coded, by its own names; `places` in the subspace are known by now.
+        """Note all modules of an adapter that is coded, whose `places` in the subspace are known by now.
 
         data: the codes as bytes. error: what they lose, relative to the norm of it all.
         """
@@ -125,7 +125,7 @@ class Packing:
             module: Slot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
             for module, place in self.places.items()
         }
-        self.coefficients = storages.coefficients_of(codes, places, slots)
+        self.coefficients = storages.CodedCoefficients(codes, places, slots)
         self.payload = {keys.CODED: storages.blob(data)}
         # whatever is lost is lost by rounding to whole steps
         self.errors.append(ModuleError(1.0, error**2, error**2))
@@ -155,7 +155,9 @@ class Packing:
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-        coefficients = Lazy(dict.fromkeys(sorted(self.coefficients)), self.coefficients.__getitem__)
+        coefficients = self.coefficients
+        if isinstance(coefficients, dict):
+            coefficients = dict(sorted(coefficients.items()))
         places = dict(sorted(self.places.items()))
         return PackedAdapter(
             adapter.name,
@@ -193,7 +195,8 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
             return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
         return carried.modules[module]
 
-    specs = {module: _spec(c, bases[module], dtype) for module, c in packed.coefficients.items()}
+    outlines = storages.outlines(packed.coefficients)
+    specs = {module: _spec(one, bases[module], dtype) for module, one in outlines.items()}
     specs |= carried.specs
     return Adapter(
         name=packed.name,
@@ -208,7 +211,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
     )
 
 
-def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
+def _spec(c: Outline, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
     return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype, c.kernel)
 
 
@@ -252,10 +255,13 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "bias",
         "modules_to_save",
     )
-    kernels = {module: list(c.kernel) for module, c in packed.coefficients.items() if c.kernel}
+    outlines = storages.outlines(packed.coefficients)
+    kernels = {module: list(one.kernel) for module, one in outlines.items() if one.kernel}
+    rests = {module: list(one.rests) for module, one in outlines.items() if one.rests}
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
+        **({keys.RESTS: rests} if rests else {}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),

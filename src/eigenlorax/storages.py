@@ -5,7 +5,7 @@ the file travels along with them as a *payload*, so that a pack that was read is
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,11 +139,13 @@ class Floats(Storage):
         return spaces.project_chunk(wide, bases, self.dtype, dual)
 
     def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
-        return {
-            keys.coefficients_key(module, side): tensor
-            for module, c in coefficients.items()
-            for side, tensor in (("down", c.down), ("up", c.up))
-        }
+        tensors = {}
+        for module, c in coefficients.items():
+            for side, tensor in (("down", c.down), ("up", c.up)):
+                tensors[keys.coefficients_key(module, side)] = tensor
+                if (rest := c.rest(side)) is not None:
+                    tensors[keys.rest_key(module, side)] = rest
+        return tensors
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
@@ -151,7 +153,8 @@ class Floats(Storage):
         found = {}
         for module, slot in slots.items():
             down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
-            found[module] = Coefficients(down, up, slot.scaling, slot.kernel)
+            down_rest, up_rest = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
+            found[module] = Coefficients(down, up, slot.scaling, slot.kernel, down_rest, up_rest)
         return found, None
 
 
@@ -317,20 +320,17 @@ class Coded(Storage):
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
     ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         payload = {keys.CODED: tensors.pop(keys.CODED)}
-        data = _bytes(payload, keys.CODED)
-        now = subspace()
-        places = _readable(
-            lambda: adapter_places(data, {name: now.modules[slot.place] for name, slot in slots.items()})
-        )
-        found = _readable(coded.adapter, data, places)
-        return coefficients_of(found, places, slots), payload
+        data, now = _bytes(payload, keys.CODED), subspace()
+        modules = {slot.place: now.modules[slot.place] for slot in slots.values()}
+        places = _readable(adapter_places, data, modules)
+        return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
 
 
 ONLY_CODED = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
 
 
 def adapter_places(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, coded.Place]:
-    """Where the modules of a coded adapter are, from its bytes and the bases of each."""
+    """Where the modules of a coded adapter are, by their names in the subspace, from its bytes and the bases."""
     number = coded.cluster(data)
     found = {}
     for name, bases in modules.items():
@@ -345,18 +345,57 @@ def basis_bytes(basis: Basis) -> bytes:
     return coded.EMPTY if stored is None else stored.numpy().tobytes()
 
 
-def coefficients_of(
-    one: coded.AdapterCodes, places: Mapping[str, coded.Place], slots: Mapping[str, Slot]
-) -> Mapping[str, Coefficients]:
-    """An adapter's coefficients, made of its codes when they are asked for: they are many times larger."""
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a module's coefficients without their numbers. rests: the sides that have one."""
 
-    def read(name: str) -> Coefficients:
-        slot = slots[name]
-        return coded.coefficients(
-            one.modules[name], one.step, places[name], rank=slot.rank, scaling=slot.scaling, kernel=slot.kernel
-        )
+    rank: int
+    scaling: float
+    kernel: tuple[int, ...]
+    rests: tuple[str, ...]
 
-    return Lazy(dict(sorted(slots.items())), read)
+
+class CodedCoefficients(Lazy[Coefficients]):
+    """An adapter's coefficients by its own names of modules, made of its codes when they are asked for: they are many
+    times larger. places: by their names in the subspace, as the codes are."""
+
+    __slots__ = ("_codes", "_slots")
+
+    def __init__(self, codes: coded.AdapterCodes, places: Mapping[str, coded.Place], slots: Mapping[str, Slot]) -> None:
+        self._codes, self._slots = codes, slots
+
+        def read(name: str) -> Coefficients:
+            slot = slots[name]
+            return coded.coefficients(
+                codes.modules[slot.place],
+                codes.step,
+                places[slot.place],
+                rank=slot.rank,
+                scaling=slot.scaling,
+                kernel=slot.kernel,
+            )
+
+        super().__init__(dict(sorted(slots.items())), read)
+
+    @property
+    def outlines(self) -> dict[str, Outline]:
+        """What `outlines` asks for."""
+        found = {}
+        for name in self:
+            one, slot = self._codes.modules[self._slots[name].place], self._slots[name]
+            rests = [side for side, rows in (("down", one.down), ("up", one.up)) if (rows.rest_levels > 0).any()]
+            found[name] = Outline(slot.rank, slot.scaling, slot.kernel, tuple(rests))
+        return found
+
+
+def outlines(coefficients: Mapping[str, Coefficients]) -> dict[str, Outline]:
+    """Of all modules of an adapter; no number of a coded one is needed for it."""
+    if isinstance(coefficients, CodedCoefficients):
+        return coefficients.outlines
+    return {
+        name: Outline(one.rank, one.scaling, one.kernel, tuple(s for s in keys.SIDES if one.rest(s) is not None))
+        for name, one in coefficients.items()
+    }
 
 
 def blob(data: bytes) -> Tensor:
@@ -441,20 +480,36 @@ def for_coefficients(basis: Storage) -> Storage:
     return STORAGES["int8"] if isinstance(basis, Integers) else basis
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file as a float storage has them. `FormatError` where they cannot be read."""
+def plain(
+    tensors: Mapping[str, Tensor], slots: Callable[[], Mapping[str, Slot]], subspace: Callable[[], Subspace]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file as a float storage has them. `FormatError` where they cannot be read.
+
+    slots: of its modules; subspace: its own. Both are called where they are needed.
+    """
     found = dict(tensors)
+    coded_already = keys.CODED in tensors
+    integers = any(key.endswith(f".{quantised.CODES}") for key in tensors)
+    if not (coded_already or integers):
+        return found
+    try:
+        if coded_already:
+            coefficients, _ = STORAGES[CODED].adapter(found, slots(), subspace)
+            return found | Floats("float32", torch.float32).of_adapter(coefficients)
+        for name, side, payload in list(_integers(tensors)):
+            rows = quantised.decode(payload)
+            for each in payload:
+                del found[f"{name}.{each}"]
+            found[name] = rows if side == "down" else rows.mT.contiguous()
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"the adapter's coefficients cannot be read: {reason(error)}.") from error
+    return found
+
+
+def _integers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+    """Every matrix of coefficients in integers: its name, its side and its payload."""
     for key in tensors:
         name, _, part = key.rpartition(".")
         side = next((side for side, own in keys.COEFFICIENTS.items() if name.endswith(f".{own}")), None)
-        if part != quantised.CODES or side is None:
-            continue
-        try:
-            payload = _part(tensors, name)
-            rows = quantised.decode(payload)
-        except (KeyError, ValueError) as error:
-            raise FormatError(f"the coefficients {name} cannot be read: {reason(error)}.") from error
-        for each in payload:
-            del found[f"{name}.{each}"]
-        found[name] = rows if side == "down" else rows.mT.contiguous()
-    return found
+        if part == quantised.CODES and side is not None:
+            yield name, side, _part(tensors, name)

@@ -120,6 +120,9 @@ class Coefficients:
         """Whether there is more to the update than its coefficients."""
         return self.down_rest is not None or self.up_rest is not None
 
+    def rest(self, side: str) -> Tensor | None:
+        return self.down_rest if side == "down" else self.up_rest
+
     @property
     def stored_bytes(self) -> int:
         tensors = (self.down, self.up, self.down_rest, self.up_rest)

@@ -288,7 +288,7 @@ def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> C
 
 
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
-    """All pairs of adapters as they come back, from their coefficients alone."""
+    """All pairs of adapters as they come back, from their coefficients alone where there is no rest."""
     found = Pairs.of(len(packed))
     for one in _coefficients(pack, packed, progress):
         found.add(one)
@@ -306,7 +306,12 @@ def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Pr
 def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Iterator[Stack]:
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
-        yield stack_coefficients([coefficients_at(one, module, bases) for one in packed], bases.down.k, bases.up.k)
+        found = [coefficients_at(one, module, bases) for one in packed]
+        if any(one is not None and one.has_rest for one in found):
+            n_out, n_in = bases.shape
+            yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
+        else:
+            yield stack_coefficients(found, bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
 
 
