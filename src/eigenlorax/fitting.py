@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import auto, checks, dtypes, formats, jobs, keys, manifest, sizes, storages
+from . import auto, checks, compact, dtypes, formats, jobs, keys, manifest, sizes, storages
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .adapter import Adapter
@@ -42,7 +42,7 @@ from .options import names as listed
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
-from .storages import Integers, Storage
+from .storages import Coded, Floats, Storage
 from .subspace import FitOptions, ModuleBases, Subspace
 from .summary import lossy
 from .version import __version__
@@ -63,6 +63,8 @@ def fit(
     n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
+    max_bytes: int | None = None,
+    ratio: float | None = None,
     weighting: str = "delta",
     sweeps: int = 2,
     exclude_adapters: str | Sequence[str] = (),
@@ -90,11 +92,15 @@ def fit(
     n_components: at most so many directions on each side of each module (default 32), or "auto": a number that is
         found by leaving adapters out, and `Pack.notes` says why; or energy: the smallest number that keeps this share
         of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as its record has it, at
-        most this, with numbers of its own for each side of each module.
+        most this, whatever they are spent on: directions, coefficients, what these miss of an adapter, or digits of any
+        of them (docs/method.md, "Bytes"); or max_bytes, or ratio: the smallest error that every adapter can have in so
+        many bytes of tensors, heads aside, or in a pack so many times smaller than the LoRAs in 16 bits, basis counted.
+        These three do their work in this process, and without a checkpoint.
     weighting, sweeps: see `FitOptions`.
     exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
         which each adapter then carries as they are.
     dtype, coefficient_dtype: of the stored basis and coefficients; the widest among the sources, and dtype, by default.
+        With max_error, a float dtype says that numbers are to be kept as such ones, and sizes alone are chosen.
         "int8" and "int4" are integers with a scale for every 64 numbers of a row (docs/method.md), beside which
         coefficients are int8 by default.
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
@@ -111,10 +117,12 @@ def fit(
     revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
     found = n_components == AUTO
-    fit_options = FitOptions(_number(n_components, energy, max_error), energy, weighting, sweeps, max_error)
+    aims = {"energy": energy, "max_error": max_error, "max_bytes": max_bytes, "ratio": ratio}
+    number = _number(n_components, aims)
+    fit_options = FitOptions(number, energy, weighting, sweeps, max_error, max_bytes, ratio)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
     asked_storage, asked_coefficients = storages.parse(dtype), storages.parse(coefficient_dtype)
-    _check_sized(fit_options, asked_storage, asked_coefficients)
+    by_bytes = _is_by_bytes(fit_options, asked_storage, asked_coefficients)
     engines.check(engine, workers)
     if solver not in SOLVERS:
         raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
@@ -151,14 +159,22 @@ def fit(
             choice = auto.choose(_reads(by_module), _outlines(by_module), setting, report)
             fit_options = replace(fit_options, n_components=choice.n_components)
             setting, notes = replace(setting, options=fit_options), [choice.reason]
-        chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
-        index = {adapter.name: place for place, adapter in enumerate(taken)}
-        todo = _jobs(by_module, index, setting, shared, chosen, solver)
-        with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
-            before = [kept.find(place) if kept else None for place in range(len(todo))]
-            by_index = {index[packing.adapter.name]: packing for packing in packings}
-            modules, by_iteration, seconds = _fit_modules(todo, before, by_index, workforce, kept, report)
-    resumed = sum(one is not None for one in before)
+        compactly, resumed, todo = None, 0, list[Job]()
+        if by_bytes:
+            storage = coefficient_storage = storages.by_name(storages.CODED)
+            started = time.perf_counter()
+            compactly = compact.fit(by_module, setting.weights, fit_options, report)
+            modules, by_iteration, seconds = dict(compactly.modules), False, {"coding": time.perf_counter() - started}
+            notes.extend(compactly.notes)
+        else:
+            chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
+            index = {adapter.name: place for place, adapter in enumerate(taken)}
+            todo = _jobs(by_module, index, setting, shared, chosen, solver)
+            with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
+                before = [kept.find(place) if kept else None for place in range(len(todo))]
+                by_index = {index[packing.adapter.name]: packing for packing in packings}
+                modules, by_iteration, seconds = _fit_modules(todo, before, by_index, workforce, kept, report)
+            resumed = sum(one is not None for one in before)
     subspace = Subspace(modules)
     pack = Pack(
         subspace,
@@ -179,7 +195,12 @@ def fit(
     if resumed:
         pack.notes.append(f"{resumed} of {len(todo)} modules were there from a fit that was interrupted.")
     pack.seconds.update({"scanning": scanned, **seconds})
-    if lossy(pack.records, warn_above):
+    if compactly is not None:
+        pack.frontier.extend(compactly.frontier)
+        warn_of_losses(
+            pack.records, warn_above, "That is what was asked for: less (max_error), or more bytes, keeps more."
+        )
+    elif lossy(pack.records, warn_above):
         # to find out how many would do takes whole spectra
         more = "More components (-k, n_components) keep more of each."
         remedy = more if by_iteration else _remedy(_reads(by_module), setting, warn_above)
@@ -187,27 +208,39 @@ def fit(
     return pack
 
 
-def _check_sized(options: FitOptions, *asked: Storage | None) -> None:
-    """`OptionError` where sizes are to be found for a storage that they are not found for."""
-    rounded = [one.name for one in asked if isinstance(one, Integers)]
-    if options.max_error is not None and rounded:
+def _is_by_bytes(options: FitOptions, storage: Storage | None, coefficients: Storage | None) -> bool:
+    """Whether how numbers are stored is found with all else, as few bytes as that takes."""
+    asked = [one for one in (storage, coefficients) if one is not None]
+    coded = [one for one in asked if isinstance(one, Coded)]
+    aims = {name: getattr(options, name) for name in ("max_error", "max_bytes", "ratio")}
+    given = next((f"{name}={value:g}" for name, value in aims.items() if value is not None), None)
+    if given is None:
+        if coded:
+            raise OptionError(storages.ONLY_CODED)
+        return False
+    floats = options.max_error is not None and all(isinstance(one, Floats) for one in asked)
+    if len(coded) == len(asked) and options.weighting == "delta":
+        return True
+    if floats:
+        return False
+    if asked:
         raise OptionError(
-            f"max_error={options.max_error:g} does not go with dtype {rounded[0]}: sizes are found for float dtypes "
-            "alone. Give n_components=32 or energy=0.9, and look at the delta errors that come out."
+            f"{given} finds by itself how numbers are stored: leave dtype {asked[0].name} away"
+            + (", or give a float dtype." if options.max_error is not None else ".")
         )
+    raise OptionError(f"{given} goes with weighting 'delta', got {options.weighting!r}.")
 
 
-def _number(n_components: int | str | None, energy: float | None, max_error: float | None) -> int | None:
+def _number(n_components: int | str | None, aims: Mapping[str, float | None]) -> int | None:
     """What `FitOptions` checks: the default where nothing is given, and 1 for now where the number is to be found."""
     if n_components == AUTO:
-        others = {"energy": energy, "max_error": max_error}
-        given = " and ".join(f"{name}={value}" for name, value in others.items() if value is not None)
+        given = " and ".join(f"{name}={value}" for name, value in aims.items() if value is not None)
         if given:
             raise OptionError(f"n_components='auto' finds a number itself, as {given} would: give one of them.")
         return 1
     if isinstance(n_components, str):
         raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")
-    return DEFAULT_COMPONENTS if n_components is None and energy is None and max_error is None else n_components
+    return DEFAULT_COMPONENTS if n_components is None and set(aims.values()) == {None} else n_components
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -371,8 +404,7 @@ def _remedy(reads: dict[str, Read], setting: Setting, above: float) -> str:
     below = f"About -k {k} (n_components={k}) would bring every adapter below {above:g}"
     if share >= 1:
         return f"{below}, in more bytes than the LoRAs themselves have: keep such adapters as ordinary LoRAs."
-    may_be_sized = above and not any(isinstance(s, Integers) for s in (setting.storage, setting.coefficient_storage))
-    bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if may_be_sized else ""
+    bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if above else ""
     return f"{below}{bounded}."
 
 

@@ -83,6 +83,14 @@ def read_subspace(folder: Path, found: Manifest) -> Subspace:
 def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Subspace:
     n_extra = found.subspace.n_extra
     modules = {}
+    tensors = storages.by_name(found.subspace.dtype).opened(
+        tensors,
+        {
+            keys.components_key(name, s): pair[s].dimension
+            for name, pair in found.subspace.modules.items()
+            for s in keys.SIDES
+        },
+    )
     for name in found.subspace.modules:
         down, up = (_basis(tensors, name, side, found) for side in keys.SIDES)
         modules[name] = ModuleBases(down, up)

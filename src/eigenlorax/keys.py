@@ -40,6 +40,14 @@ MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
+CODED = "eigenlorax_coded"
+"""The whole of an adapter, in packs that are coded."""
+REST = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
+"""Beside coefficients, what the bases do not hold of the two factors; either may be missing."""
+RESTS = "rests"
+"""What an adapter's config calls the sides that have a rest, by module."""
+STORED_AS = "coefficient_dtype"
+"""What the config of an adapter of a pack calls how its file has coefficients, where that is not as floats."""
 KERNELS = "kernels"
 """What an adapter's config calls the kernels of its convolutions, by module."""
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
@@ -129,10 +137,16 @@ def coefficients_key(module: str, side: str) -> str:
     return f"{MODEL_PREFIX}{module}.{COEFFICIENTS[side]}"
 
 
+def rest_key(module: str, side: str) -> str:
+    """The key under which our adapters keep what the bases do not hold of the factor of one side."""
+    return f"{MODEL_PREFIX}{module}.{REST[side]}"
+
+
 def owner(key: str) -> str | None:
-    """The module that a key of our adapters' files is of: coefficients, embedded bases, trained biases; or None."""
+    """The module that a key of our adapters' files is of: coefficients, rests, embedded bases, trained biases; or
+    None."""
     module, _, part = key.removeprefix(MODEL_PREFIX).rpartition(".")
-    if part in (*COEFFICIENTS.values(), CORE, *EMBEDDED.values()):
+    if part in (*COEFFICIENTS.values(), CORE, *REST.values(), *EMBEDDED.values()):
         return module
     return module.removesuffix(".base_layer") if part == "bias" and module.endswith(".base_layer") else None
 

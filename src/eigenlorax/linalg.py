@@ -95,6 +95,15 @@ class RowStack:
         return Leading(sigma, self.rows @ components.mT, lambda: components)
 
 
+def leading_rows(rows: Tensor, most: int) -> Tensor:
+    """Leading right singular vectors of a matrix, (k, d), at most so many, and those that its Gram matrix resolves."""
+    wide = rows.shape[0] <= rows.shape[1]
+    squares, vectors = descending_eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    sigma = squares.clamp_min(0).sqrt()
+    k = min(most, int((sigma > GRAM_RESOLUTION * sigma[0]).sum()))
+    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if wide else vectors[:, :k].mT)
+
+
 def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
     """diag(weights) @ matrix, block by block."""
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])
@@ -147,9 +156,13 @@ def dual_rows(components: Tensor) -> Tensor:
     """The rows P, (k, d), with which x @ Pᵀ are the least-squares coordinates of x in `components`.
 
     Equal to the components where they are exactly orthonormal; rounding to a stored dtype leaves them a little off.
+    Rows that depend on each other share what lies in their span.
     """
-    gram = components @ components.mT
-    return torch.cholesky_solve(components, torch.linalg.cholesky(gram))
+    root, failed = torch.linalg.cholesky_ex(components @ components.mT)
+    if bool(failed):
+        shared: Tensor = torch.linalg.pinv(components, rtol=1e-6).mT
+        return shared
+    return torch.cholesky_solve(components, root)
 
 
 def even_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import chunks, linalg
 from . import subspace as spaces
@@ -62,14 +63,36 @@ def unrounded(exact: ModuleBases, stored: ModuleBases) -> Unrounded:
 def module_error(
     factors: LoRAFactors, coefficients: Coefficients, bases: ModuleBases, exact: Unrounded | None = None
 ) -> ModuleError:
-    """What `coefficients` in `bases`, both as stored, lose of `factors`.
+    """What `coefficients` in `bases`, both as stored, lose of `factors`, which may have another rank.
 
     exact: of the bases before they were rounded; where they are not at hand, the rounding measured is that of the
-    coefficients alone.
+    coefficients alone. With a rest nothing is left out for its direction: all that is lost is rounding.
     """
-    found = CoefficientChunk(coefficients.down[None], coefficients.up[None], torch.ones(1, dtype=torch.float64))
+    if coefficients.has_rest:
+        lost = _difference_square(factors, spaces.reconstruct(coefficients, bases))
+        return ModuleError(spaces.delta_square(factors), lost, lost)
+    down, up = _of_rank(coefficients.down, coefficients.up, factors.spec.rank)
+    found = CoefficientChunk(down[None], up[None], torch.ones(1, dtype=torch.float64))
+    own_down, own_up = _of_rank(factors.down, factors.up, down.shape[0])
+    factors = replace(factors, down=own_down, up=own_up)
     wide = spaces.balanced(chunks.chunk([factors], [0.0]), coefficients.down.dtype)
     return module_errors(wide, found, bases, exact)[0]
+
+
+def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product of (at least) so many rows and columns, filled up with zeros."""
+    more = max(rank - down.shape[0], 0)
+    return pad(down, (0, 0, 0, more)), pad(up, (0, more))
+
+
+def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
+    """‖D − D'‖² of updates of any two ranks and gauges; as exact as the larger of the two norms allows."""
+    rank = max(one.spec.rank, other.spec.rank)
+    sides = []
+    for each in (one, other):
+        down, up = _of_rank(each.down.double(), each.up.double(), rank)
+        sides += [each.scaling * up, down]
+    return float(linalg.difference_square(*sides))
 
 
 def module_errors(

@@ -5,6 +5,9 @@ scaling · x·Vᵀ·C_Aᵀ·C_Bᵀ·U, in one of two orders. Shared: the product
 rows, k wide, and coefficients between them. Folded: C_A·V and C_Bᵀ·U are made first, and what remains is a plain LoRA
 of rank r. Folding costs r·k·d a side and adapter and saves (k − r)·d a token, so that it pays for many tokens of one
 adapter. In a convolution tokens are the places of an image, and the product with V is the convolution.
+
+What an adapter has beside the bases, a *rest*, is added to the two factors: it is as wide as a LoRA, and multiplied as
+one. Folded it is a part of the plain LoRA, and costs nothing more.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from .byte_rows import Rows, wide
 
 # Folded where tokens · (k − r) > factor · r · k. By operations the factor is 1, and with one adapter for all rows,
 # whose products are kept, it is: the tokens are all that it has had. With one a row they are those of one adapter in
@@ -37,25 +42,62 @@ class Folded:
         self._tokens = 0
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def after(self, tokens: int, part: "Part", down_basis: Tensor, up_basis: Tensor) -> tuple[Tensor, Tensor] | None:
+    def after(self, tokens: int, part: "Part", down_basis: Rows, up_basis: Rows) -> tuple[Tensor, Tensor] | None:
         """(r, in) and (r, out), once these and all tokens before them pay for it."""
         if self._pair is None:
             self._tokens += tokens
-            if folds(self._tokens, len(part.down), min(len(down_basis), len(up_basis)), FOLD_ALONE):
+            k, rank = min(len(down_basis), len(up_basis)), len(part.down)
+            if folds(self._tokens, rank, k, FOLD_ALONE, beside=bool(part.rests)):
                 with constant(down_basis.device):
-                    self._pair = part.down @ down_basis, part.up.mT @ up_basis
+                    self._pair = self._folded(part, down_basis, up_basis)
         return self._pair
+
+    def _folded(self, part: "Part", down_basis: Rows, up_basis: Rows) -> tuple[Tensor, Tensor]:
+        down = part.down @ wide(down_basis, part.down.dtype)
+        up = part.up.mT @ wide(up_basis, part.up.dtype)
+        for rest in part.rests:
+            down = down if rest.down is None else down + rest.down
+            up = up if rest.up is None else up + rest.up.mT
+        return down, up
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What one adapter has beside the bases: down (r, in) and up (out, r), None where it has nothing.
+
+    rows: those of the batch that have this adapter; None for all. scaling: on top of that of the part.
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+    rows: Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.down, self.up) if tensor is not None]
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "Rest":
+        """The same on a device, or in a dtype."""
+        down, up = (None if tensor is None else tensor.to(device, dtype) for tensor in (self.down, self.up))
+        return replace(self, down=down, up=up, rows=None if self.rows is None else self.rows.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """What one module multiplies with: down (r, k_down) and up (k_up, r), or with one more leading dimension, a pair
-    for each group of rows."""
+    for each group of rows; and what adapters have beside the bases."""
 
     down: Tensor
     up: Tensor
     scaling: float
+    rests: tuple[Rest, ...] = ()
     folded: Folded = field(default_factory=Folded)
+
+    def to(self, device: torch.device) -> "Part":
+        """The same on a device, where nothing is folded yet."""
+        rests = tuple(rest.to(device) for rest in self.rests)
+        return Part(self.down.to(device), self.up.to(device), self.scaling, rests)
 
 
 @contextmanager
@@ -114,16 +156,20 @@ def arrange(owners: Sequence[int]) -> tuple[list[int], Order]:
     return list(places), Order(len(places), len(owners), torch.tensor(index), torch.tensor(inverse))
 
 
-def folds(tokens: int, rank: int, k: int, factor: float) -> bool:
-    """Whether so many tokens pay for a product of coefficients and basis."""
-    return tokens * (k - rank) > factor * rank * k
+def folds(tokens: int, rank: int, k: int, factor: float, *, beside: bool = False) -> bool:
+    """Whether so many tokens pay for a product of coefficients and basis.
+
+    beside: whether there is a rest, so that a product of rank r is made in any case, and folding saves all of the
+    other.
+    """
+    return tokens * (k if beside else k - rank) > factor * rank * k
 
 
 def add_alone(
     result: Tensor,
     x: Tensor,
-    down_basis: Tensor,
-    up_basis: Tensor,
+    down_basis: Rows,
+    up_basis: Rows,
     part: Part,
     *,
     in_place: bool = False,
@@ -133,13 +179,23 @@ def add_alone(
 
     convolve: of a convolution, whose result is (n, out, …) and x (n, channels, …).
     """
-    x = x.to(part.down.dtype)
+    dtype = part.down.dtype
+    x = x.to(dtype)
     tokens = result.numel() // up_basis.shape[1]
     folded = part.folded.after(tokens, part, down_basis, up_basis)
-    down, up = (down_basis, up_basis) if folded is None else folded
-    hidden = _projected(x, down, convolve)
     if folded is None:
-        hidden = linear(linear(hidden, part.down), part.up)
+        up = wide(up_basis, dtype)
+        hidden = linear(_projected(x, wide(down_basis, dtype), convolve), part.down)
+        for rest in part.rests:
+            if rest.down is not None:
+                hidden = hidden + _projected(x, rest.down, convolve)
+            if rest.up is not None:
+                beside = linear(hidden, rest.up)
+                result = _add(result, beside, part.scaling, images=convolve is not None, in_place=in_place)
+        hidden = linear(hidden, part.up)
+    else:
+        down, up = folded
+        hidden = _projected(x, down, convolve)
     if convolve is not None:
         return _add_images(result, hidden @ up, part.scaling)
     return _add_product(result, hidden.reshape(-1, hidden.shape[-1]), up, part.scaling, in_place)
@@ -148,8 +204,8 @@ def add_alone(
 def add_mixed(
     result: Tensor,
     x: Tensor,
-    down_basis: Tensor,
-    up_basis: Tensor,
+    down_basis: Rows,
+    up_basis: Rows,
     part: Part,
     order: Order,
     *,
@@ -158,28 +214,58 @@ def add_mixed(
 ) -> Tensor:
     """The same where each group of rows has its own coefficients. The rows of x are those of `order`, each repeated
     equally often."""
-    x = x.to(part.down.dtype)
-    rank = part.down.shape[1]
+    dtype = part.down.dtype
+    x = x.to(dtype)
+    rank, images = part.down.shape[1], convolve is not None
     tokens = result.numel() // up_basis.shape[1] // order.groups
     # a convolution of each group with rows of its own is no product of batches
-    if convolve is None and folds(tokens, rank, len(down_basis), FOLD_MIXED):
-        folded = (part.down.reshape(-1, len(down_basis)) @ down_basis).view(order.groups, rank, -1)
+    if not images and folds(tokens, rank, len(down_basis), FOLD_MIXED):
+        folded = (part.down.reshape(-1, len(down_basis)) @ wide(down_basis, dtype)).view(order.groups, rank, -1)
         hidden = torch.bmm(order.gather(x.reshape(order.rows, -1, x.shape[-1])), folded.mT)
     else:
-        projected = _projected(x, down_basis, convolve).reshape(order.rows, -1, len(down_basis))
+        projected = _projected(x, wide(down_basis, dtype), convolve).reshape(order.rows, -1, len(down_basis))
         hidden = torch.bmm(order.gather(projected), part.down.mT)
+    if part.rests:
+        by_row = order.scatter(hidden)
+        beside = _beside(by_row, x.reshape(order.rows, -1, *x.shape[1:]), up_basis.shape[1], part.rests, convolve)
+        result = _add(result, beside, part.scaling, images=images, in_place=in_place)
+        hidden = order.gather(by_row)
     if folds(tokens, rank, len(up_basis), FOLD_MIXED):
-        folded = (part.up.mT.reshape(-1, len(up_basis)) @ up_basis).view(order.groups, rank, -1)
-        update = order.scatter(torch.bmm(hidden, folded))
-        if convolve is not None:
-            return _add_images(result, update.reshape(len(result), -1, update.shape[-1]), part.scaling)
-        update = update.reshape(result.shape)
-        update = update if part.scaling == 1 else update * part.scaling
-        return result.add_(update.to(result.dtype)) if in_place else result + update.to(result.dtype)
+        folded = (part.up.mT.reshape(-1, len(up_basis)) @ wide(up_basis, dtype)).view(order.groups, rank, -1)
+        return _add(result, order.scatter(torch.bmm(hidden, folded)), part.scaling, images=images, in_place=in_place)
     hidden = order.scatter(torch.bmm(hidden, part.up.mT))
-    if convolve is not None:
-        return _add_images(result, hidden.reshape(len(result), -1, len(up_basis)) @ up_basis, part.scaling)
-    return _add_product(result, hidden.reshape(-1, len(up_basis)), up_basis, part.scaling, in_place)
+    up = wide(up_basis, dtype)
+    if images:
+        return _add_images(result, hidden.reshape(len(result), -1, len(up_basis)) @ up, part.scaling)
+    return _add_product(result, hidden.reshape(-1, len(up_basis)), up, part.scaling, in_place)
+
+
+def _beside(hidden: Tensor, x: Tensor, n_out: int, rests: Sequence[Rest], convolve: Convolve | None) -> Tensor:
+    """Let each row have what its adapter has beside the down basis, in place, and the same of the up basis:
+    (rows, t, out).
+
+    hidden: (rows, t, r), what the coefficients of the down side made of x (rows, m, …). Adapters come one after the
+    other: side by side, their rests would be copied for each row.
+    """
+    update = hidden.new_zeros(*hidden.shape[:2], n_out)
+    for rest in rests:
+        assert rest.rows is not None
+        if rest.down is not None:
+            rank = len(rest.down)
+            more = _projected(x[rest.rows].flatten(0, 1), rest.down, convolve)
+            hidden[rest.rows, :, :rank] += more.reshape(len(rest.rows), -1, rank)
+        if rest.up is not None:
+            update[rest.rows] = rest.scaling * linear(hidden[rest.rows, :, : rest.up.shape[1]], rest.up)
+    return update
+
+
+def _add(result: Tensor, update: Tensor, scaling: float, *, images: bool, in_place: bool) -> Tensor:
+    """`result` + scaling · update, whose rows have places one after the other, (…, out)."""
+    if images:
+        return _add_images(result, update.reshape(len(result), -1, update.shape[-1]), scaling)
+    update = update.reshape(result.shape)
+    update = (update if scaling == 1 else update * scaling).to(result.dtype)
+    return result.add_(update) if in_place else result + update
 
 
 def _projected(x: Tensor, rows: Tensor, convolve: Convolve | None) -> Tensor:

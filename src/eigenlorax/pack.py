@@ -16,6 +16,7 @@ import torch
 from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, storages, store
 from . import subspace as spaces
 from .adapter import Adapter, Lazy
+from .coding import Point
 from .errors import (
     WARN_ABOVE,
     LossWarning,
@@ -45,7 +46,8 @@ class Pack:
     `add`, `add_all` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk
     when they are asked for, and checks their bytes against the manifest.
 
-    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. Neither is saved.
+    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. frontier: where bytes
+    were chosen, about how many other errors take. None of them is saved.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Pack:
         self._storage, self._coefficients = storages.by_name(info.dtype), found
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.frontier: list[Point] = []
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False
@@ -187,6 +190,17 @@ class Pack:
         return self._coefficients.name
 
     @property
+    def _is_coded(self) -> bool:
+        return self._coefficients.name == storages.CODED
+
+    @property
+    def aim(self) -> float:
+        """The delta error that no adapter of the fit exceeds: the one that was asked for, or the worst there is."""
+        if self.fit_info.max_error is not None:
+            return self.fit_info.max_error
+        return max((record.delta_error for record in self.records.values() if record.in_fit), default=0.0)
+
+    @property
     def records(self) -> dict[str, Record]:
         """The figures of every adapter, by name."""
         return {name: self._adapters[name].record for name in self.names}
@@ -246,6 +260,16 @@ class Pack:
                     f"{path / keys.ADAPTERS / found.name}: the coefficients of module {module} do not fit the "
                     "subspace. Make the pack again, with another tool or release."
                 )
+            sides = self.info.modules[place]
+            for side, shape in (
+                ("down", (one.rank, sides["down"].dimension)),
+                ("up", (sides["up"].dimension, one.rank)),
+            ):
+                if (rest := one.rest(side)) is not None and tuple(rest.shape) != shape:
+                    raise PackDamagedError(
+                        f"{path / keys.ADAPTERS / found.name}: the {side} rest of module {module} is "
+                        f"{tuple(rest.shape)} and not {shape}. Make the pack again, with another tool or release."
+                    )
 
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
@@ -380,9 +404,12 @@ class Pack:
         if extend is not None:
             subspace = joining.extended(subspace, self._storage, new, extend, report)
         added = {}
+        whole = joining.rounded_bases(subspace) if self._is_coded else {}
         for done, one in enumerate(new):
             report("projecting adapters", done, len(new))
-            for module, place in one.places.items():
+            if self._is_coded:
+                joining.code(one, whole, self.aim)
+            for module, place in one.places.items() if not self._is_coded else ():
                 bases, factors = subspace.modules[place], one.adapter.modules[module]
                 one.packing.project(module, place, factors, bases, self._coefficients, spaces.duals(bases))
             added[one.adapter.name] = one.packing.packed(in_fit=False)

@@ -13,15 +13,16 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from . import chunks, keys, metrics, storages
+from . import chunks, coded, keys, metrics, storages
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from .checks import Scan
 from .chunks import CoefficientChunk
+from .coded import AdapterCodes
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
-from .storages import Slot, Storage
+from .storages import Floats, Outline, Slot, Storage
 from .subspace import Coefficients, Subspace
 from .typed import typed
 
@@ -77,7 +78,7 @@ class Packing:
 
     adapter: Adapter
     scan: Scan
-    coefficients: dict[str, Coefficients] = field(default_factory=dict)
+    coefficients: Mapping[str, Coefficients] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     errors: list[ModuleError] = field(default_factory=list)
     payload: dict[str, Tensor] = field(default_factory=dict)
@@ -108,9 +109,26 @@ class Packing:
     ) -> None:
         """Note one module's coefficients in the bases of `place`, which are one row of a chunk, and what they lose."""
         self.places[module] = place
-        self.coefficients[module] = Coefficients(chunk.down[row], chunk.up[row], float(chunk.scaling[row]), kernel)
+        found = Coefficients(chunk.down[row], chunk.up[row], float(chunk.scaling[row]), kernel)
+        assert isinstance(self.coefficients, dict)
+        self.coefficients[module] = found
         self.payload |= storages.of_row(chunk, row, module)
         self.errors.append(error)
+
+    def take_codes(self, codes: AdapterCodes, places: Mapping[str, coded.Place], data: bytes, error: float) -> None:
+        """Note all modules of an adapter that is coded, whose `places` in the subspace are known by now.
+
+        data: the codes as bytes. error: what they lose, relative to the norm of it all.
+        """
+        specs = self.adapter.specs
+        slots = {
+            module: Slot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
+            for module, place in self.places.items()
+        }
+        self.coefficients = storages.CodedCoefficients(codes, places, slots)
+        self.payload = {keys.CODED: storages.blob(data)}
+        # whatever is lost is lost by rounding to whole steps
+        self.errors.append(ModuleError(1.0, error**2, error**2))
 
     def packed(self, *, in_fit: bool) -> PackedAdapter:
         """The adapter as a pack keeps it; modules that were not projected are carried as they are."""
@@ -137,7 +155,10 @@ class Packing:
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-        coefficients, places = dict(sorted(self.coefficients.items())), dict(sorted(self.places.items()))
+        coefficients = self.coefficients
+        if isinstance(coefficients, dict):
+            coefficients = dict(sorted(coefficients.items()))
+        places = dict(sorted(self.places.items()))
         return PackedAdapter(
             adapter.name,
             coefficients,
@@ -174,7 +195,8 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
             return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
         return carried.modules[module]
 
-    specs = {module: _spec(c, bases[module], dtype) for module, c in packed.coefficients.items()}
+    outlines = storages.outlines(packed.coefficients)
+    specs = {module: _spec(one, bases[module], dtype) for module, one in outlines.items()}
     specs |= carried.specs
     return Adapter(
         name=packed.name,
@@ -189,7 +211,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
     )
 
 
-def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
+def _spec(c: Outline, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
     return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype, c.kernel)
 
 
@@ -200,7 +222,7 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     stored = packed.payload if packed.payload is not None else storage.of_adapter(packed.coefficients)
     tensors = {**packed.heads, **stored}
     files = {
-        keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint)),
+        keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint, storage)),
         keys.ADAPTER_WEIGHTS: to_safetensors(
             {key: hf_peft.owned(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"}
         ),
@@ -215,7 +237,7 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     return files
 
 
-def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
+def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, Any]:
     """The config of our own PEFT type: the source's fields that still hold, and the reference to the subspace."""
     source = json.loads(packed.source_config)
     kept = (
@@ -233,10 +255,14 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "bias",
         "modules_to_save",
     )
-    kernels = {module: list(c.kernel) for module, c in packed.coefficients.items() if c.kernel}
+    outlines = storages.outlines(packed.coefficients)
+    kernels = {module: list(one.kernel) for module, one in outlines.items() if one.kernel}
+    rests = {module: list(one.rests) for module, one in outlines.items() if one.rests}
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
+        **({keys.RESTS: rests} if rests else {}),
+        **({} if isinstance(storage, Floats) else {keys.STORED_AS: storage.name}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),

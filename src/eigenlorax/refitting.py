@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import fitting, keys, linalg
+from . import fitting, keys, linalg, storages
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
 from .errors import WARN_ABOVE, OptionError
@@ -111,14 +111,19 @@ def refit(
     sizes: dict[str, Any] = {"n_components": n_components, "energy": energy, "max_error": max_error}
     if all(value is None for value in sizes.values()):
         sizes = {"n_components": old.n_components, "energy": old.energy, "max_error": old.max_error}
+    # an error asked for finds by itself how numbers are stored, unless they are to be floats
+    by_bytes = sizes["max_error"] is not None
+    stored = [
+        None if by_bytes and name in storages.INTEGERS else name for name in (pack.storage, pack.coefficient_storage)
+    ]
     found = fitting.fit(
         given,
         **sizes,
         weighting=old.weighting if weighting is None else weighting,
         sweeps=old.sweeps if sweeps is None else sweeps,
         exclude_modules=[name for name in old.excluded_modules if name in names],
-        dtype=pack.storage if dtype is None else dtype,
-        coefficient_dtype=pack.coefficient_storage if coefficient_dtype is None else coefficient_dtype,
+        dtype=stored[0] if dtype is None else dtype,
+        coefficient_dtype=stored[1] if coefficient_dtype is None else coefficient_dtype,
         same_base=True,
         warn_above=1.0,
         device=device,

@@ -5,21 +5,24 @@ the file travels along with them as a *payload*, so that a pack that was read is
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import basis as one
-from . import chunks, dtypes, keys, linalg, quantised
+from . import chunks, coded, dtypes, keys, linalg, quantised
 from . import subspace as spaces
+from .adapter import Lazy
 from .basis import Basis
 from .chunks import Chunk, CoefficientChunk
 from .errors import FormatError, OptionError, reason
 from .quantised import Payload
 from .subspace import Coefficients, Duals, ModuleBases, Subspace
 
+CODED = "coded"
 Rows = tuple[Tensor, Payload | None]
 """Components in memory, and what lies in the file where that is not the same."""
 
@@ -68,6 +71,10 @@ class Storage(ABC):
     def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
         """The tensors of a basis's stored rows by their names in the subspace's file. key: what floats are called."""
 
+    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """The tensors of a subspace's file, ready for `rows`. widths: of rows, by their keys."""
+        return tensors
+
     @abstractmethod
     def rows(
         self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
@@ -94,7 +101,7 @@ class Storage(ABC):
     @abstractmethod
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
-    ) -> tuple[dict[str, Coefficients], Payload | None]:
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         """The inverse of `of_adapter`, and the payload; both are taken out of the file's `tensors`.
 
         subspace: what the pack's was when the adapter was written; called where it is needed. `KeyError` or
@@ -141,19 +148,22 @@ class Floats(Storage):
         return spaces.project_chunk(wide, bases, self.dtype, dual)
 
     def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
-        return {
-            keys.coefficients_key(module, side): tensor
-            for module, c in coefficients.items()
-            for side, tensor in (("down", c.down), ("up", c.up))
-        }
+        tensors = {}
+        for module, c in coefficients.items():
+            for side, tensor in (("down", c.down), ("up", c.up)):
+                tensors[keys.coefficients_key(module, side)] = tensor
+                if (rest := c.rest(side)) is not None:
+                    tensors[keys.rest_key(module, side)] = rest
+        return tensors
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
-    ) -> tuple[dict[str, Coefficients], Payload | None]:
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         found = {}
         for module, slot in slots.items():
             down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
-            found[module] = Coefficients(down, up, slot.scaling, slot.kernel)
+            down_rest, up_rest = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
+            found[module] = Coefficients(down, up, slot.scaling, slot.kernel, down_rest, up_rest)
         return found, None
 
 
@@ -253,7 +263,7 @@ class Integers(Storage):
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
-    ) -> tuple[dict[str, Coefficients], Payload | None]:
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         found: dict[str, Coefficients] = {}
         payload: dict[str, Tensor] = {}
         for module, slot in slots.items():
@@ -266,6 +276,165 @@ class Integers(Storage):
             down, up = sides
             found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel)
         return found, payload
+
+
+@dataclass(frozen=True, slots=True)
+class Coded(Storage):
+    """Whole numbers in as few bytes as they can have (`coded`): a side of a module is one run of bytes, and all of an
+    adapter is another. Made by fits that are given an error or a size, and by what is added to their packs."""
+
+    @property
+    def number_bytes(self) -> float:
+        return 1.0
+
+    @property
+    def lora_itemsize(self) -> int:
+        return torch.float16.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
+
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        raise OptionError(
+            "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+            "Add the adapter without extend."
+        )
+
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
+
+    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+        # all of them at once: one by one would take many times as long
+        blobs = {key: f"{key}.{coded.CODED}" for key in widths if f"{key}.{coded.CODED}" in tensors}
+        sides = [(_bytes(tensors, blob), widths[key]) for key, blob in blobs.items()]
+        rows = [one.rows for one in _readable(coded.bases, sides)]
+        return {**tensors, **dict(zip(blobs, rows, strict=True))}
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        if any(steps.values()):
+            raise ValueError(f"{key} has stored rows of a later time, which no coded basis has")
+        if not fitted:
+            return [(torch.zeros(0, dimension), {}), *((torch.zeros(0, dimension), None) for _ in steps)]
+        blob = f"{key}.{coded.CODED}"
+        _check(key, tensors[key], (fitted, dimension), self.dtype)
+        none = torch.zeros(0, dimension), None
+        return [(tensors[key], {coded.CODED: tensors[blob]}), *(none for _ in steps)]
+
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        raise OptionError(ONLY_CODED)
+
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        raise OptionError(ONLY_CODED)
+
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        raise OptionError("the coefficients of an adapter of this pack were changed by hand: add the adapter instead.")
+
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        payload = {keys.CODED: tensors.pop(keys.CODED)}
+        data, now = _bytes(payload, keys.CODED), subspace()
+        modules = {slot.place: now.modules[slot.place] for slot in slots.values()}
+        places = _readable(adapter_places, data, modules)
+        return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
+
+
+ONLY_CODED = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
+
+
+def adapter_places(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, coded.Place]:
+    """Where the modules of a coded adapter are, by their names in the subspace, from its bytes and the bases."""
+    number = coded.cluster(data)
+    found = {}
+    for name, bases in modules.items():
+        sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
+        found[name] = coded.place_of(sides, number)
+    return found
+
+
+def basis_bytes(basis: Basis) -> bytes:
+    """Those of a coded basis."""
+    stored = (basis.payload or {}).get(coded.CODED)
+    return coded.EMPTY if stored is None else stored.numpy().tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a module's coefficients without their numbers. rests: the sides that have one."""
+
+    rank: int
+    scaling: float
+    kernel: tuple[int, ...]
+    rests: tuple[str, ...]
+
+
+class CodedCoefficients(Lazy[Coefficients]):
+    """An adapter's coefficients by its own names of modules, made of its codes when they are asked for: they are many
+    times larger. places: by their names in the subspace, as the codes are."""
+
+    __slots__ = ("_codes", "_slots")
+
+    def __init__(self, codes: coded.AdapterCodes, places: Mapping[str, coded.Place], slots: Mapping[str, Slot]) -> None:
+        self._codes, self._slots = codes, slots
+
+        def read(name: str) -> Coefficients:
+            slot = slots[name]
+            return coded.coefficients(
+                codes.modules[slot.place],
+                codes.step,
+                places[slot.place],
+                rank=slot.rank,
+                scaling=slot.scaling,
+                kernel=slot.kernel,
+            )
+
+        super().__init__(dict(sorted(slots.items())), read)
+
+    @property
+    def outlines(self) -> dict[str, Outline]:
+        """What `outlines` asks for."""
+        found = {}
+        for name in self:
+            one, slot = self._codes.modules[self._slots[name].place], self._slots[name]
+            rests = [side for side, rows in (("down", one.down), ("up", one.up)) if (rows.rest_levels > 0).any()]
+            found[name] = Outline(slot.rank, slot.scaling, slot.kernel, tuple(rests))
+        return found
+
+
+def outlines(coefficients: Mapping[str, Coefficients]) -> dict[str, Outline]:
+    """Of all modules of an adapter; no number of a coded one is needed for it."""
+    if isinstance(coefficients, CodedCoefficients):
+        return coefficients.outlines
+    return {
+        name: Outline(one.rank, one.scaling, one.kernel, tuple(s for s in keys.SIDES if one.rest(s) is not None))
+        for name, one in coefficients.items()
+    }
+
+
+def blob(data: bytes) -> Tensor:
+    """Bytes as a tensor."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
+    found = tensors[name]
+    if found.dtype != torch.uint8 or found.dim() != 1:
+        raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be bytes")
+    return found.numpy().tobytes()
+
+
+def _readable(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call gives; a `ValueError` where it cannot read its bytes."""
+    try:
+        return call(*args)
+    except FormatError as error:
+        raise ValueError(reason(error)) from error
 
 
 def _mixed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,10 +470,12 @@ def _check(name: str, found: Tensor, shape: tuple[int, int], dtype: torch.dtype)
         raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be {shape}, {dtype}")
 
 
+INTEGERS = ("int8", "int4")
 STORAGES: dict[str, Storage] = {
     **{dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED},
     "int8": Integers("int8", torch.float32, 8),
     "int4": Integers("int4", torch.float32, 4),
+    CODED: Coded(CODED, torch.float32),
 }
 """By the names that users and manifests write."""
 
@@ -329,20 +500,36 @@ def for_coefficients(basis: Storage) -> Storage:
     return STORAGES["int8"] if isinstance(basis, Integers) else basis
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file as a float storage has them. `FormatError` where they cannot be read."""
+def plain(
+    tensors: Mapping[str, Tensor], slots: Callable[[], Mapping[str, Slot]], subspace: Callable[[], Subspace]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file as a float storage has them. `FormatError` where they cannot be read.
+
+    slots: of its modules; subspace: its own. Both are called where they are needed.
+    """
     found = dict(tensors)
+    coded_already = keys.CODED in tensors
+    integers = any(key.endswith(f".{quantised.CODES}") for key in tensors)
+    if not (coded_already or integers):
+        return found
+    try:
+        if coded_already:
+            coefficients, _ = STORAGES[CODED].adapter(found, slots(), subspace)
+            return found | Floats("float32", torch.float32).of_adapter(coefficients)
+        for name, side, payload in list(_integers(tensors)):
+            rows = quantised.decode(payload)
+            for each in payload:
+                del found[f"{name}.{each}"]
+            found[name] = rows if side == "down" else rows.mT.contiguous()
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"the adapter's coefficients cannot be read: {reason(error)}.") from error
+    return found
+
+
+def _integers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+    """Every matrix of coefficients in integers: its name, its side and its payload."""
     for key in tensors:
         name, _, part = key.rpartition(".")
         side = next((side for side, own in keys.COEFFICIENTS.items() if name.endswith(f".{own}")), None)
-        if part != quantised.CODES or side is None:
-            continue
-        try:
-            payload = _part(tensors, name)
-            rows = quantised.decode(payload)
-        except (KeyError, ValueError) as error:
-            raise FormatError(f"the coefficients {name} cannot be read: {reason(error)}.") from error
-        for each in payload:
-            del found[f"{name}.{each}"]
-        found[name] = rows if side == "down" else rows.mT.contiguous()
-    return found
+        if part == quantised.CODES and side is not None:
+            yield name, side, _part(tensors, name)

@@ -21,7 +21,7 @@ from .errors import NonFiniteError, OptionError, ShapeError
 from .options import integer, number
 
 WEIGHTINGS = ("delta", "factors")
-SIZES = ("n_components", "energy", "max_error")
+SIZES = ("n_components", "energy", "max_error", "max_bytes", "ratio")
 """The options of which one says how many components are kept."""
 
 
@@ -30,7 +30,8 @@ class FitOptions:
     """How a subspace is fitted; valid from birth.
 
     One of n_components: at most so many on each side of each module; energy: the smallest number that keeps this
-        share; max_error: as few bytes as keep every adapter's delta error at most this (`sizes` finds the numbers).
+        share; max_error: as few bytes as keep every adapter's delta error at most this; max_bytes, or ratio, to the
+        LoRAs in 16 bits: the smallest error that every adapter can have in so many bytes (`coding`).
     weighting: "delta" weighs each factor by the other one, so that the error of the update itself is minimised;
         "factors" stacks the factors as they are (arXiv 2502.04700).
     sweeps: alternating refinements of the "delta" fit; the objective never grows with one.
@@ -41,23 +42,30 @@ class FitOptions:
     weighting: str = "delta"
     sweeps: int = 2
     max_error: float | None = None
+    max_bytes: int | None = None
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("n_components", integer), ("energy", number), ("max_error", number), ("sweeps", integer)):
+        kinds = {"n_components": integer, "energy": number, "max_error": number, "max_bytes": integer, "ratio": number}
+        for name, kind in {**kinds, "sweeps": integer}.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind(name, value))
         sizes = {name: getattr(self, name) for name in SIZES}
         if sum(value is not None for value in sizes.values()) != 1:
-            given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+            given = ", ".join(f"{name}={value}" for name, value in sizes.items() if value is not None) or "none of them"
             raise OptionError(
-                f"give one of n_components, energy and max_error, not both, all or none of them: got {given}. "
-                "For example n_components=32, energy=0.9, or max_error=0.3."
+                f"give one of {', '.join(SIZES[:-1])} and {SIZES[-1]}: got {given}. "
+                "For example n_components=32, energy=0.9, max_error=0.3, or ratio=18."
             )
-        if self.max_error is None:
+        if self.n_components is not None or self.energy is not None:
             one.check_size(self.n_components, self.energy)
-        elif not 0 < self.max_error < 1:
+        elif self.max_error is not None and not 0 < self.max_error < 1:
             raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
+        elif self.max_bytes is not None and self.max_bytes < 1:
+            raise OptionError(f"max_bytes is a number of bytes, at least 1, got {self.max_bytes}.")
+        elif self.ratio is not None and not self.ratio >= 1:
+            raise OptionError(f"ratio is by how much smaller the pack is, 1 or more, got {self.ratio}.")
         if self.weighting not in WEIGHTINGS:
             raise OptionError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         if self.sweeps < 0:
@@ -111,6 +119,9 @@ class Coefficients:
     def has_rest(self) -> bool:
         """Whether there is more to the update than its coefficients."""
         return self.down_rest is not None or self.up_rest is not None
+
+    def rest(self, side: str) -> Tensor | None:
+        return self.down_rest if side == "down" else self.up_rest
 
     @property
     def stored_bytes(self) -> int:
@@ -504,7 +515,7 @@ def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
-    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, with what is kept beside them; scaling kept, no decomposition."""
+    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, and the rest beside them; scaling kept, no decomposition."""
     down, up = one.reconstruct(coefficients.down, bases.down), one.reconstruct(coefficients.up.mT, bases.up).mT
     if coefficients.down_rest is not None:
         down = down + coefficients.down_rest

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..chunks import chunk
-from ..subspace import Coefficients, ModuleBases, shifts
+from ..subspace import Coefficients, ModuleBases
 from .stack import Stack, captured, difference_squares, gram, roots
 
 BLOCK = 64
@@ -36,15 +37,15 @@ def stored(
 ) -> Stored:
     """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`."""
     down, up = torch.zeros_like(one.down), torch.zeros_like(one.up)
-    down_basis, up_basis = (bases.side(side).components.to(torch.float64) for side in ("down", "up"))
     for index, (original, found) in enumerate(zip(factors, coefficients, strict=True)):
         if original is None or found is None:
             continue
         # what `project` moved from one factor to the other comes back
-        shift = float(shifts(chunk([original], [0.0]).to(torch.float64), found.down.dtype))
+        shift = float(spaces.shifts(chunk([original], [0.0]).to(torch.float64), found.down.dtype))
         rank = found.rank
-        down[index, :rank] = (found.down.to(torch.float64) * 2.0**shift) @ down_basis
-        up[index, :rank] = (found.up.to(torch.float64).mT * (2.0**-shift * found.scaling)) @ up_basis
+        plain = spaces.reconstruct(found, bases)
+        down[index, :rank] = plain.down * 2.0**shift
+        up[index, :rank] = plain.up.mT * (2.0**-shift * found.scaling)
     unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.square().reciprocal())
     return Stored(
         delta=difference_squares(one, down, up),

@@ -1,5 +1,6 @@
 """`AdapterBank`: any number of adapters of one pack on one model."""
 
+import copy
 import threading
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import checks, convolution, keys
+from .. import byte_rows, checks, convolution, keys
 from .. import subspace as spaces
 from ..errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
 from ..formats.sources import Source
@@ -21,6 +22,7 @@ from ..mixing import constant
 from ..options import names as listed
 from ..pack import Pack
 from ..packed import PackedAdapter, Record
+from ..subspace import Subspace
 from . import requests
 from .heads import Heads, heads, tensor_names
 from .held import Held, Layout, Place, check_whole, hold
@@ -43,6 +45,8 @@ class AdapterBank:
     adapters: the only ones to load; all by default, none for an empty list.
     heads: whether an adapter's own heads and trained biases take the place of the model's where it serves. Without, the
         model's own serve all.
+    basis_dtype: "int8" keeps bases as integers and a scale for each row, rounded to the nearest of 255 levels; floats
+        by default. The pack's own bases do not stay in memory then, unless it is given as a `Pack`.
     """
 
     def __init__(
@@ -52,15 +56,18 @@ class AdapterBank:
         *,
         adapters: str | Sequence[str] | None = None,
         heads: bool = True,
+        basis_dtype: str | torch.dtype | None = None,
     ) -> None:
+        in_bytes = byte_rows.asked("basis_dtype", basis_dtype)
         chosen = list(dict.fromkeys(listed(adapters))) if adapters is not None else None
         self.model = model
         self.pack = _opened(pack, chosen)
+        self._forgets = in_bytes and not isinstance(pack, Pack)
         for name in chosen or ():
             keys.check_known(name, self.pack.names)
         checks.warn_of_other_model(self.pack.base_model, getattr(model, "name_or_path", None))
         with constant(torch.device("cpu")):
-            subspace = self.pack.subspace
+            subspace = self._subspace()
         self._tensor_names = tensor_names(model) if heads else None
         self._compute = torch.promote_types(subspace.dtype, torch.float32)
         self._places = _matched(model, self.pack)
@@ -76,7 +83,8 @@ class AdapterBank:
         for place, name in self._places.items():
             module = model.get_submodule(name)
             with constant(torch.device("cpu")):
-                layer = Updated(module, name, self._plan, place, subspace.modules[place], self._compute)
+                dtype = torch.int8 if in_bytes else self._compute
+                layer = Updated(module, name, self._plan, place, subspace.modules[place], dtype)
             self._updated[name] = layer
             self._handles.append(module.register_forward_hook(layer.hook(), with_kwargs=True))
         self._device = next(iter(self._updated.values())).down.device
@@ -108,13 +116,14 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that the bank holds: bases as they are computed with, coefficients as they are stored,
-        heads; and the pack's own bases where these are in another dtype."""
+        """Bytes of all tensors that the bank holds: bases as it keeps them, coefficients and rests as they are stored,
+        heads; and the pack's own bases where these stay beside, in another dtype."""
         with self._lock:
             tensors = [tensor for held in self._adapters.values() for tensor in held.tensors]
-        tensors += [basis for layer in self._updated.values() for basis in layer.bases]
-        modules = self.pack.subspace.modules.values()
-        tensors += [bases.side(side).components for bases in modules for side in keys.SIDES]
+        tensors += [tensor for layer in self._updated.values() for tensor in layer.tensors]
+        if not self._forgets:
+            modules = self.pack.subspace.modules.values()
+            tensors += [bases.side(side).components for bases in modules for side in keys.SIDES]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
@@ -268,7 +277,7 @@ class AdapterBank:
         if source is None or (isinstance(source, str) and source in self.pack):
             return replace(self.pack.packed(source or name), name=name)
         alone = Pack(
-            self.pack.subspace,
+            self._subspace(),
             self.pack.info,
             {},
             self.pack.fit_info,
@@ -286,7 +295,7 @@ class AdapterBank:
         names, dtype = self._tensor_names, self.pack.coefficient_dtype
         with constant(self._device):
             found = heads(packed, self.model, names) if names is not None else Heads()
-            return hold(packed, self.pack.subspace, self._places, found, self._layouts, dtype, self._device)
+            return hold(packed, self.pack.info, self._places, found, self._layouts, dtype, self._device)
 
     def _check_kernels(self, packed: PackedAdapter) -> None:
         for module, coefficients in packed.coefficients.items():
@@ -310,9 +319,15 @@ class AdapterBank:
                 f"adapter {packed.name!r} is of the subspace {packed.subspace[:12]}…, which the bank's pack never had. "
                 "Take it from that pack, or give it as a LoRA: other.adapter(name)."
             )
-        modules = self.pack.subspace.modules
-        wide = {m: spaces.widened(c, modules[packed.places[m]]) for m, c in packed.coefficients.items()}
+        wide = {}
+        for module, coefficients in packed.coefficients.items():
+            sides = self.pack.info.modules[packed.places[module]]
+            wide[module] = spaces.padded(coefficients, sides["down"].k, sides["up"].k)
         return replace(packed, coefficients=wide)
+
+    def _subspace(self) -> Subspace:
+        """The pack's bases. Of a pack that the bank alone has, and has in 8 bits itself, they are read and not kept."""
+        return (copy.copy(self.pack) if self._forgets else self.pack).subspace
 
     def _put(self, held: Held) -> None:
         with self._lock:

@@ -1,16 +1,17 @@
 """One adapter as the bank holds it: all coefficients one after the other in one tensor, and its heads. Nothing here
 knows of requests or layers."""
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import keys
 from ..errors import ModuleNameError, OptionError, ShapeError
-from ..mixing import Part
+from ..manifest import SubspaceInfo
+from ..mixing import Part, Rest
 from ..packed import PackedAdapter
-from ..subspace import Subspace
 from .heads import Heads
 
 
@@ -50,7 +51,7 @@ class Layout:
 class Held:
     """An adapter of the bank, which never changes: what replaces it is another one.
 
-    scalings: in the order of the layout.
+    scalings: in the order of the layout. rests: what it has beside the bases, by module of the subspace.
     """
 
     name: str
@@ -58,23 +59,27 @@ class Held:
     numbers: Tensor
     scalings: tuple[float, ...]
     heads: Heads
+    rests: Mapping[str, Rest]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.numbers, *self.heads.tensors]
+        return [self.numbers, *self.heads.tensors, *(one for rest in self.rests.values() for one in rest.tensors)]
 
     def parts(self, dtype: torch.dtype) -> dict[str, Part]:
         """What each module multiplies with, in `dtype`."""
         numbers = self.numbers.to(dtype)
         return {
-            place.module: Part(*place.of(numbers), scaling)
+            place.module: Part(*place.of(numbers), scaling, self._rest(place.module, dtype))
             for place, scaling in zip(self.layout.places, self.scalings, strict=True)
         }
+
+    def _rest(self, module: str, dtype: torch.dtype) -> tuple[Rest, ...]:
+        return (self.rests[module].to(dtype=dtype),) if module in self.rests else ()
 
 
 def hold(
     packed: PackedAdapter,
-    subspace: Subspace,
+    info: SubspaceInfo,
     places: Iterable[str],
     heads: Heads,
     layouts: MutableMapping[tuple[Place, ...], Layout],
@@ -95,32 +100,44 @@ def hold(
             f"{lacking[0]!r}. It belongs to another base model, or to more of it."
         )
     found, flat, start = [], [], 0
+    rests = {}
     for module, coefficients in sorted(by_place.items()):
-        bases = subspace.modules[module]
+        wanted = info.modules[module]["down"].k, info.modules[module]["up"].k
         got = coefficients.down.shape[1], coefficients.up.shape[0]
-        if got != (bases.down.k, bases.up.k):
+        if got != wanted:
             raise ShapeError(
                 f"adapter {packed.name!r}, module {module}: its coefficients are for (k_down, k_up) = {got}, the "
-                f"bank's subspace has {(bases.down.k, bases.up.k)}. Take it from the bank's own pack."
+                f"bank's subspace has {wanted}. Take it from the bank's own pack."
             )
         place = Place(module, start, coefficients.rank, *got)
         found.append(place)
         flat += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
         start = place.end
-    numbers = torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
-    stored = numbers.to(device, dtype)
+        if coefficients.has_rest:
+            down, up = (coefficients.rest(side) for side in keys.SIDES)
+            rests[module] = Rest(
+                None if down is None else _stored(down, packed.name, dtype, device),
+                None if up is None else _stored(up, packed.name, dtype, device),
+            )
+    stored = _stored(torch.cat(flat) if flat else torch.empty(0, dtype=dtype), packed.name, dtype, device)
     scalings = tuple(coefficients.scaling for _, coefficients in sorted(by_place.items()))
+    layout = layouts.setdefault(tuple(found), Layout(tuple(found)))
+    return Held(packed.name, layout, stored, scalings, heads, rests)
+
+
+def _stored(numbers: Tensor, adapter: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers in the bank's dtype, which must hold them."""
+    stored = numbers.to(device, dtype)
     if stored.dtype != numbers.dtype and not torch.equal(stored.to(numbers), numbers):
         raise OptionError(
-            f"adapter {packed.name!r} is {numbers.dtype}, which the bank's {dtype} would round. Make the pack with "
+            f"adapter {adapter!r} is {numbers.dtype}, which the bank's {dtype} would round. Make the pack with "
             f"dtype={str(numbers.dtype).removeprefix('torch.')!r}."
         )
-    layout = layouts.setdefault(tuple(found), Layout(tuple(found)))
-    return Held(packed.name, layout, stored, scalings, heads)
+    return stored
 
 
 def check_whole(packed: PackedAdapter) -> None:
-    """Refuse an adapter that is more than coefficients and heads."""
+    """Refuse an adapter that is more than coefficients, what is beside them, and heads."""
     if packed.carried:
         raise OptionError(
             f"adapter {packed.name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r} "

@@ -13,7 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from .. import convolution, mixing
+from .. import byte_rows, convolution, mixing
+from ..byte_rows import Rows
 from ..errors import OptionError, ShapeError
 from ..subspace import ModuleBases
 from .heads import mix
@@ -64,19 +65,23 @@ class Layer:
 
 class Updated(Layer):
     """A linear module or a convolution whose output gets the updates of adapters, in the bases of `place` in the
-    subspace."""
+    subspace.
+
+    dtype: that of the bases; torch.int8 is a scale for each row and 8 bits for each number.
+    """
 
     def __init__(
         self, module: nn.Module, name: str, plan: Callable[[], Plan], place: str, bases: ModuleBases, dtype: torch.dtype
     ) -> None:
         super().__init__(module, name, plan)
         self.place = place
-        self.down, self.up = (basis.components.to(_device(module), dtype) for basis in (bases.down, bases.up))
+        device = _device(module)
+        self.down, self.up = (_kept(basis.components, dtype, device) for basis in (bases.down, bases.up))
 
     @property
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """(k_down, in) and (k_up, out)."""
-        return self.down, self.up
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the bases (k_down, in) and (k_up, out)."""
+        return *byte_rows.tensors(self.down), *byte_rows.tensors(self.up)
 
     def changed(self, output: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         """The output and each row's update."""
@@ -89,7 +94,7 @@ class Updated(Layer):
         if part.down.device != x.device or self.down.device != x.device:
             # the model was moved since
             self.down, self.up = self.down.to(x.device), self.up.to(x.device)
-            part = mixing.Part(part.down.to(x.device), part.up.to(x.device), part.scaling)
+            part = part.to(x.device)
             order = order.to(x.device) if order is not None else None
         if isinstance(self.module, convolution.CONVOLUTIONS):
             if x.dim() != 2 + len(self.module.kernel_size):
@@ -202,6 +207,10 @@ def check_hooks_are_seen(model: nn.Module, name: str) -> None:
                 f"module {outer} is compiled already, and would go on without what the bank does in {name}. Make the "
                 "bank, with an adapter that has such a module of its own, and then compile."
             )
+
+
+def _kept(components: Tensor, dtype: torch.dtype, device: torch.device) -> Rows:
+    return byte_rows.rounded(components).to(device) if dtype == torch.int8 else components.to(device, dtype)
 
 
 def _device(module: nn.Module) -> torch.device:

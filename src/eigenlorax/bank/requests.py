@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from types import MappingProxyType, MethodType
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from ..mixing import Order, Part, arrange, constant
+from ..mixing import Order, Part, Rest, arrange, constant
 from .held import Held, Layout
 
 _CURRENT: ContextVar[Mapping[Any, tuple["Plan", ...]]] = ContextVar(
@@ -174,6 +174,8 @@ def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[in
     device = next(held.numbers.device for held in distinct if held is not None)
     with constant(device):
         parts = _parts([distinct[group] for group in groups], dtype)
+        for place, rests in _rests(adapters, dtype, device).items():
+            parts[place] = replace(parts[place], rests=rests)
     return Plan(parts, heads, order.to(device), len(adapters), repeats)
 
 
@@ -201,6 +203,22 @@ def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Part]
             part, (down, up) = found[place.module], place.of(batch.numbers)
             part.down[batch.members, : place.rank] = down
             part.up[batch.members, :, : place.rank] = up
+    return found
+
+
+def _rests(adapters: Sequence[Held | None], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Rest, ...]]:
+    """What adapters have beside the bases, by module, each with its rows of the batch."""
+    rows: dict[Held, list[int]] = {}
+    for row, held in enumerate(adapters):
+        if held is not None and held.rests:
+            rows.setdefault(held, []).append(row)
+    found: dict[str, tuple[Rest, ...]] = {}
+    for held, own in rows.items():
+        places = torch.tensor(own, device=device)
+        for place, scaling in zip(held.layout.places, held.scalings, strict=True):
+            if (rest := held.rests.get(place.module)) is not None:
+                one = replace(rest.to(dtype=dtype), rows=places, scaling=scaling)
+                found[place.module] = (*found.get(place.module, ()), one)
     return found
 
 

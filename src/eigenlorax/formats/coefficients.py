@@ -13,12 +13,14 @@ from .. import keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError
+from ..storages import Slot
 from ..subspace import Subspace
 from . import lora_config
 
 
 def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
-    """The LoRA: A = C_A·V and B = Uᵀ·C_B, exact, in the coefficients' dtype; heads word for word.
+    """The LoRA: A = C_A·V and B = Uᵀ·C_B, and a rest where there is one, exact, in the coefficients' dtype; heads word
+    for word.
 
     `where` stands before what is wrong with it.
     """
@@ -26,10 +28,12 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
         raise FormatError(
             f"{where} is not all of the adapter: its pack holds more tensors of it. `eigenlorax export` gives all."
         )
-    parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.EMBEDDED.values()]
+    parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.REST.values(), *keys.EMBEDDED.values()]
     own: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
-    for key, tensor in storages.plain(tensors).items():
+    for key, tensor in storages.plain(
+        tensors, lambda: slots(config, where), lambda: _of_then(_subspace(config, where), config)
+    ).items():
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         if part in parts:
             own.setdefault(module, {})[part] = tensor
@@ -56,18 +60,43 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
             plain = from_core(found[keys.CORE], down_basis, up_basis, scaling)
         else:
             down, up = (found[keys.COEFFICIENTS[side]] for side in keys.SIDES)
-            plain = from_pair(down, up, down_basis, up_basis, scaling)
+            rests = (found.get(keys.REST[side]) for side in keys.SIDES)
+            plain = from_pair(down, up, down_basis, up_basis, scaling, *rests)
         modules[module] = replace(plain, kernel=tuple(kernels.get(module, ())))
     return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
 
 
-def from_pair(down: Tensor, up: Tensor, down_basis: Tensor, up_basis: Tensor, scaling: float) -> LoRAFactors:
-    """The LoRA of coefficients: down (r, k_down), up (k_up, r)."""
-    return LoRAFactors(
-        (down.double() @ down_basis.double()).to(down.dtype),
-        (up_basis.double().mT @ up.double()).to(up.dtype).contiguous(),
-        scaling,
-    )
+def slots(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
+    """What the config of an adapter of a pack says of its modules."""
+    numbers, kernels, own = lora_config.Numbers(config, where), config.get(keys.KERNELS) or {}, {}
+    for module in sorted(config.get("target_modules") or ()):
+        rank, scaling = numbers.of(module)
+        place = (config.get("subspace_modules") or {}).get(module, module)
+        own[module] = Slot(place, rank, scaling, tuple(kernels.get(module, ())))
+    return own
+
+
+def _of_then(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:
+    """The subspace as it was when the adapter was written."""
+    return subspace.at(str(config.get("subspace_fingerprint"))) or subspace
+
+
+def from_pair(
+    down: Tensor,
+    up: Tensor,
+    down_basis: Tensor,
+    up_basis: Tensor,
+    scaling: float,
+    down_rest: Tensor | None = None,
+    up_rest: Tensor | None = None,
+) -> LoRAFactors:
+    """The LoRA of coefficients, down (r, k_down) and up (k_up, r), and of what is beside them, (r, in) and (out, r)."""
+    wide_down, wide_up = down.double() @ down_basis.double(), up_basis.double().mT @ up.double()
+    if down_rest is not None:
+        wide_down += down_rest
+    if up_rest is not None:
+        wide_up += up_rest
+    return LoRAFactors(wide_down.to(down.dtype), wide_up.to(up.dtype).contiguous(), scaling)
 
 
 def from_core(core: Tensor, down_basis: Tensor, up_basis: Tensor, scaling: float) -> LoRAFactors:

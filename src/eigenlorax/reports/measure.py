@@ -289,7 +289,7 @@ def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> C
 
 
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
-    """All pairs of adapters as they come back, from their coefficients alone."""
+    """All pairs of adapters as they come back, from their coefficients alone where there is no rest."""
     found = Pairs.of(len(packed))
     for one in _coefficients(pack, packed, progress):
         found.add(one)
@@ -308,10 +308,10 @@ def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progres
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         found = [coefficients_at(one, module, bases) for one in packed]
-        if bases.down.payload is None:
+        # rounded to integers, the rows of a basis are no longer orthonormal
+        if bases.down.payload is None and not any(one is not None and one.has_rest for one in found):
             yield stack_coefficients(found, bases.down.k, bases.up.k)
         else:
-            # rounded to integers, the rows of a basis are no longer orthonormal
             n_out, n_in = bases.shape
             yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))

@@ -59,6 +59,10 @@ class Adapted(nn.Module, EigenLoraxLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update, in the shape of the layer's weight. Computed in float32 at least."""
+        self.check_read()
+        if self.has_rest(adapter):
+            down, up = self.plain_factors(adapter)
+            return self._as_weight(up @ (self.scaling[adapter] * down))
         down_basis, up_basis = self.bases_of(adapter)
         core = self.core_of(adapter)
         dtype = torch.promote_types(core.dtype, torch.float32)
@@ -95,6 +99,7 @@ class Adapted(nn.Module, EigenLoraxLayer):
                 self.set_base_weight(weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_read()
         adapter_names = kwargs.pop("adapter_names", None)
         if self.serving is not None and adapter_names is None and not self.training and not self.merged_adapters:
             return self._serve(x, *args, **kwargs)
@@ -125,6 +130,10 @@ class Adapted(nn.Module, EigenLoraxLayer):
             hidden = self._onto(hidden, down_basis.to(hidden.dtype))
             hidden = self._times(hidden.to(blend.dtype), blend)
             result = result + self._times(hidden.to(up_basis.dtype), up_basis.mT)
+        if "down" in self.eigenlorax_factors:
+            down, up = self.eigenlorax_factors["down"], self.eigenlorax_factors["up"]
+            hidden = self._cast_input_dtype(x, down.dtype)
+            result = result + self._times(self._onto(hidden, down.to(hidden.dtype)), up.to(hidden.dtype))
         return result.to(dtype)
 
     def _sharing(self) -> list[list[str]]:
@@ -152,25 +161,38 @@ class Adapted(nn.Module, EigenLoraxLayer):
         x = self._cast_input_dtype(self._dropout(first)(x), self.factors_of(first)[0].dtype)
         projected = self._onto(x, down_basis.to(x.dtype))
         total: Tensor | None = None
+        beside: Tensor | None = None
         for adapter in adapters:
-            hidden = projected
-            for factor in self.factors_of(adapter):
+            factor, *others = self.factors_of(adapter)
+            down_rest, up_rest = self.rests_of(adapter)
+            hidden = self._times(projected, factor)
+            if down_rest is not None:
+                hidden = hidden + self._onto(x, down_rest.to(x.dtype))
+            if up_rest is not None:
+                more = self._times(hidden, up_rest.to(hidden.dtype)) * self.scaling[adapter]
+                beside = more if beside is None else beside + more
+            for factor in others:
                 hidden = self._times(hidden, factor)
             hidden = hidden * self.scaling[adapter]
             total = hidden if total is None else total + hidden
         assert total is not None
-        return self._times(total, up_basis.mT.to(total.dtype))
+        update = self._times(total, up_basis.mT.to(total.dtype))
+        return update if beside is None else update + beside
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each row of the batch with the adapter that it names; "__base__" is none.
 
         What has coefficients on the same components is multiplied with these at once; adapters of one shape have
-        theirs multiplied in one product of batches. Dropout has no part in it: in training, mixed batches are refused.
+        theirs multiplied in one product of batches. What has a rest is as wide as a LoRA, and multiplied one adapter
+        after the other. Dropout has no part in it: in training, mixed batches are refused.
         """
         result = result.clone()
         by_bases: dict[tuple[Any, ...], dict[tuple[torch.Size, ...], list[int]]] = {}
+        with_rest: dict[str, list[int]] = {}
         for row, adapter in enumerate(adapter_names):
-            if adapter != "__base__" and self.has_adapter(adapter):
+            if self.has_rest(adapter):
+                with_rest.setdefault(adapter, []).append(row)
+            elif adapter != "__base__" and self.has_adapter(adapter):
                 shape = tuple(factor.shape for factor in self.factors_of(adapter))
                 by_bases.setdefault(self.bases_key(adapter), {}).setdefault(shape, []).append(row)
         for by_shape in by_bases.values():
@@ -186,6 +208,8 @@ class Adapted(nn.Module, EigenLoraxLayer):
                 start = end
             update = torch.cat(parts) @ up_basis.to(hidden.dtype)
             result[rows] += self._like(update, result.shape[1:]).to(result.dtype)
+        for name, rows in with_rest.items():
+            result[rows] += self._update([name], x[rows]).to(result.dtype)
         return result
 
     def _mixed_coefficients(self, hidden: Tensor, adapter_names: list[str]) -> Tensor:

@@ -55,7 +55,8 @@ class EigenLoraxConfig(PeftConfig):
             As in LoRA; bias is "none", "all" or "eigenlorax_only".
         init_weights (`bool`):
             False starts with random factors of which neither is zero: for tests.
-        subspace_modules (`dict`), kernels (`dict`), carried (`bool`), extra_check (`dict`), embedded_shapes (`dict`):
+        subspace_modules (`dict`), kernels (`dict`), rests (`dict`), carried (`bool`), extra_check (`dict`),
+        embedded_shapes (`dict`):
             Written when an adapter is saved, by packs or by PEFT; not for users.
     """
 
@@ -113,6 +114,14 @@ class EigenLoraxConfig(PeftConfig):
     )
     kernels: dict[str, list[int]] = field(
         default_factory=dict, metadata={"help": "Written on saving: the kernel of each convolution."}
+    )
+    rests: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata={"help": "Written on saving: the sides of each module that have a rest beside their coefficients."},
+    )
+    coefficient_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Written by packs: how the file has coefficients, such as int8, if not as floats."},
     )
     extra_check: dict[str, float] = field(
         default_factory=dict,

@@ -46,7 +46,8 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> Adapter:
         if len(parts) == 1:
             plain = coefficients.from_core(parts[0], down_basis, up_basis, scaling)
         else:
-            plain = coefficients.from_pair(parts[0], parts[1], down_basis, up_basis, scaling)
+            rests = (None if rest is None else rest.cpu() for rest in layer.rests_of(adapter_name))
+            plain = coefficients.from_pair(parts[0], parts[1], down_basis, up_basis, scaling, *rests)
         modules[name] = replace(plain, kernel=layer.kernel)
     heads = {key: value.cpu() for key, value in _state(model, adapter_name).items() if not _is_ours(key)}
     return coefficients.lora(adapter_name, modules, heads, asdict(config))
@@ -93,8 +94,9 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     """Put another adapter in the place of one, in place, so that a compiled model stays compiled; its `delta_error`.
 
     source: a LoRA, such as `pack.adapter("sst2")` or a folder, of the same ranks. Modules that it lacks get zeros.
-    Of an adapter of the same subspace nothing is lost; of another one, a warning says how much. One whose subspace has
-    grown since it was saved gets coefficients on all of it first, for which a compiled model is compiled once more.
+    Of an adapter of the same subspace nothing is lost; of another one, a warning says how much. What is outside of the
+    subspace has a place in modules where the adapter had a rest. One whose subspace has grown since it was saved gets
+    coefficients on all of it first, for which a compiled model is compiled once more.
     """
     _config(model, adapter_name)
     adapter = _read(source)
@@ -106,7 +108,7 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     lacking = sorted(module for module, place in places.items() if place is None)
     if lacking:
         raise ModuleNameError(f"module {lacking[0]!r} of {adapter.name!r} has no coefficients in {adapter_name!r}.")
-    new: dict[str, Tensor] = {key: torch.zeros_like(value) for key, value in state.items() if _is_coefficients(key)}
+    new: dict[str, Tensor] = {key: torch.zeros_like(value) for key, value in state.items() if _is_update(key)}
     errors: list[ModuleError] = []
     for module, place in places.items():
         assert place is not None
@@ -187,6 +189,11 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=sorted(layers),
+        rests={
+            name: sides
+            for name, layer in layers.items()
+            if (sides := sorted({side for one in weights for side in layer.sides_with_rest(one)}))
+        },
         modules_to_save=None,
         start="zero",
     )
@@ -202,7 +209,22 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
                 layer.eigenlorax_down[adapter_name].copy_(torch.cat([layer.eigenlorax_down[one] for one, _ in parts]))
                 ups = [weight * layer.eigenlorax_up[one] for one, weight in parts]
                 layer.eigenlorax_up[adapter_name].copy_(torch.cat(ups, dim=1))
+                _combine_rests(layer, parts, adapter_name)
             layer.blend()
+
+
+def _combine_rests(layer: EigenLoraxLayer, parts: Sequence[tuple[str, float]], adapter_name: str) -> None:
+    """Put the rests of adapters beside each other, as their coefficients are; parts: their names and weights."""
+    down, up = layer.rests_of(adapter_name)
+    start = 0
+    for one, weight in parts:
+        end = start + layer.r[one]
+        own_down, own_up = layer.rests_of(one)
+        if down is not None and own_down is not None:
+            down[start:end] = own_down
+        if up is not None and own_up is not None:
+            up[:, start:end] = weight * own_up
+        start = end
 
 
 def _widen(model: nn.Module, adapter_name: str) -> None:
@@ -241,14 +263,23 @@ def _projected(
     """
     bases = ModuleBases(*(Basis(basis.cpu(), torch.zeros(0), energy=1.0) for basis in layer.bases_of(adapter_name)))
     found = spaces.project(factors, bases)
-    error = metrics.module_error(factors, found, bases)
     ratio = factors.scaling / layer.scaling[adapter_name]
     if adapter_name in layer.eigenlorax_core:
+        error = metrics.module_error(factors, found, bases)
         return {keys.CORE: (ratio * found.up @ found.down).float()}, error
-    return {
-        keys.COEFFICIENTS["down"]: found.down.float(),
-        keys.COEFFICIENTS["up"]: (ratio * found.up).float().contiguous(),
-    }, error
+    inside = spaces.reconstruct(found, bases)
+    down_room, up_room = layer.rests_of(adapter_name)
+    down_rest = None if down_room is None else factors.down.double() - inside.down
+    up_rest = None if up_room is None else factors.up.double() - inside.up
+    whole = replace(found, down_rest=down_rest, up_rest=up_rest)
+    parts = {
+        keys.COEFFICIENTS["down"]: found.down,
+        keys.COEFFICIENTS["up"]: ratio * found.up,
+        keys.REST["down"]: down_rest,
+        keys.REST["up"]: None if up_rest is None else ratio * up_rest,
+    }
+    kept = {name: value.float().contiguous() for name, value in parts.items() if value is not None}
+    return kept, metrics.module_error(factors, whole, bases)
 
 
 def _state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -258,11 +289,11 @@ def _state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _is_ours(key: str) -> bool:
-    return key.rpartition(".")[2] in (*keys.COEFFICIENTS.values(), keys.CORE, *keys.EMBEDDED.values())
+    return _is_update(key) or key.rpartition(".")[2] in keys.EMBEDDED.values()
 
 
-def _is_coefficients(key: str) -> bool:
-    return key.rpartition(".")[2] in (*keys.COEFFICIENTS.values(), keys.CORE)
+def _is_update(key: str) -> bool:
+    return key.rpartition(".")[2] in (*keys.COEFFICIENTS.values(), keys.CORE, *keys.REST.values())
 
 
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, EigenLoraxLayer]:

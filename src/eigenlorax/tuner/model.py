@@ -2,8 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import convolution, keys, storages
-from ..errors import ModuleNameError, OptionError, RankWarning
+from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
+from ..formats import coefficients
+from ..storages import Slot
+from ..subspace import Subspace
 from . import names, starts
 from . import reference as references
 from .adapted import Adapted, Conv, Linear
@@ -71,6 +75,7 @@ class EigenLoraxModel(BaseTuner):
         targets = {name: module for name, module in targets.items() if is_supported(module)}
         sizes = [reference.bases(name, peft_config, *sizes_of(module)) for name, module in targets.items()]
         references.note_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
+        references.note_rests(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
         smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
@@ -167,6 +172,7 @@ class EigenLoraxModel(BaseTuner):
             config=peft_config,
             r=ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
             lora_alpha=alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
+            rests=peft_config.rests.get(current_key, ()),
             inference_mode=peft_config.inference_mode,
         )
         if layer is not target:
@@ -192,11 +198,17 @@ class EigenLoraxModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The coefficients, and the bases where the config says that they are saved too."""
+        """The coefficients, what is beside them, and the bases where the config says that they are saved too."""
         config.check_saving(adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        own = _own_layers(model, adapter_name)
+        for layer in own.values():
+            layer.check_read()
+        config.rests = {
+            name: layer.sides_with_rest(adapter_name) for name, layer in own.items() if layer.has_rest(adapter_name)
+        }
         config.embedded_shapes = {}
         if not config.embed_subspace:
             # of an adapter that was loaded with its subspace
@@ -205,7 +217,7 @@ class EigenLoraxModel(BaseTuner):
             for wrapped, module in model.named_modules():
                 if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
                     name, bases = wrapped.replace(_FSDP, ""), module.bases_of(adapter_name)
-                    for side, basis in zip(("down", "up"), bases, strict=True):
+                    for side, basis in zip(keys.SIDES, bases, strict=True):
                         found[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _narrowed(basis)
                     config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
         return found
@@ -214,16 +226,15 @@ class EigenLoraxModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, after coefficients that are stored as integers became floats, and modules that transformers has
-        renamed got the model's names."""
-        modules = [
-            name.replace(_FSDP, "").removeprefix(keys.MODEL_PREFIX)
-            for name, module in model.named_modules()
-            if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)
-        ]
-        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, names.of_the_model(storages.plain(state_dict), modules)
-        )
+        """As in PEFT, after coefficients that are stored in another way became floats, and modules that transformers
+        has renamed got the model's names."""
+        own = _own_layers(model, adapter_name)
+        named = names.of_the_model(_plain(state_dict, config, own), own)
+        _check_rests(own, adapter_name, named)
+        config.coefficient_dtype = None
+        for layer in own.values():
+            layer.unread.pop(adapter_name, None)
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         return found
 
     @contextmanager
@@ -260,6 +271,48 @@ class EigenLoraxModel(BaseTuner):
 
     def _layers(self) -> Iterator[EigenLoraxLayer]:
         return (module for module in self.model.modules() if isinstance(module, EigenLoraxLayer))
+
+
+def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraxLayer]:
+    """The layers that have an adapter, by the names of their modules in the base model."""
+    return {
+        name.replace(_FSDP, "").removeprefix(keys.MODEL_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)
+    }
+
+
+def _plain(
+    state_dict: Mapping[str, Tensor], config: EigenLoraxConfig, layers: Mapping[str, EigenLoraxLayer]
+) -> dict[str, Tensor]:
+    """Coefficients as floats, however the adapter's file has them."""
+
+    def slots() -> dict[str, Slot]:
+        # a coded adapter is read by the subspace's names of modules, which its own may not be any more
+        own = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
+        reference = references.resolve(config)
+        return {name: replace(slot, place=reference.place(name, config) or name) for name, slot in own.items()}
+
+    def subspace() -> Subspace:
+        reference = references.resolve(config)
+        assert isinstance(reference, references.Reference)
+        return reference.before or reference.subspace
+
+    return storages.plain(state_dict, slots, subspace)
+
+
+def _check_rests(layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """`FormatError` unless the rests of an adapter's file are those that its config has told of: PEFT would pass by
+    what has no room, and leave zeros where there is room for something."""
+    sides = {part: side for side, part in keys.REST.items()}
+    there = {(keys.owner(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides}
+    room = {(name, side) for name, layer in layers.items() for side in layer.sides_with_rest(adapter_name)}
+    for module, side in sorted(there ^ room, key=str):
+        has, lacks = ("file", "config") if (module, side) in there else ("config", "file")
+        raise FormatError(
+            f"the adapter's {has} has a rest of the {side} side of {module}, and its {lacks} does not: they do not "
+            "belong together. Save the adapter again, or take it from its pack."
+        )
 
 
 def _narrowed(basis: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """From a config to the subspace it means, and from a model's modules to those of the subspace."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +176,18 @@ def note_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ...]
                 f"is {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
             )
     config.kernels = {module: list(kernel) for module, kernel in kernels.items() if kernel}
+
+
+def note_rests(config: EigenLoraxConfig, modules: Collection[str]) -> None:
+    """Let a config name the modules whose rest will be loaded as the model does."""
+    places = keys.resolve_all(config.rests, modules)
+    for name, place in places.items():
+        if place is None:
+            raise ModuleNameError(
+                f"the adapter has a rest beside its coefficients in {name!r}, which is not among the {len(modules)} "
+                "modules that it is put on. Its target_modules, or the model, are not those that it was saved with."
+            )
+    config.rests = {place: config.rests[name] for name, place in places.items() if place is not None}
 
 
 def check_base_model(reference: Reference | Embedded, model: object) -> None:

@@ -18,7 +18,7 @@ from .. import subspace as spaces
 from ..adapter import Adapter
 from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..packed import PackedAdapter
-from ..subspace import ModuleBases
+from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
 from .reference import Embedded, Reference
 
@@ -77,7 +77,7 @@ def cores(config: EigenLoraxConfig, reference: Reference | Embedded) -> Cores:
         return _mean(reference, config)
     pack = reference.pack
     if pack is not None and config.start in pack.names:
-        return _of_packed([pack.packed(config.start)])
+        return _of_packed([pack.packed(config.start)], reference, config.start)
     if Path(config.start).is_dir():
         return _projected(formats.read_adapter(config.start), reference, config)
     known = ", ".join(pack.names[:12]) if pack is not None else "none: no pack is at hand"
@@ -92,23 +92,56 @@ def _mean(reference: Reference, config: EigenLoraxConfig) -> Cores:
     trained = [name for name, record in pack.records.items() if not record.untrained] if pack is not None else []
     if pack is None or not trained:
         raise OptionError("start='mean' needs a pack with adapters: pass subspace='pack/', the pack they are in.")
-    return _of_packed([pack.packed(name) for name in trained])
+    return _of_packed([pack.packed(name) for name in trained], reference, config.start)
 
 
-def _of_packed(adapters: list[PackedAdapter]) -> Cores:
-    """The mean update of adapters of a pack; zero on directions that came after them."""
+def _of_packed(adapters: list[PackedAdapter], reference: Reference, start: str) -> Cores:
+    """The mean update of adapters of a pack, without what is beside the bases; zero on directions that came after
+    them."""
+    _warn_of_rests(adapters, reference, start)
 
     def core(place: str, bases: ModuleBases) -> Tensor | None:
         total: Tensor | None = None
         for adapter in adapters:
             for module, coefficients in adapter.coefficients.items():
                 if adapter.places[module] == place:
-                    wide = spaces.widened(coefficients, bases)
+                    wide = _inside(spaces.widened(coefficients, bases), bases)
                     one = coefficients.scaling * wide.up.double() @ wide.down.double()
                     total = one if total is None else total + one
         return None if total is None else total / len(adapters)
 
     return core
+
+
+def _inside(coefficients: Coefficients, bases: ModuleBases) -> Coefficients:
+    """What of an update with a rest is in the bases: a rest need not be orthogonal to them."""
+    return spaces.project(spaces.reconstruct(coefficients, bases), bases) if coefficients.has_rest else coefficients
+
+
+def _warn_of_rests(adapters: list[PackedAdapter], reference: Reference, start: str) -> None:
+    """Warn of what training cannot start from: it would have to be trained too."""
+    lost = {
+        one.name: _outside(one, reference) for one in adapters if any(c.has_rest for c in one.coefficients.values())
+    }
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        which = f"{len(lost)} of {len(adapters)} adapters have" if len(adapters) > 1 else "it has"
+        warnings.warn(
+            f"start={start!r}: {which} a rest outside the subspace, {lost[worst]:.4f} of the update of {worst!r} "
+            "(delta error). Training starts without that.",
+            ProjectionWarning,
+            stacklevel=2,
+        )
+
+
+def _outside(packed: PackedAdapter, reference: Reference) -> float:
+    """How much of an adapter's update is outside of the bases: the delta error of what is inside."""
+    errors = []
+    for module, coefficients in packed.coefficients.items():
+        bases = reference.subspace.modules[packed.places[module]]
+        whole = spaces.reconstruct(coefficients, bases)
+        errors.append(metrics.module_error(whole, spaces.project(whole, bases), bases))
+    return metrics.adapter_error(errors).delta_error
 
 
 def _projected(adapter: Adapter, reference: Reference, config: EigenLoraxConfig) -> Cores:
