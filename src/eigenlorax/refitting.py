@@ -113,9 +113,8 @@ def refit(
         sizes = {"n_components": old.n_components, "energy": old.energy, "max_error": old.max_error}
     # an error asked for finds by itself how numbers are stored, unless they are to be floats
     by_bytes = sizes["max_error"] is not None
-    stored = [
-        None if by_bytes and name in storages.INTEGERS else name for name in (pack.storage, pack.coefficient_storage)
-    ]
+    both = (pack.storage, pack.coefficient_storage)
+    stored = [None if by_bytes and name in storages.INTEGERS else name for name in both]
     found = fitting.fit(
         given,
         **sizes,

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 import eigenlorax as ex
 from eigenlorax import keys
 from eigenlorax.errors import FormatError, PackDamagedError
-from loaders import LOADERS, base, load
+from loaders import base, load
 from test_integers import changed
 from tiny import BERT, IN, make_pack, shake
 
@@ -34,20 +34,31 @@ def wanted(saved_base, pack, name, ids, folder):
         return PeftModel.from_pretrained(base(saved_base), folder / name).eval()(ids).logits
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", ["peft", "low_cpu"])
 @pytest.mark.parametrize("name", ["a0", "a2"])
-def test_by_each_loader(saved_base, pack, tmp_path, ids, loader, name):
-    folder = pack / "adapters" / name
-    path = folder / keys.ADAPTER_CONFIG
-    if loader in ("auto_peft", "auto_model"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(saved_base)}))
-    loaded = load(loader, saved_base, folder).eval()
+def test_by_peft(saved_base, pack, tmp_path, ids, loader, name):
+    loaded = load(loader, saved_base, pack / "adapters" / name).eval()
     with torch.no_grad():
         got = loaded(ids).logits
         plain = base(saved_base).eval()(ids).logits
     expected = wanted(saved_base, pack, name, ids, tmp_path / "loras")
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    assert float((plain - expected).abs().max()) > 1e-2
+    assert float((plain - expected).abs().max()) > 1e-3
+
+
+def test_by_what_reads_floats_alone_it_is_refused(saved_base, pack, tmp_path, ids):
+    """transformers would give the base model's answers, and no more than a line in a log."""
+    opened = ex.Pack.open(pack)
+    model = load("native", saved_base, pack / "adapters" / "a0").eval()
+    with pytest.raises(FormatError, match=f"'default' has its coefficients as {opened.coefficient_storage}.*export"):
+        model(ids)
+    floats = ex.refit(opened, dtype="float32", coefficient_dtype="float32").pack.save(tmp_path / "floats")
+    ex.Pack.open(floats)
+    model = load("native", saved_base, floats / "adapters" / "a0").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids).logits, wanted(saved_base, floats, "a0", ids, tmp_path / "loras"), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_beside_each_other_in_one_batch(saved_base, pack, tmp_path, ids):
@@ -104,5 +115,5 @@ def test_damage_is_named(saved_base, pack):
     opened = changed(pack, f"adapters/a0/{keys.ADAPTER_WEIGHTS}", lambda found: found.pop(name))
     with pytest.raises(PackDamagedError, match="adapters/a0"):
         opened.packed("a0")
-    with pytest.raises(FormatError, match=f"{keys.coefficients_key(BERT[0], 'down')} cannot be read.*scales"):
+    with pytest.raises(FormatError, match=f"cannot be read: .*{keys.coefficients_key(BERT[0], 'down')}.scales"):
         PeftModel.from_pretrained(base(saved_base), pack / "adapters" / "a0")

@@ -218,9 +218,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         """`FormatError` where the coefficients of an adapter are not those of its file: a loader has passed them by."""
         for name, stored in self.unread.items():
             raise FormatError(
-                f"the coefficients of adapter {name!r} are in {stored}, which what loaded it cannot read (transformers' "
-                "own load_adapter reads floats alone), so that nothing of it is there. Load it by "
-                "PeftModel.from_pretrained, or `eigenlorax export` it."
+                f"adapter {name!r} has its coefficients as {stored}, which what loaded it has passed by: transformers' "
+                "own load_adapter reads floats alone. Load it by PeftModel.from_pretrained, or `eigenlorax export` it."
             )
 
     def has_rest(self, adapter_name: str) -> bool:
