@@ -39,7 +39,9 @@ def delta_weights(pack, name):
         sides = [(f"{key}.{side}", subspace["modules"][key][side]) for side in ("down", "up")]
         # versions 1 and 2 have grown by augmentations alone
         grown = [side.get("grown") or [step["n_extra"] for step in growth] for _, side in sides]
-        down, up = (basis(tensors, label, n, growth) for (label, _), n in zip(sides, grown, strict=True))
+        down, up = (
+            basis(tensors, label, side["dimension"], n, growth) for (label, side), n in zip(sides, grown, strict=True)
+        )
         c_down, c_up = (matrix(coefficients, f"base_model.model.{module}.eigenlorax_{side}") for side in ("down", "up"))
         if manifest["coefficient_dtype"] in ("int8", "int4"):
             c_up = c_up.T
@@ -65,7 +67,7 @@ def matrix(tensors, name):
         return tensors[name]
     codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
     if codes.dtype == np.uint8:
-        halves = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)
+        halves = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * codes.shape[1])
         # half a byte of zeros at the end fills up a row of odd width
         odd = halves.size > 0 and not halves[:, -1].any()
         codes = halves[:, : halves.shape[1] - odd].astype(np.int8) - 8
@@ -86,13 +88,13 @@ def scaling(source, module):
     )
 
 
-def basis(tensors, label, grown, growth):
+def basis(tensors, label, dimension, grown, growth):
     """The components of one side, (k, dimension) float64: the fitted ones, then those of each step of its growth, of
     which augmented ones are rebuilt and checked."""
     stored, sums = matrix(tensors, f"{label}.components"), []
     in_one = f"{label}.components" in tensors  # floats of all steps are
     at = len(stored) - in_one * sum(n for n, step in zip(grown, growth, strict=True) if step["seed"] is None)
-    rows = stored[:at]
+    rows = stored[:at, :dimension]  # without a row, none says whether four bits are of an odd width
     for index, (n, step) in enumerate(zip(grown, growth, strict=True)):
         if step["seed"] is None and not in_one:
             more = matrix(tensors, f"{label}.components.{index}") if n else rows[:0]

@@ -30,10 +30,12 @@ def encode(rows: Tensor, bits: int) -> dict[str, Tensor]:
     codes: (…, r, n) int8, or (…, r, ⌈n / 2⌉) uint8 for 4 bits. scales: (…, r, groups) float16; of each group the one
         that loses least of `CLIPS`. exponent: (…) int16.
     """
+    if not rows.numel():
+        return _empty(rows.shape, bits)
     exact = rows.to(torch.float64)
     levels = 2 ** (bits - 1) - 1
     groups = _grouped(exact)
-    largest = groups.abs().amax(3) / levels if exact.shape[-1] else groups.new_zeros(groups.shape[:3])
+    largest = groups.abs().amax(3) / levels
     exponent = _exponents(largest)
     groups, largest = (t * (-exponent).double().exp2().view(-1, *[1] * (t.ndim - 1)) for t in (groups, largest))
     codes, scales = torch.zeros_like(groups), torch.zeros_like(largest)
@@ -68,6 +70,8 @@ def decode(payload: Payload) -> Tensor:
         )
     if not bool(scales.isfinite().all()):
         raise ValueError("a scale is not finite")
+    if not codes.numel():
+        return codes.float()
     wide = scales.float().repeat_interleave(GROUP, dim=-1)[..., : codes.shape[-1]]
     rows = codes.float() * wide
     if EXPONENT in payload and bool((payload[EXPONENT] != 0).any()):
@@ -81,6 +85,15 @@ def decode(payload: Payload) -> Tensor:
 def kept(payload: Payload) -> dict[str, Tensor]:
     """What is written of one matrix: an exponent that is 0 is left out."""
     return {name: tensor for name, tensor in payload.items() if name != EXPONENT or int(tensor)}
+
+
+def _empty(shape: tuple[int, ...], bits: int) -> dict[str, Tensor]:
+    *leading, n = shape
+    return {
+        CODES: torch.zeros(*leading, -(-n * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8),
+        SCALES: torch.zeros(*leading, _groups(n), dtype=torch.float16),
+        EXPONENT: torch.zeros(leading[:-1], dtype=torch.int16),
+    }
 
 
 def _grouped(exact: Tensor) -> Tensor:
@@ -97,7 +110,7 @@ def _groups(n: int) -> int:
 
 def _exponents(largest: Tensor) -> Tensor:
     """Of each matrix of a batch, by its scales (b, r, groups) as they should be, what brings them into float16."""
-    most = largest.flatten(1).amax(1) if largest[0].numel() else largest.new_zeros(len(largest))
+    most = largest.flatten(1).amax(1)
     inside = (most == 0) | ((most >= SMALLEST) & (most < LARGEST))
     return torch.where(inside, 0.0, torch.where(most > 0, most, 1.0).log2().floor())
 

@@ -453,17 +453,23 @@ def project_chunk(
         exact[side] = chunks.project(wide, side, rows.mT.to(wide.down.dtype))
     down, up = exact["down"], exact["up"].mT
     rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), wide.scaling)
-    check_kept(down, rounded.down)
-    check_kept(up, rounded.up)
-    if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
-        raise NonFiniteError(
-            f"coefficients up to {float(max(down.abs().max(), up.abs().max())):.1e} do not fit "
-            f"{dtype}, which ends at {torch.finfo(dtype).max:.1e}. Store them as float32."
-        )
+    check_rounded(CoefficientChunk(down, up, wide.scaling), rounded)
     return rounded
 
 
-def check_kept(exact: Tensor, rounded: Tensor) -> None:
+def check_rounded(exact: CoefficientChunk, rounded: CoefficientChunk) -> None:
+    """`NonFiniteError` where a dtype has no room for coefficients."""
+    dtype = rounded.down.dtype
+    _check_kept(exact.down, rounded.down)
+    _check_kept(exact.up, rounded.up)
+    if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
+        raise NonFiniteError(
+            f"coefficients up to {float(max(exact.down.abs().max(), exact.up.abs().max())):.1e} do not fit "
+            f"{dtype}, which ends at {torch.finfo(dtype).max:.1e}. Store them as float32."
+        )
+
+
+def _check_kept(exact: Tensor, rounded: Tensor) -> None:
     """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
     size, kept = (torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64) for each in (exact, rounded))
     vanished = (size > 0) & (kept < size / 2)
