@@ -404,8 +404,7 @@ def _remedy(reads: dict[str, Read], setting: Setting, above: float) -> str:
     below = f"About -k {k} (n_components={k}) would bring every adapter below {above:g}"
     if share >= 1:
         return f"{below}, in more bytes than the LoRAs themselves have: keep such adapters as ordinary LoRAs."
-    may_be_sized = above and not any(isinstance(s, Integers) for s in (setting.storage, setting.coefficient_storage))
-    bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if may_be_sized else ""
+    bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if above else ""
     return f"{below}{bounded}."
 
 

@@ -291,6 +291,10 @@ class Coded(Storage):
     def lora_itemsize(self) -> int:
         return torch.float16.itemsize
 
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
     def rounded(self, bases: ModuleBases) -> ModuleBases:
         raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
 
