@@ -308,12 +308,12 @@ def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progres
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         found = [coefficients_at(one, module, bases) for one in packed]
-        # rounded to integers, the rows of a basis are no longer orthonormal
-        if bases.down.payload is None and not any(one is not None and one.has_rest for one in found):
-            yield stack_coefficients(found, bases.down.k, bases.up.k)
-        else:
+        if bases.down.payload is not None or any(one is not None and one.has_rest for one in found):
+            # rounded rows of a basis are not orthonormal, and rests are not in it
             n_out, n_in = bases.shape
             yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
+        else:
+            yield stack_coefficients(found, bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
 
 
