@@ -1,6 +1,6 @@
 """A reader of packs that needs no eigenlorax: the weight updates of one adapter, as docs/pack-format.md specifies them.
 
-float64, float32 and float16 packs; bfloat16 is not a dtype of NumPy.
+float64, float32, float16, int8 and int4 packs; bfloat16 is not a dtype of NumPy.
 """
 
 import json
@@ -22,7 +22,7 @@ def delta_weights(pack, name):
     digest = manifest.pop("digest")
     canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
     assert manifest["format"] == "eigenlorax-pack"
-    assert manifest["format_version"] in (1, 2, 3, 4)
+    assert manifest["format_version"] in (1, 2, 3, 4, 5)
     assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
     subspace, entry = manifest["subspace"], manifest["adapters"][name]
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
@@ -39,10 +39,12 @@ def delta_weights(pack, name):
         sides = [(f"{key}.{side}", subspace["modules"][key][side]) for side in ("down", "up")]
         # versions 1 and 2 have grown by augmentations alone
         grown = [side.get("grown") or [step["n_extra"] for step in growth] for _, side in sides]
-        down, up = (basis(tensors, label, n, growth) for (label, _), n in zip(sides, grown, strict=True))
-        c_down, c_up = (
-            coefficients[f"base_model.model.{module}.eigenlorax_{side}"].astype(float) for side in ("down", "up")
+        down, up = (
+            basis(tensors, label, side["dimension"], n, growth) for (label, side), n in zip(sides, grown, strict=True)
         )
+        c_down, c_up = (matrix(coefficients, f"base_model.model.{module}.eigenlorax_{side}") for side in ("down", "up"))
+        if manifest["coefficient_dtype"] in ("int8", "int4"):
+            c_up = c_up.T
         # an adapter from before a step of growth is as wide as the bases were then
         then = [step.get("fingerprint") for step in growth] + [subspace["fingerprint"]]
         later = then.index(config["subspace_fingerprint"])
@@ -53,7 +55,11 @@ def delta_weights(pack, name):
             coefficients.get(f"base_model.model.{module}.eigenlorax_{side}_rest", np.zeros(1)).astype(float)
             for side in ("down", "up")
         )
-        found[module] = scaling(source, module) * (up[:k_up].T @ c_up + rest_up) @ (c_down @ down[:k_down] + rest_down)
+        found[module] = (
+            scaling(source, module)
+            * (up[:k_up].T @ c_up + rest_up)
+            @ (c_down.astype(float) @ down[:k_down] + rest_down)
+        )
     return found
 
 
@@ -62,6 +68,21 @@ def checked(path, wanted):
     data = path.read_bytes()
     assert sha256(data).hexdigest() == wanted, f"{path} was changed"
     return data
+
+
+def matrix(tensors, name):
+    """A matrix of floats, or one of integers as the float32 numbers that they stand for."""
+    if name in tensors:
+        return tensors[name]
+    codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+    if codes.dtype == np.uint8:
+        halves = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * codes.shape[1])
+        # half a byte of zeros at the end fills up a row of odd width
+        odd = halves.size > 0 and not halves[:, -1].any()
+        codes = halves[:, : halves.shape[1] - odd].astype(np.int8) - 8
+    assert scales.shape == (len(codes), -(-codes.shape[1] // 64))
+    numbers = codes * np.repeat(scales.astype(float), 64, axis=1)[:, : codes.shape[1]]
+    return np.ldexp(numbers, tensors.get(f"{name}.exponent", 0)).astype(np.float32)
 
 
 def scaling(source, module):
@@ -76,14 +97,17 @@ def scaling(source, module):
     )
 
 
-def basis(tensors, label, grown, growth):
+def basis(tensors, label, dimension, grown, growth):
     """The components of one side, (k, dimension) float64: the fitted ones, then those of each step of its growth, of
     which augmented ones are rebuilt and checked."""
-    stored = tensors[f"{label}.components"]
-    at = len(stored) - sum(n for n, step in zip(grown, growth, strict=True) if step["seed"] is None)
-    rows, sums = stored[:at], []
-    for n, step in zip(grown, growth, strict=True):
-        if step["seed"] is None:
+    stored, sums = matrix(tensors, f"{label}.components"), []
+    in_one = f"{label}.components" in tensors  # floats of all steps are
+    at = len(stored) - in_one * sum(n for n, step in zip(grown, growth, strict=True) if step["seed"] is None)
+    rows = stored[:at, :dimension]  # without a row, none says whether four bits are of an odd width
+    for index, (n, step) in enumerate(zip(grown, growth, strict=True)):
+        if step["seed"] is None and not in_one:
+            more = matrix(tensors, f"{label}.components.{index}") if n else rows[:0]
+        elif step["seed"] is None:
             more, at = stored[at : at + n], at + n
         else:
             extra = orthonormal(normal(n, rows.shape[1], step["seed"], label), rows.astype(float))

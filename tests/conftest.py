@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # call several times as slow. Those with shapes are in pyproject.toml; the tuner is written in PEFT's plain style
 CHECKED = (
     "auto card checkpoint checks dtypes engine fitting folder formats iterative keys knapsack known krylov "
-    "linalg manifest mixing reports sizes store summary tasks typed urls"
+    "linalg manifest mixing quantised reports sizes storages store summary tasks typed urls"
 )
 beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
 

@@ -143,11 +143,11 @@ def test_what_is_no_manifest(text, message):
 
 
 def test_a_newer_format_is_refused_before_anything_else(data):
-    newer = signed({"format_version": 5, "eigenlorax_version": "9.1", "anything": []})
-    with pytest.raises(PackVersionError, match="pack format 5 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+    newer = signed({"format_version": 6, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 6 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
         manifest.parse(newer, PATH)
-    with pytest.raises(PackVersionError, match="pack format 5"):
-        manifest.parse(json.dumps({**json.loads(data), "format_version": 5}).encode(), PATH)
+    with pytest.raises(PackVersionError, match="pack format 6"):
+        manifest.parse(json.dumps({**json.loads(data), "format_version": 6}).encode(), PATH)
 
 
 FREE = {("eigenlorax_version",), ("digest",)}
@@ -211,7 +211,7 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (("subspace", "file"), "adapters", "subspace.file"),
         (("adapters", "a0", "files", "../../../secret"), "0" * 64, "files"),
         (("adapters", "../a"), {}, "adapter name '../a' is not allowed"),
-        (("subspace", "dtype"), "int8", "dtype"),
+        (("subspace", "dtype"), "int3", "dtype"),
         (("coefficient_dtype",), "complex64", "dtype"),
         (("format_version",), 1, r"fit has the fields \['auto', 'max_error', 'solver'\], which version 1 lacks"),
         (("fit", "solver"), "lucky", "fit.solver is 'lucky'"),

@@ -3,8 +3,8 @@
 Nothing here knows what a LoRA is. The pair of coupled bases of a LoRA module is in `subspace`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
@@ -18,10 +18,14 @@ from .errors import OptionError, ShapeError
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Rows that were appended to a basis after its fit. seed: what rebuilds them; None where they are stored."""
+    """Rows that were appended to a basis after its fit. seed: what rebuilds them; None where they are stored.
+
+    payload: as for `Basis`, of these rows.
+    """
 
     n: int
     seed: int | None
+    payload: Mapping[str, Tensor] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Basis:
     shortfall: the share of the stack's squared norm that the search for the first rows, before sweeps, is estimated to
         have missed; 0 where the fit is exact.
     tail: the stack's squared norm beyond the singular values that are listed.
+    payload: what lies in the file in the place of the fitted rows, by name, where that is not the rows themselves
+        (`storages`).
     """
 
     components: Float[Tensor, "k d"]
@@ -44,6 +50,7 @@ class Basis:
     growth: tuple[Growth, ...] = ()
     shortfall: float = 0.0
     tail: float = 0.0
+    payload: Mapping[str, Tensor] | None = None
 
     @property
     def k(self) -> int:
@@ -87,6 +94,14 @@ class Basis:
     def square(self) -> float:
         """The squared norm of the stack the basis was fitted on."""
         return float(self.singular_values.double().square().sum()) + self.tail
+
+    @property
+    def row_bytes(self) -> int:
+        """Tensor bytes of the stored rows, as they lie in the file."""
+        if self.payload is None:
+            return (self.k - self.n_extra) * self.dimension * self.components.element_size()
+        payloads = [self.payload, *(one.payload for one in self.growth if one.payload is not None)]
+        return sum(tensor.nbytes for payload in payloads for tensor in payload.values())
 
     def grown(self, step: int) -> Float[Tensor, "j d"]:
         """The rows that one growth has appended."""
@@ -183,12 +198,15 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
     )
 
 
-def extend(basis: Basis, rows: Float[Tensor, "m d"]) -> Basis:
-    """The basis with further rows, which are orthonormal, and orthogonal to those that are there; in its own dtype."""
+def extend(basis: Basis, rows: Float[Tensor, "m d"], payload: Mapping[str, Tensor] | None = None) -> Basis:
+    """The basis with further rows, which are orthonormal, and orthogonal to those that are there; in its own dtype.
+
+    payload: of these rows, where the basis has one.
+    """
     return replace(
         basis,
         components=torch.cat([basis.components, rows.to(basis.components.dtype)]),
-        growth=(*basis.growth, Growth(rows.shape[0], None)),
+        growth=(*basis.growth, Growth(rows.shape[0], None, payload)),
     )
 
 

@@ -4,7 +4,7 @@ It belongs to one fit of one collection, told by a key; to any other, it is empt
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,10 @@ def _described(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for side in keys.SIDES:
         basis = fitted.bases.side(side)
         tensors[f"{side}.components"], tensors[f"{side}.singular_values"] = basis.components, basis.singular_values
+        tensors |= _under(f"{side}.payload", basis.payload)
     for index, chunk in enumerate(fitted.coefficients):
         tensors |= {f"{index}.down": chunk.down, f"{index}.up": chunk.up, f"{index}.scaling": chunk.scaling}
+        tensors |= _under(f"{index}.payload", chunk.payload)
     tensors["errors"] = torch.tensor(
         [[error.total, error.lost, error.rounding] for error in fitted.errors], dtype=torch.float64
     )
@@ -127,9 +129,24 @@ def _described(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
 
 
+def _under(name: str, payload: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    return {f"{name}.{part}": tensor for part, tensor in (payload or {}).items()}
+
+
+def _payload(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
+    """The inverse of `_under`."""
+    start = f"{name}."
+    return {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)} or None
+
+
 def _fitted(tensors: dict[str, Tensor], about: dict[str, Any]) -> Fitted:
     down, up = (
-        Basis(tensors[f"{side}.components"], tensors[f"{side}.singular_values"], **about["bases"][side])
+        Basis(
+            tensors[f"{side}.components"],
+            tensors[f"{side}.singular_values"],
+            **about["bases"][side],
+            payload=_payload(tensors, f"{side}.payload"),
+        )
         for side in keys.SIDES
     )
     members = tuple(tuple(indices) for indices in about["members"])
@@ -137,7 +154,12 @@ def _fitted(tensors: dict[str, Tensor], about: dict[str, Any]) -> Fitted:
         bases=ModuleBases(down, up),
         members=members,
         coefficients=tuple(
-            CoefficientChunk(*(tensors[f"{index}.{name}"] for name in ("down", "up", "scaling")))
+            CoefficientChunk(
+                tensors[f"{index}.down"],
+                tensors[f"{index}.up"],
+                tensors[f"{index}.scaling"],
+                _payload(tensors, f"{index}.payload"),
+            )
             for index in range(len(members))
         ),
         errors=tuple(ModuleError(*values) for values in tensors["errors"].tolist()),

@@ -3,13 +3,14 @@
 What comes out of a round is a sum over adapters, so that results of any two chunks may be added, in any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import linalg
 from .adapter import LoRAFactors
 
 CHUNK = 64
@@ -49,15 +50,19 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class CoefficientChunk:
-    """The same adapters in the bases of the module."""
+    """The same adapters in the bases of the module.
+
+    payload: what lies in files where that is not the same numbers (`storages`), one after the other, on the CPU.
+    """
 
     down: Float[Tensor, "n r k_down"]
     up: Float[Tensor, "n k_up r"]
     scaling: Float[Tensor, " n"]
+    payload: Mapping[str, Tensor] | None = None
 
     def to(self, device: torch.device) -> "CoefficientChunk":
         """The same on another device."""
-        return CoefficientChunk(self.down.to(device), self.up.to(device), self.scaling.to(device))
+        return CoefficientChunk(self.down.to(device), self.up.to(device), self.scaling.to(device), self.payload)
 
 
 def chunk(factors: Sequence[LoRAFactors], weights: Sequence[float]) -> Chunk:
@@ -89,11 +94,19 @@ def factors(one: Chunk, index: int) -> LoRAFactors:
 
 def joined(parts: Sequence[CoefficientChunk]) -> CoefficientChunk:
     """Adapters of several parts, one after the other."""
+    payloads = [part.payload for part in parts if part.payload is not None]
     return CoefficientChunk(
         torch.cat([part.down for part in parts]),
         torch.cat([part.up for part in parts]),
         torch.cat([part.scaling for part in parts]),
+        {name: torch.cat([one[name] for one in payloads]) for name in payloads[0]} if payloads else None,
     )
+
+
+def even(one: Chunk) -> Chunk:
+    """The same updates in the factors of their singular value decompositions (`linalg.even_rows`), float64."""
+    down, up = linalg.even_rows(one.down.to(torch.float64), one.up.to(torch.float64))
+    return Chunk(down, up, one.scaling, one.scale)
 
 
 def grams(one: Chunk, dtype: torch.dtype = torch.float64) -> tuple[Float[Tensor, "n r r"], Float[Tensor, "n r r"]]:

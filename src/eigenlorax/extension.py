@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import basis as one
 from . import linalg
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
+from .basis import Basis
 from .linalg import Leading, RowStack
 from .subspace import ModuleBases, Subspace
 
@@ -20,6 +22,7 @@ SWEEPS = 4
 
 
 Progress = Callable[[str, int, int], None]
+Append = Callable[[Basis, Tensor], Basis]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +38,24 @@ class Newcomer:
     places: Mapping[str, str]
 
 
-def extended(subspace: Subspace, newcomers: Sequence[Newcomer], most: int, progress: Progress) -> Subspace:
+def extended(
+    subspace: Subspace,
+    newcomers: Sequence[Newcomer],
+    most: int,
+    progress: Progress,
+    append: Append = one.extend,
+) -> Subspace:
     """The subspace with at most `most` more directions a side: those that it misses of the adapters, which count alike;
-    itself if it misses none."""
+    itself if it misses none.
+
+    append: adds rows to a basis, rounded as they will be stored.
+    """
     members: dict[str, list[tuple[Adapter, str, float]]] = {}
-    for one in newcomers:
-        square = sum(one.delta_squares[module] for module in one.places)
-        for module, place in one.places.items():
-            if one.delta_squares[module] > 0:
-                members.setdefault(place, []).append((one.adapter, module, square**-0.5))
+    for new in newcomers:
+        square = sum(new.delta_squares[module] for module in new.places)
+        for module, place in new.places.items():
+            if new.delta_squares[module] > 0:
+                members.setdefault(place, []).append((new.adapter, module, square**-0.5))
     rows = {}
     for done, (place, some) in enumerate(sorted(members.items())):
         progress("extending modules", done, len(members))
@@ -51,7 +63,7 @@ def extended(subspace: Subspace, newcomers: Sequence[Newcomer], most: int, progr
         rows[place] = missing(factors, [weight for _, _, weight in some], subspace.modules[place], most)
     progress("extending modules", len(members), len(members))
     lacking = any(len(side) for pair in rows.values() for side in pair)
-    return spaces.extend(subspace, rows) if lacking else subspace
+    return spaces.extend(subspace, rows, append) if lacking else subspace
 
 
 def missing(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import auto, checks, dtypes, formats, jobs, keys, manifest, sizes
+from . import auto, checks, compact, dtypes, formats, jobs, keys, manifest, sizes, storages
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .adapter import Adapter
@@ -42,7 +42,8 @@ from .options import names as listed
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
-from .subspace import Coefficients, FitOptions, ModuleBases, Subspace
+from .storages import Coded, Floats, Storage
+from .subspace import FitOptions, ModuleBases, Subspace
 from .summary import lossy
 from .version import __version__
 
@@ -62,6 +63,8 @@ def fit(
     n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
+    max_bytes: int | None = None,
+    ratio: float | None = None,
     weighting: str = "delta",
     sweeps: int = 2,
     exclude_adapters: str | Sequence[str] = (),
@@ -89,11 +92,17 @@ def fit(
     n_components: at most so many directions on each side of each module (default 32), or "auto": a number that is
         found by leaving adapters out, and `Pack.notes` says why; or energy: the smallest number that keeps this share
         of the squared norm; or max_error: as few bytes as keep every adapter's delta error, as its record has it, at
-        most this, with numbers of its own for each side of each module.
+        most this, whatever they are spent on: directions, coefficients, what these miss of an adapter, or digits of any
+        of them (docs/method.md, "Bytes"); or max_bytes, or ratio: the smallest error that every adapter can have in so
+        many bytes of tensors, heads aside, or in a pack so many times smaller than the LoRAs in 16 bits, basis counted.
+        These three do their work in this process, and without a checkpoint.
     weighting, sweeps: see `FitOptions`.
     exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
         which each adapter then carries as they are.
     dtype, coefficient_dtype: of the stored basis and coefficients; the widest among the sources, and dtype, by default.
+        With max_error, a float dtype says that numbers are to be kept as such ones, and sizes alone are chosen.
+        "int8" and "int4" are integers with a scale for every 64 numbers of a row (docs/method.md), beside which
+        coefficients are int8 by default.
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
         cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
         that, and say what would keep them; 1 for never.
@@ -108,8 +117,12 @@ def fit(
     revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
     found = n_components == AUTO
-    fit_options = FitOptions(_number(n_components, energy, max_error), energy, weighting, sweeps, max_error)
+    aims = {"energy": energy, "max_error": max_error, "max_bytes": max_bytes, "ratio": ratio}
+    number = _number(n_components, aims)
+    fit_options = FitOptions(number, energy, weighting, sweeps, max_error, max_bytes, ratio)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
+    asked_storage, asked_coefficients = storages.parse(dtype), storages.parse(coefficient_dtype)
+    by_bytes = _is_by_bytes(fit_options, asked_storage, asked_coefficients)
     engines.check(engine, workers)
     if solver not in SOLVERS:
         raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
@@ -136,27 +149,36 @@ def fit(
         packings = _scan(taken, shared, workforce, skip_bad, skipped, report)
         scanned = time.perf_counter() - started
         read = [packing.adapter for packing in packings]
-        stored = dtypes.parse(dtype) or reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
-        stored_coefficients = dtypes.parse(coefficient_dtype) or stored
-        setting = Setting(fit_options, _fitted(packings, names), stored, stored_coefficients, fit_device)
+        widest = reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
+        storage = asked_storage or storages.by_name(dtypes.name(widest))
+        coefficient_storage = asked_coefficients or storages.for_coefficients(storage)
+        setting = Setting(fit_options, _fitted(packings, names), storage, coefficient_storage, fit_device)
         by_module = _by_module(packings, names)
         notes = []
         if found:
             choice = auto.choose(_reads(by_module), _outlines(by_module), setting, report)
             fit_options = replace(fit_options, n_components=choice.n_components)
             setting, notes = replace(setting, options=fit_options), [choice.reason]
-        chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
-        index = {adapter.name: place for place, adapter in enumerate(taken)}
-        todo = _jobs(by_module, index, setting, shared, chosen, solver)
-        with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
-            before = [kept.find(place) if kept else None for place in range(len(todo))]
-            by_index = {index[packing.adapter.name]: packing for packing in packings}
-            modules, by_iteration, seconds = _fit_modules(todo, before, by_index, workforce, kept, report)
-    resumed = sum(one is not None for one in before)
+        compactly, resumed, todo = None, 0, list[Job]()
+        if by_bytes:
+            storage = coefficient_storage = storages.by_name(storages.CODED)
+            started = time.perf_counter()
+            compactly = compact.fit(by_module, setting.weights, fit_options, report)
+            modules, by_iteration, seconds = dict(compactly.modules), False, {"coding": time.perf_counter() - started}
+            notes.extend(compactly.notes)
+        else:
+            chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
+            index = {adapter.name: place for place, adapter in enumerate(taken)}
+            todo = _jobs(by_module, index, setting, shared, chosen, solver)
+            with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
+                before = [kept.find(place) if kept else None for place in range(len(todo))]
+                by_index = {index[packing.adapter.name]: packing for packing in packings}
+                modules, by_iteration, seconds = _fit_modules(todo, before, by_index, workforce, kept, report)
+            resumed = sum(one is not None for one in before)
     subspace = Subspace(modules)
     pack = Pack(
         subspace,
-        manifest.describe(subspace),
+        manifest.describe(subspace, storage),
         {p.adapter.name: p.packed(in_fit=p.adapter.name in setting.weights) for p in packings},
         FitInfo(
             **asdict(fit_options),
@@ -167,13 +189,18 @@ def fit(
         ),
         base_model=base_model,
         revision=base_revision,
-        coefficient_dtype=stored_coefficients,
+        coefficient_dtype=coefficient_storage.name,
     )
     pack.notes.extend(notes)
     if resumed:
         pack.notes.append(f"{resumed} of {len(todo)} modules were there from a fit that was interrupted.")
     pack.seconds.update({"scanning": scanned, **seconds})
-    if lossy(pack.records, warn_above):
+    if compactly is not None:
+        pack.frontier.extend(compactly.frontier)
+        warn_of_losses(
+            pack.records, warn_above, "That is what was asked for: less (max_error), or more bytes, keeps more."
+        )
+    elif lossy(pack.records, warn_above):
         # to find out how many would do takes whole spectra
         more = "More components (-k, n_components) keep more of each."
         remedy = more if by_iteration else _remedy(_reads(by_module), setting, warn_above)
@@ -181,17 +208,39 @@ def fit(
     return pack
 
 
-def _number(n_components: int | str | None, energy: float | None, max_error: float | None) -> int | None:
+def _is_by_bytes(options: FitOptions, storage: Storage | None, coefficients: Storage | None) -> bool:
+    """Whether how numbers are stored is found with all else, as few bytes as that takes."""
+    asked = [one for one in (storage, coefficients) if one is not None]
+    coded = [one for one in asked if isinstance(one, Coded)]
+    aims = {name: getattr(options, name) for name in ("max_error", "max_bytes", "ratio")}
+    given = next((f"{name}={value:g}" for name, value in aims.items() if value is not None), None)
+    if given is None:
+        if coded:
+            raise OptionError(storages.ONLY_CODED)
+        return False
+    floats = options.max_error is not None and all(isinstance(one, Floats) for one in asked)
+    if len(coded) == len(asked) and options.weighting == "delta":
+        return True
+    if floats:
+        return False
+    if asked:
+        raise OptionError(
+            f"{given} finds by itself how numbers are stored: leave dtype {asked[0].name} away"
+            + (", or give a float dtype." if options.max_error is not None else ".")
+        )
+    raise OptionError(f"{given} goes with weighting 'delta', got {options.weighting!r}.")
+
+
+def _number(n_components: int | str | None, aims: Mapping[str, float | None]) -> int | None:
     """What `FitOptions` checks: the default where nothing is given, and 1 for now where the number is to be found."""
     if n_components == AUTO:
-        others = {"energy": energy, "max_error": max_error}
-        given = " and ".join(f"{name}={value}" for name, value in others.items() if value is not None)
+        given = " and ".join(f"{name}={value}" for name, value in aims.items() if value is not None)
         if given:
             raise OptionError(f"n_components='auto' finds a number itself, as {given} would: give one of them.")
         return 1
     if isinstance(n_components, str):
         raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")
-    return DEFAULT_COMPONENTS if n_components is None and energy is None and max_error is None else n_components
+    return DEFAULT_COMPONENTS if n_components is None and set(aims.values()) == {None} else n_components
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -381,7 +430,7 @@ def _checkpoint(
     key = {
         "version": __version__,
         "options": asdict(setting.options),
-        "dtypes": [dtypes.name(setting.dtype), dtypes.name(setting.coefficient_dtype)],
+        "dtypes": [setting.storage.name, setting.coefficient_storage.name],
         "solver": solver,
         "device": setting.device.type,
         "adapters": [[packing.adapter.name, packing.scan.content_hash] for packing in packings],
@@ -448,8 +497,7 @@ def _fit_modules(
 def _take(fitted: Fitted, job: Job, packings: Mapping[int, Packing]) -> None:
     """Give each adapter its coefficients of a module."""
     for members, chunk in zip(fitted.members, fitted.coefficients, strict=True):
-        scalings = chunk.scaling.tolist()
         for row, index in enumerate(members):
             place = job.places[index]
-            coefficients = Coefficients(chunk.down[row], chunk.up[row], scalings[row], place.spec.kernel)
-            packings[place.index].take(place.module, job.module, coefficients, fitted.errors[index])
+            error = fitted.errors[index]
+            packings[place.index].take(place.module, job.module, chunk, row, place.spec.kernel, error)

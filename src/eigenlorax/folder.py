@@ -20,11 +20,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from . import basis as one
-from . import card, dtypes, keys, manifest, packed, store
+from . import card, keys, manifest, packed, storages, store
 from .basis import Basis
 from .errors import PackBusyError, PackDamagedError, PackError, PackExistsError, PackMissingError, reason
 from .manifest import Entry, Manifest
 from .packed import PackedAdapter
+from .storages import Storage
 from .store import Files
 from .subspace import ModuleBases, Subspace
 
@@ -82,15 +83,15 @@ def read_subspace(folder: Path, found: Manifest) -> Subspace:
 def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Subspace:
     n_extra = found.subspace.n_extra
     modules = {}
-    for name, sides in found.subspace.modules.items():
-        for side in keys.SIDES:
-            components, wanted = tensors[keys.components_key(name, side)], sides[side]
-            shape = (wanted.k - n_extra, wanted.dimension)
-            if tuple(components.shape) != shape or dtypes.name(components.dtype) != found.subspace.dtype:
-                raise PackDamagedError(
-                    f"{path}: {keys.components_key(name, side)} is {tuple(components.shape)}, {components.dtype}; by "
-                    f"{keys.MANIFEST} it is {shape}, {found.subspace.dtype}. Make the pack again."
-                )
+    tensors = storages.by_name(found.subspace.dtype).opened(
+        tensors,
+        {
+            keys.components_key(name, s): pair[s].dimension
+            for name, pair in found.subspace.modules.items()
+            for s in keys.SIDES
+        },
+    )
+    for name in found.subspace.modules:
         down, up = (_basis(tensors, name, side, found) for side in keys.SIDES)
         modules[name] = ModuleBases(down, up)
     subspace = Subspace(modules)
@@ -110,17 +111,21 @@ def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Sub
 
 def _basis(tensors: Mapping[str, Tensor], name: str, side: str, found: Manifest) -> Basis:
     """One basis, its rows in the order in which coefficients refer to them: augmented ones between stored ones."""
-    rows, info = tensors[keys.components_key(name, side)], found.subspace.modules[name][side]
+    info, storage = found.subspace.modules[name][side], storages.by_name(found.subspace.dtype)
     values = tensors[keys.singular_values_key(name, side)]
-    at = info.k - sum(info.grown)
-    basis = Basis(rows[:at], values, info.energy, shortfall=info.shortfall)
-    if found.fit.solver != manifest.SOLVERS[0]:
+    steps = list(zip(info.grown, found.subspace.growth, strict=True))
+    stored = {step: n for step, (n, one) in enumerate(steps) if one.seed is None}
+    fitted = info.k - sum(info.grown)
+    (rows, payload), *more = storage.rows(tensors, keys.components_key(name, side), fitted, stored, info.dimension)
+    basis = Basis(rows, values, info.energy, shortfall=info.shortfall, payload=payload)
+    if found.fit.solver != manifest.SOLVERS[0] or payload is not None:
         basis = replace(basis, tail=max(info.square - basis.square, 0.0))
-    for n, step in zip(info.grown, found.subspace.growth, strict=True):
+    appended = iter(more)
+    for n, step in steps:
         if step.seed is not None:
             basis = one.augment(basis, n, step.seed, f"{name}.{side}")
         else:
-            basis, at = one.extend(basis, rows[at : at + n]), at + n
+            basis = one.extend(basis, *next(appended))
     return basis
 
 
@@ -148,25 +153,27 @@ def _as_specified(path: Path) -> Iterator[None]:
         ) from error
 
 
-def subspace_bytes(subspace: Subspace) -> bytes:
+def subspace_bytes(subspace: Subspace, storage: Storage) -> bytes:
     """The subspace's file: components and spectra; of augmented directions only what checks their rebuilding."""
     tensors: dict[str, Tensor] = {}
     for name, bases in subspace.modules.items():
         for side in keys.SIDES:
             basis = bases.side(side)
-            tensors[keys.components_key(name, side)] = basis.stored.clone()
+            tensors |= storage.of_basis(basis, keys.components_key(name, side))
             tensors[keys.singular_values_key(name, side)] = basis.singular_values
             if basis.n_extra:
                 tensors[keys.extra_check_key(name, side)] = one.extra_check(basis)
     return to_safetensors(tensors, metadata={"format": "pt"})
 
 
-def read_adapter(folder: Path, name: str, entry: Entry) -> PackedAdapter:
-    """One adapter of the pack, every byte of it checked."""
+def read_adapter(
+    folder: Path, name: str, entry: Entry, storage: Storage, subspace: Callable[[], Subspace]
+) -> PackedAdapter:
+    """One adapter of the pack, every byte of it checked. storage: of its coefficients. subspace: the pack's."""
     with _still_listed(folder, lambda now: now.adapters.get(name) == entry):
         files = _read_adapter_files(folder, name, entry)
     with _as_specified(_place(folder, name)):
-        return packed.from_files(name, files, entry.record)
+        return packed.from_files(name, files, entry.record, storage, subspace)
 
 
 def place(folder: Path, name: str, entry: Entry) -> Path:

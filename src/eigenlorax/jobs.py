@@ -63,8 +63,8 @@ class Job:
     @property
     def measured(self) -> torch.dtype:
         """The dtype in which adapters are projected, and their losses measured."""
-        stored = (self.setting.dtype, self.setting.coefficient_dtype)
-        return torch.float64 if any(dtype.itemsize > 2 for dtype in stored) else self.products
+        stored = (self.setting.storage, self.setting.coefficient_storage)
+        return torch.float64 if any(one.dtype.itemsize > 2 for one in stored) else self.products
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
     with _timed(seconds, "solving"):
         exact = _bases(loaded, rounds)
     with _timed(seconds, "projecting"):
-        stored = spaces.rounded(exact, setting.dtype)
+        stored = setting.storage.rounded(exact)
         on_device = [spaces.on(bases, setting.device) for bases in (exact, stored)]
         before, dual = metrics.unrounded(*on_device), spaces.duals(on_device[1])
         coefficients: list[CoefficientChunk] = []
@@ -181,7 +181,7 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
         for members, held in zip(loaded.members, loaded.held, strict=True):
             parts = []
             for start, narrow in _parts(held()):
-                part = spaces.balanced(narrow, setting.coefficient_dtype, job.measured)
+                part = setting.coefficient_storage.ready(narrow, job.measured)
                 found = _projected(job, members[start : start + len(part)], part, on_device[1], dual)
                 lost = metrics.module_errors(part, found, on_device[1], before)
                 errors.update(zip(members[start : start + len(part)], lost, strict=True))
@@ -232,13 +232,13 @@ def _projected(
     job: Job, members: Sequence[int], part: Chunk, bases: ModuleBases, dual: spaces.Duals
 ) -> CoefficientChunk:
     """Coefficients of several adapters; an error says which of them it is about."""
-    dtype = job.setting.coefficient_dtype
+    storage = job.setting.coefficient_storage
     try:
-        return spaces.project_chunk(part, bases, dtype, dual)
+        return storage.project(part, bases, dual)
     except NonFiniteError:
         for row, index in enumerate(members):
             try:
-                spaces.project_chunk(part.part(row, row + 1), bases, dtype, dual)
+                storage.project(part.part(row, row + 1), bases, dual)
             except NonFiniteError as error:
                 name = job.adapters.get()[job.places[index].index].name
                 raise NonFiniteError(f"adapter {name!r}, module {job.module}: {error}") from error

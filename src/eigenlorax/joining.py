@@ -4,15 +4,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import checks, extension, keys
+from . import checks, coding, extension, keys, storages
+from . import coded as codes
 from .adapter import Adapter
+from .coded import AdapterCodes, Place
 from .errors import AdapterNameError, ModuleNameError, OptionError, ShapeError
 from .extension import Newcomer, Progress
 from .formats.sources import Found
 from .manifest import SubspaceInfo
 from .options import integer
 from .packed import Packing
+from .storages import Storage
 from .subspace import Subspace
+from .transform import RoundedBasis
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +102,44 @@ def check_extend(extend: int, info: SubspaceInfo) -> int:
     return extend
 
 
-def extended(subspace: Subspace, joining: Sequence[Joining], most: int, progress: Progress) -> Subspace:
+def extended(
+    subspace: Subspace, storage: Storage, joining: Sequence[Joining], most: int, progress: Progress
+) -> Subspace:
     """The subspace with at most `most` more directions a side, whatever order the adapters were given in; itself if it
-    misses nothing of them."""
+    misses nothing of them. storage: of the subspace."""
     ordered = sorted(joining, key=lambda one: (one.packing.scan.content_hash, one.adapter.name))
     newcomers = [Newcomer(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
-    return extension.extended(subspace, newcomers, most, progress)
+    return extension.extended(subspace, newcomers, most, progress, storage.extended)
+
+
+def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
+    """The bases (down, up) of a coded subspace in whole numbers, by module."""
+    sides = [(name, basis) for name, pair in subspace.modules.items() for basis in (pair.down, pair.up)]
+    found = iter(codes.bases([(storages.basis_bytes(basis), basis.dimension) for _, basis in sides]))
+    return {name: (next(found), next(found)) for name in subspace.modules}
+
+
+def code(one: Joining, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], error: float) -> None:
+    """Give a new adapter its coefficients, and what is beside them, in the cluster in which it takes fewest bytes.
+
+    error: the delta error that it must not exceed.
+    """
+    packing = one.packing
+    packing.places.update(one.places)
+    trained = [module for module in one.places if packing.scan.delta_squares[module] > 0]
+    best: tuple[AdapterCodes, dict[str, Place], bytes, float] | None = None
+    for cluster in range(max(len(side.blocks) or 1 for pair in bases.values() for side in pair)):
+        found, lost = AdapterCodes(1.0, cluster, {}), 0.0
+        if trained:
+            blocks = {name: [side.block(cluster) for side in bases[one.places[name]]] for name in trained}
+            updates = {
+                one.places[name]: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()
+            }
+            found, lost = coding.alone(updates, cluster, error)
+        whole = replace(found, modules={at: found.modules.get(at, codes.UNTRAINED) for at in one.places.values()})
+        places = {at: Place.of(bases[at], cluster) for at in one.places.values()}
+        (data,) = codes.adapter_bytes([(whole, places)])
+        if best is None or len(data) < len(best[2]):
+            best = whole, places, data, lost
+    assert best is not None
+    packing.take_codes(*best)

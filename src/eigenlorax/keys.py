@@ -9,7 +9,7 @@ from typing import Any
 from . import renamed
 from .errors import AdapterNameError, FormatError, ModuleNameError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 PEFT_TYPE = "EIGENLORAX"
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
 """What the authors' own code calls its adapters."""
@@ -40,6 +40,8 @@ MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
+CODED = "eigenlorax_coded"
+"""The whole of an adapter, in packs that are coded."""
 REST = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
 """Beside coefficients, what the bases do not hold of the two factors; either may be missing."""
 RESTS = "rests"

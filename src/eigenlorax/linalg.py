@@ -5,6 +5,7 @@ serves every reweighting of the rows, so a sweep costs an n × n eigenproblem an
 singular values decay beyond what a Gram matrix resolves, and those directions are wanted, a thin SVD takes over.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -94,6 +95,15 @@ class RowStack:
         return Leading(sigma, self.rows @ components.mT, lambda: components)
 
 
+def leading_rows(rows: Tensor, most: int) -> Tensor:
+    """Leading right singular vectors of a matrix, (k, d), at most so many, and those that its Gram matrix resolves."""
+    wide = rows.shape[0] <= rows.shape[1]
+    squares, vectors = descending_eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    sigma = squares.clamp_min(0).sqrt()
+    k = min(most, int((sigma > GRAM_RESOLUTION * sigma[0]).sum()))
+    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if wide else vectors[:, :k].mT)
+
+
 def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
     """diag(weights) @ matrix, block by block."""
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])
@@ -146,9 +156,36 @@ def dual_rows(components: Tensor) -> Tensor:
     """The rows P, (k, d), with which x @ Pᵀ are the least-squares coordinates of x in `components`.
 
     Equal to the components where they are exactly orthonormal; rounding to a stored dtype leaves them a little off.
+    Rows that depend on each other share what lies in their span.
     """
-    gram = components @ components.mT
-    return torch.cholesky_solve(components, torch.linalg.cholesky(gram))
+    root, failed = torch.linalg.cholesky_ex(components @ components.mT)
+    if bool(failed):
+        shared: Tensor = torch.linalg.pinv(components, rtol=1e-6).mT
+        return shared
+    return torch.cholesky_solve(components, root)
+
+
+def even_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, (…, r, n) and (…, r, m) float64, with the same products upᵀ @ down, whose singular vectors they are: row i
+    of both has the norm √σᵢ, and rows beyond the rank of a product are zero."""
+    (q_down, r_down), (q_up, r_up) = (torch.linalg.qr(rows.mT) for rows in (down, up))
+    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    roots, more = values.sqrt()[..., None], down.shape[-2] - values.shape[-1]
+    rows = roots * (right @ q_down.mT), roots * (left.mT @ q_up.mT)
+    down, up = (torch.nn.functional.pad(each, (0, 0, 0, more)) for each in rows)
+    return down, up
+
+
+def mixing(r: int) -> Tensor:
+    """An orthogonal matrix, (r, r) float64, whose rows take about as much of each column: a Hadamard matrix as far as
+    r has factors 2, and beyond that a Hartley transform."""
+    power = r & -r
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < power:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], dim=1), torch.cat([hadamard, -hadamard], dim=1)])
+    numbers = torch.arange(r // power, dtype=torch.float64)
+    angles = torch.outer(numbers, numbers) * (2 * math.pi / len(numbers))
+    return torch.kron(hadamard, angles.cos() + angles.sin()) / math.sqrt(r)
 
 
 def product_square(left: Tensor, right: Tensor) -> Tensor:

@@ -11,14 +11,19 @@ from . import dtypes, keys, store
 from .basis import Basis
 from .errors import AdapterNameError, PackDamagedError, PackVersionError
 from .packed import Record
-from .subspace import Augmentation, Subspace
+from .storages import STORAGES, Storage
+from .subspace import SIZES, Augmentation, Subspace
 from .typed import UnfitError, refuse_constant, typed
 from .version import __version__
 
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 _FORMAT = "eigenlorax-pack"
-_SINCE: dict[int, dict[str, Any]] = {2: {"max_error": None, "auto": False}, 3: {"solver": "exact"}}
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {"max_error": None, "auto": False},
+    3: {"solver": "exact"},
+    5: {"max_bytes": None, "ratio": None},
+}
 """Fields of `fit` that versions before this one lack, and what stands for them there."""
 SOLVERS = ("exact", "iterative")
 """How bases may have been found: by decompositions, or by iterations that end close to them."""
@@ -29,13 +34,15 @@ _REMEDY = "Restore the pack from a copy, or fit it again."
 class FitInfo:
     """How the subspace was fitted. `skipped`: adapters left out by request, with the reason.
 
-    One of n_components, energy and max_error was given; auto: whether n_components was found rather than given.
-    solver: one of `SOLVERS`.
+    One of n_components, energy, max_error, max_bytes and ratio was given; auto: whether n_components was found rather
+    than given. solver: one of `SOLVERS`.
     """
 
     n_components: int | None
     energy: float | None
     max_error: float | None
+    max_bytes: int | None
+    ratio: float | None
     auto: bool
     weighting: str
     sweeps: int
@@ -48,6 +55,10 @@ class FitInfo:
         """What decided how many components are kept, in words."""
         if self.max_error is not None:
             return f"every adapter's delta error at most {self.max_error:g}"
+        if self.max_bytes is not None:
+            return f"at most {self.max_bytes:,} bytes"
+        if self.ratio is not None:
+            return f"at least {self.ratio:g} times smaller than the LoRAs in 16 bits"
         if self.energy is not None:
             return f"energy {self.energy:g}"
         return f"at most {self.n_components} components" + (" (auto)" if self.auto else "")
@@ -85,7 +96,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SubspaceInfo:
-    """What is known of a subspace without its tensors."""
+    """What is known of a subspace without its tensors. dtype: the name of its storage (`storages`)."""
 
     dtype: str
     fingerprint: str
@@ -121,15 +132,16 @@ class SubspaceInfo:
         return down, up
 
 
-def describe(subspace: Subspace) -> SubspaceInfo:
-    """The info of a subspace in memory."""
+def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
+    """The info of a subspace in memory. storage: how it is stored; as the floats that it is by default."""
     modules = {
         name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
         for name, bases in sorted(subspace.modules.items())
     }
     *before, fingerprint = subspace.lineage
     growth = tuple(Step(one, seed) for one, seed in zip(before, subspace.seeds, strict=True))
-    return SubspaceInfo(dtypes.name(subspace.dtype), fingerprint, growth, subspace.stored_bytes, modules)
+    dtype = storage.name if storage is not None else dtypes.name(subspace.dtype)
+    return SubspaceInfo(dtype, fingerprint, growth, subspace.stored_bytes, modules)
 
 
 def _side_info(basis: Basis) -> SideInfo:
@@ -221,7 +233,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
             for name, fields in entries.items()
         },
     )
-    _check(found)
+    _check(found, body["format_version"])
     return found
 
 
@@ -277,7 +289,7 @@ def _entry(value: Any, where: str, version: int) -> Entry:
     return Entry(typed(Record, fields, where), files)
 
 
-def _check(found: Manifest) -> None:
+def _check(found: Manifest, version: int) -> None:
     """What types do not say. Names of files lead nowhere else than into the pack."""
     fit, subspace = found.fit, found.subspace
     seeds = [step.seed for step in subspace.growth if step.seed is not None]
@@ -285,13 +297,13 @@ def _check(found: Manifest) -> None:
     steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
     names = [name.lower() for name in found.adapters]
     files = [set(entry.files) for entry in found.adapters.values()]
-    known = {dtypes.name(dtype) for dtype in dtypes.STORED}
+    known = STORAGES.keys() if version >= 5 else {dtypes.name(dtype) for dtype in dtypes.STORED}
     for right, what in (
         (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
         ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
         (
-            [fit.n_components, fit.energy, fit.max_error].count(None) == 2,
-            "fit must have one of n_components, energy and max_error",
+            [getattr(fit, name) for name in SIZES].count(None) == len(SIZES) - 1,
+            f"fit must have one of {', '.join(SIZES)}",
         ),
         (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
         (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, store
+from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, storages, store
 from . import subspace as spaces
 from .adapter import Adapter, Lazy
+from .coding import Point
 from .errors import (
     WARN_ABOVE,
     LossWarning,
@@ -45,7 +46,8 @@ class Pack:
     `add`, `add_all` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk
     when they are asked for, and checks their bytes against the manifest.
 
-    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. Neither is saved.
+    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. frontier: where bytes
+    were chosen, about how many other errors take. None of them is saved.
     """
 
     def __init__(
@@ -57,15 +59,18 @@ class Pack:
         *,
         base_model: str | None,
         revision: str | None,
-        coefficient_dtype: torch.dtype,
+        coefficient_dtype: str | torch.dtype,
     ) -> None:
         self.info = info
         self.fit_info = fit_info
         self.base_model = base_model
         self.revision = revision
-        self.coefficient_dtype = coefficient_dtype
+        found = storages.parse(coefficient_dtype)
+        assert found is not None
+        self._storage, self._coefficients = storages.by_name(info.dtype), found
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.frontier: list[Point] = []
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False
@@ -85,7 +90,7 @@ class Pack:
             found.fit,
             base_model=found.base_model,
             revision=found.revision,
-            coefficient_dtype=dtypes.by_name(found.coefficient_dtype),
+            coefficient_dtype=found.coefficient_dtype,
         )
         pack.path, pack._opened = path, opened
         pack.remember()
@@ -166,8 +171,34 @@ class Pack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the components are stored in."""
-        return dtypes.by_name(self.info.dtype)
+        """The dtype of the components in memory: the one they are stored in, or float32 of integers."""
+        return self._storage.dtype
+
+    @property
+    def coefficient_dtype(self) -> torch.dtype:
+        """The same of the coefficients."""
+        return self._coefficients.dtype
+
+    @property
+    def storage(self) -> str:
+        """What the components are stored in, as `fit` takes it: `float16`, `int8`."""
+        return self._storage.name
+
+    @property
+    def coefficient_storage(self) -> str:
+        """The same of the coefficients."""
+        return self._coefficients.name
+
+    @property
+    def _is_coded(self) -> bool:
+        return self._coefficients.name == storages.CODED
+
+    @property
+    def aim(self) -> float:
+        """The delta error that no adapter of the fit exceeds: the one that was asked for, or the worst there is."""
+        if self.fit_info.max_error is not None:
+            return self.fit_info.max_error
+        return max((record.delta_error for record in self.records.values() if record.in_fit), default=0.0)
 
     @property
     def records(self) -> dict[str, Record]:
@@ -181,7 +212,7 @@ class Pack:
             self.records,
             self.info,
             self.fit_info,
-            dtypes.name(self.coefficient_dtype),
+            self.coefficient_storage,
             base_model=self.base_model,
             revision=self.revision,
         )
@@ -192,7 +223,7 @@ class Pack:
         found = self._adapters[name]
         if isinstance(found, Entry):
             assert self.path is not None
-            found = folder.read_adapter(self.path, name, found)
+            found = folder.read_adapter(self.path, name, found, self._coefficients, lambda: self.subspace)
             self._check_sizes(self.path, found)
         return found
 
@@ -369,13 +400,18 @@ class Pack:
         extend = joining.check_extend(extend, self.info) if extend is not None else None
         host = Host(self.info, self.names, self.base_model, self.revision)
         new = joining.read(found, host, carry_missing=carry_missing, same_base=same_base, options=options)
-        subspace = self.subspace if extend is None else joining.extended(self.subspace, new, extend, report)
+        subspace = self.subspace
+        if extend is not None:
+            subspace = joining.extended(subspace, self._storage, new, extend, report)
         added = {}
+        whole = joining.rounded_bases(subspace) if self._is_coded else {}
         for done, one in enumerate(new):
             report("projecting adapters", done, len(new))
-            for module, place in one.places.items():
+            if self._is_coded:
+                joining.code(one, whole, self.aim)
+            for module, place in one.places.items() if not self._is_coded else ():
                 bases, factors = subspace.modules[place], one.adapter.modules[module]
-                one.packing.project(module, place, factors, bases, self.coefficient_dtype, spaces.duals(bases))
+                one.packing.project(module, place, factors, bases, self._coefficients, spaces.duals(bases))
             added[one.adapter.name] = one.packing.packed(in_fit=False)
         report("projecting adapters", len(new), len(new))
         records = {name: one.record for name, one in added.items()}
@@ -393,7 +429,7 @@ class Pack:
             self._adapters = {
                 name: kept if isinstance(kept, Entry) else self._of_now(name) for name, kept in self._adapters.items()
             }
-            self._subspace, self.info = subspace, manifest.describe(subspace)
+            self._subspace, self.info = subspace, manifest.describe(subspace, self._storage)
         self._adapters |= added
         for one in new:
             self.base_model = self.base_model or one.adapter.base_model
@@ -415,12 +451,12 @@ class Pack:
         subspace = spaces.augment(self.subspace, n_extra, seed)
         return Pack(
             subspace,
-            manifest.describe(subspace),
+            manifest.describe(subspace, self._storage),
             {name: self._of_now(name) for name in self.names},
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
-            coefficient_dtype=self.coefficient_dtype,
+            coefficient_dtype=self.coefficient_storage,
         )
 
     def _of_now(self, name: str) -> PackedAdapter:
@@ -477,13 +513,16 @@ class Pack:
             if not (here and isinstance(found, Entry))
         }
         # made when they are asked for: all at once, they would be the pack in memory once more
-        files = Lazy(dict(sorted(loaded.items())), lambda name: packed.to_files(loaded[name], self.info.fingerprint))
+        files = Lazy(
+            dict(sorted(loaded.items())),
+            lambda name: packed.to_files(loaded[name], self.info.fingerprint, self._coefficients),
+        )
         entries = {name: found for name, found in self._adapters.items() if isinstance(found, Entry)}
         entries |= folder.entries(loaded, files)
         if here and before is not None and before.subspace == self.info:
             data, file, sha256 = None, before.subspace_file, before.subspace_sha256
         else:
-            data = folder.subspace_bytes(self.subspace)
+            data = folder.subspace_bytes(self.subspace, self._storage)
             file, sha256 = folder.subspace_name(data)
         new = Manifest(
             base_model=self.base_model,
@@ -492,7 +531,7 @@ class Pack:
             subspace=self.info,
             subspace_file=file,
             subspace_sha256=sha256,
-            coefficient_dtype=dtypes.name(self.coefficient_dtype),
+            coefficient_dtype=self.coefficient_storage,
             adapters=dict(sorted(entries.items())),
         )
         digest = folder.write(target, before, new, data, files)
@@ -528,7 +567,7 @@ class Pack:
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
-            coefficient_dtype=self.coefficient_dtype,
+            coefficient_dtype=self.coefficient_storage,
         )
         with tempfile.TemporaryDirectory() as temporary:
             return remote.push(

@@ -4,7 +4,7 @@ The folder is a PEFT adapter of our own type: docs/pack-format.md.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,12 +13,16 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from . import keys, metrics
+from . import chunks, coded, keys, metrics, storages
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from .checks import Scan
+from .chunks import CoefficientChunk
+from .coded import AdapterCodes
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
+from .quantised import Payload
+from .storages import Outline, Slot, Storage
 from .subspace import Coefficients, Subspace
 from .typed import typed
 
@@ -52,6 +56,8 @@ class PackedAdapter:
     places: each of its modules' name in the subspace.
     subspace: the fingerprint that the subspace had when these coefficients were found, which are as wide as its bases
         were then; None for what it has now.
+    payload: what lies in the file in the place of the coefficients, by key, where that is not the numbers themselves
+        (`storages`). Who changes these takes it away.
     """
 
     name: str
@@ -63,6 +69,7 @@ class PackedAdapter:
     record: Record
     subspace: str | None = None
     origin: Origin | None = None
+    payload: Payload | None = None
 
 
 @dataclass(slots=True)
@@ -71,9 +78,10 @@ class Packing:
 
     adapter: Adapter
     scan: Scan
-    coefficients: dict[str, Coefficients] = field(default_factory=dict)
+    coefficients: Mapping[str, Coefficients] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     errors: list[ModuleError] = field(default_factory=list)
+    payload: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def untrained(self) -> bool:
@@ -86,19 +94,41 @@ class Packing:
         place: str,
         factors: LoRAFactors,
         bases: spaces.ModuleBases,
-        dtype: torch.dtype,
+        storage: Storage,
         dual: spaces.Duals | None = None,
         exact: Unrounded | None = None,
     ) -> None:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
-        found = spaces.project(factors, bases, dtype, dual)
-        self.take(module, place, found, metrics.module_error(factors, found, bases, exact))
+        wide = storage.ready(chunks.chunk([factors], [0.0]))
+        found = storage.project(wide, bases, dual)
+        (error,) = metrics.module_errors(wide, found, bases, exact)
+        self.take(module, place, found, 0, factors.kernel, error)
 
-    def take(self, module: str, place: str, coefficients: Coefficients, error: ModuleError) -> None:
-        """Note one module's coefficients in the bases of `place`, and what they lose."""
+    def take(
+        self, module: str, place: str, chunk: CoefficientChunk, row: int, kernel: tuple[int, ...], error: ModuleError
+    ) -> None:
+        """Note one module's coefficients in the bases of `place`, which are one row of a chunk, and what they lose."""
         self.places[module] = place
-        self.coefficients[module] = coefficients
+        found = Coefficients(chunk.down[row], chunk.up[row], float(chunk.scaling[row]), kernel)
+        assert isinstance(self.coefficients, dict)
+        self.coefficients[module] = found
+        self.payload |= storages.of_row(chunk, row, module)
         self.errors.append(error)
+
+    def take_codes(self, codes: AdapterCodes, places: Mapping[str, coded.Place], data: bytes, error: float) -> None:
+        """Note all modules of an adapter that is coded, whose `places` in the subspace are known by now.
+
+        data: the codes as bytes. error: what they lose, relative to the norm of it all.
+        """
+        specs = self.adapter.specs
+        slots = {
+            module: Slot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
+            for module, place in self.places.items()
+        }
+        self.coefficients = storages.CodedCoefficients(codes, places, slots)
+        self.payload = {keys.CODED: storages.blob(data)}
+        # whatever is lost is lost by rounding to whole steps
+        self.errors.append(ModuleError(1.0, error**2, error**2))
 
     def packed(self, *, in_fit: bool) -> PackedAdapter:
         """The adapter as a pack keeps it; modules that were not projected are carried as they are."""
@@ -118,19 +148,39 @@ class Packing:
             ranks=list(adapter.ranks),
             modules=len(self.coefficients),
             lora_numbers=sum(adapter.specs[module].numbers for module in self.coefficients),
-            coefficient_bytes=sum(c.stored_bytes for c in self.coefficients.values()),
+            coefficient_bytes=coefficient_bytes(self.coefficients, self.payload or None),
             carried_bytes=sum(tensor.nbytes for tensor in carried.values()),
             head_bytes=sum(tensor.nbytes for tensor in heads.values()),
             source_sha256=self.scan.content_hash,
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-        coefficients, places = dict(sorted(self.coefficients.items())), dict(sorted(self.places.items()))
-        return PackedAdapter(adapter.name, coefficients, places, heads, carried, config, record, origin=adapter.origin)
+        coefficients = self.coefficients
+        if isinstance(coefficients, dict):
+            coefficients = dict(sorted(coefficients.items()))
+        places = dict(sorted(self.places.items()))
+        return PackedAdapter(
+            adapter.name,
+            coefficients,
+            places,
+            heads,
+            carried,
+            config,
+            record,
+            origin=adapter.origin,
+            payload=self.payload or None,
+        )
 
     @property
     def error(self) -> AdapterError:
         return metrics.adapter_error(self.errors)
+
+
+def coefficient_bytes(coefficients: Mapping[str, Coefficients], payload: Payload | None) -> int:
+    """Tensor bytes of an adapter's coefficients, as they lie in its file."""
+    if payload is not None:
+        return sum(tensor.nbytes for tensor in payload.values())
+    return sum(one.stored_bytes for one in coefficients.values())
 
 
 def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Adapter:
@@ -145,7 +195,8 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
             return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
         return carried.modules[module]
 
-    specs = {module: _spec(c, bases[module], dtype) for module, c in packed.coefficients.items()}
+    outlines = storages.outlines(packed.coefficients)
+    specs = {module: _spec(one, bases[module], dtype) for module, one in outlines.items()}
     specs |= carried.specs
     return Adapter(
         name=packed.name,
@@ -160,20 +211,16 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
     )
 
 
-def _spec(c: Coefficients, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
+def _spec(c: Outline, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
     return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype, c.kernel)
 
 
-def to_files(packed: PackedAdapter, fingerprint: str) -> dict[str, bytes]:
-    """The files of the adapter's folder. fingerprint: of the subspace, unless the adapter is of an earlier time."""
+def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, bytes]:
+    """The files of the adapter's folder. fingerprint: of the subspace, unless the adapter is of an earlier time.
+    storage: of the pack's coefficients."""
     fingerprint = packed.subspace or fingerprint
-    tensors = dict(packed.heads)
-    for module, c in packed.coefficients.items():
-        tensors[keys.coefficients_key(module, "down")] = c.down
-        tensors[keys.coefficients_key(module, "up")] = c.up
-        for side in keys.SIDES:
-            if (rest := c.rest(side)) is not None:
-                tensors[keys.rest_key(module, side)] = rest
+    stored = packed.payload if packed.payload is not None else storage.of_adapter(packed.coefficients)
+    tensors = {**packed.heads, **stored}
     files = {
         keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint)),
         keys.ADAPTER_WEIGHTS: to_safetensors(
@@ -208,12 +255,9 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         "bias",
         "modules_to_save",
     )
-    kernels = {module: list(c.kernel) for module, c in packed.coefficients.items() if c.kernel}
-    rests = {
-        module: [side for side in keys.SIDES if c.rest(side) is not None]
-        for module, c in packed.coefficients.items()
-        if c.has_rest
-    }
+    outlines = storages.outlines(packed.coefficients)
+    kernels = {module: list(one.kernel) for module, one in outlines.items() if one.kernel}
+    rests = {module: list(one.rests) for module, one in outlines.items() if one.rests}
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
@@ -228,26 +272,35 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def from_files(name: str, files: Mapping[str, bytes], record: Record) -> PackedAdapter:
-    """The inverse of `to_files`; the bytes were checked against the manifest before."""
+def from_files(
+    name: str, files: Mapping[str, bytes], record: Record, storage: Storage, subspace: Callable[[], Subspace]
+) -> PackedAdapter:
+    """The inverse of `to_files`; the bytes were checked against the manifest before. subspace: the pack's."""
     tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
     source_config = files[keys.SOURCE_CONFIG].decode("utf-8")
     source = json.loads(source_config)
     config = json.loads(files[keys.ADAPTER_CONFIG])
     places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
-    coefficients, numbers = {}, lora_config.Numbers(source, name)
-    for module in places:
-        down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
-        _, scaling = numbers.of(module)
-        kernel = tuple(config.get(keys.KERNELS, {}).get(module, ()))
-        rests = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
-        coefficients[module] = Coefficients(down, up, scaling, kernel, *rests)
-    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
+    kernels, numbers, slots = config.get(keys.KERNELS, {}), lora_config.Numbers(source, name), {}
+    for module, place in places.items():
+        rank, scaling = numbers.of(module)
+        slots[module] = Slot(place, rank, scaling, tuple(kernels.get(module, ())))
     fingerprint = config["subspace_fingerprint"]
+
+    def of_then() -> Subspace:
+        found = subspace().at(fingerprint)
+        if found is None:
+            raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
+        return found
+
+    coefficients, payload = storage.adapter(tensors, slots, of_then)
+    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     origin = None
     if keys.SOURCE_FILE in files:
         origin = typed(Origin, json.loads(files[keys.SOURCE_FILE]), keys.SOURCE_FILE)
-    return PackedAdapter(name, coefficients, places, tensors, carried, source_config, record, fingerprint, origin)
+    return PackedAdapter(
+        name, coefficients, places, tensors, carried, source_config, record, fingerprint, origin, payload
+    )
 
 
 def _dump(value: Any) -> bytes:

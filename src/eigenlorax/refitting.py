@@ -117,8 +117,8 @@ def refit(
         weighting=old.weighting if weighting is None else weighting,
         sweeps=old.sweeps if sweeps is None else sweeps,
         exclude_modules=[name for name in old.excluded_modules if name in names],
-        dtype=pack.dtype if dtype is None else dtype,
-        coefficient_dtype=pack.coefficient_dtype if coefficient_dtype is None else coefficient_dtype,
+        dtype=pack.storage if dtype is None else dtype,
+        coefficient_dtype=pack.coefficient_storage if coefficient_dtype is None else coefficient_dtype,
         same_base=True,
         warn_above=1.0,
         device=device,
@@ -144,7 +144,7 @@ def refit(
         replace(found.fit_info, skipped=old.skipped),
         base_model=pack.base_model,
         revision=pack.revision,
-        coefficient_dtype=found.coefficient_dtype,
+        coefficient_dtype=found.coefficient_storage,
     )
     warn_of_losses(renewed.records, warn_above, "Refit from the originals, or with more components.")
     return Refit(renewed, changes)

@@ -18,6 +18,7 @@ from . import subspace as spaces
 from .adapter import LoRAFactors, ModuleSpec
 from .errors import NonFiniteError, OptionError
 from .knapsack import Menu
+from .storages import Storage
 from .subspace import FitOptions, ModuleBases, ModuleStack, Pair
 
 Cell = tuple[int, int]
@@ -58,8 +59,8 @@ class Setting:
 
     options: FitOptions
     weights: Mapping[str, float]
-    dtype: torch.dtype
-    coefficient_dtype: torch.dtype
+    storage: Storage
+    coefficient_storage: Storage
     device: torch.device
 
     def fit(self, members: Sequence[Member], k: Cell | None) -> ModuleBases:
@@ -153,14 +154,14 @@ class Module:
 
     def _fitted(self, cell: Cell, members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Known:
         exact = stack.fit(whole, cell)
-        stored = spaces.rounded(exact, self._setting.dtype)
+        stored = self._setting.storage.rounded(exact)
         before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
         losses = np.zeros(len(self._index))
         for member in members:
             if member.adapter not in self._index:
                 continue
             try:
-                coefficients = spaces.project(member.factors, stored, self._setting.coefficient_dtype, dual)
+                coefficients = spaces.project(member.factors, stored, self._setting.coefficient_storage.dtype, dual)
             except NonFiniteError as error:
                 if cell == self.full:
                     raise NonFiniteError(f"adapter {member.adapter!r}, module {self.name}: {error}") from error
@@ -263,14 +264,15 @@ def _kept(members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Iterabl
 
 def prices(specs: Sequence[ModuleSpec], setting: Setting) -> tuple[int, int]:
     """Bytes of one more component on each side (down, up): its own, and those of every adapter's coefficients."""
-    coefficients = sum(spec.rank for spec in specs) * setting.coefficient_dtype.itemsize
-    down, up = (width * setting.dtype.itemsize for width in (specs[0].in_features, specs[0].out_features))
-    return down + coefficients, up + coefficients
+    coefficients = sum(spec.rank for spec in specs) * setting.coefficient_storage.number_bytes
+    widths = specs[0].in_features, specs[0].out_features
+    down, up = (round(width * setting.storage.number_bytes + coefficients) for width in widths)
+    return down, up
 
 
 def lora_bytes(specs: Sequence[ModuleSpec], setting: Setting) -> int:
-    """What a module's factors take as LoRAs, in the narrower of the two dtypes."""
-    width = min(setting.dtype.itemsize, setting.coefficient_dtype.itemsize)
+    """What a module's factors take as LoRAs, in the narrower of the two storages' dtypes."""
+    width = min(setting.storage.lora_itemsize, setting.coefficient_storage.lora_itemsize)
     return width * sum(spec.rank * (spec.in_features + spec.out_features) for spec in specs)
 
 
@@ -286,7 +288,8 @@ def choose(reads: Mapping[str, Read], setting: Setting, report: Report) -> dict[
     assert setting.options.max_error is not None
     # a hair below, for the last bits of the sum that the record makes of it
     bound = setting.options.max_error**2 * (1 - 1e-12)
-    rounding = sum(torch.finfo(dtype).eps for dtype in (setting.dtype, setting.coefficient_dtype))
+    stored = (setting.storage.dtype, setting.coefficient_storage.dtype)
+    rounding = sum(torch.finfo(dtype).eps for dtype in stored)
     most = int(math.sqrt(TABLE_BYTES / (8 * len(setting.weights) * len(reads))))
     modules = []
     for done, (name, read) in enumerate(reads.items()):
@@ -418,7 +421,8 @@ def _check_reachable(losses: np.ndarray, bound: float, setting: Setting) -> None
     worst = int(losses.argmax())
     if losses[worst] > bound:
         error = math.sqrt(losses[worst])
-        wider = "float64" if torch.float32 in (setting.dtype, setting.coefficient_dtype) else "float32"
+        stored = (setting.storage.dtype, setting.coefficient_storage.dtype)
+        wider = "float64" if torch.float32 in stored else "float32"
         raise OptionError(
             f"max_error={setting.options.max_error:g} cannot be reached: with every direction kept, adapter "
             f"{list(setting.weights)[worst]!r} has a delta error of {error:.2g}, which is rounding. Store the pack in "

@@ -21,7 +21,7 @@ from .errors import NonFiniteError, OptionError, ShapeError
 from .options import integer, number
 
 WEIGHTINGS = ("delta", "factors")
-SIZES = ("n_components", "energy", "max_error")
+SIZES = ("n_components", "energy", "max_error", "max_bytes", "ratio")
 """The options of which one says how many components are kept."""
 
 
@@ -30,7 +30,8 @@ class FitOptions:
     """How a subspace is fitted; valid from birth.
 
     One of n_components: at most so many on each side of each module; energy: the smallest number that keeps this
-        share; max_error: as few bytes as keep every adapter's delta error at most this (`sizes` finds the numbers).
+        share; max_error: as few bytes as keep every adapter's delta error at most this; max_bytes, or ratio, to the
+        LoRAs in 16 bits: the smallest error that every adapter can have in so many bytes (`coding`).
     weighting: "delta" weighs each factor by the other one, so that the error of the update itself is minimised;
         "factors" stacks the factors as they are (arXiv 2502.04700).
     sweeps: alternating refinements of the "delta" fit; the objective never grows with one.
@@ -41,23 +42,30 @@ class FitOptions:
     weighting: str = "delta"
     sweeps: int = 2
     max_error: float | None = None
+    max_bytes: int | None = None
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("n_components", integer), ("energy", number), ("max_error", number), ("sweeps", integer)):
+        kinds = {"n_components": integer, "energy": number, "max_error": number, "max_bytes": integer, "ratio": number}
+        for name, kind in {**kinds, "sweeps": integer}.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind(name, value))
         sizes = {name: getattr(self, name) for name in SIZES}
         if sum(value is not None for value in sizes.values()) != 1:
-            given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+            given = ", ".join(f"{name}={value}" for name, value in sizes.items() if value is not None) or "none of them"
             raise OptionError(
-                f"give one of n_components, energy and max_error, not both, all or none of them: got {given}. "
-                "For example n_components=32, energy=0.9, or max_error=0.3."
+                f"give one of {', '.join(SIZES[:-1])} and {SIZES[-1]}: got {given}. "
+                "For example n_components=32, energy=0.9, max_error=0.3, or ratio=18."
             )
-        if self.max_error is None:
+        if self.n_components is not None or self.energy is not None:
             one.check_size(self.n_components, self.energy)
-        elif not 0 < self.max_error < 1:
+        elif self.max_error is not None and not 0 < self.max_error < 1:
             raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
+        elif self.max_bytes is not None and self.max_bytes < 1:
+            raise OptionError(f"max_bytes is a number of bytes, at least 1, got {self.max_bytes}.")
+        elif self.ratio is not None and not self.ratio >= 1:
+            raise OptionError(f"ratio is by how much smaller the pack is, 1 or more, got {self.ratio}.")
         if self.weighting not in WEIGHTINGS:
             raise OptionError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         if self.sweeps < 0:
@@ -163,10 +171,7 @@ class Subspace:
     @property
     def stored_bytes(self) -> int:
         """Tensor bytes of the subspace's file: stored components, spectra, and the check numbers of augmented rows."""
-        return sum(
-            (b.k - b.n_extra) * b.dimension * b.components.element_size() + b.singular_values.nbytes + 4 * b.n_extra
-            for b in self._sides()
-        )
+        return sum(b.row_bytes + b.singular_values.nbytes + 4 * b.n_extra for b in self._sides())
 
     @property
     def fingerprint(self) -> str:
@@ -365,10 +370,10 @@ def on(bases: ModuleBases, device: torch.device) -> ModuleBases:
 
 
 def rounded(bases: ModuleBases, dtype: torch.dtype) -> ModuleBases:
-    """The same bases with their components rounded to `dtype`."""
+    """The same bases with their components rounded to `dtype`, which is how they are stored."""
     return ModuleBases(
-        down=replace(bases.down, components=bases.down.components.to(dtype)),
-        up=replace(bases.up, components=bases.up.components.to(dtype)),
+        down=replace(bases.down, components=bases.down.components.to(dtype), payload=None),
+        up=replace(bases.up, components=bases.up.components.to(dtype), payload=None),
     )
 
 
@@ -398,16 +403,23 @@ def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
     return Subspace(modules)
 
 
-def extend(subspace: Subspace, rows: Mapping[str, tuple[Tensor, Tensor]]) -> Subspace:
+def extend(
+    subspace: Subspace,
+    rows: Mapping[str, tuple[Tensor, Tensor]],
+    append: Callable[[Basis, Tensor], Basis] = one.extend,
+) -> Subspace:
     """The subspace with further rows (down, up) of some modules, at least one in all, each side's orthonormal and
-    orthogonal to what is there. What refers to the subspace refers to the same rows of this one."""
+    orthogonal to what is there. What refers to the subspace refers to the same rows of this one.
+
+    append: adds rows to a basis, rounded as they will be stored.
+    """
     if not any(len(side) for pair in rows.values() for side in pair):
         raise OptionError("no direction was given to extend the subspace by.")
     modules = {}
     for name, bases in subspace.modules.items():
         none = tuple(torch.zeros(0, basis.dimension) for basis in (bases.down, bases.up))
         down, up = rows.get(name, none)
-        modules[name] = ModuleBases(one.extend(bases.down, down), one.extend(bases.up, up))
+        modules[name] = ModuleBases(append(bases.down, down), append(bases.up, up))
     return Subspace(modules)
 
 
@@ -441,14 +453,20 @@ def project_chunk(
         exact[side] = chunks.project(wide, side, rows.mT.to(wide.down.dtype))
     down, up = exact["down"], exact["up"].mT
     rounded = CoefficientChunk(down.to(dtype).contiguous(), up.to(dtype).contiguous(), wide.scaling)
-    _check_kept(down, rounded.down)
-    _check_kept(up, rounded.up)
+    check_rounded(CoefficientChunk(down, up, wide.scaling), rounded)
+    return rounded
+
+
+def check_rounded(exact: CoefficientChunk, rounded: CoefficientChunk) -> None:
+    """`NonFiniteError` where a dtype has no room for coefficients."""
+    dtype = rounded.down.dtype
+    _check_kept(exact.down, rounded.down)
+    _check_kept(exact.up, rounded.up)
     if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
         raise NonFiniteError(
-            f"coefficients up to {float(max(down.abs().max(), up.abs().max())):.1e} do not fit "
+            f"coefficients up to {float(max(exact.down.abs().max(), exact.up.abs().max())):.1e} do not fit "
             f"{dtype}, which ends at {torch.finfo(dtype).max:.1e}. Store them as float32."
         )
-    return rounded
 
 
 def _check_kept(exact: Tensor, rounded: Tensor) -> None:
@@ -497,7 +515,7 @@ def shifts(wide: Chunk, dtype: torch.dtype) -> Float[Tensor, " n"]:
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
-    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, and a rest; scaling kept, no decomposition."""
+    """An ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, and the rest beside them; scaling kept, no decomposition."""
     down, up = one.reconstruct(coefficients.down, bases.down), one.reconstruct(coefficients.up.mT, bases.up).mT
     if coefficients.down_rest is not None:
         down = down + coefficients.down_rest

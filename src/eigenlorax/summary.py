@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from . import dtypes, keys
+from . import keys, storages
 from .formats import families
 from .manifest import FitInfo, SideInfo, SubspaceInfo
 from .packed import Record
@@ -45,9 +45,9 @@ class Errors:
 class Bytes:
     """Tensor bytes; heads are kept aside on both sides.
 
-    lora: the LoRAs' factors at the pack's narrower dtype, and what is carried; lora_files: the adapters' files as they
-    were. basis, coefficients, carried: what the pack keeps instead. ratio: lora ÷ all three; ratio_without_basis: as if
-    the basis were free.
+    lora: the LoRAs' factors at the pack's narrower dtype, in 16 bits where that is integers, and what is carried;
+    lora_files: the adapters' files as they were. basis, coefficients, carried: what the pack keeps instead. ratio:
+    lora ÷ all three; ratio_without_basis: as if the basis were free.
     """
 
     lora: int
@@ -164,7 +164,7 @@ def _errors(records: Mapping[str, Record]) -> Errors | None:
 
 def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str) -> Bytes:
     # the narrower of the two, lest a ratio gain from LoRAs counted wider than the pack itself
-    width = min(dtypes.by_name(name).itemsize for name in (info.dtype, coefficient_dtype))
+    width = min(storages.by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     coefficients = sum(record.coefficient_bytes for record in records.values())
     lora = width * sum(record.lora_numbers for record in records.values()) + carried

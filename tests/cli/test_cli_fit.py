@@ -439,7 +439,7 @@ class TestOptions:
             (["-k", 4, "--warn-above", 2], ["warn_above", "0 to 1", "2.0"]),
             (["-k", 4, "--weighting", "pca"], ["weighting", "delta, factors", "'pca'"]),
             (["-k", 4, "--sweeps", -1], ["sweeps", "-1"]),
-            (["-k", 4, "--dtype", "int8"], ["float64, float32, float16, bfloat16", "int8"]),
+            (["-k", 4, "--dtype", "int3"], ["float64, float32, float16, bfloat16, int8, int4", "int3"]),
             (["-k", 4, "--coefficient-dtype", "half"], ["float16", "half"]),
             (["-k", 4, "--exclude-module", "key"], ["--exclude-module key", QUERY]),
             (["-k", 4, "--exclude-module", "*"], ["no module is left to fit"]),

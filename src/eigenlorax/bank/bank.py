@@ -283,7 +283,7 @@ class AdapterBank:
             self.pack.fit_info,
             base_model=self.pack.base_model,
             revision=self.pack.revision,
-            coefficient_dtype=self.pack.coefficient_dtype,
+            coefficient_dtype=self.pack.coefficient_storage,
         )
         alone.add(source, name=name, warn_above=warn_above, **options)
         return alone.packed(name)

@@ -25,6 +25,8 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
 
+  eigenlorax fit adapters/ -o pack/ --dtype int8
+
   eigenlorax fit adapters/ -o pack/ --max-error 0.3
 
   eigenlorax fit adapters/ -o pack/ -k auto
@@ -88,9 +90,12 @@ def fit(
         typer.Option(metavar="PATTERN", help="Keep modules out of the subspace; adapters carry them as they are."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16, float64. (Default: the widest of the sources.)")
+        str | None,
+        typer.Option(help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources.)"),
     ] = None,
-    coefficient_dtype: Annotated[str | None, typer.Option(help="That of the coefficients (default: DTYPE).")] = None,
+    coefficient_dtype: Annotated[
+        str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside int4).")
+    ] = None,
     warn_above: Annotated[
         float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
     ] = WARN_ABOVE,

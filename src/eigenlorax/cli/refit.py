@@ -59,7 +59,7 @@ def refit(
     weighting: Annotated[str | None, typer.Option(help="delta or factors (default: as before).")] = None,
     sweeps: Annotated[int | None, typer.Option(help="Alternating refinements (default: as before).")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16, float64. (Default: as before.)")
+        str | None, typer.Option(help="float32, float16, bfloat16, float64, int8, int4. (Default: as before.)")
     ] = None,
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: as before).")

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import keys, known
+from .. import keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError
+from ..storages import Slot
 from ..subspace import Subspace
 from . import lora_config
 
@@ -30,7 +31,9 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.REST.values(), *keys.EMBEDDED.values()]
     own: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in storages.plain(
+        tensors, lambda: slots(config, where), lambda: _of_then(_subspace(config, where), config)
+    ).items():
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         if part in parts:
             own.setdefault(module, {})[part] = tensor
@@ -61,6 +64,21 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
             plain = from_pair(down, up, down_basis, up_basis, scaling, *rests)
         modules[module] = replace(plain, kernel=tuple(kernels.get(module, ())))
     return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
+
+
+def slots(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
+    """What the config of an adapter of a pack says of its modules."""
+    numbers, kernels, own = lora_config.Numbers(config, where), config.get(keys.KERNELS) or {}, {}
+    for module in sorted(config.get("target_modules") or ()):
+        rank, scaling = numbers.of(module)
+        place = (config.get("subspace_modules") or {}).get(module, module)
+        own[module] = Slot(place, rank, scaling, tuple(kernels.get(module, ())))
+    return own
+
+
+def _of_then(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:
+    """The subspace as it was when the adapter was written."""
+    return subspace.at(str(config.get("subspace_fingerprint"))) or subspace
 
 
 def from_pair(

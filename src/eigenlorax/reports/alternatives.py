@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from .. import storages
 from ..analysis import bytes as costs
 from ..analysis import losses
 from ..pack import Pack
@@ -151,6 +152,7 @@ def sizes(
         for pair in pack.subspace.modules.values()
         for basis in (pair.down, pair.up)
     )
+    of_basis, of_own = (storages.by_name(name).number_bytes for name in (pack.storage, pack.coefficient_storage))
     alone = [row for row, place in enumerate(measured.chosen) if names[place] not in twins]
     chosen = [measured.fitted[measured.chosen[row]] for row in alone]
     found = []
@@ -163,9 +165,8 @@ def sizes(
         without = zip(chosen, spreads.relative(measured.total[chosen] - kept, measured.total[chosen]), strict=True)
         left = {measured.names[place]: lost for place, lost in without if not math.isnan(lost)}
         chance = statistics.fmean(random)
-        stored = fixed + sum(
-            min(k, most) * (dimension * pack.dtype.itemsize + ranks[module] * pack.coefficient_dtype.itemsize)
-            for module, dimension, most in bases
+        stored = fixed + round(
+            sum(min(k, most) * (dimension * of_basis + ranks[module] * of_own) for module, dimension, most in bases)
         )
         found.append(
             SizePoint(

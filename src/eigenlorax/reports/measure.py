@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import storages
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..analysis import crowded, losses, spectra
@@ -207,7 +208,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     delta = torch.cat(lost)
     found.singular.append((n_in + n_out, torch.cat(singular)))
     in_fit = [place for place in found.fitted if factors[place] is not None]
-    if in_fit:
+    if in_fit and storages.by_name(setting.pack.coefficient_storage).keeps_factors:
         down, up = torch.cat(factor_lost)[in_fit].mean(0).sqrt().tolist()
         found.factor_errors[module] = (down, up)
     relative = torch.where(square > 0, (delta / square.clamp_min(tiny)).sqrt(), math.nan)
@@ -307,7 +308,8 @@ def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progres
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         found = [coefficients_at(one, module, bases) for one in packed]
-        if any(one is not None and one.has_rest for one in found):
+        if bases.down.payload is not None or any(one is not None and one.has_rest for one in found):
+            # rounded rows of a basis are not orthonormal, and rests are not in it
             n_out, n_in = bases.shape
             yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
         else:

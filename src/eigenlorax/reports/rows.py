@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import storages
 from ..analysis import groups, losses
 from ..analysis.pairs import Pairs
 from ..pack import Pack
@@ -23,6 +24,7 @@ def measured_of(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
     random = spreads.relative(total - measured.random, total)
     down = spreads.relative(measured.down_lost, measured.down_total)
     up = spreads.relative(measured.up_lost, measured.up_total)
+    own = storages.by_name(pack.coefficient_storage).keeps_factors
     eight, four = (spreads.relative(measured.rounded[bits], total) for bits in (8, 4))
     cut = _truncated(pack, measured)
     plain, scaled = [math.nan] * len(names), [math.nan] * len(names)
@@ -35,8 +37,8 @@ def measured_of(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
     for place, name in enumerate(names):
         found[name] = {
             "norm": math.sqrt(float(total[place])),
-            "factor_error_down": down[place],
-            "factor_error_up": up[place],
+            "factor_error_down": down[place] if own else None,
+            "factor_error_up": up[place] if own else None,
             "left_out_error": others.get(place),
             "mean_error": _number(plain[place]),
             "mean_scaled_error": _number(scaled[place]),

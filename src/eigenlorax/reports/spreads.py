@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import linalg
+from .. import linalg, storages
 from ..basis import Basis
 from ..pack import Pack
 from .data import Spread
@@ -36,8 +36,8 @@ def beyond_chance(lost: float, chance: float) -> float:
 
 
 def width(pack: Pack) -> int:
-    """Bytes of a number of the LoRAs that ratios are taken of: the pack's narrower dtype."""
-    return min(pack.dtype.itemsize, pack.coefficient_dtype.itemsize)
+    """Bytes of a number of the LoRAs that ratios are taken of: the pack's narrower dtype, 16 bits for integers."""
+    return min(storages.by_name(name).lora_itemsize for name in (pack.storage, pack.coefficient_storage))
 
 
 def rank(basis: Basis) -> int:

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,11 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import convolution, keys
+from .. import convolution, keys, storages
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
+from ..formats import coefficients
+from ..storages import Slot
+from ..subspace import Subspace
 from . import names, starts
 from . import reference as references
 from .adapted import Adapted, Conv, Linear
@@ -220,9 +224,10 @@ class EigenLoraxModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, after modules that transformers has renamed got the model's names."""
+        """As in PEFT, after coefficients that are stored in another way became floats, and modules that transformers
+        has renamed got the model's names."""
         own = _own_layers(model, adapter_name)
-        named = names.of_the_model(state_dict, own)
+        named = names.of_the_model(_plain(state_dict, config, own), own)
         _check_rests(own, adapter_name, named)
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         return found
@@ -270,6 +275,25 @@ def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraxLaye
         for name, module in model.named_modules()
         if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)
     }
+
+
+def _plain(
+    state_dict: Mapping[str, Tensor], config: EigenLoraxConfig, layers: Mapping[str, EigenLoraxLayer]
+) -> dict[str, Tensor]:
+    """Coefficients as floats, however the adapter's file has them."""
+
+    def slots() -> dict[str, Slot]:
+        # a coded adapter is read by the subspace's names of modules, which its own may not be any more
+        own = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
+        reference = references.resolve(config)
+        return {name: replace(slot, place=reference.place(name, config) or name) for name, slot in own.items()}
+
+    def subspace() -> Subspace:
+        reference = references.resolve(config)
+        assert isinstance(reference, references.Reference)
+        return reference.before or reference.subspace
+
+    return storages.plain(state_dict, slots, subspace)
 
 
 def _check_rests(layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

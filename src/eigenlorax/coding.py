@@ -1,0 +1,393 @@
+"""A collection in as few bytes as an error allows, or with as small an error as bytes allow; module by module.
+
+First all modules are surveyed (`allocation`). Then bases are rounded, and the step of each adapter is sought with which
+its delta error, measured, is just below what was asked for. Nothing here knows of files or packs.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import allocation, clusters, coded, linalg, transform
+from .adapter import LoRAFactors
+from .allocation import Plan, Survey
+from .coded import AdapterCodes, ModuleCodes
+from .errors import OptionError
+from .transform import Codes, Components, RoundedBasis
+
+SURVEY, BASES, STEPS, WRITING = (
+    "choosing bytes: survey",
+    "choosing bytes: bases",
+    "choosing bytes: steps",
+    "choosing bytes: writing",
+)
+RANGE = 2.0**-22, 2.0**0.5
+"""Steps, relative to the norm of an adapter, that are surveyed where the error is not known beforehand."""
+CLOSE = 0.995
+"""How near an adapter's error must come to what is asked for."""
+TURNS = 14
+"""Rounds in which the steps are sought, at most."""
+FULL = 0.99
+"""How much of a budget of bytes must be used."""
+BUDGET_TURNS = 10
+HELD_BYTES = 2**30
+"""Components that are kept in memory between rounds; beyond that, factors are read anew."""
+COMPARED = 4
+"""Modules by which adapters are compared."""
+WORTHWHILE = 0.97
+"""The share of bytes that more clusters may take: a pack of several is harder to add to."""
+
+Report = Callable[[str, int, int], None]
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""From steps, and which of them are asked about, to errors."""
+Bases = Mapping[tuple[str, int], tuple[RoundedBasis, RoundedBasis]]
+"""By module and cluster, (down, up)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter's place in a module: its number in the collection, and how its factors are read."""
+
+    index: int
+    read: Callable[[], LoRAFactors]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module: its name, its shape (out, in), the adapters that have trained it, and how many numbers they have.
+
+    cluster: whose these adapters are, where they have bases of their own.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    members: tuple[Member, ...]
+    numbers: int
+    cluster: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.cluster
+
+    def split(self, groups: Sequence[int]) -> "list[Module]":
+        """The module by the clusters of its adapters."""
+        found = []
+        for cluster in range(max(groups) + 1):
+            own = tuple(member for member in self.members if groups[member.index] == cluster)
+            if own:
+                share = self.numbers * len(own) // len(self.members)
+                found.append(replace(self, members=own, numbers=share, cluster=cluster))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """What came out: bases (down, up) by module, those of all clusters; each adapter's codes; and what each loses,
+    relative to its norm. Adapters lack modules that they have not trained.
+
+    energies: of each module, the squared norm of its updates, relative to those of whole adapters, and what of it lies
+    in the directions of either side.
+    """
+
+    bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]]
+    energies: Mapping[str, tuple[float, float, float]]
+    adapters: Sequence[AdapterCodes]
+    errors: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of the frontier: the delta error that no adapter exceeds, and about how many bytes that takes."""
+
+    error: float
+    bytes: float
+
+
+class Collection:
+    """The modules of a collection, and the norms of its n adapters over all of them, none of which is 0.
+
+    groups: each adapter's cluster; all in one by default. steps: those that are surveyed, relative to norms.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Module],
+        norms: Float[Tensor, " n"],
+        steps: Sequence[float],
+        report: Report,
+        groups: Sequence[int] | None = None,
+    ) -> None:
+        self.groups = list(groups) if groups is not None else [0] * len(norms)
+        self.modules = [part for module in modules for part in module.split(self.groups)]
+        self.norms = norms
+        self._report = report
+        size = 8 * sum(module.numbers for module in modules)
+        self._held: dict[tuple[str, int], Components] | None = {} if size <= HELD_BYTES else None
+        self.survey = Survey(len(norms), steps)
+        for module, wide in self._each(SURVEY):
+            indices = _indices(module)
+            self.survey.add(allocation.view(wide, 1 / norms[indices]), indices.tolist())
+
+    def _each(self, stage: str) -> Iterator[tuple[Module, Components]]:
+        for done, module in enumerate(self.modules):
+            self._report(stage, done, len(self.modules))
+            yield module, self.components(module)
+        self._report(stage, len(self.modules), len(self.modules))
+
+    def components(self, module: Module) -> Components:
+        """Of a module's updates."""
+        if self._held is not None and module.key in self._held:
+            return self._held[module.key]
+        found = transform.components([member.read() for member in module.members])
+        if self._held is not None:
+            self._held[module.key] = found
+        return found
+
+    def frontier(self, errors: Sequence[float]) -> list[Point]:
+        """About the bytes that each error takes."""
+        return [Point(error, self.survey.plan(error).bits / 8) for error in errors]
+
+    def coded(self, error: float) -> Coded:
+        """Every adapter's delta error at most this. `OptionError` if that is too small for whole numbers of 32 bits."""
+        bound = _bound(error)
+        plan = self.survey.plan(bound)
+        steps = _as_written(torch.from_numpy(plan.steps) * self.norms)
+        bases, energies, errors = self._bases(plan, steps)
+        steps, errors = _sought(partial(self._errors, bases), steps, errors, bound)
+        codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
+        for module, wide in self._each(WRITING):
+            found = transform.encoded(wide, steps[_indices(module)], *bases[module.key])
+            for row, member in enumerate(module.members):
+                codes[member.index][module.name] = coded.taken(found, row)
+        adapters = [
+            AdapterCodes(step, group, modules)
+            for step, group, modules in zip(steps.tolist(), self.groups, codes, strict=True)
+        ]
+        return Coded(self._joined(bases), energies, adapters, errors.tolist())
+
+    def _joined(self, bases: Bases) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
+        """The bases of all clusters of each module, one after the other."""
+        count, found = max(self.groups) + 1, {}
+        for name, shape in {module.name: module.shape for module in self.modules}.items():
+            none = no_basis(shape[1]), no_basis(shape[0])
+            pairs = [bases.get((name, cluster), none) for cluster in range(count)]
+            down, up = (transform.joined(list(side)) for side in zip(*pairs, strict=True))
+            found[name] = down, up
+        return found
+
+    def _bases(
+        self, plan: Plan, steps: Tensor
+    ) -> tuple[
+        dict[tuple[str, int], tuple[RoundedBasis, RoundedBasis]],
+        dict[str, tuple[float, float, float]],
+        Float[Tensor, " n"],
+    ]:
+        """Rounded bases where they are worth their bytes, the energy in them, and the errors with them."""
+        bases: dict[tuple[str, int], tuple[RoundedBasis, RoundedBasis]] = {}
+        energies: dict[str, tuple[float, float, float]] = {}
+        lost = torch.zeros_like(steps)
+        for at, (module, wide) in enumerate(self._each(BASES)):
+            indices = _indices(module)
+            own = steps[indices]
+            best: tuple[float, tuple[RoundedBasis, RoundedBasis], Codes] | None = None
+            one = allocation.view(wide, 1 / self.norms[indices]) if max(map(max, plan.k[at])) else None
+            for k in dict.fromkeys([*plan.k[at], (0, 0)]):
+                pair = _pair(wide, one, own, k, module.shape)
+                found = transform.encoded(wide, own, *pair)
+                price = float(found.price().sum()) + sum(side.bits() + 16 * side.k for side in pair)
+                if best is None or price < best[0]:
+                    best = price, pair, found
+            assert best is not None
+            _, bases[module.key], found = best
+            lost.index_add_(0, indices, found.lost)
+            relative = wide.s / self.norms[indices, None]
+            energy = [float(relative.square().sum())]
+            for side, basis in zip(("down", "up"), bases[module.key], strict=True):
+                inside = wide.rows(side) @ linalg.dual_rows(basis.rows.double()).mT if basis.k else torch.zeros(0, 0, 1)
+                energy.append(float((inside * relative[..., None] if basis.k else inside).square().sum()))
+            before = energies.get(module.name, (0.0, 0.0, 0.0))
+            energies[module.name] = before[0] + energy[0], before[1] + energy[1], before[2] + energy[2]
+        return bases, energies, lost.sqrt() / self.norms
+
+    def _errors(self, bases: Bases, steps: Tensor, which: Tensor) -> Float[Tensor, " n"]:
+        """Of some adapters, what they lose with these steps."""
+        lost = torch.zeros_like(steps)
+        for module, wide in self._each(STEPS):
+            rows = [row for row, member in enumerate(module.members) if which[member.index]]
+            if rows:
+                indices = _indices(module)[rows]
+                part = wide if len(rows) == len(module.members) else wide.part(rows)
+                lost.index_add_(0, indices, transform.encoded(part, steps[indices], *bases[module.key]).lost)
+        return lost.sqrt() / self.norms
+
+    def within(self, limit: float, size: Callable[[Coded], int], asked: str) -> Coded:
+        """The smallest error that all adapters can have in so many bytes. size: those of what came out.
+
+        asked: what the limit is, in words, for the error where nothing is small enough.
+        """
+        best: Coded | None = None
+        low, high = 1e-6, 0.999
+        aim = self.aimed(limit)
+        for _ in range(BUDGET_TURNS):
+            aim = min(max(aim, low), high)
+            found = self.coded(aim)
+            taken = size(found)
+            if taken <= limit:
+                best, high = found, aim
+                if taken >= FULL * limit or aim <= 1.001 * low:
+                    return found
+            else:
+                low = aim
+                if aim >= 0.999:
+                    break
+            slope = self._slope(aim)
+            aim = aim * min(max((taken / (limit * (1 + FULL) / 2)) ** slope, 0.25), 4.0)
+            if best is not None and not low < aim < high:
+                aim = math.sqrt(low * high)
+        if best is None:
+            raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {taken:,} bytes.")
+        return best
+
+    def aimed(self, limit: float) -> float:
+        """The error whose bytes are estimated to be so many."""
+        errors = np.exp(np.linspace(math.log(1e-4), math.log(0.98), 41))
+        sizes = np.array([point.bytes for point in self.frontier(errors.tolist())])
+        order = np.argsort(sizes, kind="stable")
+        return float(
+            np.exp(np.interp(math.log(max(limit, 1)), np.log(np.maximum(sizes[order], 1)), np.log(errors[order])))
+        )
+
+    def _slope(self, error: float) -> float:
+        """By which power of the bytes the error falls, near an error."""
+        near, far = (point.bytes for point in self.frontier([error, min(1.1 * error, 0.9995)]))
+        fall = math.log(max(near, 1) / max(far, 1))
+        rise = math.log(min(1.1 * error, 0.9995) / error)
+        return min(max(rise / fall if fall > 0 else 1.0, 0.2), 5.0)
+
+
+def alone(
+    updates: Mapping[str, tuple[LoRAFactors, tuple[RoundedBasis, RoundedBasis]]], cluster: int, error: float
+) -> tuple[AdapterCodes, float]:
+    """One adapter in bases that are there, and what it loses, which is at most `error`. updates: none is 0."""
+    wide = {name: transform.components([factors]) for name, (factors, _) in updates.items()}
+    norm = math.sqrt(sum(float(one.s.square().sum()) for one in wide.values()))
+    numbers = sum(factors.spec.numbers for factors, _ in updates.values())
+    bound = _bound(error)
+
+    def coded_with(steps: Tensor) -> dict[str, Codes]:
+        return {name: transform.encoded(wide[name], steps, *updates[name][1]) for name in updates}
+
+    def measure(steps: Tensor, _: Tensor | None = None) -> Tensor:
+        return torch.stack([codes.lost for codes in coded_with(steps).values()]).sum(0).sqrt() / norm
+
+    steps = _as_written(torch.tensor([bound * norm / math.sqrt(0.1 * numbers)], dtype=torch.float64))
+    steps, errors = _sought(measure, steps, measure(steps), bound)
+    modules = {name: coded.taken(codes, 0) for name, codes in coded_with(steps).items()}
+    return AdapterCodes(float(steps[0]), cluster, modules), float(errors[0])
+
+
+def _bound(error: float) -> float:
+    """A hair less than an error, for the last bits of what comes back in float32."""
+    bound = error * (1 - 1e-6) - 2e-7
+    if bound <= 0:
+        raise OptionError(f"max_error={error:g} is less than float32 can hold: ask for 1e-6 or more.")
+    return bound
+
+
+def _sought(measure: Measure, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """The steps with which errors are just below the bound, and those errors."""
+    good, good_errors = torch.zeros_like(steps), torch.zeros_like(errors)
+    bad = torch.full_like(steps, math.inf)
+    for turn in range(TURNS):
+        within = errors <= bound
+        better = within & (steps > good)
+        good, good_errors = torch.where(better, steps, good), torch.where(better, errors, good_errors)
+        bad = torch.where(within, bad, torch.minimum(bad, steps))
+        open_ = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
+        if not bool(open_.any()) or (turn > TURNS // 2 and bool((good > 0).all())):
+            break
+        aimed = steps * (0.5 * (1 + CLOSE) * bound / errors.clamp_min(1e-300)).clamp(0.25, 4.0)
+        between = (good * bad).sqrt()
+        outside = (aimed <= good) | (aimed >= bad)
+        aimed = torch.where(outside & (good > 0) & bad.isfinite(), between, aimed)
+        aimed = torch.where((aimed >= bad) & (good == 0), bad / 2, aimed)
+        steps = torch.where(open_, _as_written(aimed), good)
+        errors = torch.where(open_, measure(steps, open_), good_errors)
+    if bool((good == 0).any()):
+        raise OptionError(f"max_error={bound:g} is more than whole numbers of 32 bits can hold of some adapter.")
+    return good, good_errors
+
+
+def steps_for(error: float, numbers: int) -> list[float]:
+    """Steps that may be those of an adapter of so many numbers with this error, or a little more or less.
+
+    The smallest is that of one whose every number is coded; the largest is that of one that loses whole components.
+    """
+    least, most = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, RANGE[1])
+    return _spaced(least, most, 2)
+
+
+def steps_for_any() -> list[float]:
+    """Steps for errors of every size."""
+    return _spaced(*RANGE, 1)
+
+
+def _spaced(least: float, most: float, by_octave: int) -> list[float]:
+    count = max(math.ceil(by_octave * math.log2(most / least)), 2)
+    return [float(step) for step in np.geomspace(least, most, count + 1)]
+
+
+def _as_written(steps: Tensor) -> Tensor:
+    """Steps whose logarithm is one of float32."""
+    return steps.log2().to(torch.float32).to(torch.float64).exp2()
+
+
+def _indices(module: Module) -> Tensor:
+    return torch.tensor([member.index for member in module.members], dtype=torch.int64)
+
+
+def _pair(
+    wide: Components, one: allocation.View | None, steps: Tensor, k: tuple[int, int], shape: tuple[int, int]
+) -> tuple[RoundedBasis, RoundedBasis]:
+    """The leading directions of both sides, rounded as finely as adapters with these steps ask."""
+    if one is None or not max(k):
+        return no_basis(shape[1]), no_basis(shape[0])
+    lengths = (wide.s / steps[:, None]).flatten().square()
+    found = []
+    for side, size in zip((one.down, one.up), k, strict=True):
+        energy = torch.from_numpy(side.energies[:, :size]).mul(lengths[:, None]).sum(0)
+        found.append(transform.rounded_basis(side.directions[:size], energy.sqrt(), energy))
+    return found[0], found[1]
+
+
+def no_basis(dimension: int) -> RoundedBasis:
+    """No row at all."""
+    none = np.zeros(0, dtype=np.int64)
+    return RoundedBasis(torch.zeros(0, dimension, dtype=torch.int64), none, none)
+
+
+def clustered(whole: Collection, modules: Sequence[Module], error: float, report: Report) -> Collection:
+    """The collection in as many clusters as take fewest bytes, by estimate, with this error."""
+    n = len(whole.norms)
+    compared = [module for module in whole.modules if len(module.members) == n]
+    if n < 2 * clusters.LEAST or not compared:
+        return whole
+    chosen = clusters.sample(n)
+    alike = torch.zeros(n, len(chosen), dtype=torch.float64)
+    for at in np.unique(np.linspace(0, len(compared) - 1, COMPARED).round().astype(int)).tolist():
+        alike += clusters.likenesses(whole.components(compared[at]), 1 / whole.norms, chosen)
+    steps = whole.survey.steps
+    middle = int(np.abs(np.log(steps) - np.log(whole.survey.plan(error).steps).mean()).argmin())
+    near = steps[max(middle - 1, 0) : middle + 2].tolist()
+    best, least = None, WORTHWHILE * Collection(modules, whole.norms, near, report).survey.plan(error).bits
+    for groups in clusters.groupings(alike, chosen):
+        bits = Collection(modules, whole.norms, near, report, groups).survey.plan(error).bits
+        if bits < least:
+            best, least = groups, WORTHWHILE * bits
+    return Collection(modules, whole.norms, steps.tolist(), report, best) if best is not None else whole

@@ -1,0 +1,534 @@
+"""How components and coefficients lie in a pack's files: one table of storages by name.
+
+Whatever the storage, numbers in memory are ordinary floats. Where rounding to it is not what a cast does, what lies in
+the file travels along with them as a *payload*, so that a pack that was read is written again to the byte.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import basis as one
+from . import chunks, coded, dtypes, keys, linalg, quantised
+from . import subspace as spaces
+from .adapter import Lazy
+from .basis import Basis
+from .chunks import Chunk, CoefficientChunk
+from .errors import FormatError, OptionError, reason
+from .quantised import Payload
+from .subspace import Coefficients, Duals, ModuleBases, Subspace
+
+CODED = "coded"
+Rows = tuple[Tensor, Payload | None]
+"""Components in memory, and what lies in the file where that is not the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What is known of one module of an adapter beside its coefficients. place: the module's name in the subspace."""
+
+    place: str
+    rank: int
+    scaling: float
+    kernel: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage(ABC):
+    """One way to store. dtype: of the numbers in memory."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def number_bytes(self) -> float:
+        """What a number takes, in a long row."""
+
+    @property
+    @abstractmethod
+    def lora_itemsize(self) -> int:
+        """Bytes of a number of the LoRAs that a pack stored so is compared with."""
+
+    @property
+    @abstractmethod
+    def keeps_factors(self) -> bool:
+        """Whether coefficients are of an adapter's own factors; else of any with the same product."""
+
+    @abstractmethod
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        """Bases as they will be read again. What has grown must not be rounded with them: those of a fit have not."""
+
+    @abstractmethod
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        """A basis of this storage with further rows, orthonormal and orthogonal to what is there, rounded to it."""
+
+    @abstractmethod
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        """The tensors of a basis's stored rows by their names in the subspace's file. key: what floats are called."""
+
+    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """The tensors of a subspace's file, ready for `rows`. widths: of rows, by their keys."""
+        return tensors
+
+    @abstractmethod
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        """The inverse of `of_basis`: the fitted rows, and then those of each step of growth that has stored some.
+
+        steps: how many each of those has stored, by its place in the growth. `KeyError` or `ValueError` where the
+        tensors are not those.
+        """
+
+    @abstractmethod
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        """The same updates in factors whose coefficients lose little by rounding. products: as for
+        `subspace.balanced`."""
+
+    @abstractmethod
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        """The coefficients of adapters that `ready` gave, as they will be read again."""
+
+    @abstractmethod
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        """An adapter's coefficients, of which there is no payload, as tensors by their names in its file."""
+
+    @abstractmethod
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        """The inverse of `of_adapter`, and the payload; both are taken out of the file's `tensors`.
+
+        subspace: what the pack's was when the adapter was written; called where it is needed. `KeyError` or
+        `ValueError` where the tensors are not those.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Floats(Storage):
+    """Numbers as they are in memory."""
+
+    @property
+    def number_bytes(self) -> float:
+        return float(self.dtype.itemsize)
+
+    @property
+    def lora_itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return True
+
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        return spaces.rounded(bases, self.dtype)
+
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        return one.extend(basis, rows)
+
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        return {key: basis.stored.clone()}
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        numbers, found = [fitted, *steps.values()], tensors[key]
+        _check(key, found, (sum(numbers), dimension), self.dtype)
+        return [(part, None) for part in torch.split(found, numbers)]
+
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        return spaces.balanced(one_chunk, self.dtype, products)
+
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        return spaces.project_chunk(wide, bases, self.dtype, dual)
+
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        tensors = {}
+        for module, c in coefficients.items():
+            for side, tensor in (("down", c.down), ("up", c.up)):
+                tensors[keys.coefficients_key(module, side)] = tensor
+                if (rest := c.rest(side)) is not None:
+                    tensors[keys.rest_key(module, side)] = rest
+        return tensors
+
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        found = {}
+        for module, slot in slots.items():
+            down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
+            down_rest, up_rest = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
+            found[module] = Coefficients(down, up, slot.scaling, slot.kernel, down_rest, up_rest)
+        return found, None
+
+
+@dataclass(frozen=True, slots=True)
+class Integers(Storage):
+    """Integers with a scale for each group of a row (`quantised`): a row is a component, or what one term of an update,
+    up[:, i] · down[i], has on a side's components."""
+
+    bits: int
+
+    @property
+    def number_bytes(self) -> float:
+        return self.bits / 8 + torch.float16.itemsize / quantised.GROUP
+
+    @property
+    def lora_itemsize(self) -> int:
+        # LoRAs are not kept in integers: a ratio must not gain from floats wider than those that are in use
+        return torch.float16.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        return ModuleBases(down=self._rounded(bases.down), up=self._rounded(bases.up))
+
+    def _rounded(self, basis: Basis) -> Basis:
+        assert not basis.growth
+        rows, payload = self._stored(basis.components)
+        # the whole of a spectrum, in float32, would weigh as much as the codes
+        first = basis.singular_values[: basis.k].clone()
+        short = replace(basis, components=rows, payload=payload, singular_values=first, tail=0.0)
+        return replace(short, tail=max(basis.square - short.square, 0.0))
+
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        return one.extend(basis, *self._stored(rows))
+
+    def _stored(self, rows: Tensor) -> tuple[Tensor, Payload]:
+        payload = quantised.kept(quantised.encode(rows.cpu(), self.bits))
+        # where there is no row, none says whether the width is odd
+        return quantised.decode(payload) if len(rows) else rows.to(self.dtype), payload
+
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        steps = [(f"{key}.{step}", one.payload) for step, one in enumerate(basis.growth) if one.seed is None and one.n]
+        parts = [(key, basis.payload), *steps]
+        return {f"{name}.{part}": tensor for name, payload in parts for part, tensor in (payload or {}).items()}
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        parts = [(key, fitted), *((f"{key}.{step}", n) for step, n in steps.items() if n)]
+        found = iter([self._read(tensors, name, n, dimension) for name, n in parts])
+        none = torch.zeros(0, dimension, dtype=self.dtype), None
+        return [next(found), *(next(found) if n else none for n in steps.values())]
+
+    def _read(self, tensors: Mapping[str, Tensor], name: str, n: int, dimension: int) -> Rows:
+        payload = _part(tensors, name)
+        rows = self._decoded(payload, name)
+        # where there is no row, none says whether the width is odd
+        rows = rows if n else rows[:, :dimension]
+        _check(name, rows, (n, dimension), self.dtype)
+        return rows, payload
+
+    def _decoded(self, payload: Payload, name: str) -> Tensor:
+        wanted = torch.int8 if self.bits == 8 else torch.uint8
+        if payload[quantised.CODES].dtype != wanted:
+            raise ValueError(f"{name}.{quantised.CODES} is {payload[quantised.CODES].dtype}, and should be {wanted}")
+        try:
+            return quantised.decode(payload)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        return chunks.even(spaces.balanced(one_chunk, self.dtype, torch.float64))
+
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        exact = spaces.project_chunk(wide, bases, torch.float64, dual)
+        rows = dict(zip(keys.SIDES, _mixed(exact.down.cpu(), exact.up.mT.cpu()), strict=True))
+        payload = {side: quantised.encode(rows[side], self.bits) for side in keys.SIDES}
+        down, up = (quantised.decode(payload[side]).to(exact.down.device) for side in keys.SIDES)
+        found = CoefficientChunk(
+            down,
+            up.mT.contiguous(),
+            exact.scaling,
+            {f"{s}.{name}": t for s in payload for name, t in payload[s].items()},
+        )
+        spaces.check_rounded(exact, found)
+        return found
+
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        return {
+            f"{keys.coefficients_key(module, side)}.{name}": tensor
+            for module, c in coefficients.items()
+            for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True)
+            for name, tensor in quantised.kept(quantised.encode(rows, self.bits)).items()
+        }
+
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        found: dict[str, Coefficients] = {}
+        payload: dict[str, Tensor] = {}
+        for module, slot in slots.items():
+            sides = []
+            for side in keys.SIDES:
+                key = keys.coefficients_key(module, side)
+                part = _part(tensors, key)
+                sides.append(self._decoded(part, key))
+                payload |= {f"{key}.{name}": tensors.pop(f"{key}.{name}") for name in part}
+            down, up = sides
+            found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel)
+        return found, payload
+
+
+@dataclass(frozen=True, slots=True)
+class Coded(Storage):
+    """Whole numbers in as few bytes as they can have (`coded`): a side of a module is one run of bytes, and all of an
+    adapter is another. Made by fits that are given an error or a size, and by what is added to their packs."""
+
+    @property
+    def number_bytes(self) -> float:
+        return 1.0
+
+    @property
+    def lora_itemsize(self) -> int:
+        return torch.float16.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
+
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        raise OptionError(
+            "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+            "Add the adapter without extend."
+        )
+
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
+
+    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+        # all of them at once: one by one would take many times as long
+        blobs = {key: f"{key}.{coded.CODED}" for key in widths if f"{key}.{coded.CODED}" in tensors}
+        sides = [(_bytes(tensors, blob), widths[key]) for key, blob in blobs.items()]
+        rows = [one.rows for one in _readable(coded.bases, sides)]
+        return {**tensors, **dict(zip(blobs, rows, strict=True))}
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        if any(steps.values()):
+            raise ValueError(f"{key} has stored rows of a later time, which no coded basis has")
+        if not fitted:
+            return [(torch.zeros(0, dimension), {}), *((torch.zeros(0, dimension), None) for _ in steps)]
+        blob = f"{key}.{coded.CODED}"
+        _check(key, tensors[key], (fitted, dimension), self.dtype)
+        none = torch.zeros(0, dimension), None
+        return [(tensors[key], {coded.CODED: tensors[blob]}), *(none for _ in steps)]
+
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        raise OptionError(ONLY_CODED)
+
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        raise OptionError(ONLY_CODED)
+
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        raise OptionError("the coefficients of an adapter of this pack were changed by hand: add the adapter instead.")
+
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        payload = {keys.CODED: tensors.pop(keys.CODED)}
+        data, now = _bytes(payload, keys.CODED), subspace()
+        modules = {slot.place: now.modules[slot.place] for slot in slots.values()}
+        places = _readable(adapter_places, data, modules)
+        return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
+
+
+ONLY_CODED = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
+
+
+def adapter_places(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, coded.Place]:
+    """Where the modules of a coded adapter are, by their names in the subspace, from its bytes and the bases."""
+    number = coded.cluster(data)
+    found = {}
+    for name, bases in modules.items():
+        sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
+        found[name] = coded.place_of(sides, number)
+    return found
+
+
+def basis_bytes(basis: Basis) -> bytes:
+    """Those of a coded basis."""
+    stored = (basis.payload or {}).get(coded.CODED)
+    return coded.EMPTY if stored is None else stored.numpy().tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a module's coefficients without their numbers. rests: the sides that have one."""
+
+    rank: int
+    scaling: float
+    kernel: tuple[int, ...]
+    rests: tuple[str, ...]
+
+
+class CodedCoefficients(Lazy[Coefficients]):
+    """An adapter's coefficients by its own names of modules, made of its codes when they are asked for: they are many
+    times larger. places: by their names in the subspace, as the codes are."""
+
+    __slots__ = ("_codes", "_slots")
+
+    def __init__(self, codes: coded.AdapterCodes, places: Mapping[str, coded.Place], slots: Mapping[str, Slot]) -> None:
+        self._codes, self._slots = codes, slots
+
+        def read(name: str) -> Coefficients:
+            slot = slots[name]
+            return coded.coefficients(
+                codes.modules[slot.place],
+                codes.step,
+                places[slot.place],
+                rank=slot.rank,
+                scaling=slot.scaling,
+                kernel=slot.kernel,
+            )
+
+        super().__init__(dict(sorted(slots.items())), read)
+
+    @property
+    def outlines(self) -> dict[str, Outline]:
+        """What `outlines` asks for."""
+        found = {}
+        for name in self:
+            one, slot = self._codes.modules[self._slots[name].place], self._slots[name]
+            rests = [side for side, rows in (("down", one.down), ("up", one.up)) if (rows.rest_levels > 0).any()]
+            found[name] = Outline(slot.rank, slot.scaling, slot.kernel, tuple(rests))
+        return found
+
+
+def outlines(coefficients: Mapping[str, Coefficients]) -> dict[str, Outline]:
+    """Of all modules of an adapter; no number of a coded one is needed for it."""
+    if isinstance(coefficients, CodedCoefficients):
+        return coefficients.outlines
+    return {
+        name: Outline(one.rank, one.scaling, one.kernel, tuple(s for s in keys.SIDES if one.rest(s) is not None))
+        for name, one in coefficients.items()
+    }
+
+
+def blob(data: bytes) -> Tensor:
+    """Bytes as a tensor."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
+    found = tensors[name]
+    if found.dtype != torch.uint8 or found.dim() != 1:
+        raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be bytes")
+    return found.numpy().tobytes()
+
+
+def _readable(call: Callable[..., Any], *args: Any) -> Any:
+    """What a call gives; a `ValueError` where it cannot read its bytes."""
+    try:
+        return call(*args)
+    except FormatError as error:
+        raise ValueError(reason(error)) from error
+
+
+def _mixed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of coefficients, (…, r, k_down) and (…, r, k_up), of the same updates, in the factors that lose least if
+    what rounding takes from a row is in proportion to its norm (docs/method.md): all rows of one norm, and none along
+    a few components alone, as singular vectors are."""
+    turn = linalg.mixing(down.shape[-2])
+    even = linalg.even_rows(down, up)
+    return turn @ even[0], turn @ even[1]
+
+
+def of_row(found: CoefficientChunk, row: int, module: str) -> dict[str, Tensor]:
+    """The payload of one adapter of a chunk, by the names in the adapter's file; empty where there is none."""
+    payload = {}
+    for name, tensor in (found.payload or {}).items():
+        side, _, part = name.partition(".")
+        if part != quantised.EXPONENT or int(tensor[row]):
+            payload[f"{keys.coefficients_key(module, side)}.{part}"] = tensor[row]
+    return payload
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The payload of one matrix among the tensors of a file."""
+    return {
+        part: tensors[f"{name}.{part}"]
+        for part in quantised.PARTS
+        if part != quantised.EXPONENT or f"{name}.{part}" in tensors
+    }
+
+
+def _check(name: str, found: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if tuple(found.shape) != shape or found.dtype != dtype:
+        raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be {shape}, {dtype}")
+
+
+STORAGES: dict[str, Storage] = {
+    **{dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED},
+    "int8": Integers("int8", torch.float32, 8),
+    "int4": Integers("int4", torch.float32, 4),
+    CODED: Coded(CODED, torch.float32),
+}
+"""By the names that users and manifests write."""
+
+
+def by_name(name: str) -> Storage:
+    """The storage; an `OptionError` for what is none."""
+    if name not in STORAGES:
+        raise OptionError(f"dtype must be one of {', '.join(STORAGES)}, got {name}.")
+    return STORAGES[name]
+
+
+def parse(dtype: str | torch.dtype | None) -> Storage | None:
+    """The storage of this name or dtype; None stays None. Anything else is an `OptionError`."""
+    if dtype is None:
+        return None
+    return by_name(dtype if isinstance(dtype, str) else dtypes.name(dtype))
+
+
+def for_coefficients(basis: Storage) -> Storage:
+    """The storage of coefficients beside a basis stored so, where none is asked for: the same, or 8 bits beside any
+    integers, since they are a small part of most packs, and no adapter shares its own."""
+    return STORAGES["int8"] if isinstance(basis, Integers) else basis
+
+
+def plain(
+    tensors: Mapping[str, Tensor], slots: Callable[[], Mapping[str, Slot]], subspace: Callable[[], Subspace]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file as a float storage has them. `FormatError` where they cannot be read.
+
+    slots: of its modules; subspace: its own. Both are called where they are needed.
+    """
+    found = dict(tensors)
+    coded_already = keys.CODED in tensors
+    integers = any(key.endswith(f".{quantised.CODES}") for key in tensors)
+    if not (coded_already or integers):
+        return found
+    try:
+        if coded_already:
+            coefficients, _ = STORAGES[CODED].adapter(found, slots(), subspace)
+            return found | Floats("float32", torch.float32).of_adapter(coefficients)
+        for name, side, payload in list(_integers(tensors)):
+            rows = quantised.decode(payload)
+            for each in payload:
+                del found[f"{name}.{each}"]
+            found[name] = rows if side == "down" else rows.mT.contiguous()
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"the adapter's coefficients cannot be read: {reason(error)}.") from error
+    return found
+
+
+def _integers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+    """Every matrix of coefficients in integers: its name, its side and its payload."""
+    for key in tensors:
+        name, _, part = key.rpartition(".")
+        side = next((side for side, own in keys.COEFFICIENTS.items() if name.endswith(f".{own}")), None)
+        if part == quantised.CODES and side is not None:
+            yield name, side, _part(tensors, name)
