@@ -1,8 +1,8 @@
 """Joint diagonalisation: the updates of many adapters in a module as cores between two shared factors.
 
 As in "Compress then Serve" (Brüel-Gabrielsson et al., arXiv 2407.00066): D_i ≈ upᵀ · core_i · down, Σ w_i²‖D_i − D̂_i‖²
-as small as alternation finds it. With full cores, up and down are orthonormal and turn out as what a converged delta fit
-has; with diagonal ones they are free. Adapters that have little in common go to bases of their own (`clustered`).
+as small as alternation finds it. With full cores, up and down are orthonormal, and what a delta fit has after many
+sweeps; with diagonal ones they are free. Adapters that have little in common go to bases of their own (`clustered`).
 Everything is deterministic, and float64; no out × in matrix is formed.
 """
 
@@ -51,8 +51,8 @@ class Clusters:
     lost: Float[Tensor, " n"]
 
 
-Rows = tuple[Float[Tensor, "k n_in"], Float[Tensor, "j n_out"]]
-"""Shared factors (down, up)."""
+Rows = tuple[Tensor, Tensor]
+"""Shared factors of a module, (k, n_in) and (j, n_out)."""
 
 
 def full(
@@ -135,9 +135,7 @@ def diagonal(
         return state
 
     if start is not None:
-        rows = [
-            rows if frame is None else rows @ frame.mT for rows, frame in zip(start, frames, strict=True)
-        ]
+        rows = [rows if frame is None else rows @ frame.mT for rows, frame in zip(start, frames, strict=True)]
         best = run(_Diagonal.of(small, rows[0], rows[1]), rounds)
     else:
         starts = [_own_directions(small, k)]
@@ -189,9 +187,7 @@ def clustered(
             for cluster in range(clusters):
                 members = _members(labels, cluster)
                 if members:
-                    found = fit(
-                        one.of(members), weights[members], k, start=bases_of[cluster].get(name), **options
-                    )
+                    found = fit(one.of(members), weights[members], k, start=bases_of[cluster].get(name), **options)
                     bases_of[cluster][name] = found.down, found.up
                 if bases_of[cluster]:
                     lost[:, cluster] += _lost_in(one, bases_of[cluster][name], fit)
@@ -248,7 +244,7 @@ def _members(labels: Tensor, cluster: int) -> list[int]:
 def _first_labels(modules: Mapping[str, Stack], weights: Tensor, k: int, clusters: int) -> Tensor:
     """Each adapter with the nearest of `clusters` adapters, by what it keeps in that one's directions.
 
-    The first of them is the one that is most in the directions of all, the next ones those that are far from all before.
+    The first of them is the one that is most in the directions of all, each next one the farthest from all before.
     """
     n = len(weights)
     if clusters == 1:
@@ -290,7 +286,8 @@ def _weighted(one: Stack, weights: Float[Tensor, " n"]) -> Stack:
 def _narrow(one: Stack) -> tuple[Stack, tuple[Tensor | None, Tensor | None]]:
     """The same updates in coordinates of frames, orthonormal rows that span all there is, where those are fewer than
     the dimension; None where not."""
-    sides, frames = [], []
+    sides: list[Tensor] = []
+    frames: list[Tensor | None] = []
     for rows in (one.down, one.up):
         n, r, d = rows.shape
         if n * r >= d:
@@ -366,7 +363,8 @@ class _Diagonal:
 
 
 def _of_length_one(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    found: Tensor = torch.nn.functional.normalize(rows, dim=1)
+    return found
 
 
 def _own_directions(one: Stack, k: int) -> tuple[Tensor, Tensor]:
