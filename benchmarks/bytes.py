@@ -40,6 +40,8 @@ RESULTS = Path(__file__).with_name("results") / "bytes.json"
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 PACKAGES = {"lorashare": 100, "vlora": 100}
 """Rivals that are installed, and up to how many adapters each is tried: each fit of theirs reads all files anew."""
+WIDEST = 1024
+"""Up to which width lorashare is tried: it finds all eigenvectors of d × d matrices, for each number of components."""
 WHO = ("ours", "rivals", *PACKAGES)
 Json = dict[str, Any]
 
@@ -116,7 +118,7 @@ def cells(one: Collection, given: argparse.Namespace, scratch: Path, there: Mapp
     for package, most in PACKAGES.items():
         if package in given.only and methods.is_here(package):
             todo[f"{one.name} | {package}"] = lambda folders, adapters, package=package, most=most: package_cell(
-                package, folders, errors, most
+                package, folders, adapters, errors, most
             )
     todo = {key: measure for key, measure in todo.items() if key not in there}
     if not todo and not missing:
@@ -205,9 +207,14 @@ def whole_error(one: Adapter, back: Mapping[str, LoRAFactors]) -> float:
     return math.sqrt(lost / total) if total else 0.0
 
 
-def package_cell(package: str, folders: Folders, errors: Sequence[float], most: int) -> Json:
+def package_cell(
+    package: str, folders: Folders, adapters: Sequence[Adapter], errors: Sequence[float], most: int
+) -> Json:
     """The fewest bytes of an installed package for each error, by halves over its number of components."""
     head = {"who": package, "errors": list(errors)}
+    widths = [max(spec.in_features, spec.out_features) for one in adapters for spec in one.specs.values()]
+    if package == "lorashare" and max(widths) > WIDEST:
+        return {**head, "skipped": f"{max(widths)} wide: all eigenvectors of a matrix of that width, again and again"}
     if not 1 < len(folders) <= most:
         return {**head, "skipped": f"{len(folders)} adapters; it is tried on 2 to {most}"}
     with tempfile.TemporaryDirectory() as temporary:

@@ -356,7 +356,8 @@ class _Diagonal:
     def _side(self, rows: Tensor, other: Tensor, normal: Tensor, before: Tensor) -> Tensor:
         """rows: of the side, (n, r, d); other: those of the other side in its factor, (n, r, k)."""
         seen = (other * self.cores[:, None, :]).flatten(0, 1).mT @ rows.flatten(0, 1)
-        size = _PROXIMAL * normal.diagonal().mean()
+        # where there is nothing, any will do
+        size = _PROXIMAL * float(normal.diagonal().mean()) or 1.0
         identity = torch.eye(len(normal), dtype=torch.float64)
         found: Tensor = torch.linalg.solve(normal + size * identity, seen + size * before)
         return found

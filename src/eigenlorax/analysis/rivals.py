@@ -33,6 +33,8 @@ KINDS = (COEFFICIENTS, FULL, DIAGONAL)
 _STEP = 1.015
 """How much larger the next number of components that is tried is."""
 _LABELS_K = 16
+_CHUNK = 2**18
+"""Numbers of adapters that are looked at together: more would not stay in a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,15 @@ def tables(modules: Mapping[str, Stack], bits: Sequence[int] = BITS) -> Tables:
     ranks, totals = [], []
     for name in modules:
         one = modules[name]
-        own = balanced(one)
-        total = squares(one)
-        ranks.append((own.down.abs().amax(2) > 0).sum(1))
-        totals.append(total)
+        n_out, n_in = one.up.shape[2], one.down.shape[2]
+        step = max(1, _CHUNK // max(1, one.down.shape[1] * (n_in + n_out)))
+        parts = [one.of(range(start, min(start + step, len(one)))) for start in range(0, len(one), step)]
+        found = [_by_rank(part, bits) for part in parts]
+        totals.append(torch.cat([total for total, _, _ in found]))
+        ranks.append(torch.cat([rank for _, rank, _ in found]))
         for each in bits:
-            lost[each].append(_by_rank(one, own, total, each))
-            costs[each].append(pair_bytes(one.up.shape[2], one.down.shape[2], each))
+            lost[each].append(torch.cat([table[each] for _, _, table in found]))
+            costs[each].append(pair_bytes(n_out, n_in, each))
     return Tables(lost, costs, ranks, torch.stack(totals).sum(0))
 
 
@@ -84,15 +88,17 @@ def balanced(one: Stack) -> Stack:
     return Stack(root * down, root * up, one.scaling, one.ranks)
 
 
-def _by_rank(one: Stack, own: Stack, total: Tensor, bits: int) -> Float[Tensor, "n s"]:
-    """‖D − D'‖² of each adapter with the first 0, 1, … directions in so many bits."""
-    down, up = rounded_rows(own.down, bits), rounded_rows(own.up, bits)
-    each = ((one.down @ down.mT) * (one.up @ up.mT)).sum(1)
-    both = (down @ down.mT) * (up @ up.mT)
-    # of the first s directions with one another
-    among = torch.diagonal(both.cumsum(1).cumsum(2), dim1=1, dim2=2)
-    found = total[:, None] - 2 * each.cumsum(1) + among
-    return torch.cat([total[:, None], found.clamp_min(0)], dim=1)
+def _by_rank(one: Stack, bits: Sequence[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Of each adapter ‖D‖², its rank, and, by bits, ‖D − D'‖² with its first 0, 1, … directions."""
+    own, total, found = balanced(one), squares(one), {}
+    for each in bits:
+        down, up = rounded_rows(own.down, each), rounded_rows(own.up, each)
+        alike = ((one.down @ down.mT) * (one.up @ up.mT)).sum(1)
+        # of the first s directions with one another
+        among = ((down @ down.mT) * (up @ up.mT)).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
+        lost = total[:, None] - 2 * alike.cumsum(1) + among
+        found[each] = torch.cat([total[:, None], lost.clamp_min(0)], dim=1)
+    return total, (own.down.abs().amax(2) > 0).sum(1), found
 
 
 def alone(found: Tables, error: float) -> dict[str, Point | None]:
@@ -194,11 +200,12 @@ def _point(stored_bytes: int, lost: Tensor, total: Tensor, settings: Mapping[str
 class Together:
     """A collection in shared bases: what is known of it, and the ways that were tried, each once.
 
-    groups: the adapters of each cluster.
+    groups: the adapters of each cluster. rounds: of alternation for diagonal cores, at most.
     """
 
-    def __init__(self, modules: Mapping[str, Stack], groups: Sequence[Sequence[int]]) -> None:
+    def __init__(self, modules: Mapping[str, Stack], groups: Sequence[Sequence[int]], rounds: int = 60) -> None:
         self.modules = modules
+        self.rounds = rounds
         self.groups = [list(group) for group in groups]
         self.shapes: dict[str, tuple[int, int]] = {}
         self.ranks: dict[str, list[int]] = {}
@@ -267,7 +274,7 @@ class Together:
     def _rows(self, kind: str, k: int, name: str, place: int, part: Stack) -> joint.Rows:
         weights = self.weights[self.groups[place]]
         if kind == DIAGONAL:
-            found = joint.diagonal(part, weights, k, rounds=60, tolerance=1e-4)
+            found = joint.diagonal(part, weights, k, rounds=self.rounds, tolerance=1e-4)
             return found.down, found.up
         known = self._bases.setdefault(k, {})
         if (name, place) not in known:
