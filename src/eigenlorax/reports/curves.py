@@ -123,6 +123,8 @@ def frontier(report: Report) -> str:
     unit, name = _unit(max(*stored, found.lora_float16))
 
     def paint(figure: Any) -> None:
+        from matplotlib.ticker import LogLocator
+
         axis = figure.subplots()
         axis.axhline(found.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits")
         for way in ways:
@@ -148,6 +150,7 @@ def frontier(report: Report) -> str:
         axis.set_xscale("log")
         axis.set_yscale("log")
         for each in (axis.xaxis, axis.yaxis):
+            each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             each.set_major_formatter(_plain)
         axis.minorticks_off()
         axis.set(xlabel="delta error of the worst adapter", ylabel=name)

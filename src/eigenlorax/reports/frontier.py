@@ -127,7 +127,7 @@ def _tried(modules: Mapping[str, Stack], worst: float, lora: float, say: Progres
     tables = rivals.tables(modules)
     by_error = [rivals.alone(tables, error) for error in sorted({*ERRORS, *([worst] if worst < WORST else [])})]
     for way in (rivals.ROUNDED, rivals.CUT_BY_ENERGY, rivals.BOTH):
-        yield from ((way, "", point) for point in _best([each[way] for each in by_error]))
+        yield from ((way, "", point) for point in _best([each[way] for each in by_error], worst))
     n = len(tables.total)
     shared = Together(modules, [range(n)], rounds=_ROUNDS)
     small = sum(sum(ranks) * sum(shared.shapes[name]) for name, ranks in shared.ranks.items()) <= NUMBERS
@@ -140,13 +140,14 @@ def _tried(modules: Mapping[str, Stack], worst: float, lora: float, say: Progres
             useful = shared.floor(k) < WORST and k // 2 < shared.most(kind)
             if useful and shared.stored_bytes(kind, k, (8, 8)) < lora:
                 found += shared.tried(kind, min(k, shared.most(kind))).values()
-        for point in _best([point for point in found if point.stored_bytes < lora]):
+        for point in _best([point for point in found if point.stored_bytes < lora], worst):
             yield kind, _words(point), point
     say(stage, steps, steps)
 
 
-def _best(points: Sequence[Point | None]) -> list[Point]:
-    """Those than which no other has both fewer bytes and a lower error, ascending, not too many."""
+def _best(points: Sequence[Point | None], asked: float) -> list[Point]:
+    """Those than which no other has both fewer bytes and a lower error, ascending, not too many; the first of those
+    within the error that is asked for is one of them."""
     there = sorted(
         (point for point in points if point is not None and point.worst < WORST),
         key=lambda point: (point.stored_bytes, point.worst),
@@ -154,7 +155,7 @@ def _best(points: Sequence[Point | None]) -> list[Point]:
     found: list[Point] = []
     worst = math.inf
     for point in there:
-        if point.worst < _ENOUGH * worst:
+        if point.worst < _ENOUGH * worst or point.worst <= asked < worst:
             found.append(point)
             worst = point.worst
     return found
