@@ -8,8 +8,8 @@
 For each collection and each error X: the fewest bytes of each rival (`eigenlorax.analysis.rivals`, and lorashare and
 vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
 `eigenlorax.fit(max_error=X)`, saved, opened again, and measured adapter by adapter against the originals in whole
-float64 matrices. Bytes are those of tensors; heads, and what is carried as it is, are on neither side. What rivals
-share is looked for up to `--beyond` times the fewest bytes of those that share nothing.
+float64 matrices. Bytes are those of tensors; heads, and what is carried as it is, are on neither side. A rival that
+shares is looked for up to `--beyond` times the fewest bytes of those before it.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes; the result goes to standard output")
     parser.add_argument("--zoo", type=Path, help="a folder of strangers' adapters, by base model")
     parser.add_argument("--adapters", type=Path, nargs="+", default=[], help="folders of further adapters of one model")
-    parser.add_argument("--beyond", type=float, default=1.25, help="(default: %(default)s)")
+    parser.add_argument("--beyond", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--clusters", nargs="+", type=int, default=rivals.CLUSTERS, help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=WHO, default=WHO, help="(default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure the packs again, and no rival that is there")

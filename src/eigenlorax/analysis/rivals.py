@@ -24,12 +24,16 @@ from .stack import Stack, roots, squares
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 """Of factors of one adapter alone."""
-TOGETHER = ((16, 16), (8, 8), (4, 8), (4, 4))
-"""Of shared bases, and of what each adapter has in them."""
+TOGETHER = ((8, 8), (4, 8), (4, 4), (16, 16))
+"""Of shared bases, and of what each adapter has in them; the one that is most often best first."""
 CLUSTERS = (1, 2, 4, 8)
 ROUNDED, CUT, CUT_BY_ENERGY, BOTH = "rounded", "truncated", "truncated by energy", "truncated and rounded"
 COEFFICIENTS, FULL, DIAGONAL = "shared basis", "joint, full cores", "joint, diagonal cores"
 KINDS = (COEFFICIENTS, FULL, DIAGONAL)
+MOST_DIAGONAL = 512
+"""Components with diagonal cores that are tried at most: each of many rounds takes their cube."""
+_MANY = 128
+"""Adapters that stand for all where that tells enough."""
 _STEP = 1.015
 """How much larger the next number of components that is tried is."""
 _LABELS_K = 16
@@ -222,6 +226,7 @@ class Together:
         self._floor = (wide.amax(0) / (self.total > 0).sum().clamp_min(1)).sqrt()
         self._bases: dict[int, dict[tuple[str, int], joint.Rows]] = {}
         self._tried: dict[tuple[str, int], dict[tuple[int, int], Point]] = {}
+        self._some: dict[int, float] = {}
 
     def floor(self, k: int) -> float:
         """What the worst adapter loses at least, whatever factors of k rows are shared (Eckart and Young)."""
@@ -231,7 +236,7 @@ class Together:
         """The most components that a module can have."""
         sums = {name: max(sum(ranks[i] for i in group) for group in self.groups) for name, ranks in self.ranks.items()}
         if kind == DIAGONAL:
-            return max(sums.values())
+            return min(max(sums.values()), MOST_DIAGONAL)
         return max(min(sums[name], max(shape)) for name, shape in self.shapes.items())
 
     def stored_bytes(self, kind: str, k: int, bits: tuple[int, int]) -> int:
@@ -288,22 +293,44 @@ class Together:
         """
         grid = [k for k in _grid(self.most(kind)) if self.stored_bytes(kind, k, bits) <= limit]
         grid = [k for k in grid if k > self._too_few(error)]
-        if not grid or self.tried(kind, grid[-1])[bits].worst > error:
+        if not grid or not self._holds(kind, grid[-1], bits, error):
             return None
         low, high = -1, len(grid) - 1
         while high - low > 1:
             middle = (low + high) // 2
-            if self.tried(kind, grid[middle])[bits].worst <= error:
+            if self._holds(kind, grid[middle], bits, error):
                 high = middle
             else:
                 low = middle
         return self.tried(kind, grid[high])[bits]
 
+    def _holds(self, kind: str, k: int, bits: tuple[int, int], error: float) -> bool:
+        if kind == DIAGONAL and len(self.total) > _MANY and self._lost_by_some(k) > error:
+            return False
+        return self.tried(kind, k)[bits].worst <= error
+
+    def _lost_by_some(self, k: int) -> float:
+        """√ of the mean square error of some of the adapters, with diagonal cores between factors of their own: what
+        the worst of all loses at least, in the factors of all."""
+        if k not in self._some:
+            lost = 0.0
+            groups = [group[:: -(-len(self.total) // _MANY)] for group in self.groups]
+            for name in self.modules:
+                one = self.modules[name]
+                for group in groups:
+                    part, weights = one.of(group), self.weights[group]
+                    if any(part.ranks):
+                        found = joint.diagonal(part, weights, k, rounds=self.rounds, tolerance=1e-4)
+                        lost += float((weights.square() * found.lost).sum())
+            trained = sum(int((self.total[group] > 0).sum()) for group in groups)
+            self._some[k] = math.sqrt(lost / max(trained, 1))
+        return self._some[k]
+
     def _too_few(self, error: float) -> int:
         """Components with which the error is out of reach: what no factors can, and what full cores did not."""
         floor = int((self._floor > error).sum()) - 1
         return max(
-            [floor] + [k for (kind, k), by in self._tried.items() if kind != DIAGONAL and by[TOGETHER[0]].worst > error]
+            [floor] + [k for (kind, k), by in self._tried.items() if kind != DIAGONAL and by[16, 16].worst > error]
         )
 
 
@@ -416,7 +443,7 @@ def least(
     *,
     clusters: Sequence[int] = CLUSTERS,
     kinds: Sequence[str] = KINDS,
-    beyond: float = 1.5,
+    beyond: float = 1.0,
 ) -> dict[str, list[Point | None]]:
     """Of every way, the fewest bytes with which no adapter loses more, for each of several errors.
 
