@@ -14,10 +14,10 @@ from .. import urls
 from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
-    from ..pack import Pack
     from rich.console import Console
     from rich.text import Text
 
+    from ..pack import Pack
     from ..summary import Components, Errors, Summary
 
 
