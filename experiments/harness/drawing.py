@@ -110,14 +110,38 @@ def fitted(config: Json) -> list[str]:
 def packed(config: Json) -> Json:
     asked = config["pack"]
     sources = {name: adapter_folder(name) for name in asked["sources"]}
-    pack = ex.fit(sources, n_components=asked["k"], weighting=asked["weighting"], dtype="float32", warn_above=1.0)
-    pack.save(pack_folder(asked["k"]), overwrite=True)
+    if "ratio" in asked:
+        pack, folder = ex.fit(sources, ratio=asked["ratio"], warn_above=1.0), easel.ratio_folder(asked["ratio"])
+    else:
+        size = {"n_components": asked["k"], "weighting": asked["weighting"], "dtype": "float32"}
+        pack, folder = ex.fit(sources, **size, warn_above=1.0), pack_folder(asked["k"])
+    pack.save(folder, overwrite=True)
     return {
         "subspace": outcome.subspace(pack),
         "bytes": asdict(pack.summary.bytes),
         "delta_errors": {name: one.delta_error for name, one in pack.records.items()},
         "sources": {name: one.source_sha256 for name, one in pack.records.items()},
     }
+
+
+def ratios(config: Json) -> Iterator[Job]:
+    """One pack of all fitted styles for every number of bytes."""
+    for ratio in config["bytes"]["ratios"]:
+        job = {"pack": {"sources": fitted(config), "ratio": ratio}}
+        yield Job(f"diffusion/ratios/{ratio}", job, packed, (easel.ratio_folder(ratio) / "subspace_config.json",))
+
+
+def by_bytes(config: Json) -> Iterator[Job]:
+    """Every style's pictures, drawn by its LoRA and by what such packs keep of it."""
+    for style in config["styles"]["fitted"]:
+        job = {
+            "name": slug(style),
+            "style": style,
+            "sources": fitted(config),
+            **{key: config[key] for key in ("drawing", "model", "styles")},
+            **config["bytes"],
+        }
+        yield Job(f"diffusion/bytes/{slug(style)}", job, easel.by_bytes, (easel.pictures_file(f"{slug(style)}-bytes"),))
 
 
 def plain(config: Json) -> Iterator[Job]:
@@ -226,6 +250,8 @@ STAGES = {
     "judges": judging,
     "styles": styles,
     "packs": packs,
+    "ratios": ratios,
+    "bytes": by_bytes,
     "plain": plain,
     "recycled": recycled,
     "rates": rates,

@@ -17,6 +17,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
     return {
         "images-judges": judges_table,
         "images-packs": packs_table,
+        "images-bytes": bytes_table,
         "images-ways": ways_table,
         "images-styles": styles_table,
         "images-left-out": left_out_table,
@@ -102,6 +103,18 @@ def packs_table() -> str:
             records.source_line("diffusion/recycled"),
         ]
     )
+
+
+def bytes_table() -> str:
+    """Packs whose bytes were chosen: errors of updates, and what is drawn."""
+    rows = []
+    for one in sorted(records.of("diffusion/ratios"), key=lambda one: -records.asked(one)["pack"]["ratio"]):
+        asked, errors = records.asked(one)["pack"]["ratio"], list(one["delta_errors"].values())
+        drawn = records.of("diffusion/bytes")
+        found = [(row_of(style, "bytes", asked), row_of(style, "base")) for style in drawn]
+        rows.append([f"{one['bytes']['ratio']:.1f}", f"{mean(errors):.3f} / {max(errors):.3f}", *figures(found)])
+    head = ["ratio to 16 bits, all counted", "update lost, mean / worst", *HEADER]
+    return f"{table(head, rows)}\n\n{records.source_line('diffusion/bytes')}"
 
 
 def ways_table() -> str:

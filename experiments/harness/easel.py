@@ -31,6 +31,10 @@ def pack_folder(k: int) -> Path:
     return WORK / "packs" / f"k{k}"
 
 
+def ratio_folder(ratio: int) -> Path:
+    return WORK / "packs" / f"ratio{ratio}"
+
+
 def pictures_file(name: str) -> Path:
     """All that was drawn by one adapter: way → pictures as bytes."""
     return WORK / "pictures" / f"{name}.safetensors"
@@ -151,6 +155,27 @@ def recycle(config: Json) -> Json:
         "subspaces": subspaces,
         "test": {"pictures": len(easel.labels), "numbers": numbers, "ways": rows},
     }
+
+
+def by_bytes(config: Json) -> Json:
+    """The pictures of one LoRA, and of what packs of so many bytes keep of it."""
+    name = config["name"]
+    original = dict(ex.read_adapter(adapter_folder(name)).modules)
+    easel = Easel(config["model"], config["drawing"])
+    jury, subspaces, rows = Jury(config["style"], config["styles"], easel.labels), {}, []
+    drawn = {"original": easel.draw(original)}
+    for ratio in config["ratios"]:
+        pack = ex.Pack.open(ratio_folder(ratio))
+        subspaces[ratio] = pack.info.fingerprint
+        factors = dict(pack.adapter(name).modules)
+        drawn[f"ratio {ratio}"] = pictures = easel.draw(factors)
+        error = round(recycled.delta_error(original, factors), 5)
+        verdict = jury.verdict(pictures, drawn["original"])
+        rows.append({"way": "bytes", "k": ratio, "delta_error": error, **verdict})
+    save(f"{name}-bytes", drawn)
+    base = saved_pictures("plain")["base"] / 255
+    rows.append({"way": "base", "k": None, "delta_error": 1.0, **jury.verdict(base, drawn["original"])})
+    return {"subspaces": subspaces, "test": {"pictures": len(easel.labels), "ways": rows}}
 
 
 @torch.inference_mode()
