@@ -50,7 +50,16 @@ def delta_weights(pack, name):
         later = then.index(config["subspace_fingerprint"])
         k_down, k_up = (side["k"] - sum(n[later:]) for (_, side), n in zip(sides, grown, strict=True))
         assert (c_down.shape[1], c_up.shape[0]) == (k_down, k_up)
-        found[module] = scaling(source, module) * (up[:k_up].T @ c_up) @ (c_down.astype(float) @ down[:k_down])
+        # what the bases do not hold of the two factors, where something is kept of that
+        rest_down, rest_up = (
+            coefficients.get(f"base_model.model.{module}.eigenlorax_{side}_rest", np.zeros(1)).astype(float)
+            for side in ("down", "up")
+        )
+        found[module] = (
+            scaling(source, module)
+            * (up[:k_up].T @ c_up + rest_up)
+            @ (c_down.astype(float) @ down[:k_down] + rest_down)
+        )
     return found
 
 

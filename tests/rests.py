@@ -5,7 +5,7 @@ from dataclasses import replace
 import eigenlorax as ex
 from planted import normal
 
-# which sides of a module of each adapter have a rest, module after module in turn; what is not named has none
+# which sides have a rest of adapters a0, a1, …: module after module in turn; what is not named has none
 SIDES = {"a0": ["both"], "a1": ["down", "none", "up"], "a2": ["up", "both", "none", "down"]}
 
 
@@ -22,7 +22,7 @@ def with_rest(coefficients, bases, sides, seed, size=0.2):
     )
 
 
-def with_rests(pack, sides=SIDES, seed=700):
+def with_rests(pack, sides, seed=700):
     """The same pack with rests for the adapters named."""
     adapters = {}
     for number, name in enumerate(pack.names):

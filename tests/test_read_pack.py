@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import eigenlorax as ex
 from adapters import MODULES, change_tensors, factors, make_adapter, make_adapters
 from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning
+from rests import with_rests
 from versions import write_older
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -50,6 +51,11 @@ def fitted(parent, *, n_components=4, **options):
     """A saved pack of three adapters, each with directions of its own, so that the pack loses some of each."""
     make_adapters(parent / "sources", "a b c", **options)
     return ex.fit(parent / "sources", n_components=n_components).save(parent / "pack")
+
+
+def test_rests(tmp_path):
+    pack = with_rests(ex.Pack.open(fitted(tmp_path)), {"a": ["both"], "b": ["down", "none", "up"]})
+    assert assert_reads_what_the_library_reads(pack.save(tmp_path / "rests")) == 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)

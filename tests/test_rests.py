@@ -24,7 +24,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def pack(plain):
-    return with_rests(plain)
+    return with_rests(plain, SIDES)
 
 
 def oracle(pack, name, module):
@@ -104,7 +104,7 @@ class TestFiles:
             assert pack.records[name].coefficient_bytes == plain.records[name].coefficient_bytes + more
 
     def test_it_stays_where_the_subspace_grows(self, pack):
-        grown = with_rests(ex.fit([random_adapter(f"a{i}", 100 * i) for i in range(4)], n_components=6))
+        grown = with_rests(ex.fit([random_adapter(f"a{i}", 100 * i) for i in range(4)], n_components=6), SIDES)
         grown.augment(2, 5)
         for name in pack.names:
             for module, factors in grown.adapter(name).modules.items():

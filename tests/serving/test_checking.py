@@ -8,6 +8,7 @@ from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError
 from eigenlorax.vllm.checking import Asked, check
 from eigenlorax.vllm.plan import EMBEDDING, Layer, Shapes
 from planted import random_factors
+from rests import with_rests
 
 Q, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.gate_proj"
 
@@ -84,3 +85,11 @@ def test_numbers_are_integers(fields):
 def test_names_that_are_not_the_model_s_own_are_said():
     (note,) = check(make_pack({Q.removeprefix("model."): (17, 11)}), "pack", shapes()).notes
     assert note.startswith("'layers.0.self_attn.q_proj' and 0 more modules of the pack have other names in org/base")
+
+
+def test_rests_are_served_expanded_alone():
+    found = check(with_rests(make_pack({Q: (17, 11)}), {"a1": ["down"]}), "pack", shapes())
+    assert found.expanded.served == 3
+    assert found.shared.served == 2
+    assert list(found.shared.refused) == ["a1"]
+    assert "without a shared basis it can be served" in found.shared.refused["a1"]

@@ -16,6 +16,7 @@ from eigenlorax.vllm.cores import core_name
 from eigenlorax.vllm.folders import AdapterFolders
 from eigenlorax.vllm.servable import shared_rank
 from eigenlorax.vllm.settings import Settings
+from rests import with_rests
 
 pytestmark = needs_fork
 
@@ -46,6 +47,17 @@ def test_without_a_shared_basis_it_is_what_is_exported(serve, pack, tmp_path):
     assert sorted(path.name for path in served.iterdir()) == sorted(path.name for path in exported.iterdir())
     for path in exported.iterdir():
         assert (served / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_rest_is_in_what_is_expanded_and_refused_between_shared_bases(serve, pack):
+    wanted = with_rests(ex.Pack.open(pack), {"alpha": ["both"], "beta": ["none", "up"]})
+    wanted.save(pack, overwrite=True)
+    served = ex.read_adapter(path_of(serve(), "alpha"))
+    for module, factors in wanted.adapter("alpha").modules.items():
+        assert torch.equal(served.modules[module].down, factors.down)
+        assert torch.equal(served.modules[module].up, factors.up)
+    with pytest.raises(ServingError, match="'alpha' cannot be served: it has a rest beside its coefficients"):
+        path_of(serve(shared=True), "alpha")
 
 
 def test_with_one_it_is_a_lora_of_the_cores(serve, pack):

@@ -8,8 +8,11 @@ import torch
 
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
+from eigenlorax.errors import ServingError
+from eigenlorax.vllm.cores import on_cores
 from eigenlorax.vllm.plan import RANKS
 from eigenlorax.vllm.servable import expanded_rank, refusal, shared_rank
+from rests import with_rests
 
 HEAD = "base_model.model.score.weight"
 
@@ -159,3 +162,25 @@ def test_a_rank_beyond_what_vllm_has_is_refused(plain):
     found = with_config(plain, rank_pattern={"nowhere": RANKS[-1] + 1})
     assert f"its rank is {RANKS[-1] + 1}" in refusal(found, shared=False)
     assert refusal(found, shared=True) is None
+
+
+def test_a_rest_has_no_place_between_shared_bases(plain):
+    module, other, *_ = sorted(plain.coefficients)
+    wide = {
+        name: replace(one, up_rest=torch.ones(5, one.rank)) if name in (module, other) else one
+        for name, one in plain.coefficients.items()
+    }
+    found = replace(plain, coefficients=wide)
+    assert refusal(found, shared=False) is None
+    assert refusal(found, shared=True) == (
+        f"adapter 'alpha' cannot be served: it has a rest beside its coefficients in {module!r} and 1 more modules, "
+        "which the cores of a shared basis cannot hold; without a shared basis it can be served."
+    )
+
+
+def test_one_that_has_a_rest_is_no_lora_of_cores(tmp_path):
+    make_adapters(tmp_path / "in", "a0 a1")
+    pack = with_rests(ex.fit(tmp_path / "in", n_components=4), {"a0": ["both"]})
+    on_cores(pack.packed("a1"), pack.info)
+    with pytest.raises(ServingError, match="adapter 'a0' has a rest beside its coefficients in 'encoder"):
+        on_cores(pack.packed("a0"), pack.info)

@@ -12,7 +12,7 @@ from convnets import conv_pack, images, make_convnet
 from eigenlorax import byte_rows
 from eigenlorax.tuner import serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
-from rests import with_rests
+from rests import SIDES, with_rests
 from tiny import BERT, IN, make_bert, make_pack
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-5}
@@ -28,7 +28,7 @@ def _compiled_anew():
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     pack, _ = make_pack(dict.fromkeys(BERT, (IN, IN)))
-    return with_rests(pack).save(tmp_path_factory.mktemp("bytes") / "pack")
+    return with_rests(pack, SIDES).save(tmp_path_factory.mktemp("bytes") / "pack")
 
 
 def layers(model):

@@ -14,7 +14,7 @@ from eigenlorax import keys
 from eigenlorax.errors import FormatError, ModuleNameError, ProjectionWarning
 from eigenlorax.tuner import combine, from_lora, serve, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
-from rests import with_rests
+from rests import SIDES, with_rests
 from tiny import BERT, IN, make_bert, make_pack
 
 CLOSE = {"atol": 3e-6, "rtol": 2e-5}
@@ -30,7 +30,7 @@ def _compiled_anew():
 @pytest.fixture(scope="module")
 def pack():
     made, _ = make_pack(dict.fromkeys(BERT, (IN, IN)))
-    return with_rests(made)
+    return with_rests(made, SIDES)
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,15 @@ def load_into(
 
     pipe: a pipeline, or one model of it. pack: a pack, its folder, or a repository on the Hub.
     names: the adapters to load, and to fetch; all by default. A dot in a name becomes `_` in the pipeline.
-    dtype: of the bases; by default that of each layer's weight.
+    dtype: of the bases; by default that of each layer's weight. "int8" keeps a scale for each row and 8 bits for each
+        number, which a layer makes wide while it multiplies.
     """
     wanted = list(dict.fromkeys(listed(names))) if names is not None else None
     opened = _opened(pack, wanted)
     adapters = _read(opened, opened.names if wanted is None else wanted)
     models = [model for model in parts.models_of(pipe).values() if model is not None]
     _check_free(adapters, models)
-    parsed = dtypes.parse(dtype)
+    parsed = torch.int8 if dtype in ("int8", torch.int8) else dtypes.parse(dtype)
     found = parts.find({place for one in adapters.values() for place in one.places.values()}, pipe)
     _check(adapters, found, opened, pipe)
     off = any(layer.disable_adapters for layer in layers.tuner_layers(models))

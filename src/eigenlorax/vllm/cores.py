@@ -11,6 +11,7 @@ import torch
 
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
+from ..errors import ServingError
 from ..formats import lora_config
 from ..manifest import SubspaceInfo
 from ..packed import PackedAdapter
@@ -26,11 +27,16 @@ def on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
     """An adapter's coefficients as a LoRA of the cores of a model that holds the subspace `served`.
 
     Scalings are in B, so that one config holds for all modules. A rank above the number of components that the
-    coefficients are on is cut to it, exactly.
+    coefficients are on is cut to it, exactly. `ServingError` for one with a rest, for which cores have no place.
     """
     core = core_name(served.fingerprint)
     modules = {}
     for module, coefficients in packed.coefficients.items():
+        if coefficients.has_rest:
+            raise ServingError(
+                f"adapter {packed.name!r} has a rest beside its coefficients in {module!r}, which cores cannot hold. "
+                "Serve it expanded, as Pack.adapter gives it."
+            )
         place = packed.places[module]
         sizes = served.modules[place]
         modules[f"{place}.{core}"] = _on_core(coefficients, sizes["down"].k, sizes["up"].k)

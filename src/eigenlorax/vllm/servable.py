@@ -4,7 +4,7 @@ What vLLM refuses to load is refused here first, with a reason; so is what it wo
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from .. import keys
@@ -49,6 +49,8 @@ def reason_against(found: PackedAdapter, *, shared: bool) -> str | None:
     )
     if why is None and shared and found.carried:
         why = f"it has {_some(found.carried)} outside the subspace; without a shared basis it can be served"
+    if why is None and shared:
+        why = _of_rests([module for module, c in found.coefficients.items() if c.has_rest])
     if why is None and not found.coefficients and (shared or not found.carried):
         why = "it has no LoRA module"
     if why is None and (rank := shared_rank(found) if shared else expanded_rank(found)) > RANKS[-1]:
@@ -121,6 +123,19 @@ def _of_kernels(kernels: Mapping[str, tuple[int, ...]]) -> str | None:
     return f"vLLM does not support LoRA of convolutions ({min(kernels)!r})" if kernels else None
 
 
+def _of_rests(modules: Collection[str]) -> str | None:
+    if not modules:
+        return None
+    return (
+        f"it has a rest beside its coefficients in {min(modules)!r}{_others(modules, 'modules')}, which the cores of a "
+        "shared basis cannot hold; without a shared basis it can be served"
+    )
+
+
 def _some(names: Iterable[str]) -> str:
-    first, *others = sorted(names)
-    return f"{first!r}" + (f" and {len(others)} more tensors" if others else "")
+    names = list(names)
+    return f"{min(names)!r}{_others(names, 'tensors')}"
+
+
+def _others(names: Collection[str], what: str) -> str:
+    return f" and {len(names) - 1} more {what}" if len(names) > 1 else ""
