@@ -111,10 +111,10 @@ def refit(
     sizes: dict[str, Any] = {"n_components": n_components, "energy": energy, "max_error": max_error}
     if all(value is None for value in sizes.values()):
         sizes = {"n_components": old.n_components, "energy": old.energy, "max_error": old.max_error}
-    # an error asked for finds by itself how numbers are stored, unless they are to be floats
-    by_bytes = sizes["max_error"] is not None
-    both = (pack.storage, pack.coefficient_storage)
-    stored = [None if by_bytes and name in storages.INTEGERS else name for name in both]
+    stored: tuple[str | None, str | None] = pack.storage, pack.coefficient_storage
+    if max_error is not None and not all(name in storages.FLOATS for name in stored):
+        # an error asked for finds by itself how numbers are stored, unless they are to be floats
+        stored = None, None
     found = fitting.fit(
         given,
         **sizes,
