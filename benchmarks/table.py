@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bytes_tables
 import error_tables
 import measured
 import recorded
@@ -21,6 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
+BYTES = RESULTS / "bytes.json"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -37,13 +39,16 @@ def main() -> int:
         json.loads(path.read_text(encoding="utf-8")) for path in (CONTINUAL, BANK, VLLM, SDXL)
     )
     run = json.loads(RUN.read_text(encoding="utf-8")) if RUN.is_file() else {"runs": [], "cases": {}}
+    stored = json.loads(BYTES.read_text(encoding="utf-8")) if BYTES.is_file() else {"runs": [], "cells": {}}
     docs = ROOT / "docs"
     blocks = {
         (docs / "growing.md", "results"): continual_table(continual),
         (docs / "bank.md", "results"): bank_table(bank),
         (docs / "report.md", "results"): report_table(report),
         (ROOT / "benchmarks" / "README.md", "results"): f"{measured.markdown(run)}\n\n{vllm_tables.markdown(vllm)}",
+        (ROOT / "benchmarks" / "README.md", "bytes"): bytes_tables.markdown(stored),
         (docs / "benchmarks.md", "results"): measured.page(run),
+        (docs / "benchmarks.md", "bytes"): bytes_tables.page(stored),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "tuner.md", "results"): tuner_table(tuner),
         (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # at the end: nothing there may hide a module of another name
 sys.path.append(str(ROOT / "benchmarks"))
 import authors  # noqa: E402
+import byte_collections  # noqa: E402
+import bytes_tables  # noqa: E402
 import collection  # noqa: E402
 import growth  # noqa: E402
 import measured  # noqa: E402
@@ -113,6 +115,59 @@ def test_a_quick_run_of_ours_goes_on_and_is_shown(tmp_path):
     other = run("run.py", *options, "delta", "--threads", "2")
     assert other.returncode == 1
     assert "was measured with other threads: [1], now [2]. --fresh begins anew" in other.stderr
+
+
+def test_bytes_of_a_planted_collection_go_on_and_hold_the_error(tmp_path):
+    output = tmp_path / "bytes.json"
+    options = ("--quick", "--collections", "shared, tiny, 10", "--output", output, "--errors", "0.3")
+    first = run("bytes.py", *options, "--only", "ours")
+    assert first.returncode == 0, first.stderr
+    second = run("bytes.py", *options, "--only", "ours", "rivals")
+    assert second.returncode == 0, second.stderr
+    assert "ours" not in second.stderr
+    found = json.loads(output.read_text("utf-8"))
+    name = "planted, shared, tiny, 10"
+    ours = found["cells"][f"{name} | ours | 0.3"]
+    assert 0 < ours["worst"] <= 0.3
+    assert 0 < ours["bytes"] < ours["file_bytes"]
+    # 10 adapters of r = 4 in a module of 48 × 32, in 16 bits
+    assert ours["lora_bytes"] == 10 * 2 * 4 * (48 + 32)
+    way, point = bytes_tables.best(found, name, 0.3)
+    assert point["worst"] <= 0.3
+    ratio = ours["bytes"] / point["bytes"]
+    assert bytes_tables.ratio(found, name, 0.3) == pytest.approx(ratio)
+    table = bytes_tables.markdown(found)
+    assert f"| {name} | {ratio:.2f}" in table
+    assert f"{ours['lora_bytes'] / point['bytes']:.3g}× {way}" in table
+
+
+class TestPlantedBytes:
+    @staticmethod
+    def spans(kind, indices, side=0):
+        shape = byte_collections.SHAPES["narrow"]
+        made = [byte_collections.factors(kind, shape, index)["layers.0.q_proj"] for index in indices]
+        rows = torch.cat([pair[0] if side == 0 else pair[1].mT for pair in made]).double()
+        return int((torch.linalg.svdvals(rows) > 1e-4).sum())
+
+    @pytest.mark.parametrize("side", [0, 1])
+    def test_each_kind_shares_what_it_says(self, side):
+        assert self.spans("shared", range(12), side) == 24
+        assert self.spans("noisy", range(12), side) == 96
+        assert self.spans("unshared", range(12), side) == 96
+        assert self.spans("clustered", range(0, 12, 4), side) == 16
+        assert self.spans("clustered", range(12), side) == 64
+
+    def test_the_same_each_time_and_an_outlier_is_one(self):
+        shape = byte_collections.SHAPES["narrow"]
+        for kind in byte_collections.KINDS:
+            first, again = (byte_collections.factors(kind, shape, 3)["layers.0.q_proj"] for _ in range(2))
+            assert torch.equal(first[0], again[0])
+        outlier, unshared, noisy = (
+            [byte_collections.factors(kind, shape, index)["layers.0.q_proj"][0] for index in (0, 1)]
+            for kind in ("outlier", "unshared", "noisy")
+        )
+        assert torch.equal(outlier[0], unshared[0])
+        assert torch.equal(outlier[1], noisy[1])
 
 
 def fit_case(method, seconds, dimension=4096, mean_square=0.25):

@@ -146,7 +146,7 @@ def test_what_cannot_be_read_again_replaces_nothing(tmp_path):
     before = (tmp_path / "pack" / "subspace_config.json").read_bytes()
     broken = ex.fit(random_collection(), n_components=2)
     broken.fit_info = dataclasses.replace(broken.fit_info, energy=0.5)
-    with pytest.raises(ex.EigenloraxError, match="one of n_components, energy and max_error"):
+    with pytest.raises(ex.EigenloraxError, match="one of n_components, energy, max_error, max_bytes and ratio"):
         broken.save(tmp_path / "pack", overwrite=True)
     assert (tmp_path / "pack" / "subspace_config.json").read_bytes() == before
     ex.Pack.open(tmp_path / "pack").verify()

@@ -273,8 +273,11 @@ class TestSizes:
             ({"n_components": 0}, "at least 1, got 0"),
             ({"n_components": 54}, "n_components=54 exceeds every dimension of every module; the largest is 53"),
             ({"energy": 1.5}, "at most 1, got 1.5"),
-            ({"n_components": 3, "energy": 0.5}, "not both"),
-            ({"dtype": "int3"}, "dtype must be one of float64, float32, float16, bfloat16, int8, int4, got int3"),
+            ({"n_components": 3, "energy": 0.5}, "give one of .* n_components=3, energy=0.5"),
+            (
+                {"dtype": "int3"},
+                "dtype must be one of float64, float32, float16, bfloat16, int8, int4, coded, got int3",
+            ),
             ({"weighting": "mean"}, "one of delta, factors"),
         ],
     )

@@ -385,12 +385,12 @@ class TestVerbs:
 class TestRefused:
     @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"coefficient_dtype": "int4"}])
     def test_sizes_by_error(self, sources, options):
-        with pytest.raises(OptionError, match=r"max_error=0.1 does not go with dtype int\d.*n_components=32"):
+        with pytest.raises(OptionError, match=r"max_error=0.1 finds by itself how .* dtype int\d away"):
             ex.fit(sources, max_error=0.1, **options)
 
     @pytest.mark.parametrize("dtype", ["int2", torch.int32, "uint8"])
     def test_other_integers(self, sources, dtype):
-        with pytest.raises(OptionError, match="dtype must be one of float64, .*, int8, int4, got u?int"):
+        with pytest.raises(OptionError, match="dtype must be one of float64, .*, int8, int4, .*got u?int"):
             ex.fit(sources, dtype=dtype)
 
     def test_a_torch_dtype_will_do(self, sources):
@@ -405,6 +405,8 @@ class TestRefused:
         body = json.loads(path.read_text())
         del body["digest"]
         body["format_version"] = 4
+        for since_5 in ("max_bytes", "ratio"):
+            del body["fit"][since_5]
         path.write_text(json.dumps({**body, "digest": store.digest(_canonical(body))}))
         with pytest.raises(PackDamagedError, match="a dtype is not known"):
             ex.Pack.open(saved)

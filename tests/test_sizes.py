@@ -154,7 +154,7 @@ class TestBytes:
         # twelve modules: too many to try everything
         modules = {f"m.{j}": (29 + j, 23 + 2 * j) for j in range(12)}
         adapters = shared(5, modules, seed=9)
-        pack = ex.fit(adapters, max_error=0.4)
+        pack = ex.fit(adapters, max_error=0.4, dtype="float32")
         assert max(record.delta_error for record in pack.records.values()) <= 0.4
         assert stored_bytes(pack) < 0.95 * stored_bytes(of_one_number(adapters, 0.4, most=20))
 
@@ -163,14 +163,14 @@ class TestBytes:
         # more cells than can be tried, and predictions that sweeps and other bases put off
         modules = {f"m.{j}": (47 + 3 * j, 61 - 2 * j) for j in range(5)}
         adapters = shared(25, modules, seed=11, least=2)
-        pack = ex.fit(adapters, max_error=bound)
+        pack = ex.fit(adapters, max_error=bound, dtype="float32")
         worst = max(record.delta_error for record in pack.records.values())
         assert 0.97 * bound < worst <= bound
         assert stored_bytes(pack) < stored_bytes(of_one_number(adapters, bound, most=61))
 
     def test_progress_is_told_stage_by_stage(self):
         seen = []
-        ex.fit(shared(3, MODULES, seed=5), max_error=0.3, progress=lambda *step: seen.append(step))
+        ex.fit(shared(3, MODULES, seed=5), max_error=0.3, dtype="float32", progress=lambda *step: seen.append(step))
         stages = list(dict.fromkeys(stage for stage, _, _ in seen))
         assert stages[:3] == ["reading adapters", sizes.SPECTRA, sizes.TRIALS]
         assert stages[-1] == "fitting modules"
@@ -191,7 +191,7 @@ class TestNumbers:
             return one.down, one.up
 
         adapters = collection(6, MODULES, factors)
-        assert numbers(ex.fit(adapters, max_error=0.01)) == planted
+        assert numbers(ex.fit(adapters, max_error=0.01, dtype="float32")) == planted
 
     def test_a_hardly_trained_module_is_dropped_and_comes_back_as_zero(self, tmp_path):
         def factors(i, j, out, width):
@@ -199,7 +199,7 @@ class TestNumbers:
             return size * normal(2, width, seed=100 * i + j), normal(out, 2, seed=100 * i + j + 50)
 
         adapters = collection(3, MODULES, factors)
-        ex.fit(adapters, max_error=0.2).save(tmp_path / "pack")
+        ex.fit(adapters, max_error=0.2, dtype="float32").save(tmp_path / "pack")
         pack = ex.Pack.open(tmp_path / "pack")
         assert numbers(pack)["m.1"] == (0, 0)
         assert min(numbers(pack)["m.0"]) > 0
@@ -218,7 +218,7 @@ class TestNumbers:
         assert more.add(adapters[0], name="again").delta_error < pack.records[adapters[0].name].delta_error
 
     def test_nothing_is_capped(self):
-        assert ex.fit(random(3, MODULES, seed=3), max_error=0.5).summary.down.capped == []
+        assert ex.fit(random(3, MODULES, seed=3), max_error=0.5, dtype="float32").summary.down.capped == []
 
     def test_modules_that_an_adapter_lacks_and_modules_that_nobody_trained(self):
         adapters = random(3, MODULES, seed=3)
@@ -228,7 +228,7 @@ class TestNumbers:
             from_factors(a.name, {**a.modules, "m.1": zero} if i else {"m.1": zero, "m.2": a.modules["m.2"]})
             for i, a in enumerate(adapters)
         ]
-        pack = ex.fit(adapters, max_error=0.4)
+        pack = ex.fit(adapters, max_error=0.4, dtype="float32")
         assert numbers(pack)["m.1"] == (0, 0)
         for adapter in adapters:
             assert reference.delta_error(adapter, pack.adapter(adapter.name)) <= 0.4 * (1 + 1e-6)
@@ -237,18 +237,20 @@ class TestNumbers:
         adapters = random(3, MODULES, seed=3)
         zero = {m: LoRAFactors(f.down, torch.zeros_like(f.up), f.scaling) for m, f in adapters[0].modules.items()}
         with pytest.warns(UntrainedAdapterWarning):
-            pack = ex.fit([*adapters, from_factors("zero", zero, base_model="org/base")], max_error=0.3)
+            pack = ex.fit(
+                [*adapters, from_factors("zero", zero, base_model="org/base")], max_error=0.3, dtype="float32"
+            )
         trained = [record.delta_error for name, record in pack.records.items() if name != "zero"]
         assert 0.2 < max(trained) <= 0.3
 
     def test_the_order_of_adapters_does_not_matter_to_the_byte(self, tmp_path):
         adapters = shared(4, MODULES, seed=5)
         for name, order in {"one": adapters, "two": adapters[::-1], "three": adapters[2:] + adapters[:2]}.items():
-            ex.fit(order, max_error=0.3).save(tmp_path / name)
+            ex.fit(order, max_error=0.3, dtype="float32").save(tmp_path / name)
         assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
 
     def test_the_pack_says_what_was_asked_for(self, tmp_path):
-        ex.fit(random(3, MODULES, seed=3), max_error=0.5).save(tmp_path / "pack")
+        ex.fit(random(3, MODULES, seed=3), max_error=0.5, dtype="float32").save(tmp_path / "pack")
         fit = json.loads((tmp_path / "pack" / "subspace_config.json").read_text())["fit"]
         assert (fit["max_error"], fit["energy"], fit["n_components"], fit["auto"]) == (0.5, None, None, False)
         assert "every adapter's delta error at most 0.5" in (tmp_path / "pack" / "README.md").read_text()
@@ -268,7 +270,7 @@ class TestOutOfReach:
 
     def test_float32_asks_for_float64(self):
         with pytest.raises(OptionError, match="cannot be reached.*--dtype float64"):
-            ex.fit(random(3, MODULES, seed=3), max_error=1e-9)
+            ex.fit(random(3, MODULES, seed=3), max_error=1e-9, dtype="float32")
 
     @pytest.mark.parametrize("bound", [0.0, 1.0, -0.5, float("nan")])
     def test_a_bound_is_between_0_and_1(self, bound):

@@ -5,6 +5,7 @@ from hashlib import sha256
 
 SINCE_2 = ("max_error", "auto")
 SINCE_3 = ("solver",)
+SINCE_5 = ("max_bytes", "ratio")
 
 
 def older(body, version):
@@ -12,7 +13,7 @@ def older(body, version):
 
     A subspace that was extended has no such version.
     """
-    gone = SINCE_3 if version == 2 else (*SINCE_2, *SINCE_3)
+    gone = (*SINCE_3, *SINCE_5) if version == 2 else (*SINCE_2, *SINCE_3, *SINCE_5)
     subspace = dict(body["subspace"])
     first = next(iter(subspace["modules"].values()))["down"]["grown"]
     steps = zip(first, subspace.pop("growth"), strict=True)

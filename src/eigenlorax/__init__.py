@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .subspace import Subspace
     from .summary import Summary
     from .tuner import EigenLoraxConfig, EigenLoraxModel
+    from .verifying import verify
 
 _HOME = {
     "Adapter": "adapter",
@@ -41,6 +42,7 @@ _HOME = {
     "read_adapter": "formats",
     "refit": "refitting",
     "report": "reports",
+    "verify": "verifying",
     "write_adapter": "formats",
 }
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "read_adapter",
     "refit",
     "report",
+    "verify",
     "write_adapter",
 ]
 

@@ -296,7 +296,10 @@ def _bound(error: float) -> float:
     """A hair less than an error, for the last bits of what comes back in float32."""
     bound = error * (1 - 1e-6) - 2e-7
     if bound <= 0:
-        raise OptionError(f"max_error={error:g} is less than float32 can hold: ask for 1e-6 or more.")
+        raise OptionError(
+            f"max_error={error:g} is less than numbers in float32 can keep: ask for 1e-6 or more, or store wider ones "
+            "(--dtype float64)."
+        )
     return bound
 
 

@@ -105,6 +105,10 @@ class PackVersionError(PackError, ValueError):
     """A pack of a newer format."""
 
 
+class LossError(PackError, ValueError):
+    """An adapter of a pack has lost more than the pack says."""
+
+
 class PackBusyError(PackError, RuntimeError):
     """Another process writes to the pack, or wrote to it since it was opened."""
 

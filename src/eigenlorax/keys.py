@@ -46,6 +46,8 @@ REST = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
 """Beside coefficients, what the bases do not hold of the two factors; either may be missing."""
 RESTS = "rests"
 """What an adapter's config calls the sides that have a rest, by module."""
+STORED_AS = "coefficient_dtype"
+"""What the config of an adapter of a pack calls how its file has coefficients, where that is not as floats."""
 KERNELS = "kernels"
 """What an adapter's config calls the kernels of its convolutions, by module."""
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}

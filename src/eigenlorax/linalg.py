@@ -95,6 +95,12 @@ class RowStack:
         return Leading(sigma, self.rows @ components.mT, lambda: components)
 
 
+def triangle(columns: Tensor) -> Tensor:
+    """The triangular factor R of a QR decomposition: columns = Q·R."""
+    found: Tensor = torch.linalg.qr(columns, mode="r").R
+    return found
+
+
 def leading_rows(rows: Tensor, most: int) -> Tensor:
     """Leading right singular vectors of a matrix, (k, d), at most so many, and those that its Gram matrix resolves."""
     wide = rows.shape[0] <= rows.shape[1]

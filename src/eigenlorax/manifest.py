@@ -303,7 +303,7 @@ def _check(found: Manifest, version: int) -> None:
         ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
         (
             [getattr(fit, name) for name in SIZES].count(None) == len(SIZES) - 1,
-            f"fit must have one of {', '.join(SIZES)}",
+            f"fit must have one of {', '.join(SIZES[:-1])} and {SIZES[-1]}",
         ),
         (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
         (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),

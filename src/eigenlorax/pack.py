@@ -190,7 +190,8 @@ class Pack:
         return self._coefficients.name
 
     @property
-    def _is_coded(self) -> bool:
+    def is_coded(self) -> bool:
+        """Whether its bytes were chosen for an error or a size."""
         return self._coefficients.name == storages.CODED
 
     @property
@@ -404,12 +405,12 @@ class Pack:
         if extend is not None:
             subspace = joining.extended(subspace, self._storage, new, extend, report)
         added = {}
-        whole = joining.rounded_bases(subspace) if self._is_coded else {}
+        whole = joining.rounded_bases(subspace) if self.is_coded else {}
         for done, one in enumerate(new):
             report("projecting adapters", done, len(new))
-            if self._is_coded:
+            if self.is_coded:
                 joining.code(one, whole, self.aim)
-            for module, place in one.places.items() if not self._is_coded else ():
+            for module, place in one.places.items() if not self.is_coded else ():
                 bases, factors = subspace.modules[place], one.adapter.modules[module]
                 one.packing.project(module, place, factors, bases, self._coefficients, spaces.duals(bases))
             added[one.adapter.name] = one.packing.packed(in_fit=False)

@@ -22,7 +22,7 @@ from .coded import AdapterCodes
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
-from .storages import Outline, Slot, Storage
+from .storages import Floats, Outline, Slot, Storage
 from .subspace import Coefficients, Subspace
 from .typed import typed
 
@@ -222,7 +222,7 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     stored = packed.payload if packed.payload is not None else storage.of_adapter(packed.coefficients)
     tensors = {**packed.heads, **stored}
     files = {
-        keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint)),
+        keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint, storage)),
         keys.ADAPTER_WEIGHTS: to_safetensors(
             {key: hf_peft.owned(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"}
         ),
@@ -237,7 +237,7 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     return files
 
 
-def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
+def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, Any]:
     """The config of our own PEFT type: the source's fields that still hold, and the reference to the subspace."""
     source = json.loads(packed.source_config)
     kept = (
@@ -262,6 +262,7 @@ def adapter_config(packed: PackedAdapter, fingerprint: str) -> dict[str, Any]:
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
         **({keys.RESTS: rests} if rests else {}),
+        **({} if isinstance(storage, Floats) else {keys.STORED_AS: storage.name}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),

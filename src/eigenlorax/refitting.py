@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import fitting, keys, linalg
+from . import fitting, keys, linalg, storages
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
 from .errors import WARN_ABOVE, OptionError
@@ -76,6 +76,8 @@ def refit(
     n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
+    max_bytes: int | None = None,
+    ratio: float | None = None,
     weighting: str | None = None,
     sweeps: int | None = None,
     dtype: str | torch.dtype | None = None,
@@ -89,8 +91,8 @@ def refit(
 
     adapters: originals, in any form that `fit` takes, recognised by their content. Those that are not among them are
         fitted from what the pack gives back.
-    n_components, energy, max_error, weighting, sweeps: as in `fit`; by default what the pack was fitted with. dtype,
-        coefficient_dtype: by default the pack's.
+    n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: as in `fit`; by default what the pack was
+        fitted with. dtype, coefficient_dtype: by default the pack's, unless max_error, max_bytes or ratio is given.
     options: those of `read_adapter`.
 
     Adapters that were trained in the old subspace and saved elsewhere do not belong to the new one.
@@ -108,17 +110,21 @@ def refit(
     given = {name: originals.get(name) or pack.adapter(name, torch.float64) for name in pack.names}
     names = set(keys.one_name_per_module(adapter.specs for adapter in given.values()).values())
     old = pack.fit_info
-    sizes: dict[str, Any] = {"n_components": n_components, "energy": energy, "max_error": max_error}
+    given_sizes = (n_components, energy, max_error, max_bytes, ratio)
+    sizes: dict[str, Any] = dict(zip(spaces.SIZES, given_sizes, strict=True))
     if all(value is None for value in sizes.values()):
-        sizes = {"n_components": old.n_components, "energy": old.energy, "max_error": old.max_error}
+        sizes = {name: getattr(old, name) for name in spaces.SIZES}
+    # what finds by itself how numbers are stored is not told how they were
+    by_bytes = any(value is not None for value in (max_error, max_bytes, ratio))
+    stored = [None if by_bytes or one == storages.CODED else one for one in (pack.storage, pack.coefficient_storage)]
     found = fitting.fit(
         given,
         **sizes,
         weighting=old.weighting if weighting is None else weighting,
         sweeps=old.sweeps if sweeps is None else sweeps,
         exclude_modules=[name for name in old.excluded_modules if name in names],
-        dtype=pack.storage if dtype is None else dtype,
-        coefficient_dtype=pack.coefficient_storage if coefficient_dtype is None else coefficient_dtype,
+        dtype=stored[0] if dtype is None else dtype,
+        coefficient_dtype=stored[1] if coefficient_dtype is None else coefficient_dtype,
         same_base=True,
         warn_above=1.0,
         device=device,
@@ -146,6 +152,8 @@ def refit(
         revision=pack.revision,
         coefficient_dtype=found.coefficient_storage,
     )
+    renewed.notes.extend(found.notes)
+    renewed.frontier.extend(found.frontier)
     warn_of_losses(renewed.records, warn_above, "Refit from the originals, or with more components.")
     return Refit(renewed, changes)
 

@@ -470,6 +470,7 @@ def _check(name: str, found: Tensor, shape: tuple[int, int], dtype: torch.dtype)
         raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be {shape}, {dtype}")
 
 
+INTEGERS = ("int8", "int4")
 STORAGES: dict[str, Storage] = {
     **{dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED},
     "int8": Integers("int8", torch.float32, 8),

@@ -4,7 +4,6 @@ A collection here is a list of adapters, each a mapping from module names to fac
 """
 
 import numpy as np
-import torch
 
 from planted import MODULES
 from reference import dense
@@ -74,13 +73,21 @@ def relative_error(update, other):
 
 
 def rounded(matrix, bits):
-    """Each row in blocks of 64, each to whole steps of its own size, which is a bfloat16."""
-    levels = 2 ** (bits - 1) - 1
+    """Each row in blocks of 64, each to whole steps of its own size: a float16 with a sign, by which the largest number
+    takes the lowest code, or the one a shorter largest number would have, whichever loses least."""
+    lowest = -(2 ** (bits - 1))
+    size = 2.0 ** np.floor(np.log2(max(np.abs(matrix).max(), 1e-300)))
+    clips = (1.0, 0.95, 0.9, 0.85, 0.8) if bits in (3, 4, 5) else (1.0,)
     out = np.zeros_like(matrix)
-    for i, row in enumerate(matrix):
+    for i, row in enumerate(matrix / size):
         for start in range(0, len(row), 64):
             block = row[start : start + 64]
-            step = float(torch.tensor(np.abs(block).max() / levels).bfloat16())
-            if step > 0:
-                out[i, start : start + 64] = np.clip(np.round(block / step), -levels, levels) * step
+            largest = block[np.abs(block).argmax()]
+            for clip in clips:
+                step = float(np.float16(clip * largest / lowest))
+                if step:
+                    tried = np.clip(np.round(block / step), lowest, -lowest - 1) * step * size
+                    before = np.square(out[i, start : start + 64] - block * size).sum()
+                    if np.square(tried - block * size).sum() < before:
+                        out[i, start : start + 64] = tried
     return out

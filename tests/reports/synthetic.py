@@ -76,6 +76,7 @@ def report(
             in_fit=_spread(figures, "delta_error"),
         ),
         baselines=_baselines(figures),
+        frontier=_frontier(figures),
         starts=data.Starts(
             groups=[data.StartGroup(names[: max(2, adapters // 3)], 0.912, 0.013)],
             energies=[
@@ -229,7 +230,7 @@ def bare(adapters=3):
         ],
         module_errors=[],
         bytes=dataclasses.replace(full.bytes, lora_stored=None, break_even=None, over_n=[]),
-        **dict.fromkeys(("in_fit", "projected", "left_out", "starts", "similarity")),
+        **dict.fromkeys(("in_fit", "projected", "left_out", "starts", "similarity", "frontier")),
         **{name: [] for name in ("baselines", "duplicates", "outliers", "untrained", "sizes", "evaluations", "notes")},
     )
 
@@ -388,6 +389,34 @@ def _baselines(figures):
         data.Baseline(key, label, data.Spread(len(figures), mean, mean * 1.01, mean * 1.3, worst), stored)
         for key, label, mean, stored in rows
     ]
+
+
+def _frontier(figures):
+    total = sum(one.lora_bytes for one in figures)
+    ways = {
+        "rounded": [("", 16, 0.48), ("", 8, 0.13), ("", 4, 0.009)],
+        "truncated by energy": [("", 12, 0.7), ("", 4, 0.2), ("", 2, 0.02)],
+        "truncated and rounded": [("", 60, 0.7), ("", 20, 0.2), ("", 5, 0.02)],
+        "shared basis": [("k = 4, 4 bits", 90, 0.78), ("k = 32, 4 bits and 8", 21, 0.29), ("k = 64, 8 bits", 6, 0.04)],
+        "joint, full cores": [("k = 8, 8 bits", 50, 0.75), ("k = 64, 8 bits", 5, 0.04)],
+        "joint, diagonal cores": [("k = 8, 8 bits", 70, 0.76), ("k = 64, 8 bits", 9, 0.11)],
+    }
+    worst = max(one.delta_error for one in figures)
+    mean = sum(one.delta_error for one in figures) / len(figures)
+    return data.Frontier(
+        adapters=len(figures),
+        modules=2,
+        of=4,
+        lora_float16=total // 2,
+        points=[
+            data.FrontierPoint("pack", "", total // 6, worst, mean),
+            *(
+                data.FrontierPoint(way, words, total // smaller, error, error * 0.9)
+                for way, points in ways.items()
+                for words, smaller, error in points
+            ),
+        ],
+    )
 
 
 def _bytes(adapters, modules, width, k):

@@ -260,7 +260,7 @@ def test_what_was_not_measured_has_no_section_no_tile_and_no_column():
 @pytest.mark.parametrize(
     ("lacking", "titles"),
     [
-        (("left_out", "starts", "sizes"), ["With more or fewer components"]),
+        (("left_out", "starts", "sizes", "frontier"), ["What an error costs", "With more or fewer components"]),
         (
             ("similarity", "in_fit", "projected", "baselines", "evaluations"),
             ["What else could be done", "On the task"],

@@ -16,6 +16,9 @@ from .stack import Stack, captured, difference_squares, gram, roots
 BLOCK = 64
 """Numbers that share one scale where LoRA factors are rounded to few bits."""
 SCALE_BYTES = 2
+_SHORTER = (1.0, 0.95, 0.9, 0.85, 0.8)
+_CLIPS = {2: (1.0, 0.8, 0.7, 0.6, 0.5), 3: _SHORTER, 4: _SHORTER, 5: _SHORTER}
+"""Shares of a block's largest number that its scale may stop at, by bits; all of it with more of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +99,42 @@ def rounded_squares(one: Stack, bits: int) -> Float[Tensor, " n"]:
     return difference_squares(one, rounded_rows(one.down, bits), rounded_rows(one.up, bits))
 
 
-def rounded_rows(rows: Tensor, bits: int) -> Tensor:
-    """Rows of whole adapters, (n, r, d), rounded so."""
-    levels = 2 ** (bits - 1) - 1
+def rounded_rows(rows: Float[Tensor, "n r d"], bits: int) -> Float[Tensor, "n r d"]:
+    """Rows of whole adapters rounded so: to float16 by 16 bits, to whole steps of each block by 2 to 8.
+
+    A block's largest number takes the one code that has no counterpart of the other sign, and its scale, a float16 with
+    a sign, is the best of that and some shorter ones: with 2 bits, the steps lie at halves. Each adapter's rows are
+    brought to a size near 1 first, by a power of two.
+    """
+    size = torch.exp2(rows.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny).log2().floor())
+    rows = rows / size
+    if bits == 16:
+        return rows.to(torch.float16).to(rows.dtype) * size
     n, r, d = rows.shape
     blocks = torch.nn.functional.pad(rows, (0, -d % BLOCK)).reshape(n, r, -1, BLOCK)
-    # bfloat16 has the range of what it scales, and few digits are enough for a scale
-    scale = (blocks.abs().amax(-1, keepdim=True) / levels).to(torch.bfloat16).to(torch.float64)
-    steps = (blocks / scale.where(scale > 0, torch.ones_like(scale))).round().clamp(-levels, levels)
-    found: Tensor = (steps * scale).reshape(n, r, -1)[:, :, :d]
+    most = 2 ** (bits - 1)
+    half = 0.5 if bits == 2 else 0.0
+    largest = -blocks.gather(3, blocks.abs().argmax(3, keepdim=True)) / (most - half)
+    best, least = torch.zeros_like(blocks), blocks.square().sum(3, keepdim=True)
+    for clip in _CLIPS.get(bits, (1.0,)):
+        scale = (clip * largest).to(torch.float16).to(rows.dtype)
+        steps = (blocks / scale.where(scale != 0, torch.ones_like(scale)) - half).round_().clamp_(-most, most - 1)
+        tried = (steps + half) * scale
+        lost = (tried - blocks).square().sum(3, keepdim=True)
+        best, least = torch.where(lost < least, tried, best), torch.minimum(lost, least)
+    found: Tensor = best.reshape(n, r, -1)[:, :, :d] * size
     return found
 
 
 def rounded_bytes(rank: int, n_out: int, n_in: int, bits: int) -> int:
     """Bytes of one module's factors so rounded, scales with them."""
-    blocks = -(-n_in // BLOCK) + -(-n_out // BLOCK)
-    return rank * ((bits * (n_in + n_out) + 7) // 8 + SCALE_BYTES * blocks)
+    return rank * pair_bytes(n_out, n_in, bits)
+
+
+def pair_bytes(n_out: int, n_in: int, bits: int) -> int:
+    """Those of one row of either factor."""
+    scales = 0 if bits == 16 else -(-n_in // BLOCK) + -(-n_out // BLOCK)
+    return (bits * (n_in + n_out) + 7) // 8 + SCALE_BYTES * scales
 
 
 def truncated(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from ..pack import Pack
     from ..summary import Components, Errors, Summary
 
 
@@ -221,6 +222,23 @@ def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:
 def share(value: float) -> str:
     """A relative error: four decimals, or two digits where those would be zero."""
     return f"{value:.4f}" if value >= 5e-4 or value == 0 else f"{value:.1e}"
+
+
+def print_frontier(pack: "Pack") -> None:
+    """What other errors would take in bytes, around those of a pack."""
+    bytes_ = pack.summary.bytes
+    size = bytes_.basis + bytes_.coefficients + bytes_.carried
+    nearest = min(pack.frontier, key=lambda point: abs(point.bytes - size))
+    rows = [
+        (
+            "this pack" if point is nearest else "",
+            f"{point.error:.3g}",
+            f"{'' if point is nearest else 'about '}{point.bytes:,.0f}",
+            f"{bytes_.lora / max(point.bytes, 1):.1f}",
+        )
+        for point in sorted(pack.frontier, key=lambda point: point.error)
+    ]
+    print_table("", ("", "delta error at most", "bytes", "ratio"), rows, numbers=(1, 2, 3))
 
 
 def figures_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, Any]:

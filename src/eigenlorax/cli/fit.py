@@ -1,6 +1,7 @@
 """`eigenlorax fit`: adapters in, one pack out."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,8 @@ EPILOG = """Examples:
   eigenlorax fit adapters/ -o pack/ --dtype int8
 
   eigenlorax fit adapters/ -o pack/ --max-error 0.3
+
+  eigenlorax fit adapters/ -o pack/ --ratio 18
 
   eigenlorax fit adapters/ -o pack/ -k auto
 
@@ -79,6 +82,14 @@ def fit(
     max_error: Annotated[
         float | None,
         typer.Option(metavar="X", help="Instead of K: as few bytes as keep every adapter's delta error at most X."),
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(metavar="B", help="Instead of K: the least error all adapters can have in B bytes of tensors."),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="The same in a pack R times smaller than the LoRAs in 16 bits, basis counted."),
     ] = None,
     weighting: Annotated[
         str, typer.Option(help="delta: least error of the updates. factors: the paper's, of A and B apart.")
@@ -132,6 +143,8 @@ def fit(
             n_components=n_components,
             energy=energy,
             max_error=max_error,
+            max_bytes=max_bytes,
+            ratio=ratio,
             weighting=weighting,
             sweeps=sweeps,
             exclude_adapters=exclude_adapter or (),
@@ -166,6 +179,7 @@ def fit(
             "seconds": seconds,
             "seconds_by_stage": pack.seconds,
             "notes": pack.notes,
+            "frontier": [asdict(point) for point in pack.frontier],
             "headline": headline,
             **figures,
         }
@@ -175,6 +189,8 @@ def fit(
         if headline is not None:
             rows.append((keys.REPORT_PAGE, headline))
         console.print_rows(f"pack {output}", rows)
+        if pack.frontier:
+            console.print_frontier(pack)
 
 
 def _report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **options: Any) -> str | None:

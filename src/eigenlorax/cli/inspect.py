@@ -1,5 +1,6 @@
 """`eigenlorax inspect`: what a pack or an adapter holds. Every byte of a pack is read and checked on the way."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ EPILOG = """Examples:
 
   eigenlorax inspect adapters/sst2 --json
 
+  eigenlorax inspect pack/ --verify adapters/
+
   eigenlorax inspect org/pack"""
 
 
@@ -29,13 +32,19 @@ def inspect(
     target: Annotated[
         str, typer.Argument(metavar="PACK|ADAPTER", help="A pack, an adapter's folder or URL, or a Hub id.")
     ],
+    verify: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADAPTER", help="Originals, as for `fit`: measure again, from the files, what the pack has lost."
+        ),
+    ] = None,
     allow_pickle: console.AllowPickle = False,
     revision: console.Revision = None,
     json: console.Json = False,
 ) -> None:
     """Show what a pack or an adapter holds, what it costs, and what was lost."""
     from .. import hub, keys, remote
-    from ..errors import FormatError
+    from ..errors import FormatError, OptionError
     from ..formats import read_adapter
     from ..pack import Pack
 
@@ -49,7 +58,12 @@ def inspect(
         with console.working():
             pack = Pack.from_pretrained(target, revision=revision)
             pack.verify()
-        _show_pack(target, pack, json)
+        if verify:
+            _show_verified(target, pack, verify, json, allow_pickle=allow_pickle)
+        else:
+            _show_pack(target, pack, json)
+    elif verify:
+        raise OptionError(f"{target} is an adapter: --verify measures the adapters of a pack beside their originals.")
     else:
         with console.working():
             # whatever its folder is called: only a pack needs a name for it
@@ -58,6 +72,36 @@ def inspect(
                 target, name=name if keys.is_name(name) else "adapter", allow_pickle=allow_pickle, revision=revision
             )
         _show_adapter(target, adapter, json)
+
+
+def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, **options: Any) -> None:
+    """Every adapter's error as it is; status 4 if one loses more than it should."""
+    from ..errors import LossError
+    from ..verifying import verify
+
+    with console.working() as progress:
+        found = verify(pack, originals, progress=progress, **options)
+    if json:
+        adapters = {name: {**asdict(one), "holds": one.holds} for name, one in found.adapters.items()}
+        console.print_json({"pack": target, "holds": found.holds, "adapters": adapters, "unknown": found.unknown})
+    else:
+        rows = [
+            (
+                name,
+                f"{one.delta_error:.6f}",
+                f"{one.recorded:.6f}",
+                "" if one.bound is None else f"{one.bound:g}",
+                "yes" if one.holds else "no",
+            )
+            for name, one in found.adapters.items()
+        ]
+        header = ("adapter", "delta error", "as recorded", "asked for", "holds")
+        console.print_table(f"pack {target}", header, rows, numbers=(1, 2, 3))
+    if found.unknown:
+        console.note(f"no original was given of {', '.join(found.unknown)}.")
+    broken = [name for name, one in found.adapters.items() if not one.holds]
+    if broken:
+        raise LossError(f"more is lost than the pack says, or than was asked for, of {', '.join(broken)}.")
 
 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:

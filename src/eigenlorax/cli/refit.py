@@ -56,6 +56,12 @@ def refit(
         float | None,
         typer.Option(metavar="X", help="Instead of K: as few bytes as keep delta errors at most X."),
     ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(metavar="B", help="Instead of K: the least error in B bytes of tensors.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="The same in a pack R times smaller than the LoRAs in 16 bits.")
+    ] = None,
     weighting: Annotated[str | None, typer.Option(help="delta or factors (default: as before).")] = None,
     sweeps: Annotated[int | None, typer.Option(help="Alternating refinements (default: as before).")] = None,
     dtype: Annotated[
@@ -90,6 +96,8 @@ def refit(
             n_components=n_components,
             energy=energy,
             max_error=max_error,
+            max_bytes=max_bytes,
+            ratio=ratio,
             weighting=weighting,
             sweeps=sweeps,
             dtype=dtype,
@@ -125,6 +133,8 @@ def refit(
             ("seconds", f"{time.perf_counter() - started:.1f}"),
         ],
     )
+    if found.pack.frontier:
+        console.print_frontier(found.pack)
     console.note(
         "adapters that were trained in the old subspace and saved elsewhere do not belong to the new one: keep the old "
         "pack for them, or add them to this one."

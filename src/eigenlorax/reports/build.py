@@ -15,8 +15,8 @@ from ..options import integer
 from ..pack import Pack
 from ..packed import PackedAdapter
 from ..version import __version__
-from . import alternatives, measure, originals, relations, rows, spreads, verdict
-from .data import Collection, Evaluation, Report, Verdict
+from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
+from .data import Collection, Evaluation, Frontier, Report, Verdict
 from .measure import Measured
 from .originals import Originals
 
@@ -55,7 +55,8 @@ def report(
         found = originals.find(pack, adapters, say, **options)
     packed = {name: pack.packed(name) for name in pack.names}
     measured = measure.measure(pack, packed, found, seed, left_out, say) if found is not None else None
-    return _assembled(pack, packed, found, measured, seed, say)
+    beside = frontier.frontier(pack, packed, found, say) if found is not None else None
+    return _assembled(pack, packed, found, measured, beside, seed, say)
 
 
 def _assembled(
@@ -63,6 +64,7 @@ def _assembled(
     packed: Mapping[str, PackedAdapter],
     found: Originals | None,
     measured: Measured | None,
+    beside: Frontier | None,
     seed: int,
     say: Progress,
 ) -> Report:
@@ -101,6 +103,7 @@ def _assembled(
         projected=spreads.of({n: r.delta_error for n, r in pack.records.items() if not r.in_fit and not r.untrained}),
         left_out=alternatives.left_out(measured, pack, seed, twins),
         baselines=alternatives.baselines(pack, packed, lines, measured),
+        frontier=beside,
         starts=relations.starts(pack, packed, found, measured, say),
         similarity=similarity,
         duplicates=[[names[place] for place in group] for group in copies],

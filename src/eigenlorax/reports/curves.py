@@ -12,13 +12,17 @@ import numpy as np
 
 from . import kinds, numbers, svg
 from .data import Report, SideFigures
-from .svg import HALF, ink, series
+from .frontier import SHARING, WAYS
+from .svg import HALF, WIDE, ink, series
 
 SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
 
 MOST_KINDS = 8
 
 _GAUSSIAN = "Gaussian adapters"
+
+_LEAST_ERROR = 1e-4
+"""The smallest error that is drawn beside others."""
 
 _FLOOR = 1e-6
 """The smallest share of energy that is drawn, in units of the largest."""
@@ -109,6 +113,57 @@ def ratio(report: Report) -> str:
     return svg.draw("ratio", (HALF, 330), "Compression ratio over the number of adapters", paint)
 
 
+def frontier(report: Report) -> str:
+    """Bytes over the worst error, both logarithmic: a line for each way, and the pack as a point."""
+    found = report.frontier
+    assert found is not None
+    pack, *others = found.points
+    ways = list(dict.fromkeys(point.way for point in others))
+    stored = [point.stored_bytes for point in found.points if point.stored_bytes]
+    unit, name = _unit(max(*stored, found.lora_float16))
+
+    def paint(figure: Any) -> None:
+        from matplotlib.ticker import LogLocator
+
+        axis = figure.subplots()
+        axis.axhline(found.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits")
+        for way in ways:
+            line = [point for point in others if point.way == way and point.worst > 0 and point.stored_bytes]
+            axis.plot(
+                [point.worst for point in line],
+                [point.stored_bytes / unit for point in line],
+                "--" if way in SHARING else "-",
+                marker="o",
+                markersize=3.5,
+                color=series(1 + ways.index(way)),
+                label=WAYS[way],
+            )
+        if pack.stored_bytes:
+            axis.plot(
+                [max(pack.worst, _LEAST_ERROR)],
+                [pack.stored_bytes / unit],
+                "*",
+                markersize=13,
+                color=series(0),
+                label=WAYS["pack"],
+            )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            each.set_major_formatter(_plain)
+        axis.minorticks_off()
+        axis.set(xlabel="delta error of the worst adapter", ylabel=name)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return svg.draw("frontier", (WIDE, 430), "Bytes over the worst adapter's error, by every way", paint)
+
+
+def _unit(most: int) -> tuple[int, str]:
+    """The decimal unit in which so many bytes are shown."""
+    return next(((10**p, n) for p, n in ((9, "GB"), (6, "MB"), (3, "kB")) if most >= 10**p), (1, "bytes"))
+
+
 def sizes(report: Report) -> str:
     """Errors over k."""
     k = [point.k for point in report.sizes]
@@ -139,7 +194,7 @@ def size_bytes(report: Report) -> str:
     k = [point.k for point in report.sizes]
     stored = [point.stored_bytes for point in report.sizes]
     top = max(*stored, report.bytes.lora)
-    unit, name = next(((10**p, n) for p, n in ((9, "GB"), (6, "MB"), (3, "kB")) if top >= 10**p), (1, "bytes"))
+    unit, name = _unit(top)
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()

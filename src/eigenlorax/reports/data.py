@@ -7,7 +7,7 @@ None stands for what was not measured: for want of the original adapters, or bec
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +187,33 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """One way of storing the adapters. way: "pack", or one of `analysis.rivals`. settings: by what it was tuned, in
+    words, or "". stored_bytes: heads and carried tensors aside. worst, mean: delta errors."""
+
+    way: str
+    settings: str
+    stored_bytes: int
+    worst: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Bytes against the worst error, the pack first, then each way from few bytes to many.
+
+    adapters: those whose originals are at hand. modules: on how many of `of` the ways were tried; their bytes are then
+    in proportion. lora_float16: of the factors, two bytes a number.
+    """
+
+    adapters: int
+    modules: int
+    of: int
+    lora_float16: int
+    points: list[FrontierPoint]
+
+
+@dataclass(frozen=True, slots=True)
 class StartGroup:
     """Adapters whose A began as the same random numbers.
 
@@ -346,6 +373,7 @@ class Report:
     projected: Spread | None
     left_out: LeftOut | None
     baselines: list[Baseline]
+    frontier: Frontier | None
     starts: Starts | None
     similarity: Similarity | None
     duplicates: list[list[str]]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from . import numbers, tables
+from . import frontier, numbers, tables
 from .data import Finding, Report, Spread
 from .tables import Cell, Table
 
@@ -25,6 +25,7 @@ def render(report: Report) -> str:
         *_section("Modules", tables.modules(report)),
         *_section("Their directions", tables.sides(report)),
         *_section("What else could be done", tables.baselines(report)),
+        *_frontier(report),
         *_section("Bytes", tables.bytes_(report)),
         _pays(report),
         *_section("With more or fewer components", tables.sizes(report)),
@@ -110,6 +111,19 @@ def _adapters(report: Report) -> list[str]:
         *_section("Their bytes and factors", tables.weights(report, MOST_ADAPTERS)),
         f"… and {numbers.count(more)} more." if more > 0 else "",
     ]
+
+
+def _frontier(report: Report) -> list[str]:
+    found = report.frontier
+    if found is None or len(found.points) < 2:
+        return []
+    title, *rest = _section("What an error costs", tables.frontier(report))
+    some = (
+        f" Measured on {found.modules:,} of {numbers.plural(found.of, 'module')}; bytes in proportion."
+        if found.modules < found.of
+        else ""
+    )
+    return [title, _prose(frontier.at_equal_error(found) + some), *rest]
 
 
 def _pays(report: Report) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import storages
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
-from ..analysis import crowded, losses, spectra
+from ..analysis import crowded, losses, rivals, spectra
 from ..analysis.pairs import Pairs, products
 from ..analysis.stack import Stack, squares, stack, stack_coefficients
 from ..fitting import Progress
@@ -198,8 +198,9 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
         found.down_total[some] += stored.down_total
         found.up_lost[some] += stored.up
         found.up_total[some] += stored.up_total
+        balanced = rivals.balanced(part)
         for bits, sums in found.rounded.items():
-            sums[some] += losses.rounded_squares(part, bits)
+            sums[some] += losses.rounded_squares(balanced, bits)
         lost.append(stored.delta)
         tiny = torch.finfo(torch.float64).tiny
         shares = stored.down / stored.down_total.clamp_min(tiny), stored.up / stored.up_total.clamp_min(tiny)

@@ -21,6 +21,7 @@ def render(report: Report) -> str:
         ("adapters", "Adapters", "Adapter by adapter", sections.adapters(report)),
         ("similarity", "Similarity", "How alike the adapters are", kinship.render(report)),
         ("baselines", "Baselines", "What else could be done", sections.baselines(report)),
+        ("frontier", "Bytes at an error", "What an error costs", sections.frontier(report)),
         ("bytes", "Bytes", "What it weighs", sections.bytes_(report)),
         ("sizes", "Other k", "With more or fewer components", sections.sizes(report)),
         ("task", "On the task", "On the task", sections.evaluations(report)),

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from . import curves, kinds, numbers, plots, rankings, tables
 from .data import Report
+from .frontier import at_equal_error
 from .markup import columns, figure, fold, html_figure, pair, paragraph, prose, table, text, words
 
 PRINTED_ROWS = 50
@@ -181,6 +182,29 @@ def baselines(report: Report) -> str:
         )
         + html_figure(rankings.baselines(report), "")
         + table(tables.baselines(report))
+    )
+
+
+def frontier(report: Report) -> str:
+    """Bytes at an error, with everything else that could be done."""
+    found = report.frontier
+    if found is None or len(found.points) < 2:
+        return ""
+    some = (
+        f" Measured on {found.modules:,} of {numbers.plural(found.of, 'module')}; bytes of the other ways are in "
+        "proportion."
+        if found.modules < found.of
+        else ""
+    )
+    return (
+        paragraph(
+            "Each way tuned, and measured after rounding: the lower left is better. " + text(at_equal_error(found)),
+        )
+        + figure(
+            curves.frontier(report),
+            f"Bytes of all adapters together over the worst adapter's delta error.{some} Dashed: what adapters share.",
+        )
+        + fold("As a table", table(tables.frontier(report), tall=len(found.points) > _TALL))
     )
 
 

@@ -5,7 +5,19 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from . import numbers
-from .data import AdapterFigures, Baseline, Bytes, Evaluation, ModuleFigures, Report, SizePoint, StartEnergy, StartGroup
+from .data import (
+    AdapterFigures,
+    Baseline,
+    Bytes,
+    Evaluation,
+    FrontierPoint,
+    ModuleFigures,
+    Report,
+    SizePoint,
+    StartEnergy,
+    StartGroup,
+)
+from .frontier import WAYS
 
 T = TypeVar("T")
 
@@ -134,6 +146,26 @@ def baselines(report: Report) -> Table:
         ),
     ]
     return _table("What else could be done with these adapters", fields, report.baselines)
+
+
+def frontier(report: Report) -> Table:
+    """Bytes and errors of everything that could be done, tuned."""
+    lora = report.frontier.lora_float16 if report.frontier is not None else 0
+    fields: list[_Field[FrontierPoint]] = [
+        _Field("way", lambda p: WAYS[p.way], numeric=False),
+        _Field("tuned to", lambda p: p.settings or None, numeric=False),
+        _Field("worst error", lambda p: p.worst, numbers.error),
+        _Field("mean error", lambda p: p.mean, numbers.error),
+        _Field("bytes", lambda p: p.stored_bytes, numbers.size, "of all adapters together", exact=True),
+        _Field(
+            "smaller",
+            lambda p: lora / p.stored_bytes if p.stored_bytes else None,
+            numbers.ratio,
+            "LoRA bytes in 16 bits ÷ these",
+        ),
+    ]
+    points = report.frontier.points if report.frontier is not None else []
+    return _table("Bytes at an error, by every way", fields, points)
 
 
 def bytes_(report: Report) -> Table:

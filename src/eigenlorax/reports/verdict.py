@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from . import spreads
 from .alternatives import HALF
 from .data import Finding, Report, SizePoint, Verdict
+from .frontier import at_equal_error, cheapest
 from .numbers import error, plural, ratio, share
 
 SHARED, NOT_SHARED = 0.75, 0.25
@@ -491,6 +492,13 @@ def _rivals(report: Report) -> list[Finding]:
                 )
             )
             break
+    beside = cheapest(report.frontier) if report.frontier is not None else None
+    if (
+        beside is not None
+        and report.frontier is not None
+        and beside.stored_bytes < report.frontier.points[0].stored_bytes
+    ):
+        found.append(Finding("baseline", at_equal_error(report.frontier), good=False))
     return found
 
 

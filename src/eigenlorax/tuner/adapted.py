@@ -60,6 +60,7 @@ class Adapted(nn.Module, EigenLoraxLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update, in the shape of the layer's weight. Computed in float32 at least."""
+        self.check_read()
         if self.has_rest(adapter):
             down, up = self.plain_factors(adapter)
             return self._as_weight(up @ (self.scaling[adapter] * down))
@@ -99,6 +100,7 @@ class Adapted(nn.Module, EigenLoraxLayer):
                 self.set_base_weight(weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.check_read()
         adapter_names = kwargs.pop("adapter_names", None)
         if self.serving is not None and adapter_names is None and not self.training and not self.merged_adapters:
             return self._serve(x, *args, **kwargs)

@@ -119,6 +119,10 @@ class EigenLoraxConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Written on saving: the sides of each module that have a rest beside their coefficients."},
     )
+    coefficient_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Written by packs: how the file has coefficients, such as int8, if not as floats."},
+    )
     extra_check: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "Written on saving: what extra directions are compared with."},

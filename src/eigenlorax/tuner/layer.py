@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import convolution, keys
 from ..byte_rows import ByteRows, rounded
+from ..errors import FormatError
 from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
@@ -38,6 +39,7 @@ class EigenLoraxLayer(BaseTunerLayer):
         "sizes_of",
         "eigenlorax_down_rest",
         "eigenlorax_up_rest",
+        "unread",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -52,6 +54,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.subspace_of: dict[str, str] = {}
         # on how many components (down, up) each has coefficients: the first ones, where its subspace has grown since
         self.sizes_of: dict[str, tuple[int, int]] = {}
+        # adapters whose file has coefficients in another way than as floats, and what that is called, until it is read
+        self.unread: dict[str, str] = {}
         self.eigenlorax_dropout = nn.ModuleDict({})
         self.eigenlorax_down = nn.ParameterDict({})
         self.eigenlorax_up = nn.ParameterDict({})
@@ -105,6 +109,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.eigenlorax_dropout[adapter_name] = dropout
         self._place_bases(adapter_name, bases, fingerprint, config.embed_subspace)
+        if config.coefficient_dtype is not None:
+            self.unread[adapter_name] = config.coefficient_dtype
         coefficients = start.coefficients(r, self.scaling[adapter_name])
         if config.core:
             (core,) = coefficients
@@ -207,6 +213,14 @@ class EigenLoraxLayer(BaseTunerLayer):
 
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.eigenlorax_down or adapter_name in self.eigenlorax_core
+
+    def check_read(self) -> None:
+        """`FormatError` where the coefficients of an adapter are not those of its file: a loader has passed them by."""
+        for name, stored in self.unread.items():
+            raise FormatError(
+                f"adapter {name!r} has its coefficients as {stored}, which what loaded it has passed by: transformers' "
+                "own load_adapter reads floats alone. Load it by PeftModel.from_pretrained, or `eigenlorax export` it."
+            )
 
     def has_rest(self, adapter_name: str) -> bool:
         """Whether there is more to an adapter's update than its coefficients."""

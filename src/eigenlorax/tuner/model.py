@@ -204,6 +204,8 @@ class EigenLoraxModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         own = _own_layers(model, adapter_name)
+        for layer in own.values():
+            layer.check_read()
         config.rests = {
             name: layer.sides_with_rest(adapter_name) for name, layer in own.items() if layer.has_rest(adapter_name)
         }
@@ -229,6 +231,9 @@ class EigenLoraxModel(BaseTuner):
         own = _own_layers(model, adapter_name)
         named = names.of_the_model(_plain(state_dict, config, own), own)
         _check_rests(own, adapter_name, named)
+        config.coefficient_dtype = None
+        for layer in own.values():
+            layer.unread.pop(adapter_name, None)
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         return found
 

@@ -1,0 +1,277 @@
+"""Bytes at an error: how much a pack takes in which no adapter loses more, beside everything else that could be done.
+
+    python benchmarks/bytes.py                     # hours; writes results/bytes.json as it goes, and goes on there
+    python benchmarks/bytes.py --collections demo --errors .1 .2
+    python benchmarks/bytes.py --quick             # a smoke run, to standard output
+    python benchmarks/table.py --write             # the tables in docs/benchmarks.md
+
+For each collection and each error X: the fewest bytes of each rival (`eigenlorax.analysis.rivals`, and lorashare and
+vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
+`eigenlorax.fit(max_error=X)`, saved, opened again, and measured adapter by adapter against the originals in whole
+float64 matrices. Bytes are those of tensors; heads, and what is carried as it is, are on neither side. A rival that
+shares is looked for up to `--beyond` times the fewest bytes of those before it.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import methods
+import torch
+from byte_collections import Collection, Folders, collections
+from collection import copies_in_float32, delta_error, head_keys, saved_tensor_bytes
+from run import commit, say, text_of, write
+
+import eigenlorax as ex
+from eigenlorax.adapter import Adapter, Lazy, LoRAFactors
+from eigenlorax.analysis import rivals
+from eigenlorax.analysis.stack import Stack, stack
+from eigenlorax.cli.env import collect
+
+RESULTS = Path(__file__).with_name("results") / "bytes.json"
+ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+PACKAGES = {"lorashare": 100, "vlora": 100}
+"""Rivals that are installed, and up to how many adapters each is tried: each fit of theirs reads all files anew."""
+WIDEST = 1024
+"""Up to which width lorashare is tried: it finds all eigenvectors of d × d matrices, for each number of components."""
+WHO = ("ours", "rivals", *PACKAGES)
+Json = dict[str, Any]
+
+
+def main() -> int:
+    given = arguments()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    output = given.output or (None if given.quick else RESULTS)
+    result = opened(output, given)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = given.scratch or Path(temporary)
+        for one in collections(given.zoo, given.adapters, given.quick):
+            if given.collections and not any(part in one.name for part in given.collections):
+                continue
+            if one.absent:
+                result["notes"][one.name] = one.absent
+                say(f"{one.name}: {one.absent}")
+                continue
+            for key, cell in cells(one, given, scratch, result["cells"]):
+                result["cells"][key] = cell
+                say(f"{key}: {cell['seconds']:.1f} s")
+                if output is not None:
+                    write(output, result)
+    if output is None:
+        print(text_of(result), end="")
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collections", nargs="+", default=(), help="those whose name has one of these words in it")
+    parser.add_argument("--errors", nargs="+", type=float, default=ERRORS, help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small sizes; the result goes to standard output")
+    parser.add_argument("--zoo", type=Path, help="a folder of strangers' adapters, by base model")
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[], help="folders of further adapters of one model")
+    parser.add_argument("--beyond", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--clusters", nargs="+", type=int, default=rivals.CLUSTERS, help="(default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=WHO, default=WHO, help="(default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure the packs again, and no rival that is there")
+    parser.add_argument("--output", type=Path, help="the result's file, read first (default: results/bytes.json)")
+    parser.add_argument("--scratch", type=Path, help="where planted adapters are made, or found again")
+    return parser.parse_args()
+
+
+def opened(output: Path | None, given: argparse.Namespace) -> Json:
+    """The result so far, with this run added."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    run = {
+        "command": " ".join(["python", "benchmarks/bytes.py", *words]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+        "environment": collect(),
+        "versions": methods.versions(),
+    }
+    there = output is not None and output.is_file()
+    result: Json = json.loads(output.read_text("utf-8")) if there else {"runs": [], "cells": {}, "notes": {}}  # type: ignore[union-attr]
+    result["runs"].append(run)
+    if given.again:
+        result["cells"] = {key: cell for key, cell in result["cells"].items() if cell["who"] != "ours"}
+    return result
+
+
+def cells(one: Collection, given: argparse.Namespace, scratch: Path, there: Mapping[str, Json]) -> Any:
+    """Of each cell that is not in the result yet, its key and what was found."""
+    errors = sorted(given.errors)
+    todo: dict[str, Callable[[Folders, Sequence[Adapter]], Json]] = {}
+    missing = [error for error in errors if f"{one.name} | rivals | {error:g}" not in there]
+    missing = missing if "rivals" in given.only else []
+    for error in errors if "ours" in given.only else ():
+        todo[f"{one.name} | ours | {error:g}"] = lambda folders, adapters, error=error: ours_cell(
+            folders, adapters, error
+        )
+    for package, most in PACKAGES.items():
+        if package in given.only and methods.is_here(package):
+            todo[f"{one.name} | {package}"] = lambda folders, adapters, package=package, most=most: package_cell(
+                package, folders, adapters, errors, most
+            )
+    todo = {key: measure for key, measure in todo.items() if key not in there}
+    if not todo and not missing:
+        return
+    folders = one.folders(scratch)
+    adapters = [ex.read_adapter(folder, name=name, allow_pickle=True) for name, folder in folders.items()]
+    shape = {"adapters": len(adapters), "lora_bytes": lora_bytes(adapters)}
+    if missing:
+        started = time.perf_counter()
+        found = rivals.least(stacks(adapters), missing, clusters=given.clusters, beyond=given.beyond)
+        seconds = (time.perf_counter() - started) / len(missing)
+        for place, error in enumerate(missing):
+            ways = {way: as_json(points[place]) for way, points in found.items()}
+            own = {"who": "rivals", "error": error, "beyond": given.beyond, "ways": ways, "seconds": seconds}
+            yield f"{one.name} | rivals | {error:g}", {"collection": one.name, **shape, **own}
+    for key, measure in todo.items():
+        started = time.perf_counter()
+        found_here = measure(folders, adapters)
+        yield key, {"collection": one.name, **shape, **found_here, "seconds": time.perf_counter() - started}
+
+
+def lora_bytes(adapters: Sequence[Adapter]) -> int:
+    """Of the factors in 16 bits."""
+    return 2 * sum(spec.numbers for one in adapters for spec in one.specs.values())
+
+
+def stacks(adapters: Sequence[Adapter]) -> Mapping[str, Stack]:
+    """Of each module, read anew at each access where they are many."""
+    specs = {module: spec for one in adapters for module, spec in one.specs.items()}
+
+    def read(module: str) -> Stack:
+        made: list[LoRAFactors | None] = [one.modules.get(module) for one in adapters]
+        return stack(made, specs[module].in_features, specs[module].out_features)
+
+    return Lazy(specs, read) if len(adapters) > 200 else {module: read(module) for module in specs}
+
+
+def as_json(point: rivals.Point | None) -> Json | None:
+    if point is None:
+        return None
+    return {
+        "bytes": point.stored_bytes,
+        "worst": round(point.worst, 6),
+        "mean": round(point.mean, 6),
+        "settings": dict(point.settings),
+    }
+
+
+def ours(folders: Folders, error: float, target: Path) -> int:
+    """Write a pack in which no adapter loses more; its bytes."""
+    pack = ex.fit(
+        {name: str(folder) for name, folder in folders.items()},
+        max_error=error,
+        dtype="float16",
+        same_base=True,
+        warn_above=1,
+        allow_pickle=True,
+    )
+    pack.save(target)
+    found = ex.Pack.from_pretrained(target).summary.bytes
+    return found.basis + found.coefficients
+
+
+def ours_cell(folders: Folders, adapters: Sequence[Adapter], error: float) -> Json:
+    """Ours, and what each adapter loses by the files on disk."""
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) / "pack"
+        try:
+            stored = ours(folders, error, target)
+        except ex.EigenLoraxError as refused:
+            return {"who": "ours", "error": error, "refused": str(refused)}
+        opened = ex.Pack.from_pretrained(target)
+        lost = [whole_error(one, opened.adapter(one.name).modules) for one in adapters]
+        files = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    found = {"who": "ours", "error": error, "bytes": stored, "file_bytes": files}
+    return {**found, "worst": max(lost), "mean": sum(lost) / len(lost)}
+
+
+def whole_error(one: Adapter, back: Mapping[str, LoRAFactors]) -> float:
+    """√(Σ‖D − D̂‖² / Σ‖D‖²), of whole matrices in float64; 0 for an update that is zero."""
+    lost = total = 0.0
+    for module, factors in one.modules.items():
+        update, other = (f.scaling * f.up.double() @ f.down.double() for f in (factors, back[module]))
+        lost += float((update - other).square().sum())
+        total += float(update.square().sum())
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def package_cell(
+    package: str, folders: Folders, adapters: Sequence[Adapter], errors: Sequence[float], most: int
+) -> Json:
+    """The fewest bytes of an installed package for each error, by halves over its number of components."""
+    head = {"who": package, "errors": list(errors)}
+    widths = [max(spec.in_features, spec.out_features) for one in adapters for spec in one.specs.values()]
+    if package == "lorashare" and max(widths) > WIDEST:
+        return {**head, "skipped": f"{max(widths)} wide: all eigenvectors of a matrix of that width, again and again"}
+    if not 1 < len(folders) <= most:
+        return {**head, "skipped": f"{len(folders)} adapters; it is tried on 2 to {most}"}
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            tried = Package(package, folders, Path(temporary))
+            found = {f"{error:g}": tried.least(error) for error in sorted(errors, reverse=True)}
+        # what a package refuses, it refuses in its own ways
+        except Exception as refused:  # noqa: BLE001
+            return {**head, "skipped": f"{type(refused).__name__}: {refused}"[:300]}
+    return {**head, "points": found}
+
+
+class Package:
+    """An installed package on one collection, by numbers of components that were tried."""
+
+    def __init__(self, package: str, folders: Folders, scratch: Path) -> None:
+        links = scratch / "links"
+        links.mkdir()
+        for name, folder in folders.items():
+            (links / name).symlink_to(folder.resolve(), target_is_directory=True)
+        self.sources = copies_in_float32(links, scratch / "float32")
+        self.fit = methods.METHODS[package]
+        self.scratch = scratch
+        widths = [max(down.shape[1], up.shape[0]) for down, up in self.sources[0].modules.values()]
+        ranks = [down.shape[0] for down, _ in self.sources[0].modules.values()]
+        own = len(self.sources) if package == "vlora" else len(self.sources) * max(ranks)
+        self.most = min(own, max(widths)) if package != "vlora" else own
+        self.known: dict[int, Json] = {}
+
+    def least(self, error: float) -> Json | None:
+        low = max([0, *(k for k, point in self.known.items() if point["worst"] > error)])
+        high = min([self.most + 1, *(k for k, point in self.known.items() if point["worst"] <= error)])
+        if high > self.most:
+            if low >= self.most or self.tried(self.most)["worst"] > error:
+                return None
+            high = self.most
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.tried(middle)["worst"] <= error:
+                high = middle
+            else:
+                low = middle
+        return self.tried(high)
+
+    def tried(self, k: int) -> Json:
+        """With k components; its numbers as if in 16 bits, which costs no error here."""
+        if k not in self.known:
+            fitted = self.fit({source.name: source.path for source in self.sources}, k)
+            lost = [delta_error(source, fitted.reconstruct(source.name)) for source in self.sources]
+            with tempfile.TemporaryDirectory(dir=self.scratch) as saved:
+                assert fitted.save is not None
+                fitted.save(Path(saved) / "saved")
+                heads = sorted({key for source in self.sources for key in head_keys(source)})
+                stored = saved_tensor_bytes(Path(saved), heads) // 2
+            self.known[k] = {"bytes": stored, "worst": max(lost), "mean": sum(lost) / len(lost), "settings": {"k": k}}
+        return self.known[k]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,416 @@
+"""Joint diagonalisation: the updates of many adapters in a module as cores between two shared factors.
+
+As in "Compress then Serve" (Brüel-Gabrielsson et al., arXiv 2407.00066): D_i ≈ upᵀ · core_i · down, Σ w_i²‖D_i − D̂_i‖²
+as small as alternation finds it. With full cores, up and down are orthonormal, and what a delta fit has after many
+sweeps; with diagonal ones they are free. Adapters that have little in common go to bases of their own (`clustered`).
+Everything is deterministic, and float64; no out × in matrix is formed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import krylov
+from ..linalg import descending_eigh, orthonormal_rows
+from .stack import Stack, captured, difference_squares, gram, roots, squares
+
+ROUNDS = 200
+TOLERANCE = 1e-6
+"""Alternation ends when a round wins less than this share of what is still lost."""
+_WIDE = 1024
+"""Width of a side from which on eigenvectors are searched for; below, all of them are found at once."""
+_PROXIMAL = 1e-10
+_RIDGE = 1e-12
+_NOTHING = 1e-14
+_TRIAL_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """One module: D_i ≈ upᵀ · core_i · down.
+
+    cores: full, (n, j, k), or diagonal, (n, k) with j = k. lost: ‖D_i − D̂_i‖², without weights.
+    """
+
+    down: Float[Tensor, "k n_in"]
+    up: Float[Tensor, "j n_out"]
+    cores: Tensor
+    lost: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """members: the adapters of each cluster, ascending; together all of them. modules: of each cluster, its bases by
+    module, with the cores of its members. lost: Σ over modules of ‖D_i − D̂_i‖², of all adapters, without weights."""
+
+    members: tuple[tuple[int, ...], ...]
+    modules: tuple[Mapping[str, Joint], ...]
+    lost: Float[Tensor, " n"]
+
+
+Rows = tuple[Tensor, Tensor]
+"""Shared factors of a module, (k, n_in) and (j, n_out)."""
+
+
+def full(
+    one: Stack,
+    weights: Float[Tensor, " n"],
+    k: int,
+    *,
+    start: Rows | None = None,
+    rounds: int = ROUNDS,
+    tolerance: float = TOLERANCE,
+) -> Joint:
+    """Orthonormal factors of k rows, or as many as there are directions, and full cores.
+
+    start: orthonormal rows to go on from; the objective is never above theirs. weights: those of the squares' roots;
+    adapters of weight 0 get cores, and have no say.
+    """
+    down, up = bases(one, weights, k, start=start, rounds=rounds, tolerance=tolerance)
+    in_down, in_up = one.down @ down.mT, one.up @ up.mT
+    return Joint(down, up, in_up.mT @ in_down, difference_squares(one, in_down @ down, in_up @ up))
+
+
+def bases(
+    one: Stack,
+    weights: Float[Tensor, " n"],
+    k: int,
+    *,
+    start: Rows | None = None,
+    rounds: int = ROUNDS,
+    tolerance: float = TOLERANCE,
+) -> Rows:
+    """The factors of `full` alone: each is in turn the k leading eigenvectors of what the other one sees."""
+    small, frames = _narrow(_weighted(one, weights))
+    k_down, k_up = (min(k, sum(one.ranks), rows.shape[2]) for rows in (small.down, small.up))
+    total = float(squares(small).sum())
+    if start is None:
+        down = _top(small.down, gram(small.up), k_down)
+        up = _top(small.up, gram(small.down @ down.mT), k_up)
+    else:
+        # rows outside the adapters' span keep nothing
+        down, up = (_within(rows, frame) for rows, frame in zip(start, frames, strict=True))
+    before = float(captured(small.down @ down.mT, small.up @ up.mT).sum())
+    for _ in range(rounds):
+        down = _top(small.down, gram(small.up @ up.mT), k_down, down)
+        up = _top(small.up, gram(small.down @ down.mT), k_up, up)
+        now = float(captured(small.down @ down.mT, small.up @ up.mT).sum())
+        if now - before <= tolerance * (total - now) + _NOTHING * total:
+            break
+        before = now
+    whole = (rows if frame is None else rows @ frame for rows, frame in zip((down, up), frames, strict=True))
+    found_down, found_up = (orthonormal_rows(rows) for rows in whole)
+    return found_down, found_up
+
+
+def diagonal(
+    one: Stack,
+    weights: Float[Tensor, " n"],
+    k: int,
+    *,
+    start: Rows | None = None,
+    rounds: int = ROUNDS,
+    tolerance: float = TOLERANCE,
+) -> Joint:
+    """Free factors of k rows of length 1, or as many as the adapters' ranks add up to, and diagonal cores.
+
+    By alternating least squares (a canonical polyadic decomposition of the stacked updates), from the start that does
+    better in a few rounds: the adapters' own largest singular directions, or what diagonalises the two leading
+    combinations of their full cores. start: rows to go on from instead; the objective is never above theirs.
+    """
+    small, frames = _narrow(_weighted(one, weights))
+    k = min(k, sum(one.ranks))
+    total = float(squares(small).sum())
+
+    def run(state: _Diagonal, rounds: int) -> _Diagonal:
+        for _ in range(rounds):
+            after = state.improved(small)
+            won = state.lost - after.lost
+            state = after if won > 0 else state
+            if won <= tolerance * after.lost + _NOTHING * total:
+                break
+        return state
+
+    if start is not None:
+        rows = [rows if frame is None else rows @ frame.mT for rows, frame in zip(start, frames, strict=True)]
+        best = run(_Diagonal.of(small, rows[0], rows[1]), rounds)
+    else:
+        starts = [_own_directions(small, k)]
+        if k <= min(small.down.shape[2], small.up.shape[2]):
+            starts.append(_diagonalised(small, k))
+        tried = [run(_Diagonal.of(small, *each), min(rounds, _TRIAL_ROUNDS)) for each in starts]
+        best = run(min(tried, key=lambda state: state.lost), max(rounds - _TRIAL_ROUNDS, 0))
+    down, up = (
+        rows if frame is None else rows @ frame for rows, frame in zip((best.down, best.up), frames, strict=True)
+    )
+    return in_diagonal(one, (down, up))
+
+
+def in_diagonal(one: Stack, rows: Rows) -> Joint:
+    """The best diagonal cores between given factors."""
+    down, up = rows
+    seen = ((one.down @ down.mT) * (one.up @ up.mT)).sum(1)
+    both = (down @ down.mT) * (up @ up.mT)
+    # where directions coincide, the smallest cores
+    ridge = _RIDGE * torch.eye(len(both), dtype=torch.float64)
+    cores = torch.cholesky_solve(seen.mT, torch.linalg.cholesky(both + ridge)).mT
+    lost = squares(one) - 2 * (cores * seen).sum(1) + ((cores @ both) * cores).sum(1)
+    return Joint(down, up, cores, lost.clamp_min(0))
+
+
+def clustered(
+    modules: Mapping[str, Stack],
+    weights: Float[Tensor, " n"],
+    k: int,
+    clusters: int,
+    fit: Callable[..., Joint] = full,
+    *,
+    rounds: int = 20,
+    **options: float,
+) -> Clusters:
+    """Adapters in so many clusters at most, over all modules at once, each in the bases that lose least of it.
+
+    Alternates between the adapters' choice of a cluster and the clusters' bases, which go on from where they were, so
+    that no round makes the weighted sum of what is lost larger. The first division is by the directions of adapters
+    that are far from each other. fit: `full` or `diagonal`; options: theirs.
+    """
+    n = len(weights)
+    labels = _first_labels(modules, weights, k, clusters)
+    bases_of: list[dict[str, Rows]] = [{} for _ in range(clusters)]
+    for _ in range(rounds):
+        lost = torch.zeros(n, clusters, dtype=torch.float64)
+        for name in modules:
+            one = modules[name]
+            for cluster in range(clusters):
+                members = _members(labels, cluster)
+                if members:
+                    found = fit(one.of(members), weights[members], k, start=bases_of[cluster].get(name), **options)
+                    bases_of[cluster][name] = found.down, found.up
+                if bases_of[cluster]:
+                    lost[:, cluster] += _lost_in(one, bases_of[cluster][name], fit)
+                else:
+                    lost[:, cluster] = torch.inf
+        # who loses as little where it is stays there
+        own = lost.gather(1, labels[:, None])[:, 0]
+        best, chosen = lost.min(1)
+        after = torch.where(best < own * (1 - 1e-9), chosen, labels)
+        if torch.equal(after, labels):
+            break
+        labels = after
+    return _finished(modules, labels, clusters, bases_of, fit)
+
+
+def _finished(
+    modules: Mapping[str, Stack],
+    labels: Tensor,
+    clusters: int,
+    bases_of: Sequence[Mapping[str, Rows]],
+    fit: Callable[..., Joint],
+) -> Clusters:
+    groups = [(cluster, _members(labels, cluster)) for cluster in range(clusters)]
+    groups = sorted(((cluster, members) for cluster, members in groups if members), key=lambda group: group[1])
+    found: list[dict[str, Joint]] = [{} for _ in groups]
+    lost = torch.zeros(len(labels), dtype=torch.float64)
+    for name in modules:
+        one = modules[name]
+        for place, (cluster, members) in enumerate(groups):
+            found[place][name] = _in(one.of(members), bases_of[cluster][name], fit)
+            lost[members] += found[place][name].lost
+    return Clusters(tuple(tuple(members) for _, members in groups), tuple(found), lost)
+
+
+def _in(one: Stack, rows: Rows, fit: Callable[..., Joint]) -> Joint:
+    """The best cores of the kind that `fit` has between given factors."""
+    if fit is diagonal:
+        return in_diagonal(one, rows)
+    in_down, in_up = one.down @ rows[0].mT, one.up @ rows[1].mT
+    return Joint(*rows, in_up.mT @ in_down, difference_squares(one, in_down @ rows[0], in_up @ rows[1]))
+
+
+def _lost_in(one: Stack, rows: Rows, fit: Callable[..., Joint]) -> Float[Tensor, " n"]:
+    if fit is diagonal:
+        return in_diagonal(one, rows).lost
+    return squares(one) - captured(one.down @ rows[0].mT, one.up @ rows[1].mT)
+
+
+def _members(labels: Tensor, cluster: int) -> list[int]:
+    members: list[int] = (labels == cluster).nonzero().flatten().tolist()
+    return members
+
+
+def _first_labels(modules: Mapping[str, Stack], weights: Tensor, k: int, clusters: int) -> Tensor:
+    """Each adapter with the nearest of `clusters` adapters, by what it keeps in that one's directions.
+
+    The first of them is the one that is most in the directions of all, each next one the farthest from all before.
+    """
+    n = len(weights)
+    if clusters == 1:
+        return torch.zeros(n, dtype=torch.long)
+    total, kept = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for name in modules:
+        one = modules[name]
+        down, up = bases(one, weights, k, rounds=0)
+        kept += captured(one.down @ down.mT, one.up @ up.mT)
+        total += squares(one)
+    norms = total.clamp_min(torch.finfo(torch.float64).tiny)
+    seeds = [int((kept / norms).argmax())]
+    shares = torch.zeros(n, 0, dtype=torch.float64)
+    while True:
+        share = torch.zeros(n, dtype=torch.float64)
+        for name in modules:
+            one = modules[name]
+            down, up = (orthonormal_rows(_spanning(rows[seeds[-1]])) for rows in (one.down, one.up))
+            share += captured(one.down @ down.mT, one.up @ up.mT)
+        shares = torch.cat([shares, (share / norms)[:, None]], dim=1)
+        if len(seeds) == min(clusters, n):
+            return shares.argmax(1)
+        nearest = shares.amax(1).masked_fill(total == 0, torch.inf)
+        seeds.append(int(nearest.argmin()))
+
+
+def _spanning(rows: Float[Tensor, "r d"]) -> Float[Tensor, "s d"]:
+    """Rows without those that add nothing, in the directions of their singular vectors."""
+    values, vectors = descending_eigh(rows @ rows.mT)
+    some = values > _NOTHING * values[:1].clamp_min(torch.finfo(torch.float64).tiny)
+    found: Tensor = (vectors[:, some] / values[some].sqrt()).mT @ rows
+    return found
+
+
+def _weighted(one: Stack, weights: Float[Tensor, " n"]) -> Stack:
+    return Stack(one.down, one.up * weights[:, None, None], one.scaling, one.ranks)
+
+
+def _narrow(one: Stack) -> tuple[Stack, tuple[Tensor | None, Tensor | None]]:
+    """The same updates in coordinates of frames, orthonormal rows that span all there is, where those are fewer than
+    the dimension; None where not."""
+    sides: list[Tensor] = []
+    frames: list[Tensor | None] = []
+    for rows in (one.down, one.up):
+        n, r, d = rows.shape
+        if n * r >= d:
+            sides.append(rows)
+            frames.append(None)
+        else:
+            frame = torch.linalg.qr(rows.reshape(n * r, d).mT)[0].mT
+            sides.append(rows @ frame.mT)
+            frames.append(frame)
+    return Stack(sides[0], sides[1], one.scaling, one.ranks), (frames[0], frames[1])
+
+
+def _within(rows: Tensor, frame: Tensor | None) -> Tensor:
+    """Orthonormal rows in the coordinates of a frame; shorter where they stick out of it."""
+    return rows if frame is None else rows @ frame.mT
+
+
+def _top(
+    rows: Float[Tensor, "n r d"], inner: Float[Tensor, "n r r"], k: int, near: Float[Tensor, "k d"] | None = None
+) -> Float[Tensor, "k d"]:
+    """The k leading eigenvectors of Σ rowsᵀ · inner · rows. near: rows that are not far from them."""
+    n, r, d = rows.shape
+    flat = rows.reshape(n * r, d)
+    if d <= _WIDE:
+        _, vectors = descending_eigh(flat.mT @ (inner @ rows).reshape(n * r, d))
+        found: Tensor = vectors[:, :k].mT
+        return found
+
+    def multiply(columns: Tensor) -> Tensor:
+        image: Tensor = flat.mT @ (inner @ (flat @ columns).reshape(n, r, -1)).reshape(n * r, -1)
+        return image
+
+    if near is None:
+        near = torch.randn(min(k + 8, d), d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = float((gram(rows) * inner).sum())
+    return krylov.leading(multiply, near.mT, k, tolerance=1e-9 * total).vectors.mT
+
+
+@dataclass(frozen=True, slots=True)
+class _Diagonal:
+    """Factors and cores on the way; lost: the sum of it."""
+
+    down: Tensor
+    up: Tensor
+    cores: Tensor
+    lost: float
+
+    @classmethod
+    def of(cls, one: Stack, down: Tensor, up: Tensor) -> "_Diagonal":
+        """With the best cores between these factors."""
+        down, up = _of_length_one(down), _of_length_one(up)
+        found = in_diagonal(one, (down, up))
+        return cls(down, up, found.cores, float(found.lost.sum()))
+
+    def improved(self, one: Stack) -> "_Diagonal":
+        """One factor after the other, and the cores, each the best there is beside the others.
+
+        Where directions nearly coincide, that is decided by nearness to what was there, which keeps the sum from
+        growing.
+        """
+        weights = self.cores.mT @ self.cores
+        down = self._side(one.down, one.up @ self.up.mT, weights * (self.up @ self.up.mT), self.down)
+        up = self._side(one.up, one.down @ down.mT, weights * (down @ down.mT), self.up)
+        return _Diagonal.of(one, down, up)
+
+    def _side(self, rows: Tensor, other: Tensor, normal: Tensor, before: Tensor) -> Tensor:
+        """rows: of the side, (n, r, d); other: those of the other side in its factor, (n, r, k)."""
+        seen = (other * self.cores[:, None, :]).flatten(0, 1).mT @ rows.flatten(0, 1)
+        # where there is nothing, any will do
+        size = _PROXIMAL * float(normal.diagonal().mean()) or 1.0
+        identity = torch.eye(len(normal), dtype=torch.float64)
+        found: Tensor = torch.linalg.solve(normal + size * identity, seen + size * before)
+        return found
+
+
+def _of_length_one(rows: Tensor) -> Tensor:
+    found: Tensor = torch.nn.functional.normalize(rows, dim=1)
+    return found
+
+
+def _own_directions(one: Stack, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest pairs of singular vectors of all adapters."""
+    down, up, sigma = singular(one)
+    largest = sigma.flatten().argsort(descending=True, stable=True)[:k]
+    return down.flatten(0, 1)[largest], up.flatten(0, 1)[largest]
+
+
+def singular(one: Stack) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
+    """Each update's singular vectors as rows, right and left, and its singular values, descending.
+
+    Rows beside a singular value of 0, or one that is nothing beside the first, are 0.
+    """
+    # down = R₁Q₁ and up = R₂Q₂ through roots of Gram matrices: R₂ᵀR₁ has the singular values of the update
+    down_root, up_root = roots(one.down), roots(one.up)
+    left, sigma, right = torch.linalg.svd(up_root @ down_root)
+    floor = 1e-7 * sigma[:, :1]
+    some = (sigma > floor) & (sigma > 0)
+    inverse = torch.where(some, 1 / sigma.where(some, torch.ones_like(sigma)), 0.0)[:, :, None]
+    # v = Dᵀu / σ, u = Dv / σ, with u and v in the coordinates of the factors' rows
+    rows_down = inverse * ((left.mT @ up_root) @ one.down)
+    rows_up = inverse * ((right @ down_root) @ one.up)
+    return rows_down, rows_up, sigma * some
+
+
+def _diagonalised(one: Stack, k: int) -> tuple[Tensor, Tensor]:
+    """Factors that diagonalise the two leading combinations of the full cores: exact where all cores are diagonal
+    between one pair of factors."""
+    down, up = bases(one, torch.ones(len(one), dtype=torch.float64), k, rounds=3)
+    cores = (one.up @ up.mT).mT @ (one.down @ down.mT)
+    size = min(cores.shape[1:])
+    cores = cores[:, :size, :size]
+    _, combinations = descending_eigh(cores.flatten(1) @ cores.flatten(1).mT)
+    two = (combinations[:, :2].mT @ cores.flatten(1)).reshape(-1, size, size)
+    if len(two) == 2:
+        left = _real(*torch.linalg.eig(two[1] @ torch.linalg.pinv(two[0], rtol=1e-10)))
+    else:
+        left = torch.linalg.svd(two[0])[0]
+    # with U known, rows j of U⁻¹·core of all adapters are multiples of one vector
+    back = torch.linalg.pinv(left, rtol=1e-10) @ cores
+    right = torch.linalg.svd(back.transpose(0, 1), full_matrices=False)[2][:, 0]
+    return right @ down[:size], left.mT @ up[:size]
+
+
+def _real(values: Tensor, vectors: Tensor) -> Tensor:
+    """Real columns with the span of eigenvectors, of which complex ones come in conjugate pairs."""
+    return torch.where(values.imag < 0, vectors.imag, vectors.real)

@@ -1,0 +1,145 @@
+"""Bytes at an error beside the pack: of planted collections whose best way is known, whole or on some modules."""
+
+import dataclasses
+
+import pytest
+from documents import Document
+from synthetic import report
+
+import eigenlorax as ex
+from eigenlorax.adapter import from_factors
+from eigenlorax.analysis import rivals
+from eigenlorax.analysis.stack import stack
+from eigenlorax.reports import data, frontier, markdown, page
+from made import of_one_subspace, random
+from planted import MODULES
+
+CAPTION = "Bytes at an error, by every way"
+
+
+def adapters_of(made):
+    return [from_factors(f"a{i:02}", one, base_model="org/base") for i, one in enumerate(made)]
+
+
+def report_of(made, k):
+    adapters = adapters_of(made)
+    pack = ex.fit(adapters, n_components=k, dtype="float16", warn_above=1.0)
+    return pack, ex.report(pack, adapters, left_out=1)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return report_of(of_one_subspace(40, noise=0.05, shapes=MODULES), 6)
+
+
+@pytest.fixture(scope="module")
+def strangers():
+    return report_of(random(4, shapes=MODULES), 6)
+
+
+def test_the_pack_is_where_its_records_say(shared):
+    pack, found = shared
+    own = found.frontier.points[0]
+    assert (own.way, own.settings) == ("pack", "")
+    assert own.stored_bytes == pack.info.stored_bytes + sum(r.coefficient_bytes for r in pack.records.values())
+    assert own.worst == max(record.delta_error for record in pack.records.values())
+    assert (found.frontier.adapters, found.frontier.modules, found.frontier.of) == (40, 2, 2)
+    assert found.frontier.lora_float16 == 2 * 40 * 3 * sum(sum(shape) for shape in MODULES.values())
+
+
+def test_ways_are_those_of_rivals_and_go_down(strangers):
+    _, found = strangers
+    made = random(4, shapes=MODULES)
+    modules = {m: stack([one[m] for one in made], n_in, n_out) for m, (n_out, n_in) in MODULES.items()}
+    points = found.frontier.points[1:]
+    tables = rivals.tables(modules)
+    both = [point for point in points if point.way == rivals.BOTH]
+    expected = {each.stored_bytes for error in frontier.ERRORS if (each := rivals.alone(tables, error)[rivals.BOTH])}
+    assert {point.stored_bytes for point in both} >= expected - {max(expected)}
+    for way in frontier.WAYS:
+        line = [point for point in points if point.way == way]
+        assert sorted(line, key=lambda point: point.stored_bytes) == line
+        assert sorted(line, key=lambda point: -point.worst) == line
+    # cut to the pack's own error too
+    worst = found.frontier.points[0].worst
+    expected = rivals.alone(tables, worst)[rivals.BOTH]
+    assert frontier.cheapest(found.frontier).stored_bytes <= expected.stored_bytes
+    assert any(point.stored_bytes == expected.stored_bytes for point in both)
+
+
+def test_where_much_is_shared_a_shared_basis_is_best_and_the_verdict_knows_others(shared, strangers):
+    _, found = shared
+    assert frontier.cheapest(found.frontier).way in rivals.KINDS
+    _, alone = strangers
+    best = frontier.cheapest(alone.frontier)
+    assert best.way == rivals.BOTH
+    assert best.stored_bytes < alone.frontier.points[0].stored_bytes
+    told = [one.text for one in alone.verdict.findings if one.kind == "baseline"]
+    assert frontier.at_equal_error(alone.frontier) in told
+
+
+def test_a_large_collection_is_tried_on_some_modules(monkeypatch):
+    shapes = {f"layers.{i}.query": (41, 29) for i in range(6)}
+    made = random(5, shapes=shapes)
+    whole = report_of(made, 4)[1].frontier
+    monkeypatch.setattr(frontier, "NUMBERS", 2 * 5 * 3 * (41 + 29))
+    some = report_of(made, 4)[1].frontier
+    assert (some.modules, some.of, whole.modules) == (2, 6, 6)
+    assert some.points[0] == whole.points[0]
+    for way in (rivals.ROUNDED, rivals.BOTH):
+        few, many = ([p for p in each.points if p.way == way][-1] for each in (some, whole))
+        assert few.stored_bytes == pytest.approx(many.stored_bytes, rel=0.1)
+
+
+def test_no_frontier_without_originals_or_without_training():
+    adapters = adapters_of(random(3, shapes=MODULES))
+    pack = ex.fit(adapters, n_components=4, warn_above=1.0)
+    assert ex.report(pack).frontier is None
+
+
+class TestShown:
+    def test_on_the_page_with_its_table(self):
+        full = report(6)
+        document = Document(page.render(full))
+        assert "What an error costs" in [text for text, _ in document.all("h2")]
+        head, first, *rest = document.tables[CAPTION]
+        assert head == ["way", "tuned to", "worst error", "mean error", "bytes", "smaller"]
+        assert first[:2] == ["this pack", "–"]
+        assert len(rest) == len(full.frontier.points) - 1
+        labels = [found.get("aria-label") for tag, found in document.elements if tag == "svg"]
+        assert "Bytes over the worst adapter's error, by every way" in labels
+        assert any("Measured on 2 of 4 modules" in text for text, _ in document.all("figcaption"))
+
+    def test_in_markdown(self):
+        text = markdown.render(report(6))
+        section = text.partition("## What an error costs")[2].partition("\n## ")[0]
+        assert "For the pack's worst error of" in section
+        assert "Measured on 2 of 4 modules" in section
+        assert "| joint diagonalisation, full cores | k = 8, 8 bits |" in section
+
+    @pytest.mark.parametrize("render", [page.render, markdown.render])
+    def test_nothing_where_there_is_but_the_pack(self, render):
+        full = report(6)
+        alone = dataclasses.replace(full.frontier, points=full.frontier.points[:1])
+        assert "What an error costs" not in render(dataclasses.replace(full, frontier=alone))
+        assert "What an error costs" not in render(dataclasses.replace(full, frontier=None))
+
+    def test_an_error_of_nothing_can_be_drawn(self):
+        full = report(6)
+        pack = dataclasses.replace(full.frontier.points[0], worst=0.0, mean=0.0)
+        exact = dataclasses.replace(full.frontier, points=[pack, *full.frontier.points[1:]])
+        assert "What an error costs" in page.render(dataclasses.replace(full, frontier=exact))
+        assert frontier.at_equal_error(exact) == "Nothing else that was tried holds the pack's worst error of 0."
+
+
+def test_a_sentence_says_what_is_best():
+    points = [
+        data.FrontierPoint("pack", "", 2_000_000, 0.25, 0.2),
+        data.FrontierPoint("rounded", "", 900_000, 0.3, 0.2),
+        data.FrontierPoint("shared basis", "k = 16, 8 bits", 1_500_000, 0.25, 0.2),
+        data.FrontierPoint("truncated and rounded", "", 1_600_000, 0.2, 0.2),
+    ]
+    assert frontier.at_equal_error(data.Frontier(3, 1, 1, 9, points)) == (
+        "For the pack's worst error of 0.250, the best other way takes 1.5 MB: one shared basis (k = 16, 8 bits). "
+        "The pack takes 2.0 MB."
+    )
