@@ -122,7 +122,7 @@ class TestTogether:
         weights = squares(one).rsqrt()
         found = joint.diagonal(one, weights, 9) if kind == rivals.DIAGONAL else joint.full(one, weights, 9)
         rows = found.down, found.up
-        for bits, lost in rivals._LOSSES[kind](one, rows):
+        for bits, lost in rivals._LOSSES[kind](one, rows, rivals.TOGETHER):
             expected = dense_loss(kind, one, rows, bits)
             # signs of singular vectors decide which number of a block is the largest
             rel = 0.1 if kind == rivals.COEFFICIENTS and bits[1] < 16 else 1e-6
