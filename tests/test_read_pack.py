@@ -129,7 +129,7 @@ def test_a_module_that_was_dropped(tmp_path):
     assert_reads_what_the_library_reads(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_earlier_versions(tmp_path, version):
     folder = fitted(tmp_path)
     newest = json.loads((folder / "subspace_config.json").read_text())

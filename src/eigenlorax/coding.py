@@ -162,9 +162,11 @@ class Collection:
         steps, errors = _sought(partial(self._errors, bases), steps, errors, bound)
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, wide in self._each(WRITING):
-            found = transform.encoded(wide, steps[_indices(module)], *bases[module.key])
-            for row, member in enumerate(module.members):
-                codes[member.index][module.name] = coded.taken(found, row)
+            own = steps[_indices(module)]
+            for rows in transform.parts(wide):
+                found = transform.encoded(wide.part(rows), own[rows], *bases[module.key])
+                for place, row in enumerate(rows):
+                    codes[module.members[row].index][module.name] = coded.taken(found, place)
         adapters = [
             AdapterCodes(step, group, modules)
             for step, group, modules in zip(steps.tolist(), self.groups, codes, strict=True)
@@ -195,17 +197,19 @@ class Collection:
         for at, (module, wide) in enumerate(self._each(BASES)):
             indices = _indices(module)
             own = steps[indices]
-            best: tuple[float, tuple[RoundedBasis, RoundedBasis], Codes] | None = None
+            best: tuple[float, tuple[RoundedBasis, RoundedBasis], Tensor] | None = None
             one = allocation.view(wide, 1 / self.norms[indices]) if max(map(max, plan.k[at])) else None
             for k in dict.fromkeys([*plan.k[at], (0, 0)]):
                 pair = _pair(wide, one, own, k, module.shape)
-                found = transform.encoded(wide, own, *pair)
-                price = float(found.price().sum()) + sum(side.bits() + 16 * side.k for side in pair)
+                bits, missed = transform.measured(wide, own, *pair)
+                price = float(transform.price(bits, missed, own).sum()) + sum(
+                    side.bits() + 16 * side.k for side in pair
+                )
                 if best is None or price < best[0]:
-                    best = price, pair, found
+                    best = price, pair, missed
             assert best is not None
-            _, bases[module.key], found = best
-            lost.index_add_(0, indices, found.lost)
+            _, bases[module.key], missed = best
+            lost.index_add_(0, indices, missed)
             relative = wide.s / self.norms[indices, None]
             energy = [float(relative.square().sum())]
             for side, basis in zip(("down", "up"), bases[module.key], strict=True):
@@ -223,7 +227,7 @@ class Collection:
             if rows:
                 indices = _indices(module)[rows]
                 part = wide if len(rows) == len(module.members) else wide.part(rows)
-                lost.index_add_(0, indices, transform.encoded(part, steps[indices], *bases[module.key]).lost)
+                lost.index_add_(0, indices, transform.measured(part, steps[indices], *bases[module.key])[1])
         return lost.sqrt() / self.norms
 
     def within(self, limit: float, size: Callable[[Coded], int], asked: str) -> Coded:

@@ -152,9 +152,7 @@ class Floats(Storage):
         for module, c in coefficients.items():
             for side, tensor in (("down", c.down), ("up", c.up)):
                 tensors[keys.coefficients_key(module, side)] = tensor
-                if (rest := c.rest(side)) is not None:
-                    tensors[keys.rest_key(module, side)] = rest
-        return tensors
+        return tensors | _rests(coefficients)
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
@@ -254,12 +252,13 @@ class Integers(Storage):
         return found
 
     def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
-        return {
-            f"{keys.coefficients_key(module, side)}.{name}": tensor
-            for module, c in coefficients.items()
-            for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True)
-            for name, tensor in quantised.kept(quantised.encode(rows, self.bits)).items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for module, c in coefficients.items():
+            for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True):
+                key = keys.coefficients_key(module, side)
+                payload = quantised.kept(quantised.encode(rows, self.bits))
+                tensors |= {f"{key}.{name}": tensor for name, tensor in payload.items()}
+        return tensors | _rests(coefficients)
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
@@ -274,7 +273,10 @@ class Integers(Storage):
                 sides.append(self._decoded(part, key))
                 payload |= {f"{key}.{name}": tensors.pop(f"{key}.{name}") for name in part}
             down, up = sides
-            found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel)
+            rests = {key: tensors.pop(key) for s in keys.SIDES if (key := keys.rest_key(module, s)) in tensors}
+            payload |= rests
+            down_rest, up_rest = (rests.get(keys.rest_key(module, side)) for side in keys.SIDES)
+            found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel, down_rest, up_rest)
         return found, payload
 
 
@@ -437,6 +439,12 @@ def _readable(call: Callable[..., Any], *args: Any) -> Any:
         raise ValueError(reason(error)) from error
 
 
+def _rests(coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+    """What is beside them, by the names in an adapter's file: as it is in memory."""
+    found = {keys.rest_key(module, side): c.rest(side) for module, c in coefficients.items() for side in keys.SIDES}
+    return {key: rest for key, rest in found.items() if rest is not None}
+
+
 def _mixed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of coefficients, (…, r, k_down) and (…, r, k_up), of the same updates, in the factors that lose least if
     what rounding takes from a row is in proportion to its norm (docs/method.md): all rows of one norm, and none along
@@ -470,9 +478,9 @@ def _check(name: str, found: Tensor, shape: tuple[int, int], dtype: torch.dtype)
         raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be {shape}, {dtype}")
 
 
-INTEGERS = ("int8", "int4")
+FLOATS: dict[str, Storage] = {dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED}
 STORAGES: dict[str, Storage] = {
-    **{dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED},
+    **FLOATS,
     "int8": Integers("int8", torch.float32, 8),
     "int4": Integers("int4", torch.float32, 4),
     CODED: Coded(CODED, torch.float32),

@@ -7,7 +7,7 @@ components vanish in the rounding by themselves. Nothing here knows of files; `c
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,8 @@ SCALES = 8
 MOST_SCALE = 255
 QUARTERS = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
 """2^0, 2^¼, 2^½ and 2^¾, each the nearest float64."""
+PART_NUMBERS = 2**23
+"""Numbers that are coded at a time: each takes some hundred bytes meanwhile."""
 OVERHEAD = 16.0
 """Bits of a component, or a core, beside its numbers: its scale and levels."""
 
@@ -197,7 +199,12 @@ class Codes:
 
     def price(self) -> Float[Tensor, " n"]:
         """Bits, and what the loss is worth in bits."""
-        return self.bits + quantiser.WORTH * self.lost / self.steps.square()
+        return price(self.bits, self.lost, self.steps)
+
+
+def price(bits: Tensor, lost: Tensor, steps: Tensor) -> Float[Tensor, " n"]:
+    """Bits, and what losses are worth in bits."""
+    return bits + quantiser.WORTH * lost / steps.square()
 
 
 def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up: RoundedBasis) -> Codes:
@@ -206,7 +213,7 @@ def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up
     if not 0 < down.k * up.k <= 2 * wide.s.shape[1] * (down.k + up.k):
         return found
     cores, levels, bits, lost = _by_cores(wide, steps, down, up)
-    better = bits + quantiser.WORTH * lost / steps.square() < found.price()
+    better = price(bits, lost, steps) < found.price()
     alone = torch.where(better, 0, 1)
     return replace(
         found,
@@ -219,6 +226,23 @@ def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up
         bits=torch.where(better, bits, found.bits),
         lost=torch.where(better, lost, found.lost),
     )
+
+
+def parts(wide: Components) -> Iterator[list[int]]:
+    """Updates that are coded together: as many as do not take too much memory at a time."""
+    size = max(PART_NUMBERS // max(wide.u[0].numel() + wide.v[0].numel(), 1), 1)
+    return (list(range(start, min(start + size, len(wide)))) for start in range(0, len(wide), size))
+
+
+def measured(
+    wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up: RoundedBasis
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Of `encoded`, about the bits that each update takes, and what is lost of it."""
+    bits, lost = torch.zeros_like(steps), torch.zeros_like(steps)
+    for rows in parts(wide):
+        codes = encoded(wide.part(rows), steps[rows], down, up)
+        bits[rows], lost[rows] = codes.bits, codes.lost
+    return bits, lost
 
 
 def _by_components(wide: Components, steps: Tensor, down: RoundedBasis, up: RoundedBasis) -> Codes:

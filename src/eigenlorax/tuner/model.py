@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -287,16 +287,19 @@ def _plain(
 ) -> dict[str, Tensor]:
     """Coefficients as floats, however the adapter's file has them."""
 
+    @cache
+    def reference() -> Reference | Embedded:
+        return references.resolve(config)
+
     def slots() -> dict[str, Slot]:
         # a coded adapter is read by the subspace's names of modules, which its own may not be any more
         own = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
-        reference = references.resolve(config)
-        return {name: replace(slot, place=reference.place(name, config) or name) for name, slot in own.items()}
+        return {name: replace(slot, place=reference().place(name, config) or name) for name, slot in own.items()}
 
     def subspace() -> Subspace:
-        reference = references.resolve(config)
-        assert isinstance(reference, references.Reference)
-        return reference.before or reference.subspace
+        found = reference()
+        assert isinstance(found, Reference)
+        return found.before or found.subspace
 
     return storages.plain(state_dict, slots, subspace)
 
