@@ -21,6 +21,8 @@ from .adapter import LoRAFactors
 SCALES = 8
 """Steps of a component's scale to an octave."""
 MOST_SCALE = 255
+QUARTERS = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
+"""2^0, 2^¼, 2^½ and 2^¾, each the nearest float64."""
 PART_NUMBERS = 2**23
 """Numbers that are coded at a time: each takes some hundred bytes meanwhile."""
 OVERHEAD = 16.0
@@ -109,7 +111,8 @@ class RoundedBasis:
     @property
     def rows(self) -> Float[Tensor, "k d"]:
         """The rows, float32: what a reader of the codes gets."""
-        steps = 2.0 ** (-self.fineness / 4.0)
+        # the fingerprint is of these: a power function may be off in the last bit on some machines
+        steps = np.ldexp(QUARTERS[-self.fineness % 4], -self.fineness // 4)
         return (self.codes.to(torch.float64) * torch.from_numpy(steps)[:, None]).to(torch.float32)
 
     def bits(self) -> float:
