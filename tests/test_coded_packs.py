@@ -74,9 +74,7 @@ class TestASize:
         assert 1.25 <= ex.fit(originals, ratio=1.25, exclude_modules=QUERY).summary.bytes.ratio < 1.29
         with pytest.raises(OptionError, match=f"max_bytes={carried} cannot be reached: {carried:,} bytes are carried"):
             ex.fit(originals, max_bytes=carried, exclude_modules=QUERY)
-        with pytest.raises(
-            OptionError, match=rf"ratio=9, which is .* bytes, cannot be reached: {carried:,} bytes are"
-        ):
+        with pytest.raises(OptionError, match=rf"ratio=9, which is .* bytes, cannot be reached: {carried:,} bytes are"):
             ex.fit(originals, ratio=9.0, exclude_modules=QUERY)
 
     def test_that_heads_have_does_not_count(self):
