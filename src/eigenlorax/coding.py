@@ -33,9 +33,12 @@ CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
 ENOUGH, TURNS = 8, 24
 """Rounds in which the steps are sought, where some are found by then; and at most."""
-FULL = 0.99
-"""How much of a budget of bytes must be used."""
-BUDGET_TURNS = 10
+FULL, NEARLY = 0.99, 0.97
+"""How much of a budget of bytes is to be used, and is enough after several turns."""
+SEVERAL, BUDGET_TURNS = 5, 12
+"""Errors that are tried for a budget: several, and at most."""
+SMALLEST, LARGEST = 1e-6, 0.999
+"""Errors that are tried for a budget."""
 HELD_BYTES = 2**30
 """Components that are kept in memory between rounds; beyond that, factors are read anew."""
 COMPARED = 4
@@ -106,13 +109,14 @@ class Point:
     """A point of the frontier: the delta error that no adapter exceeds, and about how many bytes that takes."""
 
     error: float
-    bytes: float
+    bytes: int
 
 
 class Collection:
     """The modules of a collection, and the norms of its n adapters over all of them, none of which is 0.
 
-    groups: each adapter's cluster; all in one by default. steps: those that are surveyed, relative to norms.
+    groups: each adapter's cluster; all in one by default. steps: those that are surveyed, relative to norms. whole: the
+    same collection in one cluster, whose components are taken where it has kept them.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Collection:
         steps: Sequence[float],
         report: Report,
         groups: Sequence[int] | None = None,
+        whole: "Collection | None" = None,
     ) -> None:
         self.groups = list(groups) if groups is not None else [0] * len(norms)
         self.modules = [part for module in modules for part in module.split(self.groups)]
@@ -129,6 +134,8 @@ class Collection:
         self._report = report
         size = 8 * sum(module.numbers for module in modules)
         self._held: dict[tuple[str, int], Components] | None = {} if size <= HELD_BYTES else None
+        self._whole = whole
+        self._curve: tuple[np.ndarray, np.ndarray] | None = None
         self.survey = Survey(len(norms), steps)
         for module, wide in self._each(SURVEY):
             indices = _indices(module)
@@ -144,14 +151,25 @@ class Collection:
         """Of a module's updates."""
         if self._held is not None and module.key in self._held:
             return self._held[module.key]
-        found = transform.components([member.read() for member in module.members])
+        found = self._of_whole(module)
+        if found is None:
+            found = transform.components([member.read() for member in module.members])
         if self._held is not None:
             self._held[module.key] = found
         return found
 
+    def _of_whole(self, module: Module) -> Components | None:
+        held = self._whole._held if self._whole is not None else None
+        if held is None or (module.name, 0) not in held:
+            return None
+        assert self._whole is not None
+        (all_of_it,) = (one for one in self._whole.modules if one.name == module.name)
+        rows = {member.index: row for row, member in enumerate(all_of_it.members)}
+        return held[module.name, 0].part([rows[member.index] for member in module.members])
+
     def frontier(self, errors: Sequence[float]) -> list[Point]:
         """About the bytes that each error takes."""
-        return [Point(error, self.survey.plan(error).bits / 8) for error in errors]
+        return [Point(error, round(self.survey.plan(error).bits / 8)) for error in errors]
 
     def coded(self, error: float) -> Coded:
         """Every adapter's delta error at most this. `OptionError` if that is too small for whole numbers of 32 bits."""
@@ -230,49 +248,60 @@ class Collection:
                 lost.index_add_(0, indices, transform.measured(part, steps[indices], *bases[module.key])[1])
         return lost.sqrt() / self.norms
 
-    def within(self, limit: float, size: Callable[[Coded], int], asked: str) -> Coded:
+    def within(self, limit: float, size: Callable[[Coded], int], asked: str, beside: int = 0) -> Coded:
         """The smallest error that all adapters can have in so many bytes. size: those of what came out.
 
-        asked: what the limit is, in words, for the error where nothing is small enough.
+        asked: what the limit is, in words, for the error where nothing is small enough. beside: bytes that are there
+        whatever comes out, and are not in the limit.
         """
         best: Coded | None = None
-        low, high = 1e-6, 0.999
-        aim = self.aimed(limit)
-        for _ in range(BUDGET_TURNS):
-            aim = min(max(aim, low), high)
+        # the nearest errors with which there are too many bytes, and not too many
+        over: Point | None = None
+        under: Point | None = None
+        target, aim = 0.5 * (1 + FULL) * limit, self.aimed(0.5 * (1 + FULL) * limit)
+        for turn in range(BUDGET_TURNS):
+            if best is None and turn == BUDGET_TURNS - 1:
+                aim = LARGEST
             found = self.coded(aim)
-            taken = size(found)
-            if taken <= limit:
-                best, high = found, aim
-                if taken >= FULL * limit or aim <= 1.001 * low:
-                    return found
-            else:
-                low = aim
-                if aim >= 0.999:
+            here = Point(aim, size(found))
+            if here.bytes <= limit:
+                best, under = found, here
+                if here.bytes >= (FULL if turn < SEVERAL else NEARLY) * limit or aim <= 1.001 * SMALLEST:
                     break
-            slope = self._slope(aim)
-            aim = aim * min(max((taken / (limit * (1 + FULL) / 2)) ** slope, 0.25), 4.0)
-            if best is not None and not low < aim < high:
-                aim = math.sqrt(low * high)
+            else:
+                over = here
+                if aim >= LARGEST:
+                    break
+            if over is None or under is None:
+                # as far from the estimate as the last one was, and further each time
+                push = 1.02 ** (2.0**turn)
+                aim = self.aimed(target * self._estimated(aim) / here.bytes)
+                aim = min(aim, here.error / push) if over is None else max(aim, here.error * push)
+                aim = min(max(aim, SMALLEST), LARGEST)
+            elif under.error < 1.002 * over.error:
+                break
+            else:
+                share = math.log(over.bytes / target) / math.log(over.bytes / under.bytes)
+                # every third time in the middle, since bytes may jump
+                share = 0.5 if turn % 3 == 2 else min(max(share, 0.05), 0.95)
+                aim = over.error * (under.error / over.error) ** share
         if best is None:
-            raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {taken:,} bytes.")
+            assert over is not None
+            least = over.bytes + beside
+            raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {least:,} bytes.")
         return best
 
     def aimed(self, limit: float) -> float:
         """The error whose bytes are estimated to be so many."""
-        errors = np.exp(np.linspace(math.log(1e-4), math.log(0.98), 41))
-        sizes = np.array([point.bytes for point in self.frontier(errors.tolist())])
-        order = np.argsort(sizes, kind="stable")
-        return float(
-            np.exp(np.interp(math.log(max(limit, 1)), np.log(np.maximum(sizes[order], 1)), np.log(errors[order])))
-        )
+        if self._curve is None:
+            errors = np.exp(np.linspace(math.log(SMALLEST), math.log(LARGEST), 65))
+            sizes = np.array([point.bytes for point in self.frontier(errors.tolist())])
+            self._curve = np.log(errors), np.log(np.maximum(np.minimum.accumulate(sizes), 1))
+        errors, sizes = self._curve
+        return float(np.exp(np.interp(math.log(max(limit, 1)), sizes[::-1], errors[::-1])))
 
-    def _slope(self, error: float) -> float:
-        """By which power of the bytes the error falls, near an error."""
-        near, far = (point.bytes for point in self.frontier([error, min(1.1 * error, 0.9995)]))
-        fall = math.log(max(near, 1) / max(far, 1))
-        rise = math.log(min(1.1 * error, 0.9995) / error)
-        return min(max(rise / fall if fall > 0 else 1.0, 0.2), 5.0)
+    def _estimated(self, error: float) -> float:
+        return max(self.frontier([error])[0].bytes, 1.0)
 
 
 def alone(
@@ -396,9 +425,15 @@ def clustered(whole: Collection, modules: Sequence[Module], error: float, report
     steps = whole.survey.steps
     middle = int(np.abs(np.log(steps) - np.log(whole.survey.plan(error).steps).mean()).argmin())
     near = steps[max(middle - 1, 0) : middle + 2].tolist()
-    best, least = None, WORTHWHILE * Collection(modules, whole.norms, near, report).survey.plan(error).bits
-    for groups in clusters.groupings(alike, chosen):
-        bits = Collection(modules, whole.norms, near, report, groups).survey.plan(error).bits
-        if bits < least:
-            best, least = groups, WORTHWHILE * bits
-    return Collection(modules, whole.norms, steps.tolist(), report, best) if best is not None else whole
+    candidates = clusters.groupings(alike, chosen)
+    if not candidates:
+        return whole
+
+    def bits(groups: list[int] | None) -> float:
+        return Collection(modules, whole.norms, near, report, groups, whole).survey.plan(error).bits
+
+    best, least = None, WORTHWHILE * bits(None)
+    for groups in candidates:
+        if (found := bits(groups)) < least:
+            best, least = groups, WORTHWHILE * found
+    return Collection(modules, whole.norms, steps.tolist(), report, best, whole) if best is not None else whole

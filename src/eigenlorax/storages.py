@@ -301,10 +301,7 @@ class Coded(Storage):
         raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
 
     def extended(self, basis: Basis, rows: Tensor) -> Basis:
-        raise OptionError(
-            "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
-            "Add the adapter without extend."
-        )
+        raise OptionError(NOT_EXTENDED)
 
     def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
         return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
@@ -347,6 +344,10 @@ class Coded(Storage):
         return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
 
 
+NOT_EXTENDED = (
+    "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+    "Add the adapter without extend."
+)
 ONLY_CODED = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
 
 
@@ -356,8 +357,13 @@ def adapter_places(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str,
     found = {}
     for name, bases in modules.items():
         sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
-        found[name] = coded.place_of(sides, number)
+        found[name] = among_all(coded.place_of(sides, number), bases)
     return found
+
+
+def among_all(place: coded.Place, bases: ModuleBases) -> coded.Place:
+    """The same place where directions were added to the bases since they were coded: nothing is on these."""
+    return replace(place, widths=(bases.down.k, bases.up.k))
 
 
 def basis_bytes(basis: Basis) -> bytes:

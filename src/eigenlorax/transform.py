@@ -217,7 +217,7 @@ def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up
     found = _by_components(wide, steps, down, up)
     if not 0 < down.k * up.k <= 2 * wide.s.shape[1] * (down.k + up.k):
         return found
-    cores, levels, bits, lost = _by_cores(wide, steps, down, up)
+    cores, levels, bits, lost = _by_cores(wide, steps, down, up, found.price())
     better = price(bits, lost, steps) < found.price()
     alone = torch.where(better, 0, 1)
     return replace(
@@ -283,9 +283,9 @@ def _by_components(wide: Components, steps: Tensor, down: RoundedBasis, up: Roun
 
 
 def _by_cores(
-    wide: Components, steps: Tensor, down: RoundedBasis, up: RoundedBasis
+    wide: Components, steps: Tensor, down: RoundedBasis, up: RoundedBasis, price: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cores, levels, bits and losses."""
+    """Cores, levels, bits and losses; these are infinite where bits alone are more than the `price`."""
     v_rows, u_rows = down.rows.to(torch.float64), up.rows.to(torch.float64)
     v, u = wide.v @ linalg.dual_rows(v_rows).mT, wide.u @ linalg.dual_rows(u_rows).mT
     exact = (u * (wide.s / steps[:, None])[..., None]).mT @ v
@@ -294,8 +294,11 @@ def _by_cores(
     spread = (exact.square() * torch.exp2(-profile / 2.0)).mean((1, 2)).sqrt()
     levels = classes(spread) + 1
     bits = logistic_bits(codes, (levels[:, None, None] - 1 + profile).clamp_min(0)).sum((1, 2)) + OVERHEAD
-    left, right = core_factors(codes, steps, wide.ranks)
-    return codes.to(torch.int64), levels, bits, _lost(wide, right @ v_rows, left.mT @ u_rows)
+    lost = torch.full_like(bits, math.inf)
+    if rows := torch.nonzero(bits < price)[:, 0].tolist():
+        left, right = core_factors(codes[rows], steps[rows], wide.ranks[rows])
+        lost[rows] = _lost(wide.part(rows), right @ v_rows, left.mT @ u_rows)
+    return codes.to(torch.int64), levels, bits, lost
 
 
 def core_profile(down: np.ndarray, up: np.ndarray) -> Int[Tensor, "k_up k_down"]:
