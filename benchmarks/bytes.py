@@ -172,7 +172,6 @@ def ours(folders: Folders, error: float, target: Path) -> int:
     pack = ex.fit(
         {name: str(folder) for name, folder in folders.items()},
         max_error=error,
-        dtype="float16",
         same_base=True,
         warn_above=1,
         allow_pickle=True,

@@ -31,8 +31,8 @@ RANGE = 2.0**-22, 2.0**0.5
 """Steps, relative to the norm of an adapter, that are surveyed where the error is not known beforehand."""
 CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
-TURNS = 14
-"""Rounds in which the steps are sought, at most."""
+ENOUGH, TURNS = 8, 24
+"""Rounds in which the steps are sought, where some are found by then; and at most."""
 FULL = 0.99
 """How much of a budget of bytes must be used."""
 BUDGET_TURNS = 10
@@ -310,20 +310,24 @@ def _bound(error: float) -> float:
 def _sought(measure: Measure, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """The steps with which errors are just below the bound, and those errors."""
     good, good_errors = torch.zeros_like(steps), torch.zeros_like(errors)
-    bad = torch.full_like(steps, math.inf)
+    bad, bad_errors = torch.full_like(steps, math.inf), torch.full_like(errors, math.inf)
+    target = 0.5 * (1 + CLOSE) * bound
     for turn in range(TURNS):
         within = errors <= bound
-        better = within & (steps > good)
+        better, worse = within & (steps > good), ~within & (steps < bad)
         good, good_errors = torch.where(better, steps, good), torch.where(better, errors, good_errors)
-        bad = torch.where(within, bad, torch.minimum(bad, steps))
+        bad, bad_errors = torch.where(worse, steps, bad), torch.where(worse, errors, bad_errors)
         open_ = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
-        if not bool(open_.any()) or (turn > TURNS // 2 and bool((good > 0).all())):
+        if not bool(open_.any()) or (turn >= ENOUGH and bool((good > 0).all())):
             break
-        aimed = steps * (0.5 * (1 + CLOSE) * bound / errors.clamp_min(1e-300)).clamp(0.25, 4.0)
-        between = (good * bad).sqrt()
-        outside = (aimed <= good) | (aimed >= bad)
-        aimed = torch.where(outside & (good > 0) & bad.isfinite(), between, aimed)
-        aimed = torch.where((aimed >= bad) & (good == 0), bad / 2, aimed)
+        # further each time: where whole components come and go, errors hardly change for long, and then at once
+        ratio = (target / errors.clamp_min(1e-300)) ** 2.0**turn
+        aimed = steps * ratio.clamp(0.25, 4.0)
+        share = (target / good_errors).log() / (bad_errors / good_errors).log()
+        # every other time in the middle, since errors may jump
+        share = torch.full_like(share, 0.5) if turn % 2 else share.clamp(0.05, 0.95)
+        closed = (good > 0) & bad.isfinite()
+        aimed = torch.where(closed, good * (bad / good) ** share, aimed)
         steps = torch.where(open_, _as_written(aimed), good)
         errors = torch.where(open_, measure(steps, open_), good_errors)
     if bool((good == 0).any()):

@@ -31,11 +31,15 @@ OVERHEAD = 16.0
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Singular components of several updates, largest first: Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ; missing ones are 0."""
+    """Singular components of several updates, largest first: Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ; missing ones are 0.
+
+    ranks: of the factors of each update, which are those of what it comes back as.
+    """
 
     u: Float[Tensor, "n r n_out"]
     s: Float[Tensor, "n r"]
     v: Float[Tensor, "n r n_in"]
+    ranks: Int[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.s)
@@ -47,7 +51,7 @@ class Components:
     def part(self, which: Sequence[int]) -> "Components":
         """Some of the updates."""
         at = torch.tensor(list(which), dtype=torch.int64)
-        return Components(self.u[at], self.s[at], self.v[at])
+        return Components(self.u[at], self.s[at], self.v[at], self.ranks[at])
 
 
 def components(factors: Sequence[LoRAFactors]) -> Components:
@@ -58,6 +62,7 @@ def components(factors: Sequence[LoRAFactors]) -> Components:
         torch.zeros(len(factors), rank, n_out, dtype=torch.float64),
         torch.zeros(len(factors), rank, dtype=torch.float64),
         torch.zeros(len(factors), rank, n_in, dtype=torch.float64),
+        torch.tensor([one.down.shape[0] for one in factors]),
     )
     by_rank: dict[int, list[int]] = {}
     for index, one in enumerate(factors):
@@ -289,7 +294,7 @@ def _by_cores(
     spread = (exact.square() * torch.exp2(-profile / 2.0)).mean((1, 2)).sqrt()
     levels = classes(spread) + 1
     bits = logistic_bits(codes, (levels[:, None, None] - 1 + profile).clamp_min(0)).sum((1, 2)) + OVERHEAD
-    left, right = core_factors(codes, steps, wide.s.shape[1])
+    left, right = core_factors(codes, steps, wide.ranks)
     return codes.to(torch.int64), levels, bits, _lost(wide, right @ v_rows, left.mT @ u_rows)
 
 
@@ -299,12 +304,14 @@ def core_profile(down: np.ndarray, up: np.ndarray) -> Int[Tensor, "k_up k_down"]
 
 
 def core_factors(
-    cores: Tensor, steps: Tensor, rank: int
+    cores: Tensor, steps: Tensor, ranks: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n k_up r"], Float[Tensor, "n r k_down"]]:
-    """The best factors of this rank of cores in whole numbers."""
+    """The best factors of these ranks of cores in whole numbers; r is the largest of them, if cores have so many."""
     u, s, v = torch.linalg.svd(cores.to(torch.float64), full_matrices=False)
-    root = (s[:, :rank] * steps[:, None]).sqrt()
-    return u[:, :, :rank] * root[:, None], v[:, :rank] * root[..., None]
+    most = min(int(ranks.max()), s.shape[1])
+    kept = torch.arange(most) < ranks[:, None]
+    root = (s[:, :most] * kept * steps[:, None]).sqrt()
+    return u[:, :, :most] * root[:, None], v[:, :most] * root[..., None]
 
 
 def _best(wide: Components, steps: Tensor, v_rows: Tensor, whole: Tensor) -> Tensor:
