@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import eigenlorax as ex
 from coded import SHARES, coded_pack
 from convnets import conv_pack, images, make_convnet
-from eigenlorax.tuner import serve, to_lora
+from eigenlorax.errors import OptionError
+from eigenlorax.tuner import EigenLoraxConfig, serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from tiny import BERT, IN, make_bert
 
@@ -52,6 +53,15 @@ def test_alone_mixed_served_and_merged(path, ids, tmp_path):
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, **CLOSE)
     for module, factors in to_lora(served, "a2").modules.items():
         torch.testing.assert_close(factors.down, pack.adapter("a2").modules[module].down)
+
+
+def test_training_on_no_direction_is_refused(tmp_path):
+    path = coded_pack(dict.fromkeys(BERT, (IN, IN)), "nothing").save(tmp_path / "pack")
+    with pytest.raises(OptionError, match="no direction in any of these modules.*n_components=32"):
+        get_peft_model(make_bert(), EigenLoraxConfig(subspace=str(path), r=2))
+    model = get_peft_model(make_bert(), EigenLoraxConfig(subspace=str(path), r=2, n_extra=3))
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.requires_grad}
+    assert {(2, 3), (3, 2)} <= shapes
 
 
 def test_bases_are_used_where_adapters_share_some(tmp_path):

@@ -78,6 +78,13 @@ class EigenLoraxModel(BaseTuner):
         references.note_rests(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
         smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
+        trained = not peft_config.inference_mode and not peft_config.rests
+        if trained and sizes and not any(min(bases.down.k, bases.up.k) for bases in sizes):
+            raise OptionError(
+                "the subspace has no direction in any of these modules, so that nothing of them would be trained: its "
+                "pack was made for an error or a size, and no direction saved bytes. Fit one to train on, with "
+                "n_components=32 (-k 32), or add random directions (n_extra=32)."
+            )
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
                 f"r={largest} is more than the {smallest} components of a module: the rank of its update is at "
