@@ -3,7 +3,7 @@
     python benchmarks/bytes.py                     # hours; writes results/bytes.json as it goes, and goes on there
     python benchmarks/bytes.py --collections demo --errors .1 .2
     python benchmarks/bytes.py --quick             # a smoke run, to standard output
-    python benchmarks/table.py --write             # the tables in docs/benchmarks.md
+    python benchmarks/table.py --write             # the tables in docs/bytes.md and README.md
 
 For each collection and each error X: the fewest bytes of each rival (`eigenlorax.analysis.rivals`, and lorashare and
 vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
@@ -172,7 +172,6 @@ def ours(folders: Folders, error: float, target: Path) -> int:
     pack = ex.fit(
         {name: str(folder) for name, folder in folders.items()},
         max_error=error,
-        dtype="float16",
         same_base=True,
         warn_above=1,
         allow_pickle=True,

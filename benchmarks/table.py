@@ -48,7 +48,7 @@ def main() -> int:
         (ROOT / "benchmarks" / "README.md", "results"): f"{measured.markdown(run)}\n\n{vllm_tables.markdown(vllm)}",
         (ROOT / "benchmarks" / "README.md", "bytes"): bytes_tables.markdown(stored),
         (docs / "benchmarks.md", "results"): measured.page(run),
-        (docs / "benchmarks.md", "bytes"): bytes_tables.page(stored),
+        (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "tuner.md", "results"): tuner_table(tuner),
         (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),

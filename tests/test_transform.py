@@ -1,6 +1,7 @@
 """Updates in whole numbers: against dense matrices in float64, and against what Gaussian numbers must cost."""
 
 import math
+from decimal import Context, Decimal
 
 import numpy as np
 import pytest
@@ -133,6 +134,15 @@ def test_rounded_rows_are_as_fine_as_they_are_important() -> None:
     assert found.k == 2
     off = (found.rows.double() - directions[:2]).square().mean(1).sqrt()
     assert off.tolist() == pytest.approx([1e-3 / math.sqrt(12), 1e-2 / math.sqrt(12)], rel=0.2)
+
+
+def test_rows_are_those_of_the_nearest_steps_to_the_bit() -> None:
+    fineness = np.arange(256)
+    codes = torch.arange(1, 257)[:, None] * 77_777
+    basis = transform.RoundedBasis(codes, fineness, np.zeros(256, dtype=np.int64))
+    exact = [float(Context(prec=40).power(Decimal(2), Decimal(-int(f)) / 4)) for f in fineness]
+    wanted = torch.tensor([[code * step] for code, step in zip(codes[:, 0].tolist(), exact, strict=True)], dtype=float)
+    assert torch.equal(basis.rows, wanted.float())
 
 
 def test_gaussian_numbers_cost_what_their_entropy_says() -> None:

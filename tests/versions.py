@@ -3,17 +3,19 @@
 import json
 from hashlib import sha256
 
-SINCE_2 = ("max_error", "auto")
-SINCE_3 = ("solver",)
-SINCE_5 = ("max_bytes", "ratio")
+FIELDS = {2: ("max_error", "auto"), 3: ("solver",), 5: ("max_bytes", "ratio")}
+"""Of `fit`, by the version that they are new in."""
 
 
 def older(body, version):
-    """The content of a manifest as a release that knew this version, 1 or 2, and none later has written it.
+    """The content of a manifest as a release that knew this version, 1 to 4, and none later has written it.
 
-    A subspace that was extended has no such version.
+    A subspace that was extended has no version before 3.
     """
-    gone = (*SINCE_3, *SINCE_5) if version == 2 else (*SINCE_2, *SINCE_3, *SINCE_5)
+    gone = [name for since, names in FIELDS.items() if version < since for name in names]
+    if version >= 3:
+        fit = {key: value for key, value in body["fit"].items() if key not in gone}
+        return {**body, "format_version": version, "fit": fit}
     subspace = dict(body["subspace"])
     first = next(iter(subspace["modules"].values()))["down"]["grown"]
     steps = zip(first, subspace.pop("growth"), strict=True)

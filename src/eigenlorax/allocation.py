@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import linalg, quantiser
+from . import krylov, linalg, quantiser
 from .transform import OVERHEAD, Components
 
 MOST = 192
 """Directions of a side that are considered, at most."""
+LARGE = 2048
+"""Rows, or their width, up to which all directions are found at once."""
 WIDEST_CORE = 3
 """Directions up to which cores are considered, in ranks."""
 BINS = 4
@@ -64,8 +67,18 @@ def view(wide: Components, weights: Float[Tensor, " n"]) -> View:
 
 def _side_view(rows: Tensor, lengths: Tensor) -> SideView:
     flat = rows.flatten(0, 1)
-    directions = linalg.leading_rows(flat * lengths.flatten()[:, None], MOST)
+    directions = _leading(flat * lengths.flatten()[:, None])
     return SideView(directions, (flat @ directions.mT).square().numpy(), rows.shape[2])
+
+
+def _leading(rows: Tensor) -> Tensor:
+    """The leading directions of rows, searched for where finding all of them would take long."""
+    if min(rows.shape) <= LARGE:
+        return linalg.leading_rows(rows, MOST)
+    start = torch.randn(rows.shape[1], MOST, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+    square = float(rows.square().sum())
+    found = krylov.leading(lambda columns: rows.mT @ (rows @ columns), start, MOST, tolerance=1e-3 * square)
+    return linalg.orthonormal_rows(found.vectors.mT)
 
 
 @dataclass(frozen=True, slots=True)

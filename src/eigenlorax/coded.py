@@ -354,7 +354,7 @@ def coefficients(
     """What the codes stand for, float32, of the rank of the adapter: rows of zeros fill it up."""
     if one.core_level:
         core = torch.from_numpy(one.core.astype(np.float64))[None]
-        left, right = transform.core_factors(core, torch.tensor([step], dtype=torch.float64), rank)
+        left, right = transform.core_factors(core, torch.tensor([step], dtype=torch.float64), torch.tensor([rank]))
         down = _placed(right[0], rank, place.widths[0], place.offsets[0])
         up = _placed(left[0].mT / (scaling or 1.0), rank, place.widths[1], place.offsets[1])
         return Coefficients(down, up.mT.contiguous(), scaling, kernel)

@@ -31,11 +31,14 @@ RANGE = 2.0**-22, 2.0**0.5
 """Steps, relative to the norm of an adapter, that are surveyed where the error is not known beforehand."""
 CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
-TURNS = 14
-"""Rounds in which the steps are sought, at most."""
-FULL = 0.99
-"""How much of a budget of bytes must be used."""
-BUDGET_TURNS = 10
+ENOUGH, TURNS = 8, 24
+"""Rounds in which the steps are sought, where some are found by then; and at most."""
+FULL, NEARLY = 0.99, 0.97
+"""How much of a budget of bytes is to be used, and is enough after several turns."""
+SEVERAL, BUDGET_TURNS = 5, 12
+"""Errors that are tried for a budget: several, and at most."""
+SMALLEST, LARGEST = 1e-6, 0.999
+"""Errors that are tried for a budget."""
 HELD_BYTES = 2**30
 """Components that are kept in memory between rounds; beyond that, factors are read anew."""
 COMPARED = 4
@@ -106,13 +109,14 @@ class Point:
     """A point of the frontier: the delta error that no adapter exceeds, and about how many bytes that takes."""
 
     error: float
-    bytes: float
+    bytes: int
 
 
 class Collection:
     """The modules of a collection, and the norms of its n adapters over all of them, none of which is 0.
 
-    groups: each adapter's cluster; all in one by default. steps: those that are surveyed, relative to norms.
+    groups: each adapter's cluster; all in one by default. steps: those that are surveyed, relative to norms. whole: the
+    same collection in one cluster, whose components are taken where it has kept them.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Collection:
         steps: Sequence[float],
         report: Report,
         groups: Sequence[int] | None = None,
+        whole: "Collection | None" = None,
     ) -> None:
         self.groups = list(groups) if groups is not None else [0] * len(norms)
         self.modules = [part for module in modules for part in module.split(self.groups)]
@@ -129,6 +134,8 @@ class Collection:
         self._report = report
         size = 8 * sum(module.numbers for module in modules)
         self._held: dict[tuple[str, int], Components] | None = {} if size <= HELD_BYTES else None
+        self._whole = whole
+        self._curve: tuple[np.ndarray, np.ndarray] | None = None
         self.survey = Survey(len(norms), steps)
         for module, wide in self._each(SURVEY):
             indices = _indices(module)
@@ -144,14 +151,25 @@ class Collection:
         """Of a module's updates."""
         if self._held is not None and module.key in self._held:
             return self._held[module.key]
-        found = transform.components([member.read() for member in module.members])
+        found = self._of_whole(module)
+        if found is None:
+            found = transform.components([member.read() for member in module.members])
         if self._held is not None:
             self._held[module.key] = found
         return found
 
+    def _of_whole(self, module: Module) -> Components | None:
+        held = self._whole._held if self._whole is not None else None
+        if held is None or (module.name, 0) not in held:
+            return None
+        assert self._whole is not None
+        (all_of_it,) = (one for one in self._whole.modules if one.name == module.name)
+        rows = {member.index: row for row, member in enumerate(all_of_it.members)}
+        return held[module.name, 0].part([rows[member.index] for member in module.members])
+
     def frontier(self, errors: Sequence[float]) -> list[Point]:
         """About the bytes that each error takes."""
-        return [Point(error, self.survey.plan(error).bits / 8) for error in errors]
+        return [Point(error, round(self.survey.plan(error).bits / 8)) for error in errors]
 
     def coded(self, error: float) -> Coded:
         """Every adapter's delta error at most this. `OptionError` if that is too small for whole numbers of 32 bits."""
@@ -162,9 +180,11 @@ class Collection:
         steps, errors = _sought(partial(self._errors, bases), steps, errors, bound)
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, wide in self._each(WRITING):
-            found = transform.encoded(wide, steps[_indices(module)], *bases[module.key])
-            for row, member in enumerate(module.members):
-                codes[member.index][module.name] = coded.taken(found, row)
+            own = steps[_indices(module)]
+            for rows in transform.parts(wide):
+                found = transform.encoded(wide.part(rows), own[rows], *bases[module.key])
+                for place, row in enumerate(rows):
+                    codes[module.members[row].index][module.name] = coded.taken(found, place)
         adapters = [
             AdapterCodes(step, group, modules)
             for step, group, modules in zip(steps.tolist(), self.groups, codes, strict=True)
@@ -195,17 +215,19 @@ class Collection:
         for at, (module, wide) in enumerate(self._each(BASES)):
             indices = _indices(module)
             own = steps[indices]
-            best: tuple[float, tuple[RoundedBasis, RoundedBasis], Codes] | None = None
+            best: tuple[float, tuple[RoundedBasis, RoundedBasis], Tensor] | None = None
             one = allocation.view(wide, 1 / self.norms[indices]) if max(map(max, plan.k[at])) else None
             for k in dict.fromkeys([*plan.k[at], (0, 0)]):
                 pair = _pair(wide, one, own, k, module.shape)
-                found = transform.encoded(wide, own, *pair)
-                price = float(found.price().sum()) + sum(side.bits() + 16 * side.k for side in pair)
+                bits, missed = transform.measured(wide, own, *pair)
+                price = float(transform.price(bits, missed, own).sum()) + sum(
+                    side.bits() + 16 * side.k for side in pair
+                )
                 if best is None or price < best[0]:
-                    best = price, pair, found
+                    best = price, pair, missed
             assert best is not None
-            _, bases[module.key], found = best
-            lost.index_add_(0, indices, found.lost)
+            _, bases[module.key], missed = best
+            lost.index_add_(0, indices, missed)
             relative = wide.s / self.norms[indices, None]
             energy = [float(relative.square().sum())]
             for side, basis in zip(("down", "up"), bases[module.key], strict=True):
@@ -223,52 +245,63 @@ class Collection:
             if rows:
                 indices = _indices(module)[rows]
                 part = wide if len(rows) == len(module.members) else wide.part(rows)
-                lost.index_add_(0, indices, transform.encoded(part, steps[indices], *bases[module.key]).lost)
+                lost.index_add_(0, indices, transform.measured(part, steps[indices], *bases[module.key])[1])
         return lost.sqrt() / self.norms
 
-    def within(self, limit: float, size: Callable[[Coded], int], asked: str) -> Coded:
+    def within(self, limit: float, size: Callable[[Coded], int], asked: str, beside: int = 0) -> Coded:
         """The smallest error that all adapters can have in so many bytes. size: those of what came out.
 
-        asked: what the limit is, in words, for the error where nothing is small enough.
+        asked: what the limit is, in words, for the error where nothing is small enough. beside: bytes that are there
+        whatever comes out, and are not in the limit.
         """
         best: Coded | None = None
-        low, high = 1e-6, 0.999
-        aim = self.aimed(limit)
-        for _ in range(BUDGET_TURNS):
-            aim = min(max(aim, low), high)
+        # the nearest errors with which there are too many bytes, and not too many
+        over: Point | None = None
+        under: Point | None = None
+        target, aim = 0.5 * (1 + FULL) * limit, self.aimed(0.5 * (1 + FULL) * limit)
+        for turn in range(BUDGET_TURNS):
+            if best is None and turn == BUDGET_TURNS - 1:
+                aim = LARGEST
             found = self.coded(aim)
-            taken = size(found)
-            if taken <= limit:
-                best, high = found, aim
-                if taken >= FULL * limit or aim <= 1.001 * low:
-                    return found
-            else:
-                low = aim
-                if aim >= 0.999:
+            here = Point(aim, size(found))
+            if here.bytes <= limit:
+                best, under = found, here
+                if here.bytes >= (FULL if turn < SEVERAL else NEARLY) * limit or aim <= 1.001 * SMALLEST:
                     break
-            slope = self._slope(aim)
-            aim = aim * min(max((taken / (limit * (1 + FULL) / 2)) ** slope, 0.25), 4.0)
-            if best is not None and not low < aim < high:
-                aim = math.sqrt(low * high)
+            else:
+                over = here
+                if aim >= LARGEST:
+                    break
+            if over is None or under is None:
+                # as far from the estimate as the last one was, and further each time
+                push = 1.02 ** (2.0**turn)
+                aim = self.aimed(target * self._estimated(aim) / here.bytes)
+                aim = min(aim, here.error / push) if over is None else max(aim, here.error * push)
+                aim = min(max(aim, SMALLEST), LARGEST)
+            elif under.error < 1.002 * over.error:
+                break
+            else:
+                share = math.log(over.bytes / target) / math.log(over.bytes / under.bytes)
+                # every third time in the middle, since bytes may jump
+                share = 0.5 if turn % 3 == 2 else min(max(share, 0.05), 0.95)
+                aim = over.error * (under.error / over.error) ** share
         if best is None:
-            raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {taken:,} bytes.")
+            assert over is not None
+            least = over.bytes + beside
+            raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {least:,} bytes.")
         return best
 
     def aimed(self, limit: float) -> float:
         """The error whose bytes are estimated to be so many."""
-        errors = np.exp(np.linspace(math.log(1e-4), math.log(0.98), 41))
-        sizes = np.array([point.bytes for point in self.frontier(errors.tolist())])
-        order = np.argsort(sizes, kind="stable")
-        return float(
-            np.exp(np.interp(math.log(max(limit, 1)), np.log(np.maximum(sizes[order], 1)), np.log(errors[order])))
-        )
+        if self._curve is None:
+            errors = np.exp(np.linspace(math.log(SMALLEST), math.log(LARGEST), 65))
+            sizes = np.array([point.bytes for point in self.frontier(errors.tolist())])
+            self._curve = np.log(errors), np.log(np.maximum(np.minimum.accumulate(sizes), 1))
+        errors, sizes = self._curve
+        return float(np.exp(np.interp(math.log(max(limit, 1)), sizes[::-1], errors[::-1])))
 
-    def _slope(self, error: float) -> float:
-        """By which power of the bytes the error falls, near an error."""
-        near, far = (point.bytes for point in self.frontier([error, min(1.1 * error, 0.9995)]))
-        fall = math.log(max(near, 1) / max(far, 1))
-        rise = math.log(min(1.1 * error, 0.9995) / error)
-        return min(max(rise / fall if fall > 0 else 1.0, 0.2), 5.0)
+    def _estimated(self, error: float) -> float:
+        return max(self.frontier([error])[0].bytes, 1.0)
 
 
 def alone(
@@ -306,20 +339,24 @@ def _bound(error: float) -> float:
 def _sought(measure: Measure, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """The steps with which errors are just below the bound, and those errors."""
     good, good_errors = torch.zeros_like(steps), torch.zeros_like(errors)
-    bad = torch.full_like(steps, math.inf)
+    bad, bad_errors = torch.full_like(steps, math.inf), torch.full_like(errors, math.inf)
+    target = 0.5 * (1 + CLOSE) * bound
     for turn in range(TURNS):
         within = errors <= bound
-        better = within & (steps > good)
+        better, worse = within & (steps > good), ~within & (steps < bad)
         good, good_errors = torch.where(better, steps, good), torch.where(better, errors, good_errors)
-        bad = torch.where(within, bad, torch.minimum(bad, steps))
+        bad, bad_errors = torch.where(worse, steps, bad), torch.where(worse, errors, bad_errors)
         open_ = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
-        if not bool(open_.any()) or (turn > TURNS // 2 and bool((good > 0).all())):
+        if not bool(open_.any()) or (turn >= ENOUGH and bool((good > 0).all())):
             break
-        aimed = steps * (0.5 * (1 + CLOSE) * bound / errors.clamp_min(1e-300)).clamp(0.25, 4.0)
-        between = (good * bad).sqrt()
-        outside = (aimed <= good) | (aimed >= bad)
-        aimed = torch.where(outside & (good > 0) & bad.isfinite(), between, aimed)
-        aimed = torch.where((aimed >= bad) & (good == 0), bad / 2, aimed)
+        # further each time: where whole components come and go, errors hardly change for long, and then at once
+        ratio = (target / errors.clamp_min(1e-300)) ** 2.0**turn
+        aimed = steps * ratio.clamp(0.25, 4.0)
+        share = (target / good_errors).log() / (bad_errors / good_errors).log()
+        # every other time in the middle, since errors may jump
+        share = torch.full_like(share, 0.5) if turn % 2 else share.clamp(0.05, 0.95)
+        closed = (good > 0) & bad.isfinite()
+        aimed = torch.where(closed, good * (bad / good) ** share, aimed)
         steps = torch.where(open_, _as_written(aimed), good)
         errors = torch.where(open_, measure(steps, open_), good_errors)
     if bool((good == 0).any()):
@@ -388,9 +425,15 @@ def clustered(whole: Collection, modules: Sequence[Module], error: float, report
     steps = whole.survey.steps
     middle = int(np.abs(np.log(steps) - np.log(whole.survey.plan(error).steps).mean()).argmin())
     near = steps[max(middle - 1, 0) : middle + 2].tolist()
-    best, least = None, WORTHWHILE * Collection(modules, whole.norms, near, report).survey.plan(error).bits
-    for groups in clusters.groupings(alike, chosen):
-        bits = Collection(modules, whole.norms, near, report, groups).survey.plan(error).bits
-        if bits < least:
-            best, least = groups, WORTHWHILE * bits
-    return Collection(modules, whole.norms, steps.tolist(), report, best) if best is not None else whole
+    candidates = clusters.groupings(alike, chosen)
+    if not candidates:
+        return whole
+
+    def bits(groups: list[int] | None) -> float:
+        return Collection(modules, whole.norms, near, report, groups, whole).survey.plan(error).bits
+
+    best, least = None, WORTHWHILE * bits(None)
+    for groups in candidates:
+        if (found := bits(groups)) < least:
+            best, least = groups, WORTHWHILE * found
+    return Collection(modules, whole.norms, steps.tolist(), report, best, whole) if best is not None else whole

@@ -58,11 +58,13 @@ def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, 
     error = options.max_error
     steps = coding.steps_for(error, numbers) if error is not None else coding.steps_for_any()
     collection = Collection(modules, norms, steps, report)
-    carried = sum(tensor.nbytes for packing in packings.values() for tensor in packing.adapter.carried.values())
+    carried = _carried(packings, by_module)
     if error is None:
         limit, asked = _limit(packings, by_module, options, carried)
         collection = coding.clustered(collection, modules, collection.aimed(limit - carried), report)
-        found = collection.within(limit, lambda one: _size(one, by_module, packings, list(weights)) + carried, asked)
+        found = collection.within(
+            limit - carried, lambda one: _size(one, by_module, packings, list(weights)), asked, carried
+        )
     else:
         collection = coding.clustered(collection, modules, error, report)
         found = collection.coded(error)
@@ -106,6 +108,17 @@ def _shapes(by_module: ByModule) -> dict[str, tuple[int, int]]:
     return {
         name: (spec.out_features, spec.in_features) for name, spec in ((n, _spec(members)) for n, members in by_module)
     }
+
+
+def _carried(packings: Mapping[str, Packing], by_module: ByModule) -> int:
+    """Bytes of what adapters keep as it is: modules that are kept out of the subspace, and what is no LoRA."""
+    inside = {(packing.adapter.name, module) for _, members in by_module for packing, module in members}
+    found = 0
+    for name, packing in packings.items():
+        found += sum(tensor.nbytes for tensor in packing.adapter.carried.values())
+        specs = [spec for module, spec in packing.adapter.specs.items() if (name, module) not in inside]
+        found += sum(spec.numbers * spec.dtype.itemsize for spec in specs)
+    return found
 
 
 def _limit(
@@ -181,4 +194,4 @@ def _frontier(collection: Collection, error: float, size: int, carried: int) -> 
     errors = sorted({min(max(around * error, 1e-6), 0.99) for around in AROUND} | {error})
     guessed = {point.error: point.bytes for point in collection.frontier(errors)}
     factor = (size - carried) / max(guessed[error], 1.0)
-    return [Point(one, carried + factor * guess) for one, guess in guessed.items()]
+    return [Point(one, round(carried + factor * guess)) for one, guess in guessed.items()]

@@ -48,6 +48,9 @@ def agree(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def convolved(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
     """The images (n, channels, …) convolved with rows (m, channels · kernel) as the module does: (n, m, …)."""
+    if not len(rows):
+        # torch convolves with nothing less than one row
+        return convolved(module, images, rows.new_zeros(1, rows.shape[1]))[:, :0]
     weight = rows.reshape(len(rows), -1, *module.kernel_size)
     found: Tensor = module._conv_forward(images, weight, None)
     return found
@@ -55,4 +58,6 @@ def convolved(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
 
 def pointwise(images: Tensor, matrix: Tensor, dimensions: int) -> Tensor:
     """Each place of the images (n, channels, …) multiplied with a matrix (m, channels): (n, m, …)."""
+    if 0 in matrix.shape:
+        return images.new_zeros(len(images), len(matrix), *images.shape[2:])
     return _BY_DIMENSION[dimensions](images, matrix[(..., *[None] * dimensions)])

@@ -9,7 +9,7 @@ take turns, so that NumPy does a step of all of them at once. docs/pack-format.m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Context, Decimal, localcontext
 from functools import cache
 from itertools import pairwise
 
@@ -52,14 +52,16 @@ class Table:
 def table(number: int) -> Table:
     """The table of a class; made in decimal arithmetic, so that it is the same on every machine."""
     raw = max(0, (number - _WIDEST) // 4 + 1)
-    scale = _CONTEXT.power(Decimal(2), Decimal(number) / 4 - 4)
-    reach = int(16 * scale / 2**raw) + 2
-    symbols = 2 * reach + 1
-    spread = _TOTAL - symbols - 1
-    bounds = [0]
-    for place in range(1, symbols):
-        edge = (Decimal((place - reach) * 2**raw) - Decimal("0.5")) / scale
-        bounds.append(place + int(spread / (1 + _CONTEXT.exp(-edge)) + Decimal("0.5")))
+    # the context of the program that calls may have fewer digits
+    with localcontext(_CONTEXT):
+        scale = Decimal(2) ** (Decimal(number) / 4 - 4)
+        reach = int(16 * scale / 2**raw) + 2
+        symbols = 2 * reach + 1
+        spread = _TOTAL - symbols - 1
+        bounds = [0]
+        for place in range(1, symbols):
+            edge = (Decimal((place - reach) * 2**raw) - Decimal("0.5")) / scale
+            bounds.append(place + int(spread / (1 + (-edge).exp()) + Decimal("0.5")))
     return Table(raw, -reach, np.array([*bounds, symbols + spread, _TOTAL], dtype=np.int64))
 
 

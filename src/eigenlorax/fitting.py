@@ -166,6 +166,10 @@ def fit(
             compactly = compact.fit(by_module, setting.weights, fit_options, report)
             modules, by_iteration, seconds = dict(compactly.modules), False, {"coding": time.perf_counter() - started}
             notes.extend(compactly.notes)
+            elsewhere = {"engine": engine, "device": str(fit_device)}
+            passed_by = [f"{name} {value}" for name, value in elsewhere.items() if value not in ("serial", "cpu")]
+            if passed_by:
+                notes.append(f"Bytes were chosen in this process, on its CPU, in spite of {' and '.join(passed_by)}.")
         else:
             chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
             index = {adapter.name: place for place, adapter in enumerate(taken)}

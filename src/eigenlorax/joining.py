@@ -94,6 +94,8 @@ def check_extend(extend: int, info: SubspaceInfo) -> int:
     """`extend` as a number of directions that the widest side could take."""
     extend = integer("extend", extend)
     largest = max((side.dimension for pair in info.modules.values() for side in pair.values()), default=0)
+    if info.dtype == storages.CODED:
+        raise OptionError(storages.NOT_EXTENDED)
     if not 1 <= extend <= largest:
         raise OptionError(
             f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "
@@ -119,10 +121,12 @@ def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBa
     return {name: (next(found), next(found)) for name in subspace.modules}
 
 
-def code(one: Joining, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], error: float) -> None:
+def code(
+    one: Joining, subspace: Subspace, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], error: float
+) -> None:
     """Give a new adapter its coefficients, and what is beside them, in the cluster in which it takes fewest bytes.
 
-    error: the delta error that it must not exceed.
+    bases: `rounded_bases` of the subspace. error: the delta error that it must not exceed.
     """
     packing = one.packing
     packing.places.update(one.places)
@@ -137,7 +141,9 @@ def code(one: Joining, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], e
             }
             found, lost = coding.alone(updates, cluster, error)
         whole = replace(found, modules={at: found.modules.get(at, codes.UNTRAINED) for at in one.places.values()})
-        places = {at: Place.of(bases[at], cluster) for at in one.places.values()}
+        places = {
+            at: storages.among_all(Place.of(bases[at], cluster), subspace.modules[at]) for at in one.places.values()
+        }
         (data,) = codes.adapter_bytes([(whole, places)])
         if best is None or len(data) < len(best[2]):
             best = whole, places, data, lost

@@ -10,6 +10,7 @@ What an adapter has beside the bases, a *rest*, is added to the two factors: it 
 one. Folded it is a part of the plain LoRA, and costs nothing more.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -130,13 +131,15 @@ class Order:
         """(rows, t, d) → (groups, width · t, d)."""
         if self.index is None:
             return rows
-        return rows[self.index].reshape(self.groups, -1, rows.shape[-1])
+        width = len(self.index) // self.groups
+        return rows[self.index].reshape(self.groups, width * rows.shape[1], rows.shape[2])
 
     def scatter(self, grouped: Tensor) -> Tensor:
         """(groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
         if self.index is None or self.inverse is None:
             return grouped
-        spread = grouped.reshape(len(self.index), -1, grouped.shape[-1])
+        width = len(self.index) // self.groups
+        spread = grouped.reshape(len(self.index), grouped.shape[1] // width, grouped.shape[2])
         return spread[self.inverse]
 
 
@@ -198,7 +201,7 @@ def add_alone(
         hidden = _projected(x, down, convolve)
     if convolve is not None:
         return _add_images(result, hidden @ up, part.scaling)
-    return _add_product(result, hidden.reshape(-1, hidden.shape[-1]), up, part.scaling, in_place)
+    return _add_product(result, hidden, up, part.scaling, in_place)
 
 
 def add_mixed(
@@ -217,14 +220,15 @@ def add_mixed(
     dtype = part.down.dtype
     x = x.to(dtype)
     rank, images = part.down.shape[1], convolve is not None
-    tokens = result.numel() // up_basis.shape[1] // order.groups
+    places = result.numel() // up_basis.shape[1]
+    tokens, of_row = places // order.groups, places // order.rows
     # a convolution of each group with rows of its own is no product of batches
     if not images and folds(tokens, rank, len(down_basis), FOLD_MIXED):
         folded = (part.down.reshape(-1, len(down_basis)) @ wide(down_basis, dtype)).view(order.groups, rank, -1)
-        hidden = torch.bmm(order.gather(x.reshape(order.rows, -1, x.shape[-1])), folded.mT)
+        hidden = torch.bmm(order.gather(x.reshape(order.rows, of_row, x.shape[-1])), folded.mT)
     else:
-        projected = _projected(x, wide(down_basis, dtype), convolve).reshape(order.rows, -1, len(down_basis))
-        hidden = torch.bmm(order.gather(projected), part.down.mT)
+        projected = _projected(x, wide(down_basis, dtype), convolve)
+        hidden = torch.bmm(order.gather(projected.reshape(order.rows, of_row, len(down_basis))), part.down.mT)
     if part.rests:
         by_row = order.scatter(hidden)
         beside = _beside(by_row, x.reshape(order.rows, -1, *x.shape[1:]), up_basis.shape[1], part.rests, convolve)
@@ -236,8 +240,8 @@ def add_mixed(
     hidden = order.scatter(torch.bmm(hidden, part.up.mT))
     up = wide(up_basis, dtype)
     if images:
-        return _add_images(result, hidden.reshape(len(result), -1, len(up_basis)) @ up, part.scaling)
-    return _add_product(result, hidden.reshape(-1, len(up_basis)), up, part.scaling, in_place)
+        return _add_images(result, hidden.reshape(len(result), places // len(result), len(up_basis)) @ up, part.scaling)
+    return _add_product(result, hidden, up, part.scaling, in_place)
 
 
 def _beside(hidden: Tensor, x: Tensor, n_out: int, rests: Sequence[Rest], convolve: Convolve | None) -> Tensor:
@@ -253,7 +257,7 @@ def _beside(hidden: Tensor, x: Tensor, n_out: int, rests: Sequence[Rest], convol
         if rest.down is not None:
             rank = len(rest.down)
             more = _projected(x[rest.rows].flatten(0, 1), rest.down, convolve)
-            hidden[rest.rows, :, :rank] += more.reshape(len(rest.rows), -1, rank)
+            hidden[rest.rows, :, :rank] += more.reshape(len(rest.rows), hidden.shape[1], rank)
         if rest.up is not None:
             update[rest.rows] = rest.scaling * linear(hidden[rest.rows, :, : rest.up.shape[1]], rest.up)
     return update
@@ -283,7 +287,8 @@ def _add_images(result: Tensor, update: Tensor, scaling: float) -> Tensor:
 
 
 def _add_product(result: Tensor, hidden: Tensor, basis: Tensor, scaling: float, in_place: bool) -> Tensor:
-    """`result` (…, out) + scaling · hidden (n, k) @ basis (k, out)."""
+    """`result` (…, out) + scaling · hidden (…, k) @ basis (k, out)."""
+    hidden = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     if result.dtype != hidden.dtype:
         update = ((hidden @ basis) * scaling).view(result.shape).to(result.dtype)
         return result.add_(update) if in_place else result + update

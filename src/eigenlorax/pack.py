@@ -196,10 +196,13 @@ class Pack:
 
     @property
     def aim(self) -> float:
-        """The delta error that no adapter of the fit exceeds: the one that was asked for, or the worst there is."""
+        """The delta error that no adapter of the fit exceeds: the one that was asked for, or the worst there is, of
+        those that were added since where no other is left; 0 if there is none."""
         if self.fit_info.max_error is not None:
             return self.fit_info.max_error
-        return max((record.delta_error for record in self.records.values() if record.in_fit), default=0.0)
+        records = self.records.values()
+        fitted = [record.delta_error for record in records if record.in_fit]
+        return max(fitted or [record.delta_error for record in records], default=0.0)
 
     @property
     def records(self) -> dict[str, Record]:
@@ -404,12 +407,17 @@ class Pack:
         subspace = self.subspace
         if extend is not None:
             subspace = joining.extended(subspace, self._storage, new, extend, report)
+        if self.is_coded and not self.aim:
+            raise OptionError(
+                "this pack was fitted for a size, and none of its adapters is left to say with which error. Fit a pack "
+                "again (max_error, max_bytes or ratio), with the new adapters among the sources."
+            )
         added = {}
         whole = joining.rounded_bases(subspace) if self.is_coded else {}
         for done, one in enumerate(new):
             report("projecting adapters", done, len(new))
             if self.is_coded:
-                joining.code(one, whole, self.aim)
+                joining.code(one, subspace, whole, self.aim)
             for module, place in one.places.items() if not self.is_coded else ():
                 bases, factors = subspace.modules[place], one.adapter.modules[module]
                 one.packing.project(module, place, factors, bases, self._coefficients, spaces.duals(bases))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import fitting, keys, linalg, storages
+from . import dtypes, fitting, keys, linalg
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
 from .errors import WARN_ABOVE, OptionError
@@ -112,11 +112,17 @@ def refit(
     old = pack.fit_info
     given_sizes = (n_components, energy, max_error, max_bytes, ratio)
     sizes: dict[str, Any] = dict(zip(spaces.SIZES, given_sizes, strict=True))
-    if all(value is None for value in sizes.values()):
+    by_default = all(value is None for value in sizes.values())
+    if by_default:
         sizes = {name: getattr(old, name) for name in spaces.SIZES}
     # what finds by itself how numbers are stored is not told how they were
     by_bytes = any(value is not None for value in (max_error, max_bytes, ratio))
-    stored = [None if by_bytes or one == storages.CODED else one for one in (pack.storage, pack.coefficient_storage)]
+    stored: list[str | None] = [None, None]
+    if not by_bytes:
+        stored = [pack.storage, pack.coefficient_storage]
+        if pack.is_coded:
+            # what the pack gives back is in float64, which says nothing of what it is worth
+            stored = [None if by_default or set(originals) == set(given) else dtypes.name(pack.dtype)] * 2
     found = fitting.fit(
         given,
         **sizes,
@@ -130,6 +136,8 @@ def refit(
         device=device,
         progress=progress,
     )
+    # what is kept beside components, or is lost by rounding them to steps, may be in any direction
+    in_components = not (pack.is_coded or found.is_coded)
     members: dict[str, PackedAdapter] = {}
     changes: dict[str, Change] = {}
     for done, name in enumerate(pack.names):
@@ -138,8 +146,8 @@ def refit(
         squares = _compared(pack.adapter(name, torch.float64), found.adapter(name, torch.float64), before)
         record = after.record
         if name not in originals:
-            alone = not originals and before.subspace in (None, pack.info.fingerprint)
-            record = _followed(before.record, record, squares, alone=alone)
+            alone = not originals and before.subspace in (None, pack.info.fingerprint) and in_components
+            record = _followed(before.record, record, squares, alone=alone, projected=not pack.is_coded)
         members[name] = replace(after, record=record)
         changes[name] = _change(before.record, record, squares, name in originals)
     report("comparing adapters", len(pack.names), len(pack.names))
@@ -184,21 +192,28 @@ def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
     return max(float(linalg.product_square(left, torch.cat([one.down.double(), other.down.double()]))), 0.0)
 
 
-def _followed(before: Record, after: Record, squares: _Squares, *, alone: bool) -> Record:
+def _followed(before: Record, after: Record, squares: _Squares, *, alone: bool, projected: bool) -> Record:
     """The record of an adapter that was fitted without its original: of that it says what it said, and what is lost is
     followed from what was lost before and what has changed since.
 
     alone: nothing has entered the fit but what lies in the components that the adapter was projected on. Then what was
-    lost is orthogonal to what has changed, and squares add up; else norms do, at most.
+    lost is orthogonal to what has changed, and squares add up; else norms do, at most. projected: what was lost before
+    is orthogonal to what was kept, which says how large the original was; else that is known within bounds.
     """
-    known = squares.inside / (1 - before.delta_error**2) if before.delta_error < 1 else 0.0
-    lost, total = known * before.delta_error**2, known + squares.outside
+    lost_before, moved = before.delta_error, math.sqrt(squares.moved)
+    if projected:
+        known = squares.inside / (1 - lost_before**2) if lost_before < 1 else 0.0
+    else:
+        least, most = (math.sqrt(squares.inside) / max(1 + sign * lost_before, 1e-9) for sign in (1, -1))
+        # the size of the original with which most of it would be lost
+        known = min(max(lost_before * squares.outside / moved, least), most) ** 2 if moved else most**2
+    lost, total = known * lost_before**2, known + squares.outside
     if total == 0:
-        error = before.delta_error
+        error = lost_before
     elif alone:
         error = math.sqrt((lost + squares.moved) / total)
     else:
-        error = (math.sqrt(lost) + math.sqrt(squares.moved)) / math.sqrt(total)
+        error = (math.sqrt(lost) + moved) / math.sqrt(total)
     return replace(
         after,
         delta_error=error,

@@ -152,9 +152,7 @@ class Floats(Storage):
         for module, c in coefficients.items():
             for side, tensor in (("down", c.down), ("up", c.up)):
                 tensors[keys.coefficients_key(module, side)] = tensor
-                if (rest := c.rest(side)) is not None:
-                    tensors[keys.rest_key(module, side)] = rest
-        return tensors
+        return tensors | _rests(coefficients)
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
@@ -254,12 +252,13 @@ class Integers(Storage):
         return found
 
     def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
-        return {
-            f"{keys.coefficients_key(module, side)}.{name}": tensor
-            for module, c in coefficients.items()
-            for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True)
-            for name, tensor in quantised.kept(quantised.encode(rows, self.bits)).items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for module, c in coefficients.items():
+            for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True):
+                key = keys.coefficients_key(module, side)
+                payload = quantised.kept(quantised.encode(rows, self.bits))
+                tensors |= {f"{key}.{name}": tensor for name, tensor in payload.items()}
+        return tensors | _rests(coefficients)
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
@@ -274,7 +273,10 @@ class Integers(Storage):
                 sides.append(self._decoded(part, key))
                 payload |= {f"{key}.{name}": tensors.pop(f"{key}.{name}") for name in part}
             down, up = sides
-            found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel)
+            rests = {key: tensors.pop(key) for s in keys.SIDES if (key := keys.rest_key(module, s)) in tensors}
+            payload |= rests
+            down_rest, up_rest = (rests.get(keys.rest_key(module, side)) for side in keys.SIDES)
+            found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel, down_rest, up_rest)
         return found, payload
 
 
@@ -299,10 +301,7 @@ class Coded(Storage):
         raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
 
     def extended(self, basis: Basis, rows: Tensor) -> Basis:
-        raise OptionError(
-            "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
-            "Add the adapter without extend."
-        )
+        raise OptionError(NOT_EXTENDED)
 
     def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
         return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
@@ -345,6 +344,10 @@ class Coded(Storage):
         return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
 
 
+NOT_EXTENDED = (
+    "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+    "Add the adapter without extend."
+)
 ONLY_CODED = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
 
 
@@ -354,8 +357,13 @@ def adapter_places(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str,
     found = {}
     for name, bases in modules.items():
         sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
-        found[name] = coded.place_of(sides, number)
+        found[name] = among_all(coded.place_of(sides, number), bases)
     return found
+
+
+def among_all(place: coded.Place, bases: ModuleBases) -> coded.Place:
+    """The same place where directions were added to the bases since they were coded: nothing is on these."""
+    return replace(place, widths=(bases.down.k, bases.up.k))
 
 
 def basis_bytes(basis: Basis) -> bytes:
@@ -437,6 +445,12 @@ def _readable(call: Callable[..., Any], *args: Any) -> Any:
         raise ValueError(reason(error)) from error
 
 
+def _rests(coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+    """What is beside them, by the names in an adapter's file: as it is in memory."""
+    found = {keys.rest_key(module, side): c.rest(side) for module, c in coefficients.items() for side in keys.SIDES}
+    return {key: rest for key, rest in found.items() if rest is not None}
+
+
 def _mixed(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of coefficients, (…, r, k_down) and (…, r, k_up), of the same updates, in the factors that lose least if
     what rounding takes from a row is in proportion to its norm (docs/method.md): all rows of one norm, and none along
@@ -470,9 +484,9 @@ def _check(name: str, found: Tensor, shape: tuple[int, int], dtype: torch.dtype)
         raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be {shape}, {dtype}")
 
 
-INTEGERS = ("int8", "int4")
+FLOATS: dict[str, Storage] = {dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED}
 STORAGES: dict[str, Storage] = {
-    **{dtypes.name(dtype): Floats(dtypes.name(dtype), dtype) for dtype in dtypes.STORED},
+    **FLOATS,
     "int8": Integers("int8", torch.float32, 8),
     "int4": Integers("int4", torch.float32, 4),
     CODED: Coded(CODED, torch.float32),

@@ -3,6 +3,7 @@
 The mathematics, with proofs and measurements, is in docs/method.md. Nothing here knows of files or adapters' names.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -64,8 +65,8 @@ class FitOptions:
             raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
         elif self.max_bytes is not None and self.max_bytes < 1:
             raise OptionError(f"max_bytes is a number of bytes, at least 1, got {self.max_bytes}.")
-        elif self.ratio is not None and not self.ratio >= 1:
-            raise OptionError(f"ratio is by how much smaller the pack is, 1 or more, got {self.ratio}.")
+        elif self.ratio is not None and not 1 <= self.ratio < math.inf:
+            raise OptionError(f"ratio is by how much smaller the pack is, a number from 1 on, got {self.ratio}.")
         if self.weighting not in WEIGHTINGS:
             raise OptionError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         if self.sweeps < 0:

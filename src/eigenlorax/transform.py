@@ -7,7 +7,7 @@ components vanish in the rounding by themselves. Nothing here knows of files; `c
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,17 +21,25 @@ from .adapter import LoRAFactors
 SCALES = 8
 """Steps of a component's scale to an octave."""
 MOST_SCALE = 255
+QUARTERS = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
+"""2^0, 2^¼, 2^½ and 2^¾, each the nearest float64."""
+PART_NUMBERS = 2**23
+"""Numbers that are coded at a time: each takes some hundred bytes meanwhile."""
 OVERHEAD = 16.0
 """Bits of a component, or a core, beside its numbers: its scale and levels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Singular components of several updates, largest first: Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ; missing ones are 0."""
+    """Singular components of several updates, largest first: Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ; missing ones are 0.
+
+    ranks: of the factors of each update, which are those of what it comes back as.
+    """
 
     u: Float[Tensor, "n r n_out"]
     s: Float[Tensor, "n r"]
     v: Float[Tensor, "n r n_in"]
+    ranks: Int[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.s)
@@ -43,7 +51,7 @@ class Components:
     def part(self, which: Sequence[int]) -> "Components":
         """Some of the updates."""
         at = torch.tensor(list(which), dtype=torch.int64)
-        return Components(self.u[at], self.s[at], self.v[at])
+        return Components(self.u[at], self.s[at], self.v[at], self.ranks[at])
 
 
 def components(factors: Sequence[LoRAFactors]) -> Components:
@@ -54,6 +62,7 @@ def components(factors: Sequence[LoRAFactors]) -> Components:
         torch.zeros(len(factors), rank, n_out, dtype=torch.float64),
         torch.zeros(len(factors), rank, dtype=torch.float64),
         torch.zeros(len(factors), rank, n_in, dtype=torch.float64),
+        torch.tensor([one.down.shape[0] for one in factors]),
     )
     by_rank: dict[int, list[int]] = {}
     for index, one in enumerate(factors):
@@ -102,7 +111,8 @@ class RoundedBasis:
     @property
     def rows(self) -> Float[Tensor, "k d"]:
         """The rows, float32: what a reader of the codes gets."""
-        steps = 2.0 ** (-self.fineness / 4.0)
+        # the fingerprint is of these: a power function may be off in the last bit on some machines
+        steps = np.ldexp(QUARTERS[-self.fineness % 4], -self.fineness // 4)
         return (self.codes.to(torch.float64) * torch.from_numpy(steps)[:, None]).to(torch.float32)
 
     def bits(self) -> float:
@@ -194,7 +204,12 @@ class Codes:
 
     def price(self) -> Float[Tensor, " n"]:
         """Bits, and what the loss is worth in bits."""
-        return self.bits + quantiser.WORTH * self.lost / self.steps.square()
+        return price(self.bits, self.lost, self.steps)
+
+
+def price(bits: Tensor, lost: Tensor, steps: Tensor) -> Float[Tensor, " n"]:
+    """Bits, and what losses are worth in bits."""
+    return bits + quantiser.WORTH * lost / steps.square()
 
 
 def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up: RoundedBasis) -> Codes:
@@ -202,8 +217,8 @@ def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up
     found = _by_components(wide, steps, down, up)
     if not 0 < down.k * up.k <= 2 * wide.s.shape[1] * (down.k + up.k):
         return found
-    cores, levels, bits, lost = _by_cores(wide, steps, down, up)
-    better = bits + quantiser.WORTH * lost / steps.square() < found.price()
+    cores, levels, bits, lost = _by_cores(wide, steps, down, up, found.price())
+    better = price(bits, lost, steps) < found.price()
     alone = torch.where(better, 0, 1)
     return replace(
         found,
@@ -216,6 +231,23 @@ def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up
         bits=torch.where(better, bits, found.bits),
         lost=torch.where(better, lost, found.lost),
     )
+
+
+def parts(wide: Components) -> Iterator[list[int]]:
+    """Updates that are coded together: as many as do not take too much memory at a time."""
+    size = max(PART_NUMBERS // max(wide.u[0].numel() + wide.v[0].numel(), 1), 1)
+    return (list(range(start, min(start + size, len(wide)))) for start in range(0, len(wide), size))
+
+
+def measured(
+    wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up: RoundedBasis
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Of `encoded`, about the bits that each update takes, and what is lost of it."""
+    bits, lost = torch.zeros_like(steps), torch.zeros_like(steps)
+    for rows in parts(wide):
+        codes = encoded(wide.part(rows), steps[rows], down, up)
+        bits[rows], lost[rows] = codes.bits, codes.lost
+    return bits, lost
 
 
 def _by_components(wide: Components, steps: Tensor, down: RoundedBasis, up: RoundedBasis) -> Codes:
@@ -251,9 +283,9 @@ def _by_components(wide: Components, steps: Tensor, down: RoundedBasis, up: Roun
 
 
 def _by_cores(
-    wide: Components, steps: Tensor, down: RoundedBasis, up: RoundedBasis
+    wide: Components, steps: Tensor, down: RoundedBasis, up: RoundedBasis, price: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cores, levels, bits and losses."""
+    """Cores, levels, bits and losses; these are infinite where bits alone are more than the `price`."""
     v_rows, u_rows = down.rows.to(torch.float64), up.rows.to(torch.float64)
     v, u = wide.v @ linalg.dual_rows(v_rows).mT, wide.u @ linalg.dual_rows(u_rows).mT
     exact = (u * (wide.s / steps[:, None])[..., None]).mT @ v
@@ -262,8 +294,11 @@ def _by_cores(
     spread = (exact.square() * torch.exp2(-profile / 2.0)).mean((1, 2)).sqrt()
     levels = classes(spread) + 1
     bits = logistic_bits(codes, (levels[:, None, None] - 1 + profile).clamp_min(0)).sum((1, 2)) + OVERHEAD
-    left, right = core_factors(codes, steps, wide.s.shape[1])
-    return codes.to(torch.int64), levels, bits, _lost(wide, right @ v_rows, left.mT @ u_rows)
+    lost = torch.full_like(bits, math.inf)
+    if rows := torch.nonzero(bits < price)[:, 0].tolist():
+        left, right = core_factors(codes[rows], steps[rows], wide.ranks[rows])
+        lost[rows] = _lost(wide.part(rows), right @ v_rows, left.mT @ u_rows)
+    return codes.to(torch.int64), levels, bits, lost
 
 
 def core_profile(down: np.ndarray, up: np.ndarray) -> Int[Tensor, "k_up k_down"]:
@@ -272,12 +307,14 @@ def core_profile(down: np.ndarray, up: np.ndarray) -> Int[Tensor, "k_up k_down"]
 
 
 def core_factors(
-    cores: Tensor, steps: Tensor, rank: int
+    cores: Tensor, steps: Tensor, ranks: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n k_up r"], Float[Tensor, "n r k_down"]]:
-    """The best factors of this rank of cores in whole numbers."""
+    """The best factors of these ranks of cores in whole numbers; r is the largest of them, if cores have so many."""
     u, s, v = torch.linalg.svd(cores.to(torch.float64), full_matrices=False)
-    root = (s[:, :rank] * steps[:, None]).sqrt()
-    return u[:, :, :rank] * root[:, None], v[:, :rank] * root[..., None]
+    most = min(int(ranks.max()), s.shape[1])
+    kept = torch.arange(most) < ranks[:, None]
+    root = (s[:, :most] * kept * steps[:, None]).sqrt()
+    return u[:, :, :most] * root[:, None], v[:, :most] * root[..., None]
 
 
 def _best(wide: Components, steps: Tensor, v_rows: Tensor, whole: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def verify(
     for done, (name, original) in enumerate(sorted(originals.items())):
         report("measuring adapters", done, len(originals))
         record = pack.records[name]
-        asked = bound if record.in_fit or pack.is_coded else None
+        # what was fitted again without its original was given the error beside what it was by then
+        asked = bound if (record.in_fit or pack.is_coded) and not record.bound else None
         found[name] = Verified(
             _error(original, pack.adapter(name, torch.float64), pack, name), record.delta_error, asked
         )

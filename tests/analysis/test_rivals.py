@@ -9,9 +9,9 @@ import torch
 
 from eigenlorax.analysis import joint, rivals
 from eigenlorax.analysis.losses import pair_bytes, rounded_rows
-from eigenlorax.analysis.stack import squares, stack
+from eigenlorax.analysis.stack import Stack, squares, stack
 from made import of_one_subspace, random
-from planted import MODULES, random_factors
+from planted import MODULES, normal, random_factors
 from reference import dense
 
 
@@ -122,7 +122,7 @@ class TestTogether:
         weights = squares(one).rsqrt()
         found = joint.diagonal(one, weights, 9) if kind == rivals.DIAGONAL else joint.full(one, weights, 9)
         rows = found.down, found.up
-        for bits, lost in rivals._LOSSES[kind](one, rows):
+        for bits, lost in rivals._LOSSES[kind](one, rows, rivals.TOGETHER):
             expected = dense_loss(kind, one, rows, bits)
             # signs of singular vectors decide which number of a block is the largest
             rel = 0.1 if kind == rivals.COEFFICIENTS and bits[1] < 16 else 1e-6
@@ -193,3 +193,35 @@ class TestLeast:
         assert rivals.fewest(found, 0) is found[rivals.BOTH][0]
         # two of each at least
         assert not any("4 clusters" in name for name in found)
+
+
+class TestDiagonalCoresOfMany:
+    """Some of the adapters tell what all of them cannot hold."""
+
+    @staticmethod
+    def planted(n=24, k=5):
+        """Every adapter: k common directions with weights of its own, and a little more."""
+        n_out, n_in = MODULES["encoder.0.query"]
+        down, up = normal(k, n_in, seed=1), normal(k, n_out, seed=2)
+        cores = normal(n, k, seed=3)
+        made = Stack(
+            down + 0.02 * normal(n, k, n_in, seed=4),
+            cores[:, :, None] * up,
+            torch.ones(n, dtype=torch.float64),
+            (k,) * n,
+        )
+        return {"encoder.0.query": made}
+
+    @pytest.mark.parametrize("error", [0.9, 0.3, 0.1])
+    def test_the_same_is_found(self, monkeypatch, error):
+        whole = rivals.Together(self.planted(), [range(24)]).least(rivals.DIAGONAL, (16, 16), error, math.inf)
+        monkeypatch.setattr(rivals, "_MANY", 12)
+        some = rivals.Together(self.planted(), [range(24)])
+        assert some.least(rivals.DIAGONAL, (16, 16), error, math.inf) == whole
+        assert whole.worst <= error
+
+    def test_what_they_lose_is_no_more_than_all_of_them_lose(self, monkeypatch):
+        monkeypatch.setattr(rivals, "_MANY", 8)
+        found = rivals.Together(self.planted(), [range(24)])
+        for k in (1, 3, 5, 8):
+            assert found._lost_by_some(k) <= found.tried(rivals.DIAGONAL, k)[16, 16].worst

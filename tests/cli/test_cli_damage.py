@@ -1,6 +1,5 @@
 """A pack whose files are not the ones that were written: each verb says which, writes nothing, and `fit` heals it."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
 from adapters import make_adapter
-from eigenlorax import keys, store
+from eigenlorax import keys
 from outcomes import assert_refused, contents, succeeded
+from signing import signed_again
 
 CARRIED = "base_model.model.embeddings.lora_embedding_A"
 # every kind of file that a pack has; alpha carries an embedding
@@ -131,19 +131,6 @@ def test_the_card_and_the_lock_are_no_content(cli, pack):
     (pack / keys.CARD).write_text("mine")
     (pack / keys.LOCK).unlink()
     succeeded(cli("inspect", pack))
-
-
-def signed_again(pack: Path) -> None:
-    """Let the manifest have the digests of the files as they are, as if a mistaken tool had written them."""
-    path = pack / keys.MANIFEST
-    body = json.loads(path.read_bytes())
-    del body["digest"]
-    data = (pack / body["subspace"]["file"]).read_bytes()
-    body["subspace"]["sha256"] = store.digest(data)
-    for name, entry in body["adapters"].items():
-        entry["files"] = {file: store.digest((pack / "adapters" / name / file).read_bytes()) for file in entry["files"]}
-    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
-    path.write_text(json.dumps({**body, "digest": store.digest(text.encode())}))
 
 
 def tensors_of(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

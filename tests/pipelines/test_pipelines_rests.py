@@ -119,6 +119,19 @@ def test_in_half_precision_a_rest_is_as_large_as_a_lora(make, pack):
         assert {rest.dtype for rest in rests if rest is not None} == {dtype}
 
 
+def test_of_a_coded_pack(make):
+    ours, plain = make("sd"), make("sd")
+    adapters = [style(ours, "toy", 1, convolutions=True), style(ours, "clay", 3, rank=4)]
+    pack = ex.fit(adapters, max_error=0.3)
+    ex.load_into(ours, pack)
+    with_loras(plain, [pack.adapter(name) for name in pack.names])
+    assert any(layer.has_rest("toy") for layer in layers(ours))
+    for names, weights in ((["toy"], [1.0]), (["clay", "toy"], [0.7, -0.4])):
+        for pipe in (ours, plain):
+            pipe.set_adapters(names, adapter_weights=weights)
+        alike(ours, plain)
+
+
 @pytest.mark.parametrize("dtype", ["int8", torch.int8])
 def test_bases_in_8_bits(make, pack, dtype):
     ours, floats = make("sd"), make("sd")

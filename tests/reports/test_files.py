@@ -310,3 +310,43 @@ class TestArguments:
             pytest.raises(OptionError, match="the original of .* is not among .* Passed over: bad."),
         ):
             ex.report(pack, [nan, *adapters[1:]])
+
+
+class TestOfIntegers:
+    """A report of a pack whose coefficients are not those of the adapters' own factors."""
+
+    @pytest.fixture(scope="class", params=["int8", "int4"])
+    def stored(self, request, adapters):
+        pack = ex.fit(adapters, n_components=5, dtype=request.param)
+        return pack, ex.report(pack, adapters)
+
+    def test_errors_are_those_of_the_pack(self, stored, adapters):
+        pack, report = stored
+        for row in report.adapters:
+            assert row.delta_error == pytest.approx(pack.records[row.name].delta_error, rel=1e-6)
+        assert {row.factor_error_down for row in report.adapters} == {None}
+        assert {row.factor_error_up for row in report.modules} == {None}
+        for row in report.modules:
+            # measured on what comes back, whatever its factors are
+            assert row.delta_error == pytest.approx(
+                sum(record.delta_error**2 for record in pack.records.values()) ** 0.5 / len(adapters) ** 0.5, rel=0.5
+            )
+
+    def test_it_says_how_it_is_stored_and_what_that_costs(self, stored):
+        pack, report = stored
+        assert report.collection.dtype == pack.storage
+        assert report.collection.coefficient_dtype == "int8"
+        assert report.bytes.lora == 2 * sum(record.lora_numbers for record in pack.records.values())
+        assert report.bytes.basis == pack.info.stored_bytes
+
+    @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
+    def test_it_is_written(self, stored, tmp_path, suffix):
+        files.write(stored[1], tmp_path / f"report{suffix}")
+        assert stored[0].storage in (tmp_path / f"report{suffix}").read_text("utf-8")
+
+    def test_without_originals_updates_are_compared_as_they_come_back(self, stored, adapters):
+        pack, report = stored
+        alone = ex.report(pack)
+        cosines = {row.name: row.nearest_cosine for row in report.adapters}
+        for row in alone.adapters:
+            assert row.nearest_cosine == pytest.approx(cosines[row.name], abs=0.1)

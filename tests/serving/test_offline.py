@@ -11,6 +11,7 @@ from eigenlorax.errors import AdapterNameError, ModuleNameError, OptionError, Se
 from eigenlorax.vllm import Adapters
 from families import _SHARED, FAMILIES, Family, made_adapters
 from offline import greedy, peft_greedy, with_engine
+from rests import with_rests
 
 FAMILY = FAMILIES["llama"]
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(3)]
@@ -99,6 +100,24 @@ def test_an_adapter_that_is_replaced_while_the_engine_runs_answers_anew(pack, ma
     # longer than a block of the cache
     options = {"max_model_len": 256, "max_num_batched_tokens": 256, "enable_prefix_caching": True}
     assert with_engine(check, made / "base", pack, **options) == wanted
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_adapter_with_a_rest_is_served_expanded_and_others_in_both_ways(made, tmp_path, monkeypatch, shared):
+    monkeypatch.setenv("EIGENLORAX_CACHE", str(tmp_path / "cache"))
+    pack = with_rests(ex.Pack.open(made / "pack"), {"a0": ["both"]}).save(tmp_path / "pack")
+    names = ["a1", "a2"] if shared else ["a0", "a1", "a2"]
+    wanted = peft_greedy(made / "base", PROMPTS[: len(names)], _exported(pack, tmp_path / "out", *names))
+    adapters = Adapters(pack, shared_basis=shared)
+    if shared:
+        with pytest.raises(ServingError, match="'a0' cannot be served: it has a rest beside its coefficients in"):
+            adapters["a0"]
+    requests = [adapters[name] for name in names]
+
+    def answers(llm):
+        return greedy(llm, PROMPTS[: len(names)], requests)
+
+    assert with_engine(answers, made / "base", pack, shared=shared) == wanted
 
 
 def _exported(pack, folder, *names):

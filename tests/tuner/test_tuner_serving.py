@@ -377,7 +377,7 @@ def test_wrong_use(bert_pack):
     with pytest.raises(OptionError, match="no EigenLoRAx adapter: load one first"):
         serve(make_bert())
     with pytest.raises(OptionError, match="dtype must be a dtype of floating point"):
-        serve(crowd(bert_pack, make_bert(), recipes={}), torch.int8)
+        serve(crowd(bert_pack, make_bert(), recipes={}), torch.int16)
 
 
 class TestSharedProducts:

@@ -204,11 +204,19 @@ def _point(stored_bytes: int, lost: Tensor, total: Tensor, settings: Mapping[str
 class Together:
     """A collection in shared bases: what is known of it, and the ways that were tried, each once.
 
-    groups: the adapters of each cluster. rounds: of alternation for diagonal cores, at most.
+    groups: the adapters of each cluster. bits: of bases, and of what each adapter has in them, that are tried. rounds:
+    of alternation at most, for full cores and for diagonal ones.
     """
 
-    def __init__(self, modules: Mapping[str, Stack], groups: Sequence[Sequence[int]], rounds: int = 60) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, Stack],
+        groups: Sequence[Sequence[int]],
+        bits: Sequence[tuple[int, int]] = TOGETHER,
+        rounds: tuple[int, int] = (4, 60),
+    ) -> None:
         self.modules = modules
+        self.bits = bits
         self.rounds = rounds
         self.groups = [list(group) for group in groups]
         self.shapes: dict[str, tuple[int, int]] = {}
@@ -255,7 +263,7 @@ class Together:
     def tried(self, kind: str, k: int) -> Mapping[tuple[int, int], Point]:
         """Of so many components, by bits of bases and of the rest."""
         if (kind, k) not in self._tried:
-            lost = {bits: torch.zeros_like(self.total) for bits in TOGETHER}
+            lost = {bits: torch.zeros_like(self.total) for bits in self.bits}
             for name in self.modules:
                 one = self.modules[name]
                 for place, group in enumerate(self.groups):
@@ -263,7 +271,7 @@ class Together:
                     if not any(part.ranks):
                         continue
                     rows = self._rows(kind, k, name, place, part)
-                    for bits, value in _LOSSES[kind](part, rows):
+                    for bits, value in _LOSSES[kind](part, rows, self.bits):
                         lost[bits][group] += value
             self._tried[kind, k] = {
                 bits: _point(
@@ -272,18 +280,18 @@ class Together:
                     self.total,
                     {"k": k, "bits": list(bits), "clusters": len(self.groups)},
                 )
-                for bits in TOGETHER
+                for bits in self.bits
             }
         return self._tried[kind, k]
 
     def _rows(self, kind: str, k: int, name: str, place: int, part: Stack) -> joint.Rows:
         weights = self.weights[self.groups[place]]
         if kind == DIAGONAL:
-            found = joint.diagonal(part, weights, k, rounds=self.rounds, tolerance=1e-4)
+            found = joint.diagonal(part, weights, k, rounds=self.rounds[1], tolerance=1e-4)
             return found.down, found.up
         known = self._bases.setdefault(k, {})
         if (name, place) not in known:
-            known[name, place] = joint.bases(part, weights, k, rounds=4, tolerance=1e-3)
+            known[name, place] = joint.bases(part, weights, k, rounds=self.rounds[0], tolerance=1e-3)
         return known[name, place]
 
     def least(self, kind: str, bits: tuple[int, int], error: float, limit: Number) -> Point | None:
@@ -320,7 +328,7 @@ class Together:
                 for group in groups:
                     part, weights = one.of(group), self.weights[group]
                     if any(part.ranks):
-                        found = joint.diagonal(part, weights, k, rounds=self.rounds, tolerance=1e-4)
+                        found = joint.diagonal(part, weights, k, rounds=self.rounds[1], tolerance=1e-4)
                         lost += float((weights.square() * found.lost).sum())
             trained = sum(int((self.total[group] > 0).sum()) for group in groups)
             self._some[k] = math.sqrt(lost / max(trained, 1))
@@ -330,7 +338,12 @@ class Together:
         """Components with which the error is out of reach: what no factors can, and what full cores did not."""
         floor = int((self._floor > error).sum()) - 1
         return max(
-            [floor] + [k for (kind, k), by in self._tried.items() if kind != DIAGONAL and by[16, 16].worst > error]
+            [floor]
+            + [
+                k
+                for (kind, k), by in self._tried.items()
+                if kind != DIAGONAL and min(point.worst for point in by.values()) > error
+            ]
         )
 
 
@@ -374,11 +387,13 @@ Losses = Iterator[tuple[tuple[int, int], Float[Tensor, " n"]]]
 """‖D − D'‖² of each adapter, by bits."""
 
 
-def _rounded_rows(rows: joint.Rows) -> Iterator[tuple[list[tuple[int, int]], Tensor, Tensor]]:
+def _rounded_rows(
+    rows: joint.Rows, tried: Sequence[tuple[int, int]]
+) -> Iterator[tuple[list[tuple[int, int]], Tensor, Tensor]]:
     """Bases rounded to each number of bits, and what is to be tried with them."""
-    for first in dict.fromkeys(bits for bits, _ in TOGETHER):
+    for first in dict.fromkeys(bits for bits, _ in tried):
         down, up = (rounded_rows(each[None], first)[0] for each in rows)
-        yield [bits for bits in TOGETHER if bits[0] == first], down, up
+        yield [bits for bits in tried if bits[0] == first], down, up
 
 
 def _inside(one: Stack, down: Tensor, up: Tensor) -> Stack:
@@ -386,9 +401,9 @@ def _inside(one: Stack, down: Tensor, up: Tensor) -> Stack:
     return Stack(one.down @ dual_rows(down).mT, one.up @ dual_rows(up).mT, one.scaling, one.ranks)
 
 
-def _of_coefficients(one: Stack, rows: joint.Rows) -> Losses:
+def _of_coefficients(one: Stack, rows: joint.Rows, tried: Sequence[tuple[int, int]]) -> Losses:
     total = squares(one)
-    for several, down, up in _rounded_rows(rows):
+    for several, down, up in _rounded_rows(rows, tried):
         own = balanced(_inside(one, down, up))
         in_down, in_up, down_gram, up_gram = one.down @ down.mT, one.up @ up.mT, down @ down.mT, up @ up.mT
         for bits in several:
@@ -398,9 +413,9 @@ def _of_coefficients(one: Stack, rows: joint.Rows) -> Losses:
             yield bits, total - 2 * cross + norm
 
 
-def _of_full_cores(one: Stack, rows: joint.Rows) -> Losses:
+def _of_full_cores(one: Stack, rows: joint.Rows, tried: Sequence[tuple[int, int]]) -> Losses:
     total = squares(one)
-    for several, down, up in _rounded_rows(rows):
+    for several, down, up in _rounded_rows(rows, tried):
         inside = _inside(one, down, up)
         cores, seen = inside.up.mT @ inside.down, (one.up @ up.mT).mT @ (one.down @ down.mT)
         for bits in several:
@@ -409,9 +424,9 @@ def _of_full_cores(one: Stack, rows: joint.Rows) -> Losses:
             yield bits, total - 2 * (seen * rounded).sum((1, 2)) + norm
 
 
-def _of_diagonal_cores(one: Stack, rows: joint.Rows) -> Losses:
+def _of_diagonal_cores(one: Stack, rows: joint.Rows, tried: Sequence[tuple[int, int]]) -> Losses:
     total = squares(one)
-    for several, down, up in _rounded_rows(rows):
+    for several, down, up in _rounded_rows(rows, tried):
         cores = joint.in_diagonal(one, (down, up)).cores
         seen = ((one.down @ down.mT) * (one.up @ up.mT)).sum(1)
         among = (down @ down.mT) * (up @ up.mT)
@@ -420,7 +435,7 @@ def _of_diagonal_cores(one: Stack, rows: joint.Rows) -> Losses:
             yield bits, total - 2 * (rounded * seen).sum(1) + ((rounded @ among) * rounded).sum(1)
 
 
-_LOSSES: Mapping[str, Callable[[Stack, joint.Rows], Losses]] = {
+_LOSSES: Mapping[str, Callable[[Stack, joint.Rows, Sequence[tuple[int, int]]], Losses]] = {
     COEFFICIENTS: _of_coefficients,
     FULL: _of_full_cores,
     DIAGONAL: _of_diagonal_cores,

@@ -116,14 +116,15 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that the bank holds: bases as it keeps them, coefficients and rests as they are stored,
-        heads; and the pack's own bases where these stay beside, in another dtype."""
+        """Bytes of all tensors that the bank holds: bases as it keeps them, coefficients and rests in the pack's dtype,
+        heads; and the pack's own bases where these stay beside, in another dtype or as they lie in its file."""
         with self._lock:
             tensors = [tensor for held in self._adapters.values() for tensor in held.tensors]
         tensors += [tensor for layer in self._updated.values() for tensor in layer.tensors]
         if not self._forgets:
-            modules = self.pack.subspace.modules.values()
-            tensors += [bases.side(side).components for bases in modules for side in keys.SIDES]
+            bases = [pair.side(side) for pair in self.pack.subspace.modules.values() for side in keys.SIDES]
+            tensors += [one.components for one in bases]
+            tensors += [tensor for one in bases for tensor in (one.payload or {}).values()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 

@@ -1,6 +1,7 @@
 """`eigenlorax refit`: another basis for the adapters of a pack, and what that changes for whom."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,6 +116,7 @@ def refit(
                 "seconds": time.perf_counter() - started,
                 "changes": changes_json(found),
                 "worse": found.worse,
+                "frontier": [asdict(point) for point in found.pack.frontier],
                 "fingerprint_before": opened.info.fingerprint,
                 **console.figures_json(found.pack.summary, found.pack.records),
             }

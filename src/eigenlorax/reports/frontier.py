@@ -33,7 +33,9 @@ WAYS = {
 SHARING = rivals.KINDS
 
 _LEAST_K, _MOST_K = 4, 512
-_ROUNDS = 20
+_QUICK_K = 64
+"""With diagonal cores, the most."""
+_BITS, _ROUNDS = ((8, 8), (4, 4)), (1, 10)
 _ENOUGH = 0.97
 """Of the best so far, a share of bytes or of error that is worth another point."""
 
@@ -129,7 +131,7 @@ def _tried(modules: Mapping[str, Stack], worst: float, lora: float, say: Progres
     for way in (rivals.ROUNDED, rivals.CUT_BY_ENERGY, rivals.BOTH):
         yield from ((way, "", point) for point in _best([each[way] for each in by_error], worst))
     n = len(tables.total)
-    shared = Together(modules, [range(n)], rounds=_ROUNDS)
+    shared = Together(modules, [range(n)], _BITS, _ROUNDS)
     small = sum(sum(ranks) * sum(shared.shapes[name]) for name, ranks in shared.ranks.items()) <= NUMBERS
     for kind in rivals.KINDS if small else (rivals.COEFFICIENTS, rivals.FULL):
         found: list[Point] = []
@@ -137,7 +139,9 @@ def _tried(modules: Mapping[str, Stack], worst: float, lora: float, say: Progres
             done += 1
             say(stage, done, steps)
             # what takes more than the LoRAs is no way to make them smaller
-            useful = shared.floor(k) < WORST and k // 2 < shared.most(kind)
+            useful = (
+                shared.floor(k) < WORST and k // 2 < shared.most(kind) and (kind != rivals.DIAGONAL or k <= _QUICK_K)
+            )
             if useful and shared.stored_bytes(kind, k, (8, 8)) < lora:
                 found += shared.tried(kind, min(k, shared.most(kind))).values()
         for point in _best([point for point in found if point.stored_bytes < lora], worst):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -107,8 +107,7 @@ def measure(
 
 def options_of(pack: Pack) -> FitOptions:
     """How the pack was fitted."""
-    fit = pack.fit_info
-    return FitOptions(fit.n_components, fit.energy, fit.weighting, fit.sweeps, fit.max_error)
+    return FitOptions(**{field.name: getattr(pack.fit_info, field.name) for field in fields(FitOptions)})
 
 
 def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | None) -> Measured:
@@ -237,6 +236,8 @@ def _add_fit(
     members = [place for place, at in enumerate(found.fitted) if square[at] > 0]
     there = [found.fitted[place] for place in members]
     k = (bases.down.n_fitted, bases.up.n_fitted)
+    # of an update in two bases, one of which has no row, nothing is left
+    k = k if all(k) else (0, 0)
     if not members:
         nothing = Side(0, [], [], None)
         found.sides[module] = (nothing, nothing)
@@ -252,7 +253,8 @@ def _add_fit(
         Asked(
             setting.options,
             k,
-            fixed=setting.options.max_error is not None or k == (0, 0),
+            # else an adapter's bound or budget would have to be met anew without it
+            fixed=(setting.options.n_components, setting.options.energy) == (None, None) or k == (0, 0),
             grid=found.grid,
             chosen=[rank[place] for place in asked],
         ),

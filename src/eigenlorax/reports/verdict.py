@@ -7,6 +7,7 @@ collection shares a subspace; below one quarter it does not.
 
 from collections.abc import Iterable, Sequence
 
+from .. import storages
 from . import spreads
 from .alternatives import HALF
 from .data import Finding, Report, SizePoint, Verdict
@@ -114,7 +115,8 @@ def _main(report: Report) -> tuple[str, Finding]:
         Finding(
             "not-shared",
             f"They do not share a subspace: {against}. {_in_the_fit(report, left_out.in_fit.mean)}",
-            f"{_enough(report)} An adapter that comes later will not fit in.",
+            f"{_enough(report)} An adapter that comes later "
+            + ("takes as many bytes as it would alone." if _is_coded(report) else "will not fit in."),
             good=False,
         ),
     )
@@ -207,6 +209,8 @@ def _largest_k(report: Report) -> int:
 def _in_the_fit(report: Report, lost: float) -> str:
     if lost > LOSS:
         return f"In the fit they lose {error(lost)} too."
+    if _is_coded(report):
+        return f"In the fit they lose {error(lost)}, since what directions miss of each is kept beside it."
     sizes = {side.k for module in report.modules for side in (module.down, module.up)}
     room = f"k = {max(sizes)} has" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} directions have"
     return (
@@ -217,6 +221,8 @@ def _in_the_fit(report: Report, lost: float) -> str:
 
 def _enough(report: Report) -> str:
     """Which k would keep them well, or that none that saves anything does."""
+    if _is_coded(report):
+        return "Keep the pack for its size, which needs nothing in common."
     if report.in_fit is not None and report.in_fit.mean <= FINE:
         return "Keep the pack for its size." if report.bytes.ratio > 1 else "Keep them as they are."
     largest = _largest_k(report)
@@ -232,6 +238,11 @@ def _enough(report: Report) -> str:
         f"Keep them as they are, or raise k to {found.k}: the mean loss is then {error(found.mean)}, and the pack "
         f"{ratio(found.ratio)} smaller than the LoRAs."
     )
+
+
+def _is_coded(report: Report) -> bool:
+    """Whether more is kept of each adapter than what lies in the pack's directions."""
+    return report.collection.coefficient_dtype == storages.CODED
 
 
 def _wider(report: Report) -> SizePoint | None:
@@ -404,7 +415,9 @@ def _loss(report: Report) -> list[Finding]:
         return []
     names = [row.name for row in lossy]
     advice = "Fit the pack again with those that were projected, or keep those LoRAs as they are."
-    if any(row.in_fit for row in lossy):
+    if _is_coded(report):
+        advice = f"Ask for less (`--max-error {LOSS}`), or for more bytes."
+    elif any(row.in_fit for row in lossy):
         point = next((point for point in report.sizes if point.worst <= LOSS), None)
         advice = (
             f"`-k {point.k}` would bring every adapter of the fit to {error(point.worst)} or less, in a pack "
@@ -503,6 +516,9 @@ def _rivals(report: Report) -> list[Finding]:
 
 
 def _rounding(report: Report) -> list[Finding]:
+    if _is_coded(report):
+        # where all is rounded, and as coarsely as was asked for
+        return []
     trained = [row for row in report.adapters if not row.untrained]
     worst = max(trained, key=lambda row: row.rounding_error, default=None)
     if worst is None or worst.rounding_error < NOTHING or worst.rounding_error < worst.delta_error / 2:

@@ -4,6 +4,7 @@ The input is multiplied by the frozen basis first: what is kept for backward is 
 Adapters that are active together on one pair of bases have both products in common.
 """
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -257,7 +258,7 @@ class Linear(Adapted):
         return linear(hidden, matrix)
 
     def _rows(self, hidden: Tensor) -> Tensor:
-        return hidden.reshape(len(hidden), -1, hidden.shape[-1])
+        return hidden.reshape(len(hidden), math.prod(hidden.shape[1:-1]), hidden.shape[-1])
 
     def _like(self, rows: Tensor, shape: torch.Size) -> Tensor:
         return rows.reshape(len(rows), *shape)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -78,6 +78,13 @@ class EigenLoraxModel(BaseTuner):
         references.note_rests(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
         smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
+        trained = not peft_config.inference_mode and not peft_config.rests
+        if trained and sizes and not any(min(bases.down.k, bases.up.k) for bases in sizes):
+            raise OptionError(
+                "the subspace has no direction in any of these modules, so that nothing of them would be trained: its "
+                "pack was made for an error or a size, and no direction saved bytes. Fit one to train on, with "
+                "n_components=32 (-k 32), or add random directions (n_extra=32)."
+            )
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
                 f"r={largest} is more than the {smallest} components of a module: the rank of its update is at "
@@ -287,16 +294,19 @@ def _plain(
 ) -> dict[str, Tensor]:
     """Coefficients as floats, however the adapter's file has them."""
 
+    @cache
+    def reference() -> Reference | Embedded:
+        return references.resolve(config)
+
     def slots() -> dict[str, Slot]:
         # a coded adapter is read by the subspace's names of modules, which its own may not be any more
         own = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
-        reference = references.resolve(config)
-        return {name: replace(slot, place=reference.place(name, config) or name) for name, slot in own.items()}
+        return {name: replace(slot, place=reference().place(name, config) or name) for name, slot in own.items()}
 
     def subspace() -> Subspace:
-        reference = references.resolve(config)
-        assert isinstance(reference, references.Reference)
-        return reference.before or reference.subspace
+        found = reference()
+        assert isinstance(found, Reference)
+        return found.before or found.subspace
 
     return storages.plain(state_dict, slots, subspace)
 

@@ -1,0 +1,34 @@
+"""So small, and no worse than that: packs for a size and for an error. On the demo's own adapters, offline.
+
+    pip install . && python examples/bytes.py          # writes bytes/
+
+`eigenlorax fit --ratio`, `fit --max-error`, `inspect --verify` and `export` do the same from the shell.
+"""
+
+from pathlib import Path
+
+import eigenlorax as ex
+from eigenlorax.tasks import demo
+from eigenlorax.verifying import verify
+
+OUT = Path("bytes")
+
+adapters = sorted(path.parent for path in (demo.data() / "adapters").glob("*/adapter_config.json"))
+*first, late = adapters[:7]
+
+pack = ex.fit(first, ratio=20.0)
+print(f"{pack.summary.bytes.ratio:.1f} times smaller; delta error at most {pack.summary.in_fit.worst:.3f}")
+for point in pack.frontier:
+    print(f"  at most {point.error:.3f} would take about {point.bytes:,.0f} bytes")
+
+# one that the fit has not seen keeps the error, too
+record = pack.add(late)
+print(f"{late.name}: {record.delta_error:.3f} lost, {record.coefficient_bytes:,} bytes")
+pack.save(OUT / "pack", overwrite=True)
+
+opened = ex.Pack.open(OUT / "pack")
+found = verify(opened, adapters[:7])
+print("measured from the files:", "holds" if found.holds else "does not hold")
+
+# ordinary LoRAs again
+opened.export(OUT / "loras", [late.name], overwrite=True)
