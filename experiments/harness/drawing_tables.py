@@ -9,7 +9,7 @@ from .pages import table
 from .records import Json, percent
 
 LEAST = 6
-"""The grid is of the largest k at which the pack has this fraction of the LoRAs' bytes, or less."""
+"""The grid is of packs that have this fraction of the LoRAs' bytes; so is what is said of one k, the largest of them."""
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
@@ -231,14 +231,14 @@ def judges_table() -> str:
 
 
 def grid(config: Json, file: Path) -> None:
-    """Pictures of every style, the original's above the recycled one's, at the k of a sixth. It needs the pictures that
-    `recycled` left in work/."""
+    """Pictures of every style, the original's above the recycled one's, at a sixth of the bytes. It needs the pictures
+    that `bytes` left in work/."""
     import numpy as np
     from PIL import Image, ImageDraw
 
     from . import easel
 
-    k, per_class = sixth(), config["drawing"]["per_class"]
+    per_class = config["drawing"]["per_class"]
     classes = [0, 2, 3, 5, 7, 8, 10, 11, 12, 14, 16, 19]
     shown = [one * per_class for one in classes]
     names = [records.asked(one)["style"] for one in styles(seen=True)]
@@ -249,10 +249,10 @@ def grid(config: Json, file: Path) -> None:
     sheet = Image.new("L", (2 * width, half * block), 128)
     pen = ImageDraw.Draw(sheet)
     for n, name in enumerate(names):
-        drawn = easel.saved_pictures(name.replace(" ", "-"))
+        drawn = easel.saved_pictures(f"{name.replace(' ', '-')}-bytes")
         left, top = (n // half) * width, (n % half) * block
         pen.text((left + 4, top + block // 2 - 6), name, fill=0)
-        for row, way in enumerate(("original", f"seen {k}")):
+        for row, way in enumerate(("original", f"ratio {LEAST}")):
             for column, one in enumerate(shown):
                 picture = Image.fromarray(np.asarray(drawn[way][one]))
                 sheet.paste(picture, (left + label + column * (side + gap), top + gap + row * (side + gap // 2)))
