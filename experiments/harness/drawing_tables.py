@@ -9,7 +9,7 @@ from .pages import table
 from .records import Json, percent
 
 LEAST = 6
-"""The grid is of packs that have this fraction of the LoRAs' bytes; so is what is said of one k, the largest of them."""
+"""The grid is of packs that have this fraction of the LoRAs' bytes; of one k, it is the largest such that is shown."""
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
