@@ -48,7 +48,7 @@ def agree(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def convolved(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
     """The images (n, channels, …) convolved with rows (m, channels · kernel) as the module does: (n, m, …)."""
-    weight = rows.reshape(len(rows), -1, *module.kernel_size)
+    weight = rows.reshape(len(rows), module.in_channels // module.groups, *module.kernel_size)
     found: Tensor = module._conv_forward(images, weight, None)
     return found
 

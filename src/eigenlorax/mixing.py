@@ -130,13 +130,13 @@ class Order:
         """(rows, t, d) → (groups, width · t, d)."""
         if self.index is None:
             return rows
-        return rows[self.index].reshape(self.groups, -1, rows.shape[-1])
+        return rows[self.index].unflatten(0, (self.groups, -1)).flatten(1, 2)
 
     def scatter(self, grouped: Tensor) -> Tensor:
         """(groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
         if self.index is None or self.inverse is None:
             return grouped
-        spread = grouped.reshape(len(self.index), -1, grouped.shape[-1])
+        spread = grouped.unflatten(1, (len(self.index) // self.groups, -1)).flatten(0, 1)
         return spread[self.inverse]
 
 
@@ -198,7 +198,7 @@ def add_alone(
         hidden = _projected(x, down, convolve)
     if convolve is not None:
         return _add_images(result, hidden @ up, part.scaling)
-    return _add_product(result, hidden.reshape(-1, hidden.shape[-1]), up, part.scaling, in_place)
+    return _add_product(result, hidden.flatten(0, -2), up, part.scaling, in_place)
 
 
 def add_mixed(
@@ -220,24 +220,27 @@ def add_mixed(
     tokens = result.numel() // up_basis.shape[1] // order.groups
     # a convolution of each group with rows of its own is no product of batches
     if not images and folds(tokens, rank, len(down_basis), FOLD_MIXED):
-        folded = (part.down.reshape(-1, len(down_basis)) @ wide(down_basis, dtype)).view(order.groups, rank, -1)
+        folded = (part.down.flatten(0, 1) @ wide(down_basis, dtype)).view(order.groups, rank, -1)
         hidden = torch.bmm(order.gather(x.reshape(order.rows, -1, x.shape[-1])), folded.mT)
     else:
-        projected = _projected(x, wide(down_basis, dtype), convolve).reshape(order.rows, -1, len(down_basis))
-        hidden = torch.bmm(order.gather(projected), part.down.mT)
+        projected = _projected(x, wide(down_basis, dtype), convolve)
+        # a side may have no component, and -1 stands for nothing then
+        places = projected.shape[:-1].numel() // order.rows
+        hidden = torch.bmm(order.gather(projected.reshape(order.rows, places, len(down_basis))), part.down.mT)
     if part.rests:
         by_row = order.scatter(hidden)
         beside = _beside(by_row, x.reshape(order.rows, -1, *x.shape[1:]), up_basis.shape[1], part.rests, convolve)
         result = _add(result, beside, part.scaling, images=images, in_place=in_place)
         hidden = order.gather(by_row)
     if folds(tokens, rank, len(up_basis), FOLD_MIXED):
-        folded = (part.up.mT.reshape(-1, len(up_basis)) @ wide(up_basis, dtype)).view(order.groups, rank, -1)
+        folded = (part.up.mT.flatten(0, 1) @ wide(up_basis, dtype)).view(order.groups, rank, -1)
         return _add(result, order.scatter(torch.bmm(hidden, folded)), part.scaling, images=images, in_place=in_place)
     hidden = order.scatter(torch.bmm(hidden, part.up.mT))
     up = wide(up_basis, dtype)
     if images:
-        return _add_images(result, hidden.reshape(len(result), -1, len(up_basis)) @ up, part.scaling)
-    return _add_product(result, hidden.reshape(-1, len(up_basis)), up, part.scaling, in_place)
+        places = hidden.shape[:-1].numel() // len(result)
+        return _add_images(result, hidden.reshape(len(result), places, len(up_basis)) @ up, part.scaling)
+    return _add_product(result, hidden.flatten(0, 1), up, part.scaling, in_place)
 
 
 def _beside(hidden: Tensor, x: Tensor, n_out: int, rests: Sequence[Rest], convolve: Convolve | None) -> Tensor:
