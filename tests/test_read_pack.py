@@ -299,7 +299,7 @@ class TestCoded:
         longer = {f"bert.{module}": shape for module, shape in MODULES.items()}
         make_adapter(sources / "long", seed=4, modules=longer)
         with pytest.warns(UntrainedAdapterWarning):
-            pack = ex.fit(sources, ratio=4.0, exclude_modules=["*layer.1.query"], warn_above=1.0)
+            pack = ex.fit(sources, max_bytes=3300, exclude_modules=["*layer.1.query"], warn_above=1.0)
         assert not read_pack.delta_weights(pack.save(tmp_path / "pack"), "untrained")[QUERY].any()
         assert assert_reads_what_the_library_reads(tmp_path / "pack") == 4 * (len(MODULES) - 1)
 
