@@ -285,8 +285,10 @@ class TestCoded:
         assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 13
 
     def test_an_augmented_pack(self, tmp_path):
-        pack = ex.fit(in_groups(12, 2), max_error=0.3).augment(2, seed=7)
-        assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 12
+        *first, late = in_groups(13, 2)
+        pack = ex.fit(first, max_error=0.3).augment(2, seed=7)
+        pack.add(late)
+        assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 13
 
     def test_a_budget_and_adapters_of_all_kinds(self, tmp_path):
         sources = tmp_path / "sources"
