@@ -9,7 +9,6 @@ from pathlib import Path
 
 import eigenlorax as ex
 from eigenlorax.tasks import demo
-from eigenlorax.verifying import verify
 
 OUT = Path("bytes")
 
@@ -27,7 +26,7 @@ print(f"{late.name}: {record.delta_error:.3f} lost, {record.coefficient_bytes:,}
 pack.save(OUT / "pack", overwrite=True)
 
 opened = ex.Pack.open(OUT / "pack")
-found = verify(opened, adapters[:7])
+found = ex.verify(opened, adapters[:7])
 print("measured from the files:", "holds" if found.holds else "does not hold")
 
 # ordinary LoRAs again
