@@ -213,10 +213,13 @@ def _component_rows(label: str, found: "Components") -> list[tuple[str, str]]:
 def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:
     if errors is None:
         return []
-    return [
-        (label, f"mean {share(errors.mean)}, worst {share(errors.worst)} ({errors.worst_adapter})"),
-        ("  of which rounding", f"mean {share(errors.rounding_mean)}, worst {share(errors.rounding_worst)}"),
-    ]
+    rows = [(label, f"mean {share(errors.mean)}, worst {share(errors.worst)} ({errors.worst_adapter})")]
+    # where whatever is lost is lost by rounding, saying so twice says nothing
+    if errors.rounding_worst < errors.worst:
+        rows.append(
+            ("  of which rounding", f"mean {share(errors.rounding_mean)}, worst {share(errors.rounding_worst)}")
+        )
+    return rows
 
 
 def share(value: float) -> str:
