@@ -48,6 +48,9 @@ def agree(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def convolved(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
     """The images (n, channels, …) convolved with rows (m, channels · kernel) as the module does: (n, m, …)."""
+    if not len(rows):
+        # torch has no convolution without an output: its places are those of any other
+        return convolved(module, images, rows.new_zeros(1, rows.shape[1]))[:, :0]
     weight = rows.reshape(len(rows), module.in_channels // module.groups, *module.kernel_size)
     found: Tensor = module._conv_forward(images, weight, None)
     return found
