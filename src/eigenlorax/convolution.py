@@ -58,4 +58,7 @@ def convolved(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
 
 def pointwise(images: Tensor, matrix: Tensor, dimensions: int) -> Tensor:
     """Each place of the images (n, channels, …) multiplied with a matrix (m, channels): (n, m, …)."""
+    if not matrix.numel():
+        # of or onto no component, of which torch has no convolution
+        return images.new_zeros(len(images), len(matrix), *images.shape[2:])
     return _BY_DIMENSION[dimensions](images, matrix[(..., *[None] * dimensions)])

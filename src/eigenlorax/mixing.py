@@ -130,13 +130,15 @@ class Order:
         """(rows, t, d) → (groups, width · t, d)."""
         if self.index is None:
             return rows
-        return rows[self.index].unflatten(0, (self.groups, -1)).flatten(1, 2)
+        width = len(self.index) // self.groups
+        return rows[self.index].reshape(self.groups, width * rows.shape[1], rows.shape[2])
 
     def scatter(self, grouped: Tensor) -> Tensor:
         """(groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
         if self.index is None or self.inverse is None:
             return grouped
-        spread = grouped.unflatten(1, (len(self.index) // self.groups, -1)).flatten(0, 1)
+        width = len(self.index) // self.groups
+        spread = grouped.reshape(len(self.index), grouped.shape[1] // width, grouped.shape[2])
         return spread[self.inverse]
 
 
