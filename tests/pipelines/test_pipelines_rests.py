@@ -148,3 +148,16 @@ def test_bases_in_8_bits(make, pack, dtype):
         pipe.set_adapters("ink")
         pipe.set_adapters(["toy", "ink"], [0.4, 0.7])
     torch.testing.assert_close(picture(ours), picture(floats), atol=1e-4, rtol=0)
+
+
+def test_a_pack_whose_bytes_were_chosen(make):
+    """Adapters of directions of their own: most of them is rests, and most bases have no row."""
+    ours, plain = make("sd"), make("sd")
+    adapters = [style(plain, "toy", 1, size=0.15), style(plain, "ink", 2, rank=2, parts=["unet"], size=0.15)]
+    pack = ex.fit(adapters, max_error=0.2, warn_above=1.0)
+    ex.load_into(ours, pack)
+    with_loras(plain, [pack.adapter(name) for name in pack.names])
+    for names, weights in ((["toy"], [1.0]), (["ink", "toy"], [0.5, 0.7])):
+        for pipe in (ours, plain):
+            pipe.set_adapters(names, adapter_weights=weights)
+        alike(ours, plain)

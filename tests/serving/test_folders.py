@@ -60,6 +60,18 @@ def test_a_rest_is_in_what_is_expanded_and_refused_between_shared_bases(serve, p
         path_of(serve(shared=True), "alpha")
 
 
+def test_bytes_that_were_chosen_are_expanded(serve, pack, tmp_path):
+    ex.fit(tmp_path / "in", max_error=0.1).save(pack, overwrite=True)
+    wanted = ex.Pack.open(pack)
+    for name in wanted.names:
+        served = ex.read_adapter(path_of(serve(), name))
+        for module, factors in wanted.adapter(name).modules.items():
+            assert torch.equal(served.modules[module].down, factors.down)
+            assert torch.equal(served.modules[module].up, factors.up)
+    with pytest.raises(ServingError, match="'alpha' cannot be served: it has a rest beside its coefficients"):
+        path_of(serve(shared=True), "alpha")
+
+
 def test_with_one_it_is_a_lora_of_the_cores(serve, pack):
     folders = serve(shared=True)
     served, core = path_of(folders, "alpha"), core_name(ex.Pack.open(pack).info.fingerprint)
