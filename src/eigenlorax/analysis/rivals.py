@@ -233,7 +233,7 @@ def _cut(found: Tables, error: float) -> Cut | None:
     chosen = torch.stack([cost for cost, _, _ in several]).argmin(0)
     kept = torch.stack([mask for _, _, mask in several])[chosen, torch.arange(len(chosen))]
     widths = [table.shape[1] - 1 for table in next(iter(found.lost.values()))]
-    ranks = torch.stack([part.sum(1) for part in kept.split(widths, dim=1)])
+    ranks = torch.stack([part.sum(1) for part in torch.split(kept, widths, dim=1)])
     return Cut(point, torch.tensor(list(found.lost))[chosen], ranks)
 
 

@@ -389,7 +389,7 @@ class TaskPoint:
 
 @dataclass(frozen=True, slots=True)
 class TaskFrontier:
-    """Bytes against what becomes of a task: the pack first, then fits anew, then rivals, each by its ratio.
+    """Bytes against what becomes of a task: the pack first, then, by ratio, a fit and its rival.
 
     adapters: those whose bytes are counted; lora_float16: of their factors, two bytes a number, and what is carried.
     original_*: of the adapters as they were; without_*: with their heads but no update; means as in `TaskPoint`.

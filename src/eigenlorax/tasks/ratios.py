@@ -1,5 +1,5 @@
-"""What bytes buy on the task: the originals fitted anew at several ratios, and each cut and rounded by itself to the same
-bytes, all of them run on the rows that the pack is run on."""
+"""What bytes buy on the task: the originals fitted anew at several ratios, and each cut and rounded by itself to the
+same bytes, all of them run on the rows that the pack is run on."""
 
 import glob
 import math
@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 from .. import fitting, keys
 from ..adapter import Adapter, Lazy
@@ -18,12 +19,13 @@ from ..fitting import Progress
 from ..options import number
 from ..pack import Pack
 from ..reports.data import Evaluation, TaskFrontier, TaskPoint, TaskRun
+from ..reports.frontier import FIT
 from ..reports.measure import own_name
 from . import compare, evaluate
 from .compare import RECYCLED, Comparison, Job, Scored
 from .sides import ORIGINAL, WITHOUT
 
-FIT, ALONE = "fit", rivals.BOTH
+ALONE = rivals.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Version:
         """Unlike that of any other."""
         if self.ratio is None:
             return RECYCLED
-        return f"ratio {self.ratio:g}" + ", cut and rounded" * (self.way == ALONE)
+        return f"ratio {self.ratio:.12g}" + ", cut and rounded" * (self.way == ALONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ def prepare(
     records = fits[0].records.values()
     carried = sum(record.carried_bytes for record in records)
     lora = 2 * sum(record.lora_numbers for record in records) + carried
-    return Versions(len(named), lora, [*own, *anew, *_rivals(originals, fits[0], anew, carried, say)])
+    others = _rivals(originals, fits[0], anew, carried, say)
+    return Versions(len(named), lora, [*own, *chain.from_iterable(zip(anew, others, strict=True))])
 
 
 def run(
@@ -214,9 +217,7 @@ def _run(job: Job, found: Scored, side: str) -> TaskRun:
     )
 
 
-def _means(
-    group: Sequence[tuple[Job, Scored]], side: str
-) -> tuple[float | None, float | None, float, float]:
+def _means(group: Sequence[tuple[Job, Scored]], side: str) -> tuple[float | None, float | None, float, float]:
     """Accuracy, perplexity, agreement and KL of a version, over the adapters of one kind of task and their files."""
     scores = [(job, found.scores[side]) for job, found in group]
     right = [score.accuracy for job, score in scores if job.labelled]
