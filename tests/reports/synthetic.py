@@ -92,6 +92,7 @@ def report(
         bytes=_bytes(adapters, len(modules), width, k),
         sizes=_sizes(adapters, len(modules), width),
         evaluations=_evaluations(names),
+        task_frontiers=_task_frontiers(names),
         notes=["Left-out errors are of a sample of 40 adapters, drawn with seed 7.", "Rounding is that of float32."],
     )
 
@@ -155,6 +156,7 @@ def even(adapters, *, error=5e-8, cosine=0.0):
         bytes=dataclasses.replace(full.bytes, over_n=full.bytes.over_n[:1]),
         sizes=[dataclasses.replace(full.sizes[0], k=1, mean=error, worst=error, left_out=error, random=error)],
         evaluations=[],
+        task_frontiers=[],
         **{name: [] for name in ("duplicates", "outliers", "untrained", "notes")},
     )
 
@@ -231,7 +233,19 @@ def bare(adapters=3):
         module_errors=[],
         bytes=dataclasses.replace(full.bytes, lora_stored=None, break_even=None, over_n=[]),
         **dict.fromkeys(("in_fit", "projected", "left_out", "starts", "similarity", "frontier")),
-        **{name: [] for name in ("baselines", "duplicates", "outliers", "untrained", "sizes", "evaluations", "notes")},
+        **{
+            name: []
+            for name in (
+                "baselines",
+                "duplicates",
+                "outliers",
+                "untrained",
+                "sizes",
+                "evaluations",
+                "task_frontiers",
+                "notes",
+            )
+        },
     )
 
 
@@ -479,6 +493,36 @@ def _evaluations(names):
         )
     )
     return made
+
+
+def _task_frontiers(names):
+    """Of both kinds of task: the pack, and two ratios, at the smaller of which the fit is nearer, at the other not."""
+    ways = [("pack", None, 3_000_000), ("fit", 5.0, 4_000_000), ("truncated and rounded", 5.0, 3_990_000)]
+    ways += [("fit", 50.0, 400_000), ("truncated and rounded", 50.0, 399_000)]
+    kl = [0.0121, 0.0004, 0.0007, 0.91, 0.83]
+    found = []
+    for task, accuracy, perplexity, tested in (
+        ("text-classification", 0.9, None, names[1:3]),
+        ("causal-lm", None, 8.5, names[-1:]),
+    ):
+        score = {"accuracy": accuracy, "perplexity": perplexity}
+        points = [
+            data.TaskPoint(
+                way=way,
+                ratio=ratio,
+                stored_bytes=stored,
+                worst=0.3,
+                mean=0.2,
+                **score,
+                agreement=0.95,
+                kl=lost,
+                runs=[data.TaskRun(name, "rows/test.jsonl", **score, agreement=0.95, kl=lost) for name in tested],
+            )
+            for (way, ratio, stored), lost in zip(ways, kl, strict=True)
+        ]
+        bare = (accuracy and 0.508, perplexity and 13.92, 0.61)
+        found.append(data.TaskFrontier(task, len(names) - 1, 20_000_000, accuracy, perplexity, *bare, points))
+    return found
 
 
 def _verdict(names):

@@ -39,8 +39,17 @@ def hostile():
     about = changed(full.collection, skipped={HOSTILE: HOSTILE}, excluded_modules=[HOSTILE], size=HOSTILE)
     modules = [changed(module, name=f"{HOSTILE}.{n}", kind=HOSTILE) for n, module in enumerate(full.modules)]
     evaluations = [changed(one, data=HOSTILE, task=HOSTILE) for one in full.evaluations]
+    frontiers = [
+        changed(
+            one,
+            task=HOSTILE,
+            points=[changed(p, runs=[changed(run, name=HOSTILE, data=HOSTILE) for run in p.runs]) for p in one.points],
+        )
+        for one in full.task_frontiers
+    ]
     verdict = data.Verdict(HOSTILE, [data.Finding("loss", HOSTILE, HOSTILE, False, names)])
-    return changed(full, collection=about, modules=modules, evaluations=evaluations, verdict=verdict, notes=[HOSTILE])
+    tasks = {"evaluations": evaluations, "task_frontiers": frontiers}
+    return changed(full, collection=about, modules=modules, verdict=verdict, notes=[HOSTILE], **tasks)
 
 
 def test_figures_of_adapters_are_in_the_table_the_worst_first():
@@ -265,6 +274,7 @@ def test_what_was_not_measured_has_no_section_no_tile_and_no_column():
             ("similarity", "in_fit", "projected", "baselines", "evaluations"),
             ["What else could be done", "On the task"],
         ),
+        (("task_frontiers",), ["Bytes, and what becomes of the task"]),
     ],
 )
 def test_some_things_may_be_missing(lacking, titles, html):

@@ -9,18 +9,19 @@ the other. Bytes are those of tensors; an adapter whose update is zero costs not
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..adapter import LoRAFactors
 from ..linalg import dual_rows
 from . import joint
 from .bytes import Number
 from .losses import BLOCK, SCALE_BYTES, pair_bytes, rounded_rows
-from .stack import Stack, roots, squares
+from .stack import Stack, roots, squares, stack
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 """Of factors of one adapter alone."""
@@ -37,6 +38,9 @@ _MANY = 128
 _STEP = 1.015
 """How much larger the next number of components that is tried is."""
 _LABELS_K = 16
+_HALVINGS = 40
+_NEARLY = 0.998
+"""Of the bytes that are allowed, a share that is as good as all."""
 _CHUNK = 2**18
 """Numbers of adapters that are looked at together: more would not stay in a cache."""
 
@@ -158,6 +162,12 @@ def _uniform(found: Tables, bits: int, error: float) -> Choice:
 def _cheapest(found: Tables, bits: int, error: float) -> Choice:
     """A rank for each module of each adapter: directions that win most for a byte first; the last of them is the
     cheapest that is enough."""
+    cost, lost, _ = _directions(found, bits, error)
+    return cost, lost
+
+
+def _directions(found: Tables, bits: int, error: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and which directions are kept, (n, d): of all modules in their order, the largest of each first."""
     gains, costs, priorities, firsts = [], [], [], []
     for table, one in zip(found.lost[bits], found.costs[bits], strict=True):
         own = table[:, :-1] - table[:, 1:]
@@ -181,7 +191,61 @@ def _cheapest(found: Tables, bits: int, error: float) -> Choice:
     spent = (cost * (place < last)).sum(1) + swap
     lost = (before - gain.gather(1, at[:, None]))[:, 0]
     nothing = found.total <= bound
-    return torch.where(nothing, 0.0, spent), torch.where(nothing, found.total, lost)
+    kept = ((place < last) | (torch.arange(len(cost)) == at[:, None])) & ~nothing[:, None]
+    return torch.where(nothing, 0.0, spent), torch.where(nothing, found.total, lost), kept
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Every adapter alone, cut and rounded: what comes of it, and how. bits: of each adapter, (n,). ranks: the
+    directions that each module keeps of each adapter, (modules, n)."""
+
+    point: Point
+    bits: Tensor
+    ranks: Tensor
+
+
+def within(found: Tables, limit: Number) -> Cut:
+    """The least error that every adapter can have if it is cut and rounded alone, in so many bytes of all together.
+
+    Any number of bytes is enough: with none, all is lost. By halves over errors, until nearly all bytes are used.
+    """
+    low, high, best = 0.0, 1.0, _cut(found, 1.0)
+    assert best is not None
+    for _ in range(_HALVINGS):
+        if best.point.stored_bytes >= _NEARLY * limit:
+            break
+        middle = (low + high) / 2
+        tried = _cut(found, middle)
+        if tried is not None and tried.point.stored_bytes <= limit:
+            high, best = middle, tried
+        else:
+            low = middle
+    return best
+
+
+def _cut(found: Tables, error: float) -> Cut | None:
+    """`BOTH`, with what was chosen; None where all of it is not enough."""
+    several = [_directions(found, bits, error) for bits in found.lost]
+    point = _of_all([(cost, lost) for cost, lost, _ in several], found.total)
+    if point is None:
+        return None
+    chosen = torch.stack([cost for cost, _, _ in several]).argmin(0)
+    kept = torch.stack([mask for _, _, mask in several])[chosen, torch.arange(len(chosen))]
+    widths = [table.shape[1] - 1 for table in next(iter(found.lost.values()))]
+    ranks = torch.stack([part.sum(1) for part in torch.split(kept, widths, dim=1)])
+    return Cut(point, torch.tensor(list(found.lost))[chosen], ranks)
+
+
+def cut(factors: LoRAFactors, rank: int, bits: int) -> LoRAFactors:
+    """The leading directions of an update, its factors in so many bits, as a LoRA of the rank and scaling it had: rows
+    of zeros fill it up. In float32, which holds what was rounded."""
+    if factors.scaling == 0:
+        return factors
+    one = balanced(stack([factors], factors.down.shape[1], factors.up.shape[0]))
+    down, up = (rounded_rows(rows, bits)[0] for rows in (one.down, one.up))
+    down[rank:], up[rank:] = 0, 0
+    return replace(factors, down=down.float(), up=(up / factors.scaling).mT.float().contiguous())
 
 
 def _of_all(choices: Sequence[Choice], total: Tensor) -> Point | None:

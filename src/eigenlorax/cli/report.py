@@ -20,7 +20,9 @@ EPILOG = """Examples:
 
   eigenlorax report pack/ --adapters adapters/ -o report.md -o report.json
 
-  eigenlorax report pack/ -a adapters/ --evaluate sst2=rows.csv -o report.html"""
+  eigenlorax report pack/ -a adapters/ --evaluate sst2=rows.csv -o report.html
+
+  eigenlorax report pack/ -a adapters/ --evaluate rows.csv --frontier 5,20,50 -o report.html"""
 
 NAMED = 6
 """Adapters that a finding names in the terminal."""
@@ -59,6 +61,13 @@ def report(
         list[str] | None,
         typer.Option(metavar="[NAME=]FILE", help="Rows to run originals and recycled adapters on. Once or more."),
     ] = None,
+    frontier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,R,…",
+            help="Beside --evaluate: fits anew at these ratios, and each LoRA cut and rounded to their bytes.",
+        ),
+    ] = None,
     model: console.Model = None,
     task: Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)} (default: what an adapter says).")] = None,
     labels: Annotated[
@@ -85,6 +94,7 @@ def report(
 
     columns = Columns(text_column, label_column, pair_column)
     of_evaluation = {
+        "--frontier": frontier is not None,
         "--model": model is not None,
         "--task": task is not None,
         "--labels": bool(labels),
@@ -108,14 +118,16 @@ def report(
     for path in output or ():
         files.check(path)
     count = _count(left_out)
+    ratios = _ratios(frontier)
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=pack_revision)
         if adapters:
             reading = {"allow_pickle": allow_pickle, "revision": revision}
             found = originals.find(opened, adapters, progress, **reading)
-            comparison = None
+            comparison = versions = None
             if evaluate:
                 from ..tasks import compare
+                from ..tasks import ratios as anew
 
                 # what is wrong with it is to be known before hours of measuring
                 comparison = compare.prepare(
@@ -129,8 +141,12 @@ def report(
                     batch_size=batch_size,
                     max_length=max_length,
                 )
+                if ratios:
+                    versions = anew.prepare(opened, found.adapters, comparison, ratios, progress)
             made = report_of(opened, found, left_out=count, seed=seed, progress=progress)
-            if comparison is not None:
+            if comparison is not None and versions is not None:
+                made = with_evaluations(made, *anew.run(found.adapters, comparison, versions, progress))
+            elif comparison is not None:
                 made = with_evaluations(made, compare.run(opened, found.adapters, comparison, progress))
         else:
             made = stored.of(opened) or report_of(opened, seed=seed, progress=progress)
@@ -176,6 +192,22 @@ def _count(left_out: str | None) -> int | None:
     if not left_out.isdecimal() or int(left_out) < 1:
         raise OptionError(f"--left-out must be a number from 1 on, or `all`, got {left_out!r}.")
     return int(left_out)
+
+
+def _ratios(given: str | None) -> list[float]:
+    from ..errors import OptionError
+
+    if given is None:
+        return []
+    try:
+        found = [float(one) for one in given.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--frontier takes ratios with commas between them, such as 5,20,50; got {given!r}."
+        ) from None
+    from ..tasks import ratios
+
+    return ratios.check(found)
 
 
 def _target(given: str, pack: "Pack") -> tuple[str | None, Path]:

@@ -16,7 +16,7 @@ from ..pack import Pack
 from ..packed import PackedAdapter
 from ..version import __version__
 from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
-from .data import Collection, Evaluation, Frontier, Report, Verdict
+from .data import Collection, Evaluation, Frontier, Report, TaskFrontier, Verdict
 from .measure import Measured
 from .originals import Originals
 
@@ -112,14 +112,17 @@ def _assembled(
         bytes=alternatives.weights(pack, packed, found),
         sizes=alternatives.sizes(pack, packed, measured, twins),
         evaluations=[],
+        task_frontiers=[],
         notes=_notes(pack, found, measured),
     )
     return replace(empty, verdict=verdict.of(empty))
 
 
-def with_evaluations(one: Report, evaluations: Sequence[Evaluation]) -> Report:
+def with_evaluations(
+    one: Report, evaluations: Sequence[Evaluation], task_frontiers: Sequence[TaskFrontier] = ()
+) -> Report:
     """The report with what became of the task, and a verdict that knows it."""
-    more = replace(one, evaluations=list(evaluations))
+    more = replace(one, evaluations=list(evaluations), task_frontiers=list(task_frontiers))
     return replace(more, verdict=verdict.of(more))
 
 

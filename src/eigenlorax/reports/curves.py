@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from . import kinds, numbers, svg
-from .data import Report, SideFigures
-from .frontier import SHARING, WAYS
+from .data import Report, SideFigures, TaskFrontier
+from .frontier import SHARING, TASK_WAYS, WAYS
 from .svg import HALF, WIDE, ink, series
 
 SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
@@ -157,6 +157,39 @@ def frontier(report: Report) -> str:
         figure.legend(loc="outside upper left", ncols=2)
 
     return svg.draw("frontier", (WIDE, 430), "Bytes over the worst adapter's error, by every way", paint)
+
+
+def task_frontier(found: TaskFrontier, measure: str, name: str) -> str:
+    """What becomes of a task over the bytes of all adapters, on a logarithmic scale: fits at several ratios and what
+    stands alone in their bytes as lines, the pack as a point, the originals as a line across.
+
+    measure: "accuracy", "perplexity" or "kl", of which the points have one. name: unlike that of any other picture.
+    """
+    words = {"accuracy": "accuracy", "perplexity": "perplexity", "kl": "KL from the originals, nats"}[measure]
+    unit, of_bytes = _unit(max(found.lora_float16, *(point.stored_bytes for point in found.points)))
+    original = 0.0 if measure == "kl" else getattr(found, f"original_{measure}")
+    bare = getattr(found, f"without_{measure}")
+
+    def paint(figure: Any) -> None:
+        axis = figure.subplots()
+        if original is not None:
+            axis.axhline(original, color=ink("muted"), linestyle="--", linewidth=1.2, label="the originals")
+        if bare is not None:
+            axis.axhline(bare, color=ink("bad"), linestyle=":", linewidth=1.4, label="no update")
+        for number, (way, label) in enumerate(TASK_WAYS.items()):
+            there = [(point.stored_bytes / unit, getattr(point, measure)) for point in found.points if point.way == way]
+            # a logarithmic scale has no place for nothing
+            line = [(stored, value) for stored, value in there if stored and value is not None]
+            mark = {"marker": "*", "markersize": 13} if way == "pack" else {"marker": "o", "markersize": 3.5}
+            if line:
+                axis.plot(*zip(*line, strict=True), **mark, color=series(number), label=label)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(_plain)
+        axis.minorticks_off()
+        axis.set(xlabel=of_bytes, ylabel=words)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return svg.draw(name, (HALF, 330), f"{found.task}: {words} over bytes", paint)
 
 
 def _unit(most: int) -> tuple[int, str]:

@@ -7,7 +7,7 @@ None stands for what was not measured: for want of the original adapters, or bec
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +355,58 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskRun:
+    """One version of an adapter on a file of rows; fields as in `Evaluation`, of this version."""
+
+    name: str
+    data: str
+    accuracy: float | None
+    perplexity: float | None
+    agreement: float
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPoint:
+    """One way of storing the adapters, on their task. way: "pack", "fit" (anew, at a ratio), or one of
+    `analysis.rivals`. ratio: the one that was asked for; of a rival, that of the fit whose bytes it has at most.
+
+    stored_bytes: of all adapters, with what is carried, heads aside. worst, mean: delta errors. accuracy, agreement,
+    kl: means of `runs`, accuracy of those that have one; perplexity: the exponential of the mean loss.
+    """
+
+    way: str
+    ratio: float | None
+    stored_bytes: int
+    worst: float
+    mean: float
+    accuracy: float | None
+    perplexity: float | None
+    agreement: float
+    kl: float
+    runs: list[TaskRun]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFrontier:
+    """Bytes against what becomes of a task: the pack first, then, by ratio, a fit and its rival.
+
+    adapters: those whose bytes are counted; lora_float16: of their factors, two bytes a number, and what is carried.
+    original_*: of the adapters as they were; without_*: with their heads but no update; means as in `TaskPoint`.
+    """
+
+    task: str
+    adapters: int
+    lora_float16: int
+    original_accuracy: float | None
+    original_perplexity: float | None
+    without_accuracy: float | None
+    without_perplexity: float | None
+    without_kl: float
+    points: list[TaskPoint]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """All figures.
 
@@ -382,6 +434,7 @@ class Report:
     bytes: Bytes
     sizes: list[SizePoint]
     evaluations: list[Evaluation]
+    task_frontiers: list[TaskFrontier]
     notes: list[str]
 
     def save(self, path: str | Path) -> None:

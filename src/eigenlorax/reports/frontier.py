@@ -11,7 +11,7 @@ from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
 from . import numbers
-from .data import Frontier, FrontierPoint
+from .data import Frontier, FrontierPoint, TaskFrontier
 from .measure import own_name
 from .originals import Originals
 
@@ -31,6 +31,9 @@ WAYS = {
 }
 """The ways of the frontier in words."""
 SHARING = rivals.KINDS
+FIT = "fit"
+TASK_WAYS = {"pack": WAYS["pack"], FIT: "fitted at a ratio", rivals.BOTH: WAYS[rivals.BOTH]}
+"""Those that are run on a task."""
 
 _LEAST_K, _MOST_K = 4, 512
 _QUICK_K = 64
@@ -88,6 +91,18 @@ def at_equal_error(found: Frontier) -> str:
         f"For the pack's worst error of {numbers.error(pack.worst)}, the best other way takes "
         f"{numbers.size(other.stored_bytes)}: {WAYS[other.way]}{settings}. The pack takes "
         f"{numbers.size(pack.stored_bytes)}."
+    )
+
+
+def on_task(found: TaskFrontier) -> str:
+    """How often what is fitted at a ratio changes predictions less than what stands alone in the same bytes, in a
+    sentence."""
+    fits, rival = ({one.ratio: one for one in found.points if one.way == way} for way in (FIT, rivals.BOTH))
+    better = sum(one.kl < rival[ratio].kl for ratio, one in fits.items())
+    worse = sum(one.kl > rival[ratio].kl for ratio, one in fits.items())
+    return (
+        f"Of {numbers.plural(len(fits), 'ratio')}, the fit predicts more nearly what the originals do than each LoRA "
+        f"cut and rounded to the same bytes at {better}, and less nearly at {worse}."
     )
 
 

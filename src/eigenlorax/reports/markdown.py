@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from . import frontier, numbers, tables
-from .data import Finding, Report, Spread
+from .data import Finding, Report, Spread, TaskFrontier
 from .tables import Cell, Table
 
 MOST_ADAPTERS = 20
@@ -35,6 +35,7 @@ def render(report: Report) -> str:
             for task, found in tables.evaluations(report).items()
             for block in _section(f"On the task: {task}", found)
         ),
+        *(block for found in report.task_frontiers for block in _task_frontier(found)),
         *_notes(report),
         f"Made by eigenlorax {escaped(report.eigenlorax_version)} from the subspace of fingerprint "
         f"{escaped(about.fingerprint)}.",
@@ -124,6 +125,18 @@ def _frontier(report: Report) -> list[str]:
         else ""
     )
     return [title, _prose(frontier.at_equal_error(found) + some), *rest]
+
+
+def _task_frontier(found: TaskFrontier) -> list[str]:
+    title, *rest = _section(f"Bytes, and what becomes of the task: {found.task}", tables.task_frontier(found))
+    blocks = [title, _prose(frontier.on_task(found)), *rest]
+    for measure in ("accuracy", "perplexity", "kl"):
+        listed = tables.task_runs(found, measure)
+        if listed.rows:
+            shown = tables.task_runs(found, measure, MOST_ADAPTERS)
+            more = len(listed.rows) - len(shown.rows)
+            blocks += [f"### {shown.caption}", _table(shown), f"… and {numbers.count(more)} more." if more else ""]
+    return blocks
 
 
 def _pays(report: Report) -> str:

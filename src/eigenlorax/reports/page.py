@@ -25,6 +25,7 @@ def render(report: Report) -> str:
         ("bytes", "Bytes", "What it weighs", sections.bytes_(report)),
         ("sizes", "Other k", "With more or fewer components", sections.sizes(report)),
         ("task", "On the task", "On the task", sections.evaluations(report)),
+        ("task-bytes", "Bytes on the task", "Bytes, and what becomes of the task", sections.task_frontiers(report)),
         ("notes", "Notes", "What to know of these figures", sections.notes(report)),
     ]
     found = [one for one in found if one[-1]]

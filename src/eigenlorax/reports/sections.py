@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from . import curves, kinds, numbers, plots, rankings, tables
 from .data import Report
-from .frontier import at_equal_error
+from .frontier import at_equal_error, on_task
 from .markup import columns, figure, fold, html_figure, pair, paragraph, prose, table, text, words
 
 PRINTED_ROWS = 50
@@ -274,6 +274,32 @@ def evaluations(report: Report) -> str:
         )
     )
     return "".join(content)
+
+
+def task_frontiers(report: Report) -> str:
+    """Bytes, and what becomes of the task."""
+    content = []
+    for place, found in enumerate(report.task_frontiers):
+        runs = [tables.task_runs(found, measure) for measure in ("accuracy", "perplexity", "kl")]
+        score = "perplexity" if found.original_perplexity is not None else "accuracy"
+        drawn = [
+            figure(curves.task_frontier(found, measure, f"task-{place}-{measure}"), "", wide=False)
+            for measure in (score, "kl")
+            if any(getattr(point, measure) is not None for point in found.points)
+        ]
+        content += [
+            f"<h3>{text(found.task)}</h3>",
+            paragraph(text(on_task(found))),
+            html_figure(pair(*drawn), f"Over the bytes of {numbers.plural(found.adapters, 'adapter')} together."),
+            table(tables.task_frontier(found)),
+            *(fold(each.caption, table(each, tall=len(each.rows) > _TALL)) for each in runs if each.rows),
+        ]
+    if not content:
+        return ""
+    return paragraph(
+        "The originals fitted anew at several ratios, and each of them cut and rounded by itself to the same "
+        "bytes, run on the same rows. KL is the mean divergence from what the originals predict: 0 is equal."
+    ) + "".join(content)
 
 
 def notes(report: Report) -> str:

@@ -16,8 +16,11 @@ from .data import (
     SizePoint,
     StartEnergy,
     StartGroup,
+    TaskFrontier,
+    TaskPoint,
+    TaskRun,
 )
-from .frontier import WAYS
+from .frontier import FIT, TASK_WAYS, WAYS
 
 T = TypeVar("T")
 
@@ -243,6 +246,88 @@ def _evaluated(found: Sequence[Evaluation]) -> Table:
         _Field("KL: no update", lambda e: e.without_kl, numbers.error, "the same, original and no update"),
     ]
     return _table("Adapters on their task", fields, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnTask:
+    """A row of the frontier on a task: a way of storing, or what there is without one."""
+
+    what: str
+    stored_bytes: int
+    accuracy: float | None
+    perplexity: float | None
+    kl: float
+    ratio: float | None = None
+    worst: float | None = None
+    mean: float | None = None
+    agreement: float | None = None
+
+
+def task_frontier(found: TaskFrontier) -> Table:
+    """Bytes and what becomes of the task, of every way, between the originals and no update at all."""
+    lora = found.lora_float16
+    rows = [
+        _OnTask("the originals, 16 bits", lora, found.original_accuracy, found.original_perplexity, 0.0),
+        *(
+            _OnTask(
+                TASK_WAYS[one.way],
+                one.stored_bytes,
+                one.accuracy,
+                one.perplexity,
+                one.kl,
+                one.ratio,
+                one.worst,
+                one.mean,
+                one.agreement,
+            )
+            for one in found.points
+        ),
+        _OnTask("no update", 0, found.without_accuracy, found.without_perplexity, found.without_kl),
+    ]
+    fields: list[_Field[_OnTask]] = [
+        _Field("way", lambda row: row.what, numeric=False),
+        _Field("ratio", lambda row: row.ratio, numbers.plain, "that was asked for; alone, in the bytes of that fit"),
+        _Field("bytes", lambda row: row.stored_bytes, numbers.size, "of all adapters together", exact=True),
+        _Field(
+            "smaller",
+            lambda row: lora / row.stored_bytes if row.stored_bytes else None,
+            numbers.ratio,
+            "LoRA bytes in 16 bits ÷ these",
+        ),
+        _Field("worst error", lambda row: row.worst, numbers.error),
+        _Field("mean error", lambda row: row.mean, numbers.error),
+        _Field("accuracy", lambda row: row.accuracy, numbers.share, "mean over adapters whose rows have labels"),
+        _Field("perplexity", lambda row: row.perplexity, numbers.plain, "geometric mean over adapters"),
+        _Field("agreement", lambda row: row.agreement, numbers.share, "share of predictions that are the originals'"),
+        _Field("KL", lambda row: row.kl, numbers.error, "from the originals', nats a row or token, mean over adapters"),
+    ]
+    return _table("Bytes, and what becomes of the task", fields, rows)
+
+
+def task_runs(found: TaskFrontier, measure: str, most: int | None = None) -> Table:
+    """Every adapter in every version: its "kl", "accuracy" or "perplexity". Those of the first `most`, the largest KL
+    in the pack first; no rows where none has that figure."""
+    shows = {"kl": ("KL", numbers.error), "accuracy": ("Accuracy", numbers.share)}
+    title, show = shows.get(measure, ("Perplexity", numbers.plain))
+    rows = list(zip(*(point.runs for point in found.points), strict=True))
+    rows = [row for row in rows if getattr(row[0], measure) is not None]
+    rows.sort(key=lambda row: -row[0].kl)
+    fields: list[_Field[tuple[TaskRun, ...]]] = [
+        _Field("adapter", lambda row: row[0].name, numeric=False),
+        _Field("rows from", lambda row: row[0].data, numeric=False),
+        *(_Field(_version(point), _of_version(place, measure), show) for place, point in enumerate(found.points)),
+    ]
+    return _table(f"{title} of every adapter", fields, rows[:most])
+
+
+def _version(point: TaskPoint) -> str:
+    if point.ratio is None:
+        return TASK_WAYS[point.way]
+    return f"ratio {point.ratio:g}" + ", cut and rounded" * (point.way != FIT)
+
+
+def _of_version(place: int, measure: str) -> Callable[[tuple[TaskRun, ...]], Any]:
+    return lambda row: getattr(row[place], measure)
 
 
 def start_groups(groups: list[StartGroup]) -> Table:

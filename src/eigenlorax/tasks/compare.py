@@ -23,8 +23,9 @@ from . import data, evaluate, examples, models
 from .data import Table
 from .examples import IGNORED, Collate, Example
 from .options import EVALUATION_BATCH, Columns
-from .sides import Bench, Sides
+from .sides import ORIGINAL, WITHOUT, Bench, Sides
 
+RECYCLED = "recycled"
 _NUMBERS = 2**24
 """Logits that are in float64 at a time: those of all tokens of a batch may be gigabytes."""
 
@@ -174,16 +175,50 @@ def _says_classes(table: Table, columns: Columns) -> bool:
     return False
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Means over rows, or over predicted tokens, of one version. loss: cross-entropy, in nats, of no meaning where rows
+    have no labels, as accuracy is. agreement: with the original; kl: from it, in nats."""
+
+    accuracy: float
+    loss: float
+    agreement: float
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a job came to. n: rows, or predicted tokens. scores: by version, `sides.ORIGINAL` and `sides.WITHOUT` among
+    them."""
+
+    n: int
+    scores: Mapping[str, Score]
+
+
+Versions = Mapping[str, Callable[[str], Adapter]]
+"""What is compared with the originals, by what it is called: an adapter by its name in the pack."""
+
+
 def run(
     pack: Pack, originals: Mapping[str, Adapter], asked: Comparison, progress: Progress | None = None
 ) -> list[Evaluation]:
-    """Run adapters as they were, as they come back, and without their updates, in the order of the files.
+    """Run adapters as they were, as they come back, and without their updates, in the order of the files."""
+    found = scored(originals, {RECYCLED: pack.adapter}, asked, progress)
+    return [evaluation(job, one) for job, one in zip(asked.jobs, found, strict=True)]
 
-    One base model after the other, on each its adapters, and each adapter on all of its files.
+
+def scored(
+    originals: Mapping[str, Adapter], versions: Versions, asked: Comparison, progress: Progress | None = None
+) -> list[Scored]:
+    """Run adapters as they were, in every version, and without their updates; in the order of the jobs.
+
+    One base model after the other, on each its adapters, and each adapter on all of its files. What an original
+    predicts is found once for all versions, where these fit beside it on one base model.
     """
     jobs = asked.jobs
-    found: dict[int, Evaluation] = {}
-    total, done = sum(len(job.rows) for job in jobs), 0
+    found: list[dict[str, Score]] = [{} for _ in jobs]
+    counts = [0 for _ in jobs]
+    total, done = len(versions) * sum(len(job.rows) for job in jobs), 0
 
     def tick(rows: int) -> None:
         nonlocal done
@@ -195,12 +230,15 @@ def run(
     with models.quiet():
         for classes, of_size in groupby(order, key=lambda at: jobs[at].classes):
             bench = Bench(partial(_load, asked, classes))
-            for name, places in groupby(of_size, key=lambda at: jobs[at].name):
-                sides = bench.sides(originals[name], pack, name)
-                for at in places:
-                    collate = examples.collator(jobs[at].task, asked.tokenizer)
-                    found[at] = _evaluation(jobs[at], sides, collate, asked.batch_size, tick)
-    return [found[at] for at in range(len(jobs))]
+            for name, of_adapter in groupby(of_size, key=lambda at: jobs[at].name):
+                places = list(of_adapter)
+                several = {ORIGINAL: originals[name], **{side: made(name) for side, made in versions.items()}}
+                for sides in bench.sides(name, several):
+                    for at in places:
+                        collate = examples.collator(jobs[at].task, asked.tokenizer)
+                        counts[at], scores = _scored(jobs[at], sides, collate, asked.batch_size, tick)
+                        found[at] |= scores
+    return [Scored(n, scores) for n, scores in zip(counts, found, strict=True)]
 
 
 def _load(asked: Comparison, classes: int | None) -> Any:
@@ -208,13 +246,16 @@ def _load(asked: Comparison, classes: int | None) -> Any:
     return models.load(asked.base, asked.revision, names, asked.tokenizer)
 
 
-def _evaluation(job: Job, sides: Sides, collate: Collate, batch_size: int, tick: Callable[[int], None]) -> Evaluation:
+def _scored(
+    job: Job, sides: Sides, collate: Collate, batch_size: int, tick: Callable[[int], None]
+) -> tuple[int, dict[str, Score]]:
     """Counted batch by batch: the logits of a whole file may be too many to keep."""
-    sums, n = torch.zeros(3, 4, dtype=torch.float64), 0
+    sums, n = torch.zeros(len(sides.names), 4, dtype=torch.float64), 0
+    network, _ = sides.models[ORIGINAL]
     tick(0)
-    for inputs, labels in evaluate.batches(sides.original[0], job.rows, collate, batch_size):
-        said, wanted = [], labels
-        for side, network in sides.each():
+    for inputs, labels in evaluate.batches(network, job.rows, collate, batch_size):
+        first, wanted = None, labels
+        for place, (side, network) in enumerate(sides.each()):
             with torch.inference_mode():
                 logits = network(**inputs).logits
             if job.classes is None:
@@ -224,50 +265,57 @@ def _evaluation(job: Job, sides: Sides, collate: Collate, batch_size: int, tick:
                     f"what adapter {job.name!r} ({side}) predicts on {job.file} is not a number: its weights are "
                     "damaged, or diverged."
                 )
-            said.append(logits)
-        step = max(1, _NUMBERS // said[0].shape[-1])
-        for start in range(0, len(wanted), step):
-            part = slice(start, start + step)
-            sums += _scores([evaluate.exact(one[part]) for one in said], wanted[part])
+            # no more than the original's are kept: those of a language model may be gigabytes
+            first = logits if first is None else first
+            step = max(1, _NUMBERS // logits.shape[-1])
+            for start in range(0, len(wanted), step):
+                part = slice(start, start + step)
+                sums[place] += _scores(evaluate.exact(first[part]), evaluate.exact(logits[part]), wanted[part])
         n += len(wanted)
-        tick(len(labels))
-    (right, loss, agreement, kl) = (sums / n).mT.tolist()
-    modelled = job.classes is None
-    accuracy = right if job.labelled else [None] * 3
-    perplexity = [evaluate.perplexity(one) if modelled else None for one in loss]
+        # the original and the bare head are there to compare with
+        tick((len(sides.names) - 2) * len(labels))
+    means = (sums / n).tolist()
+    return n, {
+        side: Score(right, loss, agreement, max(kl, 0.0))
+        for side, (right, loss, agreement, kl) in zip(sides.names, means, strict=True)
+    }
+
+
+def evaluation(job: Job, found: Scored) -> Evaluation:
+    """What became of an adapter, in a report's terms."""
+    original, recycled, without = (found.scores[side] for side in (ORIGINAL, RECYCLED, WITHOUT))
+    sides, modelled = (original, recycled, without), job.classes is None
+    accuracy = [one.accuracy if job.labelled else None for one in sides]
+    perplexity = [evaluate.perplexity(one.loss) if modelled else None for one in sides]
     return Evaluation(
         name=job.name,
         data=str(job.file),
         task=job.task,
         rows=len(job.rows),
-        tokens=n if modelled else None,
+        tokens=found.n if modelled else None,
         labelled=job.labelled,
         original_accuracy=accuracy[0],
         recycled_accuracy=accuracy[1],
         without_accuracy=accuracy[2],
-        agreement=agreement[1],
-        without_agreement=agreement[2],
-        kl=max(kl[1], 0.0),
-        without_kl=max(kl[2], 0.0),
+        agreement=recycled.agreement,
+        without_agreement=without.agreement,
+        kl=recycled.kl,
+        without_kl=without.kl,
         original_perplexity=perplexity[0],
         recycled_perplexity=perplexity[1],
         without_perplexity=perplexity[2],
     )
 
 
-def _scores(said: Sequence[Tensor], wanted: Tensor) -> Tensor:
-    """Sums over rows of logits, a line a side: right answers, loss, answers that the first side gives too, divergence
-    from the first side."""
-    wanted = wanted.to(said[0].device)
-    logs = [one.log_softmax(dim=-1) for one in said]
-    answers = [one.argmax(dim=-1) for one in said]
-    lines = [
-        (
-            (answer == wanted).sum(),
-            nll_loss(log, wanted, ignore_index=IGNORED, reduction="sum"),
-            (answer == answers[0]).sum(),
-            kl_div(log, logs[0], reduction="sum", log_target=True),
-        )
-        for log, answer in zip(logs, answers, strict=True)
-    ]
-    return torch.tensor([[float(one) for one in line] for line in lines], dtype=torch.float64)
+def _scores(original: Tensor, logits: Tensor, wanted: Tensor) -> Tensor:
+    """Sums over rows of logits: right answers, loss, answers that the original gives too, divergence from it."""
+    wanted = wanted.to(logits.device)
+    before, log = original.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+    answer = log.argmax(dim=-1)
+    found = (
+        (answer == wanted).sum(),
+        nll_loss(log, wanted, ignore_index=IGNORED, reduction="sum"),
+        (answer == before.argmax(dim=-1)).sum(),
+        kl_div(log, before, reduction="sum", log_target=True),
+    )
+    return torch.tensor([float(one) for one in found], dtype=torch.float64)

@@ -1,10 +1,11 @@
-"""One adapter as it was and as it comes back from a pack, on one base model. Nothing here knows what a row is.
+"""Several versions of one adapter on one base model: as it was, as it comes back from a pack, and others. Nothing here
+knows what a row is.
 
-PEFT loads both from folders on disk, the recycled one from what `Pack.export` writes.
+PEFT loads each from a folder on disk, as `write_adapter` writes it.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +14,32 @@ from typing import Any
 from .. import formats
 from ..adapter import Adapter
 from ..errors import EigenloraxError, FormatError, reason
-from ..pack import Pack
 from . import evaluate
 
-_SIDES = ("original", "recycled")
+ORIGINAL, WITHOUT = "original", "without its update"
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """PEFT models and what the adapter is called on each: one model twice, or two where it changes the base model."""
+    """PEFT models and what the adapter is called on each, by version, the original first: one model for all, or one for
+    each where the adapter changes the base model."""
 
-    original: tuple[Any, str]
-    recycled: tuple[Any, str]
+    models: Mapping[str, tuple[Any, str]]
+
+    @property
+    def names(self) -> list[str]:
+        """What `each` gives, in its order."""
+        return [*self.models, WITHOUT]
 
     def each(self) -> Iterator[tuple[str, Any]]:
-        """The original, the recycled, and the head without the update: a model is each of them until the next."""
-        for side, (network, name) in zip(_SIDES, (self.original, self.recycled), strict=True):
+        """The versions, and the head without the update: a model is each of them until the next."""
+        for side, (network, name) in self.models.items():
             network.set_adapter(name)
             yield side, network
-        network, name = self.original
+        network, name = self.models[ORIGINAL]
         network.set_adapter(name)
         with without_updates(network):
-            yield "without its update", network
+            yield WITHOUT, network
 
 
 class Bench:
@@ -45,41 +50,51 @@ class Bench:
         self._shared: Any = None
         self._turn = 0
 
-    def sides(self, original: Adapter, pack: Pack, name: str) -> Sides:
-        """An adapter of the pack beside its original, until the next one."""
-        with tempfile.TemporaryDirectory() as temporary:
-            folders = (
-                formats.write_adapter(original, Path(temporary) / _SIDES[0]),
-                pack.export(Path(temporary) / _SIDES[1], [name])[name],
-            )
-            try:
-                if _leaves_base_alone(original):
-                    return self._on_shared(folders)
-                return Sides(*((_ready(_new(self._load(), folder, "default")), "default") for folder in folders))
-            except EigenloraxError:
-                raise
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise FormatError(
-                    f"PEFT cannot load adapter {name!r} on the base model: {reason(error)} Is it of another base model?"
-                ) from error
+    def sides(self, name: str, versions: Mapping[str, Adapter]) -> Iterator[Sides]:
+        """Versions of an adapter, the original among them, each until the next: all of them beside one base model; or
+        the original with each of the others, where each takes a model of its own."""
+        original = versions[ORIGINAL]
+        others = [side for side in versions if side != ORIGINAL]
+        together = _leaves_base_alone(original)
+        for group in [others] if together else [[side] for side in others]:
+            with tempfile.TemporaryDirectory() as temporary:
+                folders = {
+                    side: formats.write_adapter(versions[side], Path(temporary) / str(place))
+                    for place, side in enumerate([ORIGINAL, *group])
+                }
+                try:
+                    found = self._on_shared(folders) if together else self._apart(folders)
+                except EigenloraxError:
+                    raise
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise FormatError(
+                        f"PEFT cannot load adapter {name!r} on the base model: {reason(error)} Is it of another base "
+                        "model?"
+                    ) from error
+            yield found
 
-    def _on_shared(self, folders: Sequence[Path]) -> Sides:
+    def _apart(self, folders: Mapping[str, Path]) -> Sides:
+        return Sides(
+            {side: (_ready(_new(self._load(), folder, "default")), "default") for side, folder in folders.items()}
+        )
+
+    def _on_shared(self, folders: Mapping[str, Path]) -> Sides:
         self._turn += 1
-        names = [f"{side}_{self._turn}" for side in _SIDES]
-        before = []
+        names = {side: f"version{place}_{self._turn}" for place, side in enumerate(folders)}
+        before: Sequence[str] = ()
+        left = dict(folders)
         if self._shared is None:
-            self._shared = _new(self._load(), folders[0], names[0])
-            self._shared.load_adapter(folders[1], adapter_name=names[1])
+            self._shared = _new(self._load(), left.pop(ORIGINAL), names[ORIGINAL])
         else:
             before = list(self._shared.peft_config)
-            for folder, name in zip(folders, names, strict=True):
-                self._shared.load_adapter(folder, adapter_name=name)
+        for side, folder in left.items():
+            self._shared.load_adapter(folder, adapter_name=names[side])
         # PEFT refuses adapters on a model that has lost its last one, so the next comes before the last goes
-        self._shared.set_adapter(names[0])
+        self._shared.set_adapter(names[ORIGINAL])
         for name in before:
             self._shared.delete_adapter(name)
         network = _ready(self._shared)
-        return Sides((network, names[0]), (network, names[1]))
+        return Sides({side: (network, name) for side, name in names.items()})
 
 
 def _new(base: Any, folder: Path, name: str) -> Any:
