@@ -14,13 +14,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from harness import drawing, jobs, language, recycled, text, vision
+    from harness import drawing, jobs, language, recycled, same_bytes, text, vision
 
     experiments = {
         "text": {**text.STAGES, "recycled": recycled.jobs, "sized": recycled.sized},
         "language": language.STAGES,
         "vision": vision.STAGES,
         "diffusion": drawing.STAGES,
+        "bytes": same_bytes.STAGES,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=experiments)
