@@ -19,6 +19,7 @@ from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from .checks import Scan
 from .chunks import CoefficientChunk
 from .coded import AdapterCodes
+from .errors import NonFiniteError
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
@@ -118,9 +119,18 @@ class Packing:
     def take_codes(self, codes: AdapterCodes, places: Mapping[str, coded.Place], data: bytes, error: float) -> None:
         """Note all modules of an adapter that is coded, whose `places` in the subspace are known by now.
 
-        data: the codes as bytes. error: what they lose, relative to the norm of it all.
+        data: the codes as bytes. error: what they lose, relative to the norm of it all. `NonFiniteError` where float32
+        cannot hold them.
         """
-        specs = self.adapter.specs
+        specs, squares = self.adapter.specs, self.scan.delta_squares
+        size = sum(squares[module] for module in self.places) ** 0.25
+        for module in self.places:
+            scaling = abs(specs[module].scaling)
+            if squares[module] and not (size / max(1.0, scaling) > 1e-36 and size / min(1.0, scaling) < 1e37):
+                raise NonFiniteError(
+                    f"adapter {self.adapter.name!r}, module {module}: its numbers are beyond float32, as which they "
+                    "would be read. Leave it out, or fit with max_error and dtype float64."
+                )
         slots = {
             module: Slot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
             for module, place in self.places.items()
