@@ -21,7 +21,7 @@ from planted import normal, random_adapter, random_collection, shared_collection
 from test_read_pack import assert_reads_what_the_library_reads
 
 QUERY = "encoder.layer.0.query"
-KINDS = [("int8", None), ("int4", None), ("int4", "int4"), ("float32", "int8"), ("int8", "float16")]
+KINDS = [("int8", None), ("int4", "int4"), ("float32", "int8")]
 SHARE = {"int8": 0.02, "int4": 0.25}
 """What rounding takes of these small updates, at most."""
 
