@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,55 @@ def lost_by(made, ranks, bits):
         back = torch.zeros(update.shape) if rank == 0 else rounded_rows(up, bits)[0].mT @ rounded_rows(down, bits)[0]
         lost += float(np.square(update - back.numpy()).sum())
     return lost
+
+
+class TestWithin:
+    """The least error in so many bytes, and the LoRAs of it."""
+
+    @pytest.mark.parametrize("share", [0.05, 0.15, 0.4, 0.8])
+    def test_no_smaller_error_fits(self, share):
+        tables = rivals.tables(stacks(small()))
+        whole = rivals.alone(tables, 1e-4)[rivals.BOTH].stored_bytes
+        found = rivals.within(tables, share * whole).point
+        assert found.stored_bytes <= share * whole
+        # all that is cheaper loses more, and all that loses less is dearer
+        for error in np.linspace(0.01, 1, 200):
+            other = rivals.alone(tables, float(error))[rivals.BOTH]
+            assert other.stored_bytes > share * whole or other.worst >= 0.98 * found.worst
+
+    def test_loras_are_what_was_counted(self):
+        made = small()
+        tables = rivals.tables(stacks(made))
+        found = rivals.within(tables, 0.2 * rivals.alone(tables, 1e-4)[rivals.BOTH].stored_bytes)
+        errors, spent = [], 0
+        for i, one in enumerate(made):
+            lost = total = 0.0
+            for place, module in enumerate(MODULES):
+                rank, bits = int(found.ranks[place, i]), int(found.bits[i])
+                if module not in one or one[module].scaling == 0:
+                    assert rank == 0
+                    continue
+                back = rivals.cut(one[module], rank, bits)
+                assert back.spec == replace(one[module].spec, dtype=torch.float32)
+                assert np.linalg.matrix_rank(dense(back)) == rank
+                lost += float(np.square(dense(one[module]) - dense(back)).sum())
+                total += float(np.square(dense(one[module])).sum())
+                spent += rank * pair_bytes(*MODULES[module], bits)
+            errors += [math.sqrt(lost / total)] if total else []
+        assert found.point.stored_bytes == spent
+        assert found.point.worst == pytest.approx(max(errors), rel=1e-4)
+        assert found.point.mean == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+    def test_any_number_of_bytes_is_enough(self):
+        tables = rivals.tables(stacks(small()))
+        none = rivals.within(tables, 0)
+        assert (none.point.stored_bytes, none.point.worst) == (0, pytest.approx(1))
+        assert int(none.ranks.sum()) == 0
+        assert rivals.within(tables, 10**9).point.worst < 1e-3
+
+    def test_an_update_of_no_scale_stays_as_it_is(self):
+        one = random_factors(2, *MODULES[next(iter(MODULES))], seed=5, scaling=0.0)
+        assert rivals.cut(one, 1, 4) is one
 
 
 class TestAlone:

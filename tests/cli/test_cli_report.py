@@ -94,6 +94,12 @@ class TestReport:
             ("report pack -a in --evaluate empty.csv", ["empty.csv: the first line has to name", "it is empty"]),
             ("report pack -a in --evaluate cut.jsonl", ["cut.jsonl, line 2 is not JSON", "column 11. Each line"]),
             ("report pack -a in --evaluate rows.csv --labels a,b --labels c,d", ["give A,B,… once"]),
+            ("report pack --frontier 4", ["--frontier needs --adapters"]),
+            ("report pack -a in --frontier 4", ["--frontier needs --evaluate, which names rows"]),
+            ("report pack -a in --evaluate README.csv --frontier a,b", ["--frontier takes ratios", "got 'a,b'"]),
+            ("report pack -a in --evaluate README.csv --frontier 4,", ["--frontier takes ratios", "got '4,'"]),
+            ("report pack -a in --evaluate README.csv --frontier 4,0.5", ["a number from 1 on, got 0.5"]),
+            ("report pack -a in --evaluate README.csv --frontier nan", ["a number from 1 on, got nan"]),
         ],
     )
     def test_what_cannot_be_done(self, cli, inside, line, parts, monkeypatch):

@@ -56,7 +56,7 @@ class Versions:
     several: Sequence[Version]
 
 
-def check(ratios: Sequence[float]) -> list[float]:
+def check(ratios: Sequence[int | float]) -> list[float]:
     """The ratios in ascending order, each once. `OptionError` unless each is a number from 1 on, and there is one."""
     found = [number("ratio", one) for one in ratios]
     for one in found:
@@ -71,7 +71,7 @@ def prepare(
     pack: Pack,
     originals: Mapping[str, Adapter],
     asked: Comparison,
-    ratios: Sequence[float],
+    ratios: Sequence[int | float],
     progress: Progress | None = None,
 ) -> Versions:
     """Fit the originals anew by `fit(…, ratio=)`, and cut and round each to the same bytes: all but running them.
