@@ -13,7 +13,7 @@ from .records import Json, percent
 from .size_rivals import PACK, WAYS
 
 NAMES = {PACK: "**pack, `--ratio`**", "shared basis, float16": "pack, `-k`, float16", "vlora": "vlora-dev"}
-OUT_OF_REACH = "–"
+OUT_OF_REACH, NOT_RUN = "–", ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def at_one_size(stage: str, ratio: float) -> str:
     """All ways in the bytes of one pack."""
     found = by_way(stage)
     rows = [("as trained", "1", percent(before(stage)), "", "", "", "", "")]
-    for way in WAYS:
+    for way in [way for way in WAYS if (ratio, way) in found]:
         one = lost(found[ratio, way])
         if one is None:
             rows.append((name_of(way), OUT_OF_REACH, *[""] * 6))
@@ -120,14 +120,15 @@ def at_every_size(stage: str, ratios: Sequence[float]) -> str:
     """Mean and worst change of every way at every ratio."""
     found = by_way(stage)
 
-    def cell(one: Lost | None) -> str:
+    def cell(ratio: float, way: str) -> str:
+        if (ratio, way) not in found:
+            return NOT_RUN
+        one = lost(found[ratio, way])
         return f"{changed(one.drop)}, {changed(one.worst)}" if one is not None else OUT_OF_REACH
 
     header = ("asked for", *(f"ratio {ratio:g}" for ratio in ratios))
-    rows = [(name_of(way), *(cell(lost(found[ratio, way])) for ratio in ratios)) for way in WAYS]
-    packs = [lost(found[ratio, PACK]) for ratio in ratios]
-    rows.append(("same answer, pack", *(percent(one.agreement) if one is not None else "" for one in packs)))
-    return f"{table(header, rows)}\n\nMean and worst change of accuracy, in points. {note(stage)}"
+    rows = [(name_of(way), *(cell(ratio, way) for ratio in ratios)) for way in WAYS]
+    return f"{table(header, rows)}\n\nMean and worst change of accuracy, in points; empty: not run. {note(stage)}"
 
 
 def by_adapter(stage: str, ratio: float) -> str:
@@ -165,7 +166,11 @@ def in_short(ratio: float) -> str:
     """The line of docs/results.md."""
     found = by_way("demo")
     ours = lost(found[ratio, PACK])
-    others = {way: one for way in WAYS if way != PACK and (one := lost(found[ratio, way])) is not None}
+    others = {
+        way: one
+        for (size, way), record in found.items()
+        if size == ratio and way != PACK and (one := lost(record)) is not None
+    }
     assert ours is not None
     best = min(others, key=lambda way: others[way].drop)
     nearest = others[best]

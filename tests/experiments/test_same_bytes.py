@@ -153,6 +153,11 @@ class TestTables:
         assert f"| **pack, `--ratio`** | {' | '.join(['+0.5, -1.0'] * 5)} |" in found
         assert f"| rounded | {' | '.join(['–'] * 5)} |" in found
 
+    def test_what_was_not_run_is_empty(self, results):
+        (results / "bytes" / "demo" / "72--lorashare.json").unlink()
+        found = same_bytes_tables.blocks(CONFIG)["same-bytes-sizes"]()
+        assert f"| lorashare | {' | '.join(['-8.0, -8.0'] * 4)} |  |" in found
+
     def test_by_adapter_and_in_short(self, results):
         blocks = same_bytes_tables.blocks(CONFIG)
         assert "| sms-spam-a | text messages | 100 | 50.0 | 49.0 | 1, 0 | 90.0 |" in blocks["same-bytes-adapters"]()
