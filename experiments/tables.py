@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "images.md", ROOT / "docs" / "tuner.md", ROOT / "README.md")
+PAGES = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "tuner", "bytes")), ROOT / "README.md")
 GRID = ROOT / "docs" / "images-grid.webp"
 
 
@@ -26,6 +26,7 @@ def main() -> int:
         record,
         records,
         recycled_tables,
+        same_bytes_tables,
         text_tables,
         vision_tables,
     )
@@ -40,7 +41,7 @@ def main() -> int:
     asked = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-        for name in ("text", "language", "vision", "diffusion")
+        for name in ("text", "language", "vision", "diffusion", "bytes")
     }
     if asked.grid:
         drawing_tables.grid(configs["diffusion"], GRID)
@@ -52,6 +53,7 @@ def main() -> int:
         **language_tables.blocks(configs["language"]),
         **vision_tables.blocks(configs["vision"]),
         **drawing_tables.blocks(configs["diffusion"]),
+        **same_bytes_tables.blocks(configs["bytes"]),
     }
     records.check_bases(sorted(f"{one.parent.name}/{one.name}" for one in record.RESULTS.glob("*/*") if one.is_dir()))
     stale = []

@@ -211,7 +211,7 @@ def jointly(kind: str) -> Callable[[Collection, float, int], Kept | None]:
         tried = []
         for bits in rivals.TOGETHER:
             k = _fewest(
-                lambda k, bits=bits: together.stored_bytes(kind, k, bits),  # type: ignore[misc]
+                lambda k, bits=bits: together.stored_bytes(kind, k, bits),
                 least,
                 together.most(kind),
             )
