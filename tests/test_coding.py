@@ -17,9 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::eigenlorax.errors.UntrainedAdap
 # every error on some; of the others one or two each, so that each error has its turn
 WHOLLY = ("shared, with noise", "ranks that differ")
 CASES = [(name, error) for name in WHOLLY for error in ERRORS] + [
-    (name, ERRORS[(2 * place) % len(ERRORS)])
-    for place, name in enumerate(COLLECTIONS)
-    if name not in WHOLLY
+    (name, ERRORS[(2 * place) % len(ERRORS)]) for place, name in enumerate(COLLECTIONS) if name not in WHOLLY
 ]
 # where whole components come and go, or all adapters are one: errors jump
 JUMPING = 0.75
