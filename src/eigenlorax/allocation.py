@@ -16,7 +16,7 @@ from torch import Tensor
 from . import krylov, linalg, quantiser
 from .transform import OVERHEAD, Components
 
-MOST = 192
+MOST = 512
 """Directions of a side that are considered, at most."""
 LARGE = 2048
 """Rows, or their width, up to which all directions are found at once."""
@@ -94,7 +94,37 @@ class Estimate:
 
 def grid(most: int) -> list[int]:
     """Numbers of directions that are compared."""
-    steps = [0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192]
+    steps = [
+        0,
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        10,
+        12,
+        14,
+        16,
+        20,
+        24,
+        28,
+        32,
+        40,
+        48,
+        56,
+        64,
+        80,
+        96,
+        112,
+        128,
+        160,
+        192,
+        256,
+        320,
+        384,
+        448,
+    ]
     return [*(k for k in steps if k < most), most]
 
 

@@ -16,9 +16,9 @@ from .transform import Components
 
 SAMPLE = 256
 """Adapters that are compared with all others, at most."""
-MOST = 8
-"""Groups, at most."""
-LEAST = 3
+COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
+"""Numbers of groups that are tried."""
+LEAST = 2
 """Adapters of a group, at least."""
 APART = 1.5
 """How many times more alike adapters must be within groups than across."""
@@ -57,7 +57,7 @@ def groupings(alike: Float[Tensor, "n s"], chosen: Sequence[int]) -> list[list[i
     degree = inner.sum(1).clamp_min(1e-12).rsqrt()
     _, vectors = torch.linalg.eigh(degree[:, None] * inner * degree[None])
     found, seen = [], set()
-    for count in range(2, min(MOST, len(chosen) // LEAST) + 1):
+    for count in (count for count in COUNTS if count * LEAST <= len(chosen)):
         leading = vectors[:, -count:]
         rows = leading / torch.linalg.vector_norm(leading, dim=1, keepdim=True).clamp_min(1e-12)
         groups = _means(rows, count)

@@ -29,6 +29,8 @@ SURVEY, BASES, STEPS, WRITING = (
 )
 RANGE = 2.0**-22, 2.0**0.5
 """Steps, relative to the norm of an adapter, that are surveyed where the error is not known beforehand."""
+LEAST_ERROR = 1e-6
+"""The smallest error that can be asked for."""
 CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
 ENOUGH, TURNS = 8, 24
@@ -311,7 +313,7 @@ def alone(
     wide = {name: transform.components([factors]) for name, (factors, _) in updates.items()}
     norm = math.sqrt(sum(float(one.s.square().sum()) for one in wide.values()))
     numbers = sum(factors.spec.numbers for factors, _ in updates.values())
-    bound = _bound(error)
+    bound = _bound(max(error, LEAST_ERROR))
 
     def coded_with(steps: Tensor) -> dict[str, Codes]:
         return {name: transform.encoded(wide[name], steps, *updates[name][1]) for name in updates}
@@ -325,15 +327,19 @@ def alone(
     return AdapterCodes(float(steps[0]), cluster, modules), float(errors[0])
 
 
+def check(error: float) -> None:
+    """`OptionError` where numbers in float32 cannot keep so small an error."""
+    if error < LEAST_ERROR:
+        raise OptionError(
+            f"max_error={error:g} is less than numbers in float32 can keep: ask for {LEAST_ERROR:g} or more, or store "
+            "wider ones (--dtype float64)."
+        )
+
+
 def _bound(error: float) -> float:
     """A hair less than an error, for the last bits of what comes back in float32."""
-    bound = error * (1 - 1e-6) - 2e-7
-    if bound <= 0:
-        raise OptionError(
-            f"max_error={error:g} is less than numbers in float32 can keep: ask for 1e-6 or more, or store wider ones "
-            "(--dtype float64)."
-        )
-    return bound
+    check(error)
+    return error * (1 - 1e-6) - 2e-7
 
 
 def _sought(measure: Measure, steps: Tensor, errors: Tensor, bound: float) -> tuple[Tensor, Tensor]:

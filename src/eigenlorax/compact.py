@@ -21,6 +21,8 @@ from .transform import RoundedBasis
 
 BATCH = 64
 """Adapters whose bytes are made together."""
+FAINT, COARSE = 1e-5, 0.7
+"""The smallest and the largest of them: beyond, estimates are poor."""
 AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Errors of the frontier that are told, beside the one that was chosen."""
 
@@ -56,6 +58,8 @@ def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, 
     norms = torch.tensor([1 / weight for weight in weights.values()], dtype=torch.float64)
     numbers = max(sum(one.numbers for one in packing.adapter.specs.values()) for packing in packings.values())
     error = options.max_error
+    if error is not None:
+        coding.check(error)
     steps = coding.steps_for(error, numbers) if error is not None else coding.steps_for_any()
     collection = Collection(modules, norms, steps, report)
     carried = _carried(packings, by_module)
@@ -190,8 +194,13 @@ def _bases(name: str, found: Coded, shape: tuple[int, int], blobs: Mapping[tuple
 
 
 def _frontier(collection: Collection, error: float, size: int, carried: int) -> list[Point]:
-    """About the bytes that other errors take, beside those that this one does."""
-    errors = sorted({min(max(around * error, 1e-6), 0.99) for around in AROUND} | {error})
+    """About the bytes that other errors take, beside those that this one does; of those that were surveyed."""
+    errors = sorted({around * error for around in AROUND if FAINT <= around * error <= COARSE} | {error})
     guessed = {point.error: point.bytes for point in collection.frontier(errors)}
     factor = (size - carried) / max(guessed[error], 1.0)
-    return [Point(one, round(carried + factor * guess)) for one, guess in guessed.items()]
+    found = [Point(one, round(carried + factor * guess)) for one, guess in guessed.items()]
+    return [
+        point
+        for place, point in enumerate(found)
+        if point.error == error or all(point.bytes != other.bytes for other in found[place + 1 :])
+    ]

@@ -6,7 +6,6 @@ coder is rANS (Duda 2013, arXiv 1311.2540) with 32-bit states, 16-bit words and 
 take turns, so that NumPy does a step of all of them at once. docs/pack-format.md says what each byte is.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
@@ -81,13 +80,6 @@ def cost(values: np.ndarray, number: int) -> float:
     places = (values >> one.raw) - one.first
     outside = (places < 0) | (places >= one.escape)
     return float(bits[np.where(outside, one.escape, places)].sum())
-
-
-def class_of(spread: float) -> int:
-    """The class for integers of this standard deviation."""
-    if spread <= 0:
-        return 0
-    return min(max(round(4 * math.log2(spread * math.sqrt(3) / math.pi)) + 16, 0), CLASSES - 1)
 
 
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:

@@ -228,8 +228,9 @@ def _is_by_bytes(options: FitOptions, storage: Storage | None, coefficients: Sto
     if floats:
         return False
     if asked:
+        other = next((one for one in asked if not isinstance(one, Floats)), asked[0])
         raise OptionError(
-            f"{given} finds by itself how numbers are stored: leave dtype {asked[0].name} away"
+            f"{given} finds by itself how numbers are stored: leave dtype {other.name} away"
             + (", or give a float dtype." if options.max_error is not None else ".")
         )
     raise OptionError(f"{given} goes with weighting 'delta', got {options.weighting!r}.")

@@ -8,7 +8,6 @@ import math
 from functools import cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .entropy import PRECISION
@@ -61,10 +60,4 @@ def price(spread: np.ndarray) -> np.ndarray:
     """Bits of a Gaussian number of each standard deviation, and of its error."""
     bits, errors = cost(spread)
     found: np.ndarray = bits + WORTH * errors
-    return found
-
-
-def as_codes(numbers: Tensor) -> np.ndarray:
-    """Whole numbers as the coder takes them."""
-    found: np.ndarray = numbers.to(torch.int64).cpu().numpy()
     return found

@@ -23,6 +23,10 @@ SCALES = 8
 MOST_SCALE = 255
 QUARTERS = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
 """2^0, 2^¼, 2^½ and 2^¾, each the nearest float64."""
+MEAN_TO_SPREAD = math.sqrt(math.pi / 2)
+"""Standard deviation of Gaussian numbers, by their mean size."""
+LOWER = (0, 3)
+"""Classes that are tried, below what the mean size says."""
 PART_NUMBERS = 2**23
 """Numbers that are coded at a time: each takes some hundred bytes meanwhile."""
 OVERHEAD = 16.0
@@ -337,10 +341,7 @@ def _side(rows: Tensor, basis: RoundedBasis) -> tuple[SideCodes, Tensor, Tensor]
         exact = rows @ linalg.dual_rows(wide).mT
         codes = quantiser.rounded(exact)
         profile = torch.from_numpy(basis.profile)
-        # the spread of a row's coefficients where they are largest
-        spread = (exact.square() * torch.exp2(-profile / 2.0)).mean(2).sqrt()
-        levels, profile = classes(spread) + 1, profile[None, None]
-        bits = logistic_bits(codes, (levels[..., None] - 1 + profile).clamp_min(0)).sum(2)
+        levels, bits = _cheapest(codes, exact * torch.exp2(-profile / 4.0), profile)
         worth = quantiser.WORTH * (exact.square() - (exact - codes).square()).sum(2)
         used = (codes != 0).any(2) & (worth > bits)
         known = torch.where(used[..., None], codes, 0.0).to(torch.int64)
@@ -348,8 +349,7 @@ def _side(rows: Tensor, basis: RoundedBasis) -> tuple[SideCodes, Tensor, Tensor]
         left = rows - known.to(torch.float64) @ wide
     codes = quantiser.rounded(left)
     square = left.square().sum(2)
-    rest_levels = classes((square / d).sqrt()) + 1
-    rest_bits = logistic_bits(codes, rest_levels[..., None] - 1).sum(2)
+    rest_levels, rest_bits = _cheapest(codes, left, torch.zeros(d, dtype=torch.int64))
     error = (left - codes).square().sum(2)
     used = (codes != 0).any(2) & (quantiser.WORTH * (square - error) > rest_bits)
     rest = torch.where(used[..., None], codes, 0.0).to(torch.int64)
@@ -357,8 +357,21 @@ def _side(rows: Tensor, basis: RoundedBasis) -> tuple[SideCodes, Tensor, Tensor]
     return found, bits + torch.where(used, rest_bits, 0.0), torch.where(used, error, square)
 
 
+def _cheapest(codes: Tensor, numbers: Tensor, profile: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows of whole numbers, (…, d), the level that takes fewest bits of a few, and those bits.
+
+    numbers: of one spread throughout. By their mean size rather than their square, so that a few large ones do not make
+    all others dear; and lower still, where most are nearly nothing.
+    """
+    first = classes(numbers.abs().mean(-1) * MEAN_TO_SPREAD)
+    tried = [(first - lower).clamp_min(0) for lower in LOWER]
+    bits = torch.stack([logistic_bits(codes, (one[..., None] + profile).clamp_min(0)).sum(-1) for one in tried])
+    least, which = bits.min(0)
+    return torch.stack(tried).gather(0, which[None])[0] + 1, least
+
+
 def classes(spread: Tensor) -> Tensor:
-    """`entropy.class_of`, of many spreads."""
+    """The classes for whole numbers of these standard deviations."""
     found = 4 * (spread.clamp_min(1e-9) * math.sqrt(3) / math.pi).log2()
     return (found.round() + 16).clamp(0, entropy.CLASSES - 1).to(torch.int64)
 

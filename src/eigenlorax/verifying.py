@@ -13,8 +13,10 @@ from .formats.sources import Sources
 from .pack import Pack
 from .recognition import recognise
 
-TOLERANCE = 1e-6
-"""How far a figure may be off: rounding of sums."""
+TOLERANCE = 1e-4
+"""How far a figure may be off, as a share of itself: rounding of sums."""
+FLOOR = 2e-7
+"""And at least: what float32 rounds off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Verified:
     def holds(self) -> bool:
         """Whether no more is lost than the pack says, and than was asked for."""
         most = min(self.recorded, self.bound if self.bound is not None else self.recorded)
-        return self.delta_error <= most + TOLERANCE
+        return self.delta_error <= most * (1 + TOLERANCE) + FLOOR
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,15 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
         found = verify(pack, originals, progress=progress, **options)
     if json:
         adapters = {name: {**asdict(one), "holds": one.holds} for name, one in found.adapters.items()}
-        console.print_json({"pack": target, "holds": found.holds, "adapters": adapters, "unknown": found.unknown})
+        console.print_json(
+            {
+                "pack": target,
+                "holds": found.holds,
+                "complete": not found.unknown,
+                "adapters": adapters,
+                "unknown": found.unknown,
+            }
+        )
     else:
         rows = [
             (
