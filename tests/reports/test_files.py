@@ -99,7 +99,7 @@ class TestJson:
             (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
             (
                 lambda text: text.replace('"schema_version": 3', '"schema_version": 4'),
-                "of version 3 .* make the report",
+                "of version 4 .* make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
             (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6", where int'),

@@ -143,3 +143,53 @@ def test_a_sentence_says_what_is_best():
         "For the pack's worst error of 0.250, the best other way takes 1.5 MB: one shared basis (k = 16, 8 bits). "
         "The pack takes 2.0 MB."
     )
+
+
+class TestOnTask:
+    """Bytes, and what becomes of the task: of a language model, and of a classifier, with two ratios each."""
+
+    def test_in_a_sentence(self):
+        found, _ = report(6).task_frontiers
+        assert frontier.on_task(found) == (
+            "Of 2 ratios, the fit predicts more nearly what the originals do than each LoRA cut and rounded to the "
+            "same bytes at 1, and less nearly at 1."
+        )
+
+    def test_in_markdown(self):
+        text = markdown.render(report(6))
+        section = text.partition("## Bytes, and what becomes of the task: causal-lm")[2].partition("\n## ")[0]
+        assert frontier.on_task(report(6).task_frontiers[1]) in section
+        assert "| the originals, 16 bits | – | 20.0 MB | 1.00× | – | – | 8.5 | – | 0 |" in section
+        assert "| fitted at a ratio | 50 | 400.0 kB | 50.0× | 0.300 | 0.200 | 8.5 | 0.950 | 0.910 |" in section
+        assert "| no update | – | 0 bytes | – | – | – | 13.92 | – | 0.610 |" in section
+        assert "### KL of every adapter" in section
+        assert "accuracy" not in section.replace("accuracy: ", "").casefold()
+
+    def test_on_the_page_with_pictures_and_tables(self):
+        document = Document(page.render(report(6)))
+        labels = [found.get("aria-label") for tag, found in document.elements if tag == "svg"]
+        for label in (
+            "text-classification: accuracy over bytes",
+            "text-classification: KL from the originals, nats over bytes",
+            "causal-lm: perplexity over bytes",
+        ):
+            assert label in labels
+        head, *rows = document.tables["KL of every adapter"]
+        assert head == [
+            "adapter",
+            "rows from",
+            "this pack",
+            "ratio 5",
+            "ratio 5, cut and rounded",
+            "ratio 50",
+            "ratio 50, cut and rounded",
+        ]
+        assert rows[0][2:] == ["0.012", "4.0e-04", "7.0e-04", "0.910", "0.830"]
+
+    @pytest.mark.parametrize("stored", [0, 1])
+    def test_a_way_of_no_bytes_can_be_drawn(self, stored):
+        full = report(6)
+        (one, other) = full.task_frontiers
+        points = [dataclasses.replace(point, stored_bytes=stored, kl=0.0) for point in one.points]
+        made = dataclasses.replace(full, task_frontiers=[dataclasses.replace(one, points=points), other])
+        assert "accuracy over bytes" in page.render(made)

@@ -290,7 +290,7 @@ def test_a_ratio_of_200_destroys_what_a_ratio_of_4_keeps(tmp_path):
     assert (frontier.original_accuracy, frontier.adapters) == (1, N)
     points = {(one.way, one.ratio): one for one in frontier.points}
     assert points["fit", 4].accuracy > 0.9
-    assert points["fit", 200].accuracy < 0.2
+    assert points["fit", 200].accuracy < 0.5
     assert points["fit", 4].kl < 0.05 * points["fit", 200].kl
 
 
