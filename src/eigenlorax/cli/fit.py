@@ -102,10 +102,12 @@ def fit(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources.)"),
+        typer.Option(
+            help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources, without R, X, B.)"
+        ),
     ] = None,
     coefficient_dtype: Annotated[
-        str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside int4).")
+        str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside integers).")
     ] = None,
     warn_above: Annotated[
         float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
