@@ -22,7 +22,7 @@ EPILOG = """Examples:
 
   eigenlorax report pack/ -a adapters/ --evaluate sst2=rows.csv -o report.html
 
-  eigenlorax report pack/ -a adapters/ --evaluate rows.csv --frontier 5,20 -o r.md"""
+  eigenlorax report pack/ -a adapters/ --evaluate r.csv --frontier 5,20 -o r.md"""
 
 NAMED = 6
 """Adapters that a finding names in the terminal."""
