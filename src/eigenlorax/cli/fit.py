@@ -102,9 +102,7 @@ def fit(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources, without R, X, B.)"
-        ),
+        typer.Option(help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources.)"),
     ] = None,
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside integers).")
