@@ -37,6 +37,8 @@ ENOUGH, TURNS = 8, 24
 """Rounds in which the steps are sought, where some are found by then; and at most."""
 FULL, NEARLY = 0.99, 0.97
 """How much of a budget of bytes is to be used, and is enough after several turns."""
+LAST_TRIED = (0.55, 0.7, 0.85, 0.95)
+"""Errors that are tried before a budget is said to be out of reach."""
 SEVERAL, BUDGET_TURNS = 5, 12
 """Errors that are tried for a budget: several, and at most."""
 SMALLEST, LARGEST = 1e-6, 0.999
@@ -289,8 +291,16 @@ class Collection:
                 aim = over.error * (under.error / over.error) ** share
         if best is None:
             assert over is not None
-            least = over.bytes + beside
-            raise OptionError(f"{asked} cannot be reached: with next to nothing kept, there are {least:,} bytes.")
+            least = over.bytes
+            # where an error allows nearly everything, directions in common may have gone that would have saved bytes
+            for aim in LAST_TRIED:
+                found = self.coded(aim)
+                least = min(least, size(found))
+                if least <= limit:
+                    return found
+            raise OptionError(
+                f"{asked} cannot be reached: with next to nothing kept, there are {least + beside:,} bytes."
+            )
         return best
 
     def aimed(self, limit: float) -> float:
