@@ -48,7 +48,7 @@ def lost_by(made, ranks, bits):
 class TestWithin:
     """The least error in so many bytes, and the LoRAs of it."""
 
-    @pytest.mark.parametrize("share", [0.05, 0.15, 0.4, 0.8])
+    @pytest.mark.parametrize("share", [0.15, 0.8])
     def test_no_smaller_error_fits(self, share):
         tables = rivals.tables(stacks(small()))
         whole = rivals.alone(tables, 1e-3)[rivals.BOTH].stored_bytes
@@ -108,7 +108,7 @@ class TestAlone:
                 total = sum(float(np.square(dense(f)).sum()) for f in one.values())
                 assert table == pytest.approx(expected, rel=1e-5, abs=1e-7 * total + 1e-12)
 
-    @pytest.mark.parametrize("error", [0.05, 0.2, 0.5, 0.8])
+    @pytest.mark.parametrize("error", [0.05, 0.5])
     def test_ranks_by_energy_are_near_the_cheapest_of_all_choices(self, error):
         made = random(6, rank=3, shapes=MODULES)
         found = rivals.tables(stacks(made), (16,))
@@ -262,7 +262,7 @@ class TestDiagonalCoresOfMany:
         )
         return {"encoder.0.query": made}
 
-    @pytest.mark.parametrize("error", [0.9, 0.3, 0.1])
+    @pytest.mark.parametrize("error", [0.3])
     def test_the_same_is_found(self, monkeypatch, error):
         whole = rivals.Together(self.planted(), [range(24)]).least(rivals.DIAGONAL, (16, 16), error, math.inf)
         monkeypatch.setattr(rivals, "_MANY", 12)
