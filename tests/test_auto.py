@@ -8,7 +8,7 @@ import torch
 
 import eigenlorax as ex
 import reference
-from eigenlorax import auto
+from eigenlorax import auto, storages
 from eigenlorax.adapter import LoRAFactors, ModuleSpec, from_factors
 from eigenlorax.errors import OptionError, UntrainedAdapterWarning
 from eigenlorax.sizes import Member, Setting
@@ -50,8 +50,8 @@ def choice(adapters, **options):
     setting = Setting(
         FitOptions(n_components=1, **options),
         {a.name: sum(np.square(reference.dense(f)).sum() for f in a.modules.values()) ** -0.5 for a in adapters},
-        torch.float64,
-        torch.float64,
+        storages.by_name("float64"),
+        storages.by_name("float64"),
         torch.device("cpu"),
     )
     modules = sorted({name for a in adapters for name in a.modules})

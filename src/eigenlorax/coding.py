@@ -341,8 +341,8 @@ def check(error: float) -> None:
     """`OptionError` where numbers in float32 cannot keep so small an error."""
     if error < LEAST_ERROR:
         raise OptionError(
-            f"max_error={error:g} is less than numbers in float32 can keep: ask for {LEAST_ERROR:g} or more, or store "
-            "wider ones (--dtype float64)."
+            f"max_error={error:g} is less than numbers in float32 can keep: ask for 1e-6 or more, or store wider ones "
+            "(--dtype float64)."
         )
 
 
