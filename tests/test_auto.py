@@ -244,8 +244,8 @@ class TestSamples:
         setting = Setting(
             FitOptions(n_components=1, sweeps=sweeps),
             dict.fromkeys(names, 1.0),
-            torch.float32,
-            torch.float32,
+            storages.by_name("float32"),
+            storages.by_name("float32"),
             torch.device("cpu"),
         )
         return outlines, auto._samples(outlines, setting)
