@@ -313,7 +313,7 @@ class Collection:
         return float(np.exp(np.interp(math.log(max(limit, 1)), sizes[::-1], errors[::-1])))
 
     def _estimated(self, error: float) -> float:
-        return max(self.frontier([error])[0].bytes, 1.0)
+        return float(max(self.frontier([error])[0].bytes, 1))
 
 
 def alone(

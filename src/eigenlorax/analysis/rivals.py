@@ -63,7 +63,7 @@ class Tables:
     bytes of one direction in each module. ranks: of each module, (n,). total: ‖D‖² over all modules, (n,).
     """
 
-    lost: Mapping[int, list[Float[Tensor, "n s"]]]
+    lost: Mapping[int, list[Float[Tensor, "n _"]]]
     costs: Mapping[int, list[int]]
     ranks: list[Tensor]
     total: Float[Tensor, " n"]
