@@ -130,7 +130,7 @@ def _narrowed(codes: np.ndarray) -> np.ndarray:
 def basis_bytes(bases: Sequence[RoundedBasis]) -> list[bytes]:
     """Sides of modules, each in bytes of its own."""
     streams = entropy.encode(
-        [(one.codes.numpy().ravel(), np.repeat(_row_classes(one), one.codes.shape[1])) for one in bases]
+        [(one.codes.numpy().ravel(), _number_classes(one.fineness, one.codes.shape[1])) for one in bases]
     )
     return [
         bytes([max(len(one.blocks), 1)])
@@ -142,15 +142,16 @@ def basis_bytes(bases: Sequence[RoundedBasis]) -> list[bytes]:
     ]
 
 
-def _row_classes(one: RoundedBasis) -> np.ndarray:
-    return transform.row_classes(one.fineness, one.codes.shape[1])
+def _number_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
+    """Of every number of a basis, row by row."""
+    return np.repeat(transform.row_classes(fineness, dimension), dimension)
 
 
 def bases(sides: Sequence[tuple[bytes, int]]) -> list[RoundedBasis]:
     """The inverse of `basis_bytes`, of bytes and the width of rows."""
     heads = [_basis_head(data) for data, _ in sides]
     streams = [
-        (stream, np.repeat(transform.row_classes(fineness, dimension), dimension))
+        (stream, _number_classes(fineness, dimension))
         for (_, fineness, _, stream), (_, dimension) in zip(heads, sides, strict=True)
     ]
     return [
