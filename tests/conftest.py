@@ -1,8 +1,12 @@
+import functools
+import inspect
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
+import jaxtyping._decorator
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
@@ -22,6 +26,34 @@ CHECKED = (
     "linalg manifest mixing quantised reports sizes storages store summary tasks typed urls"
 )
 beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
+
+FIRST, EVERY = 50, 25
+"""Calls of a function whose shapes are checked: so many at first, and one in so many of the others, since a check takes
+many times as long as a small call."""
+_jaxtyped, _calls = jaxtyping.jaxtyped, Counter()
+
+
+def _some_calls_jaxtyped(of=None, *, typechecker):
+    if of is None:
+        return functools.partial(_some_calls_jaxtyped, typechecker=typechecker)
+    # methods of classes and properties come here one by one
+    if not inspect.isfunction(of):
+        return _jaxtyped(of, typechecker=typechecker)
+    code = of.__code__
+    # functions inside of others are made again at each call of these, and each time what checks them would be compiled
+    if _calls[code] >= FIRST:
+        return of
+    checked = _jaxtyped(of, typechecker=typechecker)
+
+    @functools.wraps(of)
+    def call(*args, **kwargs):
+        _calls[code] += 1
+        return (checked if _calls[code] <= FIRST or _calls[code] % EVERY == 0 else of)(*args, **kwargs)
+
+    return call
+
+
+jaxtyping.jaxtyped = jaxtyping._decorator.jaxtyped = _some_calls_jaxtyped
 
 
 def pytest_configure(config):
