@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..chunks import chunk
+from ..stack import Stack, captured, difference_squares, gram, roots
 from ..subspace import Coefficients, ModuleBases
-from .stack import Stack, captured, difference_squares, gram, roots
 
 BLOCK = 64
 """Numbers that share one scale where LoRA factors are rounded to few bits."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..adapter import Lazy
 from ..analysis import rivals
 from ..analysis.rivals import Point, Together
-from ..analysis.stack import Stack, stack
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
+from ..stack import Stack, stack
 from . import numbers
 from .data import Frontier, FrontierPoint, TaskFrontier
 from .measure import own_name

@@ -12,10 +12,10 @@ from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..analysis import crowded, losses, rivals, spectra
 from ..analysis.pairs import Pairs, products
-from ..analysis.stack import Stack, squares, stack, stack_coefficients
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
+from ..stack import Stack, squares, stack, stack_coefficients
 from ..subspace import Coefficients, FitOptions, ModuleBases
 from . import refits
 from .originals import Originals
