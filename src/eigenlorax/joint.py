@@ -23,10 +23,12 @@ from .subspace import FitOptions, ModuleBases
 ROUNDS = 200
 TOLERANCE = 1e-6
 """Alternation ends when a round wins less than this share of what is still lost."""
+RIDGE = 1e-12
+"""What the squares of diagonal cores count for beside those of what is lost, at least. Without, directions that nearly
+coincide have large ones of either sign, which cancel but for their rounding."""
 _WIDE = 1024
 """Width of a side from which on eigenvectors are searched for; below, all of them are found at once."""
 _PROXIMAL = 1e-10
-_RIDGE = 1e-12
 _NOTHING = 1e-14
 _TRIAL_ROUNDS = 6
 
@@ -112,12 +114,14 @@ def diagonal(
     start: Rows | None = None,
     rounds: int = ROUNDS,
     tolerance: float = TOLERANCE,
+    ridge: float = RIDGE,
 ) -> Joint:
     """Free factors of k rows of length 1, or as many as the adapters' ranks add up to, and diagonal cores.
 
     By alternating least squares (a canonical polyadic decomposition of the stacked updates), from the start that does
     better in a few rounds: the adapters' own largest singular directions, or what diagonalises the two leading
     combinations of their full cores. start: rows to go on from instead; the objective is never above theirs.
+    ridge: as `RIDGE`.
     """
     small, frames = _narrow(_weighted(one, weights))
     k = min(k, sum(one.ranks))
@@ -134,20 +138,20 @@ def diagonal(
 
     if start is not None:
         rows = [rows if frame is None else rows @ frame.mT for rows, frame in zip(start, frames, strict=True)]
-        best = run(_Diagonal.of(small, rows[0], rows[1]), rounds)
+        best = run(_Diagonal.of(small, rows[0], rows[1], total, ridge), rounds)
     else:
         starts = [_own_directions(small, k)]
         if k <= min(small.down.shape[2], small.up.shape[2]):
             starts.append(_diagonalised(small, k))
-        tried = [run(_Diagonal.of(small, *each), min(rounds, _TRIAL_ROUNDS)) for each in starts]
+        tried = [run(_Diagonal.of(small, *each, total, ridge), min(rounds, _TRIAL_ROUNDS)) for each in starts]
         best = run(min(tried, key=lambda state: state.lost), max(rounds - _TRIAL_ROUNDS, 0))
     down, up = (
         rows if frame is None else rows @ frame for rows, frame in zip((best.down, best.up), frames, strict=True)
     )
-    return in_diagonal(one, (down, up))
+    return in_diagonal(one, (down, up), ridge)
 
 
-def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int) -> ModuleBases:
+def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, ridge: float) -> ModuleBases:
     """Bases of a module for diagonal cores, float64: as many rows on either side, at most k, row j of one with row j
     of the other, of length 1 and not orthogonal. Those that adapters have most of come first.
 
@@ -155,7 +159,7 @@ def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int) -> 
     """
     n_out, n_in = factors[0].up.shape[0], factors[0].down.shape[1]
     one, each = stack(factors, n_in, n_out), torch.tensor(weights, dtype=torch.float64)
-    found = diagonal(one, each, min(k, n_in, n_out))
+    found = diagonal(one, each, min(k, n_in, n_out), ridge=ridge)
     sizes = (each[:, None] * found.cores).square().sum(0)
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > _NOTHING * sizes.max()]
@@ -174,26 +178,27 @@ def _of_rows(basis: Basis, rows: Tensor, weighted: Tensor) -> Basis:
     return replace(basis, components=torch.where(largest < 0, -rows, rows), energy=min(energy, 1.0))
 
 
-def in_diagonal(one: Stack, rows: Rows) -> Joint:
+def in_diagonal(one: Stack, rows: Rows, ridge: float = RIDGE) -> Joint:
     """The best diagonal cores between given factors."""
     down, up = rows
-    cores, seen, both = _best_diagonal(one.down, one.up, rows)
+    cores, seen, both = _best_diagonal(one.down, one.up, rows, ridge)
     lost = squares(one) - 2 * (cores * seen).sum(1) + ((cores @ both) * cores).sum(1)
     return Joint(down, up, cores, lost.clamp_min(0))
 
 
-def best_diagonal(down: Float[Tensor, "n r n_in"], up: Float[Tensor, "n r n_out"], rows: Rows) -> Float[Tensor, "n k"]:
-    """The diagonal cores between given factors that lose least of the updates up[i].mT @ down[i]."""
-    return _best_diagonal(down, up, rows)[0]
+def best_diagonal(
+    down: Float[Tensor, "n r n_in"], up: Float[Tensor, "n r n_out"], rows: Rows, ridge: float
+) -> Float[Tensor, "n k"]:
+    """The diagonal cores between given factors that lose least of the updates up[i].mT @ down[i]; ridge: as `RIDGE`."""
+    return _best_diagonal(down, up, rows, ridge)[0]
 
 
-def _best_diagonal(down: Tensor, up: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _best_diagonal(down: Tensor, up: Tensor, rows: Rows, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Those, what updates have in the terms, and inner products of the terms."""
     seen = ((down @ rows[0].mT) * (up @ rows[1].mT)).sum(1)
     both = (rows[0] @ rows[0].mT) * (rows[1] @ rows[1].mT)
-    # where directions coincide, the smallest cores
-    ridge = _RIDGE * torch.eye(len(both), dtype=torch.float64, device=both.device)
-    cores = torch.cholesky_solve(seen.mT, torch.linalg.cholesky(both + ridge)).mT
+    identity = torch.eye(len(both), dtype=torch.float64, device=both.device)
+    cores = torch.cholesky_solve(seen.mT, torch.linalg.cholesky(both + ridge * identity)).mT
     return cores, seen, both
 
 
@@ -246,19 +251,21 @@ def _top(
 
 @dataclass(frozen=True, slots=True)
 class _Diagonal:
-    """Factors and cores on the way; lost: the sum of it."""
+    """Factors and cores on the way. total: ‖D‖² of all updates together; lost: of that, what is lost."""
 
     down: Tensor
     up: Tensor
     cores: Tensor
+    total: float
+    ridge: float
     lost: float
 
     @classmethod
-    def of(cls, one: Stack, down: Tensor, up: Tensor) -> "_Diagonal":
+    def of(cls, one: Stack, down: Tensor, up: Tensor, total: float, ridge: float) -> "_Diagonal":
         """With the best cores between these factors."""
         down, up = _of_length_one(down), _of_length_one(up)
-        found = in_diagonal(one, (down, up))
-        return cls(down, up, found.cores, float(found.lost.sum()))
+        cores, seen, both = _best_diagonal(one.down, one.up, (down, up), ridge)
+        return cls(down, up, cores, total, ridge, max(total - float((cores * (2 * seen - cores @ both)).sum()), 0.0))
 
     def improved(self, one: Stack) -> "_Diagonal":
         """One factor after the other, and the cores, each the best there is beside the others.
@@ -269,7 +276,7 @@ class _Diagonal:
         weights = self.cores.mT @ self.cores
         down = self._side(one.down, one.up @ self.up.mT, weights * (self.up @ self.up.mT), self.down)
         up = self._side(one.up, one.down @ down.mT, weights * (down @ down.mT), self.up)
-        return _Diagonal.of(one, down, up)
+        return _Diagonal.of(one, down, up, self.total, self.ridge)
 
     def _side(self, rows: Tensor, other: Tensor, normal: Tensor, before: Tensor) -> Tensor:
         """rows: of the side, (n, r, d); other: those of the other side in its factor, (n, r, k)."""

@@ -18,7 +18,7 @@ from . import subspace as spaces
 from .adapter import LoRAFactors, ModuleSpec
 from .errors import NonFiniteError, OptionError
 from .knapsack import Menu
-from .storages import Storage
+from .storages import DiagonalCores, Storage
 from .subspace import FitOptions, ModuleBases, ModuleStack, Pair
 
 Cell = tuple[int, int]
@@ -71,7 +71,8 @@ class Setting:
         """The bases of a module for diagonal cores; found on the CPU."""
         assert self.options.n_components is not None
         factors, weights = replace(self, device=torch.device("cpu"))._trained(members)
-        return joint.paired(factors, weights, self.options.n_components)
+        assert isinstance(self.coefficient_storage, DiagonalCores)
+        return joint.paired(factors, weights, self.options.n_components, self.coefficient_storage.ridge)
 
     def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ModuleStack:
         """The adapters that have trained a module, as `fit` stacks them.

@@ -389,7 +389,8 @@ class Cores(Storage):
         return f"{self.name} is how coefficients are stored: say cores={self.kind!r}, dtype={dtypes.name(self.stored)}."
 
     def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
-        return spaces.balanced(one_chunk, self.dtype)
+        # as near to the factors of a core as there are any, lest errors be differences of large numbers
+        return chunks.even(spaces.balanced(one_chunk, self.dtype))
 
     def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
         exact = self._between(wide, bases, dual)
@@ -465,12 +466,18 @@ class DiagonalCores(Cores):
     other alone. Factors have the rank k, or 1 where that is 0."""
 
     @property
+    def ridge(self) -> float:
+        """As `joint.RIDGE`: what it costs of an update is less than rounding does."""
+        return max(joint.RIDGE, torch.finfo(self.stored).eps / 16)
+
+    @property
     def _dimensions(self) -> int:
         return 1
 
     def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
         rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
-        return joint.best_diagonal(wide.down.to(torch.float64), wide.up.to(torch.float64), (rows[0], rows[1]))
+        down, up = wide.down.to(torch.float64), wide.up.to(torch.float64)
+        return joint.best_diagonal(down, up, (rows[0], rows[1]), self.ridge)
 
     def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         exact = cores.to(torch.float64)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
@@ -38,7 +39,13 @@ def stored(
     coefficients: Sequence[Coefficients | None],
     bases: ModuleBases,
 ) -> Stored:
-    """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`."""
+    """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`.
+
+    What is lost of A and of B alone means something where coefficients are of the adapters' own factors.
+    """
+    # what comes back between paired rows has a rank of its own
+    more = max([0, *(c.rank - one.down.shape[1] for c in coefficients if c is not None)])
+    one = Stack(*(pad(rows, (0, 0, 0, more)) for rows in (one.down, one.up)), one.scaling, one.ranks)
     down, up = torch.zeros_like(one.down), torch.zeros_like(one.up)
     for index, (original, found) in enumerate(zip(factors, coefficients, strict=True)):
         if original is None or found is None:
