@@ -9,15 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 import eigenlorax as ex
+import lora_files
 import reference
 from adapters import change_tensors, make_adapter, make_adapters
 from coded_collections import changed, convolution, lacking, of_ranks, untrained
-from eigenlorax import keys, storages
+from eigenlorax import keys, manifest, storages
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from eigenlorax.reports import report
 from outcomes import contents
 from planted import MODULES, generator, normal, random_adapter, random_collection, shared_collection
+from test_manifest import signed
 from test_read_pack import assert_reads_what_the_library_reads
 
 K = 5
@@ -239,6 +241,9 @@ class TestWritten:
             counted = sum(tensor.nbytes for key, tensor in stored.items() if "eigenlorax_core" in key)
             assert pack.records[name].coefficient_bytes == counted > 0
             assert len(stored) == 3 + (name == "d")
+            config = json.loads((path / "adapters" / name / keys.ADAPTER_CONFIG).read_text())
+            # by this, what reads floats alone refuses the adapter
+            assert config[keys.STORED_AS] == pack.coefficient_storage == f"{pack.cores}-{pack.storage}"
             numbers = K if pack.cores == "diagonal" else K * K
             assert counted == 3 * numbers * pack.dtype.itemsize
 
@@ -260,6 +265,29 @@ class TestWritten:
         change_tensors(path / "adapters" / "a", lambda tensors: tensors.update({key: packed.payload[key] + 1}))
         with pytest.raises(PackDamagedError, match="was changed after it was written"):
             ex.Pack.open(path).packed("a")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda body: body["subspace"].update(dtype="full-float32"), "subspace.dtype is one of cores"),
+            (lambda body: body["subspace"].update(dtype="int8"), "cores are between rows of no float dtype"),
+            (
+                lambda body: min(body["subspace"]["modules"].items())[1]["up"].update(k=4),
+                "two sides of a module differ",
+            ),
+            (lambda body: body.update(format_version=4), "a dtype is not known"),
+        ],
+    )
+    def test_a_manifest_that_cannot_be_is_damage(self, path, change, message):
+        file = path / keys.MANIFEST
+        body = json.loads(file.read_text())
+        if body["coefficient_dtype"].startswith("full"):
+            body["coefficient_dtype"] = "diagonal-float16"
+        if "not known" in message:
+            body["fit"] = {key: value for key, value in body["fit"].items() if key not in ("max_bytes", "ratio")}
+        change(body)
+        with pytest.raises(PackDamagedError, match=message):
+            manifest.parse(signed(body), file)
 
     def test_order_does_not_matter(self, made, sources):
         pack, _ = made
@@ -354,6 +382,26 @@ def test_what_is_carried_keeps_its_rank(tmp_path):
             assert spec.rank == (3 if "value" in module else 6)
             assert spec.scaling == source.specs[module].scaling
     assert {"r": config["r"], "value": 2 * one.specs["encoder.layer.0.value"].rank} == {"r": 3, "value": 6}
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_files_of_image_models_come_back_in_their_dialect(dialect, tmp_path):
+    block = "unet.down_blocks.0"
+    shapes = {
+        f"{block}.resnets.0.conv1": (7, 5, 3, 3),
+        f"{block}.attentions.0.transformer_blocks.0.attn1.to_q": (19, 17),
+    }
+    files = [
+        lora_files.write(tmp_path / f"s{seed}.safetensors", lora_files.planted(shapes, seed=seed), dialect)
+        for seed in range(3)
+    ]
+    pack = ex.fit(files, n_components=6, cores="diagonal", warn_above=1.0)
+    for path in pack.export(tmp_path / "out").values():
+        found, kept = ex.read_adapter(path), pack.adapter(path.stem)
+        assert found.origin.format == dialect
+        assert {spec.rank for spec in found.specs.values()} == {6}
+        for name, factors in kept.modules.items():
+            np.testing.assert_allclose(reference.dense(found.modules[name]), reference.dense(factors), atol=1e-6)
 
 
 @pytest.mark.parametrize(

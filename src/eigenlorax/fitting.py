@@ -285,7 +285,7 @@ def _check_cores(
     for name, one in asked.items():
         if one is not None and not isinstance(one, Floats):
             raise OptionError(
-                f"cores are kept in floats, got {name} {one.name}: give {name}='float16', or leave cores away."
+                f"cores are kept in floats, got {name} {one.name}: give {name}='float16', or fit without cores."
             )
 
 
