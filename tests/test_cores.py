@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import eigenlorax as ex
 import lora_files
 import reference
-from adapters import change_tensors, make_adapter, make_adapters
+from adapters import change_config, change_tensors, make_adapter, make_adapters
 from coded_collections import changed, convolution, lacking, of_ranks, untrained
 from eigenlorax import keys, manifest, storages
 from eigenlorax.adapter import LoRAFactors, from_factors
@@ -366,22 +366,25 @@ def _shapes(pack):
 
 
 def test_what_is_carried_keeps_its_rank(tmp_path):
+    """Embeddings have theirs by the config's r, and modules beside the subspace by its patterns."""
     embedding = {
-        "base_model.model.embed.lora_embedding_A": torch.randn(3, 41, generator=generator(1)),
-        "base_model.model.embed.lora_embedding_B": torch.randn(31, 3, generator=generator(2)),
+        "base_model.model.embed.lora_embedding_A": torch.randn(6, 41, generator=generator(1)),
+        "base_model.model.embed.lora_embedding_B": torch.randn(31, 6, generator=generator(2)),
     }
-    make_adapter(tmp_path / "a", seed=1, tensors=embedding)
+    rank_pattern, alpha_pattern = {"query": 6, "value": 2, "embed": 6}, {"query": 12}
+    make_adapter(tmp_path / "a", seed=1, rank=6, tensors=embedding)
+    change_config(tmp_path / "a", rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, r=8)
+    change_tensors(tmp_path / "a", _cut_value)
     make_adapter(tmp_path / "b", seed=2)
-    pack = ex.fit([tmp_path / "a", tmp_path / "b"], n_components=6, cores="diagonal", exclude_modules=["*value"])
+    pack = ex.fit([tmp_path / "a", tmp_path / "b"], n_components=8, cores="diagonal", exclude_modules=["*value"])
     loras = pack.export(tmp_path / "out")
     config = json.loads((loras["a"] / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (3, 6)
-    for name in "ab":
+    assert (config["r"], config["rank_pattern"]["embed"], config["rank_pattern"]["value"]) == (8, 6, 2)
+    for name, ranks in (("a", (8, 2)), ("b", (8, 3))):
         one, source = ex.read_adapter(loras[name]), ex.read_adapter(tmp_path / name)
         for module, spec in one.specs.items():
-            assert spec.rank == (3 if "value" in module else 6)
-            assert spec.scaling == source.specs[module].scaling
-    assert {"r": config["r"], "value": 2 * one.specs["encoder.layer.0.value"].rank} == {"r": 3, "value": 6}
+            assert spec.rank == ranks["value" in module]
+            assert spec.scaling == pytest.approx(source.specs[module].scaling)
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])

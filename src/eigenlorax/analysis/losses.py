@@ -1,7 +1,7 @@
 """What each adapter of a module loses: in the pack, in other bases, and when it is stored in another way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -45,7 +45,7 @@ def stored(
     """
     # what comes back between paired rows has a rank of its own
     more = max([0, *(c.rank - one.down.shape[1] for c in coefficients if c is not None)])
-    one = Stack(*(pad(rows, (0, 0, 0, more)) for rows in (one.down, one.up)), one.scaling, one.ranks)
+    one = replace(one, down=pad(one.down, (0, 0, 0, more)), up=pad(one.up, (0, 0, 0, more)))
     down, up = torch.zeros_like(one.down), torch.zeros_like(one.up)
     for index, (original, found) in enumerate(zip(factors, coefficients, strict=True)):
         if original is None or found is None:

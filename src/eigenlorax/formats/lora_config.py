@@ -114,7 +114,8 @@ def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
             most, others = fields.get(field, default), fields.get(pattern) or {}
         else:
             most = _commonest(values.values())
-        own = {keys.whole_name(module): value for module, value in values.items() if value != most}
+        # a pattern that stays may fit any of them
+        own = {keys.whole_name(module): value for module, value in values.items() if value != most or others}
         fields[field], fields[pattern] = most, own | {key: value for key, value in others.items() if key not in own}
     # the order of patterns counts: keys are not sorted
     return json.dumps(fields, indent=2)
