@@ -171,10 +171,9 @@ class TestFull:
 
 
 COLLECTIONS = {
-    "ranks that differ": lambda: of_ranks([1, 2, 3, 5, 8], noise=0.1),
-    "modules that some lack": lambda: lacking(random_collection(5)),
+    "ranks that differ, in float16": lambda: of_ranks([1, 2, 5, 8], noise=0.1, dtype=torch.float16),
+    "modules that some lack": lambda: lacking(random_collection(4)),
     "a module that nobody trained": lambda: [untrained(one, QUERY) for one in random_collection(2)],
-    "float16": lambda: of_ranks([2, 3, 4], dtype=torch.float16),
     "lopsided factors": lambda: [changed(one, down=1e15, up=1e-15) for one in random_collection(3)],
     "two copies": lambda: [random_adapter("a", 1), random_adapter("b", 1)],
     "single rows": lambda: random_collection(3, modules={"row": (1, 50), "column": (53, 1)}),
@@ -344,13 +343,15 @@ class TestChanged:
         found = ex.refit(pack, sources)
         assert (found.pack.cores, found.pack.storage) == (pack.cores, pack.storage)
         assert found.pack.records == pack.records
-        alone = ex.refit(pack, n_components=6, cores="diagonal")
+        if pack.cores == "full":
+            assert ex.refit(pack, sources, max_error=0.3).pack.cores is None
+            return
+        alone = ex.refit(pack, n_components=6)
         originals = {name: ex.read_adapter(sources / name) for name in pack.names}
         for name, record in alone.pack.records.items():
             # a bound, since diagonal cores may lose in any direction
             assert record.bound
             assert true_error(originals[name], alone.pack) <= record.delta_error + 1e-9
-        assert ex.refit(pack, sources, max_error=0.3).pack.cores is None
 
     def test_a_fit_goes_on_where_it_was(self, made, sources, tmp_path):
         pack, _ = made
@@ -440,13 +441,12 @@ def test_cores_that_a_dtype_has_no_room_for(kind):
         ex.fit(adapters, n_components=3, cores=kind, dtype="float16")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_report_is_of_the_pack_and_says_which_figures_are_not(kind):
+def test_a_report_is_of_the_pack_and_says_which_figures_are_not():
     adapters = random_collection(5)
-    pack = ex.fit(adapters, n_components=3, cores=kind)
+    pack = ex.fit(adapters, n_components=3, cores="diagonal")
     made = report(pack, adapters)
     (finding,) = [one for one in made.verdict.findings if one.kind == "cores"]
-    assert f"keeps {kind} cores" in finding.text
+    assert "keeps diagonal cores" in finding.text
     dense = {
         one.name: np.concatenate([reference.dense(f).ravel() for f in pack.adapter(one.name).modules.values()])
         for one in adapters
