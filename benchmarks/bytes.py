@@ -33,8 +33,8 @@ from run import commit, say, text_of, write
 import eigenlorax as ex
 from eigenlorax.adapter import Adapter, Lazy, LoRAFactors
 from eigenlorax.analysis import rivals
-from eigenlorax.analysis.stack import Stack, stack
 from eigenlorax.cli.env import collect
+from eigenlorax.stack import Stack, stack
 
 RESULTS = Path(__file__).with_name("results") / "bytes.json"
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)

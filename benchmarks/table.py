@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
-BYTES = RESULTS / "bytes.json"
+BYTES, CORES = RESULTS / "bytes.json", RESULTS / "cores.json"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -49,6 +49,7 @@ def main() -> int:
         (ROOT / "benchmarks" / "README.md", "bytes"): bytes_tables.markdown(stored),
         (docs / "benchmarks.md", "results"): measured.page(run),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
+        (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "tuner.md", "results"): tuner_table(tuner),
         (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),
@@ -89,6 +90,42 @@ def report_table(report: Json) -> str:
         f"{report['page_bytes'] / 1e6:.1f} MB.\n\n"
         f"{table(('threads', 'seconds', 'peak memory, GB'), rows)}\n\n"
         f"`{report['command']}`; {where['processor']}, torch {where['torch']}, seeds 0 to {report['adapters']}."
+    )
+
+
+def cores_table(cores: Json) -> str:
+    """Bytes and errors of packs with cores, beside a fit for the same worst error."""
+    where, rows = cores["environment"], []
+    for one in cores["rows"]:
+        coded = one["coded"]
+        basis, own = one["basis_bytes"], one["coefficient_bytes"]
+        rows.append(
+            [
+                str(one["k"]),
+                {None: "–", "full": "full", "diagonal": "diagonal"}[one["cores"]],
+                f"{basis / 1e3:.0f}",
+                f"{own / 1e3:.1f}",
+                f"{one['ratio']:.1f}",
+                f"{one['mean']:.3f}",
+                f"{one['worst']:.3f}",
+                f"{(coded['basis_bytes'] + coded['coefficient_bytes']) / (basis + own):.2f}",
+            ]
+        )
+    header = (
+        "k",
+        "cores",
+        "basis, kB",
+        "adapters, kB",
+        "ratio",
+        "mean error",
+        "worst error",
+        "`--max-error` ÷ these bytes",
+    )
+    return (
+        f"{table(header, rows)}\n\n"
+        f"{cores['adapters']} adapters, r = 8, {cores['dtype']}. Last column: the bytes of a pack fitted with "
+        f"`--max-error` at this worst error, as a share of the bytes of this one.\n\n"
+        f"`{cores['command']}`; {where['processor']}, torch {where['torch']}."
     )
 
 

@@ -1,6 +1,6 @@
 """A reader of packs that needs no eigenlorax: the weight updates of one adapter, as docs/pack-format.md specifies them.
 
-float64, float32, float16, int8, int4 and coded packs; bfloat16 is not a dtype of NumPy.
+float64, float32, float16, int8, int4 and coded packs, and such with cores; bfloat16 is not a dtype of NumPy.
 """
 
 import json
@@ -51,8 +51,16 @@ def delta_weights(pack, name):
         down, up = (
             basis(tensors, label, side["dimension"], n, growth) for (label, side), n in zip(sides, grown, strict=True)
         )
-        c_down, c_up = (matrix(coefficients, f"base_model.model.{module}.eigenlorax_{side}") for side in ("down", "up"))
-        if manifest["coefficient_dtype"] in ("int8", "int4"):
+        kind = manifest["coefficient_dtype"].partition("-")[0]
+        if kind in ("full", "diagonal"):
+            core = coefficients[f"base_model.model.{module}.eigenlorax_core_{kind}"].astype(float)
+            c_up = np.diag(core) if kind == "diagonal" else of_rank(core, rank(source, module))
+            c_down = np.eye(c_up.shape[1])
+        else:
+            c_down, c_up = (
+                matrix(coefficients, f"base_model.model.{module}.eigenlorax_{side}") for side in ("down", "up")
+            )
+        if kind in ("int8", "int4"):
             c_up = c_up.T
         # an adapter from before a step of growth is as wide as the bases were then
         then = [step.get("fingerprint") for step in growth] + [subspace["fingerprint"]]
@@ -92,6 +100,12 @@ def matrix(tensors, name):
     assert scales.shape == (len(codes), -(-codes.shape[1] // 64))
     numbers = codes * np.repeat(scales.astype(float), 64, axis=1)[:, : codes.shape[1]]
     return np.ldexp(numbers, tensors.get(f"{name}.exponent", 0)).astype(np.float32)
+
+
+def of_rank(core, r):
+    """The best approximation of a core that has a rank."""
+    left, sigma, right = np.linalg.svd(core, full_matrices=False)
+    return (left[:, :r] * sigma[:r]) @ right[:r]
 
 
 def scaling(source, module):
@@ -187,9 +201,8 @@ def coded_updates(data, tensors, modules):
         (v, _), (u, _) = (bases[name, side] for side in ("down", "up"))
         update = np.zeros((u.shape[1], v.shape[1]))
         if core:
-            left, sigma, right = np.linalg.svd(np.array([next(rows) for _ in u]).reshape(len(u), len(v)))
-            r = min(modules[name][1], len(sigma))
-            update += u.T @ (left[:, :r] * sigma[:r]) @ right[:r] @ v
+            whole = np.array([next(rows) for _ in u]).reshape(len(u), len(v))
+            update += u.T @ of_rank(whole, modules[name][1]) @ v
         sums = {"down": np.zeros((len(terms), v.shape[1])), "up": np.zeros((len(terms), u.shape[1]))}
         for side, own, basis_rows in (("down", 0, v), ("up", 2, u)):
             for index, (_, known) in enumerate(terms):

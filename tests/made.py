@@ -4,7 +4,7 @@ import torch
 
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis.pairs import Pairs
-from eigenlorax.analysis.stack import stack
+from eigenlorax.stack import stack
 from planted import MODULES, factors_in, normal, orthonormal, random_factors
 
 WIDE = {"layer.0.query": (131, 113), "layer.0.value": (97, 127)}

@@ -8,7 +8,7 @@ from coded_collections import COLLECTIONS
 from eigenlorax import allocation, transform
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.analysis import rivals
-from eigenlorax.analysis.stack import stack
+from eigenlorax.stack import stack
 from planted import factors_in, orthonormal
 from test_coding import size
 

@@ -9,8 +9,8 @@ import eigenlorax as ex
 from eigenlorax import keys, metrics
 from eigenlorax import subspace as spaces
 from eigenlorax.analysis import losses
-from eigenlorax.analysis.stack import stack
 from eigenlorax.errors import PackDamagedError
+from eigenlorax.stack import stack
 from planted import TOLERANCE, random_adapter
 from rests import SIDES, with_rest, with_rests
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax.analysis import joint, losses, rivals
-from eigenlorax.analysis.stack import Stack, stack
+from eigenlorax import joint
+from eigenlorax.analysis import losses, rivals
 from eigenlorax.linalg import dual_rows
+from eigenlorax.stack import Stack, stack
 
 from . import record
 

@@ -42,8 +42,8 @@ from .options import names as listed
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
-from .storages import Coded, Floats, Storage
-from .subspace import FitOptions, ModuleBases, Subspace
+from .storages import Coded, Cores, DiagonalCores, Floats, Storage
+from .subspace import SIZES, FitOptions, ModuleBases, Subspace
 from .summary import lossy
 from .version import __version__
 
@@ -71,6 +71,7 @@ def fit(
     exclude_modules: str | Sequence[str] = (),
     dtype: str | torch.dtype | None = None,
     coefficient_dtype: str | torch.dtype | None = None,
+    cores: str | None = None,
     same_base: bool = False,
     skip_bad: bool = False,
     warn_above: float = WARN_ABOVE,
@@ -103,6 +104,10 @@ def fit(
         With max_error, a float dtype says that numbers are to be kept as such ones, and sizes alone are chosen.
         "int8" and "int4" are integers with a scale for every 64 numbers of a row (docs/method.md), beside which
         coefficients are int8 by default.
+    cores: of each module, an adapter keeps one core between the bases (arXiv 2407.00066; docs/bytes.md, "Cores"):
+        "full", a number for each pair of directions, in the bases that there are without; or "diagonal", one for each
+        direction, in bases that are found for that, whose rows are not orthogonal; adapters come back with the rank
+        n_components then. In float dtypes.
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
         cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
         that, and say what would keep them; 1 for never.
@@ -122,6 +127,7 @@ def fit(
     fit_options = FitOptions(number, energy, weighting, sweeps, max_error, max_bytes, ratio)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
     asked_storage, asked_coefficients = storages.parse(dtype), storages.parse(coefficient_dtype)
+    _check_cores(cores, fit_options, found, asked_storage, asked_coefficients)
     by_bytes = _is_by_bytes(fit_options, asked_storage, asked_coefficients)
     engines.check(engine, workers)
     if solver not in SOLVERS:
@@ -152,6 +158,8 @@ def fit(
         widest = reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
         storage = asked_storage or storages.by_name(dtypes.name(widest))
         coefficient_storage = asked_coefficients or storages.for_coefficients(storage)
+        if cores is not None:
+            coefficient_storage = storages.with_cores(cores, coefficient_storage)
         setting = Setting(fit_options, _fitted(packings, names), storage, coefficient_storage, fit_device)
         by_module = _by_module(packings, names)
         notes = []
@@ -198,6 +206,11 @@ def fit(
     pack.notes.extend(notes)
     if resumed:
         pack.notes.append(f"{resumed} of {len(todo)} modules were there from a fit that was interrupted.")
+    if cores == "diagonal":
+        ranks = sorted({one.rank for name in pack.names for one in pack.packed(name).coefficients.values()})
+        pack.notes.append(
+            f"Diagonal cores: adapters come back as LoRAs of rank {', '.join(map(str, ranks))}, whatever they had."
+        )
     pack.seconds.update({"scanning": scanned, **seconds})
     if compactly is not None:
         pack.frontier.extend(compactly.frontier)
@@ -207,7 +220,7 @@ def fit(
     elif lossy(pack.records, warn_above):
         # to find out how many would do takes whole spectra
         more = "More components (-k, n_components) keep more of each."
-        remedy = more if by_iteration else _remedy(_reads(by_module), setting, warn_above)
+        remedy = more if by_iteration or cores is not None else _remedy(_reads(by_module), setting, warn_above)
         warn_of_losses(pack.records, warn_above, remedy)
     return pack
 
@@ -234,6 +247,46 @@ def _is_by_bytes(options: FitOptions, storage: Storage | None, coefficients: Sto
             + (", or give a float dtype." if options.max_error is not None else ".")
         )
     raise OptionError(f"{given} goes with weighting 'delta', got {options.weighting!r}.")
+
+
+def _check_cores(
+    cores: str | None, options: FitOptions, auto: bool, storage: Storage | None, coefficients: Storage | None
+) -> None:
+    """`OptionError` for what does not go with cores, or without them."""
+    asked = {"dtype": storage, "coefficient_dtype": coefficients}
+    for name, one in asked.items():
+        if isinstance(one, Cores):
+            raise OptionError(
+                f"{name} {one.name} is what a pack with cores says of itself: "
+                f"give cores={one.kind!r} and {name}={dtypes.name(one.stored)!r}."
+            )
+    if cores is None:
+        return
+    if cores not in keys.CORES:
+        raise OptionError(f"cores must be one of {', '.join(keys.CORES)}, got {cores!r}.")
+    sizes = ["n_components"] if cores == "diagonal" else ["n_components", "energy"]
+    others = [f"{name}={getattr(options, name):g}" for name in SIZES if getattr(options, name) is not None]
+    refused = "n_components='auto'" if auto else next((one for one in others if one.split("=")[0] not in sizes), None)
+    if refused is not None:
+        raise OptionError(
+            f"{cores} cores are of a size that is given, {' or '.join(sizes)}, and not found by {refused}: "
+            f"fit(…, n_components=32, cores={cores!r}), or leave cores away."
+        )
+    if options.weighting != "delta":
+        raise OptionError(
+            f"{cores} cores are of updates, and go with weighting 'delta', got {options.weighting!r}: leave weighting "
+            "away, or cores."
+        )
+    if cores == "diagonal" and options.sweeps != FitOptions(n_components=1).sweeps:
+        raise OptionError(
+            f"diagonal cores alternate with their bases until little is won, got sweeps={options.sweeps}: leave it "
+            "away, or take cores='full'."
+        )
+    for name, one in asked.items():
+        if one is not None and not isinstance(one, Floats):
+            raise OptionError(
+                f"cores are kept in floats, got {name} {one.name}: give {name}='float16', or fit without cores."
+            )
 
 
 def _number(n_components: int | str | None, aims: Mapping[str, float | None]) -> int | None:
@@ -464,7 +517,8 @@ def _jobs(
             )
             for packing, module in members
         )
-        by_iteration = solver == "auto" and not chosen and jobs.suits_iteration(places, setting.options)
+        apart = bool(chosen) or isinstance(setting.coefficient_storage, DiagonalCores)
+        by_iteration = solver == "auto" and not apart and jobs.suits_iteration(places, setting.options)
         found.append(Job(name, places, setting, shared, by_iteration, chosen.get(name)))
     return found
 

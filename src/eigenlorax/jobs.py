@@ -21,6 +21,7 @@ from .errors import NonFiniteError
 from .iterative import Held
 from .metrics import ModuleError
 from .sizes import Cell, Member, Setting
+from .storages import DiagonalCores
 from .subspace import FitOptions, ModuleBases
 
 HELD_BYTES = 2**28
@@ -183,7 +184,8 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
             for start, narrow in _parts(held()):
                 part = setting.coefficient_storage.ready(narrow, job.measured)
                 found = _projected(job, members[start : start + len(part)], part, on_device[1], dual)
-                lost = metrics.module_errors(part, found, on_device[1], before)
+                unrounded = setting.coefficient_storage.unrounded(part, on_device[0])
+                lost = metrics.module_errors(part, found, on_device[1], before, unrounded)
                 errors.update(zip(members[start : start + len(part)], lost, strict=True))
                 parts.append(found.to(torch.device("cpu")))
             coefficients.append(chunks.joined(parts))
@@ -209,6 +211,8 @@ def _bases(loaded: Loaded, rounds: iterative.Run) -> ModuleBases:
         return spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
     if job.by_iteration:
         return iterative.fit(loaded.held, setting.options, job.module, dtype=job.products, run=rounds)
+    if isinstance(setting.coefficient_storage, DiagonalCores):
+        return setting.paired(_members(loaded))
     return setting.fit(_members(loaded), job.k)
 
 

@@ -14,7 +14,7 @@ from .formats.sources import Found
 from .manifest import SubspaceInfo
 from .options import integer
 from .packed import Packing
-from .storages import Storage
+from .storages import DiagonalCores, Storage
 from .subspace import Subspace
 from .transform import RoundedBasis
 
@@ -90,12 +90,14 @@ def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[s
     return found
 
 
-def check_extend(extend: int, info: SubspaceInfo) -> int:
-    """`extend` as a number of directions that the widest side could take."""
+def check_extend(extend: int, info: SubspaceInfo, coefficients: Storage) -> int:
+    """`extend` as a number of directions that the widest side could take. coefficients: how the pack stores them."""
     extend = integer("extend", extend)
     largest = max((side.dimension for pair in info.modules.values() for side in pair.values()), default=0)
     if info.dtype == storages.CODED:
         raise OptionError(storages.NOT_EXTENDED)
+    if isinstance(coefficients, DiagonalCores):
+        raise OptionError(storages.NOT_PAIRED)
     if not 1 <= extend <= largest:
         raise OptionError(
             f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "

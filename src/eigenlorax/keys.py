@@ -40,6 +40,8 @@ MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
+CORES = {"full": "eigenlorax_core_full", "diagonal": "eigenlorax_core_diagonal"}
+"""In the place of coefficients, in packs with cores."""
 CODED = "eigenlorax_coded"
 """The whole of an adapter, in packs that are coded."""
 REST = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
@@ -135,6 +137,11 @@ def lora_key(module: str, side: str) -> str:
 def coefficients_key(module: str, side: str) -> str:
     """The key under which our adapters keep the coefficients of one side."""
     return f"{MODEL_PREFIX}{module}.{COEFFICIENTS[side]}"
+
+
+def core_key(module: str, kind: str) -> str:
+    """The key under which an adapter of a pack with cores keeps that of a module."""
+    return f"{MODEL_PREFIX}{module}.{CORES[kind]}"
 
 
 def rest_key(module: str, side: str) -> str:

@@ -11,7 +11,7 @@ from . import dtypes, keys, store
 from .basis import Basis
 from .errors import AdapterNameError, PackDamagedError, PackVersionError
 from .packed import Record
-from .storages import STORAGES, Storage
+from .storages import FLOATS, STORAGES, Cores, DiagonalCores, Storage
 from .subspace import SIZES, Augmentation, Subspace
 from .typed import UnfitError, refuse_constant, typed
 from .version import __version__
@@ -297,10 +297,18 @@ def _check(found: Manifest, version: int) -> None:
     steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
     names = [name.lower() for name in found.adapters]
     files = [set(entry.files) for entry in found.adapters.values()]
-    known = STORAGES.keys() if version >= 5 else {dtypes.name(dtype) for dtype in dtypes.STORED}
+    known = STORAGES.keys() if version >= 5 else FLOATS.keys()
+    coefficients = STORAGES.get(found.coefficient_dtype)
     for right, what in (
         (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
         ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
+        (not isinstance(STORAGES.get(subspace.dtype), Cores), "subspace.dtype is one of cores"),
+        (not isinstance(coefficients, Cores) or subspace.dtype in FLOATS, "cores are between rows of no float dtype"),
+        (
+            not isinstance(coefficients, DiagonalCores)
+            or all(len({(side.k, side.grown) for side in pair.values()}) == 1 for pair in subspace.modules.values()),
+            "cores are diagonal, and the two sides of a module differ",
+        ),
         (
             [getattr(fit, name) for name in SIZES].count(None) == len(SIZES) - 1,
             f"fit must have one of {', '.join(SIZES[:-1])} and {SIZES[-1]}",

@@ -80,8 +80,8 @@ def module_error(
 
 
 def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product of (at least) so many rows and columns, filled up with zeros."""
-    more = max(rank - down.shape[0], 0)
+    """The same products of (at least) so many rows and columns, filled up with zeros."""
+    more = max(rank - down.shape[-2], 0)
     return pad(down, (0, 0, 0, more)), pad(up, (0, more))
 
 
@@ -96,30 +96,42 @@ def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
 
 
 def module_errors(
-    wide: Chunk, coefficients: CoefficientChunk, bases: ModuleBases, exact: Unrounded | None = None
+    wide: Chunk,
+    coefficients: CoefficientChunk,
+    bases: ModuleBases,
+    exact: Unrounded | None = None,
+    before: CoefficientChunk | None = None,
 ) -> list[ModuleError]:
-    """`module_error` for several adapters at a time, as `subspace.balanced` gives them."""
-    down, up, dtype = wide.down, wide.up.mT, wide.down.dtype
-    stored_down = coefficients.down.to(dtype) @ bases.down.components.to(dtype)
-    stored_up = (coefficients.up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
+    """`module_error` for several adapters at a time, as `subspace.balanced` gives them.
+
+    before: the coefficients before they were rounded, in the bases before that, where these are not projections.
+    """
+    rank, dtype = max(wide.down.shape[1], coefficients.down.shape[1]), wide.down.dtype
+    down, up = _of_rank(wide.down, wide.up.mT, rank)
+    c_down, c_up = _of_rank(coefficients.down, coefficients.up, rank)
+    stored_down = c_down.to(dtype) @ bases.down.components.to(dtype)
+    stored_up = (c_up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
+    exact = exact or unrounded(bases, bases)
+    if before is None:
+        down_dual, up_dual = (dual.to(dtype) for dual in exact.duals)
+        e_down, e_up = down @ down_dual.mT, up_dual @ up
+    else:
+        e_down, e_up = _of_rank(before.down, before.up, rank)
     square = wide.scaling.square()
     found = (
         square * linalg.product_square(up, down),
         square * linalg.difference_square(up, down, stored_up, stored_down),
-        square * _rounding_square(down, up, coefficients, exact or unrounded(bases, bases)),
+        square * _rounding_square(e_down.double(), e_up.double(), c_down.double(), c_up.double(), exact),
     )
     return [ModuleError(*values) for values in zip(*(value.tolist() for value in found), strict=True)]
 
 
-def _rounding_square(down: Tensor, up: Tensor, coefficients: CoefficientChunk, exact: Unrounded) -> Tensor:
+def _rounding_square(e_down: Tensor, e_up: Tensor, c_down: Tensor, c_up: Tensor, exact: Unrounded) -> Tensor:
     """‖UᵀE_up·E_down·V − U'ᵀC_up·C_down·V'‖² of bases U, V, coefficients E before, and U', V', C after rounding.
 
     Both factors are written in the rows before rounding and what rounding took from them, (n, 2k, r), so that no
     product is wider than that; and as in `linalg.difference_square`, no two large numbers are subtracted.
     """
-    down_dual, up_dual = (dual.to(down.dtype) for dual in exact.duals)
-    e_down, e_up = (rows.to(torch.float64) for rows in (down @ down_dual.mT, up_dual @ up))
-    c_down, c_up = coefficients.down.to(torch.float64), coefficients.up.to(torch.float64)
     left = torch.cat([torch.cat([e_up - c_up, c_up], dim=2), torch.cat([c_up, -c_up], dim=2)], dim=1)
     right = torch.cat(
         [

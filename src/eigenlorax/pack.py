@@ -195,6 +195,11 @@ class Pack:
         return self._coefficients.name == storages.CODED
 
     @property
+    def cores(self) -> str | None:
+        """What `fit` was told to keep of each module: "full" or "diagonal" cores; None for coefficients."""
+        return self._coefficients.kind if isinstance(self._coefficients, storages.Cores) else None
+
+    @property
     def aim(self) -> float:
         """The delta error that no adapter of the fit exceeds: the one that was asked for, or the worst there is, of
         those that were added since where no other is left; 0 if there is none."""
@@ -401,7 +406,7 @@ class Pack:
         progress: Progress | None = None,
     ) -> dict[str, Record]:
         report, warn_above = progress or (lambda stage, done, total: None), check_warn_above(warn_above)
-        extend = joining.check_extend(extend, self.info) if extend is not None else None
+        extend = joining.check_extend(extend, self.info, self._coefficients) if extend is not None else None
         host = Host(self.info, self.names, self.base_model, self.revision)
         new = joining.read(found, host, carry_missing=carry_missing, same_base=same_base, options=options)
         subspace = self.subspace

@@ -102,7 +102,7 @@ class Packing:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
         wide = storage.ready(chunks.chunk([factors], [0.0]))
         found = storage.project(wide, bases, dual)
-        (error,) = metrics.module_errors(wide, found, bases, exact)
+        (error,) = metrics.module_errors(wide, found, bases, exact, storage.unrounded(wide, bases))
         self.take(module, place, found, 0, factors.kernel, error)
 
     def take(
@@ -165,6 +165,9 @@ class Packing:
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
+        ranks = {module: one.rank for module, one in storages.outlines(self.coefficients).items()}
+        if any(rank != adapter.specs[module].rank for module, rank in ranks.items()):
+            config = lora_config.of_ranks(config, adapter, ranks)
         coefficients = self.coefficients
         if isinstance(coefficients, dict):
             coefficients = dict(sorted(coefficients.items()))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dtypes, fitting, keys, linalg
+from . import dtypes, fitting, keys, linalg, storages
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
 from .errors import WARN_ABOVE, OptionError
@@ -82,6 +82,7 @@ def refit(
     sweeps: int | None = None,
     dtype: str | torch.dtype | None = None,
     coefficient_dtype: str | torch.dtype | None = None,
+    cores: str | None = None,
     warn_above: float = WARN_ABOVE,
     device: str | torch.device = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
@@ -92,7 +93,8 @@ def refit(
     adapters: originals, in any form that `fit` takes, recognised by their content. Those that are not among them are
         fitted from what the pack gives back.
     n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: as in `fit`; by default what the pack was
-        fitted with. dtype, coefficient_dtype: by default the pack's, unless max_error, max_bytes or ratio is given.
+        fitted with. dtype, coefficient_dtype, cores: by default the pack's, unless max_error, max_bytes or ratio is
+        given.
     options: those of `read_adapter`.
 
     Adapters that were trained in the old subspace and saved elsewhere do not belong to the new one.
@@ -119,7 +121,8 @@ def refit(
     by_bytes = any(value is not None for value in (max_error, max_bytes, ratio))
     stored: list[str | None] = [None, None]
     if not by_bytes:
-        stored = [pack.storage, pack.coefficient_storage]
+        cores = cores or pack.cores
+        stored = [pack.storage, storages.floats_of(storages.by_name(pack.coefficient_storage)).name]
         if pack.is_coded:
             # what the pack gives back is in float64, which says nothing of what it is worth
             stored = [None if by_default or set(originals) == set(given) else dtypes.name(pack.dtype)] * 2
@@ -131,13 +134,15 @@ def refit(
         exclude_modules=[name for name in old.excluded_modules if name in names],
         dtype=stored[0] if dtype is None else dtype,
         coefficient_dtype=stored[1] if coefficient_dtype is None else coefficient_dtype,
+        cores=cores,
         same_base=True,
         warn_above=1.0,
         device=device,
         progress=progress,
     )
-    # what is kept beside components, or is lost by rounding them to steps, may be in any direction
-    in_components = not (pack.is_coded or found.is_coded)
+    # what is kept beside components, or is lost by rounding them to steps or for want of a full core, may be in any
+    # direction
+    in_components = not any(one.is_coded or one.cores == "diagonal" for one in (pack, found))
     members: dict[str, PackedAdapter] = {}
     changes: dict[str, Change] = {}
     for done, name in enumerate(pack.names):

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import knapsack, metrics
+from . import joint, knapsack, metrics
 from . import subspace as spaces
 from .adapter import LoRAFactors, ModuleSpec
 from .errors import NonFiniteError, OptionError
 from .knapsack import Menu
-from .storages import Storage
+from .storages import DiagonalCores, Storage
 from .subspace import FitOptions, ModuleBases, ModuleStack, Pair
 
 Cell = tuple[int, int]
@@ -66,6 +66,13 @@ class Setting:
     def fit(self, members: Sequence[Member], k: Cell | None) -> ModuleBases:
         """The bases of a module, from the adapters that have trained it."""
         return spaces.fit_module(*self._trained(members), self.options, k)
+
+    def paired(self, members: Sequence[Member]) -> ModuleBases:
+        """The bases of a module for diagonal cores; found on the CPU."""
+        assert self.options.n_components is not None
+        factors, weights = replace(self, device=torch.device("cpu"))._trained(members)
+        assert isinstance(self.coefficient_storage, DiagonalCores)
+        return joint.paired(factors, weights, self.options.n_components, self.coefficient_storage.ridge)
 
     def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ModuleStack:
         """The adapters that have trained a module, as `fit` stacks them.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import basis as one
-from . import chunks, coded, dtypes, keys, linalg, quantised
+from . import chunks, coded, dtypes, joint, keys, linalg, quantised, transform
 from . import subspace as spaces
 from .adapter import Lazy
 from .basis import Basis
@@ -93,6 +93,10 @@ class Storage(ABC):
     @abstractmethod
     def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
         """The coefficients of adapters that `ready` gave, as they will be read again."""
+
+    def unrounded(self, wide: Chunk, bases: ModuleBases) -> CoefficientChunk | None:
+        """The coefficients that `project` rounds, float64; None where these are projections on the two bases."""
+        return None
 
     @abstractmethod
     def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
@@ -332,7 +336,7 @@ class Coded(Storage):
         raise OptionError(ONLY_CODED)
 
     def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
-        raise OptionError("the coefficients of an adapter of this pack were changed by hand: add the adapter instead.")
+        raise OptionError(CHANGED_BY_HAND)
 
     def adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
@@ -344,6 +348,153 @@ class Coded(Storage):
         return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
 
 
+@dataclass(frozen=True, slots=True)
+class Cores(Storage):
+    """Coefficients alone: of each module of an adapter what lies between the rows of its two bases, as floats.
+
+    kind: of `keys.CORES`. stored: the dtype in the file; in memory an adapter has factors with the same product.
+    """
+
+    kind: str
+    stored: torch.dtype
+
+    @property
+    def number_bytes(self) -> float:
+        return float(self.stored.itemsize)
+
+    @property
+    def lora_itemsize(self) -> int:
+        return self.stored.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
+    def rounded(self, bases: ModuleBases) -> ModuleBases:
+        raise OptionError(self._not_of_bases)
+
+    def extended(self, basis: Basis, rows: Tensor) -> Basis:
+        raise OptionError(self._not_of_bases)
+
+    def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        raise OptionError(self._not_of_bases)
+
+    def rows(
+        self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
+    ) -> list[Rows]:
+        raise OptionError(self._not_of_bases)
+
+    @property
+    def _not_of_bases(self) -> str:
+        return f"{self.name} is how coefficients are stored: say cores={self.kind!r}, dtype={dtypes.name(self.stored)}."
+
+    def ready(self, one_chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        # as near to the factors of a core as there are any, lest errors be differences of large numbers
+        return chunks.even(spaces.balanced(one_chunk, self.dtype))
+
+    def project(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        exact = self._between(wide, bases, dual)
+        kept = exact.to(self.stored)
+        spaces.check_kept(exact.flatten(1)[:, None], kept.flatten(1)[:, None])
+        down, up = self._factors(kept.cpu(), wide.down.shape[1])
+        device = exact.device
+        return CoefficientChunk(
+            down.to(device, self.dtype), up.to(device, self.dtype), wide.scaling, {keys.CORES[self.kind]: kept.cpu()}
+        )
+
+    def of_adapter(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        if coefficients:
+            raise OptionError(CHANGED_BY_HAND)
+        return {}
+
+    def adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, Slot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        payload = {key: tensors.pop(key) for key in (keys.core_key(module, self.kind) for module in slots)}
+        found = {}
+        for (key, core), (module, slot) in zip(payload.items(), slots.items(), strict=True):
+            if core.dtype != self.stored:
+                raise ValueError(f"{key} is {core.dtype}, and should be {self.stored}")
+            down, up = self.read(core, slot.rank)
+            found[module] = Coefficients(down, up, slot.scaling, slot.kernel)
+        return found, payload
+
+    def read(self, core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors (r, k_down) and (k_up, r) of the core of one module. `ValueError` for what is none."""
+        if core.dim() != self._dimensions:
+            raise ValueError(f"a core is {tuple(core.shape)}, and should have {self._dimensions} dimensions")
+        down, up = self._factors(core[None], rank)
+        return down[0].to(self.dtype), up[0].to(self.dtype).contiguous()
+
+    @property
+    @abstractmethod
+    def _dimensions(self) -> int:
+        """Of the core of one module."""
+
+    @abstractmethod
+    def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+        """The cores that lose least, float64, those of one adapter after the other."""
+
+    @abstractmethod
+    def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors (n, r, k_down) and (n, k_up, r) of cores, float64. rank: that of the adapters' own factors."""
+
+
+@dataclass(frozen=True, slots=True)
+class FullCores(Cores):
+    """A number for each pair of rows, (k_up, k_down), between bases as any fit finds them. Factors have the adapter's
+    own rank, beyond which a core has rounding alone."""
+
+    @property
+    def _dimensions(self) -> int:
+        return 2
+
+    def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+        exact = spaces.project_chunk(wide, bases, torch.float64, dual)
+        return exact.up @ exact.down
+
+    def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        n = len(cores)
+        up, down = transform.core_factors(cores, torch.ones(n, dtype=torch.float64), torch.full((n,), rank))
+        more = rank - down.shape[1]
+        return torch.nn.functional.pad(down, (0, 0, 0, more)), torch.nn.functional.pad(up, (0, more))
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalCores(Cores):
+    """A number for each row, (k,), between bases that `joint.paired` has found: row j of one goes with row j of the
+    other alone. Factors have the rank k, or 1 where that is 0."""
+
+    @property
+    def ridge(self) -> float:
+        """As `joint.RIDGE`: what it costs of an update is less than rounding does."""
+        return max(joint.RIDGE, torch.finfo(self.stored).eps / 16)
+
+    @property
+    def _dimensions(self) -> int:
+        return 1
+
+    def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+        rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
+        down, up = wide.down.to(torch.float64), wide.up.to(torch.float64)
+        return joint.best_diagonal(down, up, (rows[0], rows[1]), self.ridge)
+
+    def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        exact = cores.to(torch.float64)
+        more = max(1 - exact.shape[1], 0)
+        down, up = torch.diag_embed(exact.abs().sqrt()), torch.diag_embed(exact.sign() * exact.abs().sqrt())
+        return torch.nn.functional.pad(down, (0, 0, 0, more)), torch.nn.functional.pad(up, (0, more))
+
+    def unrounded(self, wide: Chunk, bases: ModuleBases) -> CoefficientChunk | None:
+        down, up = self._factors(self._between(wide, bases), wide.down.shape[1])
+        return CoefficientChunk(down, up, wide.scaling)
+
+
+CHANGED_BY_HAND = "the coefficients of an adapter of this pack were changed by hand: add the adapter instead."
+NOT_PAIRED = (
+    "the subspace of this pack is not extended: its cores are diagonal, and the rows of its sides go in pairs. Add the "
+    "adapter without extend, or fit the pack again with it."
+)
 NOT_EXTENDED = (
     "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
     "Add the adapter without extend."
@@ -465,7 +616,9 @@ def of_row(found: CoefficientChunk, row: int, module: str) -> dict[str, Tensor]:
     payload = {}
     for name, tensor in (found.payload or {}).items():
         side, _, part = name.partition(".")
-        if part != quantised.EXPONENT or int(tensor[row]):
+        if name in keys.CORES.values():
+            payload[f"{keys.MODEL_PREFIX}{module}.{name}"] = tensor[row]
+        elif part != quantised.EXPONENT or int(tensor[row]):
             payload[f"{keys.coefficients_key(module, side)}.{part}"] = tensor[row]
     return payload
 
@@ -490,6 +643,13 @@ STORAGES: dict[str, Storage] = {
     "int8": Integers("int8", torch.float32, 8),
     "int4": Integers("int4", torch.float32, 4),
     CODED: Coded(CODED, torch.float32),
+    **{
+        f"{kind}-{dtypes.name(dtype)}": made(
+            f"{kind}-{dtypes.name(dtype)}", torch.promote_types(dtype, torch.float32), kind, dtype
+        )
+        for kind, made in (("full", FullCores), ("diagonal", DiagonalCores))
+        for dtype in dtypes.STORED
+    },
 }
 """By the names that users and manifests write."""
 
@@ -497,7 +657,8 @@ STORAGES: dict[str, Storage] = {
 def by_name(name: str) -> Storage:
     """The storage; an `OptionError` for what is none."""
     if name not in STORAGES:
-        raise OptionError(f"dtype must be one of {', '.join(STORAGES)}, got {name}.")
+        known = [name for name, storage in STORAGES.items() if not isinstance(storage, Cores)]
+        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.")
     return STORAGES[name]
 
 
@@ -514,6 +675,16 @@ def for_coefficients(basis: Storage) -> Storage:
     return STORAGES["int8"] if isinstance(basis, Integers) else basis
 
 
+def with_cores(kind: str, floats: Storage) -> Storage:
+    """The storage of cores of a kind, of these floats."""
+    return STORAGES[f"{kind}-{floats.name}"]
+
+
+def floats_of(storage: Storage) -> Storage:
+    """The floats that cores are stored in; any other storage is itself."""
+    return by_name(dtypes.name(storage.stored)) if isinstance(storage, Cores) else storage
+
+
 def plain(
     tensors: Mapping[str, Tensor], slots: Callable[[], Mapping[str, Slot]], subspace: Callable[[], Subspace]
 ) -> dict[str, Tensor]:
@@ -524,9 +695,15 @@ def plain(
     found = dict(tensors)
     coded_already = keys.CODED in tensors
     integers = any(key.endswith(f".{quantised.CODES}") for key in tensors)
-    if not (coded_already or integers):
+    kind = next((kind for kind, own in keys.CORES.items() if any(key.endswith(f".{own}") for key in tensors)), None)
+    if not (coded_already or integers or kind):
         return found
     try:
+        if kind is not None:
+            own = slots()
+            stored = {tensors[key].dtype for key in (keys.core_key(module, kind) for module in own)}
+            coefficients, _ = with_cores(kind, by_name(dtypes.name(stored.pop()))).adapter(found, own, subspace)
+            return found | Floats("float32", torch.float32).of_adapter(coefficients)
         if coded_already:
             coefficients, _ = STORAGES[CODED].adapter(found, slots(), subspace)
             return found | Floats("float32", torch.float32).of_adapter(coefficients)

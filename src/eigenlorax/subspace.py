@@ -460,24 +460,25 @@ def project_chunk(
 
 def check_rounded(exact: CoefficientChunk, rounded: CoefficientChunk) -> None:
     """`NonFiniteError` where a dtype has no room for coefficients."""
-    dtype = rounded.down.dtype
-    _check_kept(exact.down, rounded.down)
-    _check_kept(exact.up, rounded.up)
-    if not (bool(rounded.down.isfinite().all()) and bool(rounded.up.isfinite().all())):
-        raise NonFiniteError(
-            f"coefficients up to {float(max(exact.down.abs().max(), exact.up.abs().max())):.1e} do not fit "
-            f"{dtype}, which ends at {torch.finfo(dtype).max:.1e}. Store them as float32."
-        )
+    check_kept(exact.down, rounded.down)
+    check_kept(exact.up, rounded.up)
 
 
-def _check_kept(exact: Tensor, rounded: Tensor) -> None:
-    """`NonFiniteError` where a dtype is too coarse for numbers: what is below its smallest one becomes zero."""
+def check_kept(exact: Float[Tensor, "n a b"], rounded: Float[Tensor, "n a b"]) -> None:
+    """The same of one of their tensors: a dtype may end below a number, or be too coarse for it, so that it becomes
+    zero."""
+    wider = f"Store them as {'float32' if rounded.dtype.itemsize < 4 else 'float64'}."
     size, kept = (torch.linalg.vector_norm(each, dim=(1, 2), dtype=torch.float64) for each in (exact, rounded))
     vanished = (size > 0) & (kept < size / 2)
     if bool(vanished.any()):
         raise NonFiniteError(
             f"coefficients of norm {float(size[vanished][0]):.1e} vanish in {rounded.dtype}, whose smallest number is "
-            f"{torch.finfo(rounded.dtype).smallest_normal:.1e}. Store them as float32."
+            f"{torch.finfo(rounded.dtype).smallest_normal:.1e}. {wider}"
+        )
+    if not bool(rounded.isfinite().all()):
+        raise NonFiniteError(
+            f"coefficients up to {float(exact.abs().max()):.1e} do not fit {rounded.dtype}, which ends at "
+            f"{torch.finfo(rounded.dtype).max:.1e}. {wider}"
         )
 
 

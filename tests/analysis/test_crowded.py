@@ -9,7 +9,7 @@ import eigenlorax as ex
 from eigenlorax import subspace as spaces
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.analysis import crowded, losses
-from eigenlorax.analysis.stack import squares, stack
+from eigenlorax.stack import squares, stack
 from eigenlorax.subspace import delta_square
 from made import gauged
 from planted import assert_same_span, factors_in, normal, orthonormal, random_factors

@@ -12,7 +12,7 @@ from eigenlorax import subspace as spaces
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.analysis import losses, spectra
 from eigenlorax.analysis.left_out import left_out
-from eigenlorax.analysis.stack import squares, stack
+from eigenlorax.stack import squares, stack
 from eigenlorax.subspace import FitOptions, ModuleStack, delta_square
 from made import gauged, pairs_of
 from planted import MODULES, factors_in, orthonormal, random_factors

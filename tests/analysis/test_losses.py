@@ -10,8 +10,8 @@ import torch
 from eigenlorax import subspace as spaces
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import losses
-from eigenlorax.analysis.stack import squares, stack, stack_coefficients
 from eigenlorax.chunks import chunk
+from eigenlorax.stack import squares, stack, stack_coefficients
 from eigenlorax.subspace import FitOptions
 from made import awkward
 from planted import MODULES, normal, orthonormal, random_factors

@@ -8,7 +8,7 @@ import torch
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import pairs as module
 from eigenlorax.analysis.pairs import Pairs, cosines, overlap
-from eigenlorax.analysis.stack import stack
+from eigenlorax.stack import stack
 from made import awkward, gauged, pairs_of
 from planted import MODULES, normal, orthonormal, random_factors
 from reference import dense

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eigenlorax.analysis import joint, rivals
+from eigenlorax import joint
+from eigenlorax.analysis import rivals
 from eigenlorax.analysis.losses import pair_bytes, rounded_rows
-from eigenlorax.analysis.stack import Stack, squares, stack
+from eigenlorax.stack import Stack, squares, stack
 from made import of_one_subspace, random
 from planted import MODULES, normal, random_factors
 from reference import dense

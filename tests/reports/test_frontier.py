@@ -9,8 +9,8 @@ from synthetic import report
 import eigenlorax as ex
 from eigenlorax.adapter import from_factors
 from eigenlorax.analysis import rivals
-from eigenlorax.analysis.stack import stack
 from eigenlorax.reports import data, frontier, markdown, page
+from eigenlorax.stack import stack
 from made import of_one_subspace, random
 from planted import MODULES
 

@@ -120,6 +120,19 @@ def test_an_adapter_with_a_rest_is_served_expanded_and_others_in_both_ways(made,
     assert with_engine(answers, made / "base", pack, shared=shared) == wanted
 
 
+@pytest.mark.parametrize(("kind", "shared"), [("full", True), ("diagonal", False), ("diagonal", True)])
+def test_a_pack_with_cores_is_served_in_both_ways(made, tmp_path, monkeypatch, kind, shared):
+    monkeypatch.setenv("EIGENLORAX_CACHE", str(tmp_path / "cache"))
+    names = ["a0", "a1", "a2"]
+    pack = ex.fit([made / "adapters" / name for name in names], n_components=7, cores=kind, warn_above=1.0)
+    path = pack.save(tmp_path / "pack")
+    wanted = peft_greedy(made / "base", PROMPTS, _exported(path, tmp_path / "out", *names))
+    requests = [Adapters(path, shared_basis=shared)[name] for name in names]
+    got = with_engine(lambda llm: greedy(llm, PROMPTS, requests), made / "base", path, shared=shared)
+    assert got == wanted
+    assert got != peft_greedy(made / "base", PROMPTS, [None] * 3)
+
+
 def _exported(pack, folder, *names):
     exported = ex.Pack.open(pack).export(folder)
     return [exported[name] for name in names]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..linalg import orthonormal_rows, psd_root
-from .stack import Stack, gram, roots, squares
+from ..stack import Stack, gram, roots, squares
 
 MANY = 256
 """Rows up to which a module is fitted again, sweeps and all, for each adapter that is left out."""

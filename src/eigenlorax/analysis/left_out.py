@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..basis import chooser
+from ..stack import Stack
 from ..subspace import FitOptions, ModuleStack
 from .losses import kept, kept_by_k
 from .spectra import Weighted
-from .stack import Stack
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,18 @@
 """What each adapter of a module loses: in the pack, in other bases, and when it is stored in another way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..chunks import chunk
+from ..stack import Stack, captured, difference_squares, gram, roots
 from ..subspace import Coefficients, ModuleBases
-from .stack import Stack, captured, difference_squares, gram, roots
 
 BLOCK = 64
 """Numbers that share one scale where LoRA factors are rounded to few bits."""
@@ -38,7 +39,13 @@ def stored(
     coefficients: Sequence[Coefficients | None],
     bases: ModuleBases,
 ) -> Stored:
-    """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`."""
+    """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`.
+
+    What is lost of A and of B alone means something where coefficients are of the adapters' own factors.
+    """
+    # what comes back between paired rows has a rank of its own
+    more = max([0, *(c.rank - one.down.shape[1] for c in coefficients if c is not None)])
+    one = replace(one, down=pad(one.down, (0, 0, 0, more)), up=pad(one.up, (0, 0, 0, more)))
     down, up = torch.zeros_like(one.down), torch.zeros_like(one.up)
     for index, (original, found) in enumerate(zip(factors, coefficients, strict=True)):
         if original is None or found is None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .stack import Stack, roots
+from ..stack import Stack, roots
 
 FLOAT64_ROWS = 2048
 """Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import joint
 from ..adapter import LoRAFactors
 from ..linalg import dual_rows
-from . import joint
+from ..stack import Stack, roots, squares, stack
 from .bytes import Number
+from .clustered import clustered
 from .losses import BLOCK, SCALE_BYTES, pair_bytes, rounded_rows
-from .stack import Stack, roots, squares, stack
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 """Of factors of one adapter alone."""
@@ -562,7 +563,7 @@ def grouped(modules: Mapping[str, Stack], count: int) -> list[list[int]]:
         return [list(range(len(total)))]
     if len(total) < 2 * count:
         return []
-    found = joint.clustered(modules, weights, _LABELS_K, count, rounds=8, tolerance=1e-2)
+    found = clustered(modules, weights, _LABELS_K, count, rounds=8, tolerance=1e-2)
     return [list(members) for members in found.members]
 
 

@@ -71,6 +71,7 @@ def refit(
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: as before).")
     ] = None,
+    cores: Annotated[str | None, typer.Option(help="full or diagonal (default: as before).")] = None,
     warn_above: Annotated[
         float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
     ] = WARN_ABOVE,
@@ -103,6 +104,7 @@ def refit(
             sweeps=sweeps,
             dtype=dtype,
             coefficient_dtype=coefficient_dtype,
+            cores=cores,
             warn_above=warn_above,
             device=device,
             progress=progress,

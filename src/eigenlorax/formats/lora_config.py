@@ -93,6 +93,34 @@ def make(adapter: Adapter) -> str:
     return json.dumps(config, indent=2, sort_keys=True)
 
 
+def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
+    """An adapter's `adapter_config.json` where some of its modules have other ranks, and the scalings that they had."""
+    fields = json.loads(config)
+    now = {module: ranks.get(module, spec.rank) for module, spec in adapter.specs.items()}
+    alphas = {
+        module: spec.scaling * math.sqrt(now[module])
+        if fields.get("use_rslora")
+        else alpha_of(now[module], spec.scaling)
+        for module, spec in adapter.specs.items()
+    }
+    usual: list[tuple[str, str, Mapping[str, int | float], Any]] = [
+        ("r", "rank_pattern", now, _DEFAULT_RANK),
+        ("lora_alpha", "alpha_pattern", alphas, _DEFAULT_ALPHA),
+    ]
+    for field, pattern, values, default in usual:
+        others: Mapping[str, Any] = {}
+        if adapter.carried:
+            # what is carried beside modules, such as embeddings, has its rank by what the config says now
+            most, others = fields.get(field, default), fields.get(pattern) or {}
+        else:
+            most = _commonest(values.values())
+        # a pattern that stays may fit any of them
+        own = {keys.whole_name(module): value for module, value in values.items() if value != most or others}
+        fields[field], fields[pattern] = most, own | {key: value for key, value in others.items() if key not in own}
+    # the order of patterns counts: keys are not sorted
+    return json.dumps(fields, indent=2)
+
+
 def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
     """The same for an adapter that another method trained, with what that method's config has that still holds."""
     # "eigenlorax_only" and its like: the biases of the modules that have an adapter

@@ -9,6 +9,7 @@ from ..analysis import bytes as costs
 from ..analysis import losses
 from ..pack import Pack
 from ..packed import PackedAdapter
+from ..subspace import Coefficients
 from . import spreads
 from .data import AdapterFigures, Baseline, Bytes, LeftOut, SizePoint
 from .measure import Measured
@@ -62,7 +63,7 @@ def baselines(
     shapes = {module: bases.shape for module, bases in pack.subspace.modules.items()}
     at_bits = {
         bits: sum(
-            losses.rounded_bytes(coefficients.rank, *shapes[one.places[module]], bits)
+            losses.rounded_bytes(_rank(one, coefficients), *shapes[one.places[module]], bits)
             for one in packed.values()
             for module, coefficients in one.coefficients.items()
         )
@@ -129,10 +130,16 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals | 
     )
 
 
+def _rank(one: PackedAdapter, coefficients: Coefficients) -> int:
+    """The rank that an adapter had in a module. Diagonal cores have more: then at most that, by all its modules."""
+    return min(coefficients.rank, max(one.record.ranks))
+
+
 def sizes(
     pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | None, twins: set[str]
 ) -> list[SizePoint]:
-    """The same collection at other k. twins: those with a copy in the fit, in which they would not be left out."""
+    """The same collection at other k, with coefficients of the adapters' ranks. twins: those with a copy in the fit, in
+    which they would not be left out."""
     if measured is None or not measured.fitted:
         return []
     total = measured.total[measured.fitted]
@@ -145,7 +152,7 @@ def sizes(
     ranks: dict[str, int] = dict.fromkeys(pack.info.modules, 0)
     for one in packed.values():
         for own, coefficients in one.coefficients.items():
-            ranks[one.places[own]] += coefficients.rank
+            ranks[one.places[own]] += _rank(one, coefficients)
     b = pack.summary.bytes
     fixed = b.carried + sum(
         basis.singular_values.nbytes + 4 * basis.n_extra

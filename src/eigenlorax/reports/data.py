@@ -39,7 +39,7 @@ class Collection:
 class Finding:
     """One thing that the figures say. kind: "shared", "not-shared", "partly-shared", "unknown" (the answer to the main
     question, first in the list), "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss",
-    "bytes", "baseline", "rounding". text: one or two plain sentences. advice: what to do about it, or "".
+    "bytes", "baseline", "rounding", "cores". text: one or two plain sentences. advice: what to do about it, or "".
     good: True where it speaks for the pack, False against it, None neither. adapters: whom it is about.
     """
 

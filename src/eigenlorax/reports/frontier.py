@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..adapter import Lazy
 from ..analysis import rivals
 from ..analysis.rivals import Point, Together
-from ..analysis.stack import Stack, stack
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
+from ..stack import Stack, stack
 from . import numbers
 from .data import Frontier, FrontierPoint, TaskFrontier
 from .measure import own_name
@@ -50,7 +50,7 @@ def frontier(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals, 
     those it would take with all, in proportion. None where there is nothing to store.
     """
     names = list(found.adapters)
-    sizes = _sizes(pack, packed, names)
+    sizes = _sizes(pack, packed, found)
     every = [module for module, size in sizes.items() if size > 0]
     if not every:
         return None
@@ -106,13 +106,12 @@ def on_task(found: TaskFrontier) -> str:
     )
 
 
-def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], names: Sequence[str]) -> dict[str, int]:
+def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals) -> dict[str, int]:
     """Numbers of the adapters' factors by module of the subspace."""
     found = dict.fromkeys(pack.subspace.modules, 0)
-    for name in names:
-        for own, coefficients in packed[name].coefficients.items():
-            place = packed[name].places[own]
-            found[place] += coefficients.rank * sum(pack.subspace.modules[place].shape)
+    for name in originals.adapters:
+        for own, place in packed[name].places.items():
+            found[place] += originals.adapters[name].specs[own].numbers
     return found
 
 

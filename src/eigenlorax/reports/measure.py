@@ -12,10 +12,10 @@ from .. import subspace as spaces
 from ..adapter import LoRAFactors
 from ..analysis import crowded, losses, rivals, spectra
 from ..analysis.pairs import Pairs, products
-from ..analysis.stack import Stack, squares, stack, stack_coefficients
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
+from ..stack import Stack, squares, stack, stack_coefficients
 from ..subspace import Coefficients, FitOptions, ModuleBases
 from . import refits
 from .originals import Originals
@@ -311,8 +311,9 @@ def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progres
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         found = [coefficients_at(one, module, bases) for one in packed]
-        if bases.down.payload is not None or any(one is not None and one.has_rest for one in found):
-            # rounded rows of a basis are not orthonormal, and rests are not in it
+        paired = pack.cores == "diagonal"
+        if paired or bases.down.payload is not None or any(one is not None and one.has_rest for one in found):
+            # rows that go in pairs, or were rounded to integers, are not orthonormal, and rests are not in a basis
             n_out, n_in = bases.shape
             yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
         else:

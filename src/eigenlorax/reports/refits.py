@@ -9,8 +9,8 @@ from torch import Tensor
 from ..adapter import LoRAFactors
 from ..analysis import crowded, losses, spectra
 from ..analysis.left_out import left_out
-from ..analysis.stack import Stack, squares, stack
 from ..basis import chooser
+from ..stack import Stack, squares, stack
 from ..subspace import FitOptions, ModuleStack
 from .data import SPECTRUM
 

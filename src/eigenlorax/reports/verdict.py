@@ -44,6 +44,7 @@ def of(report: Report) -> Verdict:
         *_bytes(report, main),
         *_rivals(report),
         *_rounding(report),
+        *_cores(report),
     ]
     return Verdict(headline, found)
 
@@ -513,6 +514,19 @@ def _rivals(report: Report) -> list[Finding]:
     ):
         found.append(Finding("baseline", at_equal_error(report.frontier), good=False))
     return found
+
+
+def _cores(report: Report) -> list[Finding]:
+    """Which figures are not of the pack's own form."""
+    storage = storages.by_name(report.collection.coefficient_dtype)
+    if not isinstance(storage, storages.Cores) or not report.collection.with_originals:
+        return []
+    figures = {
+        "full": "Figures at other k are",
+        "diagonal": "Figures of adapters left out, of random directions and at other k are",
+    }
+    text = f"The pack keeps {storage.kind} cores. {figures[storage.kind]} those of packs without cores."
+    return [Finding("cores", text, good=None)]
 
 
 def _rounding(report: Report) -> list[Finding]:

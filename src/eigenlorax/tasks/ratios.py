@@ -13,7 +13,6 @@ from .. import fitting, keys
 from ..adapter import Adapter, Lazy
 from ..analysis import rivals
 from ..analysis.rivals import Cut
-from ..analysis.stack import Stack, stack
 from ..errors import OptionError
 from ..fitting import Progress
 from ..options import number
@@ -21,6 +20,7 @@ from ..pack import Pack
 from ..reports.data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 from ..reports.frontier import FIT
 from ..reports.measure import own_name
+from ..stack import Stack, stack
 from . import compare, evaluate
 from .compare import RECYCLED, Comparison, Job, Scored
 from .sides import ORIGINAL, WITHOUT

@@ -2,28 +2,33 @@
 
 As in "Compress then Serve" (Brüel-Gabrielsson et al., arXiv 2407.00066): D_i ≈ upᵀ · core_i · down, Σ w_i²‖D_i − D̂_i‖²
 as small as alternation finds it. With full cores, up and down are orthonormal, and what a delta fit has after many
-sweeps; with diagonal ones they are free. Adapters that have little in common go to bases of their own (`clustered`).
-Everything is deterministic, and float64; no out × in matrix is formed.
+sweeps; with diagonal ones they are free. Everything is deterministic, and float64; no out × in matrix is formed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import krylov
-from ..linalg import descending_eigh, orthonormal_rows
-from .stack import Stack, captured, difference_squares, gram, roots, squares
+from . import krylov
+from . import subspace as spaces
+from .adapter import LoRAFactors
+from .basis import Basis, chooser
+from .linalg import descending_eigh, orthonormal_rows
+from .stack import Stack, captured, difference_squares, gram, roots, squares, stack
+from .subspace import FitOptions, ModuleBases
 
 ROUNDS = 200
 TOLERANCE = 1e-6
 """Alternation ends when a round wins less than this share of what is still lost."""
+RIDGE = 1e-12
+"""What the squares of diagonal cores count for beside those of what is lost, at least. Without, directions that nearly
+coincide have large ones of either sign, which cancel but for their rounding."""
 _WIDE = 1024
 """Width of a side from which on eigenvectors are searched for; below, all of them are found at once."""
 _PROXIMAL = 1e-10
-_RIDGE = 1e-12
 _NOTHING = 1e-14
 _TRIAL_ROUNDS = 6
 
@@ -38,16 +43,6 @@ class Joint:
     down: Float[Tensor, "k n_in"]
     up: Float[Tensor, "j n_out"]
     cores: Tensor
-    lost: Float[Tensor, " n"]
-
-
-@dataclass(frozen=True, slots=True)
-class Clusters:
-    """members: the adapters of each cluster, ascending; together all of them. modules: of each cluster, its bases by
-    module, with the cores of its members. lost: Σ over modules of ‖D_i − D̂_i‖², of all adapters, without weights."""
-
-    members: tuple[tuple[int, ...], ...]
-    modules: tuple[Mapping[str, Joint], ...]
     lost: Float[Tensor, " n"]
 
 
@@ -69,7 +64,12 @@ def full(
     start: orthonormal rows to go on from; the objective is never above theirs. weights: those of the squares' roots;
     adapters of weight 0 get cores, and have no say.
     """
-    down, up = bases(one, weights, k, start=start, rounds=rounds, tolerance=tolerance)
+    return in_full(one, bases(one, weights, k, start=start, rounds=rounds, tolerance=tolerance))
+
+
+def in_full(one: Stack, rows: Rows) -> Joint:
+    """The best full cores between given orthonormal factors."""
+    down, up = rows
     in_down, in_up = one.down @ down.mT, one.up @ up.mT
     return Joint(down, up, in_up.mT @ in_down, difference_squares(one, in_down @ down, in_up @ up))
 
@@ -114,12 +114,14 @@ def diagonal(
     start: Rows | None = None,
     rounds: int = ROUNDS,
     tolerance: float = TOLERANCE,
+    ridge: float = RIDGE,
 ) -> Joint:
     """Free factors of k rows of length 1, or as many as the adapters' ranks add up to, and diagonal cores.
 
     By alternating least squares (a canonical polyadic decomposition of the stacked updates), from the start that does
     better in a few rounds: the adapters' own largest singular directions, or what diagonalises the two leading
     combinations of their full cores. start: rows to go on from instead; the objective is never above theirs.
+    ridge: as `RIDGE`.
     """
     small, frames = _narrow(_weighted(one, weights))
     k = min(k, sum(one.ranks))
@@ -136,147 +138,68 @@ def diagonal(
 
     if start is not None:
         rows = [rows if frame is None else rows @ frame.mT for rows, frame in zip(start, frames, strict=True)]
-        best = run(_Diagonal.of(small, rows[0], rows[1]), rounds)
+        best = run(_Diagonal.of(small, rows[0], rows[1], total, ridge), rounds)
     else:
         starts = [_own_directions(small, k)]
         if k <= min(small.down.shape[2], small.up.shape[2]):
             starts.append(_diagonalised(small, k))
-        tried = [run(_Diagonal.of(small, *each), min(rounds, _TRIAL_ROUNDS)) for each in starts]
+        tried = [run(_Diagonal.of(small, *each, total, ridge), min(rounds, _TRIAL_ROUNDS)) for each in starts]
         best = run(min(tried, key=lambda state: state.lost), max(rounds - _TRIAL_ROUNDS, 0))
     down, up = (
         rows if frame is None else rows @ frame for rows, frame in zip((best.down, best.up), frames, strict=True)
     )
-    return in_diagonal(one, (down, up))
+    return in_diagonal(one, (down, up), ridge)
 
 
-def in_diagonal(one: Stack, rows: Rows) -> Joint:
+def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, ridge: float) -> ModuleBases:
+    """Bases of a module for diagonal cores, float64: as many rows on either side, at most k, row j of one with row j
+    of the other, of length 1 and not orthogonal. Those that adapters have most of come first.
+
+    factors, weights: as for `subspace.fit_module`. Beside the rows is the spectrum of each side by itself.
+    """
+    n_out, n_in = factors[0].up.shape[0], factors[0].down.shape[1]
+    one, each = stack(factors, n_in, n_out), torch.tensor(weights, dtype=torch.float64)
+    found = diagonal(one, each, min(k, n_in, n_out), ridge=ridge)
+    sizes = (each[:, None] * found.cores).square().sum(0)
+    order = sizes.argsort(descending=True, stable=True)
+    order = order[sizes[order] > _NOTHING * sizes.max()]
+    sides = spaces.ModuleStack(factors, weights, FitOptions(n_components=k, sweeps=0))
+    alone = sides.finished(sides.first(chooser(k, None)))
+    return ModuleBases(
+        down=_of_rows(alone.down, found.down[order], sides.down.weighted(sides.down_roots)),
+        up=_of_rows(alone.up, found.up[order], sides.up.weighted(sides.up_roots)),
+    )
+
+
+def _of_rows(basis: Basis, rows: Tensor, weighted: Tensor) -> Basis:
+    """The basis with other rows, each with its largest entry positive, and the energy in their span."""
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    energy = float((weighted @ orthonormal_rows(rows).mT).square().sum() / weighted.square().sum())
+    return replace(basis, components=torch.where(largest < 0, -rows, rows), energy=min(energy, 1.0))
+
+
+def in_diagonal(one: Stack, rows: Rows, ridge: float = RIDGE) -> Joint:
     """The best diagonal cores between given factors."""
     down, up = rows
-    seen = ((one.down @ down.mT) * (one.up @ up.mT)).sum(1)
-    both = (down @ down.mT) * (up @ up.mT)
-    # where directions coincide, the smallest cores
-    ridge = _RIDGE * torch.eye(len(both), dtype=torch.float64)
-    cores = torch.cholesky_solve(seen.mT, torch.linalg.cholesky(both + ridge)).mT
+    cores, seen, both = _best_diagonal(one.down, one.up, rows, ridge)
     lost = squares(one) - 2 * (cores * seen).sum(1) + ((cores @ both) * cores).sum(1)
     return Joint(down, up, cores, lost.clamp_min(0))
 
 
-def clustered(
-    modules: Mapping[str, Stack],
-    weights: Float[Tensor, " n"],
-    k: int,
-    clusters: int,
-    fit: Callable[..., Joint] = full,
-    *,
-    rounds: int = 20,
-    **options: float,
-) -> Clusters:
-    """Adapters in so many clusters at most, over all modules at once, each in the bases that lose least of it.
-
-    Alternates between the adapters' choice of a cluster and the clusters' bases, which go on from where they were, so
-    that no round makes the weighted sum of what is lost larger. The first division is by the directions of adapters
-    that are far from each other. fit: `full` or `diagonal`; options: theirs.
-    """
-    n = len(weights)
-    labels = _first_labels(modules, weights, k, clusters)
-    bases_of: list[dict[str, Rows]] = [{} for _ in range(clusters)]
-    for _ in range(rounds):
-        lost = torch.zeros(n, clusters, dtype=torch.float64)
-        for name in modules:
-            one = modules[name]
-            for cluster in range(clusters):
-                members = _members(labels, cluster)
-                if members:
-                    found = fit(one.of(members), weights[members], k, start=bases_of[cluster].get(name), **options)
-                    bases_of[cluster][name] = found.down, found.up
-                if bases_of[cluster]:
-                    lost[:, cluster] += _lost_in(one, bases_of[cluster][name], fit)
-                else:
-                    lost[:, cluster] = torch.inf
-        # who loses as little where it is stays there
-        own = lost.gather(1, labels[:, None])[:, 0]
-        best, chosen = lost.min(1)
-        after = torch.where(best < own * (1 - 1e-9), chosen, labels)
-        if torch.equal(after, labels):
-            break
-        labels = after
-    return _finished(modules, labels, clusters, bases_of, fit)
+def best_diagonal(
+    down: Float[Tensor, "n r n_in"], up: Float[Tensor, "n r n_out"], rows: Rows, ridge: float
+) -> Float[Tensor, "n k"]:
+    """The diagonal cores between given factors that lose least of the updates up[i].mT @ down[i]; ridge: as `RIDGE`."""
+    return _best_diagonal(down, up, rows, ridge)[0]
 
 
-def _finished(
-    modules: Mapping[str, Stack],
-    labels: Tensor,
-    clusters: int,
-    bases_of: Sequence[Mapping[str, Rows]],
-    fit: Callable[..., Joint],
-) -> Clusters:
-    groups = [(cluster, _members(labels, cluster)) for cluster in range(clusters)]
-    groups = sorted(((cluster, members) for cluster, members in groups if members), key=lambda group: group[1])
-    found: list[dict[str, Joint]] = [{} for _ in groups]
-    lost = torch.zeros(len(labels), dtype=torch.float64)
-    for name in modules:
-        one = modules[name]
-        for place, (cluster, members) in enumerate(groups):
-            found[place][name] = _in(one.of(members), bases_of[cluster][name], fit)
-            lost[members] += found[place][name].lost
-    return Clusters(tuple(tuple(members) for _, members in groups), tuple(found), lost)
-
-
-def _in(one: Stack, rows: Rows, fit: Callable[..., Joint]) -> Joint:
-    """The best cores of the kind that `fit` has between given factors."""
-    if fit is diagonal:
-        return in_diagonal(one, rows)
-    in_down, in_up = one.down @ rows[0].mT, one.up @ rows[1].mT
-    return Joint(*rows, in_up.mT @ in_down, difference_squares(one, in_down @ rows[0], in_up @ rows[1]))
-
-
-def _lost_in(one: Stack, rows: Rows, fit: Callable[..., Joint]) -> Float[Tensor, " n"]:
-    if fit is diagonal:
-        return in_diagonal(one, rows).lost
-    return squares(one) - captured(one.down @ rows[0].mT, one.up @ rows[1].mT)
-
-
-def _members(labels: Tensor, cluster: int) -> list[int]:
-    members: list[int] = (labels == cluster).nonzero().flatten().tolist()
-    return members
-
-
-def _first_labels(modules: Mapping[str, Stack], weights: Tensor, k: int, clusters: int) -> Tensor:
-    """Each adapter with the nearest of `clusters` adapters, by what it keeps in that one's directions.
-
-    The first of them is the one that is most in the directions of all, each next one the farthest from all before.
-    """
-    n = len(weights)
-    if clusters == 1:
-        return torch.zeros(n, dtype=torch.long)
-    total, kept = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    for name in modules:
-        one = modules[name]
-        down, up = bases(one, weights, k, rounds=0)
-        kept += captured(one.down @ down.mT, one.up @ up.mT)
-        total += squares(one)
-    norms = total.clamp_min(torch.finfo(torch.float64).tiny)
-    seeds = [int((kept / norms).argmax())]
-    shares = torch.zeros(n, 0, dtype=torch.float64)
-    while True:
-        share = torch.zeros(n, dtype=torch.float64)
-        for name in modules:
-            one = modules[name]
-            down, up = (orthonormal_rows(_spanning(rows[seeds[-1]])) for rows in (one.down, one.up))
-            share += captured(one.down @ down.mT, one.up @ up.mT)
-        shares = torch.cat([shares, (share / norms)[:, None]], dim=1)
-        if len(seeds) == min(clusters, n):
-            return shares.argmax(1)
-        nearest = shares.amax(1).masked_fill(total == 0, torch.inf)
-        seeds.append(int(nearest.argmin()))
-
-
-def _spanning(rows: Float[Tensor, "r d"]) -> Float[Tensor, "s d"]:
-    """Rows without those that add nothing, in the directions of their singular vectors."""
-    values, vectors = descending_eigh(rows @ rows.mT)
-    some = values > _NOTHING * values[:1].clamp_min(torch.finfo(torch.float64).tiny)
-    found: Tensor = (vectors[:, some] / values[some].sqrt()).mT @ rows
-    return found
+def _best_diagonal(down: Tensor, up: Tensor, rows: Rows, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Those, what updates have in the terms, and inner products of the terms."""
+    seen = ((down @ rows[0].mT) * (up @ rows[1].mT)).sum(1)
+    both = (rows[0] @ rows[0].mT) * (rows[1] @ rows[1].mT)
+    identity = torch.eye(len(both), dtype=torch.float64, device=both.device)
+    cores = torch.cholesky_solve(seen.mT, torch.linalg.cholesky(both + ridge * identity)).mT
+    return cores, seen, both
 
 
 def _weighted(one: Stack, weights: Float[Tensor, " n"]) -> Stack:
@@ -328,19 +251,21 @@ def _top(
 
 @dataclass(frozen=True, slots=True)
 class _Diagonal:
-    """Factors and cores on the way; lost: the sum of it."""
+    """Factors and cores on the way. total: ‖D‖² of all updates together; lost: of that, what is lost."""
 
     down: Tensor
     up: Tensor
     cores: Tensor
+    total: float
+    ridge: float
     lost: float
 
     @classmethod
-    def of(cls, one: Stack, down: Tensor, up: Tensor) -> "_Diagonal":
+    def of(cls, one: Stack, down: Tensor, up: Tensor, total: float, ridge: float) -> "_Diagonal":
         """With the best cores between these factors."""
         down, up = _of_length_one(down), _of_length_one(up)
-        found = in_diagonal(one, (down, up))
-        return cls(down, up, found.cores, float(found.lost.sum()))
+        cores, seen, both = _best_diagonal(one.down, one.up, (down, up), ridge)
+        return cls(down, up, cores, total, ridge, max(total - float((cores * (2 * seen - cores @ both)).sum()), 0.0))
 
     def improved(self, one: Stack) -> "_Diagonal":
         """One factor after the other, and the cores, each the best there is beside the others.
@@ -351,7 +276,7 @@ class _Diagonal:
         weights = self.cores.mT @ self.cores
         down = self._side(one.down, one.up @ self.up.mT, weights * (self.up @ self.up.mT), self.down)
         up = self._side(one.up, one.down @ down.mT, weights * (down @ down.mT), self.up)
-        return _Diagonal.of(one, down, up)
+        return _Diagonal.of(one, down, up, self.total, self.ridge)
 
     def _side(self, rows: Tensor, other: Tensor, normal: Tensor, before: Tensor) -> Tensor:
         """rows: of the side, (n, r, d); other: those of the other side in its factor, (n, r, k)."""

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..adapter import LoRAFactors
-from ..linalg import difference_square, psd_root
-from ..subspace import Coefficients
+from .adapter import LoRAFactors
+from .linalg import difference_square, psd_root
+from .subspace import Coefficients
 
 
 @dataclass(frozen=True, slots=True)
