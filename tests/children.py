@@ -18,7 +18,8 @@ import torch
 from eigenlorax.cli import main
 
 TRACEBACK, KILLED = 70, 71
-SECONDS = 60
+SECONDS = 300
+"""After which a process is taken for one that hangs: far more than any takes on cores that are shared."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
