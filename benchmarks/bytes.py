@@ -42,7 +42,10 @@ PACKAGES = {"lorashare": 100, "vlora": 100}
 """Rivals that are installed, and up to how many adapters each is tried: each fit of theirs reads all files anew."""
 WIDEST = 1024
 """Up to which width lorashare is tried: it finds all eigenvectors of d × d matrices, for each number of components."""
-WHO = ("ours", "rivals", *PACKAGES)
+WIDE = "16 bits"
+"""Rivals whose shared factors, and cores, are in 16 bits: as papers and packages have them."""
+TOGETHER = {"rivals": rivals.TOGETHER, WIDE: ((16, 16),)}
+WHO = ("ours", *TOGETHER, *PACKAGES)
 Json = dict[str, Any]
 
 
@@ -109,8 +112,11 @@ def cells(one: Collection, given: argparse.Namespace, scratch: Path, there: Mapp
     """Of each cell that is not in the result yet, its key and what was found."""
     errors = sorted(given.errors)
     todo: dict[str, Callable[[Folders, Sequence[Adapter]], Json]] = {}
-    missing = [error for error in errors if f"{one.name} | rivals | {error:g}" not in there]
-    missing = missing if "rivals" in given.only else []
+    missing = {
+        who: [error for error in errors if f"{one.name} | {who} | {error:g}" not in there]
+        for who in TOGETHER
+        if who in given.only
+    }
     for error in errors if "ours" in given.only else ():
         todo[f"{one.name} | ours | {error:g}"] = lambda folders, adapters, error=error: ours_cell(
             folders, adapters, error
@@ -121,19 +127,23 @@ def cells(one: Collection, given: argparse.Namespace, scratch: Path, there: Mapp
                 package, folders, adapters, errors, most
             )
     todo = {key: measure for key, measure in todo.items() if key not in there}
-    if not todo and not missing:
+    if not todo and not any(missing.values()):
         return
     folders = one.folders(scratch)
     adapters = [ex.read_adapter(folder, name=name, allow_pickle=True) for name, folder in folders.items()]
     shape = {"adapters": len(adapters), "lora_bytes": lora_bytes(adapters)}
-    if missing:
+    for who, absent in missing.items():
+        if not absent:
+            continue
         started = time.perf_counter()
-        found = rivals.least(stacks(adapters), missing, clusters=given.clusters, beyond=given.beyond)
-        seconds = (time.perf_counter() - started) / len(missing)
-        for place, error in enumerate(missing):
+        found = rivals.least(
+            stacks(adapters), absent, clusters=given.clusters, together=TOGETHER[who], beyond=given.beyond
+        )
+        seconds = (time.perf_counter() - started) / len(absent)
+        for place, error in enumerate(absent):
             ways = {way: as_json(points[place]) for way, points in found.items()}
-            own = {"who": "rivals", "error": error, "beyond": given.beyond, "ways": ways, "seconds": seconds}
-            yield f"{one.name} | rivals | {error:g}", {"collection": one.name, **shape, **own}
+            own = {"who": who, "error": error, "beyond": given.beyond, "ways": ways, "seconds": seconds}
+            yield f"{one.name} | {who} | {error:g}", {"collection": one.name, **shape, **own}
     for key, measure in todo.items():
         started = time.perf_counter()
         found_here = measure(folders, adapters)

@@ -9,6 +9,8 @@ Json = dict[str, Any]
 
 UNMEASURED = "Not measured yet: `python benchmarks/bytes.py`."
 NAMES = {"vlora": "vlora-dev"}
+ALL, WIDE = "rivals", "16 bits"
+"""Rivals whose shared factors are in as many bits as serve them best, and those that have 16 there."""
 ENOUGH = 1.02
 """How many times the best rival's bytes a pack may take: its manifest of spectra and the like is small."""
 
@@ -21,8 +23,10 @@ def markdown(result: Json) -> str:
 
 
 def page(result: Json) -> str:
-    """The ratios alone."""
-    return ratios(result) if result["cells"] else UNMEASURED
+    """The ratios alone, and those where rivals share in 16 bits."""
+    if not result["cells"]:
+        return UNMEASURED
+    return "\n\n".join(part for part in (ratios(result), ratios_in_16_bits(result)) if part)
 
 
 def environment(result: Json) -> str:
@@ -51,9 +55,9 @@ def errors(result: Json) -> list[float]:
     return sorted({cell["error"] for cell in result["cells"].values() if "error" in cell})
 
 
-def of_rivals(result: Json, collection: str, error: float) -> dict[str, Json]:
+def of_rivals(result: Json, collection: str, error: float, who: str = ALL) -> dict[str, Json]:
     """The points of all rivals that hold the error, by their names."""
-    cell = result["cells"].get(f"{collection} | rivals | {error:g}", {"ways": {}})
+    cell = result["cells"].get(f"{collection} | {who} | {error:g}", {"ways": {}})
     found = dict(cell["ways"])
     for package in ("lorashare", "vlora"):
         points = result["cells"].get(f"{collection} | {package}", {}).get("points", {})
@@ -61,16 +65,16 @@ def of_rivals(result: Json, collection: str, error: float) -> dict[str, Json]:
     return {way: point for way, point in found.items() if point is not None}
 
 
-def best(result: Json, collection: str, error: float) -> tuple[str, Json] | None:
+def best(result: Json, collection: str, error: float, who: str = ALL) -> tuple[str, Json] | None:
     """The rival of the fewest bytes."""
-    found = of_rivals(result, collection, error)
+    found = of_rivals(result, collection, error, who)
     return min(found.items(), key=lambda item: item[1]["bytes"], default=None)
 
 
-def ratio(result: Json, collection: str, error: float) -> float | None:
+def ratio(result: Json, collection: str, error: float, who: str = ALL) -> float | None:
     """Our bytes beside the best rival's; None where one of the two is not there."""
     ours = result["cells"].get(f"{collection} | ours | {error:g}", {})
-    found = best(result, collection, error)
+    found = best(result, collection, error, who)
     if found is None or "bytes" not in ours:
         return None
     return float(ours["bytes"] / found[1]["bytes"]) if found[1]["bytes"] else 1.0
@@ -90,26 +94,38 @@ def beyond(result: Json) -> list[tuple[str, float, float]]:
 
 def ratios(result: Json) -> str:
     """Our bytes ÷ those of the best rival, and how many times smaller than the LoRAs in 16 bits we are."""
-    rows = []
-    for collection in collections(result):
-        row = [collection]
-        for error in errors(result):
-            value = ratio(result, collection, error)
-            ours = result["cells"].get(f"{collection} | ours | {error:g}", {})
-            if value is None:
-                row.append("–")
-                continue
-            missed = " ✗" if value > ENOUGH or ours["worst"] > error else ""
-            row.append(f"{value:.2f}{missed} ({ours['lora_bytes'] / max(ours['bytes'], 1):.3g}×)")
-        rows.append(row)
-    if all(cell == "–" for row in rows for cell in row[1:]):
-        return UNMEASURED
-    header = ("", *(f"{error:g}" for error in errors(result)))
     title = (
         "**Bytes of a pack ÷ those of the best rival**, by the error that no adapter exceeds; in brackets, how many "
         f"times smaller the pack is than the LoRAs in 16 bits. ✗: above {ENOUGH}, or an adapter loses more."
     )
-    return f"{title}\n\n{table(header, rows)}"
+    return _ratios(result, ALL, title) or UNMEASURED
+
+
+def ratios_in_16_bits(result: Json) -> str:
+    """The same beside rivals that share in 16 bits; nothing where none was measured."""
+    title = (
+        "**The same where rivals share as papers and packages do, in 16 bits**: joint diagonalisation, one basis, "
+        "lorashare, vlora-dev; and each adapter cut and rounded, to any bits, as before."
+    )
+    return _ratios(result, WIDE, title)
+
+
+def _ratios(result: Json, who: str, title: str) -> str:
+    rows = []
+    columns = sorted({cell["error"] for cell in result["cells"].values() if cell["who"] == who})
+    for collection in collections(result):
+        row = [collection]
+        for error in columns:
+            value = ratio(result, collection, error, who)
+            ours = result["cells"].get(f"{collection} | ours | {error:g}", {})
+            if value is None or not of_rivals(result, collection, error, who):
+                row.append("–")
+                continue
+            missed = " ✗" if value > ENOUGH or ours["worst"] > error else ""
+            row.append(f"{value:.2f}{missed} ({ours['lora_bytes'] / max(ours['bytes'], 1):.3g}×)")
+        if any(cell != "–" for cell in row[1:]):
+            rows.append(row)
+    return f"{title}\n\n{table(('', *(f'{error:g}' for error in columns)), rows)}" if rows else ""
 
 
 def ways(result: Json) -> str:

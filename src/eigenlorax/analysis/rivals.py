@@ -523,11 +523,12 @@ def least(
     *,
     clusters: Sequence[int] = CLUSTERS,
     kinds: Sequence[str] = KINDS,
+    together: Sequence[tuple[int, int]] = TOGETHER,
     beyond: float = 1.0,
 ) -> dict[str, list[Point | None]]:
     """Of every way, the fewest bytes with which no adapter loses more, for each of several errors.
 
-    What is shared is looked for up to `beyond` times the fewest bytes that are known for the error already; None where
+    together: bits of what is shared, and of what each adapter has in it. What is shared is looked for up to `beyond` times the fewest bytes that are known for the error already; None where
     it takes more, or where the error is out of reach.
     """
     errors = [float(error) for error in errors]
@@ -547,7 +548,7 @@ def least(
             found[name] = [None] * len(errors)
             # large errors first: what fails there fails for smaller ones
             for place in sorted(range(len(errors)), key=lambda at: -errors[at]):
-                for bits in TOGETHER:
+                for bits in together:
                     best = fewest(found, place)
                     limit = beyond * best.stored_bytes if best is not None else math.inf
                     own = found[name][place]
