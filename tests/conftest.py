@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 # signatures without shapes are checked by beartype alone: jaxtyping, which holds the shapes of a call together, makes a
 # call several times as slow. Those with shapes are in pyproject.toml; the tuner is written in PEFT's plain style
 CHECKED = (
-    "auto card checkpoint checks dtypes engine fitting folder formats iterative keys knapsack known krylov "
-    "linalg manifest mixing quantised reports sizes storages store summary tasks typed urls"
+    "auto card checkpoint checks coded compact dtypes engine entropy fitting folder formats iterative joining keys "
+    "knapsack known krylov linalg manifest mixing options quantised quantiser recognition refitting reports sizes "
+    "store summary tasks typed urls verifying"
 )
 beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
 

@@ -22,13 +22,7 @@ def test_modules_with_shapes_are_those_of_the_check_that_knows_shapes(request):
     names = re.findall(r"^(\w+) = .*\b(?:Float|Int|Bool)\[", (PACKAGE / "subspace.py").read_text("utf-8"), re.MULTILINE)
     assert names
     shaped = re.compile(rf"from jaxtyping import|\b(?:{'|'.join(names)})\b")
-    # their tests hold all shapes against dense matrices, and calls there are many
-    apart = {"allocation", "clusters", "coding", "transform", "storages", "refitting", "verifying", "coded", "joining"}
-    found = [
-        path
-        for path in PACKAGE.rglob("*.py")
-        if shaped.search(path.read_text("utf-8")) and not (path.parent == PACKAGE and path.stem in apart)
-    ]
+    found = [path for path in PACKAGE.rglob("*.py") if shaped.search(path.read_text("utf-8"))]
     assert len(found) > 10
     for path in found:
         module = ".".join(("eigenlorax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")

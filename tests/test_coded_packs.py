@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
-from coded_collections import COLLECTIONS, grouped, shared, true_errors, untrained
+from coded_collections import COLLECTIONS, NARROW, grouped, shared, true_errors, untrained
 from eigenlorax import keys
 from eigenlorax.adapter import from_factors
 from eigenlorax.errors import LossWarning, OptionError, PackDamagedError, UntrainedAdapterWarning
@@ -103,7 +103,7 @@ class TestASize:
             ({"ratio": 3.0, "n_components": 3}, "give one of .*: got n_components=3, ratio=3.0"),
             ({"max_bytes": 900, "energy": 0.9}, "give one of .*: got energy=0.9, max_bytes=900"),
             ({"max_bytes": 900, "max_error": 0.1}, "give one of .*: got max_error=0.1, max_bytes=900"),
-            ({"ratio": 3.0, "n_components": "auto"}, "'auto' finds a number itself, as ratio=3.0 would"),
+            ({"ratio": 3.0, "n_components": "auto"}, "'auto' finds a number itself, as ratio=3 would"),
             ({"ratio": 3.0, "weighting": "factors"}, "ratio=3 goes with weighting 'delta', got 'factors'"),
         ],
     )
@@ -352,3 +352,87 @@ class TestDamage:
             except PackDamagedError:
                 refused += 1
         assert refused > 30
+
+
+class TestOptionsThatMeanNothing:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"ratio": 9.0, "sweeps": 2}, "sweeps=2 means nothing to ratio=9, which chooses bytes.* Leave it away.$"),
+            ({"max_bytes": 900, "solver": "exact"}, "solver='exact' means nothing to max_bytes=900"),
+            ({"max_error": 0.3, "checkpoint": "kept"}, "checkpoint='kept' means nothing to max_error=0.3"),
+            ({"max_error": 0.3, "sweeps": 0}, "sweeps=0 means .* Or give a float dtype: then sizes alone are chosen"),
+            ({"ratio": 9.0, "workers": 2}, "workers=2 goes with engine='processes'"),
+        ],
+    )
+    def test_are_refused_by_name(self, tmp_path, monkeypatch, options, message):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(OptionError, match=message):
+            ex.fit(random_collection(2), **options)
+        assert not list(tmp_path.iterdir())
+
+    def test_count_where_numbers_stay_floats(self, tmp_path):
+        kept = tmp_path / "kept"
+        options = {"max_error": 0.5, "dtype": "float32", "sweeps": 1, "solver": "exact", "checkpoint": kept}
+        pack = ex.fit(random_collection(2), **options)
+        assert (pack.fit_info.sweeps, len(list(kept.glob("*.safetensors")))) == (1, len(MODULES))
+
+    def test_a_refit_does_not_pass_on_sweeps_that_nobody_asked_for(self):
+        pack = ex.fit(random_collection(2, modules=NARROW), n_components=4, sweeps=1)
+        coded = ex.refit(pack, max_error=0.1).pack
+        assert coded.is_coded
+        assert ex.refit(pack, n_components=3).pack.fit_info.sweeps == 1
+        assert ex.refit(pack, max_error=0.5, dtype="float32").pack.fit_info.sweeps == 1
+        assert ex.refit(coded).pack.is_coded
+        with pytest.raises(OptionError, match="sweeps=1 means nothing to max_error=0.1"):
+            ex.refit(coded, sweeps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (
+            {"weighting": "factors"},
+            "Numbers are float32, with weighting 'factors', and sizes alone were chosen for the error: with weighting "
+            "'delta' and without a dtype they take fewer bytes.",
+        ),
+        (
+            {"dtype": "float16", "coefficient_dtype": "float32"},
+            "Numbers are float16 and float32, as asked, and sizes alone were chosen for the error: without a dtype "
+            "they take fewer bytes.",
+        ),
+    ],
+)
+def test_an_error_in_floats_is_said_to_be_one(options, note):
+    assert ex.fit(random_collection(2, modules=NARROW), max_error=0.5, **options).notes == [note]
+
+
+class TestRatios:
+    def test_the_largest_is_told_and_can_be_had(self):
+        adapters = random_collection(2)
+        with pytest.raises(OptionError, match=r"there are [\d,]+ bytes; the largest is about [\d.]+\.$") as refused:
+            ex.fit(adapters, ratio=1e5)
+        largest = float(str(refused.value).rstrip(".").rsplit(" ", 1)[1])
+        assert largest <= ex.fit(adapters, ratio=largest, warn_above=1.0).summary.bytes.ratio < 1.02 * largest
+
+    def test_what_is_carried_bounds_it(self):
+        adapters = random_collection(2)
+        carried = sum(4 * one.specs[QUERY].numbers for one in adapters)
+        bound = carried + sum(2 * one.specs[name].numbers for one in adapters for name in one.specs if name != QUERY)
+        with pytest.raises(
+            OptionError, match=f"are carried as they are, so that a ratio is below {bound / carried:.3g}"
+        ):
+            ex.fit(adapters, ratio=9.0, exclude_modules=QUERY)
+
+    @pytest.mark.parametrize(
+        "options", [{"ratio": 2.0}, {"n_components": 4, "dtype": "float16"}], ids=["coded", "floats"]
+    )
+    def test_adapters_that_change_nothing_do_not_raise_it(self, options):
+        adapters = random_collection(2, modules=NARROW)
+        idle = [untrained(random_adapter(f"zero-{i}", 3, modules=NARROW), *NARROW) for i in range(4)]
+        alone, beside = (ex.fit(several, **options).summary.bytes for several in (adapters, [*adapters, *idle]))
+        assert beside.lora == alone.lora == lora_bytes(adapters)
+        assert beside.lora_files == alone.lora_files
+        # what is kept of them counts all the same
+        assert beside.ratio == pytest.approx(beside.lora / (beside.basis + beside.coefficients))
+        assert 2.0 <= beside.ratio < 2.2 if "ratio" in options else beside.ratio < alone.ratio

@@ -124,7 +124,8 @@ class TestInAParentFolder:
             find(tmp_path)
 
     def test_none_anywhere(self, tmp_path):
-        with pytest.raises(FormatError, match="no adapter was found.$"):
+        wanted = r"has neither adapter_config.json nor a LoRA in one file \(.safetensors, .*no adapter was found.$"
+        with pytest.raises(FormatError, match=wanted):
             find(tmp_path)
 
     def test_what_is_an_adapter_itself_is_no_parent(self, parent):

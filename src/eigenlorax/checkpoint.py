@@ -66,23 +66,29 @@ def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
     """
     mine = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
     _check_is_one(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     empty = False
-    try:
-        with store.lock(folder / _LOCK, timeout=0.0):
-            place = folder / _KEY
-            if not place.exists() or place.read_bytes() != mine:
-                for path in _contents(folder):
-                    path.unlink()
-                store.write_file(place, mine)
-            store.sweep_staging(folder)
-            try:
-                yield Checkpoint(folder)
-            finally:
-                empty = not list(folder.glob(f"*{_SUFFIX}"))
-    finally:
-        if empty:
-            discard(folder)
+    with store.made(folder.parent):
+        folder.mkdir(exist_ok=True)
+        try:
+            with store.lock(folder / _LOCK, timeout=0.0):
+                place = folder / _KEY
+                if not place.exists() or place.read_bytes() != mine:
+                    for path in _contents(folder):
+                        path.unlink()
+                    store.write_file(place, mine)
+                store.sweep_staging(folder)
+                try:
+                    yield Checkpoint(folder)
+                finally:
+                    empty = not count(folder)
+        finally:
+            if empty:
+                discard(folder)
+
+
+def count(folder: Path) -> int:
+    """How many modules are kept in a folder; none where there is no such folder."""
+    return len(list(folder.glob(f"*{_SUFFIX}")))
 
 
 def discard(folder: Path) -> None:

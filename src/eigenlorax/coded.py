@@ -164,10 +164,10 @@ def bases(sides: Sequence[tuple[bytes, int]]) -> list[RoundedBasis]:
 
 def place_of(sides: Sequence[tuple[bytes, int]], cluster: int) -> Place:
     """That of a cluster, from the bytes and widths of a module's bases (down, up), whose rows are not needed for it."""
-    bare = []
+    bare, none = [], torch.zeros(1, 1, dtype=torch.int64)
     for data, dimension in sides:
         blocks, fineness, profile, _ = _basis_head(data)
-        bare.append(RoundedBasis(torch.zeros(1, 1).expand(len(fineness), dimension), fineness, profile, blocks))
+        bare.append(RoundedBasis(none.expand(len(fineness), dimension), fineness, profile, blocks))
     return Place.of((bare[0], bare[1]), cluster)
 
 

@@ -252,11 +252,10 @@ class Collection:
                 lost.index_add_(0, indices, transform.measured(part, steps[indices], *bases[module.key])[1])
         return lost.sqrt() / self.norms
 
-    def within(self, limit: float, size: Callable[[Coded], int], asked: str, beside: int = 0) -> Coded:
+    def within(self, limit: float, size: Callable[[Coded], int], refused: Callable[[int], str]) -> Coded:
         """The smallest error that all adapters can have in so many bytes. size: those of what came out.
 
-        asked: what the limit is, in words, for the error where nothing is small enough. beside: bytes that are there
-        whatever comes out, and are not in the limit.
+        refused: what the error says where nothing is small enough, from the fewest bytes that came out.
         """
         best: Coded | None = None
         # the nearest errors with which there are too many bytes, and not too many
@@ -298,9 +297,7 @@ class Collection:
                 least = min(least, size(found))
                 if least <= limit:
                     return found
-            raise OptionError(
-                f"{asked} cannot be reached: with next to nothing kept, there are {least + beside:,} bytes."
-            )
+            raise OptionError(refused(least))
         return best
 
     def aimed(self, limit: float) -> float:

@@ -3,7 +3,8 @@
 The mathematics is in `coding`; here are adapters, with their names and what they carry.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,11 +65,9 @@ def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, 
     collection = Collection(modules, norms, steps, report)
     carried = _carried(packings, by_module)
     if error is None:
-        limit, asked = _limit(packings, by_module, options, carried)
+        limit, refused = _limit(by_module, options, carried)
         collection = coding.clustered(collection, modules, collection.aimed(limit - carried), report)
-        found = collection.within(
-            limit - carried, lambda one: _size(one, by_module, packings, list(weights)), asked, carried
-        )
+        found = collection.within(limit - carried, lambda one: _size(one, by_module, packings, list(weights)), refused)
     else:
         collection = coding.clustered(collection, modules, error, report)
         found = collection.coded(error)
@@ -125,20 +124,38 @@ def _carried(packings: Mapping[str, Packing], by_module: ByModule) -> int:
     return found
 
 
-def _limit(
-    packings: Mapping[str, Packing], by_module: ByModule, options: FitOptions, carried: int
-) -> tuple[float, str]:
-    """The bytes that are allowed, and the option that says so."""
+def _limit(by_module: ByModule, options: FitOptions, carried: int) -> tuple[float, Callable[[int], str]]:
+    """The bytes that are allowed, and what is said where so many are needed beside those that are carried."""
     if options.max_bytes is not None:
-        limit, asked = float(options.max_bytes), f"max_bytes={options.max_bytes}"
+        lora, limit, asked = None, float(options.max_bytes), f"max_bytes={options.max_bytes} cannot be reached"
     else:
         assert options.ratio is not None
-        numbers = sum(packing.adapter.specs[module].numbers for _, members in by_module for packing, module in members)
-        limit = (2 * numbers + carried) / options.ratio
-        asked = f"ratio={options.ratio:g}, which is {limit:,.0f} bytes,"
+        # factors of an adapter that changes nothing are worth no byte
+        lora = carried + 2 * sum(
+            packing.adapter.specs[module].numbers
+            for _, members in by_module
+            for packing, module in members
+            if not packing.untrained
+        )
+        limit = lora / options.ratio
+        asked = f"ratio={options.ratio:g}, which is {limit:,.0f} bytes, cannot be reached"
+
     if limit <= carried:
-        raise OptionError(f"{asked} cannot be reached: {carried:,} bytes are carried as they are.")
-    return limit, asked
+        below = f", so that a ratio is below {lora / carried:.3g}" if lora is not None else ""
+        raise OptionError(f"{asked}: {carried:,} bytes are carried as they are{below}.")
+
+    def refused(least: int) -> str:
+        whole = least + carried
+        largest = f"; the largest is about {_rounded_down(lora / whole)}" if lora is not None else ""
+        return f"{asked}: with next to nothing kept, there are {whole:,} bytes{largest}."
+
+    return limit, refused
+
+
+def _rounded_down(ratio: float) -> str:
+    """To three digits, so that it can be asked for."""
+    unit = 10.0 ** (math.floor(math.log10(ratio)) - 2)
+    return f"{math.floor(ratio / unit) * unit:.10g}"
 
 
 def _size(found: Coded, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ make them again where one was killed. Nothing here knows what they do.
 import os
 import pickle
 import secrets
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -113,7 +114,7 @@ class _Processes(_Sharing):
 
     def _made(self) -> ProcessPoolExecutor:
         # spawned: a fork of a process with threads may hang
-        return ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_one_thread)
+        return ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_begun)
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
         return _in_order(calls, self._submit, self._result, 2 * self.workers)
@@ -155,7 +156,11 @@ class _Processes(_Sharing):
         self._pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _begun() -> None:
+    """What a process does first: it takes one thread, and leaves a Ctrl-C, which all processes of a terminal get, to
+    the one that started it."""
+    # before torch, whose import takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch
 
     torch.set_num_threads(1)

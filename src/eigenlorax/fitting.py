@@ -39,11 +39,12 @@ from .formats.sources import Found, Sources
 from .jobs import Fitted, Job, Place
 from .manifest import FitInfo
 from .options import names as listed
+from .options import shown
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
 from .storages import Coded, Cores, DiagonalCores, Floats, Storage
-from .subspace import SIZES, FitOptions, ModuleBases, Subspace
+from .subspace import SIZES, SWEEPS, FitOptions, ModuleBases, Subspace
 from .summary import lossy
 from .version import __version__
 
@@ -63,10 +64,10 @@ def fit(
     n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
-    max_bytes: int | None = None,
+    max_bytes: int | float | None = None,
     ratio: float | None = None,
     weighting: str = "delta",
-    sweeps: int = 2,
+    sweeps: int | None = None,
     exclude_adapters: str | Sequence[str] = (),
     exclude_modules: str | Sequence[str] = (),
     dtype: str | torch.dtype | None = None,
@@ -96,8 +97,9 @@ def fit(
         most this, whatever they are spent on: directions, coefficients, what these miss of an adapter, or digits of any
         of them (docs/method.md, "Bytes"); or max_bytes, or ratio: the smallest error that every adapter can have in so
         many bytes of tensors, heads aside, or in a pack so many times smaller than the LoRAs in 16 bits, basis counted.
-        These three do their work in this process, and without a checkpoint.
-    weighting, sweeps: see `FitOptions`.
+        These three do their work in this process, and refuse `sweeps`, `solver="exact"` and `checkpoint`, which they
+        have no use for; but max_error with floats (see dtype) is as all else.
+    weighting, sweeps: see `FitOptions`; sweeps are 2 by default. With weighting "factors", max_error is in floats.
     exclude_adapters: names to leave out altogether; exclude_modules: patterns of modules to keep out of the subspace,
         which each adapter then carries as they are.
     dtype, coefficient_dtype: of the stored basis and coefficients; the widest among the sources, and dtype, by default.
@@ -122,16 +124,19 @@ def fit(
     revision, token, cache_dir, local_files_only, allow_pickle: see `read_adapter`.
     """
     found = n_components == AUTO
-    aims = {"energy": energy, "max_error": max_error, "max_bytes": max_bytes, "ratio": ratio}
-    number = _number(n_components, aims)
-    fit_options = FitOptions(number, energy, weighting, sweeps, max_error, max_bytes, ratio)
+    aims = {"max_error": max_error, "max_bytes": max_bytes, "ratio": ratio}
+    number = _number(n_components, {"energy": energy, **aims})
+    number_of_sweeps = SWEEPS if sweeps is None else sweeps
+    fit_options = FitOptions(number, energy, weighting, number_of_sweeps, max_error, max_bytes, ratio)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
     asked_storage, asked_coefficients = storages.parse(dtype), storages.parse(coefficient_dtype)
     _check_cores(cores, fit_options, found, asked_storage, asked_coefficients)
-    by_bytes = _is_by_bytes(fit_options, asked_storage, asked_coefficients)
+    by_bytes = chooses_bytes(aims, weighting, dtype, coefficient_dtype)
     engines.check(engine, workers)
     if solver not in SOLVERS:
         raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
+    if by_bytes:
+        _refuse_idle(aims, sweeps=sweeps, solver=solver if solver != SOLVERS[0] else None, checkpoint=checkpoint)
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
     report = progress or (lambda stage, done, total: None)
     skipped: dict[str, str] = {}
@@ -179,7 +184,10 @@ def fit(
             if passed_by:
                 notes.append(f"Bytes were chosen in this process, on its CPU, in spite of {' and '.join(passed_by)}.")
         else:
-            chosen = sizes.choose(_reads(by_module), setting, report) if fit_options.max_error is not None else {}
+            chosen: Mapping[str, sizes.Cell] = {}
+            if fit_options.max_error is not None:
+                notes.append(_in_floats(fit_options, storage, coefficient_storage))
+                chosen = sizes.choose(_reads(by_module), setting, report)
             index = {adapter.name: place for place, adapter in enumerate(taken)}
             todo = _jobs(by_module, index, setting, shared, chosen, solver)
             with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
@@ -225,28 +233,61 @@ def fit(
     return pack
 
 
-def _is_by_bytes(options: FitOptions, storage: Storage | None, coefficients: Storage | None) -> bool:
-    """Whether how numbers are stored is found with all else, as few bytes as that takes."""
-    asked = [one for one in (storage, coefficients) if one is not None]
+def chooses_bytes(
+    aims: Mapping[str, float | None],
+    weighting: str,
+    dtype: str | torch.dtype | None,
+    coefficient_dtype: str | torch.dtype | None,
+) -> bool:
+    """Whether a fit with these options finds how numbers are stored with all else, as few bytes as that takes.
+
+    aims: the three options that ask for it. `OptionError` where others do not go with them.
+    """
+    asked = [one for one in (storages.parse(dtype), storages.parse(coefficient_dtype)) if one is not None]
     coded = [one for one in asked if isinstance(one, Coded)]
-    aims = {name: getattr(options, name) for name in ("max_error", "max_bytes", "ratio")}
-    given = next((f"{name}={value:g}" for name, value in aims.items() if value is not None), None)
+    given = _given(aims)
     if given is None:
         if coded:
             raise OptionError(storages.ONLY_CODED)
         return False
-    floats = options.max_error is not None and all(isinstance(one, Floats) for one in asked)
-    if len(coded) == len(asked) and options.weighting == "delta":
+    in_floats = aims["max_error"] is not None
+    if len(coded) == len(asked) and weighting == "delta":
         return True
-    if floats:
+    if in_floats and all(isinstance(one, Floats) for one in asked):
         return False
     if asked:
         other = next((one for one in asked if not isinstance(one, Floats)), asked[0])
         raise OptionError(
             f"{given} finds by itself how numbers are stored: leave dtype {other.name} away"
-            + (", or give a float dtype." if options.max_error is not None else ".")
+            + (", or give a float dtype." if in_floats else ".")
         )
-    raise OptionError(f"{given} goes with weighting 'delta', got {options.weighting!r}.")
+    raise OptionError(f"{given} goes with weighting 'delta', got {weighting!r}.")
+
+
+def _given(aims: Mapping[str, float | None]) -> str | None:
+    """The first of some options that was given, as it was."""
+    return next((f"{name}={shown(value)}" for name, value in aims.items() if value is not None), None)
+
+
+def _refuse_idle(aims: Mapping[str, float | None], **options: Any) -> None:
+    """Refuse the first option that was given, of those that mean nothing where bytes are chosen."""
+    for name, value in options.items():
+        if value is not None:
+            floats = " Or give a float dtype: then sizes alone are chosen, and it counts." if aims["max_error"] else ""
+            raise OptionError(
+                f"{name}={value if isinstance(value, int) else str(value)!r} means nothing to {_given(aims)}, which "
+                f"chooses bytes, without sweeps, solvers or checkpoints. Leave it away.{floats}"
+            )
+
+
+def _in_floats(options: FitOptions, storage: Storage, coefficients: Storage) -> str:
+    """That numbers are not coded, and how they would be, in words."""
+    names = " and ".join(dict.fromkeys([storage.name, coefficients.name]))
+    if options.weighting == "delta":
+        why, way = "as asked", "without a dtype"
+    else:
+        why, way = f"with weighting {options.weighting!r}", "with weighting 'delta' and without a dtype"
+    return f"Numbers are {names}, {why}, and sizes alone were chosen for the error: {way} they take fewer bytes."
 
 
 def _check_cores(
@@ -277,7 +318,7 @@ def _check_cores(
             f"{cores} cores are of updates, and go with weighting 'delta', got {options.weighting!r}: leave weighting "
             "away, or cores."
         )
-    if cores == "diagonal" and options.sweeps != FitOptions(n_components=1).sweeps:
+    if cores == "diagonal" and options.sweeps != SWEEPS:
         raise OptionError(
             f"diagonal cores alternate with their bases until little is won, got sweeps={options.sweeps}: leave it "
             "away, or take cores='full'."
@@ -292,7 +333,7 @@ def _check_cores(
 def _number(n_components: int | str | None, aims: Mapping[str, float | None]) -> int | None:
     """What `FitOptions` checks: the default where nothing is given, and 1 for now where the number is to be found."""
     if n_components == AUTO:
-        given = " and ".join(f"{name}={value}" for name, value in aims.items() if value is not None)
+        given = " and ".join(f"{name}={shown(value)}" for name, value in aims.items() if value is not None)
         if given:
             raise OptionError(f"n_components='auto' finds a number itself, as {given} would: give one of them.")
         return 1

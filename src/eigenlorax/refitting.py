@@ -76,7 +76,7 @@ def refit(
     n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
-    max_bytes: int | None = None,
+    max_bytes: int | float | None = None,
     ratio: float | None = None,
     weighting: str | None = None,
     sweeps: int | None = None,
@@ -126,14 +126,20 @@ def refit(
         if pack.is_coded:
             # what the pack gives back is in float64, which says nothing of what it is worth
             stored = [None if by_default or set(originals) == set(given) else dtypes.name(pack.dtype)] * 2
+    weighting = old.weighting if weighting is None else weighting
+    dtype = stored[0] if dtype is None else dtype
+    coefficient_dtype = stored[1] if coefficient_dtype is None else coefficient_dtype
+    aims = {name: sizes[name] for name in spaces.AIMS}
+    if sweeps is None and not fitting.chooses_bytes(aims, weighting, dtype, coefficient_dtype):
+        sweeps = old.sweeps
     found = fitting.fit(
         given,
         **sizes,
-        weighting=old.weighting if weighting is None else weighting,
-        sweeps=old.sweeps if sweeps is None else sweeps,
+        weighting=weighting,
+        sweeps=sweeps,
         exclude_modules=[name for name in old.excluded_modules if name in names],
-        dtype=stored[0] if dtype is None else dtype,
-        coefficient_dtype=stored[1] if coefficient_dtype is None else coefficient_dtype,
+        dtype=dtype,
+        coefficient_dtype=coefficient_dtype,
         cores=cores,
         same_base=True,
         warn_above=1.0,

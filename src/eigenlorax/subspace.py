@@ -19,9 +19,13 @@ from .adapter import LoRAFactors
 from .basis import Basis
 from .chunks import Chunk, CoefficientChunk
 from .errors import NonFiniteError, OptionError, ShapeError
-from .options import integer, number
+from .options import byte_count, integer, number
 
 WEIGHTINGS = ("delta", "factors")
+SWEEPS = 2
+"""How many a fit makes unless it is told."""
+AIMS = ("max_error", "max_bytes", "ratio")
+"""The options for which, unless numbers are to stay floats, bytes are chosen (`compact`)."""
 SIZES = ("n_components", "energy", "max_error", "max_bytes", "ratio")
 """The options of which one says how many components are kept."""
 
@@ -41,14 +45,14 @@ class FitOptions:
     n_components: int | None = None
     energy: float | None = None
     weighting: str = "delta"
-    sweeps: int = 2
+    sweeps: int = SWEEPS
     max_error: float | None = None
-    max_bytes: int | None = None
+    max_bytes: int | float | None = None
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        kinds = {"n_components": integer, "energy": number, "max_error": number, "max_bytes": integer, "ratio": number}
-        for name, kind in {**kinds, "sweeps": integer}.items():
+        kinds = {"n_components": integer, "energy": number, "max_error": number, "ratio": number}
+        for name, kind in {**kinds, "max_bytes": byte_count, "sweeps": integer}.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind(name, value))
@@ -63,8 +67,6 @@ class FitOptions:
             one.check_size(self.n_components, self.energy)
         elif self.max_error is not None and not 0 < self.max_error < 1:
             raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
-        elif self.max_bytes is not None and self.max_bytes < 1:
-            raise OptionError(f"max_bytes is a number of bytes, at least 1, got {self.max_bytes}.")
         elif self.ratio is not None and not 1 <= self.ratio < math.inf:
             raise OptionError(f"ratio is by how much smaller the pack is, a number from 1 on, got {self.ratio}.")
         if self.weighting not in WEIGHTINGS:

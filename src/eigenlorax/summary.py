@@ -46,8 +46,9 @@ class Bytes:
     """Tensor bytes; heads are kept aside on both sides.
 
     lora: the LoRAs' factors at the pack's narrower dtype, in 16 bits where that is integers, and what is carried;
-    lora_files: the adapters' files as they were. basis, coefficients, carried: what the pack keeps instead. ratio:
-    lora ÷ all three; ratio_without_basis: as if the basis were free.
+    lora_files: the adapters' files as they were; both without untrained adapters, whose factors are worth no byte.
+    basis, coefficients, carried: what the pack keeps instead, of all adapters. ratio: lora ÷ all three;
+    ratio_without_basis: as if the basis were free.
     """
 
     lora: int
@@ -167,11 +168,11 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     width = min(storages.by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     coefficients = sum(record.coefficient_bytes for record in records.values())
-    lora = width * sum(record.lora_numbers for record in records.values()) + carried
+    lora = width * lora_numbers(records) + carried
     ours = coefficients + carried
     return Bytes(
         lora=lora,
-        lora_files=sum(record.source_file_bytes for record in records.values()),
+        lora_files=sum(record.source_file_bytes for record in records.values() if not record.untrained),
         basis=info.stored_bytes,
         coefficients=coefficients,
         carried=carried,
@@ -179,6 +180,11 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
         ratio=lora / (info.stored_bytes + ours) if info.stored_bytes + ours else 1.0,
         ratio_without_basis=lora / ours if ours else 1.0,
     )
+
+
+def lora_numbers(records: Mapping[str, Record]) -> int:
+    """Numbers in the LoRA factors that ratios are taken of: those of untrained adapters come for nothing."""
+    return sum(record.lora_numbers for record in records.values() if not record.untrained)
 
 
 def lossy(records: Mapping[str, Record], share: float) -> list[str]:

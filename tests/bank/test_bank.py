@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import eigenlorax as ex
 from eigenlorax import mixing
+from eigenlorax.bank import held
 from eigenlorax.errors import (
     AdapterNameError,
     BaseModelWarning,
@@ -247,13 +249,34 @@ class TestErrors:
         pack, adapters = make_pack(dict.fromkeys(BERT, (IN, IN)))
         more = {**adapters[0].modules, "elsewhere": random_factors(3, IN, IN, seed=1)}
         pack.add(ex.from_factors("more", more), carry_missing=True, warn_above=1.0)
+        wanted = (
+            r"cannot express all tensors of 'more' \(DoRA .*AdapterBank\(model, pack, adapters=\['a0'.*\) serves the"
+        )
+        with pytest.raises(OptionError, match=wanted) as refused:
+            ex.AdapterBank(make_bert(), pack)
+        way = re.search(r"AdapterBank\(.*\)(?= serves)", str(refused.value))[0]
+        served = eval(way, {"AdapterBank": ex.AdapterBank, "model": make_bert(), "pack": pack})
+        assert served.names == [one.name for one in adapters]
         with pytest.raises(
             OptionError, match=r"'more' has tensors that coefficients cannot express, such as '.*elsewhere"
         ):
-            ex.AdapterBank(make_bert(), pack)
+            ex.AdapterBank(make_bert(), pack, adapters=["more"])
         bank = ex.AdapterBank(make_bert(), pack, adapters=["a0"])
         with pytest.raises(OptionError, match="'more' has tensors"):
             bank.add("more")
+
+    def test_carried_tensors_of_some_among_many_or_of_all(self):
+        pack = ex.fit(random_collection(10), n_components=3, warn_above=1.0)
+        factors = {"elsewhere": random_factors(3, 11, 7, seed=1)}
+        more = [ex.from_factors(name, factors, base_model="org/base") for name in ("more", "other")]
+        pack.add_all(more, carry_missing=True, warn_above=1.0)
+        with pytest.raises(OptionError, match="express all tensors of 'more', 'other' .*with pack a `Pack`") as refused:
+            held.check_all_whole(pack)
+        names = eval(re.search(r"adapters=(\[.*\])\)", str(refused.value))[1], {"pack": pack})
+        assert names == [name for name in pack.names if name not in ("more", "other")]
+        pack.remove(*names)
+        with pytest.raises(OptionError, match="of 'more', 'other' .*lacks.. `eigenlorax export` gives each as"):
+            held.check_all_whole(pack)
 
     def test_coefficients_of_another_subspace(self, one):
         other, _ = make_pack(dict.fromkeys(BERT, (IN, IN)), n_components=4)

@@ -40,7 +40,7 @@ def frontier(out):
 
 class TestFit:
     @pytest.mark.parametrize(
-        "option", [("--max-error", 0.2), ("--max-bytes", 1500), ("--ratio", 4)], ids=lambda option: option[0][2:]
+        "option", [("--max-error", 0.2), ("--max-bytes", "1.5kB"), ("--ratio", 4)], ids=lambda option: option[0][2:]
     )
     def test_the_frontier_is_printed_around_what_was_chosen(self, cli, place, option):
         done = succeeded(cli("fit", place / "in", "-o", place / "out", *option))
@@ -80,6 +80,8 @@ class TestFit:
             (("--max-error", 0.1, "--ratio", 3), 3, "give one of"),
             (("--max-error", 0.1, "--dtype", "int8"), 3, "leave dtype int8 away"),
             (("--max-error", 1e-9), 3, "ask for 1e-6 or more"),
+            (("--max-bytes", "40 parsecs"), 3, "--max-bytes is '40 parsecs'; it must be a number of bytes above 0"),
+            (("--ratio", 3, "--sweeps", 2), 3, "sweeps=2 means nothing to ratio=3"),
         ],
     )
     def test_what_cannot_be_is_refused_and_leaves_nothing(self, cli, place, options, code, message):

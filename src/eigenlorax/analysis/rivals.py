@@ -528,8 +528,9 @@ def least(
 ) -> dict[str, list[Point | None]]:
     """Of every way, the fewest bytes with which no adapter loses more, for each of several errors.
 
-    together: bits of what is shared, and of what each adapter has in it. What is shared is looked for up to `beyond` times the fewest bytes that are known for the error already; None where
-    it takes more, or where the error is out of reach.
+    together: bits of what is shared, and of what each adapter has in it. What is shared is looked for up to `beyond`
+    times the fewest bytes that are known for the error already; None where it takes more, or where the error is out of
+    reach.
     """
     errors = [float(error) for error in errors]
     one_by_one = tables(modules)

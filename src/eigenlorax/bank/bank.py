@@ -25,7 +25,7 @@ from ..packed import PackedAdapter, Record
 from ..subspace import Subspace
 from . import requests
 from .heads import Heads, heads, tensor_names
-from .held import Held, Layout, Place, check_whole, hold
+from .held import Held, Layout, Place, check_all_whole, check_whole, hold
 from .layers import Headed, Updated, check_hooks_are_seen, sizes
 from .requests import Plan, Running, current
 
@@ -65,6 +65,8 @@ class AdapterBank:
         self._forgets = in_bytes and not isinstance(pack, Pack)
         for name in chosen or ():
             keys.check_known(name, self.pack.names)
+        if chosen is None:
+            check_all_whole(self.pack)
         checks.warn_of_other_model(self.pack.base_model, getattr(model, "name_or_path", None))
         with constant(torch.device("cpu")):
             subspace = self._subspace()

@@ -11,8 +11,13 @@ from .. import keys
 from ..errors import ModuleNameError, OptionError, ShapeError
 from ..manifest import SubspaceInfo
 from ..mixing import Part, Rest
+from ..pack import Pack
 from ..packed import PackedAdapter
 from .heads import Heads
+
+CARRIED = "(DoRA magnitudes, embeddings, modules that the subspace lacks)"
+LISTED = 8
+"""Adapters up to which a message names all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,23 @@ def check_whole(packed: PackedAdapter) -> None:
     if packed.carried:
         raise OptionError(
             f"adapter {packed.name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r} "
-            "(DoRA magnitudes, embeddings, modules that the subspace lacks). Leave it out with adapters=[…]; "
-            "`eigenlorax export` gives all of it as an ordinary LoRA."
+            f"{CARRIED}. `eigenlorax export` gives all of it as an ordinary LoRA."
         )
+
+
+def check_all_whole(pack: Pack) -> None:
+    """Refuse a pack with such adapters, all of which are named, and say how to serve the others."""
+    carrying = [name for name, record in pack.records.items() if record.carried_bytes]
+    if not carrying:
+        return
+    named, others = ", ".join(map(repr, carrying)), [name for name in pack.names if name not in carrying]
+    if not others:
+        way = "`eigenlorax export` gives each as an ordinary LoRA"
+    elif len(others) <= LISTED:
+        way = f"AdapterBank(model, pack, adapters={others!r}) serves the others"
+    else:
+        way = (
+            f"AdapterBank(model, pack, adapters=[name for name in pack.names if name not in {{{named}}}]) serves the "
+            "others, with pack a `Pack`"
+        )
+    raise OptionError(f"coefficients cannot express all tensors of {named} {CARRIED}. {way}.")

@@ -91,6 +91,20 @@ def note(message: str) -> None:
     _console(stderr=True).print("[yellow]note:[/]", _plain(message))
 
 
+def interrupted(message: str) -> None:
+    """What is left behind by a verb that was interrupted, on stderr."""
+    _console(stderr=True).print("[bold red]Interrupted.[/]", _plain(message))
+
+
+@contextmanager
+def interrupts_say(left_behind: Callable[[], str]) -> Iterator[None]:
+    """A Ctrl-C in the block says what is left behind then."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(left_behind()) from interrupt
+
+
 def _plain(message: str) -> "Text":
     from rich.text import Text
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import WARN_ABOVE, reason
+from ..options import byte_count_of_text
 from . import console
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def fit(
         typer.Option(metavar="X", help="Instead of K: as few bytes as keep every adapter's delta error at most X."),
     ] = None,
     max_bytes: Annotated[
-        int | None,
-        typer.Option(metavar="B", help="Instead of K: the least error all adapters can have in B bytes of tensors."),
+        str | None,
+        typer.Option(metavar="B", help="Instead of K: the least error all adapters can have in so much: 40MB, 1.5GiB."),
     ] = None,
     ratio: Annotated[
         float | None,
@@ -96,7 +97,9 @@ def fit(
     weighting: Annotated[
         str, typer.Option(help="delta: least error of the updates. factors: the paper's, of A and B apart.")
     ] = "delta",
-    sweeps: Annotated[int, typer.Option(help="Alternating refinements of the delta weighting.")] = 2,
+    sweeps: Annotated[
+        int | None, typer.Option(metavar="N", help="Alternating refinements of the delta weighting (default: 2).")
+    ] = None,
     exclude_adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave an adapter out.")] = None,
     exclude_module: Annotated[
         list[str] | None,
@@ -104,7 +107,10 @@ def fit(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources.)"),
+        typer.Option(
+            help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources; with "
+            "--max-error, --max-bytes or --ratio coded, in as few bits as the error or the size asks for.)"
+        ),
     ] = None,
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside integers).")
@@ -137,18 +143,21 @@ def fit(
 ) -> None:
     """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
     from .. import checkpoint, folder, keys
+    from ..fitting import chooses_bytes
     from ..fitting import fit as fit_adapters
 
     started = time.perf_counter()
     folder.check_free(output, overwrite)
-    kept = output.parent / f".{output.name}.fitting"
-    with console.working() as progress:
+    budget = byte_count_of_text("--max-bytes", max_bytes) if max_bytes is not None else None
+    aims = {"max_error": max_error, "max_bytes": budget, "ratio": ratio}
+    kept, before = output.parent / f".{output.name}.fitting", _manifest(output)
+    with console.interrupts_say(lambda: _left_behind(output, before, kept)), console.working() as progress:
         pack = fit_adapters(
             adapters,
             n_components=n_components,
             energy=energy,
             max_error=max_error,
-            max_bytes=max_bytes,
+            max_bytes=budget,
             ratio=ratio,
             weighting=weighting,
             sweeps=sweeps,
@@ -164,7 +173,7 @@ def fit(
             solver=solver,
             engine=engine,
             workers=workers,
-            checkpoint=kept,
+            checkpoint=None if chooses_bytes(aims, weighting, dtype, coefficient_dtype) else kept,
             progress=progress,
             allow_pickle=allow_pickle,
             revision=revision,
@@ -197,6 +206,27 @@ def fit(
         console.print_rows(f"pack {output}", rows)
         if pack.frontier:
             console.print_frontier(pack)
+
+
+def _manifest(output: Path) -> bytes | None:
+    from .. import keys
+
+    path = output / keys.MANIFEST
+    return path.read_bytes() if path.is_file() else None
+
+
+def _left_behind(output: Path, before: bytes | None, kept: Path) -> str:
+    """What an interrupted fit leaves. before: the manifest of the pack that was there."""
+    from .. import checkpoint
+
+    if _manifest(output) != before:
+        return f"{output} is written, and whole; it may lack its report."
+    said = "No pack was written" if before is None else f"{output} is as it was"
+    modules = checkpoint.count(kept)
+    if not modules:
+        return f"{said}, and nothing was left."
+    those = "1 fitted module is" if modules == 1 else f"{modules:,} fitted modules are"
+    return f"{said}. {those} kept in {kept}: the same command goes on there."
 
 
 def _report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **options: Any) -> str | None:

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import EigenloraxError
 from ..version import __version__
@@ -32,11 +33,25 @@ from . import (
     train,
 )
 
-IO_ERROR = 6
+IO_ERROR, INTERRUPTED = 6, 130
 _OUTPUT = ": the figures could not be printed. What was asked for has been done, if that was all."
+
+
+class _InterruptError(Exception):
+    """A Ctrl-C, under a name that typer does not know: it would end without a word."""
+
+
+class _Verbs(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _InterruptError(*interrupt.args) from interrupt
+
 
 app = typer.Typer(
     name="eigenlorax",
+    cls=_Verbs,
     help="Recycle LoRA adapters: one shared principal subspace, and each adapter as kilobytes of coefficients in it.",
     epilog="Start with: eigenlorax demo. Or on your own: eigenlorax fit adapters/ -o pack/",
     no_args_is_help=True,
@@ -93,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EigenloraxError as error:
         console.error(str(error))
         sys.exit(error.exit_code)
+    except (KeyboardInterrupt, _InterruptError) as interrupt:
+        console.interrupted(str(interrupt) or "No pack was left half-written.")
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # the reader of our output has left, as `head` does
         _let_go_of_stdout()

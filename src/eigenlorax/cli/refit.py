@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import WARN_ABOVE
+from ..options import byte_count_of_text
 from . import console
 from .fit import number_or_auto
 
@@ -58,7 +59,7 @@ def refit(
         typer.Option(metavar="X", help="Instead of K: as few bytes as keep delta errors at most X."),
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(metavar="B", help="Instead of K: the least error in B bytes of tensors.")
+        str | None, typer.Option(metavar="B", help="Instead of K: the least error in so much: 40MB, 1.5GiB.")
     ] = None,
     ratio: Annotated[
         float | None, typer.Option(metavar="R", help="The same in a pack R times smaller than the LoRAs in 16 bits.")
@@ -66,7 +67,11 @@ def refit(
     weighting: Annotated[str | None, typer.Option(help="delta or factors (default: as before).")] = None,
     sweeps: Annotated[int | None, typer.Option(help="Alternating refinements (default: as before).")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16, bfloat16, float64, int8, int4. (Default: as before.)")
+        str | None,
+        typer.Option(
+            help="float32, float16, bfloat16, float64, int8, int4. (Default: as before; with --max-error, --max-bytes "
+            "or --ratio coded.)"
+        ),
     ] = None,
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: as before).")
@@ -98,7 +103,7 @@ def refit(
             n_components=n_components,
             energy=energy,
             max_error=max_error,
-            max_bytes=max_bytes,
+            max_bytes=byte_count_of_text("--max-bytes", max_bytes) if max_bytes is not None else None,
             ratio=ratio,
             weighting=weighting,
             sweeps=sweeps,

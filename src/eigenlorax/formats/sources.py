@@ -76,7 +76,8 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         hint = f" There are some one level deeper: try {deeper[0]}." if deeper else ""
         none = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
         raise FormatError(
-            f"{folder} has no {keys.ADAPTER_CONFIG}, and neither has any folder in it: no adapter was found."
+            f"{folder} has neither {keys.ADAPTER_CONFIG} nor a LoRA in one file ({keys.LORA_SUFFIX}, as kohya or "
+            "diffusers write it), and neither has any folder in it: no adapter was found."
             f"{none}{hint}"
         )
     if name is not None:

@@ -10,6 +10,7 @@ from ..analysis import losses
 from ..pack import Pack
 from ..packed import PackedAdapter
 from ..subspace import Coefficients
+from ..summary import lora_numbers
 from . import spreads
 from .data import AdapterFigures, Baseline, Bytes, LeftOut, SizePoint
 from .measure import Measured
@@ -103,10 +104,9 @@ def baselines(
 def weights(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals | None) -> Bytes:
     """What the collection weighs."""
     b, records = pack.summary.bytes, pack.records
-    numbers = sum(record.lora_numbers for record in records.values())
     stored = None
-    originals = {**found.adapters, **found.untrained} if found is not None else {}
-    if len(originals) == len(records):
+    originals = found.adapters if found is not None else {}
+    if len(originals) == sum(not record.untrained for record in records.values()):
         stored = b.carried + sum(
             one.specs[module].numbers * one.specs[module].dtype.itemsize
             for name, one in originals.items()
@@ -118,7 +118,7 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals | 
         lora_files=b.lora_files,
         lora_stored=stored,
         lora=b.lora,
-        lora_float16=2 * numbers + b.carried,
+        lora_float16=2 * lora_numbers(records) + b.carried,
         basis=b.basis,
         coefficients=b.coefficients,
         carried=b.carried,

@@ -289,7 +289,8 @@ class Bytes:
     """Tensor bytes of the collection, heads aside.
 
     lora_files: weights files. lora_stored: the factors in the dtypes they came in; lora: at the pack's (narrower)
-    dtype, which ratios are taken of; lora_float16: two bytes a number. All three with what is carried. ratio = lora ÷
+    dtype, which ratios are taken of; lora_float16: two bytes a number. All three with what is carried; all four without
+    untrained adapters. ratio = lora ÷
     (basis + coefficients + carried); limit: of endlessly many such adapters; break_even: adapters from which on the
     pack is smaller, None if never. over_n: (N, ratio).
     """

@@ -21,12 +21,11 @@ EXACT = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Originals:
-    """Trained adapters as they were, under their names in the pack, and the norms of their updates. untrained: the
-    others that were found; missing: projected adapters that were not."""
+    """Trained adapters as they were, under their names in the pack, and the norms of their updates. missing: projected
+    adapters that were not found."""
 
     adapters: Mapping[str, Adapter]
     scans: Mapping[str, Scan]
-    untrained: Mapping[str, Adapter]
     missing: list[str]
 
 
@@ -37,10 +36,7 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
     over, and said: `fit` may have left it out. `OptionError` names one of the fit that is not there.
     """
     found = recognise(pack, given, progress, options, 4)
-    adapters, untrained = (
-        {name: one for name, one in found.adapters.items() if pack.records[name].untrained == wanted}
-        for wanted in (False, True)
-    )
+    adapters = {name: one for name, one in found.adapters.items() if not pack.records[name].untrained}
     scans = dict(found.scans)
     missing = []
     for name, record in pack.records.items():
@@ -57,7 +53,7 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
             )
         else:
             missing.append(name)
-    return Originals(dict(sorted(adapters.items())), scans, untrained, missing)
+    return Originals(dict(sorted(adapters.items())), scans, missing)
 
 
 def listed(given: Any) -> Sources | Originals:

@@ -12,6 +12,7 @@ from ..analysis import groups, losses
 from ..analysis.pairs import Pairs
 from ..pack import Pack
 from ..packed import Record
+from ..summary import lora_numbers
 from . import spreads
 from .data import SPECTRUM, AdapterFigures, ModuleFigures, SideFigures
 from .measure import Measured
@@ -103,7 +104,7 @@ def _truncated(pack: Pack, measured: Measured) -> list[float]:
     """Errors of the adapters cut by SVD, each to its share of the pack's bytes."""
     records = pack.records
     spent = pack.info.stored_bytes + sum(record.coefficient_bytes for record in records.values())
-    numbers = sum(record.lora_numbers for record in records.values())
+    numbers = lora_numbers(records)
     width = spreads.width(pack)
     kept = []
     for place, name in enumerate(measured.names):

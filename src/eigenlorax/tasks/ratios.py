@@ -21,6 +21,7 @@ from ..reports.data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 from ..reports.frontier import FIT
 from ..reports.measure import own_name
 from ..stack import Stack, stack
+from ..summary import lora_numbers
 from . import compare, evaluate
 from .compare import RECYCLED, Comparison, Job, Scored
 from .sides import ORIGINAL, WITHOUT
@@ -93,9 +94,9 @@ def prepare(
     say(said, len(ratios), len(ratios))
     own = [_of_pack("pack", None, pack, list(originals))]
     anew = [_of_pack(FIT, ratio, one, list(originals)) for ratio, one in zip(ratios, fits, strict=True)]
-    records = fits[0].records.values()
-    carried = sum(record.carried_bytes for record in records)
-    lora = 2 * sum(record.lora_numbers for record in records) + carried
+    records = fits[0].records
+    carried = sum(record.carried_bytes for record in records.values())
+    lora = 2 * lora_numbers(records) + carried
     others = _rivals(originals, fits[0], anew, carried, say)
     return Versions(len(named), lora, [*own, *chain.from_iterable(zip(anew, others, strict=True))])
 

@@ -1,20 +1,17 @@
 """What the environment asks of the plugin. Every process of a server reads the same."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OptionError
+from ..options import byte_count_of_text
 
 PACK = "EIGENLORAX_PACK"
 SHARED_BASIS = "EIGENLORAX_SHARED_BASIS"
 CACHE = "EIGENLORAX_CACHE"
 CACHE_BYTES = "EIGENLORAX_CACHE_BYTES"
-
-_BYTES = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?i?)b?", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +58,4 @@ def cache(environment: Mapping[str, str] = os.environ) -> Path | None:
 def cache_bytes(environment: Mapping[str, str] = os.environ) -> int | None:
     """How many bytes a cache may have, if that is asked for. `8GB` is 8 · 10⁹, `8GiB` 8 · 2³⁰."""
     value = environment.get(CACHE_BYTES, "").strip()
-    if not value:
-        return None
-    match = _BYTES.fullmatch(value)
-    if match is None or not (found := _number(match["number"], match["unit"].lower())):
-        raise OptionError(f"{CACHE_BYTES} is {value!r}; it must be a number of bytes above 0, as 8GB, 500MB or 2GiB.")
-    return found
-
-
-def _number(number: str, unit: str) -> int:
-    return int(float(number) * (1024 if unit.endswith("i") else 1000) ** _POWERS[unit.removesuffix("i")])
+    return byte_count_of_text(CACHE_BYTES, value) if value else None

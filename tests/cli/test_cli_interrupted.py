@@ -1,0 +1,74 @@
+"""Ctrl-C: one line that says what is left, exit code 130, and nothing half-written."""
+
+import pytest
+
+from adapters import make_adapters
+from eigenlorax import coding, jobs
+from eigenlorax.pack import Pack
+from outcomes import contents, json_of, succeeded
+
+
+@pytest.fixture
+def place(tmp_path):
+    make_adapters(tmp_path / "in", "alpha beta gamma")
+    return tmp_path
+
+
+def interrupt(*_args, **_options):
+    raise KeyboardInterrupt
+
+
+def interrupted_at(monkeypatch, call):
+    """Modules are fitted until the one of this number, from 0."""
+    do, done = jobs.do, []
+
+    def until(loaded, *rest):
+        done.append(loaded)
+        return interrupt() if len(done) > call else do(loaded, *rest)
+
+    monkeypatch.setattr(jobs, "do", until)
+
+
+def assert_says(done, said):
+    assert (done.code, done.out, done.err) == (130, "", f"Interrupted. {said}\n")
+
+
+@pytest.mark.parametrize("output", ["pack", "some/where/else"])
+@pytest.mark.parametrize("options", [("-k", 6), ("--ratio", 4)], ids=["components", "bytes"])
+def test_a_fit_that_has_kept_nothing_leaves_nothing(cli, place, monkeypatch, output, options):
+    before = contents(place)
+    monkeypatch.setattr(coding.Collection, "coded", interrupt)
+    interrupted_at(monkeypatch, 0)
+    assert_says(cli("fit", place / "in", "-o", place / output, *options), "No pack was written, and nothing was left.")
+    assert contents(place) == before
+
+
+def test_a_fit_goes_on_from_the_modules_that_it_has_kept(cli, place, monkeypatch):
+    kept = place / "some" / ".pack.fitting"
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, 1)
+        done = cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6)
+    assert_says(done, f"No pack was written. 1 fitted module is kept in {kept}: the same command goes on there.")
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    done = succeeded(cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6))
+    assert "note: 1 of 3 modules were there from a fit that was interrupted." in done.err
+    assert not kept.exists()
+
+
+def test_a_pack_that_was_there_is_as_it_was(cli, place, monkeypatch):
+    succeeded(cli("fit", place / "in", "-o", place / "pack", "-k", 6))
+    before = contents(place)
+    monkeypatch.setattr(Pack, "save", interrupt)
+    done = cli("fit", place / "in", "-o", place / "pack", "--ratio", 4, "--overwrite")
+    assert_says(done, f"{place / 'pack'} is as it was, and nothing was left.")
+    assert contents(place) == before
+
+
+def test_a_pack_is_whole_before_its_report_is_made(cli_with_reports, place, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from eigenlorax.reports import stored
+
+    monkeypatch.setattr(stored, "leave", interrupt)
+    done = cli_with_reports("fit", place / "in", "-o", place / "pack", "-k", 6)
+    assert_says(done, f"{place / 'pack'} is written, and whole; it may lack its report.")
+    assert json_of(cli_with_reports("inspect", place / "pack", "--json"))["adapters"] == 3
