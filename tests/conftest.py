@@ -1,12 +1,8 @@
-import functools
-import inspect
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import hypothesis
-import jaxtyping._decorator
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
@@ -17,9 +13,8 @@ hypothesis.settings.load_profile("here")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # two threads on cores that are shared spin: set before torch is imported, here and in every process the tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import torch  # noqa: E402
-
 sys.path.insert(0, str(Path(__file__).parent))
+import shapes  # noqa: E402
 
 # signatures without shapes are checked by beartype alone: jaxtyping, which holds the shapes of a call together, makes a
 # call several times as slow. Those with shapes are in pyproject.toml; the tuner is written in PEFT's plain style
@@ -29,36 +24,7 @@ CHECKED = (
     "store summary tasks typed urls verifying"
 )
 beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
-
-FIRST, EVERY = 50, 25
-"""Calls of a function whose shapes are checked: so many at first, and one in so many of the others, since a check takes
-many times as long as a small call."""
-_jaxtyped, _calls = jaxtyping.jaxtyped, Counter()
-
-
-def _some_calls_jaxtyped(of=None, *, typechecker):
-    if of is None:
-        return functools.partial(_some_calls_jaxtyped, typechecker=typechecker)
-    # methods of classes and properties come here one by one
-    if not inspect.isfunction(of):
-        return _jaxtyped(of, typechecker=typechecker)
-    code = of.__code__
-    # functions inside of others are made again at each call of these, and each time what checks them would be compiled
-    if _calls[code] >= FIRST:
-        return of
-    checked = _jaxtyped(of, typechecker=typechecker)
-
-    @functools.wraps(of)
-    def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            return of(*args, **kwargs)
-        _calls[code] += 1
-        return (checked if _calls[code] <= FIRST or _calls[code] % EVERY == 0 else of)(*args, **kwargs)
-
-    return call
-
-
-jaxtyping.jaxtyped = jaxtyping._decorator.jaxtyped = _some_calls_jaxtyped
+shapes.check_some_calls()
 
 
 def pytest_configure(config):
