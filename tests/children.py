@@ -3,7 +3,6 @@ one of them is killed, or refused, at its n-th change on disk."""
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -15,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import interpreters
 from eigenlorax.cli import main
 
 TRACEBACK, KILLED = 70, 71
-SECONDS = 300
-"""After which a process is taken for one that hangs: far more than any takes on cores that are shared."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -33,17 +31,9 @@ class Done:
     err: str
 
 
-def command(*arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Done:
+def command(*arguments: str | Path) -> Done:
     """`python -m eigenlorax …` as a user runs it."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "eigenlorax", *map(str, arguments)],
-        cwd=cwd,
-        env={**buffered_environment(), **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    ran = interpreters.python("-m", "eigenlorax", *arguments)
     return Done(ran.returncode, ran.stdout, ran.stderr)
 
 
@@ -89,7 +79,7 @@ def run(call: Callable[[], object], env: Mapping[str, str] | None = None) -> Don
 def _be_child(call: Callable[[], object], out: int, err: int, env: Mapping[str, str]) -> None:
     code = TRACEBACK
     try:
-        signal.alarm(SECONDS)
+        signal.alarm(interpreters.SECONDS)
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115

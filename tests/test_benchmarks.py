@@ -2,13 +2,14 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from interpreters import python
 
 ROOT = Path(__file__).resolve().parents[1]
 # at the end: nothing there may hide a module of another name
@@ -24,8 +25,7 @@ N, D, R, K = 5, 23, 3, 7
 
 
 def run(*arguments):
-    command = [sys.executable, ROOT / "benchmarks" / arguments[0], *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return python(ROOT / "benchmarks" / arguments[0], *arguments[1:])
 
 
 class TestAuthors:

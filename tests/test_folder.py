@@ -14,6 +14,7 @@ import pytest
 
 import children
 import eigenlorax as ex
+import interpreters
 from adapters import make_adapter
 from children import KILLED, at_change, kill, load_command, needs_fork, no_more_room
 from eigenlorax import folder, keys
@@ -272,7 +273,7 @@ class TestTwoAtOnce:
             change()
 
         wait = children.start(run)
-        patience = time.monotonic() + children.SECONDS
+        patience = time.monotonic() + interpreters.SECONDS
         while not here.exists():
             assert time.monotonic() < patience, f"there is no change number {n}"
             time.sleep(0.005)

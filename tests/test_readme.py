@@ -1,17 +1,17 @@
 """What the README shows runs as it stands there, and so does the example."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from interpreters import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(code: list[str | Path], cwd: Path) -> str:
-    done = subprocess.run([sys.executable, *code], cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+    done = python(*code, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

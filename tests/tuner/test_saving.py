@@ -3,8 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from eigenlorax import known
 from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError, PackMissingError, ShapeError
 from eigenlorax.tuner import to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
+from interpreters import python
 from loaders import LOADERS, base, load
 from planted import random_factors
 from tiny import BERT, IN, RANK, make_pack, shake
@@ -33,9 +32,7 @@ def trained(folder, pack, **fields):
 
 
 def succeeds(code, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    done = python("-c", code, *arguments)
     assert done.returncode == 0, done.stderr
 
 
