@@ -111,6 +111,8 @@ VERBS = {
     "remove": Verb(remove, "remove {pack} beta"),
     "remove and add": Verb(replace, ""),
 }
+DIFFERENT = ["fit", "fit --overwrite", "add --extend", "remove and add"]
+"""Those that change files in different ways."""
 
 
 @pytest.fixture(params=VERBS)
@@ -175,6 +177,7 @@ def save_again(place: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("verb", DIFFERENT, indirect=True)
 def test_a_writer_killed_before_any_of_its_changes_leaves_the_old_pack_or_the_new_one(places, new, change):
     outcomes = []
     for n, place in enumerate(places, start=1):
@@ -198,6 +201,7 @@ def test_a_writer_killed_before_any_of_its_changes_leaves_the_old_pack_or_the_ne
     assert set(outcomes) == {False, True}
 
 
+@pytest.mark.parametrize("verb", DIFFERENT, indirect=True)
 def test_a_change_that_the_disk_refuses_leaves_the_old_pack_or_the_new_one(places, new, change):
     outcomes = []
     for n, place in enumerate(places, start=1):

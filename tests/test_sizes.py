@@ -145,7 +145,7 @@ class TestBytes:
         self.assert_fewest(shared(3, MODULES, seed=5000))
 
     def test_are_the_fewest_in_float16(self):
-        self.assert_fewest(shared(4, dict(list(MODULES.items())[1:]), seed=77), dtype=torch.float16)
+        self.assert_fewest(shared(2, dict(list(MODULES.items())[1:]), seed=77), dtype=torch.float16)
 
     def test_are_the_fewest_of_the_factors_weighting(self):
         self.assert_fewest(shared(3, dict(list(MODULES.items())[:2]), seed=78), weighting="factors")
@@ -161,7 +161,7 @@ class TestBytes:
     @pytest.mark.parametrize("bound", [0.5])
     def test_where_rows_outnumber_dimensions(self, bound):
         # more cells than can be tried, and predictions that sweeps and other bases put off
-        modules = {f"m.{j}": (47 + 3 * j, 61 - 2 * j) for j in range(5)}
+        modules = {f"m.{j}": (47 + 3 * j, 61 - 2 * j) for j in range(3)}
         adapters = shared(25, modules, seed=11, least=2)
         pack = ex.fit(adapters, max_error=bound, dtype="float32")
         worst = max(record.delta_error for record in pack.records.values())

@@ -58,7 +58,7 @@ def workshop(tmp_path, monkeypatch):
 
 
 def lora(name, style, seed):
-    recipe = {"steps": 20, "batch_size": 3, "warmup": 2, "learning_rate": 1e-2}
+    recipe = {"steps": 8, "batch_size": 3, "warmup": 2, "learning_rate": 1e-2}
     options = {**CONFIG["lora"]["options"], "r": 3}
     drawing.styled(
         {"name": name, "style": style, "seed": seed, "data": CONFIG["data"], "options": options, "recipe": recipe}
@@ -171,7 +171,7 @@ class TestRuns:
         for job in drawing.packs(config):
             drawing.packed(job.config)
         job = drawing.new_style(config, "targets", basis, "tilted", 1e-2)
-        job.config["recipe"] = {**job.config["recipe"], "steps": 20, "batch_size": 3}
+        job.config["recipe"] = {**job.config["recipe"], "steps": 8, "batch_size": 3}
         found = drawing.learned(job.config)
         other = {"name": "tilted", "style": "tilted", **drawing.checked(config, "held out")}
         assert found["test"]["loss"] > 0
