@@ -118,7 +118,7 @@ def _ratios(result: Json, who: str, title: str) -> str:
         for error in columns:
             value = ratio(result, collection, error, who)
             ours = result["cells"].get(f"{collection} | ours | {error:g}", {})
-            if value is None or not of_rivals(result, collection, error, who):
+            if value is None or f"{collection} | {who} | {error:g}" not in result["cells"]:
                 row.append("–")
                 continue
             missed = " ✗" if value > ENOUGH or ours["worst"] > error else ""
