@@ -1,12 +1,13 @@
 """The collections of `bytes.py`, as PEFT folders: the demo's adapters, strangers' from a folder, and planted ones.
 
-Planted adapters are float16, r directions of falling strength in each module, of one of five kinds:
+Planted adapters are float16, r directions of falling strength in each module, of one of six kinds:
 
 shared     all in 3r directions a side, the same for all
 noisy      the same, and a tenth of each factor is its own
 unshared   nothing in common
 clustered  four groups, each in 2r directions of its own
 outlier    as noisy, but one that has nothing in common with the others
+variants   all are one adapter, and a fifth of each factor is its own
 """
 
 import json
@@ -21,11 +22,12 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "eigenlorax" / "tasks" / "demo_data" / "adapters"
-KINDS = ("shared", "noisy", "unshared", "clustered", "outlier")
+KINDS = ("shared", "noisy", "unshared", "clustered", "outlier", "variants")
 COUNTS = (2, 10, 100, 1000)
 FALLING = 0.8
 """Strength of a direction beside that of the one before."""
 NOISE = 0.1
+VARIATION = 0.2
 GROUPS = 4
 
 
@@ -115,6 +117,9 @@ def rows(kind: str, rank: int, d: int, index: int, side: int, generator: torch.G
     own = torch.randn(rank, d, generator=generator) / d**0.5
     if kind == "unshared" or (kind == "outlier" and index == 0):
         return own
+    if kind == "variants":
+        one = torch.randn(rank, d, generator=torch.Generator().manual_seed(side)) / d**0.5
+        return (1 - VARIATION**2) ** 0.5 * one + VARIATION * own
     group, k = (index % GROUPS, 2 * rank) if kind == "clustered" else (0, 3 * rank)
     of_all = torch.Generator().manual_seed(100 * group + side)
     basis = torch.linalg.qr(torch.randn(d, min(k, d), generator=of_all))[0].mT

@@ -1,5 +1,7 @@
 """What is chosen before anything is coded: estimates against what coding then takes, and against everything else."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from eigenlorax import allocation, transform
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.analysis import rivals
 from eigenlorax.stack import stack
-from planted import factors_in, orthonormal
+from planted import factors_in, normal, orthonormal
 from test_coding import size
 
 WIDE = {"layer.0": (96, 120)}
@@ -99,3 +101,27 @@ class TestEverythingElse:
         ]
         best = rivals.fewest(rivals.least(stacks(adapters), [0.15], clusters=(1,), kinds=rivals.KINDS[:1]), 0)
         assert 2 * size(ex.fit(adapters, max_error=0.15)) <= best.stored_bytes
+
+
+def variants(n, noise, *, rank=8):
+    """All of them are one adapter, and a part of each factor is its own."""
+    ((name, (n_out, n_in)),) = WIDE.items()
+    base = normal(rank, n_in, seed=1), normal(rank, n_out, seed=2)
+    found = []
+    for i in range(n):
+        own = normal(rank, n_in, seed=100 + i), normal(rank, n_out, seed=500 + i)
+        down, up = (one + noise * other for one, other in zip(base, own, strict=True))
+        found.append(from_factors(f"v{i}", {name: LoRAFactors(down.float(), up.mT.float().contiguous(), 1.0)}))
+    return found
+
+
+@pytest.mark.parametrize(("noise", "errors"), [(0.2, (0.3, 0.4, 0.45)), (0.05, (0.1, 0.14, 0.2))])
+def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, errors):
+    adapters = variants(20, noise)
+    packs = [ex.fit(adapters, max_error=error) for error in errors]
+    for error, pack in zip(errors, packs, strict=True):
+        assert max(record.delta_error for record in pack.records.values()) <= error
+    sizes = [size(pack) for pack in packs]
+    assert all(after <= 1.02 * before for before, after in pairwise(sizes))
+    best = rivals.fewest(rivals.least(stacks(adapters), errors, clusters=(1,)), 2)
+    assert sizes[-1] <= 1.02 * best.stored_bytes

@@ -156,6 +156,9 @@ class TestPlantedBytes:
         assert self.spans("unshared", range(12), side) == 96
         assert self.spans("clustered", range(0, 12, 4), side) == 16
         assert self.spans("clustered", range(12), side) == 64
+        one, other = (byte_collections.factors("variants", byte_collections.SHAPES["narrow"], i) for i in (0, 1))
+        alike = torch.nn.functional.cosine_similarity(*(x["layers.0.q_proj"][side].flatten() for x in (one, other)), 0)
+        assert alike == pytest.approx(1 - byte_collections.VARIATION**2, abs=0.02)
 
     def test_the_same_each_time_and_an_outlier_is_one(self):
         shape = byte_collections.SHAPES["narrow"]

@@ -17,6 +17,7 @@ from eigenlorax import keys, manifest, storages
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from eigenlorax.reports import report
+from interpreters import python
 from outcomes import contents
 from planted import MODULES, generator, normal, random_adapter, random_collection, shared_collection
 from test_manifest import signed
@@ -353,6 +354,12 @@ class TestChanged:
             assert record.bound
             assert true_error(originals[name], alone.pack) <= record.delta_error + 1e-9
 
+    def test_refitted_without_cores_it_is_a_pack_of_coefficients(self, path, sources):
+        pack = ex.Pack.open(path)
+        found = ex.refit(pack, adapters=sources, cores="none", n_components=3).pack
+        assert found.cores is None
+        assert found.info.fingerprint == ex.fit(sources, n_components=3, dtype=pack.storage).info.fingerprint
+
     def test_a_fit_goes_on_where_it_was(self, made, sources, tmp_path):
         pack, _ = made
         options = {"n_components": K, "cores": pack.cores, "dtype": pack.storage, "checkpoint": tmp_path / "kept"}
@@ -432,6 +439,12 @@ def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(OptionError, match=message) as caught:
         ex.fit(random_collection(3), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_is_no_kind_of_cores():
+    """In a process without the checks of types that these tests have."""
+    code = "import eigenlorax as ex; ex.fit([], cores=['full'])"
+    assert python("-c", code).stderr.splitlines()[-1].endswith("cores must be one of full, diagonal, got ['full'].")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ LEAST_ERROR = 1e-6
 """The smallest error that can be asked for."""
 CLOSE = 0.995
 """How near an adapter's error must come to what is asked for."""
+REACH = 0.9, 1.3
+"""How large steps are beside those that were planned, where a plan was good; with others, further plans are tried."""
+STRICTER = (0.98, 0.95, 0.9, 0.8)
+"""Of an error, what is planned for in its place."""
 ENOUGH, TURNS = 8, 24
 """Rounds in which the steps are sought, where some are found by then; and at most."""
 FULL, NEARLY = 0.99, 0.97
@@ -108,6 +113,16 @@ class Coded:
     errors: Sequence[float]
 
 
+class _Within(NamedTuple):
+    """Steps, by adapter, beside bases. reach: how large they are beside those that were planned."""
+
+    bases: Bases
+    energies: dict[str, tuple[float, float, float]]
+    steps: Float[Tensor, " n"]
+    errors: Float[Tensor, " n"]
+    reach: float
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A point of the frontier: the delta error that no adapter exceeds, and about how many bytes that takes."""
@@ -178,10 +193,7 @@ class Collection:
     def coded(self, error: float) -> Coded:
         """Every adapter's delta error at most this. `OptionError` if that is too small for whole numbers of 32 bits."""
         bound = _bound(error)
-        plan = self.survey.plan(bound)
-        steps = _as_written(torch.from_numpy(plan.steps) * self.norms)
-        bases, energies, errors = self._bases(plan, steps)
-        steps, errors = _sought(partial(self._errors, bases), steps, errors, bound)
+        bases, energies, steps, errors, _ = self._within(bound)
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, wide in self._each(WRITING):
             own = steps[_indices(module)]
@@ -194,6 +206,31 @@ class Collection:
             for step, group, modules in zip(steps.tolist(), self.groups, codes, strict=True)
         ]
         return Coded(self._joined(bases), energies, adapters, errors.tolist())
+
+    def _within(self, bound: float) -> "_Within":
+        """Bases, and steps with which no adapter loses more than the bound."""
+        found = self._planned(bound, bound)
+        if REACH[0] < found.reach < REACH[1]:
+            return found
+        # Errors jump here, as where adapters nearly coincide. What a plan's directions lack of the bound costs each
+        # adapter a rest, where one more direction for all would do.
+        tried = [found, *(self._planned(share * bound, bound) for share in STRICTER)]
+        return min(tried, key=self._bits)
+
+    def _planned(self, aim: float, bound: float) -> "_Within":
+        """The same with what is planned for an error, `aim`, that is the bound or less."""
+        plan = self.survey.plan(aim)
+        planned = _as_written(torch.from_numpy(plan.steps) * self.norms)
+        bases, energies, errors = self._bases(plan, planned)
+        steps, errors = _sought(partial(self._errors, bases), planned, errors, bound)
+        return _Within(bases, energies, steps, errors, float((steps / planned).log2().mean().exp2()))
+
+    def _bits(self, found: "_Within") -> float:
+        """About what bases and adapters take."""
+        bits = sum(side.bits() + 16 * side.k for pair in found.bases.values() for side in pair)
+        for module, wide in self._each(STEPS):
+            bits += float(transform.measured(wide, found.steps[_indices(module)], *found.bases[module.key])[0].sum())
+        return bits
 
     def _joined(self, bases: Bases) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
         """The bases of all clusters of each module, one after the other."""

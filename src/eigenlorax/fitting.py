@@ -303,7 +303,7 @@ def _check_cores(
             )
     if cores is None:
         return
-    if cores not in keys.CORES:
+    if not isinstance(cores, str) or cores not in keys.CORES:
         raise OptionError(f"cores must be one of {', '.join(keys.CORES)}, got {cores!r}.")
     sizes = ["n_components"] if cores == "diagonal" else ["n_components", "energy"]
     others = [f"{name}={getattr(options, name):g}" for name in SIZES if getattr(options, name) is not None]

@@ -21,6 +21,8 @@ from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import PackedAdapter, Record
 from .recognition import recognise
 
+NO_CORES = "none"
+"""What `cores` is where a pack with cores is to be one without."""
 NOTICEABLE = 1e-6
 """A rise of a delta error up to which an adapter is not said to have got worse: rounding."""
 
@@ -94,7 +96,7 @@ def refit(
         fitted from what the pack gives back.
     n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: as in `fit`; by default what the pack was
         fitted with. dtype, coefficient_dtype, cores: by default the pack's, unless max_error, max_bytes or ratio is
-        given.
+        given; cores="none" leaves them.
     options: those of `read_adapter`.
 
     Adapters that were trained in the old subspace and saved elsewhere do not belong to the new one.
@@ -121,7 +123,7 @@ def refit(
     by_bytes = any(value is not None for value in (max_error, max_bytes, ratio))
     stored: list[str | None] = [None, None]
     if not by_bytes:
-        cores = cores or pack.cores
+        cores = pack.cores if cores is None else cores
         stored = [pack.storage, storages.floats_of(storages.by_name(pack.coefficient_storage)).name]
         if pack.is_coded:
             # what the pack gives back is in float64, which says nothing of what it is worth
@@ -140,7 +142,7 @@ def refit(
         exclude_modules=[name for name in old.excluded_modules if name in names],
         dtype=dtype,
         coefficient_dtype=coefficient_dtype,
-        cores=cores,
+        cores=None if cores == NO_CORES else cores,
         same_base=True,
         warn_above=1.0,
         device=device,

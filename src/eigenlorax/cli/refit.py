@@ -76,7 +76,7 @@ def refit(
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: as before).")
     ] = None,
-    cores: Annotated[str | None, typer.Option(help="full or diagonal (default: as before).")] = None,
+    cores: Annotated[str | None, typer.Option(help="full, diagonal or none (default: as before).")] = None,
     warn_above: Annotated[
         float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
     ] = WARN_ABOVE,
