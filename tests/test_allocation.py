@@ -123,5 +123,6 @@ def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, erro
         assert max(record.delta_error for record in pack.records.values()) <= error
     sizes = [size(pack) for pack in packs]
     assert all(after <= 1.02 * before for before, after in pairwise(sizes))
-    best = rivals.fewest(rivals.least(stacks(adapters), errors, clusters=(1,)), 2)
-    assert sizes[-1] <= 1.02 * best.stored_bytes
+    # in fewer bits, of a module so small, others gain on what is written of each adapter beside its numbers
+    best = rivals.fewest(rivals.least(stacks(adapters), errors, clusters=(1,), together=((16, 16),)), 2)
+    assert sizes[-1] <= best.stored_bytes
