@@ -171,11 +171,15 @@ def qr(rows):
 
 def coded_updates(data, tensors, modules):
     """Module name in the subspace → its update, of a coded adapter. modules: sides and rank, by these names."""
-    step = 2.0 ** float(np.frombuffer(data[:4], "<f4")[0])
-    flags, at = varint(data, 4)
-    size, at = varint(data, at)
-    levels, stream = data[at : at + size], data[at + size :]
-    levels = coded_levels(zlib.decompress(levels, -15) if flags & 2 else levels, len(modules), wide=flags & 1)
+    step = 2.0 ** (int.from_bytes(data[:3], "little", signed=True) / 2**14)
+    flags, at = varint(data, 3)
+    if flags & 2:
+        size, at = varint(data, at)
+        levels, end = coded_levels(zlib.decompress(data[at : at + size], -15), len(modules), wide=flags & 1)
+        stream = data[at + size :]
+    else:
+        levels, end = coded_levels(data[at:], len(modules), wide=flags & 1)
+        stream = data[at + end :]
     bases = {}
     for name, (sides, _) in modules.items():
         for side in ("down", "up"):
@@ -229,8 +233,8 @@ def coded_basis(data, dimension):
 
 def coded_levels(data, n, wide):
     """Of each of n modules, the level of its core, and its terms: each one's scale and four levels, 0 where it has no
-    such numbers: coefficients and rest on down, coefficients and rest on up."""
-    data = np.frombuffer(data, "u1").astype(int)
+    such numbers: coefficients and rest on down, coefficients and rest on up. And how many bytes these are."""
+    size, data = len(data), np.frombuffer(data, "u1").astype(int)
     counts, data = data[:n], data[n:]
     if wide:
         counts, data = counts + 256 * data[:n], data[n:]
@@ -241,10 +245,9 @@ def coded_levels(data, n, wide):
         there = (flags >> bit & 1).astype(bool)
         levels[there, bit] = (data[: there.sum()] + scales[there] // 2) % 256
         data = data[there.sum() :]
-    assert len(data) == 0
     terms = list(zip(scales.tolist(), levels.tolist(), strict=True))
-    ends = np.cumsum(counts).tolist()
-    return [(core, terms[end - count : end]) for core, end, count in zip(cores.tolist(), ends, counts, strict=True)]
+    parts = zip(cores.tolist(), np.cumsum(counts).tolist(), counts, strict=True)
+    return [(core, terms[end - count : end]) for core, end, count in parts], size - len(data)
 
 
 def varint(data, at):

@@ -171,7 +171,7 @@ def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
     cluster = clusters - 1
     place = coded.Place.of((read[0], read[1]), cluster)
     steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    steps = steps.log2().float().double().exp2()
+    steps = ((coded.STEPS * steps.log2()).round() / coded.STEPS).exp2()
     codes = transform.encoded(transform.components(many), steps, *pairs[cluster])
     adapters = [
         coded.AdapterCodes(float(steps[row]), cluster, {"a": coded.taken(codes, row), "b": coded.UNTRAINED})

@@ -19,6 +19,9 @@ from .transform import RoundedBasis
 
 CODED = "coded"
 """What the bytes of a side are called in a subspace's file."""
+STEPS = 2**14
+"""Steps of adapters that can be written, to an octave."""
+_STEP_BYTES = 3
 EMPTY = bytes([1, 0, 0])
 """Those of a side without a row."""
 _NONE = np.zeros(0, dtype=np.int64)
@@ -215,9 +218,12 @@ def _head(one: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes:
     body = b"".join((plane & 255).astype("u1").tobytes() for plane in planes)
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = packer.compress(body) + packer.flush()
+    packed = _varint(len(packed)) + packed
     flags = _WIDE * wide + _PACKED * (len(packed) < len(body)) + _CLUSTER * one.cluster
     body = min(body, packed, key=len)
-    return np.array([math.log2(one.step)], "<f4").tobytes() + _varint(flags) + _varint(len(body)) + body
+    # what is beyond float32, and so refused with its name, may be beyond this too
+    step = min(max(round(STEPS * math.log2(one.step)), -(2**23)), 2**23 - 1)
+    return step.to_bytes(_STEP_BYTES, "little", signed=True) + _varint(flags) + body
 
 
 _WIDE, _PACKED, _CLUSTER = 1, 2, 4
@@ -288,25 +294,30 @@ def adapter(data: bytes, places: Mapping[str, Place]) -> AdapterCodes:
 
 def cluster(data: bytes) -> int:
     """Whose bases an adapter is in."""
-    return _from_varint(data, 4)[0] // _CLUSTER
+    return _from_varint(data, _STEP_BYTES)[0] // _CLUSTER
 
 
 def opened(data: bytes, names: Sequence[str]) -> tuple[float, int, dict[str, ModuleCodes], bytes]:
     """Step, cluster, all levels, and what is to be decoded with them."""
-    flags, at = _from_varint(data, 4)
-    size, at = _from_varint(data, at)
+    flags, at = _from_varint(data, _STEP_BYTES)
     try:
-        body = data[at : at + size]
-        body = zlib.decompressobj(-15).decompress(body) if flags & _PACKED else body
-        unpacked = _unpacked(np.frombuffer(body, "u1").astype(np.int64), len(names), bool(flags & _WIDE))
+        if flags & _PACKED:
+            size, at = _from_varint(data, at)
+            body, at = zlib.decompressobj(-15).decompress(data[at : at + size]), at + size
+        else:
+            body = data[at:]
+        unpacked, end = _unpacked(np.frombuffer(body, "u1").astype(np.int64), len(names), bool(flags & _WIDE))
+        if flags & _PACKED and end != len(body):
+            raise ValueError(f"{len(body)} bytes in place of {end}")
+        at += 0 if flags & _PACKED else end
     except (zlib.error, ValueError, IndexError) as error:
         raise FormatError(f"the levels of an adapter cannot be read: {error}.") from error
-    step = 2.0 ** float(np.frombuffer(data, "<f4", 1)[0])
-    return step, flags // _CLUSTER, dict(zip(names, unpacked, strict=True)), data[at + size :]
+    step = 2.0 ** (int.from_bytes(data[:_STEP_BYTES], "little", signed=True) / STEPS)
+    return step, flags // _CLUSTER, dict(zip(names, unpacked, strict=True)), data[at:]
 
 
-def _unpacked(body: np.ndarray, n: int, wide: bool) -> list[ModuleCodes]:
-    """The modules with their levels, and no codes yet."""
+def _unpacked(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCodes], int]:
+    """The modules with their levels, and no codes yet; and how many bytes these are."""
     planes = [body[start * n : (start + 1) * n] for start in range(2 + wide)]
     counts, cores = planes[0] + (planes[1] << 8 if wide else 0), planes[-1]
     total, at = int(counts.sum()), (2 + wide) * n
@@ -319,7 +330,7 @@ def _unpacked(body: np.ndarray, n: int, wide: bool) -> list[ModuleCodes]:
         level[there] = (body[at : at + size] + scales[there] // 2) & 255
         levels.append(level)
         at += size
-    if at != len(body) or len(flags) != total or len(cores) != n:
+    if at > len(body) or len(flags) != total or len(cores) != n:
         raise ValueError(f"{len(body)} bytes in place of {at}")
     found = []
     for start, count, core in zip(np.cumsum(counts) - counts, counts, cores, strict=True):
@@ -327,7 +338,7 @@ def _unpacked(body: np.ndarray, n: int, wide: bool) -> list[ModuleCodes]:
         down = SideRows(levels[0][part], _NONE, levels[1][part], _NONE)
         up = SideRows(levels[2][part], _NONE, levels[3][part], _NONE)
         found.append(ModuleCodes(scales[part], down, up, int(core), _NONE))
-    return found
+    return found, at
 
 
 def _filled(levels: ModuleCodes, core: np.ndarray, sides: Sequence[np.ndarray], place: Place) -> ModuleCodes:

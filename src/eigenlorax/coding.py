@@ -434,8 +434,8 @@ def _spaced(least: float, most: float, by_octave: int) -> list[float]:
 
 
 def _as_written(steps: Tensor) -> Tensor:
-    """Steps whose logarithm is one of float32."""
-    return steps.log2().to(torch.float32).to(torch.float64).exp2()
+    """The nearest steps that can be written."""
+    return (coded.STEPS * steps.log2()).round().div(coded.STEPS).exp2()
 
 
 def _indices(module: Module) -> Tensor:
