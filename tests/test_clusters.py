@@ -59,9 +59,9 @@ def test_many_are_compared_with_some():
     assert clusters.sample(3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("groups", "options"), [(3, {"max_error": 0.05}), (4, {"ratio": 8.0})])
+@pytest.mark.parametrize(("groups", "options"), [(4, {"max_error": 0.05}), (3, {"ratio": 6.0})])
 def test_they_save_bytes(monkeypatch, groups, options):
-    adapters = grouped(groups, 7, noise=0.02)
+    adapters = grouped(groups, 6, noise=0.02)
     apart = ex.fit(adapters, **options)
     assert apart.notes == [NOTE.format(groups)]
     monkeypatch.setattr(coding, "clustered", lambda whole, *_: whole)

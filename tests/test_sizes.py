@@ -141,11 +141,8 @@ class TestBytes:
     def test_are_the_fewest_over_two_modules(self, make):
         self.assert_fewest(make(3, dict(list(MODULES.items())[:2]), seed=3000))
 
-    def test_are_the_fewest_over_three_modules(self):
-        self.assert_fewest(shared(3, MODULES, seed=5000))
-
     def test_are_the_fewest_in_float16(self):
-        self.assert_fewest(shared(2, dict(list(MODULES.items())[1:]), seed=77), dtype=torch.float16)
+        self.assert_fewest(shared(3, dict(list(MODULES.items())[1:]), seed=77), dtype=torch.float16)
 
     def test_are_the_fewest_of_the_factors_weighting(self):
         self.assert_fewest(shared(3, dict(list(MODULES.items())[:2]), seed=78), weighting="factors")
