@@ -303,8 +303,8 @@ def decoded(data, classes):
             raw += [(i, bit) for bit in reversed(range(w))]
     assert all(state == 2**16 for state in states), "not such a stream"
     end = at + -(-len(raw) // 8)
-    bits = np.unpackbits(np.frombuffer(data[at:end], "u1"))
-    for (i, shift), bit in zip(raw, bits.tolist(), strict=False):
+    bits = np.unpackbits(np.frombuffer(data[at:end], "u1"), count=len(raw))
+    for (i, shift), bit in zip(raw, bits.tolist(), strict=True):
         numbers[i] += bit << shift
     numbers[escapes] = np.frombuffer(data[end:], "<i4")
     return numbers

@@ -40,6 +40,15 @@ def make_convnet(dtype=torch.float32):
         return ConvNet().to(dtype).eval()
 
 
+def with_updates(adapter):
+    """The network with an adapter's updates added to its weights."""
+    model = make_convnet()
+    for module, factors in adapter.modules.items():
+        weight = model.get_submodule(module).weight
+        weight.data += (factors.scaling * factors.up @ factors.down).view(weight.shape)
+    return model
+
+
 def images(n, seed=2):
     return normal(n, CHANNELS, HEIGHT, WIDTH, seed=seed).float()
 

@@ -10,6 +10,15 @@ def base(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
 
 
+def several(folder, base, names):
+    """PEFT's model with these adapters, each in `folder(name)`."""
+    first, *others = names
+    model = PeftModel.from_pretrained(base, folder(first), adapter_name=first)
+    for name in others:
+        model.load_adapter(folder(name), adapter_name=name)
+    return model.eval()
+
+
 def load(loader, base_folder, adapter):
     if loader == "peft":
         return PeftModel.from_pretrained(base(base_folder), adapter)

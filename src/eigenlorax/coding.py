@@ -113,7 +113,7 @@ class Coded:
     errors: Sequence[float]
 
 
-class _Within(NamedTuple):
+class _Planned(NamedTuple):
     """Steps, by adapter, beside bases. reach: how large they are beside those that were planned."""
 
     bases: Bases
@@ -193,7 +193,7 @@ class Collection:
     def coded(self, error: float) -> Coded:
         """Every adapter's delta error at most this. `OptionError` if that is too small for whole numbers of 32 bits."""
         bound = _bound(error)
-        bases, energies, steps, errors, _ = self._within(bound)
+        bases, energies, steps, errors, _ = self._best_planned(bound)
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, wide in self._each(WRITING):
             own = steps[_indices(module)]
@@ -207,7 +207,7 @@ class Collection:
         ]
         return Coded(self._joined(bases), energies, adapters, errors.tolist())
 
-    def _within(self, bound: float) -> "_Within":
+    def _best_planned(self, bound: float) -> "_Planned":
         """Bases, and steps with which no adapter loses more than the bound."""
         found = self._planned(bound, bound)
         if REACH[0] < found.reach < REACH[1]:
@@ -217,15 +217,15 @@ class Collection:
         tried = [found, *(self._planned(share * bound, bound) for share in STRICTER)]
         return min(tried, key=self._bits)
 
-    def _planned(self, aim: float, bound: float) -> "_Within":
+    def _planned(self, aim: float, bound: float) -> "_Planned":
         """The same with what is planned for an error, `aim`, that is the bound or less."""
         plan = self.survey.plan(aim)
         planned = _as_written(torch.from_numpy(plan.steps) * self.norms)
         bases, energies, errors = self._bases(plan, planned)
         steps, errors = _sought(partial(self._errors, bases), planned, errors, bound)
-        return _Within(bases, energies, steps, errors, float((steps / planned).log2().mean().exp2()))
+        return _Planned(bases, energies, steps, errors, float((steps / planned).log2().mean().exp2()))
 
-    def _bits(self, found: "_Within") -> float:
+    def _bits(self, found: "_Planned") -> float:
         """About what bases and adapters take."""
         bits = sum(side.bits() + 16 * side.k for pair in found.bases.values() for side in pair)
         for module, wide in self._each(STEPS):

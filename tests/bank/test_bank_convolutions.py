@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import nn
 
 import eigenlorax as ex
-from convnets import CONVOLUTIONS, OWN_WAYS, conv_pack, images, make_convnet, random_loras
+from convnets import CONVOLUTIONS, OWN_WAYS, conv_pack, images, make_convnet, random_loras, with_updates
 from eigenlorax.adapter import Adapter, LoRAFactors
 from eigenlorax.errors import ModuleNameError, ShapeError
 
@@ -32,12 +32,7 @@ def packs():
 
 
 def dense(pack, name):
-    model = make_convnet()
-    if name != "__base__":
-        for module, factors in pack.adapter(name).modules.items():
-            weight = model.get_submodule(module).weight
-            weight.data += (factors.scaling * factors.up @ factors.down).view(weight.shape)
-    return model
+    return make_convnet() if name == "__base__" else with_updates(pack.adapter(name))
 
 
 @torch.inference_mode()

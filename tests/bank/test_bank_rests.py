@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eigenlorax as ex
-from convnets import CONVOLUTIONS, conv_pack, images, make_convnet
+from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
 from eigenlorax import mixing
 from eigenlorax.errors import OptionError
 from rests import with_rests
@@ -138,11 +138,7 @@ def test_convolutions(repeats):
     x = images(len(names))
     got = bank(x, adapter_names=names)
     for row, name in enumerate(names):
-        dense = make_convnet()
-        if name != "__base__":
-            for module, factors in pack.adapter(name).modules.items():
-                weight = dense.get_submodule(module).weight
-                weight.data += (factors.scaling * factors.up @ factors.down).view(weight.shape)
+        dense = make_convnet() if name == "__base__" else with_updates(pack.adapter(name))
         torch.testing.assert_close(got[row : row + 1], dense(x[row : row + 1]), atol=1e-5, rtol=1e-5)
         with bank.using(name):
             for _ in range(2):

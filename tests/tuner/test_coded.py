@@ -12,6 +12,7 @@ from convnets import CONVOLUTIONS, images, make_convnet, random_loras
 from eigenlorax import known
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import FormatError
+from loaders import several
 from planted import factors_in, orthonormal, random_factors
 from renamed_vit import dense, lora, make_vit, pictures
 from tiny import BERT, IN, RANK, make_bert
@@ -57,17 +58,11 @@ def loras(path, tmp_path_factory):
     return ex.Pack.open(path).export(tmp_path_factory.mktemp("coded") / "loras")
 
 
-def loaded(folder, names):
-    first, *others = names
-    model = PeftModel.from_pretrained(make_bert(), folder(first), adapter_name=first)
-    for name in others:
-        model.load_adapter(folder(name), adapter_name=name)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def both(path, loras, names):
-    return loaded(lambda name: path / "adapters" / name, names), loaded(lambda name: loras[name], names)
+    return several(lambda name: path / "adapters" / name, make_bert(), names), several(
+        lambda name: loras[name], make_bert(), names
+    )
 
 
 def test_what_they_have_is_what_is_to_be_tried(path):
@@ -95,8 +90,8 @@ def test_each_row_has_its_own(both, names, ids):
 
 @torch.no_grad()
 def test_merged_and_back(path, loras, names, ids):
-    got = loaded(lambda name: path / "adapters" / name, names[:2])
-    wanted = loaded(lambda name: loras[name], names[1:2])
+    got = several(lambda name: path / "adapters" / name, make_bert(), names[:2])
+    wanted = several(lambda name: loras[name], make_bert(), names[1:2])
     got.base_model.set_adapter(names[1])
     before = got(ids).logits
     torch.testing.assert_close(before, wanted(ids).logits, **CLOSE)

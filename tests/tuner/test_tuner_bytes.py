@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
@@ -12,6 +12,7 @@ from convnets import conv_pack, images, make_convnet
 from eigenlorax import byte_rows
 from eigenlorax.tuner import serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
+from loaders import several
 from rests import SIDES, with_rests
 from tiny import BERT, IN, make_bert, make_pack
 
@@ -35,17 +36,9 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, EigenLoraxLayer)]
 
 
-def loaded(path, base, names=NAMES):
-    first, *others = names
-    model = PeftModel.from_pretrained(base, path / "adapters" / first, adapter_name=first)
-    for name in others:
-        model.load_adapter(path / "adapters" / name, adapter_name=name)
-    return model.eval()
-
-
 def both(path, base=None, names=NAMES):
     """A model whose bases are the rounded ones, as floats, and one that has them in 8 bits."""
-    served = loaded(path, base or make_bert(), names)
+    served = several(lambda name: path / "adapters" / name, base or make_bert(), names)
     plain = copy.deepcopy(served)
     for layer in layers(plain):
         for bases in (layer.eigenlorax_basis_down, layer.eigenlorax_basis_up):

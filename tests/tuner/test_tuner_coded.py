@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
 import eigenlorax as ex
 from coded import SHARES, coded_pack
-from convnets import conv_pack, images, make_convnet
+from convnets import conv_pack, images, make_convnet, with_updates
 from eigenlorax.errors import OptionError
 from eigenlorax.tuner import EigenLoraxConfig, serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
+from loaders import several
 from tiny import BERT, IN, make_bert
 
 CLOSE = {"atol": 3e-6, "rtol": 2e-5}
@@ -24,19 +25,12 @@ def path(request, tmp_path_factory):
     return pack.save(tmp_path_factory.mktemp("coded") / "pack")
 
 
-def loaded(folder, base):
-    model = PeftModel.from_pretrained(base, folder(NAMES[0]), adapter_name=NAMES[0])
-    for name in NAMES[1:]:
-        model.load_adapter(folder(name), adapter_name=name)
-    return model.eval()
-
-
 @torch.no_grad()
 def test_alone_mixed_served_and_merged(path, ids, tmp_path):
     pack = ex.Pack.open(path)
     loras = pack.export(tmp_path)
-    ours = loaded(lambda name: path / "adapters" / name, make_bert())
-    theirs = loaded(lambda name: loras[name], make_bert())
+    ours = several(lambda name: path / "adapters" / name, make_bert(), NAMES)
+    theirs = several(lambda name: loras[name], make_bert(), NAMES)
     served, bytes_served = copy.deepcopy(ours), copy.deepcopy(ours)
     serve(served)
     serve(bytes_served, torch.int8)
@@ -77,7 +71,7 @@ def test_bases_are_used_where_adapters_share_some(tmp_path):
 def test_convolutions(tmp_path, max_error):
     pack, _ = conv_pack(energy=None, max_error=max_error)
     path = pack.save(tmp_path / "pack")
-    model = loaded(lambda name: path / "adapters" / name, make_convnet())
+    model = several(lambda name: path / "adapters" / name, make_convnet(), NAMES)
     assert any(
         layer.has_rest(name) for layer in model.modules() if isinstance(layer, EigenLoraxLayer) for name in NAMES
     )
@@ -86,10 +80,7 @@ def test_convolutions(tmp_path, max_error):
     x = images(3)
     mixed = model(x, adapter_names=NAMES)
     for row, name in enumerate(NAMES):
-        dense = make_convnet()
-        for module, factors in pack.adapter(name).modules.items():
-            weight = dense.get_submodule(module).weight
-            weight.data += (factors.scaling * factors.up @ factors.down).view(weight.shape)
+        dense = with_updates(pack.adapter(name))
         for one in (model, served):
             one.set_adapter(name)
             torch.testing.assert_close(one(x), dense(x), atol=1e-5, rtol=1e-5)

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
 
 import eigenlorax as ex
 from eigenlorax.tuner import serve, to_lora
+from loaders import several
 from tiny import BERT, IN, make_bert, make_pack
 
 CLOSE = {"atol": 3e-6, "rtol": 2e-5}
@@ -21,19 +21,12 @@ def path(request, tmp_path_factory):
     return pack.save(tmp_path_factory.mktemp("cores") / "pack")
 
 
-def loaded(folder, base):
-    model = PeftModel.from_pretrained(base, folder(NAMES[0]), adapter_name=NAMES[0])
-    for name in NAMES[1:]:
-        model.load_adapter(folder(name), adapter_name=name)
-    return model.eval()
-
-
 @torch.no_grad()
 def test_alone_mixed_served_merged_and_in_a_bank(path, ids, tmp_path):
     pack = ex.Pack.open(path)
     loras = pack.export(tmp_path)
-    ours = loaded(lambda name: path / "adapters" / name, make_bert())
-    theirs = loaded(lambda name: loras[name], make_bert())
+    ours = several(lambda name: path / "adapters" / name, make_bert(), NAMES)
+    theirs = several(lambda name: loras[name], make_bert(), NAMES)
     served, bank = copy.deepcopy(ours), ex.AdapterBank(make_bert(), path)
     serve(served)
     rows = [["a0", "__base__", "a2", "a1", "a0"][row % 5] for row in range(len(ids))]

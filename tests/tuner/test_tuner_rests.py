@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
-from convnets import conv_pack, images, make_convnet
+from convnets import conv_pack, images, make_convnet, with_updates
 from eigenlorax import keys
 from eigenlorax.errors import FormatError, ModuleNameError, ProjectionWarning
 from eigenlorax.tuner import combine, from_lora, serve, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
+from loaders import several
 from rests import SIDES, with_rests
 from tiny import BERT, IN, make_bert, make_pack
 
@@ -43,23 +44,14 @@ def loras(pack, tmp_path_factory):
     return pack.export(tmp_path_factory.mktemp("rests") / "loras")
 
 
-def loaded(folder, base, names=NAMES):
-    """PEFT's model with these adapters, each in `folder(name)`."""
-    first, *others = names
-    model = PeftModel.from_pretrained(base, folder(first), adapter_name=first)
-    for name in others:
-        model.load_adapter(folder(name), adapter_name=name)
-    return model.eval()
-
-
 @pytest.fixture
 def ours(path):
-    return loaded(lambda name: path / "adapters" / name, make_bert())
+    return several(lambda name: path / "adapters" / name, make_bert(), NAMES)
 
 
 @pytest.fixture
 def theirs(loras):
-    return loaded(lambda name: loras[name], make_bert())
+    return several(lambda name: loras[name], make_bert(), NAMES)
 
 
 def layers(model):
@@ -133,7 +125,7 @@ class TestRun:
         torch.testing.assert_close(got.float(), wanted(ids).logits.float(), atol=0.1, rtol=0.1)
 
     def test_of_a_model_in_half_precision_rests_are_not_rounded(self, path, theirs, ids):
-        model = loaded(lambda name: path / "adapters" / name, make_bert().to(torch.bfloat16), ["a0"])
+        model = several(lambda name: path / "adapters" / name, make_bert().to(torch.bfloat16), ["a0"])
         rests = [rest for layer in layers(model) for rest in layer.rests_of("a0")]
         assert {rest.dtype for rest in rests} == {torch.float32}
         plain = ex.Pack.open(path).packed("a0").coefficients[BERT[0]]
@@ -149,17 +141,14 @@ class TestRun:
         made = with_rests(plain, {"a0": ["both"], "a1": ["down", "up", "none"]})
         path = made.save(tmp_path / "pack")
         names = ["a0", "a1", "a2"]
-        model = loaded(lambda name: path / "adapters" / name, make_convnet(), names)
+        model = several(lambda name: path / "adapters" / name, make_convnet(), names)
         served = copy.deepcopy(model)
         serve(served)
         x = images(3)
         with torch.no_grad():
             mixed = model(x, adapter_names=names)
             for row, name in enumerate(names):
-                dense = make_convnet()
-                for module, factors in made.adapter(name).modules.items():
-                    weight = dense.get_submodule(module).weight
-                    weight.data += (factors.scaling * factors.up @ factors.down).view(weight.shape)
+                dense = with_updates(made.adapter(name))
                 model.set_adapter(name)
                 served.set_adapter(name)
                 for got in (model(x), served(x)):
@@ -220,7 +209,7 @@ class TestServed:
             assert len(layer.eigenlorax_blend) == 1
 
     def test_without_an_adapter_of_coefficients_alone_there_is_no_core(self, path):
-        model = loaded(lambda name: path / "adapters" / name, make_bert(), ["a0"])
+        model = several(lambda name: path / "adapters" / name, make_bert(), ["a0"])
         serve(model)
         assert all(not list(layer.eigenlorax_blend.keys()) for layer in layers(model))
 
@@ -332,7 +321,7 @@ class TestConverted:
             assert torch.equal(again(ids).logits, ours(ids).logits)
 
     def test_embedded(self, path, tmp_path, theirs, ids, forgotten):
-        model = loaded(lambda name: path / "adapters" / name, make_bert(), ["a0"])
+        model = several(lambda name: path / "adapters" / name, make_bert(), ["a0"])
         model.peft_config["a0"].embed_subspace = True
         model.save_pretrained(tmp_path / "mine")
         again = PeftModel.from_pretrained(make_bert(), tmp_path / "mine" / "a0").eval()
