@@ -118,8 +118,8 @@ def extended(
 
 def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
     """The bases (down, up) of a coded subspace in whole numbers, by module."""
-    sides = [(name, basis) for name, pair in subspace.modules.items() for basis in (pair.down, pair.up)]
-    found = iter(codes.bases([(storages.basis_bytes(basis), basis.dimension) for _, basis in sides]))
+    sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
+    found = codes.bases([(storages.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
     return {name: (next(found), next(found)) for name in subspace.modules}
 
 

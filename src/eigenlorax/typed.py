@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
-class UnfitError(Exception):
+class UnfitError(ValueError):
     """What in a document is not as it should be. For who reads it, who knows which file it is of."""
 
 
@@ -33,6 +33,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
         value = float(value) if abs(value) < 2**53 else value
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UnfitError(f"{where} is an integer beyond 64 bits.")
     if type(value) is not kind:
         shown = "missing" if value is ... else json.dumps(value)[:40]
         raise UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
