@@ -79,17 +79,24 @@ def read_file(path: Path, limit: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         if error.errno in _NOT_THERE:
-            raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path)) from error
+            raise _missing(path) from error
         raise
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
-            raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path))
+            raise _missing(path)
         if not stat.S_ISREG(status.st_mode):
             raise FormatError(f"{path} is not a regular file, but a pipe, a device or a socket.")
         if status.st_size > limit:
             raise FormatError(f"{path} has {status.st_size:,} bytes; at most {limit:,} were expected.")
-        return file.read(status.st_size)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path))
 
 
 def check_growth(needed: int, size: int, what: str) -> None:
