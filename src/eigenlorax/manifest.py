@@ -352,16 +352,19 @@ def _check(found: Manifest, version: int) -> None:
         (all(_FILES <= one <= {*_FILES, keys.CARRIED, keys.SOURCE_FILE} for one in files), "an adapter's files"),
         (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
         (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
-        (subspace.stored_bytes >= 0 and all(_is_counted(entry.record) for entry in entries), "a figure is negative"),
+        (
+            subspace.stored_bytes >= 0 and all(_is_counted(entry.record) for entry in entries),
+            "a figure is out of range",
+        ),
     ):
         if not right:
             raise UnfitError(f"{what}.")
 
 
 def _is_counted(record: Record) -> bool:
-    """Whether no figure of an adapter is negative."""
+    """Whether no figure of an adapter is negative, or so large that sums of squares overflow."""
     return min(record.ranks, default=1) > 0 and all(
-        value >= 0 for value in asdict(record).values() if isinstance(value, int | float)
+        0 <= value < 2.0**63 for value in asdict(record).values() if isinstance(value, int | float)
     )
 
 

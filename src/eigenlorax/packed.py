@@ -20,6 +20,7 @@ from .checks import Scan
 from .chunks import CoefficientChunk
 from .coded import AdapterCodes
 from .errors import NonFiniteError
+from .formats import files as lora_files
 from .formats import hf_peft, lora_config
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
@@ -309,6 +310,7 @@ def from_files(
     tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
     source_config = files[keys.SOURCE_CONFIG].decode("utf-8")
     source = _object(source_config, keys.SOURCE_CONFIG)
+    lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     places = {module: config.subspace_modules.get(module, module) for module in config.target_modules}
     if len(set(places.values())) < len(places):

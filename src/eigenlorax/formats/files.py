@@ -5,7 +5,7 @@ What the tensors stand for is for the formats to say.
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from ..urls import RemoteFolder
 from . import folders, ranges
 from .folders import Folder, Place
 
+LORA = "LORA"
+"""What PEFT calls the adapters that are read."""
 Load = Callable[[list[str]], list[Tensor]]
 """Reads tensors by name."""
 
@@ -117,9 +119,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         raise FormatError(
             f"{folder} holds coefficients of a pack already. `eigenlorax export` gives it back as an ordinary LoRA."
         )
-    if kind not in ("LORA", keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE):
-        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
-    _check_texts(config, path)
+    check_config(config, path, (LORA, keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE))
     return text, config
 
 
@@ -133,8 +133,12 @@ def _check_is_there(folder: RemoteFolder) -> None:
         raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
 
 
-def _check_texts(config: dict[str, Any], path: str) -> None:
-    """`FormatError` where a field that has to be a text, or a list of them, is something else."""
+def check_config(config: dict[str, Any], path: str, kinds: Sequence[str] = (LORA,)) -> None:
+    """`FormatError` where the config of an adapter is of none of these kinds, or a field that has to be a text, or a
+    list of them, is something else."""
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
             raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
