@@ -354,7 +354,7 @@ def _check(found: Manifest, version: int) -> None:
         (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
         (
             subspace.stored_bytes >= 0 and all(_is_counted(entry.record) for entry in entries),
-            "a figure is out of range",
+            "a figure of an adapter",
         ),
     ):
         if not right:

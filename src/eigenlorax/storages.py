@@ -61,8 +61,6 @@ class Slot:
                     f"the {side} coefficients of module {module} are {_described(tensor)} and not those of rank "
                     f"{self.rank}"
                 )
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"the {side} coefficients of module {module} are not finite")
         if self.sizes is None:
             return found
         if (found.down.shape[1], found.up.shape[0]) != self.sizes.k:
@@ -72,8 +70,6 @@ class Slot:
             rest = found.rest(side)
             if rest is not None and (tuple(rest.shape) != shape or rest.dtype not in dtypes.STORED):
                 raise ValueError(f"the {side} rest of module {module} is {_described(rest)} and not {shape}")
-            if rest is not None and not bool(rest.isfinite().all()):
-                raise ValueError(f"the {side} rest of module {module} is not finite")
         return found
 
 
@@ -216,6 +212,7 @@ class Floats(Storage):
             down_rest, up_rest = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
             _check_dtypes(module, (down, up), self.dtype)
             found[module] = slot.check(module, Coefficients(down, up, slot.scaling, slot.kernel, down_rest, up_rest))
+        _check_finite(found)
         return found, None
 
 
@@ -333,6 +330,7 @@ class Integers(Storage):
             found[module] = slot.check(
                 module, Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel, down_rest, up_rest)
             )
+        _check_finite(found)
         return found, payload
 
 
@@ -474,6 +472,7 @@ class Cores(Storage):
             sizes = slot.sizes or Sizes.of(subspace().modules[slot.place])
             if core.dtype != self.stored or tuple(core.shape) != self._shape(sizes.k):
                 raise ValueError(f"{key} is {_described(core)} and should be {self._shape(sizes.k)}, {self.stored}")
+            # no decomposition is made of what is not finite
             if not bool(core.isfinite().all()):
                 raise ValueError(f"{key} is not finite")
             coded.check_rank(slot.rank, (sizes.widths[1], sizes.widths[0]))
@@ -609,7 +608,8 @@ class CodedCoefficients(Lazy[Coefficients]):
                     scaling=slot.scaling,
                     kernel=slot.kernel,
                 )
-                return slot.check(name, found)
+                _check_finite({name: slot.check(name, found)})
+                return found
 
         super().__init__(dict(sorted(slots.items())), read)
 
@@ -680,6 +680,18 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         for part in quantised.PARTS
         if part != quantised.EXPONENT or f"{name}.{part}" in tensors
     }
+
+
+def _check_finite(found: Mapping[str, Coefficients]) -> None:
+    """`ValueError` for the first module that has NaN or Inf among its coefficients or rests."""
+    numbers = {
+        name: torch.cat([t.flatten() for t in (one.down, one.up, one.down_rest, one.up_rest) if t is not None])
+        for name, one in found.items()
+    }
+    # one pass over all of them: most adapters have many modules of few numbers
+    if numbers and not bool(torch.cat(list(numbers.values())).isfinite().all()):
+        name = next(name for name, each in numbers.items() if not bool(each.isfinite().all()))
+        raise ValueError(f"the coefficients of module {name} are not finite")
 
 
 def _check_dtypes(module: str, found: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
