@@ -193,8 +193,10 @@ def remove(path: Path) -> None:
 def lock(path: Path, timeout: float) -> Iterator[None]:
     """Hold the lock file `path`; a thread that holds it already gets it again.
 
-    `PackBusyError` if another process holds it for longer than `timeout` seconds.
+    `PackBusyError` if another process holds it for longer than `timeout` seconds. `PackExistsError` where something
+    else is in its place.
     """
+    _check_lock(path)
     try:
         with filelock.FileLock(path, timeout=timeout, is_singleton=True):
             yield
@@ -203,3 +205,17 @@ def lock(path: Path, timeout: float) -> Iterator[None]:
             f"another process is writing to {path.parent}: its lock was held for more than {timeout:g} s. "
             "Nothing was changed; run the command again when the other one is done."
         ) from error
+
+
+def _check_lock(path: Path) -> None:
+    """Raise `PackExistsError` for what is no lock file: to take a lock is to open it, and may be to empty it."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    # another name of a file with content is a link as well
+    if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+        raise PackExistsError(
+            f"{path} is a link, or a pipe, folder or device, where a lock has to be a file of its own. Remove it, and "
+            "run the command again."
+        )
