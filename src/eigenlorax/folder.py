@@ -40,6 +40,8 @@ from .subspace import ModuleBases, Subspace
 LOCK_SECONDS = 20.0
 REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")
 """What every report says that is to be read by people."""
+_REPORT_BYTES = 2**28
+"""More than any report has."""
 # Rebuilt directions may differ in their last bits from machine to machine; a sum over d entries of at most 1 by more.
 _CHECK_TOLERANCE = 1e-3
 
@@ -78,6 +80,7 @@ def open_manifest(folder: Path) -> Opened:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The right to write to the pack in `folder`, which exists. One process at a time, reentrant within it."""
+    check_no_link(folder)
     with store.lock(folder / keys.LOCK, LOCK_SECONDS):
         yield
 
@@ -286,10 +289,24 @@ def _spare_place(folder: Path, name: str, entry: Entry) -> Path:
     return folder / keys.ADAPTERS / f"{name}@{store.digest(content.encode())[:8]}"
 
 
+def check_no_link(folder: Path) -> None:
+    """Raise `PackExistsError` where the adapters of a pack are in a linked folder: a writer would delete files there.
+
+    Readers follow such a link.
+    """
+    adapters = folder / keys.ADAPTERS
+    if adapters.is_symlink():
+        raise PackExistsError(
+            f"{adapters} is a link to {adapters.readlink()}: what is changed in the pack would be changed there, where "
+            "another pack may need it. Nothing was changed; put a copy of that folder in the place of the link."
+        )
+
+
 def check_free(folder: Path, overwrite: bool = False) -> None:
     """Refuse a folder that holds anything but a pack that may be replaced, or what a killed writer left of one."""
     check_outside(folder)
     store.check_is_folder(folder)
+    check_no_link(folder)
     if (folder / keys.MANIFEST).is_file():
         if not overwrite:
             raise PackExistsError(
@@ -317,7 +334,9 @@ def _is_left_over(path: Path) -> bool:
     ours: a folder named `adapters` may be somebody's only copy of the sources."""
     if path.name == keys.ADAPTERS:
         return path.is_dir() and all(_is_staged(child) or _is_packed(child) for child in path.iterdir())
-    return path.name == keys.LOCK or _is_staged(path) or manifest.SUBSPACE_FILE.fullmatch(path.name) is not None
+    if manifest.SUBSPACE_FILE.fullmatch(path.name):
+        return not path.is_dir()
+    return path.name == keys.LOCK or _is_staged(path)
 
 
 def _is_staged(path: Path) -> bool:
@@ -405,7 +424,7 @@ def _content(found: Manifest) -> tuple[object, ...]:
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
+    return store.read_plain(path, len(data)) == data
 
 
 def _free_place(folder: Path, name: str, entry: Entry, listed: bool) -> Path:
@@ -442,9 +461,9 @@ def _remove_reports(folder: Path) -> None:
 
 def is_report(path: Path) -> bool:
     """Whether a file is a report that `eigenlorax report` has written, in whatever form."""
-    if not path.is_file():
+    data = store.read_plain(path, _REPORT_BYTES)
+    if data is None:
         return False
-    data = path.read_bytes()
     if path.suffix.lower() != ".json":
         return REPORT_MARK.search(data) is not None
     try:
