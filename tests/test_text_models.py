@@ -8,7 +8,7 @@ import text_models
 from adapters import make_adapter
 from eigenlorax import checks
 from eigenlorax.adapter import LoRAFactors, from_factors
-from eigenlorax.errors import FormatError, OptionError
+from eigenlorax.errors import FormatError, NothingSharedWarning, OptionError
 from eigenlorax.formats import families, write_adapter
 from eigenlorax.formats import names as formats_names
 from eigenlorax.formats.safetensors_file import to_bytes
@@ -50,7 +50,10 @@ def pack(tmp_path):
     folders = [
         make_adapter(tmp_path / name, seed=1, modules=modules) for name, modules in {"a": FLUX, "b": GPT2}.items()
     ]
-    ex.fit(folders, n_components=4, same_base=True).save(tmp_path / "pack")
+    with pytest.warns(
+        NothingSharedWarning, match="'a', with modules like 'transformer.transformer_blocks.0.attn.to_q'"
+    ):
+        ex.fit(folders, n_components=4).save(tmp_path / "pack")
     return tmp_path / "pack"
 
 
