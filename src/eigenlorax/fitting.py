@@ -151,6 +151,9 @@ def fit(
     base_model, base_revision = checks.check_one_base(read, same_base)
     checks.check_one_family(read)
     names, left_out = _module_names(read, exclude_modules)
+    checks.warn_of_nothing_shared(
+        {one.name: {names[module] for module in one.specs if module in names} for one in read}
+    )
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
     with engines.opened(engine, workers) as workforce:

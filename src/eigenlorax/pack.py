@@ -281,7 +281,8 @@ class Pack:
 
         One that came as a PEFT folder becomes the folder `directory`/NAME, one that came as a single file becomes
         `directory`/NAME.safetensors, in the dialect it had. format: the one for all of them, whatever they came in.
-        Names, what is there, and the pack's bytes are checked before the first one is written.
+        Names, what is there, what the format has names for, and the pack's bytes are checked before the first one is
+        written.
         """
         wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -298,6 +299,7 @@ class Pack:
             else:
                 store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
+            formats.check_named(self.adapter(name), chosen[name])
             self._check_fits(name, parsed)
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
