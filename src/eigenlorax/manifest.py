@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from . import dtypes, keys, store
 from .basis import Basis
@@ -21,6 +21,8 @@ SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ONE = 1.000001
 """The largest energy, a quotient of two sums, that rounding gives."""
+_NUMBERS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
+"""The figures of an adapter."""
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 _FORMAT = "eigenlorax-pack"
 _SINCE: dict[int, dict[str, Any]] = {
@@ -363,9 +365,7 @@ def _check(found: Manifest, version: int) -> None:
 
 def _is_counted(record: Record) -> bool:
     """Whether no figure of an adapter is negative, or so large that sums of squares overflow."""
-    return min(record.ranks, default=1) > 0 and all(
-        0 <= value < 2.0**63 for value in asdict(record).values() if isinstance(value, int | float)
-    )
+    return min(record.ranks, default=1) > 0 and all(0 <= getattr(record, name) < 2.0**63 for name in _NUMBERS)
 
 
 def _dump(value: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -15,7 +16,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         fields = typed(dict, value, where)
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if fields.keys() != hints.keys():
             raise UnfitError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
         return kind(**{name: typed(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
@@ -39,6 +40,10 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         shown = "missing" if value is ... else json.dumps(value)[:40]
         raise UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
     return value
+
+
+# a document may have thousands of objects of one kind, whose annotations take longer to read than they do
+_hints = cache(get_type_hints)
 
 
 def refuse_constant(name: str) -> None:
