@@ -13,7 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, storages, store
+from . import (
+    dtypes,
+    folder,
+    formats,
+    hub,
+    joining,
+    keys,
+    known,
+    manifest,
+    metrics,
+    packed,
+    remote,
+    staging,
+    storages,
+    store,
+)
 from . import subspace as spaces
 from .adapter import Adapter, Lazy
 from .coding import Point
@@ -294,6 +309,7 @@ class Pack:
         targets = {name: Path(directory) / (name + formats.writable(chosen[name]).suffix) for name in wanted}
         for name, target in targets.items():
             folder.check_outside(target)
+            store.recover(target)
             if formats.writable(chosen[name]).suffix:
                 store.check_file_free(target, overwrite)
             else:
@@ -301,6 +317,8 @@ class Pack:
         for name in wanted:
             formats.check_named(self.adapter(name), chosen[name])
             self._check_fits(name, parsed)
+        if Path(directory).is_dir():
+            staging.sweep(Path(directory))
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
                 progress("exporting adapters", done, len(targets))
