@@ -34,7 +34,7 @@ from .targets import TARGETS, Target, WrongError
 
 SECONDS = 2.0
 """Processor time that a case may take."""
-KILL_SECONDS, WAIT_SECONDS = 10, 30
+KILL_SECONDS, WAIT_SECONDS = 10, 20
 """Processor time, and time on the clock, after which the process of a case is killed."""
 BYTES_PER_BYTE, ADAPTERS, ALLOWANCE = 10, 3, 200 << 20
 """Memory that a case may take: so many times its files, and the largest exported adapter, and so many bytes."""

@@ -3,7 +3,6 @@
 What the tensors stand for is for the formats to say.
 """
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from .. import dtypes, keys
 from ..errors import FormatError, UrlError
 from ..urls import RemoteFolder
-from . import folders, ranges
+from . import config_file, folders, ranges
 from .folders import Folder, Place
 
 Load = Callable[[list[str]], list[Tensor]]
@@ -105,13 +104,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         if isinstance(folder, RemoteFolder):
             _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    try:
-        text = folder.read(keys.ADAPTER_CONFIG).decode("utf-8")
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
+    text, config = config_file.parse(folder.read(keys.ADAPTER_CONFIG, config_file.MAX_BYTES), path)
     kind = config.get("peft_type")
     if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
@@ -119,7 +112,6 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         )
     if kind not in ("LORA", keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE):
         raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
-    _check_texts(config, path)
     return text, config
 
 
@@ -131,17 +123,6 @@ def _check_is_there(folder: RemoteFolder) -> None:
         raise UrlError(f"{folder} does not exist.{private}")
     if kind == "file":
         raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
-
-
-def _check_texts(config: dict[str, Any], path: str) -> None:
-    """`FormatError` where a field that has to be a text, or a list of them, is something else."""
-    for field in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(field), str | None):
-            raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
-    for field in ("modules_to_save", "target_parameters"):
-        value = config.get(field) or []
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
 def _open_safetensors(folder: Folder, name: str) -> tuple[str, int, dict[str, Header], Load, dict[str, str]]:

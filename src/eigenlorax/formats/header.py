@@ -1,7 +1,8 @@
 """The header of a safetensors file: which tensors it has, of what dtype and shape, and where their bytes lie.
 
-What the safetensors library checks when it opens a file is checked here, so that a file may be read in ranges from
-where that library cannot open it. Where bytes come from is not known here.
+The library tells nobody the offsets, without which no range can be read. Whether it would read such a file is its own
+to say (`ranges`): here are errors that name the tensor, and bounds of what is read. Where bytes come from is not known
+here.
 """
 
 import json
@@ -16,6 +17,8 @@ from ..errors import FormatError
 
 LENGTH_BYTES = 8
 _MAX_LENGTH = 100_000_000
+_MAX_DIMENSIONS = 64
+"""Of a tensor of torch's."""
 METADATA = "__metadata__"
 # a size in bits, and what torch calls it: under None, and in releases that lack the name, it cannot be read
 _DTYPES: dict[str, tuple[int, str | None]] = {
@@ -140,6 +143,9 @@ def _entry(name: str, described: Mapping[str, Any], begin: int, end: int, where:
         )
     if bits is None or dtype is None:
         raise FormatError(f"{where}: tensor {name!r} is {stated}, a dtype that cannot be read here.")
+    if len(shape) > _MAX_DIMENSIONS or bits * prod(max(size, 1) for size in shape) >= 2**63:
+        # strides count where there is no number either
+        raise FormatError(f"{where}: tensor {name!r} has a shape that no tensor can have: {tuple(shape)}.")
     if bits == 4:
         if not shape or shape[-1] % 2:
             raise FormatError(f"{where}: tensor {name!r} is {stated} of shape {tuple(shape)}: an odd number of halves.")
