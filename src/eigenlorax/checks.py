@@ -23,6 +23,7 @@ from .errors import (
     FormatError,
     ModuleNameError,
     NonFiniteError,
+    NothingSharedWarning,
     OptionError,
     ShapeError,
     UnknownBaseWarning,
@@ -189,6 +190,36 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
             f"{families.called(known[others[0]])}, by the names and widths of their modules. Fit them apart; without "
             f"the {len(few)} that are not of the others' model: {leave_out}."
         )
+
+
+def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
+    """Warn where adapters fall into groups that have no module in common.
+
+    modules: of each adapter, by its name, the modules that it has in the subspace. Adapters with none do not count.
+    """
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, own in sorted(modules.items()):
+        joined, found = [name], set(own)
+        if not found:
+            continue
+        apart = []
+        for group in groups:
+            if found.isdisjoint(group[1]):
+                apart.append(group)
+            else:
+                joined, found = group[0] + joined, found | group[1]
+        groups = [*apart, (joined, found)]
+    if len(groups) < 2:
+        return
+    groups.sort(key=lambda group: (-len(group[0]), group[0]))
+    listed = "; ".join(f"{_listing(sorted(names))}, with modules like {min(own)!r}" for names, own in groups[:5])
+    more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
+    warnings.warn(
+        f"{len(groups)} groups of adapters have no module in common, so nothing is shared between them: {listed}{more}."
+        " If they belong to different models, fit each group in a pack of its own.",
+        NothingSharedWarning,
+        stacklevel=3,
+    )
 
 
 def check_family(adapter: Adapter, modules: Iterable[tuple[str, int]]) -> None:

@@ -133,6 +133,10 @@ class SourceWarning(EigenloraxWarning):
     """Something in an adapter's file that could be read in several ways, and in which it was."""
 
 
+class NothingSharedWarning(EigenloraxWarning):
+    """Adapters that have no module in common with the others, so that nothing is shared between them."""
+
+
 class RowsWarning(EigenloraxWarning):
     """Rows of a file were cut or left out, or some class has none."""
 

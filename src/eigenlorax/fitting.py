@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import auto, checks, compact, dtypes, formats, jobs, keys, manifest, sizes, storages
+from . import auto, checks, compact, dtypes, fitted_module, formats, jobs, keys, manifest, sizes, storages
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .adapter import Adapter
@@ -151,6 +151,9 @@ def fit(
     base_model, base_revision = checks.check_one_base(read, same_base)
     checks.check_one_family(read)
     names, left_out = _module_names(read, exclude_modules)
+    checks.warn_of_nothing_shared(
+        {one.name: {names[module] for module in one.specs if module in names} for one in read}
+    )
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
     with engines.opened(engine, workers) as workforce:
@@ -191,7 +194,7 @@ def fit(
             index = {adapter.name: place for place, adapter in enumerate(taken)}
             todo = _jobs(by_module, index, setting, shared, chosen, solver)
             with _checkpoint(checkpoint, packings, setting, names, solver) as kept:
-                before = [kept.find(place) if kept else None for place in range(len(todo))]
+                before = [_kept(kept, place, job) if kept else None for place, job in enumerate(todo)]
                 by_index = {index[packing.adapter.name]: packing for packing in packings}
                 modules, by_iteration, seconds = _fit_modules(todo, before, by_index, workforce, kept, report)
             resumed = sum(one is not None for one in before)
@@ -538,6 +541,12 @@ def _checkpoint(
     return checkpoints.opened(Path(folder), key)
 
 
+def _kept(checkpoint: Checkpoint, place: int, job: Job) -> Fitted | None:
+    """Return the result of a job that was kept; None where it has to be done."""
+    data = checkpoint.find(place, fitted_module.most_bytes(job))
+    return fitted_module.from_bytes(data, job) if data is not None else None
+
+
 def _jobs(
     by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]],
     index: Mapping[str, int],
@@ -585,7 +594,7 @@ def _fit_modules(
         if fitted is None:
             fitted = next(done)
             if kept:
-                kept.keep(place, fitted)
+                kept.keep(place, fitted_module.to_bytes(fitted))
         modules[job.module] = fitted.bases
         by_iteration |= fitted.by_iteration
         seconds.update(fitted.seconds)

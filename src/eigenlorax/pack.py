@@ -32,7 +32,7 @@ from .joining import Host
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .options import names as listed
 from .options import number
-from .packed import PackedAdapter, Record
+from .packed import PackedAdapter, Record, References
 from .subspace import Subspace
 from .summary import Summary, losses, lossy, summarize
 
@@ -232,9 +232,13 @@ class Pack:
         found = self._adapters[name]
         if isinstance(found, Entry):
             assert self.path is not None
-            found = folder.read_adapter(self.path, name, found, self._coefficients, lambda: self.subspace)
-            self._check_sizes(self.path, found)
+            references = References(self.info.lineage, self.info.sizes, self._subspace_at)
+            found = folder.read_adapter(self.path, name, found, self._coefficients, references)
         return found
+
+    def _subspace_at(self, fingerprint: str) -> Subspace:
+        """The subspace when it had a fingerprint of its lineage, which was compared with its rows when it was read."""
+        return self.subspace.before(self.info.lineage.index(fingerprint))
 
     def adapter_folder(self, name: str) -> Path:
         """Where an adapter of a pack on disk is now, for PEFT to load. `packed` checks its bytes."""
@@ -257,29 +261,6 @@ class Pack:
         content = [listed.subspace_sha256, self.info.fingerprint, listed.coefficient_dtype, sorted(found.files.items())]
         return store.digest(json.dumps(content).encode())
 
-    def _check_sizes(self, path: Path, found: PackedAdapter) -> None:
-        """Whether coefficients are as wide as their bases were when they were found: what is as it was written may have
-        been written wrong."""
-        for module, one in found.coefficients.items():
-            place = found.places[module]
-            known = found.subspace in self.info.lineage and place in self.info.modules
-            wanted = self.info.k_at(str(found.subspace), place) if known else None
-            if (one.down.shape[1], one.up.shape[0]) != wanted:
-                raise PackDamagedError(
-                    f"{path / keys.ADAPTERS / found.name}: the coefficients of module {module} do not fit the "
-                    "subspace. Make the pack again, with another tool or release."
-                )
-            sides = self.info.modules[place]
-            for side, shape in (
-                ("down", (one.rank, sides["down"].dimension)),
-                ("up", (sides["up"].dimension, one.rank)),
-            ):
-                if (rest := one.rest(side)) is not None and tuple(rest.shape) != shape:
-                    raise PackDamagedError(
-                        f"{path / keys.ADAPTERS / found.name}: the {side} rest of module {module} is "
-                        f"{tuple(rest.shape)} and not {shape}. Make the pack again, with another tool or release."
-                    )
-
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
         that nothing is rounded a second time."""
@@ -300,7 +281,8 @@ class Pack:
 
         One that came as a PEFT folder becomes the folder `directory`/NAME, one that came as a single file becomes
         `directory`/NAME.safetensors, in the dialect it had. format: the one for all of them, whatever they came in.
-        Names, what is there, and the pack's bytes are checked before the first one is written.
+        Names, what is there, what the format has names for, and the pack's bytes are checked before the first one is
+        written.
         """
         wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -317,6 +299,7 @@ class Pack:
             else:
                 store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
+            formats.check_named(self.adapter(name), chosen[name])
             self._check_fits(name, parsed)
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:

@@ -1,8 +1,10 @@
 """Files and folders that appear whole or not at all, one writer at a time. Nothing here knows what is in them."""
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -21,6 +23,31 @@ STAGING = ".writing-"
 def digest(data: bytes) -> str:
     """sha256, hexadecimal."""
     return sha256(data).hexdigest()
+
+
+def read_plain(path: Path, at_most: int) -> bytes | None:
+    """Return the bytes of a plain file of at most so many; None for any other.
+
+    Nothing is waited for, followed or allocated: there may be a link, a pipe, a device, or a file without an end.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        # a link is ELOOP, and a socket ENXIO
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            return None
+        raise
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > at_most:
+            return None
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size)
+    finally:
+        os.close(handle)
 
 
 def _beside(path: Path) -> Path:
@@ -166,8 +193,10 @@ def remove(path: Path) -> None:
 def lock(path: Path, timeout: float) -> Iterator[None]:
     """Hold the lock file `path`; a thread that holds it already gets it again.
 
-    `PackBusyError` if another process holds it for longer than `timeout` seconds.
+    `PackBusyError` if another process holds it for longer than `timeout` seconds. `PackExistsError` where something
+    else is in its place.
     """
+    _check_lock(path)
     try:
         with filelock.FileLock(path, timeout=timeout, is_singleton=True):
             yield
@@ -176,3 +205,17 @@ def lock(path: Path, timeout: float) -> Iterator[None]:
             f"another process is writing to {path.parent}: its lock was held for more than {timeout:g} s. "
             "Nothing was changed; run the command again when the other one is done."
         ) from error
+
+
+def _check_lock(path: Path) -> None:
+    """Raise `PackExistsError` for what is no lock file: to take a lock is to open it, and may be to empty it."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    # another name of a file with content is a link as well
+    if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+        raise PackExistsError(
+            f"{path} is a link, or a pipe, folder or device, where a lock has to be a file of its own. Remove it, and "
+            "run the command again."
+        )

@@ -210,8 +210,11 @@ class Subspace:
         lineage = self.lineage
         if fingerprint not in lineage:
             return None
-        step = lineage.index(fingerprint)
-        if step == len(lineage) - 1:
+        return self.before(lineage.index(fingerprint))
+
+    def before(self, step: int) -> "Subspace":
+        """The subspace as it was before that step of its growth, a view of this one; after the last one, this one."""
+        if step == len(self.seeds):
             return self
         return Subspace({name: ModuleBases(b.down.before(step), b.up.before(step)) for name, b in self.modules.items()})
 

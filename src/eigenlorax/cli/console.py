@@ -1,16 +1,20 @@
 """What the verbs print with: tables, JSON, progress, warnings. Figures go to stdout, everything else to stderr."""
 
 import json
+import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from .. import urls
+from .. import printable, urls
+from ..errors import EigenloraxWarning
 from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -71,10 +75,67 @@ PairColumn = Annotated[
 _SHORT = 32
 
 
+class _PrintableStream:
+    """A stream to which no control characters are written, whoever writes.
+
+    Consoles of rich write to `rich_proxied_file`, the stream itself: their escapes are their own, and the texts that
+    they are given here are printable already.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` with escapes for its control characters."""
+        self.rich_proxied_file.write(printable.lines(text))
+        return len(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        """Write each of the texts."""
+        for text in texts:
+            self.write(text)
+
+    def isatty(self) -> bool:
+        """Say no: who would move the cursor of a terminal, or colour what it writes, cannot do so here."""
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer":
+            # whoever writes bytes would write past this object
+            raise AttributeError(name)
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def only_printable() -> Iterator[None]:
+    """Let nothing in the block print a control character; its warnings become notes."""
+    streams = sys.stdout, sys.stderr
+    # the interpreter has None in the place of a stream that is closed
+    sys.stdout, sys.stderr = (cast(TextIO, stream and _PrintableStream(stream)) for stream in streams)
+    show = warnings.showwarning
+    warnings.showwarning = _show_warning
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        warnings.showwarning = show
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    note(str(message))
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as Python does (`sys.excepthook`), without control characters of its messages."""
+    with only_printable():
+        traceback.print_exception(kind, error, trace)
+
+
 def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    # what is printed may come from outside: brackets in it are no markup, and `:name:` is no emoji
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         # a pipe has no width: let every line be as long as it is, so that grep finds it whole
         console.width = 10_000
@@ -83,17 +144,23 @@ def _console(stderr: bool = False) -> "Console":
 
 def error(message: str) -> None:
     """One message on stderr."""
-    _console(stderr=True).print("[bold red]error:[/]", _plain(message))
+    _print_labelled("error:", "bold red", message)
 
 
 def note(message: str) -> None:
     """One remark on stderr."""
-    _console(stderr=True).print("[yellow]note:[/]", _plain(message))
+    _print_labelled("note:", "yellow", message)
 
 
 def interrupted(message: str) -> None:
     """What is left behind by a verb that was interrupted, on stderr."""
-    _console(stderr=True).print("[bold red]Interrupted.[/]", _plain(message))
+    _print_labelled("Interrupted.", "bold red", message)
+
+
+def _print_labelled(label: str, style: str, message: str) -> None:
+    from rich.text import Text
+
+    _console(stderr=True).print(Text(label, style), _text(message))
 
 
 @contextmanager
@@ -105,15 +172,27 @@ def interrupts_say(left_behind: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(left_behind()) from interrupt
 
 
-def _plain(message: str) -> "Text":
+def _text(message: str) -> "Text":
+    """A text on one line, for rich: all that is printed goes through here, or is JSON."""
     from rich.text import Text
 
-    return Text(message)
+    return Text(printable.one_line(message))
+
+
+def say(sentence: str = "") -> None:
+    """A sentence on stdout, or an empty line."""
+    _console().print(_text(sentence))
 
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+    print_document(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def print_document(text: str) -> None:
+    """A JSON document in ASCII on stdout."""
+    # the one control character that JSON need not escape
+    typer.echo(text.replace("\x7f", r"\u007f"), nl=False)
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -127,7 +206,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
 
     table = Table(
-        title=title or None,
+        title=_text(title) if title else None,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_header=any(header),
@@ -137,9 +216,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         number = index in numbers
         # half a name is none; but a long one must not take the room of the figures
         short = max((len(row[index]) for row in rows), default=0) <= _SHORT
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=short)
+        table.add_column(_text(name), justify="right" if number else "left", overflow="fold", no_wrap=short)
     for row in rows:
-        table.add_row(*[_plain(cell) for cell in row])
+        table.add_row(*[_text(cell) for cell in row])
     _console().print(table, soft_wrap=False)
 
 
@@ -148,19 +227,25 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, where that is a terminal; warnings become notes below it, before an error if any."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..errors import EigenloraxWarning
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     stderr = _console(stderr=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EigenloraxWarning)
         try:
-            with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+            # whatever else is written meanwhile goes through `only_printable`, not through rich, which reads escapes
+            with Progress(
+                *columns,
+                console=stderr,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                disable=not stderr.is_terminal,
+            ) as bar:
                 tasks: dict[str, Any] = {}
 
                 def report(stage: str, done: int, total: int) -> None:
                     if stage not in tasks:
-                        tasks[stage] = bar.add_task(stage, total=total)
+                        tasks[stage] = bar.add_task(printable.one_line(stage), total=total)
                     bar.update(tasks[stage], completed=done, total=total)
 
                 yield report

@@ -150,7 +150,7 @@ def fit(
     folder.check_free(output, overwrite)
     budget = byte_count_of_text("--max-bytes", max_bytes) if max_bytes is not None else None
     aims = {"max_error": max_error, "max_bytes": budget, "ratio": ratio}
-    kept, before = output.parent / f".{output.name}.fitting", _manifest(output)
+    kept, before = checkpoint.beside(output), _manifest(output)
     with console.interrupts_say(lambda: _left_behind(output, before, kept)), console.working() as progress:
         pack = fit_adapters(
             adapters,

@@ -153,7 +153,7 @@ def report(
         for path in output or ():
             files.write(made, path)
     if json:
-        typer.echo(files.to_json(made), nl=False)
+        console.print_document(files.to_json(made))
         return
     show(made)
     for path in output or ():
@@ -162,12 +162,13 @@ def report(
 
 def show(made: "Report") -> None:
     """The verdict, on stdout."""
-    typer.echo(made.verdict.headline)
+    console.say(made.verdict.headline)
     for finding in made.verdict.findings:
         names = ", ".join(finding.adapters[:NAMED]) + ", …" * (len(finding.adapters) > NAMED)
-        typer.echo(f"\n{MARKS[finding.good]} {finding.text}" + f" ({names})" * bool(names))
+        console.say()
+        console.say(f"{MARKS[finding.good]} {finding.text}" + f" ({names})" * bool(names))
         if finding.advice:
-            typer.echo(f"  → {finding.advice}")
+            console.say(f"  → {finding.advice}")
     for note in made.notes:
         console.note(note)
 

@@ -13,20 +13,27 @@ from . import diffusers, folders, hf_peft, image_lora, image_lora_out, kohya, na
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How adapters of one format come in, and go out where they may. suffix: of a format of single files."""
+    """How adapters of one format come in, and go out where they may. dialect: of a format of single files."""
 
     read: Callable[..., Adapter]
     write: Callable[..., Path] | None = None
-    suffix: str = ""
+    dialect: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Return the suffix of the format's single files; empty for a format of folders."""
+        return "" if self.dialect is None else keys.LORA_SUFFIX
 
 
 PEFT = "peft"
 FORMATS = {
     PEFT: Format(hf_peft.read, hf_peft.write),
-    names.KOHYA: Format(kohya.read, kohya.write, keys.LORA_SUFFIX),
-    names.DIFFUSERS: Format(diffusers.read, diffusers.write, keys.LORA_SUFFIX),
-    names.OLD: Format(diffusers.read_old, diffusers.write_old, keys.LORA_SUFFIX),
-    names.DIFFUSION_MODEL: Format(diffusers.read_diffusion_model, diffusers.write_diffusion_model, keys.LORA_SUFFIX),
+    names.KOHYA: Format(kohya.read, kohya.write, names.KOHYA),
+    names.DIFFUSERS: Format(diffusers.read, diffusers.write, names.DIFFUSERS),
+    names.OLD: Format(diffusers.read_old, diffusers.write_old, names.OLD),
+    names.DIFFUSION_MODEL: Format(
+        diffusers.read_diffusion_model, diffusers.write_diffusion_model, names.DIFFUSION_MODEL
+    ),
     "official": Format(official.read),
 }
 _OF_PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
@@ -58,6 +65,15 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = No
     if chosen == PEFT and format_of(adapter.origin) != PEFT:
         adapter = image_lora_out.for_peft(adapter)
     return write(adapter, Path(path), **options)
+
+
+def check_named(adapter: Adapter, format: str) -> None:
+    """Raise `OptionError` where a format has no names for an adapter's modules or for what is beside its LoRA."""
+    dialect = writable(format).dialect
+    if dialect is not None:
+        image_lora_out.check(adapter, dialect)
+    elif format_of(adapter.origin) != PEFT:
+        image_lora_out.for_peft(adapter)
 
 
 def format_of(origin: Origin | None) -> str:

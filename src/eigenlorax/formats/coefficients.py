@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from .. import dtypes, keys, known, storages
+from .. import coded, dtypes, keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError, ShapeError
@@ -34,7 +34,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     heads: dict[str, Tensor] = {}
     fields = _fields(config, where)
     for key, tensor in storages.plain(
-        tensors, lambda: _sized(config, where), lambda: _of_then(_subspace(config, where), config)
+        tensors, lambda: _bounded(config, where), lambda: _of_then(_subspace(config, where), config)
     ).items():
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         if part in parts:
@@ -106,18 +106,14 @@ def slots(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
     return own
 
 
-def _sized(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
-    """The same of an adapter whose numbers are made with the rank that its config says: it is one of its subspace."""
+def _bounded(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
+    """The same of an adapter whose numbers are made with the ranks that its config states: those of its subspace."""
     found, subspace = slots(config, where), _subspace(config, where)
     for module, slot in found.items():
         if slot.place not in subspace.modules:
             raise ModuleNameError(f"{where}: module {module!r} is not in the subspace.")
         bases = subspace.modules[slot.place]
-        most = max(bases.down.dimension, bases.up.dimension)
-        if slot.rank > most:
-            raise ShapeError(
-                f"{where}: rank {slot.rank} of module {module!r} is more than the {most} numbers of its longer rows."
-            )
+        coded.check_rank(slot.rank, (bases.up.dimension, bases.down.dimension))
     return found
 
 

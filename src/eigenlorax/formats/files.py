@@ -4,7 +4,7 @@ What the tensors stand for is for the formats to say.
 """
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dtypes, keys
+from .. import boundary, dtypes, keys
 from ..errors import FormatError, UrlError
 from ..urls import RemoteFolder
-from . import config_file, folders, ranges
+from . import folders, ranges
 from .folders import Folder, Place
 
+LORA = "LORA"
+"""What PEFT calls the adapters that are read."""
 Load = Callable[[list[str]], list[Tensor]]
 """Reads tensors by name."""
 
@@ -104,14 +106,13 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         if isinstance(folder, RemoteFolder):
             _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    text, config = config_file.parse(folder.read(keys.ADAPTER_CONFIG, config_file.MAX_BYTES), path)
+    text, config = boundary.json_object(folder.read(keys.ADAPTER_CONFIG, boundary.MAX_JSON_BYTES), path)
     kind = config.get("peft_type")
     if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
             f"{folder} holds coefficients of a pack already. `eigenlorax export` gives it back as an ordinary LoRA."
         )
-    if kind not in ("LORA", keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE):
-        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
+    check_config(config, path, (LORA, keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE))
     return text, config
 
 
@@ -123,6 +124,21 @@ def _check_is_there(folder: RemoteFolder) -> None:
         raise UrlError(f"{folder} does not exist.{private}")
     if kind == "file":
         raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
+
+
+def check_config(config: dict[str, Any], path: str, kinds: Sequence[str] = (LORA,)) -> None:
+    """`FormatError` where the config of an adapter is of none of these kinds, or a field that has to be a text, or a
+    list of them, is something else."""
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
+    for field in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(field), str | None):
+            raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
+    for field in ("modules_to_save", "target_parameters"):
+        value = config.get(field) or []
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise FormatError(f"{path}: {field} is {value!r}; a list of texts was expected.")
 
 
 def _open_safetensors(folder: Folder, name: str) -> tuple[str, int, dict[str, Header], Load, dict[str, str]]:

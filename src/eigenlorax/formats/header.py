@@ -13,10 +13,10 @@ from typing import Any, TypeGuard
 
 import torch
 
+from ..boundary import MAX_HEADER_BYTES
 from ..errors import FormatError
 
 LENGTH_BYTES = 8
-_MAX_LENGTH = 100_000_000
 _MAX_DIMENSIONS = 64
 """Of a tensor of torch's."""
 METADATA = "__metadata__"
@@ -62,8 +62,10 @@ def length(first: bytes, size: int, where: str) -> int:
     if size < LENGTH_BYTES:
         raise _damaged(where, f"it has {size} bytes, fewer than the {LENGTH_BYTES} that it has to begin with")
     stated = int.from_bytes(first[:LENGTH_BYTES], "little")
-    if stated > _MAX_LENGTH:
-        raise _damaged(where, f"its header would have {stated:,} bytes, more than the {_MAX_LENGTH:,} one may have")
+    if stated > MAX_HEADER_BYTES:
+        raise _damaged(
+            where, f"its header would have {stated:,} bytes, more than the {MAX_HEADER_BYTES:,} one may have"
+        )
     if LENGTH_BYTES + stated > size:
         raise _damaged(where, f"it ends within its header, which has {stated:,} bytes; the file has {size:,}")
     return stated

@@ -165,6 +165,9 @@ def _understood(layers: Mapping[str, _Tensors], where: str) -> dict[str, Layer]:
             unknown.append(stem)
         else:
             found[stem] = one
+    if not any(names.is_of_image_model(part.module) for one in found.values() for part in one.parts):
+        # a name such as `transformer.h.0.attn.c_attn` is below a component and of a text model all the same
+        unknown = list(layers)
     if unknown:
         if all(stem.startswith(keys.MODEL_PREFIX) for stem in unknown):
             raise FormatError(

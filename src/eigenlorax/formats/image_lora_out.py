@@ -46,6 +46,14 @@ def write(
     return path
 
 
+def check(adapter: Adapter, dialect: str) -> None:
+    """Raise the error that writing an adapter in a dialect would raise, by its names and DoRA magnitudes alone."""
+    kind = layers.kind(adapter, dialect)
+    carried = _carried(adapter, kind)
+    for stem, members in layers.layers(adapter, kind).items():
+        _magnitude(adapter, stem, kind, members, carried)
+
+
 def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) -> bytes:
     """The file of an adapter in a dialect: factors, alphas where they are tensors, DoRA's magnitudes, and metadata."""
     kind = layers.kind(adapter, dialect)
@@ -67,9 +75,7 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
             tensors[key] = rounded(tensor, dtype, where)
         if dialect in (KOHYA, DIFFUSION_MODEL):
             tensors[f"{stem}.alpha"] = torch.tensor(lora_config.alpha_of(len(factors.down), factors.scaling))
-        magnitudes = [carried.pop(module) for module, _ in members if module in carried]
-        if magnitudes:
-            tensors |= _magnitude(stem, kind, members, magnitudes, factors, where)
+        tensors |= _magnitude(adapter, stem, kind, members, carried)
     metadata = _metadata(adapter, kind)
     data = safetensors_file.to_bytes(tensors, metadata)
     if adapter.origin is not None and _MODEL_HASH in adapter.origin.metadata:
@@ -168,25 +174,30 @@ def _carried(adapter: Adapter, kind: Kind) -> dict[str, Tensor]:
 
 
 def _magnitude(
-    stem: str, kind: Kind, members: Members, magnitudes: list[Tensor], factors: LoRAFactors, where: str
+    adapter: Adapter, stem: str, kind: Kind, members: Members, carried: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The magnitudes of a layer, under the key and in the shape of its dialect."""
+    """The magnitudes of a layer, under the key and in the shape of its dialect; empty where it has none."""
+    magnitudes = [carried[module] for module, _ in members if module in carried]
+    if not magnitudes:
+        return {}
+    where = f"{adapter.name!r}, module {members[0][0]}"
     if len(magnitudes) != len(members):
         raise OptionError(f"adapter {where}: only some of the parts of {stem!r} have a DoRA magnitude.")
-    n_out = len(factors.up)
+    spec, rows = adapter.specs[members[0][0]], members[0][1].rows
+    n_out = spec.out_features if rows in (Rows.ALL, Rows.SWAPPED) else sum(layers.heights(adapter, members))
     by_output = all(is_by_output(one) for one in magnitudes)
     if kind.dialect in (KOHYA, DIFFUSION_MODEL):
         if not by_output:
             return {f"{stem}.dora_scale": owned(magnitudes[0])}
         whole = torch.cat([one.reshape(-1) for one in magnitudes])
-        if members[0][1].rows is Rows.SWAPPED:
+        if rows is Rows.SWAPPED:
             whole = torch.cat(tuple(reversed(whole.chunk(2))))
         if len(whole) != n_out:
             raise OptionError(f"adapter {where}: its DoRA magnitude has {len(whole)} numbers, not {n_out}.")
-        return {f"{stem}.dora_scale": owned(whole.reshape(n_out, *[1] * max(1, 1 + len(factors.kernel))))}
+        return {f"{stem}.dora_scale": owned(whole.reshape(n_out, *[1] * max(1, 1 + len(spec.kernel))))}
     # diffusers renames its own models' keys; those of text encoders go to transformers as they are
     tail = ".weight" if stem.startswith("text_encoder") else ""
-    return {f"{stem}.lora_magnitude_vector{tail}": owned(as_peft(magnitudes[0], factors.kernel, where))}
+    return {f"{stem}.lora_magnitude_vector{tail}": owned(as_peft(magnitudes[0], spec.kernel, where))}
 
 
 def is_by_output(magnitude: Tensor) -> bool:
