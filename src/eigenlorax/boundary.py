@@ -41,7 +41,6 @@ PARSE_FAILURES = (
     AssertionError,
     AttributeError,
     LookupError,
-    MemoryError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -60,12 +59,15 @@ _NOT_THERE = {ENOENT, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG, ENXIO}
 def as_specified(where: Path | str) -> Iterator[None]:
     """Raise `PackDamagedError` for whatever goes wrong in the block because a pack is not as its format asks.
 
-    where: the file or folder that is read, for the message. Errors of packs pass through.
+    where: the file or folder that is read, for the message. Errors of packs pass through; `PackError` where memory is
+    short, of which the pack may be innocent.
     """
     try:
         yield
     except PackError:
         raise
+    except MemoryError as error:
+        raise PackError(f"{where} cannot be read: it takes more memory than there is.") from error
     except PARSE_FAILURES as error:
         kind = "" if isinstance(error, EigenloraxError) else f"{type(error).__name__}: "
         raise PackDamagedError(
