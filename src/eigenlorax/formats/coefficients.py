@@ -9,10 +9,11 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from .. import coded, dtypes, keys, known, storages
+from .. import dtypes, keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError, ShapeError
+from ..keys import Kind
 from ..storages import Slot
 from ..subspace import Subspace
 from ..typed import UnfitError, typed
@@ -34,13 +35,13 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     heads: dict[str, Tensor] = {}
     fields = _fields(config, where)
     for key, tensor in storages.plain(
-        tensors, lambda: _bounded(config, where), lambda: _of_then(_subspace(config, where), config)
+        tensors, lambda: slots(config, where), lambda: _of_then(_subspace(config, where), config)
     ).items():
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         if part in parts:
             own.setdefault(module, {})[part] = tensor
         else:
-            heads[key] = tensor
+            heads[_checked_head(key, config, where)] = tensor
     if not own:
         raise FormatError(
             f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. An adapter of a pack is given "
@@ -106,15 +107,15 @@ def slots(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
     return own
 
 
-def _bounded(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
-    """The same of an adapter whose numbers are made with the ranks that its config states: those of its subspace."""
-    found, subspace = slots(config, where), _subspace(config, where)
-    for module, slot in found.items():
-        if slot.place not in subspace.modules:
-            raise ModuleNameError(f"{where}: module {module!r} is not in the subspace.")
-        bases = subspace.modules[slot.place]
-        coded.check_rank(slot.rank, (bases.up.dimension, bases.down.dimension))
-    return found
+def _checked_head(key: str, config: Mapping[str, Any], where: str) -> str:
+    """`key`, if it is one that an ordinary LoRA may have for a head: a file of one is what the adapter becomes."""
+    try:
+        kind = keys.parse_peft_key(key, config.get("modules_to_save") or ()).kind
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error
+    if kind is not Kind.HEAD:
+        raise FormatError(f"{where}: tensor {key!r} is one of a LoRA, and no coefficients.")
+    return key
 
 
 def _embedded(found: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
