@@ -1,6 +1,7 @@
 """Files and values from outside: bounds that are checked before memory is taken, and one place that turns every failure
 to parse them into an error of ours. SECURITY.md says what is promised."""
 
+import json
 import os
 import stat
 import zlib
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -21,6 +23,9 @@ MAX_CORE = 1 << 10
 """Largest number of components per side between which a coded core is read; the encoder stops at half of it."""
 MAX_JSON_BYTES = 1 << 26
 """Largest size of a JSON file of an adapter."""
+MAX_DEPTH = 100
+"""Largest number of lists and objects in one another in such a file. Python reads what is ten times as deep, and then
+cannot write it."""
 MAX_MANIFEST_BYTES = 1 << 30
 """Largest size of a manifest."""
 MAX_HEADER_BYTES = 100_000_000
@@ -95,6 +100,32 @@ def read_file(path: Path, limit: int) -> bytes:
             return file.read(status.st_size)
     finally:
         os.close(descriptor)
+
+
+def json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
+    """Return the text of a JSON file that holds an object, and the object. `FormatError` for anything else.
+
+    where: the file, for the message.
+    """
+    try:
+        text = data.decode("utf-8")
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not valid JSON: {reason(error)}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{where} holds a JSON {type(found).__name__}; an object was expected.")
+    if _depth(found) > MAX_DEPTH:
+        raise FormatError(f"{where} has more than {MAX_DEPTH} lists and objects in one another.")
+    return text, found
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects are in one another."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
 
 
 def _missing(path: Path) -> FileNotFoundError:

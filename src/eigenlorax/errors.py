@@ -24,11 +24,25 @@
 Each class carries the exit code that the command line leaves with (docs/cli.md).
 """
 
+MAX_MESSAGE = 2000
+"""Characters of a message. One that names what a file holds would be as long as the file."""
+
+
+def _shortened(message: str) -> str:
+    """Return a message, without its middle where it is too long: the file comes first, and what to do last."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    half = MAX_MESSAGE // 2 - 20
+    return f"{message[:half]} … {len(message) - 2 * half:,} characters … {message[-half:]}"
+
 
 class EigenloraxError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_code = 3
+
+    def __str__(self) -> str:
+        return _shortened(super().__str__())
 
 
 class FormatError(EigenloraxError, ValueError):
@@ -123,6 +137,9 @@ def reason(error: BaseException) -> str:
 
 class EigenloraxWarning(UserWarning):
     """Base of every warning: surprising, but fine."""
+
+    def __str__(self) -> str:
+        return _shortened(super().__str__())
 
 
 class SkippedAdapterWarning(EigenloraxWarning):

@@ -13,7 +13,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from . import chunks, coded, keys, metrics, narrowing, storages
+from . import boundary, chunks, coded, keys, metrics, narrowing, storages
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin, is_kernel
 from .checks import Scan
@@ -308,8 +308,7 @@ def from_files(
     Whatever a parser raises leaves this function: who calls it does so within `boundary.as_specified`.
     """
     tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
-    source_config = files[keys.SOURCE_CONFIG].decode("utf-8")
-    source = _object(source_config, keys.SOURCE_CONFIG)
+    source_config, source = boundary.json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     places = {module: config.subspace_modules.get(module, module) for module in config.target_modules}
@@ -334,7 +333,7 @@ def from_files(
     carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
     origin = None
     if keys.SOURCE_FILE in files:
-        origin = typed(Origin, _object(files[keys.SOURCE_FILE], keys.SOURCE_FILE), keys.SOURCE_FILE)
+        origin = typed(Origin, boundary.json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE)
     return PackedAdapter(
         name,
         coefficients,
@@ -361,14 +360,8 @@ class _Config:
 
 def _selected(data: bytes) -> dict[str, Any]:
     """The fields of `_Config` in an adapter's config; the others are for PEFT."""
-    config = {keys.KERNELS: {}, **_object(data, keys.ADAPTER_CONFIG)}
+    config = {keys.KERNELS: {}, **boundary.json_object(data, keys.ADAPTER_CONFIG)[1]}
     return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
-
-
-def _object(text: str | bytes, file: str) -> dict[str, Any]:
-    """The JSON object of a file; `UnfitError` for other JSON, `ValueError` for what is none."""
-    found: dict[str, Any] = typed(dict, json.loads(text), file)
-    return found
 
 
 def _check_padding(record: Record, slots: Sequence[Slot]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import documents
@@ -81,8 +81,12 @@ def write(tree: Tree, folder: Path) -> None:
     """The input as files."""
     folder.mkdir()
     made = {folder}
+    specials = {name for name, data in tree.items() if isinstance(data, Special)}
     for name, data in tree.items():
         path = folder / name
+        if specials & {str(parent) for parent in PurePosixPath(name).parents}:
+            # of two changes, one has made a folder something else
+            continue
         if path.parent not in made:
             path.parent.mkdir(parents=True, exist_ok=True)
             made.add(path.parent)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from eigenlorax.errors import EigenloraxError
+from eigenlorax.errors import MAX_MESSAGE, EigenloraxError
 
 from . import changes
 from .changes import Change, Tree
@@ -34,13 +34,12 @@ from .targets import TARGETS, Target, WrongError
 
 SECONDS = 2.0
 """Processor time that a case may take."""
-KILL_SECONDS, WAIT_SECONDS = 10, 30
+KILL_SECONDS, WAIT_SECONDS = 10, 20
 """Processor time, and time on the clock, after which the process of a case is killed."""
 BYTES_PER_BYTE, ADAPTERS, ALLOWANCE = 10, 3, 200 << 20
 """Memory that a case may take: so many times its files, and the largest exported adapter, and so many bytes."""
 ADDRESS_SPACE = 24 << 30
 """A process may have so much more address space: what asks for more ends in a MemoryError, and no machine in swap."""
-LONGEST_MESSAGE = 20_000
 
 
 @dataclass(frozen=True)
@@ -274,8 +273,8 @@ def _measured(case: Case, folder: Path) -> list[Any]:
         kind = "done"
     except EigenloraxError as error:
         kind = type(error).__name__
-        if len(str(error)) > LONGEST_MESSAGE:
-            cause, detail = f"{kind} with a message that has no end", f"{len(str(error)):,} characters: {error!s:.200}"
+        if len(str(error)) > MAX_MESSAGE:
+            cause, detail = f"{kind} with a message that is too long", f"{len(str(error)):,} characters: {error!s:.200}"
     except WrongError as error:
         cause, detail = f"{str(error).partition(':')[0][:100]}", str(error)[:2000]
     except BaseException as error:  # noqa: BLE001

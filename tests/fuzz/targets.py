@@ -15,7 +15,7 @@ import eigenlorax as ex
 from eigenlorax import checks, keys, store
 from eigenlorax.cli import main
 from eigenlorax.cli.report import show as show_report
-from eigenlorax.errors import EigenloraxError
+from eigenlorax.errors import MAX_MESSAGE, EigenloraxError
 from eigenlorax.reports import files as report_files
 from eigenlorax.tasks import data as rows
 from eigenlorax.tasks.options import Columns
@@ -25,8 +25,6 @@ from .changes import Change, Tree
 
 EXIT_CODES = {0, 3, 4}
 """Of the command, where what it reads is at fault: done, or an error of ours."""
-LONGEST_MESSAGE = 20_000
-"""Characters of an error on the terminal, at most."""
 
 
 class WrongError(Exception):
@@ -295,7 +293,7 @@ def run_command(folder: Path) -> int:
         raise WrongError(f"`{' '.join(arguments)}` has printed a traceback: {said[-300:]}")
     if control := next((one for one in shown + said if _is_control(one)), None):
         raise WrongError(f"`{' '.join(arguments)}` has printed the control character {control!r}")
-    if code and len(said) > LONGEST_MESSAGE:
+    if code and len(said) > 10 * MAX_MESSAGE:
         raise WrongError(f"`{' '.join(arguments)}` has printed an error of {len(said):,} characters")
     if code:
         raise CommandRefusedError

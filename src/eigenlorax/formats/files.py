@@ -3,7 +3,6 @@
 What the tensors stand for is for the formats to say.
 """
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dtypes, keys
+from .. import boundary, dtypes, keys
 from ..errors import FormatError, UrlError
 from ..urls import RemoteFolder
 from . import folders, ranges
@@ -107,13 +106,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         if isinstance(folder, RemoteFolder):
             _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    try:
-        text = folder.read(keys.ADAPTER_CONFIG).decode("utf-8")
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
+    text, config = boundary.json_object(folder.read(keys.ADAPTER_CONFIG, boundary.MAX_JSON_BYTES), path)
     kind = config.get("peft_type")
     if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
