@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
@@ -17,19 +18,32 @@ class _Terminal(io.StringIO):
         return True
 
 
-def run(*arguments: object, columns: int = 80, kind: str = "xterm") -> Done:
-    """The command where stdout and stderr are a terminal. kind: one that is "dumb" gets no escapes for colours."""
+def shown(call: Callable[[], object], *, columns: int = 80, kind: str = "xterm") -> tuple[str, str]:
+    """What a call writes to stdout, without escapes, and to stderr where both are a terminal. One that is "dumb" gets
+    no escapes."""
     out, err = _Terminal(), _Terminal()
     with (
         patch.dict(os.environ, {"COLUMNS": str(columns), "TERM": kind}),
         patch.multiple(sys, stdout=out, stderr=err),
-        pytest.raises(SystemExit) as left,
     ):
-        main([str(argument) for argument in arguments])
-    code = left.value.code
-    return Done(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
+        call()
+    return without_escapes(out.getvalue()) if kind != "dumb" else out.getvalue(), err.getvalue()
 
 
-def without_colours(text: str) -> str:
-    """What a terminal shows of a text."""
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
+def run(*arguments: object, columns: int = 80, kind: str = "xterm") -> Done:
+    """The command there."""
+    left: list[object] = []
+
+    def leave() -> None:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        left.append(leaving.value.code)
+
+    out, err = shown(leave, columns=columns, kind=kind)
+    (code,) = left
+    return Done(code if isinstance(code, int) else int(code is not None), out, err)
+
+
+def without_escapes(text: str) -> str:
+    """A text without its colours and moves of the cursor."""
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", text)

@@ -4,14 +4,16 @@ import errno
 import os
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 import children
 from children import KILLED, at_change, kill, needs_fork
-from eigenlorax import store
+from eigenlorax import staging, store
 from eigenlorax.errors import PackBusyError, PackExistsError
-from outcomes import contents
+from outcomes import contents, succeeded
 
 FILES = {"config.json": b"{}", "weights": b"\0" * 3000, "empty": b""}
 OTHERS = {"config.json": b"[]", "weights": b"\1" * 2000}
@@ -82,17 +84,19 @@ class TestWriteFolder:
 
     @needs_fork
     @pytest.mark.parametrize("happen", ["killed", "refused"])
-    @pytest.mark.parametrize("replaced", [False, True])
-    def test_is_there_whole_or_not_at_all_wherever_it_is_stopped(self, tmp_path, happen, replaced):
+    @pytest.mark.parametrize("replaced", ["nothing", "by an exchange", "by two renames"])
+    def test_is_there_whole_or_not_at_all_wherever_it_is_stopped(self, tmp_path, monkeypatch, happen, replaced):
         def refuse():
             sys.stdout.write("reached")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+        if replaced == "by two renames":
+            monkeypatch.setattr(store, "exchange", lambda one, other: False)
         seen = set()
         for n in range(1, 60):
             place = tmp_path / str(n) / "a"
             place.parent.mkdir()
-            if replaced:
+            if replaced != "nothing":
                 store.write_folder(place, OTHERS)
 
             def stopped(n=n, place=place):
@@ -107,19 +111,28 @@ class TestWriteFolder:
                 break
             there = contents(place)
             left = [path for path in place.parent.iterdir() if path != place]
-            # a folder that is replaced is two renames: between them it is beside, whole, under a name of its own
-            aside = replaced and not place.exists()
+            # a folder that is replaced by two renames is aside between them, and back when anybody asks
+            aside = replaced == "by two renames" and not place.exists()
+            if aside:
+                assert done.code == KILLED
+                store.recover(place)
+                there = contents(place)
+                assert there == OTHERS
             seen.add("aside" if aside else "new" if there == FILES else "old" if there == OTHERS else "none")
             assert there in ({}, FILES, OTHERS)
-            if aside:
-                assert OTHERS in [contents(path) for path in left]
-                assert done.code == KILLED
             if done.code == 6:
                 assert left == []
-                assert there == (OTHERS if replaced else {})
+                assert there == ({} if replaced == "nothing" else OTHERS)
+            # the next writer of the same folder leaves nothing beside it
+            store.write_folder(place, FILES, overwrite=True)
+            assert contents(place) == FILES
+            assert list(place.parent.iterdir()) == [place]
         assert contents(place) == FILES
-        assert {"old" if replaced else "none"} <= seen
-        assert "new" in seen or not replaced
+        wanted = {"none"} if replaced == "nothing" else {"old"}
+        wanted |= {"aside"} if (replaced, happen) == ("by two renames", "killed") else set()
+        # some changes are not needed, such as the removal of what was replaced
+        wanted |= {"new"} if (replaced, happen) != ("nothing", "killed") else set()
+        assert seen == wanted
 
     def test_what_a_killed_writer_left_is_swept(self, tmp_path):
         (tmp_path / f"{store.STAGING}1").mkdir()
@@ -128,6 +141,102 @@ class TestWriteFolder:
         (tmp_path / "mine").write_text("mine")
         store.sweep_staging(tmp_path)
         assert contents(tmp_path) == {"mine": b"mine"}
+
+
+class TestStaging:
+    """What writers that were killed have left goes, and what belongs to one at work stays."""
+
+    def left(self, path, make):
+        """What a process that was killed has claimed for `path`."""
+
+        def die():
+            with staging.claimed(path, make) as beside:
+                sys.stdout.write(str(beside))
+                sys.stdout.flush()
+                kill()
+
+        done = children.run(die)
+        assert done.code == KILLED
+        return Path(done.out)
+
+    @needs_fork
+    @pytest.mark.parametrize("make", [staging.make_file, staging.make_folder])
+    def test_what_a_killed_writer_has_left_goes_with_the_next_one_of_the_same_path(self, tmp_path, make):
+        left = self.left(tmp_path / "a", make)
+        other = self.left(tmp_path / "b", make)
+        store.write_file(tmp_path / "a", b"data")
+        assert sorted(tmp_path.iterdir()) == sorted([other, tmp_path / "a"])
+        (tmp_path / "a").unlink()
+        store.write_folder(tmp_path / "a", FILES)
+        assert sorted(tmp_path.iterdir()) == sorted([other, tmp_path / "a"])
+        assert left != other
+
+    @needs_fork
+    def test_a_sweep_takes_what_killed_writers_have_left_of_any_path_and_nothing_else(self, tmp_path):
+        for name in ("a", "b"):
+            self.left(tmp_path / name, staging.make_folder)
+        mine = [".writing-notes", ".writing-0123456789abcdef", ".writing-01234567-old", "01234567-0"]
+        for name in mine:
+            (tmp_path / name).mkdir()
+        (tmp_path / ".writing-01234567-5").symlink_to(".writing-notes")
+        with staging.claimed(tmp_path / "a", staging.make_folder) as in_use:
+            staging.sweep(tmp_path)
+            assert {path.name for path in tmp_path.iterdir()} == {*mine, ".writing-01234567-5", in_use.name}
+            assert staging.is_in_use(in_use)
+            store.sweep_staging(tmp_path)
+            assert {path.name for path in tmp_path.iterdir()} == {"01234567-0", in_use.name}
+
+    def test_writers_of_one_path_do_not_touch_each_other(self, tmp_path):
+        with store.staged(tmp_path / "a", b"first") as first, store.staged(tmp_path / "a", b"second") as second:
+            second()
+            store.write_file(tmp_path / "a", b"third")
+            first()
+        assert contents(tmp_path) == {"a": b"first"}
+
+    @needs_fork
+    @pytest.mark.parametrize("exchanged", [True, False])
+    def test_many_that_write_one_folder_at_once_leave_one_of_theirs(self, tmp_path, monkeypatch, exchanged):
+        if not exchanged:
+            monkeypatch.setattr(store, "exchange", lambda one, other: False)
+        whole = [{"config.json": b"%d" % number, "weights": b"%d" % number} for number in range(4)]
+        store.write_folder(tmp_path / "a", whole[0])
+
+        def write(number):
+            for _ in range(20):
+                # two that have only renames may come between those of each other, and one is refused then
+                with suppress(() if exchanged else OSError):
+                    store.write_folder(tmp_path / "a", whole[number], overwrite=True)
+
+        writers = [children.start(lambda number=number: write(number)) for number in range(4)]
+        for wait in writers:
+            succeeded(wait())
+        store.recover(tmp_path / "a")
+        staging.sweep(tmp_path)
+        assert contents(tmp_path / "a") in whole
+        assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@needs_fork
+@pytest.mark.parametrize("before", [b"old", None])
+def test_a_file_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(tmp_path, before):
+    seen = set()
+    for n in range(1, 20):
+        path = tmp_path / str(n) / "file"
+        path.parent.mkdir()
+        if before is not None:
+            path.write_bytes(before)
+
+        def killed(n=n, path=path):
+            at_change(n, path.parent, kill)
+            store.write_file(path, b"new")
+
+        done = children.run(killed)
+        seen.add(path.read_bytes() if path.exists() else None)
+        store.write_file(path, b"new")
+        assert contents(path.parent) == {"file": b"new"}
+        if done.code == 0:
+            break
+    assert seen == {before, b"new"}
 
 
 class TestMade:

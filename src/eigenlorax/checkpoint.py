@@ -7,13 +7,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from . import store
-from .errors import OptionError
+from .errors import OptionError, PackError
 
 _KEY = "fit.json"
 _LOCK = ".lock"
@@ -95,10 +95,37 @@ def count(folder: Path) -> int:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint, if there is one."""
-    if folder.exists():
-        _check_is_one(folder)
-        store.remove(folder)
+    """Delete a checkpoint, if there is one. `PackBusyError` where a fit is at work in it.
+
+    A process that is killed meanwhile leaves a checkpoint of fewer modules.
+    """
+    if not folder.exists():
+        return
+    _check_is_one(folder)
+    with store.lock(folder / _LOCK, timeout=0.0):
+        for path in folder.iterdir():
+            if path.name != _LOCK:
+                store.remove(path)
+    # another fit may have begun in it
+    with suppress(OSError):
+        (folder / _LOCK).unlink()
+        folder.rmdir()
+
+
+def discard_beside(pack: Path) -> None:
+    """Delete what a fit of a pack, which has been written by now, has kept; not while one is at work, nor anything else
+    that has the name."""
+    with suppress(OptionError, PackError, OSError):
+        discard(beside(pack))
+
+
+def discard_finished(pack: Path, manifest: Path) -> None:
+    """Do the same where the pack was written after the last module was kept: the fit was killed before it could."""
+    folder = beside(pack)
+    if manifest.is_file() and folder.is_dir():
+        kept = [path.stat().st_mtime_ns for path in _files(folder)]
+        if max(kept, default=0) <= manifest.stat().st_mtime_ns:
+            discard_beside(pack)
 
 
 def _files(folder: Path) -> list[Path]:

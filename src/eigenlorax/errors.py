@@ -4,7 +4,7 @@
     ├── FormatError           a file is not what it should be: truncated, wrong JSON, a pickle, an unknown tensor
     ├── ShapeError            tensors that must agree in shape do not
     ├── BaseModelError        adapters of different base models
-    ├── NonFiniteError        NaN or Inf in an adapter, or in its rounding to the stored dtype
+    ├── NonFiniteError        NaN or Inf in an adapter, or a dtype that has no room for its numbers
     ├── AdapterNameError      a name that is not allowed, not there, or there twice
     ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
     ├── OptionError           an option outside its range
@@ -58,7 +58,7 @@ class BaseModelError(EigenloraxError, ValueError):
 
 
 class NonFiniteError(EigenloraxError, ValueError):
-    """NaN or Inf in an adapter, or in its rounding to the stored dtype."""
+    """NaN or Inf in an adapter, or a dtype that has no room for its numbers: too large for it, or too small."""
 
 
 class AdapterNameError(EigenloraxError, ValueError):
@@ -152,6 +152,10 @@ class SourceWarning(EigenloraxWarning):
 
 class NothingSharedWarning(EigenloraxWarning):
     """Adapters that have no module in common with the others, so that nothing is shared between them."""
+
+
+class RoundingWarning(EigenloraxWarning):
+    """Rounding to a narrower dtype changes an adapter's update by more than rounding should."""
 
 
 class RowsWarning(EigenloraxWarning):

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from . import basis as one
-from . import card, keys, manifest, packed, storages, store
+from . import card, checkpoint, keys, manifest, packed, storages, store
 from .basis import Basis
 from .boundary import (
     ALLOWANCE,
@@ -415,6 +415,7 @@ def write(
         if before is None or _content(before) != _content(new):
             _remove_reports(folder)
         _tidy(folder, new)
+    checkpoint.discard_beside(folder)
     return store.digest(data)
 
 

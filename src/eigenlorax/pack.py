@@ -13,9 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import dtypes, folder, formats, hub, joining, keys, known, manifest, metrics, packed, remote, storages, store
+from . import (
+    dtypes,
+    folder,
+    formats,
+    hub,
+    joining,
+    keys,
+    known,
+    manifest,
+    metrics,
+    narrowing,
+    packed,
+    remote,
+    staging,
+    storages,
+    store,
+)
 from . import subspace as spaces
-from .adapter import Adapter, Lazy
+from .adapter import Adapter, Lazy, LoRAFactors
 from .coding import Point
 from .errors import (
     WARN_ABOVE,
@@ -27,7 +43,7 @@ from .errors import (
     UntrainedAdapterWarning,
 )
 from .extension import Progress
-from .formats import hf_peft, sources
+from .formats import sources
 from .joining import Host
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .options import names as listed
@@ -264,8 +280,11 @@ class Pack:
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
         that nothing is rounded a second time."""
-        widest = torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
-        return packed.unpacked(self.packed(name), self.subspace, dtype or widest)
+        return packed.unpacked(self.packed(name), self.subspace, dtype or self._widest)
+
+    @property
+    def _widest(self) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
 
     def export(
         self,
@@ -281,8 +300,8 @@ class Pack:
 
         One that came as a PEFT folder becomes the folder `directory`/NAME, one that came as a single file becomes
         `directory`/NAME.safetensors, in the dialect it had. format: the one for all of them, whatever they came in.
-        Names, what is there, what the format has names for, and the pack's bytes are checked before the first one is
-        written.
+        Names, what is there, what the format has names for, what the dtype has room for, and the pack's bytes are
+        checked before the first one is written.
         """
         wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -294,13 +313,15 @@ class Pack:
         targets = {name: Path(directory) / (name + formats.writable(chosen[name]).suffix) for name in wanted}
         for name, target in targets.items():
             folder.check_outside(target)
+            store.recover(target)
             if formats.writable(chosen[name]).suffix:
                 store.check_file_free(target, overwrite)
             else:
                 store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
-            formats.check_named(self.adapter(name), chosen[name])
-            self._check_fits(name, parsed)
+            self._check_writable(name, chosen[name], parsed or self._widest)
+        if Path(directory).is_dir():
+            staging.sweep(Path(directory))
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
                 progress("exporting adapters", done, len(targets))
@@ -319,17 +340,22 @@ class Pack:
 
         It comes on top of the `delta_error` of the adapter's record, which is that of the pack.
         """
-        exact = self.adapter(name, torch.float64).modules
-        return metrics.rounding_error(exact, self.adapter(name, dtypes.parse(dtype)).modules)
+        narrow, found = dtypes.parse(dtype) or self._widest, self.packed(name)
+        exact, kept = (packed.unpacked(found, self.subspace, one).modules for one in (torch.float64, narrow))
+        # a difference is exact between factors of one gauge alone
 
-    def _check_fits(self, name: str, dtype: torch.dtype | None) -> None:
-        """Read an adapter, and, where a dtype is asked for, see that its factors fit in it."""
+        def of_same_gauge(module: str) -> LoRAFactors:
+            return narrowing.balanced(exact[module], narrow) if module in found.places else exact[module]
+
+        return metrics.rounding_error(Lazy(exact, of_same_gauge), kept)
+
+    def _check_writable(self, name: str, format: str, dtype: torch.dtype) -> None:
+        """Read an adapter, see that its factors fit in a dtype, and that a format has names for all it has."""
         found = self.packed(name)
-        if dtype is None:
-            return
-        for module, factors in packed.unpacked(found, self.subspace, torch.float64).modules.items():
-            for factor in (factors.down, factors.up):
-                hf_peft.rounded(factor, dtype, f"{name!r}, module {module}")
+        exact = packed.unpacked(found, self.subspace, torch.float64).modules
+        for _ in narrowing.all_checked(name, Lazy(found.places, exact.__getitem__), dtype):
+            pass
+        formats.check_writable(packed.unpacked(found, self.subspace, dtype), format)
 
     def verify(self) -> None:
         """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""

@@ -13,7 +13,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from . import boundary, chunks, coded, keys, metrics, storages
+from . import boundary, chunks, coded, keys, metrics, narrowing, storages
 from . import subspace as spaces
 from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin, is_kernel
 from .checks import Scan
@@ -206,7 +206,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
 
     def factors(module: str) -> LoRAFactors:
         if module in bases:
-            return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
+            return narrowing.narrowed(spaces.reconstruct(packed.coefficients[module], bases[module]), dtype)
         return carried.modules[module]
 
     outlines = storages.outlines(packed.coefficients)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import filelock
 
+from . import staging
 from .errors import PackBusyError, PackExistsError
+from .exchange import exchange
 
 Files = Mapping[str, bytes]
 
-STAGING = ".writing-"
+STAGING = staging.PREFIX
 
 
 def digest(data: bytes) -> str:
@@ -50,9 +52,23 @@ def read_plain(path: Path, at_most: int) -> bytes | None:
         os.close(handle)
 
 
-def _beside(path: Path) -> Path:
-    """A name for what will become `path`, or was it: in the same folder, so that renaming is one step."""
-    return path.parent / f"{STAGING}{secrets.token_hex(8)}"
+def _write(path: Path, data: bytes, mode: str) -> None:
+    """Write a file's content, and flush it to the disk."""
+    with open(path, mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error say which file it is about: a write does not say where the disk was full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -61,19 +77,9 @@ def staged(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
 
     Room on the disk is needed before the block, not in it. After an error, what was not put in place is removed.
     """
-    beside = _beside(path)
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with staging.claimed(path, staging.make_file) as beside, _naming(path):
+        _write(beside, data, "wb")
         yield lambda: os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            # a write does not say where the disk was full
-            error.filename = str(path)
-        raise
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -144,45 +150,59 @@ def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False)
 
 def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
     """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced."""
+    recover(path)
     check_replaceable(path, files, overwrite)
-    beside = _beside(path)
-    with made(path.parent):
-        try:
-            beside.mkdir()
-            for name, data in files.items():
-                write_file(beside / name, data)
-            _put_in_place(beside, path)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+    with made(path.parent), staging.claimed(path, staging.make_folder) as beside:
+        for name, data in files.items():
+            with _naming(path / name):
+                _write(beside / name, data, "xb")
+        _put_in_place(beside, path)
 
 
 def _put_in_place(beside: Path, path: Path) -> None:
-    """Rename a folder to `path`, away from which goes what is there, and comes back if that fails."""
+    """Rename a folder to `path`; what is there is removed, or comes back if that fails.
+
+    The two change places in one step where the system can do that. Elsewhere there are two renames, and a process that
+    is killed between them leaves the old folder aside, from where `recover` takes it back.
+    """
     if not path.exists():
         os.replace(beside, path)
         return
-    old = _beside(path)
-    os.replace(path, old)
-    try:
-        os.replace(beside, path)
-    finally:
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, path)
+    old = beside
+    if not exchange(beside, path):
+        old = staging.aside(path)
+        os.replace(path, old)
+        try:
+            os.replace(beside, path)
+        finally:
+            if not path.exists():
+                os.replace(old, path)
+    staging.remove(old)
+
+
+def recover(path: Path) -> None:
+    """Finish what a killed `write_folder` has begun at `path`, if one did: the old folder is taken back if it is aside
+    and nothing is in its place, or removed if it was replaced."""
+    old = staging.aside(path)
+    if old.is_symlink() or not old.is_dir():
+        return
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(old, path)
 
 
 def sweep_staging(folder: Path) -> None:
     """Remove what killed writers left half-written. Only for one who holds the folder's lock."""
     for entry in folder.glob(f"{STAGING}*"):
-        remove(entry)
+        if not staging.is_in_use(entry):
+            remove(entry)
 
 
 def remove(path: Path) -> None:
     """Delete a file or a folder. Killed in between, it leaves the whole of it, or what `sweep_staging` finds."""
     if path.is_dir() and not path.is_symlink():
-        doomed = path if path.name.startswith(STAGING) else _beside(path)
+        doomed = path if path.name.startswith(STAGING) else path.parent / f"{STAGING}{secrets.token_hex(8)}"
         os.replace(path, doomed)
         shutil.rmtree(doomed)
     else:

@@ -10,7 +10,7 @@ import children
 import eigenlorax as ex
 import reference
 from adapters import change_tensors, make_adapter
-from children import at_change, needs_fork, no_more_room
+from children import KILLED, at_change, kill, needs_fork, no_more_room
 from eigenlorax.cli.main import IO_ERROR, main
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 
@@ -80,7 +80,7 @@ class TestWhatIsRefused:
 
     def test_a_dtype_too_narrow_for_the_numbers(self, cli, pack):
         loud = make_adapter(pack.parent / "loud", seed=1)
-        change_tensors(loud, lambda found: [v.mul_(1e6) for k, v in found.items() if "lora_B" in k])
+        change_tensors(loud, lambda found: [v.mul_(1e6) for v in found.values()])
         succeeded(cli("fit", loud, "-o", pack, "-k", 4, "--overwrite"))
         before = contents(pack.parent)
         done = cli("export", pack, "-o", pack.parent / "out", "--dtype", "float16")
@@ -180,6 +180,22 @@ class TestWhereItGoes:
     def test_not_to_a_name_too_long_for_the_disk(self, cli, pack):
         done = cli("export", pack, "-o", pack.parent / ("o" * 300))
         assert_refused(done, IO_ERROR, "File name too long", "o" * 300)
+
+
+@needs_fork
+def test_what_a_killed_export_has_left_goes_with_the_next_one_into_that_folder(cli, pack):
+    out = pack.parent / "out"
+
+    def killed():
+        # the folder, one beside `alpha`, and a file in that
+        at_change(4, out, kill)
+        main(["export", str(pack), "alpha", "-o", str(out)])
+
+    assert children.run(killed).code == KILLED
+    (left,) = out.iterdir()
+    assert left.name.startswith(".writing-")
+    succeeded(cli("export", pack, "gamma", "-o", out))
+    assert [path.name for path in out.iterdir()] == ["gamma"]
 
 
 @needs_fork

@@ -2,10 +2,13 @@
 
 import pytest
 
+import children
 from adapters import make_adapters
+from children import KILLED, at_change, kill, load_command, needs_fork
 from eigenlorax import coding, jobs
+from eigenlorax.cli import main
 from eigenlorax.pack import Pack
-from outcomes import contents, json_of, succeeded
+from outcomes import assert_refused, contents, json_of, succeeded
 
 
 @pytest.fixture
@@ -72,3 +75,56 @@ def test_a_pack_is_whole_before_its_report_is_made(cli_with_reports, place, monk
     done = cli_with_reports("fit", place / "in", "-o", place / "pack", "-k", 6)
     assert_says(done, f"{place / 'pack'} is written, and whole; it may lack its report.")
     assert json_of(cli_with_reports("inspect", place / "pack", "--json"))["adapters"] == 3
+
+
+class TestKept:
+    """The folder of fitted modules goes with the first writer to the pack that comes after it."""
+
+    @pytest.fixture
+    def kept(self, place):
+        return place / ".pack.fitting"
+
+    @pytest.fixture
+    def killed_at_the_end(self, place, kept):
+        """A fit that was killed when its pack was written, before it had removed what it had kept."""
+        load_command()
+        for n in range(1, 40):
+
+            def run(n=n):
+                at_change(n, kept, kill)
+                main(["fit", str(place / "in"), "-o", str(place / "pack"), "-k", "6", "--no-report"])
+
+            assert children.run(run).code == KILLED
+            if (place / "pack" / "subspace_config.json").exists():
+                assert kept.exists()
+                return
+        pytest.fail("it was not killed at the end")
+
+    @needs_fork
+    @pytest.mark.parametrize("verb", ["fit", "fit --overwrite", "remove"])
+    def test_it_goes_where_the_fit_was_killed_after_its_pack_was_written(
+        self, cli, place, kept, killed_at_the_end, verb
+    ):
+        if verb == "remove":
+            succeeded(cli("remove", place / "pack", "alpha"))
+        else:
+            done = cli("fit", place / "in", "-o", place / "pack", "-k", 6, *verb.split()[1:])
+            assert done.code == (0 if verb != "fit" else 4)
+        assert sorted(path.name for path in place.iterdir()) == ["in", "pack"]
+        Pack.open(place / "pack").verify()
+
+    def test_it_stays_for_a_fit_that_goes_on_in_the_place_of_an_older_pack(self, cli, place, kept, monkeypatch):
+        fit = ("fit", place / "in", "-o", place / "pack", "-k", 6)
+        succeeded(cli(*fit))
+        with monkeypatch.context() as patched:
+            interrupted_at(patched, 1)
+            assert cli(*fit, "--overwrite").code == 130
+        assert_refused(cli(*fit), 4, "is a pack already")
+        assert "1 of 3 modules were there" in succeeded(cli(*fit, "--overwrite")).err
+        assert not kept.exists()
+
+    def test_another_folder_of_that_name_stays(self, cli, place, kept):
+        kept.mkdir()
+        (kept / "thesis.txt").write_text("mine")
+        succeeded(cli("fit", place / "in", "-o", place / "pack", "--ratio", 4))
+        assert contents(kept) == {"thesis.txt": b"mine"}

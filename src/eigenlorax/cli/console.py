@@ -19,7 +19,6 @@ from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from ..pack import Pack
     from ..summary import Components, Errors, Summary
@@ -70,9 +69,6 @@ LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="The column with 
 PairColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="The column with a second text, for tasks on two texts.")
 ]
-
-
-_SHORT = 32
 
 
 class _PrintableStream:
@@ -134,33 +130,29 @@ def print_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    # what is printed may come from outside: brackets in it are no markup, and `:name:` is no emoji
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    if not console.is_terminal:
-        # a pipe has no width: let every line be as long as it is, so that grep finds it whole
-        console.width = 10_000
-    return console
+    # what is printed may come from outside: brackets in it are no markup, and `:name:` is no emoji; lines are laid out
+    # before they are printed
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _width(console: "Console") -> int | None:
+    """The columns of the terminal that a console writes to; None where that is a file or a pipe."""
+    return console.width if console.file.isatty() else None
 
 
 def error(message: str) -> None:
     """One message on stderr."""
-    _print_labelled("error:", "bold red", message)
+    _print(f" {message}", "error:", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
     """One remark on stderr."""
-    _print_labelled("note:", "yellow", message)
+    _print(f" {message}", "note:", "yellow", stderr=True)
 
 
 def interrupted(message: str) -> None:
     """What is left behind by a verb that was interrupted, on stderr."""
-    _print_labelled("Interrupted.", "bold red", message)
-
-
-def _print_labelled(label: str, style: str, message: str) -> None:
-    from rich.text import Text
-
-    _console(stderr=True).print(Text(label, style), _text(message))
+    _print(f" {message}", "Interrupted.", "bold red", stderr=True)
 
 
 @contextmanager
@@ -172,16 +164,27 @@ def interrupts_say(left_behind: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(left_behind()) from interrupt
 
 
-def _text(message: str) -> "Text":
-    """A text on one line, for rich: all that is printed goes through here, or is JSON."""
+def _print(text: str, label: str = "", style: str = "", *, stderr: bool = False, wrap: bool = True) -> None:
+    """Print a text on one line, or on as many as the terminal needs. label: its beginning, in another style."""
     from rich.text import Text
 
-    return Text(printable.one_line(message))
+    from . import layout
+
+    console = _console(stderr)
+    label, text = printable.one_line(label), printable.one_line(text)
+    shown = Text("\n".join(layout.wrapped(label + text, _width(console) if wrap else None)))
+    shown.stylize(style, 0, len(label))
+    console.print(shown)
 
 
 def say(sentence: str = "") -> None:
     """A sentence on stdout, or an empty line."""
-    _console().print(_text(sentence))
+    _print(sentence)
+
+
+def print_command(command: str) -> None:
+    """A command line on stdout, which is not wrapped: it can be copied."""
+    _print(command, wrap=False)
 
 
 def print_json(value: Any) -> None:
@@ -196,30 +199,31 @@ def print_document(text: str) -> None:
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """A two-column table on stdout."""
-    print_table(title, ("", ""), rows)
+    """Names and their values on stdout."""
+    from . import layout
+
+    pairs = [(printable.one_line(name), printable.one_line(value)) for name, value in rows]
+    _print_block(title, [], layout.fields(pairs, _width(_console())))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
-    """A table on stdout; `numbers` are the columns aligned to the right. Long cells fold, none is cut."""
-    from rich import box
-    from rich.table import Table
+    """A table on stdout; `numbers` are the columns aligned to the right. No cell is cut: see `layout`."""
+    from . import layout
 
-    table = Table(
-        title=_text(title) if title else None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_header=any(header),
-        padding=(0, 1, 0, 0),
-    )
-    for index, name in enumerate(header):
-        number = index in numbers
-        # half a name is none; but a long one must not take the room of the figures
-        short = max((len(row[index]) for row in rows), default=0) <= _SHORT
-        table.add_column(_text(name), justify="right" if number else "left", overflow="fold", no_wrap=short)
-    for row in rows:
-        table.add_row(*[_text(cell) for cell in row])
-    _console().print(table, soft_wrap=False)
+    names, *cells = [[printable.one_line(cell) for cell in row] for row in (header, *rows)]
+    _print_block(title, *layout.table(names, cells, numbers, _width(_console())))
+
+
+def _print_block(title: str, heads: Sequence[str], body: Sequence[str]) -> None:
+    """Lines that are laid out, between empty ones. heads: those of a table's header, and the rule below it."""
+    from rich.text import Text
+
+    if title:
+        _print("", title, "italic")
+    header = "\n".join(heads[:-1])
+    shown = Text("\n".join(["", *heads, *body, ""]))
+    shown.stylize("bold", 1, 1 + len(header))
+    _console().print(shown)
 
 
 @contextmanager

@@ -147,6 +147,7 @@ def fit(
     from ..fitting import fit as fit_adapters
 
     started = time.perf_counter()
+    checkpoint.discard_finished(output, output / keys.MANIFEST)
     folder.check_free(output, overwrite)
     budget = byte_count_of_text("--max-bytes", max_bytes) if max_bytes is not None else None
     aims = {"max_error": max_error, "max_bytes": budget, "ratio": ratio}
@@ -179,7 +180,6 @@ def fit(
             revision=revision,
         )
         pack.save(output, overwrite=overwrite)
-        checkpoint.discard(kept)
         seconds = time.perf_counter() - started
         headline = None
         if report:

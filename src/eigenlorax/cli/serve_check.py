@@ -79,8 +79,9 @@ def _show(found: "Check") -> None:
         _show_plan(found.plan)
     for title, way in (("Expanded", found.expanded), ("With a shared basis", found.shared)):
         if way.command is not None:
-            for line in ("", f"{title}:", "", f"  {way.command}"):
+            for line in ("", f"{title}:", ""):
                 console.say(line)
+            console.print_command(f"  {way.command}")
 
 
 def _by_reason(refused: "Mapping[str, str]") -> list[str]:

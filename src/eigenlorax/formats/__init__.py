@@ -67,8 +67,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = No
     return write(adapter, Path(path), **options)
 
 
-def check_named(adapter: Adapter, format: str) -> None:
-    """Raise `OptionError` where a format has no names for an adapter's modules or for what is beside its LoRA."""
+def check_writable(adapter: Adapter, format: str) -> None:
+    """Raise the error that writing an adapter in a format would raise, without writing it."""
     dialect = writable(format).dialect
     if dialect is not None:
         image_lora_out.check(adapter, dialect)
