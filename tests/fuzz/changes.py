@@ -71,6 +71,9 @@ def apply(tree: Tree, change: Change) -> Tree:
     if change.how == "create":
         (text,) = change.arguments
         return {**tree, change.file: text.encode()}
+    if change.how == "as":
+        (other,) = change.arguments
+        return {**tree, change.file: tree.get(other, b"")}
     data = tree.get(change.file)
     if not isinstance(data, bytes):
         return tree

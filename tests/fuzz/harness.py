@@ -32,10 +32,10 @@ from . import changes
 from .changes import Change, Tree
 from .targets import TARGETS, Target, WrongError
 
-SECONDS = 2.0
-"""Processor time that a case may take."""
-KILL_SECONDS, WAIT_SECONDS = 10, 20
-"""Processor time, and time on the clock, after which the process of a case is killed."""
+PATIENCE = 5
+"""The process of a case is killed after so many times the processor time that it may take."""
+WAIT_SECONDS = 20
+"""Time on the clock after which it is killed too: it may wait for what never comes."""
 BYTES_PER_BYTE, ADAPTERS, ALLOWANCE = 10, 3, 200 << 20
 """Memory that a case may take: so many times its files, and the largest exported adapter, and so many bytes."""
 ADDRESS_SPACE = 24 << 30
@@ -74,10 +74,15 @@ def drawn(target: Target, seed: int, number: int) -> Case:
 
 
 def parsed(line: str) -> Case:
-    """The case of a line of a file of cases."""
+    """The case of a line of a file of cases. `ValueError` where a change of it changes nothing."""
     body = json.loads(line)
-    plain = [Change.from_plain(change) for change in body["changes"]]
-    return Case(TARGETS[body["target"]], body["start"], plain)
+    target = TARGETS[body["target"]]
+    tree = target.starts()[body["start"]]
+    case = Case(target, body["start"], [Change.from_plain(change) for change in body["changes"]])
+    for change in case.changes:
+        if changes.apply(tree, change) == tree:
+            raise ValueError(f"{change} changes nothing of {target.name}, {case.start}: {line:.200}")
+    return case
 
 
 def scheduled(cases: int, seed: int, targets: Sequence[Target]) -> Iterator[Case]:
@@ -220,7 +225,8 @@ class _Worker:
         case = self._cases[at]
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process left with {code}"
         if code in (-signal.SIGPROF, -signal.SIGALRM):
-            cause = f"took more than {KILL_SECONDS} s" if code == -signal.SIGPROF else f"waited for {WAIT_SECONDS} s"
+            seconds = PATIENCE * case.target.seconds
+            cause = f"took more than {seconds:g} s" if code == -signal.SIGPROF else f"waited for {WAIT_SECONDS} s"
         self._note(case, "failed", Failure(f"{case.target.name}: {cause}", "", str(case), case.line, len(case.changes)))
         self.start(at + 1)
 
@@ -265,7 +271,7 @@ def _measured(case: Case, folder: Path) -> list[Any]:
     tree = case.tree
     changes.write(tree, folder)
     before = _reset_peak()
-    signal.setitimer(signal.ITIMER_PROF, KILL_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE * case.target.seconds)
     signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     start, exported, cause, detail = time.process_time(), 0, "", ""
     try:
@@ -286,7 +292,7 @@ def _measured(case: Case, folder: Path) -> list[Any]:
     allowed = BYTES_PER_BYTE * changes.size(tree) + ADAPTERS * exported + ALLOWANCE
     if not cause and grown > allowed:
         cause, detail = "more memory than it may take", f"{grown:,} bytes, where {allowed:,} are allowed"
-    if not cause and seconds > SECONDS:
+    if not cause and seconds > case.target.seconds:
         cause, detail = "more time than it may take", f"{seconds:.1f} s"
     shutil.rmtree(folder, ignore_errors=True)
     failure = None

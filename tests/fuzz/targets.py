@@ -44,6 +44,7 @@ class Target:
 
     starts: inputs that are right, by name. draw: changes of one. attempt: reads an input in a folder, and returns the
     bytes of the largest adapter that it has exported. weight: its share of all cases. made: the input with changes.
+    seconds: processor time that a case may take.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     attempt: Callable[[Path], int]
     weight: int = 10
     made: Callable[[Tree, list[Change]], Tree] = changed
+    seconds: float = 2.0
 
 
 # Packs: digests are made again, so that what is behind them is reached.
@@ -118,7 +120,6 @@ def read_pack(folder: Path) -> int:
     for name in pack.names:
         try:
             pack.packed(name)
-            pack.adapter(name)
             pack.digest(name)
             (path,) = pack.export(folder / "out", name).values()
             largest = max(largest, sum(one.stat().st_size for one in ([*path.iterdir()] if path.is_dir() else [path])))
@@ -213,18 +214,21 @@ def read_rows(folder: Path) -> int:
 
 
 def read_report(folder: Path) -> int:
-    """Read a report and write it in every form."""
+    """Read a report and write it as text and as JSON, which is the same report again."""
     report = ex.Report.load(folder / "report.json")
-    for suffix, render in report_files.KINDS.items():
-        text = render(report)
-        if suffix == ".json":
-            (folder / "again.json").write_text(text, "utf-8")
-            if ex.Report.load(folder / "again.json") != report and not len(
-                report.similarity.names if report.similarity else ()
-            ):
-                raise WrongError("a report that was written is another one when it is read")
+    report.save(folder / "again.md")
+    report.save(folder / "again.json")
+    again = ex.Report.load(folder / "again.json")
+    if report_files.to_json(again) != report_files.to_json(report):
+        raise WrongError("a report that was written is another one when it is read")
     with _output(io.BytesIO(), io.BytesIO()):
         show_report(report)
+    return 0
+
+
+def read_page(folder: Path) -> int:
+    """Read a report and write its page, which takes longer: it has pictures."""
+    ex.Report.load(folder / "report.json").save(folder / "again.html")
     return 0
 
 
@@ -236,16 +240,22 @@ def resume(folder: Path) -> int:
     """Go on with a fit that was interrupted; the pack is that of a fit that was not."""
     text = (folder / starts.OPTIONS).read_text("utf-8")
     ex.fit(folder / "in", checkpoint=folder / "kept", **json.loads(text)).save(folder / "pack")
-    if starts.tree_of(folder, "pack") != starts.whole_packs()[text]:
+    if starts.tree_of(folder / "pack") != starts.whole_packs()[text]:
         raise WrongError("the pack of a resumed fit is another one")
     return 0
 
 
 def _draw_checkpoint(random: Random, tree: Tree) -> list[Change]:
-    files = sorted(name for name in tree if name.startswith("kept/"))
-    if random.random() < 0.1:
-        return [mutations.special(random, {name: tree[name] for name in files})]
-    return mutations.draw(random, {**tree, "kept/fit.json": tree["kept/fit.json"]}, files)
+    files = {name: data for name, data in sorted(tree.items()) if name.startswith("kept/")}
+    kind = random.random()
+    if kind < 0.1:
+        return [mutations.special(random, files)]
+    name, other = (random.choice(list(files)) for _ in range(2))
+    if kind < 0.2:
+        return [Change(name, "as", (other,))]
+    data = files[name]
+    assert isinstance(data, bytes)
+    return [mutations.plain_bytes(random, name, data) for _ in range(random.choice((1, 1, 2)))]
 
 
 COMMAND = "command.json"
@@ -254,12 +264,12 @@ VERBS = (
     "inspect pack --json",
     "inspect one",
     "export pack -o out",
-    "export pack a0 -o out --dtype float16",
-    "export pack a0 -o out --format kohya",
+    "export pack a -o out --dtype float16",
+    "export pack a -o out --format kohya",
     "report pack",
     "report pack --json",
     "report pack -o out.md",
-    "remove pack a0",
+    "remove pack a",
     "augment pack --n-extra 1 --seed 3 -o out",
     "refit pack -k 2 -o out",
     "add pack one",
@@ -349,9 +359,10 @@ TARGETS: Mapping[str, Target] = {
         Target("coefficients", starts.coefficients, _draw_coefficients, read_coefficients, 6),
         Target("image", starts.images, _draw_file, read_adapter, 10),
         Target("pickle", starts.pickles, _draw_pickle, read_adapter, 3),
-        Target("adapter-special", starts.special_adapters, _draw_specials, find_adapters, 3),
+        Target("collection", starts.collections, _draw_specials, find_adapters, 3),
         Target("rows", starts.rows, _draw_file, read_rows, 4),
         Target("report", starts.reports, _draw_report, read_report, 4),
+        Target("page", starts.reports, _draw_report, read_page, 1, seconds=10.0),
         Target("checkpoint", starts.checkpoints, _draw_checkpoint, resume, 3),
         Target("command", starts.commands, _draw_command, run_command, 6, signed),
     )
