@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -15,7 +16,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         fields = typed(dict, value, where)
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if fields.keys() != hints.keys():
             raise UnfitError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
         return kind(**{name: typed(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
@@ -34,9 +35,21 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
         value = float(value) if abs(value) < 2**53 else value
     if type(value) is not kind:
-        shown = "missing" if value is ... else json.dumps(value)[:40]
-        raise UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
+        raise UnfitError(f"{where} is {_shown(value)}, where {kind.__name__} belongs.")
     return value
+
+
+# to evaluate annotations takes longer than all else here
+_hints = cache(get_type_hints)
+
+
+def _shown(value: Any) -> str:
+    """What is there, in a few words: an object or array may be as large and as deep as its file."""
+    if value is ...:
+        return "missing"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    return json.dumps(value)[:40]
 
 
 def refuse_constant(name: str) -> None:
