@@ -24,11 +24,25 @@
 Each class carries the exit code that the command line leaves with (docs/cli.md).
 """
 
+_START, _END = 2000, 1000
+"""Characters of a long message that are kept: it begins with what is wrong and where, and ends with what to do."""
+
+
+def shortened(message: str) -> str:
+    """The message, without its middle where that quotes what no one would read to the end."""
+    left_out = len(message) - _START - _END
+    if left_out <= 0:
+        return message
+    return f"{message[:_START]} … ({left_out:,} characters left out) … {message[-_END:]}"
+
 
 class EigenloraxError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. Its text is never longer than a few thousand characters."""
 
     exit_code = 3
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class FormatError(EigenloraxError, ValueError):
@@ -122,7 +136,10 @@ def reason(error: BaseException) -> str:
 
 
 class EigenloraxWarning(UserWarning):
-    """Base of every warning: surprising, but fine."""
+    """Base of every warning: surprising, but fine. Its text is as short as that of an error."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class SkippedAdapterWarning(EigenloraxWarning):
