@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from .. import printable, urls
-from ..errors import EigenloraxWarning
+from ..errors import EigenloraxWarning, shortened
 from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -142,12 +142,12 @@ def _width(console: "Console") -> int | None:
 
 def error(message: str) -> None:
     """One message on stderr."""
-    _print(f" {message}", "error:", "bold red", stderr=True)
+    _print(f" {shortened(message)}", "error:", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
     """One remark on stderr."""
-    _print(f" {message}", "note:", "yellow", stderr=True)
+    _print(f" {shortened(message)}", "note:", "yellow", stderr=True)
 
 
 def interrupted(message: str) -> None:
