@@ -19,6 +19,8 @@ from typing import Any
 from . import documents
 
 HEADER_LENGTH = 8
+LONGEST = 1 << 26
+"""Bytes of a tensor that is made."""
 GIANT = 4 << 40
 """Bytes of a sparse file that is larger than any memory."""
 ITEMSIZES = {
@@ -259,6 +261,8 @@ def _tensor(name: str, data: bytes, key: str, dtype: str | None, shape: list[int
             "shape": described["shape"] if shape is None else shape,
         }
         length = math.prod(new["shape"]) * ITEMSIZES[new["dtype"]]
+        if length > LONGEST:
+            raise OverflowError
         pattern = bytes.fromhex(fill) if fill is not None else old or b"\0"
         return new, (pattern * (length // len(pattern) + 1))[:length]
 
@@ -289,7 +293,7 @@ def _over_tensors(data: bytes, edit: Callable[[Tensors], Tensors]) -> bytes:
         metadata = header.pop("__metadata__", None)
         tensors = {key: (one, rest[slice(*one["data_offsets"])]) for key, one in header.items()}
         found = edit(tensors)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
         return data
     new: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     body = b""

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import resource
+import select
 import shutil
 import signal
 import struct
@@ -154,9 +155,12 @@ def run(cases: Sequence[Case] | Iterable[Case], jobs: int = 1, kept: Path | None
         workers = [_Worker(cases[first::jobs], Path(folder) / str(first)) for first in range(jobs)]
         for worker in workers:
             worker.start()
-        while any(worker.busy for worker in workers):
-            child, status = os.wait()
-            next(worker for worker in workers if worker.child == child).ended(status)
+        while busy := {os.pidfd_open(worker.child): worker for worker in workers if worker.child}:
+            ended, _, _ = select.select(list(busy), [], [])
+            for descriptor, worker in busy.items():
+                os.close(descriptor)
+                if descriptor in ended:
+                    worker.end()
         for worker in workers:
             outcomes.add(worker.outcomes)
     if kept is not None:
@@ -190,10 +194,6 @@ class _Worker:
         self.child = 0
         self.outcomes = Outcomes()
 
-    @property
-    def busy(self) -> bool:
-        return self.child != 0
-
     def start(self, first: int = 0) -> None:
         if first >= len(self._cases):
             self._collect()
@@ -215,8 +215,9 @@ class _Worker:
                 sys.stderr.flush()
                 os._exit(code)
 
-    def ended(self, status: int) -> None:
+    def end(self) -> None:
         """Note why the fork has ended, and start another one if cases are left."""
+        _, status = os.waitpid(self.child, 0)
         (at,) = struct.unpack("<q", self._at[:])
         if status == 0:
             self.start(len(self._cases))

@@ -176,7 +176,6 @@ def collections() -> Mapping[str, Tree]:
     return {
         "several": several,
         "with a file": {**several, "image.safetensors": images()["kohya"]["one.safetensors"]},
-        "with a pickle": {**several, **_below("pickled", _inside(pickles()["pickle"]))},
     }
 
 
@@ -209,6 +208,10 @@ def reports() -> Mapping[str, Tree]:
     }
 
 
+COMMAND = "command"
+"""What is run."""
+
+
 @cache
 def commands() -> Mapping[str, Tree]:
     """A pack with a report, and an adapter beside it."""
@@ -218,7 +221,12 @@ def commands() -> Mapping[str, Tree]:
         def report(folder: Path, name: str = name) -> None:
             ex.report(ex.Pack.open(PACKS / name)).save(folder / keys.REPORT_FIGURES)
 
-        found[name] = {**_frozen(name), **_below("pack", _made(report)), **adapters()["plain"]}
+        found[name] = {
+            COMMAND: b"inspect pack",
+            **_frozen(name),
+            **_below("pack", _made(report)),
+            **adapters()["plain"],
+        }
     return found
 
 

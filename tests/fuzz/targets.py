@@ -258,7 +258,6 @@ def _draw_checkpoint(random: Random, tree: Tree) -> list[Change]:
     return [mutations.plain_bytes(random, name, data) for _ in range(random.choice((1, 1, 2)))]
 
 
-COMMAND = "command.json"
 VERBS = (
     "inspect pack",
     "inspect pack --json",
@@ -280,16 +279,16 @@ VERBS = (
 
 
 def _draw_command(random: Random, tree: Tree) -> list[Change]:
-    verb = Change(COMMAND, "create", (random.choice(VERBS),))
+    verb = Change(starts.COMMAND, "create", (random.choice(VERBS),))
     if random.random() < 0.15:
-        return [verb, mutations.special(random, tree)]
-    files = sorted(name for name in tree if not name.endswith((keys.CARD, "report.html")))
+        return [verb, mutations.special(random, {name: data for name, data in tree.items() if name != starts.COMMAND})]
+    files = sorted(name for name in tree if not name.endswith((keys.CARD, starts.COMMAND)))
     return [verb, *mutations.draw(random, tree, random.choice((files, [MANIFEST, "pack/report.json"])))]
 
 
 def run_command(folder: Path) -> int:
     """Run a verb of the command; what it prints is text, and what it leaves with is its own."""
-    arguments = (folder / COMMAND).read_text("utf-8").split()
+    arguments = (folder / starts.COMMAND).read_text("utf-8").split()
     out, err, code = io.BytesIO(), io.BytesIO(), None
     with _current(folder), _output(out, err):
         try:
