@@ -336,10 +336,11 @@ class Pack:
             self._check_fits(name, parsed)
         if Path(directory).is_dir():
             staging.sweep(Path(directory))
-        for done, (name, target) in enumerate(targets.items()):
-            if progress is not None:
-                progress("exporting adapters", done, len(targets))
-            formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
+        with store.synced_at_the_end():
+            for done, (name, target) in enumerate(targets.items()):
+                if progress is not None:
+                    progress("exporting adapters", done, len(targets))
+                formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
         return targets
 
     def _format(self, name: str) -> str:
