@@ -111,16 +111,21 @@ def at_change(n: int, within: Path, happen: Callable[[], object]) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal seen
-        if event == "open":
-            changes = bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        else:
-            changes = event in _CHANGES
-        if changes and _is_within(arguments[0], within):
+        if changes_within(within, event, arguments):
             seen += 1
             if seen == n:
                 happen()
 
     sys.addaudithook(hook)
+
+
+def changes_within(folder: Path, event: str, arguments: tuple) -> bool:
+    """Whether what an audit hook is told of is a change in the folder."""
+    if event == "open":
+        changes = bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    else:
+        changes = event in _CHANGES
+    return changes and _is_within(arguments[0], folder)
 
 
 def _is_within(path: object, folder: Path) -> bool:

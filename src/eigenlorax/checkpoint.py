@@ -73,6 +73,7 @@ def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
     empty = False
     with store.made(folder.parent):
         folder.mkdir(exist_ok=True)
+        store.sync_folder(folder.parent)
         try:
             with store.lock(folder / _LOCK, timeout=0.0):
                 if store.read_plain(folder / _KEY, len(mine)) != mine:

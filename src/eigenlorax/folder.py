@@ -386,17 +386,21 @@ def write(
     store.sweep_staging(folder)
     written: list[Path] = []
     try:
-        target = folder / new.subspace_file
-        if subspace is not None and not _holds(target, subspace):
-            written += [] if target.exists() else [target]
-            store.write_file(target, subspace)
-        (folder / keys.ADAPTERS).mkdir(exist_ok=True)
-        for name, files in adapters.items():
-            if _has_adapter(folder, name, new.adapters[name]):
-                continue
-            place = _free_place(folder, name, new.adapters[name], listed=before is not None and name in before.adapters)
-            written.append(place)
-            store.write_folder(place, files, overwrite=True)
+        # on the disk before the manifest that lists it is
+        with store.synced_at_the_end():
+            target = folder / new.subspace_file
+            if subspace is not None and not _holds(target, subspace):
+                written += [] if target.exists() else [target]
+                store.write_file(target, subspace)
+            (folder / keys.ADAPTERS).mkdir(exist_ok=True)
+            store.sync_folder(folder)
+            for name, files in adapters.items():
+                entry, listed = new.adapters[name], before is not None and name in before.adapters
+                if _has_adapter(folder, name, entry):
+                    continue
+                place = _free_place(folder, name, entry, listed=listed)
+                written.append(place)
+                store.write_folder(place, files, overwrite=True)
         # what a base model is called came from outside: it may hold what UTF-8 cannot
         text = card.render(new).encode("utf-8", errors="replace")
         with (

@@ -322,10 +322,11 @@ class Pack:
             self._check_writable(name, chosen[name], parsed or self._widest)
         if Path(directory).is_dir():
             staging.sweep(Path(directory))
-        for done, (name, target) in enumerate(targets.items()):
-            if progress is not None:
-                progress("exporting adapters", done, len(targets))
-            formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
+        with store.synced_at_the_end():
+            for done, (name, target) in enumerate(targets.items()):
+                if progress is not None:
+                    progress("exporting adapters", done, len(targets))
+                formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
         return targets
 
     def _format(self, name: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
@@ -20,6 +21,7 @@ from .exchange import exchange
 Files = Mapping[str, bytes]
 
 STAGING = staging.PREFIX
+_noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
 
 
 def digest(data: bytes) -> str:
@@ -52,6 +54,47 @@ def read_plain(path: Path, at_most: int) -> bytes | None:
         os.close(handle)
 
 
+def sync_folder(path: Path) -> None:
+    """Flush to the disk what a folder lists: files that came, went or were renamed. Their content is not meant.
+
+    In `synced_at_the_end` the folder is noted instead.
+    """
+    noted = _noted.get()
+    if noted is not None:
+        noted.add(path)
+    else:
+        _sync(path)
+
+
+@contextmanager
+def synced_at_the_end() -> Iterator[None]:
+    """Flush each folder that something new comes to in the block once, at its end, rather than for each of them."""
+    noted: set[Path] = set()
+    token = _noted.set(noted)
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+    for path in sorted(noted):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # Windows opens no folder, and others none that may be written to but not read
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # a file system of the network, or of a process, that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
 def _write(path: Path, data: bytes, mode: str) -> None:
     """Write a file's content, and flush it to the disk."""
     with open(path, mode) as file:
@@ -77,9 +120,15 @@ def staged(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
 
     Room on the disk is needed before the block, not in it. After an error, what was not put in place is removed.
     """
-    with staging.claimed(path, staging.make_file) as beside, _naming(path):
-        _write(beside, data, "wb")
-        yield lambda: os.replace(beside, path)
+    with staging.claimed(path, staging.make_file) as beside:
+
+        def put_in_place() -> None:
+            os.replace(beside, path)
+            sync_folder(path.parent)
+
+        with _naming(path):
+            _write(beside, data, "wb")
+            yield put_in_place
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -93,6 +142,8 @@ def made(folder: Path) -> Iterator[None]:
     """`folder` and its parents; after an error, those that were not there are removed again if they are empty."""
     missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
     try:
         yield
     except BaseException:
@@ -156,6 +207,7 @@ def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
         for name, data in files.items():
             with _naming(path / name):
                 _write(beside / name, data, "xb")
+        _sync(beside)
         _put_in_place(beside, path)
 
 
@@ -167,6 +219,7 @@ def _put_in_place(beside: Path, path: Path) -> None:
     """
     if not path.exists():
         os.replace(beside, path)
+        sync_folder(path.parent)
         return
     old = beside
     if not exchange(beside, path):
@@ -177,6 +230,8 @@ def _put_in_place(beside: Path, path: Path) -> None:
         finally:
             if not path.exists():
                 os.replace(old, path)
+    # a power cut must not take what the old one consists of, and leave it in its place
+    _sync(path.parent)
     staging.remove(old)
 
 
@@ -190,6 +245,7 @@ def recover(path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(old, path)
+        sync_folder(path.parent)
 
 
 def sweep_staging(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """The cache of folders: its bound, what processes that end or are killed leave in it, and who may have its folder."""
 
+import grp
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -231,6 +233,70 @@ def test_one_where_nobody_can_remove_what_is_of_others_will_do(tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o1777)
     prepare(tmp_path / "open")
+
+
+@pytest.mark.parametrize("below", ["cache", "a/b/cache"])
+@pytest.mark.parametrize("mode", [0o777, 0o757])
+def test_one_below_a_folder_that_others_can_write_to_is_refused(tmp_path, mode, below):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(mode)
+    for _ in range(2):
+        with pytest.raises(
+            OptionError,
+            match=rf"other users can rename what is in {tmp_path}/open, .*its mode is {mode:o}.*EIGENLORAX_CACHE",
+        ):
+            prepare(tmp_path / "open" / below)
+
+
+@pytest.mark.parametrize("links", ["link", "second"])
+def test_nor_one_behind_a_link_in_such_a_folder(tmp_path, links):
+    for name in ("safe", "open"):
+        (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "open" / "link").symlink_to("../safe")
+    (tmp_path / "second").symlink_to("open/link")
+    (tmp_path / "open").chmod(0o777)
+    place = tmp_path / "open" / "link" if links == "link" else tmp_path / "second"
+    with pytest.raises(OptionError, match=f"other users can rename what is in {tmp_path}/open, on the way"):
+        prepare(place / "cache")
+
+
+def test_below_folders_and_links_that_others_cannot_change_it_is_fine(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    (tmp_path / "here").symlink_to(tmp_path / "shared")
+    (tmp_path / "shared" / "there").symlink_to("../here/../shared")
+    prepare(tmp_path / "here" / "there" / "a" / "cache")
+    assert stat.S_IMODE((tmp_path / "shared" / "a").stat().st_mode) == 0o700
+
+
+def test_a_group_that_is_the_user_s_own_may_write_to_a_folder_above(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o775)
+    user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid((tmp_path / "mine").stat().st_gid)
+    if (user.pw_name, user.pw_gid) != (group.gr_name, group.gr_gid):
+        pytest.skip("this user has no group of its own")
+    prepare(tmp_path / "mine" / "cache")
+    with monkeypatch.context() as patched:
+        of_two = grp.struct_group((*group[:3], [user.pw_name, "somebody"]))
+        patched.setattr(grp, "getgrgid", lambda number: of_two)
+        with pytest.raises(OptionError, match="other users can rename"):
+            prepare(tmp_path / "mine" / "cache")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to be root")
+@pytest.mark.parametrize("what", ["folder", "link"])
+def test_nor_one_below_what_belongs_to_somebody_else(tmp_path, what):
+    (tmp_path / "folder").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to("folder")
+    os.chown(tmp_path / what, 12345, 12345, follow_symlinks=False)
+    with pytest.raises(OptionError, match=f"{tmp_path}/{what}, on the way to it, belongs to another user"):
+        prepare(tmp_path / what / "cache")
+
+
+def test_a_link_to_itself_on_the_way_is_an_error_of_ours(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OptionError, match="cannot be a cache: .*Too many levels"):
+        prepare(tmp_path / "loop" / "cache")
 
 
 def test_a_link_is_refused(tmp_path):

@@ -13,8 +13,9 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 import filelock
@@ -30,6 +31,8 @@ _ROOM_IN_MEMORY = 10**9
 _PREFIX, _LOCK = "eigenlorax-server-", ".lock"
 # of what is swept: others may have files with names alike
 _OURS = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}{re.escape(_LOCK)}")
+_LINKS = 40
+"""On the way to a folder; a system follows about as many."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -54,14 +57,15 @@ def prepare(root: Path) -> None:
     """Make the folder in which caches are, or see that nobody else can change what we will put in it; remove what dead
     processes have left there. `OptionError` where it cannot be used."""
     try:
-        # what is there already is looked at below
-        with suppress(FileExistsError):
-            root.mkdir(mode=0o700, parents=True)
+        missing = list(takewhile(lambda path: not os.path.lexists(path), (root, *root.parents)))
+        for path in reversed(missing):
+            # of another process that has come first; what is there is looked at below
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
         # of the place itself: a link may have been put there by somebody else
-        found = root.lstat()
+        why = _unusable(root, root.lstat()) or _replaceable(root)
     except OSError as error:
         raise OptionError(f"{root} cannot be a cache: {reason(error)}. Choose another folder with {CACHE}.") from error
-    why = _unusable(root, found)
     if why is not None:
         raise OptionError(
             f"{root} cannot be a cache: {why}. Choose another folder with {CACHE}; one that is not there is made."
@@ -82,6 +86,55 @@ def _unusable(root: Path, found: os.stat_result) -> str | None:
     if not os.access(root, os.W_OK | os.X_OK):
         return "this user cannot write to it"
     return None
+
+
+def _replaceable(root: Path) -> str | None:
+    """Return why others could put another folder in the place of the cache, from which a server would load; or None."""
+    for path, found in _on_the_way(root):
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{path}, on the way to it, belongs to another user"
+        written_by_others = not stat.S_ISLNK(found.st_mode) and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if written_by_others and not found.st_mode & stat.S_ISVTX and not _is_of_us_alone(found):
+            return (
+                f"other users can rename what is in {path}, on the way to it (its mode is "
+                f"{stat.S_IMODE(found.st_mode):o}; chmod go-w, or +t, would do)"
+            )
+    return None
+
+
+def _on_the_way(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield every folder and link that is passed on the way to a folder, from the top; not the folder itself."""
+    # `..` as the system takes it: of where a link leads
+    place, ahead, links = Path("/"), list(reversed(Path(root).absolute().parts[1:-1])), 0
+    yield place, place.lstat()
+    while ahead:
+        name = ahead.pop()
+        path = place.parent if name == ".." else place / name
+        found = path.lstat()
+        yield path, found
+        if not stat.S_ISLNK(found.st_mode):
+            place = path
+            continue
+        links += 1
+        if links > _LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(root))
+        target = path.readlink()
+        ahead.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+        place = Path("/") if target.is_absolute() else place
+
+
+def _is_of_us_alone(found: os.stat_result) -> bool:
+    """Return whether nobody else is in the group that can write to a folder: many systems give each user a group."""
+    import grp
+    import pwd
+
+    if found.st_mode & stat.S_IWOTH:
+        return False
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(found.st_gid)
+    except KeyError:
+        return False
+    return user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _sweep(root: Path) -> None:
