@@ -134,7 +134,7 @@ class TestFromThePack:
         assert [twice.changes[name].bound for name in ("a0", "a1", "a2", "a3")] == [False, False, True, True]
         assert all(twice.changes[name].error_after >= real[name] - 1e-6 for name in real)
         assert not any(change.bound for change in ex.refit(opened, originals).changes.values())
-        assert "| a3 | 2 | 2 | ≤ 0." in (tmp_path / "once" / "README.md").read_text()
+        assert "| `a3` | 2 | 2 | ≤ 0." in (tmp_path / "once" / "README.md").read_text()
 
     def test_modules_that_were_carried_come_into_the_subspace(self, tmp_path):
         make_adapters(tmp_path / "in", "a b", head=(2, 31))

@@ -4,6 +4,7 @@ import json
 
 from . import hub, keys, summary
 from .manifest import Manifest
+from .printable import markdown_code
 from .summary import Errors, Summary
 
 
@@ -36,7 +37,9 @@ def _front_matter(found: Manifest, family: str | None) -> list[str]:
 
 def _what(figures: Summary) -> list[str]:
     b = figures.bytes
-    base = figures.base_model or figures.family or "a base model its adapters do not name"
+    base = figures.family or "a base model its adapters do not name"
+    if figures.base_model:
+        base = markdown_code(figures.base_model)
     lines = [
         f"# {figures.adapters} LoRA adapters of {base} over one basis",
         "",
@@ -45,7 +48,7 @@ def _what(figures: Summary) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        f"| weighting | {figures.fit.weighting} |",
+        f"| weighting | {markdown_code(figures.fit.weighting)} |",
         f"| asked for | {figures.fit.size} |",
     ]
     for side, found in (("down", figures.down), ("up", figures.up)):
@@ -70,7 +73,7 @@ def _error_row(group: str, errors: Errors, *, is_bound: bool) -> str:
     plural, at_most = "" if errors.adapters == 1 else "s", ", at most" if is_bound else ""
     return (
         f"| delta error{at_most}, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst "
-        f"{errors.worst:.4f} ({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
+        f"{errors.worst:.4f} ({markdown_code(errors.worst_adapter)}), of which rounding {errors.rounding_mean:.1e} |"
     )
 
 
@@ -85,9 +88,9 @@ def _adapters(found: Manifest) -> list[str]:
         one = entry.record
         error = "untrained" if one.untrained else f"{'≤ ' * one.bound}{one.delta_error:.4f}"
         ranks = ", ".join(map(str, one.ranks))
-        lines.append(f"| {name} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
+        lines.append(f"| {markdown_code(name)} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
     for name, reason in found.fit.skipped.items():
-        lines.append(f"| {name} | | | left out: {reason} | no |")
+        lines.append(f"| {markdown_code(name)} | | | left out: {markdown_code(reason)} | no |")
     return [*lines, ""]
 
 

@@ -403,7 +403,7 @@ def _scan(
         if isinstance(scan, NonFiniteError):
             if not skip_bad:
                 raise scan
-            _skip(adapter.name, scan, skipped)
+            _skip(adapter.name, scan, None, skipped)
         else:
             packings.append(Packing(adapter, scan))
     report("reading adapters", len(read), len(read))
@@ -430,12 +430,14 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         if not skip_bad:
             # as checks.scan says it of NaN
             raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error
-        _skip(sources.default_name(one), error, skipped)
+        _skip(sources.default_name(one), error, one.source, skipped)
         return None
 
 
-def _skip(name: str, error: EigenloraxError, skipped: dict[str, str]) -> None:
-    skipped[name] = str(error)
+def _skip(name: str, error: EigenloraxError, source: str | Path | None, skipped: dict[str, str]) -> None:
+    # two of several folders may have one name
+    same = sum(other.partition(" (")[0] == name for other in skipped)
+    skipped[f"{name} ({same + 1})" if same else name] = sources.without_folders(str(error), source)
     warnings.warn(f"left out {name}: {error}", SkippedAdapterWarning, stacklevel=4)
 
 

@@ -52,7 +52,8 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
         # as diffusers saves a LoRA
         return keys.name_of_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
-    parts = [match["repo"] if match else str(source), *([subfolder.strip("/")] if subfolder else [])]
+    # where it is neither there nor on the Hub, its folders are nobody's business
+    parts = [match["repo"] if match else local.name, *([subfolder.strip("/")] if subfolder else [])]
     return "--".join(parts).replace("/", "--")
 
 

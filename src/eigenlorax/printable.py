@@ -1,4 +1,4 @@
-"""Text from outside as a terminal may show it: characters that control one are written as escapes."""
+"""Text from outside as a terminal and Markdown may show it: without characters that control or structure these."""
 
 import re
 
@@ -17,6 +17,22 @@ def one_line(text: str) -> str:
 def lines(text: str) -> str:
     """Return `text` with its line breaks and tabs; any other control character becomes its escape."""
     return _IN_LINES.sub(_escape, text)
+
+
+def markdown_code(text: str) -> str:
+    """Return Markdown, on one line and fit for a table, that shows `text` as code: nothing in it is a link, an image,
+    HTML, or the end of a cell."""
+    # a cell of a table ends at a bar within code, too; as an entity beside code it is a bar
+    return "&#124;".join(_code_span(part) for part in one_line(text).split("|"))
+
+
+def _code_span(text: str) -> str:
+    if not text.strip(" "):
+        return text
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    # a space on both sides is taken away
+    pad = " " if "`" in (text[0], text[-1]) or text[0] == text[-1] == " " else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _escape(found: re.Match[str]) -> str:
