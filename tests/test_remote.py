@@ -202,7 +202,10 @@ class TestFetch:
 
     def test_an_adapter_that_is_not_there(self, online, hub):
         done = online(call=lambda: ex.Pack.from_pretrained("org/pack", adapters=["beta", "delta"]))
-        assert "AdapterNameError: no adapter named 'delta' in the pack. It has: alpha, beta, gamma." in done.err
+        assert (
+            "AdapterNameError: no adapter named 'delta' in the pack. Did you mean 'beta'? It has: alpha, beta, gamma."
+            in done.err
+        )
         assert hub.asked == [MANIFEST]
 
     def test_a_repository_that_is_no_pack(self, online):

@@ -31,6 +31,7 @@ from .errors import (
 from .formats import families, lora_config
 from .formats.sources import Found
 from .keys import Kind
+from .options import suggestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,13 +299,14 @@ def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
     A pattern that fits none is an error: it is a slip, and what it should have kept out would be fitted.
     """
     modules = list(modules)
+    parts = {*modules, *(module.rpartition(".")[2] for module in modules)}
     found: set[str] = set()
     for pattern in patterns:
         fits = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}")}
         if not fits:
             raise OptionError(
-                f"--exclude-module {pattern} fits no module. Modules are named like {_listing(sorted(modules)[:2])}; "
-                "shell wildcards (*, ?, [...]) may be used."
+                f"{pattern!r} fits no module (exclude_modules, --exclude-module).{suggestion(pattern, parts)} Modules "
+                f"are named like {_listing(sorted(modules)[:2])}; shell wildcards (*, ?, [...]) may be used."
             )
         found |= fits
     return frozenset(found)

@@ -24,7 +24,6 @@ from .checkpoint import Checkpoint
 from .engine import Engine, Shared
 from .errors import (
     WARN_ABOVE,
-    AdapterNameError,
     EigenloraxError,
     FormatError,
     NonFiniteError,
@@ -38,8 +37,8 @@ from .formats import sources
 from .formats.sources import Found, Sources
 from .jobs import Fitted, Job, Place
 from .manifest import FitInfo
+from .options import check_choice, shown
 from .options import names as listed
-from .options import shown
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
@@ -133,8 +132,7 @@ def fit(
     _check_cores(cores, fit_options, found, asked_storage, asked_coefficients)
     by_bytes = chooses_bytes(aims, weighting, dtype, coefficient_dtype)
     engines.check(engine, workers)
-    if solver not in SOLVERS:
-        raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
+    check_choice("solver", solver, SOLVERS)
     if by_bytes:
         _refuse_idle(aims, sweeps=sweeps, solver=solver if solver != SOLVERS[0] else None, checkpoint=checkpoint)
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
@@ -308,8 +306,7 @@ def _check_cores(
             )
     if cores is None:
         return
-    if not isinstance(cores, str) or cores not in keys.CORES:
-        raise OptionError(f"cores must be one of {', '.join(keys.CORES)}, got {cores!r}.")
+    check_choice("cores", cores, keys.CORES)
     sizes = ["n_components"] if cores == "diagonal" else ["n_components", "energy"]
     others = [f"{name}={getattr(options, name):g}" for name in SIZES if getattr(options, name) is not None]
     refused = "n_components='auto'" if auto else next((one for one in others if one.split("=")[0] not in sizes), None)
@@ -368,8 +365,7 @@ def _read(
     found = sources.find(adapters, **options)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
-        if name not in known:
-            raise AdapterNameError(f"--exclude-adapter {name} names none of the adapters: {', '.join(sorted(known))}.")
+        keys.check_known(name, known, "the sources (exclude_adapters, --exclude-adapter)")
     kept = [one for one, name in zip(found, known, strict=True) if name not in exclude]
     named = [_read_one(one, options, skip_bad, skipped) for one in kept]
     read = [adapter for adapter in named if adapter is not None]

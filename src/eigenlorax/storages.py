@@ -19,6 +19,7 @@ from .basis import Basis
 from .boundary import PARSE_FAILURES, as_specified, check_growth
 from .chunks import Chunk, CoefficientChunk
 from .errors import FormatError, OptionError, reason
+from .options import suggestion
 from .quantised import Payload
 from .subspace import Coefficients, Duals, ModuleBases, Subspace
 
@@ -726,7 +727,7 @@ def by_name(name: str) -> Storage:
     """The storage; an `OptionError` for what is none."""
     if name not in STORAGES:
         known = [name for name, storage in STORAGES.items() if not isinstance(storage, Cores)]
-        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.")
+        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.{suggestion(name, known)}")
     return STORAGES[name]
 
 

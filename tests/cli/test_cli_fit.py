@@ -359,7 +359,9 @@ class TestNames:
 
     def test_to_exclude_that_fit_none(self, cli, pair):
         done = cli("fit", pair, "-o", pair.parent / "pack", "--exclude-adapter", "gamma")
-        assert_refused(done, 3, "--exclude-adapter gamma", "alpha, beta")
+        assert_refused(
+            done, 3, "no adapter named 'gamma' in the sources (exclude_adapters, --exclude-adapter)", "alpha, beta"
+        )
 
 
 class TestWhereAdaptersAre:

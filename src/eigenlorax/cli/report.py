@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..options import suggestion
 from ..tasks.options import EVALUATION_BATCH, TASKS, Columns
 from . import console
 from .evaluate import class_names
@@ -235,6 +236,6 @@ def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] |
 
         raise OptionError(
             f"--labels {', '.join(given)}: give A,B,… once, for all adapters, or NAME=A,B,… for each"
-            + (f"; the pack has no {', '.join(unknown)}." if unknown else ".")
+            + (f"; the pack has no {', '.join(unknown)}.{suggestion(unknown[0], pack.names)}" if unknown else ".")
         )
     return {name: class_names(rest) for name, rest in named.items()}

@@ -8,6 +8,7 @@ from typing import Any
 from .. import keys, urls
 from ..adapter import Adapter, Origin
 from ..errors import OptionError
+from ..options import suggestion
 from . import diffusers, folders, hf_peft, image_lora, image_lora_out, kohya, names, official
 
 
@@ -85,14 +86,15 @@ def writable(name: str) -> Format:
     """The format of that name, if it is written and not only read."""
     found = FORMATS.get(name)
     if found is None or found.write is None:
-        known = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
+        known = [name for name, one in FORMATS.items() if one.write is not None]
         raise OptionError(
-            f"format {name!r} is {'not known' if found is None else 'read, not written'}. Written are: {known}."
+            f"format {name!r} is {'not known' if found is None else 'read, not written'}.{suggestion(name, known)} "
+            f"Written are: {', '.join(known)}."
         )
     return found
 
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise OptionError(f"format {name!r} is not known. Known are: {', '.join(FORMATS)}.")
+        raise OptionError(f"format {name!r} is not known.{suggestion(name, FORMATS)} Known are: {', '.join(FORMATS)}.")
     return FORMATS[name]
