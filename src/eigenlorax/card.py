@@ -55,7 +55,7 @@ def _what(figures: Summary) -> list[str]:
             f"max){capped}; energy {found.energy:.4f} |"
         )
     for group, errors in (("fitted", figures.in_fit), ("projected afterwards", figures.projected)):
-        lines += [_error_row(group, errors)] if errors is not None else []
+        lines += [_error_row(group, errors, is_bound=bool(figures.bounds))] if errors is not None else []
     lines += [
         f"| LoRA bytes, heads aside | {b.lora:,} |",
         f"| basis + coefficients + carried bytes | {b.basis:,} + {b.coefficients:,} + {b.carried:,} |",
@@ -66,11 +66,11 @@ def _what(figures: Summary) -> list[str]:
     return lines
 
 
-def _error_row(group: str, errors: Errors) -> str:
-    plural = "" if errors.adapters == 1 else "s"
+def _error_row(group: str, errors: Errors, *, is_bound: bool) -> str:
+    plural, at_most = "" if errors.adapters == 1 else "s", ", at most" if is_bound else ""
     return (
-        f"| delta error, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
-        f"({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
+        f"| delta error{at_most}, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst "
+        f"{errors.worst:.4f} ({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
     )
 
 

@@ -24,25 +24,26 @@
 Each class carries the exit code that the command line leaves with (docs/cli.md).
 """
 
-MAX_MESSAGE = 2000
-"""Characters of a message. One that names what a file holds would be as long as the file."""
+_START, _END = 2000, 1000
+"""Characters of a long message that are kept: it begins with what is wrong and where, and ends with what to do."""
+MAX_MESSAGE = _START + _END + 40
+"""Characters of a message, with what says how many were left out."""
 
 
-def _shortened(message: str) -> str:
-    """Return a message, without its middle where it is too long: the file comes first, and what to do last."""
+def shortened(message: str) -> str:
+    """Return a message, without its middle where that quotes what no one would read to the end."""
     if len(message) <= MAX_MESSAGE:
         return message
-    half = MAX_MESSAGE // 2 - 20
-    return f"{message[:half]} … {len(message) - 2 * half:,} characters … {message[-half:]}"
+    return f"{message[:_START]} … ({len(message) - _START - _END:,} characters left out) … {message[-_END:]}"
 
 
 class EigenloraxError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. Its text is never longer than a few thousand characters."""
 
     exit_code = 3
 
     def __str__(self) -> str:
-        return _shortened(super().__str__())
+        return shortened(super().__str__())
 
 
 class FormatError(EigenloraxError, ValueError):
@@ -136,10 +137,10 @@ def reason(error: BaseException) -> str:
 
 
 class EigenloraxWarning(UserWarning):
-    """Base of every warning: surprising, but fine."""
+    """Base of every warning: surprising, but fine. Its text is as short as that of an error."""
 
     def __str__(self) -> str:
-        return _shortened(super().__str__())
+        return shortened(super().__str__())
 
 
 class SkippedAdapterWarning(EigenloraxWarning):

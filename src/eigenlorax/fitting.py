@@ -45,7 +45,7 @@ from .packed import Packing
 from .sizes import Member, Read, Setting
 from .storages import Coded, Cores, DiagonalCores, Floats, Storage
 from .subspace import SIZES, SWEEPS, FitOptions, ModuleBases, Subspace
-from .summary import lossy
+from .summary import kept_exactly, lossy
 from .version import __version__
 
 DEFAULT_COMPONENTS = 32
@@ -222,6 +222,8 @@ def fit(
         pack.notes.append(
             f"Diagonal cores: adapters come back as LoRAs of rank {', '.join(map(str, ranks))}, whatever they had."
         )
+    if (dominated := kept_exactly(pack.summary.bytes)) is not None:
+        pack.notes.append(dominated)
     pack.seconds.update({"scanning": scanned, **seconds})
     if compactly is not None:
         pack.frontier.extend(compactly.frontier)

@@ -37,13 +37,21 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if type(value) is int and not -(2**63) <= value < 2**63:
         raise UnfitError(f"{where} is an integer beyond 64 bits.")
     if type(value) is not kind:
-        shown = "missing" if value is ... else json.dumps(value)[:40]
-        raise UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
+        raise UnfitError(f"{where} is {_shown(value)}, where {kind.__name__} belongs.")
     return value
 
 
-# a document may have thousands of objects of one kind, whose annotations take longer to read than they do
+# to evaluate annotations takes longer than all else here
 _hints = cache(get_type_hints)
+
+
+def _shown(value: Any) -> str:
+    """What is there, in a few words: an object or array may be as large and as deep as its file."""
+    if value is ...:
+        return "missing"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    return json.dumps(value)[:40]
 
 
 def refuse_constant(name: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from .. import printable, urls
-from ..errors import EigenloraxWarning
+from ..errors import EigenloraxWarning, shortened
 from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -142,12 +142,12 @@ def _width(console: "Console") -> int | None:
 
 def error(message: str) -> None:
     """One message on stderr."""
-    _print(f" {message}", "error:", "bold red", stderr=True)
+    _print(f" {shortened(message)}", "error:", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
     """One remark on stderr."""
-    _print(f" {message}", "note:", "yellow", stderr=True)
+    _print(f" {shortened(message)}", "note:", "yellow", stderr=True)
 
 
 def interrupted(message: str) -> None:
@@ -263,6 +263,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
     dtype = figures.dtype
     if figures.coefficient_dtype != dtype:
         dtype += f", coefficients {figures.coefficient_dtype}"
+    at_most = ", at most" if figures.bounds else ""
     return [
         ("base model", (figures.base_model or "not stated") + (f" @ {figures.revision}" if figures.revision else "")),
         *[("  made for", str(figures.family))] * bool(figures.family),
@@ -276,8 +277,8 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
         *[("  of extensions", f"{figures.n_extended:,} of them in all")] * bool(figures.n_extended),
-        *_error_rows("delta error", figures.in_fit),
-        *_error_rows("delta error, projected adapters", figures.projected),
+        *_error_rows(f"delta error{at_most}", figures.in_fit),
+        *_error_rows(f"delta error, projected adapters{at_most}", figures.projected),
         *[("  of which upper bounds", f"{figures.bounds}: fitted again without their originals")]
         * bool(figures.bounds),
         *cost_rows(figures),

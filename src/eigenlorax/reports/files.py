@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import folder, keys, store
 from ..errors import FormatError, OptionError, PackExistsError
 from ..typed import UnfitError, refuse_constant, typed
-from . import markdown, page
+from . import coherence, markdown, page
 from .data import MATRIX, SCHEMA_VERSION, Report
 
 
@@ -30,14 +30,15 @@ def read(path: str | Path) -> Report:
         raise FormatError(
             f"{path} is no report: its schema is not {keys.REPORT_SCHEMA!r}. `eigenlorax report` makes one."
         )
-    version = body.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise FormatError(
-            f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make the "
-            "report again."
-        )
     try:
+        version = typed(int, body.pop("schema_version", ...), "schema_version")
+        if version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make "
+                "the report again."
+            )
         found: Report = typed(Report, body, "report")
+        coherence.check(found)
     except UnfitError as error:
         raise FormatError(f"{path} is not as the schema of reports asks: {error} Make the report again.") from error
     return found
