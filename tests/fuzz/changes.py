@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,24 +62,25 @@ class Change:
 def apply(tree: Tree, change: Change) -> Tree:
     """The input with one change; as it is where the change does not fit what others have left of it.
 
-    A file may be named by a pattern that one file fits: names may depend on what is in them.
+    A pattern stands for every file that it fits: names may depend on what is in files.
     """
-    change = replace(change, file=next((name for name in sorted(tree) if fnmatchcase(name, change.file)), change.file))
+    if change.how == "create":
+        (text,) = change.arguments
+        return {**tree, change.file: text.encode()}
     if change.how == "special":
         # a folder goes with all that is in it
         kept = {path: data for path, data in tree.items() if not f"{path}/".startswith(f"{change.file}/")}
         (kind,) = change.arguments
         return kept if kind == "absent" else {**kept, change.file: Special(kind)}
-    if change.how == "create":
-        (text,) = change.arguments
-        return {**tree, change.file: text.encode()}
     if change.how == "as":
         (other,) = change.arguments
         return {**tree, change.file: tree.get(other, b"")}
-    data = tree.get(change.file)
-    if not isinstance(data, bytes):
-        return tree
-    return {**tree, change.file: HOW[change.how](change.file, data, *change.arguments)}
+    return {
+        name: HOW[change.how](name, data, *change.arguments)
+        if isinstance(data, bytes) and (name == change.file or fnmatchcase(name, change.file))
+        else data
+        for name, data in tree.items()
+    }
 
 
 def write(tree: Tree, folder: Path) -> None:
@@ -222,6 +223,16 @@ def _copy(name: str, data: bytes, path: documents.Path, source: documents.Path) 
         return documents.replaced(body, path, lambda _: value)
 
     return _in_document(name, data, edit)
+
+
+def _text(name: str, data: bytes, old: str, new: str) -> bytes:
+    """A text of a JSON file, or of a safetensors file's header, in the place of another one."""
+    before, after = (json.dumps(one)[1:-1].encode() for one in (old, new))
+    if not name.endswith(".safetensors"):
+        return data.replace(before, after)
+    (length,) = struct.unpack("<Q", data[:HEADER_LENGTH].ljust(HEADER_LENGTH, b"\0"))
+    header = data[HEADER_LENGTH : HEADER_LENGTH + length].replace(before, after)
+    return struct.pack("<Q", len(header)) + header + data[HEADER_LENGTH + length :]
 
 
 def _flip(name: str, data: bytes, place: int, bit: int) -> bytes:
@@ -376,6 +387,7 @@ HOW: dict[str, Callable[..., bytes]] = {
     "rename": _rename,
     "twice": _twice,
     "copy": _copy,
+    "text": _text,
     "tensor": _tensor,
     "drop": _drop,
     "call": _call,

@@ -269,11 +269,11 @@ def _limit_address_space() -> None:
 
 def _measured(case: Case, folder: Path) -> list[Any]:
     """Run one case: its target, what became of it, processor seconds, bytes of memory, and the failure if it is one."""
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE * case.target.seconds)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     tree = case.tree
     changes.write(tree, folder)
     before = _reset_peak()
-    signal.setitimer(signal.ITIMER_PROF, PATIENCE * case.target.seconds)
-    signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     start, exported, cause, detail = time.process_time(), 0, "", ""
     try:
         exported = case.target.attempt(folder)

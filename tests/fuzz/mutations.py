@@ -2,6 +2,8 @@
 
 import json
 import struct
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from random import Random
 from typing import Any
 
@@ -142,8 +144,7 @@ def draw(random: Random, tree: Tree, files: list[str]) -> list[Change]:
 
 def change(random: Random, tree: Tree, name: str) -> Change:
     """One change of one file."""
-    data = tree[name]
-    assert isinstance(data, bytes)
+    data = _bytes(tree, name)
     if name.endswith(".safetensors"):
         return tensors(random, name, data)
     if name.endswith((".json", ".jsonl", ".ndjson")):
@@ -321,6 +322,117 @@ def shape(random: Random, old: list[int]) -> list[int]:
         place = random.randrange(len(found))
         found[place] = max(found[place] + random.choice((-1, 1)), 0)
     return found
+
+
+MANIFEST = "pack/subspace_config.json"
+
+
+def consistent(random: Random, tree: Tree) -> list[Change]:
+    """Changes of several files of a pack that go together: a size, a rank, a dtype or a name that is another one in
+    all of them."""
+    manifest = json.loads(_bytes(tree, MANIFEST))
+    modules = manifest["subspace"]["modules"]
+    if not modules or not manifest["adapters"]:
+        return draw(random, tree, [MANIFEST])
+    module, side, adapter = (
+        random.choice(sorted(modules)),
+        random.choice(("down", "up")),
+        random.choice(sorted(manifest["adapters"])),
+    )
+    kind = random.randrange(5)
+    if kind == 0:
+        return _resized(random, tree, module, side, modules[module][side])
+    if kind == 1:
+        return _of_rank(random, tree, adapter, random.choice((0, 1, 2, 4, 7, 100, 1000, 1025, 10**6, 2**40, 2**63, -1)))
+    if kind == 2:
+        dtype = random.choice(
+            ("float64", "float32", "float16", "bfloat16", "int8", "int4", "coded", "full-float32", "diagonal-float32")
+        )
+        stored = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(
+            dtype.rpartition("-")[2]
+        )
+        both = [
+            (field, file)
+            for field, file in (("dtype", "pack/subspace-*"), ("coefficient_dtype", f"pack/adapters/{adapter}/*"))
+            if random.random() < 0.6
+        ]
+        return [
+            change
+            for field, file in both
+            for change in (
+                Change(MANIFEST, "set", ((["subspace"] if field == "dtype" else []) + [field], dtype)),
+                *_tensors(tree, file, lambda key, one: (key, stored, None, None)),
+            )
+        ]
+    if kind == 3:
+        other = random.choice([text for text in TEXTS if isinstance(text, str)] + ["a" * 5000, f"x.{module}", *modules])
+        return [Change("pack/*", "text", (module, other))]
+    other = random.choice(sorted(manifest["adapters"]))
+    files = sorted(manifest["adapters"][other]["files"])
+    return [
+        Change(f"pack/adapters/{adapter}/{file}", "as", (f"pack/adapters/{other}/{file}",))
+        for file in files
+        if random.random() < 0.6
+    ]
+
+
+def _resized(random: Random, tree: Tree, module: str, side: str, info: dict[str, Any]) -> list[Change]:
+    """A side with another number of components, or of another width, in the manifest and in the bases."""
+    k, width = info["k"], info["dimension"]
+    field, place = random.choice((("k", 0), ("dimension", 1)))
+    new = random.choice((0, 1, k + 1, 2 * k, width, 1000, 2**22, 2**22 + 1, 2**31, 2**62))
+    path = ["subspace", "modules", module, side, field]
+
+    def changed(key: str, described: dict[str, Any]) -> tuple[Any, ...] | None:
+        sizes = list(described["shape"])
+        if not key.startswith(f"{module}.{side}.components") or len(sizes) != 2:
+            return None
+        sizes[place] = min(new if described["dtype"] != "U8" else (new + 1) // 2, 5000)
+        return key, None, sizes, random.choice((None, *FILLS))
+
+    return [Change(MANIFEST, "set", (path, new)), *_tensors(tree, "pack/subspace-*", changed)]
+
+
+def _of_rank(random: Random, tree: Tree, adapter: str, rank: int) -> list[Change]:
+    """An adapter of another rank, in its configs, in the manifest and in its coefficients."""
+    place = f"pack/adapters/{adapter}"
+
+    def changed(key: str, described: dict[str, Any]) -> tuple[Any, ...] | None:
+        sizes = list(described["shape"])
+        if "eigenlorax_" not in key or len(sizes) != 2:
+            return None
+        sizes[0 if "_down" in key or ".codes" in key or ".scales" in key else 1] = min(max(rank, 0), 5000)
+        return key, None, sizes, None
+
+    numbers = [
+        Change(f"{place}/{file}", "set", ([field], rank))
+        for file in ("source_config.json", "adapter_config.json")
+        for field in ("r", "lora_alpha")
+    ]
+    records = [
+        Change(MANIFEST, "set", (["adapters", adapter, "ranks"], [rank])),
+        Change(MANIFEST, "set", (["adapters", adapter, "lora_numbers"], rank * random.choice((64, 28, 36, 1)))),
+    ]
+    return [*numbers, *records, *(_tensors(tree, f"{place}/*", changed) if random.random() < 0.7 else [])]
+
+
+def _tensors(
+    tree: Tree, pattern: str, changed: Callable[[str, dict[str, Any]], tuple[Any, ...] | None]
+) -> list[Change]:
+    """Changes of the tensors of some files: for each that one is given for, its arguments."""
+    found = []
+    for name in sorted(tree):
+        if fnmatchcase(name, pattern) and name.endswith(".safetensors"):
+            header, _ = changes.split(_bytes(tree, name))
+            header.pop(METADATA, None)
+            found += [Change(name, "tensor", one) for key in sorted(header) if (one := changed(key, header[key]))]
+    return found
+
+
+def _bytes(tree: Tree, name: str) -> bytes:
+    data = tree[name]
+    assert isinstance(data, bytes)
+    return data
 
 
 def coded(random: Random, name: str, chosen: str, length: int) -> Change:

@@ -8,20 +8,27 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from random import Random
+from unittest.mock import patch
+
+from safetensors.torch import load
 
 import eigenlorax as ex
 from eigenlorax import checks, keys, store
+from eigenlorax import folder as folders
+from eigenlorax import manifest as manifests
 from eigenlorax.cli import main
 from eigenlorax.cli.report import show as show_report
 from eigenlorax.errors import MAX_MESSAGE, EigenloraxError
 from eigenlorax.reports import files as report_files
+from eigenlorax.subspace import Subspace
 from eigenlorax.tasks import data as rows
 from eigenlorax.tasks.options import Columns
 
 from . import changes, mutations, starts
-from .changes import Change, Tree
+from .changes import Change, Special, Tree
 
 EXIT_CODES = {0, 3, 4}
 """Of the command, where what it reads is at fault: done, or an error of ours."""
@@ -62,8 +69,12 @@ MANIFEST = f"pack/{keys.MANIFEST}"
 
 
 def signed(tree: Tree, drawn: list[Change]) -> Tree:
-    """The pack with changes and digests that fit them; the manifest's own fields are changed last."""
-    tree = changed(tree, [change for change in drawn if change.file != MANIFEST])
+    """The pack with changes, and with fingerprints and digests that fit them, as its author would sign it.
+
+    The manifest's own fields are changed last: what is drawn for a digest stays what it is.
+    """
+    of_manifest = [change for change in drawn if fnmatchcase(MANIFEST, change.file)]
+    tree = _with_fingerprints(changed(tree, [change for change in drawn if change.file != MANIFEST]), of_manifest)
     manifest = tree.get(MANIFEST)
     if isinstance(manifest, bytes):
         body = json.loads(manifest)
@@ -76,20 +87,48 @@ def signed(tree: Tree, drawn: list[Change]) -> Tree:
                 data = tree.get(f"pack/{keys.ADAPTERS}/{name}/{file}")
                 if isinstance(data, bytes):
                     entry["files"][file] = store.digest(data)
-        tree = changed(
-            {**tree, MANIFEST: json.dumps(body, indent=1).encode()}, [c for c in drawn if c.file == MANIFEST]
-        )
-    manifest = tree.get(MANIFEST)
-    if not isinstance(manifest, bytes):
-        return tree
+        tree = changed({**tree, MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)
+    return {**tree, MANIFEST: _with_digest(tree[MANIFEST])} if MANIFEST in tree else tree
+
+
+def _with_digest(manifest: bytes | Special) -> bytes | Special:
+    """A manifest with the digest of itself, where it can have one."""
     try:
-        text = manifest.decode()
+        text = manifest.decode() if isinstance(manifest, bytes) else ""
         canonical = json.dumps(json.loads(text), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        if not text.startswith("{\n"):
-            return tree
     except (ValueError, RecursionError):
-        return tree
-    return {**tree, MANIFEST: f'{{"digest": "{store.digest(canonical.encode())}",{text[1:]}'.encode()}
+        return manifest
+    if not text.startswith("{\n"):
+        return manifest
+    return f'{{"digest": "{store.digest(canonical.encode())}",{text[1:]}'.encode()
+
+
+def _with_fingerprints(tree: Tree, of_manifest: list[Change]) -> Tree:
+    """The pack with the fingerprints that its rows have, in the place of those that they had; as it is where its rows
+    cannot be read at all."""
+    found: list[Subspace] = []
+    try:
+        manifest = tree[MANIFEST]
+        body = json.loads(manifest if isinstance(manifest, bytes) else b"")
+        stated = [
+            *(step.get("fingerprint") for step in body["subspace"].get("growth", ())),
+            body["subspace"]["fingerprint"],
+        ]
+        rows = tree[f"pack/{body['subspace']['file']}"]
+        body.pop("digest", None)
+        now = _with_digest(changed({MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)[MANIFEST])
+        assert isinstance(now, bytes)
+        assert isinstance(rows, bytes)
+        with patch.object(folders, "_check_lineage", lambda subspace, *_: found.append(subspace)):
+            folders._subspace(load(rows), manifests.parse(now, Path(MANIFEST)), Path(MANIFEST))
+    except Exception:  # noqa: BLE001
+        # what it is that is wrong is for the reader to say
+        if not found:
+            return tree
+    for old, new in zip(stated, found[0].lineage, strict=False):
+        if old is not None and old != new:
+            tree = changed(tree, [Change("pack/*.json", "text", (old, new))])
+    return tree
 
 
 def _draw_manifest(random: Random, tree: Tree) -> list[Change]:
@@ -97,6 +136,8 @@ def _draw_manifest(random: Random, tree: Tree) -> list[Change]:
 
 
 def _draw_pack_files(random: Random, tree: Tree) -> list[Change]:
+    if random.random() < 0.3:
+        return mutations.consistent(random, tree)
     files = sorted(name for name in tree if name != MANIFEST and not name.endswith(keys.CARD))
     # most of the files are the adapters'
     bases = [name for name in files if f"/{keys.ADAPTERS}/" not in name]
