@@ -7,7 +7,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, ENXIO
+from errno import EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ MAX_DEPTH = 100
 cannot write it."""
 MAX_MANIFEST_BYTES = 1 << 30
 """Largest size of a manifest."""
+MAX_REPORT_BYTES = 1 << 28
+"""Largest size of a report."""
 MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, by that format."""
 ALLOWANCE = 200_000_000
@@ -52,7 +54,8 @@ PARSE_FAILURES = (
 RuntimeError covers RecursionError, and torch's errors of shapes and of decompositions. OSError is not among them: a
 disk that cannot be read says nothing of what is on it.
 """
-_NOT_THERE = {ENOENT, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG, ENXIO}
+# of a link that is not followed, systems say ELOOP or EMLINK
+_NOT_THERE = {ENOENT, ENOTDIR, EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENXIO}
 
 
 @contextmanager
@@ -76,14 +79,15 @@ def as_specified(where: Path | str) -> Iterator[None]:
         ) from error
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
     A pipe is not waited for, and no device is read. `FormatError` for these, and for a larger file; `FileNotFoundError`
-    where there is no file, a folder, or a link that leads nowhere.
+    where there is no file, a folder, a link that leads nowhere, or, unless links are followed, any link.
     """
+    names = ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC", *(() if follow_links else ("O_NOFOLLOW",)))
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, name, 0) for name in names))
     except OSError as error:
         if error.errno in _NOT_THERE:
             raise _missing(path) from error

@@ -26,6 +26,7 @@ from .boundary import (
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_REPORT_BYTES,
     as_specified,
     check_growth,
     read_file,
@@ -40,8 +41,6 @@ from .subspace import ModuleBases, Subspace
 LOCK_SECONDS = 20.0
 REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")
 """What every report says that is to be read by people."""
-_REPORT_BYTES = 2**28
-"""More than any report has."""
 # Rebuilt directions may differ in their last bits from machine to machine; a sum over d entries of at most 1 by more.
 _CHECK_TOLERANCE = 1e-3
 
@@ -466,7 +465,7 @@ def _remove_reports(folder: Path) -> None:
 
 def is_report(path: Path) -> bool:
     """Whether a file is a report that `eigenlorax report` has written, in whatever form."""
-    data = store.read_plain(path, _REPORT_BYTES)
+    data = store.read_plain(path, MAX_REPORT_BYTES)
     if data is None:
         return False
     if path.suffix.lower() != ".json":

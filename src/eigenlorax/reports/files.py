@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .. import folder, keys, store
+from ..boundary import MAX_REPORT_BYTES, read_file
 from ..errors import FormatError, OptionError, PackExistsError
 from ..typed import UnfitError, refuse_constant, typed
 from . import coherence, markdown, page
@@ -23,7 +24,9 @@ def to_json(report: Report) -> str:
 def read(path: str | Path) -> Report:
     """The report of a JSON file. `FormatError` if it is none, or of a newer schema."""
     try:
-        body = json.loads(Path(path).read_bytes(), parse_constant=refuse_constant)
+        body = json.loads(read_file(Path(path), MAX_REPORT_BYTES), parse_constant=refuse_constant)
+    except FormatError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(body, dict) or body.pop("schema", None) != keys.REPORT_SCHEMA:
