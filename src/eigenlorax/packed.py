@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from .chunks import CoefficientChunk
 from .coded import AdapterCodes
 from .errors import NonFiniteError
 from .formats import files as lora_files
-from .formats import hf_peft, lora_config
+from .formats import hf_peft, lora_config, safetensors_file
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
 from .storages import Floats, Outline, Sizes, Slot, Storage
@@ -307,7 +306,7 @@ def from_files(
 
     Whatever a parser raises leaves this function: who calls it does so within `boundary.as_specified`.
     """
-    tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
+    tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
     source_config, source = boundary.json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
@@ -330,7 +329,7 @@ def from_files(
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
     coefficients, payload = storage.adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
-    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
+    carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
     origin = None
     if keys.SOURCE_FILE in files:
         origin = typed(Origin, boundary.json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE)

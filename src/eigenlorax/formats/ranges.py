@@ -4,11 +4,13 @@ The header is read and checked once. What is kept is a description, which may be
 or thread: no file stays open, and none is mapped, since mapped pages count as the process's memory.
 """
 
+import math
 import os
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -98,13 +100,20 @@ class Stored:
         return [buffer.view(entry.dtype).reshape(entry.shape) for entry, buffer in zip(entries, buffers, strict=True)]
 
     def _room(self, entry: Entry) -> Tensor:
-        try:
-            return torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        except RuntimeError as error:
-            # as a sparse file may ask for
-            raise FormatError(
-                f"{self.file}: a tensor of {entry.end - entry.begin:,} bytes does not fit in this machine's memory."
-            ) from error
+        size = entry.end - entry.begin
+        if size > _memory_size():
+            # a sparse file has as many bytes as it says, and takes none of the disk
+            raise FormatError(f"{self.file}: a tensor of {size:,} bytes does not fit in this machine's memory.")
+        return torch.empty(size, dtype=torch.uint8)
+
+
+@cache
+def _memory_size() -> float:
+    """Bytes of this machine's memory; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def stored(file: File) -> Stored:
