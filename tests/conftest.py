@@ -19,9 +19,9 @@ import shapes  # noqa: E402
 # signatures without shapes are checked by beartype alone: jaxtyping, which holds the shapes of a call together, makes a
 # call several times as slow. Those with shapes are in pyproject.toml; the tuner is written in PEFT's plain style
 CHECKED = (
-    "auto card checkpoint checks coded compact dtypes engine entropy exchange fitted_module fitting folder formats "
-    "iterative joining keys knapsack known krylov linalg manifest mixing options quantised quantiser recognition "
-    "refitting reports sizes staging store summary tasks typed urls verifying"
+    "auto boundary card checkpoint checks coded compact dtypes engine entropy exchange fitted_module fitting folder "
+    "formats iterative joining keys knapsack known krylov linalg manifest mixing options printable quantised "
+    "quantiser recognition refitting reports sizes staging store summary tasks typed urls verifying"
 )
 beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
 shapes.check_some_calls()

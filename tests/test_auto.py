@@ -265,6 +265,7 @@ class TestSamples:
         _, (modules, adapters) = self.sampled(200, 1, width=4096)
         assert (len(modules), len(set(adapters))) == (1, 12)
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
     def test_those_who_have_trained_what_is_looked_at(self, monkeypatch):
         # two groups of adapters with no module in common, of which one module alone is looked at
         monkeypatch.setattr(auto, "CHEAP", 0)

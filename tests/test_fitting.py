@@ -14,6 +14,7 @@ from eigenlorax.errors import (
     BaseModelError,
     ModuleNameError,
     NonFiniteError,
+    NothingSharedWarning,
     OptionError,
     ShapeError,
     SkippedAdapterWarning,
@@ -186,6 +187,23 @@ class TestModules:
             assert set(pack.adapter(adapter.name).specs) == set(adapter.specs)
             assert reference.delta_error(adapter, pack.adapter(adapter.name)) < 1e-5
 
+    def test_groups_with_none_in_common_are_warned_of(self):
+        query, dense = {"encoder.0.query": (17, 11)}, {"encoder.0.dense": (13, 23)}
+        both, other = query | dense, {"h.0.attn": (29, 19)}
+        adapters = [random_adapter(name, 1, modules=query) for name in "ab"]
+        with pytest.warns(
+            NothingSharedWarning,
+            match="2 groups .* 'a', 'b', with modules like 'encoder.0.query'; 'c', with .* 'encoder.0.dense'. If they",
+        ):
+            ex.fit([*adapters, random_adapter("c", 3, modules=dense)])
+        # one that has both connects them
+        linked = [*adapters, random_adapter("c", 3, modules=dense), random_adapter("z", 4, modules=both)]
+        ex.fit(linked)
+        with pytest.warns(
+            NothingSharedWarning, match="2 groups .* 'a', 'b', 'c', 'z', .*; 'd', with .* like 'h.0.attn'"
+        ):
+            ex.fit([*linked, random_adapter("d", 5, modules=other, base="org/other")], same_base=True)
+
     def test_shapes_that_disagree_are_an_error_that_names_both(self):
         other = {"encoder.0.query": (41, 30)}
         adapters = [random_adapter("a", 1), random_adapter("b", 2, modules=other)]
@@ -205,7 +223,9 @@ class TestModules:
             assert pack.records[adapter.name].carried_bytes == back.down.nbytes + back.up.nbytes
 
     def test_a_pattern_that_fits_none_is_an_error(self):
-        with pytest.raises(OptionError, match=r"--exclude-module key fits no module.*'encoder.0.dense'"):
+        with pytest.raises(
+            OptionError, match=r"'key' fits no module \(exclude_modules, --exclude-module\).*'encoder.0.dense'"
+        ):
             ex.fit(random_collection(), exclude_modules=["key"])
 
     def test_none_may_be_left(self):

@@ -213,6 +213,7 @@ class TestOtherModels:
         with pytest.raises(BaseModelError, match=f"'style' is for Stable Diffusion 1, and 'other' is for {called}"):
             ex.fit([file, path], n_components=2)
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
     def test_a_unet_of_one_s_own_is_one_family_however_deep(self, tmp_path):
         block = "unet.mid_block.attentions.0.transformer_blocks"
         shallow = {f"{block}.0.attn2.to_k": (19, 64), f"{block}.0.attn1.to_q": (19, 19)}
@@ -241,6 +242,7 @@ class TestOtherModels:
         with pytest.raises(BaseModelError, match="adapter 'other' is for .*, and the pack is for Stable Diffusion 1"):
             pack.add(path, carry_missing=True)
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
     def test_a_text_encoder_of_one_width_may_be_of_either(self, file, tmp_path):
         encoder = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (13, 768)}
         path = lora_files.write(tmp_path / "other.safetensors", planted(encoder, seed=2), "diffusers")

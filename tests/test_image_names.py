@@ -1,6 +1,7 @@
 """Names of every module of Stable Diffusion 1.5, XL and FLUX: to each dialect, back, and as diffusers' converters read
 them."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,30 @@ def test_diffusers_converters_agree(model, modules, dialect, spelling):
 
 def test_the_family_is_found(model, modules):
     assert families.families((name, shape[1]) for name, shape in modules.items()) == {MODELS[model][2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SD3Transformer2DModel", {"num_layers": 1}),
+        ("PixArtTransformer2DModel", {"num_layers": 1}),
+        ("WanTransformer3DModel", {"num_layers": 1}),
+        ("AuraFlowTransformer2DModel", {"num_mmdit_layers": 1, "num_single_dit_layers": 1}),
+        ("QwenImageTransformer2DModel", {"num_layers": 1}),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "attn", r"\.ff|_mlp"])
+def test_other_transformers(name, options, part):
+    """A part of their modules may have names that FLUX's have too."""
+    import diffusers
+
+    with torch.device("meta"):
+        shapes = image_models.shapes(getattr(diffusers, name)(**options), "transformer")
+    modules = {module: shape for module, shape in shapes.items() if re.search(part, module)}
+    found = families.families((module, shape[1]) for module, shape in modules.items())
+    assert families.TRANSFORMER in found
+    assert part or found == {families.TRANSFORMER}
+    assert layers_of(modules, "diffusers").keys() == modules.keys()
 
 
 def test_stable_diffusion_1_by_its_first_names():

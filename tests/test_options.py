@@ -7,9 +7,9 @@ import pytest
 
 import eigenlorax as ex
 from eigenlorax import options
-from eigenlorax.errors import OptionError
+from eigenlorax.errors import AdapterNameError, OptionError
 from eigenlorax.subspace import FitOptions
-from planted import random_collection
+from planted import random_adapter, random_collection
 
 HUGE = 10**400
 
@@ -101,3 +101,55 @@ def test_a_fit_for_more_bytes_than_there_are_is_refused():
         ex.fit(random_collection(2), max_bytes=HUGE)
     with pytest.raises(OptionError, match="'auto' finds a number itself, as max_bytes=an integer of 1,329 bits would"):
         ex.fit(random_collection(2), max_bytes=HUGE, n_components="auto")
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "wanted"),
+    [
+        ("sst", ["cola", "sst2", "mr"], " Did you mean 'sst2'?"),
+        ("SST2", ["cola", "sst2"], " Did you mean 'sst2'?"),
+        ("sms_spam", ["sms-spam", "stance"], " Did you mean 'sms-spam'?"),
+        ("nope", ["cola", "sst2"], ""),
+        ("", ["cola"], ""),
+        ("cola", [], ""),
+        (None, ["delta"], ""),
+    ],
+)
+def test_a_typo_gets_a_suggestion(given, known, wanted):
+    assert options.suggestion(given, known) == wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (
+            lambda pack: pack.packed("aplha"),
+            AdapterNameError,
+            "no adapter named 'aplha' in the pack. Did you mean 'alpha'",
+        ),
+        (lambda pack: pack.adapter("aplha"), AdapterNameError, "Did you mean 'alpha'"),
+        (lambda pack: pack.remove("Beta"), AdapterNameError, "Did you mean 'beta'"),
+        (lambda pack: pack.export("out", ["bet"]), AdapterNameError, "Did you mean 'beta'"),
+        (lambda pack: pack.export("out", format="kohia"), OptionError, "'kohia' is not known. Did you mean 'kohya'"),
+        (lambda pack: pack.export("out", dtype="flaot16"), OptionError, "got flaot16. Did you mean 'float16'"),
+        (
+            lambda pack: ex.fit({"alpha": pack.adapter("alpha")}, exclude_adapters="aplha"),
+            AdapterNameError,
+            "mean 'alpha'",
+        ),
+        (lambda pack: ex.fit([pack.adapter("alpha")], weighting="detla"), OptionError, "Did you mean 'delta'"),
+        (lambda pack: ex.fit([pack.adapter("alpha")], solver="exakt"), OptionError, "Did you mean 'exact'"),
+        (lambda pack: ex.fit([pack.adapter("alpha")], engine="process"), OptionError, "Did you mean 'processes'"),
+        (lambda pack: ex.fit([pack.adapter("alpha")], cores="ful"), OptionError, "Did you mean 'full'"),
+        (lambda pack: ex.fit([pack.adapter("alpha")], dtype="int88"), OptionError, "Did you mean 'int8'"),
+        (
+            lambda pack: ex.fit([pack.adapter("alpha")], exclude_modules="qwery"),
+            OptionError,
+            r"'qwery' fits no module \(exclude_modules, --exclude-module\). Did you mean 'query'",
+        ),
+    ],
+)
+def test_a_typo_gets_a_suggestion_wherever_a_name_is_looked_up(call, error, match):
+    pack = ex.fit([random_adapter("alpha", 1), random_adapter("beta", 2)])
+    with pytest.raises(error, match=match):
+        call(pack)

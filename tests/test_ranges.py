@@ -1,6 +1,7 @@
 """Safetensors files read by offsets: what the safetensors library reads, and refuses, so do we; and no file is kept."""
 
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -15,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
+import remote_disk  # noqa: F401 (registers disk://)
 from adapters import MODULES, change_tensors, factors, make_adapter
+from eigenlorax import urls
 from eigenlorax.errors import FormatError
 from eigenlorax.formats.ranges import local, stored
+from eigenlorax.formats.safetensors_file import to_bytes
 from test_official import make as make_official
 
 WEIGHTS = "adapter_model.safetensors"
@@ -171,6 +175,87 @@ def test_a_file_that_is_not_whole(tmp_path, case):
     damage(tmp_path / "a")
     with pytest.raises(FormatError, match=f"a is not a whole safetensors file: .*{said}"):
         stored(local(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["on disk", "behind a URL"])
+@pytest.mark.parametrize(
+    "metadata", [{"format": "pt", "note": "\ud800"}, {"\udfff": "x"}, {"a": "\ud800\ud800"}, {"note": {"a": "\ud800"}}]
+)
+def test_half_a_character_in_metadata_is_refused_as_the_library_refuses_it(tmp_path, metadata, remote):
+    """Read here, it would come into a pack, and no export of that would ever be written."""
+    path = written(tmp_path / "one.safetensors", {"__metadata__": metadata, "a": ONE}, b"1234")
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    file = urls.folder(f"disk://{tmp_path}").file(path.name) if remote else local(path)
+    with pytest.raises(FormatError, match="one.safetensors is not a (whole )?safetensors file"):
+        stored(file)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ([0, 2**62, 2**62], "a shape that no tensor can have"),
+        ([2**31, 2**31, 2, 0], "a shape that no tensor can have"),
+        ([2**62, 2**62, 0], "a shape that no tensor can have"),
+        ([0] + [1] * 64, "a shape that no tensor can have"),
+    ],
+)
+def test_a_shape_that_torch_has_no_strides_for(tmp_path, shape, said):
+    path = written(tmp_path / "a", {"t": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+    with pytest.raises(FormatError, match=f"a: tensor 't' has {said}"):
+        stored(local(path))
+
+
+def test_a_tensor_larger_than_memory(tmp_path):
+    size = 1 << 43
+    path = written(tmp_path / "a", {"t": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    os.truncate(path, path.stat().st_size + size)
+    with pytest.raises(
+        FormatError, match="a: a tensor of 8,796,093,022,208 bytes does not fit in this machine's memory"
+    ):
+        stored(local(path)).load(["t"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_is_no_plain_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(FormatError, match="a is not a plain file"):
+        local(tmp_path / "a")
+
+
+HALVES = st.text(st.characters(codec=None, categories=None), max_size=4)
+"""Texts of which some have half a character, which is no text in UTF-8."""
+
+
+@given(
+    st.dictionaries(
+        HALVES, st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=4
+    ),
+    st.none() | st.dictionaries(HALVES, HALVES, max_size=3),
+    st.booleans(),
+)
+def test_what_is_read_can_be_written_and_read_again(tmp_path_factory, described, metadata, remote):
+    folder = tmp_path_factory.getbasetemp()
+    header, at = {} if metadata is None else {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in described.items():
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    path = written(folder / "drawn.safetensors", header, bytes(n % 2 for n in range(at)))
+    file = urls.folder(f"disk://{folder}").file(path.name) if remote else local(path)
+    try:
+        found = stored(file)
+    except FormatError:
+        with pytest.raises(SafetensorError):
+            load_file(path)
+        return
+    wanted = load_file(path)
+    read = dict(zip(found.entries, found.load(list(found.entries)), strict=True))
+    assert read.keys() == wanted.keys()
+    (folder / "again.safetensors").write_bytes(to_bytes(read, found.metadata))
+    again = stored(local(folder / "again.safetensors"))
+    assert dict(again.metadata) == dict(found.metadata) == (metadata or {})
+    assert all(same_bits(again.load([name])[0], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("stated", ["F6_E2M3", "F3", "float32"])

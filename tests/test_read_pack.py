@@ -186,7 +186,7 @@ def test_a_pack_that_has_grown_in_both_ways(tmp_path, dtype):
         # and as it was written
         pack = ex.Pack.open(folder)
     assert widths == [6, 9, 10, 11]
-    assert pack.info.k_at(pack.info.growth[1].fingerprint, QUERY) == (6, 6)
+    assert pack.info.sizes(pack.info.growth[1].fingerprint, QUERY).k == (6, 6)
 
 
 def test_an_adapter_of_another_subspace_is_noticed(tmp_path):
@@ -202,7 +202,7 @@ def test_an_adapter_of_another_subspace_is_noticed(tmp_path):
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     with pytest.raises(ValueError, match="is not in"):
         read_pack.delta_weights(folder, "a")
-    with pytest.raises(PackDamagedError, match="coefficients of module .* do not fit the subspace"):
+    with pytest.raises(PackDamagedError, match="subspace_fingerprint is .*, which the subspace never had"):
         ex.Pack.open(folder).packed("a")
     with pytest.raises(PackDamagedError, match="its rows have the fingerprint .* it is 000000000000"):
         ex.Pack.open(folder).subspace  # noqa: B018

@@ -1,11 +1,14 @@
 """Another basis for the adapters of a pack: what is measured, what is followed, and what is said of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import eigenlorax as ex
 import reference
 from adapters import MODULES, make_adapter, make_adapters
+from eigenlorax import refitting, summary
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import LossWarning, OptionError, SkippedAdapterWarning
 from outcomes import contents
@@ -131,7 +134,7 @@ class TestFromThePack:
         assert [twice.changes[name].bound for name in ("a0", "a1", "a2", "a3")] == [False, False, True, True]
         assert all(twice.changes[name].error_after >= real[name] - 1e-6 for name in real)
         assert not any(change.bound for change in ex.refit(opened, originals).changes.values())
-        assert "| a3 | 2 | 2 | ≤ 0." in (tmp_path / "once" / "README.md").read_text()
+        assert "| `a3` | 2 | 2 | ≤ 0." in (tmp_path / "once" / "README.md").read_text()
 
     def test_modules_that_were_carried_come_into_the_subspace(self, tmp_path):
         make_adapters(tmp_path / "in", "a b", head=(2, 31))
@@ -177,6 +180,60 @@ class TestFromThePack:
         pack = ex.fit(random_collection(5), n_components=7)
         with pytest.warns(LossWarning, match="Refit from the originals, or with more components"):
             ex.refit(pack, n_components=1, warn_above=0.5)
+
+
+class TestBounds:
+    @pytest.mark.parametrize("seed", range(8))
+    def test_is_the_worst_that_an_original_allows(self, seed):
+        """All originals D with ‖D − before‖ = error · ‖D‖, by angles in the plane of the worst one, and others."""
+        generator = torch.Generator().manual_seed(seed)
+        error = (0.02, 0.2, 0.5, 0.8)[seed % 4]
+        before, after, outside = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(3))
+        outside = outside if seed > 3 else torch.zeros(5)
+        moved_outside = outside * torch.rand(5, generator=generator, dtype=torch.float64)
+        squares = [one.square().sum().item() for one in (before, after, before - after, outside, moved_outside)]
+        centre = before / (1 - error**2)
+        plane = torch.linalg.qr(torch.stack([before, after]).mT).Q.mT
+        angles = torch.linspace(0, 2 * torch.pi, 100_001, dtype=torch.float64)
+        units = torch.randn(100_000, 5, generator=generator, dtype=torch.float64)
+        found = []
+        for directions in (
+            torch.stack([angles.cos(), angles.sin()], dim=1) @ plane,
+            units / units.norm(dim=1)[:, None],
+        ):
+            originals = centre + error * centre.norm() * directions
+            assert torch.allclose((originals - before).norm(dim=1), error * originals.norm(dim=1))
+            lost = (originals - after).square().sum(1) + squares[4]
+            found.append(float((lost / (originals.square().sum(1) + squares[3])).max()) ** 0.5)
+        bound = refitting.worst_error(error, refitting.Squares(*squares))
+        assert bound == pytest.approx(found[0], rel=1e-6)
+        assert found[1] <= bound
+
+    def test_of_a_pack_of_chosen_bytes(self):
+        originals = random_collection(5)
+        pack = ex.fit(originals, max_error=0.3, warn_above=1.0)
+        with pytest.warns(LossWarning) as noted:
+            found = ex.refit(pack, n_components=6)
+        real = true_errors(found.pack, originals)
+        by_norms = {}
+        for name, change in found.changes.items():
+            before = pack.records[name].delta_error
+            by_norms[name] = before + change.moved * (1 + before)
+            assert change.bound
+            assert real[name] <= change.error_after < min(by_norms[name], 1)
+        assert max(by_norms.values()) > 1.2
+        (message,) = (str(warning.message) for warning in noted)
+        assert "of the update may be lost, since the pack was fitted again without the originals" in message
+        assert f"a0 (at most {found.changes['a0'].error_after:.2f})" in message
+        assert "is lost" not in message
+
+    def test_of_1_or_more_says_nothing(self):
+        record = ex.fit(random_collection(2), n_components=3).records["a0"]
+        records = {"a": replace(record, bound=True, delta_error=1.29), "b": replace(record, delta_error=0.7)}
+        said = summary.losses(records, 0.5)
+        assert "is lost (delta error) of b (0.70). " in said
+        assert said.endswith("is known, of a (perhaps all of it).")
+        assert "1.29" not in said
 
 
 class TestWhatIsRefused:

@@ -149,6 +149,7 @@ def test_the_name_before_it_is_read(tmp_path, monkeypatch, found, name):
     assert default_name(found) == name
 
 
+@pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
 def test_fit_takes_all_of_them(parent):
     pack = ex.fit({"one": parent / "alpha", "two": random_adapter("x", 5, modules={"other": (19, 23)})}, n_components=2)
     assert pack.names == ["one", "two"]

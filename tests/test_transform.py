@@ -163,7 +163,8 @@ def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
     pairs = [basis_of(many, k, 200.0) for k in (3, 0, 5)[:clusters]]
     joined = tuple(transform.joined([pair[side] for pair in pairs]) for side in (0, 1))
     data = coded.basis_bytes(joined)
-    read = coded.bases(list(zip(data, (SHAPE[1], SHAPE[0]), strict=True)))
+    shapes = [(one.k, width) for one, width in zip(joined, (SHAPE[1], SHAPE[0]), strict=True)]
+    read = list(coded.bases(list(zip(data, shapes, strict=True))))
     for one, other in zip(joined, read, strict=True):
         assert torch.equal(one.rows, other.rows)
         assert (one.profile == other.profile).all()
@@ -181,7 +182,7 @@ def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
     whole = ModuleBases(*(Basis(one.rows, torch.zeros(0), 1.0) for one in read))
     for row, (one, blob) in enumerate(zip(many, blobs, strict=True)):
         assert coded.cluster(blob) == cluster
-        again = coded.adapter(blob, {"a": place, "b": place})
+        again = coded.adapter(blob, {"a": place, "b": place}, {"a": 4, "b": 4})
         for module, wanted in (("a", dense(codes, pairs[cluster], row)), ("b", torch.zeros(SHAPE).double())):
             found = coded.coefficients(again.modules[module], again.step, place, rank=4, scaling=one.scaling)
             assert found.rank == 4

@@ -216,10 +216,15 @@ def normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
     Philox's raw stream is fixed across NumPy releases, its normal distribution is not; hence Box–Muller here.
     """
     key = np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest()[:16], dtype="<u8")
-    raw = np.random.Philox(key=key).random_raw(2 * n * dimension)
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
-    return (radius * np.cos(angle)).reshape(n, dimension)
+    stream, found = np.random.Philox(key=key), np.empty((n, dimension))
+    # in parts of about a million numbers, each of which takes some fifty bytes on its way
+    most = max(1, (1 << 20) // dimension)
+    for start in range(0, n, most):
+        part = found[start : start + most]
+        uniform = ((stream.random_raw(2 * part.size) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
+        part[:] = (radius * np.cos(angle)).reshape(part.shape)
+    return found
 
 
 def extra_check(basis: Basis) -> Float[Tensor, " n_extra"]:

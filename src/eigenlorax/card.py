@@ -4,6 +4,7 @@ import json
 
 from . import hub, keys, summary
 from .manifest import Manifest
+from .printable import markdown_code
 from .summary import Errors, Summary
 
 
@@ -36,7 +37,9 @@ def _front_matter(found: Manifest, family: str | None) -> list[str]:
 
 def _what(figures: Summary) -> list[str]:
     b = figures.bytes
-    base = figures.base_model or figures.family or "a base model its adapters do not name"
+    base = figures.family or "a base model its adapters do not name"
+    if figures.base_model:
+        base = markdown_code(figures.base_model)
     lines = [
         f"# {figures.adapters} LoRA adapters of {base} over one basis",
         "",
@@ -45,7 +48,7 @@ def _what(figures: Summary) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        f"| weighting | {figures.fit.weighting} |",
+        f"| weighting | {markdown_code(figures.fit.weighting)} |",
         f"| asked for | {figures.fit.size} |",
     ]
     for side, found in (("down", figures.down), ("up", figures.up)):
@@ -55,7 +58,7 @@ def _what(figures: Summary) -> list[str]:
             f"max){capped}; energy {found.energy:.4f} |"
         )
     for group, errors in (("fitted", figures.in_fit), ("projected afterwards", figures.projected)):
-        lines += [_error_row(group, errors)] if errors is not None else []
+        lines += [_error_row(group, errors, is_bound=bool(figures.bounds))] if errors is not None else []
     lines += [
         f"| LoRA bytes, heads aside | {b.lora:,} |",
         f"| basis + coefficients + carried bytes | {b.basis:,} + {b.coefficients:,} + {b.carried:,} |",
@@ -66,11 +69,11 @@ def _what(figures: Summary) -> list[str]:
     return lines
 
 
-def _error_row(group: str, errors: Errors) -> str:
-    plural = "" if errors.adapters == 1 else "s"
+def _error_row(group: str, errors: Errors, *, is_bound: bool) -> str:
+    plural, at_most = "" if errors.adapters == 1 else "s", ", at most" if is_bound else ""
     return (
-        f"| delta error, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst {errors.worst:.4f} "
-        f"({errors.worst_adapter}), of which rounding {errors.rounding_mean:.1e} |"
+        f"| delta error{at_most}, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst "
+        f"{errors.worst:.4f} ({markdown_code(errors.worst_adapter)}), of which rounding {errors.rounding_mean:.1e} |"
     )
 
 
@@ -85,9 +88,9 @@ def _adapters(found: Manifest) -> list[str]:
         one = entry.record
         error = "untrained" if one.untrained else f"{'≤ ' * one.bound}{one.delta_error:.4f}"
         ranks = ", ".join(map(str, one.ranks))
-        lines.append(f"| {name} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
+        lines.append(f"| {markdown_code(name)} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
     for name, reason in found.fit.skipped.items():
-        lines.append(f"| {name} | | | left out: {reason} | no |")
+        lines.append(f"| {markdown_code(name)} | | | left out: {markdown_code(reason)} | no |")
     return [*lines, ""]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import formats, keys
+from . import dtypes, formats, keys
 from . import subspace as spaces
 from .adapter import Adapter
 from .errors import (
@@ -23,6 +23,7 @@ from .errors import (
     FormatError,
     ModuleNameError,
     NonFiniteError,
+    NothingSharedWarning,
     OptionError,
     ShapeError,
     UnknownBaseWarning,
@@ -30,6 +31,7 @@ from .errors import (
 from .formats import families, lora_config
 from .formats.sources import Found
 from .keys import Kind
+from .options import suggestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,9 @@ def scan(adapter: Adapter) -> Scan:
 
 
 def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
+    if tensor.dtype.itemsize == 1 and dtypes.name(tensor.dtype).startswith("float4_"):
+        # these have no NaN and no Inf, and torch makes no wider floats of them
+        return
     wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
     bad = int((~wide.isfinite()).sum())
     if bad:
@@ -191,6 +196,36 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
         )
 
 
+def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
+    """Warn where adapters fall into groups that have no module in common.
+
+    modules: of each adapter, by its name, the modules that it has in the subspace. Adapters with none do not count.
+    """
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, own in sorted(modules.items()):
+        joined, found = [name], set(own)
+        if not found:
+            continue
+        apart = []
+        for group in groups:
+            if found.isdisjoint(group[1]):
+                apart.append(group)
+            else:
+                joined, found = group[0] + joined, found | group[1]
+        groups = [*apart, (joined, found)]
+    if len(groups) < 2:
+        return
+    groups.sort(key=lambda group: (-len(group[0]), group[0]))
+    listed = "; ".join(f"{_listing(sorted(names))}, with modules like {min(own)!r}" for names, own in groups[:5])
+    more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
+    warnings.warn(
+        f"{len(groups)} groups of adapters have no module in common, so nothing is shared between them: {listed}{more}."
+        " If they belong to different models, fit each group in a pack of its own.",
+        NothingSharedWarning,
+        stacklevel=3,
+    )
+
+
 def check_family(adapter: Adapter, modules: Iterable[tuple[str, int]]) -> None:
     """`BaseModelError` where an adapter is of another image model than a pack with these modules, each with the width
     of its input."""
@@ -267,13 +302,14 @@ def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
     A pattern that fits none is an error: it is a slip, and what it should have kept out would be fitted.
     """
     modules = list(modules)
+    parts = {*modules, *(module.rpartition(".")[2] for module in modules)}
     found: set[str] = set()
     for pattern in patterns:
         fits = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}")}
         if not fits:
             raise OptionError(
-                f"--exclude-module {pattern} fits no module. Modules are named like {_listing(sorted(modules)[:2])}; "
-                "shell wildcards (*, ?, [...]) may be used."
+                f"{pattern!r} fits no module (exclude_modules, --exclude-module).{suggestion(pattern, parts)} Modules "
+                f"are named like {_listing(sorted(modules)[:2])}; shell wildcards (*, ?, [...]) may be used."
             )
         found |= fits
     return frozenset(found)

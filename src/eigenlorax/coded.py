@@ -5,7 +5,7 @@ A side of a module is one run of bytes, and all of an adapter is another, which 
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import entropy, transform
+from .boundary import MAX_CORE, MAX_RANK
 from .errors import FormatError
 from .subspace import Coefficients
 from .transform import RoundedBasis
@@ -25,6 +26,9 @@ _STEP_BYTES = 3
 EMPTY = bytes([1, 0, 0])
 """Those of a side without a row."""
 _NONE = np.zeros(0, dtype=np.int64)
+_NARROW = (np.int8, np.int16, np.int32, np.int64)
+_AT_ONCE = 1 << 22
+"""Numbers of bases that are decoded together: one basis after the other takes longer, all of them take more memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +130,9 @@ def _narrow(codes: Tensor) -> np.ndarray:
 
 
 def _narrowed(codes: np.ndarray) -> np.ndarray:
-    """The same integers in one byte each where that is enough."""
-    return codes.astype(np.int8 if not codes.size or np.abs(codes).max() < 128 else np.int32)
+    """The same integers in one or two bytes each where that is enough."""
+    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    return codes.astype(next(kind for kind in _NARROW if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
 
 
 def basis_bytes(bases: Sequence[RoundedBasis]) -> list[bytes]:
@@ -146,23 +151,34 @@ def basis_bytes(bases: Sequence[RoundedBasis]) -> list[bytes]:
 
 
 def _number_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
-    """Of every number of a basis, row by row."""
-    return np.repeat(transform.row_classes(fineness, dimension), dimension)
+    """Of every number of a basis, row by row, in one byte each."""
+    return np.repeat(transform.row_classes(fineness, dimension).astype(np.uint8), dimension)
 
 
-def bases(sides: Sequence[tuple[bytes, int]]) -> list[RoundedBasis]:
-    """The inverse of `basis_bytes`, of bytes and the width of rows."""
-    heads = [_basis_head(data) for data, _ in sides]
-    streams = [
-        (stream, _number_classes(fineness, dimension))
-        for (_, fineness, _, stream), (_, dimension) in zip(heads, sides, strict=True)
-    ]
-    return [
-        RoundedBasis(torch.from_numpy(codes).reshape(len(fineness), dimension), fineness, profile, blocks)
-        for codes, (blocks, fineness, profile, _), (_, dimension) in zip(
-            entropy.decode(streams), heads, sides, strict=True
-        )
-    ]
+def bases(sides: Sequence[tuple[bytes, tuple[int, int]]]) -> Iterator[RoundedBasis]:
+    """Yield the inverse of `basis_bytes`: sides of modules, each from its bytes and the shape (k, d) of its rows.
+
+    `FormatError` for bytes of another number of rows, before any of them is decoded.
+    """
+    heads = []
+    for data, (k, dimension) in sides:
+        head = _basis_head(data)
+        if len(head[1]) != k:
+            raise FormatError(f"the bytes of a basis have {len(head[1])} rows, and should have {k}.")
+        heads.append((*head, dimension))
+    start = numbers = 0
+    for end, (_, fineness, _, _, dimension) in enumerate(heads, start=1):
+        numbers += len(fineness) * dimension
+        if numbers >= _AT_ONCE or end == len(heads):
+            yield from _decoded(heads[start:end])
+            start, numbers = end, 0
+
+
+def _decoded(heads: Sequence[tuple[tuple[int, ...], np.ndarray, np.ndarray, bytes, int]]) -> Iterator[RoundedBasis]:
+    """The bases of `_basis_head`s and widths of rows."""
+    streams = [(stream, _number_classes(fineness, dimension)) for _, fineness, _, stream, dimension in heads]
+    for codes, (blocks, fineness, profile, _, dimension) in zip(entropy.decode(streams), heads, strict=True):
+        yield RoundedBasis(torch.from_numpy(codes).reshape(len(fineness), dimension), fineness, profile, blocks)
 
 
 def place_of(sides: Sequence[tuple[bytes, int]], cluster: int) -> Place:
@@ -170,6 +186,9 @@ def place_of(sides: Sequence[tuple[bytes, int]], cluster: int) -> Place:
     bare, none = [], torch.zeros(1, 1, dtype=torch.int64)
     for data, dimension in sides:
         blocks, fineness, profile, _ = _basis_head(data)
+        # a side without a row has none in any cluster
+        if (blocks or len(fineness)) and cluster >= max(len(blocks), 1):
+            raise FormatError(f"an adapter is in cluster {cluster}, and a basis has {max(len(blocks), 1)} of them.")
         bare.append(RoundedBasis(none.expand(len(fineness), dimension), fineness, profile, blocks))
     return Place.of((bare[0], bare[1]), cluster)
 
@@ -196,7 +215,7 @@ def adapter_bytes(adapters: Sequence[tuple[AdapterCodes, Mapping[str, Place]]]) 
         heads.append(_head(one, modules))
         values = [part.ravel() for module in modules for part in _parts(module)]
         classes = [kinds for name in sorted(one.modules) for kinds in _classes(one.modules[name], places[name])]
-        streams.append((np.concatenate([_NONE, *values]), np.concatenate([_NONE, *classes])))
+        streams.append((np.concatenate([_NONE, *values]), np.concatenate([np.zeros(0, np.uint8), *classes])))
     return [head + stream for head, stream in zip(heads, entropy.encode(streams), strict=True)]
 
 
@@ -264,26 +283,40 @@ def _parts(module: ModuleCodes) -> list[np.ndarray]:
 
 
 def _classes(module: ModuleCodes, place: Place) -> list[np.ndarray]:
-    """The class of each code of `_parts`."""
+    """The class of each code of `_parts`, in one byte each."""
     down, up = place.profiles
-    found = [_NONE]
+    found = [np.zeros(0, np.uint8)]
     if module.core_level:
-        profile = transform.core_profile(down, up).numpy()
-        found = [np.maximum(module.core_level - 1 + profile, 0).ravel()]
+        found = [_as_classes(module.core_level - 1 + transform.core_profile(down, up).numpy())]
     for side, (rows, profile) in enumerate(((module.down, down), (module.up, up))):
         known = rows.coefficient_levels[rows.coefficient_levels > 0]
         rest = rows.rest_levels[rows.rest_levels > 0]
-        found.append(np.maximum(known[:, None] - 1 + profile[None], 0).ravel())
-        found.append(np.repeat(rest - 1, place.dimension(side)))
+        found.append(_as_classes(known[:, None] - 1 + profile[None]))
+        found.append(np.repeat(_as_classes(rest - 1), place.dimension(side)))
     return found
 
 
-def adapter(data: bytes, places: Mapping[str, Place]) -> AdapterCodes:
-    """One adapter, from its bytes and the places of all its modules, each in the bases of its cluster."""
-    step, cluster, levels, stream = opened(data, sorted(places))
+def _as_classes(numbers: np.ndarray) -> np.ndarray:
+    """Classes that may be negative, which stand for 0."""
+    if numbers.size and numbers.max() >= entropy.CLASSES:
+        raise FormatError(f"a level stands for class {numbers.max()}; classes end at {entropy.CLASSES - 1}.")
+    classes: np.ndarray = np.maximum(numbers, 0).astype(np.uint8).ravel()
+    return classes
+
+
+def adapter(data: bytes, places: Mapping[str, Place], ranks: Mapping[str, int]) -> AdapterCodes:
+    """One adapter, from its bytes, the places of all its modules, each in the bases of its cluster, and their ranks.
+
+    `FormatError` where the bytes have more components than a rank allows, before any of their numbers is decoded.
+    """
+    for name, place in places.items():
+        check_rank(ranks[name], place.shape)
+    step, cluster, levels, stream = opened(data, sorted(places), sum(ranks.values()))
+    for name, place in places.items():
+        _check_levels(levels[name], place, ranks[name])
     classes = [_classes(levels[name], places[name]) for name in sorted(places)]
     flat = [part for parts in classes for part in parts]
-    (values,) = entropy.decode([(stream, np.concatenate([_NONE, *flat]))])
+    (values,) = entropy.decode([(stream, np.concatenate([np.zeros(0, np.uint8), *flat]))])
     pieces = iter(np.split(values, np.cumsum([len(part) for part in flat])[:-1]) if flat else [])
     modules = {}
     for name in sorted(places):
@@ -292,21 +325,39 @@ def adapter(data: bytes, places: Mapping[str, Place]) -> AdapterCodes:
     return AdapterCodes(step, cluster, modules)
 
 
+def check_rank(rank: int, shape: tuple[int, int]) -> None:
+    """`FormatError` for a rank that no update of this shape (out, in) needs, and whose factors would take memory that
+    nothing in a file accounts for."""
+    if rank > max(sum(shape), MAX_RANK):
+        raise FormatError(f"rank {rank} is beyond out + in = {sum(shape)} of a module of shape {shape}.")
+
+
+def _check_levels(levels: ModuleCodes, place: Place, rank: int) -> None:
+    """`FormatError` for more components than the rank, and for a core beyond `MAX_CORE`."""
+    if levels.count > rank:
+        raise FormatError(f"a module of rank {rank} has {levels.count} components.")
+    if levels.core_level and max(map(len, place.profiles)) > MAX_CORE:
+        raise FormatError(f"a core lies between more than {MAX_CORE} components per side.")
+
+
 def cluster(data: bytes) -> int:
     """Whose bases an adapter is in."""
     return _from_varint(data, _STEP_BYTES)[0] // _CLUSTER
 
 
-def opened(data: bytes, names: Sequence[str]) -> tuple[float, int, dict[str, ModuleCodes], bytes]:
-    """Step, cluster, all levels, and what is to be decoded with them."""
+def opened(data: bytes, names: Sequence[str], most_components: int) -> tuple[float, int, dict[str, ModuleCodes], bytes]:
+    """Step, cluster, all levels, and what is to be decoded with them. most_components: of all modules together."""
     flags, at = _from_varint(data, _STEP_BYTES)
+    wide = bool(flags & _WIDE)
+    # a count of one or two bytes and a core of one for each module; a scale, flags and four levels for each component
+    most = (2 + wide) * len(names) + 6 * most_components
     try:
         if flags & _PACKED:
             size, at = _from_varint(data, at)
-            body, at = zlib.decompressobj(-15).decompress(data[at : at + size]), at + size
+            body, at = zlib.decompressobj(-15).decompress(data[at : at + size], most + 1), at + size
         else:
-            body = data[at:]
-        unpacked, end = _unpacked(np.frombuffer(body, "u1").astype(np.int64), len(names), bool(flags & _WIDE))
+            body = data[at : at + most]
+        unpacked, end = _unpacked(np.frombuffer(body, "u1").astype(np.int64), len(names), wide)
         if flags & _PACKED and end != len(body):
             raise ValueError(f"{len(body)} bytes in place of {end}")
         at += 0 if flags & _PACKED else end
@@ -321,6 +372,8 @@ def _unpacked(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCodes], 
     planes = [body[start * n : (start + 1) * n] for start in range(2 + wide)]
     counts, cores = planes[0] + (planes[1] << 8 if wide else 0), planes[-1]
     total, at = int(counts.sum()), (2 + wide) * n
+    if at + 2 * total > len(body):
+        raise ValueError(f"{len(body)} bytes in place of {at + 2 * total} at least")
     scales = np.cumsum(body[at : at + total]) & 255
     flags, at = body[at + total : at + 2 * total], at + 2 * total
     levels = []

@@ -3,6 +3,7 @@
 import torch
 
 from .errors import OptionError
+from .options import suggestion
 
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -17,7 +18,8 @@ def by_name(name_: str) -> torch.dtype:
     for known in STORED:
         if name(known) == name_:
             return known
-    raise OptionError(f"dtype must be one of {', '.join(map(name, STORED))}, got {name_}.")
+    known_names = [name(known) for known in STORED]
+    raise OptionError(f"dtype must be one of {', '.join(known_names)}, got {name_}.{suggestion(name_, known_names)}")
 
 
 def parse(dtype: str | torch.dtype | None) -> torch.dtype | None:

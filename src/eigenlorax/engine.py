@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from .errors import EigenloraxError, EngineError, MissingExtraError, OptionError, reason
-from .options import integer
+from .options import check_choice, integer
 
 T = TypeVar("T")
 Call = Callable[[], T]
@@ -238,8 +238,7 @@ def _in_order(
 
 def check(name: str, workers: int | None) -> None:
     """`OptionError` unless there is such an engine, with so many workers."""
-    if name not in ENGINES:
-        raise OptionError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}.")
+    check_choice("engine", name, ENGINES)
     if workers is None:
         return
     if name != "processes":

@@ -113,7 +113,7 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
             (
                 states[lanes.stream == number].astype("<u4").tobytes(),
                 words[owners == number].tobytes(),
-                _raw_bits(values[part], tables.raw[part], outside[part]),
+                _raw_bits(values[part], tables.raw(part), outside[part]),
                 values[part][outside[part]].astype("<i4").tobytes(),
             )
         )
@@ -122,15 +122,20 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
 
 
 def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
-    """The integers of each stream, from its bytes and classes. `FormatError` if the bytes cannot be such ones."""
+    """Return the integers of each stream, int32, from its bytes and the classes of its integers.
+
+    Takes about seven bytes of memory an integer, those of the result included. `FormatError` if the bytes cannot be
+    such ones.
+    """
     if not streams:
         return []
-    classes = [np.asarray(kinds, dtype=np.int64) for _, kinds in streams]
-    tables = _Tables.of(np.concatenate(classes))
+    classes = [np.asarray(kinds) for _, kinds in streams]
     lanes = _Lanes.of(classes)
     states, words, first = _opened([data for data, _ in streams], lanes)
+    tables = _Tables.of(np.concatenate(classes))
     position = first.copy()
-    places = np.zeros(len(tables.raw), dtype=np.int64)
+    # no table has more than 256 symbols
+    places = np.zeros(lanes.parts[-1].stop, dtype=np.uint8)
     for step in range(lanes.steps):
         active = lanes.active(step)
         at = lanes.start[active] + step * lanes.stride[active]
@@ -176,19 +181,22 @@ class _Tables:
 
     @classmethod
     def of(cls, classes: np.ndarray) -> "_Tables":
-        if len(classes) and not (classes.min() >= 0 and classes.max() < CLASSES):
-            raise FormatError(f"classes are 0 to {CLASSES - 1}, got up to {classes.max()}.")
-        return cls(*np.unique(classes, return_inverse=True))
+        _check_classes(classes)
+        # one byte an integer, where the inverse of `np.unique` takes eight
+        narrow = classes.astype(np.uint8)
+        numbers = np.flatnonzero(np.bincount(narrow, minlength=CLASSES))
+        row = np.zeros(CLASSES, dtype=np.uint8)
+        row[numbers] = np.arange(len(numbers))
+        return cls(numbers, row[narrow])
 
-    @property
-    def raw(self) -> np.ndarray:
+    def raw(self, part: slice) -> np.ndarray:
         """How many bits of each integer are written as they are."""
-        found: np.ndarray = self._raw[self._which]
+        found: np.ndarray = self._raw[self._which[part]]
         return found
 
     def places(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The place of each integer in its table, and whether that is the escape's."""
-        found = (values >> self.raw) - self._first[self._which]
+        found = (values >> self.raw(slice(None))) - self._first[self._which]
         escape = self._escape[self._which]
         outside = (found < 0) | (found >= escape)
         return np.where(outside, escape, found), outside
@@ -252,12 +260,18 @@ class _Lanes:
         return np.flatnonzero(self.length > step)
 
 
+def _check_classes(classes: np.ndarray) -> None:
+    if len(classes) and not (classes.min() >= 0 and classes.max() < CLASSES):
+        raise FormatError(f"classes are 0 to {CLASSES - 1}, got up to {classes.max()}.")
+
+
 def _lanes(classes: np.ndarray) -> int:
     """How many lanes a stream has: by what its integers should take, in whole hundredths of a bit."""
     if not len(classes):
         return 0
-    numbers, counts = np.unique(classes, return_counts=True)
-    hundredths = sum(int(count) * _hundredths(int(number)) for number, count in zip(numbers, counts, strict=True))
+    _check_classes(classes)
+    counts = np.bincount(classes.astype(np.uint8), minlength=CLASSES)
+    hundredths = sum(int(counts[number]) * _hundredths(int(number)) for number in np.flatnonzero(counts))
     lanes = max(hundredths // (100 * 8 * LANE_BYTES), len(classes) // LANE_INTEGERS, 1)
     return min(lanes, len(classes), 1 << 14)
 
@@ -296,14 +310,33 @@ def _bit_places(raw: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.nd
     return owner, counts[owner] - 1 - within
 
 
+_BLOCK = 1 << 16
+"""Integers whose last bits are put in place at a time: each bit takes some thirty bytes meanwhile."""
+
+
 def _finished(data: bytes, tables: _Tables, places: np.ndarray, part: slice) -> np.ndarray:
-    """The integers of a stream, from their places and what follows its words."""
-    values, outside = tables.values(places, part)
-    owner, shift = _bit_places(tables.raw[part], outside)
-    size = -(-len(owner) // 8)
-    if len(data) != size + 4 * int(outside.sum()):
-        raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * int(outside.sum())} were expected.")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8, size))[: len(owner)].astype(np.int64)
-    np.add.at(values, owner, bits << shift)
-    values[outside] = np.frombuffer(data[size:], "<i4")
-    return values
+    """The integers of a stream, int32, from their places and what follows its words."""
+    blocks = [slice(start, min(start + _BLOCK, part.stop)) for start in range(part.start, part.stop, _BLOCK)]
+    found = np.zeros(len(places), dtype=np.int32)
+    outside = np.zeros(len(places), dtype=bool)
+    bits = 0
+    for block in blocks:
+        own = slice(block.start - part.start, block.stop - part.start)
+        _, outside[own] = tables.values(places[own], block)
+        bits += int(tables.raw(block)[~outside[own]].sum())
+    size, escapes = -(-bits // 8), int(outside.sum())
+    if len(data) != size + 4 * escapes:
+        raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * escapes} were expected.")
+    packed, at = np.frombuffer(data, np.uint8, size), 0
+    for block in blocks:
+        own = slice(block.start - part.start, block.stop - part.start)
+        values, beyond = tables.values(places[own], block)
+        owner, shift = _bit_places(tables.raw(block), beyond)
+        first, at = at, at + len(owner)
+        inside = np.unpackbits(packed[first // 8 : -(-at // 8)])[first % 8 :][: len(owner)].astype(np.int64)
+        np.add.at(values, owner, inside << shift)
+        if (values >= 2**31).any() or (values < -(2**31)).any():
+            raise FormatError("a coded integer is beyond 32 bits.")
+        found[own] = values
+    found[outside] = np.frombuffer(data[size:], "<i4")
+    return found

@@ -4,7 +4,7 @@
     ├── FormatError           a file is not what it should be: truncated, wrong JSON, a pickle, an unknown tensor
     ├── ShapeError            tensors that must agree in shape do not
     ├── BaseModelError        adapters of different base models
-    ├── NonFiniteError        NaN or Inf in an adapter, or in its rounding to the stored dtype
+    ├── NonFiniteError        NaN or Inf in an adapter, or a dtype that has no room for its numbers
     ├── AdapterNameError      a name that is not allowed, not there, or there twice
     ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
     ├── OptionError           an option outside its range
@@ -24,11 +24,26 @@
 Each class carries the exit code that the command line leaves with (docs/cli.md).
 """
 
+_START, _END = 2000, 1000
+"""Characters of a long message that are kept: it begins with what is wrong and where, and ends with what to do."""
+MAX_MESSAGE = _START + _END + 40
+"""Characters of a message, with what says how many were left out."""
+
+
+def shortened(message: str) -> str:
+    """Return a message, without its middle where that quotes what no one would read to the end."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    return f"{message[:_START]} … ({len(message) - _START - _END:,} characters left out) … {message[-_END:]}"
+
 
 class EigenloraxError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. Its text is never longer than a few thousand characters."""
 
     exit_code = 3
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class FormatError(EigenloraxError, ValueError):
@@ -44,7 +59,7 @@ class BaseModelError(EigenloraxError, ValueError):
 
 
 class NonFiniteError(EigenloraxError, ValueError):
-    """NaN or Inf in an adapter, or in its rounding to the stored dtype."""
+    """NaN or Inf in an adapter, or a dtype that has no room for its numbers: too large for it, or too small."""
 
 
 class AdapterNameError(EigenloraxError, ValueError):
@@ -122,7 +137,10 @@ def reason(error: BaseException) -> str:
 
 
 class EigenloraxWarning(UserWarning):
-    """Base of every warning: surprising, but fine."""
+    """Base of every warning: surprising, but fine. Its text is as short as that of an error."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class SkippedAdapterWarning(EigenloraxWarning):
@@ -131,6 +149,14 @@ class SkippedAdapterWarning(EigenloraxWarning):
 
 class SourceWarning(EigenloraxWarning):
     """Something in an adapter's file that could be read in several ways, and in which it was."""
+
+
+class NothingSharedWarning(EigenloraxWarning):
+    """Adapters that have no module in common with the others, so that nothing is shared between them."""
+
+
+class RoundingWarning(EigenloraxWarning):
+    """Rounding to a narrower dtype changes an adapter's update by more than rounding should."""
 
 
 class RowsWarning(EigenloraxWarning):

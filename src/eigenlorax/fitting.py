@@ -24,7 +24,6 @@ from .checkpoint import Checkpoint
 from .engine import Engine, Shared
 from .errors import (
     WARN_ABOVE,
-    AdapterNameError,
     EigenloraxError,
     FormatError,
     NonFiniteError,
@@ -38,14 +37,14 @@ from .formats import sources
 from .formats.sources import Found, Sources
 from .jobs import Fitted, Job, Place
 from .manifest import FitInfo
+from .options import check_choice, shown
 from .options import names as listed
-from .options import shown
 from .pack import Pack, check_warn_above, warn_of_losses
 from .packed import Packing
 from .sizes import Member, Read, Setting
 from .storages import Coded, Cores, DiagonalCores, Floats, Storage
 from .subspace import SIZES, SWEEPS, FitOptions, ModuleBases, Subspace
-from .summary import lossy
+from .summary import kept_exactly, lossy
 from .version import __version__
 
 DEFAULT_COMPONENTS = 32
@@ -133,8 +132,7 @@ def fit(
     _check_cores(cores, fit_options, found, asked_storage, asked_coefficients)
     by_bytes = chooses_bytes(aims, weighting, dtype, coefficient_dtype)
     engines.check(engine, workers)
-    if solver not in SOLVERS:
-        raise OptionError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
+    check_choice("solver", solver, SOLVERS)
     if by_bytes:
         _refuse_idle(aims, sweeps=sweeps, solver=solver if solver != SOLVERS[0] else None, checkpoint=checkpoint)
     exclude_adapters, exclude_modules = listed(exclude_adapters), listed(exclude_modules)
@@ -151,6 +149,9 @@ def fit(
     base_model, base_revision = checks.check_one_base(read, same_base)
     checks.check_one_family(read)
     names, left_out = _module_names(read, exclude_modules)
+    checks.warn_of_nothing_shared(
+        {one.name: {names[module] for module in one.specs if module in names} for one in read}
+    )
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
     with engines.opened(engine, workers) as workforce:
@@ -219,6 +220,8 @@ def fit(
         pack.notes.append(
             f"Diagonal cores: adapters come back as LoRAs of rank {', '.join(map(str, ranks))}, whatever they had."
         )
+    if (dominated := kept_exactly(pack.summary.bytes)) is not None:
+        pack.notes.append(dominated)
     pack.seconds.update({"scanning": scanned, **seconds})
     if compactly is not None:
         pack.frontier.extend(compactly.frontier)
@@ -303,8 +306,7 @@ def _check_cores(
             )
     if cores is None:
         return
-    if not isinstance(cores, str) or cores not in keys.CORES:
-        raise OptionError(f"cores must be one of {', '.join(keys.CORES)}, got {cores!r}.")
+    check_choice("cores", cores, keys.CORES)
     sizes = ["n_components"] if cores == "diagonal" else ["n_components", "energy"]
     others = [f"{name}={getattr(options, name):g}" for name in SIZES if getattr(options, name) is not None]
     refused = "n_components='auto'" if auto else next((one for one in others if one.split("=")[0] not in sizes), None)
@@ -363,8 +365,7 @@ def _read(
     found = sources.find(adapters, **options)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
-        if name not in known:
-            raise AdapterNameError(f"--exclude-adapter {name} names none of the adapters: {', '.join(sorted(known))}.")
+        keys.check_known(name, known, "the sources (exclude_adapters, --exclude-adapter)")
     kept = [one for one, name in zip(found, known, strict=True) if name not in exclude]
     named = [_read_one(one, options, skip_bad, skipped) for one in kept]
     read = [adapter for adapter in named if adapter is not None]
@@ -398,7 +399,7 @@ def _scan(
         if isinstance(scan, NonFiniteError):
             if not skip_bad:
                 raise scan
-            _skip(adapter.name, scan, skipped)
+            _skip(adapter.name, scan, None, skipped)
         else:
             packings.append(Packing(adapter, scan))
     report("reading adapters", len(read), len(read))
@@ -425,12 +426,14 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         if not skip_bad:
             # as checks.scan says it of NaN
             raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error
-        _skip(sources.default_name(one), error, skipped)
+        _skip(sources.default_name(one), error, one.source, skipped)
         return None
 
 
-def _skip(name: str, error: EigenloraxError, skipped: dict[str, str]) -> None:
-    skipped[name] = str(error)
+def _skip(name: str, error: EigenloraxError, source: str | Path | None, skipped: dict[str, str]) -> None:
+    # two of several folders may have one name
+    same = sum(other.partition(" (")[0] == name for other in skipped)
+    skipped[f"{name} ({same + 1})" if same else name] = sources.without_folders(str(error), source)
     warnings.warn(f"left out {name}: {error}", SkippedAdapterWarning, stacklevel=4)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -22,9 +21,19 @@ from torch import Tensor
 from . import basis as one
 from . import card, checkpoint, keys, manifest, packed, storages, store
 from .basis import Basis
-from .errors import PackBusyError, PackDamagedError, PackError, PackExistsError, PackMissingError, reason
+from .boundary import (
+    ALLOWANCE,
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_REPORT_BYTES,
+    as_specified,
+    check_growth,
+    read_file,
+)
+from .errors import FormatError, PackBusyError, PackDamagedError, PackExistsError, PackMissingError
 from .manifest import Entry, Manifest
-from .packed import PackedAdapter
+from .packed import PackedAdapter, References
 from .storages import Storage
 from .store import Files
 from .subspace import ModuleBases, Subspace
@@ -32,8 +41,6 @@ from .subspace import ModuleBases, Subspace
 LOCK_SECONDS = 20.0
 REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")
 """What every report says that is to be read by people."""
-_REPORT_BYTES = 2**28
-"""More than any report has."""
 # Rebuilt directions may differ in their last bits from machine to machine; a sum over d entries of at most 1 by more.
 _CHECK_TOLERANCE = 1e-3
 
@@ -51,7 +58,10 @@ def read_manifest(folder: Path) -> Opened | None:
     path = folder / keys.MANIFEST
     if not path.is_file():
         return None
-    data = path.read_bytes()
+    try:
+        data = read_file(path, MAX_MANIFEST_BYTES)
+    except FormatError as error:
+        raise PackDamagedError(f"{error} It cannot be the manifest of a pack.") from error
     return Opened(manifest.parse(data, path), store.digest(data))
 
 
@@ -75,32 +85,34 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_subspace(folder: Path, found: Manifest) -> Subspace:
-    """The bases, with augmented directions rebuilt from their seeds and compared with what the writer had."""
+    """Read the bases, rebuild augmented directions from their seeds, and compare all with what the writer had."""
     path = folder / found.subspace_file
     with _still_listed(folder, lambda now: now.subspace_sha256 == found.subspace_sha256):
-        data = _read_checked(path, found.subspace_sha256)
-    with _as_specified(path):
+        data = _read_checked(path, found.subspace_sha256, found.subspace.stored_bytes + MAX_HEADER_BYTES)
+    with as_specified(path):
         return _subspace(from_safetensors(data), found, path)
 
 
 def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Subspace:
-    n_extra = found.subspace.n_extra
-    modules = {}
-    tensors = storages.by_name(found.subspace.dtype).opened(
+    info, storage = found.subspace, storages.by_name(found.subspace.dtype)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    n_rebuilt = sum(side.dimension for pair in info.modules.values() for side in pair.values()) * info.n_extra
+    check_growth(n_rebuilt * storage.dtype.itemsize, size, "the augmented rows of the bases")
+    tensors = storage.opened(
         tensors,
         {
-            keys.components_key(name, s): pair[s].dimension
-            for name, pair in found.subspace.modules.items()
+            keys.components_key(name, s): (pair[s].k - sum(pair[s].grown), pair[s].dimension)
+            for name, pair in info.modules.items()
             for s in keys.SIDES
         },
     )
-    for name in found.subspace.modules:
+    modules = {}
+    for name in info.modules:
         down, up = (_basis(tensors, name, side, found) for side in keys.SIDES)
         modules[name] = ModuleBases(down, up)
     subspace = Subspace(modules)
-    if found.subspace.growth:
-        _check_lineage(subspace, found, path)
-    for name, bases in subspace.modules.items() if n_extra else ():
+    _check_lineage(subspace, found, path)
+    for name, bases in subspace.modules.items() if info.n_extra else ():
         for side in keys.SIDES:
             rebuilt, wanted_check = one.extra_check(bases.side(side)), tensors[keys.extra_check_key(name, side)]
             if not torch.allclose(rebuilt, wanted_check, rtol=0, atol=_CHECK_TOLERANCE):
@@ -115,10 +127,10 @@ def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Sub
 def _basis(tensors: Mapping[str, Tensor], name: str, side: str, found: Manifest) -> Basis:
     """One basis, its rows in the order in which coefficients refer to them: augmented ones between stored ones."""
     info, storage = found.subspace.modules[name][side], storages.by_name(found.subspace.dtype)
-    values = tensors[keys.singular_values_key(name, side)]
     steps = list(zip(info.grown, found.subspace.growth, strict=True))
     stored = {step: n for step, (n, one) in enumerate(steps) if one.seed is None}
     fitted = info.k - sum(info.grown)
+    values = _spectrum(tensors, keys.singular_values_key(name, side))
     (rows, payload), *more = storage.rows(tensors, keys.components_key(name, side), fitted, stored, info.dimension)
     basis = Basis(rows, values, info.energy, shortfall=info.shortfall, payload=payload)
     if found.fit.solver != manifest.SOLVERS[0] or payload is not None:
@@ -126,34 +138,38 @@ def _basis(tensors: Mapping[str, Tensor], name: str, side: str, found: Manifest)
     appended = iter(more)
     for n, step in steps:
         if step.seed is not None:
+            _check_extra(tensors, keys.extra_check_key(name, side), found.subspace.n_extra)
             basis = one.augment(basis, n, step.seed, f"{name}.{side}")
         else:
             basis = one.extend(basis, *next(appended))
+    if not bool(basis.components.isfinite().all()):
+        raise ValueError(f"the components of {name}.{side} are not finite")
     return basis
 
 
+def _spectrum(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """A side's singular values; `ValueError` for what cannot be some."""
+    found = tensors[key]
+    if found.dtype != torch.float32 or found.dim() != 1 or not bool((found.isfinite() & (found >= 0)).all()):
+        raise ValueError(f"{key} is {tuple(found.shape)}, {found.dtype}, and should be finite numbers of at least 0")
+    return found
+
+
+def _check_extra(tensors: Mapping[str, Tensor], key: str, n_extra: int) -> None:
+    """`ValueError` unless each augmented row has its number, before the first of them is rebuilt."""
+    found = tensors[key]
+    if found.dtype != torch.float32 or tuple(found.shape) != (n_extra,):
+        raise ValueError(f"{key} is {tuple(found.shape)}, {found.dtype}, and should be {(n_extra,)}, torch.float32")
+
+
 def _check_lineage(subspace: Subspace, found: Manifest, path: Path) -> None:
-    """Whether the rows are those of all the fingerprints that adapters may refer to."""
+    """`PackDamagedError` unless the rows are those of all the fingerprints that adapters may refer to."""
     for wanted, got in zip(found.subspace.lineage, subspace.lineage, strict=True):
         if wanted not in (None, got):
             raise PackDamagedError(
                 f"{path}: its rows have the fingerprint {got[:12]}…; by {keys.MANIFEST} it is {wanted[:12]}…. Make the "
                 "pack again, with another tool or release."
             )
-
-
-@contextmanager
-def _as_specified(path: Path) -> Iterator[None]:
-    """`PackDamagedError` where bytes that are the ones that were written are not what the format asks."""
-    try:
-        yield
-    except PackError:
-        raise
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise PackDamagedError(
-            f"{path} was not written as the format asks: {type(error).__name__}: {reason(error)}. Make the pack again, "
-            "with another tool or release."
-        ) from error
 
 
 def subspace_bytes(subspace: Subspace, storage: Storage) -> bytes:
@@ -169,14 +185,12 @@ def subspace_bytes(subspace: Subspace, storage: Storage) -> bytes:
     return to_safetensors(tensors, metadata={"format": "pt"})
 
 
-def read_adapter(
-    folder: Path, name: str, entry: Entry, storage: Storage, subspace: Callable[[], Subspace]
-) -> PackedAdapter:
-    """One adapter of the pack, every byte of it checked. storage: of its coefficients. subspace: the pack's."""
+def read_adapter(folder: Path, name: str, entry: Entry, storage: Storage, references: References) -> PackedAdapter:
+    """Read one adapter of the pack and check every byte of it. storage: of its coefficients."""
     with _still_listed(folder, lambda now: now.adapters.get(name) == entry):
         files = _read_adapter_files(folder, name, entry)
-    with _as_specified(_place(folder, name)):
-        return packed.from_files(name, files, entry.record, storage, subspace)
+    with as_specified(_place(folder, name)):
+        return packed.from_files(name, files, entry.record, storage, references)
 
 
 def place(folder: Path, name: str, entry: Entry) -> Path:
@@ -196,7 +210,9 @@ def verify(folder: Path, found: Manifest) -> None:
         )
 
     with _still_listed(folder, same):
-        _read_checked(folder / found.subspace_file, found.subspace_sha256)
+        _read_checked(
+            folder / found.subspace_file, found.subspace_sha256, found.subspace.stored_bytes + MAX_HEADER_BYTES
+        )
         for name, entry in found.adapters.items():
             _read_adapter_files(folder, name, entry)
 
@@ -213,11 +229,13 @@ def _still_listed(folder: Path, same: Callable[[Manifest], bool]) -> Iterator[No
         raise PackBusyError(f"{folder} was changed by another process since it was opened. Open it again.") from error
 
 
-def _read_checked(path: Path, sha256: str) -> bytes:
+def _read_checked(path: Path, sha256: str, limit: int) -> bytes:
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        data = read_file(path, limit)
+    except FileNotFoundError as error:
         raise PackDamagedError(f"{path} is missing. Restore the pack from a copy, or fit it again.") from error
+    except FormatError as error:
+        raise PackDamagedError(f"{error} Restore the pack from a copy, or fit it again.") from error
     if store.digest(data) != sha256:
         raise PackDamagedError(
             f"{path} was changed after it was written: its sha256 is not the one in {keys.MANIFEST}. Restore the pack "
@@ -239,7 +257,16 @@ def _read_adapter_files(folder: Path, name: str, entry: Entry) -> dict[str, byte
 
 
 def _read_all_checked(place: Path, entry: Entry) -> dict[str, bytes]:
-    return {file: _read_checked(place / file, sha256) for file, sha256 in entry.files.items()}
+    record = entry.record
+    tensor_bytes = {
+        keys.ADAPTER_WEIGHTS: record.coefficient_bytes + record.head_bytes,
+        keys.CARRIED: record.carried_bytes,
+    }
+    limits = {file: size + MAX_HEADER_BYTES + ALLOWANCE for file, size in tensor_bytes.items()}
+    return {
+        file: _read_checked(place / file, sha256, limits.get(file, MAX_JSON_BYTES))
+        for file, sha256 in entry.files.items()
+    }
 
 
 def _has_adapter(folder: Path, name: str, entry: Entry) -> bool:
@@ -454,7 +481,7 @@ def _reports_away(folder: Path, before: Manifest | None, new: Manifest) -> Itera
 
 def is_report(path: Path) -> bool:
     """Whether a file is a report that `eigenlorax report` has written, in whatever form."""
-    data = store.read_plain(path, _REPORT_BYTES)
+    data = store.read_plain(path, MAX_REPORT_BYTES)
     if data is None:
         return False
     if path.suffix.lower() != ".json":

@@ -5,8 +5,10 @@ What a pack is, and which files make one, is not known here.
 
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +24,12 @@ ALWAYS_THERE = ".gitattributes"
 """A small file of every repository: huggingface_hub warns where nothing that is asked for is found."""
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+SECONDS = 4.0
+"""The time for an answer to the first request, where HF_HUB_ETAG_TIMEOUT says nothing else."""
+_REMEMBERED = 60.0
+_answers: dict[str, tuple[float, str | None]] = {}
+"""Endpoint → when it was asked last, and why it could not be."""
 
 # what `Path` makes of a URL
 _WAS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
@@ -44,7 +52,8 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
         # as diffusers saves a LoRA
         return keys.name_of_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
-    parts = [match["repo"] if match else str(source), *([subfolder.strip("/")] if subfolder else [])]
+    # where it is neither there nor on the Hub, its folders are nobody's business
+    parts = [match["repo"] if match else local.name, *([subfolder.strip("/")] if subfolder else [])]
     return "--".join(parts).replace("/", "--")
 
 
@@ -106,6 +115,65 @@ def cached_repo(folder: Path) -> str | None:
     return snapshots.parent.name.removeprefix("models--").replace("--", "/")
 
 
+def unreachable() -> str | None:
+    """Return why the Hub cannot be asked, or None where it answers.
+
+    One request without a retry says so, and holds for a minute. huggingface_hub repeats each of its own requests five
+    times, for 23 s, and transformers makes several of them for one model.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline: HF_HUB_OFFLINE is set"
+    endpoint = constants.ENDPOINT
+    known = _answers.get(endpoint)
+    if known is None or time.monotonic() - known[0] >= _REMEMBERED:
+        seconds = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else SECONDS
+        known = _answers[endpoint] = _ask(endpoint, seconds)
+    return known[1]
+
+
+def _ask(endpoint: str, seconds: float) -> tuple[float, str | None]:
+    from huggingface_hub import get_session
+
+    failures = _connection_errors()
+    found: list[str | None] = []
+
+    def request() -> None:
+        try:
+            # whatever the status is, it is an answer
+            get_session().request("HEAD", endpoint, timeout=seconds)
+            found.append(None)
+        except failures as error:
+            found.append(f"{endpoint} does not answer: {reason(error)}")
+
+    # a thread, since looking up the name of a host knows no timeout
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)
+    return time.monotonic(), found[0] if found else f"{endpoint} has not answered within {seconds:g} s"
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """A block in which huggingface_hub makes no request, as with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of a connection that fails: those of httpx or of requests, whichever huggingface_hub is built on,
+    and OSError."""
+    from huggingface_hub import errors as hub_errors
+
+    return (*cast(tuple[type[Exception], ...], hub_errors.HfHubHTTPError.__bases__), OSError)
+
+
 def download(
     repo_id: str,
     revision: str | None,
@@ -123,23 +191,29 @@ def download(
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
-    how: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    unasked = None if local_files_only else unreachable()
+    how: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only or bool(unasked),
+    }
     try:
-        place = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files, **how))
-        if required is not None and not (place / required).is_file():
-            # some releases of huggingface_hub give what part of a snapshot there is where the Hub cannot be asked
-            try:
-                huggingface_hub.hf_hub_download(repo_id, required, revision=revision, **how)
-            except hub_errors.LocalEntryNotFoundError:
-                raise
-            except hub_errors.EntryNotFoundError:
-                # it could, and has no such file: the caller knows what that means
-                return place
-        return place
+        with offline() if how["local_files_only"] else nullcontext():
+            place = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files, **how))
+            if required is not None and not (place / required).is_file():
+                # some releases of huggingface_hub give what part of a snapshot there is where the Hub cannot be asked
+                try:
+                    huggingface_hub.hf_hub_download(repo_id, required, revision=revision, **how)
+                except hub_errors.LocalEntryNotFoundError:
+                    raise
+                except hub_errors.EntryNotFoundError:
+                    # it could, and has no such file: the caller knows what that means
+                    return place
+            return place
     except hub_errors.LocalEntryNotFoundError as error:
         # what it answered, if it did
         answer = error.__cause__
-        why, when = "offline, or no connection", "with a connection"
+        why, when = unasked or "offline, or no connection", "with a connection"
         if isinstance(answer, hub_errors.HfHubHTTPError):
             why, when = reason(answer), "when it can"
         missing = f"{required} of {repo_id} is not" if required else f"{repo_id} is neither a local folder nor"
@@ -169,15 +243,13 @@ def files(
 ) -> list[str]:
     """The files of a repository; where the Hub is not to be asked, those of it in the cache."""
     import huggingface_hub
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub_errors
 
-    if local_files_only or constants.HF_HUB_OFFLINE:
+    if local_files_only or unreachable():
         place = download(repo_id, revision, ["*"], cache_dir=cache_dir, local_files_only=True)
         return sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
     try:
         return sorted(huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision))
-    except (hub_errors.HfHubHTTPError, OSError) as error:
+    except _connection_errors() as error:
         raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error
 
 
@@ -206,6 +278,9 @@ def commit(
             f"a pull request goes to {_DEFAULT_BRANCH}: leave the revision ({revision}) away, or create_pr."
         )
     api = huggingface_hub.HfApi(token=token, library_name="eigenlorax", library_version=__version__)
+    why = unreachable()
+    if why is not None:
+        raise HubError(f"{repo_id} cannot be pushed to: {why}. Nothing was pushed; run it again with a connection.")
     with _explained(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -230,12 +305,8 @@ def commit(
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
     """Our errors in the place of those that pushing to a repository ends in."""
-    from huggingface_hub import errors as hub_errors
-
-    # a connection that fails is an error of httpx or of requests, whichever the library is built on; and whatever its
-    # parts for large files raise
-    built_on = cast(tuple[type[Exception], ...], hub_errors.HfHubHTTPError.__bases__)
-    causes: tuple[type[Exception], ...] = (*built_on, OSError, ValueError, RuntimeError)
+    # the latter two come from its parts for large files
+    causes: tuple[type[Exception], ...] = (*_connection_errors(), ValueError, RuntimeError)
     try:
         yield
     except EigenloraxError:

@@ -1,5 +1,6 @@
 """New adapters on their way into a pack: read, checked against its subspace, each module with its place there."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ from . import checks, coding, extension, keys, storages
 from . import coded as codes
 from .adapter import Adapter
 from .coded import AdapterCodes, Place
-from .errors import AdapterNameError, ModuleNameError, OptionError, ShapeError
+from .errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from .extension import Newcomer, Progress
 from .formats.sources import Found
 from .manifest import SubspaceInfo
@@ -79,6 +80,13 @@ def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[s
             "again with it."
         )
     found = {module: place for module, place in places.items() if place is not None}
+    if missing and not found:
+        warnings.warn(
+            f"adapter {adapter.name!r} has no module in common with the pack, such as {min(info.modules)!r}: all of it "
+            "is kept as it is, and nothing is shared. If it belongs to another model, fit it in a pack of its own.",
+            NothingSharedWarning,
+            stacklevel=6,
+        )
     for module, place in found.items():
         sides, spec = info.modules[place], adapter.specs[module]
         wanted = sides["up"].dimension, sides["down"].dimension
@@ -118,8 +126,8 @@ def extended(
 
 def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
     """The bases (down, up) of a coded subspace in whole numbers, by module."""
-    sides = [(name, basis) for name, pair in subspace.modules.items() for basis in (pair.down, pair.up)]
-    found = iter(codes.bases([(storages.basis_bytes(basis), basis.dimension) for _, basis in sides]))
+    sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
+    found = codes.bases([(storages.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
     return {name: (next(found), next(found)) for name in subspace.modules}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import renamed
 from .errors import AdapterNameError, FormatError, ModuleNameError
+from .options import suggestion
 
 FORMAT_VERSION = 5
 PEFT_TYPE = "EIGENLORAX"
@@ -183,12 +184,13 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_known(name: str, known: Iterable[str]) -> None:
-    """`AdapterNameError` if `name` is not among the adapters of a pack."""
+def check_known(name: str, known: Iterable[str], where: str = "the pack") -> None:
+    """`AdapterNameError` if `name` is not among the adapters of `where`, with the one that is spelled most like it."""
     names = sorted(known)
     if name not in names:
         listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
-        raise AdapterNameError(f"no adapter named {name!r} in the pack. It has: {listed or 'none'}.")
+        near = suggestion(name, names)
+        raise AdapterNameError(f"no adapter named {name!r} in {where}.{near} It has: {listed or 'none'}.")
 
 
 def name_of_file(file: str, folder: str) -> str:

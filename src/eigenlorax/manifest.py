@@ -5,18 +5,24 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from . import dtypes, keys, store
 from .basis import Basis
+from .boundary import MAX_DIMENSION
 from .errors import AdapterNameError, PackDamagedError, PackVersionError
 from .packed import Record
-from .storages import FLOATS, STORAGES, Cores, DiagonalCores, Storage
-from .subspace import SIZES, Augmentation, Subspace
+from .storages import CODED, FLOATS, STORAGES, Cores, DiagonalCores, Sizes, Storage
+from .subspace import SIZES, WEIGHTINGS, Augmentation, Subspace
 from .typed import UnfitError, refuse_constant, typed
 from .version import __version__
 
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ONE = 1.000001
+"""The largest energy, a quotient of two sums, that rounding gives."""
+_NUMBERS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
+"""The figures of an adapter."""
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 _FORMAT = "eigenlorax-pack"
 _SINCE: dict[int, dict[str, Any]] = {
@@ -125,11 +131,14 @@ class SubspaceInfo:
     def _sum(self, side: SideInfo, which: Callable[[Step], bool]) -> int:
         return sum(n for n, step in zip(side.grown, self.growth, strict=True) if which(step))
 
-    def k_at(self, fingerprint: str, module: str) -> tuple[int, int]:
-        """How many components (down, up) a module had when the subspace had that fingerprint, one of its lineage."""
+    def sizes(self, fingerprint: str, module: str) -> Sizes:
+        """The sizes of a module's bases when the subspace had that fingerprint, one of its lineage."""
+        if module not in self.modules:
+            raise UnfitError(f"module {module!r} is not in the subspace.")
         step = self.lineage.index(fingerprint)
-        down, up = (side.k - sum(side.grown[step:]) for side in (self.modules[module][s] for s in keys.SIDES))
-        return down, up
+        sides = [self.modules[module][side] for side in keys.SIDES]
+        down, up = (side.k - sum(side.grown[step:]) for side in sides)
+        return Sizes((down, up), (sides[0].dimension, sides[1].dimension))
 
 
 def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
@@ -296,7 +305,11 @@ def _check(found: Manifest, version: int) -> None:
     sides = [side for pair in subspace.modules.values() for side in pair.values()]
     steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
     names = [name.lower() for name in found.adapters]
-    files = [set(entry.files) for entry in found.adapters.values()]
+    entries = list(found.adapters.values())
+    files = [set(entry.files) for entry in entries]
+    digests = [subspace.fingerprint, found.subspace_sha256, *(one for one in subspace.lineage if one is not None)]
+    digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
+    sizes = [getattr(fit, name) for name in SIZES]
     known = STORAGES.keys() if version >= 5 else FLOATS.keys()
     coefficients = STORAGES.get(found.coefficient_dtype)
     for right, what in (
@@ -310,15 +323,21 @@ def _check(found: Manifest, version: int) -> None:
             "cores are diagonal, and the two sides of a module differ",
         ),
         (
-            [getattr(fit, name) for name in SIZES].count(None) == len(SIZES) - 1,
+            sizes.count(None) == len(SIZES) - 1,
             f"fit must have one of {', '.join(SIZES[:-1])} and {SIZES[-1]}",
         ),
         (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
         (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
+        (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
+        (fit.sweeps >= 0, "fit.sweeps is negative"),
+        (all(value is None or value > 0 for value in sizes), "the size in fit is not above 0"),
+        ((subspace.dtype == CODED) == (found.coefficient_dtype == CODED), "one dtype is coded, and the other is not"),
         (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
         (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
         (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),
         (all(sum(side.grown) <= side.k <= side.dimension for side in sides), "a k is out of range"),
+        (all(0 < side.dimension <= MAX_DIMENSION for side in sides), f"a dimension is not 1 to {MAX_DIMENSION:,}"),
+        (all(0 <= side.energy <= _ONE for side in sides), "an energy is not 0 to 1"),
         (all(side.square >= 0 for side in sides), "a square is negative"),
         (all(side.shortfall >= 0 for side in sides), "a shortfall is negative"),
         (all(max(grown, default=(0,)) > (0,) for _, grown in steps), "a step of growth appends nothing"),
@@ -333,9 +352,20 @@ def _check(found: Manifest, version: int) -> None:
         ),
         (len(set(names)) == len(names), "two adapters differ by case alone"),
         (all(_FILES <= one <= {*_FILES, keys.CARRIED, keys.SOURCE_FILE} for one in files), "an adapter's files"),
+        (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
+        (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
+        (
+            subspace.stored_bytes >= 0 and all(_is_counted(entry.record) for entry in entries),
+            "a figure of an adapter",
+        ),
     ):
         if not right:
             raise UnfitError(f"{what}.")
+
+
+def _is_counted(record: Record) -> bool:
+    """Whether no figure of an adapter is negative, or so large that sums of squares overflow."""
+    return min(record.ranks, default=1) > 0 and all(0 <= getattr(record, name) < 2.0**63 for name in _NUMBERS)
 
 
 def _dump(value: Any) -> bytes:

@@ -1,5 +1,6 @@
 """What callers may pass as an option: checked at the boundary, and turned into plain numbers and lists."""
 
+import difflib
 import operator
 import re
 from collections.abc import Iterable
@@ -69,6 +70,20 @@ def byte_count_of_text(name: str, text: str) -> int:
             f"{name} is {text!r}; it must be a number of bytes above 0 and below 2**63, as 8GB, 500MB or 2GiB."
         )
     return found
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise `OptionError` unless `value` is one of the names `known`."""
+    listed = list(known)
+    if value not in listed:
+        raise OptionError(f"{name} must be one of {', '.join(listed)}, got {value!r}.{suggestion(value, listed)}")
+
+
+def suggestion(given: Any, known: Iterable[str]) -> str:
+    """Return a sentence that names what of `known` is spelled most like `given`, after a space; "" where nothing is."""
+    folded = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(str(given).casefold(), folded, n=1)
+    return f" Did you mean {folded[near[0]]!r}?" if near else ""
 
 
 def names(value: str | Iterable[str]) -> list[str]:

@@ -23,6 +23,7 @@ from . import (
     known,
     manifest,
     metrics,
+    narrowing,
     packed,
     remote,
     staging,
@@ -30,7 +31,7 @@ from . import (
     store,
 )
 from . import subspace as spaces
-from .adapter import Adapter, Lazy
+from .adapter import Adapter, Lazy, LoRAFactors
 from .coding import Point
 from .errors import (
     WARN_ABOVE,
@@ -42,12 +43,12 @@ from .errors import (
     UntrainedAdapterWarning,
 )
 from .extension import Progress
-from .formats import hf_peft, sources
+from .formats import sources
 from .joining import Host
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .options import names as listed
 from .options import number
-from .packed import PackedAdapter, Record
+from .packed import PackedAdapter, Record, References
 from .subspace import Subspace
 from .summary import Summary, losses, lossy, summarize
 
@@ -247,9 +248,13 @@ class Pack:
         found = self._adapters[name]
         if isinstance(found, Entry):
             assert self.path is not None
-            found = folder.read_adapter(self.path, name, found, self._coefficients, lambda: self.subspace)
-            self._check_sizes(self.path, found)
+            references = References(self.info.lineage, self.info.sizes, self._subspace_at)
+            found = folder.read_adapter(self.path, name, found, self._coefficients, references)
         return found
+
+    def _subspace_at(self, fingerprint: str) -> Subspace:
+        """The subspace when it had a fingerprint of its lineage, which was compared with its rows when it was read."""
+        return self.subspace.before(self.info.lineage.index(fingerprint))
 
     def adapter_folder(self, name: str) -> Path:
         """Where an adapter of a pack on disk is now, for PEFT to load. `packed` checks its bytes."""
@@ -272,34 +277,14 @@ class Pack:
         content = [listed.subspace_sha256, self.info.fingerprint, listed.coefficient_dtype, sorted(found.files.items())]
         return store.digest(json.dumps(content).encode())
 
-    def _check_sizes(self, path: Path, found: PackedAdapter) -> None:
-        """Whether coefficients are as wide as their bases were when they were found: what is as it was written may have
-        been written wrong."""
-        for module, one in found.coefficients.items():
-            place = found.places[module]
-            known = found.subspace in self.info.lineage and place in self.info.modules
-            wanted = self.info.k_at(str(found.subspace), place) if known else None
-            if (one.down.shape[1], one.up.shape[0]) != wanted:
-                raise PackDamagedError(
-                    f"{path / keys.ADAPTERS / found.name}: the coefficients of module {module} do not fit the "
-                    "subspace. Make the pack again, with another tool or release."
-                )
-            sides = self.info.modules[place]
-            for side, shape in (
-                ("down", (one.rank, sides["down"].dimension)),
-                ("up", (sides["up"].dimension, one.rank)),
-            ):
-                if (rest := one.rest(side)) is not None and tuple(rest.shape) != shape:
-                    raise PackDamagedError(
-                        f"{path / keys.ADAPTERS / found.name}: the {side} rest of module {module} is "
-                        f"{tuple(rest.shape)} and not {shape}. Make the pack again, with another tool or release."
-                    )
-
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
         that nothing is rounded a second time."""
-        widest = torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
-        return packed.unpacked(self.packed(name), self.subspace, dtype or widest)
+        return packed.unpacked(self.packed(name), self.subspace, dtype or self._widest)
+
+    @property
+    def _widest(self) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
 
     def export(
         self,
@@ -315,7 +300,8 @@ class Pack:
 
         One that came as a PEFT folder becomes the folder `directory`/NAME, one that came as a single file becomes
         `directory`/NAME.safetensors, in the dialect it had. format: the one for all of them, whatever they came in.
-        Names, what is there, and the pack's bytes are checked before the first one is written.
+        Names, what is there, what the format has names for, what the dtype has room for, and the pack's bytes are
+        checked before the first one is written.
         """
         wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -333,7 +319,7 @@ class Pack:
             else:
                 store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
-            self._check_fits(name, parsed)
+            self._check_writable(name, chosen[name], parsed or self._widest)
         if Path(directory).is_dir():
             staging.sweep(Path(directory))
         with store.synced_at_the_end():
@@ -355,17 +341,22 @@ class Pack:
 
         It comes on top of the `delta_error` of the adapter's record, which is that of the pack.
         """
-        exact = self.adapter(name, torch.float64).modules
-        return metrics.rounding_error(exact, self.adapter(name, dtypes.parse(dtype)).modules)
+        narrow, found = dtypes.parse(dtype) or self._widest, self.packed(name)
+        exact, kept = (packed.unpacked(found, self.subspace, one).modules for one in (torch.float64, narrow))
+        # a difference is exact between factors of one gauge alone
 
-    def _check_fits(self, name: str, dtype: torch.dtype | None) -> None:
-        """Read an adapter, and, where a dtype is asked for, see that its factors fit in it."""
+        def of_same_gauge(module: str) -> LoRAFactors:
+            return narrowing.balanced(exact[module], narrow) if module in found.places else exact[module]
+
+        return metrics.rounding_error(Lazy(exact, of_same_gauge), kept)
+
+    def _check_writable(self, name: str, format: str, dtype: torch.dtype) -> None:
+        """Read an adapter, see that its factors fit in a dtype, and that a format has names for all it has."""
         found = self.packed(name)
-        if dtype is None:
-            return
-        for module, factors in packed.unpacked(found, self.subspace, torch.float64).modules.items():
-            for factor in (factors.down, factors.up):
-                hf_peft.rounded(factor, dtype, f"{name!r}, module {module}")
+        exact = packed.unpacked(found, self.subspace, torch.float64).modules
+        for _ in narrowing.all_checked(name, Lazy(found.places, exact.__getitem__), dtype):
+            pass
+        formats.check_writable(packed.unpacked(found, self.subspace, dtype), format)
 
     def verify(self) -> None:
         """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""

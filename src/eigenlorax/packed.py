@@ -4,26 +4,26 @@ The folder is a PEFT adapter of our own type: docs/pack-format.md.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from . import chunks, coded, keys, metrics, storages
+from . import boundary, chunks, coded, keys, metrics, narrowing, storages
 from . import subspace as spaces
-from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
+from .adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin, is_kernel
 from .checks import Scan
 from .chunks import CoefficientChunk
 from .coded import AdapterCodes
 from .errors import NonFiniteError
-from .formats import hf_peft, lora_config
+from .formats import files as lora_files
+from .formats import hf_peft, lora_config, safetensors_file
 from .metrics import AdapterError, ModuleError, Unrounded
 from .quantised import Payload
-from .storages import Floats, Outline, Slot, Storage
+from .storages import Floats, Outline, Sizes, Slot, Storage
 from .subspace import Coefficients, Subspace
 from .typed import typed
 
@@ -205,7 +205,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
 
     def factors(module: str) -> LoRAFactors:
         if module in bases:
-            return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
+            return narrowing.narrowed(spaces.reconstruct(packed.coefficients[module], bases[module]), dtype)
         return carried.modules[module]
 
     outlines = storages.outlines(packed.coefficients)
@@ -286,35 +286,95 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
     }
 
 
+@dataclass(frozen=True, slots=True)
+class References:
+    """What the adapters of a pack may refer to, by the fingerprints that its subspace had.
+
+    sizes: those of a module's bases, from a fingerprint and the module's name in the subspace. at: the subspace as it
+    was; its tensors are read when this is called.
+    """
+
+    lineage: tuple[str | None, ...]
+    sizes: Callable[[str, str], Sizes]
+    at: Callable[[str], Subspace]
+
+
 def from_files(
-    name: str, files: Mapping[str, bytes], record: Record, storage: Storage, subspace: Callable[[], Subspace]
+    name: str, files: Mapping[str, bytes], record: Record, storage: Storage, references: References
 ) -> PackedAdapter:
-    """The inverse of `to_files`; the bytes were checked against the manifest before. subspace: the pack's."""
-    tensors = from_safetensors(files[keys.ADAPTER_WEIGHTS])
-    source_config = files[keys.SOURCE_CONFIG].decode("utf-8")
-    source = json.loads(source_config)
-    config = json.loads(files[keys.ADAPTER_CONFIG])
-    places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
-    kernels, numbers, slots = config.get(keys.KERNELS, {}), lora_config.Numbers(source, name), {}
+    """The inverse of `to_files`; the digests of the bytes were checked before.
+
+    Whatever a parser raises leaves this function: who calls it does so within `boundary.as_specified`.
+    """
+    tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
+    source_config, source = boundary.json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
+    lora_files.check_config(source, keys.SOURCE_CONFIG)
+    config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
+    places = {module: config.subspace_modules.get(module, module) for module in config.target_modules}
+    if len(set(places.values())) < len(places):
+        raise ValueError("two modules of the adapter are in one place of the subspace")
+    if config.subspace_fingerprint not in references.lineage:
+        raise ValueError(f"subspace_fingerprint is {config.subspace_fingerprint!r}, which the subspace never had")
+    numbers, slots = lora_config.Numbers(source, name), {}
     for module, place in places.items():
         rank, scaling = numbers.of(module)
-        slots[module] = Slot(place, rank, scaling, tuple(kernels.get(module, ())))
-    fingerprint = config["subspace_fingerprint"]
-
-    def of_then() -> Subspace:
-        found = subspace().at(fingerprint)
-        if found is None:
-            raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
-        return found
-
-    coefficients, payload = storage.adapter(tensors, slots, of_then)
-    carried = from_safetensors(files[keys.CARRIED]) if keys.CARRIED in files else {}
+        sizes = references.sizes(config.subspace_fingerprint, place)
+        kernel = tuple(config.kernels.get(module, ()))
+        coded.check_rank(rank, (sizes.widths[1], sizes.widths[0]))
+        if not is_kernel(kernel, sizes.widths[0]):
+            raise ValueError(
+                f"the kernel of module {module} is {kernel}, which its {sizes.widths[0]} inputs do not fit"
+            )
+        slots[module] = Slot(place, rank, scaling, kernel, sizes)
+    if storage.pads_rank:
+        _check_padding(record, list(slots.values()))
+    coefficients, payload = storage.adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
+    carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
     origin = None
     if keys.SOURCE_FILE in files:
-        origin = typed(Origin, json.loads(files[keys.SOURCE_FILE]), keys.SOURCE_FILE)
+        origin = typed(Origin, boundary.json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE)
     return PackedAdapter(
-        name, coefficients, places, tensors, carried, source_config, record, fingerprint, origin, payload
+        name,
+        coefficients,
+        places,
+        tensors,
+        carried,
+        source_config,
+        record,
+        config.subspace_fingerprint,
+        origin,
+        payload,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """The fields of an adapter's config that say how its tensors are read."""
+
+    target_modules: list[str]
+    subspace_modules: dict[str, str]
+    subspace_fingerprint: str
+    kernels: dict[str, list[int]]
+
+
+def _selected(data: bytes) -> dict[str, Any]:
+    """The fields of `_Config` in an adapter's config; the others are for PEFT."""
+    config = {keys.KERNELS: {}, **boundary.json_object(data, keys.ADAPTER_CONFIG)[1]}
+    return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
+
+
+def _check_padding(record: Record, slots: Sequence[Slot]) -> None:
+    """`ValueError` for ranks and widths that the manifest does not know of: a module without a component takes no byte
+    of a file, and factors as large as these say."""
+    ranks = {slot.rank for slot in slots}
+    if not ranks <= set(record.ranks):
+        raise ValueError(f"ranks are {record.ranks} in the manifest and {sorted(ranks)} in {keys.SOURCE_CONFIG}")
+    widths = [(slot.rank, *slot.sizes.widths) for slot in slots if slot.sizes is not None]
+    # modules may have a down factor in common, which counts once
+    least = sum(rank * (n_in // len(widths) + n_out) for rank, n_in, n_out in widths)
+    most = sum(rank * (n_in + n_out) for rank, n_in, n_out in widths)
+    if not least <= record.lora_numbers <= most:
+        raise ValueError(f"lora_numbers is {record.lora_numbers} in the manifest; the modules have {least} to {most}")
 
 
 def _dump(value: Any) -> bytes:

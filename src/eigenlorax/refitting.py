@@ -6,7 +6,7 @@ LoRA, but what the pack had lost of it stays lost, and its error against the ori
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,23 +180,27 @@ def refit(
 
 
 @dataclass(frozen=True, slots=True)
-class _Squares:
-    """Squared norms of an adapter's update as the pack gave it back, in the modules of its subspace and in others, and
-    of its difference to what the new pack gives back."""
+class Squares:
+    """Squared norms of an adapter's update in the modules of its subspace: before, as the pack gave it back; after; and
+    of the difference, moved. outside, moved_outside: the same of its other modules, which the pack kept as they were.
+    """
 
-    inside: float
-    outside: float
+    before: float
+    after: float
     moved: float
+    outside: float
+    moved_outside: float
 
 
-def _compared(before: Adapter, after: Adapter, packed: PackedAdapter) -> _Squares:
-    inside = outside = moved = 0.0
+def _compared(before: Adapter, after: Adapter, packed: PackedAdapter) -> Squares:
+    found = {True: [0.0, 0.0, 0.0], False: [0.0, 0.0, 0.0]}
     for module in before.modules:
         one, other = before.modules[module], after.modules[module]
-        square = spaces.delta_square(one)
-        inside, outside = (inside + square, outside) if module in packed.places else (inside, outside + square)
-        moved += _difference_square(one, other)
-    return _Squares(inside, outside, moved)
+        own = spaces.delta_square(one), spaces.delta_square(other), _difference_square(one, other)
+        is_inside = module in packed.places
+        found[is_inside] = [total + square for total, square in zip(found[is_inside], own, strict=True)]
+    (squared, after_squared, moved), (outside, _, moved_outside) = found[True], found[False]
+    return Squares(squared, after_squared, moved, outside, moved_outside)
 
 
 def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
@@ -205,28 +209,24 @@ def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
     return max(float(linalg.product_square(left, torch.cat([one.down.double(), other.down.double()]))), 0.0)
 
 
-def _followed(before: Record, after: Record, squares: _Squares, *, alone: bool, projected: bool) -> Record:
+def _followed(before: Record, after: Record, squares: Squares, *, alone: bool, projected: bool) -> Record:
     """The record of an adapter that was fitted without its original: of that it says what it said, and what is lost is
     followed from what was lost before and what has changed since.
 
     alone: nothing has entered the fit but what lies in the components that the adapter was projected on. Then what was
-    lost is orthogonal to what has changed, and squares add up; else norms do, at most. projected: what was lost before
-    is orthogonal to what was kept, which says how large the original was; else that is known within bounds.
+    lost is orthogonal to what has changed, and squares add up; else the error is what it is at most. projected: what
+    was lost before is orthogonal to what was kept, but for rounding.
     """
-    lost_before, moved = before.delta_error, math.sqrt(squares.moved)
-    if projected:
-        known = squares.inside / (1 - lost_before**2) if lost_before < 1 else 0.0
-    else:
-        least, most = (math.sqrt(squares.inside) / max(1 + sign * lost_before, 1e-9) for sign in (1, -1))
-        # the size of the original with which most of it would be lost
-        known = min(max(lost_before * squares.outside / moved, least), most) ** 2 if moved else most**2
-    lost, total = known * lost_before**2, known + squares.outside
-    if total == 0:
+    lost_before = before.delta_error
+    is_lost = lost_before >= 1 and (alone or projected)
+    if squares.outside == 0 and (squares.before == 0 or is_lost):
         error = lost_before
     elif alone:
-        error = math.sqrt((lost + squares.moved) / total)
+        error = _error_of_orthogonal(lost_before, squares)
+    elif projected and not before.bound and lost_before < 1:
+        error = _worst_of_projected(lost_before, squares) + before.rounding_error
     else:
-        error = (math.sqrt(lost) + moved) / math.sqrt(total)
+        error = worst_error(lost_before, squares)
     return replace(
         after,
         delta_error=error,
@@ -237,15 +237,61 @@ def _followed(before: Record, after: Record, squares: _Squares, *, alone: bool, 
     )
 
 
-def _change(before: Record, after: Record, squares: _Squares, from_original: bool) -> Change:
-    norm = squares.inside + squares.outside
+def _error_of_orthogonal(error: float, squares: Squares) -> float:
+    known = squares.before / (1 - error**2) if error < 1 else 0.0
+    return math.sqrt((known * error**2 + squares.moved + squares.moved_outside) / (known + squares.outside))
+
+
+def _worst_of_projected(error: float, squares: Squares) -> float:
+    """Of an original D = D̂ + E, where E is orthogonal to D̂ and in the worst of such directions: E adds to that part of
+    what has changed which is orthogonal to D̂."""
+    lost = squares.before * error**2 / (1 - error**2)
+    along = (squares.before - squares.after + squares.moved) ** 2 / (4 * squares.before) if squares.before else 0.0
+    across = max(squares.moved - along, 0.0)
+    worst = along + (math.sqrt(across) + math.sqrt(lost)) ** 2 + squares.moved_outside
+    return math.sqrt(worst / (squares.before + lost + squares.outside))
+
+
+def worst_error(error: float, squares: Squares) -> float:
+    """Return the largest delta error beside any original D with ‖D − D̂‖ = error · ‖D‖, of which D̂ was given back.
+
+    Such originals are a sphere of centre c = D̂ / (1 − error²) and radius ρ = error · ‖c‖. With D̃ for what is given back
+    now, D = c + ρu for a unit vector u, and squares of modules outside added on both sides,
+
+        ‖D − D̃‖² / ‖D‖² = (A + ⟨B, u⟩) / (C + ⟨G, u⟩),  A = ‖c − D̃‖² + ρ², B = 2ρ (c − D̃), C = ‖c‖² + ρ², G = 2ρ c.
+
+    Its maximum λ over u has A − λC + ‖B − λG‖ = 0, whose square is quadratic in λ. The triangle inequality alone would
+    take the smallest original for the farthest one, which it is not.
+    """
+    # powers of four are ahead
+    total = squares.before + squares.outside
+    before, after, moved, outside, moved_outside = (square / total for square in astuple(squares))
+    if error >= 1:
+        # there is no sphere: the original may be as large as makes this worst
+        all_moved, least = math.sqrt(moved + moved_outside), math.sqrt(before) / (1 + error)
+        size = max(error * outside / all_moved, least) if all_moved else math.inf
+        return (error + all_moved / size) / math.sqrt(1 + outside / size**2)
+    inner = (before + after - moved) / 2
+    shrink = 1 - error**2
+    centre = before / shrink**2
+    radius = error**2 * centre
+    apart = max(centre - 2 * inner / shrink + after, 0.0)
+    a, c = apart + radius + moved_outside, centre + radius + outside
+    b_square, g_square, b_g = 4 * radius * apart, 4 * radius * centre, 4 * radius * (centre - inner / shrink)
+    half, leading = a * c - b_g, c**2 - g_square
+    root = math.sqrt(max(half**2 - leading * (a**2 - b_square), 0.0))
+    return math.sqrt(max((half + root) / leading, 0.0))
+
+
+def _change(before: Record, after: Record, squares: Squares, from_original: bool) -> Change:
+    norm = squares.before + squares.outside
     trained = not before.untrained
     return Change(
         from_original=from_original,
         error_before=before.delta_error if trained else None,
         error_after=after.delta_error if trained else None,
         bound=after.bound,
-        moved=math.sqrt(squares.moved / norm) if norm else None,
+        moved=math.sqrt((squares.moved + squares.moved_outside) / norm) if norm else None,
         bytes_before=before.coefficient_bytes + before.carried_bytes,
         bytes_after=after.coefficient_bytes + after.carried_bytes,
     )

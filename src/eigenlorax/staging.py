@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
+
+from .errors import PackBusyError
 
 if sys.platform != "win32":
     import fcntl
 
 PREFIX = ".writing-"
+_ATTEMPTS = 100
+"""How many names are tried: some folders, such as those of `/proc`, say of any new file that they are not there."""
 _CLAIMED = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{8}}-\d+")
 
 
@@ -85,7 +88,7 @@ def _tag(path: Path) -> str:
 
 
 def _claim(path: Path, make: Callable[[Path], int | None]) -> tuple[Path, int | None]:
-    for number in count():
+    for number in range(_ATTEMPTS):
         beside = path.parent / f"{PREFIX}{_tag(path)}-{number}"
         _remove_abandoned(beside)
         try:
@@ -96,14 +99,14 @@ def _claim(path: Path, make: Callable[[Path], int | None]) -> tuple[Path, int | 
             continue
         except OSError as error:
             # so it is where that writer has removed it already
-            if isinstance(error, FileNotFoundError) and path.parent.is_dir():
+            if isinstance(error, FileNotFoundError) and path.parent.is_dir() and number < _ATTEMPTS - 1:
                 continue
             error.filename = str(path)
             raise
         if handle is None or _is_at(beside, handle):
             return beside, handle
         os.close(handle)
-    raise AssertionError("numbers end")
+    raise PackBusyError(f"{_ATTEMPTS} other processes write to {path} at this moment. Run the command again.")
 
 
 def _remove_abandoned(path: Path) -> bool:

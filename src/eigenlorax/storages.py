@@ -7,7 +7,6 @@ the file travels along with them as a *payload*, so that a pack that was read is
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,10 @@ from . import chunks, coded, dtypes, joint, keys, linalg, quantised, transform
 from . import subspace as spaces
 from .adapter import Lazy
 from .basis import Basis
+from .boundary import PARSE_FAILURES, as_specified, check_growth
 from .chunks import Chunk, CoefficientChunk
 from .errors import FormatError, OptionError, reason
+from .options import suggestion
 from .quantised import Payload
 from .subspace import Coefficients, Duals, ModuleBases, Subspace
 
@@ -28,13 +29,53 @@ Rows = tuple[Tensor, Payload | None]
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers of components (k_down, k_up) and widths (n_in, n_out) of a module, as its bases have them."""
+
+    k: tuple[int, int]
+    widths: tuple[int, int]
+
+    @classmethod
+    def of(cls, bases: ModuleBases) -> "Sizes":
+        """Return those of bases in memory."""
+        return cls((bases.down.k, bases.up.k), (bases.down.dimension, bases.up.dimension))
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """What is known of one module of an adapter beside its coefficients. place: the module's name in the subspace."""
+    """What is known of one module of an adapter beside its coefficients. place: the module's name in the subspace.
+
+    sizes: what tensors of coefficients must fit; None where that is left to who uses them.
+    """
 
     place: str
     rank: int
     scaling: float
     kernel: tuple[int, ...]
+    sizes: Sizes | None = None
+
+    def check(self, module: str, found: Coefficients) -> Coefficients:
+        """Return the coefficients of a module; `ValueError` where they are not of its rank, sizes or dtypes."""
+        for side, tensor, axis in (("down", found.down, 0), ("up", found.up, 1)):
+            if tensor.dtype not in dtypes.STORED or tensor.dim() != 2 or tensor.shape[axis] != self.rank:
+                raise ValueError(
+                    f"the {side} coefficients of module {module} are {_described(tensor)} and not those of rank "
+                    f"{self.rank}"
+                )
+        if self.sizes is None:
+            return found
+        if (found.down.shape[1], found.up.shape[0]) != self.sizes.k:
+            raise ValueError(f"the coefficients of module {module} do not fit the subspace")
+        n_in, n_out = self.sizes.widths
+        for side, shape in (("down", (self.rank, n_in)), ("up", (n_out, self.rank))):
+            rest = found.rest(side)
+            if rest is not None and (tuple(rest.shape) != shape or rest.dtype not in dtypes.STORED):
+                raise ValueError(f"the {side} rest of module {module} is {_described(rest)} and not {shape}")
+        return found
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {tensor.dtype},"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +100,11 @@ class Storage(ABC):
     def keeps_factors(self) -> bool:
         """Whether coefficients are of an adapter's own factors; else of any with the same product."""
 
+    @property
+    def pads_rank(self) -> bool:
+        """Whether an adapter may have a higher rank than its file has numbers for; rows of zeros fill it up."""
+        return False
+
     @abstractmethod
     def rounded(self, bases: ModuleBases) -> ModuleBases:
         """Bases as they will be read again. What has grown must not be rounded with them: those of a fit have not."""
@@ -71,8 +117,8 @@ class Storage(ABC):
     def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
         """The tensors of a basis's stored rows by their names in the subspace's file. key: what floats are called."""
 
-    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> Mapping[str, Tensor]:
-        """The tensors of a subspace's file, ready for `rows`. widths: of rows, by their keys."""
+    def opened(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor]:
+        """The tensors of a subspace's file, ready for `rows`. shapes: (k, d) of fitted rows, by their keys."""
         return tensors
 
     @abstractmethod
@@ -165,7 +211,9 @@ class Floats(Storage):
         for module, slot in slots.items():
             down, up = (tensors.pop(keys.coefficients_key(module, side)) for side in keys.SIDES)
             down_rest, up_rest = (tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES)
-            found[module] = Coefficients(down, up, slot.scaling, slot.kernel, down_rest, up_rest)
+            _check_dtypes(module, (down, up), self.dtype)
+            found[module] = slot.check(module, Coefficients(down, up, slot.scaling, slot.kernel, down_rest, up_rest))
+        _check_finite(found)
         return found, None
 
 
@@ -280,7 +328,10 @@ class Integers(Storage):
             rests = {key: tensors.pop(key) for s in keys.SIDES if (key := keys.rest_key(module, s)) in tensors}
             payload |= rests
             down_rest, up_rest = (rests.get(keys.rest_key(module, side)) for side in keys.SIDES)
-            found[module] = Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel, down_rest, up_rest)
+            found[module] = slot.check(
+                module, Coefficients(down, up.mT.contiguous(), slot.scaling, slot.kernel, down_rest, up_rest)
+            )
+        _check_finite(found)
         return found, payload
 
 
@@ -301,6 +352,10 @@ class Coded(Storage):
     def keeps_factors(self) -> bool:
         return False
 
+    @property
+    def pads_rank(self) -> bool:
+        return True
+
     def rounded(self, bases: ModuleBases) -> ModuleBases:
         raise OptionError(f"{ONLY_CODED} Leave dtype away, or give a float dtype, int8 or int4.")
 
@@ -310,12 +365,13 @@ class Coded(Storage):
     def of_basis(self, basis: Basis, key: str) -> dict[str, Tensor]:
         return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
 
-    def opened(self, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
-        # all of them at once: one by one would take many times as long
-        blobs = {key: f"{key}.{coded.CODED}" for key in widths if f"{key}.{coded.CODED}" in tensors}
-        sides = [(_bytes(tensors, blob), widths[key]) for key, blob in blobs.items()]
-        rows = [one.rows for one in _readable(coded.bases, sides)]
-        return {**tensors, **dict(zip(blobs, rows, strict=True))}
+    def opened(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        # many of them at once: one by one would take many times as long
+        blobs = {key: f"{key}.{coded.CODED}" for key in shapes if f"{key}.{coded.CODED}" in tensors}
+        sides = [(_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
+        numbers = sum(k * dimension for _, (k, dimension) in sides)
+        check_growth(numbers * self.dtype.itemsize, sum(len(data) for data, _ in sides), "the rows of the bases")
+        return {**tensors, **dict(zip(blobs, (one.rows for one in coded.bases(sides)), strict=True))}
 
     def rows(
         self, tensors: Mapping[str, Tensor], key: str, fitted: int, steps: Mapping[int, int], dimension: int
@@ -344,8 +400,9 @@ class Coded(Storage):
         payload = {keys.CODED: tensors.pop(keys.CODED)}
         data, now = _bytes(payload, keys.CODED), subspace()
         modules = {slot.place: now.modules[slot.place] for slot in slots.values()}
-        places = _readable(adapter_places, data, modules)
-        return CodedCoefficients(_readable(coded.adapter, data, places), places, slots), payload
+        places = adapter_places(data, modules)
+        codes = coded.adapter(data, places, {slot.place: slot.rank for slot in slots.values()})
+        return CodedCoefficients(codes, places, slots), payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,23 +470,20 @@ class Cores(Storage):
         payload = {key: tensors.pop(key) for key in (keys.core_key(module, self.kind) for module in slots)}
         found = {}
         for (key, core), (module, slot) in zip(payload.items(), slots.items(), strict=True):
-            if core.dtype != self.stored:
-                raise ValueError(f"{key} is {core.dtype}, and should be {self.stored}")
-            down, up = self.read(core, slot.rank)
-            found[module] = Coefficients(down, up, slot.scaling, slot.kernel)
+            sizes = slot.sizes or Sizes.of(subspace().modules[slot.place])
+            if core.dtype != self.stored or tuple(core.shape) != self._shape(sizes.k):
+                raise ValueError(f"{key} is {_described(core)} and should be {self._shape(sizes.k)}, {self.stored}")
+            # no decomposition is made of what is not finite
+            if not bool(core.isfinite().all()):
+                raise ValueError(f"{key} is not finite")
+            coded.check_rank(slot.rank, (sizes.widths[1], sizes.widths[0]))
+            down, up = (factor[0].to(self.dtype).contiguous() for factor in self._factors(core[None], slot.rank))
+            found[module] = slot.check(module, Coefficients(down, up, slot.scaling, slot.kernel))
         return found, payload
 
-    def read(self, core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Factors (r, k_down) and (k_up, r) of the core of one module. `ValueError` for what is none."""
-        if core.dim() != self._dimensions:
-            raise ValueError(f"a core is {tuple(core.shape)}, and should have {self._dimensions} dimensions")
-        down, up = self._factors(core[None], rank)
-        return down[0].to(self.dtype), up[0].to(self.dtype).contiguous()
-
-    @property
     @abstractmethod
-    def _dimensions(self) -> int:
-        """Of the core of one module."""
+    def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of the core of one module, between k_down and k_up components."""
 
     @abstractmethod
     def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
@@ -446,8 +500,11 @@ class FullCores(Cores):
     own rank, beyond which a core has rounding alone."""
 
     @property
-    def _dimensions(self) -> int:
-        return 2
+    def pads_rank(self) -> bool:
+        return True
+
+    def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
+        return k[1], k[0]
 
     def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
         exact = spaces.project_chunk(wide, bases, torch.float64, dual)
@@ -470,9 +527,8 @@ class DiagonalCores(Cores):
         """As `joint.RIDGE`: what it costs of an update is less than rounding does."""
         return max(joint.RIDGE, torch.finfo(self.stored).eps / 16)
 
-    @property
-    def _dimensions(self) -> int:
-        return 1
+    def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
+        return (k[0],)
 
     def _between(self, wide: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
         rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
@@ -544,14 +600,17 @@ class CodedCoefficients(Lazy[Coefficients]):
 
         def read(name: str) -> Coefficients:
             slot = slots[name]
-            return coded.coefficients(
-                codes.modules[slot.place],
-                codes.step,
-                places[slot.place],
-                rank=slot.rank,
-                scaling=slot.scaling,
-                kernel=slot.kernel,
-            )
+            with as_specified(f"module {name} of a coded adapter"):
+                found = coded.coefficients(
+                    codes.modules[slot.place],
+                    codes.step,
+                    places[slot.place],
+                    rank=slot.rank,
+                    scaling=slot.scaling,
+                    kernel=slot.kernel,
+                )
+                _check_finite({name: slot.check(name, found)})
+                return found
 
         super().__init__(dict(sorted(slots.items())), read)
 
@@ -586,14 +645,6 @@ def _bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
     if found.dtype != torch.uint8 or found.dim() != 1:
         raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be bytes")
     return found.numpy().tobytes()
-
-
-def _readable(call: Callable[..., Any], *args: Any) -> Any:
-    """What a call gives; a `ValueError` where it cannot read its bytes."""
-    try:
-        return call(*args)
-    except FormatError as error:
-        raise ValueError(reason(error)) from error
 
 
 def _rests(coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
@@ -632,6 +683,24 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     }
 
 
+def _check_finite(found: Mapping[str, Coefficients]) -> None:
+    """`ValueError` for the first module that has NaN or Inf among its coefficients or rests."""
+    numbers = {
+        name: torch.cat([t.flatten() for t in (one.down, one.up, one.down_rest, one.up_rest) if t is not None])
+        for name, one in found.items()
+    }
+    # one pass over all of them: most adapters have many modules of few numbers
+    if numbers and not bool(torch.cat(list(numbers.values())).isfinite().all()):
+        name = next(name for name, each in numbers.items() if not bool(each.isfinite().all()))
+        raise ValueError(f"the coefficients of module {name} are not finite")
+
+
+def _check_dtypes(module: str, found: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    for side, tensor in zip(keys.SIDES, found, strict=True):
+        if tensor.dtype != dtype:
+            raise ValueError(f"the {side} coefficients of module {module} are {tensor.dtype}, and should be {dtype}")
+
+
 def _check(name: str, found: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
     if tuple(found.shape) != shape or found.dtype != dtype:
         raise ValueError(f"{name} is {tuple(found.shape)}, {found.dtype}, and should be {shape}, {dtype}")
@@ -658,7 +727,7 @@ def by_name(name: str) -> Storage:
     """The storage; an `OptionError` for what is none."""
     if name not in STORAGES:
         known = [name for name, storage in STORAGES.items() if not isinstance(storage, Cores)]
-        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.")
+        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.{suggestion(name, known)}")
     return STORAGES[name]
 
 
@@ -712,7 +781,7 @@ def plain(
             for each in payload:
                 del found[f"{name}.{each}"]
             found[name] = rows if side == "down" else rows.mT.contiguous()
-    except (KeyError, ValueError) as error:
+    except PARSE_FAILURES as error:
         raise FormatError(f"the adapter's coefficients cannot be read: {reason(error)}.") from error
     return found
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import filelock
 
 from . import staging
-from .errors import PackBusyError, PackExistsError
+from .boundary import read_file
+from .errors import FormatError, PackBusyError, PackExistsError
 from .exchange import exchange
 
 Files = Mapping[str, bytes]
@@ -34,24 +35,10 @@ def read_plain(path: Path, at_most: int) -> bytes | None:
 
     Nothing is waited for, followed or allocated: there may be a link, a pipe, a device, or a file without an end.
     """
-    flags = os.O_RDONLY
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
-        flags |= getattr(os, name, 0)
     try:
-        handle = os.open(path, flags)
-    except OSError as error:
-        # a link is ELOOP, and a socket ENXIO
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENXIO):
-            return None
-        raise
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > at_most:
-            return None
-        with open(handle, "rb", closefd=False) as file:
-            return file.read(found.st_size)
-    finally:
-        os.close(handle)
+        return read_file(path, at_most, follow_links=False)
+    except (FileNotFoundError, FormatError):
+        return None
 
 
 def sync_folder(path: Path) -> None:

@@ -19,7 +19,7 @@ from .adapter import LoRAFactors
 from .basis import Basis
 from .chunks import Chunk, CoefficientChunk
 from .errors import NonFiniteError, OptionError, ShapeError
-from .options import byte_count, integer, number
+from .options import byte_count, check_choice, integer, number
 
 WEIGHTINGS = ("delta", "factors")
 SWEEPS = 2
@@ -69,8 +69,7 @@ class FitOptions:
             raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
         elif self.ratio is not None and not 1 <= self.ratio < math.inf:
             raise OptionError(f"ratio is by how much smaller the pack is, a number from 1 on, got {self.ratio}.")
-        if self.weighting not in WEIGHTINGS:
-            raise OptionError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
+        check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.sweeps < 0:
             raise OptionError(f"sweeps must be 0 or more, got {self.sweeps}.")
 
@@ -210,8 +209,11 @@ class Subspace:
         lineage = self.lineage
         if fingerprint not in lineage:
             return None
-        step = lineage.index(fingerprint)
-        if step == len(lineage) - 1:
+        return self.before(lineage.index(fingerprint))
+
+    def before(self, step: int) -> "Subspace":
+        """The subspace as it was before that step of its growth, a view of this one; after the last one, this one."""
+        if step == len(self.seeds):
             return self
         return Subspace({name: ModuleBases(b.down.before(step), b.up.before(step)) for name, b in self.modules.items()})
 

@@ -1,7 +1,7 @@
 """What a pack holds, costs and lost: the figures of tables, JSON and the model card. Nothing is printed here."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import keys, storages
@@ -182,6 +182,24 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     )
 
 
+def kept_exactly(found: Bytes) -> str | None:
+    """What heads and carried tensors take, in words, where that is most of a pack; None elsewhere."""
+    exact = found.heads + found.carried
+    total = found.basis + found.coefficients + exact
+    if exact <= total / 2:
+        return None
+    kinds = {
+        "of heads (modules_to_save, trained biases, resized embeddings)": found.heads,
+        "of carried tensors (modules outside the subspace, DoRA magnitudes)": found.carried,
+    }
+    listed = " and ".join(f"{size:,} {kind}" for kind, size in kinds.items() if size)
+    return (
+        f"{exact / total:.1%} of the pack's {total:,} bytes are kept as they came, whatever the fit does: {listed}. "
+        "Saved in 16 bits before the fit, they take half of what they take in 32; what was saved with the adapters and "
+        "not trained can be left out of their files."
+    )
+
+
 def lora_numbers(records: Mapping[str, Record]) -> int:
     """Numbers in the LoRA factors that ratios are taken of: those of untrained adapters come for nothing."""
     return sum(record.lora_numbers for record in records.values() if not record.untrained)
@@ -196,12 +214,33 @@ def lossy(records: Mapping[str, Record], share: float) -> list[str]:
 
 
 def losses(records: Mapping[str, Record], share: float) -> str:
-    """What is lost of the adapters that `lossy` names, in words: five of them, and how many more there are."""
+    """What is lost of the adapters that `lossy` names, in words: five of them, and how many more there are. Of those
+    with a bound in the place of an error, what may be lost."""
     found = lossy(records, share)
-    beside = {name: " of what is not carried" if records[name].carried_bytes else "" for name in found[:5]}
-    named = ", ".join(f"{name} ({records[name].delta_error:.2f}{rest})" for name, rest in beside.items())
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return f"more than {share:g} of the update is lost (delta error) of {named}{more}."
+    measured, bounded = ([name for name in found if records[name].bound == bound] for bound in (False, True))
+    sentences = []
+    if measured:
+        sentences.append(f"more than {share:g} of the update is lost (delta error) of {_named(records, measured)}.")
+    if bounded:
+        sentences.append(
+            f"more than {share:g} of the update may be lost, since the pack was fitted again without the originals and "
+            f"only a bound of the delta error is known, of {_named(records, bounded)}."
+        )
+    return " ".join(sentences)
+
+
+def _named(records: Mapping[str, Record], found: Sequence[str]) -> str:
+    named = ", ".join(f"{name} ({_loss(records[name])})" for name in found[:5])
+    return named + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _loss(record: Record) -> str:
+    if record.bound and record.delta_error >= 1:
+        # no adapter at all has an error of 1
+        error = "perhaps all of it"
+    else:
+        error = f"at most {record.delta_error:.2f}" if record.bound else f"{record.delta_error:.2f}"
+    return error + (" of what is not carried" if record.carried_bytes else "")
 
 
 SIDE_NAMES = {side: f"{side} ({keys.LORA_PARTS[side]})" for side in keys.SIDES}

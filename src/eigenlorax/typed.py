@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
-class UnfitError(Exception):
+class UnfitError(ValueError):
     """What in a document is not as it should be. For who reads it, who knows which file it is of."""
 
 
@@ -15,7 +16,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         fields = typed(dict, value, where)
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if fields.keys() != hints.keys():
             raise UnfitError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
         return kind(**{name: typed(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
@@ -33,10 +34,24 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
         value = float(value) if abs(value) < 2**53 else value
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UnfitError(f"{where} is an integer beyond 64 bits.")
     if type(value) is not kind:
-        shown = "missing" if value is ... else json.dumps(value)[:40]
-        raise UnfitError(f"{where} is {shown}, where {kind.__name__} belongs.")
+        raise UnfitError(f"{where} is {_shown(value)}, where {kind.__name__} belongs.")
     return value
+
+
+# to evaluate annotations takes longer than all else here
+_hints = cache(get_type_hints)
+
+
+def _shown(value: Any) -> str:
+    """What is there, in a few words: an object or array may be as large and as deep as its file."""
+    if value is ...:
+        return "missing"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    return json.dumps(value)[:40]
 
 
 def refuse_constant(name: str) -> None:

@@ -167,9 +167,11 @@ class RemoteFolder:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def read(self, name: str) -> bytes:
-        """All of a small file."""
-        url = self.at(name)
+    def read(self, name: str, most: int) -> bytes:
+        """All of a small file. `FormatError` where its server says that it has more bytes."""
+        url, size = self.at(name), self._info(name).get("size")
+        if isinstance(size, int) and size > most:
+            raise FormatError(f"{url} has {size:,} bytes, more than the {most:,} that are read of such a file.")
         with _explained(url):
             driver, path = _driver(url, self.token)
             return bytes(driver.cat_file(path))

@@ -80,7 +80,7 @@ class TestWhatIsRefused:
 
     def test_a_dtype_too_narrow_for_the_numbers(self, cli, pack):
         loud = make_adapter(pack.parent / "loud", seed=1)
-        change_tensors(loud, lambda found: [v.mul_(1e6) for k, v in found.items() if "lora_B" in k])
+        change_tensors(loud, lambda found: [v.mul_(1e6) for v in found.values()])
         succeeded(cli("fit", loud, "-o", pack, "-k", 4, "--overwrite"))
         before = contents(pack.parent)
         done = cli("export", pack, "-o", pack.parent / "out", "--dtype", "float16")

@@ -15,6 +15,9 @@ from outcomes import assert_refused, contents, json_of, succeeded
 NAMES = ["alpha", "beta", "gamma"]
 WIDTHS = sum(n_out + n_in for n_out, n_in in MODULES.values())
 FLOAT = 4
+EMBEDDING = {
+    f"base_model.model.wte.lora_embedding_{side}": torch.ones(*s) for side, *s in (("A", 3, 9000), ("B", 16, 3))
+}
 
 
 class TestAPack:
@@ -123,6 +126,8 @@ class TestAnAdapter:
             "file_bytes": (folder / "adapter_model.safetensors").stat().st_size,
             "format": "peft",
             "heads": ["base_model.model.classifier.weight"],
+            "head_bytes": 4 * 2 * 31,
+            "carried_bytes": 0,
             "lora_bytes": FLOAT * 3 * WIDTHS,
             "metadata": {},
             "modules": 3,
@@ -178,3 +183,22 @@ class TestNeither:
 
     def test_a_file(self, cli, pack, options):
         assert_refused(cli("inspect", pack / "subspace_config.json", *options), 3, "is not a folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"head": (40, 310)}, "49,600 of heads (modules_to_save, trained biases, resized embeddings). Saved"),
+        ({"tensors": EMBEDDING}, "108,192 of carried tensors (modules outside the subspace, DoRA magnitudes). Saved"),
+        ({"head": (2, 31)}, None),
+    ],
+)
+def test_heads_and_carried_tensors_that_are_most_of_a_pack_are_told(cli, tmp_path, options, kinds):
+    folder = make_adapter(tmp_path / "one", seed=1, **options)
+    for done in (cli("fit", folder, "-o", tmp_path / "pack"), cli("inspect", tmp_path / "pack")):
+        said = " ".join(succeeded(done).err.split())
+        if kinds is None:
+            assert said == ""
+        else:
+            assert "% of the pack's" in said
+            assert f"bytes are kept as they came, whatever the fit does: {kinds}" in said

@@ -41,6 +41,9 @@ def test_a_bound_is_shown_as_one(cli, pack):
     done = succeeded(refit(cli, pack, "-k", 3))
     (row,) = (line for line in done.out.splitlines() if "alpha" in line and "the pack" in line)
     assert "≤ 0." in row
+    assert "got worse, or may have" in done.out
+    assert "delta error, at most" in succeeded(cli("inspect", pack.parent / "again")).out
+    assert "| delta error, at most, 4 adapters fitted |" in (pack.parent / "again" / "README.md").read_text()
     (row,) = (line for line in done.out.splitlines() if " new " in line)
     assert "≤" not in row
 

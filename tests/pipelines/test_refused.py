@@ -99,9 +99,11 @@ def test_heads(pipe):
 
 def test_names(pipe, small, packs):
     path, _ = packs["sd"]
-    with pytest.raises(AdapterNameError, match="no adapter named 'tyo' in the pack. It has: clay, ink.v2, toy"):
+    with pytest.raises(
+        AdapterNameError, match="no adapter named 'tyo' in the pack. Did you mean 'toy'. It has: clay, ink.v2, toy"
+    ):
         ex.load_into(pipe, path, ["toy", "tyo"])
-    with pytest.raises(AdapterNameError, match="no adapter named 'tyo' in the pack. It has: toy"):
+    with pytest.raises(AdapterNameError, match="no adapter named 'tyo' in the pack. Did you mean 'toy'. It has: toy"):
         ex.load_into(pipe, small, ["tyo"])
     with pytest.raises(OptionError, match="no adapter is named"):
         ex.load_into(pipe, path, [])

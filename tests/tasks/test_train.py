@@ -426,7 +426,10 @@ class TestTheTrainersOptions:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"weigth_decay": 0.1}, "'weigth_decay' is no field of transformers' TrainingArguments. Was weight_decay"),
+            (
+                {"weigth_decay": 0.1},
+                "'weigth_decay' is no field of transformers' TrainingArguments. Did you mean 'weight_decay'?",
+            ),
             ({"output_dir": "x"}, "output_dir is not for the Trainer's options: the command sets it"),
             ({"weight_decay": "much"}, "the Trainer's weight_decay must be float, got 'much'"),
             ({"max_steps": 1.5}, "the Trainer's max_steps must be int, got 1.5"),

@@ -60,7 +60,9 @@ class TestMixedBatches:
         model.add_adapter("other", ex.EigenLoraxConfig(subspace=bert_pack, r=2, core=True, task_type="SEQ_CLS"))
         return shake(model, "other", seed=9).eval()
 
-    def test_each_row_has_its_own(self, model, ids):
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str)
+    def test_each_row_has_its_own(self, model, ids, dtype, tolerance):
+        model.to(dtype)
         names = ["default", "__base__", "other", "other", "default"]
         got = model(ids, adapter_names=names).logits
         for index, name in enumerate(names):
@@ -70,7 +72,7 @@ class TestMixedBatches:
             else:
                 model.set_adapter(name)
                 wanted = model(ids[index : index + 1]).logits
-            torch.testing.assert_close(got[index : index + 1], wanted, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(got[index : index + 1], wanted, atol=tolerance, rtol=tolerance)
 
     def test_many_ranks_cores_subspaces_and_repeats(self, bert_pack, ids):
         model = model_of(bert_pack, task_type="SEQ_CLS")

@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import eigenlorax as ex
 from eigenlorax.errors import OptionError
-from eigenlorax.tuner import SOAP
+from eigenlorax.tuner import SOAP, coefficient_groups
+from tiny import BERT, make_bert
 
 
 def gradients(shape, steps, *, seed=0):
@@ -104,6 +107,101 @@ def test_groups_have_rates_of_their_own():
         optimizer.step()
     assert torch.equal(still, torch.ones(2, 2))
     assert not torch.equal(moved, torch.ones(2, 2))
+
+
+TARGETS = ["query", "value"]
+
+
+def names_of(model, groups):
+    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{by_id[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+class TestGroupsOfAModel:
+    @pytest.mark.parametrize("core", [False, True])
+    def test_are_the_coefficients_and_the_head(self, bert, bert_pack, core):
+        config = ex.EigenLoraxConfig(subspace=bert_pack, r=2, core=core, task_type="SEQ_CLS")
+        model = get_peft_model(bert, config)
+        ours, head = names_of(model, groups := coefficient_groups(model, lr=0.03, head_lr=0.004))
+        assert len(ours) == len(BERT) * (1 if core else 2)
+        assert all("eigenlorax_" in name for name in ours)
+        wanted = {f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")}
+        assert head == wanted
+        assert [(group["lr"], group.get("max_side")) for group in groups] == [(0.03, None), (0.004, 0)]
+        assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+
+    def test_have_trained_biases_and_layers_beside_the_head(self, bert, bert_pack):
+        config = ex.EigenLoraxConfig(subspace=bert_pack, r=2, modules_to_save=["pooler"])
+        model = get_peft_model(bert, config)
+        bias = model.base_model.model.bert.encoder.layer[0].output.dense.bias.requires_grad_(True)
+        _, others = names_of(model, coefficient_groups(model))
+        pooler = "base_model.model.bert.pooler.modules_to_save.default.dense"
+        assert others == {
+            f"{pooler}.weight",
+            f"{pooler}.bias",
+            "base_model.model.bert.encoder.layer.0.output.dense.bias",
+        }
+        assert bias.requires_grad
+
+    def test_have_no_head_where_there_is_none(self, gpt2, gpt2_pack):
+        model = get_peft_model(gpt2, ex.EigenLoraxConfig(subspace=gpt2_pack, r=2))
+        assert len(coefficient_groups(model)) == 1
+
+    def test_are_of_the_adapter_that_is_trained(self, bert, bert_pack):
+        model = get_peft_model(bert, ex.EigenLoraxConfig(subspace=bert_pack, r=2))
+        model.add_adapter("other", ex.EigenLoraxConfig(subspace=bert_pack, r=3))
+        model.set_adapter("other")
+        (names,) = names_of(model, coefficient_groups(model))
+        assert len(names) == 2 * len(BERT)
+        assert all(name.endswith(".other") for name in names)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: make_bert(),
+            lambda: get_peft_model(
+                make_bert(), LoraConfig(target_modules=TARGETS, r=2, task_type="SEQ_CLS")
+            ).requires_grad_(False),
+        ],
+        ids=["no adapter", "a frozen LoRA"],
+    )
+    def test_without_coefficients(self, make):
+        with pytest.raises(
+            OptionError, match=r"trains no coefficients: no layer has any\. get_peft_model\(model, Eigen"
+        ):
+            coefficient_groups(make())
+
+    def test_of_an_adapter_that_was_loaded_to_serve(self, bert_pack, tmp_path):
+        get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=bert_pack, r=2)).save_pretrained(tmp_path / "new")
+        with pytest.raises(OptionError, match="its coefficients are frozen. Load the adapter with is_trainable=True"):
+            coefficient_groups(PeftModel.from_pretrained(make_bert(), tmp_path / "new"))
+        model = PeftModel.from_pretrained(make_bert(), tmp_path / "new", is_trainable=True)
+        assert len(coefficient_groups(model)[0]["params"]) == 2 * len(BERT)
+
+    @pytest.mark.parametrize(
+        ("config", "kind", "part"),
+        [
+            (LoraConfig(target_modules=TARGETS, r=2, task_type="SEQ_CLS"), "lora", "lora_A"),
+            (LoraConfig(target_modules=TARGETS, r=2, use_dora=True), "lora", "lora_A"),
+            (IA3Config(target_modules=["value"], feedforward_modules=[]), "ia3", "ia3_l"),
+        ],
+        ids=["LoRA", "DoRA", "IA3"],
+    )
+    def test_of_another_kind_of_adapter(self, config, kind, part):
+        with pytest.raises(OptionError, match=rf"weights of another kind of adapter \({kind}\), such as .*{part}"):
+            coefficient_groups(get_peft_model(make_bert(), config))
+
+    def test_of_two_kinds_of_adapters(self, bert, bert_pack):
+        inner = get_peft_model(bert, LoraConfig(target_modules=["dense"], r=2)).base_model.model
+        model = get_peft_model(inner, ex.EigenLoraxConfig(subspace=bert_pack, r=2, task_type="SEQ_CLS"))
+        lora = [one for name, one in model.named_parameters() if "lora_" in name]
+        for one in lora:
+            one.requires_grad_(True)
+        with pytest.raises(OptionError, match=rf"trains {len(lora)} weights of another kind .*requires_grad_\(False\)"):
+            coefficient_groups(model)
+        for one in lora:
+            one.requires_grad_(False)
+        assert [len(group["params"]) for group in coefficient_groups(model)] == [2 * len(BERT), 2]
 
 
 def test_gets_down_a_narrow_valley_that_adam_does_not():

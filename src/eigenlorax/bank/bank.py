@@ -261,9 +261,7 @@ class AdapterBank:
             return None
         found = self._adapters.get(name)
         if found is None:
-            names = self.names
-            has = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
-            raise AdapterNameError(f"no adapter named {name!r} in the bank. It has: {has or 'none'}.")
+            keys.check_known(name, self.names, "the bank")
         return found
 
     def _check_free(self, name: str) -> None:

@@ -142,7 +142,7 @@ def _show(found: "Outcome") -> None:
         numbers=range(1, len(shown) + 4),
     )
     for sentence in found.findings:
-        typer.echo(f"· {sentence}")
+        console.say(f"· {sentence}")
 
 
 def _shown(points: Sequence[float]) -> list[int]:

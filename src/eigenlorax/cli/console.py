@@ -1,21 +1,24 @@
 """What the verbs print with: tables, JSON, progress, warnings. Figures go to stdout, everything else to stderr."""
 
 import json
+import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from .. import urls
+from .. import printable, urls
+from ..errors import EigenloraxWarning, shortened
 from ..tasks.options import MAX_LENGTH
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
     from ..pack import Pack
     from ..summary import Components, Errors, Summary
@@ -68,32 +71,88 @@ PairColumn = Annotated[
 ]
 
 
-_SHORT = 32
+class _PrintableStream:
+    """A stream to which no control characters are written, whoever writes.
+
+    Consoles of rich write to `rich_proxied_file`, the stream itself: their escapes are their own, and the texts that
+    they are given here are printable already.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` with escapes for its control characters."""
+        self.rich_proxied_file.write(printable.lines(text))
+        return len(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        """Write each of the texts."""
+        for text in texts:
+            self.write(text)
+
+    def isatty(self) -> bool:
+        """Say no: who would move the cursor of a terminal, or colour what it writes, cannot do so here."""
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer":
+            # whoever writes bytes would write past this object
+            raise AttributeError(name)
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def only_printable() -> Iterator[None]:
+    """Let nothing in the block print a control character; its warnings become notes."""
+    streams = sys.stdout, sys.stderr
+    # the interpreter has None in the place of a stream that is closed
+    sys.stdout, sys.stderr = (cast(TextIO, stream and _PrintableStream(stream)) for stream in streams)
+    show = warnings.showwarning
+    warnings.showwarning = _show_warning
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        warnings.showwarning = show
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    note(str(message))
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as Python does (`sys.excepthook`), without control characters of its messages."""
+    with only_printable():
+        traceback.print_exception(kind, error, trace)
 
 
 def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        # a pipe has no width: let every line be as long as it is, so that grep finds it whole
-        console.width = 10_000
-    return console
+    # what is printed may come from outside: brackets in it are no markup, and `:name:` is no emoji; lines are laid out
+    # before they are printed
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _width(console: "Console") -> int | None:
+    """The columns of the terminal that a console writes to; None where that is a file or a pipe."""
+    return console.width if console.file.isatty() else None
 
 
 def error(message: str) -> None:
     """One message on stderr."""
-    _console(stderr=True).print("[bold red]error:[/]", _plain(message))
+    _print(f" {shortened(message)}", "error:", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
     """One remark on stderr."""
-    _console(stderr=True).print("[yellow]note:[/]", _plain(message))
+    _print(f" {shortened(message)}", "note:", "yellow", stderr=True)
 
 
 def interrupted(message: str) -> None:
     """What is left behind by a verb that was interrupted, on stderr."""
-    _console(stderr=True).print("[bold red]Interrupted.[/]", _plain(message))
+    _print(f" {message}", "Interrupted.", "bold red", stderr=True)
 
 
 @contextmanager
@@ -105,42 +164,66 @@ def interrupts_say(left_behind: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(left_behind()) from interrupt
 
 
-def _plain(message: str) -> "Text":
+def _print(text: str, label: str = "", style: str = "", *, stderr: bool = False, wrap: bool = True) -> None:
+    """Print a text on one line, or on as many as the terminal needs. label: its beginning, in another style."""
     from rich.text import Text
 
-    return Text(message)
+    from . import layout
+
+    console = _console(stderr)
+    label, text = printable.one_line(label), printable.one_line(text)
+    shown = Text("\n".join(layout.wrapped(label + text, _width(console) if wrap else None)))
+    shown.stylize(style, 0, len(label))
+    console.print(shown)
+
+
+def say(sentence: str = "") -> None:
+    """A sentence on stdout, or an empty line."""
+    _print(sentence)
+
+
+def print_command(command: str) -> None:
+    """A command line on stdout, which is not wrapped: it can be copied."""
+    _print(command, wrap=False)
 
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+    print_document(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def print_document(text: str) -> None:
+    """A JSON document in ASCII on stdout."""
+    # the one control character that JSON need not escape
+    typer.echo(text.replace("\x7f", r"\u007f"), nl=False)
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """A two-column table on stdout."""
-    print_table(title, ("", ""), rows)
+    """Names and their values on stdout."""
+    from . import layout
+
+    pairs = [(printable.one_line(name), printable.one_line(value)) for name, value in rows]
+    _print_block(title, [], layout.fields(pairs, _width(_console())))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
-    """A table on stdout; `numbers` are the columns aligned to the right. Long cells fold, none is cut."""
-    from rich import box
-    from rich.table import Table
+    """A table on stdout; `numbers` are the columns aligned to the right. No cell is cut: see `layout`."""
+    from . import layout
 
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_header=any(header),
-        padding=(0, 1, 0, 0),
-    )
-    for index, name in enumerate(header):
-        number = index in numbers
-        # half a name is none; but a long one must not take the room of the figures
-        short = max((len(row[index]) for row in rows), default=0) <= _SHORT
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=short)
-    for row in rows:
-        table.add_row(*[_plain(cell) for cell in row])
-    _console().print(table, soft_wrap=False)
+    names, *cells = [[printable.one_line(cell) for cell in row] for row in (header, *rows)]
+    _print_block(title, *layout.table(names, cells, numbers, _width(_console())))
+
+
+def _print_block(title: str, heads: Sequence[str], body: Sequence[str]) -> None:
+    """Lines that are laid out, between empty ones. heads: those of a table's header, and the rule below it."""
+    from rich.text import Text
+
+    if title:
+        _print("", title, "italic")
+    header = "\n".join(heads[:-1])
+    shown = Text("\n".join(["", *heads, *body, ""]))
+    shown.stylize("bold", 1, 1 + len(header))
+    _console().print(shown)
 
 
 @contextmanager
@@ -148,19 +231,25 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, where that is a terminal; warnings become notes below it, before an error if any."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..errors import EigenloraxWarning
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     stderr = _console(stderr=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EigenloraxWarning)
         try:
-            with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+            # whatever else is written meanwhile goes through `only_printable`, not through rich, which reads escapes
+            with Progress(
+                *columns,
+                console=stderr,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                disable=not stderr.is_terminal,
+            ) as bar:
                 tasks: dict[str, Any] = {}
 
                 def report(stage: str, done: int, total: int) -> None:
                     if stage not in tasks:
-                        tasks[stage] = bar.add_task(stage, total=total)
+                        tasks[stage] = bar.add_task(printable.one_line(stage), total=total)
                     bar.update(tasks[stage], completed=done, total=total)
 
                 yield report
@@ -174,6 +263,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
     dtype = figures.dtype
     if figures.coefficient_dtype != dtype:
         dtype += f", coefficients {figures.coefficient_dtype}"
+    at_most = ", at most" if figures.bounds else ""
     return [
         ("base model", (figures.base_model or "not stated") + (f" @ {figures.revision}" if figures.revision else "")),
         *[("  made for", str(figures.family))] * bool(figures.family),
@@ -187,8 +277,8 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
         *[("  of extensions", f"{figures.n_extended:,} of them in all")] * bool(figures.n_extended),
-        *_error_rows("delta error", figures.in_fit),
-        *_error_rows("delta error, projected adapters", figures.projected),
+        *_error_rows(f"delta error{at_most}", figures.in_fit),
+        *_error_rows(f"delta error, projected adapters{at_most}", figures.projected),
         *[("  of which upper bounds", f"{figures.bounds}: fitted again without their originals")]
         * bool(figures.bounds),
         *cost_rows(figures),

@@ -118,7 +118,7 @@ def _show(found: "Demo", seconds: float) -> None:
             numbers=(1, 2, 3),
         )
     console.print_rows("What it cost", [*console.cost_rows(found.summary), ("seconds", f"{seconds:.1f}")])
-    typer.echo(
+    console.say(
         "Delta error is the share of an update's norm that is lost. An adapter that was not in the fit keeps only what "
         "lies in the subspace of the others: where that is too little, fit the pack again with it."
     )

@@ -209,10 +209,9 @@ def fit(
 
 
 def _manifest(output: Path) -> bytes | None:
-    from .. import keys
+    from .. import boundary, keys, store
 
-    path = output / keys.MANIFEST
-    return path.read_bytes() if path.is_file() else None
+    return store.read_plain(output / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
 
 
 def _left_behind(output: Path, before: bytes | None, kept: Path) -> str:

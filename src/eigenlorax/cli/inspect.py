@@ -113,6 +113,10 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
 
 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:
+    from ..summary import kept_exactly
+
+    if (dominated := kept_exactly(pack.summary.bytes)) is not None:
+        console.note(dominated)
     if json:
         console.print_json({"pack": target, **console.figures_json(pack.summary, pack.records)})
         return
@@ -155,7 +159,9 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
             ("dtype", ", ".join(figures["dtypes"])),
             ("LoRA bytes", f"{figures['lora_bytes']:,} (file: {figures['file_bytes']:,})"),
             ("heads", _listing(figures["heads"])),
+            *[("  head bytes", f"{figures['head_bytes']:,} (kept as they are)")] * bool(figures["heads"]),
             ("carried", _listing(figures["carried"])),
+            *[("  carried bytes", f"{figures['carried_bytes']:,} (kept as they are)")] * bool(figures["carried"]),
             *[("metadata", _listing(list(figures["metadata"])))] * bool(figures["metadata"]),
             ("norm of the update", f"{figures['delta_norm']:.4g}" + (" (untrained)" * figures["untrained"])),
         ],
@@ -184,6 +190,8 @@ def _figures(adapter: "Adapter") -> dict[str, Any]:
         "file_bytes": adapter.file_bytes,
         "heads": list(adapter.heads),
         "carried": list(adapter.carried),
+        "head_bytes": sum(tensor.nbytes for tensor in adapter.heads.values()),
+        "carried_bytes": sum(tensor.nbytes for tensor in adapter.carried.values()),
         "delta_norm": norm,
         "untrained": norm == 0,
         "content_sha256": scan.content_hash,

@@ -3,14 +3,15 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .. import printable
 from ..errors import EigenloraxError
 from ..version import __version__
 from . import (
@@ -41,12 +42,31 @@ class _InterruptError(Exception):
     """A Ctrl-C, under a name that typer does not know: it would end without a word."""
 
 
+# of click, or of the copy of it that newer releases of typer have
+_UsageError: Any = typer.BadParameter.__base__
+
+
 class _Verbs(TyperGroup):
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_usage():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise _InterruptError(*interrupt.args) from interrupt
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """What typer says of a command that it cannot read quotes the command, and so names of files, on one line."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = printable.one_line(error.message)
+        raise
 
 
 app = typer.Typer(
@@ -103,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # a name or a path may hold what the terminal's encoding has no sign for
             stream.reconfigure(errors="backslashreplace")
+    with console.only_printable():
+        _leave_with_exit_code(arguments)
+
+
+def _leave_with_exit_code(arguments: Sequence[str] | None) -> None:
     try:
         _run(arguments)
     except EigenloraxError as error:
@@ -121,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f": {error.filename}. Nothing was left half-written." if error.filename else _OUTPUT
         console.error(f"{error.strerror or error}{where}")
         sys.exit(IO_ERROR)
+    except Exception:
+        # a fault in eigenlorax: Python prints it when this process ends, and its message may quote what is read
+        sys.excepthook = console.print_traceback
+        raise
 
 
 @cache

@@ -133,10 +133,11 @@ def refit(
     rows = [(name, *_row(change)) for name, change in found.changes.items()]
     console.print_table("", header, rows, numbers=(2, 3, 4, 5, 6))
     before, after = opened.summary.bytes, found.pack.summary.bytes
+    any_bound = any(found.changes[name].bound for name in found.worse)
     console.print_rows(
         f"pack {output}",
         [
-            ("got worse", ", ".join(found.worse) or "none"),
+            ("got worse" + ", or may have" * any_bound, ", ".join(found.worse) or "none"),
             ("basis bytes", f"{before.basis:,} before, {after.basis:,} after"),
             ("compression ratio", f"{before.ratio:.2f} before, {after.ratio:.2f} after, the basis counted"),
             ("seconds", f"{time.perf_counter() - started:.1f}"),

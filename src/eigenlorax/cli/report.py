@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..options import suggestion
 from ..tasks.options import EVALUATION_BATCH, TASKS, Columns
 from . import console
 from .evaluate import class_names
@@ -153,7 +154,7 @@ def report(
         for path in output or ():
             files.write(made, path)
     if json:
-        typer.echo(files.to_json(made), nl=False)
+        console.print_document(files.to_json(made))
         return
     show(made)
     for path in output or ():
@@ -162,12 +163,13 @@ def report(
 
 def show(made: "Report") -> None:
     """The verdict, on stdout."""
-    typer.echo(made.verdict.headline)
+    console.say(made.verdict.headline)
     for finding in made.verdict.findings:
         names = ", ".join(finding.adapters[:NAMED]) + ", …" * (len(finding.adapters) > NAMED)
-        typer.echo(f"\n{MARKS[finding.good]} {finding.text}" + f" ({names})" * bool(names))
+        console.say()
+        console.say(f"{MARKS[finding.good]} {finding.text}" + f" ({names})" * bool(names))
         if finding.advice:
-            typer.echo(f"  → {finding.advice}")
+            console.say(f"  → {finding.advice}")
     for note in made.notes:
         console.note(note)
 
@@ -234,6 +236,6 @@ def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] |
 
         raise OptionError(
             f"--labels {', '.join(given)}: give A,B,… once, for all adapters, or NAME=A,B,… for each"
-            + (f"; the pack has no {', '.join(unknown)}." if unknown else ".")
+            + (f"; the pack has no {', '.join(unknown)}.{suggestion(unknown[0], pack.names)}" if unknown else ".")
         )
     return {name: class_names(rest) for name, rest in named.items()}

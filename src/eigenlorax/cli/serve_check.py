@@ -74,12 +74,14 @@ def _show(found: "Check") -> None:
     # below the table, which is as wide as its longest row
     for title, way in (("Not served expanded", found.expanded), ("Not served with a shared basis", found.shared)):
         for line in _by_reason(way.refused):
-            typer.echo(f"{title}: {line}")
+            console.say(f"{title}: {line}")
     if found.plan.expanded is not None or found.plan.shared is not None:
         _show_plan(found.plan)
     for title, way in (("Expanded", found.expanded), ("With a shared basis", found.shared)):
         if way.command is not None:
-            typer.echo(f"\n{title}:\n\n  {way.command}")
+            for line in ("", f"{title}:", ""):
+                console.say(line)
+            console.print_command(f"  {way.command}")
 
 
 def _by_reason(refused: "Mapping[str, str]") -> list[str]:
@@ -115,7 +117,7 @@ def _show_plan(plan: "Plan") -> None:
     ]
     console.print_table("", ("bytes", "expanded", "shared basis", "times less"), table, numbers=(1, 2, 3))
     for sentence in _said(plan):
-        typer.echo(sentence)
+        console.say(sentence)
 
 
 def _bytes(tier: "Tier | None", name: str) -> str:

@@ -8,25 +8,33 @@ from typing import Any
 from .. import keys, urls
 from ..adapter import Adapter, Origin
 from ..errors import OptionError
+from ..options import suggestion
 from . import diffusers, folders, hf_peft, image_lora, image_lora_out, kohya, names, official
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How adapters of one format come in, and go out where they may. suffix: of a format of single files."""
+    """How adapters of one format come in, and go out where they may. dialect: of a format of single files."""
 
     read: Callable[..., Adapter]
     write: Callable[..., Path] | None = None
-    suffix: str = ""
+    dialect: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Return the suffix of the format's single files; empty for a format of folders."""
+        return "" if self.dialect is None else keys.LORA_SUFFIX
 
 
 PEFT = "peft"
 FORMATS = {
     PEFT: Format(hf_peft.read, hf_peft.write),
-    names.KOHYA: Format(kohya.read, kohya.write, keys.LORA_SUFFIX),
-    names.DIFFUSERS: Format(diffusers.read, diffusers.write, keys.LORA_SUFFIX),
-    names.OLD: Format(diffusers.read_old, diffusers.write_old, keys.LORA_SUFFIX),
-    names.DIFFUSION_MODEL: Format(diffusers.read_diffusion_model, diffusers.write_diffusion_model, keys.LORA_SUFFIX),
+    names.KOHYA: Format(kohya.read, kohya.write, names.KOHYA),
+    names.DIFFUSERS: Format(diffusers.read, diffusers.write, names.DIFFUSERS),
+    names.OLD: Format(diffusers.read_old, diffusers.write_old, names.OLD),
+    names.DIFFUSION_MODEL: Format(
+        diffusers.read_diffusion_model, diffusers.write_diffusion_model, names.DIFFUSION_MODEL
+    ),
     "official": Format(official.read),
 }
 _OF_PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
@@ -60,6 +68,15 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = No
     return write(adapter, Path(path), **options)
 
 
+def check_writable(adapter: Adapter, format: str) -> None:
+    """Raise the error that writing an adapter in a format would raise, without writing it."""
+    dialect = writable(format).dialect
+    if dialect is not None:
+        image_lora_out.check(adapter, dialect)
+    elif format_of(adapter.origin) != PEFT:
+        image_lora_out.for_peft(adapter)
+
+
 def format_of(origin: Origin | None) -> str:
     """The format that an adapter of that origin came in."""
     return origin.format if origin is not None else PEFT
@@ -69,14 +86,15 @@ def writable(name: str) -> Format:
     """The format of that name, if it is written and not only read."""
     found = FORMATS.get(name)
     if found is None or found.write is None:
-        known = ", ".join(name for name, one in FORMATS.items() if one.write is not None)
+        known = [name for name, one in FORMATS.items() if one.write is not None]
         raise OptionError(
-            f"format {name!r} is {'not known' if found is None else 'read, not written'}. Written are: {known}."
+            f"format {name!r} is {'not known' if found is None else 'read, not written'}.{suggestion(name, known)} "
+            f"Written are: {', '.join(known)}."
         )
     return found
 
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise OptionError(f"format {name!r} is not known. Known are: {', '.join(FORMATS)}.")
+        raise OptionError(f"format {name!r} is not known.{suggestion(name, FORMATS)} Known are: {', '.join(FORMATS)}.")
     return FORMATS[name]

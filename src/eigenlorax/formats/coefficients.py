@@ -4,17 +4,19 @@ Nothing here reads a file: tensors come by PEFT's keys, and the subspace from `k
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from .. import keys, known, storages
+from .. import dtypes, keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
-from ..errors import FormatError, ModuleNameError
+from ..errors import FormatError, ModuleNameError, ShapeError
+from ..keys import Kind
 from ..storages import Slot
 from ..subspace import Subspace
+from ..typed import UnfitError, typed
 from . import lora_config
 
 
@@ -31,6 +33,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.REST.values(), *keys.EMBEDDED.values()]
     own: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
+    fields = _fields(config, where)
     for key, tensor in storages.plain(
         tensors, lambda: slots(config, where), lambda: _of_then(_subspace(config, where), config)
     ).items():
@@ -38,7 +41,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
         if part in parts:
             own.setdefault(module, {})[part] = tensor
         else:
-            heads[key] = tensor
+            heads[_checked_head(key, config, where)] = tensor
     if not own:
         raise FormatError(
             f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. An adapter of a pack is given "
@@ -47,33 +50,100 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     embedded = all(keys.EMBEDDED["down"] in found for found in own.values())
     subspace = None if embedded else _subspace(config, where)
     modules = {}
-    kernels = config.get(keys.KERNELS) or {}
     numbers = lora_config.Numbers(config, where)
     for module, found in own.items():
-        _, scaling = numbers.of(module)
+        rank, scaling = numbers.of(module)
         if subspace is None:
-            down_basis, up_basis = found[keys.EMBEDDED["down"]], found[keys.EMBEDDED["up"]]
+            down_basis, up_basis = _embedded(found, f"{where}, module {module}")
         else:
-            bases = subspace.modules[_place(module, config, subspace, where)]
+            bases = subspace.modules[_place(module, fields, subspace, where)]
             down_basis, up_basis = bases.down.components, bases.up.components
+        _check_sizes(found, rank, down_basis, up_basis, f"{where}, module {module}")
         if keys.CORE in found:
             plain = from_core(found[keys.CORE], down_basis, up_basis, scaling)
         else:
             down, up = (found[keys.COEFFICIENTS[side]] for side in keys.SIDES)
             rests = (found.get(keys.REST[side]) for side in keys.SIDES)
             plain = from_pair(down, up, down_basis, up_basis, scaling, *rests)
-        modules[module] = replace(plain, kernel=tuple(kernels.get(module, ())))
+        modules[module] = replace(plain, kernel=tuple(fields.kernels.get(module, ())))
     return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """What the config of an adapter says of its coefficients. places: names in the subspace that are others there."""
+
+    modules: list[str]
+    places: dict[str, str]
+    kernels: dict[str, list[int]]
+
+
+def _fields(config: Mapping[str, Any], where: str) -> _Fields:
+    """These fields, each of its type. `FormatError` where one is not."""
+    names = {"modules": "target_modules", "places": "subspace_modules", "kernels": keys.KERNELS}
+    hints = get_type_hints(_Fields)
+    try:
+        found = {field: typed(hints[field], _given(config, name, field), name) for field, name in names.items()}
+    except UnfitError as error:
+        raise FormatError(f"{where}: {error}") from error
+    return _Fields(**found)
+
+
+def _given(config: Mapping[str, Any], name: str, field: str) -> Any:
+    """A field of a config, empty where it is null or missing. PEFT may keep the modules as a set, or a text."""
+    value = config.get(name) or ([] if field == "modules" else {})
+    if field == "modules" and isinstance(value, str | set):
+        return sorted(value) if isinstance(value, set) else [value]
+    return value
 
 
 def slots(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
     """What the config of an adapter of a pack says of its modules."""
-    numbers, kernels, own = lora_config.Numbers(config, where), config.get(keys.KERNELS) or {}, {}
-    for module in sorted(config.get("target_modules") or ()):
+    numbers, fields, own = lora_config.Numbers(config, where), _fields(config, where), {}
+    for module in sorted(fields.modules):
         rank, scaling = numbers.of(module)
-        place = (config.get("subspace_modules") or {}).get(module, module)
-        own[module] = Slot(place, rank, scaling, tuple(kernels.get(module, ())))
+        place = fields.places.get(module, module)
+        own[module] = Slot(place, rank, scaling, tuple(fields.kernels.get(module, ())))
     return own
+
+
+def _checked_head(key: str, config: Mapping[str, Any], where: str) -> str:
+    """`key`, if it is one that an ordinary LoRA may have for a head: a file of one is what the adapter becomes."""
+    try:
+        kind = keys.parse_peft_key(key, config.get("modules_to_save") or ()).kind
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error
+    if kind is not Kind.HEAD:
+        raise FormatError(f"{where}: tensor {key!r} is one of a LoRA, and no coefficients.")
+    return key
+
+
+def _embedded(found: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
+    """The bases that an adapter has of its own."""
+    down, up = (found[keys.EMBEDDED[side]] for side in keys.SIDES)
+    for part, basis in zip(keys.EMBEDDED.values(), (down, up), strict=True):
+        if basis.dim() != 2 or basis.dtype not in dtypes.STORED:
+            raise ShapeError(f"{where}: {part} is {tuple(basis.shape)}, {basis.dtype}; rows of floats were expected.")
+    return down, up
+
+
+def _check_sizes(found: Mapping[str, Tensor], rank: int, down_basis: Tensor, up_basis: Tensor, where: str) -> None:
+    """`FormatError` where a module lacks coefficients, `ShapeError` where they are not of its rank and bases."""
+    (k_down, n_in), (k_up, n_out) = down_basis.shape, up_basis.shape
+    if keys.CORE in found:
+        wanted = {keys.CORE: (k_up, k_down)}
+    else:
+        wanted = {keys.COEFFICIENTS["down"]: (rank, k_down), keys.COEFFICIENTS["up"]: (k_up, rank)}
+        rests = {keys.REST["down"]: (rank, n_in), keys.REST["up"]: (n_out, rank)}
+        wanted |= {part: shape for part, shape in rests.items() if part in found}
+    for part, shape in wanted.items():
+        if part not in found:
+            raise FormatError(f"{where} has no {part}: the file is not complete.")
+        if tuple(found[part].shape) != shape or found[part].dtype not in dtypes.STORED:
+            raise ShapeError(
+                f"{where}: {part} is {tuple(found[part].shape)}, {found[part].dtype}, where floats of {shape} go with "
+                "its rank and its subspace. They are not of one adapter."
+            )
 
 
 def _of_then(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:
@@ -135,8 +205,8 @@ def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
     return spaces.augment(found, n_extra, config.get("extra_seed") or 0) if n_extra else found
 
 
-def _place(module: str, config: Mapping[str, Any], subspace: Subspace, where: str) -> str:
-    place = (config.get("subspace_modules") or {}).get(module) or keys.resolve(module, subspace.modules)
-    if place is None:
+def _place(module: str, fields: _Fields, subspace: Subspace, where: str) -> str:
+    place = fields.places.get(module) or keys.resolve(module, subspace.modules)
+    if place is None or place not in subspace.modules:
         raise ModuleNameError(f"{where}: module {module!r} is not in the subspace.")
-    return str(place)
+    return place

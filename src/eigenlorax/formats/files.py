@@ -3,9 +3,8 @@
 What the tensors stand for is for the formats to say.
 """
 
-import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dtypes, keys
+from .. import boundary, dtypes, keys
 from ..errors import FormatError, UrlError
 from ..urls import RemoteFolder
 from . import folders, ranges
 from .folders import Folder, Place
+
+LORA = "LORA"
+"""What PEFT calls the adapters that are read."""
+_KEPT = {
+    *dtypes.STORED,
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *(torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2),
+}
+"""What a tensor of a pickle may be; of factors, those that are stored."""
 
 Load = Callable[[list[str]], list[Tensor]]
 """Reads tensors by name."""
@@ -105,21 +113,13 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         if isinstance(folder, RemoteFolder):
             _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    try:
-        text = folder.read(keys.ADAPTER_CONFIG).decode("utf-8")
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} holds a JSON {type(config).__name__}; an object with peft_type, r, … was expected.")
+    text, config = boundary.json_object(folder.read(keys.ADAPTER_CONFIG, boundary.MAX_JSON_BYTES), path)
     kind = config.get("peft_type")
     if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
             f"{folder} holds coefficients of a pack already. `eigenlorax export` gives it back as an ordinary LoRA."
         )
-    if kind not in ("LORA", keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE):
-        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
-    _check_texts(config, path)
+    check_config(config, path, (LORA, keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE))
     return text, config
 
 
@@ -133,8 +133,12 @@ def _check_is_there(folder: RemoteFolder) -> None:
         raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
 
 
-def _check_texts(config: dict[str, Any], path: str) -> None:
-    """`FormatError` where a field that has to be a text, or a list of them, is something else."""
+def check_config(config: dict[str, Any], path: str, kinds: Sequence[str] = (LORA,)) -> None:
+    """`FormatError` where the config of an adapter is of none of these kinds, or a field that has to be a text, or a
+    list of them, is something else."""
+    kind = config.get("peft_type")
+    if kind not in kinds:
+        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA adapters share a subspace of LoRA factors.")
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
             raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
@@ -180,11 +184,31 @@ def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
-    odd = [key for key, value in state.items() if value.layout is not torch.strided or value.device.type != "cpu"]
-    if odd:
-        raise FormatError(f"{path}: tensor {odd[0]!r} is sparse, or has no numbers; a dense one was expected.")
+    size = path.stat().st_size
+    for key, value in state.items():
+        flaw = _flaw(value, size)
+        if flaw is not None:
+            raise FormatError(f"{path}: tensor {key!r} {flaw}. Load it with PyTorch, and save what it stands for.")
     headers = {key: Header.of(value.shape, value.dtype) for key, value in state.items()}
     return headers, partial(in_memory, {key: value.detach() for key, value in state.items()})
+
+
+def _flaw(tensor: Tensor, file_bytes: int) -> str | None:
+    """Why a tensor of a pickle cannot be taken for an array of the numbers in its file; None if it can."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"is a {type(tensor).__name__}, where a plain tensor was expected"
+    if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        return "is nested, quantised or sparse, where a dense one was expected"
+    if tensor.device.type != "cpu":
+        return "has no numbers in the file"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a view with other numbers than its file has"
+    if tensor.dtype not in _KEPT:
+        return f"is {dtypes.name(tensor.dtype)}, which no safetensors file can hold"
+    # by strides of zero, a few numbers may stand for as many as one likes
+    if tensor.numel() * tensor.element_size() > file_bytes:
+        return f"claims {tensor.numel():,} numbers, of which the file has no more than {file_bytes:,} bytes"
+    return None
 
 
 def in_memory(tensors: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
@@ -195,8 +219,11 @@ def in_memory(tensors: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
 def _load_pickle(path: Path) -> Any:
     try:
         # mapped, so that a tensor is read when it is asked for; files of before torch 1.6 cannot be
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (PermissionError, FileNotFoundError):
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_not_compressed(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (PermissionError, FileNotFoundError, FormatError):
         raise
     except Exception as error:
         # on bytes that are no pickle, torch's unpickler raises whatever comes; what it advises is the opposite of safe
@@ -204,3 +231,11 @@ def _load_pickle(path: Path) -> Any:
             f"{path} cannot be read as tensors alone (weights_only=True): it is broken, or holds something else "
             f"({type(error).__name__})."
         ) from error
+
+
+def _check_not_compressed(path: Path) -> None:
+    """torch compresses nothing, and would unpack as much as somebody else has compressed."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise FormatError(f"{path} is compressed, {unpacked:,} bytes in all, which torch.save never does.")

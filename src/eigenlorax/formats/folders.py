@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import hub, keys, urls
+from .. import boundary, hub, keys, urls
 from ..errors import FormatError, OptionError
 from ..urls import RemoteFolder
 from . import names, ranges
@@ -36,9 +36,9 @@ class LocalFolder:
         """Whether the folder has a file of that name."""
         return self.at(name).is_file()
 
-    def read(self, name: str) -> bytes:
-        """All of a small file."""
-        return self.at(name).read_bytes()
+    def read(self, name: str, most: int) -> bytes:
+        """All of a small file. `FormatError` where it has more bytes than `most`, or is none."""
+        return boundary.read_file(self.at(name), most)
 
     def file(self, name: str) -> LocalFile:
         """A file that is there, to read ranges of."""

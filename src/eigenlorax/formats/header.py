@@ -1,7 +1,8 @@
 """The header of a safetensors file: which tensors it has, of what dtype and shape, and where their bytes lie.
 
-What the safetensors library checks when it opens a file is checked here, so that a file may be read in ranges from
-where that library cannot open it. Where bytes come from is not known here.
+The library tells nobody the offsets, without which no range can be read. Whether it would read such a file is its own
+to say (`ranges`): here are errors that name the tensor, and bounds of what is read. Where bytes come from is not known
+here.
 """
 
 import json
@@ -12,10 +13,12 @@ from typing import Any, TypeGuard
 
 import torch
 
+from ..boundary import MAX_HEADER_BYTES
 from ..errors import FormatError
 
 LENGTH_BYTES = 8
-_MAX_LENGTH = 100_000_000
+_MAX_DIMENSIONS = 64
+"""Of a tensor of torch's."""
 METADATA = "__metadata__"
 # a size in bits, and what torch calls it: under None, and in releases that lack the name, it cannot be read
 _DTYPES: dict[str, tuple[int, str | None]] = {
@@ -59,8 +62,10 @@ def length(first: bytes, size: int, where: str) -> int:
     if size < LENGTH_BYTES:
         raise _damaged(where, f"it has {size} bytes, fewer than the {LENGTH_BYTES} that it has to begin with")
     stated = int.from_bytes(first[:LENGTH_BYTES], "little")
-    if stated > _MAX_LENGTH:
-        raise _damaged(where, f"its header would have {stated:,} bytes, more than the {_MAX_LENGTH:,} one may have")
+    if stated > MAX_HEADER_BYTES:
+        raise _damaged(
+            where, f"its header would have {stated:,} bytes, more than the {MAX_HEADER_BYTES:,} one may have"
+        )
     if LENGTH_BYTES + stated > size:
         raise _damaged(where, f"it ends within its header, which has {stated:,} bytes; the file has {size:,}")
     return stated
@@ -140,6 +145,9 @@ def _entry(name: str, described: Mapping[str, Any], begin: int, end: int, where:
         )
     if bits is None or dtype is None:
         raise FormatError(f"{where}: tensor {name!r} is {stated}, a dtype that cannot be read here.")
+    if len(shape) > _MAX_DIMENSIONS or bits * prod(max(size, 1) for size in shape) >= 2**63:
+        # strides count where there is no number either
+        raise FormatError(f"{where}: tensor {name!r} has a shape that no tensor can have: {tuple(shape)}.")
     if bits == 4:
         if not shape or shape[-1] % 2:
             raise FormatError(f"{where}: tensor {name!r} is {stated} of shape {tuple(shape)}: an odd number of halves.")

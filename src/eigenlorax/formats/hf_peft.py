@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dtypes, keys, store
+from .. import dtypes, keys, narrowing, store
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from ..errors import FormatError, NonFiniteError, ShapeError
 from ..keys import Kind
@@ -217,10 +217,11 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     numbers = Numbers(json.loads(text), adapter.name)
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
-    for module, factors in adapter.modules.items():
+    modules = adapter.modules if dtype is None else dict(narrowing.all_checked(adapter.name, adapter.modules, dtype))
+    for module, factors in modules.items():
         numbers.check(module, factors.spec)
         for side, factor in zip(keys.SIDES, factors.weights, strict=True):
-            tensors[keys.lora_key(module, side)] = rounded(factor, dtype, f"{adapter.name!r}, module {module}")
+            tensors[keys.lora_key(module, side)] = finite(factor, f"{adapter.name!r}, module {module}")
     own = adapter.origin is not None and adapter.origin.format == "peft"
     metadata = {"format": "pt", **(adapter.origin.metadata if adapter.origin is not None and own else {})}
     return {
@@ -229,9 +230,9 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     }
 
 
-def rounded(factor: Tensor, dtype: torch.dtype | None, where: str) -> Tensor:
-    """A copy of a LoRA factor in `dtype`; `NonFiniteError` where that has no room for its numbers."""
-    copy = owned(factor, dtype)
+def finite(factor: Tensor, where: str) -> Tensor:
+    """A copy of a LoRA factor; `NonFiniteError` where it has NaN or Inf."""
+    copy = owned(factor)
     if not copy.isfinite().all():
         raise NonFiniteError(
             f"adapter {where}: its factors are too large for {dtypes.name(copy.dtype)}. Take a wider dtype."
@@ -239,6 +240,6 @@ def rounded(factor: Tensor, dtype: torch.dtype | None, where: str) -> Tensor:
     return copy
 
 
-def owned(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def owned(tensor: Tensor) -> Tensor:
     """A copy that safetensors accepts: on the CPU, contiguous, sharing memory with no other tensor."""
-    return tensor.detach().cpu().to(dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import keys
+from .. import dtypes, keys
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from ..errors import FormatError, NonFiniteError, ShapeError, SourceWarning
 from . import files, flux, lora_config, names
@@ -29,6 +29,7 @@ from .names import ALPHA, BIAS, DOWN, MAGNITUDE, MID, UP, Layer
 
 METADATA = "lora_adapter_metadata"
 """Under what diffusers keeps the configs of a file's LoRAs, JSON with a component's name before each field."""
+_ALPHA_DTYPES = (*dtypes.STORED, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,9 @@ def _understood(layers: Mapping[str, _Tensors], where: str) -> dict[str, Layer]:
             unknown.append(stem)
         else:
             found[stem] = one
+    if not any(names.is_of_image_model(part.module) for one in found.values() for part in one.parts):
+        # a name such as `transformer.h.0.attn.c_attn` is below a component and of a text model all the same
+        unknown = list(layers)
     if unknown:
         if all(stem.startswith(keys.MODEL_PREFIX) for stem in unknown):
             raise FormatError(
@@ -249,6 +253,9 @@ def _alphas(opened: OpenedFile, layers: Mapping[str, _Tensors]) -> dict[str, flo
                 f"{where}: {key!r} is the alpha of a layer that has no factors: the file is not complete."
             )
     values = opened.load(list(raw.values()))
+    for key, tensor in zip(raw.values(), values, strict=True):
+        if tensor.dtype not in _ALPHA_DTYPES:
+            raise FormatError(f"{where}: {key!r} is {tensor.dtype}; an alpha is a float or an integer.")
     found = {stem: float(value.reshape(()).item()) for stem, value in zip(raw, values, strict=True)}
     for stem, value in found.items():
         if not math.isfinite(value * value):

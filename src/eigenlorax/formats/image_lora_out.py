@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import keys, store
+from .. import keys, narrowing, store
 from ..adapter import Adapter, Lazy, LoRAFactors
 from ..errors import OptionError, SourceWarning
 from . import layers, lora_config, names, safetensors_file
 from .flux import Rows
-from .hf_peft import owned, rounded
+from .hf_peft import finite, owned
 from .image_lora import METADATA, says
 from .layers import Kind, Members
 from .names import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
@@ -46,36 +46,46 @@ def write(
     return path
 
 
+def check(adapter: Adapter, dialect: str) -> None:
+    """Raise the error that writing an adapter in a dialect would raise."""
+    _tensors(adapter, layers.kind(adapter, dialect), _one_alpha(adapter, dialect), None)
+
+
 def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) -> bytes:
     """The file of an adapter in a dialect: factors, alphas where they are tensors, DoRA's magnitudes, and metadata."""
-    kind = layers.kind(adapter, dialect)
-    carried = _carried(adapter, kind)
-    tensors: dict[str, Tensor] = {}
-    alpha = _one_alpha(adapter, dialect)
+    kind, alpha = layers.kind(adapter, dialect), _one_alpha(adapter, dialect)
     if dialect == KOHYA and (alpha is None or adapter.carried):
         _warn_of_misreading(adapter, kind.named)
-    for stem, members in layers.layers(adapter, kind).items():
-        where = f"{adapter.name!r}, module {members[0][0]}"
-        factors = _whole(adapter, members)
-        if dialect == OLD:
-            # no program reads an alpha there
-            factors = _rescaled(factors, 1.0)
-        elif alpha is not None:
-            factors = _rescaled(factors, alpha / len(factors.down))
-        down, up = factors.weights
-        for key, tensor in zip(layers.factor_keys(stem, kind), (down, up), strict=True):
-            tensors[key] = rounded(tensor, dtype, where)
-        if dialect in (KOHYA, DIFFUSION_MODEL):
-            tensors[f"{stem}.alpha"] = torch.tensor(lora_config.alpha_of(len(factors.down), factors.scaling))
-        magnitudes = [carried.pop(module) for module, _ in members if module in carried]
-        if magnitudes:
-            tensors |= _magnitude(stem, kind, members, magnitudes, factors, where)
+    tensors = _tensors(adapter, kind, alpha, dtype)
     metadata = _metadata(adapter, kind)
     data = safetensors_file.to_bytes(tensors, metadata)
     if adapter.origin is not None and _MODEL_HASH in adapter.origin.metadata:
         body = data[8 + int.from_bytes(data[:8], "little") :]
         data = safetensors_file.to_bytes(tensors, {**metadata, _MODEL_HASH: sha256(body).hexdigest()})
     return data
+
+
+def _tensors(adapter: Adapter, kind: Kind, alpha: float | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of the file. alpha: that of all layers, where it is one."""
+    carried = _carried(adapter, kind)
+    tensors: dict[str, Tensor] = {}
+    members_of = layers.layers(adapter, kind)
+
+    def factors(stem: str) -> LoRAFactors:
+        whole = _whole(adapter, members_of[stem])
+        if kind.dialect == OLD:
+            # no program reads an alpha there
+            return _rescaled(adapter, whole, 1.0, stem)
+        return whole if alpha is None else _rescaled(adapter, whole, alpha / len(whole.down), stem)
+
+    exact = Lazy(members_of, factors)
+    for stem, kept in exact.items() if dtype is None else narrowing.all_checked(adapter.name, exact, dtype):
+        for key, tensor in zip(layers.factor_keys(stem, kind), kept.weights, strict=True):
+            tensors[key] = finite(tensor, f"{adapter.name!r}, module {members_of[stem][0][0]}")
+        if kind.dialect in (KOHYA, DIFFUSION_MODEL):
+            tensors[f"{stem}.alpha"] = torch.tensor(lora_config.alpha_of(len(kept.down), kept.scaling))
+        tensors |= _magnitude(adapter, stem, kind, members_of[stem], carried)
+    return tensors
 
 
 def _one_alpha(adapter: Adapter, dialect: str) -> float | None:
@@ -115,12 +125,12 @@ def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
         )
 
 
-def _rescaled(factors: LoRAFactors, scaling: float) -> LoRAFactors:
+def _rescaled(adapter: Adapter, factors: LoRAFactors, scaling: float, module: str) -> LoRAFactors:
     """The same update with another scaling."""
     if factors.scaling == scaling:
         return factors
-    up = (factors.up.double() * (factors.scaling / scaling)).to(factors.up.dtype)
-    return replace(factors, up=up, scaling=scaling)
+    exact = replace(factors, up=factors.up.double() * (factors.scaling / scaling), scaling=scaling)
+    return narrowing.checked(exact, factors.spec.dtype, f"{adapter.name!r}, module {module}").factors
 
 
 def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
@@ -130,9 +140,8 @@ def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
     if members[0][1].rows is Rows.SWAPPED:
         found = adapter.modules[members[0][0]]
         return replace(found, up=torch.cat(tuple(reversed(found.up.chunk(2)))))
-    factors = {own: adapter.modules[own] for own, _ in members}
-    scaling = next(iter(factors.values())).scaling or 1.0
-    ups = {own: _rescaled(one, scaling).up for own, one in factors.items()}
+    scaling = adapter.specs[members[0][0]].scaling or 1.0
+    factors = {own: _rescaled(adapter, adapter.modules[own], scaling, own) for own, _ in members}
     heights = layers.heights(adapter, members)
     first = next(iter(factors.values())).down
     alike = all(
@@ -146,8 +155,9 @@ def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
     column = 0
     for own, part in members:
         row = sum(heights[: layers.place(part)])
-        width = ups[own].shape[1]
-        up[row : row + len(ups[own]), column : column + width] = ups[own]
+        part_up = factors[own].up
+        width = part_up.shape[1]
+        up[row : row + len(part_up), column : column + width] = part_up
         column += 0 if alike else width
     # alpha / rank is the scaling, whatever the rank is
     return LoRAFactors(torch.cat(downs), up, scaling)
@@ -168,25 +178,30 @@ def _carried(adapter: Adapter, kind: Kind) -> dict[str, Tensor]:
 
 
 def _magnitude(
-    stem: str, kind: Kind, members: Members, magnitudes: list[Tensor], factors: LoRAFactors, where: str
+    adapter: Adapter, stem: str, kind: Kind, members: Members, carried: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The magnitudes of a layer, under the key and in the shape of its dialect."""
+    """The magnitudes of a layer, under the key and in the shape of its dialect; empty where it has none."""
+    magnitudes = [carried[module] for module, _ in members if module in carried]
+    if not magnitudes:
+        return {}
+    where = f"{adapter.name!r}, module {members[0][0]}"
     if len(magnitudes) != len(members):
         raise OptionError(f"adapter {where}: only some of the parts of {stem!r} have a DoRA magnitude.")
-    n_out = len(factors.up)
+    spec, rows = adapter.specs[members[0][0]], members[0][1].rows
+    n_out = spec.out_features if rows in (Rows.ALL, Rows.SWAPPED) else sum(layers.heights(adapter, members))
     by_output = all(is_by_output(one) for one in magnitudes)
     if kind.dialect in (KOHYA, DIFFUSION_MODEL):
         if not by_output:
             return {f"{stem}.dora_scale": owned(magnitudes[0])}
         whole = torch.cat([one.reshape(-1) for one in magnitudes])
-        if members[0][1].rows is Rows.SWAPPED:
+        if rows is Rows.SWAPPED:
             whole = torch.cat(tuple(reversed(whole.chunk(2))))
         if len(whole) != n_out:
             raise OptionError(f"adapter {where}: its DoRA magnitude has {len(whole)} numbers, not {n_out}.")
-        return {f"{stem}.dora_scale": owned(whole.reshape(n_out, *[1] * max(1, 1 + len(factors.kernel))))}
+        return {f"{stem}.dora_scale": owned(whole.reshape(n_out, *[1] * max(1, 1 + len(spec.kernel))))}
     # diffusers renames its own models' keys; those of text encoders go to transformers as they are
     tail = ".weight" if stem.startswith("text_encoder") else ""
-    return {f"{stem}.lora_magnitude_vector{tail}": owned(as_peft(magnitudes[0], factors.kernel, where))}
+    return {f"{stem}.lora_magnitude_vector{tail}": owned(as_peft(magnitudes[0], spec.kernel, where))}
 
 
 def is_by_output(magnitude: Tensor) -> bool:

@@ -80,17 +80,25 @@ def _canonical(adapter: Adapter) -> dict[str, str]:
     for module in adapter.specs:
         layer = names.layer(module, "lora_A", has_flux=False)
         if layer is None or len(layer.parts) != 1 or layer.dialect != DIFFUSERS:
-            raise OptionError(
-                f"adapter {adapter.name!r} is not of an image model: its module {module!r} has no name in the files of "
-                "kohya's and diffusers' programs. Export it in the format 'peft'."
-            )
+            raise _of_no_image_model(adapter, module)
         found[module] = layer.parts[0].module
+    came_so = adapter.origin is not None and adapter.origin.format in names.DIALECTS
+    # what came in a file of an image model goes out as it came, whichever model it is of
+    if not came_so and not any(map(names.is_of_image_model, found.values())):
+        raise _of_no_image_model(adapter, min(found))
     if adapter.heads:
         raise OptionError(
             f"adapter {adapter.name!r} has tensors beside its LoRA, such as {next(iter(adapter.heads))!r}, for which "
             "single files have no place. Export it in the format 'peft'."
         )
     return found
+
+
+def _of_no_image_model(adapter: Adapter, module: str) -> OptionError:
+    return OptionError(
+        f"adapter {adapter.name!r} is not of an image model: its module {module!r} has no name in the files of "
+        "kohya's and diffusers' programs. Export it in the format 'peft'."
+    )
 
 
 def layers(adapter: Adapter, kind: Kind) -> dict[str, Members]:

@@ -78,13 +78,31 @@ _XLABS = re.compile(
     r"(diffusion_model\.)?(?P<kind>double|single)_blocks\.(?P<block>\d+)\.processor\.(?P<what>qkv|proj)"
     r"(_lora(?P<which>[12]))?"
 )
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", *_TEXT_ENCODERS)
 _TRANSFORMER_HEADS = frozenset(
     {"transformer_blocks", "single_transformer_blocks", "x_embedder", "context_embedder", "time_text_embed"}
     | {"norm_out", "proj_out"}
 )
 _TEXT_HEADS = frozenset({"text_model", "text_projection"})
 _T5_HEADS = frozenset({"encoder"})
+_IMAGE_MODULES = {
+    "unet": re.compile(
+        rf"({'|'.join(sorted(unets.DIFFUSERS_HEADS))}|encoder_hid_proj|class_embedding|transformer_in)(\..+)?"
+    ),
+    # diffusers spells the projections of attention and the feed-forward layers alike in all of its transformers, and
+    # GPT-2, Falcon, MPT and others, whose modules also begin with `transformer.`, spell them in other ways
+    "transformer": re.compile(
+        rf"(({'|'.join(sorted(_TRANSFORMER_HEADS))}|joint_transformer_blocks|context_refiner|noise_refiner)(\..+)?"
+        r"|.+\.(to_[qkv]|to_qkv\w*|to_out(\.0)?|to_add_out|add_[qkv]_proj|ff\w*\.net\.\d+(\.proj)?))"
+    ),
+    # CLIP and T5
+    "text_encoder": re.compile(
+        r"(text_model|text_projection)(\..+)?|encoder\.layers\.\d+\.(self_attn|mlp)\..+"
+        r"|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention|DenseReluDense)\..+"
+    ),
+}
+"""Paths that modules of diffusers' models have below a component."""
 # the oldest files call the projections of a text encoder like those of a UNet
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -181,6 +199,16 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
             last = "to_out.0"
         name = f"{head}.{last}" if head else last
     return Layer([Part(f"{component}.{name}")], OLD if old else DIFFUSERS, frozenset(spelling))
+
+
+def is_of_image_model(module: str) -> bool:
+    """Return whether a name, component and path, has the structure that names in diffusers' models have.
+
+    The component alone does not say it: GPT-2's `transformer.h.0.attn.c_attn` is below a `transformer` too.
+    """
+    component, _, path = module.partition(".")
+    structure = _IMAGE_MODULES.get("text_encoder" if component in _TEXT_ENCODERS else component)
+    return structure is not None and structure.fullmatch(path) is not None
 
 
 def _component(head: str) -> str | None:

@@ -4,16 +4,21 @@ The header is read and checked once. What is kept is a description, which may be
 or thread: no file stays open, and none is mapped, since mapped pages count as the process's memory.
 """
 
+import math
 import os
+import stat
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, reason
 from ..urls import RemoteFile
 from . import header
 from .header import Entry
@@ -65,8 +70,13 @@ class LocalFile:
 
 
 def local(path: Path) -> LocalFile:
-    """The file as it is now."""
-    found = path.stat()
+    """The file as it is now. `FormatError` where it is none: to open a pipe waits, and a device has no end."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise FormatError(f"{path} is not a plain file.")
     return LocalFile(str(path), os.path.abspath(path), found.st_size, found.st_mtime_ns)
 
 
@@ -84,19 +94,63 @@ class Stored:
     def load(self, names: Sequence[str]) -> list[Tensor]:
         """Tensors by name, each in memory of its own."""
         entries = [self.entries[name] for name in names]
-        buffers = [torch.empty(entry.end - entry.begin, dtype=torch.uint8) for entry in entries]
+        buffers = [self._room(entry) for entry in entries]
         rooms = [buffer.numpy().data for buffer in buffers]
         self.file.fill([(entry.begin, room) for entry, room in zip(entries, rooms, strict=True)])
         return [buffer.view(entry.dtype).reshape(entry.shape) for entry, buffer in zip(entries, buffers, strict=True)]
 
+    def _room(self, entry: Entry) -> Tensor:
+        size = entry.end - entry.begin
+        if size > _memory_size():
+            # a sparse file has as many bytes as it says, and takes none of the disk
+            raise FormatError(f"{self.file}: a tensor of {size:,} bytes does not fit in this machine's memory.")
+        return torch.empty(size, dtype=torch.uint8)
+
+
+@cache
+def _memory_size() -> float:
+    """Bytes of this machine's memory; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
 
 def stored(file: File) -> Stored:
-    """What a safetensors file has, by its header. `FormatError` if the file is not whole."""
+    """What a safetensors file has, by its header. `FormatError` if the file is not whole, or not one to the safetensors
+    library."""
     where = str(file)
     first = _read(file, 0, min(_FIRST, file.size))
     end = header.LENGTH_BYTES + header.length(first, file.size, where)
     text = first[header.LENGTH_BYTES : end] + _read(file, len(first), max(end, len(first)))
-    return Stored(file, *header.parse(text, file.size, where))
+    found = Stored(file, *header.parse(text, file.size, where))
+    _check_is_read(file, first[: header.LENGTH_BYTES] + text)
+    return found
+
+
+def _check_is_read(file: File, head: bytes) -> None:
+    """`FormatError` where the safetensors library would not open a file that begins with `head`.
+
+    What it would refuse for reasons of its own, such as half a character in a text, could be read here and then written
+    nowhere: an adapter would come into a pack and never come out. So it has the last word.
+    """
+    try:
+        if isinstance(file, LocalFile):
+            _open(file.path)
+        else:
+            # it opens files of this machine alone: this one is as long as the other one, and takes no room on the disk
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder, "copy.safetensors")
+                copy.write_bytes(head)
+                os.truncate(copy, file.size)
+                _open(str(copy))
+    except (SafetensorError, ValueError) as error:
+        raise FormatError(f"{file} is not a safetensors file that can be read: {reason(error)}.") from error
+
+
+def _open(path: str) -> None:
+    with safe_open(path, framework="np"):
+        pass
 
 
 def _read(file: File, begin: int, end: int) -> bytes:

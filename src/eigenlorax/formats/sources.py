@@ -1,5 +1,7 @@
 """From what a user points at to adapters, one by one: folders and files, folders of some, URLs, Hub ids, NAME=PATH."""
 
+import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from .folders import Folder, LocalFolder
 Source = str | Path | Adapter
 Sources = Source | Iterable[Source] | Mapping[str, Source]
 
+
+# a snapshot in the Hub's cache, and whatever else begins at the root of a disk
+_SNAPSHOT = re.compile(r"(?:[A-Za-z]:)?[\\/](?:(?!: )[^'\"`])*?models--([^\\/]+)[\\/]snapshots[\\/][^\\/]+")
+_ABSOLUTE = re.compile(r"(?<![\w:/\\.~-])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"`:;,]+[\\/])+")
 
 _LOOKED_INTO = 10
 """Folders of a parent in which adapters are looked for in order to say where some are."""
@@ -115,3 +121,17 @@ def default_name(found: Found) -> str:
     if isinstance(found.source, Adapter):
         return found.source.name
     return hub.name_of(found.source)
+
+
+def without_folders(message: str, source: str | Path | None) -> str:
+    """What an error says of a source, with the names of its folder and files, but not where these are.
+
+    What is kept in a pack is for those who have other disks.
+    """
+    if source is not None:
+        path = Path(source)
+        # the longest first: one may be the end of another
+        for place in sorted({str(source), str(path), os.path.abspath(path), os.path.realpath(path)}, key=len)[::-1]:
+            if place != path.name:
+                message = message.replace(place, path.name)
+    return _ABSOLUTE.sub("", _SNAPSHOT.sub(r"\1", message))

@@ -6,9 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .. import folder, keys, store
+from ..boundary import MAX_REPORT_BYTES, read_file
 from ..errors import FormatError, OptionError, PackExistsError
 from ..typed import UnfitError, refuse_constant, typed
-from . import markdown, page
+from . import coherence, markdown, page
 from .data import MATRIX, SCHEMA_VERSION, Report
 
 
@@ -23,21 +24,24 @@ def to_json(report: Report) -> str:
 def read(path: str | Path) -> Report:
     """The report of a JSON file. `FormatError` if it is none, or of a newer schema."""
     try:
-        body = json.loads(Path(path).read_bytes(), parse_constant=refuse_constant)
+        body = json.loads(read_file(Path(path), MAX_REPORT_BYTES), parse_constant=refuse_constant)
+    except FormatError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(body, dict) or body.pop("schema", None) != keys.REPORT_SCHEMA:
         raise FormatError(
             f"{path} is no report: its schema is not {keys.REPORT_SCHEMA!r}. `eigenlorax report` makes one."
         )
-    version = body.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise FormatError(
-            f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make the "
-            "report again."
-        )
     try:
+        version = typed(int, body.pop("schema_version", ...), "schema_version")
+        if version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make "
+                "the report again."
+            )
         found: Report = typed(Report, body, "report")
+        coherence.check(found)
     except UnfitError as error:
         raise FormatError(f"{path} is not as the schema of reports asks: {error} Make the report again.") from error
     return found

@@ -114,7 +114,7 @@ def _truncated(pack: Pack, measured: Measured) -> list[float]:
     return spreads.relative(measured.total - torch.tensor(kept, dtype=torch.float64), measured.total)
 
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
 def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> ModuleFigures:

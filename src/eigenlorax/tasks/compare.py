@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
+from .. import keys
 from ..adapter import Adapter
-from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, RowsWarning
+from ..errors import FormatError, NonFiniteError, OptionError, RowsWarning
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
@@ -126,12 +127,8 @@ def _adapters(pack: Pack, originals: Mapping[str, Adapter], name: str | None) ->
 
 
 def _check_known(labels: Mapping[str, Sequence[str]], pack: Pack) -> None:
-    unknown = sorted(set(labels) - set(pack.names))
-    if unknown:
-        raise AdapterNameError(
-            f"labels are given for {', '.join(map(repr, unknown))}, which the pack does not have. It has: "
-            f"{', '.join(pack.names)}."
-        )
+    for name in labels:
+        keys.check_known(name, pack.names, "the pack, though labels name it")
 
 
 def _task(adapter: PackedAdapter, asked: str | None) -> str:

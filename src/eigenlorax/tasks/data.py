@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, MissingExtraError, OptionError, RowsWarning, reason
+from ..options import suggestion
 from .options import Columns
 
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -127,7 +128,8 @@ def has_columns(table: Table, *columns: str) -> bool:
 def _column(table: Table, column: str, option: str | None) -> Iterator[tuple[Any, str]]:
     if column not in table.columns:
         hint = f" {option} names another one." if option else ""
-        raise OptionError(f"{table.where} has no column {column!r}. It has: {', '.join(table.columns)}.{hint}")
+        near = suggestion(column, table.columns)
+        raise OptionError(f"{table.where} has no column {column!r}.{near} It has: {', '.join(table.columns)}.{hint}")
     for row, place in zip(table.rows, table.places, strict=True):
         if column not in row:
             raise FormatError(f"{table.where}, {place} has no {column!r}, which other rows have.")
@@ -162,7 +164,8 @@ class Labels:
             elif value in known:
                 encoded.append(known[value])
             else:
-                raise FormatError(f"{at} is none of the {len(self.names)} classes: {self._listing()}.")
+                near = suggestion(value, self.names)
+                raise FormatError(f"{at} is none of the {len(self.names)} classes: {self._listing()}.{near}")
         return encoded
 
     def _listing(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import OptionError
+from ..options import suggestion
 from .options import DEFAULTS, Columns, check_task
 
 ENTRANTS: Mapping[str, tuple[float, ...]] = {
@@ -70,14 +71,15 @@ class Contest:
             raise OptionError(f"no method is named. There are: {', '.join(ENTRANTS)}.")
         for name in self.methods:
             if name not in ENTRANTS:
-                raise OptionError(f"there is no method {name!r}. There are: {', '.join(ENTRANTS)}.")
+                near = suggestion(name, ENTRANTS)
+                raise OptionError(f"there is no method {name!r}.{near} There are: {', '.join(ENTRANTS)}.")
             if list(self.methods).count(name) > 1:
                 raise OptionError(f"the method {name!r} is named twice. Name each once.")
         for name, rates in self.rates.items():
             if name not in self.methods:
                 raise OptionError(
                     f"learning rates are given for {name!r}, which is none of the methods that take part: "
-                    f"{', '.join(self.methods)}."
+                    f"{', '.join(self.methods)}.{suggestion(name, self.methods)}"
                 )
             if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
                 raise OptionError(

@@ -11,6 +11,7 @@ from ..adapter import LoRAFactors, from_factors
 from ..basis import Basis
 from ..errors import OptionError
 from ..fitting import fit
+from ..options import suggestion
 from ..pack import Pack
 from ..subspace import ModuleBases, Subspace
 
@@ -27,7 +28,8 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise OptionError(f"there is no method {self.kind!r}. There are: {', '.join(KINDS)}.")
+            near = suggestion(self.kind, KINDS)
+            raise OptionError(f"there is no method {self.kind!r}.{near} There are: {', '.join(KINDS)}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .. import hub
 from ..errors import FormatError, HubError, MissingExtraError, OptionError, reason
 from ..pack import Pack
 from . import examples
@@ -42,8 +43,8 @@ def tokenizer_of(model: str, revision: str | None) -> Any:
     """The model's tokenizer, made ready to pad."""
     from transformers import AutoTokenizer
 
-    with _said(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    with _loading(model) as how:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **how)
     examples.prepare_tokenizer(tokenizer)
     return tokenizer
 
@@ -52,17 +53,17 @@ def config_of(model: str, revision: str | None) -> Any:
     """The model's config."""
     from transformers import AutoConfig
 
-    with _said(model):
-        return AutoConfig.from_pretrained(model, revision=revision)
+    with _loading(model) as how:
+        return AutoConfig.from_pretrained(model, revision=revision, **how)
 
 
 def load(model: str, revision: str | None, labels: Labels | None, tokenizer: Any) -> Any:
     """The model with a new head for these classes, or, without any, the language model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    with _said(model):
+    with _loading(model) as how:
         if labels is None:
-            found = AutoModelForCausalLM.from_pretrained(model, revision=revision)
+            found = AutoModelForCausalLM.from_pretrained(model, revision=revision, adapter_kwargs=how, **how)
         else:
             found = AutoModelForSequenceClassification.from_pretrained(
                 model,
@@ -71,6 +72,9 @@ def load(model: str, revision: str | None, labels: Labels | None, tokenizer: Any
                 label2id={name: number for number, name in enumerate(labels.names)},
                 # a head that was there for other classes gives way
                 ignore_mismatched_sizes=True,
+                # it looks for an adapter among the model's files, and tells that search nothing of its own options
+                adapter_kwargs=how,
+                **how,
             )
     if found.config.pad_token_id is None:
         # without it, decoders do not see where a padded row ends
@@ -79,22 +83,33 @@ def load(model: str, revision: str | None, labels: Labels | None, tokenizer: Any
 
 
 @contextmanager
-def _said(model: str) -> Iterator[None]:
-    """What transformers finds wrong with a model, in our words."""
+def _loading(model: str) -> Iterator[dict[str, bool]]:
+    """Give what transformers is told of the network, and raise our errors in the place of its own.
+
+    A folder is read without a request, and so is the Hub's cache where the Hub does not answer: transformers would
+    repeat each of its requests for 23 s.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
+    is_local = Path(model).exists()
+    unasked = None if is_local else hub.unreachable()
+    local_only = is_local or unasked is not None
     try:
-        yield
+        # not all that transformers asks for goes by its argument
+        with hub.offline() if local_only else nullcontext():
+            yield {"local_files_only": local_only}
     except StrictDataclassError as error:
         # its first line only says in which field
         said = " ".join(str(error).split())
         raise FormatError(f"{model} is not a model that transformers can load: {said}") from error
     except (OSError, ValueError, ImportError, KeyError) as error:
-        if Path(model).exists():
+        if is_local:
             raise FormatError(f"{model} is not a model that transformers can load: {reason(error)}") from error
+        why = "could not be had from the Hub: " + reason(error)
+        if unasked is not None:
+            why = f"is not in the Hub's cache, or not all of it; and the Hub cannot be asked ({unasked})."
         raise HubError(
-            f"the model {model} is no folder here, and could not be had from the Hub: {reason(error)} --model names a "
-            "folder or another repository."
+            f"the model {model} is no folder here, and {why} --model (model=) names a folder or another repository."
         ) from error
 
 

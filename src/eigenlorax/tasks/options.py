@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from ..options import suggestion
 
 TASKS = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 """The tasks, and PEFT's names of them."""
@@ -95,4 +96,4 @@ class Training:
 def check_task(task: str) -> None:
     """`OptionError` unless it is one of `TASKS`."""
     if task not in TASKS:
-        raise OptionError(f"there is no task {task!r}. There are: {', '.join(TASKS)}.")
+        raise OptionError(f"there is no task {task!r}.{suggestion(task, TASKS)} There are: {', '.join(TASKS)}.")

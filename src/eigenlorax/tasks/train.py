@@ -223,6 +223,8 @@ def _model(run: _Run) -> Any:
 
     set_seed(run.arguments.seed)
     model = get_peft_model(models.load(run.model, run.revision, run.labels, run.tokenizer), run.config)
+    # where it has a name, PEFT asks the Hub about it at every checkpoint; `_save` gives it one
+    model.peft_config["default"].base_model_name_or_path = ""
     if run.arguments.gradient_checkpointing or getattr(run.arguments, "activation_checkpointing", False):
         # the embeddings are frozen: without it no gradient would reach the first checkpoint
         model.enable_input_require_grads()

@@ -1,7 +1,6 @@
 """transformers' Trainer for coefficients: its options out of a YAML file, its progress, and where it goes on from."""
 
 import dataclasses
-import difflib
 import json
 import math
 import typing
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
 from ..fitting import Progress
+from ..options import suggestion
 from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, OWN_OPTIONS, Training
 
 _OURS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")
@@ -83,9 +83,8 @@ def _checked(options: Mapping[str, Any], of: type) -> dict[str, Any]:
         if name in _OURS:
             raise OptionError(f"{name} is not for the Trainer's options: the command sets it.")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields - set(_OURS), n=1)
-            hint = f" Was {near[0]} meant?" if near else ""
-            raise OptionError(f"{name!r} is no field of transformers' TrainingArguments.{hint}")
+            near = suggestion(name, fields - set(_OURS))
+            raise OptionError(f"{name!r} is no field of transformers' TrainingArguments.{near}")
     return {name: _converted(name, value, kinds[name]) for name, value in options.items()}
 
 

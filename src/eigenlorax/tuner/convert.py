@@ -22,7 +22,7 @@ from ..basis import Basis
 from ..errors import AdapterNameError, ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..formats import coefficients
 from ..metrics import ModuleError
-from ..options import number
+from ..options import number, suggestion
 from ..pack import Pack
 from ..subspace import ModuleBases
 from .config import EigenLoraxConfig
@@ -309,6 +309,9 @@ def _config(model: nn.Module, adapter_name: str) -> EigenLoraxConfig:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, EigenLoraxConfig):
-        known = ", ".join(sorted(name for name, one in configs.items() if isinstance(one, EigenLoraxConfig)))
-        raise AdapterNameError(f"the model has no EigenLoRAx adapter {adapter_name!r}. It has: {known or 'none'}.")
+        ours = [name for name, one in configs.items() if isinstance(one, EigenLoraxConfig)]
+        raise AdapterNameError(
+            f"the model has no EigenLoRAx adapter {adapter_name!r}.{suggestion(adapter_name, ours)} It has: "
+            f"{', '.join(sorted(ours)) or 'none'}."
+        )
     return config

@@ -1,15 +1,17 @@
 """The optimizer for coefficients: they are few, so that Adam can run in the eigenbasis of their gradients."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ..errors import OptionError
 from ..options import integer, number
+from .layer import EigenLoraxLayer
 
 MAX_SIDE = 512
 """The longest side of a matrix that is rotated: 1 MiB a side in float32, and a decomposition of that size."""
@@ -116,20 +118,48 @@ def coefficient_groups(
 ) -> list[dict[str, Any]]:
     """
     Groups of a model's trained parameters, for [`SOAP`]: coefficients, and all else that is trained, such as a task's
-    head, which gets AdamW.
+    head or biases, which get AdamW.
 
     Args:
         model (`nn.Module`):
-            What `get_peft_model` gives.
+            What `get_peft_model` gives for an `EigenLoraxConfig`.
         lr (`float`), head_lr (`float`):
             The rates of the two.
+
+    Raises `OptionError` where the model trains no coefficients, or the weights of another kind of adapter beside them:
+    a LoRA at the head's rate, without SOAP, would be trained badly and in silence.
     """
-    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parts["eigenlorax_" in name].append(parameter)
-    groups = [{"params": parts[True], "lr": lr}, {"params": parts[False], "lr": head_lr, "max_side": 0}]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    ours = {id(one) for layer in layers if isinstance(layer, EigenLoraxLayer) for one in _weights(layer)}
+    theirs = {id(one): layer for layer in layers if not isinstance(layer, EigenLoraxLayer) for one in _weights(layer)}
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    foreign = [name for name, one in trained.items() if id(one) in theirs]
+    if foreign:
+        kind = type(theirs[id(trained[foreign[0]])]).__module__.split(".")[-2]
+        raise OptionError(
+            f"the model trains {len(foreign)} weights of another kind of adapter ({kind}), such as {foreign[0]}. "
+            "coefficient_groups has rates for coefficients and for heads alone. Freeze these weights "
+            "(requires_grad_(False)), or make the groups yourself: SOAP takes any groups of parameters."
+        )
+    coefficients = [one for one in trained.values() if id(one) in ours]
+    if not coefficients:
+        if ours:
+            why, remedy = "its coefficients are frozen", "Load the adapter with is_trainable=True, or make it active."
+        else:
+            why = "no layer has any"
+            remedy = "get_peft_model(model, EigenLoraxConfig(subspace=...)) makes them; other adapters need no SOAP."
+        raise OptionError(f"the {type(model).__name__} trains no coefficients: {why}. {remedy}")
+    others = [one for one in trained.values() if id(one) not in ours]
+    groups = [{"params": coefficients, "lr": lr}, {"params": others, "lr": head_lr, "max_side": 0}]
     return [group for group in groups if group["params"]]
+
+
+def _weights(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
+    """The weights that a layer has of its adapters, its base layer's left out."""
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name, None)
+        if isinstance(held, nn.Module):
+            yield from held.parameters()
 
 
 def _begin(state: dict[str, Any], parameter: nn.Parameter, max_side: int) -> None:

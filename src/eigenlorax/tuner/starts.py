@@ -17,6 +17,7 @@ from .. import convolution, formats, keys, metrics
 from .. import subspace as spaces
 from ..adapter import Adapter
 from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
+from ..options import suggestion
 from ..packed import PackedAdapter
 from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
@@ -80,10 +81,12 @@ def cores(config: EigenLoraxConfig, reference: Reference | Embedded) -> Cores:
         return _of_packed([pack.packed(config.start)], reference, config.start)
     if Path(config.start).is_dir():
         return _projected(formats.read_adapter(config.start), reference, config)
-    known = ", ".join(pack.names[:12]) if pack is not None else "none: no pack is at hand"
+    names = pack.names if pack is not None else []
+    known = ", ".join(names[:12]) if pack is not None else "none: no pack is at hand"
+    near = suggestion(config.start, [*names, "zero", "mean", "uniform"])
     raise OptionError(
         f"start={config.start!r} is neither 'zero', 'mean' nor 'uniform', nor the folder of a LoRA, nor an adapter of "
-        f"the pack. Those are: {known}."
+        f"the pack.{near} Those are: {known}."
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from .. import checks, keys
 from ..errors import ModuleNameError, OptionError, ShapeError
 from ..manifest import SubspaceInfo
-from ..options import integer
+from ..options import check_choice, integer
 from ..pack import Pack
 from ..packed import PackedAdapter
 from . import plan as plans
@@ -49,8 +49,7 @@ class Asked:
                 f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}: vLLM keeps "
                 "what is in a slot in memory too."
             )
-        if self.dtype not in DTYPES:
-            raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        check_choice("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True, slots=True)

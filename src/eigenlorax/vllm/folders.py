@@ -79,8 +79,7 @@ class AdapterFolders:
 
     def _folder(self, name: str) -> AdapterFolder:
         pack = self._watched.now()
-        if name not in pack:
-            raise AdapterNameError(f"no adapter named {name!r} in the pack {self._watched.source}.")
+        keys.check_known(name, pack.names, f"the pack {self._watched.source}")
         digest = self._digest(pack, name)
         if digest in self._refused:
             raise self._refused[digest]

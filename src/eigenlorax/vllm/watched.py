@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from .. import hub, keys, remote
-from ..errors import AdapterNameError, HubError
+from ..errors import HubError
 from ..pack import Pack
 
 HUB_SECONDS = 30.0
@@ -40,8 +40,7 @@ class WatchedPack:
         """The same, with the files of one adapter there; `AdapterNameError` if the pack has none of that name."""
         with self._lock:
             pack = self._now()
-            if name not in pack:
-                raise AdapterNameError(f"no adapter named {name!r} in the pack {self.source}.")
+            keys.check_known(name, pack.names, f"the pack {self.source}")
             if self._repository is not None:
                 assert pack.path is not None
                 # from the commit that the manifest is of, whatever has been pushed since

@@ -1,0 +1,409 @@
+"""What is read of a hostile input, kind by kind. A reader may do what it is for, or raise an `EigenloraxError`."""
+
+import io
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from random import Random
+from unittest.mock import patch
+
+from safetensors.torch import load
+
+import eigenlorax as ex
+from eigenlorax import checks, keys, store
+from eigenlorax import folder as folders
+from eigenlorax import manifest as manifests
+from eigenlorax.cli import main
+from eigenlorax.cli.report import show as show_report
+from eigenlorax.errors import MAX_MESSAGE, EigenloraxError
+from eigenlorax.reports import files as report_files
+from eigenlorax.subspace import Subspace
+from eigenlorax.tasks import data as rows
+from eigenlorax.tasks.options import Columns
+
+from . import changes, mutations, starts
+from .changes import Change, Special, Tree
+
+EXIT_CODES = {0, 3, 4}
+"""Of the command, where what it reads is at fault: done, or an error of ours."""
+
+
+class WrongError(Exception):
+    """A result that should not be: what was read is no error and not right either."""
+
+
+def changed(tree: Tree, drawn: list[Change]) -> Tree:
+    """The input with changes, in their order."""
+    for change in drawn:
+        tree = changes.apply(tree, change)
+    return tree
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of input.
+
+    starts: inputs that are right, by name. draw: changes of one. attempt: reads an input in a folder, and returns the
+    bytes of the largest adapter that it has exported. weight: its share of all cases. made: the input with changes.
+    seconds: processor time that a case may take.
+    """
+
+    name: str
+    starts: Callable[[], Mapping[str, Tree]]
+    draw: Callable[[Random, Tree], list[Change]]
+    attempt: Callable[[Path], int]
+    weight: int = 10
+    made: Callable[[Tree, list[Change]], Tree] = changed
+    seconds: float = 2.0
+
+
+# Packs: digests are made again, so that what is behind them is reached.
+
+MANIFEST = f"pack/{keys.MANIFEST}"
+
+
+def signed(tree: Tree, drawn: list[Change]) -> Tree:
+    """The pack with changes, and with fingerprints and digests that fit them, as its author would sign it.
+
+    The manifest's own fields are changed last: what is drawn for a digest stays what it is.
+    """
+    of_manifest = [change for change in drawn if fnmatchcase(MANIFEST, change.file)]
+    tree = _with_fingerprints(changed(tree, [change for change in drawn if change.file != MANIFEST]), of_manifest)
+    manifest = tree.get(MANIFEST)
+    if isinstance(manifest, bytes):
+        body = json.loads(manifest)
+        body.pop("digest", None)
+        subspace = tree.get(f"pack/{body['subspace']['file']}")
+        if isinstance(subspace, bytes):
+            body["subspace"]["sha256"] = store.digest(subspace)
+        for name, entry in body["adapters"].items():
+            for file in entry["files"]:
+                data = tree.get(f"pack/{keys.ADAPTERS}/{name}/{file}")
+                if isinstance(data, bytes):
+                    entry["files"][file] = store.digest(data)
+        tree = changed({**tree, MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)
+    return {**tree, MANIFEST: _with_digest(tree[MANIFEST])} if MANIFEST in tree else tree
+
+
+def _with_digest(manifest: bytes | Special) -> bytes | Special:
+    """A manifest with the digest of itself, where it can have one."""
+    try:
+        text = manifest.decode() if isinstance(manifest, bytes) else ""
+        canonical = json.dumps(json.loads(text), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    except (ValueError, RecursionError):
+        return manifest
+    if not text.startswith("{\n"):
+        return manifest
+    return f'{{"digest": "{store.digest(canonical.encode())}",{text[1:]}'.encode()
+
+
+def _with_fingerprints(tree: Tree, of_manifest: list[Change]) -> Tree:
+    """The pack with the fingerprints that its rows have, in the place of those that they had; as it is where its rows
+    cannot be read at all."""
+    found: list[Subspace] = []
+    try:
+        manifest = tree[MANIFEST]
+        body = json.loads(manifest if isinstance(manifest, bytes) else b"")
+        stated = [
+            *(step.get("fingerprint") for step in body["subspace"].get("growth", ())),
+            body["subspace"]["fingerprint"],
+        ]
+        rows = tree[f"pack/{body['subspace']['file']}"]
+        body.pop("digest", None)
+        now = _with_digest(changed({MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)[MANIFEST])
+        assert isinstance(now, bytes)
+        assert isinstance(rows, bytes)
+        with patch.object(folders, "_check_lineage", lambda subspace, *_: found.append(subspace)):
+            folders._subspace(load(rows), manifests.parse(now, Path(MANIFEST)), Path(MANIFEST))
+    except Exception:  # noqa: BLE001
+        # what it is that is wrong is for the reader to say
+        if not found:
+            return tree
+    for old, new in zip(stated, found[0].lineage, strict=False):
+        if old is not None and old != new:
+            tree = changed(tree, [Change("pack/*.json", "text", (old, new))])
+    return tree
+
+
+def _draw_manifest(random: Random, tree: Tree) -> list[Change]:
+    return mutations.draw(random, tree, [MANIFEST])
+
+
+def _draw_pack_files(random: Random, tree: Tree) -> list[Change]:
+    if random.random() < 0.3:
+        return mutations.consistent(random, tree)
+    files = sorted(name for name in tree if name != MANIFEST and not name.endswith(keys.CARD))
+    # most of the files are the adapters'
+    bases = [name for name in files if f"/{keys.ADAPTERS}/" not in name]
+    return mutations.draw(random, tree, random.choice((files, files, bases)))
+
+
+def read_pack(folder: Path) -> int:
+    """Open a pack, read all that it says of itself, and export every adapter, whatever is wrong with the others."""
+    pack = ex.Pack.open(folder / "pack")
+    first: EigenloraxError | None = None
+    largest = 0
+    for call in (
+        pack.verify,
+        lambda: pack.subspace,
+        lambda: repr((pack, pack.names, pack.summary, pack.records, pack.aim)),
+    ):
+        try:
+            call()
+        except EigenloraxError as error:
+            first = first or error
+    for name in pack.names:
+        try:
+            pack.packed(name)
+            pack.digest(name)
+            (path,) = pack.export(folder / "out", name).values()
+            largest = max(largest, sum(one.stat().st_size for one in ([*path.iterdir()] if path.is_dir() else [path])))
+            _check_reads_again(path)
+        except EigenloraxError as error:
+            first = first or error
+    if first is not None:
+        raise first
+    return largest
+
+
+def _check_reads_again(path: Path) -> None:
+    """`WrongError` where what was exported cannot be read."""
+    try:
+        checks.scan(ex.read_adapter(path))
+    except EigenloraxError as error:
+        raise WrongError(f"what was exported cannot be read: {type(error).__name__}: {error}") from error
+
+
+# Adapters: read, written again, and some of them put into a pack.
+
+
+def _draw_config(random: Random, tree: Tree) -> list[Change]:
+    return mutations.draw(random, tree, [f"one/{keys.ADAPTER_CONFIG}"])
+
+
+def _draw_tensors(random: Random, tree: Tree) -> list[Change]:
+    return mutations.draw(random, tree, [f"one/{keys.ADAPTER_WEIGHTS}"])
+
+
+def _draw_coefficients(random: Random, tree: Tree) -> list[Change]:
+    return mutations.draw(random, tree, sorted(name for name in tree if name.startswith("one/")))
+
+
+def _draw_file(random: Random, tree: Tree) -> list[Change]:
+    return mutations.draw(random, tree, sorted(tree))
+
+
+def _draw_pickle(random: Random, tree: Tree) -> list[Change]:
+    name = f"one/{keys.ADAPTER_PICKLE}"
+    data = tree[name]
+    assert isinstance(data, bytes)
+    return [mutations.plain_bytes(random, name, data) for _ in range(random.choice((1, 1, 3)))]
+
+
+def _draw_specials(random: Random, tree: Tree) -> list[Change]:
+    return [mutations.special(random, tree) for _ in range(random.choice((1, 1, 2)))]
+
+
+def read_adapter(folder: Path) -> int:
+    """Read an adapter in whatever form it came, write it, and read that; and put it into a pack of its own."""
+    sources = [path for path in (folder / "one", folder / "one.safetensors") if path.exists() or path.is_symlink()]
+    adapter = ex.read_adapter(sources[0] if sources else folder / "one", allow_pickle=True)
+    checks.scan(adapter)
+    path = ex.write_adapter(adapter, folder / "again")
+    _check_reads_again(path)
+    ex.fit([adapter], n_components=2, solver="exact").save(folder / "pack of one")
+    (path,) = ex.Pack.open(folder / "pack of one").export(folder / "out").values()
+    _check_reads_again(path)
+    return sum(one.stat().st_size for one in ([*path.iterdir()] if path.is_dir() else [path]))
+
+
+def read_coefficients(folder: Path) -> int:
+    """Read an adapter that was trained on coefficients beside the pack whose subspace they are of."""
+    ex.Pack.open(folder / "pack")
+    adapter = ex.read_adapter(folder / "one")
+    checks.scan(adapter)
+    _check_reads_again(ex.write_adapter(adapter, folder / "again"))
+    return 0
+
+
+def find_adapters(folder: Path) -> int:
+    """Look for adapters in a folder and make a pack of them."""
+    ex.fit(folder, n_components=2, solver="exact").save(folder / "pack of all")
+    return 0
+
+
+# Rows, reports, checkpoints, and the command.
+
+
+def read_rows(folder: Path) -> int:
+    """Read a file of rows as `train` and `evaluate` do."""
+    (path,) = sorted(folder.iterdir()) or [folder / "rows.csv"]
+    table = rows.read(path)
+    rows.digest(table)
+    columns = Columns("text", "label", None)
+    rows.texts(table, "text", "--text-column")
+    labels = rows.labels_of(table, columns)
+    labels.encode(table, columns)
+    rows.named_label(table, columns)
+    return 0
+
+
+def read_report(folder: Path) -> int:
+    """Read a report and write it as text and as JSON, which is the same report again."""
+    report = ex.Report.load(folder / "report.json")
+    report.save(folder / "again.md")
+    report.save(folder / "again.json")
+    again = ex.Report.load(folder / "again.json")
+    if report_files.to_json(again) != report_files.to_json(report):
+        raise WrongError("a report that was written is another one when it is read")
+    with _output(io.BytesIO(), io.BytesIO()):
+        show_report(report)
+    return 0
+
+
+def read_page(folder: Path) -> int:
+    """Read a report and write its page, which takes longer: it has pictures."""
+    ex.Report.load(folder / "report.json").save(folder / "again.html")
+    return 0
+
+
+def _draw_report(random: Random, tree: Tree) -> list[Change]:
+    return mutations.draw(random, tree, ["report.json"])
+
+
+def resume(folder: Path) -> int:
+    """Go on with a fit that was interrupted; the pack is that of a fit that was not."""
+    text = (folder / starts.OPTIONS).read_text("utf-8")
+    ex.fit(folder / "in", checkpoint=folder / "kept", **json.loads(text)).save(folder / "pack")
+    if starts.tree_of(folder / "pack") != starts.whole_packs()[text]:
+        raise WrongError("the pack of a resumed fit is another one")
+    return 0
+
+
+def _draw_checkpoint(random: Random, tree: Tree) -> list[Change]:
+    files = {name: data for name, data in sorted(tree.items()) if name.startswith("kept/")}
+    kind = random.random()
+    if kind < 0.1:
+        return [mutations.special(random, files)]
+    name, other = (random.choice(list(files)) for _ in range(2))
+    if kind < 0.2:
+        return [Change(name, "as", (other,))]
+    data = files[name]
+    assert isinstance(data, bytes)
+    return [mutations.plain_bytes(random, name, data) for _ in range(random.choice((1, 1, 2)))]
+
+
+VERBS = (
+    "inspect pack",
+    "inspect pack --json",
+    "inspect one",
+    "export pack -o out",
+    "export pack a -o out --dtype float16",
+    "export pack a -o out --format kohya",
+    "report pack",
+    "report pack --json",
+    "report pack -o out.md",
+    "remove pack a",
+    "augment pack --n-extra 1 --seed 3 -o out",
+    "refit pack -k 2 -o out",
+    "add pack one",
+    "add pack one --extend 1",
+    "fit one -o out -k 2 --no-report",
+    "fit . -o out -k 2 --no-report --skip-bad",
+)
+
+
+def _draw_command(random: Random, tree: Tree) -> list[Change]:
+    verb = Change(starts.COMMAND, "create", (random.choice(VERBS),))
+    if random.random() < 0.15:
+        return [verb, mutations.special(random, {name: data for name, data in tree.items() if name != starts.COMMAND})]
+    files = sorted(name for name in tree if not name.endswith((keys.CARD, starts.COMMAND)))
+    return [verb, *mutations.draw(random, tree, random.choice((files, [MANIFEST, "pack/report.json"])))]
+
+
+def run_command(folder: Path) -> int:
+    """Run a verb of the command; what it prints is text, and what it leaves with is its own."""
+    arguments = (folder / starts.COMMAND).read_text("utf-8").split()
+    out, err, code = io.BytesIO(), io.BytesIO(), None
+    with _current(folder), _output(out, err):
+        try:
+            main(arguments)
+        except SystemExit as left:
+            code = left.code or 0
+    shown, said = out.getvalue().decode(), err.getvalue().decode()
+    if code not in EXIT_CODES:
+        raise WrongError(f"`{' '.join(arguments)}` left with {code}: {said[-300:]}")
+    if "Traceback" in said:
+        raise WrongError(f"`{' '.join(arguments)}` has printed a traceback: {said[-300:]}")
+    if control := next((one for one in shown + said if _is_control(one)), None):
+        raise WrongError(f"`{' '.join(arguments)}` has printed the control character {control!r}")
+    if code and len(said) > 10 * MAX_MESSAGE:
+        raise WrongError(f"`{' '.join(arguments)}` has printed an error of {len(said):,} characters")
+    if code:
+        raise CommandRefusedError
+    return 0
+
+
+class CommandRefusedError(EigenloraxError):
+    """The command has left with an error of ours."""
+
+
+def _is_control(character: str) -> bool:
+    """Whether a terminal may take a character for a command: a control, or a mark that changes the direction."""
+    kind = unicodedata.category(character)
+    return (kind == "Cc" and character not in "\n\t") or unicodedata.bidirectional(character) in _DIRECTIONS
+
+
+_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+@contextmanager
+def _current(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _output(out: io.BytesIO, err: io.BytesIO) -> Iterator[None]:
+    """Standard output and errors, kept in memory."""
+    before = sys.stdout, sys.stderr
+    streams = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8")
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in streams:
+            stream.flush()
+            stream.detach()
+
+
+TARGETS: Mapping[str, Target] = {
+    one.name: one
+    for one in (
+        Target("manifest", starts.packs, _draw_manifest, read_pack, 24, signed),
+        Target("pack", starts.packs, _draw_pack_files, read_pack, 30, signed),
+        Target("pack-special", starts.packs, _draw_specials, read_pack, 3, signed),
+        Target("config", starts.adapters, _draw_config, read_adapter, 10),
+        Target("tensors", starts.adapters, _draw_tensors, read_adapter, 10),
+        Target("coefficients", starts.coefficients, _draw_coefficients, read_coefficients, 6),
+        Target("image", starts.images, _draw_file, read_adapter, 10),
+        Target("pickle", starts.pickles, _draw_pickle, read_adapter, 3),
+        Target("collection", starts.collections, _draw_specials, find_adapters, 3),
+        Target("rows", starts.rows, _draw_file, read_rows, 4),
+        Target("report", starts.reports, _draw_report, read_report, 4),
+        Target("page", starts.reports, _draw_report, read_page, 1, seconds=10.0),
+        Target("checkpoint", starts.checkpoints, _draw_checkpoint, resume, 3),
+        Target("command", starts.commands, _draw_command, run_command, 6, signed),
+    )
+}

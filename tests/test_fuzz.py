@@ -1,0 +1,76 @@
+"""Hostile inputs of every kind: what is read is a result or an error of ours, within time and memory.
+
+The cases run in processes that have nothing of the tests' checks of types, which would raise errors of their own.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from eigenlorax.errors import FormatError
+from fuzz import harness
+from fuzz.targets import Target, WrongError
+from interpreters import python
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz"
+CASES = Path(__file__).parent / "fuzz" / "cases.jsonl"
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux does")
+
+
+def assert_none_failed(*options):
+    ran = python(SCRIPT, *options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert " 0 failed" in ran.stdout
+    return ran.stdout
+
+
+def test_two_thousand_new_cases():
+    said = assert_none_failed("--cases", 2000, "--seed", 20260730)
+    # of each kind some are refused, and some of them are read to their end
+    assert said.count(" done") >= 14
+
+
+def test_cases_that_failed_once():
+    assert_none_failed("--replay", CASES)
+
+
+def test_what_cases_are_made_of_is_read():
+    said = assert_none_failed("--unchanged")
+    assert "Error" not in said
+
+
+def test_a_case_says_what_it_is_about():
+    lines = [json.loads(line) for line in CASES.read_text("utf-8").splitlines()]
+    assert all(line["about"] and line["changes"] for line in lines)
+
+
+HOSTILE = {
+    "killed by SIGSEGV": lambda folder: os.kill(os.getpid(), signal.SIGSEGV),
+    "waited for 3 s": lambda folder: time.sleep(1000),
+    "took more than 1 s": lambda folder: [None for _ in iter(int, 1)],
+    "KeyError at": lambda folder: {}[folder],
+    "more memory than it may take": lambda folder: len(bytearray(400 << 20)),
+    "not what it was": lambda folder: _raise(WrongError("not what it was: 3")),
+}
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize("cause", HOSTILE)
+def test_what_is_neither_done_nor_refused_is_a_failure(monkeypatch, cause):
+    monkeypatch.setattr(harness, "WAIT_SECONDS", 3)
+    monkeypatch.setattr(harness, "PATIENCE", 0.5)
+    attempts = iter([lambda folder: 0, HOSTILE[cause], lambda folder: _raise(FormatError("no")), HOSTILE[cause]])
+    targets = [Target("some", lambda: {"start": {"file": b""}}, lambda random, tree: [], one) for one in attempts]
+    outcomes = harness.run([harness.drawn(target, 7, number) for number, target in enumerate(targets)])
+    assert outcomes.counts == {("some", "done"): 1, ("some", "failed"): 2, ("some", "FormatError"): 1}
+    assert f"2 × some: {cause}" in str(outcomes)
+    # what makes it again
+    assert {failure.case for failure in outcomes.failures} == {f"--target some --seed 7 --case {n}" for n in (1, 3)}
