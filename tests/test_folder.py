@@ -52,8 +52,10 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def old(sources, tmp_path_factory):
-    """A pack of `one`, to be copied before it is changed."""
-    return ex.fit(sources / "one", n_components=4).save(tmp_path_factory.mktemp("old") / "pack")
+    """A pack of `one` with a report on it, to be copied before it is changed."""
+    pack = ex.fit(sources / "one", n_components=4).save(tmp_path_factory.mktemp("old") / "pack")
+    (pack / keys.REPORT_PAGE).write_bytes(b"Made by eigenlorax 0 from the subspace of fingerprint 0")
+    return pack
 
 
 @pytest.fixture(scope="module")

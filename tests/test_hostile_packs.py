@@ -114,14 +114,14 @@ CLAIMS = {
     "a config that is null": (
         "float32",
         lambda pack: null(pack, SOURCE),
-        "source_config.json is null",
+        "source_config.json holds a JSON NoneType",
     ),
     "a config that is a list": (
         "coded, sharing much",
         change_json(SOURCE, lambda body: [body]),
         "source_config.json is",
     ),
-    "an adapter config that is null": ("float32", lambda pack: null(pack, CONFIG), "adapter_config.json is null"),
+    "an adapter config that is null": ("float32", lambda pack: null(pack, CONFIG), "holds a JSON NoneType"),
     "modules that are no names": (
         "float32",
         change_json(CONFIG, lambda body: body.update(target_modules=[1, 2])),

@@ -40,7 +40,7 @@ def test_sizes_are_read_as_people_write_them(text, wanted):
 def test_a_text_that_is_no_size_is_said_in_one_line(text):
     with pytest.raises(OptionError, match="a number of bytes above 0 and below 2.*, as 8GB, 500MB or 2GiB") as raised:
         options.byte_count_of_text("--max-bytes", text)
-    assert f"--max-bytes is {text!r}" in str(raised.value)
+    assert f"--max-bytes is {text!r}"[:1000] in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

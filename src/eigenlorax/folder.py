@@ -406,7 +406,8 @@ def write(
             store.staged(folder / keys.CARD, text) as replace_card,
             store.staged(folder / keys.MANIFEST, data) as replace_manifest,
         ):
-            replace_manifest()
+            with _reports_away(folder, before, new):
+                replace_manifest()
             replace_card()
     except BaseException:
         if not _holds(folder / keys.MANIFEST, data):
@@ -415,8 +416,6 @@ def write(
         raise
     # what cannot be tidied now is no part of the pack; the next writer tries again
     with suppress(OSError):
-        if before is None or _content(before) != _content(new):
-            _remove_reports(folder)
         _tidy(folder, new)
     checkpoint.discard_beside(folder)
     return store.digest(data)
@@ -456,11 +455,28 @@ def _tidy(folder: Path, found: Manifest) -> None:
             store.remove(path)
 
 
-def _remove_reports(folder: Path) -> None:
-    """Remove what is a report of ours, on a pack that is another one now."""
-    for name in keys.REPORTS:
-        if is_report(folder / name):
-            store.remove(folder / name)
+@contextmanager
+def _reports_away(folder: Path, before: Manifest | None, new: Manifest) -> Iterator[None]:
+    """Remove reports of ours on a pack that becomes another one in the block; an error brings them back.
+
+    They are away before the block: if its process is killed, nobody could tell that they are on the pack before.
+    """
+    same = before is not None and _content(before) == _content(new)
+    reports = [path for path in (folder / name for name in keys.REPORTS) if not same and is_report(path)]
+    away = {path: folder / f"{store.STAGING}{path.name}" for path in reports}
+    try:
+        for path, beside in away.items():
+            path.replace(beside)
+        yield
+    except BaseException:
+        for path, beside in away.items():
+            if beside.exists():
+                beside.replace(path)
+        raise
+    # what stays is swept by the next writer
+    with suppress(OSError):
+        for beside in away.values():
+            beside.unlink()
 
 
 def is_report(path: Path) -> bool:

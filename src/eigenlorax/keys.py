@@ -4,10 +4,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from . import renamed
 from .errors import AdapterNameError, FormatError, ModuleNameError
+from .linear_regex import Effort, LinearRegex, PatternError
 from .options import suggestion
 
 FORMAT_VERSION = 5
@@ -58,6 +60,8 @@ LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
+# a key of a pattern that is a name, in which a dot may be escaped or stand for any character
+_LITERAL = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\[^A-Za-z0-9\s\\])*)\$?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 # `.default` stands for the name an adapter had in the model it was saved from: any one component.
@@ -109,7 +113,7 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
         return TensorName(
             Kind.HEAD, match["module"], f"{MODEL_PREFIX}{match['module']}.{_without_adapter(match['rest'])}"
         )
-    if _FOREIGN.search(key) and not any(re.search(rf"(^|\.){re.escape(m)}\.", key) for m in modules_to_save):
+    if _FOREIGN.search(key) and not any(f".{module}." in f".{key}" for module in modules_to_save):
         raise FormatError(
             f"tensor {raw!r} is not one of a PEFT LoRA: known are lora_A, lora_B, lora_embedding_A/B, "
             "lora_magnitude_vector, trained biases and modules_to_save. It would be lost, so nothing was read."
@@ -206,35 +210,76 @@ def is_name(text: str) -> bool:
 
 
 class Patterns:
-    """PEFT's `rank_pattern` or `alpha_pattern`, to be asked for many modules."""
+    """PEFT's `rank_pattern` or `alpha_pattern`, to be asked for many modules.
 
-    __slots__ = ("_others", "_pattern", "_whole")
+    effort: what matching may take in all. A config is somebody else's, and may have been made to take long.
+    """
 
-    def __init__(self, pattern: Mapping[str, Any]) -> None:
-        self._pattern = pattern
+    __slots__ = ("_effort", "_keys", "_matchers", "_pattern", "_whole")
+
+    def __init__(self, pattern: Mapping[str, Any], effort: Effort | None = None) -> None:
+        self._pattern, self._effort = pattern, effort or Effort()
         # files of image models may have a pattern for each of a thousand modules, that fits it alone (`^name$`)
         self._whole: dict[str, int] = {}
-        self._others: list[tuple[int, str]] = []
+        self._keys: list[tuple[int, str]] = []
+        self._matchers: list[Callable[[str], bool]] = []
         for place, key in enumerate(pattern):
             name = re.sub(r"\\([^A-Za-z0-9])", r"\1", key[1:-1])
             if key == whole_name(name):
                 self._whole[name] = place
             else:
-                self._others.append((place, key))
+                self._keys.append((place, key))
 
     def value(self, module: str, default: Any) -> Any:
         """The value of a module.
 
-        It is that of the first key that, as a regular expression, fits the whole name or its last components
-        (peft.utils.other.get_pattern_key).
+        It is that of the first key that, as a regular expression, fits the whole name or its last components; where
+        none does, that of the name itself (peft.utils.other.get_pattern_key). `FormatError` where a key is no such
+        expression, or takes too long.
         """
         at = self._whole.get(module)
-        for place, key in self._others:
+        for number, (place, key) in enumerate(self._keys):
             if at is not None and place > at:
                 break
-            if re.match(rf"(.*\.)?({key})$", module):
+            try:
+                if number == len(self._matchers):
+                    self._matchers.append(_matcher(key, self._effort))
+                fits = self._matchers[number](module)
+            except PatternError as error:
+                raise FormatError(
+                    f"the key {key!r} of rank_pattern or alpha_pattern cannot be used as a regular expression: {error}."
+                ) from error
+            if fits:
                 return self._pattern[key]
-        return default if at is None else self._pattern[whole_name(module)]
+        return self._pattern.get(module, default) if at is None else self._pattern[whole_name(module)]
+
+
+def _matcher(key: str, effort: Effort) -> Callable[[str], bool]:
+    """Whether a key of a pattern fits a module, as PEFT finds it."""
+    literal = _LITERAL.fullmatch(key)
+    if literal is not None:
+        return partial(_fits_literal, literal["anchor"] == "^", *_pieces(literal["name"]), effort)
+    return LinearRegex(rf"(.*\.)?({key})$", effort).begins
+
+
+def _pieces(name: str) -> tuple[int, list[tuple[int, str]]]:
+    """The length of what a pattern without repetitions fits, and its pieces between dots, which stand for any
+    character, with their places."""
+    length, pieces = 0, []
+    for piece in re.split(r"(?<!\\)\.", name):
+        text = piece.replace("\\", "")
+        pieces.append((length, text))
+        length += len(text) + 1
+    return length - 1, pieces
+
+
+def _fits_literal(whole: bool, length: int, pieces: Sequence[tuple[int, str]], effort: Effort, module: str) -> bool:
+    effort.spend(1)
+    start = len(module) - length
+    if start < 0 or (start > 0 and (whole or module[start - 1] != ".")):
+        return False
+    # the last components tell modules apart
+    return all(module.startswith(piece, start + place) for place, piece in reversed(pieces))
 
 
 def whole_name(module: str) -> str:

@@ -319,7 +319,7 @@ class Pack:
             else:
                 store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
         for name in wanted:
-            self._check_writable(name, chosen[name], parsed or self._widest)
+            self._check_writable(name, chosen[name], parsed)
         if Path(directory).is_dir():
             staging.sweep(Path(directory))
         with store.synced_at_the_end():
@@ -350,13 +350,15 @@ class Pack:
 
         return metrics.rounding_error(Lazy(exact, of_same_gauge), kept)
 
-    def _check_writable(self, name: str, format: str, dtype: torch.dtype) -> None:
-        """Read an adapter, see that its factors fit in a dtype, and that a format has names for all it has."""
+    def _check_writable(self, name: str, format: str, dtype: torch.dtype | None) -> None:
+        """Read an adapter, see that a format has names for all it has, and that its factors fit in a dtype that was
+        asked for: the one that they have otherwise is as wide as what is stored."""
         found = self.packed(name)
-        exact = packed.unpacked(found, self.subspace, torch.float64).modules
-        for _ in narrowing.all_checked(name, Lazy(found.places, exact.__getitem__), dtype):
-            pass
-        formats.check_writable(packed.unpacked(found, self.subspace, dtype), format)
+        if dtype is not None:
+            exact = packed.unpacked(found, self.subspace, torch.float64).modules
+            for _ in narrowing.all_checked(name, Lazy(found.places, exact.__getitem__), dtype):
+                pass
+        formats.check_writable(packed.unpacked(found, self.subspace, dtype or self._widest), format)
 
     def verify(self) -> None:
         """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""

@@ -205,6 +205,9 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
 
     def factors(module: str) -> LoRAFactors:
         if module in bases:
+            # all but float16 have float32's range, in which no update that was trained comes near the ends
+            if dtype != torch.float16:
+                return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
             return narrowing.narrowed(spaces.reconstruct(packed.coefficients[module], bases[module]), dtype)
         return carried.modules[module]
 

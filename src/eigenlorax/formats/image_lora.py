@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import dtypes, keys
 from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
 from ..errors import FormatError, NonFiniteError, ShapeError, SourceWarning
+from ..linear_regex import Effort
 from . import files, flux, lora_config, names
 from .files import Header, OpenedFile
 from .flux import Part, Rows
@@ -218,7 +219,8 @@ def _numbers(text: str, where: str) -> dict[str, Numbers]:
     for name, value in fields.items():
         component, _, field = name.partition(".")
         found.setdefault(component, {})[field] = value
-    return {component: Numbers(config, where) for component, config in found.items() if "r" in config}
+    effort = Effort()
+    return {component: Numbers(config, where, effort) for component, config in found.items() if "r" in config}
 
 
 def _configured(module: str, rank: int, numbers: Numbers | None, where: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .. import keys
 from ..adapter import Adapter, ModuleSpec
 from ..errors import FormatError
+from ..linear_regex import Effort
 
 Number = TypeVar("Number", int, float)
 
@@ -30,26 +31,25 @@ _KEPT = (
 class Numbers:
     """Ranks and scalings by one config, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r.
 
-    where: stands before what is wrong with them.
+    where: stands before what is wrong with them. effort: what matching the patterns may take in all.
     """
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str, effort: Effort | None = None) -> None:
         self._config, self._where = config, where
         patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
         if not all(isinstance(pattern, dict) for pattern in patterns):
             raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
-        self._ranks, self._alphas = (keys.Patterns(pattern) for pattern in patterns)
+        effort = effort or Effort()
+        self._ranks, self._alphas = (keys.Patterns(pattern, effort) for pattern in patterns)
 
-    def of(self, module: str) -> tuple[int, float]:
-        """Rank and scaling of a module."""
+    def of(self, module: str, rank: int = _DEFAULT_RANK) -> tuple[int, float]:
+        """Rank and scaling of a module. rank: what it is where the config has none."""
         config, where = self._config, self._where
         try:
-            rank = self._ranks.value(module, config.get("r", _DEFAULT_RANK))
+            rank = self._ranks.value(module, config.get("r", rank))
             alpha = self._alphas.value(module, config.get("lora_alpha", _DEFAULT_ALPHA))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise FormatError(
-                f"{where}: a key of rank_pattern or alpha_pattern is not a regular expression that can be used: {error}"
-            ) from error
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from error
         usable = type(rank) is int and rank >= 1 and type(alpha) in (int, float)
         try:
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan

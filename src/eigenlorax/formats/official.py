@@ -92,7 +92,8 @@ def adapter(found: Opened, lora_alpha: float | None = None, basis: Opened | None
     for module, parts in modules.items():
         _check_whole(found, module, parts)
     config = {**found.config, "lora_alpha": _alpha(found, lora_alpha, modules)}
-    specs = {module: _spec(found, module, parts, config) for module, parts in sorted(modules.items())}
+    numbers = lora_config.Numbers(config, str(found.weights))
+    specs = {module: _spec(found, module, parts, numbers) for module, parts in sorted(modules.items())}
     _check_factors(found, specs, modules)
 
     made = Adapter(
@@ -182,7 +183,7 @@ def _alpha(found: Opened, given: float | None, modules: Mapping[str, _Module]) -
     return alpha
 
 
-def _spec(found: Opened, module: str, parts: _Module, config: dict[str, Any]) -> ModuleSpec:
+def _spec(found: Opened, module: str, parts: _Module, numbers: lora_config.Numbers) -> ModuleSpec:
     shapes, dtype = {}, torch.float32
     for side in keys.SIDES:
         components, coefficients = parts[side, _COMPONENTS], parts[side, _COEFFICIENTS]
@@ -201,7 +202,7 @@ def _spec(found: Opened, module: str, parts: _Module, config: dict[str, Any]) ->
     (n_in, rank), (n_out, rank_up) = shapes["down"], shapes["up"]
     if rank != rank_up:
         raise ShapeError(f"{found.weights}, module {module}: rank {rank} of eigenlora_A, {rank_up} of eigenlora_B.")
-    stated, scaling = lora_config.Numbers({"r": rank, **config}, str(found.weights)).of(module)
+    stated, scaling = numbers.of(module, rank)
     if stated != rank:
         raise ShapeError(
             f"{found.weights}, module {module}: its rank is {rank}, but {keys.ADAPTER_CONFIG} says {stated}. Its "

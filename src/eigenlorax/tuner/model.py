@@ -12,7 +12,7 @@ import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -177,8 +177,8 @@ class EigenLoraxModel(BaseTuner):
             self._reference.fingerprint,
             start,
             config=peft_config,
-            r=ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
-            lora_alpha=alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
+            r=keys.Patterns(ranks).value(current_key, peft_config.r),
+            lora_alpha=keys.Patterns(alphas).value(current_key, peft_config.lora_alpha),
             rests=peft_config.rests.get(current_key, ()),
             inference_mode=peft_config.inference_mode,
         )
