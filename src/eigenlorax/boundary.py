@@ -2,12 +2,14 @@
 to parse them into an error of ours. SECURITY.md says what is promised."""
 
 import json
+import math
 import os
 import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENOENT, ENOTDIR, ENXIO
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +120,28 @@ def json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
         raise FormatError(f"{where} is not valid JSON: {reason(error)}") from error
     if not isinstance(found, dict):
         raise FormatError(f"{where} holds a JSON {type(found).__name__}; an object was expected.")
-    if _depth(found) > MAX_DEPTH:
-        raise FormatError(f"{where} has more than {MAX_DEPTH} lists and objects in one another.")
+    check_depth(found, where)
     return text, found
 
 
-def _depth(value: Any) -> int:
-    """Return how many lists and objects are in one another."""
-    level, depth = [value], 0
-    while level := [one for one in level if isinstance(one, dict | list)]:
-        depth += 1
+def check_depth(value: Any, where: str) -> None:
+    """Raise `FormatError` where JSON has more than `MAX_DEPTH` lists and objects in one another."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return
         level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-    return depth
+    raise FormatError(f"{where} has more than {MAX_DEPTH} lists and objects in one another.")
+
+
+@cache
+def memory_size() -> float:
+    """Return the bytes of this machine's memory; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _missing(path: Path) -> FileNotFoundError:
@@ -143,3 +155,16 @@ def check_growth(needed: int, size: int, what: str) -> None:
     """
     if needed > MAX_GROWTH * size + ALLOWANCE:
         raise ValueError(f"{what} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
+
+
+def check_factors(numbers: int, rows: int, stored: int, what: str) -> None:
+    """Raise `ValueError` where factors have more numbers than what they are products of can explain: a row times one
+    component has as many as their lengths multiplied.
+
+    numbers: of the factors. rows: numbers of the bases. stored: bytes of the adapter's own file, of which coded ones
+    take a fraction of a bit a number. what: the factors, for the message.
+    """
+    if 4 * numbers > MAX_GROWTH * (4 * rows + 16 * stored) + ALLOWANCE:
+        raise ValueError(
+            f"{what} would have {numbers:,} numbers, made of {rows:,} numbers of bases and a file of {stored:,} bytes"
+        )

@@ -314,6 +314,8 @@ def from_files(
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     places = {module: config.subspace_modules.get(module, module) for module in config.target_modules}
+    for module in places:
+        _check_module(module)
     if len(set(places.values())) < len(places):
         raise ValueError("two modules of the adapter are in one place of the subspace")
     if config.subspace_fingerprint not in references.lineage:
@@ -331,6 +333,7 @@ def from_files(
         slots[module] = Slot(place, rank, scaling, kernel, sizes)
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
+    _check_factors(list(slots.values()), len(files[keys.ADAPTER_WEIGHTS]))
     coefficients, payload = storage.adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
     carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
     origin = None
@@ -378,6 +381,20 @@ def _check_padding(record: Record, slots: Sequence[Slot]) -> None:
     most = sum(rank * (n_in + n_out) for rank, n_in, n_out in widths)
     if not least <= record.lora_numbers <= most:
         raise ValueError(f"lora_numbers is {record.lora_numbers} in the manifest; the modules have {least} to {most}")
+
+
+def _check_module(module: str) -> None:
+    """`ValueError` for a name that the factors of no LoRA's file can have: the adapter would come out unreadable."""
+    if keys.parse_peft_key(keys.lora_key(module, "down")).module != module:
+        raise ValueError(f"{module!r} is no name of a module")
+
+
+def _check_factors(slots: Sequence[Slot], stored: int) -> None:
+    """`ValueError` where the adapter would come back larger than its file and the rows of the bases explain."""
+    sizes = [(slot.rank, slot.sizes) for slot in slots if slot.sizes is not None]
+    numbers = sum(rank * sum(one.widths) for rank, one in sizes)
+    rows = sum(k * width for _, one in sizes for k, width in zip(one.k, one.widths, strict=True))
+    boundary.check_factors(numbers, rows, stored, "the factors of the adapter")
 
 
 def _dump(value: Any) -> bytes:

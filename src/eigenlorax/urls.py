@@ -179,7 +179,7 @@ class RemoteFolder:
     def file(self, name: str) -> RemoteFile:
         """A file that is there, to read ranges of."""
         size = self._info(name).get("size")
-        if not isinstance(size, int):
+        if not isinstance(size, int) or size < 0:
             raise UrlError(f"{self.at(name)} does not say how long it is, so no ranges can be read. Download it first.")
         return RemoteFile(self.at(name), size, self.token)
 

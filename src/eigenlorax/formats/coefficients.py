@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from .. import dtypes, keys, known, storages
+from .. import boundary, dtypes, keys, known, storages
 from .. import subspace as spaces
 from ..adapter import Adapter, LoRAFactors, from_factors
 from ..errors import FormatError, ModuleNameError, ShapeError
@@ -49,22 +49,24 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
         )
     embedded = all(keys.EMBEDDED["down"] in found for found in own.values())
     subspace = None if embedded else _subspace(config, where)
-    modules = {}
-    numbers = lora_config.Numbers(config, where)
+    numbers, bases = lora_config.Numbers(config, where), {}
     for module, found in own.items():
-        rank, scaling = numbers.of(module)
         if subspace is None:
-            down_basis, up_basis = _embedded(found, f"{where}, module {module}")
+            bases[module] = _embedded(found, f"{where}, module {module}")
         else:
-            bases = subspace.modules[_place(module, fields, subspace, where)]
-            down_basis, up_basis = bases.down.components, bases.up.components
-        _check_sizes(found, rank, down_basis, up_basis, f"{where}, module {module}")
+            pair = subspace.modules[_place(module, fields, subspace, where)]
+            bases[module] = pair.down.components, pair.up.components
+        _check_sizes(found, numbers.of(module)[0], bases[module], f"{where}, module {module}")
+    _check_factors(own, bases, where)
+    modules = {}
+    for module, found in own.items():
+        _, scaling = numbers.of(module)
         if keys.CORE in found:
-            plain = from_core(found[keys.CORE], down_basis, up_basis, scaling)
+            plain = from_core(found[keys.CORE], *bases[module], scaling)
         else:
             down, up = (found[keys.COEFFICIENTS[side]] for side in keys.SIDES)
             rests = (found.get(keys.REST[side]) for side in keys.SIDES)
-            plain = from_pair(down, up, down_basis, up_basis, scaling, *rests)
+            plain = from_pair(down, up, *bases[module], scaling, *rests)
         modules[module] = replace(plain, kernel=tuple(fields.kernels.get(module, ())))
     return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
 
@@ -127,9 +129,13 @@ def _embedded(found: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def _check_sizes(found: Mapping[str, Tensor], rank: int, down_basis: Tensor, up_basis: Tensor, where: str) -> None:
+Bases = tuple[Tensor, Tensor]
+"""Rows (k, d) of a module's down side and of its up side."""
+
+
+def _check_sizes(found: Mapping[str, Tensor], rank: int, bases: Bases, where: str) -> None:
     """`FormatError` where a module lacks coefficients, `ShapeError` where they are not of its rank and bases."""
-    (k_down, n_in), (k_up, n_out) = down_basis.shape, up_basis.shape
+    (k_down, n_in), (k_up, n_out) = (basis.shape for basis in bases)
     if keys.CORE in found:
         wanted = {keys.CORE: (k_up, k_down)}
     else:
@@ -144,6 +150,21 @@ def _check_sizes(found: Mapping[str, Tensor], rank: int, down_basis: Tensor, up_
                 f"{where}: {part} is {tuple(found[part].shape)}, {found[part].dtype}, where floats of {shape} go with "
                 "its rank and its subspace. They are not of one adapter."
             )
+
+
+def _check_factors(own: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, Bases], where: str) -> None:
+    """`ShapeError` where products with the bases have more numbers than these and the adapter's file explain."""
+    numbers = sum(
+        found[keys.COEFFICIENTS["down"]].shape[0] * sum(basis.shape[1] for basis in bases[module])
+        for module, found in own.items()
+        if keys.CORE not in found
+    )
+    rows = sum(basis.numel() for pair in bases.values() for basis in pair)
+    stored = sum(tensor.nbytes for found in own.values() for tensor in found.values())
+    try:
+        boundary.check_factors(numbers, rows, stored, "its factors")
+    except ValueError as error:
+        raise ShapeError(f"{where}: {error}.") from error
 
 
 def _of_then(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:

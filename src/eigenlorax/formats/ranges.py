@@ -4,13 +4,11 @@ The header is read and checked once. What is kept is a description, which may be
 or thread: no file stays open, and none is mapped, since mapped pages count as the process's memory.
 """
 
-import math
 import os
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..boundary import memory_size
 from ..errors import FormatError, reason
 from ..urls import RemoteFile
 from . import header
@@ -101,19 +100,10 @@ class Stored:
 
     def _room(self, entry: Entry) -> Tensor:
         size = entry.end - entry.begin
-        if size > _memory_size():
+        if size > memory_size():
             # a sparse file has as many bytes as it says, and takes none of the disk
             raise FormatError(f"{self.file}: a tensor of {size:,} bytes does not fit in this machine's memory.")
         return torch.empty(size, dtype=torch.uint8)
-
-
-@cache
-def _memory_size() -> float:
-    """Bytes of this machine's memory; infinite where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def stored(file: File) -> Stored:

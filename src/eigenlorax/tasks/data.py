@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from .. import boundary
 from ..errors import FormatError, MissingExtraError, OptionError, RowsWarning, reason
 from ..options import suggestion
 from .options import Columns
@@ -42,6 +43,9 @@ def read(path: Path, label_column: str = "label") -> Table:
         raise FormatError(
             f"{path}: rows are read from JSON lines ({', '.join(_JSON_LINES)}), .csv, or a folder saved by datasets."
         )
+    if path.stat().st_size > boundary.memory_size():
+        # one line of a sparse file may be longer than that
+        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for its rows.")
     read_lines = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
         # what a spreadsheet saves begins with a mark
@@ -68,6 +72,7 @@ def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise FormatError(f"{path}, line {number} is a JSON {type(row).__name__}; an object was expected.")
+        boundary.check_depth(row, f"{path}, line {number}")
         yield number, row
 
 
@@ -101,7 +106,7 @@ def _read_datasets(path: Path, label_column: str) -> Table:
     try:
         found = datasets.load_from_disk(str(path))
         rows = [dict(row) for row in found]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *boundary.PARSE_FAILURES) as error:
         raise FormatError(f"{path} cannot be read by datasets: {reason(error)}.") from error
     if not rows:
         raise FormatError(f"{path} has no rows.")
