@@ -322,7 +322,7 @@ def one_name_per_module(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
                 raise ModuleNameError(
                     f"modules {twice[0]!r} and {twice[1]!r} of one adapter could be one, by the names that "
                     "transformers has given it. Fit the adapters apart, or leave the module out with "
-                    f"--exclude-module {twice[1]}."
+                    f"exclude_modules=[{twice[1]!r}] (--exclude-module {twice[1]})."
                 )
     longest = _without_prefixes({frozenset(map(renamed.newest, names)) for names in kept})
     return {name: by_newest[longest[renamed.newest(one)]][0] for name, one in found.items()}
@@ -340,7 +340,7 @@ def _without_prefixes(sets: Collection[frozenset[str]]) -> dict[str, str]:
         if len(longer) > 1:
             raise ModuleNameError(
                 f"module {short!r} of one adapter could be {longer[0]!r} or {longer[1]!r} of others. Fit the adapters "
-                f"apart, or leave the module out with --exclude-module {short}."
+                f"apart, or leave the module out with exclude_modules=[{short!r}] (--exclude-module {short})."
             )
 
     def longest(name: str) -> str:
@@ -352,7 +352,8 @@ def _without_prefixes(sets: Collection[frozenset[str]]) -> dict[str, str]:
             twice = next(one for one in sorted(names) if found[one] != one and found[one] in names)
             raise ModuleNameError(
                 f"modules {twice!r} and {found[twice]!r} of one adapter could be one, by the names other adapters have "
-                f"for them. Fit the adapters apart, or leave the module out with --exclude-module {twice}."
+                f"for them. Fit the adapters apart, or leave the module out with exclude_modules=[{twice!r}] "
+                f"(--exclude-module {twice})."
             )
     return found
 

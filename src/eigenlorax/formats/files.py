@@ -162,7 +162,9 @@ def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[st
         return _open_safetensors(folder, keys.ADAPTER_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_PICKLE):
         fetched = allow_pickle or isinstance(folder, RemoteFolder)
-        unfetched = "" if fetched else " (from the Hub, a .bin is fetched with --allow-pickle only)"
+        unfetched = (
+            "" if fetched else " (from the Hub, a .bin is fetched with allow_pickle=True, --allow-pickle, alone)"
+        )
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
     if isinstance(folder, RemoteFolder):
         raise FormatError(

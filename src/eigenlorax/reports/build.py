@@ -162,7 +162,7 @@ def _notes(pack: Pack, found: Originals | None, measured: Measured | None) -> li
     if measured is not None and measured.chosen and len(measured.chosen) < len(measured.fitted):
         notes.append(
             f"{len(measured.chosen)} of {len(measured.fitted)} adapters were left out of the fit in turn, drawn at "
-            "random; --left-out says how many."
+            "random; `left_out=` (`--left-out`) says how many."
         )
     measured_names = measured.names if measured is not None else []
     bounds = [name for name, record in pack.records.items() if record.bound and name not in measured_names]

@@ -92,8 +92,8 @@ def _main(report: Report) -> tuple[str, Finding]:
             Finding(
                 "partly-shared",
                 f"They share a subspace, but k is too small for it: {against}.",
-                f"Fit again with `-k {more.k}`: an adapter left out then loses {error(more.left_out)}, and the pack is "
-                f"{ratio(more.ratio)} smaller than the LoRAs, basis counted.",
+                f"Fit again with `n_components={more.k}` (`-k {more.k}`): an adapter left out then loses "
+                f"{error(more.left_out)}, and the pack is {ratio(more.ratio)} smaller than the LoRAs, basis counted.",
                 good=None,
             ),
         )
@@ -126,7 +126,10 @@ def _main(report: Report) -> tuple[str, Finding]:
 def _unknown(report: Report) -> tuple[str, Finding]:
     if not report.collection.with_originals:
         text = "The pack alone does not tell whether its adapters share a subspace."
-        advice = "Name the original adapters with `--adapters`: then each is left out of the fit in turn, which tells."
+        advice = (
+            "Name the original adapters (`adapters=`, `--adapters`): then each is left out of the fit in turn, which "
+            "tells."
+        )
         return text, Finding("unknown", text, advice)
     if report.duplicates:
         text = "All of these adapters have copies of themselves in the fit, so that none can be left out of it."
@@ -165,8 +168,8 @@ def _divided(report: Report, chance: float) -> tuple[str, Finding] | None:
             f"A part of them shares a subspace: left out of the fit, {len(inside):,} of {len(kept):,} lose "
             f"{error(losses[0])} of their updates on average in the directions of the others, and "
             f"{len(outside):,} lose {error(losses[1])} (in random directions: {error(chance)}).",
-            "Fit those that share by themselves (`--exclude-adapter` names the others), and keep the others as they "
-            "are.",
+            "Fit those that share by themselves (`exclude_adapters=`, `--exclude-adapter`), and keep the others as "
+            "they are.",
             good=None,
             adapters=sorted(inside),
         ),
@@ -196,7 +199,8 @@ def _emerging(report: Report, chance: float) -> tuple[str, Finding] | None:
             "A part of them shares a subspace, but k is too small for it: left out of the fit, an adapter loses "
             f"{error(report.left_out.errors.mean)} of its update on average; with k = {point.k}, {most:,} of {n:,} "
             "keep half of their squared norm and more.",
-            f"Fit those by themselves (`--exclude-adapter` names the others), or again with `-k {point.k}`.",
+            "Fit those by themselves (`exclude_adapters=`, `--exclude-adapter`), or again with "
+            f"`n_components={point.k}` (`-k {point.k}`).",
             good=None,
             adapters=sorted(point.sharing),
         ),
@@ -342,7 +346,7 @@ def _outliers(report: Report, main: Finding) -> list[Finding]:
             "outlier",
             f"{plural(len(report.outliers), 'adapter')} {'have' if many else 'has'} far less in common with the rest "
             "than those have with one another.",
-            f"Leave {'them' if many else 'it'} out of the fit (`--exclude-adapter`), and keep "
+            f"Leave {'them' if many else 'it'} out of the fit (`exclude_adapters=`, `--exclude-adapter`), and keep "
             f"{'those LoRAs as they are' if many else 'that LoRA as it is'}.",
             good=False,
             adapters=report.outliers,
@@ -417,15 +421,17 @@ def _loss(report: Report) -> list[Finding]:
     names = [row.name for row in lossy]
     advice = "Fit the pack again with those that were projected, or keep those LoRAs as they are."
     if _is_coded(report):
-        advice = f"Ask for less (`--max-error {LOSS}`), or for more bytes."
+        advice = f"Ask for less (`max_error={LOSS}`, `--max-error {LOSS}`), or for more bytes."
     elif any(row.in_fit for row in lossy):
         point = next((point for point in report.sizes if point.worst <= LOSS), None)
         advice = (
-            f"`-k {point.k}` would bring every adapter of the fit to {error(point.worst)} or less, in a pack "
+            f"`n_components={point.k}` (`-k {point.k}`) would bring every adapter of the fit to {error(point.worst)} "
+            "or less, in a pack "
             + (f"{ratio(point.ratio)} smaller than the LoRAs" if point.ratio > 1 else "no smaller than the LoRAs")
-            + f"; `--max-error {LOSS}` finds the smallest one."
+            + f"; `max_error={LOSS}` (`--max-error {LOSS}`) finds the smallest one."
             if point is not None
-            else f"`--max-error {LOSS}` finds the smallest pack that keeps them; or keep those LoRAs as they are."
+            else f"`max_error={LOSS}` (`--max-error {LOSS}`) finds the smallest pack that keeps them; or keep those "
+            "LoRAs as they are."
         )
     return [
         Finding(
@@ -542,7 +548,7 @@ def _rounding(report: Report) -> list[Finding]:
             "rounding",
             f"Rounding to {report.collection.dtype} is most of what is lost: {error(worst.rounding_error)} of "
             f"{worst.name}'s update.",
-            "--dtype float32 stores it in full.",
+            "`dtype='float32'` (`--dtype float32`) stores it in full.",
             good=None,
             adapters=[worst.name],
         )
