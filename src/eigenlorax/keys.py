@@ -107,7 +107,8 @@ def check_tensor_names(names: Iterable[str], where: str) -> None:
     for name in names:
         if len(name) > MOST_CHARACTERS:
             raise FormatError(
-                f"{where}: the name of tensor {name[:40]!r}… has {len(name):,} characters, of {MOST_CHARACTERS:,} at most."
+                f"{where}: the name of tensor {name[:40]!r}… has {len(name):,} characters; at most {MOST_CHARACTERS:,} "
+                "are read."
             )
 
 
