@@ -59,6 +59,9 @@ LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
+MOST_CHARACTERS = 1024
+"""Of the name of a tensor of an adapter. Real ones have some two hundred."""
+
 # a key of a pattern that is a name, in which a dot may be escaped or stand for any character
 _LITERAL = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\[^A-Za-z0-9\s\\])*)\$?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -96,6 +99,15 @@ class TensorName:
     kind: Kind
     module: str
     key: str
+
+
+def check_tensor_names(names: Iterable[str], where: str) -> None:
+    """`FormatError` for a name that is longer than any real one: to look for its parts could take very long."""
+    for name in names:
+        if len(name) > MOST_CHARACTERS:
+            raise FormatError(
+                f"{where}: tensor's name {name[:40]!r}… has {len(name):,} characters, of {MOST_CHARACTERS} at most."
+            )
 
 
 def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:

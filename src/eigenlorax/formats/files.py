@@ -155,6 +155,7 @@ def _open_safetensors(folder: Folder, name: str) -> tuple[str, int, dict[str, He
     """What a file is called, its size, what it has, what reads it, and its metadata."""
     file = folder.file(name)
     found = ranges.stored(file)
+    keys.check_tensor_names(found.entries, str(file))
     headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
     return str(file), file.size, headers, found.load, dict(found.metadata)
 
@@ -187,6 +188,7 @@ def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
+    keys.check_tensor_names(state, str(path))
     size = path.stat().st_size
     for key, value in state.items():
         flaw = _flaw(value, size)
