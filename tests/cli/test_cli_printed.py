@@ -13,8 +13,9 @@ import interpreters
 import lora_files
 import terminals
 from adapters import make_adapter, make_adapters
-from children import command, needs_fork
+from children import needs_fork, run
 from eigenlorax import printable
+from eigenlorax.cli import main
 from outcomes import json_of
 
 HOSTILE = "x\x1b[31m\x1b]8;;http://evil\x1b\\\x9b2J\x00\x07\x7f\x85\r\t\u061c\u200e\u202e\u2066\u2028[red]bold[/red]:smile:\ud800"
@@ -211,9 +212,9 @@ def test_json_has_the_texts_themselves_in_escapes(place, cli):
 
 @needs_fork
 class TestInAProcessOfItsOwn:
-    def test_piped(self, place):
-        for done in (command("inspect", place / "pack"), command("inspect", place / "nowhere")):
-            assert_printable(done)
+    @pytest.mark.parametrize("target", ["pack", "nowhere"])
+    def test_piped(self, place, target):
+        assert_printable(run(lambda: main(["inspect", str(place / target)])))
 
     def test_a_traceback(self, place):
         ran = interpreters.python("-c", RAISES, HOSTILE)

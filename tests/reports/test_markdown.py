@@ -104,9 +104,12 @@ def test_names_are_text():
     full = report(len(names), names=names, base_model=HOSTILE)
     about = changed(full.collection, skipped={HOSTILE: HOSTILE}, excluded_modules=[HOSTILE], size=HOSTILE)
     finding = data.Finding("loss", "Lost.", "Keep them.", False, names)
-    text = markdown.render(
-        changed(full, collection=about, verdict=data.Verdict("So.", [finding]), duplicates=[names[:3]], outliers=names)
-    )
+    tasks = {
+        "evaluations": [changed(one, task=HOSTILE) for one in full.evaluations],
+        "task_frontiers": [changed(one, task=HOSTILE) for one in full.task_frontiers],
+    }
+    full = changed(full, collection=about, duplicates=[names[:3]], outliers=names, **tasks)
+    text = markdown.render(changed(full, verdict=data.Verdict("So.", [finding])))
     tokens = parsed(text)
     inside = [child for token in tokens for child in token.children or []]
     kinds = {token.type for token in [*tokens, *inside]}

@@ -35,7 +35,7 @@ def render(report: Report) -> str:
         *(
             block
             for task, found in tables.evaluations(report).items()
-            for block in _section(f"On the task: {task}", found)
+            for block in _section(f"On the task: {escaped(task)}", found)
         ),
         *(block for found in report.task_frontiers for block in _task_frontier(found)),
         *_notes(report),
@@ -138,7 +138,7 @@ def _frontier(report: Report) -> list[str]:
 
 
 def _task_frontier(found: TaskFrontier) -> list[str]:
-    title, *rest = _section(f"Bytes, and what becomes of the task: {found.task}", tables.task_frontier(found))
+    title, *rest = _section(f"Bytes, and what becomes of the task: {escaped(found.task)}", tables.task_frontier(found))
     blocks = [title, _prose(frontier.on_task(found)), *rest]
     for measure in ("accuracy", "perplexity", "kl"):
         listed = tables.task_runs(found, measure)
