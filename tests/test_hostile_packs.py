@@ -119,7 +119,7 @@ CLAIMS = {
     "a config that is a list": (
         "coded, sharing much",
         change_json(SOURCE, lambda body: [body]),
-        "source_config.json is",
+        "source_config.json holds a JSON list",
     ),
     "an adapter config that is null": ("float32", lambda pack: null(pack, CONFIG), "holds a JSON NoneType"),
     "modules that are no names": (

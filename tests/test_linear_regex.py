@@ -3,9 +3,13 @@
 import re
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+import eigenlorax as ex
+from adapters import make_adapter
 from eigenlorax import keys
 from eigenlorax.errors import FormatError
 from eigenlorax.formats.lora_config import Numbers
@@ -142,3 +146,16 @@ def test_an_error_names_the_config_the_key_and_what_to_do(field):
         Numbers(config, "adapters/one").of("encoder.query")
     with pytest.raises(FormatError, match=r"takes too many steps. Write whole names of modules, such as \^encoder"):
         Numbers({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", Effort(999)).of("a." * 200)
+
+
+@pytest.mark.parametrize("part", [".lora_magnitude_vector", ".lora_A.x", "_lora.down.weight", ".alpha", "lora_unet_"])
+def test_names_of_tensors_are_no_longer_than_can_be_looked_through(tmp_path, part):
+    # these expressions are our own, and would look through a name again and again
+    name = f"x{part * 200_000}.."
+    folder = make_adapter(tmp_path / "peft", seed=1, tensors={name: torch.ones(1)})
+    save_file({name: torch.ones(1)}, tmp_path / "style.safetensors")
+    for source in (folder, tmp_path / "style.safetensors", tmp_path):
+        with pytest.raises(
+            FormatError, match=r"the name of tensor '[^']{40}'… has \d,\d\d\d,\d\d\d characters; at most 1,024"
+        ):
+            ex.fit(source, n_components=1)

@@ -11,6 +11,7 @@ from eigenlorax.errors import (
     AdapterNameError,
     BaseModelError,
     ModuleNameError,
+    NonFiniteError,
     OptionError,
     PackBusyError,
     PackDamagedError,
@@ -143,6 +144,18 @@ class TestAdd:
     def test_a_name_that_is_no_folder_is_refused(self, saved, name):
         with pytest.raises(AdapterNameError, match="is not allowed"):
             ex.Pack.open(saved).add(random_adapter("new", 1), name=name)
+
+    def test_what_is_wrong_with_an_adapter_is_said_without_the_options_of_a_fit(self, saved):
+        """Neither `Pack.add` nor `eigenlorax add` can leave an adapter out."""
+        one = random_adapter("new", 900)
+        module, factors = next(iter(one.modules.items()))
+        bad = replace(one, modules={**one.modules, module: replace(factors, down=factors.down * float("nan"))})
+        with pytest.raises(NonFiniteError, match="NaN or Inf. Its training has diverged, or the file is dam") as caught:
+            ex.Pack.open(saved).add(bad)
+        assert "--" not in str(caught.value)
+        assert "skip_bad" not in str(caught.value)
+        with pytest.raises(NonFiniteError, match=r"exclude_adapters=\['new'\] \(--exclude-adapter new\), or ev.*skip"):
+            ex.fit([bad, random_adapter("other", 901)])
 
 
 class TestRemove:

@@ -70,8 +70,8 @@ def scan(adapter: Adapter) -> Scan:
             digest.update(spaces.tensor_bytes(tensor))
     if not math.isfinite(sum(squares.values())):
         raise NonFiniteError(
-            f"adapter {adapter.name!r}: the norm of its update is beyond float64. Leave it out with --exclude-adapter "
-            f"{adapter.name}, or leave out every such adapter with --skip-bad."
+            f"adapter {adapter.name!r}: the norm of its update is beyond float64. Its training has diverged: take "
+            "an earlier checkpoint, or train it again."
         )
     return Scan(digest.hexdigest(), squares)
 
@@ -84,8 +84,8 @@ def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
     bad = int((~wide.isfinite()).sum())
     if bad:
         raise NonFiniteError(
-            f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Leave it out with "
-            f"--exclude-adapter {adapter.name}, or leave out every such adapter with --skip-bad."
+            f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Its training "
+            "has diverged, or the file is damaged: take an earlier checkpoint, or another copy."
         )
 
 
@@ -164,7 +164,8 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
                 what = "base model" if field == "base_model" else "revision of the base model"
                 raise BaseModelError(
                     f"adapters of two bases: the {what} of {stated[0][1]!r} is {stated[0][0]!r}, that of {name!r} is "
-                    f"{value!r}. Fit them apart; if both names stand for one model, pass --same-base."
+                    f"{value!r}. Fit them apart; if both names stand for one model, pass same_base=True "
+                    "(--same-base)."
                 )
     return _commonest(a.base_model for a in adapters), _commonest(a.revision for a in adapters)
 
@@ -188,7 +189,10 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
             continue
         these = [name for name, own in known.items() if own & family]
         few = min(these, others, key=len)
-        leave_out = " ".join(f"--exclude-adapter {name}" for name in few[:12]) + (" …" if len(few) > 12 else "")
+        more = " …" if len(few) > 12 else ""
+        leave_out = (
+            f"exclude_adapters={few[:12]}{more} ({' '.join(f'--exclude-adapter {name}' for name in few[:12])}{more})"
+        )
         raise BaseModelError(
             f"adapters of two models: {these[0]!r} is for {families.called(known[these[0]])}, and {others[0]!r} is for "
             f"{families.called(known[others[0]])}, by the names and widths of their modules. Fit them apart; without "
@@ -279,13 +283,13 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
                 raise ShapeError(
                     f"module {name}: (out, in) is {shapes[name]} in adapter {first[name]!r} and {shape} in "
                     f"{adapter.name!r}. They belong to different base models: fit them apart, or keep the module out "
-                    f"of the subspace with --exclude-module {name}."
+                    f"of the subspace with exclude_modules=[{name!r}] (--exclude-module {name})."
                 )
             if kernels.setdefault(name, _wide(spec.kernel)) != _wide(spec.kernel):
                 raise ShapeError(
                     f"module {name}: its kernel is {kernels[name] or 1} in adapter {first[name]!r} and "
                     f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models: fit them apart, or "
-                    f"keep the module out of the subspace with --exclude-module {name}."
+                    f"keep the module out of the subspace with exclude_modules=[{name!r}] (--exclude-module {name})."
                 )
             first.setdefault(name, adapter.name)
     return shapes

@@ -376,7 +376,7 @@ def check(error: float) -> None:
     if error < LEAST_ERROR:
         raise OptionError(
             f"max_error={error:g} is less than numbers in float32 can keep: ask for 1e-6 or more, or store wider ones "
-            "(--dtype float64)."
+            "(dtype='float64', --dtype float64)."
         )
 
 

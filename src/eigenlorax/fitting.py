@@ -398,7 +398,7 @@ def _scan(
         scan = next(scans)
         if isinstance(scan, NonFiniteError):
             if not skip_bad:
-                raise scan
+                raise NonFiniteError(f"{scan} {_without(adapter.name)}") from scan
             _skip(adapter.name, scan, None, skipped)
         else:
             packings.append(Packing(adapter, scan))
@@ -424,10 +424,17 @@ def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict
         return formats.read_adapter(one.source, name=one.name, **options)
     except (FormatError, ShapeError, NonFiniteError) as error:
         if not skip_bad:
-            # as checks.scan says it of NaN
-            raise type(error)(f"{error} To leave out every adapter that is broken: --skip-bad.") from error
+            raise type(error)(f"{error} {_without(sources.default_name(one))}") from error
         _skip(sources.default_name(one), error, one.source, skipped)
         return None
+
+
+def _without(name: str) -> str:
+    """Say how a fit does without an adapter."""
+    return (
+        f"Leave it out with exclude_adapters=[{name!r}] (--exclude-adapter {name}), or every adapter that is broken "
+        "with skip_bad=True (--skip-bad)."
+    )
 
 
 def _skip(name: str, error: EigenloraxError, source: str | Path | None, skipped: dict[str, str]) -> None:

@@ -309,7 +309,7 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
     if (folder / keys.MANIFEST).is_file():
         if not overwrite:
             raise PackExistsError(
-                f"{folder} is a pack already. Choose another folder, or replace it with --overwrite (overwrite=True)."
+                f"{folder} is a pack already. Choose another folder, or replace it with overwrite=True (--overwrite)."
             )
     elif folder.exists():
         foreign = sorted(entry.name for entry in folder.iterdir() if not _is_left_over(entry))

@@ -76,7 +76,7 @@ def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[s
     if missing and not carry_missing:
         raise ModuleNameError(
             f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, "
-            f"such as {missing[0]!r}. --carry-missing (carry_missing=True) keeps them as they are; or fit the pack "
+            f"such as {missing[0]!r}. carry_missing=True (--carry-missing) keeps them as they are; or fit the pack "
             "again with it."
         )
     found = {module: place for module, place in places.items() if place is not None}

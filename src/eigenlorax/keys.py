@@ -60,6 +60,9 @@ LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
+MOST_CHARACTERS = 1024
+"""Of the name of a tensor of an adapter. Real ones have some two hundred."""
+
 # a key of a pattern that is a name, in which a dot may be escaped or stand for any character
 _LITERAL = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\[^A-Za-z0-9\s\\])*)\$?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -97,6 +100,16 @@ class TensorName:
     kind: Kind
     module: str
     key: str
+
+
+def check_tensor_names(names: Iterable[str], where: str) -> None:
+    """`FormatError` for a name that is longer than any real one: to look for its parts could take very long."""
+    for name in names:
+        if len(name) > MOST_CHARACTERS:
+            raise FormatError(
+                f"{where}: the name of tensor {name[:40]!r}… has {len(name):,} characters; at most {MOST_CHARACTERS:,} "
+                "are read."
+            )
 
 
 def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
@@ -322,7 +335,7 @@ def one_name_per_module(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
                 raise ModuleNameError(
                     f"modules {twice[0]!r} and {twice[1]!r} of one adapter could be one, by the names that "
                     "transformers has given it. Fit the adapters apart, or leave the module out with "
-                    f"--exclude-module {twice[1]}."
+                    f"exclude_modules=[{twice[1]!r}] (--exclude-module {twice[1]})."
                 )
     longest = _without_prefixes({frozenset(map(renamed.newest, names)) for names in kept})
     return {name: by_newest[longest[renamed.newest(one)]][0] for name, one in found.items()}
@@ -340,7 +353,7 @@ def _without_prefixes(sets: Collection[frozenset[str]]) -> dict[str, str]:
         if len(longer) > 1:
             raise ModuleNameError(
                 f"module {short!r} of one adapter could be {longer[0]!r} or {longer[1]!r} of others. Fit the adapters "
-                f"apart, or leave the module out with --exclude-module {short}."
+                f"apart, or leave the module out with exclude_modules=[{short!r}] (--exclude-module {short})."
             )
 
     def longest(name: str) -> str:
@@ -352,7 +365,8 @@ def _without_prefixes(sets: Collection[frozenset[str]]) -> dict[str, str]:
             twice = next(one for one in sorted(names) if found[one] != one and found[one] in names)
             raise ModuleNameError(
                 f"modules {twice!r} and {found[twice]!r} of one adapter could be one, by the names other adapters have "
-                f"for them. Fit the adapters apart, or leave the module out with --exclude-module {twice}."
+                f"for them. Fit the adapters apart, or leave the module out with exclude_modules=[{twice!r}] "
+                f"(--exclude-module {twice})."
             )
     return found
 

@@ -433,7 +433,7 @@ def _check_reachable(losses: np.ndarray, bound: float, setting: Setting) -> None
         raise OptionError(
             f"max_error={setting.options.max_error:g} cannot be reached: with every direction kept, adapter "
             f"{list(setting.weights)[worst]!r} has a delta error of {error:.2g}, which is rounding. Store the pack in "
-            f"a wider dtype (--dtype {wider}), or ask for max_error={_above(error):g}."
+            f"a wider dtype (dtype={wider!r}, --dtype {wider}), or ask for max_error={_above(error):g}."
         )
 
 

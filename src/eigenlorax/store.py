@@ -158,7 +158,9 @@ def check_free(path: Path, overwrite: bool = False) -> None:
     if path.is_symlink():
         raise PackExistsError(f"{path} exists and is a link. Choose another folder, or remove the link.")
     if path.exists() and any(path.iterdir()) and not overwrite:
-        raise PackExistsError(f"{path} exists and is not empty. Choose another folder, or replace it with --overwrite.")
+        raise PackExistsError(
+            f"{path} exists and is not empty. Choose another folder, or replace it with overwrite=True (--overwrite)."
+        )
 
 
 def check_file_free(path: Path, overwrite: bool = False) -> None:
@@ -168,7 +170,9 @@ def check_file_free(path: Path, overwrite: bool = False) -> None:
         if path.is_symlink() or not path.is_file():
             raise PackExistsError(f"{path} exists and is not a plain file. Choose another one, or remove it yourself.")
         if not overwrite:
-            raise PackExistsError(f"{path} exists. Choose another folder, or replace it with --overwrite.")
+            raise PackExistsError(
+                f"{path} exists. Choose another folder, or replace it with overwrite=True (--overwrite)."
+            )
 
 
 def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:

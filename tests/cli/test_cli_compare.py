@@ -105,7 +105,11 @@ BAD = {
     "rates twice": (f"{QUICK} --learning-rates 0.2", 3, "learning rates of all are given twice"),
     "another task": (f"{QUICK} --task causal-lm", 3, "on text-classification alone"),
     "no such model": (f"{QUICK} --model no/such", 3, "the model no/such is no folder here"),
-    "a file in the way": (f"{QUICK} -o odd.jsonl", 4, "odd.jsonl exists. Choose another file, or go on with --resume"),
+    "a file in the way": (
+        f"{QUICK} -o odd.jsonl",
+        4,
+        "odd.jsonl exists. Choose another file, or go on with it: resume=True (--resume)",
+    ),
     "a folder in the way": (f"{QUICK} -o empty", 3, "empty is a folder. The results are one file"),
     "a file in a file": (f"{QUICK} -o odd.jsonl/out.json", 4, "odd.jsonl exists and is not a folder"),
     "a file in the pack": (f"{QUICK} -o pack/out.json", 4, "lies in the pack"),

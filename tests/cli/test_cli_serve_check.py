@@ -335,9 +335,7 @@ class TestWhatIsRefused:
     def test_a_model_that_is_not_there(self, cli, fitting):
         for model in ("no/such", "./nowhere"):
             done = cli("serve-check", fitting, "--model", model)
-            assert_refused(
-                done, 3, f"the model {model} is no folder here, and could not be had from the Hub", "--model"
-            )
+            assert_refused(done, 3, f"the model {model} is no folder here", "--model")
 
     def test_a_folder_without_a_config(self, cli, fitting, tmp_path):
         done = cli("serve-check", fitting, "--model", tmp_path)
@@ -388,7 +386,7 @@ class TestWhatIsRefused:
 
     def test_gpus_that_cannot_share_the_model(self, cli, fitting, model):
         done = cli("serve-check", fitting, "--model", model, "--tensor-parallel-size", 3)
-        assert_refused(done, 3, "has 4 attention heads", "--tensor-parallel-size has to divide 4")
+        assert_refused(done, 3, "has 4 attention heads", "--tensor-parallel-size) has to divide 4")
 
     def test_a_word_for_a_number(self, cli, fitting, model):
         assert_usage_error(cli("serve-check", fitting, "--model", model, "--max-loras", "many"), "max-loras")

@@ -161,7 +161,8 @@ class TestClassification:
             tmp_path / "other.jsonl", [{"text": row["text"], "gold": row["label"]} for row in rows]
         )
         with pytest.warns(
-            RowsWarning, match="no column 'label': agreement is counted, .* text, gold. --label-column"
+            RowsWarning,
+            match="no column 'label': agreement is counted, .* text, gold. Columns.label=.* .--label-column",
         ) as said:
             found = compare(pack, originals, [(None, file)])
         assert len(said) == 1
@@ -296,7 +297,7 @@ class TestWhatCannotBeCompared:
             ([("b", "three")], {}, FormatError, "^[^N]*label 2 is none of the 2 classes: 0, 1.$"),
             ([("b", "named")], {}, OptionError, "labels such as 'good', and a pack keeps no names of classes"),
             ([(None, "named")], {"labels": ["bad", "good"]}, OptionError, "do not fit adapter 'a': 2 labels are named"),
-            ([("a", "rows")], {"columns": Columns(label="gold")}, OptionError, "no column 'gold'. .* --label-column"),
+            ([("a", "rows")], {"columns": Columns(label="gold")}, OptionError, "no column 'gold'. .*--label-column"),
             (
                 [("a", "first")],
                 {},
@@ -313,7 +314,7 @@ class TestWhatCannotBeCompared:
                 [("b", "named")],
                 {"labels": {"q": ["bad"]}},
                 AdapterNameError,
-                "given for 'q', which .* It has: a, b, c, d",
+                "no adapter named 'q' in the pack, though labels name it. It has: a, b, c, d",
             ),
             ([("b", "named")], {"labels": {"a": ["x", "y", "z"]}}, OptionError, "labels such as 'good'"),
             (

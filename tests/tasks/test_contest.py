@@ -162,9 +162,11 @@ class TestAContest:
         with pytest.raises(OptionError, match=r"was begun with another epochs: 1.0 there, 2.0 now"):
             run(place, replace(quick, epochs=2.0), resume=True)
         trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=2))
-        with pytest.raises(OptionError, match="was begun with other rows for evaluation. --resume"):
+        with pytest.raises(OptionError, match="was begun with other rows for evaluation. resume=True .--resume"):
             run(place, quick, resume=True)
-        with pytest.raises(PackExistsError, match="out.json exists. Choose another file, or go on with --resume"):
+        with pytest.raises(
+            PackExistsError, match="out.json exists. Choose another file, or go on with it: resume=True .--resume"
+        ):
             run(place, quick)
         with pytest.raises(OptionError, match="is a folder. The results are one file"):
             run(place, quick, "pack")
@@ -227,7 +229,7 @@ class TestRows:
     def test_one_row_a_class_is_too_few_to_choose_by(self, place, asked):
         with pytest.warns(RowsWarning), pytest.raises(FormatError, match="has one row a class, or little more"):
             self.divide(place, asked, {"a": 1, "b": 1})
-        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="one rate a method: --learning-rates"):
+        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="one rate a method .rates=, --learning-rates"):
             self.divide(place, asked, {"a": 5, "b": 1})
         with pytest.warns(RowsWarning):
             found = self.divide(place, replace(asked, rates={"lora": [0.1], "core": [0.1]}), {"a": 1, "b": 1})

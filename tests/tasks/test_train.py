@@ -435,7 +435,7 @@ class TestTheTrainersOptions:
             ({"max_steps": 1.5}, "the Trainer's max_steps must be int, got 1.5"),
             ({"use_cpu": 1}, "the Trainer's use_cpu must be bool, got 1"),
             ({"lr_scheduler_type": "zigzag"}, "the Trainer does not take its options: zigzag is not a valid"),
-            ({"eval_strategy": "steps"}, "there are no rows for them: --eval"),
+            ({"eval_strategy": "steps"}, "there are no rows for them: evaluation= (--eval)"),
             ({"adam_beta2": 1.5}, "the Trainer does not take its options: betas must be two numbers"),
             ({"learning_rate": 0.1}, "learning_rate stands among the Trainer's options, and learning_rate was given"),
         ],
@@ -454,7 +454,11 @@ class TestWhatCannotBe:
         trainable.bert_pack(place / "nameless", "")
         cases = [
             ({"pack": "nowhere"}, PackMissingError, "nowhere is not a pack"),
-            ({"output": "full"}, PackExistsError, "full exists and is not empty. Choose another folder, or go on with"),
+            (
+                {"output": "full"},
+                PackExistsError,
+                "full exists and is not empty. Choose another folder, or go on with resume=True (--resume)",
+            ),
             ({"output": "pack/adapters/x"}, PackExistsError, "lies in the pack"),
             ({"name": "A0"}, AdapterNameError, "already has an adapter named 'A0'"),
             ({"name": "a/b"}, AdapterNameError, "a/b"),

@@ -47,7 +47,7 @@ def test_an_old_peft_goes_on_working_for_others(tmp_path):
     (tmp_path / "peft" / "__init__.py").write_text("__version__ = '0.10.0'\nworks = True\n")
     code = "import eigenlorax, peft; assert peft.works; eigenlorax.fit\neigenlorax.EigenLoraxConfig"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "RegistrationWarning: training on coefficients needs a newer PEFT than 0.10.0" in done.stderr
+    assert "RegistrationWarning: adapters on models need a newer PEFT than 0.10.0" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("eigenlorax.errors.MissingExtraError")
 
 

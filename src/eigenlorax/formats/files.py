@@ -152,6 +152,7 @@ def _open_safetensors(folder: Folder, name: str) -> tuple[str, int, dict[str, He
     """What a file is called, its size, what it has, what reads it, and its metadata."""
     file = folder.file(name)
     found = ranges.stored(file)
+    keys.check_tensor_names(found.entries, str(file))
     headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
     return str(file), file.size, headers, found.load, dict(found.metadata)
 
@@ -162,7 +163,9 @@ def _open_weights(folder: Folder, allow_pickle: bool) -> tuple[str, int, dict[st
         return _open_safetensors(folder, keys.ADAPTER_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_PICKLE):
         fetched = allow_pickle or isinstance(folder, RemoteFolder)
-        unfetched = "" if fetched else " (from the Hub, a .bin is fetched with --allow-pickle only)"
+        unfetched = (
+            "" if fetched else " (from the Hub, a .bin is fetched with allow_pickle=True, --allow-pickle, alone)"
+        )
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{unfetched}.")
     if isinstance(folder, RemoteFolder):
         raise FormatError(
@@ -184,6 +187,7 @@ def _open_pickle(path: Path) -> tuple[dict[str, Header], Load]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
+    keys.check_tensor_names(state, str(path))
     size = path.stat().st_size
     for key, value in state.items():
         flaw = _flaw(value, size)

@@ -227,6 +227,7 @@ def is_lora(folder: Folder, file: str) -> bool:
     """Whether a safetensors file, by its header, is an adapter's, or so broken that it cannot be said."""
     try:
         found = ranges.stored(folder.file(file))
+        keys.check_tensor_names(found.entries, file)
     except FormatError:
         return True
     return names.is_lora(found.entries)

@@ -104,8 +104,8 @@ def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
     if adapter.carried:
         warnings.warn(
             f"{adapter.name}: its DoRA magnitudes are written as kohya's programs and ComfyUI read them. diffusers "
-            "loads such a file without them, the original as well: for load_lora_weights, export with --format "
-            "diffusers.",
+            "loads such a file without them, the original as well: for load_lora_weights, export with "
+            "format='diffusers' (--format diffusers).",
             SourceWarning,
             stacklevel=6,
         )
@@ -119,7 +119,7 @@ def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
         warnings.warn(
             f"{adapter.name}: its alphas are written as they came, key by key. {len(misread)} of them, such as that of "
             f"{min(misread)}, diffusers does not find in a kohya file, in the original neither: for load_lora_weights, "
-            "export with --format diffusers.",
+            "export with format='diffusers' (--format diffusers).",
             SourceWarning,
             stacklevel=6,
         )

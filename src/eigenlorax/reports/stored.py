@@ -59,7 +59,7 @@ def of(pack: Pack) -> Report | None:
     )
     warnings.warn(
         f"{path} is not used: it was made when the pack held something else ({what}). Name the original adapters with "
-        "--adapters for a new one.",
+        "adapters= (--adapters) for a new one.",
         StaleReportWarning,
         stacklevel=2,
     )

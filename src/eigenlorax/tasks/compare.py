@@ -165,7 +165,7 @@ def _says_classes(table: Table, columns: Columns) -> bool:
     if columns.text in table.columns and set(table.columns) - {columns.text, columns.pair}:
         warnings.warn(
             f"{table.where} has no column {columns.label!r}: agreement is counted, and no accuracy. It has: "
-            f"{', '.join(table.columns)}. --label-column names another one.",
+            f"{', '.join(table.columns)}. Columns(label=...) (--label-column) names another one.",
             RowsWarning,
             stacklevel=4,
         )

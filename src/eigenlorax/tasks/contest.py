@@ -173,8 +173,9 @@ def run(prepared: Prepared, progress: Progress | None = None) -> Outcome:
                 train((name, best, seed))
                 if found[name, best, seed].score is None:
                     raise NonFiniteError(
-                        f"{name} has diverged with seed {seed} at the learning rate {best:g}. Try lower ones, "
-                        f"--learning-rates {name}=A,B,C; --resume keeps what has been done."
+                        f"{name} has diverged with seed {seed} at the learning rate {best:g}. Try lower ones "
+                        f"(rates={{{name!r}: [A, B, C]}}, --learning-rates {name}=A,B,C); resume=True (--resume) keeps "
+                        "what has been done."
                     )
     report("training", left, left)
     outcome = _outcome(prepared, found, trained, time.perf_counter() - started)
@@ -198,7 +199,8 @@ def _chosen(contest: Contest, name: str, found: Mapping[Key, Run]) -> float | No
     if not ranked:
         raise NonFiniteError(
             f"{name} has diverged at each of the learning rates {', '.join(f'{rate:g}' for rate in rates)}. Try lower "
-            f"ones, --learning-rates {name}=A,B,C; or leave it out with --methods. --resume keeps what has been done."
+            f"ones (rates={{{name!r}: [A, B, C]}}, --learning-rates {name}=A,B,C), or leave it out (methods=, "
+            "--methods). resume=True (--resume) keeps what has been done."
         )
     return min(ranked)[2]
 
@@ -250,8 +252,8 @@ def _train(prepared: Prepared, key: Key) -> Run:
         return Run(name, rate, seed, numbers, head_numbers, size, None, None, "", [], [], 0.0)
     except torch.cuda.OutOfMemoryError as error:
         raise OptionError(
-            "the device has no memory left: a smaller --batch-size or --max-length, in another file, needs less. "
-            "--resume goes on where there is more."
+            "the device has no memory left. A smaller batch_size= (--batch-size) or max_length= (--max-length), in "
+            "another file, needs less; resume=True (--resume) goes on where there is more."
         ) from error
     logits, wanted = torch.from_numpy(found.predicted).double(), torch.tensor([row["labels"] for row in test])
     right = "".join(str(int(one)) for one in logits.argmax(dim=-1) == wanted)

@@ -220,7 +220,7 @@ def _numbered(table: Table, numbers: Sequence[int]) -> Labels:
 
 
 def _label_column(table: Table, columns: Columns) -> Iterator[tuple[int | str, str]]:
-    for value, place in _column(table, columns.label, "--label-column"):
+    for value, place in _column(table, columns.label, "Columns.label (--label-column)"):
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise FormatError(
                 f"{table.where}, {place}: label {value!r}; an integer or a text was expected. Classes alone are "

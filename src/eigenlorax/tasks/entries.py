@@ -64,7 +64,8 @@ def make(
                 raise
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
                 raise OptionError(
-                    f"{name} does not work on the modules of this pack: {reason(error)} Leave it out with --methods."
+                    f"{name} does not work on the modules of this pack: {reason(error)} Leave it out (methods=, "
+                    "--methods)."
                 ) from error
     return found
 

@@ -142,7 +142,7 @@ def task_of(adapter: PackedAdapter, asked: str | None) -> str:
     found = [task for task, theirs in TASKS.items() if theirs == kind]
     if not found:
         raise OptionError(
-            f"adapter {adapter.name!r} has the task type {kind!r}; name one of {', '.join(TASKS)} with --task."
+            f"adapter {adapter.name!r} has the task type {kind!r}; name one of {', '.join(TASKS)} with task= (--task)."
         )
     return found[0]
 
@@ -212,7 +212,8 @@ def classes_of(n: int, names: Sequence[str] | None, table: data.Table, columns: 
         if name is not None:
             raise OptionError(
                 f"{table.where} has labels such as {name!r}, and a pack keeps no names of classes: give the adapter's "
-                f"{n} in the order of its head with --labels, or the folder that `eigenlorax train` has written."
+                f"{n} in the order of its head with labels= (--labels), or the folder that `eigenlorax train` has "
+                "written."
             )
         return data.numbered(n)
     if len(names) != n:

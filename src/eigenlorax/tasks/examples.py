@@ -47,8 +47,8 @@ def labelled(rows: list[Example], numbers: Sequence[int]) -> list[Example]:
 
 def unlabelled(table: Table, columns: Columns, tokenizer: Any, most: int) -> list[Example]:
     """One example a row, whatever its class is."""
-    texts = data.texts(table, columns.text, "--text-column")
-    pairs = data.texts(table, columns.pair, "--pair-column") if columns.pair else None
+    texts = data.texts(table, columns.text, "Columns.text (--text-column)")
+    pairs = data.texts(table, columns.pair, "Columns.pair (--pair-column)") if columns.pair else None
     whole = tokenizer(texts, pairs)["input_ids"]
     _say_cut(table, sum(len(row) > most for row in whole), most)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=most)
@@ -61,7 +61,7 @@ def modelling(table: Table, columns: Columns, tokenizer: Any, most: int) -> list
     if not data.has_columns(table, columns.text) and data.has_columns(table, "prompt", "completion"):
         prompts, texts = data.texts(table, "prompt"), data.texts(table, "completion")
     else:
-        prompts, texts = [], data.texts(table, columns.text, "--text-column")
+        prompts, texts = [], data.texts(table, columns.text, "Columns.text (--text-column)")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # what a tokenizer puts around a text stands before the prompt where there is one
     bodies = [_without_end(ids, end) for ids in tokenizer(texts, add_special_tokens=not prompts)["input_ids"]]
@@ -96,8 +96,8 @@ def _without_end(ids: Sequence[int], end: list[int]) -> list[int]:
 def _say_cut(table: Table, cut: int, most: int) -> None:
     if cut:
         warnings.warn(
-            f"{cut} of {len(table.rows)} rows of {table.where} were cut after {most} tokens; --max-length says how "
-            "many are taken.",
+            f"{cut} of {len(table.rows)} rows of {table.where} were cut after {most} tokens; max_length= "
+            "(--max-length) says how many are taken.",
             RowsWarning,
             stacklevel=3,
         )

@@ -28,7 +28,7 @@ def check(output: Path, resume: bool) -> None:
     if resume and not output.is_file():
         raise OptionError(f"{output} does not exist, so that there is nothing to resume.")
     if not resume and output.exists():
-        raise PackExistsError(f"{output} exists. Choose another file, or go on with --resume.")
+        raise PackExistsError(f"{output} exists. Choose another file, or go on with it: resume=True (--resume).")
 
 
 def write(output: Path, asked: Mapping[str, Any], runs: Iterable[Run], result: Mapping[str, Any] | None) -> None:
@@ -56,7 +56,7 @@ def read(output: Path, asked: Mapping[str, Any]) -> list[Run]:
         name = differing[0]
         said = _OTHER.get(name) or f"another {name}: {before.get(name)!r} there, {asked[name]!r} now"
         raise OptionError(
-            f"{output} was begun with {said}. --resume goes on with the same contest, of more methods, rates or seeds "
-            "if you like; begin another one in another file."
+            f"{output} was begun with {said}. resume=True (--resume) goes on with the same contest, of more methods, "
+            "rates or seeds if you like; begin another one in another file."
         )
     return runs

@@ -35,7 +35,7 @@ def of_pack(pack: Pack, model: str | None) -> tuple[str, str | None]:
     if model is not None:
         return model, None
     if not pack.base_model:
-        raise OptionError("the pack does not say which base model it belongs to: name it with --model.")
+        raise OptionError("the pack does not say which base model it belongs to: name it with model= (--model).")
     return pack.base_model, pack.revision
 
 
@@ -92,7 +92,7 @@ def _loading(model: str) -> Iterator[dict[str, bool]]:
     from huggingface_hub.errors import StrictDataclassError
 
     is_local = Path(model).exists()
-    unasked = None if is_local else hub.unreachable()
+    unasked = hub.unreachable() if not is_local and hub.may_be_model(model) else None
     local_only = is_local or unasked is not None
     try:
         # not all that transformers asks for goes by its argument
@@ -105,11 +105,12 @@ def _loading(model: str) -> Iterator[dict[str, bool]]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         if is_local:
             raise FormatError(f"{model} is not a model that transformers can load: {reason(error)}") from error
-        why = "could not be had from the Hub: " + reason(error)
+        why = reason(error)
         if unasked is not None:
-            why = f"is not in the Hub's cache, or not all of it; and the Hub cannot be asked ({unasked})."
+            why = f"it is not in the cache, or not all of it, and the Hub cannot be asked ({unasked})."
         raise HubError(
-            f"the model {model} is no folder here, and {why} --model (model=) names a folder or another repository."
+            f"the model {model} is no folder here, and could not be had from the Hub: {why} model= (--model) "
+            "names a folder or another repository."
         ) from error
 
 

@@ -50,7 +50,7 @@ def divide(contest: Contest, table: Table, tests: Table, labels: Labels, tokeniz
         if len({whole[place]["labels"] for place in held_out}) < 2:
             raise FormatError(
                 f"{table.where} has one row a class, or little more: learning rates are chosen on rows held out, of "
-                "two classes at least. More rows are needed, or one rate a method: --learning-rates METHOD=A."
+                "two classes at least. More rows are needed, or one rate a method (rates=, --learning-rates METHOD=A)."
             )
         if len(held_out) < _FEW:
             warnings.warn(

@@ -86,7 +86,7 @@ def train(
         raise OptionError(
             f"the pack has no room for the update on n_extra={training.n_extra} further directions. Make a pack that "
             f"has them, `eigenlorax augment {pack} --n-extra {training.n_extra} --seed {training.extra_seed} -o PACK2`,"
-            " and train on that one; or leave the adapter out of the pack with --no-add."
+            " and train on that one; or leave the adapter out of the pack with add=False (--no-add)."
         )
     _check_output(output, resume)
     table = data.read(training.train, training.columns.label)
@@ -151,8 +151,8 @@ def _free_name(pack: Pack, name: str, add: bool) -> str:
     keys.check_name(name)
     if add and name.lower() in {known.lower() for known in pack.names}:
         raise AdapterNameError(
-            f"the pack already has an adapter named {name!r}. Choose another name with --name, or remove the old one "
-            "first."
+            f"the pack already has an adapter named {name!r}. Choose another name with name= (--name), or remove the "
+            "old one first."
         )
     return name
 
@@ -163,7 +163,9 @@ def _check_output(output: Path, resume: bool) -> None:
     if resume and not (output / RECORD).is_file():
         raise OptionError(f"{output} has no {RECORD}, so that there is no training to resume.")
     if not resume and output.exists() and any(output.iterdir()):
-        raise PackExistsError(f"{output} exists and is not empty. Choose another folder, or go on with --resume.")
+        raise PackExistsError(
+            f"{output} exists and is not empty. Choose another folder, or go on with resume=True (--resume)."
+        )
 
 
 def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: Table, held_out: Table | None) -> _Run:
@@ -241,8 +243,8 @@ def _fit(model: Any, fitter: Any, resume: bool) -> dict[str, Any]:
     fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         raise NonFiniteError(
-            "the training has diverged: trained numbers are NaN or Inf. A lower --learning-rate may help; nothing was "
-            "added to the pack."
+            "the training has diverged: trained numbers are NaN or Inf. A lower learning_rate= (--learning-rate) may "
+            "help; nothing was added to the pack."
         )
     return {
         "modules": sum(isinstance(module, EigenLoraxLayer) for module in model.modules()),
@@ -269,8 +271,8 @@ def _said_plainly(output: Path) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise OptionError(
-            "the device has no memory left: a smaller --batch-size or --max-length needs less. Steps of several small "
-            "batches are gradient_accumulation_steps among the Trainer's options."
+            "the device has no memory left. A smaller batch_size= (--batch-size) or max_length= (--max-length) needs "
+            "less. Steps of several small batches are gradient_accumulation_steps among the Trainer's options."
         ) from error
     except OSError as error:
         error.filename = error.filename or str(output)
@@ -301,8 +303,8 @@ def _check_same(output: Path, run: _Run) -> None:
     if differing:
         first = differing[0]
         raise OptionError(
-            f"{output} was begun with another {first}: {before.get(first)!r} there, {asked[first]!r} now. --resume "
-            "goes on with the same training; begin another one in another folder."
+            f"{output} was begun with another {first}: {before.get(first)!r} there, {asked[first]!r} now. "
+            "resume=True (--resume) goes on with the same training; begin another one in another folder."
         )
 
 

@@ -24,7 +24,9 @@ def read_options(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise MissingExtraError("--trainer-options needs PyYAML: pip install 'eigenlorax[train]'.") from error
+        raise MissingExtraError(
+            "reading trainer_options (--trainer-options) needs PyYAML: pip install 'eigenlorax[train]'."
+        ) from error
     if not path.is_file():
         raise FormatError(f"{path} does not exist. A YAML file with fields of TrainingArguments was expected.")
     try:
@@ -69,7 +71,9 @@ def arguments(training: Training, checkpoints: Path) -> Any:
         **_checked(training.trainer_options, TrainingArguments),
     }
     if found["eval_strategy"] != "no" and training.evaluation is None:
-        raise OptionError("the Trainer's eval_strategy asks for evaluations, and there are no rows for them: --eval.")
+        raise OptionError(
+            "the Trainer's eval_strategy asks for evaluations, and there are no rows for them: evaluation= (--eval)."
+        )
     try:
         return TrainingArguments(output_dir=str(checkpoints), disable_tqdm=True, **found)
     except (ValueError, TypeError, ImportError, KeyError) as error:
@@ -128,7 +132,7 @@ def make(
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"the training has diverged: by step {state.global_step} the loss was {loss}. A lower "
-                    "--learning-rate may help; nothing was added to the pack."
+                    "learning_rate= (--learning-rate) may help; nothing was added to the pack."
                 )
 
     def count(predicted: Any) -> dict[str, float]:

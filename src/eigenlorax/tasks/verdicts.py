@@ -186,7 +186,7 @@ def words(
     if at_edge:
         found.append(
             f"rates: the one chosen is the lowest or the highest tried for {', '.join(at_edge)}; another one may be "
-            "better: --learning-rates METHOD=A,B,C with --resume."
+            "better: --learning-rates METHOD=A,B,C with --resume (rates=, resume=True)."
         )
     return found
 

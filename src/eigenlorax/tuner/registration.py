@@ -15,9 +15,11 @@ def check_peft() -> None:
         import peft
         from packaging.version import Version
     except ImportError as error:
-        raise MissingExtraError(f"training on coefficients needs {error.name}: {_GET_PEFT}.") from error
+        raise MissingExtraError(
+            f"adapters on models need {error.name}, which is not installed: pip install 'eigenlorax[peft]'."
+        ) from error
     if Version(peft.__version__).release[:2] < OLDEST_PEFT:
-        raise MissingExtraError(f"training on coefficients needs a newer PEFT than {peft.__version__}: {_GET_PEFT}.")
+        raise MissingExtraError(f"adapters on models need a newer PEFT than {peft.__version__}: {_GET_PEFT}.")
 
 
 def register() -> None:

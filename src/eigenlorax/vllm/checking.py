@@ -146,8 +146,8 @@ def _matched(pack: Pack, shapes: Shapes) -> _Match:
     modules = pack.subspace.modules
     names = keys.resolve_all(modules, shapes.layers)
     missing = [name for name, found in names.items() if found is None and not _of_experts(name, shapes)]
-    remedy = "Name the base model that the pack's adapters are for with --model" + (
-        f": the pack says {pack.base_model!r}." if pack.base_model else "."
+    remedy = "Name the base model that the pack's adapters are for: model= (--model)" + (
+        f"; the pack says {pack.base_model!r}." if pack.base_model else "."
     )
     if missing:
         raise ModuleNameError(
@@ -245,7 +245,7 @@ def _without_place(match: _Match) -> str | None:
         return None
     # of a mixture there are thousands
     patterns = sorted({"*experts.*" if plans.in_experts(name) else name for name in match.not_held})
-    options = " ".join(f"--exclude-module {shlex.quote(pattern)}" for pattern in patterns)
+    options = shlex.join(word for pattern in patterns for word in ("--exclude-module", pattern))
     return (
         f"the model has no linear layer, which bases could be put into, for {len(match.not_held)} of the "
         f"{len(match.cores)} modules of the subspace, as {match.not_held[0]!r}; leave them out when fitting "

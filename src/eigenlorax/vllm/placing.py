@@ -73,7 +73,7 @@ def install(model: nn.Module, subspace: Subspace, core: str, device: torch.devic
         raise ModuleNameError(
             f"{type(model).__name__} has no linear layer for {len(missing)} of the {len(names)} modules of the "
             f"subspace, as {missing[0]!r}. Serve the pack without {SHARED_BASIS}, or fit it again without them "
-            "(--exclude-module)."
+            "(exclude_modules=, --exclude-module)."
         )
     of_layer: dict[LinearBase, list[tuple[Place, ModuleBases]]] = {}
     for module, bases in subspace.modules.items():

@@ -152,7 +152,7 @@ def check_gpus(shapes: Shapes, gpus: int) -> None:
     if shapes.heads is not None and shapes.heads % gpus:
         raise OptionError(
             f"{shapes.model} has {shapes.heads} attention heads, which {gpus} GPUs cannot share evenly. "
-            f"--tensor-parallel-size has to divide {shapes.heads}."
+            f"gpus= (--tensor-parallel-size) has to divide {shapes.heads}."
         )
     for name, layer in shapes.layers.items():
         n = min(gpus, layer.parts or gpus)
@@ -160,7 +160,7 @@ def check_gpus(shapes: Shapes, gpus: int) -> None:
         if layer.split is not None and size % n:
             raise OptionError(
                 f"{name} of {shapes.model} has a side of {size}, which {n} GPUs cannot share evenly. "
-                f"--tensor-parallel-size has to divide {size}."
+                f"gpus= (--tensor-parallel-size) has to divide {size}."
             )
 
 

