@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_what_is_neither_done_nor_refused_is_a_failure(monkeypatch, cause):
     monkeypatch.setattr(harness, "PATIENCE", 0.5)
     attempts = iter([lambda folder: 0, HOSTILE[cause], lambda folder: _raise(FormatError("no")), HOSTILE[cause]])
     targets = [Target("some", lambda: {"start": {"file": b""}}, lambda random, tree: [], one) for one in attempts]
-    outcomes = harness.run([harness.drawn(target, 7, number) for number, target in enumerate(targets)])
+    outcomes = harness.run([partial(harness.drawn, target, 7, number) for number, target in enumerate(targets)])
     assert outcomes.counts == {("some", "done"): 1, ("some", "failed"): 2, ("some", "FormatError"): 1}
     assert f"2 × some: {cause}" in str(outcomes)
     # what makes it again

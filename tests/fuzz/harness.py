@@ -19,8 +19,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,6 +40,9 @@ WAIT_SECONDS = 20
 """Time on the clock after which it is killed too: it may wait for what never comes."""
 BYTES_PER_BYTE, ADAPTERS, ALLOWANCE = 10, 3, 200 << 20
 """Memory that a case may take: so many times its files, and the largest exported adapter, and so many bytes."""
+PROGRESS_SECONDS = 60
+MOST_KEPT = 200
+"""Inputs of failures that are left in a folder."""
 ADDRESS_SPACE = 24 << 30
 """A process may have so much more address space: what asks for more ends in a MemoryError, and no machine in swap."""
 
@@ -86,12 +90,34 @@ def parsed(line: str) -> Case:
     return case
 
 
-def scheduled(cases: int, seed: int, targets: Sequence[Target]) -> Iterator[Case]:
+Plan = Callable[[], Case]
+"""What makes a case when its turn comes: of all cases of a long run at once, there would be gigabytes."""
+
+
+def scheduled(cases: int, seed: int, targets: Sequence[Target]) -> Iterator[Plan]:
     """So many cases, shared among targets by their weights."""
     turns = [target for target in targets for _ in range(target.weight)]
     Random(0).shuffle(turns)
+    for target in targets:
+        # in the forks they would be made anew each time
+        target.starts()
     for number in range(cases):
-        yield drawn(turns[number % len(turns)], seed, number)
+        yield partial(drawn, turns[number % len(turns)], seed, number)
+
+
+def unchanged(targets: Sequence[Target]) -> Iterator[Plan]:
+    """What cases are made of, as it is."""
+    for target in targets:
+        for start in target.starts():
+            yield partial(Case, target, start, [])
+
+
+def replayed(lines: Iterable[str]) -> Iterator[Plan]:
+    """The cases of a file."""
+    for line in lines:
+        if line.strip():
+            TARGETS[json.loads(line)["target"]].starts()
+            yield partial(parsed, line)
 
 
 @dataclass(frozen=True)
@@ -144,27 +170,34 @@ class Outcomes:
         return "\n".join(rows)
 
 
-def run(cases: Sequence[Case] | Iterable[Case], jobs: int = 1, kept: Path | None = None) -> Outcomes:
+def run(
+    plans: Iterable[Plan],
+    jobs: int = 1,
+    *,
+    kept: Path | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Outcomes:
     """Run cases in forks of this process, `jobs` at a time. kept: a folder for the inputs of failures."""
-    cases = list(cases)
-    for case in cases:
-        # in the forks it would be made anew each time
-        case.target.starts()
+    plans = list(plans)
     outcomes = Outcomes()
     with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
-        workers = [_Worker(cases[first::jobs], Path(folder) / str(first)) for first in range(jobs)]
-        for worker in workers:
-            worker.start()
-        while busy := {os.pidfd_open(worker.child): worker for worker in workers if worker.child}:
-            ended, _, _ = select.select(list(busy), [], [])
-            for descriptor, worker in busy.items():
-                os.close(descriptor)
-                if descriptor in ended:
-                    worker.end()
-        for worker in workers:
-            outcomes.add(worker.outcomes)
+        workers = [_Worker(plans[first::jobs], Path(folder) / str(first)) for first in range(jobs)]
+        try:
+            for worker in workers:
+                worker.start()
+            while busy := {os.pidfd_open(worker.child): worker for worker in workers if worker.child}:
+                ended, _, _ = select.select(list(busy), [], [], PROGRESS_SECONDS)
+                progress(sum(worker.done for worker in workers), len(plans))
+                for descriptor, worker in busy.items():
+                    os.close(descriptor)
+                    if descriptor in ended:
+                        worker.end()
+        finally:
+            for worker in workers:
+                worker.stop()
+                outcomes.add(worker.outcomes)
     if kept is not None:
-        _keep(outcomes.failures, cases, kept)
+        _keep(outcomes.failures, kept)
     return outcomes
 
 
@@ -173,41 +206,47 @@ def _scratch() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def _keep(failures: list[Failure], cases: Sequence[Case], kept: Path) -> None:
+def _keep(failures: Sequence[Failure], kept: Path) -> None:
+    """Leave the inputs of failures in a folder, each with what it is beside it."""
     kept.mkdir(parents=True, exist_ok=True)
-    by_line = {case.line: case for case in cases}
-    for number, failure in enumerate(failures[:200]):
+    for number, failure in enumerate(failures[:MOST_KEPT]):
         place = kept / f"{number:04d}"
-        (kept / f"{number:04d}.txt").write_text(f"{failure.cause}\n{failure.detail}\n{failure.case}\n{failure.line}\n")
-        if not place.exists() and failure.line in by_line:
-            changes.write(by_line[failure.line].tree, place)
+        place.with_suffix(".txt").write_text(f"{failure.cause}\n{failure.detail}\n{failure.case}\n{failure.line}\n")
+        changes.write(parsed(failure.line).tree, place)
 
 
 class _Worker:
     """Cases that are run one after the other, by as many forks as it takes: one that is killed is followed by another,
     which goes on behind the case that killed it."""
 
-    def __init__(self, cases: Sequence[Case], folder: Path) -> None:
-        self._cases, self._folder = cases, folder
+    def __init__(self, plans: Sequence[Plan], folder: Path) -> None:
+        self._plans, self._folder = plans, folder
         self._at = mmap.mmap(-1, 8)
         self._results = folder.with_suffix(".jsonl")
+        self._first = 0
         self.child = 0
         self.outcomes = Outcomes()
 
+    @property
+    def done(self) -> int:
+        """How many cases have been run."""
+        return int(struct.unpack("<q", self._at[:])[0])
+
     def start(self, first: int = 0) -> None:
-        if first >= len(self._cases):
-            self._collect()
+        """Run the cases from this one on in a fork, if there are any."""
+        self._at[:] = struct.pack("<q", first)
+        if first >= len(self._plans):
             self.child = 0
             return
-        self._at[:] = struct.pack("<q", first)
         # what a killed fork has left
         shutil.rmtree(self._folder, ignore_errors=True)
         gc.collect()
+        parent = os.getpid()
         self.child = os.fork()
         if self.child == 0:
             code = 1
             try:
-                self._work(first)
+                self._work(first, parent)
                 code = 0
             except BaseException:  # noqa: BLE001
                 traceback.print_exc()
@@ -218,29 +257,28 @@ class _Worker:
     def end(self) -> None:
         """Note why the fork has ended, and start another one if cases are left."""
         _, status = os.waitpid(self.child, 0)
-        (at,) = struct.unpack("<q", self._at[:])
         if status == 0:
-            self.start(len(self._cases))
+            self.start(len(self._plans))
             return
+        at = self.done
         code = os.waitstatus_to_exitcode(status)
-        case = self._cases[at]
+        case = self._plans[at]()
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"the process left with {code}"
         if code in (-signal.SIGPROF, -signal.SIGALRM):
             seconds = PATIENCE * case.target.seconds
             cause = f"took more than {seconds:g} s" if code == -signal.SIGPROF else f"waited for {WAIT_SECONDS} s"
-        self._note(case, "failed", Failure(f"{case.target.name}: {cause}", "", str(case), case.line, len(case.changes)))
+        self.outcomes.counts[case.target.name, "failed"] += 1
+        self.outcomes.failures.append(_failure(case, cause, ""))
         self.start(at + 1)
 
-    def _note(self, case: Case, kind: str, failure: Failure | None) -> None:
-        self.outcomes.counts[case.target.name, kind] += 1
-        if failure is not None:
-            self.outcomes.failures.append(failure)
-
-    def _collect(self) -> None:
-        """What the forks have written down."""
-        if not self._results.exists():
-            return
-        for line in self._results.read_text().splitlines():
+    def stop(self) -> None:
+        """Kill the fork, if there is one, and collect what all of them have written down."""
+        if self.child:
+            os.kill(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
+            self.child = 0
+        lines = self._results.read_text("utf-8").splitlines() if self._results.exists() else []
+        for line in lines:
             target, kind, seconds, grown, failure = json.loads(line)
             self.outcomes.counts[target, kind] += 1
             self.outcomes.slowest = max(self.outcomes.slowest, seconds)
@@ -248,15 +286,18 @@ class _Worker:
             if failure is not None:
                 self.outcomes.failures.append(Failure(**failure))
 
-    def _work(self, first: int) -> None:
+    def _work(self, first: int, parent: int) -> None:
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         _limit_address_space()
         with open(self._results, "a", buffering=1) as results:
-            for number in range(first, len(self._cases)):
+            for number in range(first, len(self._plans)):
+                if os.getppid() != parent:
+                    # nobody is left who would read what comes out
+                    return
                 self._at[:] = struct.pack("<q", number)
-                case = self._cases[number]
-                results.write(json.dumps(_measured(case, self._folder)) + "\n")
+                results.write(json.dumps(_measured(self._plans[number], self._folder)) + "\n")
+            self._at[:] = struct.pack("<q", len(self._plans))
 
 
 def _limit_address_space() -> None:
@@ -267,8 +308,9 @@ def _limit_address_space() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _measured(case: Case, folder: Path) -> list[Any]:
+def _measured(plan: Plan, folder: Path) -> list[Any]:
     """Run one case: its target, what became of it, processor seconds, bytes of memory, and the failure if it is one."""
+    case = plan()
     signal.setitimer(signal.ITIMER_PROF, PATIENCE * case.target.seconds)
     signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     tree = case.tree
@@ -299,8 +341,12 @@ def _measured(case: Case, folder: Path) -> list[Any]:
     failure = None
     if cause:
         kind = "failed"
-        failure = Failure(f"{case.target.name}: {cause}", detail, str(case), case.line, len(case.changes)).__dict__
+        failure = asdict(_failure(case, cause, detail))
     return [case.target.name, kind, seconds, grown, failure]
+
+
+def _failure(case: Case, cause: str, detail: str) -> Failure:
+    return Failure(f"{case.target.name}: {cause}", detail, str(case), case.line, len(case.changes))
 
 
 def _place(error: BaseException) -> str:
