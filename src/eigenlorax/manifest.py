@@ -21,6 +21,8 @@ SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ONE = 1.000001
 """The largest energy, a quotient of two sums, that rounding gives."""
+_MOST = 2**63
+"""Beyond all figures, seeds aside, which may be any integer."""
 _NUMBERS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
 """The figures of an adapter."""
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
@@ -329,8 +331,8 @@ def _check(found: Manifest, version: int) -> None:
         (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
         (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
         (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
-        (fit.sweeps >= 0, "fit.sweeps is negative"),
-        (all(value is None or value > 0 for value in sizes), "the size in fit is not above 0"),
+        (0 <= fit.sweeps < _MOST, "fit.sweeps is out of range"),
+        (all(value is None or 0 < value < _MOST for value in sizes), "the size in fit is out of range"),
         ((subspace.dtype == CODED) == (found.coefficient_dtype == CODED), "one dtype is coded, and the other is not"),
         (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
         (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
@@ -365,7 +367,9 @@ def _check(found: Manifest, version: int) -> None:
 
 def _is_counted(record: Record) -> bool:
     """Whether no figure of an adapter is negative, or so large that sums of squares overflow."""
-    return min(record.ranks, default=1) > 0 and all(0 <= getattr(record, name) < 2.0**63 for name in _NUMBERS)
+    return all(0 < rank < _MOST for rank in record.ranks) and all(
+        0 <= getattr(record, name) < _MOST for name in _NUMBERS
+    )
 
 
 def _dump(value: Any) -> bytes:

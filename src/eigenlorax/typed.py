@@ -34,8 +34,6 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
         value = float(value) if abs(value) < 2**53 else value
-    if type(value) is int and not -(2**63) <= value < 2**63:
-        raise UnfitError(f"{where} is an integer beyond 64 bits.")
     if type(value) is not kind:
         raise UnfitError(f"{where} is {_shown(value)}, where {kind.__name__} belongs.")
     return value

@@ -104,7 +104,7 @@ def changed(document, path, value):
         (["modules", 0, "up", "k"], 9999, r"report.modules\[0\].up has 9999 directions of"),
         (["modules", 0, "up", "null"], [0.0, 0.0], r"report.modules\[0\].up.null holds shares that are"),
         (["left_out", "seed"], -1, "report.left_out.seed is -1, where a whole number"),
-        (["bytes", "heads"], 2**63, "report.bytes.heads is an integer beyond 64 bits"),
+        (["bytes", "heads"], 2**63, "report.bytes.heads is 9223372036854775808, where a whole number"),
         (["left_out", "standard_error"], 1e200, r"report.left_out.standard_error is 1e\+200, where a number"),
         (["schema_version"], [[]], "schema_version is an array, where int belongs"),
         (["notes"], json.loads("[" * 900 + "]" * 900), r"report.notes\[0\] is an array, where str belongs"),
