@@ -265,6 +265,7 @@ class TestErrors:
         with pytest.raises(OptionError, match="'more' has tensors"):
             bank.add("more")
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
     def test_carried_tensors_of_some_among_many_or_of_all(self):
         pack = ex.fit(random_collection(10), n_components=3, warn_above=1.0)
         factors = {"elsewhere": random_factors(3, 11, 7, seed=1)}

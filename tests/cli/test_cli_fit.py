@@ -65,14 +65,14 @@ BROKEN = {
     "no tensor": (lambda f: save_file({}, f / WEIGHTS), ["no LoRA tensor"]),
     "config cut short": (config_text(b'{"peft_type": "LO'), [CONFIG, "not valid JSON"]),
     "config empty": (config_text(b""), [CONFIG, "not valid JSON"]),
-    "config is a list": (config_text(b"[1, 2]"), [CONFIG, "JSON list", "peft_type"]),
+    "config is a list": (config_text(b"[1, 2]"), [CONFIG, "JSON list"]),
     "config is a text": (config_text(b'"LORA"'), [CONFIG, "JSON str"]),
     "config is binary": (config_text(bytes(range(256))), [CONFIG, "not valid JSON"]),
     "config is UTF-16": (config_text('{"peft_type": "LORA"}'.encode("utf-16")), [CONFIG, "not valid JSON"]),
     "config nested without end": (config_text(b"[" * 100_000), [CONFIG]),
     "no peft_type": (config(peft_type=...), ["peft_type", "LORA"]),
     "IA3": (config(peft_type="IA3"), ["'IA3'", "LORA"]),
-    "coefficients of a pack": (config(peft_type="EIGENLORAX"), ["eigenlorax export"]),
+    "coefficients of a pack": (config(peft_type="EIGENLORAX"), ["and no coefficients"]),
     "r is a text": (config(r="3"), ["r='3'"]),
     "r is 0": (config(r=0), ["r=0"]),
     "r is null": (config(r=None), ["r=None"]),
@@ -84,7 +84,7 @@ BROKEN = {
     "rank_pattern is a list": (config(rank_pattern=["query"]), ["rank_pattern"]),
     "rank_pattern is no regular expression": (
         config(rank_pattern={"(query": 3}),
-        ["not a regular expression", "unterminated"],
+        ["cannot be used as a regular expression", "is not closed"],
     ),
     "rank_pattern nested without end": (config(rank_pattern={"(" * 3000 + ")" * 3000: 3}), ["pattern"]),
     "rank_pattern repeats without end": (config(rank_pattern={"a{99999999999999999999}": 3}), ["pattern"]),
@@ -142,7 +142,8 @@ class TestABrokenAdapter:
         break_it(pair / "beta")
         done = cli("fit", pair, "-o", pair.parent / "pack", "-k", 3, "--skip-bad")
         assert succeeded(done).err.startswith("note: left out beta: ")
-        assert all(part in done.err for part in parts)
+        # what to do is left to those whom an error stops
+        assert all(part in done.err for part in parts if not part.startswith("--"))
         pack = ex.Pack.open(pair.parent / "pack")
         assert pack.names == ["alpha"]
         assert list(pack.fit_info.skipped) == ["beta"]
