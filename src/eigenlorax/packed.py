@@ -4,7 +4,7 @@ The folder is a PEFT adapter of our own type: docs/pack-format.md.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -310,12 +310,12 @@ def from_files(
     Whatever a parser raises leaves this function: who calls it does so within `boundary.as_specified`.
     """
     tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
+    carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
     source_config, source = boundary.json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     places = {module: config.subspace_modules.get(module, module) for module in config.target_modules}
-    for module in places:
-        _check_module(module)
+    _check_names(places, [*tensors, *carried])
     if len(set(places.values())) < len(places):
         raise ValueError("two modules of the adapter are in one place of the subspace")
     if config.subspace_fingerprint not in references.lineage:
@@ -335,7 +335,6 @@ def from_files(
         _check_padding(record, list(slots.values()))
     _check_factors(list(slots.values()), len(files[keys.ADAPTER_WEIGHTS]))
     coefficients, payload = storage.adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
-    carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
     origin = None
     if keys.SOURCE_FILE in files:
         origin = typed(Origin, boundary.json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE)
@@ -383,10 +382,16 @@ def _check_padding(record: Record, slots: Sequence[Slot]) -> None:
         raise ValueError(f"lora_numbers is {record.lora_numbers} in the manifest; the modules have {least} to {most}")
 
 
-def _check_module(module: str) -> None:
-    """`ValueError` for a name that the factors of no LoRA's file can have: the adapter would come out unreadable."""
-    if keys.parse_peft_key(keys.lora_key(module, "down")).module != module:
-        raise ValueError(f"{module!r} is no name of a module")
+def _check_names(modules: Iterable[str], kept: Iterable[str]) -> None:
+    """`ValueError` for a name that no tensor of a LoRA's file can have: the adapter would come out unreadable.
+
+    kept: names of tensors that come out as they are.
+    """
+    factors = {module: keys.lora_key(module, "down") for module in modules}
+    keys.check_tensor_names([*factors.values(), *kept], "the adapter")
+    for module, key in factors.items():
+        if keys.parse_peft_key(key).module != module:
+            raise ValueError(f"{module!r} is no name of a module")
 
 
 def _check_factors(slots: Sequence[Slot], stored: int) -> None:

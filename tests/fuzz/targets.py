@@ -125,7 +125,8 @@ def _with_fingerprints(tree: Tree, of_manifest: list[Change]) -> Tree:
         # what it is that is wrong is for the reader to say
         if not found:
             return tree
-    for old, new in zip(stated, found[0].lineage, strict=False):
+    # the formats before 3 state the last one alone
+    for old, new in zip(reversed(stated), reversed(found[0].lineage), strict=False):
         if old is not None and old != new:
             tree = changed(tree, [Change("pack/*.json", "text", (old, new))])
     return tree
