@@ -66,7 +66,25 @@ def test_fits_what_re_fits(expression, texts):
 
 @pytest.mark.parametrize(
     "expression",
-    ["(", ")", "a)(", "[a", "[]", "*", "a**", "a{2}{3}", "^*", "a{3,2}", "(?P<1>a)", "\\", "[z-a]", r"\q", "(?:"],
+    [
+        "(",
+        ")",
+        "a)(",
+        "[a",
+        "[]",
+        "*",
+        "a**",
+        "{2}a",
+        "a|{,3}",
+        "a{2}{3}",
+        "^*",
+        "a{3,2}",
+        "(?P<1>a)",
+        "\\",
+        "[z-a]",
+        r"\q",
+        "(?:",
+    ],
 )
 def test_what_is_no_expression_is_refused(expression):
     with pytest.raises(re.error):

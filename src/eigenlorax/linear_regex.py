@@ -224,11 +224,11 @@ class _Parser:
             return self._character(self._class())
         if character == "\\":
             return self._escape()
+        if self._repetition() is not None:
+            raise PatternError(f"nothing is there to be repeated before {self._at}")
         self._at += 1
         if character in _ANCHORS:
             return _Anchor(_ANCHORS[character])
-        if character in "*+?":
-            raise PatternError(f"nothing is there to be repeated at {self._at - 1}")
         return self._character(character if character == "." else re.escape(character))
 
     def _group(self) -> _Node:
