@@ -26,6 +26,13 @@ def random_factors(rank, n_out, n_in, *, seed, scaling=2.0, dtype=torch.float64,
     return LoRAFactors((size * down).to(dtype), (size * up).to(dtype), scaling)
 
 
+def of_spectrum(sigma, n_out, n_in, *, seed, size=1.0, kernel=()):
+    """Factors with these singular values, times a size, in random directions."""
+    roots = torch.tensor(sigma, dtype=torch.float64).sqrt()[:, None]
+    right, left = orthonormal(len(sigma), n_in, seed), orthonormal(len(sigma), n_out, seed + 5000)
+    return LoRAFactors(roots * right, (roots * left).mT.contiguous(), size, kernel)
+
+
 def factors_in(bases, rank, *, seed, scaling=2.0, noise=0.0):
     """Factors whose rows lie in the spans of (down basis, up basis), but for noise."""
     down_basis, up_basis = bases

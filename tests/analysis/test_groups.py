@@ -11,9 +11,9 @@ from scipy.spatial.distance import pdist, squareform
 import eigenlorax as ex
 from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import groups
-from eigenlorax.analysis.pairs import cosines, overlap
+from eigenlorax.analysis.pairs import beyond_chance, cosines
 from made import WIDE, awkward, gauged, of_one_subspace, one_start, pairs_of, random, with_a_mean
-from planted import normal, random_factors
+from planted import normal, of_spectrum, random_factors
 
 
 def relation(n, *edges):
@@ -149,7 +149,8 @@ class TestDuplicates:
 
 
 def shared_by(collection, shapes=WIDE):
-    return overlap(pairs_of(collection, shapes))
+    """Overlaps beyond chance, and how they scatter by chance."""
+    return beyond_chance(pairs_of(collection, shapes))
 
 
 class TestClusters:
@@ -157,7 +158,7 @@ class TestClusters:
     def test_two_planted(self, noise):
         one, other = of_one_subspace(5, noise=noise), of_one_subspace(4, noise=noise, seed=9000)
         matrix = shared_by([*one[:3], *other[:2], *one[3:], *other[2:]])
-        found = groups.clustering(matrix)
+        found = groups.clustering(*matrix)
         assert found.clusters == [[0, 1, 2, 5, 6], [3, 4, 7, 8]]
         assert 0.1 < found.silhouette < 0.4
         assert sorted(found.order) == list(range(9))
@@ -168,24 +169,24 @@ class TestClusters:
     def test_three_planted_and_a_stranger(self):
         made = [of_one_subspace(n, seed=5000 * n) for n in (6, 4, 3)]
         matrix = shared_by([*made[0], *made[1], *made[2], *random(1)])
-        found = groups.clustering(matrix)
+        found = groups.clustering(*matrix)
         assert found.clusters == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12]]
 
     def test_one_subspace_is_not_divided(self):
         for seed in range(10):
-            assert groups.clustering(shared_by(of_one_subspace(9, seed=3000 * seed, noise=0.02))).clusters == []
+            assert groups.clustering(*shared_by(of_one_subspace(9, seed=3000 * seed, noise=0.02))).clusters == []
 
     def test_none_by_chance(self):
         for seed in range(10):
-            assert groups.clustering(shared_by(random(10, seed=29 * seed))).clusters == []
+            assert groups.clustering(*shared_by(random(10, seed=29 * seed))).clusters == []
 
     @pytest.mark.parametrize("n", [0, 1, 2, 3])
     def test_few(self, n):
-        found = groups.clustering(shared_by(random(n)))
+        found = groups.clustering(*shared_by(random(n)))
         assert (found.clusters, sorted(found.order), len(found.tree)) == ([], list(range(n)), max(n - 1, 0))
 
     def test_copies_alone(self):
-        found = groups.clustering(shared_by([random(1)[0]] * 4))
+        found = groups.clustering(*shared_by([random(1)[0]] * 4))
         assert found.clusters == []
 
     def test_means_over_pairs(self):
@@ -205,24 +206,53 @@ class TestOutliers:
         for seed in range(10):
             collection = of_one_subspace(n, seed=3000 * seed, noise=0.02)
             collection.insert(seed % n, random(1, seed=seed)[0])
-            assert groups.outliers(shared_by(collection), []) == [seed % n]
+            assert groups.outliers(shared_by(collection)[0], []) == [seed % n]
 
     def test_none_planted(self):
         """Over many seeds, whatever it is that they share."""
         for seed in range(30):
             n = 4 + seed % 9
-            assert groups.outliers(shared_by(random(n, seed=seed)), []) == []
-            assert groups.outliers(shared_by(of_one_subspace(n, seed=3000 * seed, noise=0.05)), []) == []
-            assert groups.outliers(shared_by(with_a_mean(n, share=0.6, seed=seed)), []) == []
+            assert groups.outliers(shared_by(random(n, seed=seed))[0], []) == []
+            assert groups.outliers(shared_by(of_one_subspace(n, seed=3000 * seed, noise=0.05))[0], []) == []
+            assert groups.outliers(shared_by(with_a_mean(n, share=0.6, seed=seed))[0], []) == []
 
     def test_a_cluster_is_none(self):
         one, other = of_one_subspace(8), of_one_subspace(2, seed=9000)
         matrix = shared_by([*one, *other])
-        assert groups.outliers(matrix, []) == [8, 9]
-        assert groups.outliers(matrix, [8, 9]) == []
+        assert groups.outliers(matrix[0], []) == [8, 9]
+        assert groups.outliers(matrix[0], [8, 9]) == []
 
     def test_of_three_nobody_stands_out(self):
-        assert groups.outliers(shared_by([*of_one_subspace(2), *random(1)]), []) == []
+        assert groups.outliers(shared_by([*of_one_subspace(2), *random(1)])[0], []) == []
+
+
+def long_row(seed, n_out, n_in):
+    """Of A, one row is ten times as long as the others: the cosine of two such A is that of these rows."""
+    down = normal(8, n_in, seed=seed)
+    down[0] *= 10
+    return LoRAFactors(down, normal(n_out, 8, seed=seed + 7), 1.0)
+
+
+BY_CHANCE = {
+    "a long row": (64, lambda i, seed: long_row(seed, 61, 64)),
+    "ranks of three kinds": (16, lambda i, seed: of_spectrum([1.0] * (1, 3, 8)[i // 4], 17, 16, seed=seed)),
+    "one of rank 1": (16, lambda i, seed: of_spectrum([1.0] * (8 if i else 1), 17, 16, seed=seed)),
+    "of rank 1": (16, lambda i, seed: of_spectrum([1.0], 17, 16, seed=seed)),
+    "of rank 2, in few dimensions": (8, lambda i, seed: of_spectrum([1.0, 0.3], 7, 8, seed=seed)),
+}
+
+
+@pytest.mark.parametrize("kind", BY_CHANCE)
+def test_nothing_by_chance_whatever_singular_values_and_rows_are(kind):
+    """What adapters have in common by chance depends on these."""
+    n_in, make = BY_CHANCE[kind]
+    for seed in range(12):
+        collection = [{"m": make(i, 1000 * seed + 10 * i)} for i in range(12)]
+        pairs = pairs_of(collection, {"m": (collection[0]["m"].up.shape[0], n_in)})
+        beyond, deviation = beyond_chance(pairs)
+        assert groups.same_start(pairs) == []
+        assert groups.clustering(beyond, deviation).clusters == []
+        assert groups.outliers(beyond, []) == []
 
 
 class TestMap:
@@ -337,7 +367,7 @@ def test_awkward_collections_are_grouped_without_a_complaint():
     found = pairs_of(awkward())
     assert groups.duplicates(found) == [[0, 9]]
     assert groups.same_start(found) == []
-    assert groups.clustering(overlap(found)).order != []
+    assert groups.clustering(*beyond_chance(found)).order != []
     assert groups.on_a_map(cosines(found.delta))[0].isfinite().all()
 
 
@@ -349,15 +379,15 @@ def test_thousands_of_rows_in_float32_say_the_same(monkeypatch):
     fast = pairs_of(collection, WIDE)
     assert groups.same_start(exact) == groups.same_start(fast) == [[0, 1, 2, 3]]
     assert groups.duplicates(exact) == groups.duplicates(fast) == [[10, 12]]
-    assert groups.clustering(overlap(exact)).clusters == groups.clustering(overlap(fast)).clusters
+    assert groups.clustering(*beyond_chance(exact)).clusters == groups.clustering(*beyond_chance(fast)).clusters
     for one, other in zip(groups.mean_losses(exact), groups.mean_losses(fast), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_random_factors_of_one_size_are_what_the_tests_take_them_for():
     """No planted collection above is one by mistake."""
-    assert float(shared_by(random(6)).fill_diagonal_(0).max()) < 0.1
-    assert float(shared_by(of_one_subspace(6)).min()) > 0.12
+    assert float(shared_by(random(6))[0].fill_diagonal_(0).max()) < 0.1
+    assert float(shared_by(of_one_subspace(6))[0].min()) > 0.12
     assert random_factors(3, 5, 4, seed=1).scaling == 2.0
 
 
@@ -395,6 +425,6 @@ class TestRealAdapters:
         expected = {}
         for place in several:
             expected.setdefault(names[place].split("-")[0], []).append(place)
-        clusters = groups.clustering(overlap(pairs.of_some(several))).clusters
+        clusters = groups.clustering(*beyond_chance(pairs.of_some(several))).clusters
         assert sorted(clusters) == sorted(expected.values())
-        assert groups.outliers(overlap(pairs.of_some(several)), []) == []
+        assert groups.outliers(beyond_chance(pairs.of_some(several))[0], []) == []

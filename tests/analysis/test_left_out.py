@@ -12,6 +12,7 @@ from eigenlorax import subspace as spaces
 from eigenlorax.adapter import LoRAFactors, from_factors
 from eigenlorax.analysis import losses, spectra
 from eigenlorax.analysis.left_out import left_out
+from eigenlorax.analysis.null import NullModel
 from eigenlorax.stack import squares, stack
 from eigenlorax.subspace import FitOptions, ModuleStack, delta_square
 from made import gauged, pairs_of
@@ -207,9 +208,9 @@ def test_no_matrix_is_as_large_as_the_weight():
         losses.singular_squares(one)
         losses.rounded_squares(one, 8)
         pairs_of([{"m": f} for f in factors], {"m": (n_out, n_in)})
-        spectra.gaussian_like(factors, generator)
+        NullModel.of(one).draw(generator)
         spectra.halves((factors, weights), [0, 2, 4], [1, 3, 5], k)
-        spectra.energy((factors, weights), k, "delta")
+        spectra.energy(one, torch.tensor(weights).double(), k, "delta")
         left_out((factors, weights), one, [0, 3], options, None, grid)
     assert 0 < largest.numbers <= n * 2 * rank * (n_in + n_out)
     with Largest() as largest:

@@ -51,7 +51,8 @@ class TestProducts:
         assert_products(found.up_shared, oracle.table(updates, oracle.shared_up), precision)
 
     def test_of_rows_that_do_not_belong_together(self):
-        """By so many as belong together: what these would have by chance. Of rank 1 there are none."""
+        """By so many as belong together: what these would have by chance; or in random directions, where that is more,
+        and of rank 1, where there are none."""
         made = awkward()
         made[8] = {m: LoRAFactors(f.down[:1], f.up[:, :1], 1.0) for m, f in made[8].items()}
 
@@ -60,11 +61,10 @@ class TestProducts:
             for m in one.keys() & other.keys():
                 a, b = oracle.rows(one[m], "down"), oracle.rows(other[m], "down")
                 pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i != j]
-                if pairs:
-                    mean = sum((a[i] @ b[j]) ** 2 for i, j in pairs) / len(pairs)
-                else:
-                    mean = np.square(a).sum() * np.square(b).sum() / a.shape[1]
-                total += min(len(a), len(b)) * mean
+                mean = sum((a[i] @ b[j]) ** 2 for i, j in pairs) / len(pairs) if pairs else 0.0
+                both = min(len(a), len(b))
+                turned = ((a @ a.T)[:both, :both] * (b @ b.T)[:both, :both]).sum() / a.shape[1]
+                total += max(both * mean, turned)
             return total
 
         np.testing.assert_allclose(pairs_of(made).down_cross.numpy(), oracle.table(made, crossed), rtol=1e-9)
@@ -110,6 +110,7 @@ class TestProducts:
         found.add(stack([None, None, None], 5, 7))
         assert not found.delta.any()
         assert found.same_ranks.all()
+        assert found.sides == []
 
 
 class TestCosines:

@@ -74,15 +74,29 @@ def report(
             errors=_spread(figures, "left_out_error"),
             standard_error=0.0041,
             in_fit=_spread(figures, "delta_error"),
+            chance=0.99,
+            kept=0.441,
+            kept_spread=0.0012,
+            sharing=names[2 : max(4, adapters // 2)],
+        ),
+        null=data.Null(
+            draws=2,
+            seed=7,
+            errors=dataclasses.replace(_spread(figures, "delta_error"), mean=0.88),
+            spread=0.0003,
+            down=data.SideEnergy(0.912, 0.574, 0.0002),
+            up=data.SideEnergy(0.884, 0.571, 0.0002),
         ),
         baselines=_baselines(figures),
         frontier=_frontier(figures),
         starts=data.Starts(
             groups=[data.StartGroup(names[: max(2, adapters // 3)], 0.912, 0.013)],
             energies=[
-                data.StartEnergy("all", adapters, 8, 0.741, 0.623, 0.902, 0.885),
-                data.StartEnergy("group 1", max(2, adapters // 3), 8, 0.988, 0.651, 0.931, 0.917),
-                data.StartEnergy("others", adapters - max(2, adapters // 3), 8, 0.522, 0.609, 0.871, 0.866),
+                data.StartEnergy("all", adapters, 8, 0.741, 0.623, 0.124, 0.231, 0.902, 0.885),
+                data.StartEnergy("group 1", max(2, adapters // 3), 8, 0.988, 0.651, 0.224, 0.301, 0.931, 0.917),
+                data.StartEnergy(
+                    "others", adapters - max(2, adapters // 3), 8, 0.522, 0.609, 0.171, 0.266, 0.871, 0.866
+                ),
             ],
         ),
         similarity=similarity,
@@ -122,7 +136,8 @@ def even(adapters, *, error=5e-8, cosine=0.0):
         [float(adapters + n - 2 if n > 1 else 0), float(n), 1.0 - cosine**2, float(n + 1)] for n in range(1, adapters)
     ]
     spread = data.Spread(adapters, error, error, error, names[0])
-    side = {"k": 1, "rank": 1, "energy": 1.0, "spectrum": [1.0], "null": [1.0], "angles": [0.0], "halves_overlap": 1.0}
+    side = {"k": 1, "rank": 1, "energy": 1.0, "spectrum": [1.0], "null": [1.0], "null_energy": 1.0, "angles": [0.0]}
+    side |= {"null_angles": [0.0], "halves_overlap": 1.0, "null_halves_overlap": 1.0}
     return dataclasses.replace(
         full,
         collection=dataclasses.replace(full.collection, adapters=adapters),
@@ -142,6 +157,7 @@ def even(adapters, *, error=5e-8, cosine=0.0):
         in_fit=spread,
         projected=None,
         left_out=dataclasses.replace(full.left_out, sampled=adapters, of=adapters, errors=spread, in_fit=spread),
+        null=dataclasses.replace(full.null, errors=spread),
         baselines=[dataclasses.replace(one, errors=spread) for one in full.baselines],
         starts=None,
         similarity=dataclasses.replace(
@@ -169,6 +185,7 @@ def wide(adapters=25):
     errors += ("int4_error", "rounding_error", "factor_error_down", "factor_error_up")
     sizes = ("lora_bytes", "coefficient_bytes", "carried_bytes", "head_bytes")
     side = {"dimension": 14_336, "k": 1_024, "rank": 14_336, "energy": long, "halves_overlap": long}
+    side |= {"null_energy": long, "null_halves_overlap": long}
     return dataclasses.replace(
         full,
         adapters=[
@@ -204,7 +221,8 @@ def bare(adapters=3):
     keep = {"name", "in_fit", "untrained", "ranks", "modules", "delta_error", "rounding_error", "energy_kept"}
     keep |= {"lora_bytes", "file_bytes", "coefficient_bytes", "carried_bytes", "head_bytes"}
     blank = {f.name: None for f in dataclasses.fields(data.AdapterFigures) if f.name not in keep}
-    side = {"spectrum": [], "null": [], "angles": [], "halves_overlap": None}
+    side = {"spectrum": [], "null": [], "null_energy": None, "angles": [], "null_angles": [], "halves_overlap": None}
+    side["null_halves_overlap"] = None
     return dataclasses.replace(
         full,
         collection=dataclasses.replace(
@@ -232,7 +250,7 @@ def bare(adapters=3):
         ],
         module_errors=[],
         bytes=dataclasses.replace(full.bytes, lora_stored=None, break_even=None, over_n=[]),
-        **dict.fromkeys(("in_fit", "projected", "left_out", "starts", "similarity", "frontier")),
+        **dict.fromkeys(("in_fit", "projected", "left_out", "null", "starts", "similarity", "frontier")),
         **{
             name: []
             for name in (
@@ -316,6 +334,7 @@ def _similarity(names, random):
         ],
         silhouette=0.213,
         map_share=0.334,
+        chance_overlap=0.011,
         mean_cosine=0.061,
         mean_energy=0.084,
     )
@@ -373,8 +392,11 @@ def _side(dimension, k, adapters, decay, random):
         energy=float(spectrum[:kept].sum()),
         spectrum=spectrum[: data.SPECTRUM].tolist(),
         null=null[: data.SPECTRUM].tolist(),
+        null_energy=float(null[:kept].sum()),
         angles=np.sort(np.clip(90 * np.linspace(0.1, 1, kept) ** 0.7 + random.normal(0, 2, kept), 0, 90)).tolist(),
+        null_angles=np.linspace(70, 90, kept).tolist(),
         halves_overlap=0.274,
+        null_halves_overlap=kept / dimension,
     )
 
 
@@ -393,7 +415,7 @@ def _baselines(figures):
         ("mean", "the mean adapter in place of each", 1.2, total // len(figures)),
         ("mean-scaled", "the best multiple of the mean adapter", 0.96, total // len(figures)),
         ("random", "random bases of equal k", 0.99, total // 6),
-        ("null", "Gaussian adapters, fitted the same way", 0.88, None),
+        ("null", "the same singular values in random directions", 0.88, None),
         ("truncated", "each adapter alone, cut by SVD to equal bytes", 0.71, total // 6),
         ("int8", "each adapter in int8", 0.007, total // 4),
         ("int4", "each adapter in int4", 0.11, total // 8),
@@ -459,7 +481,18 @@ def _sizes(adapters, modules, width):
         mean = 0.9 * 0.97**k
         lora = adapters * modules * 8 * width * 2 * 4
         points.append(
-            data.SizePoint(k, mean, min(1.0, mean * 1.3), 0.5 + mean / 2, 1 - k / width, stored, lora / stored, [])
+            data.SizePoint(
+                k,
+                mean,
+                min(1.0, mean * 1.3),
+                mean**0.5,
+                0.0003,
+                0.5 + mean / 2,
+                1 - k / width,
+                stored,
+                lora / stored,
+                [],
+            )
         )
     return points
 

@@ -157,7 +157,7 @@ def test_every_column_of_every_table_is_seen_at_once(tab, files, name, width):
 
 def test_labels_of_bars_are_whole(tab, files):
     tab.emulate(width=1280)
-    label = "Gaussian adapters of the same ranks and norms, fitted in the same way as these"
+    label = "the same singular values in random directions, fitted in the same way as these adapters"
     full = report(3)
     baselines = [dataclasses.replace(one, label=label) if one.key == "null" else one for one in full.baselines]
     target = files("3").with_name("long-label.html")

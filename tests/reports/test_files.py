@@ -62,7 +62,7 @@ class TestJson:
 
     def test_names_its_schema(self, report):
         body = json.loads(files.to_json(report))
-        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 3)
+        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 4)
         assert body.keys() - {"schema", "schema_version"} == {field.name for field in dataclasses.fields(data.Report)}
 
     @pytest.mark.parametrize("n", [data.MATRIX, data.MATRIX + 1])
@@ -98,8 +98,8 @@ class TestJson:
             (lambda text: "[]", "is no report: its schema is not"),
             (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
             (
-                lambda text: text.replace('"schema_version": 3', '"schema_version": 4'),
-                "of version 4 .* make the report",
+                lambda text: text.replace('"schema_version": 4', '"schema_version": 3'),
+                "of version 3 .* make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
             (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6", where int'),

@@ -76,8 +76,10 @@ def test_key_figures():
     assert figures["k"] == "7–32, chosen as at most 32 components"
     assert figures["delta error, 6 adapters in the fit"] == "mean 0.123, worst 0.300 (c)"
     assert figures["delta error, 5 of 6 adapters left out of the fit"] == (
-        f"mean 0.765, worst 0.910 (a_b); mean ±0.012; the same in the fit: mean {full.left_out.in_fit.mean:.3f}"
+        f"mean 0.765, worst 0.910 (a_b); mean ±0.012; in as many random directions: mean {full.left_out.chance:.3f}; "
+        f"the same in the fit: mean {full.left_out.in_fit.mean:.3f}"
     )
+    assert figures["the same singular values in random directions, fitted alike"].startswith("mean 0.880, worst")
     assert figures["energy in the mean adapter"] == "0.084"
 
 

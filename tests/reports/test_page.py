@@ -140,9 +140,9 @@ def test_tables_of_baselines_bytes_sizes_starts_and_tasks():
     ]
     starts = data.Starts(
         groups=[data.StartGroup(["p", "q"], 0.875, -0.125)],
-        energies=[data.StartEnergy("group 1", 2, 8, 0.25, 0.375, 0.9999, 1.0)],
+        energies=[data.StartEnergy("group 1", 2, 8, 0.25, 0.375, 0.125, 0.0625, 0.9999, 1.0)],
     )
-    sizes = [data.SizePoint(k, 0.5 / k, 0.75 / k, None, 0.9, 1000 * k, 8.0 / k, []) for k in (2, 3)]
+    sizes = [data.SizePoint(k, 0.5 / k, 0.75 / k, 0.6 / k, 0.01, None, 0.9, 1000 * k, 8.0 / k, []) for k in (2, 3)]
     document = Document(page.render(changed(full, bytes=gain, baselines=baselines, starts=starts, sizes=sizes)))
     tables = document.tables
     assert tables["What else could be done with these adapters"] == [
@@ -160,12 +160,21 @@ def test_tables_of_baselines_bytes_sizes_starts_and_tasks():
         ["this pack, together", "1.3 MB", "4.62×"],
     ]
     assert tables["The same adapters at another k"] == [
-        ["k", "mean error", "worst error", "random", "bytes", "ratio"],
-        ["2", "0.250", "0.375", "0.900", "2.0 kB", "4.00×"],
-        ["3", "0.167", "0.250", "0.900", "3.0 kB", "2.67×"],
+        ["k", "mean error", "worst error", "random", "nothing shared", "bytes", "ratio"],
+        ["2", "0.250", "0.375", "0.900", "0.300", "2.0 kB", "4.00×"],
+        ["3", "0.167", "0.250", "0.900", "0.200", "3.0 kB", "2.67×"],
     ]
     assert tables["Groups that share a start"][1] == ["group 1", "2", "+0.875", "−0.125"]
-    assert tables["Energy that k directions keep"][1] == ["group 1", "2", "0.250", "0.375", ">0.999", "1.000"]
+    assert tables["Energy that k directions keep"][1] == [
+        "group 1",
+        "2",
+        "0.250",
+        "0.125",
+        "0.375",
+        "0.062",
+        ">0.999",
+        "1.000",
+    ]
     # by task, so that neither has columns of the other
     assert [text for text, _ in document.all("h3") if "-" in text] == ["text-classification", "causal-lm"] * 2
 

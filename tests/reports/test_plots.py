@@ -94,7 +94,13 @@ def test_colours_of_likeness_end_at_the_largest_or_where_it_is_worth_a_colour(co
 @pytest.mark.parametrize("directions", [1, 2, 4])
 def test_directions_are_counted_in_whole_numbers(directions):
     full = report(3, layers=2)
-    values = {"spectrum": [0.2] * directions, "null": [], "angles": [9.0] * directions, "k": 1}
+    values = {
+        "spectrum": [0.2] * directions,
+        "null": [],
+        "angles": [9.0] * directions,
+        "null_angles": [80.0] * directions,
+        "k": 1,
+    }
     modules = [changed(one, down=changed(one.down, **values), up=changed(one.up, **values)) for one in full.modules]
     planted = changed(full, modules=modules)
     for drawn, label in (
@@ -166,11 +172,11 @@ def test_spectra_are_means_over_a_kind_and_their_sums():
         for one in full.modules
     ]
     found = curves.spectra(changed(full, modules=modules), "down")
-    assert list(found) == ["p", "q", "Gaussian adapters"]
+    assert list(found) == ["p", "q", "random directions"]
     np.testing.assert_allclose(found["p"], [0.6, 0.2])
     # one that has ended adds nothing
     np.testing.assert_allclose(found["q"], [0.7, 0.2])
-    np.testing.assert_allclose(found["Gaussian adapters"], [0.6, 0.4])
+    np.testing.assert_allclose(found["random directions"], [0.6, 0.4])
     assert curves.spectra(changed(full, modules=modules), "up") == {}
     assert "k = 2" in texts(curves.cumulative(changed(full, modules=modules), "down"))
 

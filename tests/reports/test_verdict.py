@@ -5,43 +5,14 @@ import re
 
 import pytest
 import torch
+from reported import adapters, findings, names, report_on, the
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.adapter import LoRAFactors
 from eigenlorax.errors import UntrainedAdapterWarning
 from made import gauged, of_one_subspace, one_start, random, with_a_mean
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
-
-
-def adapters(collection):
-    """a00, a01, … in float32."""
-    return [
-        from_factors(
-            f"a{i:02}",
-            {m: LoRAFactors(f.down.float(), f.up.float(), f.scaling) for m, f in one.items()},
-            base_model="org/base",
-        )
-        for i, one in enumerate(collection)
-    ]
-
-
-def report_on(collection, k=8, **options):
-    made = adapters(collection)
-    return ex.report(ex.fit(made, n_components=k, warn_above=1.0), made, **options)
-
-
-def names(*places):
-    return [f"a{place:02}" for place in places]
-
-
-def findings(report, kind):
-    return [finding for finding in report.verdict.findings if finding.kind == kind]
-
-
-def the(report, kind):
-    (found,) = findings(report, kind)
-    return found
 
 
 def without(collection, place, factor=0.0):
@@ -156,7 +127,7 @@ class TestNotShared:
     def test_a_low_error_in_the_fit_is_called_compression(self):
         report = report_on(random(5), k=16)
         assert report.in_fit.mean < 0.3
-        assert "that is compression, and no common structure" in the(report, "not-shared").text
+        assert "That is compression, and no common structure." in the(report, "not-shared").text
 
 
 class TestOneStart:

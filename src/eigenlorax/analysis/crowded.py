@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..linalg import orthonormal_rows, psd_root
-from ..stack import Stack, gram, roots, squares
+from ..stack import Stack, gram, roots
 
 MANY = 256
 """Rows up to which a module is fitted again, sweeps and all, for each adapter that is left out."""
@@ -133,13 +133,3 @@ def total(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:
     narrow = torch.empty(flat.shape, dtype=torch.float32)
     torch.mul(flat, 1 / size, out=narrow)
     return (narrow.mT @ narrow).to(torch.float64) * size.square()
-
-
-def gaussian(one: Stack, generator: torch.Generator) -> Stack:
-    """Adapters of Gaussian factors with the same ranks, shapes and norms of the update: what chance would give."""
-    down, up = (torch.randn(rows.shape, generator=generator).to(torch.float64) for rows in (one.down, one.up))
-    present = torch.arange(down.shape[1])[None, :] < torch.tensor(one.ranks)[:, None]
-    down, up = down * present[:, :, None], up * present[:, :, None]
-    drawn = Stack(down, up, torch.ones(len(one), dtype=torch.float64), one.ranks)
-    scale = (squares(one) / squares(drawn)).sqrt()
-    return Stack(down, up * scale[:, None, None], scale, one.ranks)

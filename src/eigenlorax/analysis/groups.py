@@ -18,6 +18,7 @@ _START_COSINE, _START_SIGMAS, _SAME_START = 0.1, 6.0, 0.95
 _MOST_CLUSTERS = 10
 _SILHOUETTE = 0.1
 _IN_COMMON = 0.1
+_CLUSTER_SIGMAS = 6.0
 _NOTHING = 1e-5
 """Squared norm up to which a sum of unit vectors is what rounding leaves where they cancel."""
 
@@ -59,8 +60,8 @@ def duplicates(pairs: Pairs) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """tree: scipy's linkage of 1 − overlap by average. order: of its leaves. clusters: of two adapters and more, the
-    largest first; none where there are not two of them. silhouette: of that division."""
+    """tree: scipy's linkage of 1 − overlap beyond chance, by average. order: of its leaves. clusters: of two adapters
+    and more, the largest first; none where there are not two of them. silhouette: of that division."""
 
     tree: Float[np.ndarray, "m 4"]
     order: list[int]
@@ -68,12 +69,15 @@ class Clustering:
     silhouette: float | None
 
 
-def clustering(overlap: Float[Tensor, "n n"]) -> Clustering:
+def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) -> Clustering:
     """Adapters grouped by the directions that they share.
 
+    beyond: overlaps beyond chance, and `deviation` their standard deviation by chance (`pairs.beyond_chance`).
+
     The number of clusters is the one of the best mean silhouette (Rousseeuw, 1987). They count as clusters only if that
-    is above 0.1 and the adapters of each share twice as much with each other as with the rest. 0.25, which is usual, is
-    out of reach: adapters of one subspace of 2r directions have an overlap of about 0.25 themselves.
+    is above 0.1 and the adapters of each share twice as much with each other as with the rest, and more by far than
+    chance makes a pair share. A silhouette of 0.25, which is usual, is out of reach: adapters of one subspace of 2r
+    directions have an overlap of about 0.25 themselves.
     """
     try:
         from scipy.cluster import hierarchy
@@ -83,10 +87,10 @@ def clustering(overlap: Float[Tensor, "n n"]) -> Clustering:
         raise MissingExtraError(
             "a report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'."
         ) from error
-    n = len(overlap)
+    n = len(beyond)
     if n < 2:
         return Clustering(np.zeros((0, 4)), list(range(n)), [], None)
-    distance = (1 - overlap).clamp_min(0).numpy()
+    distance = (1 - beyond).clamp_min(0).numpy()
     np.fill_diagonal(distance, 0)
     tree = hierarchy.linkage(squareform(distance, checks=False), "average")
     order = hierarchy.leaves_list(tree).tolist()
@@ -101,8 +105,17 @@ def clustering(overlap: Float[Tensor, "n n"]) -> Clustering:
         return Clustering(tree, order, [], None)
     groups = [np.flatnonzero(best[1] == label).tolist() for label in sorted(set(best[1]))]
     clusters = sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
-    apart = all(within(overlap, group) > 2 * between(overlap, group) for group in clusters)
+    pairs = [(within(beyond, group), between(beyond, group), _most_by_chance(deviation, group)) for group in clusters]
+    apart = all(inside > 2 * outside and inside - outside > by_chance for inside, outside, by_chance in pairs)
     return Clustering(tree, order, clusters if apart and len(clusters) > 1 else [], best[0])
+
+
+def _most_by_chance(deviation: Float[Tensor, "n n"], group: Sequence[int]) -> float:
+    """By how much the pairs of a group may share more than others by chance, though it was chosen for that.
+
+    Of all groups of m among n adapters, the best one has about 2·√((1 + log n/m) / m) standard deviations of a pair.
+    """
+    return _CLUSTER_SIGMAS * within(deviation, group) / math.sqrt(len(group) - 1)
 
 
 def within(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
@@ -117,14 +130,17 @@ def between(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
     return float(matrix[list(group)][:, outside].mean()) if outside else 0.0
 
 
-def outliers(overlap: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
+def outliers(beyond: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
     """Adapters that share less than half as much with the others as the median adapter does, and less by far than that
     scatters (four robust standard deviations of its logarithm); of four and more, of which the median has an overlap of
-    0.1 at least: where little is shared, nobody stands out. grouped: those that are in a cluster."""
-    n = len(overlap)
+    0.1 at least: where little is shared, nobody stands out.
+
+    beyond: overlaps beyond chance. grouped: those that are in a cluster.
+    """
+    n = len(beyond)
     if n < 4:
         return []
-    mean = (overlap.sum(1) - overlap.diagonal()) / (n - 1)
+    mean = (beyond.sum(1) - beyond.diagonal()) / (n - 1)
     median = mean.median()
     if median < _IN_COMMON:
         return []

@@ -20,10 +20,15 @@ from .spectra import Weighted
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """‖P_U D P_V‖² of each adapter that was left out: in bases of the size asked for, and by k, without sweeps."""
+    """‖P_U D P_V‖² of each adapter that was left out: in bases of the size asked for, and by k, without sweeps.
+
+    sizes: components (down, up) of these bases for each adapter; most: those of the bases by k, with the largest k.
+    """
 
     fitted: Float[Tensor, " s"]
     by_k: Float[Tensor, "s g"]
+    sizes: list[tuple[int, int]]
+    most: list[tuple[int, int]]
 
 
 def left_out(
@@ -40,9 +45,15 @@ def left_out(
     are; by the options, from the others' spectrum, where it is None. grid: the sizes of `by_k`, ascending.
     """
     if len(one) < 2 or not chosen:
-        return Kept(torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), len(grid)).double())
+        nothing = [(0, 0)] * len(chosen)
+        return Kept(
+            torch.zeros(len(chosen), dtype=torch.float64),
+            torch.zeros(len(chosen), len(grid)).double(),
+            nothing,
+            nothing,
+        )
     everyone = ModuleStack(*members, options)
-    fitted, by_k = [], []
+    fitted, by_k, sizes, there = [], [], [], []
     for index in chosen:
         others = everyone.without(index)
         most = max(grid[-1], *(k or (0, 0)), options.n_components or 0)
@@ -52,4 +63,6 @@ def left_out(
         alone = one.of([index])
         fitted.append(kept(alone, found.down.components, found.up.components))
         by_k.append(kept_by_k(alone, first[0].components(), first[1].components(), grid))
-    return Kept(torch.cat(fitted), torch.cat(by_k))
+        sizes.append((found.down.k, found.up.k))
+        there.append((first[0].k, first[1].k))
+    return Kept(torch.cat(fitted), torch.cat(by_k), sizes, there)

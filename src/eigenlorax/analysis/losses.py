@@ -75,9 +75,15 @@ def kept_by_k(
     one: Stack, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
     """The same in the first k rows of both bases, for each k of an ascending grid; in all of a basis that has fewer."""
-    down, up = one.down @ down_basis.mT, one.up @ up_basis.mT
+    return captured_by_k(one.down @ down_basis.mT, one.up @ up_basis.mT, grid)
+
+
+def captured_by_k(
+    down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"], grid: Sequence[int]
+) -> Float[Tensor, "n g"]:
+    """The same from the rows' coordinates in the bases."""
     found, start = [], 0
-    down_gram = torch.zeros(len(one), down.shape[1], down.shape[1], dtype=torch.float64)
+    down_gram = torch.zeros(len(down), down.shape[1], down.shape[1], dtype=torch.float64)
     up_gram = torch.zeros_like(down_gram)
     for k in grid:
         down_gram = down_gram + gram(down[:, :, start:k])

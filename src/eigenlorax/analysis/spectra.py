@@ -1,6 +1,7 @@
-"""Spectra of a module's stack, what chance would give, and how two halves of a collection agree."""
+"""Spectra of a module's stack, and how two halves of a collection agree."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -8,22 +9,12 @@ from torch import Tensor
 
 from ..adapter import LoRAFactors
 from ..basis import chooser
-from ..subspace import FitOptions, ModuleStack, delta_square
+from ..stack import Stack
+from ..subspace import FitOptions, ModuleStack
+from .crowded import weighted
 
 Weighted = tuple[Sequence[LoRAFactors], Sequence[float]]
 """Factors of one module, none of them a zero update, and their weights in the fit."""
-
-
-def gaussian_like(factors: Sequence[LoRAFactors], generator: torch.Generator) -> list[LoRAFactors]:
-    """Adapters of Gaussian factors with the same ranks, shapes and norms of the update: what chance would give."""
-    found = []
-    for one in factors:
-        rank, n_in = one.down.shape
-        down = torch.randn(rank, n_in, generator=generator, dtype=torch.float64)
-        up = torch.randn(one.up.shape[0], rank, generator=generator, dtype=torch.float64)
-        drawn = LoRAFactors(down, up, 1.0)
-        found.append(LoRAFactors(down, up, (delta_square(one) / delta_square(drawn)) ** 0.5))
-    return found
 
 
 def shares(singular_values: Float[Tensor, " n"], most: int) -> list[float]:
@@ -34,19 +25,32 @@ def shares(singular_values: Float[Tensor, " n"], most: int) -> list[float]:
     return found
 
 
-def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines of the principal angles, descending, between the subspaces of two halves, (down, up): bases without
-    sweeps, of k components each or as many as there are. Empty where a half has no member."""
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """One side of two halves. cosines: of the principal angles between their subspaces, descending. sizes: of these."""
+
+    cosines: Float[Tensor, " s"]
+    sizes: tuple[int, int]
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "k d"], other: Float[Tensor, "j d"]) -> "Halves":
+        """Those of the spans of orthonormal rows."""
+        return cls(cosines(rows, other), (len(rows), len(other)))
+
+
+def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tuple[int, int]) -> tuple[Halves, Halves]:
+    """The subspaces of two halves, (down, up): bases without sweeps, of k components each or as many as there are; of
+    none where a half has no member."""
     options = FitOptions(n_components=max(*k, 1), weighting="delta", sweeps=0)
     found = []
     for chosen in (first, second):
         if not chosen:
-            return torch.zeros(0), torch.zeros(0)
+            return Halves(torch.zeros(0), (0, 0)), Halves(torch.zeros(0), (0, 0))
         factors, weights = [members[0][i] for i in chosen], [members[1][i] for i in chosen]
         leading = ModuleStack(factors, weights, options).first(chooser(options.n_components, None))
         found.append([side.components()[:size] for side, size in zip(leading, k, strict=True)])
     (down, up), (other_down, other_up) = found
-    return cosines(down, other_down), cosines(up, other_up)
+    return Halves.of(down, other_down), Halves.of(up, other_up)
 
 
 def cosines(rows: Float[Tensor, "k d"], other: Float[Tensor, "j d"]) -> Tensor:
@@ -63,24 +67,15 @@ def degrees(descending: Float[Tensor, " n"]) -> list[float]:
     return found
 
 
-def energy(members: Weighted, k: tuple[int, int], weighting: str) -> tuple[float, float]:
+def energy(one: Stack, weights: Float[Tensor, " n"], k: tuple[int, int], weighting: str) -> tuple[float, float]:
     """Share of the stack's squared norm in its first k directions, (down, up): of the updates, or, with "factors", of A
     and of B apart, each at equal norm."""
-    factors, weights = members
+    sides = weighted(one, weights, weighting)
     if weighting == "factors":
-        factors = [
-            LoRAFactors(_unit(one.down.to(torch.float64)), _unit(one.up.to(torch.float64)), 1.0) for one in factors
-        ]
-    found = ModuleStack(factors, weights, FitOptions(n_components=1, weighting=weighting, sweeps=0)).first(
-        chooser(1, None)
-    )
-    down, up = (
-        float(side.singular_values[:size].square().sum() / side.singular_values.square().sum())
-        for side, size in zip(found, k, strict=True)
-    )
-    return down, up
-
-
-def _unit(tensor: Tensor) -> Tensor:
-    unit: Tensor = tensor / torch.linalg.vector_norm(tensor)
-    return unit
+        sides = tuple(rows / torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True) for rows in sides)
+    found = []
+    for rows, size in zip(sides, k, strict=True):
+        flat = rows.reshape(-1, rows.shape[2])
+        squares = torch.linalg.eigvalsh(flat @ flat.mT if flat.shape[0] <= flat.shape[1] else flat.mT @ flat)
+        found.append(min(float(squares.flip(0)[:size].sum() / squares.sum()), 1.0))
+    return found[0], found[1]

@@ -56,7 +56,7 @@ def report(
         str | None,
         typer.Option(metavar="N|all", help="Adapters to leave out of the fit in turn (default: up to 32)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of samples and of random bases.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of samples and of random directions.")] = 0,
     evaluate: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]FILE", help="Rows to run originals and recycled adapters on. Once or more."),

@@ -11,30 +11,29 @@ from ..pack import Pack
 from ..packed import PackedAdapter
 from ..subspace import Coefficients
 from ..summary import lora_numbers
-from . import spreads
-from .data import AdapterFigures, Baseline, Bytes, LeftOut, SizePoint
+from . import chance, spreads
+from .data import AdapterFigures, Baseline, Bytes, LeftOut, Null, SizePoint
 from .measure import Measured
 from .originals import Originals
-
-HALF = 0.5
-"""The share that an adapter keeps in the subspace of the others if it is one of those that share it."""
 
 
 def left_out(measured: Measured | None, pack: Pack, seed: int, twins: set[str]) -> LeftOut | None:
     """Of adapters without a copy in the fit, in which they would not be left out."""
     if measured is None:
         return None
-    at = [measured.fitted[place] for place in measured.chosen]
-    total = measured.total[at]
-    errors = dict(
-        zip((measured.names[i] for i in at), spreads.relative(total - measured.left_out_kept, total), strict=True)
-    )
-    errors = {name: lost for name, lost in errors.items() if name not in twins}
-    if not errors:
+    rows = _alone(measured, twins)
+    names = [measured.names[measured.fitted[measured.chosen[row]]] for row in rows]
+    if not names:
         return None
+    total = measured.total[[measured.fitted[measured.chosen[row]] for row in rows]]
+    kept, expected = measured.left_out_kept[rows], measured.chance[rows]
+    errors = dict(zip(names, spreads.relative(total - kept, total), strict=True))
     spread, in_fit = spreads.of(errors), spreads.of({name: pack.records[name].delta_error for name in errors})
+    by_chance = spreads.of(dict(zip(names, spreads.relative(total - expected, total), strict=True)))
     assert spread is not None
     assert in_fit is not None
+    assert by_chance is not None
+    shared = chance.sharing(kept, expected, measured.null.left_out[:, rows], total, measured.null)
     n = len(errors)
     return LeftOut(
         sampled=n,
@@ -48,11 +47,35 @@ def left_out(measured: Measured | None, pack: Pack, seed: int, twins: set[str]) 
         errors=spread,
         standard_error=statistics.stdev(errors.values()) / math.sqrt(n) if n > 1 else 0.0,
         in_fit=in_fit,
+        chance=by_chance.mean,
+        kept=spreads.beyond_chance(spread.rms, by_chance.rms),
+        kept_spread=chance.kept_by_strangers(measured.null, rows, expected, total),
+        sharing=[name for name, shares in zip(names, shared, strict=True) if shares],
     )
 
 
+def _alone(measured: Measured, twins: set[str]) -> list[int]:
+    """Places in `measured.chosen` of those without a copy in the fit, in which they would not be left out."""
+    return [row for row, place in enumerate(measured.chosen) if measured.names[measured.fitted[place]] not in twins]
+
+
+def null(measured: Measured | None, pack: Pack, seed: int) -> Null | None:
+    """The adapters of the fit if they shared nothing."""
+    if measured is None or not measured.null.modules:
+        return None
+    total = {measured.names[place]: float(measured.total[place]) for place in measured.fitted}
+    trained = [
+        bases for module, bases in pack.subspace.modules.items() if measured.sides[module][0].null_energy is not None
+    ]
+    return chance.figures(measured.null, total, ([one.down for one in trained], [one.up for one in trained]), seed)
+
+
 def baselines(
-    pack: Pack, packed: Mapping[str, PackedAdapter], rows: Sequence[AdapterFigures], measured: Measured | None
+    pack: Pack,
+    packed: Mapping[str, PackedAdapter],
+    rows: Sequence[AdapterFigures],
+    measured: Measured | None,
+    by_chance: Null | None,
 ) -> list[Baseline]:
     """Other ways to keep the adapters of the fit, on the same footing."""
     if measured is None or not measured.fitted:
@@ -72,13 +95,6 @@ def baselines(
     }
     mean_bytes = width * sum(n_in * n_out for n_out, n_in in shapes.values())
     random_bytes = sum(record.coefficient_bytes for record in records.values())
-    null = dict(
-        zip(
-            (measured.names[place] for place in measured.fitted),
-            spreads.relative(measured.null_lost, measured.total[measured.fitted]),
-            strict=True,
-        )
-    )
 
     def baseline(key: str, label: str, stored_bytes: int | None, errors: Mapping[str, float | None]) -> Baseline | None:
         spread = spreads.of({name: error for name, error in errors.items() if error is not None})
@@ -93,7 +109,9 @@ def baselines(
         baseline("mean", "the mean of the adapters in place of each", mean_bytes, field("mean_error")),
         baseline("mean-scaled", "the best multiple of their mean", mean_bytes, field("mean_scaled_error")),
         baseline("random", "random bases of the same k", random_bytes, field("random_error")),
-        baseline("null", "Gaussian adapters of the same ranks and norms, fitted alike", None, null),
+        Baseline("null", "the same singular values in random directions, fitted alike", by_chance.errors, None)
+        if by_chance is not None
+        else None,
         baseline("truncated", "each LoRA cut by SVD to the same bytes", spent, field("truncated_error")),
         baseline("int8", "each LoRA rounded to 8 bits", at_bits[8], field("int8_error")),
         baseline("int4", "each LoRA rounded to 4 bits", at_bits[4], field("int4_error")),
@@ -160,18 +178,14 @@ def sizes(
         for basis in (pair.down, pair.up)
     )
     of_basis, of_own = (storages.by_name(name).number_bytes for name in (pack.storage, pack.coefficient_storage))
-    alone = [row for row, place in enumerate(measured.chosen) if names[place] not in twins]
-    chosen = [measured.fitted[measured.chosen[row]] for row in alone]
+    alone = _alone(measured, twins)
     found = []
     for index, k in enumerate(measured.grid):
         errors = dict(zip(names, spreads.relative(total - measured.by_k[:, index], total), strict=True))
         spread = spreads.of(errors)
         assert spread is not None
-        random = spreads.relative(total - measured.random_by_k[:, index], total)
-        kept = measured.left_out_by_k[alone, index]
-        without = zip(chosen, spreads.relative(measured.total[chosen] - kept, measured.total[chosen]), strict=True)
-        left = {measured.names[place]: lost for place, lost in without if not math.isnan(lost)}
-        chance = statistics.fmean(random)
+        left, random, sharing = _left_out_at(measured, alone, index)
+        by_chance = chance.relative(measured.null.by_k[:, :, index], total).mean(1)
         stored = fixed + round(
             sum(min(k, most) * (dimension * of_basis + ranks[module] * of_own) for module, dimension, most in bases)
         )
@@ -180,11 +194,34 @@ def sizes(
                 k=k,
                 mean=spread.mean,
                 worst=spread.worst,
-                left_out=statistics.fmean(left.values()) if left else None,
-                random=chance,
+                null=float(by_chance.mean()),
+                null_spread=measured.null.spread(by_chance),
+                left_out=left,
+                random=random,
                 stored_bytes=stored,
                 ratio=b.lora / stored if stored else 1.0,
-                sharing=[name for name, lost in left.items() if spreads.beyond_chance(lost, chance) >= HALF],
+                sharing=sharing,
             )
         )
     return found
+
+
+def _left_out_at(measured: Measured, alone: Sequence[int], index: int) -> tuple[float | None, float, list[str]]:
+    """At one of the sizes, the mean error of adapters that were left out, that of the same ones in as many random
+    directions, and those that share a subspace. Where nobody was left out: None, and all in random directions."""
+    rows = [row for row in alone if not bool(measured.left_out_by_k[row, index].isnan())]
+    if not rows:
+        total = measured.total[measured.fitted]
+        return None, statistics.fmean(spreads.relative(total - measured.random_by_k[:, index], total)), []
+    places = [measured.fitted[measured.chosen[row]] for row in rows]
+    total, kept, expected = (
+        measured.total[places],
+        measured.left_out_by_k[rows, index],
+        measured.chance_by_k[rows, index],
+    )
+    shared = chance.sharing(kept, expected, measured.null.left_out_by_k[:, rows, index], total, measured.null)
+    return (
+        statistics.fmean(spreads.relative(total - kept, total)),
+        statistics.fmean(spreads.relative(total - expected, total)),
+        [measured.names[place] for place, shares in zip(places, shared, strict=True) if shares],
+    )

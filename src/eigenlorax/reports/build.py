@@ -35,7 +35,8 @@ def report(
     pack: or the folder or Hub id of one. adapters: what it was made of, in any form that `fit` takes; they are
     recognised by their content. Without them, the report has what a pack alone can tell. left_out: how many adapters
     to leave out of the fit in turn; by default all, or a sample: 32 at most, and as many as can be done in a quarter of
-    a minute. seed: of that sample, of random bases and of the division into halves. options: those of `read_adapter`.
+    a minute. seed: of that sample, of random directions and of the division into halves. options: those of
+    `read_adapter`.
     """
     originals.check_options(options)
     seed = integer("seed", seed)
@@ -92,6 +93,7 @@ def _assembled(
     lines.sort(key=lambda row: (-row.delta_error, row.name))
     owners = Counter(place for one in packed.values() for place in one.places.values())
     modules = [rows.module(pack, measured, name, owners[name]) for name in pack.info.modules]
+    by_chance = alternatives.null(measured, pack, seed)
     empty = Report(
         eigenlorax_version=__version__,
         collection=_collection(pack, measured is not None),
@@ -102,9 +104,10 @@ def _assembled(
         in_fit=spreads.of({n: r.delta_error for n, r in pack.records.items() if r.in_fit and not r.untrained}),
         projected=spreads.of({n: r.delta_error for n, r in pack.records.items() if not r.in_fit and not r.untrained}),
         left_out=alternatives.left_out(measured, pack, seed, twins),
-        baselines=alternatives.baselines(pack, packed, lines, measured),
+        null=by_chance,
+        baselines=alternatives.baselines(pack, packed, lines, measured, by_chance),
         frontier=beside,
-        starts=relations.starts(pack, packed, found, measured, say),
+        starts=relations.starts(pack, packed, found, measured, seed, say),
         similarity=similarity,
         duplicates=[[names[place] for place in group] for group in copies],
         outliers=outlying,

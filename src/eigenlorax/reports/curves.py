@@ -19,7 +19,7 @@ SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
 
 MOST_KINDS = 8
 
-_GAUSSIAN = "Gaussian adapters"
+_RANDOM = "random directions"
 
 _LEAST_ERROR = 1e-4
 """The smallest error that is drawn beside others."""
@@ -29,7 +29,7 @@ _FLOOR = 1e-6
 
 
 def scree(report: Report, side: str) -> str:
-    """One side's spectrum, its mean over the modules of a kind, and that of Gaussian adapters; logarithmic."""
+    """One side's spectrum, its mean over the modules of a kind, and that of the null model; logarithmic."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -74,6 +74,12 @@ def angles(report: Report) -> str:
             if found:
                 mean = _mean(found, np.nan)
                 axis.plot(np.arange(1, len(mean) + 1), mean, marker=_dot(mean), color=series(number), label=title)
+            by_chance = [
+                getattr(module, side).null_angles for module in report.modules if getattr(module, side).null_angles
+            ]
+            if by_chance:
+                mean = _mean(by_chance, np.nan)
+                axis.plot(np.arange(1, len(mean) + 1), mean, "--", color=series(number), linewidth=1.2)
         axis.set(ylim=(0, 92), yticks=[0, 30, 60, 90], xlabel="principal angle, in order", ylabel="degrees")
         _count_along(axis)
         axis.legend(loc="lower right")
@@ -204,12 +210,18 @@ def sizes(report: Report) -> str:
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         for number, (field, label) in enumerate(
-            (("mean", "mean"), ("worst", "worst"), ("left_out", "left out, mean"), ("random", "random bases, mean"))
+            (
+                ("mean", "mean"),
+                ("worst", "worst"),
+                ("left_out", "left out, mean"),
+                ("random", "random bases, mean"),
+                ("null", "random directions, mean"),
+            )
         ):
             found = [(at, getattr(point, field)) for at, point in zip(k, report.sizes, strict=True)]
             found = [pair for pair in found if pair[1] is not None]
             if found:
-                dash = "--" if field == "random" else "-"
+                dash = "--" if field in ("random", "null") else "-"
                 axis.plot(
                     *zip(*found, strict=True), dash, marker="o", markersize=3.5, color=series(number), label=label
                 )
@@ -253,10 +265,10 @@ def size_bytes(report: Report) -> str:
 
 
 def spectra(report: Report, side: str) -> dict[str, np.ndarray]:
-    """One side's mean spectrum of each kind of module, by its label, and that of Gaussian adapters."""
+    """One side's mean spectrum of each kind of module, by its label, and that of the null model."""
     groups = kinds.grouped(report.modules, MOST_KINDS)
     found = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
-    found[_GAUSSIAN] = [getattr(module, side).null for module in report.modules]
+    found[_RANDOM] = [getattr(module, side).null for module in report.modules]
     curves = {label: [curve for curve in group if curve] for label, group in found.items()}
     return {label: _mean(group, 0.0) for label, group in curves.items() if group}
 
@@ -264,7 +276,7 @@ def spectra(report: Report, side: str) -> dict[str, np.ndarray]:
 def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
     for number, (label, curve) in enumerate(lines.items()):
         shape: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
-        if label == _GAUSSIAN:
+        if label == _RANDOM:
             shape = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}
         axis.plot(
             range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), marker=_dot(curve), label=label, **shape

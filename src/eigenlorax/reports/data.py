@@ -7,7 +7,7 @@ None stands for what was not measured: for want of the original adapters, or bec
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,9 @@ class SideFigures:
     """One side of one module.
 
     rank: directions in the stack, numerically. energy: share of the stack's squared norm in the span of the k kept.
-    spectrum: σ²/Σσ² of the first stack, descending, at most `SPECTRUM` of them. null: the same of Gaussian adapters of
-    equal ranks and norms. angles: principal angles between the subspaces of two random halves of the collection,
-    ascending, degrees; halves_overlap: mean of their squared cosines (k/dimension for unrelated ones).
+    spectrum: σ²/Σσ² of the first stack, descending, at most `SPECTRUM` of them. angles: principal angles between the
+    subspaces of two random halves of the collection, ascending, degrees; halves_overlap: mean of their squared cosines.
+    null, null_energy, null_angles, null_halves_overlap: the same of the null model (`Null`).
     """
 
     dimension: int
@@ -117,8 +117,11 @@ class SideFigures:
     energy: float
     spectrum: list[float]
     null: list[float]
+    null_energy: float | None
     angles: list[float]
+    null_angles: list[float]
     halves_overlap: float | None
+    null_halves_overlap: float | None
 
 
 SPECTRUM = 256
@@ -163,7 +166,12 @@ class Spread:
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """Adapters in the subspace that was fitted without them. sampled: how many of `of`; standard_error: of the mean.
-    method: in words. in_fit: the same adapters in the subspace with them."""
+    method: in words. in_fit: the same adapters in the subspace with them.
+
+    chance: their mean error in as many random directions. kept: the share of their squared norm that is kept, of what
+    random directions do not keep; kept_spread: its standard deviation if they share nothing. sharing: those that keep
+    half of theirs and more so, and more than chance scatters.
+    """
 
     sampled: int
     of: int
@@ -172,6 +180,38 @@ class LeftOut:
     errors: Spread
     standard_error: float
     in_fit: Spread
+    chance: float
+    kept: float
+    kept_spread: float
+    sharing: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class SideEnergy:
+    """Share of energy in the first k directions of one side, without sweeps, the mean over the modules: of the
+    collection, and of the null model with its standard deviation."""
+
+    energy: float
+    null: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class Null:
+    """The same adapters if they shared nothing: each keeps its singular values in every module, and with them its norm
+    and its rank, and has its directions drawn at random.
+
+    draws: of each module; seed: of these. errors: delta errors of the adapters in a fit like the pack's, before
+    rounding, means over random collections. spread: the standard deviation of errors.mean from one collection to the
+    next. down, up: energies.
+    """
+
+    draws: int
+    seed: int
+    errors: Spread
+    spread: float
+    down: SideEnergy
+    up: SideEnergy
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +269,16 @@ class StartGroup:
 class StartEnergy:
     """Energy that k directions keep of some of the adapters, means over modules. who: "all", "group 1", …, "others".
     k: the highest rank among all of them, so many directions as one start has. factors_*: of the stacked A, and B, as
-    the paper stacks them, each adapter of equal norm; delta_*: of the updates."""
+    the paper stacks them, each adapter of equal norm; null_*: of the same in random directions; delta_*: of the
+    updates."""
 
     who: str
     adapters: int
     k: int
     factors_down: float
     factors_up: float
+    null_down: float
+    null_up: float
     delta_down: float
     delta_up: float
 
@@ -250,7 +293,7 @@ class Starts:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Adapters that share directions with each other more than with the rest."""
+    """Adapters that share directions with each other more than with the rest; mean overlaps."""
 
     adapters: list[str]
     overlap: float
@@ -263,9 +306,11 @@ class Similarity:
 
     of: "originals", or "pack" where those were not at hand. names: the trained ones, in the order of the dendrogram's
     leaves. cosine: of the updates, row by row in that order; overlap: how much of their directions two adapters share,
-    0 to 1. JSON leaves both empty where there are more than `MATRIX` adapters. tree: scipy's linkage of 1 − overlap by
-    average, over the places in `names`. map_share: the share of squared distance that the map shows. mean_cosine:
-    between pairs; mean_energy: the share of an update that the mean of the others explains, on average.
+    0 to 1; chance_overlap: what that is in random directions, the mean over pairs. JSON leaves both matrices empty
+    where there are more than `MATRIX` adapters. tree: scipy's linkage of 1 − overlap by average, over the places in
+    `names`; of the overlap beyond chance, (overlap − chance) / (1 − chance). map_share: the share of squared distance
+    that the map shows. mean_cosine: between pairs; mean_energy: the share of an update that the mean of the others
+    explains, on average.
     """
 
     of: str
@@ -276,6 +321,7 @@ class Similarity:
     clusters: list[Cluster]
     silhouette: float | None
     map_share: float | None
+    chance_overlap: float | None
     mean_cosine: float | None
     mean_energy: float | None
 
@@ -313,14 +359,16 @@ class Bytes:
 class SizePoint:
     """The collection at another k, one for all sides, bases without sweeps.
 
-    Errors as in `Spread`; left_out: mean of the adapters left out of the fit; random: in random bases. sharing: those
-    of the left out that keep half of their squared norm and more, beyond what random bases keep. stored_bytes: basis,
-    coefficients and carried.
+    Errors as in `Spread`; null: mean of the null model, fitted alike, and null_spread as in `Null`. left_out: mean of
+    the adapters left out of the fit; random: of the same ones in as many random directions. sharing: as in `LeftOut`.
+    stored_bytes: basis, coefficients and carried.
     """
 
     k: int
     mean: float
     worst: float
+    null: float | None
+    null_spread: float | None
     left_out: float | None
     random: float | None
     stored_bytes: int
@@ -425,6 +473,7 @@ class Report:
     in_fit: Spread | None
     projected: Spread | None
     left_out: LeftOut | None
+    null: Null | None
     baselines: list[Baseline]
     frontier: Frontier | None
     starts: Starts | None

@@ -16,6 +16,7 @@ def render(report: Report) -> str:
     figures = [
         f"mean cosine {numbers.cosine(near.mean_cosine)}" if near.mean_cosine is not None else "",
         f"silhouette of the clusters {numbers.cosine(near.silhouette)}" if near.silhouette is not None else "",
+        f"overlap by chance {numbers.share(near.chance_overlap)}" if near.chance_overlap is not None else "",
     ]
     said = ", ".join(part for part in figures if part)
     of = "as they were" if near.of == "originals" else "as they come back from the pack, for want of the originals"
@@ -33,6 +34,11 @@ def render(report: Report) -> str:
             words(
                 ("cosine", "of two updates D as long vectors: 1 the same but for size, 0 nothing in common."),
                 ("overlap", "how much of their directions two adapters share, whatever they do along them: 0 to 1."),
+                ("by chance", "what adapters with these singular values in random directions have of it, on average."),
+                (
+                    "dendrogram",
+                    "who joins whom by their overlap beyond chance, (overlap − chance) / (1 − chance).",
+                ),
                 (
                     "silhouette",
                     "how much nearer the adapters of a cluster are to each other than to the next: −1 to 1.",

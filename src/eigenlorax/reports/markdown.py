@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from . import frontier, numbers, tables
 from .data import Finding, Report, Spread, TaskFrontier
+from .energies import energies
 from .tables import Cell, Table
 
 MOST_ADAPTERS = 20
@@ -24,6 +25,7 @@ def render(report: Report) -> str:
         *_adapters(report),
         *_section("Modules", tables.modules(report)),
         *_section("Their directions", tables.sides(report)),
+        _prose(energies(report)),
         *_section("What else could be done", tables.baselines(report)),
         *_frontier(report),
         *_section("Bytes", tables.bytes_(report)),
@@ -93,7 +95,15 @@ def _key_figures(report: Report) -> str:
             (
                 f"delta error, {out.sampled:,} of {out.of:,} adapters left out of the fit",
                 f"{_spread_text(out.errors)}; mean ±{numbers.error(out.standard_error)}; "
+                f"in as many random directions: mean {numbers.error(out.chance)}; "
                 f"the same in the fit: mean {numbers.error(out.in_fit.mean)}",
+            )
+        )
+    if report.null is not None:
+        rows.append(
+            (
+                "the same singular values in random directions, fitted alike",
+                f"{_spread_text(report.null.errors)}; mean ±{numbers.error(report.null.spread)} by chance",
             )
         )
     if report.similarity is not None and report.similarity.mean_energy is not None:
@@ -153,6 +163,7 @@ def _kinship(report: Report) -> list[str]:
         measured = [
             f"mean cosine {numbers.cosine(near.mean_cosine)}" if near.mean_cosine is not None else "",
             f"silhouette of the clusters {numbers.cosine(near.silhouette)}" if near.silhouette is not None else "",
+            f"overlap by chance {numbers.share(near.chance_overlap)}" if near.chance_overlap is not None else "",
         ]
         said = ", ".join(part for part in measured if part)
         lines += [f"- {said}"] if said else []

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import storages
 from .. import subspace as spaces
 from ..adapter import LoRAFactors
-from ..analysis import crowded, losses, rivals, spectra
+from ..analysis import crowded, losses, null, rivals
 from ..analysis.pairs import Pairs, products
 from ..fitting import Progress
 from ..pack import Pack
@@ -18,6 +18,7 @@ from ..packed import PackedAdapter
 from ..stack import Stack, squares, stack, stack_coefficients
 from ..subspace import Coefficients, FitOptions, ModuleBases
 from . import refits
+from .chance import NullSums
 from .originals import Originals
 from .refits import Asked, Members, Side
 
@@ -27,6 +28,8 @@ LEFT_OUT_LEAST = 8
 """Adapters that are left out at least, however much work each of them is."""
 LEFT_OUT_ENOUGH = 32
 """And at most, unless more are asked for: the standard error of the mean is small by then."""
+NULL_WORK = LEFT_OUT_WORK / 16
+"""Likewise, work that is put into fits of the null model."""
 MULTIPLICATIONS = 2.5e10
 """A second's, all in all."""
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -40,7 +43,8 @@ class Measured:
     """Sums over modules, one number an adapter, in the order of `names`; filled by `measure`.
 
     fitted: places in `names` of the adapters of the fit. chosen: places in `fitted` of those that were left out of it.
-    grid: sizes of `by_k`, `random_by_k` and `left_out_by_k`.
+    grid: sizes of `by_k`, `random_by_k` and `left_out_by_k`. chance, chance_by_k: what is to be expected of those that
+    were left out in as many random directions.
     """
 
     names: list[str]
@@ -49,9 +53,11 @@ class Measured:
     grid: list[int]
     total: Tensor
     random: Tensor
-    null_lost: Tensor
+    null: NullSums
     left_out_kept: Tensor
     left_out_by_k: Tensor
+    chance: Tensor
+    chance_by_k: Tensor
     by_k: Tensor
     random_by_k: Tensor
     down_lost: Tensor
@@ -116,8 +122,8 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
     most = max((min(n, *pack.subspace.modules[module].shape) for module, n in rows.items()), default=1)
     sizes = {basis.n_fitted for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)}
     grid = sorted({k for k in GRID if k < most} | {most} | {k for k in (max(sizes, default=0),) if 0 < k <= most})
+    work = sum(_work(n, pack.subspace.modules[module].shape, max(sizes, default=0)) for module, n in rows.items())
     if sample is None:
-        work = sum(_work(n, pack.subspace.modules[module].shape, max(sizes, default=0)) for module, n in rows.items())
         sample = min(max(LEFT_OUT_LEAST, int(LEFT_OUT_WORK / max(work, 1))), LEFT_OUT_ENOUGH)
     generator = torch.Generator().manual_seed(setting.seed)
     # a collection of one has no others
@@ -127,7 +133,8 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64)
 
-    n = len(names)
+    n, own, g = len(names), len(fitted), len(grid)
+    draws = null.draws(sum(bool(n) for n in rows.values()), NULL_WORK / max(_null_work(rows, pack), 1))
     return Measured(
         names=names,
         fitted=fitted,
@@ -139,11 +146,13 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
         down_total=zeros(n),
         up_lost=zeros(n),
         up_total=zeros(n),
-        null_lost=zeros(len(fitted)),
+        null=NullSums.of(draws, own, count, g),
         left_out_kept=zeros(count),
-        left_out_by_k=zeros(count, len(grid)),
-        by_k=zeros(len(fitted), len(grid)),
-        random_by_k=zeros(len(fitted), len(grid)),
+        left_out_by_k=zeros(count, g),
+        chance=zeros(count),
+        chance_by_k=zeros(count, g),
+        by_k=zeros(own, g),
+        random_by_k=zeros(own, g),
         rounded={8: zeros(n), 4: zeros(n)},
         pairs=Pairs.of(n),
     )
@@ -164,6 +173,11 @@ def _work(rows: int, shape: tuple[int, int], k: int) -> float:
     if crowded.is_crowded(rows):
         return 2 * 15.0 * min(rows, *shape, crowded.most(max(refits.LEFT_OUT_MOST, k))) ** 3
     return 6 * 15.0 * min(rows, *shape) ** 3
+
+
+def _null_work(rows: Mapping[str, int], pack: Pack) -> float:
+    """The same of a fit of all modules."""
+    return sum(6 * 15.0 * min(n, *pack.subspace.modules[module].shape) ** 3 for module, n in rows.items())
 
 
 def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
@@ -239,7 +253,7 @@ def _add_fit(
     # of an update in two bases, one of which has no row, nothing is left
     k = k if all(k) else (0, 0)
     if not members:
-        nothing = Side(0, [], [], None)
+        nothing = Side()
         found.sides[module] = (nothing, nothing)
         return
     weights = torch.tensor([setting.weights[at] for at in there], dtype=torch.float64)
@@ -257,19 +271,26 @@ def _add_fit(
             fixed=(setting.options.n_components, setting.options.energy) == (None, None) or k == (0, 0),
             grid=found.grid,
             chosen=[rank[place] for place in asked],
+            draws=found.null.draws,
         ),
         generator,
     )
     found.by_k[members] += refit.by_k
-    found.null_lost[members] += refit.null_lost
     found.sides[module] = refit.sides
     # of independent random directions, so many of so many
     sides = bases.down, bases.up
     chance = [math.prod(min(k, side.dimension) / side.dimension for side in sides) for k in found.grid]
     found.random_by_k[members] += square[there][:, None] * torch.tensor(chance, dtype=torch.float64)
     rows = [found.chosen.index(place) for place in asked]
-    found.left_out_kept[rows] += refit.left_out
-    found.left_out_by_k[rows] += refit.left_out_by_k
+    kept, dimensions = refit.left_out, (bases.down.dimension, bases.up.dimension)
+    found.left_out_kept[rows] += kept.fitted
+    found.left_out_by_k[rows] += kept.by_k
+    asked_squares = square[[found.fitted[place] for place in asked]]
+    found.chance[rows] += null.expected(asked_squares, kept.sizes, dimensions)
+    for column, k_column in enumerate(found.grid):
+        sizes = [(min(k_column, down), min(k_column, up)) for down, up in kept.most]
+        found.chance_by_k[rows, column] += null.expected(asked_squares, sizes, dimensions)
+    found.null.add(refit.null, members, rows, generator)
     found.exact &= not trained.crowded
 
 
@@ -294,20 +315,23 @@ def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> C
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
     """All pairs of adapters as they come back, from their coefficients alone where there is no rest."""
     found = Pairs.of(len(packed))
-    for one in _coefficients(pack, packed, progress):
-        found.add(one)
+    for one, dimensions in _coefficients(pack, packed, progress):
+        found.add(one, dimensions)
     return found
 
 
 def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Tensor:
     """Inner products of their updates alone, (n, n)."""
     found = torch.zeros(len(packed), len(packed), dtype=torch.float64)
-    for one in _coefficients(pack, packed, progress):
+    for one, _ in _coefficients(pack, packed, progress):
         found += products(one)
     return found
 
 
-def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Iterator[Stack]:
+def _coefficients(
+    pack: Pack, packed: Sequence[PackedAdapter], progress: Progress
+) -> Iterator[tuple[Stack, tuple[int, int]]]:
+    """Of every module, the adapters as they come back, and the dimensions (down, up) of the spaces they may lie in."""
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         found = [coefficients_at(one, module, bases) for one in packed]
@@ -315,42 +339,12 @@ def _coefficients(pack: Pack, packed: Sequence[PackedAdapter], progress: Progres
         if paired or bases.down.payload is not None or any(one is not None and one.has_rest for one in found):
             # rows that go in pairs, or were rounded to integers, are not orthonormal, and rests are not in a basis
             n_out, n_in = bases.shape
-            yield stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out)
+            has_rest = any(one is not None and one.has_rest for one in found)
+            dimensions = (n_in, n_out) if has_rest else (bases.down.k, bases.up.k)
+            yield (
+                stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out),
+                dimensions,
+            )
         else:
-            yield stack_coefficients(found, bases.down.k, bases.up.k)
+            yield stack_coefficients(found, bases.down.k, bases.up.k), (bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
-
-
-def energies(
-    pack: Pack,
-    packed: Mapping[str, PackedAdapter],
-    originals: Originals,
-    groups: Mapping[str, Sequence[str]],
-    k: int,
-    progress: Progress,
-) -> dict[str, tuple[float, float, float, float]]:
-    """Energy that k directions keep of some of the adapters: of A, of B, and of both sides of the updates; means over
-    the modules."""
-    sums: dict[str, list[tuple[float, float, float, float]]] = {who: [] for who in groups}
-    everybody = {name for names in groups.values() for name in names}
-    for done, module in enumerate(pack.info.modules):
-        progress("weighing shared starts", done, len(pack.info.modules))
-        factors = {}
-        for name in sorted(everybody):
-            own = own_name(packed[name], module)
-            if own is not None and originals.scans[name].delta_squares[own] > 0:
-                factors[name] = originals.adapters[name].modules[own]
-        for who, names in groups.items():
-            members = [factors[name] for name in names if name in factors]
-            if members:
-                weights = [spaces.delta_square(one) ** -0.5 for one in members]
-                weighted = (members, weights)
-                sums[who].append(
-                    (*spectra.energy(weighted, (k, k), "factors"), *spectra.energy(weighted, (k, k), "delta"))
-                )
-    progress("weighing shared starts", len(pack.info.modules), len(pack.info.modules))
-    found = {}
-    for who, rows in sums.items():
-        a, b, c, d = (math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
-        found[who] = (a, b, c, d)
-    return found

@@ -1,15 +1,19 @@
 """How the adapters are related: neighbours, random starts, clusters."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..analysis import groups
-from ..analysis.pairs import Pairs, cosines, overlap
+from ..analysis import groups, spectra
+from ..analysis.null import NullModel
+from ..analysis.pairs import Pairs, beyond_chance, cosines, overlap, overlap_by_chance
 from ..fitting import Progress
 from ..pack import Pack
 from ..packed import PackedAdapter
+from ..stack import squares, stack
 from . import measure
 from .data import Cluster, Similarity, StartEnergy, StartGroup, Starts
 from .measure import Measured
@@ -36,6 +40,7 @@ def starts(
     packed: Mapping[str, PackedAdapter],
     found: Originals | None,
     measured: Measured | None,
+    seed: int,
     say: Progress,
 ) -> Starts | None:
     """Groups with one random start, and how much of the energy that makes."""
@@ -55,8 +60,46 @@ def starts(
     if others:
         sets = {"all": names, **sets, "others": others}
     k = max(max(packed[name].record.ranks) for name in names)
-    rows = measure.energies(pack, packed, found, sets, k, say)
+    rows = energies(pack, packed, found, sets, (k, seed), say)
     return Starts(described, [StartEnergy(who, len(sets[who]), k, *values) for who, values in rows.items()])
+
+
+def energies(
+    pack: Pack,
+    packed: Mapping[str, PackedAdapter],
+    originals: Originals,
+    members: Mapping[str, Sequence[str]],
+    asked: tuple[int, int],
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """Energy that k directions keep of some of the adapters: of A and of B, of the same in random directions, and of
+    both sides of the updates; means over the modules. asked: k, and the seed of random directions."""
+    k, seed = asked
+    sums: dict[str, list[list[float]]] = {who: [] for who in members}
+    everybody = sorted({name for names in members.values() for name in names})
+    for done, (module, bases) in enumerate(pack.subspace.modules.items()):
+        progress("weighing shared starts", done, len(pack.info.modules))
+        generator = torch.Generator().manual_seed(seed + 1 + done)
+        factors = {}
+        for name in everybody:
+            own = measure.own_name(packed[name], module)
+            if own is not None and originals.scans[name].delta_squares[own] > 0:
+                factors[name] = originals.adapters[name].modules[own]
+        for who, names in members.items():
+            there = [factors[name] for name in names if name in factors]
+            if there:
+                one = stack(there, *reversed(bases.shape))
+                weights = squares(one).rsqrt()
+                drawn = NullModel.of(one).draw(generator)
+                sums[who].append(
+                    [
+                        *spectra.energy(one, weights, (k, k), "factors"),
+                        *spectra.energy(drawn, weights, (k, k), "factors"),
+                        *spectra.energy(one, weights, (k, k), "delta"),
+                    ]
+                )
+    progress("weighing shared starts", len(pack.info.modules), len(pack.info.modules))
+    return {who: [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)] for who, rows in sums.items()}
 
 
 def similarity(
@@ -67,14 +110,15 @@ def similarity(
     copies: groups of the same update, each of which counts once where clusters, outliers and the mean are found.
     """
     cosine, shared = cosines(pairs.delta), overlap(pairs)
-    found = groups.clustering(shared)
+    beyond, deviation = beyond_chance(pairs)
+    found = groups.clustering(beyond, deviation)
     order = found.order
     off = len(names) * (len(names) - 1)
     first = {place: group[0] for group in copies for place in group}
     once = [place for place in range(len(names)) if first.get(place, place) == place]
-    apart = shared[once][:, once]
-    divided = groups.clustering(apart) if copies else found
-    outlying = groups.outliers(apart, [place for cluster in divided.clusters for place in cluster])
+    apart, apart_beyond = (matrix[once][:, once] for matrix in (shared, beyond))
+    divided = groups.clustering(apart_beyond, deviation[once][:, once]) if copies else found
+    outlying = groups.outliers(apart_beyond, [place for cluster in divided.clusters for place in cluster])
     explained = groups.mean_losses(pairs.of_some(once))[2]
 
     def those(places: Sequence[int]) -> list[str]:
@@ -99,6 +143,7 @@ def similarity(
             ],
             silhouette=divided.silhouette,
             map_share=map_share if len(names) > 1 else None,
+            chance_overlap=float(overlap_by_chance(pairs)[0].sum()) / off if off else None,
             mean_cosine=float((cosine.sum() - len(names)) / off) if off else None,
             mean_energy=float(explained.mean()) if len(once) > 1 else None,
         ),

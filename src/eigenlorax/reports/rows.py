@@ -124,7 +124,7 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
     for index, side in enumerate(("down", "up")):
         basis = bases.side(side)
         values = basis.singular_values.to(torch.float64)
-        other = measured.sides[name][index] if measured is not None else Side(0, [], [], None)
+        other = measured.sides[name][index] if measured is not None else Side()
         total = basis.square
         sides[side] = SideFigures(
             dimension=basis.dimension,
@@ -132,9 +132,12 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
             rank=spreads.rank(basis),
             energy=info[side].energy,
             spectrum=(values.square()[:SPECTRUM] / total).tolist() if total > 0 else [],
-            null=other.null,
-            angles=other.angles,
+            null=list(other.null),
+            null_energy=other.null_energy,
+            angles=list(other.angles),
+            null_angles=list(other.null_angles),
             halves_overlap=other.halves_overlap,
+            null_halves_overlap=other.null_halves_overlap,
         )
     layer = _NUMBER.search(name)
     errors = {}

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from . import curves, kinds, numbers, plots, rankings, tables
 from .data import Report
+from .energies import energies
 from .frontier import at_equal_error, on_task
 from .markup import columns, figure, fold, html_figure, pair, paragraph, prose, table, text, words
 
@@ -49,8 +50,8 @@ def newcomers(report: Report) -> str:
             figure(
                 curves.angles(report),
                 "Two random halves of the collection, a subspace for each: the principal angles between them, means "
-                "over modules. At 0° both find the same direction, at 90° they have nothing in common."
-                + (f" Mean overlap: {overlaps}." if overlaps else ""),
+                "over modules. At 0° both find the same direction. Dashed: random subspaces, which have this much in "
+                "common." + (f" Mean overlap: {overlaps}." if overlaps else ""),
                 wide=False,
             )
         )
@@ -64,17 +65,22 @@ def spectra(report: Report) -> str:
     if not any(side.spectrum for module in report.modules for side in (module.down, module.up)):
         return ""
     more = len(kinds.grouped(report.modules, len(report.modules))) > curves.MOST_KINDS
-    gaussian = [
-        ("Gaussian adapters", "random ones of equal ranks and norms: what k directions keep if nothing is shared.")
-    ]
     grouped = " The last kinds are drawn as one." if more else ""
     null = any(side.null for module in report.modules for side in (module.down, module.up))
+    by_chance = [
+        (
+            "random directions",
+            "the null model: adapters with the same singular values, and with them norms and ranks, whose directions "
+            "are drawn at random, so that they share nothing.",
+        )
+    ]
     return (
         paragraph(
-            "Where the lines fall faster than the dashed one, that of unrelated adapters of equal ranks and norms, the "
-            "adapters share directions."
+            "Dashed is how the lines would fall if the adapters shared nothing: the same singular values in random "
+            "directions."
             if null
             else "The faster the lines fall, the fewer directions do.",
+            text(energies(report)),
             "What lies right of the mark at k is not kept.",
         )
         + html_figure(
@@ -93,7 +99,7 @@ def spectra(report: Report) -> str:
                     "the two factors of a LoRA: A reads the input, B writes the output. Each has a basis of its own.",
                 ),
                 ("energy", "share of the squared norm of all updates, each adapter weighing the same."),
-                *(gaussian if null else []),
+                *(by_chance if null else []),
             ),
         )
     )
@@ -177,8 +183,10 @@ def baselines(report: Report) -> str:
         return ""
     return (
         paragraph(
-            "The same adapters, stored or replaced in other ways. The pack is worth its trouble where its error is "
-            "below that of random bases and of the mean adapter, and where nothing simpler is as small and as exact."
+            "The same adapters, stored or replaced in other ways. Their directions have something in common where the "
+            "pack's error is below that of the same singular values in random directions, and that of adapters left "
+            "out below that of random bases. The pack is worth its trouble where nothing simpler is as small and as "
+            "exact."
         )
         + html_figure(rankings.baselines(report), "")
         + table(tables.baselines(report))
@@ -202,7 +210,7 @@ def frontier(report: Report) -> str:
         )
         + figure(
             curves.frontier(report),
-            f"Bytes of all adapters together over the worst adapter's delta error.{some} Dashed: what adapters share.",
+            f"Bytes of all adapters together over the worst adapter's delta error.{some} Dashed: by bases in common.",
         )
         + fold("As a table", table(tables.frontier(report), tall=len(found.points) > _TALL))
     )
@@ -234,8 +242,9 @@ def sizes(report: Report) -> str:
         return ""
     return (
         paragraph(
-            "The same adapters with k components on every side, without sweeps. Where the left-out error no longer "
-            "falls, more components learn the adapters by heart, not what they share."
+            "The same adapters with k components on every side, without sweeps. Dashed: the same singular values in "
+            "random directions, fitted alike, and random bases. Where the left-out error falls no faster than that of "
+            "random bases, more components learn the adapters by heart, not what they share."
         )
         + pair(
             figure(curves.sizes(report), "Delta error over k; the mark is the pack's k.", wide=False),
@@ -323,6 +332,7 @@ def _halves(report: Report) -> Iterable[tuple[str, float, float]]:
     """Of each side, the mean overlap of the two halves, and what unrelated ones would have."""
     for name in curves.SIDES:
         sides = [getattr(module, name) for module in report.modules]
-        known = [side.halves_overlap for side in sides if side.halves_overlap is not None]
+        known = [side for side in sides if side.halves_overlap is not None]
         if known:
-            yield name, statistics.fmean(known), statistics.fmean(side.k / side.dimension for side in sides)
+            overlaps = [[getattr(side, field) for side in known] for field in ("halves_overlap", "null_halves_overlap")]
+            yield name, statistics.fmean(overlaps[0]), statistics.fmean(overlaps[1])

@@ -130,7 +130,9 @@ def sides(report: Report) -> Table:
             ),
             _Field(f"of, {label}", _of(side, "dimension"), numbers.count, "dimension"),
             _Field(f"energy, {label}", _of(side, "energy"), numbers.share, "share of squared norm that the k keep"),
+            _Field(f"chance, {label}", _of(side, "null_energy"), numbers.share, "the same in random directions"),
             _Field(f"halves, {label}", _of(side, "halves_overlap"), numbers.share, "overlap of two halves' subspaces"),
+            _Field(f"random, {label}", _of(side, "null_halves_overlap"), numbers.share, "overlap of random subspaces"),
         ]
     return _table("Directions of all modules", fields, report.modules)
 
@@ -201,7 +203,13 @@ def sizes(report: Report) -> Table:
         _Field("mean error", lambda p: p.mean, numbers.error),
         _Field("worst error", lambda p: p.worst, numbers.error),
         _Field("left out", lambda p: p.left_out, numbers.error, "mean error of adapters left out of the fit"),
-        _Field("random", lambda p: p.random, numbers.error, "mean error in random bases"),
+        _Field("random", lambda p: p.random, numbers.error, "mean error of these in as many random directions"),
+        _Field(
+            "nothing shared",
+            lambda p: p.null,
+            numbers.error,
+            "mean error of the same singular values in random directions, fitted alike",
+        ),
         _Field("bytes", lambda p: p.stored_bytes, numbers.size, "basis, coefficients and carried", exact=True),
         _Field("ratio", lambda p: p.ratio, numbers.ratio, "LoRA bytes ÷ these"),
     ]
@@ -348,7 +356,9 @@ def start_energies(energies: list[StartEnergy]) -> Table:
         _Field("of", lambda e: e.who, numeric=False),
         _Field("adapters", lambda e: e.adapters, numbers.count),
         _Field("A", lambda e: e.factors_down, numbers.share, "of the stacked A, each adapter of equal norm"),
+        _Field("A by chance", lambda e: e.null_down, numbers.share, "of as many A in random directions"),
         _Field("B", lambda e: e.factors_up, numbers.share, "of the stacked B"),
+        _Field("B by chance", lambda e: e.null_up, numbers.share, "of as many B in random directions"),
         _Field("updates, down", lambda e: e.delta_down, numbers.share),
         _Field("updates, up", lambda e: e.delta_up, numbers.share),
     ]

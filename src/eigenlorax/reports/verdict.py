@@ -2,15 +2,16 @@
 
 The main question is answered by adapters that the fit has not seen. Where others' directions keep three quarters of
 their squared norm and more, beyond what as many random directions would keep (an error of about 0.5 at most), the
-collection shares a subspace; below one quarter it does not.
+collection shares a subspace; below one quarter it does not. What chance scatters counts for nothing. What the fit
+itself keeps is compared with the null model: the same singular values in random directions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .. import storages
 from . import spreads
-from .alternatives import HALF
-from .data import Finding, Report, SizePoint, Verdict
+from .chance import is_above
+from .data import Finding, LeftOut, Report, SizePoint, Verdict
 from .frontier import at_equal_error, cheapest
 from .numbers import error, plural, ratio, share
 
@@ -57,8 +58,8 @@ def _main(report: Report) -> tuple[str, Finding]:
     who = f"These {in_fit.adapters:,} adapters"
     if left_out is None:
         return _unknown(report)
-    chance = _mean_of(row.random_error for row in report.adapters if row.in_fit) or 1.0
-    kept = spreads.beyond_chance(left_out.errors.rms, chance)
+    chance, kept = left_out.chance, left_out.kept
+    by_more = is_above(kept, 0.0, left_out.kept_spread)
     measured = f"left out of the fit, an adapter loses {error(left_out.errors.mean)} of its update"
     against = f"{measured} in the directions of the others (in random ones: {error(chance)})"
     if chance < CHANCE:
@@ -71,7 +72,7 @@ def _main(report: Report) -> tuple[str, Finding]:
                 "Fit with fewer directions to find out.",
             ),
         )
-    if kept >= SHARED:
+    if by_more and kept >= SHARED:
         return (
             f"{who} share a subspace: {measured}.",
             Finding(
@@ -81,7 +82,7 @@ def _main(report: Report) -> tuple[str, Finding]:
                 good=True,
             ),
         )
-    divided = _divided(report, chance)
+    divided = _divided(report, left_out)
     if divided is not None:
         return divided
     more = _wider(report)
@@ -97,10 +98,10 @@ def _main(report: Report) -> tuple[str, Finding]:
                 good=None,
             ),
         )
-    emerging = _emerging(report, chance)
+    emerging = _emerging(report, left_out)
     if emerging is not None:
         return emerging
-    if kept >= NOT_SHARED:
+    if by_more and kept >= NOT_SHARED:
         return (
             f"{who} share a part of their subspace: {measured}.",
             Finding(
@@ -115,12 +116,20 @@ def _main(report: Report) -> tuple[str, Finding]:
         f"{who} do not share a subspace: {measured}.",
         Finding(
             "not-shared",
-            f"They do not share a subspace: {against}. {_in_the_fit(report, left_out.in_fit.mean)}",
+            f"They do not share a subspace: {against}. {_beyond_chance(kept) if by_more else _BY_CHANCE} "
+            f"{_in_the_fit(report, in_fit.mean)}",
             f"{_enough(report)} An adapter that comes later "
             + ("takes as many bytes as it would alone." if _is_coded(report) else "will not fit in."),
             good=False,
         ),
     )
+
+
+_BY_CHANCE = "That is no more than chance keeps."
+
+
+def _beyond_chance(kept: float) -> str:
+    return f"Beyond chance it keeps {share(kept)} of its squared norm: they share a little, but no subspace."
 
 
 def _unknown(report: Report) -> tuple[str, Finding]:
@@ -144,16 +153,16 @@ def _kept(report: Report, chance: float) -> dict[str, tuple[float, float]]:
     }
 
 
-def _divided(report: Report, chance: float) -> tuple[str, Finding] | None:
+def _divided(report: Report, left_out: LeftOut) -> tuple[str, Finding] | None:
     """The answer where some adapters share a subspace and nearly all others have none of it."""
+    chance = left_out.chance
     kept = _kept(report, chance)
-    inside = [name for name, (share_kept, _) in kept.items() if share_kept >= HALF]
-    outside = [name for name, (share_kept, _) in kept.items() if share_kept < NOT_SHARED]
+    inside = [name for name in kept if name in left_out.sharing]
+    outside = [name for name, (share_kept, _) in kept.items() if share_kept < NOT_SHARED and name not in inside]
     if len(inside) < 2 or len(outside) < 1 or len(inside) + len(outside) < 0.8 * len(kept):
         return None
     losses = [sum(kept[name][1] for name in group) / len(group) for group in (inside, outside)]
-    assert report.left_out is not None
-    sampled = report.left_out.sampled < report.left_out.of
+    sampled = left_out.sampled < left_out.of
     who = f"{len(inside):,} of {'the' if sampled else 'these'} {len(kept):,} adapters"
     if sampled:
         who += " that were left out in turn"
@@ -173,7 +182,7 @@ def _divided(report: Report, chance: float) -> tuple[str, Finding] | None:
     )
 
 
-def _emerging(report: Report, chance: float) -> tuple[str, Finding] | None:
+def _emerging(report: Report, left_out: LeftOut) -> tuple[str, Finding] | None:
     """The answer where some adapters share a subspace that shows with more directions, in a pack that still pays."""
     largest = _largest_k(report)
     points = [p for p in report.sizes if p.k > largest and p.ratio > 1 and (p.random or 0.0) >= CHANCE]
@@ -181,20 +190,19 @@ def _emerging(report: Report, chance: float) -> tuple[str, Finding] | None:
     point = next((point for point in points if len(point.sharing) == most), None)
     if point is None or most < 2:
         return None
-    others = [kept for name, (kept, _) in _kept(report, chance).items() if name not in point.sharing]
+    others = [kept for name, (kept, _) in _kept(report, left_out.chance).items() if name not in point.sharing]
     if not others or sum(kept < NOT_SHARED for kept in others) < 0.8 * len(others):
         return None
-    assert report.left_out is not None
-    n = report.left_out.sampled
-    which = "these" if n == report.left_out.of else "the"
-    turn = "" if n == report.left_out.of else " that were left out in turn"
+    n = left_out.sampled
+    which = "these" if n == left_out.of else "the"
+    turn = "" if n == left_out.of else " that were left out in turn"
     return (
         f"{most:,} of {which} {n:,} adapters{turn} share a subspace of more directions than were kept: it shows with "
         f"k = {point.k}.",
         Finding(
             "partly-shared",
             "A part of them shares a subspace, but k is too small for it: left out of the fit, an adapter loses "
-            f"{error(report.left_out.errors.mean)} of its update on average; with k = {point.k}, {most:,} of {n:,} "
+            f"{error(left_out.errors.mean)} of its update on average; with k = {point.k}, {most:,} of {n:,} "
             "keep half of their squared norm and more.",
             f"Fit those by themselves (`--exclude-adapter` names the others), or again with `-k {point.k}`.",
             good=None,
@@ -208,16 +216,37 @@ def _largest_k(report: Report) -> int:
 
 
 def _in_the_fit(report: Report, lost: float) -> str:
-    if lost > LOSS:
-        return f"In the fit they lose {error(lost)} too."
+    """What the fit keeps of adapters that share no subspace, and why."""
     if _is_coded(report):
-        return f"In the fit they lose {error(lost)}, since what directions miss of each is kept beside it."
+        return (
+            f"In the fit they lose {error(lost)} too."
+            if lost > LOSS
+            else f"In the fit they lose {error(lost)}, since what directions miss of each is kept beside it."
+        )
+    null = report.null
+    if null is None or not _is_like_the_null(report):
+        return f"In the fit they lose {error(lost)}."
+    said = f"In the fit they lose {error(lost)}"
+    beside = f"with the same singular values in random directions they would lose {error(null.errors.mean)}"
+    if lost > LOSS:
+        return f"{said} too; {beside}."
+    by_less = is_above(-lost, -null.errors.mean, null.spread)
+    if by_less and spreads.beyond_chance(lost, null.errors.mean) >= NOT_SHARED:
+        return f"{said}; {beside}. What makes the difference is common to some of them."
     sizes = {side.k for module in report.modules for side in (module.down, module.up)}
     room = f"k = {max(sizes)} has" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} directions have"
+    structure = "next to no" if by_less else "no"
     return (
-        f"In the fit they lose {error(lost)}, since {room} room to hold them side by side: that is compression, and no "
-        "common structure."
+        f"{said}, since {room} room to hold them side by side; {beside}. That is compression, and {structure} common "
+        "structure."
     )
+
+
+def _is_like_the_null(report: Report) -> bool:
+    """Whether the pack keeps adapters in the form that the null model was measured in: coefficients of full cores are
+    the same updates, those of diagonal ones are not."""
+    storage = storages.by_name(report.collection.coefficient_dtype)
+    return not isinstance(storage, storages.Cores) or storage.kind == "full"
 
 
 def _enough(report: Report) -> str:
@@ -261,24 +290,19 @@ def _wider(report: Report) -> SizePoint | None:
     )
 
 
-def _mean_of(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
-
-
 def _start(report: Report) -> list[Finding]:
     if report.starts is None:
         return []
     found = []
     energies = {row.who: row for row in report.starts.energies}
     for number, group in enumerate(report.starts.groups, 1):
-        row, others = energies.get(f"group {number}"), energies.get("others")
+        row = energies.get(f"group {number}")
         kept = ""
-        if row is not None and others is not None:
+        if row is not None:
             kept = (
-                f" {row.k} directions hold {share(row.factors_down)} of their A, and {share(row.factors_up)} of their B"
+                f" {row.k} directions hold {share(row.factors_down)} of their A and {share(row.factors_up)} of B; "
+                f"in random directions {share(row.null_down)} and {share(row.null_up)}."
             )
-            kept += f"; of the others' A {share(others.factors_down)}."
         found.append(
             Finding(
                 "start",
@@ -316,11 +340,13 @@ def _clusters(report: Report, main: Finding) -> list[Finding]:
     inside = max(one.overlap for one in clusters)
     outside = max(one.overlap_with_others for one in clusters)
     listed = "; ".join(_few(one.adapters) for one in clusters)
+    unrelated = report.similarity.chance_overlap if report.similarity is not None else None
+    by_chance = f" (random ones: {share(unrelated)})" if unrelated is not None else ""
     return [
         Finding(
             "clusters",
             f"They fall into {len(clusters)} groups, of {sizes} adapters: within a group directions overlap up to "
-            f"{share(inside)}, between groups at most {share(outside)} on average. {listed}.",
+            f"{share(inside)}, between groups at most {share(outside)} on average{by_chance}. {listed}.",
             "What they share lies within these groups."
             if main.kind == "not-shared"
             else "Fit each group by itself: fewer directions then do the same.",
@@ -523,7 +549,7 @@ def _cores(report: Report) -> list[Finding]:
         return []
     figures = {
         "full": "Figures at other k are",
-        "diagonal": "Figures of adapters left out, of random directions and at other k are",
+        "diagonal": "Figures of adapters left out, of random directions, of the null model and at other k are",
     }
     text = f"The pack keeps {storage.kind} cores. {figures[storage.kind]} those of packs without cores."
     return [Finding("cores", text, good=None)]
