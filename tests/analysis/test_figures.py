@@ -271,8 +271,9 @@ class TestCollection:
         for key, field in fields.items():
             values = by_name(report, field)
             assert found[key].errors.mean == pytest.approx(statistics.fmean(values[name] for name in fitted))
-        # Gaussian adapters share nothing: k of so many directions keep less of them than of those of a subspace
+        # k of so many directions keep less of adapters that share nothing than of those of a subspace
         assert found["null"].errors.mean > found["pack"].errors.mean + 0.1
+        assert found["null"].errors == report.null.errors
 
     def test_bytes(self, report, pack, collection, adapters):
         # those that change nothing have no factors that anybody needs
@@ -310,6 +311,26 @@ class TestCollection:
             assert point.mean == pytest.approx(statistics.fmean(errors), abs=1e-5)
             assert point.worst == pytest.approx(max(errors), abs=1e-5)
             assert point.left_out == pytest.approx(statistics.fmean(left_out), abs=1e-5)
+
+    def test_left_out_by_chance(self, report, updates, fitted):
+        """The shares of the dimensions that as many directions have as the others', in expectation."""
+        errors = []
+        for name in fitted:
+            kept = 0.0
+            for m, one in updates[name].items():
+                deltas, weights = stacked(updates, [other for other in fitted if other != name], m)
+                spectra = fit_delta(deltas, weights, K, 0)[2:]
+                sizes = [min(K, rank_of(sigma)) for sigma in spectra]
+                kept += np.square(one).sum() * sizes[0] * sizes[1] / one.size
+            errors.append(math.sqrt(1 - kept / norm(updates[name]) ** 2))
+        got = report.left_out
+        assert got.chance == pytest.approx(statistics.fmean(errors), abs=1e-6)
+        squares = statistics.fmean(error**2 for error in errors)
+        assert got.kept == pytest.approx(1 - got.errors.rms**2 / squares, abs=1e-6)
+        assert next(point.random for point in report.sizes if point.k == K) == pytest.approx(got.chance, abs=1e-6)
+        assert 0 < got.kept_spread < 0.2
+        # near a subspace, all keep more than half of what random directions would not
+        assert got.sharing == [name for name in fitted if by_name(report, "left_out_error")[name] < 0.7]
 
     def test_starts(self, report, collection, updates):
         (group,) = report.starts.groups

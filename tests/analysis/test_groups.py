@@ -13,7 +13,7 @@ from eigenlorax.adapter import LoRAFactors
 from eigenlorax.analysis import groups
 from eigenlorax.analysis.pairs import beyond_chance, cosines
 from made import WIDE, awkward, gauged, of_one_subspace, one_start, pairs_of, random, with_a_mean
-from planted import normal, random_factors
+from planted import normal, of_spectrum, random_factors
 
 
 def relation(n, *edges):
@@ -224,6 +224,35 @@ class TestOutliers:
 
     def test_of_three_nobody_stands_out(self):
         assert groups.outliers(shared_by([*of_one_subspace(2), *random(1)])[0], []) == []
+
+
+def long_row(seed, n_out, n_in):
+    """Of A, one row is ten times as long as the others: the cosine of two such A is that of these rows."""
+    down = normal(8, n_in, seed=seed)
+    down[0] *= 10
+    return LoRAFactors(down, normal(n_out, 8, seed=seed + 7), 1.0)
+
+
+BY_CHANCE = {
+    "a long row": (64, lambda i, seed: long_row(seed, 61, 64)),
+    "ranks of three kinds": (16, lambda i, seed: of_spectrum([1.0] * (1, 3, 8)[i // 4], 17, 16, seed=seed)),
+    "one of rank 1": (16, lambda i, seed: of_spectrum([1.0] * (8 if i else 1), 17, 16, seed=seed)),
+    "of rank 1": (16, lambda i, seed: of_spectrum([1.0], 17, 16, seed=seed)),
+    "of rank 2, in few dimensions": (8, lambda i, seed: of_spectrum([1.0, 0.3], 7, 8, seed=seed)),
+}
+
+
+@pytest.mark.parametrize("kind", BY_CHANCE)
+def test_nothing_by_chance_whatever_singular_values_and_rows_are(kind):
+    """What adapters have in common by chance depends on these."""
+    n_in, make = BY_CHANCE[kind]
+    for seed in range(12):
+        collection = [{"m": make(i, 1000 * seed + 10 * i)} for i in range(12)]
+        pairs = pairs_of(collection, {"m": (collection[0]["m"].up.shape[0], n_in)})
+        beyond, deviation = beyond_chance(pairs)
+        assert groups.same_start(pairs) == []
+        assert groups.clustering(beyond, deviation).clusters == []
+        assert groups.outliers(beyond, []) == []
 
 
 class TestMap:

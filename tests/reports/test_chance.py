@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reported import adapters, findings, report_on, the
+from reported import adapters, report_on, the
 
 import eigenlorax as ex
 from eigenlorax.adapter import LoRAFactors
@@ -111,8 +111,10 @@ def test_steep_spectra_keep_much_of_strangers_in_a_fit():
     """What adapters of even ones would lose says nothing of these, and was taken for what they have in common."""
     steep, even = (report_on(strangers(12, lambda i, s=sigma: s), k=10) for sigma in (STEEP, EVEN))
     assert steep.in_fit.mean < 0.6 * even.null.errors.mean
-    assert steep.in_fit.mean == pytest.approx(steep.null.errors.mean, abs=0.01)
-    assert even.in_fit.mean == pytest.approx(even.null.errors.mean, abs=0.01)
+    for report in (steep, even):
+        null = report.null
+        assert null.spread < 0.02
+        assert report.in_fit.mean == pytest.approx(null.errors.mean, abs=SIGMAS * null.spread)
 
 
 def test_the_null_model_of_the_demo():
@@ -286,19 +288,3 @@ def test_the_same_input_gives_the_same_bytes_and_another_seed_other_draws():
     assert [null["seed"] for null in nulls] == [0, 1]
     # of two modules, so many draws that their scatter is known
     assert [null["draws"] for null in nulls] == [12, 12]
-
-
-def test_nobody_has_a_start_a_cluster_or_an_outlier_by_its_singular_values():
-    """Long rows of A are more alike by chance; ranks that differ share differently much by chance."""
-    long_rows = [
-        {"m": LoRAFactors(torch.cat([10 * a[:1], a[1:]]), normal(61, 8, seed=900 + i), 1.0)}
-        for i, a in enumerate(normal(12, 8, 64, seed=4))
-    ]
-    ranks = {"m": (17, 16)}
-    for collection in (
-        long_rows,
-        strangers(9, lambda i: [1.0] * (1, 3, 8)[i // 3], shapes=ranks, seed=5),
-        strangers(9, lambda i: [1.0] * (8 if i else 1), shapes=ranks, seed=6),
-    ):
-        report = report_on(collection, k=3)
-        assert [findings(report, kind) for kind in ("start", "clusters", "outlier")] == [[], [], []]

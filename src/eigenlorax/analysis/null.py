@@ -21,16 +21,17 @@ COLLECTIONS = 48
 """Random collections that a figure's spread is taken over."""
 _DRAWS = (2, 3, 4, 6, 8, 12, 16, 24)
 """Numbers of draws of which every one is in equally many of the collections."""
-_ENOUGH = 24
-"""Draws of all modules together from which on a standard deviation is known well enough."""
+_ENOUGH, _OF_EACH = 24, 4
+"""Draws of all modules together from which on a standard deviation is known well enough; and draws of each with which a
+mean is."""
 _DEGREES = 3
 """Degrees of freedom that it has at least, however much work a draw is."""
 
 
 def draws(modules: int, affordable: float) -> int:
-    """How often each module is drawn: `_ENOUGH` times by all modules together, or as often as is affordable."""
+    """How often each module is drawn: as often as is enough, or as is affordable."""
     least = next(n for n in _DRAWS if max(modules, 1) * (n - 1) >= _DEGREES)
-    wanted = next(n for n in _DRAWS if max(modules, 1) * n >= _ENOUGH)
+    wanted = next(n for n in _DRAWS if n >= _OF_EACH and max(modules, 1) * n >= _ENOUGH)
     return max(least, *(n for n in _DRAWS if n <= max(_DRAWS[0], min(wanted, affordable))))
 
 

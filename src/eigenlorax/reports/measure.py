@@ -28,7 +28,7 @@ LEFT_OUT_LEAST = 8
 """Adapters that are left out at least, however much work each of them is."""
 LEFT_OUT_ENOUGH = 32
 """And at most, unless more are asked for: the standard error of the mean is small by then."""
-NULL_WORK = LEFT_OUT_WORK / 4
+NULL_WORK = LEFT_OUT_WORK / 16
 """Likewise, work that is put into fits of the null model."""
 MULTIPLICATIONS = 2.5e10
 """A second's, all in all."""
