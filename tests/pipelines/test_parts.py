@@ -77,6 +77,7 @@ def test_names_of_either_transformers(make, kind):
     torch.testing.assert_close(picture(ours), picture(plain), atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
 def test_both_names_of_one_layer_in_one_pack(make):
     ours, plain = make("sd"), make("sd")
     adapters = [style(ours, "old", 1, parts=["text_encoder"]), style(ours, "new", 2, parts=["text_encoder"])]
