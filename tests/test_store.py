@@ -217,6 +217,25 @@ class TestStaging:
 
 
 @needs_fork
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to be root, to be another user")
+def test_a_folder_that_may_be_written_to_and_not_listed_is_written_to(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o333)
+
+    def write():
+        os.chdir(place)
+        os.setuid(12345)
+        staging.sweep(Path())
+        store.write_file(Path("file"), b"data")
+        store.write_folder(Path("folder"), FILES)
+
+    succeeded(children.run(write))
+    place.chmod(0o755)
+    assert sorted(path.name for path in place.iterdir()) == ["file", "folder"]
+
+
+@needs_fork
 @pytest.mark.parametrize("before", [b"old", None])
 def test_a_file_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(tmp_path, before):
     seen = set()

@@ -59,7 +59,12 @@ def claimed(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove what killed writers have left in a folder in which others may be writing."""
-    for entry in folder.iterdir():
+    try:
+        entries = list(folder.iterdir())
+    except PermissionError:
+        # some folders may be written to, and not listed
+        return
+    for entry in entries:
         if _CLAIMED.fullmatch(entry.name):
             _remove_abandoned(entry)
 
