@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -148,6 +149,14 @@ def _put_in_place(beside: Path, path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(old, path)
+
+
+def permit_like(folder: Path, file: Path) -> None:
+    """Give every file in `folder` the permissions of `file`: safetensors writes its files for their owner alone."""
+    mode = stat.S_IMODE(file.stat().st_mode)
+    for entry in folder.rglob("*"):
+        if entry.is_file() and not entry.is_symlink():
+            entry.chmod(mode)
 
 
 def sweep_staging(folder: Path) -> None:

@@ -2,19 +2,22 @@
 
 import json
 import math
+import os
 import random
 import re
+import stat
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
 import eigenlorax as ex
 import trainable
-from eigenlorax.errors import BaselineWarning
+from eigenlorax.errors import BaselineWarning, FormatError
 from eigenlorax.tasks import baselines, data, evaluate, examples, models, trainer
 from eigenlorax.tasks.data import Labels
 from eigenlorax.tasks.options import MAX_POINTS, MIN_STEPS, Columns, Training
-from eigenlorax.tasks.train import RECORD, train
+from eigenlorax.tasks.train import CHECKPOINTS, RECORD, train
 
 IDLE = {"learning_rate": 1e-9, "head_learning_rate": 1e-9, "epochs": 1.0, "rank": 3}
 """A training that learns nothing."""
@@ -241,6 +244,82 @@ def test_a_language_model_is_measured_beside_the_base_model(place):
         alone = evaluate.measure(base, rows, examples.collator("causal-lm", tokenizer), None, 7)
     assert found.baseline.baseline == pytest.approx(alone.perplexity, rel=1e-5)
     assert found.baseline.score == found.figures.perplexity
+
+
+def modes(folder):
+    return {path.relative_to(folder).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
+class StoppedError(Exception):
+    pass
+
+
+class TestWhatIsLeft:
+    @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+    def umask(self, request):
+        before = os.umask(request.param)
+        yield request.param
+        os.umask(before)
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+    def test_is_the_adapter_and_its_record_for_whom_the_umask_says(self, place, umask):
+        train(place / "pack", classify(place, **QUICK, epochs=2.0), place / "out")
+        assert modes(place / "out") == dict.fromkeys(
+            ["README.md", "adapter_config.json", "adapter_model.safetensors", RECORD], 0o666 & ~umask
+        )
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+    def test_after_an_interruption_are_checkpoints_for_whom_the_umask_says(self, place, umask):
+        def stop(stage, done, total):
+            if stage == "training" and done == 20:
+                raise StoppedError
+
+        training = classify(place, **QUICK, epochs=2.0)
+        with pytest.raises(StoppedError):
+            train(place / "pack", training, place / "out", progress=stop)
+        files = {name: mode for name, mode in modes(place / "out" / CHECKPOINTS).items() if "." in name}
+        assert "checkpoint-12/optimizer.pt" in files
+        assert set(files.values()) == {0o666 & ~umask}
+        train(place / "pack", training, place / "out", resume=True)
+        assert not (place / "out" / CHECKPOINTS).exists()
+
+    def test_are_as_many_checkpoints_as_were_asked_for(self, place):
+        train(
+            place / "pack", classify(place, **QUICK, epochs=3.0, trainer_options={"save_total_limit": 1}), place / "o"
+        )
+        assert [path.name for path in (place / "o" / CHECKPOINTS).iterdir()] == ["checkpoint-36"]
+
+    def test_of_a_training_that_could_not_be_added_is_enough_to_add_it(self, place):
+        """The name is taken while it trains."""
+
+        def rival(stage, done, total):
+            if (stage, done) == ("training", 6):
+                with ex.Pack.edit(place / "pack") as pack:
+                    pack.add(replace(pack.adapter("a1"), base_model=pack.base_model), name="out")
+
+        training = classify(place, **QUICK, epochs=2.0)
+        with pytest.raises(ex.EigenloraxError, match="itself is in"):
+            train(place / "pack", training, place / "out", progress=rival)
+        assert not (place / "out" / CHECKPOINTS).exists()
+        assert train(place / "pack", training, place / "out", name="mine", resume=True).added
+        assert ex.Pack.open(place / "pack").records["mine"].delta_error < 1e-6
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda result: result.update(steps="many"), 'result.steps is "many", where int belongs'),
+            (lambda result: result.pop("baseline"), "result.baseline is missing, where dict belongs"),
+            (lambda result: result["baseline"].update(more=1), "result.baseline has the fields"),
+        ],
+    )
+    def test_with_a_record_that_is_none(self, place, change, match):
+        training = classify(place, **QUICK, epochs=2.0)
+        train(place / "pack", training, place / "out", add=False)
+        record = json.loads((place / "out" / RECORD).read_text())
+        change(record["result"])
+        (place / "out" / RECORD).write_text(json.dumps(record))
+        with pytest.raises(FormatError, match=match):
+            train(place / "pack", training, place / "out", resume=True)
 
 
 def test_a_sample_is_the_same_each_time_and_no_longer_than_asked_for():

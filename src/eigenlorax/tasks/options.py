@@ -52,7 +52,7 @@ class Training:
 
     epochs: 3 by default, or as many as come to `MIN_STEPS` steps. learning_rate: of coefficients, which are trained
     with `tuner.SOAP`, unless trainer_options name an `optim`; that one then trains all at this rate. trainer_options:
-    any other fields of `TrainingArguments`.
+    any other fields of `TrainingArguments`; with a `save_total_limit`, so many checkpoints stay in the end.
     """
 
     task: str
@@ -94,6 +94,11 @@ class Training:
                 "an optimizer stands among the Trainer's options (optim): it has one rate, and head_learning_rate is "
                 "for the default one. Give one of them."
             )
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether checkpoints stay when the training has ended: where a number of them is asked for."""
+        return "save_total_limit" in self.trainer_options
 
     @property
     def own_optimizer(self) -> bool:

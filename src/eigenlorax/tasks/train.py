@@ -110,6 +110,8 @@ def train(
             found = _trained(opened, training, output, run, resume, report)
             # from here on the adapter's folder is all that is needed
             _write_record(output, run, found)
+            if not training.keeps_checkpoints:
+                store.remove(output / CHECKPOINTS)
         if not found.baseline.better:
             warnings.warn(found.baseline.sentence, BaselineWarning, stacklevel=2)
         record = None
@@ -296,6 +298,7 @@ def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
     config.base_model_name_or_path = pack.base_model or base
     config.revision = pack.revision
     model.save_pretrained(output, save_embedding_layers=False)
+    store.permit_like(output, output / RECORD)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from .. import store
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
 from ..fitting import Progress
 from ..options import suggestion
@@ -146,7 +147,8 @@ def make(
     collate: Any,
     progress: Progress,
 ) -> Any:
-    """The Trainer; it prints nothing, reports its steps to `progress`, and stops where the loss is no number."""
+    """The Trainer; it prints nothing, reports its steps to `progress`, and stops where the loss is no number. Its
+    checkpoints may be read by whom the record beside them may be."""
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class Report(TrainerCallback):  # type: ignore[misc]
@@ -155,6 +157,10 @@ def make(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             progress("training", state.global_step, state.max_steps)
+
+        def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            checkpoints = Path(args.output_dir)
+            store.permit_like(checkpoints, checkpoints.parent / RECORD)
 
         def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             loss = (rest.get("logs") or {}).get("loss", 0.0)
