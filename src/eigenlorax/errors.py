@@ -8,6 +8,7 @@
     ├── AdapterNameError      a name that is not allowed, not there, or there twice
     ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
     ├── OptionError           an option outside its range
+    ├── BaselineError         a trained adapter that is no better than its baseline, and was not added
     ├── HubError              a repository or file that could not be had from the Hub
     ├── UrlError              a folder or file behind a URL that could not be read
     ├── MissingExtraError     an optional dependency is not installed
@@ -72,6 +73,10 @@ class ModuleNameError(EigenloraxError, ValueError):
 
 class OptionError(EigenloraxError, ValueError):
     """An option outside its range."""
+
+
+class BaselineError(EigenloraxError, ValueError):
+    """A trained adapter that is no better than what needs no training, and so was not added to the pack."""
 
 
 class HubError(EigenloraxError, OSError):
@@ -197,6 +202,10 @@ class LossWarning(EigenloraxWarning):
 
 WARN_ABOVE = 0.5
 """The delta error above which a `LossWarning` is given, unless told otherwise."""
+
+
+class BaselineWarning(EigenloraxWarning):
+    """A trained adapter that is no better than the most frequent class, or than the base model."""
 
 
 class StaleReportWarning(EigenloraxWarning):

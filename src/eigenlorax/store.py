@@ -239,6 +239,14 @@ def recover(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def permit_like(folder: Path, file: Path) -> None:
+    """Give every file in `folder` the permissions of `file`: safetensors writes its files for their owner alone."""
+    mode = stat.S_IMODE(file.stat().st_mode)
+    for entry in folder.rglob("*"):
+        if entry.is_file() and not entry.is_symlink():
+            entry.chmod(mode)
+
+
 def sweep_staging(folder: Path) -> None:
     """Remove what killed writers left half-written. Only for one who holds the folder's lock."""
     for entry in folder.glob(f"{STAGING}*"):

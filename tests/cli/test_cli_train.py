@@ -79,7 +79,7 @@ class TestATrainingAndItsEvaluation:
         first = [*CLASSIFY, "--epochs", "1", "--no-add"]
         succeeded(cli(*first))
         before = (place / "out" / "adapter_model.safetensors").read_bytes()
-        found = json_of(cli(*CLASSIFY, "--epochs", "1", "--resume", "--json"))
+        found = json_of(cli(*CLASSIFY, "--epochs", "1", "--resume", "--force", "--json"))
         assert found["steps"] == 12
         assert (place / "out" / "adapter_model.safetensors").read_bytes() == before
         assert "out" in ex.Pack.open("pack").names
@@ -96,17 +96,56 @@ class TestATrainingAndItsEvaluation:
         def full():
             resource = pytest.importorskip("resource")
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-            main([*CLASSIFY, "--epochs", "1"])
+            main([*CLASSIFY, "--epochs", "1", "--force"])
 
         assert_refused(run(full), 6, ": out")
         assert contents(place / "pack") == before
-        done = cli(*CLASSIFY, "--epochs", 1, *(["--resume"] if (place / "out").exists() else []))
+        done = cli(*CLASSIFY, "--epochs", 1, "--force", *(["--resume"] if (place / "out").exists() else []))
         assert "added to the pack" in succeeded(done).out
 
     def test_what_is_cut_is_noted(self, cli, place):
-        done = succeeded(cli(*CLASSIFY, "--max-length", 4, "--epochs", 1, "--json"))
+        done = succeeded(cli(*CLASSIFY, "--max-length", 4, "--epochs", 1, "--no-add", "--json"))
         json.loads(done.out)
-        assert re.fullmatch(r"note: \d+ of 192 rows of \S*train.jsonl were cut after 4 tokens; .*\n", done.err)
+        assert re.match(r"note: \d+ of 192 rows of \S*train.jsonl were cut after 4 tokens; .*\n", done.err)
+
+    @pytest.mark.parametrize(
+        ("options", "code", "added"), [([], 3, False), (["--force"], 0, True), (["--no-add"], 0, False)]
+    )
+    def test_of_no_use_is_noted_and_added_by_force_alone(self, cli, place, options, code, added):
+        idle = [*CLASSIFY, "--learning-rate", "1e-9", "--head-learning-rate", "1e-9", "--epochs", "1"]
+        done = cli(*idle, "--eval", "eval.jsonl", "--json", *options)
+        found = json.loads(done.out)
+        assert (done.code, found["added"], found["baseline"]["better"]) == (code, added, False)
+        assert found["baseline"]["baseline"] == found["figures"]["majority"]
+        assert ("out" in ex.Pack.open("pack").names) is added
+        note = re.search(
+            r"note: the accuracy on the 57 rows for evaluation is (0\.\d{4}), and the most frequent .* no use", done.err
+        )
+        assert float(note[1]) == pytest.approx(found["figures"]["accuracy"], abs=1e-4)
+        assert ("error: the adapter was not added to pack" in done.err) is (code == 3)
+        assert ("`eigenlorax add pack out=out` adds it even so" in done.err) is (code == 3)
+        if code == 3:
+            succeeded(cli("add", "pack", "out=out"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "lines"),
+        [
+            (
+                [*CLASSIFY, "--epochs", "4"],
+                [r"accuracy on 192 rows of the training +0\.9\d+", r"most frequent class alone +0\.5"],
+            ),
+            (
+                shlex.split(
+                    "train lm-pack --task causal-lm --train lm-train.jsonl --eval lm-eval.jsonl -o out --no-add"
+                ),
+                [r"\n +perplexity +\d+\.?\d*\n", r"\n +base model without it +\d+\.?\d*"],
+            ),
+        ],
+    )
+    def test_stands_beside_its_baseline(self, cli, place, arguments, lines):
+        out = re.sub(r" +\n", "\n", succeeded(cli(*arguments)).out)
+        for line in lines:
+            assert re.search(line, out), out
 
     @pytest.mark.parametrize("verb", [train, evaluate])
     def test_the_examples_run(self, cli, place, verb):
@@ -122,7 +161,7 @@ class TestATrainingAndItsEvaluation:
             succeeded(cli(*examples[0]))
             succeeded(cli(*examples[1][:1], "lm-pack/", *examples[1][2:]))
         else:
-            asked = "train pack --task text-classification --train a.csv -o runs/sst2 --epochs 1"
+            asked = "train pack --task text-classification --train a.csv -o runs/sst2 --epochs 1 --force"
             succeeded(cli(*asked.split()))
             for example in examples:
                 succeeded(cli(*example))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tasks.options import DEFAULTS, HEAD_LEARNING_RATE, TASKS, Columns, Training
+from ..errors import BaselineError
+from ..tasks.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, TASKS, Columns, Training
 from . import console
 from .evaluate import figure_rows, show_confusion
 
@@ -60,7 +61,10 @@ def train(
     ] = 0,
     extra_seed: Annotated[int, typer.Option("--extra-seed", metavar="S", help="The seed that gives them.")] = 0,
     epochs: Annotated[
-        float | None, typer.Option(help=f"Passes over the rows (default {DEFAULTS['num_train_epochs']:g}).")
+        float | None,
+        typer.Option(
+            help=f"Passes over the rows (default {DEFAULTS['num_train_epochs']:g}, {MIN_STEPS} steps or more)."
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"Of coefficients (default {DEFAULTS['learning_rate']:g}).")
@@ -83,6 +87,9 @@ def train(
         typer.Option(metavar="YAML", help="Any other fields of transformers' TrainingArguments.", parser=console.path),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Add the adapter even if it is no better than its baseline.")
+    ] = False,
     no_add: Annotated[bool, typer.Option("--no-add", help="Leave the pack as it is.")] = False,
     json: console.Json = False,
 ) -> None:
@@ -116,17 +123,23 @@ def train(
             output,
             name=name,
             add=not no_add,
+            force=force,
             resume=resume,
             progress=progress,
         )
     if json:
         console.print_json({**asdict(found), "folder": str(output), "pack": str(pack)})
-        return
-    console.print_rows(f"adapter {found.name}", _rows(found))
-    if len(found.history) > 1:
-        _show_history(found.history)
-    if found.figures is not None:
-        show_confusion(found.figures)
+    else:
+        console.print_rows(f"adapter {found.name}", _rows(found))
+        if len(found.history) > 1:
+            _show_history(found.history)
+        if found.figures is not None:
+            show_confusion(found.figures)
+    if not no_add and not found.added:
+        raise BaselineError(
+            f"the adapter was not added to {pack}, since it is no better than its baseline. It is in {output}: "
+            f"`eigenlorax add {pack} {found.name}={output}` adds it even so, as --force would have."
+        )
 
 
 def _rows(found: "Trained") -> list[tuple[str, str]]:
@@ -140,10 +153,26 @@ def _rows(found: "Trained") -> list[tuple[str, str]]:
         ("trained coefficients", f"{found.numbers:,} in {found.modules} modules"),
         *[("trained numbers besides (head)", f"{found.head_numbers:,}")] * bool(found.head_numbers),
         *(figure_rows(found.figures) if found.figures else []),
+        *_baseline_rows(found),
         ("folder", str(found.folder)),
         ("pack", added),
         ("seconds", f"{found.seconds:.1f}"),
     ]
+
+
+def _baseline_rows(found: "Trained") -> list[tuple[str, str]]:
+    """The result beside its baseline, as far as the rows of the evaluation do not say it."""
+    baseline = found.baseline
+    whose = "most frequent class alone" if baseline.metric == "accuracy" else "base model without it"
+    values = [
+        "too large" if one is None else f"{one:.4f}" if baseline.metric == "accuracy" else f"{one:,.4g}"
+        for one in (baseline.score, baseline.baseline)
+    ]
+    result = (f"{baseline.metric} on {baseline.rows:,} rows of the training", values[0])
+    beside = (f"  {whose}", values[1])
+    if baseline.trained_on:
+        return [result, beside]
+    return [] if baseline.metric == "accuracy" else [beside]
 
 
 def _show_history(history: list[dict[str, Any]]) -> None:

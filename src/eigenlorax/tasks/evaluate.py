@@ -31,13 +31,15 @@ CONFUSION_CLASSES = 20
 @dataclass(frozen=True, slots=True)
 class Classified:
     """Figures of a classification. loss is the mean cross-entropy of a row, in nats; majority the share of the most
-    frequent class among these rows. confusion[i][j]: rows of class i that were taken for j, where classes are few.
+    frequent class among these rows. p_value: the probability of so high an accuracy where the true one is that share.
+    confusion[i][j]: rows of class i that were taken for j, where classes are few.
     """
 
     rows: int
     loss: float
     accuracy: float
     majority: float
+    p_value: float
     labels: list[str]
     confusion: list[list[int]] | None
 
@@ -287,14 +289,30 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
+def binomial_test(right: int, rows: int, rate: float) -> float:
+    """The probability that at least so many of the rows are right, where each is with the probability `rate`.
+
+    Of the rate of the most frequent class it is the test of an accuracy against the no-information rate.
+    """
+    if right == 0 or rate == 1:
+        return 1.0
+    log, other = math.log(rate), math.log1p(-rate)
+    whole = math.lgamma(rows + 1)
+    ways = (whole - math.lgamma(one + 1) - math.lgamma(rows - one + 1) for one in range(right, rows + 1))
+    return min(1.0, math.fsum(math.exp(way + one * log + (rows - one) * other) for one, way in enumerate(ways, right)))
+
+
 def _classified(wanted: list[int], answers: list[int], loss: float, labels: Labels) -> Classified:
     pairs = Counter(zip(wanted, answers, strict=True))
     n, classes = len(wanted), range(len(labels.names))
+    majority = max(Counter(wanted).values()) / n
+    right = sum(pairs[one, one] for one in classes)
     return Classified(
         rows=n,
         loss=loss,
-        accuracy=sum(pairs[one, one] for one in classes) / n,
-        majority=max(Counter(wanted).values()) / n,
+        accuracy=right / n,
+        majority=majority,
+        p_value=binomial_test(right, n, majority),
         labels=list(labels.names),
         confusion=[[pairs[i, j] for j in classes] for i in classes] if len(classes) <= CONFUSION_CLASSES else None,
     )

@@ -3,18 +3,21 @@
 import errno
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 
-from .. import folder, keys, store
+from .. import folder, keys, store, typed
 from ..errors import (
     AdapterNameError,
+    BaselineWarning,
     EigenloraxError,
     FormatError,
     NonFiniteError,
@@ -25,12 +28,13 @@ from ..errors import (
 from ..fitting import Progress
 from ..pack import Pack
 from ..version import __version__
-from . import data, evaluate, examples, models, trainer
+from . import baselines, data, evaluate, examples, models, trainer
+from .baselines import Baseline
 from .data import Labels, Table
-from .evaluate import Figures
+from .evaluate import Classified, Figures, Modelled
 from .options import TASKS, Training
+from .trainer import RECORD
 
-RECORD = "training.json"
 CHECKPOINTS = "checkpoints"
 # what torch says where a file cannot be written
 _NOT_WRITTEN = ("iostream error", "PytorchStreamWriter", "inline_container")
@@ -41,8 +45,9 @@ class Trained:
     """What a training came to.
 
     numbers: trained coefficients; head_numbers: what else was trained. loss: the mean of the Trainer's over its last
-    epoch or so. figures: of the trained model on the rows for evaluation. delta_error, rounding_error: what adding to
-    the pack lost (None where it was not added). history: losses and accuracies on the way. seconds: of this run.
+    epoch or so. figures: of the trained model on the rows for evaluation. baseline: the same beside what needs no
+    training. added: whether the adapter is in the pack; delta_error, rounding_error: what adding it lost (None where it
+    was not added). history: losses and accuracies on the way. seconds: of this run.
     """
 
     name: str
@@ -56,8 +61,10 @@ class Trained:
     steps: int
     epochs: float
     figures: Figures | None
+    baseline: Baseline
     history: list[dict[str, float]]
     folder: Path
+    added: bool
     delta_error: float | None
     rounding_error: float | None
     seconds: float
@@ -70,14 +77,18 @@ def train(
     *,
     name: str | None = None,
     add: bool = True,
+    force: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Trained:
     """Train coefficients over the pack's subspace, with a head where the task is classification; save them to `output`
     as a PEFT adapter, and add that to the pack.
 
-    name: the adapter's in the pack, by default that of the folder. resume: go on from the last checkpoint in `output`.
-    What can be found wrong before the training is.
+    An adapter that is no better than its baseline (the most frequent class; the perplexity of the base model) is saved
+    with a `BaselineWarning`, and not added: `added` of the result says so.
+
+    name: the adapter's in the pack, by default that of the folder. force: add it even so. resume: go on from the last
+    checkpoint in `output`; a training that has ended is only added. What can be found wrong before the training is.
     """
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
     opened = Pack.open(pack)
@@ -94,40 +105,28 @@ def train(
     models.check_installed()
     with models.quiet(), models.own_random_numbers():
         run = _prepare(opened, pack, training, output, table, held_out)
-        if resume:
-            _check_same(output, run)
-        model = _model(run)
-        # nothing is left behind of what cannot begin
-        with store.made(output / CHECKPOINTS):
-            fitter = trainer.make(model, training, run.arguments, run.rows, run.evaluation, run.collate, report)
-            if not resume:
-                _write_record(output, run.asked, run.labels, None)
-        with _said_plainly(output):
-            found = _fit(model, fitter, resume)
-        figures = None
-        if run.evaluation is not None:
-            size = run.arguments.per_device_eval_batch_size
-            figures = evaluate.measure(model, run.evaluation, run.collate, run.labels, size, progress)
-        with _said_plainly(output):
-            _save(model, opened, output, run.model)
+        found = _ended(output, run) if resume else None
+        if found is None:
+            found = _trained(opened, training, output, run, resume, report)
+            # from here on the adapter's folder is all that is needed
+            _write_record(output, run, found)
+            if not training.keeps_checkpoints:
+                store.remove(output / CHECKPOINTS)
+        if not found.baseline.better:
+            warnings.warn(found.baseline.sentence, BaselineWarning, stacklevel=2)
         record = None
-        if add:
+        if add and (found.baseline.better or force):
             with _with_hint(pack, name, output), Pack.edit(pack) as edited:
                 record = edited.add(output, name=name)
-    result = Trained(
+    result = replace(
+        found,
         name=name,
-        task=training.task,
-        model=run.model,
-        labels=list(run.labels.names) if run.labels else None,
-        rows=len(run.rows),
+        added=record is not None,
         delta_error=record.delta_error if record else None,
         rounding_error=record.rounding_error if record else None,
-        figures=figures,
-        folder=output,
         seconds=time.perf_counter() - started,
-        **found,
     )
-    _write_record(output, run.asked, run.labels, result)
+    _write_record(output, run, result)
     return result
 
 
@@ -184,7 +183,8 @@ def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: 
         extra_seed=training.extra_seed,
         task_type=TASKS[training.task],
     )
-    arguments = trainer.arguments(training, output / CHECKPOINTS)
+    # what the Trainer does not take is said before a model is asked for
+    trainer.arguments(training, output / CHECKPOINTS, len(table.rows))
     model, revision = models.of_pack(opened, training.model)
     tokenizer = models.tokenizer_of(model, revision)
     most = examples.length(training.task, training.max_length, tokenizer, models.config_of(model, revision))
@@ -210,7 +210,7 @@ def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: 
         labels=labels,
         tokenizer=tokenizer,
         config=config,
-        arguments=arguments,
+        arguments=trainer.arguments(training, output / CHECKPOINTS, len(rows[0])),
         rows=rows[0],
         evaluation=rows[1] if held_out else None,
         collate=examples.collator(training.task, tokenizer),
@@ -231,6 +231,42 @@ def _model(run: _Run) -> Any:
         # the embeddings are frozen: without it no gradient would reach the first checkpoint
         model.enable_input_require_grads()
     return model
+
+
+def _trained(opened: Pack, training: Training, output: Path, run: _Run, resume: bool, report: Progress) -> Trained:
+    """Train, measure, and save the adapter."""
+    model = _model(run)
+    # nothing is left behind of what cannot begin
+    with store.made(output / CHECKPOINTS):
+        fitter = trainer.make(model, training, run.arguments, run.rows, run.evaluation, run.collate, report)
+        if not resume:
+            _write_record(output, run, None)
+    with _said_plainly(output):
+        found = _fit(model, fitter, resume)
+    size = run.arguments.per_device_eval_batch_size
+    figures = None
+    if run.evaluation is not None:
+        figures = evaluate.measure(model, run.evaluation, run.collate, run.labels, size, report)
+    baseline = baselines.of_trained(
+        model, run.rows, figures, run.evaluation, run.collate, run.labels, size, progress=report
+    )
+    with _said_plainly(output):
+        _save(model, opened, output, run.model)
+    return Trained(
+        name="",
+        task=training.task,
+        model=run.model,
+        labels=list(run.labels.names) if run.labels else None,
+        rows=len(run.rows),
+        figures=figures,
+        baseline=baseline,
+        folder=output,
+        added=False,
+        delta_error=None,
+        rounding_error=None,
+        seconds=0.0,
+        **found,
+    )
 
 
 def _fit(model: Any, fitter: Any, resume: bool) -> dict[str, Any]:
@@ -262,6 +298,7 @@ def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
     config.base_model_name_or_path = pack.base_model or base
     config.revision = pack.revision
     model.save_pretrained(output, save_embedding_layers=False)
+    store.permit_like(output, output / RECORD)
 
 
 @contextmanager
@@ -293,12 +330,10 @@ def _with_hint(pack: Path, name: str, output: Path) -> Iterator[None]:
         raise type(error)(f"{error} {hint}") from error
 
 
-def _check_same(output: Path, run: _Run) -> None:
-    """`OptionError` unless this is the training that was begun in `output`, and may be gone on with."""
-    if run.arguments.save_only_model:
-        raise OptionError("checkpoints of save_only_model lack the optimizer's state: they cannot be resumed.")
-    asked = run.asked
-    before = read_record(output).get("asked", {})
+def _ended(output: Path, run: _Run) -> Trained | None:
+    """What the training in `output` came to; None if it is to be gone on with. `OptionError` unless it is this one."""
+    record, asked = read_record(output), run.asked
+    before = record.get("asked", {})
     differing = sorted(option for option in asked if before.get(option) != asked[option])
     if differing:
         first = differing[0]
@@ -306,14 +341,31 @@ def _check_same(output: Path, run: _Run) -> None:
             f"{output} was begun with another {first}: {before.get(first)!r} there, {asked[first]!r} now. "
             "resume=True (--resume) goes on with the same training; begin another one in another folder."
         )
+    if record.get("result") is not None and (output / keys.ADAPTER_WEIGHTS).is_file():
+        return _result(output, record["result"])
+    if run.arguments.save_only_model:
+        raise OptionError("checkpoints of save_only_model lack the optimizer's state: they cannot be resumed.")
+    return None
 
 
-def _write_record(output: Path, asked: dict[str, Any], labels: Labels | None, result: Trained | None) -> None:
+def _result(output: Path, found: Any) -> Trained:
+    """The result in a record, as it was written."""
+    figures = Classified if isinstance(found, dict) and found.get("labels") is not None else Modelled
+    kinds = {**get_type_hints(Trained), "figures": figures | None, "folder": NoneType}
+    try:
+        fields = typed.typed(dict, found, "result")
+        parsed = {name: typed.typed(kind, fields.get(name, ...), f"result.{name}") for name, kind in kinds.items()}
+    except typed.UnfitError as error:
+        raise FormatError(f"{output / RECORD} is not what `eigenlorax train` writes: {error}") from error
+    return Trained(**{**parsed, "folder": output})
+
+
+def _write_record(output: Path, run: _Run, result: Trained | None) -> None:
     """Note what is trained, so that nothing else goes on from its checkpoints; and, in the end, what it came to."""
     found = {
         "eigenlorax": __version__,
-        "asked": asked,
-        "labels": list(labels.names) if labels else None,
+        "asked": run.asked,
+        "labels": list(run.labels.names) if run.labels else None,
         "result": {**asdict(result), "folder": None} if result else None,
     }
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"

@@ -9,13 +9,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from .. import store
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
 from ..fitting import Progress
 from ..options import suggestion
-from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, OWN_OPTIONS, Training
+from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, MAX_POINTS, MIN_STEPS, OWN_OPTIONS, Training
 
 _OURS = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")
 """Fields that the command itself needs."""
+RECORD = "training.json"
+"""What a training notes of itself, in its folder."""
 _HISTORY = ("loss", "eval_loss", "eval_accuracy")
 
 
@@ -43,9 +46,12 @@ def read_options(path: Path) -> dict[str, Any]:
     return found
 
 
-def arguments(training: Training, checkpoints: Path) -> Any:
+def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
     """`TrainingArguments`: our defaults, the training's options, and the further ones it names. `OptionError` for
-    fields that there are not, and values that they cannot have."""
+    fields that there are not, and values that they cannot have.
+
+    rows: how many there are to train on, by which epochs are chosen where the training says nothing of them.
+    """
     import torch
     from transformers import TrainingArguments
 
@@ -75,9 +81,33 @@ def arguments(training: Training, checkpoints: Path) -> Any:
             "the Trainer's eval_strategy asks for evaluations, and there are no rows for them: evaluation= (--eval)."
         )
     try:
-        return TrainingArguments(output_dir=str(checkpoints), disable_tqdm=True, **found)
+        made = TrainingArguments(output_dir=str(checkpoints), disable_tqdm=True, **found)
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise OptionError(f"the Trainer does not take its options: {reason(error)}") from error
+    if training.epochs is not None or {"num_train_epochs", "max_steps"} & set(training.trainer_options):
+        return made
+    longer = _enough(steps_per_epoch(made, rows), found)
+    return TrainingArguments(output_dir=str(checkpoints), disable_tqdm=True, **{**found, **longer})
+
+
+def steps_per_epoch(training_arguments: Any, rows: int) -> int:
+    """Steps of the optimizer in a pass over the rows, as the Trainer counts them."""
+    batch: int = training_arguments.train_batch_size * training_arguments.world_size
+    batches = rows // batch if training_arguments.dataloader_drop_last else math.ceil(rows / batch)
+    return max(1, math.ceil(batches / int(training_arguments.gradient_accumulation_steps)))
+
+
+def _enough(per_epoch: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with which the default training has `MIN_STEPS` steps and more, and few points on the way."""
+    epochs = math.ceil(max(fields["num_train_epochs"], MIN_STEPS / per_epoch))
+    every = math.ceil(epochs / MAX_POINTS)
+    kinds = ("eval", "save", "logging")
+    if every == 1 or any(fields[f"{kind}_strategy"] not in ("epoch", "no") for kind in kinds):
+        return {"num_train_epochs": float(epochs)}
+    points = {f"{kind}_strategy": "steps" for kind in kinds if fields[f"{kind}_strategy"] == "epoch"}
+    points |= {f"{kind}_steps": every * per_epoch for kind in kinds}
+    # the last point is the end
+    return {"num_train_epochs": float(every * math.ceil(epochs / every)), **points}
 
 
 def _checked(options: Mapping[str, Any], of: type) -> dict[str, Any]:
@@ -117,7 +147,8 @@ def make(
     collate: Any,
     progress: Progress,
 ) -> Any:
-    """The Trainer; it prints nothing, reports its steps to `progress`, and stops where the loss is no number."""
+    """The Trainer; it prints nothing, reports its steps to `progress`, and stops where the loss is no number. Its
+    checkpoints may be read by whom the record beside them may be."""
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class Report(TrainerCallback):  # type: ignore[misc]
@@ -126,6 +157,10 @@ def make(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             progress("training", state.global_step, state.max_steps)
+
+        def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            checkpoints = Path(args.output_dir)
+            store.permit_like(checkpoints, checkpoints.parent / RECORD)
 
         def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             loss = (rest.get("logs") or {}).get("loss", 0.0)
