@@ -1,5 +1,6 @@
 """A pack whose bytes were chosen, from its fit to its last adapter: sizes, saving, adding, refits, the Hub, damage."""
 
+import json
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from eigenlorax import keys
 from eigenlorax.adapter import from_factors
 from eigenlorax.errors import LossWarning, OptionError, PackDamagedError, UntrainedAdapterWarning
 from eigenlorax.verifying import verify
+from make_reference_packs import PACKS
 from planted import MODULES, random_adapter, random_collection, tree
 from signing import signed_again
 from test_coding import size, tensor_bytes
@@ -436,3 +438,16 @@ class TestRatios:
         # what is kept of them counts all the same
         assert beside.ratio == pytest.approx(beside.lora / (beside.basis + beside.coefficients))
         assert 2.0 <= beside.ratio < 2.2 if "ratio" in options else beside.ratio < alone.ratio
+
+
+def test_a_side_of_more_numbers_than_its_bytes_may_stand_for(tmp_path):
+    """What is sure to be zero takes a hundredth of a bit: fifteen kilobytes would take half a gigabyte to decode."""
+    pack = tmp_path / "pack"
+    shutil.copytree(PACKS / "coded-cores", pack)
+    body = json.loads((pack / "subspace_config.json").read_text())
+    body["subspace"]["modules"]["encoder.0.query"]["down"].update(k=6, dimension=4_000_000)
+    (pack / "subspace_config.json").write_text(json.dumps(body))
+    signed_again(pack)
+    said = r"the rows of the bases would have 24,000,\d+ numbers, from .* bytes; at most 10,000,000"
+    with pytest.raises(PackDamagedError, match=said):
+        assert ex.Pack.open(pack).subspace

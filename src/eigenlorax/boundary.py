@@ -157,6 +157,19 @@ def check_growth(needed: int, size: int, what: str) -> None:
         raise ValueError(f"{what} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
 
 
+def check_coded(numbers: int, size: int, what: str) -> None:
+    """Raise `ValueError` for more numbers of 32 bits than coded bytes may stand for.
+
+    Those that are sure to be zero take a hundredth of a bit, and decoding takes some twenty bytes for each: so many are
+    read of few bytes as fit in `ALLOWANCE` then. what: the numbers, for the message.
+    """
+    most = max(MAX_GROWTH * size // 4, ALLOWANCE // 20)
+    if numbers > most:
+        raise ValueError(
+            f"{what} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} are read of these"
+        )
+
+
 def check_factors(numbers: int, rows: int, stored: int, what: str) -> None:
     """Raise `ValueError` where factors have more numbers than what they are products of can explain: a row times one
     component has as many as their lengths multiplied.

@@ -16,7 +16,7 @@ from . import chunks, coded, dtypes, joint, keys, linalg, quantised, transform
 from . import subspace as spaces
 from .adapter import Lazy
 from .basis import Basis
-from .boundary import PARSE_FAILURES, as_specified, check_growth
+from .boundary import PARSE_FAILURES, as_specified, check_coded
 from .chunks import Chunk, CoefficientChunk
 from .errors import FormatError, OptionError, reason
 from .options import suggestion
@@ -370,7 +370,7 @@ class Coded(Storage):
         blobs = {key: f"{key}.{coded.CODED}" for key in shapes if f"{key}.{coded.CODED}" in tensors}
         sides = [(_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
         numbers = sum(k * dimension for _, (k, dimension) in sides)
-        check_growth(numbers * self.dtype.itemsize, sum(len(data) for data, _ in sides), "the rows of the bases")
+        check_coded(numbers, sum(len(data) for data, _ in sides), "the rows of the bases")
         return {**tensors, **dict(zip(blobs, (one.rows for one in coded.bases(sides)), strict=True))}
 
     def rows(
