@@ -180,3 +180,20 @@ def test_a_head_of_four_bits_goes_through_a_pack(tmp_path):
     ex.fit([folder], n_components=3).save(tmp_path / "pack")
     (path,) = ex.Pack.open(tmp_path / "pack").export(tmp_path / "out").values()
     assert torch.equal(ex.read_adapter(path).heads[key].view(torch.uint8), head)
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "said"),
+    [
+        (1100, (17, 11), r"has the rank 1100 and the shape \(17, 11\)"),
+        (3, (17, 0), r"has the rank 3 and the shape \(17, 0\)"),
+        (1, (2, (1 << 22) + 1), r"has the rank 1 and the shape \(2, 4194305\)"),
+    ],
+)
+def test_what_no_pack_could_give_back_does_not_come_into_one(tmp_path, rank, shape, said):
+    folder = make_adapter(tmp_path / "one", seed=1, rank=rank, modules={"a.b": shape, "a.c": (1030, 1031)})
+    with pytest.raises(ShapeError, match=f"module a.b of adapter 'one' {said}.*--exclude-module a.b"):
+        ex.fit(folder, n_components=2)
+    ex.fit(folder, n_components=2, exclude_modules="a.b").save(tmp_path / "pack")
+    (path,) = ex.Pack.open(tmp_path / "pack").export(tmp_path / "out").values()
+    assert ex.read_adapter(path).specs["a.c"].rank == rank

@@ -39,6 +39,8 @@ ALLOWANCE = 200_000_000
 MAX_GROWTH = 64
 """Largest ratio of the bytes of rows in memory to their bytes in a file. Coded rows of length 1 that are worth their
 bytes take about a bit a number, and are read as float32."""
+FACTOR_BYTES = 16
+"""Bytes that a number of an adapter's factors takes while they are made: in float64, as it is kept, and in a file."""
 
 PARSE_FAILURES = (
     ArithmeticError,
@@ -170,14 +172,13 @@ def check_coded(numbers: int, size: int, what: str) -> None:
         )
 
 
-def check_factors(numbers: int, rows: int, stored: int, what: str) -> None:
-    """Raise `ValueError` where factors have more numbers than what they are products of can explain: a row times one
-    component has as many as their lengths multiplied.
+def check_factors(numbers: int, what: str) -> None:
+    """Raise `ValueError` where factors of so many numbers do not fit in this machine's memory.
 
-    numbers: of the factors. rows: numbers of the bases. stored: bytes of the adapter's own file, of which coded ones
-    take a fraction of a bit a number. what: the factors, for the message.
+    A row of coefficients times one component has as many numbers as their lengths multiplied, so that a small file may
+    ask for any number. No other bound is right: a rank of hundreds beside one component is allowed.
+    what: the factors, for the message.
     """
-    if 4 * numbers > MAX_GROWTH * (4 * rows + 16 * stored) + ALLOWANCE:
-        raise ValueError(
-            f"{what} would have {numbers:,} numbers, made of {rows:,} numbers of bases and a file of {stored:,} bytes"
-        )
+    needed = FACTOR_BYTES * numbers
+    if needed > memory_size():
+        raise ValueError(f"{what} would take {needed:,} bytes of memory, more than this machine has")

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import dtypes, formats, keys
+from . import boundary, dtypes, formats, keys
 from . import subspace as spaces
-from .adapter import Adapter
+from .adapter import Adapter, ModuleSpec
 from .errors import (
     AdapterNameError,
     BaseModelError,
@@ -279,6 +279,7 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
             if module not in names:
                 continue
             name, shape = names[module], (spec.out_features, spec.in_features)
+            _check_limits(adapter.name, name, spec)
             if shapes.setdefault(name, shape) != shape:
                 raise ShapeError(
                     f"module {name}: (out, in) is {shapes[name]} in adapter {first[name]!r} and {shape} in "
@@ -293,6 +294,17 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
                 )
             first.setdefault(name, adapter.name)
     return shapes
+
+
+def _check_limits(adapter: str, module: str, spec: ModuleSpec) -> None:
+    """`ShapeError` for a module that no pack may have: what is written beyond these limits is not read again."""
+    sizes, most = (spec.out_features, spec.in_features), boundary.MAX_DIMENSION
+    if min(sizes) < 1 or max(sizes) > most or spec.rank > max(sum(sizes), boundary.MAX_RANK):
+        raise ShapeError(
+            f"module {module} of adapter {adapter!r} has the rank {spec.rank} and the shape {sizes}, (out, in). A pack "
+            f"has sizes from 1 to {most:,}, and ranks up to out + in, or {boundary.MAX_RANK:,} if that is more. Keep the "
+            f"module out of the subspace with exclude_modules=[{module!r}] (--exclude-module {module})."
+        )
 
 
 def _wide(kernel: tuple[int, ...]) -> tuple[int, ...]:

@@ -333,7 +333,8 @@ def from_files(
         slots[module] = Slot(place, rank, scaling, kernel, sizes)
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
-    _check_factors(list(slots.values()), len(files[keys.ADAPTER_WEIGHTS]))
+    factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
+    boundary.check_factors(sum(factors), "the factors of the adapter")
     coefficients, payload = storage.adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
     origin = None
     if keys.SOURCE_FILE in files:
@@ -392,14 +393,6 @@ def _check_names(modules: Iterable[str], kept: Iterable[str]) -> None:
     for module, key in factors.items():
         if keys.parse_peft_key(key).module != module:
             raise ValueError(f"{module!r} is no name of a module")
-
-
-def _check_factors(slots: Sequence[Slot], stored: int) -> None:
-    """`ValueError` where the adapter would come back larger than its file and the rows of the bases explain."""
-    sizes = [(slot.rank, slot.sizes) for slot in slots if slot.sizes is not None]
-    numbers = sum(rank * sum(one.widths) for rank, one in sizes)
-    rows = sum(k * width for _, one in sizes for k, width in zip(one.k, one.widths, strict=True))
-    boundary.check_factors(numbers, rows, stored, "the factors of the adapter")
 
 
 def _dump(value: Any) -> bytes:

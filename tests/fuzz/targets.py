@@ -21,7 +21,7 @@ from eigenlorax import folder as folders
 from eigenlorax import manifest as manifests
 from eigenlorax.cli import main
 from eigenlorax.cli.report import show as show_report
-from eigenlorax.errors import MAX_MESSAGE, EigenloraxError
+from eigenlorax.errors import MAX_MESSAGE, EigenloraxError, PackError
 from eigenlorax.reports import files as report_files
 from eigenlorax.subspace import Subspace
 from eigenlorax.tasks import data as rows
@@ -222,7 +222,10 @@ def read_adapter(folder: Path) -> int:
     path = ex.write_adapter(adapter, folder / "again")
     _check_reads_again(path)
     ex.fit([adapter], n_components=2, solver="exact").save(folder / "pack of one")
-    (path,) = ex.Pack.open(folder / "pack of one").export(folder / "out").values()
+    try:
+        (path,) = ex.Pack.open(folder / "pack of one").export(folder / "out").values()
+    except PackError as error:
+        raise WrongError(f"what came into a pack does not come out: {error}") from error
     _check_reads_again(path)
     return sum(one.stat().st_size for one in ([*path.iterdir()] if path.is_dir() else [path]))
 

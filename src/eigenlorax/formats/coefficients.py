@@ -153,16 +153,14 @@ def _check_sizes(found: Mapping[str, Tensor], rank: int, bases: Bases, where: st
 
 
 def _check_factors(own: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, Bases], where: str) -> None:
-    """`ShapeError` where products with the bases have more numbers than these and the adapter's file explain."""
+    """`ShapeError` where products with the bases do not fit in this machine's memory."""
     numbers = sum(
         found[keys.COEFFICIENTS["down"]].shape[0] * sum(basis.shape[1] for basis in bases[module])
         for module, found in own.items()
         if keys.CORE not in found
     )
-    rows = sum(basis.numel() for pair in bases.values() for basis in pair)
-    stored = sum(tensor.nbytes for found in own.values() for tensor in found.values())
     try:
-        boundary.check_factors(numbers, rows, stored, "its factors")
+        boundary.check_factors(numbers, "its factors")
     except ValueError as error:
         raise ShapeError(f"{where}: {error}.") from error
 

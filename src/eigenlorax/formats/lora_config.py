@@ -124,7 +124,8 @@ def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
 def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
     """The same for an adapter that another method trained, with what that method's config has that still holds."""
     # "eigenlorax_only" and its like: the biases of the modules that have an adapter
-    bias = re.sub(r"\w+_only$", "lora_only", str(config.get("bias", "none")))
+    stated = str(config.get("bias", "none"))
+    bias = "lora_only" if re.fullmatch(r"\w+_only", stated) else stated
     fields = {**json.loads(make(adapter)), **{key: config[key] for key in _KEPT if key in config}, "bias": bias}
     return json.dumps(fields, indent=2, sort_keys=True)
 

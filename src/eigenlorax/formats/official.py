@@ -5,7 +5,6 @@ nor in the file, and so is no part of the adapter. Neither is a scaling, which i
 docs/adapter-formats.md has the cases.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,7 +93,10 @@ def adapter(found: Opened, lora_alpha: float | None = None, basis: Opened | None
     config = {**found.config, "lora_alpha": _alpha(found, lora_alpha, modules)}
     numbers = lora_config.Numbers(config, str(found.weights))
     specs = {module: _spec(found, module, parts, numbers) for module, parts in sorted(modules.items())}
-    _check_factors(found, specs, modules)
+    try:
+        boundary.check_factors(sum(spec.numbers for spec in specs.values()), "its factors")
+    except ValueError as error:
+        raise ShapeError(f"{found.weights}: {error}.") from error
 
     made = Adapter(
         name=found.name,
@@ -209,15 +211,6 @@ def _spec(found: Opened, module: str, parts: _Module, numbers: lora_config.Numbe
             "scaling lora_alpha / r would be a guess: mend the config."
         )
     return ModuleSpec(rank, n_in, n_out, scaling, dtype)
-
-
-def _check_factors(found: Opened, specs: Mapping[str, ModuleSpec], modules: Mapping[str, _Module]) -> None:
-    """`ShapeError` where the products have more numbers than the file explains."""
-    stored = sum(math.prod(part.header.shape) for parts in modules.values() for part in parts.values())
-    try:
-        boundary.check_factors(sum(spec.numbers for spec in specs.values()), stored, 0, "its factors")
-    except ValueError as error:
-        raise ShapeError(f"{found.weights}: {error}.") from error
 
 
 def _product(parts: _Module, side: str) -> Tensor:
