@@ -158,14 +158,18 @@ class TestTheDefaultNumberOfEpochs:
 
     def test_is_what_the_trainer_does(self, place):
         rows = trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=3))
-        found = train(
-            place / "pack", classify(place, train=rows, evaluation=place / "eval.jsonl", **QUICK), place / "o"
-        )
+        options = {"save_total_limit": 1}
+        training = classify(place, train=rows, evaluation=place / "eval.jsonl", trainer_options=options, **QUICK)
+        found = train(place / "pack", training, place / "out")
         # 3 steps an epoch, 50 epochs, 5 at a time
         assert (found.steps, found.epochs) == (150, 50.0)
         assert [entry["step"] for entry in found.history if "eval_loss" in entry] == [*range(15, 151, 15)]
-        # the schedule ends with the steps
         assert found.figures.accuracy > 0.8
+        # the schedule ends with the steps
+        state = json.loads((place / "out" / CHECKPOINTS / "checkpoint-150" / "trainer_state.json").read_text())
+        rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] == pytest.approx(0.1 / 150)
 
 
 class TestAnAdapterOfNoUse:
