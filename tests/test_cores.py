@@ -444,7 +444,7 @@ def test_what_does_not_go_together_is_refused(options, message):
 def test_a_list_is_no_kind_of_cores():
     """In a process without the checks of types that these tests have."""
     code = "import eigenlorax as ex; ex.fit([], cores=['full'])"
-    assert python("-c", code).stderr.splitlines()[-1].endswith("cores must be one of full, diagonal, got ['full'].")
+    assert python("-c", code).stderr.splitlines()[-1].endswith("got ['full']. Did you mean 'full'?")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -111,7 +111,7 @@ class TestThroughAPack:
 
     def test_alphas_that_diffusers_reads_otherwise_are_said(self, folder, tmp_path):
         pack = ex.Pack.open(folder / "pack")
-        with pytest.warns(SourceWarning, match="kohya: its alphas .*export with --format diffusers"):
+        with pytest.warns(SourceWarning, match="kohya: its alphas .*export with format='diffusers'"):
             pack.export(tmp_path, "kohya")
         with warnings.catch_warnings():
             warnings.simplefilter("error", SourceWarning)
@@ -378,7 +378,7 @@ class TestWhatAFileSays:
                     changed = module.weight.double().flatten(1) + update
                     whole = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
                     module.weight.data = whole.reshape(module.weight.shape).float()
-        with pytest.warns(SourceWarning, match="a: its DoRA magnitudes .* export with --format diffusers"):
+        with pytest.warns(SourceWarning, match="a: its DoRA magnitudes .* export with format='diffusers'"):
             file = write_adapter(
                 replace(truth, name="a", carried=magnitudes), tmp_path / "a.safetensors", format="kohya"
             )
