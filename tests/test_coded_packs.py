@@ -451,3 +451,20 @@ def test_a_side_of_more_numbers_than_its_bytes_may_stand_for(tmp_path):
     said = r"the rows of the bases would have 24,000,\d+ numbers, from .* bytes; at most 10,000,000"
     with pytest.raises(PackDamagedError, match=said):
         assert ex.Pack.open(pack).subspace
+
+
+@pytest.mark.parametrize(("smallest", "threads"), [(1, 3), (10**9, 1)])
+def test_small_modules_are_coded_by_one_thread(monkeypatch, smallest, threads):
+    """Threads that wait for small operations spin: three adapters of 1.5 MB took minutes of processor time."""
+    seen = set()
+    before = torch.get_num_threads()
+    monkeypatch.setattr("eigenlorax.threads.SMALL", smallest)
+    torch.set_num_threads(3)
+    try:
+        pack = ex.fit(random_collection(3), max_error=0.3, progress=lambda *_: seen.add(torch.get_num_threads()))
+        pack.add(random_adapter("new", 7))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads in seen
+    assert seen <= {3, threads}

@@ -302,8 +302,8 @@ def _check_limits(adapter: str, module: str, spec: ModuleSpec) -> None:
     if min(sizes) < 1 or max(sizes) > most or spec.rank > max(sum(sizes), boundary.MAX_RANK):
         raise ShapeError(
             f"module {module} of adapter {adapter!r} has the rank {spec.rank} and the shape {sizes}, (out, in). A pack "
-            f"has sizes from 1 to {most:,}, and ranks up to out + in, or {boundary.MAX_RANK:,} if that is more. Keep the "
-            f"module out of the subspace with exclude_modules=[{module!r}] (--exclude-module {module})."
+            f"has sizes from 1 to {most:,}, and ranks up to out + in, or {boundary.MAX_RANK:,} if that is more. Keep "
+            f"the module out of the subspace with exclude_modules=[{module!r}] (--exclude-module {module})."
         )
 
 

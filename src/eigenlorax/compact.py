@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from . import coded, coding, storages
+from . import coded, coding, storages, threads
 from .adapter import ModuleSpec
 from .basis import Basis
 from .coded import AdapterCodes, Place
@@ -54,6 +54,16 @@ def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, 
 
     weights: of the adapters that are fitted, 1 / ‖update‖. options: `max_error`, `max_bytes` or `ratio`.
     """
+    with threads.suited_to(max(_numbers(members) for _, members in by_module)):
+        return _fit(by_module, weights, options, report)
+
+
+def _numbers(members: Sequence[tuple[Packing, str]]) -> int:
+    """Of all adapters of one module: its largest tensors have at most so many."""
+    return sum(packing.adapter.specs[module].numbers for packing, module in members)
+
+
+def _fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: coding.Report) -> Compact:
     packings = {packing.adapter.name: packing for _, members in by_module for packing, _ in members}
     modules, shapes = _modules(by_module, list(weights)), _shapes(by_module)
     norms = torch.tensor([1 / weight for weight in weights.values()], dtype=torch.float64)
@@ -97,8 +107,7 @@ def _modules(by_module: ByModule, names: Sequence[str]) -> list[Module]:
         )
         if trained:
             spec = _spec(members)
-            numbers = sum(packing.adapter.specs[module].numbers for packing, module in members)
-            found.append(Module(name, (spec.out_features, spec.in_features), trained, numbers))
+            found.append(Module(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import checks, coding, extension, keys, storages
+from . import checks, coding, extension, keys, storages, threads
 from . import coded as codes
 from .adapter import Adapter
 from .coded import AdapterCodes, Place
@@ -149,7 +149,8 @@ def code(
             updates = {
                 one.places[name]: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()
             }
-            found, lost = coding.alone(updates, cluster, error)
+            with threads.suited_to(max(factors.spec.numbers for factors, _ in updates.values())):
+                found, lost = coding.alone(updates, cluster, error)
         whole = replace(found, modules={at: found.modules.get(at, codes.UNTRAINED) for at in one.places.values()})
         places = {
             at: storages.among_all(Place.of(bases[at], cluster), subspace.modules[at]) for at in one.places.values()

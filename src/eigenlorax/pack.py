@@ -318,15 +318,19 @@ class Pack:
                 store.check_file_free(target, overwrite)
             else:
                 store.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
+        checked: PackedAdapter | None = None
         for name in wanted:
-            self._check_writable(name, chosen[name], parsed)
+            checked = self._check_writable(name, chosen[name], parsed)
         if Path(directory).is_dir():
             staging.sweep(Path(directory))
         with store.synced_at_the_end():
             for done, (name, target) in enumerate(targets.items()):
                 if progress is not None:
                     progress("exporting adapters", done, len(targets))
-                formats.write_adapter(self.adapter(name, parsed), target, format=chosen[name], overwrite=overwrite)
+                # a single adapter is decoded once; of several, only one at a time is in memory
+                stored = checked if checked is not None and len(wanted) == 1 else self.packed(name)
+                adapter = packed.unpacked(stored, self.subspace, parsed or self._widest)
+                formats.write_adapter(adapter, target, format=chosen[name], overwrite=overwrite)
         return targets
 
     def _format(self, name: str) -> str:
@@ -350,8 +354,8 @@ class Pack:
 
         return metrics.rounding_error(Lazy(exact, of_same_gauge), kept)
 
-    def _check_writable(self, name: str, format: str, dtype: torch.dtype | None) -> None:
-        """Read an adapter, see that a format has names for all it has, and that its factors fit in a dtype that was
+    def _check_writable(self, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
+        """Return the stored adapter, if a format has names for all it has, and if its factors fit in a dtype that was
         asked for: the one that they have otherwise is as wide as what is stored."""
         found = self.packed(name)
         if dtype is not None:
@@ -359,6 +363,7 @@ class Pack:
             for _ in narrowing.all_checked(name, Lazy(found.places, exact.__getitem__), dtype):
                 pass
         formats.check_writable(packed.unpacked(found, self.subspace, dtype or self._widest), format)
+        return found
 
     def verify(self) -> None:
         """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import threads
 from ..analysis import groups
 from ..analysis.pairs import cosines
 from ..errors import OptionError
@@ -55,9 +56,10 @@ def report(
     else:
         found = originals.find(pack, adapters, say, **options)
     packed = {name: pack.packed(name) for name in pack.names}
-    measured = measure.measure(pack, packed, found, seed, left_out, say) if found is not None else None
-    beside = frontier.frontier(pack, packed, found, say) if found is not None else None
-    return _assembled(pack, packed, found, measured, beside, seed, say)
+    with threads.suited_to(measure.largest(pack, packed)):
+        measured = measure.measure(pack, packed, found, seed, left_out, say) if found is not None else None
+        beside = frontier.frontier(pack, packed, found, say) if found is not None else None
+        return _assembled(pack, packed, found, measured, beside, seed, say)
 
 
 def _assembled(

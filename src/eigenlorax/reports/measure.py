@@ -180,12 +180,24 @@ def _null_work(rows: Mapping[str, int], pack: Pack) -> float:
     return sum(6 * 15.0 * min(n, *pack.subspace.modules[module].shape) ** 3 for module, n in rows.items())
 
 
-def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
-    """How long `measure` will take on one core of a laptop; roughly."""
+def _module_rows(pack: Pack, packed: Mapping[str, PackedAdapter]) -> dict[str, int]:
+    """The ranks of all adapters of each module, summed."""
     rows = dict.fromkeys(pack.subspace.modules, 0)
     for one in packed.values():
         for own, coefficients in one.coefficients.items():
             rows[one.places[own]] += coefficients.rank
+    return rows
+
+
+def largest(pack: Pack, packed: Mapping[str, PackedAdapter]) -> int:
+    """The most numbers that the factors of all adapters have in one module."""
+    rows = _module_rows(pack, packed)
+    return max((rows[module] * sum(bases.shape) for module, bases in pack.subspace.modules.items()), default=0)
+
+
+def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
+    """How long `measure` will take on one core of a laptop; roughly."""
+    rows = _module_rows(pack, packed)
     work = 0.0
     for module, bases in pack.subspace.modules.items():
         n = rows[module]
