@@ -28,12 +28,12 @@ from torch import nn
 from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import eigenlorax as ex
-from eigenlorax import manifest
-from eigenlorax.basis import Basis
 from eigenlorax.cli import env
-from eigenlorax.manifest import FitInfo
-from eigenlorax.packed import PackedAdapter, Record
-from eigenlorax.subspace import Coefficients, ModuleBases, Subspace
+from eigenlorax.core.basis import Basis
+from eigenlorax.core.subspace import Coefficients, ModuleBases, Subspace
+from eigenlorax.pack import manifest
+from eigenlorax.pack.manifest import FitInfo
+from eigenlorax.pack.packed_adapter import PackedAdapter, Record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "bank.json"

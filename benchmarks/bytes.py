@@ -5,8 +5,8 @@
     python benchmarks/bytes.py --quick             # a smoke run, to standard output
     python benchmarks/table.py --write             # the tables in docs/bytes.md and README.md
 
-For each collection and each error X: the fewest bytes of each rival (`eigenlorax.analysis.rivals`, and lorashare and
-vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
+For each collection and each error X: the fewest bytes of each baseline (`reports/analysis/rivals.py`, and lorashare
+and vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
 `eigenlorax.fit(max_error=X)`, saved, opened again, and measured adapter by adapter against the originals in whole
 float64 matrices. Bytes are those of tensors; heads, and what is carried as it is, are on neither side. A rival that
 shares is looked for up to `--beyond` times the fewest bytes of those before it.
@@ -31,10 +31,10 @@ from collection import copies_in_float32, delta_error, head_keys, saved_tensor_b
 from run import commit, say, text_of, write
 
 import eigenlorax as ex
-from eigenlorax.adapter import Adapter, Lazy, LoRAFactors
-from eigenlorax.analysis import rivals
 from eigenlorax.cli.env import collect
-from eigenlorax.stack import Stack, stack
+from eigenlorax.core.adapter import Adapter, Lazy, LoRAFactors
+from eigenlorax.core.stack import Stack, stack
+from eigenlorax.reports.analysis import rivals
 
 RESULTS = Path(__file__).with_name("results") / "bytes.json"
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)

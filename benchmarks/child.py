@@ -194,7 +194,7 @@ def large(folder: Path, k: int, engine: str, sweeps: int, adapters: int | None) 
 def exact(folder: Path, k: int) -> Json:
     """The share of a first fit's stack that the k best directions keep, by whole spectra in float64, of a few sides."""
     import eigenlorax as ex
-    from eigenlorax import subspace as spaces
+    from eigenlorax.core import subspace as spaces
 
     torch.set_num_threads(LARGE_THREADS)
     before = peak_bytes()

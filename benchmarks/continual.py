@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 import eigenlorax as ex
-from eigenlorax.adapter import Adapter, LoRAFactors, from_factors
 from eigenlorax.cli.env import collect
+from eigenlorax.core.adapter import Adapter, LoRAFactors, from_factors
+from eigenlorax.core.linalg import product_square
 from eigenlorax.errors import LossWarning
-from eigenlorax.linalg import product_square
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "continual.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 RESULTS = Path(__file__).with_name("results") / "cores.json"
 DTYPE = "float16"

@@ -258,8 +258,8 @@ def make(plan: Plan, folder: Path) -> Sequence[str]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import bank
-    from eigenlorax.formats import hf_peft
-    from eigenlorax.vllm.cores import on_cores
+    from eigenlorax.formats import peft
+    from eigenlorax.serving.vllm.cores import on_cores
 
     bank.K, bank.RANK = K, RANK
     model = plan.model
@@ -279,7 +279,7 @@ def make(plan: Plan, folder: Path) -> Sequence[str]:
     pack.save(folder / "pack")
     pack.export(folder / "loras")
     for name in pack.names:
-        hf_peft.write(on_cores(pack.packed(name), pack.info), folder / "cores" / name)
+        peft.write(on_cores(pack.packed(name), pack.info), folder / "cores" / name)
     return pack.names
 
 

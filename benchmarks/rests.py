@@ -18,10 +18,10 @@ from transformers import DynamicCache
 
 import bank as made
 import eigenlorax as ex
-from eigenlorax import byte_rows, metrics
-from eigenlorax import subspace as spaces
-from eigenlorax.subspace import ModuleBases
-from eigenlorax.tasks import demo
+from eigenlorax.core import byte_rows, metrics
+from eigenlorax.core import subspace as spaces
+from eigenlorax.core.subspace import ModuleBases
+from eigenlorax.train import demo
 
 ADAPTERS = (1, 4, 16, 64)
 

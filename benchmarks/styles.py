@@ -19,7 +19,7 @@ from markdown_table import table
 from torch import nn
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core.adapter import LoRAFactors
 
 SD1 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 XL = {

@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 import eigenlorax as ex
 from eigenlorax.cli import env
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "tuner.json"

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import eigenlorax as ex
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 OUT = Path("grown")
 

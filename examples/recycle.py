@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import eigenlorax as ex
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 adapters = {path.name: path for path in sorted((demo.data() / "adapters").iterdir())}
 newcomer = adapters.pop("clinc-travel")

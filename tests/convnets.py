@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core.adapter import LoRAFactors
 from planted import normal
 
 CHANNELS, HEIGHT, WIDTH = 5, 13, 11

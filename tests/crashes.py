@@ -21,9 +21,9 @@ import eigenlorax as ex
 import lora_files
 from adapters import make_adapter
 from children import Done, at_change, changes_within
-from eigenlorax import keys
 from eigenlorax.cli import main
-from eigenlorax.store import STAGING
+from eigenlorax.core import keys
+from eigenlorax.core.atomic_files import STAGING
 from outcomes import contents
 
 VERBS = {

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eigenlorax import adapter as adapters
-from eigenlorax.adapter import Adapter, LoRAFactors
+from eigenlorax.core import adapter as adapters
+from eigenlorax.core.adapter import Adapter, LoRAFactors
 
 DIALECTS = ("kohya", "diffusers", "lora.down", "processor")
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from eigenlorax.adapter import LoRAFactors
-from eigenlorax.analysis.pairs import Pairs
-from eigenlorax.stack import stack
+from eigenlorax.core.adapter import LoRAFactors
+from eigenlorax.core.stack import stack
+from eigenlorax.reports.analysis.pairs import Pairs
 from planted import MODULES, factors_in, normal, orthonormal, random_factors
 
 WIDE = {"layer.0.query": (131, 113), "layer.0.value": (97, 127)}

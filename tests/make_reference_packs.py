@@ -30,8 +30,8 @@ from torch import Tensor
 import eigenlorax as ex
 import lora_files
 from adapters import make_adapter
-from eigenlorax import iterative
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core import iterative
+from eigenlorax.core.adapter import LoRAFactors
 from planted import factors_in, normal, orthonormal, random_factors, tree
 from rests import with_rests
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.core.adapter import LoRAFactors, from_factors
 
 # by dtype: relative tolerance of one product in it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

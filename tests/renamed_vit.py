@@ -4,8 +4,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import eigenlorax as ex
-from eigenlorax import keys
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core import keys
+from eigenlorax.core.adapter import LoRAFactors
 from planted import normal
 
 LABELS = 5

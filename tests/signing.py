@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from eigenlorax import keys, store
+from eigenlorax.core import atomic_files, keys
 
 
 def signed_again(pack: Path) -> None:
@@ -12,8 +12,10 @@ def signed_again(pack: Path) -> None:
     body = json.loads(path.read_bytes())
     del body["digest"]
     data = (pack / body["subspace"]["file"]).read_bytes()
-    body["subspace"]["sha256"] = store.digest(data)
+    body["subspace"]["sha256"] = atomic_files.digest(data)
     for name, entry in body["adapters"].items():
-        entry["files"] = {file: store.digest((pack / "adapters" / name / file).read_bytes()) for file in entry["files"]}
+        entry["files"] = {
+            file: atomic_files.digest((pack / "adapters" / name / file).read_bytes()) for file in entry["files"]
+        }
     text = json.dumps(body, indent=1, sort_keys=True) + "\n"
-    path.write_text(json.dumps({**body, "digest": store.digest(text.encode())}))
+    path.write_text(json.dumps({**body, "digest": atomic_files.digest(text.encode())}))

@@ -10,11 +10,14 @@ import pytest
 import typer
 
 import eigenlorax
-from eigenlorax import errors, manifest, packed, refitting, subspace, summary
+from eigenlorax import errors
 from eigenlorax.cli import app
 from eigenlorax.cli.main import IO_ERROR
-from eigenlorax.tasks import contest, demo, entrants, evaluate, train, verdicts
-from eigenlorax.vllm import checking, plan
+from eigenlorax.core import subspace
+from eigenlorax.fitting import refit
+from eigenlorax.pack import manifest, packed_adapter, summary
+from eigenlorax.serving.vllm import checking, plan
+from eigenlorax.train import contest, demo, entrants, evaluate, train, verdicts
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -112,8 +115,8 @@ class TestCommandLine:
             (summary.Errors, "A pack's figures"),
             (summary.Bytes, "A pack's figures"),
             (manifest.FitInfo, "A pack's figures"),
-            (packed.Record, "A pack's figures"),
-            (refitting.Change, "`eigenlorax refit`"),
+            (packed_adapter.Record, "A pack's figures"),
+            (refit.Change, "`eigenlorax refit`"),
             (demo.Outcome, "`eigenlorax demo`"),
             (train.Trained, "`eigenlorax train`"),
             (evaluate.Evaluated, "`eigenlorax evaluate`"),
@@ -137,7 +140,7 @@ class TestCommandLine:
 
 
 @pytest.mark.parametrize(
-    "of", [manifest.SubspaceInfo, manifest.SideInfo, manifest.FitInfo, packed.Record, subspace.Augmentation]
+    "of", [manifest.SubspaceInfo, manifest.SideInfo, manifest.FitInfo, packed_adapter.Record, subspace.Augmentation]
 )
 def test_every_field_of_the_manifest_is_specified(of):
     text = (DOCS / "pack-format.md").read_text("utf-8")

@@ -27,9 +27,9 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 import eigenlorax as ex
-from eigenlorax.adapter import from_factors
-from eigenlorax.tasks.entrants import Contest
-from eigenlorax.tasks.options import Training
+from eigenlorax.core.adapter import from_factors
+from eigenlorax.train.entrants import Contest
+from eigenlorax.train.options import Training
 
 
 def adapter(name, seed):
@@ -61,20 +61,20 @@ CALLS = {
     "EigenLoraxModel": "ex.EigenLoraxModel",
     "lora_from_components": "from eigenlorax.tuner import lora_from_components",
     "SOAP": "from eigenlorax.tuner.optim import SOAP",
-    "train": "from eigenlorax.tasks.train import train\n"
+    "train": "from eigenlorax.train.train import train\n"
     "train(place, Training(task='text-classification', train=rows), Path('out'))",
-    "evaluate": "from eigenlorax.tasks.evaluate import evaluate\nevaluate(place, 'a', rows, task='causal-lm')",
-    "compare": "from eigenlorax.tasks import contest\ncontest.prepare(place, Contest(rows, rows), Path('out.json'))",
-    "report --evaluate": "from eigenlorax.tasks import compare\n"
+    "evaluate": "from eigenlorax.train.evaluate import evaluate\nevaluate(place, 'a', rows, task='causal-lm')",
+    "compare": "from eigenlorax.train import contest\ncontest.prepare(place, Contest(rows, rows), Path('out.json'))",
+    "report --evaluate": "from eigenlorax.train import compare\n"
     "compare.prepare(pack, {one.name: one for one in adapters}, [(None, rows)], task='causal-lm')",
-    "serve-check": "from eigenlorax.tasks.shapes import shapes_of\nshapes_of('nowhere')",
-    "demo": "from eigenlorax.tasks import demo\ndemo.run(Path('demo'))",
-    "options": "from eigenlorax.tasks import trainer\ntrainer.read_options(Path('options.yaml'))",
-    "saved rows": "from eigenlorax.tasks import data\ndata.read(Path('saved'))",
+    "serve-check": "from eigenlorax.train.shapes import shapes_of\nshapes_of('nowhere')",
+    "demo": "from eigenlorax.train import demo\ndemo.run(Path('demo'))",
+    "options": "from eigenlorax.train import trainer\ntrainer.read_options(Path('options.yaml'))",
+    "saved rows": "from eigenlorax.train import data\ndata.read(Path('saved'))",
     "report": "ex.report(pack, adapters)",
     "page": "from eigenlorax.reports import write\nwrite(ex.report(pack), Path('report.html'))",
     "ray": "ex.fit(adapters, n_components=4, engine='ray')",
-    "vLLM": "from eigenlorax.vllm import Adapters\nAdapters('pack')",
+    "vLLM": "from eigenlorax.serving.vllm import Adapters\nAdapters('pack')",
     "bank": "layer = torch.nn.ModuleDict({'query': torch.nn.Linear(5, 4)})\n"
     "ex.AdapterBank(torch.nn.ModuleDict({'layer': layer}), pack)",
 }

@@ -8,8 +8,8 @@ import children
 import eigenlorax as ex
 from adapters import make_adapters
 from children import load_command, needs_fork
-from eigenlorax import checkpoint, keys, store
 from eigenlorax.cli import main
+from eigenlorax.core import atomic_files, checkpoint, keys
 from eigenlorax.errors import PackMissingError
 from outcomes import contents, succeeded
 from powercuts import cuts, record
@@ -90,13 +90,13 @@ def test_a_pack_is_the_old_one_or_the_new_one(made, run, verb):
 @pytest.mark.parametrize("exchanged", [True, False], ids=["by an exchange", "by two renames"])
 def test_an_adapter_is_the_old_one_or_the_new_one(made, run, monkeypatch, exchanged):
     if not exchanged:
-        monkeypatch.setattr(store, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)
     names = ["alpha", "beta", "gamma"]
 
     def check(found, new, at_the_end):
         for name in names:
             if not exchanged:
-                store.recover(found / "out" / name)
+                atomic_files.recover(found / "out" / name)
             there = contents(found / "out" / name)
             wanted, before = (
                 {

@@ -4,7 +4,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import eigenlorax as ex
-from eigenlorax.adapter import from_factors
+from eigenlorax.core.adapter import from_factors
 from planted import random_factors
 
 IN, INNER, RANK = 24, 40, 3

@@ -5,6 +5,10 @@ import logging
 import warnings
 
 import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import eigenlorax as ex
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -15,11 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core.adapter import LoRAFactors
 from planted import normal
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

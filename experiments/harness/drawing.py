@@ -8,7 +8,7 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax import tuner
-from eigenlorax.tasks import methods
+from eigenlorax.train import methods
 
 from . import diffusion, easel, judges, outcome, record
 from . import styles as looks

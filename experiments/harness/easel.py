@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax.tasks import methods
+from eigenlorax.train import methods
 
 from . import diffusion, judges, record, recycled
 from .recycled import Factors

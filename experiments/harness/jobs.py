@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigenlorax.tasks import models
+from eigenlorax.train import models
 
 from . import record
 

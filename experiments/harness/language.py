@@ -20,9 +20,9 @@ import torch
 from filelock import FileLock
 
 import eigenlorax as ex
-from eigenlorax.tasks import methods, models, trial
-from eigenlorax.tasks.examples import IGNORED
-from eigenlorax.tasks.methods import Method, Setting
+from eigenlorax.train import methods, models, trial
+from eigenlorax.train.examples import IGNORED
+from eigenlorax.train.methods import Method, Setting
 
 from . import outcome, record, text
 from . import rates as learning

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import eigenlorax as ex
-from eigenlorax.tasks import trial
+from eigenlorax.train import trial
 
 from . import record
 

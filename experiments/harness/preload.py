@@ -5,9 +5,10 @@ import contextlib
 import torch
 import transformers
 
-from eigenlorax import fitting, tuner
+from eigenlorax import tuner
+from eigenlorax.fitting import fit
 
-__all__ = ["fitting", "tuner"]
+__all__ = ["fit", "tuner"]
 
 with contextlib.suppress(ImportError):
     # the experiment on pictures has it

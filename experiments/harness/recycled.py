@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax.analysis import losses
-from eigenlorax.tasks import trial
+from eigenlorax.reports.analysis import losses
+from eigenlorax.train import trial
 
 from . import text
 from .jobs import Job

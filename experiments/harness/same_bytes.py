@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 from . import record, size_rivals, text
 from .jobs import Job

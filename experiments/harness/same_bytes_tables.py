@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 
-from eigenlorax.tasks import demo
+from eigenlorax.train import demo
 
 from . import records
 from .pages import table

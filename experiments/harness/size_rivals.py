@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax import joint
-from eigenlorax.analysis import losses, rivals
-from eigenlorax.linalg import dual_rows
-from eigenlorax.stack import Stack, stack
+from eigenlorax.codec import joint
+from eigenlorax.core.linalg import dual_rows
+from eigenlorax.core.stack import Stack, stack
+from eigenlorax.reports.analysis import losses, rivals
 
 from . import record
 

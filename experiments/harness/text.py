@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 
 import eigenlorax as ex
-from eigenlorax.tasks import methods, models, trial
-from eigenlorax.tasks.methods import Method, Setting
+from eigenlorax.train import methods, models, trial
+from eigenlorax.train.methods import Method, Setting
 
 from . import outcome, record
 from . import rates as learning

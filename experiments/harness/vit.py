@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import eigenlorax as ex
-from eigenlorax.analysis import losses
-from eigenlorax.tasks import methods, trial
-from eigenlorax.tasks.methods import Method, Setting
+from eigenlorax.reports.analysis import losses
+from eigenlorax.train import methods, trial
+from eigenlorax.train.methods import Method, Setting
 
 from . import images, outcome, record, recycled
 from .images import Rows, Task

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core.adapter import LoRAFactors
 
 N_COMPONENTS = 4
 HEADS = ("lm_head", "classifier", "score", "pooler")

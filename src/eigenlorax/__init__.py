@@ -3,46 +3,48 @@
 Importing this package loads neither torch nor peft; a name is looked up when it is first used.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import hook
+from .core import import_hook
+from .errors import MissingExtraError, RegistrationWarning
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, LoRAFactors, from_factors
-    from .bank import AdapterBank
+    from .core.adapter import Adapter, LoRAFactors, from_factors
+    from .core.subspace import Subspace
     from .errors import EigenloraxError
-    from .fitting import fit
+    from .fitting.fit import fit
+    from .fitting.refit import Refit, refit
+    from .fitting.verify import verify
     from .formats import read_adapter, write_adapter
-    from .pack import Pack
-    from .pipelines import load_into
-    from .refitting import Refit, refit
+    from .pack.pack import Pack
+    from .pack.summary import Summary
     from .reports import Report, report
-    from .subspace import Subspace
-    from .summary import Summary
+    from .serving.bank import AdapterBank
+    from .serving.diffusers import load_into
     from .tuner import EigenLoraxConfig, EigenLoraxModel
-    from .verifying import verify
 
 _HOME = {
-    "Adapter": "adapter",
-    "AdapterBank": "bank",
+    "Adapter": "core.adapter",
+    "AdapterBank": "serving.bank",
     "EigenLoraxConfig": "tuner",
     "EigenLoraxModel": "tuner",
     "EigenloraxError": "errors",
-    "LoRAFactors": "adapter",
-    "Pack": "pack",
-    "Refit": "refitting",
+    "LoRAFactors": "core.adapter",
+    "Pack": "pack.pack",
+    "Refit": "fitting.refit",
     "Report": "reports",
-    "Subspace": "subspace",
-    "Summary": "summary",
-    "fit": "fitting",
-    "from_factors": "adapter",
-    "load_into": "pipelines",
+    "Subspace": "core.subspace",
+    "Summary": "pack.summary",
+    "fit": "fitting.fit",
+    "from_factors": "core.adapter",
+    "load_into": "serving.diffusers",
     "read_adapter": "formats",
-    "refit": "refitting",
+    "refit": "fitting.refit",
     "report": "reports",
-    "verify": "verifying",
+    "verify": "fitting.verify",
     "write_adapter": "formats",
 }
 __all__ = [
@@ -77,7 +79,18 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-hook.arrange()
+def _register_with_peft() -> None:
+    """Make PEFT know the method. An `import peft` of a program that wants something else does not fail for our sake."""
+    try:
+        from .tuner import registration
+
+        registration.register()
+    except MissingExtraError as error:
+        warnings.warn(str(error), RegistrationWarning, stacklevel=2)
+
+
+# `import eigenlorax` anywhere is enough for PEFT to load our adapters, in whatever order the two are imported
+import_hook.call_after_import("peft", _register_with_peft)
 
 
 def __dir__() -> list[str]:

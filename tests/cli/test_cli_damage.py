@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
 from adapters import make_adapter
-from eigenlorax import keys
+from eigenlorax.core import keys
 from outcomes import assert_refused, contents, succeeded
 from signing import signed_again
 

@@ -5,9 +5,10 @@ import pytest
 import children
 from adapters import make_adapters
 from children import KILLED, at_change, kill, load_command, needs_fork
-from eigenlorax import coding, jobs
 from eigenlorax.cli import main
-from eigenlorax.pack import Pack
+from eigenlorax.codec import encoder
+from eigenlorax.fitting import jobs
+from eigenlorax.pack.pack import Pack
 from outcomes import assert_refused, contents, json_of, succeeded
 
 
@@ -40,7 +41,7 @@ def assert_says(done, said):
 @pytest.mark.parametrize("options", [("-k", 6), ("--ratio", 4)], ids=["components", "bytes"])
 def test_a_fit_that_has_kept_nothing_leaves_nothing(cli, place, monkeypatch, output, options):
     before = contents(place)
-    monkeypatch.setattr(coding.Collection, "coded", interrupt)
+    monkeypatch.setattr(encoder.Collection, "coded", interrupt)
     interrupted_at(monkeypatch, 0)
     assert_says(cli("fit", place / "in", "-o", place / output, *options), "No pack was written, and nothing was left.")
     assert contents(place) == before

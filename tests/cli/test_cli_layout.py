@@ -206,8 +206,8 @@ def test_figures_of_trainings_are_whole(trained, line):
 
 def test_figures_of_the_demo_are_whole(place):
     from eigenlorax.cli import demo
-    from eigenlorax.tasks.demo import HELD_OUT, Demo, Outcome, descriptions
-    from eigenlorax.tasks.new_task import Attempt
+    from eigenlorax.train.demo import HELD_OUT, Demo, Outcome, descriptions
+    from eigenlorax.train.new_task import Attempt
 
     outcomes = [
         Outcome(name, "task", name not in HELD_OUT, 30, 0.867, 0.9, 0.625, 0.875, 0.1) for name in descriptions()

@@ -7,8 +7,9 @@ import pytest
 
 import eigenlorax as ex
 from children import needs_fork
-from eigenlorax import folder, keys
+from eigenlorax.core import keys
 from eigenlorax.errors import PackExistsError
+from eigenlorax.pack import folder
 from outcomes import assert_refused, contents, succeeded
 
 pytestmark = needs_fork

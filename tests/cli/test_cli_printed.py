@@ -14,8 +14,8 @@ import lora_files
 import terminals
 from adapters import make_adapter, make_adapters
 from children import needs_fork, run
-from eigenlorax import printable
 from eigenlorax.cli import main
+from eigenlorax.core import printable
 from outcomes import json_of
 
 HOSTILE = "x\x1b[31m\x1b]8;;http://evil\x1b\\\x9b2J\x00\x07\x7f\x85\r\t\u061c\u200e\u202e\u2066\u2028[red]bold[/red]:smile:\ud800"

@@ -14,8 +14,8 @@ from adapters import make_adapter, make_adapters
 from children import needs_fork
 from eigenlorax.cli.serve_check import EPILOG
 from eigenlorax.errors import ServingError
-from eigenlorax.vllm.folders import AdapterFolders
-from eigenlorax.vllm.settings import Settings
+from eigenlorax.serving.vllm.folders import AdapterFolders
+from eigenlorax.serving.vllm.settings import Settings
 from outcomes import assert_refused, assert_usage_error, json_of, succeeded
 
 QALORA = {"use_qalora": True}

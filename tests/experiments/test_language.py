@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eigenlorax.tasks import evaluate, trial
-from eigenlorax.tasks.examples import IGNORED
+from eigenlorax.train import evaluate, trial
+from eigenlorax.train.examples import IGNORED
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))

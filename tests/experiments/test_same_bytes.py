@@ -16,7 +16,7 @@ from harness import record, records, same_bytes, same_bytes_tables, size_rivals 
 from harness.recycled import delta_error  # noqa: E402
 
 from adapters import make_adapter  # noqa: E402
-from eigenlorax.analysis import rivals  # noqa: E402
+from eigenlorax.reports.analysis import rivals  # noqa: E402
 
 CONFIG = tomllib.loads((EXPERIMENTS / "configs" / "bytes.toml").read_text("utf-8"))
 MODULES = {"layer.0.query": (97, 83), "layer.1.query": (89, 101)}

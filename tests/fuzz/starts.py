@@ -8,14 +8,14 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import test_official
 import torch
 from safetensors.torch import save_file
 
 import eigenlorax as ex
 import lora_files
-import test_official
 from adapters import change_config, make_adapter
-from eigenlorax import keys
+from eigenlorax.core import keys
 from eigenlorax.errors import EigenloraxWarning
 from make_reference_packs import PACKS
 from reports import synthetic

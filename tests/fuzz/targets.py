@@ -16,16 +16,17 @@ from unittest.mock import patch
 from safetensors.torch import load
 
 import eigenlorax as ex
-from eigenlorax import checks, keys, store
-from eigenlorax import folder as folders
-from eigenlorax import manifest as manifests
 from eigenlorax.cli import main
 from eigenlorax.cli.report import show as show_report
+from eigenlorax.core import atomic_files, keys
+from eigenlorax.core.subspace import Subspace
 from eigenlorax.errors import MAX_MESSAGE, EigenloraxError, PackError
+from eigenlorax.formats import checks
+from eigenlorax.pack import folder as folders
+from eigenlorax.pack import manifest as manifests
 from eigenlorax.reports import files as report_files
-from eigenlorax.subspace import Subspace
-from eigenlorax.tasks import data as rows
-from eigenlorax.tasks.options import Columns
+from eigenlorax.train import data as rows
+from eigenlorax.train.options import Columns
 
 from . import changes, mutations, starts
 from .changes import Change, Special, Tree
@@ -81,12 +82,12 @@ def signed(tree: Tree, drawn: list[Change]) -> Tree:
         body.pop("digest", None)
         subspace = tree.get(f"pack/{body['subspace']['file']}")
         if isinstance(subspace, bytes):
-            body["subspace"]["sha256"] = store.digest(subspace)
+            body["subspace"]["sha256"] = atomic_files.digest(subspace)
         for name, entry in body["adapters"].items():
             for file in entry["files"]:
                 data = tree.get(f"pack/{keys.ADAPTERS}/{name}/{file}")
                 if isinstance(data, bytes):
-                    entry["files"][file] = store.digest(data)
+                    entry["files"][file] = atomic_files.digest(data)
         tree = changed({**tree, MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)
     return {**tree, MANIFEST: _with_digest(tree[MANIFEST])} if MANIFEST in tree else tree
 
@@ -100,7 +101,7 @@ def _with_digest(manifest: bytes | Special) -> bytes | Special:
         return manifest
     if not text.startswith("{\n"):
         return manifest
-    return f'{{"digest": "{store.digest(canonical.encode())}",{text[1:]}'.encode()
+    return f'{{"digest": "{atomic_files.digest(canonical.encode())}",{text[1:]}'.encode()
 
 
 def _with_fingerprints(tree: Tree, of_manifest: list[Change]) -> Tree:

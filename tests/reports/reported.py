@@ -1,7 +1,7 @@
 """Reports on collections of factors, and what they find."""
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.core.adapter import LoRAFactors, from_factors
 
 
 def adapters(collection):

@@ -11,14 +11,8 @@ from synthetic import bare
 from synthetic import report as synthetic
 
 import eigenlorax as ex
-from eigenlorax import keys
-from eigenlorax.errors import (
-    FormatError,
-    OptionError,
-    PackExistsError,
-    SkippedAdapterWarning,
-    StaleReportWarning,
-)
+from eigenlorax.core import keys
+from eigenlorax.errors import FormatError, OptionError, PackExistsError, SkippedAdapterWarning, StaleReportWarning
 from eigenlorax.reports import data, files, originals, stored
 from planted import random_adapter, random_collection, shared_collection
 

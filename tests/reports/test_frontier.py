@@ -7,10 +7,10 @@ from documents import Document
 from synthetic import report
 
 import eigenlorax as ex
-from eigenlorax.adapter import from_factors
-from eigenlorax.analysis import rivals
+from eigenlorax.core.adapter import from_factors
+from eigenlorax.core.stack import stack
 from eigenlorax.reports import data, frontier, markdown, page
-from eigenlorax.stack import stack
+from eigenlorax.reports.analysis import rivals
 from made import of_one_subspace, random
 from planted import MODULES
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.core.adapter import LoRAFactors, from_factors
 from planted import factors_in, orthonormal, random_collection, shared_collection
 
 

@@ -8,7 +8,7 @@ import torch
 from reported import adapters, findings, names, report_on, the
 
 import eigenlorax as ex
-from eigenlorax.adapter import LoRAFactors
+from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.errors import UntrainedAdapterWarning
 from made import gauged, of_one_subspace, one_start, random, with_a_mean
 

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from eigenlorax.adapter import from_factors
-from eigenlorax.formats import hf_peft
+from eigenlorax.core.adapter import from_factors
+from eigenlorax.formats import peft
 from planted import random_factors
 
 VOCABULARY = 211
@@ -110,5 +110,5 @@ def made_adapters(family: Family, base: Path, folder: Path, n: int = 8, rank: in
             name: random_factors(rank, *shape, seed=100 * i + j, scaling=0.02 * (1 + i % 3), dtype=torch.float32)
             for j, (name, shape) in enumerate(shapes.items())
         }
-        hf_peft.write(from_factors(f"a{i}", modules, base_model=str(base)), folder / f"a{i}")
+        peft.write(from_factors(f"a{i}", modules, base_model=str(base)), folder / f"a{i}")
     return folder

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from eigenlorax.vllm import plugin, settings
+from eigenlorax.serving.vllm import plugin, settings
 
 T = TypeVar("T")
 NEW = 20

@@ -15,11 +15,11 @@ def main() -> None:
     os.environ.update(EIGENLORAX_PACK=pack, EIGENLORAX_SHARED_BASIS=shared)
     from vllm import LLM
 
-    import eigenlorax.vllm
+    import eigenlorax.serving.vllm
 
     options = {**ENGINE, "distributed_executor_backend": "mp", "tensor_parallel_size": int(ranks)}
     llm = LLM(model=base, **options)
-    adapters = eigenlorax.vllm.Adapters(pack)
+    adapters = eigenlorax.serving.vllm.Adapters(pack)
     found = greedy(llm, json.loads(prompts), [adapters[name] for name in adapters])
     sys.stdout.write(f"\nTOKENS {json.dumps(found)}\n")
 

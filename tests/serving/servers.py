@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigenlorax.vllm import settings
+from eigenlorax.serving.vllm import settings
 from offline import ENGINE, ENVIRONMENT, NEW
 
 SECONDS_TO_START, SECONDS_TO_STOP = 240, 40

@@ -14,15 +14,15 @@ import pytest
 
 from children import at_change, kill, needs_fork, no_more_room, run
 from eigenlorax.errors import CacheFullError, OptionError
-from eigenlorax.vllm import cache
-from eigenlorax.vllm.cache import Cache, prepare
+from eigenlorax.serving.vllm import cache
+from eigenlorax.serving.vllm.cache import Cache, prepare
 
 pytestmark = needs_fork
 FILES = {"a.bin": b"12345", "b.bin": b"678"}
 SERVER = """
 import sys, time
 from pathlib import Path
-from eigenlorax.vllm.cache import Cache, prepare
+from eigenlorax.serving.vllm.cache import Cache, prepare
 prepare(Path(sys.argv[1]))
 held = Cache(Path(sys.argv[1]))
 print(held.folder("one", 0, lambda: {"a.bin": b"12345"}), flush=True)

@@ -3,10 +3,10 @@
 import pytest
 
 import eigenlorax as ex
-from eigenlorax.adapter import from_factors
+from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError
-from eigenlorax.vllm.checking import Asked, check
-from eigenlorax.vllm.plan import EMBEDDING, Layer, Shapes
+from eigenlorax.serving.vllm.checking import Asked, check
+from eigenlorax.serving.vllm.plan import EMBEDDING, Layer, Shapes
 from planted import random_factors
 from rests import with_rests
 
@@ -72,7 +72,7 @@ def test_the_revision_of_the_model_is_in_the_commands():
 
 
 def test_memory_for_a_hundred_adapters_at_most(monkeypatch):
-    monkeypatch.setattr("eigenlorax.vllm.checking.MOST_IN_MEMORY", 2)
+    monkeypatch.setattr("eigenlorax.serving.vllm.checking.MOST_IN_MEMORY", 2)
     assert check(make_pack({Q: (17, 11)}), "pack", shapes(), Asked(max_loras=1)).plan.choices.max_cpu_loras == 2
 
 

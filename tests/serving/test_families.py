@@ -31,7 +31,7 @@ def test_eight_adapters_mixed_say_what_peft_says(kind, tmp_path):
     assert sum(one != other for one, other in zip(wanted, without, strict=True)) >= 6
 
     def check(llm):
-        adapters = eigenlorax.vllm.Adapters(tmp_path / "pack")
+        adapters = eigenlorax.serving.vllm.Adapters(tmp_path / "pack")
         assert greedy(llm, PROMPTS, [adapters[name] for name in pack.names]) == wanted
         return {name.rpartition(".")[2].startswith("eigen_core_") for name in slots(llm)}
 
@@ -52,7 +52,7 @@ def test_rows_without_an_adapter_say_what_the_base_model_says(tmp_path):
     without = peft_greedy(base, prompts, [None] * len(names))
 
     def check(llm):
-        adapters = eigenlorax.vllm.Adapters(tmp_path / "pack")
+        adapters = eigenlorax.serving.vllm.Adapters(tmp_path / "pack")
         requests = [adapters[name] if name is not None else None for name in names]
         assert greedy(llm, prompts, requests) == wanted
         assert greedy(llm, prompts, [None] * len(names)) == without
@@ -79,7 +79,7 @@ def test_so_do_rows_beside_adapters_of_the_vocabulary(kind, tmp_path):
     without = peft_greedy(base, PROMPTS[:3], [None] * 3)
 
     def check(llm):
-        adapters = eigenlorax.vllm.Adapters(tmp_path / "pack")
+        adapters = eigenlorax.serving.vllm.Adapters(tmp_path / "pack")
         requests = [adapters[name] if name is not None else None for name in names]
         assert greedy(llm, PROMPTS[:3], requests) == wanted
         assert greedy(llm, PROMPTS[:3], [None] * 3) == without
@@ -97,7 +97,7 @@ def test_an_adapter_of_which_a_part_would_be_left_out_is_refused(shared, tmp_pat
     pack.save(tmp_path / "pack")
 
     def check(llm):
-        ordinary = eigenlorax.vllm.Adapters(tmp_path / "pack", shared_basis=False)
+        ordinary = eigenlorax.serving.vllm.Adapters(tmp_path / "pack", shared_basis=False)
         with pytest.raises(ServingError, match="14 modules of an adapter would be left out by this server"):
             llm.llm_engine.add_lora(ordinary["a0"])
 

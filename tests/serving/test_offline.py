@@ -8,7 +8,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite in
 
 import eigenlorax as ex
 from eigenlorax.errors import AdapterNameError, ModuleNameError, OptionError, ServingError, ShapeError
-from eigenlorax.vllm import Adapters
+from eigenlorax.serving.vllm import Adapters
 from families import _SHARED, FAMILIES, Family, made_adapters
 from offline import greedy, peft_greedy, with_engine
 from rests import with_rests

@@ -6,9 +6,9 @@ import pytest
 from transformers import LlamaConfig
 
 from eigenlorax.errors import OptionError
-from eigenlorax.tasks.shapes import of_config
-from eigenlorax.vllm import plan as plans
-from eigenlorax.vllm.plan import COLUMN, EMBEDDING, HEAD, ROW, Choices, Core, Layer, Served, Shapes
+from eigenlorax.serving.vllm import plan as plans
+from eigenlorax.serving.vllm.plan import COLUMN, EMBEDDING, HEAD, ROW, Choices, Core, Layer, Served, Shapes
+from eigenlorax.train.shapes import of_config
 
 HIDDEN, FFN, KV, VOCABULARY, DEPTH = 4096, 14336, 1024, 128256, 32
 # out + in of every linear layer of a block: q, k, v, o, gate, up, down

@@ -12,9 +12,9 @@ from vllm.lora.resolver import LoRAResolverRegistry
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from eigenlorax.errors import OptionError, PackMissingError
-from eigenlorax.vllm import plugin, resolver
-from eigenlorax.vllm.resolver import PackResolver
-from eigenlorax.vllm.settings import Settings
+from eigenlorax.serving.vllm import plugin, resolver
+from eigenlorax.serving.vllm.resolver import PackResolver
+from eigenlorax.serving.vllm.settings import Settings
 
 
 @pytest.fixture

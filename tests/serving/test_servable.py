@@ -9,9 +9,9 @@ import torch
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from eigenlorax.errors import ServingError
-from eigenlorax.vllm.cores import on_cores
-from eigenlorax.vllm.plan import RANKS
-from eigenlorax.vllm.servable import expanded_rank, refusal, shared_rank
+from eigenlorax.serving.vllm.cores import on_cores
+from eigenlorax.serving.vllm.plan import RANKS
+from eigenlorax.serving.vllm.servable import expanded_rank, refusal, shared_rank
 from rests import with_rests
 
 HEAD = "base_model.model.score.weight"

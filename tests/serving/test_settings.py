@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eigenlorax.errors import OptionError
-from eigenlorax.vllm.settings import Settings, read
+from eigenlorax.serving.vllm.settings import Settings, read
 
 
 def test_nothing_is_asked_for_by_an_environment_that_does_not_name_a_pack():

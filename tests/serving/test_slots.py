@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eigenlorax as ex
-from eigenlorax.adapter import from_factors
+from eigenlorax.core.adapter import from_factors
 from eigenlorax.formats import write_adapter
-from eigenlorax.tasks.shapes import shapes_of
-from eigenlorax.vllm import plan as plans
-from eigenlorax.vllm.checking import Asked, check
-from eigenlorax.vllm.cores import on_cores
+from eigenlorax.serving.vllm import plan as plans
+from eigenlorax.serving.vllm.checking import Asked, check
+from eigenlorax.serving.vllm.cores import on_cores
+from eigenlorax.train.shapes import shapes_of
 from offline import in_worker, printed_by, slots, with_engine
 from planted import random_factors
 

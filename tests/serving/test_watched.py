@@ -10,11 +10,11 @@ import pytest
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from children import load_command, needs_fork
+from eigenlorax.core.atomic_files import digest
 from eigenlorax.errors import AdapterNameError, HubError, PackMissingError
-from eigenlorax.store import digest
-from eigenlorax.vllm import watched
-from eigenlorax.vllm.folders import AdapterFolders
-from eigenlorax.vllm.settings import Settings
+from eigenlorax.serving.vllm import watched
+from eigenlorax.serving.vllm.folders import AdapterFolders
+from eigenlorax.serving.vllm.settings import Settings
 from fake_hub import FakeHub, running
 from outcomes import json_of
 

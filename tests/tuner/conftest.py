@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[peft]'")
 
-from eigenlorax import known
+from eigenlorax.core import registry
 from tiny import BERT, GPT2, IN, make_bert, make_gpt2, make_pack
 
 
@@ -48,8 +48,8 @@ def gpt2_pack(tmp_path_factory):
 @pytest.fixture
 def forgotten(monkeypatch):
     """As in a new process: no subspace is known."""
-    monkeypatch.setattr(known, "_holders", {})
-    monkeypatch.setattr(known, "_alive", type(known._alive)())
+    monkeypatch.setattr(registry, "_holders", {})
+    monkeypatch.setattr(registry, "_alive", type(registry._alive)())
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from peft import PeftModel
 
 import eigenlorax as ex
 from convnets import CONVOLUTIONS, images, make_convnet, random_loras
-from eigenlorax import known
-from eigenlorax.adapter import LoRAFactors, from_factors
+from eigenlorax.core import registry
+from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import FormatError
 from loaders import several
 from planted import factors_in, orthonormal, random_factors
@@ -168,7 +168,7 @@ class TestMovedOutOfItsPack:
             torch.testing.assert_close(dense_of(again.modules[module]), dense_of(one), atol=1e-3, rtol=1e-3)
 
     def test_without_it_the_way_out_is_said(self, folder, monkeypatch):
-        monkeypatch.setattr(known, "find", lambda fingerprint: None)
+        monkeypatch.setattr(registry, "find", lambda fingerprint: None)
         with pytest.raises(FormatError, match="which is not at hand. Open its pack .* or, .* `eigenlorax export` it"):
             ex.read_adapter(folder)
 

@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
 import eigenlorax as ex
-from eigenlorax import known
-from eigenlorax.adapter import from_factors
+from eigenlorax.core import registry
+from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import LossWarning, OptionError, PackMissingError, ProjectionWarning
 from eigenlorax.tuner import combine, from_lora, swap, to_lora
 from loaders import LOADERS, base, load
@@ -67,7 +67,7 @@ class TestSavedElsewhere:
         model = trained(saved_base, pack, **fields)
         model.save_pretrained(tmp_path / "mine")
         wanted = model(ids).logits
-        known.forget()
+        registry.forget()
         grow(pack)
         grow(pack, seed=950)
         ex.Pack.open(pack)
@@ -162,7 +162,7 @@ class TestSavedElsewhere:
         trained(saved_base, pack).save_pretrained(tmp_path / "mine")
         with pytest.raises(OptionError, match="belongs to the subspace .* would mean something else there"):
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=other)
-        known.forget()
+        registry.forget()
         ex.Pack.open(other)
         with pytest.raises(PackMissingError, match="not at hand"):
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine")

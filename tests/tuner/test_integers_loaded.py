@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from test_integers import changed
 
 import eigenlorax as ex
-from eigenlorax import keys
+from eigenlorax.core import keys
 from eigenlorax.errors import FormatError, PackDamagedError
 from loaders import base, load
-from test_integers import changed
 from tiny import BERT, IN, make_pack, shake
 
 KINDS = [("int8", None), ("int4", None), ("int4", "int4")]

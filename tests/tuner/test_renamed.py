@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 import eigenlorax as ex
-from eigenlorax import known
+from eigenlorax.core import registry
 from eigenlorax.errors import ModuleNameError
 from eigenlorax.tuner import from_lora, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
@@ -149,8 +149,8 @@ def test_an_embedded_subspace(pack_path, naming, tmp_path, monkeypatch, core):
     shake(model).eval()
     model.save_pretrained(tmp_path / "mine")
     rewrite(tmp_path / "mine", naming, target_modules=sorted(every_module(naming)))
-    monkeypatch.setattr(known, "_holders", {})
-    monkeypatch.setattr(known, "_alive", type(known._alive)())
+    monkeypatch.setattr(registry, "_holders", {})
+    monkeypatch.setattr(registry, "_alive", type(registry._alive)())
     again = PeftModel.from_pretrained(make_vit(), tmp_path / "mine").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(pictures()).logits, model(pictures()).logits, **CLOSE)

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
 from convnets import conv_pack, images, make_convnet
-from eigenlorax import byte_rows
+from eigenlorax.core import byte_rows
 from eigenlorax.tuner import serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from loaders import several

@@ -9,7 +9,7 @@ from torch import nn
 
 import eigenlorax as ex
 from convnets import CONVOLUTIONS, OWN_WAYS, RANK, conv_pack, images, make_convnet, random_loras, with_updates
-from eigenlorax.adapter import from_factors
+from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import ShapeError
 from eigenlorax.tuner import combine, from_lora, lora_from_components, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
 from convnets import conv_pack, images, make_convnet, with_updates
-from eigenlorax import keys
+from eigenlorax.core import keys
 from eigenlorax.errors import FormatError, ModuleNameError, ProjectionWarning
 from eigenlorax.tuner import combine, from_lora, serve, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer

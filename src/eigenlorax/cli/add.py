@@ -9,7 +9,7 @@ from ..errors import WARN_ABOVE
 from . import console
 
 if TYPE_CHECKING:
-    from ..manifest import SubspaceInfo
+    from ..pack.manifest import SubspaceInfo
 
 EPILOG = """Examples:
 
@@ -50,7 +50,7 @@ def add(
     json: console.Json = False,
 ) -> None:
     """Project more adapters on a pack's subspace, and say how much of each was lost."""
-    from ..pack import Pack
+    from ..pack.pack import Pack
 
     with console.working() as progress, Pack.edit(pack) as opened:
         before = opened.info

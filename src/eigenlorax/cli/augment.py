@@ -29,8 +29,8 @@ def augment(
     json: console.Json = False,
 ) -> None:
     """Write a pack with L further orthonormal directions on every side. Every adapter stays exactly what it was."""
-    from .. import folder
-    from ..pack import Pack
+    from ..pack import folder
+    from ..pack.pack import Pack
 
     started = time.perf_counter()
     opened = Pack.open(pack)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..tasks.entrants import ENTRANTS, METHODS, SEEDS, Contest, read_rates
-from ..tasks.options import DEFAULTS, Columns
+from ..train.entrants import ENTRANTS, METHODS, SEEDS, Contest, read_rates
+from ..train.options import DEFAULTS, Columns
 from . import console
 
 if TYPE_CHECKING:
-    from ..tasks.contest import Outcome
-    from ..tasks.verdicts import Line
+    from ..train.contest import Outcome
+    from ..train.verdicts import Line
 
 EPILOG = """Examples:
 
@@ -90,7 +90,7 @@ def compare(
         bf16=bf16,
         columns=Columns(text_column, label_column, pair_column),
     )
-    from ..tasks import contest
+    from ..train import contest
 
     with console.working():
         prepared = contest.prepare(pack, asked, output, resume=resume)
@@ -104,7 +104,7 @@ def compare(
 
 
 def _show(found: "Outcome") -> None:
-    from ..tasks.verdicts import some
+    from ..train.verdicts import some
 
     yardstick = found.yardstick
     header = ["method", "numbers", "file bytes", "accuracy", "±", "least–most", f"points above {yardstick} (95 %)"]
@@ -155,7 +155,7 @@ def _shown(points: Sequence[float]) -> list[int]:
 
 
 def _scores(line: "Line") -> list[str]:
-    from ..tasks.verdicts import points
+    from ..train.verdicts import points
 
     spread = f"{line.spread:.3f}" if line.spread is not None else ""
     least = f"{min(line.scores):.3f}–{max(line.scores):.3f}" if len(line.scores) > 1 else ""

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from .. import printable, urls
+from ..core import printable
 from ..errors import EigenloraxWarning, shortened
-from ..tasks.options import MAX_LENGTH
+from ..formats import urls
+from ..train.options import MAX_LENGTH
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..pack import Pack
-    from ..summary import Components, Errors, Summary
+    from ..pack.pack import Pack
+    from ..pack.summary import Components, Errors, Summary
 
 
 def path(text: str) -> Path:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import keys
+from ..core import keys
 from . import console
 from .env import collect
 
 if TYPE_CHECKING:
-    from ..tasks.demo import Demo, Outcome
+    from ..train.demo import Demo, Outcome
 
 EPILOG = """Examples:
 
@@ -46,10 +46,11 @@ def demo(
     """Recycle sixteen LoRA adapters of a MiniLM, compare what they predict, and train a new task on their basis."""
     import torch
 
-    from .. import folder, store
-    from ..pack import Pack
+    from ..core import atomic_files
+    from ..pack import folder
+    from ..pack.pack import Pack
     from ..reports import extra, stored
-    from ..tasks import demo as task
+    from ..train import demo as task
 
     if "OMP_NUM_THREADS" not in os.environ:
         # matrices as small as these gain nothing from more threads, which lose much on cores that are shared
@@ -57,7 +58,7 @@ def demo(
     started = time.perf_counter()
     if keep is not None:
         folder.check_free(keep / "pack", overwrite)
-        store.check_free(keep / "loras", overwrite)
+        atomic_files.check_free(keep / "loras", overwrite)
     with tempfile.TemporaryDirectory() as temporary, console.working() as progress:
         found = task.run(
             keep or Path(temporary),

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..tasks.options import EVALUATION_BATCH, TASKS, Columns
+from ..train.options import EVALUATION_BATCH, TASKS, Columns
 from . import console
 
 if TYPE_CHECKING:
-    from ..tasks.evaluate import Figures
+    from ..train.evaluate import Figures
 
 EPILOG = """Examples:
 
@@ -46,7 +46,7 @@ def evaluate(
     json: console.Json = False,
 ) -> None:
     """Load an adapter of a pack with PEFT, and say how good it is on a file of rows."""
-    from ..tasks import evaluate as task_of
+    from ..train import evaluate as task_of
 
     names = class_names(labels) if labels is not None else None
     with console.working() as progress:
@@ -78,7 +78,7 @@ def evaluate(
 def class_names(given: str) -> Sequence[str]:
     """`A,B,…`, or what a folder of `train` says."""
     from ..errors import OptionError
-    from ..tasks import train
+    from ..train import train
 
     if "," in given:
         return given.split(",")
@@ -90,7 +90,7 @@ def class_names(given: str) -> Sequence[str]:
 
 def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
     """The rows that say how good an adapter is."""
-    from ..tasks.evaluate import Classified
+    from ..train.evaluate import Classified
 
     if isinstance(figures, Classified):
         return [
@@ -109,7 +109,7 @@ def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
 
 def show_confusion(figures: "Figures") -> None:
     """What was taken for what, where classes are few."""
-    from ..tasks.evaluate import Classified
+    from ..train.evaluate import Classified
 
     if isinstance(figures, Classified) and figures.confusion is not None:
         rows = [[label, *map(str, row)] for label, row in zip(figures.labels, figures.confusion, strict=True)]

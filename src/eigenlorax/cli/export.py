@@ -48,7 +48,7 @@ def export(
     json: console.Json = False,
 ) -> None:
     """Give adapters of a pack back as ordinary LoRAs, in the format they came in or another one."""
-    from ..pack import Pack
+    from ..pack.pack import Pack
 
     opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
     with console.working() as progress:

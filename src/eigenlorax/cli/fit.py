@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.options import byte_count_of_text
 from ..errors import WARN_ABOVE, reason
-from ..options import byte_count_of_text
 from . import console
 
 if TYPE_CHECKING:
-    from ..fitting import Progress
-    from ..pack import Pack
+    from ..fitting.fit import Progress
+    from ..pack.pack import Pack
 
 EPILOG = """Examples:
 
@@ -142,9 +142,10 @@ def fit(
     json: console.Json = False,
 ) -> None:
     """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
-    from .. import checkpoint, folder, keys
-    from ..fitting import chooses_bytes
-    from ..fitting import fit as fit_adapters
+    from ..core import checkpoint, keys
+    from ..fitting.fit import chooses_bytes
+    from ..fitting.fit import fit as fit_adapters
+    from ..pack import folder
 
     started = time.perf_counter()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
@@ -209,14 +210,14 @@ def fit(
 
 
 def _manifest(output: Path) -> bytes | None:
-    from .. import boundary, keys, store
+    from ..core import atomic_files, boundary, keys
 
-    return store.read_plain(output / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
+    return atomic_files.read_plain(output / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
 
 
 def _left_behind(output: Path, before: bytes | None, kept: Path) -> str:
     """What an interrupted fit leaves. before: the manifest of the pack that was there."""
-    from .. import checkpoint
+    from ..core import checkpoint
 
     if _manifest(output) != before:
         return f"{output} is written, and whole; it may lack its report."

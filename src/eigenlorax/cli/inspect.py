@@ -9,8 +9,8 @@ import typer
 from . import console
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..pack import Pack
+    from ..core.adapter import Adapter
+    from ..pack.pack import Pack
 
 EPILOG = """Examples:
 
@@ -43,10 +43,11 @@ def inspect(
     json: console.Json = False,
 ) -> None:
     """Show what a pack or an adapter holds, what it costs, and what was lost."""
-    from .. import hub, keys, remote
+    from ..core import keys
     from ..errors import FormatError, OptionError
-    from ..formats import read_adapter
-    from ..pack import Pack
+    from ..formats import hub, read_adapter
+    from ..pack import hub as remote
+    from ..pack.pack import Pack
 
     if Path(target).is_dir() and not any(
         (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE)
@@ -77,7 +78,7 @@ def inspect(
 def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, **options: Any) -> None:
     """Every adapter's error as it is; status 4 if one loses more than it should."""
     from ..errors import LossError
-    from ..verifying import verify
+    from ..fitting.verify import verify
 
     with console.working() as progress:
         found = verify(pack, originals, progress=progress, **options)
@@ -113,7 +114,7 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
 
 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:
-    from ..summary import kept_exactly
+    from ..pack.summary import kept_exactly
 
     if (dominated := kept_exactly(pack.summary.bytes)) is not None:
         console.note(dominated)
@@ -169,9 +170,8 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
 
 
 def _figures(adapter: "Adapter") -> dict[str, Any]:
-    from .. import checks
-    from ..dtypes import name as dtype_name
-    from ..formats import format_of
+    from ..core.dtypes import name as dtype_name
+    from ..formats import checks, format_of
 
     scan = checks.scan(adapter)
     specs = adapter.specs.values()

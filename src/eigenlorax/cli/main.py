@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import printable
+from ..core import printable
 from ..errors import EigenloraxError
 from ..version import __version__
 from . import (

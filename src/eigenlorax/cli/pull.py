@@ -33,8 +33,8 @@ def pull(
     json: console.Json = False,
 ) -> None:
     """Fetch a pack from the Hub, every byte checked, into a folder where it may be changed."""
-    from .. import folder
-    from ..pack import Pack
+    from ..pack import folder
+    from ..pack.pack import Pack
 
     folder.check_free(output, overwrite)
     with console.working():

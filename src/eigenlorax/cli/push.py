@@ -32,7 +32,7 @@ def push(
     json: console.Json = False,
 ) -> None:
     """Make a repository on the Hub hold this pack, in one commit. Adapters that the pack lacks are deleted there."""
-    from ..pack import Pack
+    from ..pack.pack import Pack
 
     opened = Pack.open(pack)
     names = sorted(set(adapter)) if adapter else opened.names

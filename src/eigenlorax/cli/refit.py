@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.options import byte_count_of_text
 from ..errors import WARN_ABOVE
-from ..options import byte_count_of_text
 from . import console
 from .fit import number_or_auto
 
 if TYPE_CHECKING:
-    from ..refitting import Change
+    from ..fitting.refit import Change
 
 EPILOG = """Examples:
 
@@ -87,10 +87,10 @@ def refit(
     json: console.Json = False,
 ) -> None:
     """Fit a pack's adapters again, from originals where they are given, and say what changed for whom."""
-    from .. import folder
-    from ..pack import Pack
-    from ..refitting import changes_json
-    from ..refitting import refit as refit_adapters
+    from ..fitting.refit import changes_json
+    from ..fitting.refit import refit as refit_adapters
+    from ..pack import folder
+    from ..pack.pack import Pack
 
     started = time.perf_counter()
     opened = Pack.open(pack)

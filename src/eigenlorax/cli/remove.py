@@ -22,7 +22,7 @@ def remove(
     json: console.Json = False,
 ) -> None:
     """Remove adapters from a pack, and their files. The subspace stays as it was fitted."""
-    from ..pack import Pack
+    from ..pack.pack import Pack
 
     with Pack.edit(pack) as opened:
         opened.remove(*names)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options import suggestion
-from ..tasks.options import EVALUATION_BATCH, TASKS, Columns
+from ..core.options import suggestion
+from ..train.options import EVALUATION_BATCH, TASKS, Columns
 from . import console
 from .evaluate import class_names
 
 if TYPE_CHECKING:
-    from ..pack import Pack
+    from ..pack.pack import Pack
     from ..reports.data import Report
 
 EPILOG = """Examples:
@@ -89,7 +89,7 @@ def report(
     json: console.Json = False,
 ) -> None:
     """Say whether a pack's adapters share a subspace, what recycling cost them, and what to do about it."""
-    from ..pack import Pack
+    from ..pack.pack import Pack
     from ..reports import files, originals, stored, with_evaluations
     from ..reports import report as report_of
 
@@ -127,8 +127,8 @@ def report(
             found = originals.find(opened, adapters, progress, **reading)
             comparison = versions = None
             if evaluate:
-                from ..tasks import compare
-                from ..tasks import ratios as anew
+                from ..train import compare
+                from ..train import ratios as anew
 
                 # what is wrong with it is to be known before hours of measuring
                 comparison = compare.prepare(
@@ -207,7 +207,7 @@ def _ratios(given: str | None) -> list[float]:
         raise OptionError(
             f"--frontier takes ratios with commas between them, such as 5,20,50; got {given!r}."
         ) from None
-    from ..tasks import ratios
+    from ..train import ratios
 
     return ratios.check(found)
 
@@ -218,7 +218,7 @@ def _target(given: str, pack: "Pack") -> tuple[str | None, Path]:
     if equals and name in pack.names and rest:
         return name, console.path(rest)
     if equals and not Path(given).exists() and Path(rest).exists():
-        from .. import keys
+        from ..core import keys
 
         keys.check_known(name, pack.names)
     return None, console.path(given)

@@ -10,8 +10,8 @@ from . import console
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ..vllm.checking import Check
-    from ..vllm.plan import Plan, Tier
+    from ..serving.vllm.checking import Check
+    from ..serving.vllm.plan import Plan, Tier
 
 EPILOG = """Examples:
 
@@ -44,9 +44,9 @@ def serve_check(
     json: console.Json = False,
 ) -> None:
     """Say what vLLM will serve of a pack, with which flags, and what that takes; vLLM is not needed for it."""
-    from ..pack import Pack
-    from ..tasks import models, shapes
-    from ..vllm.checking import Asked, check
+    from ..pack.pack import Pack
+    from ..serving.vllm.checking import Asked, check
+    from ..train import models, shapes
 
     asked = Asked(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
     with console.working() as progress:

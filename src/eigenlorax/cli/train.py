@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BaselineError
-from ..tasks.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, TASKS, Columns, Training
+from ..train.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, TASKS, Columns, Training
 from . import console
 from .evaluate import figure_rows, show_confusion
 
 if TYPE_CHECKING:
-    from ..tasks.train import Trained
+    from ..train.train import Trained
 
 EPILOG = """Examples:
 
@@ -94,8 +94,8 @@ def train(
     json: console.Json = False,
 ) -> None:
     """Train coefficients for a new task over a pack's subspace, and add the adapter to the pack."""
-    from ..tasks import train as task_of
-    from ..tasks import trainer
+    from ..train import train as task_of
+    from ..train import trainer
 
     with console.working() as progress:
         found = task_of.train(

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import keys, urls
-from ..adapter import Adapter, Origin
+from ..core import keys
+from ..core.adapter import Adapter, Origin
+from ..core.options import suggestion
 from ..errors import OptionError
-from ..options import suggestion
-from . import diffusers, folders, hf_peft, image_lora, image_lora_out, kohya, names, official
+from . import folders, official, peft, urls
+from .image import diffusers, kohya, names, reader, writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Format:
 
 PEFT = "peft"
 FORMATS = {
-    PEFT: Format(hf_peft.read, hf_peft.write),
+    PEFT: Format(peft.read, peft.write),
     names.KOHYA: Format(kohya.read, kohya.write, names.KOHYA),
     names.DIFFUSERS: Format(diffusers.read, diffusers.write, names.DIFFUSERS),
     names.OLD: Format(diffusers.read_old, diffusers.write_old, names.OLD),
@@ -50,7 +51,7 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
     if format is not None:
         return _format(format).read(source, **options)
     place = folders.place(source, **{key: value for key, value in options.items() if key in _OF_PLACE})
-    return (hf_peft.read if place.file is None else image_lora.read)(place, **options)
+    return (peft.read if place.file is None else reader.read)(place, **options)
 
 
 def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = None, **options: Any) -> Path:
@@ -64,7 +65,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = No
     if urls.is_url(path):
         raise OptionError(f"{path} is a URL; adapters are read from those, and written to folders of this machine.")
     if chosen == PEFT and format_of(adapter.origin) != PEFT:
-        adapter = image_lora_out.for_peft(adapter)
+        adapter = writer.for_peft(adapter)
     return write(adapter, Path(path), **options)
 
 
@@ -72,9 +73,9 @@ def check_writable(adapter: Adapter, format: str) -> None:
     """Raise the error that writing an adapter in a format would raise, without writing it."""
     dialect = writable(format).dialect
     if dialect is not None:
-        image_lora_out.check(adapter, dialect)
+        writer.check(adapter, dialect)
     elif format_of(adapter.origin) != PEFT:
-        image_lora_out.for_peft(adapter)
+        writer.for_peft(adapter)
 
 
 def format_of(origin: Origin | None) -> str:

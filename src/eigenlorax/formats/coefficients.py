@@ -9,14 +9,15 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from .. import boundary, dtypes, keys, known, storages
-from .. import subspace as spaces
-from ..adapter import Adapter, LoRAFactors, from_factors
+from ..codec import storages
+from ..codec.storages import Slot
+from ..core import boundary, dtypes, keys, registry
+from ..core import subspace as spaces
+from ..core.adapter import Adapter, LoRAFactors, from_factors
+from ..core.keys import Kind
+from ..core.subspace import Subspace
+from ..core.typed import UnfitError, typed
 from ..errors import FormatError, ModuleNameError, ShapeError
-from ..keys import Kind
-from ..storages import Slot
-from ..subspace import Subspace
-from ..typed import UnfitError, typed
 from . import lora_config
 
 
@@ -214,7 +215,7 @@ def lora(
 
 def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
     fingerprint = config.get("subspace_fingerprint")
-    found = known.find(fingerprint) if isinstance(fingerprint, str) else None
+    found = registry.find(fingerprint) if isinstance(fingerprint, str) else None
     if found is None:
         raise FormatError(
             f"{where} holds coefficients over the subspace {str(fingerprint)[:12]}…, which is not at hand. Open its "

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import boundary, dtypes, keys
+from ..core import boundary, dtypes, keys
 from ..errors import FormatError, UrlError
-from ..urls import RemoteFolder
 from . import folders, ranges
 from .folders import Folder, Place
+from .urls import RemoteFolder
 
 LORA = "LORA"
 """What PEFT calls the adapters that are read."""

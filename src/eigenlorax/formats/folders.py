@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import boundary, hub, keys, urls
+from ..core import boundary, keys
 from ..errors import FormatError, OptionError
-from ..urls import RemoteFolder
-from . import names, ranges
+from . import hub, ranges, urls
+from .image import names
 from .ranges import LocalFile
+from .urls import RemoteFolder
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from ..boundary import MAX_HEADER_BYTES
+from ..core.boundary import MAX_HEADER_BYTES
 from ..errors import FormatError
 
 LENGTH_BYTES = 8

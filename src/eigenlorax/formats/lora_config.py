@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from .. import keys
-from ..adapter import Adapter, ModuleSpec
+from ..core import keys
+from ..core.adapter import Adapter, ModuleSpec
+from ..core.linear_regex import Effort
 from ..errors import FormatError
-from ..linear_regex import Effort
 
 Number = TypeVar("Number", int, float)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import boundary, keys
-from ..adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from ..core import boundary, keys
+from ..core.adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from ..core.keys import Kind
 from ..errors import FormatError, ShapeError
-from ..keys import Kind
 from . import files, lora_config
 from .files import Header, Opened
 

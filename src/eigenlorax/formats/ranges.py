@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..boundary import memory_size
+from ..core.boundary import memory_size
 from ..errors import FormatError, reason
-from ..urls import RemoteFile
 from . import header
 from .header import Entry
+from .urls import RemoteFile
 
 _FIRST = 1 << 16
 """Bytes that are read at first: most headers are shorter, so that one read is enough."""

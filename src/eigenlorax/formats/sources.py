@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import hub, keys, urls
-from ..adapter import Adapter
+from ..core import keys
+from ..core.adapter import Adapter
 from ..errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning
-from . import folders
+from . import folders, hub, urls
 from .folders import Folder, LocalFolder
 
 Source = str | Path | Adapter

@@ -4,14 +4,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from .. import storages
-from ..analysis import bytes as costs
-from ..analysis import losses
-from ..pack import Pack
-from ..packed import PackedAdapter
-from ..subspace import Coefficients
-from ..summary import lora_numbers
+from ..codec import storages
+from ..core.subspace import Coefficients
+from ..pack.pack import Pack
+from ..pack.packed_adapter import PackedAdapter
+from ..pack.summary import lora_numbers
 from . import chance, spreads
+from .analysis import bytes as costs
+from .analysis import losses
 from .data import AdapterFigures, Baseline, Bytes, LeftOut, Null, SizePoint
 from .measure import Measured
 from .originals import Originals

@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import threads
-from ..analysis import groups
-from ..analysis.pairs import cosines
+from ..core import threads
+from ..core.options import integer
 from ..errors import OptionError
-from ..fitting import Progress
+from ..fitting.fit import Progress
 from ..formats.sources import Sources
-from ..options import integer
-from ..pack import Pack
-from ..packed import PackedAdapter
+from ..pack.pack import Pack
+from ..pack.packed_adapter import PackedAdapter
 from ..version import __version__
 from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
+from .analysis import groups
+from .analysis.pairs import cosines
 from .data import Collection, Evaluation, Frontier, Report, TaskFrontier, Verdict
 from .measure import Measured
 from .originals import Originals

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..analysis import null
-from ..analysis.null import COLLECTIONS
-from ..basis import Basis
+from ..core.basis import Basis
 from . import spreads
+from .analysis import null
+from .analysis.null import COLLECTIONS
 from .data import Null, SideEnergy
 from .refits import NullKept
 

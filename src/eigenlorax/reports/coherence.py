@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ..typed import UnfitError
+from ..core.typed import UnfitError
 from .data import Report, SideFigures, Similarity, Spread, TaskFrontier
 from .frontier import FIT, TASK_WAYS, WAYS
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .. import folder, keys, store
-from ..boundary import MAX_REPORT_BYTES, read_file
+from ..core import atomic_files, keys
+from ..core.boundary import MAX_REPORT_BYTES, read_file
+from ..core.typed import UnfitError, refuse_constant, typed
 from ..errors import FormatError, OptionError, PackExistsError
-from ..typed import UnfitError, refuse_constant, typed
+from ..pack import folder
 from . import coherence, markdown, page
 from .data import MATRIX, SCHEMA_VERSION, Report
 
@@ -86,8 +87,8 @@ def write(report: Report, path: str | Path) -> None:
     check(target)
     data = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")
     try:
-        with store.made(target.parent):
-            store.write_file(target, data)
+        with atomic_files.made(target.parent):
+            atomic_files.write_file(target, data)
     except OSError as error:
         # not what it is called until it is whole
         raise OSError(error.errno, error.strerror, str(target)) from error

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..adapter import Lazy
-from ..analysis import rivals
-from ..analysis.rivals import Point, Together
-from ..fitting import Progress
-from ..pack import Pack
-from ..packed import PackedAdapter
-from ..stack import Stack, stack
+from ..core.adapter import Lazy
+from ..core.stack import Stack, stack
+from ..fitting.fit import Progress
+from ..pack.pack import Pack
+from ..pack.packed_adapter import PackedAdapter
 from . import numbers
+from .analysis import rivals
+from .analysis.rivals import Point, Together
 from .data import Frontier, FrontierPoint, TaskFrontier
 from .measure import own_name
 from .originals import Originals

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from .. import storages
-from .. import subspace as spaces
-from ..adapter import LoRAFactors
-from ..analysis import crowded, losses, null, rivals
-from ..analysis.pairs import Pairs, products
-from ..fitting import Progress
-from ..pack import Pack
-from ..packed import PackedAdapter
-from ..stack import Stack, squares, stack, stack_coefficients
-from ..subspace import Coefficients, FitOptions, ModuleBases
+from ..codec import storages
+from ..core import subspace as spaces
+from ..core.adapter import LoRAFactors
+from ..core.stack import Stack, squares, stack, stack_coefficients
+from ..core.subspace import Coefficients, FitOptions, ModuleBases
+from ..fitting.fit import Progress
+from ..pack.pack import Pack
+from ..pack.packed_adapter import PackedAdapter
 from . import refits
+from .analysis import crowded, losses, null, rivals
+from .analysis.pairs import Pairs, products
 from .chance import NullSums
 from .originals import Originals
 from .refits import Asked, Members, Side

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import checks, formats
-from ..adapter import Adapter
-from ..checks import Scan
+from .. import formats
+from ..core.adapter import Adapter
 from ..errors import OptionError
-from ..fitting import Progress
+from ..fitting.fit import Progress
+from ..fitting.match_sources import recognise
+from ..formats import checks
+from ..formats.checks import Scan
 from ..formats.sources import Sources
-from ..pack import Pack
-from ..recognition import recognise
+from ..pack.pack import Pack
 
 EXACT = 1e-4
 """The delta error up to which what comes back from a pack is taken for what went in: of adapters trained in it, say."""

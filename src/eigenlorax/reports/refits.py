@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapter import LoRAFactors
-from ..analysis import crowded, losses, null, spectra
-from ..analysis.left_out import Kept, left_out
-from ..analysis.null import NullModel
-from ..analysis.spectra import Halves
-from ..basis import chooser
-from ..stack import Stack, captured
-from ..subspace import FitOptions, ModuleStack
+from ..core.adapter import LoRAFactors
+from ..core.basis import chooser
+from ..core.stack import Stack, captured
+from ..core.subspace import FitOptions, ModuleStack
+from .analysis import crowded, losses, null, spectra
+from .analysis.left_out import Kept, left_out
+from .analysis.null import NullModel
+from .analysis.spectra import Halves
 from .data import SPECTRUM
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..analysis import groups, spectra
-from ..analysis.null import NullModel
-from ..analysis.pairs import Pairs, beyond_chance, cosines, overlap, overlap_by_chance
-from ..fitting import Progress
-from ..pack import Pack
-from ..packed import PackedAdapter
-from ..stack import squares, stack
+from ..core.stack import squares, stack
+from ..fitting.fit import Progress
+from ..pack.pack import Pack
+from ..pack.packed_adapter import PackedAdapter
 from . import measure
+from .analysis import groups, spectra
+from .analysis.null import NullModel
+from .analysis.pairs import Pairs, beyond_chance, cosines, overlap, overlap_by_chance
 from .data import Cluster, Similarity, StartEnergy, StartGroup, Starts
 from .measure import Measured
 from .originals import Originals

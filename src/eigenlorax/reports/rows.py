@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .. import storages
-from ..analysis import groups, losses
-from ..analysis.pairs import Pairs
-from ..pack import Pack
-from ..packed import Record
-from ..summary import lora_numbers
+from ..codec import storages
+from ..pack.pack import Pack
+from ..pack.packed_adapter import Record
+from ..pack.summary import lora_numbers
 from . import spreads
+from .analysis import groups, losses
+from .analysis.pairs import Pairs
 from .data import SPECTRUM, AdapterFigures, ModuleFigures, SideFigures
 from .measure import Measured
 from .refits import Side

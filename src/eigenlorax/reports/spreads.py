@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import linalg, storages
-from ..basis import Basis
-from ..pack import Pack
+from ..codec import storages
+from ..core import linalg
+from ..core.basis import Basis
+from ..pack.pack import Pack
 from .data import Spread
 
 

@@ -4,12 +4,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .. import keys
+from ..core import keys
 from ..errors import EigenloraxWarning, FormatError, StaleReportWarning
-from ..fitting import Progress
+from ..fitting.fit import Progress
 from ..formats import sources
 from ..formats.sources import Sources
-from ..pack import Pack
+from ..pack.pack import Pack
 from . import build, files, measure
 from .data import Report
 

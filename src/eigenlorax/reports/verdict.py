@@ -8,7 +8,7 @@ itself keeps is compared with the null model: the same singular values in random
 
 from collections.abc import Sequence
 
-from .. import storages
+from ..codec import storages
 from . import spreads
 from .chance import is_above
 from .data import Finding, LeftOut, Report, SizePoint, Verdict

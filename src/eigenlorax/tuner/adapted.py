@@ -17,8 +17,8 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import convolution
-from ..mixing import arrange
+from ..core import convolution
+from ..core.mixing import arrange
 from .layer import EigenLoraxLayer
 
 _NOTHING = nn.Identity()

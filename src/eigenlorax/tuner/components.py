@@ -8,9 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .. import keys
+from ..core import keys
 from ..errors import ModuleNameError, OptionError
-from ..pack import Pack
+from ..pack.pack import Pack
 from . import reference as references
 from .config import EigenLoraxConfig
 from .layer import sizes_of

@@ -8,11 +8,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .. import keys
+from ..core import keys
+from ..core.options import integer, number
 from ..errors import OptionError
-from ..options import integer, number
-from ..pack import Pack
-from . import registration
+from ..pack.pack import Pack
+from .peft_type import peft_type
 
 
 @dataclass
@@ -136,7 +136,7 @@ class EigenLoraxConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = registration.peft_type()
+        self.peft_type = peft_type()
         self.use_subspace(self.subspace)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

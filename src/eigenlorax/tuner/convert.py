@@ -15,16 +15,17 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .. import convolution, formats, keys, metrics
-from .. import subspace as spaces
-from ..adapter import Adapter, LoRAFactors
-from ..basis import Basis
+from .. import formats
+from ..core import convolution, keys, metrics
+from ..core import subspace as spaces
+from ..core.adapter import Adapter, LoRAFactors
+from ..core.basis import Basis
+from ..core.metrics import ModuleError
+from ..core.options import number, suggestion
+from ..core.subspace import ModuleBases
 from ..errors import AdapterNameError, ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..formats import coefficients
-from ..metrics import ModuleError
-from ..options import number, suggestion
-from ..pack import Pack
-from ..subspace import ModuleBases
+from ..pack.pack import Pack
 from .config import EigenLoraxConfig
 from .layer import EigenLoraxLayer
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from .. import convolution, keys
-from ..byte_rows import ByteRows, rounded
+from ..core import convolution, keys
+from ..core.byte_rows import ByteRows, rounded
+from ..core.subspace import Coefficients, ModuleBases
 from ..errors import FormatError
-from ..subspace import Coefficients, ModuleBases
 from .config import EigenLoraxConfig
 from .starts import Start
 

@@ -17,11 +17,12 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import convolution, keys, storages
+from ..codec import storages
+from ..codec.storages import Slot
+from ..core import convolution, keys
+from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
-from ..storages import Slot
-from ..subspace import Subspace
 from . import names, starts
 from . import reference as references
 from .adapted import Adapted, Conv, Linear

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import keys, renamed
+from ..core import keys, renamed_modules
 from ..errors import ModuleNameError
 from .config import EigenLoraxConfig
 
@@ -62,9 +62,9 @@ def _meant(config: EigenLoraxConfig, target: str, places: Mapping[str, str | Non
     if found:
         return found
     # of a whole name the model may have less; what is the end of a name may stand for many modules
-    now = renamed.newest(target)
-    ends = {name: target for name in places if _ends_with(renamed.newest(name), now)}
-    return ends or {name: target for name in places if _ends_with(now, renamed.newest(name))}
+    now = renamed_modules.newest(target)
+    ends = {name: target for name in places if _ends_with(renamed_modules.newest(name), now)}
+    return ends or {name: target for name in places if _ends_with(now, renamed_modules.newest(name))}
 
 
 def _ends_with(name: str, ending: str) -> bool:

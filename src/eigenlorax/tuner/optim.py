@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from ..core.options import integer, number
 from ..errors import OptionError
-from ..options import integer, number
 from .layer import EigenLoraxLayer
 
 MAX_SIDE = 512

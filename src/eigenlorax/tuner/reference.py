@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .. import basis, checks, convolution, keys, known
-from .. import subspace as spaces
-from ..basis import Basis
+from ..core import basis, convolution, keys, registry
+from ..core import subspace as spaces
+from ..core.basis import Basis
+from ..core.subspace import ModuleBases, Subspace
 from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
-from ..pack import Pack
-from ..subspace import ModuleBases, Subspace
+from ..formats import checks
+from ..pack.pack import Pack
 from .config import EigenLoraxConfig
 
 
@@ -99,7 +100,7 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
         return Embedded(config.subspace_fingerprint or "embedded", config.embedded_shapes)
     pack = _pack(config)
     if pack is None and config.subspace_fingerprint is not None:
-        holder = known.holder(config.subspace_fingerprint)
+        holder = registry.holder(config.subspace_fingerprint)
         pack = holder if isinstance(holder, Pack) and config.subspace_fingerprint in holder.info.lineage else None
     before = None
     if pack is not None:
@@ -109,21 +110,21 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
                 f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} holds "
                 f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= its own pack."
             )
-        subspace = known.find(fingerprint) or known.share(pack.subspace)
+        subspace = registry.find(fingerprint) or registry.share(pack.subspace)
         if config.subspace_fingerprint not in (None, fingerprint):
             before = subspace.at(config.subspace_fingerprint)
         else:
             config.subspace_fingerprint = fingerprint
         if before is not None and config.n_extra:
             # its own extra directions are orthogonal to what was there then, not to what came since
-            subspace, before = known.share(before), None
+            subspace, before = registry.share(before), None
     else:
         if config.subspace_fingerprint is None:
             raise OptionError(
                 "no subspace was given. EigenLoraxConfig(subspace='pack/') takes a pack's folder, a repository on the "
                 "Hub, or a Pack; `eigenlorax fit adapters/ -o pack/` makes one."
             )
-        found = known.find(config.subspace_fingerprint)
+        found = registry.find(config.subspace_fingerprint)
         if found is None:
             raise PackMissingError(
                 f"the subspace {config.subspace_fingerprint[:12]}… of this adapter is not at hand. Open its pack in "
@@ -132,7 +133,7 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
             )
         subspace = found
     if config.n_extra:
-        subspace = known.share(spaces.augment(subspace, config.n_extra, config.extra_seed))
+        subspace = registry.share(spaces.augment(subspace, config.n_extra, config.extra_seed))
     return Reference(subspace, subspace.fingerprint, pack, before)
 
 

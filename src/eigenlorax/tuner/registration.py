@@ -1,9 +1,8 @@
-"""Makes the method known to PEFT without a change of its files: a member of `PeftType`, and three tables."""
+"""Makes the method known to PEFT without a change of its files: entries in three tables."""
 
-from typing import Any
-
-from .. import keys
+from ..core import keys
 from ..errors import MissingExtraError
+from .peft_type import peft_type
 
 OLDEST_PEFT = (0, 21)
 _GET_PEFT = f"pip install 'peft>={OLDEST_PEFT[0]}.{OLDEST_PEFT[1]}'"
@@ -45,20 +44,3 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[kind] = EigenLoraxConfig
     PEFT_TYPE_TO_TUNER_MAPPING[kind] = EigenLoraxModel
     PEFT_TYPE_TO_PREFIX_MAPPING[kind] = EigenLoraxModel.prefix
-
-
-def peft_type() -> Any:
-    """Our member of `peft.PeftType`, made on the first call."""
-    from peft.utils.peft_types import PeftType
-
-    members: dict[str, Any] = PeftType._member_map_
-    if keys.PEFT_TYPE not in members:
-        member = str.__new__(PeftType, keys.PEFT_TYPE)
-        member._name_ = member._value_ = keys.PEFT_TYPE
-        member._sort_order_ = len(members)
-        PeftType._member_names_.append(keys.PEFT_TYPE)
-        PeftType._value2member_map_[keys.PEFT_TYPE] = member
-        members[keys.PEFT_TYPE] = member
-        # from Python 3.12 on, attributes are not looked up in the table of members
-        type.__setattr__(PeftType, keys.PEFT_TYPE, member)
-    return members[keys.PEFT_TYPE]

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import convolution, formats, keys, metrics
-from .. import subspace as spaces
-from ..adapter import Adapter
+from .. import formats
+from ..core import convolution, keys, metrics
+from ..core import subspace as spaces
+from ..core.adapter import Adapter
+from ..core.options import suggestion
+from ..core.subspace import Coefficients, ModuleBases
 from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
-from ..options import suggestion
-from ..packed import PackedAdapter
-from ..subspace import Coefficients, ModuleBases
+from ..pack.packed_adapter import PackedAdapter
 from .config import EigenLoraxConfig
 from .reference import Embedded, Reference
 

@@ -1,0 +1,54 @@
+"""Call a function right after another package has been imported, without importing that package."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+
+def call_after_import(package: str, function: Callable[[], None]) -> None:
+    """Call `function` now if `package` is loaded, otherwise as soon as it is. A second request changes nothing."""
+    if package in sys.modules:
+        function()
+    elif not any(isinstance(finder, _Finder) and finder.package == package for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(package, function))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the package once, as the other finders would, and wraps its loader."""
+
+    def __init__(self, package: str, function: Callable[[], None]) -> None:
+        self.package = package
+        self._function = function
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.package:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(self.package)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._function)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """The package's own loader, and one call after it."""
+
+    def __init__(self, loader: Any, function: Callable[[], None]) -> None:
+        self._loader = loader
+        self._function = function
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._function()

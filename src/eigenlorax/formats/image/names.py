@@ -1,0 +1,267 @@
+"""What a tensor's key in a LoRA file of an image model stands for: whose module it is of, and which part of its LoRA.
+
+A module has one name in every dialect: diffusers' component and path, `unet.mid_block.attentions.0.proj_in`.
+No tensor is looked at here.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ...core import keys
+from ...errors import FormatError
+from . import flux, unets
+from .flux import Part
+from .words import dotted
+
+DOWN, UP, MID, ALPHA, MAGNITUDE, BIAS = "down", "up", "mid", "alpha", "magnitude", "bias"
+
+KOHYA, DIFFUSERS, OLD, DIFFUSION_MODEL = "kohya", "diffusers", "diffusers-old", "diffusion-model"
+DIALECTS = (KOHYA, DIFFUSERS, OLD, DIFFUSION_MODEL)
+"""kohya: `lora_unet_…lora_down.weight`. diffusers: `unet.….lora_A.weight`. diffusers-old: `unet.….lora.down.weight`.
+diffusion-model: `diffusion_model.….lora_A.weight`, as ComfyUI and others write it."""
+
+FIRST_NAMES, PROCESSORS, LORA_DOWN = "first-names", "processors", "lora-down"
+TRANSFORMER, TE1 = "transformer", "te1"
+SPELLINGS = (FIRST_NAMES, PROCESSORS, LORA_DOWN, TRANSFORMER, TE1)
+"""Where a dialect has two ways. first-names: a UNet's modules by the first code's names; processors:
+`.processor.to_q_lora`; lora-down: `lora_down.weight` in the place of `lora_A.weight`;
+transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_` before the first text
+encoder's."""
+
+_TAILS = (
+    # style, part by what the tail says, and the tail
+    ("lora_down", re.compile(r"(?P<stem>.+)\.lora_(?P<part>down|up|mid)(\.weight)?")),
+    ("lora_A", re.compile(r"(?P<stem>.+)\.lora_(?P<part>[AB])(\.(?!bias$|weight$)[^.]+)?(\.weight)?")),
+    ("lora.down", re.compile(r"(?P<stem>.+)\.lora(_linear_layer)?\.(?P<part>down|up)\.weight")),
+    ("_lora.down", re.compile(r"(?P<stem>.+)_lora\.(?P<part>down|up)\.weight")),
+    ("_lora.down", re.compile(r"(?P<stem>.+_lora[12])\.(?P<part>down|up)\.weight")),
+    ("", re.compile(r"(?P<stem>.+?)(_lora)?\.(?P<part>alpha)")),
+    ("", re.compile(r"(?P<stem>.+)\.(?P<part>dora_scale)")),
+    ("", re.compile(r"(?P<stem>.+)\.(?P<part>lora_magnitude_vector)(\.[^.]+)*")),
+    ("", re.compile(r"(?P<stem>.+)\.(?P<part>lora_B(\.[^.]+)?\.bias)")),
+)
+_PARTS = {"A": DOWN, "B": UP, "dora_scale": MAGNITUDE, "lora_magnitude_vector": MAGNITUDE}
+
+# What is no LoRA, by something in a key; the first that fits is what the file is called.
+_OTHERS = (
+    ("a LoHa (LyCORIS), whose update is a product of two low-rank matrices entry by entry", r"\.hada_"),
+    ("a LoKr (LyCORIS), whose update is a Kronecker product", r"\.lokr_"),
+    ("a GLoRA (LyCORIS)", r"\.[ab][12]\.weight$"),
+    ("an (IA)³ adapter, which scales activations", r"\.on_input$|\.ia3_"),
+    ("an OFT adapter, which turns weights", r"\.oft_|\.oft_R"),
+    ("a ControlLoRA", r"^lora_controlnet$|query_norm\.scale$|^control_model\."),
+    (
+        "a file with whole differences of weights (.diff, .diff_b), which have no low rank",
+        r"\.diff(_b)?$|\.set_weight$",
+    ),
+    ("a file with trained norms (LyCORIS)", r"\.[wb]_norm$"),
+    (
+        "a file of the first `lora` package, whose layers have numbers and no names",
+        r"^(unet|text_encoder):\d+:(up|down)$",
+    ),
+    (
+        "a file with embeddings of new words (textual inversion), which a LoRA has no place for",
+        r"^string_to_(param|token)|^emb_params$|^bundle_emb\.|^clip_[lg]$|^<.+>$",
+    ),
+    (
+        "a whole checkpoint, not a LoRA",
+        r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.embedders\.",
+    ),
+)
+_OTHER = tuple((what, re.compile(pattern)) for what, pattern in _OTHERS)
+
+_KOHYA = re.compile(r"lora_(?P<which>unet|transformer|te[123]?)[_.](?P<name>.+)")
+_COMFY_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_2"}
+_COMFY = re.compile(r"text_encoders\.(?P<which>clip_l|clip_g|t5xxl)\.transformer\.(?P<name>.+)")
+_XLABS = re.compile(
+    r"(diffusion_model\.)?(?P<kind>double|single)_blocks\.(?P<block>\d+)\.processor\.(?P<what>qkv|proj)"
+    r"(_lora(?P<which>[12]))?"
+)
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", *_TEXT_ENCODERS)
+_TRANSFORMER_HEADS = frozenset(
+    {"transformer_blocks", "single_transformer_blocks", "x_embedder", "context_embedder", "time_text_embed"}
+    | {"norm_out", "proj_out"}
+)
+_TEXT_HEADS = frozenset({"text_model", "text_projection"})
+_T5_HEADS = frozenset({"encoder"})
+_IMAGE_MODULES = {
+    "unet": re.compile(
+        rf"({'|'.join(sorted(unets.DIFFUSERS_HEADS))}|encoder_hid_proj|class_embedding|transformer_in)(\..+)?"
+    ),
+    # diffusers spells the projections of attention and the feed-forward layers alike in all of its transformers, and
+    # GPT-2, Falcon, MPT and others, whose modules also begin with `transformer.`, spell them in other ways
+    "transformer": re.compile(
+        rf"(({'|'.join(sorted(_TRANSFORMER_HEADS))}|joint_transformer_blocks|context_refiner|noise_refiner)(\..+)?"
+        r"|.+\.(to_[qkv]|to_qkv\w*|to_out(\.0)?|to_add_out|add_[qkv]_proj|ff\w*\.net\.\d+(\.proj)?))"
+    ),
+    # CLIP and T5
+    "text_encoder": re.compile(
+        r"(text_model|text_projection)(\..+)?|encoder\.layers\.\d+\.(self_attn|mlp)\..+"
+        r"|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention|DenseReluDense)\..+"
+    ),
+}
+"""Paths that modules of diffusers' models have below a component."""
+# the oldest files call the projections of a text encoder like those of a UNet
+_TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key: the layer of the file it is of, its part there, and how the part is spelled."""
+
+    stem: str
+    part: str
+    style: str
+
+
+def key(raw: str) -> Key | None:
+    """The layer and the part that a key names; None for what is no part of a LoRA."""
+    for style, tail in _TAILS:
+        if match := tail.fullmatch(raw):
+            part = BIAS if match["part"].endswith(".bias") else _PARTS.get(match["part"], match["part"])
+            return Key(match["stem"], part, style)
+    return None
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names may be a LoRA, or another adapter that is refused by its name: it is
+    not one if no name is that of an adapter's part."""
+    names = list(names)
+    checkpoint, *_ = (pattern for what, pattern in _OTHER if "checkpoint" in what)
+    if any(checkpoint.search(name) for name in names):
+        return False
+    return any((found := key(name)) is not None and found.part in (DOWN, UP) for name in names) or any(
+        re.search(r"\.(hada|lokr|oft|ia3)_", name) for name in names
+    )
+
+
+def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """What a file is in the place of a LoRA, and the name of a tensor that says so; None where nothing does."""
+    names = list(names)
+    for what, pattern in _OTHER:
+        for name in names:
+            if pattern.search(name):
+                return what, name
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a file: the modules it stands for, the dialect that its name is of, and how it is spelled there."""
+
+    parts: list[Part]
+    dialect: str
+    spelling: frozenset[str] = frozenset()
+
+
+def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
+    """What a layer is, by its name and the spelling of its factors; None for a name of none of the models known.
+
+    has_flux: whether the file has modules of FLUX, whose second text encoder is kohya's third.
+    """
+    if match := _KOHYA.fullmatch(stem):
+        name = match["name"] if "." in match["name"] else dotted(match["name"])
+        return _kohya(match["which"], name, has_flux) if name is not None else None
+    if match := _XLABS.fullmatch(stem):
+        parts = flux.of_xlabs(match["kind"], match["block"], match["what"], match["which"])
+        return Layer([replace(one, module=f"transformer.{one.module}") for one in parts], DIFFUSERS)
+    spelling = {LORA_DOWN} if style == "lora_down" else set()
+    if stem.startswith("diffusion_model."):
+        return _diffusion_model(stem.removeprefix("diffusion_model."), spelling)
+    if match := _COMFY.fullmatch(stem):
+        component = _COMFY_ENCODERS[match["which"]]
+        return Layer([Part(f"{component}.{match['name']}")], DIFFUSION_MODEL, frozenset(spelling))
+    component, _, name = stem.removeprefix(keys.MODEL_PREFIX).partition(".")
+    if component not in COMPONENTS:
+        name = stem.removeprefix(keys.MODEL_PREFIX)
+        implied = _component(name.partition(".")[0])
+        if implied is None:
+            return _diffusion_model(name, spelling)
+        component = implied
+    # some save what PEFT has wrapped
+    name = name.removeprefix(keys.MODEL_PREFIX)
+    # diffusers itself spells no factor so
+    spelling.discard(LORA_DOWN)
+    if not name:
+        return None
+    if name.partition(".")[0] in unets.HEADS and component == "unet":
+        return None
+    old = style in ("lora.down", "_lora.down")
+    if ".processor." in name or style == "_lora.down":
+        spelling.add(PROCESSORS)
+        name = name.replace(".processor.", ".")
+        head, _, last = name.rpartition(".")
+        if component.startswith("text_encoder"):
+            last = _TEXT_PROJECTIONS.get(last, last)
+        elif last == "to_out":
+            last = "to_out.0"
+        name = f"{head}.{last}" if head else last
+    return Layer([Part(f"{component}.{name}")], OLD if old else DIFFUSERS, frozenset(spelling))
+
+
+def is_of_image_model(module: str) -> bool:
+    """Return whether a name, component and path, has the structure that names in diffusers' models have.
+
+    The component alone does not say it: GPT-2's `transformer.h.0.attn.c_attn` is below a `transformer` too.
+    """
+    component, _, path = module.partition(".")
+    structure = _IMAGE_MODULES.get("text_encoder" if component in _TEXT_ENCODERS else component)
+    return structure is not None and structure.fullmatch(path) is not None
+
+
+def _component(head: str) -> str | None:
+    """The component that diffusers' names beginning so are of, where a file does not say it."""
+    if head in unets.DIFFUSERS_HEADS:
+        return "unet"
+    if head in _TEXT_HEADS:
+        return "text_encoder"
+    return "transformer" if head in _TRANSFORMER_HEADS else None
+
+
+def _kohya(which: str, name: str, has_flux: bool) -> Layer | None:
+    head = name.partition(".")[0]
+    if which.startswith("te"):
+        index = which.removeprefix("te") or "1"
+        if head not in _TEXT_HEADS | _T5_HEADS:
+            return None
+        if index == "3" and has_flux:
+            index = "2"
+        component = "text_encoder" if index == "1" else f"text_encoder_{index}"
+        return Layer([Part(f"{component}.{name}")], KOHYA, frozenset({TE1} if which == "te1" else ()))
+    if which == "transformer":
+        return Layer([Part(f"transformer.{name}")], KOHYA, frozenset({TRANSFORMER})) if _known(head) else None
+    return _original(name, KOHYA, frozenset())
+
+
+def _known(head: str) -> bool:
+    return head in _TRANSFORMER_HEADS
+
+
+def _diffusion_model(name: str, spelling: Iterable[str]) -> Layer | None:
+    return _original(name, DIFFUSION_MODEL, frozenset(spelling))
+
+
+def _original(name: str, dialect: str, spelling: frozenset[str]) -> Layer | None:
+    """A module of the denoising model, by diffusers' name or that of the model's authors."""
+    head = name.partition(".")[0]
+    if head in unets.HEADS:
+        found = unets.to_diffusers(name)
+        return Layer([Part(f"unet.{found}")], dialect, spelling | {FIRST_NAMES}) if found is not None else None
+    if head in flux.HEADS:
+        parts = [Part(f"transformer.{one.module}", one.rows, one.index) for one in flux.to_diffusers(name)]
+        return Layer(parts, dialect, spelling) if parts else None
+    if head in unets.DIFFUSERS_HEADS:
+        return Layer([Part(f"unet.{name}")], dialect, spelling)
+    if _known(head):
+        return Layer([Part(f"transformer.{name}")], dialect, spelling | {TRANSFORMER})
+    return None
+
+
+def refused(where: str, what: str, example: str) -> FormatError:
+    """The error for a file that is something else than a LoRA."""
+    return FormatError(
+        f"{where} is {what} (tensor {example!r}). Only LoRAs and LoCons, with lora_down and lora_up or lora_A and "
+        "lora_B for each module, share a subspace: leave the file out."
+    )

@@ -1,0 +1,376 @@
+"""`subspace_config.json`: what a pack holds, as data, and as bytes that notice a change. docs/pack-format.md."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..codec.storages import CODED, FLOATS, STORAGES, Cores, DiagonalCores, Sizes, Storage
+from ..core import atomic_files, dtypes, keys
+from ..core.basis import Basis
+from ..core.boundary import MAX_DIMENSION
+from ..core.subspace import SIZES, WEIGHTINGS, Augmentation, Subspace
+from ..core.typed import UnfitError, refuse_constant, typed
+from ..errors import AdapterNameError, PackDamagedError, PackVersionError
+from ..version import __version__
+from .packed_adapter import Record
+
+SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ONE = 1.000001
+"""The largest energy, a quotient of two sums, that rounding gives."""
+_MOST = 2**63
+"""Beyond all figures, seeds aside, which may be any integer."""
+_NUMBERS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
+"""The figures of an adapter."""
+_FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
+_FORMAT = "eigenlorax-pack"
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {"max_error": None, "auto": False},
+    3: {"solver": "exact"},
+    5: {"max_bytes": None, "ratio": None},
+}
+"""Fields of `fit` that versions before this one lack, and what stands for them there."""
+SOLVERS = ("exact", "iterative")
+"""How bases may have been found: by decompositions, or by iterations that end close to them."""
+_REMEDY = "Restore the pack from a copy, or fit it again."
+
+
+@dataclass(frozen=True, slots=True)
+class FitInfo:
+    """How the subspace was fitted. `skipped`: adapters left out by request, with the reason.
+
+    One of n_components, energy, max_error, max_bytes and ratio was given; auto: whether n_components was found rather
+    than given. solver: one of `SOLVERS`.
+    """
+
+    n_components: int | None
+    energy: float | None
+    max_error: float | None
+    max_bytes: int | None
+    ratio: float | None
+    auto: bool
+    weighting: str
+    sweeps: int
+    excluded_modules: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    solver: str = SOLVERS[0]
+
+    @property
+    def size(self) -> str:
+        """What decided how many components are kept, in words."""
+        if self.max_error is not None:
+            return f"every adapter's delta error at most {self.max_error:g}"
+        if self.max_bytes is not None:
+            return f"at most {self.max_bytes:,} bytes"
+        if self.ratio is not None:
+            return f"at least {self.ratio:g} times smaller than the LoRAs in 16 bits"
+        if self.energy is not None:
+            return f"energy {self.energy:g}"
+        return f"at most {self.n_components} components" + (" (auto)" if self.auto else "")
+
+
+@dataclass(frozen=True, slots=True)
+class SideInfo:
+    """One side of one module: dimension, components kept (those that came after the fit included), and the share of
+    energy that the fitted ones keep.
+
+    square: the squared norm of the stack that was fitted, by which shares of several modules are averaged.
+    shortfall: what the search for the first components, before sweeps, is estimated to have missed, as a share of it.
+    grown: how many components each step of the subspace's growth has appended.
+    """
+
+    dimension: int
+    k: int
+    energy: float
+    square: float
+    shortfall: float
+    grown: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a subspace's growth.
+
+    fingerprint: the subspace's before the step; None where it was not noted. seed: of an augmentation, which appends as
+    many directions to every side; None for an extension.
+    """
+
+    fingerprint: str | None
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceInfo:
+    """What is known of a subspace without its tensors. dtype: the name of its storage (`storages`)."""
+
+    dtype: str
+    fingerprint: str
+    growth: tuple[Step, ...]
+    stored_bytes: int
+    modules: dict[str, dict[str, SideInfo]]
+
+    @property
+    def lineage(self) -> tuple[str | None, ...]:
+        """The fingerprints by which adapters may refer to it, from its fit on; the last one is its own."""
+        return (*(step.fingerprint for step in self.growth), self.fingerprint)
+
+    @property
+    def n_extra(self) -> int:
+        """How many of each side's components are augmented ones."""
+        side = next((sides["down"] for sides in self.modules.values()), None)
+        return self._sum(side, lambda step: step.seed is not None) if side is not None else 0
+
+    @property
+    def n_extended(self) -> int:
+        """How many components extensions have appended, over all sides of all modules."""
+        return sum(
+            self._sum(side, lambda step: step.seed is None) for pair in self.modules.values() for side in pair.values()
+        )
+
+    def _sum(self, side: SideInfo, which: Callable[[Step], bool]) -> int:
+        return sum(n for n, step in zip(side.grown, self.growth, strict=True) if which(step))
+
+    def sizes(self, fingerprint: str, module: str) -> Sizes:
+        """The sizes of a module's bases when the subspace had that fingerprint, one of its lineage."""
+        if module not in self.modules:
+            raise UnfitError(f"module {module!r} is not in the subspace.")
+        step = self.lineage.index(fingerprint)
+        sides = [self.modules[module][side] for side in keys.SIDES]
+        down, up = (side.k - sum(side.grown[step:]) for side in sides)
+        return Sizes((down, up), (sides[0].dimension, sides[1].dimension))
+
+
+def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
+    """The info of a subspace in memory. storage: how it is stored; as the floats that it is by default."""
+    modules = {
+        name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
+        for name, bases in sorted(subspace.modules.items())
+    }
+    *before, fingerprint = subspace.lineage
+    growth = tuple(Step(one, seed) for one, seed in zip(before, subspace.seeds, strict=True))
+    dtype = storage.name if storage is not None else dtypes.name(subspace.dtype)
+    return SubspaceInfo(dtype, fingerprint, growth, subspace.stored_bytes, modules)
+
+
+def _side_info(basis: Basis) -> SideInfo:
+    grown = tuple(one.n for one in basis.growth)
+    return SideInfo(basis.dimension, basis.k, basis.energy, basis.square, basis.shortfall, grown)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter: its figures, and the sha256 of each of its files."""
+
+    record: Record
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything about a pack but its tensors."""
+
+    base_model: str | None
+    revision: str | None
+    fit: FitInfo
+    subspace: SubspaceInfo
+    subspace_file: str
+    subspace_sha256: str
+    coefficient_dtype: str
+    adapters: dict[str, Entry]
+
+    def to_bytes(self) -> bytes:
+        """The manifest's file: JSON with sorted keys, and a digest of all of it but the digest."""
+        body: dict[str, Any] = {
+            "format": _FORMAT,
+            "format_version": keys.FORMAT_VERSION,
+            "eigenlorax_version": __version__,
+            "base_model_name_or_path": self.base_model,
+            "revision": self.revision,
+            "fit": asdict(self.fit),
+            "coefficient_dtype": self.coefficient_dtype,
+            "subspace": {**asdict(self.subspace), "file": self.subspace_file, "sha256": self.subspace_sha256},
+            "adapters": {name: {**asdict(entry.record), "files": entry.files} for name, entry in self.adapters.items()},
+        }
+        return _dump({**body, "digest": atomic_files.digest(_dump(body))})
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """The manifest from its file's bytes; `PackVersionError` or `PackDamagedError` where they cannot be trusted."""
+    try:
+        body = json.loads(data, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise PackDamagedError(f"{path} is not valid JSON: {error}. {_REMEDY}") from error
+    if not isinstance(body, dict) or type(body.get("format_version")) is not int:
+        raise PackDamagedError(f"{path} has no format_version: it is not the manifest of a pack. {_REMEDY}")
+    if body["format_version"] > keys.FORMAT_VERSION:
+        raise PackVersionError(
+            f"{path} is of pack format {body['format_version']} (written by eigenlorax "
+            f"{body.get('eigenlorax_version', '?')}); this is eigenlorax {__version__}, which reads "
+            f"up to format {keys.FORMAT_VERSION}: pip install --upgrade eigenlorax."
+        )
+    digest = body.pop("digest", None)
+    try:
+        intact = digest == atomic_files.digest(_dump(body))
+    except (ValueError, RecursionError) as error:
+        raise PackDamagedError(f"{path} holds what no manifest does: {error}. {_REMEDY}") from error
+    if not intact:
+        raise PackDamagedError(f"{path} was changed after it was written: its digest does not fit. {_REMEDY}")
+    try:
+        return _manifest(body)
+    except (UnfitError, AdapterNameError) as error:
+        raise PackDamagedError(
+            f"{path} was not written as the format asks: {error} Make the pack again, with another tool or release."
+        ) from error
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    if body.get("format") != _FORMAT or body["format_version"] < 1:
+        raise UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
+    fit = typed(FitInfo, _fit(body), "fit")
+    subspace, entries = dict(_subspace(body)), dict(typed(dict, body.get("adapters"), "adapters"))
+    found = Manifest(
+        base_model=typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
+        revision=typed(str | None, body.get("revision", ...), "revision"),
+        fit=fit,
+        subspace_file=typed(str, subspace.pop("file", None), "subspace.file"),
+        subspace_sha256=typed(str, subspace.pop("sha256", None), "subspace.sha256"),
+        subspace=typed(SubspaceInfo, subspace, "subspace"),
+        coefficient_dtype=typed(str, body.get("coefficient_dtype"), "coefficient_dtype"),
+        adapters={
+            keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
+            for name, fields in entries.items()
+        },
+    )
+    _check(found, body["format_version"])
+    return found
+
+
+def _fit(body: dict[str, Any]) -> Any:
+    """`fit`, with what an older version lacks."""
+    version, fit = body["format_version"], body.get("fit")
+    if not isinstance(fit, dict):
+        return fit
+    lacking = {name: value for since, new in _SINCE.items() if version < since for name, value in new.items()}
+    early = sorted(lacking.keys() & fit.keys())
+    if early:
+        raise UnfitError(f"fit has the fields {early}, which version {version} lacks.")
+    return {**fit, **lacking}
+
+
+def _subspace(body: dict[str, Any]) -> dict[str, Any]:
+    """`subspace`, with what an older version lacks: it grew by augmentations alone, and adapters with it."""
+    found = dict(typed(dict, body.get("subspace"), "subspace"))
+    if body["format_version"] >= 3:
+        return found
+    steps = typed(tuple[Augmentation, ...], found.pop("augmentations", ...), "subspace.augmentations")
+    modules = typed(dict[str, dict[str, _EarlySide]], found.get("modules"), "subspace.modules")
+    if "growth" in found:
+        raise UnfitError(f"subspace has the field growth, which version {body['format_version']} lacks.")
+    grown = [step.n_extra for step in steps]
+    return {
+        **found,
+        "growth": [{"fingerprint": None, "seed": step.seed} for step in steps],
+        "modules": {
+            name: {side: {**asdict(one), "shortfall": 0.0, "grown": grown} for side, one in pair.items()}
+            for name, pair in modules.items()
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlySide:
+    """A side as versions 1 and 2 have it."""
+
+    dimension: int
+    k: int
+    energy: float
+    square: float
+
+
+def _entry(value: Any, where: str, version: int) -> Entry:
+    fields = dict(typed(dict, value, where))
+    if version < 3:
+        if "bound" in fields:
+            raise UnfitError(f"{where} has the field bound, which version {version} lacks.")
+        fields["bound"] = False
+    files = typed(dict[str, str], fields.pop("files", None), f"{where}.files")
+    return Entry(typed(Record, fields, where), files)
+
+
+def _check(found: Manifest, version: int) -> None:
+    """What types do not say. Names of files lead nowhere else than into the pack."""
+    fit, subspace = found.fit, found.subspace
+    seeds = [step.seed for step in subspace.growth if step.seed is not None]
+    sides = [side for pair in subspace.modules.values() for side in pair.values()]
+    steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
+    names = [name.lower() for name in found.adapters]
+    entries = list(found.adapters.values())
+    files = [set(entry.files) for entry in entries]
+    digests = [subspace.fingerprint, found.subspace_sha256, *(one for one in subspace.lineage if one is not None)]
+    digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
+    sizes = [getattr(fit, name) for name in SIZES]
+    known = STORAGES.keys() if version >= 5 else FLOATS.keys()
+    coefficients = STORAGES.get(found.coefficient_dtype)
+    for right, what in (
+        (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
+        ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
+        (not isinstance(STORAGES.get(subspace.dtype), Cores), "subspace.dtype is one of cores"),
+        (not isinstance(coefficients, Cores) or subspace.dtype in FLOATS, "cores are between rows of no float dtype"),
+        (
+            not isinstance(coefficients, DiagonalCores)
+            or all(len({(side.k, side.grown) for side in pair.values()}) == 1 for pair in subspace.modules.values()),
+            "cores are diagonal, and the two sides of a module differ",
+        ),
+        (
+            sizes.count(None) == len(SIZES) - 1,
+            f"fit must have one of {', '.join(SIZES[:-1])} and {SIZES[-1]}",
+        ),
+        (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
+        (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
+        (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
+        (0 <= fit.sweeps < _MOST, "fit.sweeps is out of range"),
+        (all(value is None or 0 < value < _MOST for value in sizes), "the size in fit is out of range"),
+        ((subspace.dtype == CODED) == (found.coefficient_dtype == CODED), "one dtype is coded, and the other is not"),
+        (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
+        (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
+        (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),
+        (all(sum(side.grown) <= side.k <= side.dimension for side in sides), "a k is out of range"),
+        (all(0 < side.dimension <= MAX_DIMENSION for side in sides), f"a dimension is not 1 to {MAX_DIMENSION:,}"),
+        (all(0 <= side.energy <= _ONE for side in sides), "an energy is not 0 to 1"),
+        (all(side.square >= 0 for side in sides), "a square is negative"),
+        (all(side.shortfall >= 0 for side in sides), "a shortfall is negative"),
+        (all(max(grown, default=(0,)) > (0,) for _, grown in steps), "a step of growth appends nothing"),
+        (
+            all(len(set(grown)) == 1 for step, grown in steps if step.seed is not None),
+            "an augmentation appends to some sides more than to others",
+        ),
+        (len(set(seeds)) == len(seeds), "two augmentations have one seed"),
+        (
+            len(set(subspace.lineage) - {None}) == len(subspace.lineage) - subspace.lineage.count(None),
+            "two times of the subspace have one fingerprint",
+        ),
+        (len(set(names)) == len(names), "two adapters differ by case alone"),
+        (all(_FILES <= one <= {*_FILES, keys.CARRIED, keys.SOURCE_FILE} for one in files), "an adapter's files"),
+        (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
+        (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
+        (
+            subspace.stored_bytes >= 0 and all(_is_counted(entry.record) for entry in entries),
+            "a figure of an adapter",
+        ),
+    ):
+        if not right:
+            raise UnfitError(f"{what}.")
+
+
+def _is_counted(record: Record) -> bool:
+    """Whether no figure of an adapter is negative, or so large that sums of squares overflow."""
+    return all(0 < rank < _MOST for rank in record.ranks) and all(
+        0 <= getattr(record, name) < _MOST for name in _NUMBERS
+    )
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")

@@ -1,0 +1,219 @@
+"""Every adapter with every other: inner products of updates and of factors, and the directions that they share.
+
+Sums over modules. Two adapters meet in r × r blocks of inner products of their rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...core.stack import Stack, gram, roots
+
+FLOAT64_ROWS = 2048
+"""Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""
+_CHUNK_NUMBERS = 2**22
+_NO_ROOM = 1e-9
+"""Overlap that is left beyond chance, up to which nothing is said of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evenness:
+    """Of one side of a module, what chance makes adapters share depends on: tr DᵀD and ‖DᵀD‖² of each, which are the
+    same on both sides, and the dimension."""
+
+    traces: Float[Tensor, " n"]
+    squares: Float[Tensor, " n"]
+    dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Sums over the modules that were added, (n, n) float64 each.
+
+    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r. down_cross: what ⟨A_i, A_j⟩² would be by
+    chance, from the squared inner products of A's rows r and s ≠ r, or in random directions, if that is more.
+    down_shared, up_shared: ‖D_i D_jᵀ‖² and ‖D_iᵀ D_j‖². same_ranks: whether i and j have equal ranks in every module.
+    sides: both of every module.
+    """
+
+    delta: Tensor
+    down: Tensor
+    up: Tensor
+    down_cross: Tensor
+    down_shared: Tensor
+    up_shared: Tensor
+    same_ranks: Tensor
+    sides: list[Evenness]
+
+    @classmethod
+    def of(cls, n: int) -> "Pairs":
+        """Nothing added yet."""
+        zeros = {name: torch.zeros(n, n, dtype=torch.float64) for name in cls._sums()}
+        return cls(**zeros, same_ranks=torch.ones(n, n, dtype=torch.bool), sides=[])
+
+    @classmethod
+    def _sums(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in ("same_ranks", "sides")]
+
+    def of_some(self, chosen: Sequence[int]) -> "Pairs":
+        """The pairs of some of the adapters."""
+        places = list(chosen)
+        sums = {name: getattr(self, name)[places][:, places] for name in self._sums()}
+        sides = [Evenness(side.traces[places], side.squares[places], side.dimension) for side in self.sides]
+        return Pairs(**sums, same_ranks=self.same_ranks[places][:, places], sides=sides)
+
+    def add(self, one: Stack, dimensions: tuple[int, int] | None = None) -> None:
+        """Add a module.
+
+        dimensions: of the spaces (down, up) in which directions could be random; by default those of the rows.
+        """
+        n, r = one.down.shape[:2]
+        dimensions = dimensions or (one.down.shape[2], one.up.shape[2])
+        if 0 in (r, *dimensions):
+            return
+        ranks = torch.tensor(one.ranks)
+        self.same_ranks.logical_and_(ranks[:, None] == ranks[None, :])
+        (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
+        down_root, up_root = roots(down.double()).to(down.dtype), roots(up.double()).to(up.dtype)
+        unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.abs().reciprocal()) * one.scaling.sign()
+        both = down_size * up_size
+        aligned_rows = torch.minimum(ranks[:, None], ranks[None, :]).double()
+        crossed_rows = ranks[:, None] * ranks[None, :] - aligned_rows
+        share = torch.where(crossed_rows > 0, aligned_rows / crossed_rows, 0.0)
+        by_chance = _aligned_by_chance(down, dimensions[0])
+        self.sides.extend(
+            _evenness(down_root @ gram(up.double()).to(down.dtype) @ down_root, both.square(), dimensions)
+        )
+        step = max(1, _CHUNK_NUMBERS // (n * r * r))
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            here, later = slice(start, stop), slice(start, n)
+            down_blocks, up_blocks = _blocks(down, here, later), _blocks(up, here, later)
+            found = (down_blocks * up_blocks).sum((1, 3)).double()
+            self._fill("delta", here, later, found * both[here, None] * both[None, later])
+            aligned = torch.diagonal(down_blocks, dim1=1, dim2=3).sum(-1).double()
+            crossed = (down_blocks.square().sum((1, 3)) - _diagonal_squares(down_blocks)).double()
+            self._fill("down", here, later, aligned * down_size[here, None] * down_size[None, later])
+            square = down_size.square()
+            # a few rows that are much longer than the others have more by chance than those show
+            expected = torch.maximum(crossed * share[here, later], by_chance[here, later])
+            self._fill("down_cross", here, later, expected * square[here, None] * square[None, later])
+            aligned = torch.diagonal(up_blocks, dim1=1, dim2=3).sum(-1).double()
+            scale = up_size * unscaled
+            self._fill("up", here, later, aligned * scale[here, None] * scale[None, later])
+            fourth = both.square()
+            for name, blocks, root in (("down_shared", down_blocks, up_root), ("up_shared", up_blocks, down_root)):
+                shared = _weighed(blocks, root[here], root[later]).square().sum((1, 3)).double()
+                self._fill(name, here, later, shared * fourth[here, None] * fourth[None, later])
+
+    def _fill(self, name: str, here: slice, later: slice, values: Tensor) -> None:
+        """Add a block of rows right of the diagonal, and its mirror below."""
+        target: Tensor = getattr(self, name)
+        target[here, later] += values
+        beyond = slice(here.stop, later.stop)
+        target[beyond, here] += values[:, here.stop - here.start :].mT
+
+
+def products(one: Stack) -> Float[Tensor, "n n"]:
+    """⟨D_i, D_j⟩ of one module."""
+    n, r = one.down.shape[:2]
+    (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
+    found = torch.zeros(n, n, dtype=torch.float64)
+    step = max(1, _CHUNK_NUMBERS // max(1, n * r * r))
+    for start in range(0, n, step):
+        here, later = slice(start, start + step), slice(start, n)
+        found[here, later] = (_blocks(down, here, later) * _blocks(up, here, later)).sum((1, 3)).double()
+    upper = found.triu()
+    both = down_size * up_size
+    return (upper + upper.triu(1).mT) * both[:, None] * both[None, :]
+
+
+def _of_unit_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Every adapter's rows at norm 1, so that float32, where it is used, has room for any size; and the norms."""
+    size = torch.linalg.vector_norm(rows, dim=(1, 2))
+    dtype = torch.float64 if rows.shape[0] * rows.shape[1] <= FLOAT64_ROWS else torch.float32
+    return (rows / size.where(size > 0, torch.ones_like(size))[:, None, None]).to(dtype), size
+
+
+def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:
+    """Inner products of rows, (here, r, later, r)."""
+    r, d = rows.shape[1:]
+    one, other = rows[here], rows[later]
+    return (one.reshape(len(one) * r, d) @ other.reshape(len(other) * r, d).mT).reshape(len(one), r, len(other), r)
+
+
+def _evenness(grams: Float[Tensor, "n r r"], scale: Float[Tensor, " n"], dimensions: tuple[int, int]) -> list[Evenness]:
+    """Of both sides of a module. grams · scale: similar to each DᵀD."""
+    grams = grams.double()
+    traces = grams.diagonal(dim1=1, dim2=2).sum(1) * scale
+    squares = grams.square().sum((1, 2)) * scale.square()
+    return [Evenness(traces, squares, dimension) for dimension in dimensions]
+
+
+def _aligned_by_chance(rows: Float[Tensor, "n r d"], dimension: int) -> Float[Tensor, "n n"]:
+    """E⟨A_i, A_j⟩² in random directions, ⟨A_iA_iᵀ, A_jA_jᵀ⟩ / dimension."""
+    grams = (rows @ rows.mT).double().flatten(1)
+    found: Tensor = grams @ grams.mT / dimension
+    return found
+
+
+def _diagonal_squares(blocks: Tensor) -> Tensor:
+    return torch.diagonal(blocks, dim1=1, dim2=3).square().sum(-1)
+
+
+def _weighed(blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left_i @ block_ij @ right_j."""
+    n, r, m, _ = blocks.shape
+    half = (left @ blocks.reshape(n, r, m * r)).reshape(n, r, m, r)
+    return (half.permute(2, 0, 1, 3).reshape(m, n * r, r) @ right).reshape(m, n, r, r).permute(1, 2, 0, 3)
+
+
+def _inverse(norms: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """1 / norm; 0 where that is 0."""
+    return torch.where(norms > 0, norms.reciprocal(), 0.0)
+
+
+def cosines(products: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Inner products divided by norms, exactly 1 on the diagonal; 0 where a norm is 0."""
+    inverse = _inverse(products.diagonal().clamp_min(0).sqrt())
+    found = (products * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
+    found.fill_diagonal_(1.0)
+    return found
+
+
+def overlap(pairs: Pairs) -> Float[Tensor, "n n"]:
+    """How much of their directions two adapters share, 0 to 1: the mean over both sides of the cosine of D_iᵀD_i and
+    D_jᵀD_j, and of D_iD_iᵀ and D_jD_jᵀ. 1 where they are equal; of unrelated ones `overlap_by_chance`."""
+    return (cosines(pairs.down_shared) + cosines(pairs.up_shared)) / 2
+
+
+def overlap_by_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """Mean and standard deviation of the overlap of two adapters with these singular values in random directions: r /
+    dimension where all are equal, less where few are large; 0 on the diagonal.
+
+    For symmetric X, Y and a random rotation R, ⟨X, RYRᵀ⟩ has the mean tr X · tr Y / d, and the variance
+    ‖X₀‖²‖Y₀‖² / ((d − 1)(d + 2) / 2), where X₀ and Y₀ have their traces removed: symmetric matrices without a trace are
+    an irreducible representation of the rotations, of that dimension.
+    """
+    inverse = _inverse(pairs.down_shared.diagonal().clamp_min(0).sqrt())
+    mean, variance = torch.zeros_like(pairs.delta), torch.zeros_like(pairs.delta)
+    for side in pairs.sides:
+        traces, d = side.traces * inverse, side.dimension
+        mean += torch.outer(traces, traces) / d
+        if d > 1:
+            uneven = (side.squares * inverse.square() - traces.square() / d).clamp_min(0)
+            variance += torch.outer(uneven, uneven) / ((d - 1) * (d + 2) / 2)
+    return (mean / 2).fill_diagonal_(0.0).clamp_max(1), (variance.sqrt() / 2).fill_diagonal_(0.0)
+
+
+def beyond_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """The overlap of two adapters beyond what it is by chance, 1 where they are equal and about 0 where they are
+    unrelated; and its standard deviation if they are. 0 where directions say nothing: all of a space, evenly."""
+    mean, deviation = overlap_by_chance(pairs)
+    room = 1 - mean
+    some = room > _NO_ROOM
+    beyond = torch.where(some, (overlap(pairs) - mean) / room.where(some, torch.ones_like(room)), 0.0)
+    return beyond, torch.where(some, deviation / room.where(some, torch.ones_like(room)), 0.0)

@@ -1,0 +1,83 @@
+"""Groups of adapters: planted ones are found, and used where that saves bytes; where there are none, none are."""
+
+import pytest
+import torch
+from test_encoder import size
+
+import eigenlorax as ex
+from coded_collections import grouped, of_ranks, shared
+from eigenlorax.codec import clusters, encoder, singular_codes
+from planted import MODULES, random_collection
+
+NOTE = "The adapters fall into {} groups, each with bases of its own."
+
+
+def likeness(adapters):
+    """Over all modules, with the adapters that are compared."""
+    chosen = clusters.sample(len(adapters))
+    alike = torch.zeros(len(adapters), len(chosen), dtype=torch.float64)
+    for module in MODULES:
+        wide = singular_codes.components([one.modules[module] for one in adapters])
+        alike += clusters.likenesses(wide, 1 / wide.s.square().sum(1).sqrt(), chosen)
+    return alike, chosen
+
+
+def test_likenesses_are_those_of_dense_matrices():
+    adapters = of_ranks([2, 3, 1, 2])
+    alike, chosen = likeness(adapters)
+    wanted = torch.zeros(4, 4, dtype=torch.float64)
+    for module in MODULES:
+        dense = [f.scaling * f.up.double() @ f.down.double() for f in (one.modules[module] for one in adapters)]
+        dense = [one / one.norm() for one in dense]
+        for i, one in enumerate(dense):
+            for j, other in enumerate(dense):
+                left, s, right = torch.linalg.svd(one, full_matrices=False)
+                other_left, t, other_right = torch.linalg.svd(other, full_matrices=False)
+                wanted[i, j] += ((left * s).mT @ (other_left * t)).square().sum()
+                wanted[i, j] += ((right * s[:, None]) @ (other_right * t[:, None]).mT).square().sum()
+    assert chosen == [0, 1, 2, 3]
+    torch.testing.assert_close(alike, wanted)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_planted_groups_are_found(groups):
+    adapters = grouped(groups, 6, noise=0.05)
+    found = clusters.groupings(*likeness(adapters))
+    assert [number // 6 for number in range(6 * groups)] in found
+
+
+def test_none_are_found_where_there_are_none():
+    for adapters in (shared(12), random_collection(12), of_ranks([3] * 12, noise=0.2)):
+        for labels in clusters.groupings(*likeness(adapters)):
+            assert max(labels) < 12 // clusters.LEAST
+        assert ex.fit(adapters, max_error=0.2).notes == []
+
+
+def test_many_are_compared_with_some():
+    assert clusters.sample(1000) == sorted(set(clusters.sample(1000)))
+    assert len(clusters.sample(1000)) == clusters.SAMPLE
+    assert clusters.sample(3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("groups", "options"), [(4, {"max_error": 0.05}), (3, {"ratio": 6.0})])
+def test_they_save_bytes(monkeypatch, groups, options):
+    adapters = grouped(groups, 6, noise=0.02)
+    apart = ex.fit(adapters, **options)
+    assert apart.notes == [NOTE.format(groups)]
+    monkeypatch.setattr(encoder, "clustered", lambda whole, *_: whole)
+    together = ex.fit(adapters, **options)
+    assert together.notes == []
+    if "ratio" in options:
+        assert apart.aim < 0.9 * together.aim
+    else:
+        assert size(apart) < 0.9 * size(together)
+
+
+def test_an_adapter_has_nothing_on_the_bases_of_others():
+    pack = ex.fit(grouped(3, 6), max_error=0.05)
+    blocks = set()
+    for name in pack.names:
+        for one in pack.packed(name).coefficients.values():
+            used = one.down.any(0).nonzero()[:, 0]
+            blocks.add((int(used.min()) // 4, int(used.max()) // 4))
+    assert blocks == {(0, 0), (1, 1), (2, 2)}

@@ -1,0 +1,146 @@
+"""Packs for an error: every adapter, saved, opened and exported, is within it, by dense matrices in float64."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eigenlorax as ex
+from coded_collections import COLLECTIONS, changed, of_ranks, shared, true_errors
+from eigenlorax.codec import encoder
+from eigenlorax.errors import NonFiniteError, OptionError
+from planted import random_collection, tree
+
+ERRORS = (1e-5, 0.001, 0.02, 0.1, 0.3, 0.5, 0.9)
+pytestmark = pytest.mark.filterwarnings("ignore::eigenlorax.errors.UntrainedAdapterWarning")
+# every error on some; of the others one or two each, so that each error has its turn
+WHOLLY = ("shared, with noise", "ranks that differ")
+CASES = [(name, error) for name in WHOLLY for error in ERRORS] + [
+    (name, ERRORS[(2 * place) % len(ERRORS)]) for place, name in enumerate(COLLECTIONS) if name not in WHOLLY
+]
+# where whole components come and go, or all adapters are one: errors jump
+JUMPING = 0.75
+
+
+def tensor_bytes(folder):
+    """All but heads."""
+    found = [load_file(file) for file in folder.rglob("*.safetensors")]
+    return sum(t.nbytes for file in found for key, t in file.items() if "classifier" not in key)
+
+
+def size(pack):
+    figures = pack.summary.bytes
+    return figures.basis + figures.coefficients + figures.carried
+
+
+@pytest.mark.parametrize(("name", "error"), CASES)
+def test_every_adapter_is_within_the_error(tmp_path, name, error):
+    originals = COLLECTIONS[name]()
+    ex.fit(originals, max_error=error).save(tmp_path / "pack")
+    pack = ex.Pack.open(tmp_path / "pack")
+    found = true_errors(pack, originals)
+    assert max(found.values()) <= error
+    assert max(found.values()) > JUMPING * error
+    recorded = {name: record.delta_error for name, record in pack.records.items()}
+    assert found == pytest.approx(recorded, abs=1e-6, rel=0)
+    assert size(pack) == tensor_bytes(tmp_path / "pack")
+    assert (pack.is_coded, pack.aim) == (True, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_export_in_another_dtype_loses_what_it_says(tmp_path, dtype):
+    originals = shared(5)
+    pack = ex.fit(originals, max_error=0.02)
+    for one in originals:
+        kept = pack.adapter(one.name, dtype)
+        error = true_errors(ex.fit([kept], max_error=1e-5), [kept])[one.name]
+        assert error <= 1e-5
+        assert pack.export_rounding(one.name, dtype) < (1e-6 if dtype is torch.float32 else 1e-3)
+
+
+def test_updates_that_are_orders_smaller_than_an_adapters_others_are_left_out():
+    originals = [changed(one, down=1.0) for one in random_collection(3)]
+    for one in originals:
+        one.modules["encoder.0.query"].down.mul_(1e-9)
+    pack = ex.fit(originals, max_error=0.01)
+    assert max(true_errors(pack, originals).values()) <= 0.01
+    for one in originals:
+        assert not pack.packed(one.name).coefficients["encoder.0.query"].down.any()
+
+
+def test_it_is_the_same_bytes_each_time_and_in_any_order(tmp_path):
+    originals = COLLECTIONS["three groups"]()
+    trees = []
+    for number, order in enumerate((originals, originals, originals[7::-1] + originals[8:])):
+        trees.append(tree(ex.fit(order, max_error=0.3).save(tmp_path / str(number))))
+    assert trees[1:] == trees[:1] * 2
+
+
+def test_a_pack_that_was_opened_is_saved_elsewhere_as_the_same_bytes(tmp_path):
+    for name in ("shared", "three groups", "convolutions", "an untrained one", "modules that some lack"):
+        first = ex.fit(COLLECTIONS[name](), max_error=0.2).save(tmp_path / name / "first")
+        second = ex.Pack.open(first).save(tmp_path / name / "second")
+        assert tree(second) == tree(first)
+
+
+def test_a_larger_error_takes_fewer_bytes():
+    for name in ("shared", "unshared"):
+        sizes = [size(ex.fit(COLLECTIONS[name](), max_error=error)) for error in (0.001, 0.1, 0.3, 0.9)]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("error", [1e-7, 1e-9])
+def test_an_error_that_float32_cannot_keep_is_refused(error):
+    with pytest.raises(OptionError, match=f"max_error={error:g} is less than numbers in float32 can keep: .*1e-6"):
+        ex.fit(random_collection(2), max_error=error)
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e40])
+def test_numbers_that_float32_cannot_hold_are_refused(size):
+    originals = [changed(one, down=size, up=size) for one in of_ranks([2, 3], dtype=torch.float64)]
+    with pytest.raises(NonFiniteError, match=r"adapter 'a0-\d', module encoder.0.dense: .* beyond float32"):
+        ex.fit(originals, max_error=0.1)
+    assert max(true_errors(ex.fit(originals, max_error=0.1, dtype="float64"), originals).values()) <= 0.1
+
+
+def test_cores_have_the_rank_that_comes_back():
+    """An adapter of rank 1 among others of rank 8 in five directions: what it loses is what rank 1 can give."""
+    originals = of_ranks([1, 1, 1, 8, 8, 8, 8, 8])
+    pack = ex.fit(originals, max_error=0.1)
+    recorded = {name: record.delta_error for name, record in pack.records.items()}
+    assert true_errors(pack, originals) == pytest.approx(recorded, abs=1e-7, rel=0)
+    forms = {one.core_level > 0 for name in pack.names for one in codes_of(pack, name).modules.values()}
+    assert True in forms
+
+
+def codes_of(pack, name):
+    return pack.packed(name).coefficients._codes
+
+
+def test_steps_are_found_where_errors_jump():
+    """An error that hardly changes for long and then falls at once, well below the bound or just below it."""
+
+    def measured(steps, which):
+        return torch.where(steps > edges, 0.5001 + 0.0001 * steps, lower * steps / edges)
+
+    edges = torch.tensor([0.7, 1e-3, 1e-6, 40.0], dtype=torch.float64)
+    lower = torch.tensor([0.1, 0.4999, 0.3, 0.49], dtype=torch.float64)
+    start = torch.ones(4, dtype=torch.float64)
+    steps, errors = encoder._sought(measured, start, measured(start, None), 0.5)
+    torch.testing.assert_close(errors, measured(steps, None))
+    assert bool((errors <= 0.5).all())
+    assert bool((steps > 0.5 * edges).all())
+
+
+def test_steps_that_no_number_of_bits_would_do_are_refused():
+    start = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(OptionError, match="32 bits"):
+        encoder._sought(lambda steps, which: torch.full_like(steps, 0.6), start, 0.6 * start, 0.5)
+
+
+def test_errors_are_near_what_was_asked_for():
+    pack = ex.fit(COLLECTIONS["unshared"](), max_error=0.1)
+    for record in pack.records.values():
+        assert 0.985 * 0.1 < record.delta_error <= 0.1
+    assert math.isclose(max(p.error for p in pack.frontier if p.error <= 0.1), 0.1, rel_tol=0.005)

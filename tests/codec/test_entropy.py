@@ -1,0 +1,113 @@
+"""The entropy coder: what comes back, what it takes, and what broken bytes do."""
+
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+
+from eigenlorax.codec import entropy, singular_codes
+from eigenlorax.errors import FormatError
+
+
+def class_of(spread: float) -> int:
+    return int(singular_codes.classes(torch.tensor(spread, dtype=torch.float64)))
+
+
+def integers(n: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    values = np.rint(np.random.default_rng(seed).normal(size=n) * spread).astype(np.int64)
+    return values, np.full(n, class_of(spread))
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.4, 1.5, 30.0, 1e4, 1e7])
+@pytest.mark.parametrize("n", [0, 1, 7, 3000])
+def test_integers_come_back(n: int, spread: float) -> None:
+    values, classes = integers(n, spread)
+    (data,) = entropy.encode([(values, classes)])
+    (found,) = entropy.decode([(data, classes)])
+    assert found.tolist() == values.tolist()
+
+
+def test_integers_that_their_class_does_not_expect_come_back() -> None:
+    values = np.array([0, 5, -(2**31), 2**31 - 1, 40, -40, 0])
+    classes = np.array([0, 0, 0, 3, 8, 60, 127])
+    (data,) = entropy.encode([(values, classes)])
+    assert entropy.decode([(data, classes)])[0].tolist() == values.tolist()
+
+
+def test_classes_may_differ_from_integer_to_integer() -> None:
+    random = np.random.default_rng(1)
+    classes = random.integers(0, 70, 5000)
+    values = np.rint(random.logistic(size=5000) * 2.0 ** (classes / 4 - 4)).astype(np.int64)
+    (data,) = entropy.encode([(values, classes)])
+    assert entropy.decode([(data, classes)])[0].tolist() == values.tolist()
+
+
+def test_streams_that_are_coded_together_have_the_bytes_they_have_alone() -> None:
+    streams = [integers(n, 2.0, seed=n) for n in (0, 9000, 3, 20000, 1)]
+    together = entropy.encode(streams)
+    assert together == [entropy.encode([one])[0] for one in streams]
+    found = entropy.decode([(data, classes) for data, (_, classes) in zip(together, streams, strict=True)])
+    assert [one.tolist() for one in found] == [values.tolist() for values, _ in streams]
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 5.0, 200.0])
+def test_bytes_are_near_the_entropy(spread: float) -> None:
+    values, classes = integers(40_000, spread)
+    _, counts = np.unique(values, return_counts=True)
+    share = counts / counts.sum()
+    # of a Gaussian sample the true distribution, not the counts, is what nobody can code below
+    least = 40_000 * float(-(share * np.log2(share)).sum()) / 8
+    (data,) = entropy.encode([(values, classes)])
+    assert len(data) < 1.04 * least + 16
+    assert entropy.cost(values, int(classes[0])) / 8 == pytest.approx(len(data), rel=0.02)
+
+
+def test_zeros_are_nearly_free() -> None:
+    (data,) = entropy.encode([(np.zeros(100_000, dtype=np.int64), np.zeros(100_000, dtype=np.int64))])
+    assert len(data) < 100
+
+
+@pytest.mark.parametrize("number", [0, 9, 16, 24, 31, 60, 127])
+def test_tables_are_the_logistic_distribution(number: int) -> None:
+    one = entropy.table(number)
+    assert one.bounds[0] == 0
+    assert one.bounds[-1] == 1 << entropy.PRECISION
+    assert (np.diff(one.bounds) >= 1).all()
+    with localcontext() as context:
+        context.prec = 40
+        scale = Decimal(2) ** (Decimal(number) / 4 - 4)
+        # what is below the integers whose first bits are one more than 0's
+        edge = (Decimal(2**one.raw) - Decimal("0.5")) / scale
+        below = 1 / (1 + (-edge).exp())
+    assert one.bounds[1 - one.first] / (1 << entropy.PRECISION) == pytest.approx(float(below), abs=0.01)
+
+
+@pytest.mark.parametrize("number", [3, 61])
+def test_tables_do_not_depend_on_what_a_program_does_with_decimals(number: int) -> None:
+    wanted = entropy.table(number).bounds.tolist()
+    with localcontext() as context:
+        context.prec = 3
+        assert entropy.table.__wrapped__(number).bounds.tolist() == wanted
+
+
+def test_the_class_of_a_spread_is_the_cheapest_or_next_to_it() -> None:
+    for spread in (0.3, 1.0, 3.0, 20.0, 500.0):
+        values, _ = integers(20_000, spread)
+        costs = [entropy.cost(values, number) for number in range(entropy.CLASSES)]
+        assert abs(int(np.argmin(costs)) - class_of(spread)) <= 2
+
+
+def test_broken_bytes_are_refused() -> None:
+    values, classes = integers(4000, 2.0)
+    (data,) = entropy.encode([(values, classes)])
+    for broken in (b"", data[:2], data[:-40], data + b"xy", bytes([data[0] ^ 1]) + data[1:]):
+        with pytest.raises(FormatError, match="coded"):
+            entropy.decode([(broken, classes)])
+
+
+def test_what_cannot_be_coded_is_refused() -> None:
+    with pytest.raises(FormatError, match="beyond 32 bits"):
+        entropy.encode([(np.array([2**31]), np.array([127]))])
+    with pytest.raises(FormatError, match="classes are 0 to 127"):
+        entropy.encode([(np.array([0]), np.array([128]))])

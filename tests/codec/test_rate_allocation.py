@@ -1,0 +1,128 @@
+"""What is chosen before anything is coded: estimates against what coding then takes, and against everything else."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from test_encoder import size
+
+import eigenlorax as ex
+from coded_collections import COLLECTIONS
+from eigenlorax.codec import rate_allocation, singular_codes
+from eigenlorax.core.adapter import LoRAFactors, from_factors
+from eigenlorax.core.stack import stack
+from eigenlorax.reports.analysis import rivals
+from planted import factors_in, normal, orthonormal
+
+WIDE = {"layer.0": (96, 120)}
+
+
+def view_of(factors):
+    wide = singular_codes.components(factors)
+    return rate_allocation.view(wide, 1 / wide.s.square().sum(1).sqrt())
+
+
+def many(n, *, k=6, noise=0.0, rank=4):
+    """Factors of one wide module in k directions of either side."""
+    ((n_out, n_in),) = WIDE.values()
+    bases = orthonormal(k, n_in, 3), orthonormal(k, n_out, 4)
+    return [factors_in(bases, rank, seed=50 + 10 * i, noise=noise) for i in range(n)]
+
+
+def test_a_view_has_all_of_what_is_in_few_directions():
+    one = view_of(many(12))
+    assert [side.directions.shape for side in (one.down, one.up)] == [(6, 120), (6, 96)]
+    assert (one.n, one.rank) == (12, 4)
+    for side in (one.down, one.up):
+        np.testing.assert_allclose(side.energies.sum(1), 1.0, atol=1e-9)
+    np.testing.assert_allclose(np.bincount(one.owners, one.lengths**2), 1.0)
+
+
+def test_directions_that_are_shared_are_chosen():
+    for step in (0.1, 0.03, 0.01):
+        assert rate_allocation.estimate(view_of(many(40)), step).k == (6, 6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_finer_steps_lose_less_and_take_more(noise):
+    one = view_of(many(12, noise=noise))
+    found = [rate_allocation.estimate(one, step) for step in (0.3, 0.1, 0.03, 0.01, 0.003)]
+    bits = [guess.basis_bits + guess.bits.sum() for guess in found]
+    lost = [guess.lost.sum() for guess in found]
+    assert bits == sorted(bits)
+    assert lost == sorted(lost, reverse=True)
+
+
+@pytest.mark.parametrize("error", [0.05, 0.4])
+@pytest.mark.parametrize("name", ["shared", "unshared", "shared, with noise"])
+def test_estimates_are_near_what_coding_takes(name, error):
+    pack = ex.fit(COLLECTIONS[name](), max_error=error)
+    (own,) = (point for point in pack.frontier if point.error == max(r.delta_error for r in pack.records.values()))
+    assert own.bytes == size(pack)
+    smaller = min(pack.frontier, key=lambda point: point.error)
+    taken = size(ex.fit(COLLECTIONS[name](), max_error=smaller.error))
+    assert 0.75 * taken < smaller.bytes < 1.25 * taken
+
+
+def test_the_frontier_falls():
+    for name in ("shared", "unshared", "ranks that differ"):
+        points = sorted(ex.fit(COLLECTIONS[name](), max_error=0.2).frontier, key=lambda point: point.error)
+        sizes = [point.bytes for point in points]
+        assert len(points) == 5
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def stacks(adapters):
+    return {
+        module: stack([one.modules.get(module) for one in adapters], n_in, n_out)
+        for module, (n_out, n_in) in adapters_shapes(adapters).items()
+    }
+
+
+def adapters_shapes(adapters):
+    return {m: (s.out_features, s.in_features) for one in adapters for m, s in one.specs.items()}
+
+
+class TestEverythingElse:
+    """Never more bytes than what else keeps every adapter within the error, as `analysis.rivals` tunes it."""
+
+    @pytest.mark.parametrize("error", [0.02, 0.3])
+    @pytest.mark.parametrize("name", ["shared", "unshared", "two", "ranks that differ", "an outlier"])
+    def test_on_small_collections(self, name, error):
+        adapters = COLLECTIONS[name]()
+        best = rivals.fewest(rivals.least(stacks(adapters), [error], clusters=(1,), kinds=rivals.KINDS[:2]), 0)
+        assert size(ex.fit(adapters, max_error=error)) <= 1.02 * best.stored_bytes
+
+    def test_less_than_half_where_many_share(self):
+        (name,) = WIDE
+        adapters = [
+            from_factors(f"a{i}", {name: LoRAFactors(f.down.float(), f.up.float(), f.scaling)})
+            for i, f in enumerate(many(100, k=12, noise=0.02, rank=8))
+        ]
+        best = rivals.fewest(rivals.least(stacks(adapters), [0.15], clusters=(1,), kinds=rivals.KINDS[:1]), 0)
+        assert 2 * size(ex.fit(adapters, max_error=0.15)) <= best.stored_bytes
+
+
+def variants(n, noise, *, rank=8):
+    """All of them are one adapter, and a part of each factor is its own."""
+    ((name, (n_out, n_in)),) = WIDE.items()
+    base = normal(rank, n_in, seed=1), normal(rank, n_out, seed=2)
+    found = []
+    for i in range(n):
+        own = normal(rank, n_in, seed=100 + i), normal(rank, n_out, seed=500 + i)
+        down, up = (one + noise * other for one, other in zip(base, own, strict=True))
+        found.append(from_factors(f"v{i}", {name: LoRAFactors(down.float(), up.mT.float().contiguous(), 1.0)}))
+    return found
+
+
+@pytest.mark.parametrize(("noise", "errors"), [(0.2, (0.3, 0.4, 0.45)), (0.05, (0.1, 0.14, 0.2))])
+def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, errors):
+    adapters = variants(20, noise)
+    packs = [ex.fit(adapters, max_error=error) for error in errors]
+    for error, pack in zip(errors, packs, strict=True):
+        assert max(record.delta_error for record in pack.records.values()) <= error
+    sizes = [size(pack) for pack in packs]
+    assert all(after <= 1.02 * before for before, after in pairwise(sizes))
+    # in fewer bits, of a module so small, others gain on what is written of each adapter beside its numbers
+    best = rivals.fewest(rivals.least(stacks(adapters), errors, clusters=(1,), together=((16, 16),)), 2)
+    assert sizes[-1] <= best.stored_bytes

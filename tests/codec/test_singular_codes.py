@@ -1,0 +1,196 @@
+"""Updates in whole numbers: against dense matrices in float64, and against what Gaussian numbers must cost."""
+
+import math
+from decimal import Context, Decimal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eigenlorax.codec import bitstream, dead_zone, encoder, singular_codes
+from eigenlorax.core.adapter import LoRAFactors
+from eigenlorax.core.basis import Basis
+from eigenlorax.core.subspace import ModuleBases, reconstruct
+
+SHAPE = (40, 56)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factors(seed: int, rank: int = 4, scaling: float = 1.5, shape: tuple[int, int] = SHAPE) -> LoRAFactors:
+    decay = torch.arange(1, rank + 1).double().rsqrt()[:, None]
+    return LoRAFactors(decay * random(rank, shape[1], seed=seed), random(shape[0], rank, seed=seed + 500), scaling)
+
+
+def delta(one: LoRAFactors) -> Tensor:
+    return one.scaling * one.up.double() @ one.down.double()
+
+
+def shared(n: int, k: int, noise: float, rank: int = 4) -> list[LoRAFactors]:
+    """Updates within k directions on either side, but for some noise."""
+    v, u = (torch.linalg.qr(random(d, k, seed=seed)).Q for d, seed in ((SHAPE[1], 1), (SHAPE[0], 2)))
+    return [
+        LoRAFactors(
+            random(rank, k, seed=10 + i) @ v.mT + noise * random(rank, SHAPE[1], seed=200 + i),
+            u @ random(k, rank, seed=400 + i) + noise * random(SHAPE[0], rank, seed=600 + i),
+            0.5,
+        )
+        for i in range(n)
+    ]
+
+
+def none() -> tuple[singular_codes.RoundedBasis, singular_codes.RoundedBasis]:
+    return encoder.no_basis(SHAPE[1]), encoder.no_basis(SHAPE[0])
+
+
+def basis_of(
+    many: list[LoRAFactors], k: int, fineness: float
+) -> tuple[singular_codes.RoundedBasis, singular_codes.RoundedBasis]:
+    wide = singular_codes.components(many)
+    found = []
+    for side in ("down", "up"):
+        rows = (wide.rows(side) * wide.s[..., None]).flatten(0, 1)
+        directions = torch.linalg.svd(rows, full_matrices=False).Vh[:k]
+        energy = (rows @ directions.mT).square().mean(0)
+        found.append(singular_codes.rounded_basis(directions, torch.full((k,), fineness, dtype=torch.float64), energy))
+    return found[0], found[1]
+
+
+def dense(
+    codes: singular_codes.Codes, bases: tuple[singular_codes.RoundedBasis, singular_codes.RoundedBasis], row: int
+) -> Tensor:
+    """An update from its codes, by loops."""
+    down, up = (one.rows.double() for one in bases)
+    step, found = float(codes.steps[row]), torch.zeros(SHAPE, dtype=torch.float64)
+    if codes.core_levels[row]:
+        u, s, v = torch.linalg.svd(codes.cores[row].double())
+        rank = min(codes.scales.shape[1], len(s))
+        return step * up.mT @ (u[:, :rank] * s[:rank]) @ v[:rank] @ down
+    for j in range(int(codes.counts[row])):
+        right = codes.down.coefficients[row, j].double() @ down + codes.down.rest[row, j].double()
+        left = codes.up.coefficients[row, j].double() @ up + codes.up.rest[row, j].double()
+        found += step * 2.0 ** (-float(codes.scales[row, j]) / 8) * torch.outer(left, right)
+    return found
+
+
+def test_components_are_the_singular_ones_of_every_rank() -> None:
+    many = [factors(1), factors(2, rank=2, scaling=-0.7), factors(3, rank=6)]
+    wide = singular_codes.components(many)
+    for row, one in enumerate(many):
+        sigma = torch.linalg.svdvals(delta(one))
+        assert torch.allclose(wide.s[row], sigma[:6].where(sigma[:6] > 1e-9, torch.zeros(6).double()), atol=1e-9)
+        again = (wide.u[row] * wide.s[row][:, None]).mT @ wide.v[row]
+        assert torch.allclose(again, delta(one), atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.2])
+@pytest.mark.parametrize("k", [0, 3, 9])
+def test_losses_are_those_of_dense_matrices(k: int, share: float) -> None:
+    many = shared(6, 3, 0.2)
+    bases = basis_of(many, k, 200.0) if k else none()
+    steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
+    codes = singular_codes.encoded(singular_codes.components(many), steps, *bases)
+    for row, one in enumerate(many):
+        exact = float((delta(one) - dense(codes, bases, row)).square().sum())
+        assert float(codes.lost[row]) == pytest.approx(exact, rel=1e-6, abs=1e-12 * float(delta(one).square().sum()))
+
+
+def test_without_a_basis_the_error_is_that_of_a_uniform_quantiser() -> None:
+    one = factors(5, rank=4, shape=(300, 400))
+    step = 1e-4 * float(delta(one).norm())
+    codes = singular_codes.encoded(
+        singular_codes.components([one]), torch.tensor([step]).double(), encoder.no_basis(400), encoder.no_basis(300)
+    )
+    # each of the numbers of the down side is off by a uniform share of a step and the dead zone's; of the up side too,
+    # but for what it makes up for
+    numbers = 4 * (300 + 400)
+    assert float(codes.lost[0]) < 1.02 * numbers * step**2 * (1 / 12 + dead_zone.DEAD**2)
+    assert float(codes.lost[0]) > 0.9 * numbers * step**2 / 12
+
+
+def test_a_core_is_taken_where_it_has_fewer_numbers() -> None:
+    many = shared(12, 4, 0.0)
+    bases = basis_of(many, 4, 3000.0)
+    steps = torch.tensor([0.004 * float(delta(one).norm()) for one in many], dtype=torch.float64)
+    codes = singular_codes.encoded(singular_codes.components(many), steps, *bases)
+    assert (codes.core_levels > 0).all()
+    alone = singular_codes.encoded(singular_codes.components(many), steps, *none())
+    assert float(codes.bits.sum()) < 0.2 * float(alone.bits.sum())
+
+
+def test_what_a_basis_does_not_hold_is_kept_beside_it() -> None:
+    many = shared(6, 3, 0.3)
+    bases = basis_of(many, 3, 100.0)
+    steps = torch.tensor([0.002 * float(delta(one).norm()) for one in many], dtype=torch.float64)
+    codes = singular_codes.encoded(singular_codes.components(many), steps, *bases)
+    assert (codes.down.rest_levels > 0).any()
+    assert (codes.down.coefficient_levels > 0).any()
+    errors = codes.lost.sqrt() / torch.tensor([float(delta(one).norm()) for one in many]).double()
+    assert float(errors.max()) < 0.02
+
+
+def test_rounded_rows_are_as_fine_as_they_are_important() -> None:
+    directions = torch.linalg.qr(random(60, 3, seed=1)).Q.mT
+    found = singular_codes.rounded_basis(
+        directions, torch.tensor([1000.0, 100.0, 0.5]).double(), torch.ones(3).double()
+    )
+    assert found.k == 2
+    off = (found.rows.double() - directions[:2]).square().mean(1).sqrt()
+    assert off.tolist() == pytest.approx([1e-3 / math.sqrt(12), 1e-2 / math.sqrt(12)], rel=0.2)
+
+
+def test_rows_are_those_of_the_nearest_steps_to_the_bit() -> None:
+    fineness = np.arange(256)
+    codes = torch.arange(1, 257)[:, None] * 77_777
+    basis = singular_codes.RoundedBasis(codes, fineness, np.zeros(256, dtype=np.int64))
+    exact = [float(Context(prec=40).power(Decimal(2), Decimal(-int(f)) / 4)) for f in fineness]
+    wanted = torch.tensor([[code * step] for code, step in zip(codes[:, 0].tolist(), exact, strict=True)], dtype=float)
+    assert torch.equal(basis.rows, wanted.float())
+
+
+def test_gaussian_numbers_cost_what_their_entropy_says() -> None:
+    spreads = np.array([0.5, 3.0, 40.0, 3e5])
+    bits, errors = dead_zone.cost(spreads)
+    high_rate = np.log2(spreads * math.sqrt(2 * math.pi * math.e))
+    assert bits[1:] == pytest.approx(high_rate[1:], abs=0.08)
+    x = np.random.default_rng(0).normal(size=400_000)
+    for spread, error in zip(spreads[:3], errors[:3], strict=True):
+        codes = dead_zone.rounded(torch.from_numpy(x * spread)).numpy()
+        assert float(((x * spread - codes) ** 2).mean()) == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.3])
+def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
+    many = shared(5, 3, 0.2)
+    pairs = [basis_of(many, k, 200.0) for k in (3, 0, 5)[:clusters]]
+    joined = tuple(singular_codes.joined([pair[side] for pair in pairs]) for side in (0, 1))
+    data = bitstream.basis_bytes(joined)
+    shapes = [(one.k, width) for one, width in zip(joined, (SHAPE[1], SHAPE[0]), strict=True)]
+    read = list(bitstream.bases(list(zip(data, shapes, strict=True))))
+    for one, other in zip(joined, read, strict=True):
+        assert torch.equal(one.rows, other.rows)
+        assert (one.profile == other.profile).all()
+        assert one.blocks == other.blocks
+    cluster = clusters - 1
+    place = bitstream.Place.of((read[0], read[1]), cluster)
+    steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
+    steps = ((bitstream.STEPS * steps.log2()).round() / bitstream.STEPS).exp2()
+    codes = singular_codes.encoded(singular_codes.components(many), steps, *pairs[cluster])
+    adapters = [
+        bitstream.AdapterCodes(float(steps[row]), cluster, {"a": bitstream.taken(codes, row), "b": bitstream.UNTRAINED})
+        for row in range(len(many))
+    ]
+    blobs = bitstream.adapter_bytes([(one, {"a": place, "b": place}) for one in adapters])
+    whole = ModuleBases(*(Basis(one.rows, torch.zeros(0), 1.0) for one in read))
+    for row, (one, blob) in enumerate(zip(many, blobs, strict=True)):
+        assert bitstream.cluster(blob) == cluster
+        again = bitstream.adapter(blob, {"a": place, "b": place}, {"a": 4, "b": 4})
+        for module, wanted in (("a", dense(codes, pairs[cluster], row)), ("b", torch.zeros(SHAPE).double())):
+            found = bitstream.coefficients(again.modules[module], again.step, place, rank=4, scaling=one.scaling)
+            assert found.rank == 4
+            got = delta(reconstruct(found, whole))
+            assert torch.allclose(got, wanted, rtol=0, atol=1e-6 * float(delta(one).norm()))

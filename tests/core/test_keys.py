@@ -1,0 +1,231 @@
+import pytest
+
+from eigenlorax.core import keys, renamed_modules
+from eigenlorax.core.keys import Kind
+from eigenlorax.errors import AdapterNameError, FormatError, ModuleNameError
+
+LAYER = "encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "module", "key"),
+    [
+        (f"base_model.model.{LAYER}.lora_A.weight", Kind.DOWN, LAYER, f"{LAYER}.lora_A.weight"),
+        (f"base_model.model.{LAYER}.lora_B.default.weight", Kind.UP, LAYER, f"{LAYER}.lora_B.weight"),
+        (f"{LAYER}.lora_B.my_task.weight", Kind.UP, LAYER, f"{LAYER}.lora_B.weight"),
+        (f"{LAYER}.lora_B.bias", Kind.CARRIED, LAYER, f"{LAYER}.lora_B.bias"),
+        (f"{LAYER}.lora_B.default.bias", Kind.CARRIED, LAYER, f"{LAYER}.lora_B.bias"),
+        (f"{LAYER}.lora_magnitude_vector", Kind.CARRIED, LAYER, f"{LAYER}.lora_magnitude_vector"),
+        (f"{LAYER}.lora_magnitude_vector.default", Kind.CARRIED, LAYER, f"{LAYER}.lora_magnitude_vector"),
+        (f"{LAYER}.lora_magnitude_vector.weight", Kind.CARRIED, LAYER, f"{LAYER}.lora_magnitude_vector.weight"),
+        ("e.lora_embedding_A.default", Kind.CARRIED, "e", "e.lora_embedding_A"),
+        ("e.lora_embedding_B", Kind.CARRIED, "e", "e.lora_embedding_B"),
+        ("base_model.model.classifier.weight", Kind.HEAD, "classifier", "classifier.weight"),
+        ("base_model.model.classifier.modules_to_save.default.bias", Kind.HEAD, "classifier", "classifier.bias"),
+        ("base_model.model.classifier.modules_to_save.bias", Kind.HEAD, "classifier", "classifier.bias"),
+        ("c.modules_to_save.default.dense.weight", Kind.HEAD, "c", "c.dense.weight"),
+        (f"{LAYER}.bias", Kind.HEAD, LAYER, f"{LAYER}.bias"),
+        ("base_model.model.lm_head.base_layer.weight", Kind.HEAD, "lm_head.base_layer", "lm_head.base_layer.weight"),
+    ],
+)
+def test_every_tensor_of_a_lora_file_has_its_place(raw, kind, module, key):
+    assert keys.parse_peft_key(raw) == keys.TensorName(kind, module, f"base_model.model.{key}")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"{LAYER}.lora_C.weight",
+        f"{LAYER}.lora_A",
+        f"{LAYER}.lora_A.default.extra.weight",
+        f"{LAYER}.lora_E",
+        "lora_unet_down_blocks_0.lora_down.weight",
+        "lora_te_text_model.alpha",
+        "unet.to_k_lora.down.weight",
+        f"{LAYER}.hada_w1_a",
+        f"{LAYER}.ia3_l",
+        f"{LAYER}.vera_lambda_b",
+        f"{LAYER}.dora_scale",
+    ],
+)
+def test_what_is_not_understood_is_an_error_that_names_it(raw):
+    with pytest.raises(FormatError, match=f"tensor '{raw}' is not one of a PEFT LoRA"):
+        keys.parse_peft_key(raw)
+
+
+def test_a_head_may_have_any_name():
+    assert keys.parse_peft_key("head.mix.alpha", ["mix"]).kind is Kind.HEAD
+
+
+@pytest.mark.parametrize("name", ["a", "A1._-", "x" * 96, "org--name", "0"])
+def test_names_that_are_folders(name):
+    assert keys.check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "-a", "_a", "a/b", "a\\b", "a b", "a\n", "x" * 97, "é", "a.", "a@b"])
+def test_names_that_are_not(name):
+    with pytest.raises(AdapterNameError, match="is not allowed"):
+        keys.check_name(name)
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(
+        "module",
+        ["query", "encoder.layer.0.query", "encoder.layer.1", "layer.10.query", "xquery", "x-query", "b+", "a", ""],
+    )
+    def test_are_matched_as_peft_does(self, module):
+        other = pytest.importorskip("peft.utils.other")
+        patterns = r"""
+            query 0.query layer.1 layer\.\d ^encoder self.query .* quer ^query$ ^.query 0\.query layer_0_query a)|(b
+            (0|1)\.query query|value [0-9]+.query layer\.\d+\..* que(ry)?$ \-query x-query b+ ^encoder.layer.0.query
+            ........query ..query$ er.0.query ^(encoder\.)?layer.*y$ (?:.*\.)?query
+        """
+        for pattern in ["", *patterns.split()]:
+            wanted = {pattern: 7}.get(other.get_pattern_key([pattern], module), 3)
+            assert keys.Patterns({pattern: 7}).value(module, 3) == wanted, pattern
+
+    def test_the_first_that_fits_counts(self):
+        assert keys.Patterns({"key": 1, "query": 2, "0.query": 3}).value("layer.0.query", 8) == 2
+
+
+class TestOneNamePerModule:
+    def test_the_longest_form_is_kept(self):
+        found = keys.one_name_per_module([["encoder.q", "encoder.v"], ["bert.encoder.q"], ["encoder.v"]])
+        assert found == {"encoder.q": "bert.encoder.q", "bert.encoder.q": "bert.encoder.q", "encoder.v": "encoder.v"}
+
+    def test_chains_end_at_the_longest(self):
+        found = keys.one_name_per_module([["q.w"], ["p.q.w"], ["o.p.q.w"]])
+        assert set(found.values()) == {"o.p.q.w"}
+        assert keys.resolve("q.w", found.values()) == "o.p.q.w"
+
+    def test_two_of_one_adapter_stay_two(self):
+        found = keys.one_name_per_module([["0.q", "decoder.0.q"], ["0.q"]])
+        assert found == {"0.q": "0.q", "decoder.0.q": "decoder.0.q"}
+
+    def test_a_chain_that_would_join_two_of_one_adapter_is_an_error(self):
+        with pytest.raises(ModuleNameError, match="'q.w' and 'o.p.q.w' of one adapter could be one"):
+            keys.one_name_per_module([["q.w", "o.p.q.w"], ["p.q.w"]])
+
+    def test_two_longer_forms_are_an_error(self):
+        with pytest.raises(ModuleNameError, match="'q.w' of one adapter could be 'a.q.w' or 'b.q.w'"):
+            keys.one_name_per_module([["q.w"], ["a.q.w"], ["b.q.w"]])
+
+
+class TestResolve:
+    def test_exact_before_suffix(self):
+        assert keys.resolve("0.q", ["0.q", "decoder.0.q"]) == "0.q"
+        assert keys.resolve("bert.0.q", ["0.q"]) == "0.q"
+        assert keys.resolve("0.q", ["bert.0.q"]) == "bert.0.q"
+        assert keys.resolve("0.q", ["10.q", "0.v"]) is None
+
+    def test_ambiguity_is_an_error(self):
+        with pytest.raises(ModuleNameError, match="'0.q' fits two modules of the subspace, 'a.0.q' and 'b.0.q'"):
+            keys.resolve("0.q", ["a.0.q", "b.0.q"])
+
+    def test_two_modules_of_one_adapter_never_share_a_place(self):
+        assert keys.resolve_all(["0.q", "decoder.0.q"], ["decoder.0.q"]) == {"0.q": None, "decoder.0.q": "decoder.0.q"}
+
+    def test_two_modules_of_one_adapter_are_never_one(self):
+        with pytest.raises(ModuleNameError, match="'x.m' and 'y.x.m' of one adapter both fit the module 'm'"):
+            keys.resolve_all(["x.m", "y.x.m"], ["m"])
+
+
+OLD_VIT = [
+    "vit.encoder.layer.3.attention.attention.query",
+    "vit.encoder.layer.3.attention.attention.value",
+    "vit.encoder.layer.3.attention.output.dense",
+    "vit.encoder.layer.3.intermediate.dense",
+    "vit.encoder.layer.3.output.dense",
+]
+NEW_VIT = [
+    "vit.layers.3.attention.q_proj",
+    "vit.layers.3.attention.v_proj",
+    "vit.layers.3.attention.o_proj",
+    "vit.layers.3.mlp.fc1",
+    "vit.layers.3.mlp.fc2",
+]
+
+
+class TestRenamedModules:
+    """What transformers 5 calls otherwise than transformers 4 did."""
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            (OLD_VIT, NEW_VIT),
+            (
+                ["dinov2.encoder.layer.1.attention.attention.key", "dinov2.encoder.layer.1.attention.output.dense"],
+                ["dinov2.encoder.layer.1.attention.k_proj", "dinov2.encoder.layer.1.attention.o_proj"],
+            ),
+            (
+                ["swin.encoder.layers.0.blocks.1.attention.self.query", "swin.encoder.layers.0.blocks.1.output.dense"],
+                ["swin.encoder.layers.0.blocks.1.attention.q_proj", "swin.encoder.layers.0.blocks.1.mlp.fc2"],
+            ),
+            (
+                ["segformer.encoder.block.0.1.attention.self.value", "segformer.encoder.block.0.1.mlp.dense1"],
+                ["segformer.stages.0.blocks.1.attention.v_proj", "segformer.stages.0.blocks.1.mlp.fc1"],
+            ),
+            (
+                ["model.decoder.layers.2.encoder_attn.out_proj", "model.decoder.layers.2.fc1"],
+                ["model.decoder.layers.2.encoder_attn.o_proj", "model.decoder.layers.2.mlp.fc1"],
+            ),
+            (
+                ["language_model.model.layers.0.mlp.up_proj", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"],
+                [
+                    "model.language_model.layers.0.mlp.up_proj",
+                    "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+                ],
+            ),
+            (
+                ["text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc1"],
+                ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1"],
+            ),
+        ],
+        ids=["vit", "dinov2", "swin", "segformer", "detr", "llava", "clip"],
+    )
+    def test_are_found_under_either_name(self, old, new):
+        assert keys.resolve_all(old, new) == dict(zip(old, new, strict=True))
+        assert keys.resolve_all(new, old) == dict(zip(new, old, strict=True))
+        assert [keys.resolve(name, new) for name in old] == new
+        assert [keys.resolve(name, old) for name in new] == old
+
+    def test_with_a_leading_component_more_or_less(self):
+        assert keys.resolve("encoder.layer.3.output.dense", NEW_VIT) == NEW_VIT[-1]
+        assert keys.resolve("layers.3.attention.v_proj", OLD_VIT) == OLD_VIT[1]
+
+    def test_what_fits_as_it_is_goes_first(self):
+        names = ["a.encoder.layer.0.output.dense", "a.layers.0.mlp.fc2"]
+        assert keys.resolve_all(names, names[1:]) == {names[0]: None, names[1]: names[1]}
+        assert keys.resolve_all(names, ["b." + names[1]]) == {names[0]: None, names[1]: "b." + names[1]}
+
+    def test_names_of_bert_stay_apart_from_those_of_others(self):
+        assert keys.resolve("encoder.layer.0.attention.self.query", ["vit.layers.0.attention.q_proj"]) is None
+
+    def test_two_that_fit_are_an_error(self):
+        with pytest.raises(
+            ModuleNameError, match=r"'encoder.layer.0.output.dense' fits two modules .* 'a.l.* and 'b.l"
+        ):
+            keys.resolve("encoder.layer.0.output.dense", ["a.layers.0.mlp.fc2", "b.layers.0.mlp.fc2"])
+
+    def test_of_two_adapters_are_one_module_of_the_newest_name(self):
+        found = keys.one_name_per_module([OLD_VIT, NEW_VIT, ["encoder.layer.3.output.dense"]])
+        assert found == {**dict(zip(OLD_VIT, NEW_VIT, strict=True)), **{n: n for n in NEW_VIT}} | {
+            "encoder.layer.3.output.dense": NEW_VIT[-1]
+        }
+
+    def test_of_old_adapters_alone_keep_their_names(self):
+        assert keys.one_name_per_module([OLD_VIT, OLD_VIT[:2]]) == {name: name for name in OLD_VIT}
+
+    def test_of_a_short_new_and_a_long_old_name_the_module_has_the_long_one(self):
+        found = keys.one_name_per_module([["layers.3.mlp.fc1"], ["vit.encoder.layer.3.intermediate.dense"]])
+        assert set(found.values()) == {"vit.encoder.layer.3.intermediate.dense"}
+
+    def test_both_names_in_one_adapter_are_an_error(self):
+        with pytest.raises(ModuleNameError, match="of one adapter could be one, by the names that transformers"):
+            keys.one_name_per_module([["x.intermediate.dense", "x.mlp.fc1"], ["x.mlp.fc1"]])
+
+    @pytest.mark.parametrize(
+        "name", ["bert.encoder.layer.0.attention.self.key", "model.layers.0.self_attn.q_proj", "x"]
+    )
+    def test_a_name_stays_one_in_its_newest_form(self, name):
+        assert renamed_modules.newest(renamed_modules.newest(name)) == renamed_modules.newest(name)

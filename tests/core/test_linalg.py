@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+import planted
+from eigenlorax.core import linalg
+from planted import assert_same_span, decaying_rows, normal, orthonormal
+
+
+def keep(k):
+    return lambda sigma, shape: min(k, linalg.numerical_rank(sigma, shape))
+
+
+def identity(blocks):
+    return [torch.eye(block.shape[0], dtype=torch.float64) for block in blocks]
+
+
+@pytest.mark.parametrize(("sizes", "d"), [((3, 4, 5), 31), ((9, 13, 11), 17)], ids=["wide", "tall"])
+def test_leading_directions_are_those_of_a_dense_svd(sizes, d):
+    blocks = [normal(size, d, seed=size) for size in sizes]
+    weights = [normal(size, size, seed=100 + size) for size in sizes]
+    weighted = torch.cat([w @ b for w, b in zip(weights, blocks, strict=True)])
+    _, sigma, right = torch.linalg.svd(weighted, full_matrices=False)
+    stack = linalg.RowStack(blocks)
+    leading = stack.leading(weights, keep(4))
+    torch.testing.assert_close(leading.singular_values[: len(sigma)], sigma, rtol=1e-6, atol=1e-9)
+    assert_same_span(leading.components(), right[:4])
+    projection = stack.rows @ leading.components().mT
+    torch.testing.assert_close(leading.projection.abs(), projection.abs(), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("decades", [4, 6, 9])
+def test_directions_that_a_gram_matrix_cannot_resolve_are_found_all_the_same(decades):
+    n, d = 12, 29
+    rows = decaying_rows(n, d, decades, seed=3)
+    leading = linalg.RowStack([rows]).leading(identity([rows]), keep(n))
+    components = leading.components()
+    assert components.shape == (n, d)
+    torch.testing.assert_close(components @ components.mT, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
+    lost = torch.linalg.vector_norm(rows - rows @ components.mT @ components, dim=1)
+    assert float((lost / torch.linalg.vector_norm(rows, dim=1)).max()) < 1e-11
+
+
+def test_no_direction_is_invented_beyond_the_rank():
+    rank, n, d = 4, 15, 23
+    rows = normal(n, rank, seed=1) @ normal(rank, d, seed=2)
+    leading = linalg.RowStack([rows]).leading(identity([rows]), keep(n))
+    assert leading.k == rank
+    assert_same_span(leading.components(), torch.linalg.svd(rows)[2][:rank])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6, 1e12])
+def test_size_of_the_rows_does_not_matter(size):
+    rows = decaying_rows(7, 19, 4, seed=5)
+    small = linalg.RowStack([rows * size]).leading(identity([rows]), keep(5)).components()
+    torch.testing.assert_close(
+        small, linalg.RowStack([rows]).leading(identity([rows]), keep(5)).components(), atol=1e-9, rtol=0
+    )
+
+
+def test_signs_are_fixed():
+    rows = orthonormal(4, 9, seed=2)
+    flipped = rows * torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(linalg.orthonormal_rows(flipped), linalg.orthonormal_rows(rows))
+    fixed = linalg.orthonormal_rows(rows)
+    assert bool((fixed.gather(1, fixed.abs().argmax(dim=1, keepdim=True)) > 0).all())
+
+
+def test_complement_is_orthonormal_and_orthogonal_even_to_rounded_components():
+    components = orthonormal(6, 20, seed=4).half().double()
+    extra = linalg.orthogonal_complement_rows(normal(9, 20, seed=5), components)
+    torch.testing.assert_close(extra @ extra.mT, torch.eye(9, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert float((extra @ components.mT).abs().max()) < 1e-12
+
+
+def test_dual_rows_give_least_squares_coordinates():
+    components, x = normal(4, 13, seed=6), normal(3, 13, seed=7)
+    wanted = torch.linalg.lstsq(components.mT, x.mT).solution.mT
+    torch.testing.assert_close(x @ linalg.dual_rows(components).mT, wanted)
+
+
+def test_root_squares_to_its_gram_matrix_also_when_it_is_singular():
+    rows = normal(5, 3, seed=8)
+    gram = rows @ rows.mT
+    root = linalg.psd_root(gram)
+    torch.testing.assert_close(root @ root, gram)
+
+
+def test_difference_of_products_keeps_its_digits():
+    left, right = normal(21, 4, seed=1), normal(4, 33, seed=2)
+    step_left, step_right = 1e-9 * normal(21, 4, seed=3), 1e-9 * normal(4, 33, seed=4)
+    # the dense difference, expanded so that the oracle itself does not cancel
+    wanted = (step_left @ right + (left + step_left) @ step_right).square().sum()
+    found = linalg.difference_square(left, right, left + step_left, right + step_right)
+    assert found == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_product_square_is_the_dense_norm():
+    left, right = normal(21, 4, seed=1), normal(4, 33, seed=2)
+    assert linalg.product_square(left, right) == pytest.approx(float((left @ right).square().sum()), rel=1e-12)
+
+
+def test_planted_rows_have_the_decay_they_say():
+    sigma = torch.linalg.svdvals(planted.decaying_rows(6, 11, 4, seed=1))
+    assert float(sigma[0] / sigma[-1]) == pytest.approx(1e4, rel=1e-9)

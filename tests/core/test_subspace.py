@@ -1,0 +1,338 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from eigenlorax.core import metrics, subspace
+from eigenlorax.core.adapter import LoRAFactors
+from eigenlorax.core.subspace import FitOptions
+from eigenlorax.errors import NonFiniteError, OptionError
+from planted import TOLERANCE, assert_same_span, factors_in, normal, orthonormal, random_factors
+
+OUT, IN = 47, 31
+RANKS = (2, 5, 3, 4)
+
+
+def collection(seed=0, ranks=RANKS, **options):
+    return [random_factors(r, OUT, IN, seed=seed + 10 * i, scaling=0.5 + i, **options) for i, r in enumerate(ranks)]
+
+
+def unit_weights(factors):
+    return [subspace.delta_square(f) ** -0.5 for f in factors]
+
+
+def fitted(factors, weights=None, **options):
+    return subspace.fit_module(factors, weights or unit_weights(factors), FitOptions(**options))
+
+
+def mixed(factors, seed):
+    """The same update in another gauge: (B·G, G⁻¹·A)."""
+    gauge = normal(factors.down.shape[0], factors.down.shape[0], seed=seed)
+    return LoRAFactors(torch.linalg.solve(gauge, factors.down), factors.up @ gauge, factors.scaling)
+
+
+class TestDeltaWeighting:
+    @pytest.mark.parametrize("sweeps", [0, 1, 2])
+    @pytest.mark.parametrize("k", [1, 4, 9])
+    def test_bases_are_those_of_dense_alternating_svds(self, sweeps, k):
+        factors = collection()
+        weights = [0.3, 1.0, 2.5, 0.7]
+        bases = fitted(factors, weights, n_components=k, sweeps=sweeps)
+        right, left, right_sigma, left_sigma = reference.fit_delta(
+            [reference.dense(f) for f in factors], weights, k, sweeps
+        )
+        assert_same_span(bases.down.components, torch.from_numpy(right))
+        assert_same_span(bases.up.components, torch.from_numpy(left))
+        total = sum(RANKS)
+        np.testing.assert_allclose(bases.down.singular_values[:total], right_sigma[:total], rtol=1e-5)
+        np.testing.assert_allclose(bases.up.singular_values[:total], left_sigma[:total], rtol=1e-5)
+
+    def test_more_rows_than_dimensions_go_the_other_way_to_the_same_bases(self):
+        factors = collection(ranks=(9, 12, 11, 8, 13))  # 53 rows against 47 and 31 dimensions
+        bases = fitted(factors, n_components=7)
+        right, left, _, _ = reference.fit_delta([reference.dense(f) for f in factors], unit_weights(factors), 7, 2)
+        assert_same_span(bases.down.components, torch.from_numpy(right))
+        assert_same_span(bases.up.components, torch.from_numpy(left))
+
+    def test_before_the_sweeps_a_side_loses_its_discarded_spectrum(self):
+        factors, k = collection(), 6
+        weights = unit_weights(factors)
+        bases = fitted(factors, n_components=k, sweeps=0)
+        deltas = [w * reference.dense(f) for w, f in zip(weights, factors, strict=True)]
+        for side, stack in (("down", np.concatenate(deltas)), ("up", np.concatenate([d.T for d in deltas]))):
+            basis = bases.side(side)
+            rows = basis.components.numpy()
+            lost = np.square(stack - stack @ rows.T @ rows).sum()
+            spectrum = basis.singular_values.double().square()
+            assert lost == pytest.approx(float(spectrum[k:].sum()), rel=1e-5)
+            assert basis.energy == pytest.approx(1 - lost / np.square(stack).sum(), abs=1e-9)
+
+    @settings(max_examples=20, deadline=None)
+    @given(seed=st.integers(0, 1000), k=st.integers(1, 12))
+    def test_the_objective_never_grows_with_a_sweep(self, seed, k):
+        factors = collection(seed)
+        deltas, weights = [reference.dense(f) for f in factors], unit_weights(factors)
+
+        def objective(sweeps):
+            bases = fitted(factors, n_components=k, sweeps=sweeps)
+            return reference.objective(deltas, weights, bases.down.components.numpy(), bases.up.components.numpy())
+
+        values = [objective(sweeps) for sweeps in range(4)]
+        assert all(after <= before + 1e-9 for before, after in pairwise(values))
+
+    @settings(max_examples=20, deadline=None)
+    @given(seed=st.integers(0, 1000))
+    def test_the_objective_never_grows_with_k(self, seed):
+        factors = collection(seed)
+        deltas, weights = [reference.dense(f) for f in factors], unit_weights(factors)
+        values = []
+        for k in range(1, 15):
+            bases = fitted(factors, n_components=k)
+            values.append(
+                reference.objective(deltas, weights, bases.down.components.numpy(), bases.up.components.numpy())
+            )
+        assert all(after <= before + 1e-9 for before, after in pairwise(values))
+        assert values[-1] < 1e-9
+
+    def test_the_gauge_of_a_factor_pair_does_not_matter(self):
+        factors = collection()
+        other = [mixed(f, seed=900 + i) for i, f in enumerate(factors)]
+        one, two = fitted(factors, n_components=5), fitted(other, n_components=5)
+        assert_same_span(one.down.components, two.down.components, atol=1e-8)
+        assert_same_span(one.up.components, two.up.components, atol=1e-8)
+
+    @pytest.mark.parametrize("size", [1e-6, 1e6])
+    def test_a_loud_or_quiet_adapter_counts_like_any_other(self, size):
+        factors = collection()
+        odd = [*factors[:3], LoRAFactors(factors[3].down * size, factors[3].up, factors[3].scaling)]
+        one, two = fitted(factors, n_components=5), fitted(odd, n_components=5)
+        assert_same_span(one.down.components, two.down.components, atol=1e-8)
+        assert_same_span(one.up.components, two.up.components, atol=1e-8)
+
+    def test_it_is_no_worse_than_the_factors_weighting(self):
+        for seed in range(0, 200, 20):
+            factors = collection(seed)
+            deltas, weights = [reference.dense(f) for f in factors], unit_weights(factors)
+            delta, plain = fitted(factors, n_components=4), fitted(factors, n_components=4, weighting="factors")
+            assert reference.objective(
+                deltas, weights, delta.down.components.numpy(), delta.up.components.numpy()
+            ) <= reference.objective(deltas, weights, plain.down.components.numpy(), plain.up.components.numpy())
+
+
+class TestFactorsWeighting:
+    def test_bases_are_svds_of_the_stacked_factors(self):
+        factors = collection()
+        bases = fitted(factors, n_components=6, weighting="factors")
+        right, right_sigma = reference.top_rows(torch.cat([f.down for f in factors]).numpy(), 6)
+        left, left_sigma = reference.top_rows(torch.cat([f.up.mT for f in factors]).numpy(), 6)
+        assert_same_span(bases.down.components, torch.from_numpy(right))
+        assert_same_span(bases.up.components, torch.from_numpy(left))
+        np.testing.assert_allclose(bases.down.singular_values, right_sigma, rtol=1e-5)
+        np.testing.assert_allclose(bases.up.singular_values, left_sigma, rtol=1e-5)
+
+    def test_a_side_loses_its_discarded_spectrum_on_the_factors(self):
+        factors, k = collection(), 6
+        basis = fitted(factors, n_components=k, weighting="factors").down
+        rows = torch.cat([f.down for f in factors])
+        lost = (rows - rows @ basis.components.mT @ basis.components).square().sum()
+        assert float(lost) == pytest.approx(float(basis.singular_values[k:].double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("weighting", subspace.WEIGHTINGS)
+class TestBoth:
+    def test_a_number_for_each_side_is_kept(self, weighting):
+        factors = collection()
+        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (4, 7))
+        assert (bases.down.k, bases.up.k) == (4, 7)
+
+    def test_equal_numbers_give_the_bases_of_n_components(self, weighting):
+        factors = collection()
+        plain = fitted(factors, n_components=6, weighting=weighting)
+        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (6, 6))
+        for side in ("down", "up"):
+            assert_same_span(bases.side(side).components, plain.side(side).components)
+            assert bases.side(side).energy == pytest.approx(plain.side(side).energy)
+
+    def test_none_on_both_sides_keeps_the_spectrum_alone(self, weighting):
+        factors = collection()
+        plain = fitted(factors, n_components=6, weighting=weighting)
+        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (0, 0))
+        assert bases.shape == (OUT, IN)
+        for side in ("down", "up"):
+            assert (bases.side(side).k, bases.side(side).energy) == (0, 0.0)
+            torch.testing.assert_close(bases.side(side).singular_values, plain.side(side).singular_values)
+
+    def test_a_planted_subspace_is_recovered(self, weighting):
+        planted_bases = orthonormal(5, IN, seed=1), orthonormal(6, OUT, seed=2)
+        factors = [factors_in(planted_bases, 3, seed=10 * i) for i in range(7)]
+        bases = fitted(factors, n_components=20, weighting=weighting)
+        assert_same_span(bases.down.components, planted_bases[0])
+        assert_same_span(bases.up.components, planted_bases[1])
+
+    def test_one_adapter_alone_comes_back(self, weighting):
+        factors = random_factors(4, OUT, IN, seed=3)
+        bases = fitted([factors], n_components=32, weighting=weighting)
+        assert (bases.down.k, bases.up.k) == (4, 4)
+        back = subspace.reconstruct(subspace.project(factors, bases), bases)
+        torch.testing.assert_close(back.up @ back.down, factors.up @ factors.down)
+
+    @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+    def test_at_full_rank_every_adapter_comes_back(self, weighting, size):
+        # mixed ranks, mixed sizes, four decades of decay within each adapter
+        decay = [torch.diag(10.0 ** torch.linspace(0, -4, r, dtype=torch.float64)) for r in RANKS]
+        factors = [
+            LoRAFactors((d @ f.down * size).float(), (f.up @ d).float(), f.scaling)
+            for d, f in zip(decay, collection(), strict=True)
+        ]
+        bases = subspace.rounded(fitted(factors, energy=1.0, weighting=weighting), torch.float32)
+        for f in factors:
+            coefficients = subspace.project(f, bases, torch.float32)
+            back = subspace.reconstruct(coefficients, bases, torch.float32)
+            lost = np.linalg.norm(reference.dense(f) - reference.dense(back)) / np.linalg.norm(reference.dense(f))
+            assert lost < 1e-6
+
+    def test_energy_sets_k_on_the_first_spectrum(self, weighting):
+        bases = fitted(collection(), energy=0.8, weighting=weighting)
+        for side in ("down", "up"):
+            squares = bases.side(side).singular_values.double().square()
+            shares = squares.cumsum(0) / squares.sum()
+            assert bases.side(side).k == int((shares < 0.8).sum()) + 1
+
+
+class TestCoefficients:
+    def test_projection_is_the_best_approximation_in_the_spans(self):
+        bases = fitted(collection(), n_components=5)
+        new = random_factors(3, OUT, IN, seed=4242)
+        back = subspace.reconstruct(subspace.project(new, bases), bases)
+        wanted = reference.projected(reference.dense(new), bases.down.components.numpy(), bases.up.components.numpy())
+        np.testing.assert_allclose(reference.dense(back), wanted, atol=1e-10)
+
+    def test_rank_scaling_and_numbers_are_kept(self):
+        bases = fitted(collection(), n_components=5)
+        coefficients = subspace.project(random_factors(3, OUT, IN, seed=1, scaling=0.25), bases, torch.float16)
+        assert coefficients.down.shape == (3, 5)
+        assert coefficients.up.shape == (5, 3)
+        assert coefficients.scaling == 0.25
+        assert coefficients.stored_bytes == 2 * 2 * 3 * 5
+
+    @pytest.mark.parametrize("size", [1e-9, 1e-7, 1e7, 1e9])
+    def test_numbers_that_a_narrow_dtype_cannot_hold_move_to_the_other_factor(self, size):
+        plain = random_factors(3, OUT, IN, seed=5)
+        odd = LoRAFactors(plain.down * size, plain.up / size, plain.scaling)
+        bases = fitted([plain], n_components=8)
+        coefficients = subspace.project(odd, bases, torch.float16)
+        back = subspace.reconstruct(coefficients, bases)
+        lost = np.linalg.norm(reference.dense(odd) - reference.dense(back)) / np.linalg.norm(reference.dense(odd))
+        assert lost < 2 * TOLERANCE[torch.float16]
+        error = metrics.adapter_error([metrics.module_error(odd, coefficients, bases)])
+        assert error.delta_error == pytest.approx(lost, rel=1e-6)
+
+    def test_numbers_that_fit_are_left_in_their_gauge(self):
+        factors = random_factors(3, OUT, IN, seed=5)
+        bases = fitted([factors], n_components=8)
+        back = subspace.reconstruct(subspace.project(factors, bases), bases)
+        torch.testing.assert_close(back.down, factors.down)
+        torch.testing.assert_close(back.up, factors.up)
+
+    def test_an_update_too_large_for_the_dtype_is_an_error(self):
+        factors = random_factors(3, OUT, IN, seed=5, size=1e6)
+        with pytest.raises(NonFiniteError, match=r"do not fit torch.float16, which ends at 6.6e\+04"):
+            subspace.project(factors, fitted([factors], n_components=8), torch.float16)
+
+    def test_a_zero_update_stays_zero(self):
+        factors = random_factors(3, OUT, IN, seed=5)
+        zero = LoRAFactors(factors.down, torch.zeros_like(factors.up), 1.0)
+        bases = fitted([factors], n_components=8)
+        back = subspace.reconstruct(subspace.project(zero, bases, torch.float16), bases)
+        assert not bool(back.up.any())
+
+    def test_bases_of_an_untrained_module_hold_a_zero_update(self):
+        bases = subspace.empty_bases(IN, OUT, torch.float32)
+        zero = LoRAFactors(normal(3, IN, seed=1), torch.zeros(OUT, 3, dtype=torch.float64), 1.0)
+        back = subspace.reconstruct(subspace.project(zero, bases, torch.float32), bases)
+        assert bases.shape == (OUT, IN)
+        assert not bool((back.up @ back.down).any())
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("k", [3, 14])
+    def test_errors_are_those_of_dense_matrices(self, dtype, k):
+        factors = collection()
+        exact = fitted(factors, n_components=k)
+        bases = subspace.rounded(exact, dtype)
+        for f in factors:
+            coefficients = subspace.project(f, bases, dtype)
+            found = metrics.module_error(f, coefficients, bases, metrics.unrounded(exact, bases))
+            delta = reference.dense(f)
+            ideal = reference.projected(delta, exact.down.components.numpy(), exact.up.components.numpy())
+            back = reference.dense(subspace.reconstruct(coefficients, bases))
+            assert found.total == pytest.approx(np.square(delta).sum(), rel=1e-10)
+            assert found.lost == pytest.approx(np.square(delta - back).sum(), rel=1e-6, abs=1e-24)
+            assert found.rounding == pytest.approx(np.square(ideal - back).sum(), rel=1e-6, abs=1e-24)
+
+    def test_an_adapters_error_is_over_all_its_modules(self):
+        modules = [metrics.ModuleError(4.0, 1.0, 0.25), metrics.ModuleError(5.0, 0.0, 0.0)]
+        found = metrics.adapter_error(modules)
+        assert found.delta_error == pytest.approx(np.sqrt(1 / 9))
+        assert found.rounding_error == pytest.approx(np.sqrt(0.25 / 9))
+
+    def test_a_zero_adapter_loses_nothing(self):
+        assert metrics.adapter_error([metrics.ModuleError(0.0, 0.0, 0.0)]) == metrics.AdapterError(0.0, 0.0)
+
+
+class TestSubspace:
+    def make(self, **options):
+        names = ("encoder.0.query", "encoder.0.value")
+        return subspace.Subspace(
+            {name: fitted(collection(i), n_components=4, **options) for i, name in enumerate(names)}
+        )
+
+    def test_fingerprint_follows_every_bit(self):
+        one, same = self.make(), self.make()
+        assert one.fingerprint == same.fingerprint
+        same.modules["encoder.0.value"].up.components[3, 46] += 1e-15
+        assert one.fingerprint != same.fingerprint
+
+    def test_augmented_subspaces_are_told_apart_by_seed_and_number(self):
+        plain = self.make()
+        prints = {
+            plain.fingerprint,
+            subspace.augment(plain, 2, seed=1).fingerprint,
+            subspace.augment(plain, 2, seed=2).fingerprint,
+            subspace.augment(plain, 3, seed=1).fingerprint,
+            subspace.augment(subspace.augment(plain, 2, seed=1), 2, seed=2).fingerprint,
+        }
+        assert len(prints) == 5
+
+    def test_one_seed_gives_every_matrix_rows_of_its_own(self):
+        augmented = subspace.augment(self.make(), 1, seed=1)
+        one, two = (augmented.modules[name].down.components[-1] for name in augmented.modules)
+        assert abs(float(one @ two)) < 0.9
+
+    def test_a_seed_cannot_be_used_twice(self):
+        with pytest.raises(OptionError, match="already has directions from seed 1"):
+            subspace.augment(subspace.augment(self.make(), 2, seed=1), 3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "at least 1"),
+        ({"energy": 2.0}, "at most 1"),
+        ({"max_error": 0.0}, "above 0 and below 1, got 0"),
+        ({"max_error": 1.0}, "above 0 and below 1, got 1"),
+        ({"max_error": float("nan")}, "above 0 and below 1, got nan"),
+        ({"max_error": 0.3, "n_components": 2}, "give one of .* n_components=2, max_error=0.3"),
+        ({}, "give one of n_components, energy, max_error, max_bytes and ratio"),
+        ({"n_components": 2, "weighting": "deltas"}, "one of delta, factors, got 'deltas'"),
+        ({"n_components": 2, "sweeps": -1}, "0 or more, got -1"),
+    ],
+)
+def test_fit_options_are_valid_from_birth(options, message):
+    with pytest.raises(OptionError, match=message):
+        FitOptions(**options)

@@ -1,0 +1,62 @@
+"""JSON as dataclasses: what fits, and what is said of what does not."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from eigenlorax.core.typed import UnfitError, refuse_constant, typed
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    name: str
+    size: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    leaves: list[Leaf]
+    by_name: dict[str, Leaf]
+    pairs: list[tuple[int, float]]
+    many: tuple[int, ...]
+    found: bool
+
+
+LEAF = {"name": "a", "size": 1.5}
+TREE = {"leaves": [LEAF], "by_name": {"a": LEAF}, "pairs": [[1, 2.5], [3, 4]], "many": [1, 2, 3], "found": True}
+
+
+def test_every_field_becomes_what_its_annotation_says():
+    leaf = Leaf("a", 1.5)
+    found = typed(Tree, json.loads(json.dumps(TREE)), "tree")
+    assert found == Tree([leaf], {"a": leaf}, [(1, 2.5), (3, 4.0)], (1, 2, 3), True)
+    assert type(found.pairs[1][1]) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"found": 1}, "tree.found is 1, where bool belongs"),
+        ({"many": [1, True]}, r"tree.many\[1\] is true, where int belongs"),
+        ({"pairs": [[1, 2.5, 3]]}, r"tree.pairs\[0\] has 3 items, not 2"),
+        ({"pairs": [[1.0, 2.5]]}, r"tree.pairs\[0\]\[0\] is 1.0, where int belongs"),
+        ({"leaves": [{"name": "a"}]}, r"tree.leaves\[0\] has the fields \['name'\], not \['name', 'size'\]"),
+        ({"leaves": {"a": LEAF}}, "tree.leaves is .* where list belongs"),
+        ({"by_name": {"a": {"name": None, "size": None}}}, "tree.by_name.a.name is null, where str belongs"),
+        ({"more": 1}, "tree has the fields .*more"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(UnfitError, match=message):
+        typed(Tree, {**TREE, **change}, "tree")
+
+
+def test_none_where_it_may_be():
+    assert typed(Leaf, {"name": "a", "size": None}, "leaf") == Leaf("a", None)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_constants_that_json_lacks(constant):
+    with pytest.raises(ValueError, match=f"{constant} is not a number of JSON"):
+        json.loads(f"[{constant}]", parse_constant=refuse_constant)

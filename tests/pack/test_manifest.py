@@ -1,0 +1,268 @@
+"""The manifest: a change of its bytes is noticed, and what a mistaken tool signed is refused before it is believed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eigenlorax as ex
+from eigenlorax.core import atomic_files, keys
+from eigenlorax.errors import PackDamagedError, PackVersionError
+from eigenlorax.pack import card, manifest
+from planted import random_collection
+from versions import older
+
+PATH = Path("pack", keys.MANIFEST)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pack") / "pack"
+    ex.fit(random_collection(2), n_components=4).augment(2, seed=7).save(place)
+    return (place / keys.MANIFEST).read_bytes()
+
+
+def signed(body):
+    """A manifest of this content whose digest fits."""
+    body = {key: value for key, value in body.items() if key != "digest"}
+    canonical = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    return json.dumps({**body, "digest": atomic_files.digest(canonical.encode())}).encode()
+
+
+def places(value, path=()):
+    """The path to everything in a JSON value."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def changed(data, path, change):
+    body = json.loads(data)
+    *parents, last = path
+    holder = body
+    for key in parents:
+        holder = holder[key]
+    change(holder, last)
+    return signed(body)
+
+
+def changed_canonically(data, path, value):
+    """The manifest's bytes with another value in one place, as a writer of ours has them."""
+    body = json.loads(changed(data, path, put(value)))
+    return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+
+
+def put(value):
+    return lambda holder, key: holder.__setitem__(key, value)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
+    found = manifest.parse(signed(older(json.loads(data), version)), PATH)
+    assert (found.fit.auto, found.fit.max_error, found.fit.n_components) == (False, None, 4)
+    assert (found.fit.solver, found.subspace.n_extra) == ("exact", 2)
+    # what the fingerprint was before the augmentation was not noted then
+    assert found.to_bytes() == changed_canonically(data, ("subspace", "growth", 0, "fingerprint"), None)
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "value", "message"),
+    [
+        (1, ("fit", "auto"), True, r"fit has the fields \['auto'\], which version 1 lacks"),
+        (2, ("fit", "solver"), "exact", r"fit has the fields \['solver'\], which version 2 lacks"),
+        (2, ("adapters", "a0", "bound"), False, "adapters.a0 has the field bound, which version 2 lacks"),
+        (2, ("subspace", "growth"), [], "the field growth, which version 2 lacks"),
+        (2, ("subspace", "augmentations"), ..., "subspace.augmentations is missing"),
+        (2, ("subspace", "augmentations", 0, "n_extra"), 0, "a step of growth appends nothing"),
+        (2, ("subspace", "augmentations"), [{"n_extra": 1, "seed": 7}] * 2, "one seed"),
+        (2, ("subspace", "modules", "encoder.0.query", "down", "grown"), [2], "modules.encoder.0.query.down has"),
+    ],
+)
+def test_of_an_earlier_version_what_does_not_belong_there_is_refused(data, version, path, value, message):
+    change = (lambda holder, key: holder.pop(key)) if value is ... else put(value)
+    with pytest.raises(PackDamagedError, match=f"{PATH} was not written as the format asks: .*{message}"):
+        manifest.parse(changed(signed(older(json.loads(data), version)), path, change), PATH)
+
+
+def test_auto_goes_with_a_number_of_components(data):
+    assert manifest.parse(changed(data, ("fit", "auto"), put(True)), PATH).fit.size == "at most 4 components (auto)"
+    body = json.loads(data)
+    body["fit"] |= {"auto": True, "n_components": None, "energy": 0.5}
+    with pytest.raises(PackDamagedError, match="fit.auto goes with n_components"):
+        manifest.parse(signed(body), PATH)
+
+
+def test_what_is_written_is_read(data):
+    found = manifest.parse(data, PATH)
+    assert found.to_bytes() == data
+    assert manifest.parse(signed(json.loads(data)), PATH) == found
+
+
+def test_a_flip_of_any_byte_is_noticed_unless_it_says_the_same(data):
+    unnoticed = 0
+    for index in range(len(data)):
+        flipped = bytearray(data)
+        flipped[index] ^= 1
+        try:
+            found = manifest.parse(bytes(flipped), PATH)
+        except (PackDamagedError, PackVersionError) as error:
+            assert str(error).startswith(str(PATH))  # noqa: PT017
+        else:
+            # the last digit of a float may be one of several that are read as the same number
+            assert found.to_bytes() == data
+            unnoticed += 1
+    assert unnoticed < 10
+
+
+def test_a_cut_anywhere_is_noticed(data):
+    # without its last byte, a newline, it still says the same
+    for end in range(0, len(data) - 1, 7):
+        with pytest.raises(PackDamagedError, match=f"{PATH} is not valid JSON.*Restore the pack"):
+            manifest.parse(data[:end], PATH)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"null", "is not the manifest of a pack"),
+        (b"{}", "is not the manifest of a pack"),
+        (b'{"format_version": true}', "is not the manifest of a pack"),
+        (b'{"format_version": "1"}', "is not the manifest of a pack"),
+        (b'{"format_version": 1}', "digest does not fit"),
+        (b'{"format_version": 1, "fit": NaN}', "NaN is not a number"),
+        (b'{"format_version": 1, "fit": 1e999}', "holds what no manifest does"),
+        (b'{"format_version": 1, "fit": ' + b"[" * 600 + b"]" * 600 + b"}", "digest does not fit|holds what no"),
+    ],
+)
+def test_what_is_no_manifest(text, message):
+    with pytest.raises(PackDamagedError, match=f"{PATH}.*{message}"):
+        manifest.parse(text, PATH)
+
+
+def test_a_newer_format_is_refused_before_anything_else(data):
+    newer = signed({"format_version": 6, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 6 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+        manifest.parse(newer, PATH)
+    with pytest.raises(PackVersionError, match="pack format 6"):
+        manifest.parse(json.dumps({**json.loads(data), "format_version": 6}).encode(), PATH)
+
+
+FREE = {("eigenlorax_version",), ("digest",)}
+# any number of JSON may stand for a float, and null where nothing was stated
+ALIKE = {float: (int, float)}
+OPTIONAL = {
+    ("base_model_name_or_path",),
+    ("revision",),
+    ("fit", "n_components"),
+    ("fit", "energy"),
+    ("fit", "max_error"),
+    ("subspace", "growth", 0, "fingerprint"),
+    ("subspace", "growth", 0, "seed"),
+}
+
+
+def test_a_field_of_another_type_is_refused_though_the_digest_fits(data):
+    body, refused = json.loads(data), 0
+    for path in places(body):
+        if path in FREE:
+            continue
+        value = body
+        for key in path:
+            value = value[key]
+        for wrong in (None, True, 3, 0.5, "text", [], [None], {}, {"text": None}):
+            fits = type(wrong) in ALIKE.get(type(value), (type(value),))
+            if fits or (path in OPTIONAL and None in (value, wrong)):
+                continue
+            with pytest.raises((PackDamagedError, PackVersionError), match=str(PATH)):
+                manifest.parse(changed(data, path, put(wrong)), PATH)
+            refused += 1
+    assert refused > 500
+
+
+def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(data):
+    for path in places(json.loads(data)):
+        # adapters, steps of growth, ranks and modules are as many as there are
+        optional = path in FREE or path[:-1] in {("adapters",), ("subspace", "modules"), ("fit", "skipped")}
+        if not optional and isinstance(path[-1], str):
+            with pytest.raises(PackDamagedError, match=str(PATH)):
+                manifest.parse(changed(data, path, lambda holder, key: holder.pop(key)), PATH)
+    for path in (
+        ("fit", "more"),
+        ("subspace", "more"),
+        ("adapters", "a0", "more"),
+        ("adapters", "a0", "files", "more"),
+    ):
+        with pytest.raises(PackDamagedError, match="more|files"):
+            manifest.parse(changed(data, path, put("text")), PATH)
+
+
+SIDE = ("subspace", "modules", "encoder.0.query", "down")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("format",), "other", "'other'"),
+        (("format_version",), 0, "0"),
+        (("subspace", "file"), "../../secret", "subspace.file is '../../secret'"),
+        (("subspace", "file"), "adapters", "subspace.file"),
+        (("adapters", "a0", "files", "../../../secret"), "0" * 64, "files"),
+        (("adapters", "../a"), {}, "adapter name '../a' is not allowed"),
+        (("subspace", "dtype"), "int3", "dtype"),
+        (("coefficient_dtype",), "complex64", "dtype"),
+        (
+            ("format_version",),
+            1,
+            r"fit has the fields \['auto', 'max_bytes', 'max_error', 'ratio', 'solver'\], which version 1 lacks",
+        ),
+        (("fit", "solver"), "lucky", "fit.solver is 'lucky'"),
+        (("fit", "energy"), 0.5, "one of n_components, energy, max_error, max_bytes and ratio"),
+        (("fit", "max_error"), 0.5, "one of n_components, energy, max_error, max_bytes and ratio"),
+        (("fit", "n_components"), None, "one of n_components, energy, max_error, max_bytes and ratio"),
+        ((*SIDE, "k"), 1000, "k is out of range"),
+        ((*SIDE, "k"), 1, "k is out of range"),
+        ((*SIDE, "square"), -1.0, "square is negative"),
+        ((*SIDE, "shortfall"), -0.1, "shortfall is negative"),
+        ((*SIDE, "grown"), [], "lacks a step of growth"),
+        ((*SIDE, "grown"), [-2], "less than nothing"),
+        ((*SIDE, "grown"), [1], "some sides more than to others"),
+        (("subspace", "growth"), [{"fingerprint": None, "seed": 7}] * 2, "lacks a step"),
+        (
+            (*SIDE[:-1], "sideways"),
+            {"dimension": 29, "k": 6, "energy": 1.0, "square": 1.0, "shortfall": 0.0, "grown": [2]},
+            "side",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_refused_though_the_digest_fits(data, path, value, message):
+    with pytest.raises(PackDamagedError, match=f"{PATH} was not written as the format asks: .*{message}"):
+        manifest.parse(changed(data, path, put(value)), PATH)
+
+
+def test_two_names_that_differ_by_case_are_refused_though_the_digest_fits(data):
+    body = json.loads(data)
+    body["adapters"]["A0"] = body["adapters"]["a0"]
+    with pytest.raises(PackDamagedError, match="differ by case alone"):
+        manifest.parse(signed(body), PATH)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("base_model_name_or_path",), None),
+        (("base_model_name_or_path",), "\ud800"),
+        (("revision",), "main"),
+        (("eigenlorax_version",), "99"),
+        (("adapters",), {}),
+        ((*SIDE, "energy"), 1),
+        (("fit", "skipped"), {"bad": "a reason"}),
+    ],
+)
+def test_what_else_may_be_there(data, path, value):
+    found = manifest.parse(changed(data, path, put(value)), PATH)
+    assert card.render(found)
+    assert manifest.parse(found.to_bytes(), PATH) == found

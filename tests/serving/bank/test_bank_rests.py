@@ -1,0 +1,168 @@
+"""Adapters with a rest beside their coefficients in the bank: every row as PEFT computes it, as an ordinary LoRA."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import eigenlorax as ex
+from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
+from eigenlorax.core import mixing
+from eigenlorax.errors import OptionError
+from rests import with_rests
+from served import BASE, Served
+
+SIDES = {
+    "plain-a": ["both"],
+    "plain-b": ["both"],
+    "scaled": ["down", "none", "up"],
+    "wide": ["up"],
+    "partial": ["none", "both"],
+    "patterned": ["down"],
+}
+
+
+@pytest.fixture(scope="module")
+def with_their_rests(served, tmp_path_factory):
+    made = {}
+
+    def one(kind):
+        if kind not in made:
+            plain = served(kind)
+            pack = with_rests(ex.Pack.open(plain.pack), SIDES)
+            folder = tmp_path_factory.mktemp(kind)
+            made[kind] = Served(plain.kind, pack.save(folder / "pack"), pack.export(folder / "loras"))
+        return made[kind]
+
+    return one
+
+
+@pytest.fixture(params=["bert", "llama", "t5"])
+def one(request, with_their_rests):
+    return with_their_rests(request.param)
+
+
+def assert_rows(got, wanted):
+    # of one layer after the other, updates are larger than those of coefficients alone
+    torch.testing.assert_close(got, wanted, atol=5e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 9, 30])
+def test_alone_before_and_after_folding(one, tokens):
+    bank, inputs = one.bank(), one.inputs(3, tokens)
+    for name in one.names:
+        wanted = one.wanted([name] * 3, inputs)
+        with bank.using(name):
+            for _ in range(2):
+                assert_rows(bank.model(**inputs).logits, wanted)
+        bank.set_adapter(name)
+        assert_rows(bank.model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [2, 9, 30])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["plain-a", "plain-b", "plain-c"],
+        ["plain-b", "scaled", "plain-b"],
+        ["wide", BASE, "narrow", "partial", "patterned", "plain-a", "scaled"],
+        ["narrow"] * 5 + ["wide"] * 4 + [BASE] * 4,
+        ["plain-c"] * 6 + ["plain-a"],
+        ["plain-a"] * 3,
+    ],
+    ids=lambda names: "-".join(sorted(set(names))) if isinstance(names, list) else None,
+)
+def test_each_row_has_its_own(one, names, tokens):
+    bank, inputs = one.bank(), one.inputs(len(names), tokens)
+    assert_rows(bank(**inputs, adapter_names=names).logits, one.wanted(names, inputs))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_generation_with_beams(with_their_rests, kind):
+    one = with_their_rests(kind)
+    bank, names = one.bank(), ["plain-a", BASE, "wide", "scaled", "plain-a"]
+    ids = one.inputs(len(names), 7)["input_ids"]
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    got = bank.generate(input_ids=ids, adapter_names=names, attention_mask=torch.ones_like(ids), **options)
+    for row, name in enumerate(names):
+        alone = ids[row : row + 1]
+        wanted = one.alone(name).generate(input_ids=alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(got[row : row + 1], wanted)
+
+
+@torch.no_grad()
+def test_compiled_as_one_graph(with_their_rests):
+    one = with_their_rests("bert")
+    bank, inputs = one.bank(), one.inputs(3)
+    compiled = torch.compile(bank.model, backend="aot_eager", fullgraph=True)
+    for names in (["plain-c"] * 3, ["plain-a", "wide", BASE], ["plain-b"] * 3):
+        with bank.using(names):
+            assert_rows(compiled(**inputs).logits, one.wanted(names, inputs))
+
+
+@torch.no_grad()
+def test_replaced_added_and_removed(with_their_rests):
+    one = with_their_rests("bert")
+    bank, inputs = one.bank(), one.inputs(2)
+    bank.set_adapter("plain-c")
+    bank.replace("plain-c", "plain-a")
+    assert_rows(bank.model(**inputs).logits, one.wanted(["plain-a"] * 2, inputs))
+    bank.replace("plain-c", "plain-c")
+    assert_rows(bank.model(**inputs).logits, one.wanted(["plain-c"] * 2, inputs))
+    # as a LoRA it is projected, and what does not lie in the bases is lost: the record says so
+    record = bank.add("projected", one.loras["plain-a"], warn_above=1.0)
+    assert record.delta_error > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_of_the_model(with_their_rests, dtype):
+    one = with_their_rests("llama")
+    bank, inputs, names = one.bank(), one.inputs(3), ["plain-a", "wide", BASE]
+    wanted = bank(**inputs, adapter_names=names).logits
+    bank.model.to(dtype)
+    got = bank(**inputs, adapter_names=names).logits
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got.float(), wanted, atol=tolerance * wanted.abs().max().item(), rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_convolutions(repeats):
+    plain, _ = conv_pack((*CONVOLUTIONS, "head"), n_components=7, energy=None)
+    pack = with_rests(plain, {"a0": ["both"], "a1": ["down", "up", "none"]})
+    bank = ex.AdapterBank(make_convnet(), pack)
+    names = ["a0", "__base__", "a1", "a1", "a2", "a0"] * repeats
+    x = images(len(names))
+    got = bank(x, adapter_names=names)
+    for row, name in enumerate(names):
+        dense = make_convnet() if name == "__base__" else with_updates(pack.adapter(name))
+        torch.testing.assert_close(got[row : row + 1], dense(x[row : row + 1]), atol=1e-5, rtol=1e-5)
+        with bank.using(name):
+            for _ in range(2):
+                torch.testing.assert_close(bank.model(x), dense(x), atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_count_them(with_their_rests):
+    pack = ex.Pack.open(with_their_rests("bert").pack)
+    none = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[]).nbytes
+    for name in ("plain-a", "scaled", "plain-c"):
+        bank = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[name], heads=False)
+        assert bank.nbytes - none == pack.records[name].coefficient_bytes
+
+
+def test_one_that_would_be_rounded_is_refused(with_their_rests):
+    pack = ex.Pack.open(with_their_rests("bert").pack)
+    bank = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[])
+    packed = pack.packed("plain-a")
+    fine = {m: replace(c, down_rest=c.down_rest.double() + 1e-12) for m, c in packed.coefficients.items()}
+    with pytest.raises(OptionError, match=r"'x' is torch.float64, which the bank's torch.float32 would round"):
+        bank.add("x", replace(packed, coefficients=fine))
+
+
+def test_with_a_rest_folding_pays_after_as_many_tokens_as_the_rank():
+    assert not mixing.folds(8, 8, 64, 1.0, beside=True)
+    assert mixing.folds(9, 8, 64, 1.0, beside=True)
+    assert not mixing.folds(9, 8, 64, 1.0)

@@ -1,0 +1,329 @@
+"""A contest: rates are chosen on rows for training alone, what is resumed ends alike, and sizes are as they should."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import eigenlorax as ex
+import tiny
+import trainable
+from eigenlorax.errors import FormatError, NonFiniteError, OptionError, PackExistsError, RowsWarning
+from eigenlorax.train import contest, entries, models, parts
+from eigenlorax.train.data import Labels, Table
+from eigenlorax.train.entrants import ENTRANTS, Contest, read_rates
+from eigenlorax.train.entries import Place
+
+K, RANK, MODULES = 9, 4, len(tiny.BERT)
+FACTORS = MODULES * RANK * 2 * K
+
+
+def few(place):
+    """Of few rows, and quick."""
+    trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=0))
+    trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=1))
+    return Contest(
+        place / "few.jsonl",
+        place / "test.jsonl",
+        methods=["lora", "core"],
+        rates={"lora": [0.01, 0.1], "core": [0.1]},
+        seeds=2,
+        rank=RANK,
+        epochs=1.0,
+    )
+
+
+@pytest.fixture
+def asked(place):
+    return few(place)
+
+
+def run(place, asked, name="out.json", *, resume=False, progress=None):
+    with warnings.catch_warnings():
+        # that chance has a hand in rates where rows are few is tested once
+        warnings.simplefilter("ignore", RowsWarning)
+        prepared = contest.prepare(place / "pack", asked, place / name, resume=resume)
+    return contest.run(prepared, progress)
+
+
+@pytest.fixture(scope="module")
+def ended(_made, tmp_path_factory):
+    """Where a contest has ended in `out.json`, what it was asked, and what it found; its tests leave all this be."""
+    place = tmp_path_factory.mktemp("contest")
+    trainable.copy_all(_made, place)
+    asked = few(place)
+    return place, asked, run(place, asked)
+
+
+def trainings(path):
+    """What a file has of each training, but for the seconds it took."""
+    found = json.loads(path.read_text("utf-8"))["trainings"]
+    return [{name: value for name, value in one.items() if name != "seconds"} for one in found]
+
+
+def choices(path):
+    return [one for one in trainings(path) if one["seed"] is None]
+
+
+class TestAContest:
+    def test_shows_who_has_learned_a_planted_rule(self, place):
+        asked = Contest(
+            place / "train.jsonl",
+            place / "eval.jsonl",
+            methods=["head", "factors"],
+            rates={"head": [0.1], "factors": [0.1]},
+            seeds=1,
+            rank=RANK,
+            epochs=5.0,
+        )
+        found = run(place, asked)
+        head, factors = found.methods
+        # a row or none is wrong, as the processor rounds
+        assert factors.mean > 0.95
+        assert head.mean < 0.85
+        assert (found.yardstick, factors.difference.is_noise) == ("head", False)
+        assert (found.rows, found.evaluated, found.rows_on_the_way) == (192, 57, 57)
+        assert (found.steps, found.steps_per_epoch, len(factors.curve)) == (60, 12, 10)
+        assert found.points == [n / 2 for n in range(1, 11)]
+        assert (head.numbers, factors.numbers) == (0, FACTORS)
+        assert head.head_numbers == factors.head_numbers == 2 * tiny.IN + 2
+        assert factors.file_bytes > 4 * (factors.numbers + factors.head_numbers)
+        assert found.basis_bytes == ex.Pack.open(place / "pack").info.stored_bytes
+        assert 0.5 <= found.majority < 0.7
+        assert factors.curve[-1] == factors.mean
+
+    def test_says_after_how_many_epochs_scores_were_taken(self, place, asked):
+        """Of one and a half epochs of three steps each, no point is at the end of one."""
+        found = run(place, replace(asked, methods=["head"], rates={"head": [0.1]}, seeds=1, epochs=1.5))
+        assert (found.steps, found.steps_per_epoch) == (5, 3)
+        assert found.points == [0.667, 1.333, 1.667]
+        assert len(found.methods[0].curve) == 3
+
+    def test_has_a_line_in_its_file_for_every_training(self, ended):
+        place, _, found = ended
+        made = trainings(place / "out.json")
+        keys = [(one["method"], one["learning_rate"], one["seed"]) for one in made]
+        best = found.methods[0].learning_rate
+        assert keys == [("lora", 0.01, None), ("lora", 0.1, None), *[("lora", best, n) for n in (0, 1)]] + [
+            ("core", 0.1, n) for n in (0, 1)
+        ]
+        assert found.trainings == 6
+        assert [len(one["right"]) for one in made] == [0, 0, 23, 23, 23, 23]
+        # two points an epoch of three steps
+        assert made[-1]["steps"] == [2, 3]
+        assert found.methods[0].rates == {"0.01": made[0]["score"], "0.1": made[1]["score"]}
+        assert found.methods[1].rates == {"0.1": None}
+        result = json.loads((place / "out.json").read_text("utf-8"))["result"]
+        assert result["findings"] == found.findings
+        assert result["methods"][1]["scores"] == found.methods[1].scores
+
+    def test_chooses_no_rate_by_the_rows_for_evaluation(self, ended):
+        place, asked, _ = ended
+        rows = trainable.keyword_rows(23, seed=1)
+        other = {"bad": "good", "good": "bad"}
+        turned = trainable.write_jsonl(place / "turned.jsonl", [{**row, "label": other[row["label"]]} for row in rows])
+        found = run(place, replace(asked, evaluation=turned), "other.json")
+        assert choices(place / "other.json") == choices(place / "out.json")
+        for one, turned in zip(trainings(place / "out.json")[2:], trainings(place / "other.json")[2:], strict=True):
+            assert turned["learning_rate"] == one["learning_rate"]
+            assert turned["score"] == pytest.approx(1 - one["score"])
+        assert found.methods[0].learning_rate in (0.01, 0.1)
+
+    def test_that_is_resumed_ends_like_one_that_was_not_disturbed(self, ended):
+        place, asked, _ = ended
+
+        def stop(stage, done, total):
+            assert total == 6
+            if done == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(place, asked, "stopped.json", progress=stop)
+        assert len(trainings(place / "stopped.json")) == 3
+        assert run(place, asked, "stopped.json", resume=True).trainings == 3
+        assert trainings(place / "stopped.json") == trainings(place / "out.json")
+
+    def test_that_is_resumed_with_more_trains_no_more_than_that(self, ended):
+        place, asked, before = ended
+        shutil.copy(place / "out.json", place / "more.json")
+        more = replace(asked, methods=["lora", "core", "head"], rates={**asked.rates, "head": [0.1]}, seeds=3)
+        found = run(place, more, "more.json", resume=True)
+        assert found.trainings == 1 + 1 + 3
+        assert [line.scores[:2] for line in found.methods[:2]] == [line.scores for line in before.methods]
+        # fewer are a part of it
+        assert run(place, asked, "more.json", resume=True).trainings == 0
+
+    def test_that_began_with_something_else_is_not_resumed(self, place, asked):
+        quick = replace(asked, methods=["head"], rates={"head": [0.1]}, seeds=1)
+        run(place, quick)
+        with pytest.raises(OptionError, match=r"was begun with another epochs: 1.0 there, 2.0 now"):
+            run(place, replace(quick, epochs=2.0), resume=True)
+        trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=2))
+        with pytest.raises(OptionError, match="was begun with other rows for evaluation. resume=True .--resume"):
+            run(place, quick, resume=True)
+        with pytest.raises(
+            PackExistsError, match="out.json exists. Choose another file, or go on with it: resume=True .--resume"
+        ):
+            run(place, quick)
+        with pytest.raises(OptionError, match="is a folder. The results are one file"):
+            run(place, quick, "pack")
+        (place / "odd.txt").write_text("")
+        with pytest.raises(PackExistsError, match=r"odd\.txt exists and is not a folder"):
+            run(place, quick, "odd.txt/out.json")
+        with pytest.raises(OptionError, match="gone.json does not exist"):
+            run(place, quick, "gone.json", resume=True)
+        (place / "odd.json").write_text('{"trainings": 1}')
+        with pytest.raises(FormatError, match="odd.json is not what `eigenlorax compare` writes"):
+            run(place, quick, "odd.json", resume=True)
+
+    def test_of_rates_that_diverge(self, place, asked):
+        one = replace(asked, methods=["lora"], seeds=1, rates={"lora": [0.01, 1e30]})
+        found = run(place, one)
+        assert found.methods[0].learning_rate == 0.01
+        assert found.methods[0].rates["1e+30"] is None
+        with pytest.raises(NonFiniteError, match="lora has diverged at each of the learning rates 1e\\+30, 2e\\+30"):
+            run(place, replace(one, rates={"lora": [1e30, 2e30]}), resume=True)
+        with pytest.raises(NonFiniteError, match="lora has diverged with seed 0 at the learning rate 1e\\+30"):
+            run(place, replace(one, rates={"lora": [1e30]}), resume=True)
+        # what was good is kept
+        assert run(place, one, resume=True).trainings == 0
+
+
+class TestRows:
+    @staticmethod
+    def table(counts):
+        rows = [
+            {"text": f"w{n % 12} {trainable.FILLERS[n // 12]}", "label": label}
+            for n, label in enumerate(label for label, count in counts.items() for _ in range(count))
+        ]
+        return Table(Path("rows"), rows, [f"line {n}" for n in range(len(rows))])
+
+    def divide(self, place, asked, counts, test=None):
+        tokenizer = models.tokenizer_of(str(ex.Pack.open(place / "pack").base_model), None)
+        tables = self.table(counts), self.table(test or counts)
+        tables = [replace(one, where=place / name) for one, name in zip(tables, ("a", "b"), strict=True)]
+        return parts.divide(asked, *tables, Labels(tuple(sorted(counts))), tokenizer, 32)
+
+    def test_a_fifth_of_each_class_is_held_out(self, place, asked):
+        with pytest.warns(RowsWarning) as told:
+            found = self.divide(place, asked, {"a": 61, "b": 20, "c": 3, "d": 1})
+        held = [row["labels"] for row in found.held_out]
+        assert [held.count(number) for number in range(4)] == [12, 4, 1, 0]
+        key = [tuple(row["input_ids"]) for row in found.whole]
+        assert sorted(tuple(row["input_ids"]) for row in found.part + found.held_out) == sorted(key)
+        assert found.way == found.test
+        texts = [str(one.message) for one in told]
+        assert any("85 of 85 rows of" in text and "known by heart" in text for text in texts)
+        assert any("chosen on 17 rows held out of 85: few" in text for text in texts)
+
+    def test_scores_on_the_way_are_of_some(self, place, asked, monkeypatch):
+        monkeypatch.setattr(parts, "ON_THE_WAY", 7)
+        with pytest.warns(RowsWarning):
+            found = self.divide(place, asked, {"a": 30, "b": 20})
+        assert len(found.way) == 7
+        assert all(row in found.test for row in found.way)
+
+    def test_one_row_a_class_is_too_few_to_choose_by(self, place, asked):
+        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="has one row a class, or little more"):
+            self.divide(place, asked, {"a": 1, "b": 1})
+        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="one rate a method .rates=, --learning-rates"):
+            self.divide(place, asked, {"a": 5, "b": 1})
+        with pytest.warns(RowsWarning):
+            found = self.divide(place, replace(asked, rates={"lora": [0.1], "core": [0.1]}), {"a": 1, "b": 1})
+        assert (len(found.whole), found.held_out) == (2, [])
+
+
+class TestSizes:
+    places = tuple(Place(f"m{n}", 24, 40 if n else 24) for n in range(3))
+
+    def test_of_a_small_lora(self):
+        # sides of 48, 64 and 64: a rank of all modules, or rank 1 of the last ones
+        assert entries._small_lora(self.places, 2 * 176 + 5) == (2, ["m0", "m1", "m2"])
+        assert entries._small_lora(self.places, 175) == (1, ["m2", "m1"])
+        assert entries._small_lora(self.places, 70) == (1, ["m2"])
+        assert entries._small_lora(self.places, 3) == (1, ["m2"])
+
+    def test_of_others(self):
+        assert entries._lora_xs_rank(self.places, 3 * 7**2) == 7
+        assert entries._lora_xs_rank(self.places, 3 * 7**2 - 1) == 6
+        assert entries._lora_xs_rank(self.places, 10**6) == 24
+        assert entries._lora_xs_rank(self.places, 2) == 1
+        # 8 divides 24 and 40; a vector is 8 numbers, and 4 · 176 / 8 = 88 logits
+        assert entries._vblora(self.places, 5 * 96 + 1)["num_vectors"] == 5
+        assert entries._vblora(self.places, 10)["num_vectors"] == 2
+        assert entries._vblora(self.places, 10)["vector_length"] == 8
+
+    def test_every_method_fits_the_model_and_small_ones_are_no_larger_than_factors(self, place):
+        pack = ex.Pack.open(place / "pack")
+        numbers = {}
+        with models.quiet(), models.own_random_numbers():
+            made = entries.make(pack, list(ENTRANTS), [], RANK, tiny.make_bert)
+            for name, entry in made.items():
+                model = entry.applied(tiny.make_bert())
+                numbers[name], heads = entries.methods.counted(model)
+                assert heads == 3 * tiny.IN + 3
+                assert entries.file_bytes(model) >= 4 * heads
+        assert numbers["factors"] == numbers["random"] == FACTORS
+        assert numbers["core"] == MODULES * K * K
+        assert numbers["lora"] == numbers["init"] == RANK * MODULES * 2 * tiny.IN
+        assert numbers["vera"] == MODULES * (256 + tiny.IN)
+        assert numbers["head"] == 0
+        for name, least in (("lora-small", 0.5), ("lora-xs", 0.7), ("vblora", 0.6)):
+            assert least * FACTORS < numbers[name] <= FACTORS
+        bases = {name: made[name].setting.subspace().info.fingerprint for name in ("random", "factors", "core")}
+        assert bases["random"] != bases["factors"] == bases["core"] == pack.info.fingerprint
+
+    def test_what_does_not_fit_is_said(self, place):
+        pack = ex.Pack.open(place / "lm-pack")
+        with (
+            models.quiet(),
+            pytest.raises(OptionError, match="lora-xs does not work on the modules of this pack: .*Lin"),
+        ):
+            entries.make(pack, ["lora-xs"], ["lora-xs"], RANK, gpt2_with_a_head)
+
+
+def gpt2_with_a_head():
+    from transformers import GPT2ForSequenceClassification
+
+    return GPT2ForSequenceClassification(tiny.make_gpt2().config)
+
+
+class TestWhatIsAskedFor:
+    @pytest.mark.parametrize(
+        ("fields", "part"),
+        [
+            ({"task": "causal-lm"}, "on text-classification alone, not on causal-lm"),
+            ({"task": "chess"}, "no task 'chess'"),
+            ({"methods": []}, "no method is named"),
+            ({"methods": ["lora", "magic"]}, "no method 'magic'. There are: lora, lora-small, core"),
+            ({"methods": ["lora", "lora"]}, "the method 'lora' is named twice"),
+            ({"rates": {"vera": [0.1]}}, "given for 'vera', which is none of the methods that take part: lora, core."),
+            ({"rates": {"lora": [0.0]}}, "must be numbers above 0, got 0.0 of lora"),
+            ({"rates": {"lora": []}}, "must be numbers above 0"),
+            ({"epochs": float("nan")}, "epochs must be a number above 0"),
+            ({"seeds": 0}, "seeds must be at least 1, got 0"),
+            ({"rank": 0}, "rank must be at least 1"),
+            ({"batch_size": 0}, "batch_size must be at least 1"),
+            ({"max_length": 1}, "max_length must be at least 2"),
+        ],
+    )
+    def test_has_to_make_sense(self, asked, fields, part):
+        with pytest.raises(OptionError, match=part):
+            replace(asked, **{"rates": {}, **fields})
+
+    def test_rates(self, asked):
+        assert read_rates([], ["lora"]) == {}
+        assert read_rates(["core=0.1,0.2", "1e-3"], ["lora", "core"]) == {"lora": [1e-3], "core": [0.1, 0.2]}
+        with pytest.raises(OptionError, match="'core=fast' are not learning rates"):
+            read_rates(["core=fast"], ["core"])
+        with pytest.raises(OptionError, match="learning rates of core are given twice"):
+            read_rates(["core=0.1", "core=0.2"], ["core"])
+        with pytest.raises(OptionError, match="learning rates of all are given twice"):
+            read_rates(["0.1", "0.2"], ["core"])
+        assert replace(asked, rates={"lora": [0.2, 0.1, 0.2]}).rates_of("lora") == [0.1, 0.2]
+        assert asked.rates_of("core") == [0.1]
+        assert replace(asked, methods=["core", "head"], rates={}).yardstick == "core"
+        assert all(len(rates) == 3 for rates in ENTRANTS.values())

@@ -1,0 +1,110 @@
+"""What each method adds to a model: its numbers by hand, heads apart, and a random basis of the same shapes."""
+
+import pytest
+import torch
+
+import eigenlorax as ex
+import tiny
+from eigenlorax.core.adapter import from_factors
+from eigenlorax.errors import OptionError
+from eigenlorax.train import methods
+from eigenlorax.train.methods import Method, Setting
+from planted import random_factors
+
+SHAPES = {
+    "bert.encoder.layer.0.attention.self.query": (tiny.IN, tiny.IN),
+    "bert.encoder.layer.1.intermediate.dense": (tiny.INNER, tiny.IN),
+}
+K, RANK, HEAD = 9, 4, 3 * tiny.IN + 3
+SIDES = sum(n_in + n_out for n_out, n_in in SHAPES.values())
+
+
+@pytest.fixture(scope="module")
+def pack():
+    return tiny.make_pack(SHAPES, n_components=K)[0]
+
+
+def applied(pack, kind, **options):
+    torch.manual_seed(0)
+    return methods.applied(Method(kind, options), tiny.make_bert(), Setting(list(SHAPES), "SEQ_CLS", pack=pack))
+
+
+BY_HAND = {
+    "lora": ("lora", {"r": RANK}, RANK * SIDES),
+    "init": ("init", {"r": RANK}, RANK * SIDES),
+    "factors": ("eigenlorax", {"r": RANK, "core": False}, len(SHAPES) * RANK * 2 * K),
+    "core": ("eigenlorax", {"r": RANK, "core": True}, len(SHAPES) * K * K),
+    # a number for each of r shared directions, and one for each output
+    "vera": ("vera", {"r": 64}, sum(64 + n_out for n_out, _ in SHAPES.values())),
+    "lora_xs": ("lora_xs", {"r": 5}, len(SHAPES) * 5 * 5),
+    # a bank of vectors, and a logit for each of them wherever one is chosen
+    "vblora": ("vblora", {"r": 2, "num_vectors": 7, "vector_length": 8}, 7 * 8 + 2 * 7 * SIDES // 8),
+    "head": ("head", {}, 0),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_trained_numbers_are_those_of_the_formula_and_heads_are_counted_apart_and_once(pack, name):
+    kind, options, numbers = BY_HAND[name]
+    model = applied(pack, kind, **options)
+    assert methods.counted(model) == (numbers, HEAD)
+
+
+def test_all_of_a_model_is_trained(pack):
+    total = sum(parameter.numel() for parameter in tiny.make_bert().parameters())
+    assert methods.counted(applied(pack, "full")) == (total - HEAD, HEAD)
+
+
+def test_sides_that_differ(pack):
+    cut = methods._cut(pack, {name: (3 + n, 7 - n) for n, name in enumerate(SHAPES)})
+    assert methods.counted(applied(cut, "eigenlorax", r=2, core=False)) == (2 * (3 + 7) + 2 * (4 + 6), HEAD)
+    assert methods.counted(applied(cut, "eigenlorax", core=True)) == (3 * 7 + 4 * 6, HEAD)
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_HAND) - {"vblora"}))
+def test_a_model_begins_as_the_base_model_with_a_head(pack, name):
+    """VB-LoRA's bank is not zero, and a random head is the same one everywhere."""
+    kind, options, _ = BY_HAND[name]
+    ids = torch.arange(4, 20).reshape(2, 8)
+    with torch.no_grad():
+        wanted = tiny.make_bert()(ids).logits
+        found = applied(pack, kind, **options).eval()(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+class TestARandomBasis:
+    def test_has_the_shapes_of_the_pack_s_and_nothing_of_it(self, pack):
+        other = methods.random_basis(pack)
+        assert other.info.fingerprint != pack.info.fingerprint
+        assert methods.random_basis(pack, seed=1).info.fingerprint != other.info.fingerprint
+        assert methods.random_basis(pack).info.fingerprint == other.info.fingerprint
+        for name, bases in pack.subspace.modules.items():
+            for side in ("down", "up"):
+                rows = other.subspace.modules[name].side(side).components
+                assert rows.shape == bases.side(side).components.shape
+                torch.testing.assert_close(rows @ rows.mT, torch.eye(K), atol=1e-5, rtol=0)
+                # two spans of 9 in 24 or 40 dimensions share something, but nothing like all
+                assert float((rows @ bases.side(side).components.mT).square().sum()) < 0.7 * K
+
+    def test_has_other_sizes_where_the_pack_has(self):
+        adapters = [
+            from_factors(
+                f"a{n}",
+                {name: random_factors(3, *shape, seed=n, dtype=torch.float32) for name, shape in SHAPES.items()},
+            )
+            for n in range(4)
+        ]
+        pack = ex.fit(adapters, energy=0.6)
+        sizes = {n: (b.down.k, b.up.k) for n, b in pack.subspace.modules.items()}
+        assert len({k for pair in sizes.values() for k in pair}) > 1
+        other = methods.random_basis(pack)
+        assert {n: (b.down.k, b.up.k) for n, b in other.subspace.modules.items()} == sizes
+        down = other.info.modules[min(SHAPES)]["down"]
+        assert 0 < down.energy < 1
+
+
+def test_what_there_is_not(pack, tmp_path):
+    with pytest.raises(OptionError, match="there is no method 'magic'. There are: head, full, lora"):
+        Method("magic")
+    with pytest.raises(OptionError, match="name a pack"):
+        applied(None, "eigenlorax")
