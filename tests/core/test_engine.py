@@ -116,7 +116,9 @@ def test_what_cannot_be_opened_is_refused(name, workers, message):
 def test_a_script_without_a_guard_is_told_of_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from eigenlorax.core import engine\nwith engine.opened('processes', 1) as found:\n    list(found.run([dict]))\n"
+        "from eigenlorax.core import engine\n"
+        "with engine.opened('processes', 1) as found:\n"
+        "    list(found.run([dict]))\n"
     )
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 1

@@ -96,8 +96,8 @@ def _check_kernels(adapter: Adapter) -> None:
         if len(spec.kernel) not in (0, 2):
             raise ShapeError(
                 f"module {module} of adapter {adapter.name!r} is a convolution with the kernel {spec.kernel}. LoRA "
-                "files of image models hold linear layers and convolutions of two dimensions: export with format='peft' "
-                "(--format peft)."
+                "files of image models hold linear layers and convolutions of two dimensions: export with "
+                "format='peft' (--format peft)."
             )
 
 
