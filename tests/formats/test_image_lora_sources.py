@@ -14,7 +14,7 @@ from adapters import make_adapter
 from children import load_command, needs_fork
 from eigenlorax.errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning, UrlError
 from eigenlorax.formats import read_adapter
-from eigenlorax.formats.sources import default_name, find
+from eigenlorax.formats.sources import default_name, find_adapters
 from fake_hub import FakeHub, running
 from lora_files import planted
 from outcomes import assert_refused, json_of
@@ -48,7 +48,10 @@ class TestOnDisk:
         assert pack.names == ["Oil_v2_final", "ink", "pixel"]
 
     def test_files_one_by_one(self, styles):
-        assert [default_name(one) for one in find(sorted(styles.glob("*.safetensors")))] == ["Oil_v2_final", "ink"]
+        assert [default_name(one) for one in find_adapters(sorted(styles.glob("*.safetensors")))] == [
+            "Oil_v2_final",
+            "ink",
+        ]
         assert read_adapter(styles / "pixel").name == "pixel"
         # what all are called says nothing
         assert read_adapter(styles / "pixel" / FILE).name == "pixel"
@@ -62,7 +65,7 @@ class TestOnDisk:
         assert read_adapter(loud).name == "INK"
 
     def test_a_name_may_be_given(self, styles):
-        found = find([f"mine={styles / 'ink.safetensors'}"])
+        found = find_adapters([f"mine={styles / 'ink.safetensors'}"])
         assert [one.name for one in found] == ["mine"]
         assert ex.fit(found[0].source, n_components=2).names == ["ink"]
         assert read_adapter(styles / "ink.safetensors", name="mine").name == "mine"
@@ -78,21 +81,21 @@ class TestOnDisk:
 
     def test_one_name_for_many(self, styles):
         with pytest.raises(OptionError, match="names one adapter, but .* is a folder of 3"):
-            find({"mine": styles})
+            find_adapters({"mine": styles})
 
     def test_what_is_no_lora_is_passed_over_by_name(self, styles):
         save_file({"decoder.weight": ones(3)}, styles / "vae.safetensors")
         with pytest.warns(SkippedAdapterWarning, match="vae.safetensors was passed over: it is no LoRA"):
-            assert len(find(styles)) == 3
+            assert len(find_adapters(styles)) == 3
 
     def test_none_there(self, tmp_path):
         save_file({"decoder.weight": ones(3)}, tmp_path / "vae.safetensors")
         with pytest.raises(FormatError, match="no adapter was found. None of its 1 .safetensors files is a LoRA"):
-            find(tmp_path)
+            find_adapters(tmp_path)
 
     def test_beside_folders_of_peft_s(self, styles):
         make_adapter(styles / "text", seed=4)
-        assert [default_name(one) for one in find(styles)] == ["pixel", "text", "Oil_v2_final", "ink"]
+        assert [default_name(one) for one in find_adapters(styles)] == ["pixel", "text", "Oil_v2_final", "ink"]
 
     def test_an_adapter_of_peft_s_with_such_a_file_is_peft_s(self, tmp_path):
         folder = make_adapter(tmp_path / "a", seed=4)
@@ -116,7 +119,7 @@ class TestBehindAUrl:
     def test_a_file_and_a_folder(self, styles):
         file = read_adapter(f"file://{styles}/ink.safetensors")
         assert (file.name, file.origin.format) == ("ink", "kohya")
-        assert [default_name(one) for one in find(f"file://{styles}")] == ["pixel", "Oil_v2_final", "ink"]
+        assert [default_name(one) for one in find_adapters(f"file://{styles}")] == ["pixel", "Oil_v2_final", "ink"]
 
     def test_in_ranges(self, styles):
         import fsspec
@@ -130,7 +133,7 @@ class TestBehindAUrl:
             for module, factors in wanted.modules.items():
                 assert found.modules[module].down.equal(factors.down)
             assert read_adapter("memory://styles/pixel").name == "pixel"
-            assert len(find("memory://styles")) == 3
+            assert len(find_adapters("memory://styles")) == 3
             with pytest.raises(UrlError, match=r"memory://styles/oil.safetensors does not exist"):
                 read_adapter("memory://styles/oil.safetensors")
         finally:

@@ -7,7 +7,7 @@ import pytest
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from eigenlorax.errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning
-from eigenlorax.formats.sources import Found, default_name, find
+from eigenlorax.formats.sources import AdapterSource, default_name, find_adapters
 from planted import random_adapter
 
 
@@ -20,14 +20,20 @@ def parent(tmp_path):
 class TestFind:
     def test_one_folder_as_text_or_path_or_in_a_list(self, parent):
         folder = parent / "alpha"
-        assert find(folder) == find([folder]) == find((folder,)) == find(iter([folder])) == [Found(None, folder)]
-        assert find(str(folder)) == [Found(None, str(folder))]
+        assert (
+            find_adapters(folder)
+            == find_adapters([folder])
+            == find_adapters((folder,))
+            == find_adapters(iter([folder]))
+            == [AdapterSource(None, folder)]
+        )
+        assert find_adapters(str(folder)) == [AdapterSource(None, str(folder))]
 
     def test_a_parent_gives_its_children_by_name(self, parent):
-        assert find(parent) == [Found(None, parent / "alpha"), Found(None, parent / "beta")]
+        assert find_adapters(parent) == [AdapterSource(None, parent / "alpha"), AdapterSource(None, parent / "beta")]
 
     def test_several_keep_their_order(self, parent):
-        found = find([parent / "beta", parent, "org/one"])
+        found = find_adapters([parent / "beta", parent, "org/one"])
         assert [str(one.source) for one in found] == [
             *(str(parent / name) for name in ("beta", "alpha", "beta")),
             "org/one",
@@ -35,56 +41,60 @@ class TestFind:
 
     def test_an_adapter_in_memory(self):
         adapter = random_adapter("mine", 1)
-        assert find(adapter) == find([adapter]) == [Found(None, adapter)]
+        assert find_adapters(adapter) == find_adapters([adapter]) == [AdapterSource(None, adapter)]
 
     def test_a_mapping_names_each(self, parent):
         adapter = random_adapter("mine", 1)
-        found = find({"one": parent / "alpha", "two": adapter, "three": "org/x"})
-        assert found == [Found("one", parent / "alpha"), Found("two", adapter), Found("three", "org/x")]
+        found = find_adapters({"one": parent / "alpha", "two": adapter, "three": "org/x"})
+        assert found == [
+            AdapterSource("one", parent / "alpha"),
+            AdapterSource("two", adapter),
+            AdapterSource("three", "org/x"),
+        ]
 
     def test_a_mapping_s_value_is_not_read_as_name_and_path(self, parent):
-        assert find({"one": "two=org/x"}) == [Found("one", "two=org/x")]
+        assert find_adapters({"one": "two=org/x"}) == [AdapterSource("one", "two=org/x")]
 
     def test_a_path_is_never_read_as_name_and_path(self):
-        assert find(Path("one=two")) == [Found(None, Path("one=two"))]
+        assert find_adapters(Path("one=two")) == [AdapterSource(None, Path("one=two"))]
 
     @pytest.mark.parametrize(
         ("text", "name", "source"),
         [("a=org/x", "a", "org/x"), ("a=org/x@v=2", "a", "org/x@v=2"), ("A.b-c_9=./x", "A.b-c_9", "./x")],
     )
     def test_a_text_may_be_name_and_path(self, text, name, source):
-        assert find(text) == [Found(name, source)]
+        assert find_adapters(text) == [AdapterSource(name, source)]
 
     def test_a_folder_with_an_equals_sign_is_a_folder(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         make_adapter(tmp_path / "lr=3", seed=1)
-        assert find("lr=3") == [Found(None, "lr=3")]
+        assert find_adapters("lr=3") == [AdapterSource(None, "lr=3")]
 
     @pytest.mark.parametrize("nothing", [[], {}, (), iter([])])
     def test_nothing(self, nothing):
         with pytest.raises(OptionError, match="no adapter was given"):
-            find(nothing)
+            find_adapters(nothing)
 
     @pytest.mark.parametrize("sources", ["", "  ", ["org/x", ""], {"a": ""}])
     def test_an_empty_text_is_not_the_current_folder(self, parent, monkeypatch, sources):
         monkeypatch.chdir(parent)
         with pytest.raises(OptionError, match="empty text"):
-            find(sources)
+            find_adapters(sources)
 
     def test_no_folder_after_the_sign(self):
         with pytest.raises(OptionError, match="names no folder after its '='"):
-            find("a=")
+            find_adapters("a=")
 
     def test_a_name_that_is_none(self):
         with pytest.raises(
             AdapterNameError, match="x/y=z does not exist, and cannot be read as NAME=PATH.*not allowed"
         ):
-            find("x/y=z")
+            find_adapters("x/y=z")
 
     @pytest.mark.parametrize("name", ["one", "../one"])
     def test_one_name_for_many(self, parent, name):
         with pytest.raises(OptionError, match="names one adapter, but .* is a folder of 2"):
-            find({name: parent})
+            find_adapters({name: parent})
 
     def test_a_mapping_s_names_are_checked_too(self, parent):
         with pytest.raises(AdapterNameError, match="'../one' is not allowed"):
@@ -96,13 +106,13 @@ class TestInAParentFolder:
         make_adapter(parent / ".cache", seed=3)
         (parent / "notes.txt").write_text("mine")
         (parent / "logs").mkdir()
-        assert [one.source.name for one in find(parent)] == ["alpha", "beta"]
+        assert [one.source.name for one in find_adapters(parent)] == ["alpha", "beta"]
 
     def test_links_are_followed(self, parent, tmp_path):
         (parent / "gamma").symlink_to(make_adapter(tmp_path / "elsewhere", seed=3))
         (parent / "loop").symlink_to(parent)
         (parent / "gone").symlink_to(tmp_path / "nowhere")
-        assert [one.source.name for one in find(parent)] == ["alpha", "beta", "gamma"]
+        assert [one.source.name for one in find_adapters(parent)] == ["alpha", "beta", "gamma"]
 
     @pytest.mark.parametrize("file", ["adapter_model.safetensors", "model.safetensors", "adapter_model.bin"])
     def test_weights_without_a_config_are_passed_over_by_name(self, parent, file):
@@ -111,37 +121,37 @@ class TestInAParentFolder:
         with pytest.warns(
             SkippedAdapterWarning, match=f"broken was passed over: it holds {file} but no adapter_config"
         ):
-            assert len(find(parent)) == 2
+            assert len(find_adapters(parent)) == 2
 
     def test_a_pack_is_passed_over_by_name(self, parent):
         ex.fit(parent, n_components=2).save(parent / "pack")
         with pytest.warns(SkippedAdapterWarning, match="pack was passed over: it is a pack"):
             # its adapters lie one level deeper, and are not looked for
-            assert len(find(parent)) == 2
+            assert len(find_adapters(parent)) == 2
 
     def test_none_there_says_where_some_are(self, parent, tmp_path):
         with pytest.raises(FormatError, match=f"no adapter was found. There are some one level deeper: try {parent}"):
-            find(tmp_path)
+            find_adapters(tmp_path)
 
     def test_none_anywhere(self, tmp_path):
         wanted = r"has neither adapter_config.json nor a LoRA in one file \(.safetensors, .*no adapter was found.$"
         with pytest.raises(FormatError, match=wanted):
-            find(tmp_path)
+            find_adapters(tmp_path)
 
     def test_what_is_an_adapter_itself_is_no_parent(self, parent):
         # PEFT saves several adapters of one model in a folder of the first
         make_adapter(parent / "alpha" / "second", seed=3)
-        assert find(parent / "alpha") == [Found(None, parent / "alpha")]
+        assert find_adapters(parent / "alpha") == [AdapterSource(None, parent / "alpha")]
 
 
 @pytest.mark.parametrize(
     ("found", "name"),
     [
-        (Found("given", "org/one"), "given"),
-        (Found(None, "org/one@v2"), "org--one"),
-        (Found(None, random_adapter("mine", 1)), "mine"),
-        (Found("given", random_adapter("mine", 1)), "given"),
-        (Found(None, Path("no/where")), "no--where"),
+        (AdapterSource("given", "org/one"), "given"),
+        (AdapterSource(None, "org/one@v2"), "org--one"),
+        (AdapterSource(None, random_adapter("mine", 1)), "mine"),
+        (AdapterSource("given", random_adapter("mine", 1)), "given"),
+        (AdapterSource(None, Path("no/where")), "no--where"),
     ],
 )
 def test_the_name_before_it_is_read(tmp_path, monkeypatch, found, name):

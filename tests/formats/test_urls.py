@@ -25,7 +25,7 @@ from eigenlorax.errors import (
     UrlError,
 )
 from eigenlorax.formats import files, urls
-from eigenlorax.formats.sources import Found, default_name, find
+from eigenlorax.formats.sources import AdapterSource, default_name, find_adapters
 from fake_hub import FakeHub, running
 from outcomes import assert_refused, contents, json_of
 from remote_disk import Disk
@@ -104,11 +104,11 @@ class TestWhatIsAUrl:
         ],
     )
     def test_gives_a_name(self, text, name):
-        assert default_name(Found(None, text)) == name
+        assert default_name(AdapterSource(None, text)) == name
 
     def test_a_url_may_have_an_equals_sign(self):
-        assert find("mine=memory://no/where") == [Found("mine", "memory://no/where")]
-        assert find("memory://lr=3/a") == [Found(None, "memory://lr=3/a")]
+        assert find_adapters("mine=memory://no/where") == [AdapterSource("mine", "memory://no/where")]
+        assert find_adapters("memory://lr=3/a") == [AdapterSource(None, "memory://lr=3/a")]
 
     def test_a_path_made_of_a_url_is_none(self):
         with pytest.raises(FormatError, match="s3:/bucket/a does not exist.*given as a text, not as a Path"):
@@ -128,7 +128,7 @@ class TestReading:
 
     def test_of_a_file_url(self, parent):
         assert_same(ex.read_adapter(f"file://{parent}/alpha"), ex.read_adapter(parent / "alpha"))
-        assert find(f"file://{parent}") == find(parent)
+        assert find_adapters(f"file://{parent}") == find_adapters(parent)
 
     def test_of_a_subfolder(self, parent):
         assert_same(ex.read_adapter(url(parent), subfolder="alpha/"), ex.read_adapter(parent / "alpha"))
@@ -195,32 +195,34 @@ class TestParents:
         make_adapter(parent / ".hidden", seed=9)
         (parent / "logs").mkdir()
         (parent / "notes.txt").write_text("mine")
-        assert find(url(parent)) == [Found(None, url(parent / name)) for name in ("alpha", "beta", "gamma")]
-        assert find(url(parent) + "/") == find(url(parent))
+        assert find_adapters(url(parent)) == [
+            AdapterSource(None, url(parent / name)) for name in ("alpha", "beta", "gamma")
+        ]
+        assert find_adapters(url(parent) + "/") == find_adapters(url(parent))
 
     def test_in_memory(self, memory):
-        assert [default_name(one) for one in find(memory)] == ["alpha", "beta", "gamma"]
+        assert [default_name(one) for one in find_adapters(memory)] == ["alpha", "beta", "gamma"]
 
     def test_one_name_for_many(self, parent):
         with pytest.raises(OptionError, match="names one adapter, but disk://.* is a folder of 3"):
-            find(f"one={url(parent)}")
+            find_adapters(f"one={url(parent)}")
 
     def test_without_any(self, parent):
         with pytest.raises(
             FormatError, match=f"no adapter was found. There are some one level deeper: try disk://{parent}"
         ):
-            find(url(parent.parent))
+            find_adapters(url(parent.parent))
 
     def test_pass_over_what_is_none(self, parent):
         (parent / "alpha" / CONFIG).unlink()
         with pytest.warns(SkippedAdapterWarning, match=f"disk://.*alpha was passed over: it holds {WEIGHTS} but no"):
-            assert len(find(url(parent))) == 2
+            assert len(find_adapters(url(parent))) == 2
 
     def test_are_listed_anew(self, memory, parent):
-        assert len(find(memory)) == 3
+        assert len(find_adapters(memory)) == 3
         for file in (CONFIG, WEIGHTS):
             fsspec.filesystem("memory").pipe_file(f"/bucket/delta/{file}", (parent / "alpha" / file).read_bytes())
-        assert len(find(memory)) == 4
+        assert len(find_adapters(memory)) == 4
 
 
 class TestVerbs:
@@ -347,7 +349,7 @@ class TestWhatFails:
 
     def test_no_such_scheme(self):
         with pytest.raises(UrlError, match="nonsense://x could not be read: Protocol not known: nonsense"):
-            find("nonsense://x")
+            find_adapters("nonsense://x")
 
     def test_only_this_machine(self, parent):
         with pytest.raises(OptionError, match="local_files_only allows nothing else"):

@@ -39,7 +39,7 @@ from ..errors import (
     reason,
 )
 from ..formats import checks, sources
-from ..formats.sources import Found, Sources
+from ..formats.sources import AdapterSource, Sources
 from ..pack import manifest
 from ..pack.manifest import FitInfo
 from ..pack.pack import Pack, check_warn_above, warn_of_losses
@@ -367,7 +367,7 @@ def _read(
     options: dict[str, Any],
 ) -> list[Adapter]:
     """Every adapter that is wanted, by its headers: what is wrong with them is found before a tensor is read."""
-    found = sources.find(adapters, **options)
+    found = sources.find_adapters(adapters, **options)
     known = [sources.default_name(one) for one in found]
     for name in exclude:
         keys.check_known(name, known, "the sources (exclude_adapters, --exclude-adapter)")
@@ -421,7 +421,7 @@ def _scanned(shared: Shared[Sequence[Adapter]], index: int) -> checks.Scan | Non
         return error
 
 
-def _read_one(one: Found, options: dict[str, Any], skip_bad: bool, skipped: dict[str, str]) -> Adapter | None:
+def _read_one(one: AdapterSource, options: dict[str, Any], skip_bad: bool, skipped: dict[str, str]) -> Adapter | None:
     if isinstance(one.source, Adapter):
         checks.check_made(one.source)
         return replace(one.source, name=keys.check_name(one.name or one.source.name))

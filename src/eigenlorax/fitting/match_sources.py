@@ -36,11 +36,11 @@ def recognise(
         hashes.setdefault(record.source_sha256, []).append(name)
     adapters: dict[str, Adapter] = {}
     scans, strangers, unread = {}, [], {}
-    found = sources.find(given, **options)
+    found = sources.find_adapters(given, **options)
     for done, one in enumerate(found):
         progress("reading originals", done, len(found))
         try:
-            adapter = checks.read_found(one, options)
+            adapter = checks.read_source(one, options)
             scan = checks.scan(adapter)
         except (FormatError, ShapeError) as error:
             unread[sources.default_name(one)] = str(error)

@@ -33,7 +33,7 @@ from ..errors import (
 )
 from . import lora_config
 from .image import families
-from .sources import Found
+from .sources import AdapterSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
         )
 
 
-def read_found(found: Found, options: Mapping[str, Any]) -> Adapter:
+def read_source(found: AdapterSource, options: Mapping[str, Any]) -> Adapter:
     """The adapter of a source: read, or, where it was made in memory, checked. options: those of `read_adapter`."""
     if isinstance(found.source, Adapter):
         check_made(found.source)

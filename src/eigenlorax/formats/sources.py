@@ -27,14 +27,16 @@ _LOOKED_INTO = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class AdapterSource:
     """One adapter to read; `name` is None where the folder or repository gives it."""
 
     name: str | None
     source: Source
 
 
-def find(sources: Sources, *, revision: str | None = None, token: str | bool | None = None, **_: Any) -> list[Found]:
+def find_adapters(
+    sources: Sources, *, revision: str | None = None, token: str | bool | None = None, **_: Any
+) -> list[AdapterSource]:
     """Every adapter that the sources stand for, in their order; a parent folder gives its children by name.
 
     revision, token: of the Hub, where it is looked into (`hf://…`); other options of `read_adapter` change nothing.
@@ -63,16 +65,16 @@ def _split(source: Source) -> tuple[str | None, Source]:
         raise AdapterNameError(f"{source} does not exist, and cannot be read as NAME=PATH: {error}") from error
 
 
-def _expand(name: str | None, source: Source, revision: str | None, token: str | bool | None) -> list[Found]:
+def _expand(name: str | None, source: Source, revision: str | None, token: str | bool | None) -> list[AdapterSource]:
     if isinstance(source, Adapter):
-        return [Found(name, source)]
+        return [AdapterSource(name, source)]
     if not str(source).strip():
         # as a path it would be the current folder
         raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
     source = folders.localized(source)
     folder = _folder(source, revision, token)
     if folder is None or folders.is_adapter(folder) or folders.is_pack(folder) or folders.holds_lora_file(folder):
-        return [Found(name, source)]
+        return [AdapterSource(name, source)]
     children = folder.folders()
     adapters = [child for child in children if folders.is_adapter(child) or folders.holds_lora_file(child)]
     files = [file for file in folder.files() if folders.is_file_name(file) and not file.startswith(".")]
@@ -100,7 +102,9 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         if weights:
             reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"
             warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
-    return [Found(None, child.source) for child in adapters] + [Found(None, folder.at(file)) for file in loras]
+    return [AdapterSource(None, child.source) for child in adapters] + [
+        AdapterSource(None, folder.at(file)) for file in loras
+    ]
 
 
 def _folder(source: str | Path, revision: str | None, token: str | bool | None) -> Folder | None:
@@ -114,7 +118,7 @@ def _folder(source: str | Path, revision: str | None, token: str | bool | None) 
     return LocalFolder(Path(source)) if Path(source).is_dir() else None
 
 
-def default_name(found: Found) -> str:
+def default_name(found: AdapterSource) -> str:
     """The name an adapter goes by unless its reading fails before it has one."""
     if found.name is not None:
         return found.name

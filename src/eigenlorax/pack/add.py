@@ -17,7 +17,7 @@ from ..core.options import integer
 from ..core.subspace import Subspace
 from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks
-from ..formats.sources import Found
+from ..formats.sources import AdapterSource
 from .manifest import SubspaceInfo
 from .packed_adapter import Packing
 
@@ -45,7 +45,7 @@ class Joining:
 
 
 def read(
-    found: Sequence[Found], host: Host, *, carry_missing: bool, same_base: bool, options: Mapping[str, Any]
+    found: Sequence[AdapterSource], host: Host, *, carry_missing: bool, same_base: bool, options: Mapping[str, Any]
 ) -> list[Joining]:
     """Every adapter, in the order given. An error names the first that the pack does not take.
 
@@ -56,8 +56,10 @@ def read(
     return joining
 
 
-def _read(found: Found, host: Host, carry_missing: bool, same_base: bool, options: Mapping[str, Any]) -> Joining:
-    adapter = checks.read_found(found, options)
+def _read(
+    found: AdapterSource, host: Host, carry_missing: bool, same_base: bool, options: Mapping[str, Any]
+) -> Joining:
+    adapter = checks.read_source(found, options)
     adapter = replace(adapter, name=keys.check_name(adapter.name if found.name is None else found.name))
     if adapter.name.lower() in {name.lower() for name in host.names}:
         raise AdapterNameError(

@@ -379,7 +379,7 @@ class Pack:
         warn_above: the delta error above which is warned of it; 1 for never.
         options: those of `read_adapter`.
         """
-        one = sources.Found(name, source)
+        one = sources.AdapterSource(name, source)
         (record,) = self._add([one], extend, carry_missing, same_base, warn_above, options).values()
         return record
 
@@ -399,12 +399,12 @@ class Pack:
         extend: as in `add`, by what the subspace misses of all of them together. progress(stage, done, total) is called
         as work goes on.
         """
-        found = sources.find(adapters, **options)
+        found = sources.find_adapters(adapters, **options)
         return self._add(found, extend, carry_missing, same_base, warn_above, options, progress)
 
     def _add(
         self,
-        found: Sequence[sources.Found],
+        found: Sequence[sources.AdapterSource],
         extend: int | None,
         carry_missing: bool,
         same_base: bool,

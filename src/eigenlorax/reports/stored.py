@@ -26,7 +26,7 @@ def leave(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **opt
         files.check(folder / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EigenloraxWarning)
-        found = {sources.default_name(one): one.source for one in sources.find(adapters, **options)}
+        found = {sources.default_name(one): one.source for one in sources.find_adapters(adapters, **options)}
         kept = {name: source for name, source in found.items() if name in pack.records}
         report = build.report(pack, kept, progress=progress, **options)
     for name in keys.REPORTS:
