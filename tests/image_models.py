@@ -1,10 +1,9 @@
 """Image models made from configs: Stable Diffusion 1.5, XL and FLUX without weights, and tiny ones that run."""
 
 import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 SD1_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
 XL_UNET = {

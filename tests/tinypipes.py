@@ -5,10 +5,6 @@ import logging
 import warnings
 
 import torch
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-import eigenlorax as ex
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -19,6 +15,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import eigenlorax as ex
 from eigenlorax.core.adapter import LoRAFactors
 from planted import normal
 
