@@ -5,11 +5,11 @@
     python benchmarks/bytes.py --quick             # a smoke run, to standard output
     python benchmarks/table.py --write             # the tables in docs/bytes.md and README.md
 
-For each collection and each error X: the fewest bytes of each baseline (`reports/analysis/rivals.py`, and lorashare
-and vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
+For each collection and each error X: the fewest bytes of each baseline (`tuned_baselines.py`, and lorashare and
+vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of
 `eigenlorax.fit(max_error=X)`, saved, opened again, and measured adapter by adapter against the originals in whole
-float64 matrices. Bytes are those of tensors; heads, and what is carried as it is, are on neither side. A rival that
-shares is looked for up to `--beyond` times the fewest bytes of those before it.
+float64 matrices. Bytes are those of tensors; heads, and what is carried as it is, are on neither side. A baseline
+that shares is looked for up to `--beyond` times the fewest bytes of those before it.
 """
 
 import argparse
@@ -29,12 +29,13 @@ import torch
 from byte_collections import Collection, Folders, collections
 from collection import copies_in_float32, delta_error, head_keys, saved_tensor_bytes
 from run import commit, say, text_of, write
+from tuned_baselines import CLUSTERS, COMBINATIONS, least
 
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
 from eigenlorax.core.adapter import Adapter, Lazy, LoRAFactors
 from eigenlorax.core.stack import Stack, stack
-from eigenlorax.reports.analysis import rivals
+from eigenlorax.reports.analysis.per_adapter import Point
 
 RESULTS = Path(__file__).with_name("results") / "bytes.json"
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -44,7 +45,7 @@ WIDEST = 1024
 """Up to which width lorashare is tried: it finds all eigenvectors of d × d matrices, for each number of components."""
 WIDE = "16 bits"
 """Rivals whose shared factors, and cores, are in 16 bits: as papers and packages have them."""
-TOGETHER = {"rivals": rivals.TOGETHER, WIDE: ((16, 16),)}
+TOGETHER = {"rivals": COMBINATIONS, WIDE: ((16, 16),)}
 WHO = ("ours", *TOGETHER, *PACKAGES)
 Json = dict[str, Any]
 
@@ -82,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zoo", type=Path, help="a folder of strangers' adapters, by base model")
     parser.add_argument("--adapters", type=Path, nargs="+", default=[], help="folders of further adapters of one model")
     parser.add_argument("--beyond", type=float, default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--clusters", nargs="+", type=int, default=rivals.CLUSTERS, help="(default: %(default)s)")
+    parser.add_argument("--clusters", nargs="+", type=int, default=CLUSTERS, help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=WHO, default=WHO, help="(default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure the packs again, and no rival that is there")
     parser.add_argument("--output", type=Path, help="the result's file, read first (default: results/bytes.json)")
@@ -136,8 +137,8 @@ def cells(one: Collection, given: argparse.Namespace, scratch: Path, there: Mapp
         if not absent:
             continue
         started = time.perf_counter()
-        found = rivals.least(
-            stacks(adapters), absent, clusters=given.clusters, together=TOGETHER[who], beyond=given.beyond
+        found = least(
+            stacks(adapters), absent, clusters=given.clusters, combinations=TOGETHER[who], beyond=given.beyond
         )
         seconds = (time.perf_counter() - started) / len(absent)
         for place, error in enumerate(absent):
@@ -166,7 +167,7 @@ def stacks(adapters: Sequence[Adapter]) -> Mapping[str, Stack]:
     return Lazy(specs, read) if len(adapters) > 200 else {module: read(module) for module in specs}
 
 
-def as_json(point: rivals.Point | None) -> Json | None:
+def as_json(point: Point | None) -> Json | None:
     if point is None:
         return None
     return {

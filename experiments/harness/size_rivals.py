@@ -22,13 +22,19 @@ import eigenlorax as ex
 from eigenlorax.codec import joint
 from eigenlorax.core.linalg import dual_rows
 from eigenlorax.core.stack import Stack, stack
-from eigenlorax.reports.analysis import losses, rivals
+from eigenlorax.reports.analysis import losses, per_adapter
+from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
 
 from . import record
 
 BENCHMARKS = record.ROOT / "benchmarks"
+# at the end: nothing there may hide a module of another name
+if str(BENCHMARKS) not in sys.path:
+    sys.path.append(str(BENCHMARKS))
+from tuned_baselines import COMBINATIONS, DIAGONAL, FULL, SharedFactors  # noqa: E402
+
 HALVINGS = 40
-ROUNDS = {rivals.FULL: 20, rivals.DIAGONAL: 60}
+ROUNDS = {FULL: 20, DIAGONAL: 60}
 PACK, SHARED = "pack", "shared basis, float16"
 PACKAGES = ("lorashare", "vlora")
 """Rivals that are installed (benchmarks/methods.py)."""
@@ -99,9 +105,9 @@ def _opened(collection: Collection, options: Json) -> Kept:
 def shared(collection: Collection, _: float, least: int) -> Kept:
     """A delta fit with k components a side, bases and coefficients in float16."""
 
-    together = rivals.Together(collection.modules, [range(len(collection.adapters))])
+    together = SharedFactors(collection.modules, [range(len(collection.adapters))])
     k = _fewest(
-        lambda k: together.stored_bytes(rivals.COEFFICIENTS, k, (16, 16)), least, together.most(rivals.COEFFICIENTS)
+        lambda k: together.stored_bytes(SHARED_BASIS, k, (16, 16)), least, together.max_components(SHARED_BASIS)
     )
     return _opened(collection, {"n_components": k, "dtype": "float16", "coefficient_dtype": "float16"})
 
@@ -124,7 +130,7 @@ def alone(bits: Sequence[int], *, cut: bool) -> Callable[[Collection, float, int
     """Every adapter by itself, in one of some numbers of bits; cut: and of a rank for each module."""
 
     def found(collection: Collection, _: float, most: int) -> Kept | None:
-        tables = rivals.tables(collection.modules, bits)
+        tables = per_adapter.tables(collection.modules, bits)
         n = len(collection.adapters)
         choices = [[_steps(tables, index, each) for each in bits] for index in range(n)]
         if not cut:
@@ -153,7 +159,7 @@ def alone(bits: Sequence[int], *, cut: bool) -> Callable[[Collection, float, int
     return found
 
 
-def _steps(tables: rivals.Tables, index: int, bits: int) -> _Steps:
+def _steps(tables: per_adapter.Tables, index: int, bits: int) -> _Steps:
     gains: list[tuple[float, int, float, int]] = []
     for module, (table, cost) in enumerate(zip(tables.lost[bits], tables.costs[bits], strict=True)):
         own = (table[index, :-1] - table[index, 1:]).tolist()[: int(tables.ranks[module][index])]
@@ -184,7 +190,7 @@ def _cheapest(choices: Sequence[_Steps], bound: float) -> tuple[_Steps, int] | N
 def _restored(collection: Collection, chosen: Sequence[tuple[_Steps, int]]) -> Kept:
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for place, (name, one) in enumerate(collection.modules.items()):
-        own = rivals.balanced(one)
+        own = per_adapter.balanced(one)
         for index, (steps, at) in enumerate(chosen):
             # at least one direction, of zeros, for what reads a LoRA
             rank = steps.modules[:at].count(place)
@@ -206,17 +212,17 @@ def jointly(kind: str) -> Callable[[Collection, float, int], Kept | None]:
     """One pair of factors a module, and cores of one kind, in those bits with which the worst adapter loses least."""
 
     def found(collection: Collection, _: float, least: int) -> Kept | None:
-        together = rivals.Together(
-            collection.modules, [range(len(collection.adapters))], rounds=(ROUNDS[rivals.FULL], ROUNDS[rivals.DIAGONAL])
+        together = SharedFactors(
+            collection.modules, [range(len(collection.adapters))], rounds=(ROUNDS[FULL], ROUNDS[DIAGONAL])
         )
         tried = []
-        for bits in rivals.TOGETHER:
+        for bits in COMBINATIONS:
             k = _fewest(
                 lambda k, bits=bits: together.stored_bytes(kind, k, bits),
                 least,
-                together.most(kind),
+                together.max_components(kind),
             )
-            tried.append((together.tried(kind, k)[bits].worst, k, bits))
+            tried.append((together.measure(kind, k)[bits].worst, k, bits))
         _, k, bits = min(tried)
         rows = {name: _in_cores(kind, one, together.weights, k, bits) for name, one in collection.modules.items()}
         settings = {"k": k, "bits": list(bits)}
@@ -226,7 +232,7 @@ def jointly(kind: str) -> Callable[[Collection, float, int], Kept | None]:
 
 
 def _in_cores(kind: str, one: Stack, weights: Tensor, k: int, bits: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-    if kind == rivals.DIAGONAL:
+    if kind == DIAGONAL:
         fitted = joint.diagonal(one, weights, k, rounds=ROUNDS[kind], tolerance=1e-4)
         down, up = (losses.rounded_rows(rows[None], bits[0])[0] for rows in (fitted.down, fitted.up))
         cores = losses.rounded_rows(joint.in_diagonal(one, (down, up)).cores[:, None], bits[1])[:, 0]
@@ -242,9 +248,6 @@ def package(name: str) -> Callable[[Collection, float, int], Kept]:
     """An installed package, its numbers counted in 16 bits, which costs no error here."""
 
     def found(collection: Collection, _: float, least: int) -> Kept:
-        # at the end: nothing there may hide a module of another name
-        if str(BENCHMARKS) not in sys.path:
-            sys.path.append(str(BENCHMARKS))
         import collection as folders_of
         import methods
 
@@ -295,11 +298,11 @@ def _fewest(size: Callable[[int], int], least: int, most: int) -> int:
 
 WAYS: Mapping[str, Callable[[Collection, float, int], Kept | None]] = {
     PACK: packed,
-    rivals.CUT: alone((16,), cut=True),
-    rivals.ROUNDED: alone(tuple(bits for bits in rivals.BITS if bits < 16), cut=False),
-    rivals.BOTH: alone(rivals.BITS, cut=True),
+    per_adapter.CUT: alone((16,), cut=True),
+    per_adapter.ROUNDED: alone(tuple(bits for bits in per_adapter.BITS if bits < 16), cut=False),
+    per_adapter.BOTH: alone(per_adapter.BITS, cut=True),
     SHARED: shared,
-    rivals.FULL: jointly(rivals.FULL),
-    rivals.DIAGONAL: jointly(rivals.DIAGONAL),
+    FULL: jointly(FULL),
+    DIAGONAL: jointly(DIAGONAL),
     **{name: package(name) for name in PACKAGES},
 }

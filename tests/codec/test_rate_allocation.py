@@ -1,6 +1,8 @@
 """What is chosen before anything is coded: estimates against what coding then takes, and against everything else."""
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from coded_collections import COLLECTIONS
 from eigenlorax.codec import rate_allocation, singular_codes
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.core.stack import stack
-from eigenlorax.reports.analysis import rivals
 from planted import factors_in, normal, orthonormal
+
+# at the end: nothing there may hide a module of another name
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from tuned_baselines import KINDS, fewest, least
 
 WIDE = {"layer.0": (96, 120)}
 
@@ -84,13 +89,13 @@ def adapters_shapes(adapters):
 
 
 class TestEverythingElse:
-    """Never more bytes than what else keeps every adapter within the error, as `analysis.rivals` tunes it."""
+    """Never more bytes than a baseline of `benchmarks/tuned_baselines.py` with the same error bound."""
 
     @pytest.mark.parametrize("error", [0.02, 0.3])
     @pytest.mark.parametrize("name", ["shared", "unshared", "two", "ranks that differ", "an outlier"])
     def test_on_small_collections(self, name, error):
         adapters = COLLECTIONS[name]()
-        best = rivals.fewest(rivals.least(stacks(adapters), [error], clusters=(1,), kinds=rivals.KINDS[:2]), 0)
+        best = fewest(least(stacks(adapters), [error], clusters=(1,), kinds=KINDS[:2]), 0)
         assert size(ex.fit(adapters, max_error=error)) <= 1.02 * best.stored_bytes
 
     def test_less_than_half_where_many_share(self):
@@ -99,7 +104,7 @@ class TestEverythingElse:
             from_factors(f"a{i}", {name: LoRAFactors(f.down.float(), f.up.float(), f.scaling)})
             for i, f in enumerate(many(100, k=12, noise=0.02, rank=8))
         ]
-        best = rivals.fewest(rivals.least(stacks(adapters), [0.15], clusters=(1,), kinds=rivals.KINDS[:1]), 0)
+        best = fewest(least(stacks(adapters), [0.15], clusters=(1,), kinds=KINDS[:1]), 0)
         assert 2 * size(ex.fit(adapters, max_error=0.15)) <= best.stored_bytes
 
 
@@ -124,5 +129,5 @@ def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, erro
     sizes = [size(pack) for pack in packs]
     assert all(after <= 1.02 * before for before, after in pairwise(sizes))
     # in fewer bits, of a module so small, others gain on what is written of each adapter beside its numbers
-    best = rivals.fewest(rivals.least(stacks(adapters), errors, clusters=(1,), together=((16, 16),)), 2)
+    best = fewest(least(stacks(adapters), errors, clusters=(1,), combinations=((16, 16),)), 2)
     assert sizes[-1] <= best.stored_bytes

@@ -14,9 +14,10 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 from harness import record, records, same_bytes, same_bytes_tables, size_rivals  # noqa: E402
 from harness.recycled import delta_error  # noqa: E402
+from harness.size_rivals import DIAGONAL, FULL, SharedFactors  # noqa: E402
 
 from adapters import make_adapter  # noqa: E402
-from eigenlorax.reports.analysis import rivals  # noqa: E402
+from eigenlorax.reports.analysis import per_adapter  # noqa: E402
 
 CONFIG = tomllib.loads((EXPERIMENTS / "configs" / "bytes.toml").read_text("utf-8"))
 MODULES = {"layer.0.query": (97, 83), "layer.1.query": (89, 101)}
@@ -45,28 +46,28 @@ class TestWays:
         assert LORA / 6.5 < found.bytes <= LORA / 6
         assert 0 < max(errors(collection, found)) < 1
 
-    @pytest.mark.parametrize("way", [rivals.CUT, rivals.BOTH])
+    @pytest.mark.parametrize("way", [per_adapter.CUT, per_adapter.BOTH])
     def test_alone_no_way_of_the_same_error_is_smaller_and_none_of_a_smaller_error_fits(self, collection, way):
         most = LORA // 5
         found = size_rivals.kept(way, collection, 5.0, most)
-        lost, tables = errors(collection, found), rivals.tables(collection.modules)
-        name = {rivals.CUT: rivals.CUT_BY_ENERGY}.get(way, way)
+        lost, tables = errors(collection, found), per_adapter.tables(collection.modules)
+        name = {per_adapter.CUT: per_adapter.CUT_BY_ENERGY}.get(way, way)
         # what the benchmark's own rival takes for that error, and for a little less
-        assert found.bytes == pytest.approx(rivals.alone(tables, max(lost) + 1e-6)[name].stored_bytes, rel=0.02)
-        assert found.bytes <= most < rivals.alone(tables, 0.97 * max(lost))[name].stored_bytes
+        assert found.bytes == pytest.approx(per_adapter.at_error(tables, max(lost) + 1e-6)[name].stored_bytes, rel=0.02)
+        assert found.bytes <= most < per_adapter.at_error(tables, 0.97 * max(lost))[name].stored_bytes
 
     def test_rounding_alone_reaches_so_far_and_no_further(self, collection):
-        found = size_rivals.kept(rivals.ROUNDED, collection, 4.0, LORA // 4)
+        found = size_rivals.kept(per_adapter.ROUNDED, collection, 4.0, LORA // 4)
         assert set(found.settings["bits"].values()) == {3, 4}
         assert found.bytes <= LORA / 4
-        assert size_rivals.kept(rivals.ROUNDED, collection, 18.0, LORA // 18) is None
+        assert size_rivals.kept(per_adapter.ROUNDED, collection, 18.0, LORA // 18) is None
 
-    @pytest.mark.parametrize("kind", [rivals.FULL, rivals.DIAGONAL])
+    @pytest.mark.parametrize("kind", [FULL, DIAGONAL])
     def test_joint_factors_lose_what_the_search_says_in_no_fewer_bytes(self, collection, kind):
         least = LORA // 6
         found = size_rivals.kept(kind, collection, 6.0, least)
-        together = rivals.Together(collection.modules, [range(N)], rounds=(20, 60))
-        point = together.tried(kind, found.settings["k"])[tuple(found.settings["bits"])]
+        together = SharedFactors(collection.modules, [range(N)], rounds=(20, 60))
+        point = together.measure(kind, found.settings["k"])[tuple(found.settings["bits"])]
         assert max(errors(collection, found)) == pytest.approx(point.worst, rel=1e-5)
         assert found.bytes == point.stored_bytes >= least
 
@@ -135,7 +136,7 @@ class TestTables:
         for ratio in CONFIG["demo"]["ratios"]:
             for way in size_rivals.WAYS:
                 drops = {"sms-spam-a": 1, "banking77-a": -2} if way == size_rivals.PACK else {"acl-arc-a": 8}
-                planted("demo", ratio, way, {} if way == rivals.ROUNDED else drops)
+                planted("demo", ratio, way, {} if way == per_adapter.ROUNDED else drops)
         yield tmp_path
         records.of.cache_clear()
 

@@ -10,7 +10,8 @@ import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.core.stack import stack
 from eigenlorax.reports import data, frontier, markdown, page
-from eigenlorax.reports.analysis import rivals
+from eigenlorax.reports.analysis import per_adapter
+from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
 from made import of_one_subspace, random
 from planted import MODULES
 
@@ -47,32 +48,33 @@ def test_the_pack_is_where_its_records_say(shared):
     assert found.frontier.lora_float16 == 2 * 40 * 3 * sum(sum(shape) for shape in MODULES.values())
 
 
-def test_ways_are_those_of_rivals_and_go_down(strangers):
+def test_points_are_those_of_the_baselines_and_go_down(strangers):
     _, found = strangers
     made = random(4, shapes=MODULES)
     modules = {m: stack([one[m] for one in made], n_in, n_out) for m, (n_out, n_in) in MODULES.items()}
     points = found.frontier.points[1:]
-    tables = rivals.tables(modules)
-    both = [point for point in points if point.way == rivals.BOTH]
-    expected = {each.stored_bytes for error in frontier.ERRORS if (each := rivals.alone(tables, error)[rivals.BOTH])}
+    tables = per_adapter.tables(modules)
+    both = [point for point in points if point.way == per_adapter.BOTH]
+    by_error = [per_adapter.at_error(tables, error)[per_adapter.BOTH] for error in frontier.ERRORS]
+    expected = {each.stored_bytes for each in by_error if each is not None}
     assert {point.stored_bytes for point in both} >= expected - {max(expected)}
-    for way in frontier.WAYS:
+    for way in frontier.METHODS:
         line = [point for point in points if point.way == way]
         assert sorted(line, key=lambda point: point.stored_bytes) == line
         assert sorted(line, key=lambda point: -point.worst) == line
     # cut to the pack's own error too
     worst = found.frontier.points[0].worst
-    expected = rivals.alone(tables, worst)[rivals.BOTH]
+    expected = per_adapter.at_error(tables, worst)[per_adapter.BOTH]
     assert frontier.cheapest(found.frontier).stored_bytes <= expected.stored_bytes
     assert any(point.stored_bytes == expected.stored_bytes for point in both)
 
 
 def test_where_much_is_shared_a_shared_basis_is_best_and_the_verdict_knows_others(shared, strangers):
     _, found = shared
-    assert frontier.cheapest(found.frontier).way in rivals.KINDS
+    assert frontier.cheapest(found.frontier).way == SHARED_BASIS
     _, alone = strangers
     best = frontier.cheapest(alone.frontier)
-    assert best.way == rivals.BOTH
+    assert best.way == per_adapter.BOTH
     assert best.stored_bytes < alone.frontier.points[0].stored_bytes
     told = [one.text for one in alone.verdict.findings if one.kind == "baseline"]
     assert frontier.at_equal_error(alone.frontier) in told
@@ -86,7 +88,7 @@ def test_a_large_collection_is_tried_on_some_modules(monkeypatch):
     some = report_of(made, 4)[1].frontier
     assert (some.modules, some.of, whole.modules) == (2, 6, 6)
     assert some.points[0] == whole.points[0]
-    for way in (rivals.ROUNDED, rivals.BOTH):
+    for way in (per_adapter.ROUNDED, per_adapter.BOTH):
         few, many = ([p for p in each.points if p.way == way][-1] for each in (some, whole))
         assert few.stored_bytes == pytest.approx(many.stored_bytes, rel=0.1)
 

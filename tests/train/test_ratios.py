@@ -17,7 +17,7 @@ from eigenlorax.cli import main
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import OptionError
 from eigenlorax.reports import data, markdown, with_evaluations
-from eigenlorax.reports.analysis import rivals
+from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.train import compare, models, ratios
 from planted import normal
 from reference import dense
@@ -78,7 +78,7 @@ class TestVersions:
         assert (own.way, own.ratio) == ("pack", None)
         assert own.stored_bytes == pack.summary.bytes.basis + pack.summary.bytes.coefficients
         assert [(one.way, one.ratio) for one in others] == [
-            (way, ratio) for ratio in RATIOS for way in ("fit", rivals.BOTH)
+            (way, ratio) for ratio in RATIOS for way in ("fit", per_adapter.BOTH)
         ]
         numbers = len(originals) * len(tiny.BERT) * tiny.RANK * 2 * tiny.IN
         assert (versions.adapters, versions.lora_float16) == (3, 2 * numbers)
@@ -100,7 +100,7 @@ class TestVersions:
         assert rival.worst == pytest.approx(max(errors), rel=1e-4)
         assert rival.mean == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
-    def test_rivals_are_loras_of_the_rank_they_had(self, versions, originals):
+    def test_baselines_are_loras_of_the_rank_they_had(self, versions, originals):
         recycled = versions.several[-1].adapter("b")
         assert recycled.source_config == originals["b"].source_config
         assert {one.rank for one in recycled.specs.values()} == {tiny.RANK}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.typed import UnfitError
 from .data import Report, SideFigures, Similarity, Spread, TaskFrontier
-from .frontier import FIT, TASK_WAYS, WAYS
+from .frontier import FIT, METHODS, TASK_METHODS
 
 _MOST = 1e100
 """No figure is as large, and its square is still a float."""
@@ -28,7 +28,7 @@ def check(report: Report) -> None:
     if report.similarity is not None:
         _check_similarity(report.similarity)
     if report.frontier is not None:
-        _check_ways([point.way for point in report.frontier.points], WAYS, "report.frontier")
+        _check_ways([point.way for point in report.frontier.points], METHODS, "report.frontier")
     for place, found in enumerate(report.task_frontiers):
         _check_task_frontier(found, f"report.task_frontiers[{place}]")
 
@@ -124,7 +124,7 @@ def _check_ways(found: Sequence[str], known: Collection[str], where: str) -> Non
 
 
 def _check_task_frontier(found: TaskFrontier, where: str) -> None:
-    _check_ways([point.way for point in found.points], TASK_WAYS, where)
+    _check_ways([point.way for point in found.points], TASK_METHODS, where)
     pack, *others = found.points
     fits = [point.ratio for point in others if point.way == FIT]
     alone = [point.ratio for point in others if point.way != FIT]

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import kinds, numbers, svg
 from .data import Report, SideFigures, TaskFrontier
-from .frontier import SHARING, TASK_WAYS, WAYS
+from .frontier import METHODS, SHARING_METHODS, TASK_METHODS
 from .svg import HALF, WIDE, ink, series
 
 SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
@@ -138,11 +138,11 @@ def frontier(report: Report) -> str:
             axis.plot(
                 [point.worst for point in line],
                 [point.stored_bytes / unit for point in line],
-                "--" if way in SHARING else "-",
+                "--" if way in SHARING_METHODS else "-",
                 marker="o",
                 markersize=3.5,
                 color=series(1 + ways.index(way)),
-                label=WAYS[way],
+                label=METHODS[way],
             )
         if pack.stored_bytes:
             axis.plot(
@@ -151,7 +151,7 @@ def frontier(report: Report) -> str:
                 "*",
                 markersize=13,
                 color=series(0),
-                label=WAYS["pack"],
+                label=METHODS["pack"],
             )
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -182,7 +182,7 @@ def task_frontier(found: TaskFrontier, measure: str, name: str) -> str:
             axis.axhline(original, color=ink("muted"), linestyle="--", linewidth=1.2, label="the originals")
         if bare is not None:
             axis.axhline(bare, color=ink("bad"), linestyle=":", linewidth=1.4, label="no update")
-        for number, (way, label) in enumerate(TASK_WAYS.items()):
+        for number, (way, label) in enumerate(TASK_METHODS.items()):
             there = [(point.stored_bytes / unit, getattr(point, measure)) for point in found.points if point.way == way]
             # a logarithmic scale has no place for nothing
             line = [(stored, value) for stored, value in there if stored and value is not None]

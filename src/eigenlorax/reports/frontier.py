@@ -1,4 +1,4 @@
-"""Bytes against the worst error: the pack as one point among everything else that could be done with its adapters."""
+"""Bytes against the worst error: the pack as one point among the baselines for the same adapters."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,97 +9,104 @@ from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import numbers
-from .analysis import rivals
-from .analysis.rivals import Point, Together
+from .analysis import per_adapter
+from .analysis.per_adapter import BOTH, CUT_BY_ENERGY, ROUNDED, Point
+from .analysis.shared_basis import SHARED_BASIS, SharedBasis
 from .data import Frontier, FrontierPoint, TaskFrontier
 from .measure import own_name
 from .originals import Originals
 
 NUMBERS = 1.5e6
-"""Numbers of factors that are looked at: of a larger collection, some modules."""
+"""Numbers of factors up to which all modules are measured; of a larger collection, some modules."""
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 WORST = 0.8
-"""The error from which on a way is of no use."""
-WAYS = {
-    "pack": "this pack",
-    rivals.ROUNDED: "each LoRA rounded to few bits",
-    rivals.CUT_BY_ENERGY: "each LoRA cut by SVD, 16 bits",
-    rivals.BOTH: "each LoRA cut and rounded",
-    rivals.COEFFICIENTS: "one shared basis",
-    rivals.FULL: "joint diagonalisation, full cores",
-    rivals.DIAGONAL: "joint diagonalisation, diagonal cores",
+"""Points with a larger worst error are left out."""
+PACK, FIT = "pack", "fit"
+SHARING_METHODS = {
+    SHARED_BASIS: "one shared basis",
+    # no longer measured; reports of earlier versions have them
+    "joint, full cores": "joint diagonalisation, full cores",
+    "joint, diagonal cores": "joint diagonalisation, diagonal cores",
 }
-"""The ways of the frontier in words."""
-SHARING = rivals.KINDS
-FIT = "fit"
-TASK_WAYS = {"pack": WAYS["pack"], FIT: "fitted at a ratio", rivals.BOTH: WAYS[rivals.BOTH]}
-"""Those that are run on a task."""
+METHODS = {
+    PACK: "this pack",
+    ROUNDED: "each LoRA rounded to few bits",
+    CUT_BY_ENERGY: "each LoRA cut by SVD, 16 bits",
+    BOTH: "each LoRA cut and rounded",
+    **SHARING_METHODS,
+}
+"""Labels of the methods of a frontier, by the `way` of a point."""
+TASK_METHODS = {PACK: METHODS[PACK], FIT: "fitted at a ratio", BOTH: METHODS[BOTH]}
+"""Labels of the methods that are run on a task."""
 
-_LEAST_K, _MOST_K = 4, 512
-_QUICK_K = 64
-"""With diagonal cores, the most."""
-_BITS, _ROUNDS = ((8, 8), (4, 4)), (1, 10)
-_ENOUGH = 0.97
-"""Of the best so far, a share of bytes or of error that is worth another point."""
+_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
+"""Components per side of the shared basis."""
+_BITS, _SWEEPS = ((8, 8), (4, 4)), 1
+_IMPROVEMENT = 0.97
+"""A larger point is shown only if its error is below this share of the best so far."""
 
 
-def frontier(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals, say: Progress) -> Frontier | None:
-    """The pack, and what else could be done with the trained adapters whose originals are at hand.
+def frontier(
+    pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, progress: Progress
+) -> Frontier | None:
+    """Return the pack and the baselines for the trained adapters whose originals are given.
 
-    Of a collection of more than `NUMBERS`, every way is tried on some of the modules, evenly spread, and its bytes are
-    those it would take with all, in proportion. None where there is nothing to store.
+    In a collection of more than `NUMBERS`, the baselines are measured on some of the modules, evenly spaced, and their
+    bytes are scaled to all modules. None if there is nothing to store.
     """
-    names = list(found.adapters)
-    sizes = _sizes(pack, packed, found)
-    every = [module for module, size in sizes.items() if size > 0]
-    if not every:
+    names = list(originals.adapters)
+    sizes = _sizes(pack, packed, originals)
+    nonempty = [module for module, size in sizes.items() if size > 0]
+    if not nonempty:
         return None
-    chosen = _some(every, sizes)
+    chosen = _evenly_spaced(nonempty, sizes)
     scale = sum(sizes.values()) / sum(sizes[module] for module in chosen)
-    stacks = Lazy(dict.fromkeys(chosen), lambda module: _stack(pack, packed, found, names, module))
+    stacks = Lazy(dict.fromkeys(chosen), lambda module: _stack(pack, packed, originals, module))
+    # all modules of a small collection stay in memory; of a large one, each is read again when it is needed
     modules: Mapping[str, Stack] = dict(stacks) if scale == 1 else stacks
     records = [pack.records[name] for name in names]
-    own = FrontierPoint(
-        "pack",
-        "",
-        pack.info.stored_bytes + sum(record.coefficient_bytes for record in records),
-        max(record.delta_error for record in records),
-        sum(record.delta_error for record in records) / len(records),
+    of_pack = FrontierPoint(
+        way=PACK,
+        settings="",
+        stored_bytes=pack.info.stored_bytes + sum(record.coefficient_bytes for record in records),
+        worst=max(record.delta_error for record in records),
+        mean=sum(record.delta_error for record in records) / len(records),
     )
-    lora = 2 * sum(sizes.values())
+    lora_float16 = 2 * sum(sizes.values())
     points = [
-        FrontierPoint(way, words, round(scale * point.stored_bytes), point.worst, point.mean)
-        for way, words, point in _tried(modules, own.worst, lora / scale, say)
+        FrontierPoint(method, settings, round(scale * point.stored_bytes), point.worst, point.mean)
+        for method, settings, point in _baseline_points(modules, of_pack.worst, lora_float16 / scale, progress)
     ]
-    return Frontier(len(names), len(chosen), len(every), lora, [own, *points])
+    return Frontier(len(names), len(chosen), len(nonempty), lora_float16, [of_pack, *points])
 
 
-def cheapest(found: Frontier) -> FrontierPoint | None:
-    """Of all ways but the pack, the fewest bytes with a worst error that is not above the pack's."""
-    pack, *others = found.points
-    there = [point for point in others if point.worst <= pack.worst]
-    return min(there, key=lambda point: (point.stored_bytes, point.worst), default=None)
+def cheapest(frontier: Frontier) -> FrontierPoint | None:
+    """Return the baseline of the fewest bytes whose worst error is not above the pack's; None if there is none."""
+    pack, *baselines = frontier.points
+    candidates = [point for point in baselines if point.worst <= pack.worst]
+    return min(candidates, key=lambda point: (point.stored_bytes, point.worst), default=None)
 
 
-def at_equal_error(found: Frontier) -> str:
-    """The pack beside the cheapest other way that loses no more, in a sentence."""
-    pack, other = found.points[0], cheapest(found)
-    if other is None:
+def at_equal_error(frontier: Frontier) -> str:
+    """Compare the pack in a sentence with the smallest baseline that has no larger error."""
+    pack, baseline = frontier.points[0], cheapest(frontier)
+    if baseline is None:
         return f"Nothing else that was tried holds the pack's worst error of {numbers.error(pack.worst)}."
-    settings = f" ({other.settings})" if other.settings else ""
+    settings = f" ({baseline.settings})" if baseline.settings else ""
     return (
         f"For the pack's worst error of {numbers.error(pack.worst)}, the best other way takes "
-        f"{numbers.size(other.stored_bytes)}: {WAYS[other.way]}{settings}. The pack takes "
+        f"{numbers.size(baseline.stored_bytes)}: {METHODS[baseline.way]}{settings}. The pack takes "
         f"{numbers.size(pack.stored_bytes)}."
     )
 
 
-def on_task(found: TaskFrontier) -> str:
-    """How often what is fitted at a ratio changes predictions less than what stands alone in the same bytes, in a
-    sentence."""
-    fits, rival = ({one.ratio: one for one in found.points if one.way == way} for way in (FIT, rivals.BOTH))
-    better = sum(one.kl < rival[ratio].kl for ratio, one in fits.items())
-    worse = sum(one.kl > rival[ratio].kl for ratio, one in fits.items())
+def on_task(frontier: TaskFrontier) -> str:
+    """Say at how many ratios a fit changes predictions less than truncated and rounded LoRAs of the same bytes."""
+    fits, baselines = (
+        {point.ratio: point for point in frontier.points if point.way == method} for method in (FIT, BOTH)
+    )
+    better = sum(point.kl < baselines[ratio].kl for ratio, point in fits.items())
+    worse = sum(point.kl > baselines[ratio].kl for ratio, point in fits.items())
     return (
         f"Of {numbers.plural(len(fits), 'ratio')}, the fit predicts more nearly what the originals do than each LoRA "
         f"cut and rounded to the same bytes at {better}, and less nearly at {worse}."
@@ -107,78 +114,73 @@ def on_task(found: TaskFrontier) -> str:
 
 
 def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals) -> dict[str, int]:
-    """Numbers of the adapters' factors by module of the subspace."""
-    found = dict.fromkeys(pack.subspace.modules, 0)
-    for name in originals.adapters:
-        for own, place in packed[name].places.items():
-            found[place] += originals.adapters[name].specs[own].numbers
-    return found
+    """Count the numbers in the adapters' factors by module of the subspace."""
+    sizes = dict.fromkeys(pack.subspace.modules, 0)
+    for name, adapter in originals.adapters.items():
+        for own, module in packed[name].places.items():
+            sizes[module] += adapter.specs[own].numbers
+    return sizes
 
 
-def _some(modules: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
-    """As many as there is room for, evenly spread; one at least."""
+def _evenly_spaced(modules: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
+    """Return as many modules as `NUMBERS` allows, at least one."""
     total = sum(sizes[module] for module in modules)
     count = max(1, min(len(modules), int(len(modules) * NUMBERS / total)))
-    return [modules[place * len(modules) // count] for place in range(count)]
+    return [modules[index * len(modules) // count] for index in range(count)]
 
 
-def _stack(
-    pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals, names: Sequence[str], module: str
-) -> Stack:
+def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, module: str) -> Stack:
     n_out, n_in = pack.subspace.modules[module].shape
-    owns = [own_name(packed[name], module) for name in names]
-    return stack(
-        [found.adapters[name].modules[own] if own is not None else None for name, own in zip(names, owns, strict=True)],
-        n_in,
-        n_out,
-    )
+    factors = []
+    for name, adapter in originals.adapters.items():
+        own = own_name(packed[name], module)
+        factors.append(adapter.modules[own] if own is not None else None)
+    return stack(factors, n_in, n_out)
 
 
-def _tried(modules: Mapping[str, Stack], worst: float, lora: float, say: Progress) -> Iterator[tuple[str, str, Point]]:
-    """Ways, their settings in words, and what became of them; each way from few bytes to many."""
-    stage = "trying other ways"
-    ks = [k for k in (2**power for power in range(12)) if _LEAST_K <= k <= _MOST_K]
-    steps, done = 1 + len(ks) * len(rivals.KINDS), 0
-    say(stage, done, steps)
-    tables = rivals.tables(modules)
-    by_error = [rivals.alone(tables, error) for error in sorted({*ERRORS, *([worst] if worst < WORST else [])})]
-    for way in (rivals.ROUNDED, rivals.CUT_BY_ENERGY, rivals.BOTH):
-        yield from ((way, "", point) for point in _best([each[way] for each in by_error], worst))
-    n = len(tables.total)
-    shared = Together(modules, [range(n)], _BITS, _ROUNDS)
-    small = sum(sum(ranks) * sum(shared.shapes[name]) for name, ranks in shared.ranks.items()) <= NUMBERS
-    for kind in rivals.KINDS if small else (rivals.COEFFICIENTS, rivals.FULL):
-        found: list[Point] = []
-        for k in ks:
-            done += 1
-            say(stage, done, steps)
-            # what takes more than the LoRAs is no way to make them smaller
-            useful = (
-                shared.floor(k) < WORST and k // 2 < shared.most(kind) and (kind != rivals.DIAGONAL or k <= _QUICK_K)
-            )
-            if useful and shared.stored_bytes(kind, k, (8, 8)) < lora:
-                found += shared.tried(kind, min(k, shared.most(kind))).values()
-        for point in _best([point for point in found if point.stored_bytes < lora], worst):
-            yield kind, _words(point), point
-    say(stage, steps, steps)
+def _baseline_points(
+    modules: Mapping[str, Stack], worst: float, lora_bytes: float, progress: Progress
+) -> Iterator[tuple[str, str, Point]]:
+    """Yield method, settings in words, and point of each baseline; each method from few bytes to many."""
+    stage, steps = "measuring baselines", 1 + len(_SIZES)
+    progress(stage, 0, steps)
+    tables = per_adapter.tables(modules)
+    errors = sorted({*ERRORS, *([worst] if worst < WORST else [])})
+    by_error = [per_adapter.at_error(tables, error) for error in errors]
+    for method in (ROUNDED, CUT_BY_ENERGY, BOTH):
+        yield from ((method, "", point) for point in _pareto_front([points[method] for points in by_error], worst))
+    shared = SharedBasis(modules, _BITS, _SWEEPS)
+    candidates: list[Point] = []
+    for done, k in enumerate(_SIZES, start=1):
+        progress(stage, done, steps)
+        if shared.lower_bound(k) >= WORST or k // 2 >= shared.max_components:
+            continue
+        # a basis that takes more than the LoRAs is of no use
+        if shared.stored_bytes(k, _BITS[0]) < lora_bytes:
+            candidates += shared.measure(min(k, shared.max_components)).values()
+    for point in _pareto_front([point for point in candidates if point.stored_bytes < lora_bytes], worst):
+        yield SHARED_BASIS, _settings_text(point), point
+    progress(stage, steps, steps)
 
 
-def _best(points: Sequence[Point | None], asked: float) -> list[Point]:
-    """Those than which no other has both fewer bytes and a lower error, ascending, not too many; the first of those
-    within the error that is asked for is one of them."""
-    there = sorted(
+def _pareto_front(points: Sequence[Point | None], bound: float) -> list[Point]:
+    """Return the points that no other point beats in both bytes and worst error, by bytes.
+
+    Points that hardly improve on the one before are left out, except the smallest one with an error within `bound`.
+    """
+    candidates = sorted(
         (point for point in points if point is not None and point.worst < WORST),
         key=lambda point: (point.stored_bytes, point.worst),
     )
-    found: list[Point] = []
+    front: list[Point] = []
     worst = math.inf
-    for point in there:
-        if point.worst < _ENOUGH * worst or point.worst <= asked < worst:
-            found.append(point)
+    for point in candidates:
+        if point.worst < _IMPROVEMENT * worst or point.worst <= bound < worst:
+            front.append(point)
             worst = point.worst
-    return found
+    return front
 
 
-def _words(point: Point) -> str:
-    basis, own = point.settings["bits"]
-    return f"k = {point.settings['k']}, {basis} bits" + (f" and {own}" if own != basis else "")
+def _settings_text(point: Point) -> str:
+    basis, coefficients = point.settings["bits"]
+    return f"k = {point.settings['k']}, {basis} bits" + (f" and {coefficients}" if coefficients != basis else "")

@@ -16,7 +16,7 @@ from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import refits
-from .analysis import crowded, losses, null, rivals
+from .analysis import crowded, losses, null, per_adapter
 from .analysis.pairs import Pairs, products
 from .chance import NullSums
 from .originals import Originals
@@ -223,7 +223,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
         found.down_total[some] += stored.down_total
         found.up_lost[some] += stored.up
         found.up_total[some] += stored.up_total
-        balanced = rivals.balanced(part)
+        balanced = per_adapter.balanced(part)
         for bits, sums in found.rounded.items():
             sums[some] += losses.rounded_squares(balanced, bits)
         lost.append(stored.delta)

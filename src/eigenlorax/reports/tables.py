@@ -20,7 +20,7 @@ from .data import (
     TaskPoint,
     TaskRun,
 )
-from .frontier import FIT, TASK_WAYS, WAYS
+from .frontier import FIT, METHODS, TASK_METHODS
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ def frontier(report: Report) -> Table:
     """Bytes and errors of everything that could be done, tuned."""
     lora = report.frontier.lora_float16 if report.frontier is not None else 0
     fields: list[_Field[FrontierPoint]] = [
-        _Field("way", lambda p: WAYS[p.way], numeric=False),
+        _Field("way", lambda p: METHODS[p.way], numeric=False),
         _Field("tuned to", lambda p: p.settings or None, numeric=False),
         _Field("worst error", lambda p: p.worst, numbers.error),
         _Field("mean error", lambda p: p.mean, numbers.error),
@@ -278,7 +278,7 @@ def task_frontier(found: TaskFrontier) -> Table:
         _OnTask("the originals, 16 bits", lora, found.original_accuracy, found.original_perplexity, 0.0),
         *(
             _OnTask(
-                TASK_WAYS[one.way],
+                TASK_METHODS[one.way],
                 one.stored_bytes,
                 one.accuracy,
                 one.perplexity,
@@ -330,7 +330,7 @@ def task_runs(found: TaskFrontier, measure: str, most: int | None = None) -> Tab
 
 def _version(point: TaskPoint) -> str:
     if point.ratio is None:
-        return TASK_WAYS[point.way]
+        return TASK_METHODS[point.way]
     return f"ratio {point.ratio:g}" + ", cut and rounded" * (point.way != FIT)
 
 

@@ -18,8 +18,8 @@ from ..fitting import fit as fitting
 from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.summary import lora_numbers
-from ..reports.analysis import rivals
-from ..reports.analysis.rivals import Cut
+from ..reports.analysis import per_adapter
+from ..reports.analysis.per_adapter import Cut
 from ..reports.data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 from ..reports.frontier import FIT
 from ..reports.measure import own_name
@@ -27,7 +27,7 @@ from . import compare, evaluate
 from .compare import RECYCLED, Comparison, Job, Scored
 from .sides import ORIGINAL, WITHOUT
 
-ALONE = rivals.BOTH
+ALONE = per_adapter.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _rivals(
         return stack([originals[n].modules[own] if own is not None else None for n, own in owns.items()], n_in, n_out)
 
     modules = list(one.subspace.modules)
-    tables = rivals.tables(Lazy(dict.fromkeys(modules), stacked))
+    tables = per_adapter.tables(Lazy(dict.fromkeys(modules), stacked))
     index = {name: at for at, name in enumerate(originals)}
 
     def adapter(chosen: Cut, name: str) -> Adapter:
@@ -162,12 +162,12 @@ def _rivals(
         at = index[name]
         for own, place in places[name]:
             rank = int(chosen.ranks[modules.index(place), at])
-            factors[own] = rivals.cut(factors[own], rank, int(chosen.bits[at]))
+            factors[own] = per_adapter.cut(factors[own], rank, int(chosen.bits[at]))
         return replace(originals[name], modules=factors, specs={own: each.spec for own, each in factors.items()})
 
     found = []
     for done, fit in enumerate(fits, start=1):
-        chosen = rivals.within(tables, fit.stored_bytes - carried)
+        chosen = per_adapter.at_size(tables, fit.stored_bytes - carried)
         point = chosen.point
         stored = point.stored_bytes + carried
         found.append(Version(ALONE, fit.ratio, stored, point.worst, point.mean, partial(adapter, chosen)))

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...codec.joint import Joint, Rows, bases, diagonal, full, in_diagonal, in_full
-from ...core.linalg import descending_eigh, orthonormal_rows
-from ...core.stack import Stack, captured, squares
+from eigenlorax.codec.joint import Joint, Rows, bases, diagonal, full, in_diagonal, in_full
+from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
+from eigenlorax.core.stack import Stack, captured, squares
 
 _NOTHING = 1e-14
 

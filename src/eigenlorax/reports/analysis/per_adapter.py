@@ -1,0 +1,290 @@
+"""Each adapter stored by itself: truncated by SVD, rounded to few bits, or both, at an error bound or a size.
+
+These are the baselines that need nothing in common between adapters. Each one is tuned to its target, so that a pack is
+compared with the best that the method can do. A collection is a mapping from module names to stacks, which are read one
+after the other. Sizes are those of tensors. An adapter whose update is zero takes no bytes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...core.adapter import LoRAFactors
+from ...core.stack import Stack, roots, squares, stack
+from .bytes import Number
+from .losses import pair_bytes, rounded_rows
+
+BITS = (16, 8, 6, 5, 4, 3, 2)
+"""Bits per number of a factor that are tried; 16 is float16."""
+ROUNDED, CUT, CUT_BY_ENERGY, BOTH = "rounded", "truncated", "truncated by energy", "truncated and rounded"
+_BISECTIONS = 40
+_BUDGET_USED = 0.998
+"""Share of the allowed bytes at which the bisection over errors stops."""
+_CHUNK = 2**18
+"""Numbers of factors that are decomposed at a time; larger batches leave the cache and are slower."""
+_SMALLEST_RELATIVE_SIGMA = 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Size and relative errors of a collection under one method.
+
+    worst, mean: delta errors over the trained adapters. settings: the parameters that the method was tuned to.
+    """
+
+    stored_bytes: int
+    worst: float
+    mean: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stored_bytes: int, lost: Tensor, total: Tensor, settings: Mapping[str, Any] | None = None) -> "Point":
+        """Return the point of squared errors `lost` and squared norms `total`, both (n,)."""
+        trained = total > 0
+        errors = (lost[trained].clamp_min(0) / total[trained]).sqrt()
+        worst, mean = (float(errors.max()), float(errors.mean())) if len(errors) else (0.0, 0.0)
+        return cls(stored_bytes, worst, mean, settings or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Squared errors and sizes of every adapter for every rank and number of bits; computed once for all targets.
+
+    lost: by bits, for each module ‖D − D'‖² of each adapter by number of components, (n, r + 1).
+    costs: by bits, bytes of one component in each module. ranks: for each module, (n,).
+    total: ‖D‖² over all modules, (n,).
+    """
+
+    lost: Mapping[int, list[Float[Tensor, "n _"]]]
+    costs: Mapping[int, list[int]]
+    ranks: list[Tensor]
+    total: Float[Tensor, " n"]
+
+
+def tables(modules: Mapping[str, Stack], bits: Sequence[int] = BITS) -> Tables:
+    """Measure every adapter at every rank and number of bits.
+
+    Each update is written as its singular components, with the square root of the singular value in either factor.
+    """
+    lost: dict[int, list[Tensor]] = {width: [] for width in bits}
+    costs: dict[int, list[int]] = {width: [] for width in bits}
+    ranks, totals = [], []
+    for name in modules:
+        # each access may read the module from files
+        module = modules[name]
+        n_out, n_in = module.up.shape[2], module.down.shape[2]
+        step = max(1, _CHUNK // max(1, module.down.shape[1] * (n_in + n_out)))
+        parts = [
+            _lost_by_rank(module.of(range(start, min(start + step, len(module)))), bits)
+            for start in range(0, len(module), step)
+        ]
+        totals.append(torch.cat([total for total, _, _ in parts]))
+        ranks.append(torch.cat([rank for _, rank, _ in parts]))
+        for width in bits:
+            lost[width].append(torch.cat([table[width] for _, _, table in parts]))
+            costs[width].append(pair_bytes(n_out, n_in, width))
+    return Tables(lost, costs, ranks, torch.stack(totals).sum(0))
+
+
+def singular_rows(module: Stack) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
+    """Return each update's right and left singular vectors as rows, and its singular values, descending.
+
+    Rows are 0 where the singular value is 0 or only rounding.
+    """
+    # down = R₁Q₁ and up = R₂Q₂ through roots of r × r Gram matrices: R₂ᵀR₁ has the singular values of the update
+    down_root, up_root = roots(module.down), roots(module.up)
+    left, sigma, right = torch.linalg.svd(up_root @ down_root)
+    nonzero = (sigma > _SMALLEST_RELATIVE_SIGMA * sigma[:, :1]) & (sigma > 0)
+    inverse = torch.where(nonzero, 1 / sigma.where(nonzero, torch.ones_like(sigma)), 0.0)[:, :, None]
+    # v = Dᵀu / σ, u = Dv / σ, with u and v in the coordinates of the factors' rows
+    down = inverse * ((left.mT @ up_root) @ module.down)
+    up = inverse * ((right @ down_root) @ module.up)
+    return down, up, sigma * nonzero
+
+
+def balanced(module: Stack) -> Stack:
+    """Return the same updates with factors along their singular components, largest first, of equal norm on both sides.
+
+    Rounding loses least on such factors, and leaving out the last rows truncates the update.
+    """
+    down, up, sigma = singular_rows(module)
+    root = sigma.sqrt()[:, :, None]
+    return Stack(root * down, root * up, module.scaling, module.ranks)
+
+
+def _lost_by_rank(module: Stack, bits: Sequence[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Return ‖D‖² and the rank of each adapter, and by bits ‖D − D'‖² with 0, 1, … components."""
+    factors, total, tables_by_bits = balanced(module), squares(module), {}
+    for width in bits:
+        down, up = rounded_rows(factors.down, width), rounded_rows(factors.up, width)
+        inner = ((module.down @ down.mT) * (module.up @ up.mT)).sum(1)
+        # ‖Σ_{j<s} of the rounded components‖² for every s, by a two-dimensional running sum
+        norms = ((down @ down.mT) * (up @ up.mT)).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
+        lost = total[:, None] - 2 * inner.cumsum(1) + norms
+        tables_by_bits[width] = torch.cat([total[:, None], lost.clamp_min(0)], dim=1)
+    return total, (factors.down.abs().amax(2) > 0).sum(1), tables_by_bits
+
+
+def at_error(measured: Tables, error: float) -> dict[str, Point | None]:
+    """Return for each method the fewest bytes at which no adapter exceeds `error`, a relative error; None if it cannot.
+
+    Every adapter is tuned by itself: its number of bits, its rank, or its rank in each module.
+    """
+    by_bits = {bits: _ranks_by_gain(measured, bits, error).choice for bits in measured.lost}
+    return {
+        ROUNDED: _cheapest([_full_rank(measured, bits, error) for bits in measured.lost], measured.total),
+        CUT: _cheapest([_one_rank(measured, 16, error)], measured.total),
+        CUT_BY_ENERGY: _cheapest([by_bits[16]], measured.total),
+        BOTH: _cheapest(list(by_bits.values()), measured.total),
+    }
+
+
+Choice = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
+"""Bytes of each adapter, inf where the error bound is out of reach, and its squared error."""
+
+
+def _square_bound(measured: Tables, error: float) -> Tensor:
+    # the margin covers an error that equals the bound but for rounding
+    return error**2 * measured.total * (1 + 1e-12)
+
+
+def _bytes_by_rank(measured: Tables, bits: int) -> Tensor:
+    """Return bytes of each adapter by the number of components in all modules, at most its rank in each, (n, r + 1)."""
+    counts = torch.arange(max(table.shape[1] for table in measured.lost[bits]))
+    by_module = [
+        torch.minimum(counts, rank[:, None]) * cost
+        for rank, cost in zip(measured.ranks, measured.costs[bits], strict=True)
+    ]
+    return torch.stack(by_module).sum(0).to(torch.float64)
+
+
+def _full_rank(measured: Tables, bits: int, error: float) -> Choice:
+    """Round adapters without truncating them."""
+    lost = torch.stack([table[:, -1] for table in measured.lost[bits]]).sum(0)
+    cost = _bytes_by_rank(measured, bits)[:, -1]
+    return cost.masked_fill(lost > _square_bound(measured, error), math.inf), lost
+
+
+def _one_rank(measured: Tables, bits: int, error: float) -> Choice:
+    """Truncate all modules of an adapter to one rank."""
+    most = max(table.shape[1] for table in measured.lost[bits])
+    extended = [
+        torch.cat([table, table[:, -1:].expand(-1, most - table.shape[1])], dim=1) for table in measured.lost[bits]
+    ]
+    lost = torch.stack(extended).sum(0)
+    too_much = lost > _square_bound(measured, error)[:, None]
+    cost, rank = _bytes_by_rank(measured, bits).masked_fill(too_much, math.inf).min(1)
+    return cost, lost.gather(1, rank[:, None])[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """The components that each adapter keeps, (n, d): of all modules in their order, the largest of each first."""
+
+    choice: Choice
+    kept: Tensor
+
+
+def _ranks_by_gain(measured: Tables, bits: int, error: float) -> _Selection:
+    """Choose a rank for each module of each adapter.
+
+    Components are taken by squared norm per byte until the bound holds. The last one is then replaced by the cheapest
+    component that is enough.
+    """
+    gains, costs, priorities, firsts = [], [], [], []
+    for table, cost_of_one in zip(measured.lost[bits], measured.costs[bits], strict=True):
+        module_gain = table[:, :-1] - table[:, 1:]
+        gains.append(module_gain)
+        costs.append(torch.full((module_gain.shape[1],), float(cost_of_one), dtype=torch.float64))
+        # a running minimum, so that no component is taken before a larger one of its module
+        priorities.append(module_gain.cummin(1)[0] / cost_of_one)
+        firsts.append(torch.arange(module_gain.shape[1]) == 0)
+    gain, cost, first = torch.cat(gains, dim=1), torch.cat(costs), torch.cat(firsts)
+    order = torch.cat(priorities, dim=1).argsort(dim=1, descending=True, stable=True)
+    remaining = measured.total[:, None] - gain.gather(1, order).cumsum(1)
+    bound = _square_bound(measured, error)
+    enough = remaining <= bound[:, None]
+    last = torch.where(enough.any(1), enough.int().argmax(1), gain.shape[1])[:, None]
+    before_last = torch.where(last > 0, remaining.gather(1, (last - 1).clamp(0)), measured.total[:, None])
+    position = order.argsort(dim=1)
+    next_larger = torch.where(first, -1, position.roll(1, dims=1))
+    candidates = (position >= last) & (next_larger < last) & (before_last - gain <= bound[:, None])
+    cheapest, at = cost.masked_fill(~candidates, math.inf).min(1)
+    spent = (cost * (position < last)).sum(1) + cheapest
+    lost = (before_last - gain.gather(1, at[:, None]))[:, 0]
+    drops_all = measured.total <= bound
+    kept = ((position < last) | (torch.arange(len(cost)) == at[:, None])) & ~drops_all[:, None]
+    choice = torch.where(drops_all, 0.0, spent), torch.where(drops_all, measured.total, lost)
+    return _Selection(choice, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Every adapter truncated and rounded by itself.
+
+    bits: of each adapter, (n,). ranks: components that each module keeps of each adapter, (modules, n).
+    """
+
+    point: Point
+    bits: Tensor
+    ranks: Tensor
+
+
+def at_size(measured: Tables, limit: Number) -> Cut:
+    """Return the truncated and rounded adapters of the smallest common error bound that take at most `limit` bytes.
+
+    Any limit can be met: at an error of 1 nothing is stored. Bisection over errors, until nearly all bytes are used.
+    """
+    low, high, best = 0.0, 1.0, _cut(measured, 1.0)
+    assert best is not None
+    for _ in range(_BISECTIONS):
+        if best.point.stored_bytes >= _BUDGET_USED * limit:
+            break
+        middle = (low + high) / 2
+        candidate = _cut(measured, middle)
+        if candidate is not None and candidate.point.stored_bytes <= limit:
+            high, best = middle, candidate
+        else:
+            low = middle
+    return best
+
+
+def _cut(measured: Tables, error: float) -> Cut | None:
+    """Return the method `BOTH` with its choices; None if the error bound is out of reach."""
+    selections = [_ranks_by_gain(measured, bits, error) for bits in measured.lost]
+    point = _cheapest([selection.choice for selection in selections], measured.total)
+    if point is None:
+        return None
+    chosen = torch.stack([selection.choice[0] for selection in selections]).argmin(0)
+    kept = torch.stack([selection.kept for selection in selections])[chosen, torch.arange(len(chosen))]
+    widths = [table.shape[1] - 1 for table in next(iter(measured.lost.values()))]
+    ranks = torch.stack([part.sum(1) for part in torch.split(kept, widths, dim=1)])
+    return Cut(point, torch.tensor(list(measured.lost))[chosen], ranks)
+
+
+def cut(factors: LoRAFactors, rank: int, bits: int) -> LoRAFactors:
+    """Return the `rank` leading components of an update with factors rounded to `bits`, as a LoRA of unchanged shape.
+
+    The remaining rows are zeros. The factors are float32, which holds rounded numbers exactly.
+    """
+    if factors.scaling == 0:
+        return factors
+    single = balanced(stack([factors], factors.down.shape[1], factors.up.shape[0]))
+    down, up = (rounded_rows(rows, bits)[0] for rows in (single.down, single.up))
+    down[rank:], up[rank:] = 0, 0
+    return replace(factors, down=down.float(), up=(up / factors.scaling).mT.float().contiguous())
+
+
+def _cheapest(choices: Sequence[Choice], total: Tensor) -> Point | None:
+    """Store each adapter by its cheapest choice; None if one adapter has none."""
+    costs, lost = (torch.stack(tensors) for tensors in zip(*choices, strict=True))
+    cost, chosen = costs.min(0)
+    cost = torch.where(total > 0, cost, 0.0)
+    if torch.isinf(cost).any():
+        return None
+    return Point.of(int(cost.sum()), lost.gather(0, chosen[None])[0], total)
