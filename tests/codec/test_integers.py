@@ -14,7 +14,8 @@ from test_read_pack import assert_reads_what_the_library_reads
 import eigenlorax as ex
 import reference
 from adapters import MODULES, make_adapter, make_adapters
-from eigenlorax.codec import storages
+from eigenlorax.codec.storage.base import ModuleSlot
+from eigenlorax.codec.storage.table import STORAGES, storage_by_name
 from eigenlorax.core import atomic_files, keys
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
@@ -515,18 +516,18 @@ def test_rows_of_an_extension_that_are_not_there(sources, tmp_path):
         found.subspace  # noqa: B018
 
 
-@pytest.mark.parametrize("name", list(storages.STORAGES))
+@pytest.mark.parametrize("name", list(STORAGES))
 def test_a_storage_travels_to_other_processes(name):
-    assert pickle.loads(pickle.dumps(storages.by_name(name))) == storages.by_name(name)
+    assert pickle.loads(pickle.dumps(storage_by_name(name))) == storage_by_name(name)
 
 
 def test_coefficients_without_a_payload_are_rounded_when_they_are_written():
     pack = ex.fit(random_collection(3), n_components=6, coefficient_dtype="float64")
-    storage = storages.by_name("int8")
+    storage = storage_by_name("int8")
     coefficients = pack.packed("a1").coefficients
-    tensors = storage.of_adapter(coefficients)
-    slots = {m: storages.Slot(m, c.rank, c.scaling, c.kernel) for m, c in coefficients.items()}
-    found, payload = storage.adapter(dict(tensors), slots, lambda: pack.subspace)
+    tensors = storage.adapter_tensors(coefficients)
+    slots = {m: ModuleSlot(m, c.rank, c.scaling, c.kernel) for m, c in coefficients.items()}
+    found, payload = storage.read_adapter(dict(tensors), slots, lambda: pack.subspace)
     assert payload.keys() == tensors.keys()
     for module, c in coefficients.items():
         lost = found[module].up.double() @ found[module].down.double() - c.up @ c.down

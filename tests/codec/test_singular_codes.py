@@ -176,7 +176,7 @@ def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
         assert (one.profile == other.profile).all()
         assert one.blocks == other.blocks
     cluster = clusters - 1
-    place = bitstream.Place.of((read[0], read[1]), cluster)
+    place = bitstream.ModuleLayout.of((read[0], read[1]), cluster)
     steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
     steps = ((bitstream.STEPS * steps.log2()).round() / bitstream.STEPS).exp2()
     codes = singular_codes.encoded(singular_codes.components(many), steps, *pairs[cluster])

@@ -8,7 +8,7 @@ import torch
 
 import eigenlorax as ex
 import reference
-from eigenlorax.codec import storages
+from eigenlorax.codec.storage.table import storage_by_name
 from eigenlorax.core.adapter import LoRAFactors, ModuleSpec, from_factors
 from eigenlorax.core.subspace import FitOptions
 from eigenlorax.errors import OptionError, UntrainedAdapterWarning
@@ -51,8 +51,8 @@ def choice(adapters, **options):
     setting = Setting(
         FitOptions(n_components=1, **options),
         {a.name: sum(np.square(reference.dense(f)).sum() for f in a.modules.values()) ** -0.5 for a in adapters},
-        storages.by_name("float64"),
-        storages.by_name("float64"),
+        storage_by_name("float64"),
+        storage_by_name("float64"),
         torch.device("cpu"),
     )
     modules = sorted({name for a in adapters for name in a.modules})
@@ -245,8 +245,8 @@ class TestSamples:
         setting = Setting(
             FitOptions(n_components=1, sweeps=sweeps),
             dict.fromkeys(names, 1.0),
-            storages.by_name("float32"),
-            storages.by_name("float32"),
+            storage_by_name("float32"),
+            storage_by_name("float32"),
             torch.device("cpu"),
         )
         return outlines, auto_rank._samples(outlines, setting)

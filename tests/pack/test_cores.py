@@ -15,7 +15,8 @@ import lora_files
 import reference
 from adapters import change_config, change_tensors, make_adapter, make_adapters
 from coded_collections import changed, convolution, lacking, of_ranks, untrained
-from eigenlorax.codec import storages
+from eigenlorax.codec.storage.base import ModuleSlot
+from eigenlorax.codec.storage.table import storage_by_name
 from eigenlorax.core import keys
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
@@ -261,9 +262,9 @@ class TestWritten:
             (packed.payload[key].double(), r"torch.float64, and should be \(5.*\), torch.float"),
         ):
             tensors = {**packed.payload, key: wrong}
-            slots = {m: storages.Slot(p, 3, 1.0, ()) for m, p in packed.places.items()}
+            slots = {m: ModuleSlot(p, 3, 1.0, ()) for m, p in packed.places.items()}
             with pytest.raises(ValueError, match=message):
-                storages.by_name(pack.coefficient_storage).adapter(tensors, slots, lambda: pack.subspace)
+                storage_by_name(pack.coefficient_storage).read_adapter(tensors, slots, lambda: pack.subspace)
         change_tensors(path / "adapters" / "a", lambda tensors: tensors.update({key: packed.payload[key] + 1}))
         with pytest.raises(PackDamagedError, match="was changed after it was written"):
             ex.Pack.open(path).packed("a")

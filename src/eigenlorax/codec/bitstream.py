@@ -70,7 +70,7 @@ class AdapterCodes:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ModuleLayout:
     """What an adapter's module must be read beside: of the bases (down, up) of its cluster, and of the module's shape.
 
     profiles: `RoundedBasis.profile`. shape: (out, in). widths: how many rows the bases of all clusters have; offsets:
@@ -83,7 +83,7 @@ class Place:
     offsets: tuple[int, int]
 
     @classmethod
-    def of(cls, bases: tuple[RoundedBasis, RoundedBasis], cluster: int) -> "Place":
+    def of(cls, bases: tuple[RoundedBasis, RoundedBasis], cluster: int) -> "ModuleLayout":
         """That of a cluster, from the bases of all."""
         down, up = bases
         return cls(
@@ -181,7 +181,7 @@ def _decoded(heads: Sequence[tuple[tuple[int, ...], np.ndarray, np.ndarray, byte
         yield RoundedBasis(torch.from_numpy(codes).reshape(len(fineness), dimension), fineness, profile, blocks)
 
 
-def place_of(sides: Sequence[tuple[bytes, int]], cluster: int) -> Place:
+def read_layout(sides: Sequence[tuple[bytes, int]], cluster: int) -> ModuleLayout:
     """That of a cluster, from the bytes and widths of a module's bases (down, up), whose rows are not needed for it."""
     bare, none = [], torch.zeros(1, 1, dtype=torch.int64)
     for data, dimension in sides:
@@ -190,7 +190,7 @@ def place_of(sides: Sequence[tuple[bytes, int]], cluster: int) -> Place:
         if (blocks or len(fineness)) and cluster >= max(len(blocks), 1):
             raise FormatError(f"an adapter is in cluster {cluster}, and a basis has {max(len(blocks), 1)} of them.")
         bare.append(RoundedBasis(none.expand(len(fineness), dimension), fineness, profile, blocks))
-    return Place.of((bare[0], bare[1]), cluster)
+    return ModuleLayout.of((bare[0], bare[1]), cluster)
 
 
 def _basis_head(data: bytes) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, bytes]:
@@ -207,7 +207,7 @@ def _basis_head(data: bytes) -> tuple[tuple[int, ...], np.ndarray, np.ndarray, b
     return blocks if len(blocks) > 1 else (), fineness, -profile, data[at + 2 * k :]
 
 
-def adapter_bytes(adapters: Sequence[tuple[AdapterCodes, Mapping[str, Place]]]) -> list[bytes]:
+def adapter_bytes(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLayout]]]) -> list[bytes]:
     """Adapters, each beside the places of its modules."""
     heads, streams = [], []
     for one, places in adapters:
@@ -282,7 +282,7 @@ def _parts(module: ModuleCodes) -> list[np.ndarray]:
     return [module.core, down.coefficients, down.rest, up.coefficients, up.rest]
 
 
-def _classes(module: ModuleCodes, place: Place) -> list[np.ndarray]:
+def _classes(module: ModuleCodes, place: ModuleLayout) -> list[np.ndarray]:
     """The class of each code of `_parts`, in one byte each."""
     down, up = place.profiles
     found = [np.zeros(0, np.uint8)]
@@ -304,7 +304,7 @@ def _as_classes(numbers: np.ndarray) -> np.ndarray:
     return classes
 
 
-def adapter(data: bytes, places: Mapping[str, Place], ranks: Mapping[str, int]) -> AdapterCodes:
+def adapter(data: bytes, places: Mapping[str, ModuleLayout], ranks: Mapping[str, int]) -> AdapterCodes:
     """One adapter, from its bytes, the places of all its modules, each in the bases of its cluster, and their ranks.
 
     `FormatError` where the bytes have more components than a rank allows, before any of their numbers is decoded.
@@ -332,7 +332,7 @@ def check_rank(rank: int, shape: tuple[int, int]) -> None:
         raise FormatError(f"rank {rank} is beyond out + in = {sum(shape)} of a module of shape {shape}.")
 
 
-def _check_levels(levels: ModuleCodes, place: Place, rank: int) -> None:
+def _check_levels(levels: ModuleCodes, place: ModuleLayout, rank: int) -> None:
     """`FormatError` for more components than the rank, and for a core beyond `MAX_CORE`."""
     if levels.count > rank:
         raise FormatError(f"a module of rank {rank} has {levels.count} components.")
@@ -394,7 +394,7 @@ def _unpacked(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCodes], 
     return found, at
 
 
-def _filled(levels: ModuleCodes, core: np.ndarray, sides: Sequence[np.ndarray], place: Place) -> ModuleCodes:
+def _filled(levels: ModuleCodes, core: np.ndarray, sides: Sequence[np.ndarray], place: ModuleLayout) -> ModuleCodes:
     """A module with its codes."""
     k = [len(profile) for profile in place.profiles]
     found = []
@@ -414,7 +414,7 @@ def _filled(levels: ModuleCodes, core: np.ndarray, sides: Sequence[np.ndarray], 
 
 
 def coefficients(
-    one: ModuleCodes, step: float, place: Place, *, rank: int, scaling: float, kernel: tuple[int, ...] = ()
+    one: ModuleCodes, step: float, place: ModuleLayout, *, rank: int, scaling: float, kernel: tuple[int, ...] = ()
 ) -> Coefficients:
     """What the codes stand for, float32, of the rank of the adapter: rows of zeros fill it up."""
     if one.core_level:

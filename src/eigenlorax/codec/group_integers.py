@@ -82,7 +82,7 @@ def decode(payload: Payload) -> Tensor:
     return rows
 
 
-def kept(payload: Payload) -> dict[str, Tensor]:
+def without_zero_exponent(payload: Payload) -> dict[str, Tensor]:
     """What is written of one matrix: an exponent that is 0 is left out."""
     return {name: tensor for name, tensor in payload.items() if name != EXPONENT or int(tensor)}
 

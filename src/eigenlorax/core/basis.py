@@ -41,7 +41,7 @@ class Basis:
         have missed; 0 where the fit is exact.
     tail: the stack's squared norm beyond the singular values that are listed.
     payload: what lies in the file in the place of the fitted rows, by name, where that is not the rows themselves
-        (`storages`).
+        (`codec.storage`).
     """
 
     components: Float[Tensor, "k d"]

@@ -52,7 +52,7 @@ class Chunk:
 class CoefficientChunk:
     """The same adapters in the bases of the module.
 
-    payload: what lies in files where that is not the same numbers (`storages`), one after the other, on the CPU.
+    payload: what lies in files where that is not the same numbers (`codec.storage`), one after the other, on the CPU.
     """
 
     down: Float[Tensor, "n r k_down"]

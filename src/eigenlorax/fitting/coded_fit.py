@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from ..codec import bitstream, encoder, storages
-from ..codec.bitstream import AdapterCodes, Place
+from ..codec import bitstream, encoder
+from ..codec.bitstream import AdapterCodes, ModuleLayout
 from ..codec.encoder import Coded, Collection, Member, Module, Point
 from ..codec.singular_codes import RoundedBasis
+from ..codec.storage import coded
 from ..core import threads
 from ..core.adapter import ModuleSpec
 from ..core.basis import Basis
@@ -46,7 +47,7 @@ class _Written:
     """Adapters by name: codes, places of their modules, and bytes."""
 
     codes: Mapping[str, AdapterCodes]
-    places: Mapping[str, Mapping[str, Place]]
+    places: Mapping[str, Mapping[str, ModuleLayout]]
     data: Mapping[str, bytes]
 
 
@@ -178,16 +179,16 @@ def _written(found: Coded, by_module: ByModule, packings: Mapping[str, Packing],
     fitted = dict(zip(names, found.adapters, strict=True))
     codes = {name: fitted.get(name, AdapterCodes(1.0, 0, {})) for name in packings}
     own: dict[str, dict[str, bitstream.ModuleCodes]] = {name: {} for name in packings}
-    places: dict[str, dict[str, Place]] = {name: {} for name in packings}
+    places: dict[str, dict[str, ModuleLayout]] = {name: {} for name in packings}
     for place, members in by_module:
         spec = _spec(members)
         none = encoder.no_basis(spec.in_features), encoder.no_basis(spec.out_features)
-        clusters: dict[int, Place] = {}
+        clusters: dict[int, ModuleLayout] = {}
         for packing, _ in members:
             name = packing.adapter.name
             number = codes[name].cluster
             if number not in clusters:
-                clusters[number] = Place.of(found.bases.get(place, none), number)
+                clusters[number] = ModuleLayout.of(found.bases.get(place, none), number)
             own[name][place] = codes[name].modules.get(place, bitstream.UNTRAINED)
             places[name][place] = clusters[number]
     whole = {name: AdapterCodes(one.step, one.cluster, own[name]) for name, one in codes.items()}
@@ -212,7 +213,7 @@ def _bases(name: str, found: Coded, shape: tuple[int, int], blobs: Mapping[tuple
     square, *inside = found.energies[name]
 
     def side(number: int, one: RoundedBasis) -> Basis:
-        payload = {bitstream.CODED: storages.blob(blobs[name, number])} if one.k else {}
+        payload = {bitstream.CODED: coded.blob(blobs[name, number])} if one.k else {}
         energy = min(inside[number] / square, 1.0)
         return Basis(one.rows, torch.zeros(0), energy, tail=square, payload=payload)
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from .. import formats
-from ..codec import storages
-from ..codec.storages import Coded, Cores, DiagonalCores, Floats, Storage
+from ..codec.storage.base import Storage
+from ..codec.storage.coded import NEEDS_TARGET
+from ..codec.storage.table import CODED, core_storage, parse_storage, storage_by_name
 from ..core import checkpoint as checkpoints
 from ..core import dtypes, keys
 from ..core import engine as engines
@@ -133,7 +134,7 @@ def fit(
     number_of_sweeps = SWEEPS if sweeps is None else sweeps
     fit_options = FitOptions(number, energy, weighting, number_of_sweeps, max_error, max_bytes, ratio)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
-    asked_storage, asked_coefficients = storages.parse(dtype), storages.parse(coefficient_dtype)
+    asked_storage, asked_coefficients = parse_storage(dtype), parse_storage(coefficient_dtype)
     _check_cores(cores, fit_options, found, asked_storage, asked_coefficients)
     by_bytes = chooses_bytes(aims, weighting, dtype, coefficient_dtype)
     engines.check(engine, workers)
@@ -167,10 +168,10 @@ def fit(
         scanned = time.perf_counter() - started
         read = [packing.adapter for packing in packings]
         widest = reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
-        storage = asked_storage or storages.by_name(dtypes.name(widest))
-        coefficient_storage = asked_coefficients or storages.for_coefficients(storage)
+        storage = asked_storage or storage_by_name(dtypes.name(widest))
+        coefficient_storage = asked_coefficients or storage.default_coefficient_storage
         if cores is not None:
-            coefficient_storage = storages.with_cores(cores, coefficient_storage)
+            coefficient_storage = core_storage(cores, coefficient_storage)
         setting = Setting(fit_options, _fitted(packings, names), storage, coefficient_storage, fit_device)
         by_module = _by_module(packings, names)
         notes = []
@@ -180,7 +181,7 @@ def fit(
             setting, notes = replace(setting, options=fit_options), [choice.reason]
         compactly, resumed, todo = None, 0, list[Job]()
         if by_bytes:
-            storage = coefficient_storage = storages.by_name(storages.CODED)
+            storage = coefficient_storage = CODED
             started = time.perf_counter()
             compactly = coded_fit.fit(by_module, setting.weights, fit_options, report)
             modules, by_iteration, seconds = dict(compactly.modules), False, {"coding": time.perf_counter() - started}
@@ -251,20 +252,20 @@ def chooses_bytes(
 
     aims: the three options that ask for it. `OptionError` where others do not go with them.
     """
-    asked = [one for one in (storages.parse(dtype), storages.parse(coefficient_dtype)) if one is not None]
-    coded = [one for one in asked if isinstance(one, Coded)]
+    asked = [one for one in (parse_storage(dtype), parse_storage(coefficient_dtype)) if one is not None]
+    coded = [one for one in asked if one.is_coded]
     given = _given(aims)
     if given is None:
         if coded:
-            raise OptionError(storages.ONLY_CODED)
+            raise OptionError(NEEDS_TARGET)
         return False
     in_floats = aims["max_error"] is not None
     if len(coded) == len(asked) and weighting == "delta":
         return True
-    if in_floats and all(isinstance(one, Floats) for one in asked):
+    if in_floats and all(one.is_float for one in asked):
         return False
     if asked:
-        other = next((one for one in asked if not isinstance(one, Floats)), asked[0])
+        other = next((one for one in asked if not one.is_float), asked[0])
         raise OptionError(
             f"{given} finds by itself how numbers are stored: leave dtype {other.name} away"
             + (", or give a float dtype." if in_floats else ".")
@@ -304,10 +305,10 @@ def _check_cores(
     """`OptionError` for what does not go with cores, or without them."""
     asked = {"dtype": storage, "coefficient_dtype": coefficients}
     for name, one in asked.items():
-        if isinstance(one, Cores):
+        if one is not None and one.core_kind is not None:
             raise OptionError(
                 f"{name} {one.name} is what a pack with cores says of itself: "
-                f"give cores={one.kind!r} and {name}={dtypes.name(one.stored)!r}."
+                f"give cores={one.core_kind!r} and {name}={one.basis_storage.name!r}."
             )
     if cores is None:
         return
@@ -331,7 +332,7 @@ def _check_cores(
             "away, or take cores='full'."
         )
     for name, one in asked.items():
-        if one is not None and not isinstance(one, Floats):
+        if one is not None and not one.is_float:
             raise OptionError(
                 f"cores are kept in floats, got {name} {one.name}: give {name}='float16', or fit without cores."
             )
@@ -579,7 +580,7 @@ def _jobs(
             )
             for packing, module in members
         )
-        apart = bool(chosen) or isinstance(setting.coefficient_storage, DiagonalCores)
+        apart = bool(chosen) or setting.coefficient_storage.pairs_components
         by_iteration = solver == "auto" and not apart and jobs.suits_iteration(places, setting.options)
         found.append(Job(name, places, setting, shared, by_iteration, chosen.get(name)))
     return found

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 
-from ..codec.storages import DiagonalCores
 from ..core import chunks, iterative, metrics
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, ModuleSpec
@@ -174,7 +173,7 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
     with _timed(seconds, "solving"):
         exact = _bases(loaded, rounds)
     with _timed(seconds, "projecting"):
-        stored = setting.storage.rounded(exact)
+        stored = setting.storage.round_bases(exact)
         on_device = [spaces.on(bases, setting.device) for bases in (exact, stored)]
         before, dual = metrics.unrounded(*on_device), spaces.duals(on_device[1])
         coefficients: list[CoefficientChunk] = []
@@ -182,9 +181,9 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
         for members, held in zip(loaded.members, loaded.held, strict=True):
             parts = []
             for start, narrow in _parts(held()):
-                part = setting.coefficient_storage.ready(narrow, job.measured)
+                part = setting.coefficient_storage.prepare(narrow, job.measured)
                 found = _projected(job, members[start : start + len(part)], part, on_device[1], dual)
-                unrounded = setting.coefficient_storage.unrounded(part, on_device[0])
+                unrounded = setting.coefficient_storage.exact_coefficients(part, on_device[0])
                 lost = metrics.module_errors(part, found, on_device[1], before, unrounded)
                 errors.update(zip(members[start : start + len(part)], lost, strict=True))
                 parts.append(found.to(torch.device("cpu")))
@@ -211,7 +210,7 @@ def _bases(loaded: Loaded, rounds: iterative.Run) -> ModuleBases:
         return spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
     if job.by_iteration:
         return iterative.fit(loaded.held, setting.options, job.module, dtype=job.products, run=rounds)
-    if isinstance(setting.coefficient_storage, DiagonalCores):
+    if setting.coefficient_storage.pairs_components:
         return setting.paired(_members(loaded))
     return setting.fit(_members(loaded), job.k)
 

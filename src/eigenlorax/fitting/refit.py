@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..codec import storages
+from ..codec.storage.table import storage_by_name
 from ..core import dtypes, keys, linalg
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, LoRAFactors
@@ -126,7 +126,7 @@ def refit(
     stored: list[str | None] = [None, None]
     if not by_bytes:
         cores = pack.cores if cores is None else cores
-        stored = [pack.storage, storages.floats_of(storages.by_name(pack.coefficient_storage)).name]
+        stored = [pack.storage, storage_by_name(pack.coefficient_storage).basis_storage.name]
         if pack.is_coded:
             # what the pack gives back is in float64, which says nothing of what it is worth
             stored = [None if by_default or set(originals) == set(given) else dtypes.name(pack.dtype)] * 2

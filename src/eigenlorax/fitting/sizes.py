@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..codec import joint
-from ..codec.storages import DiagonalCores, Storage
+from ..codec.storage.base import Storage
+from ..codec.storage.cores import DiagonalCoreStorage
 from ..core import metrics
 from ..core import subspace as spaces
 from ..core.adapter import LoRAFactors, ModuleSpec
@@ -73,7 +74,7 @@ class Setting:
         """The bases of a module for diagonal cores; found on the CPU."""
         assert self.options.n_components is not None
         factors, weights = replace(self, device=torch.device("cpu"))._trained(members)
-        assert isinstance(self.coefficient_storage, DiagonalCores)
+        assert isinstance(self.coefficient_storage, DiagonalCoreStorage)
         return joint.paired(factors, weights, self.options.n_components, self.coefficient_storage.ridge)
 
     def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ModuleStack:
@@ -163,7 +164,7 @@ class Module:
 
     def _fitted(self, cell: Cell, members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Known:
         exact = stack.fit(whole, cell)
-        stored = self._setting.storage.rounded(exact)
+        stored = self._setting.storage.round_bases(exact)
         before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
         losses = np.zeros(len(self._index))
         for member in members:

@@ -9,8 +9,8 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from ..codec import storages
-from ..codec.storages import Slot
+from ..codec.storage.base import ModuleSlot
+from ..codec.storage.table import as_float_tensors
 from ..core import boundary, dtypes, keys, registry
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, LoRAFactors, from_factors
@@ -35,7 +35,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     own: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
     fields = _fields(config, where)
-    for key, tensor in storages.plain(
+    for key, tensor in as_float_tensors(
         tensors, lambda: slots(config, where), lambda: _of_then(_subspace(config, where), config)
     ).items():
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
@@ -100,13 +100,13 @@ def _given(config: Mapping[str, Any], name: str, field: str) -> Any:
     return value
 
 
-def slots(config: Mapping[str, Any], where: str) -> dict[str, Slot]:
+def slots(config: Mapping[str, Any], where: str) -> dict[str, ModuleSlot]:
     """What the config of an adapter of a pack says of its modules."""
     numbers, fields, own = lora_config.Numbers(config, where), _fields(config, where), {}
     for module in sorted(fields.modules):
         rank, scaling = numbers.of(module)
         place = fields.places.get(module, module)
-        own[module] = Slot(place, rank, scaling, tuple(fields.kernels.get(module, ())))
+        own[module] = ModuleSlot(place, rank, scaling, tuple(fields.kernels.get(module, ())))
     return own
 
 

@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..codec import bitstream as codes
-from ..codec import encoder, storages
-from ..codec.bitstream import AdapterCodes, Place
+from ..codec import bitstream, encoder
+from ..codec.bitstream import AdapterCodes, ModuleLayout
 from ..codec.singular_codes import RoundedBasis
-from ..codec.storages import DiagonalCores, Storage
+from ..codec.storage import coded
+from ..codec.storage.base import Storage
 from ..core import extension, keys, threads
 from ..core.adapter import Adapter
 from ..core.extension import Newcomer, Progress
@@ -106,10 +106,8 @@ def check_extend(extend: int, info: SubspaceInfo, coefficients: Storage) -> int:
     """`extend` as a number of directions that the widest side could take. coefficients: how the pack stores them."""
     extend = integer("extend", extend)
     largest = max((side.dimension for pair in info.modules.values() for side in pair.values()), default=0)
-    if info.dtype == storages.CODED:
-        raise OptionError(storages.NOT_EXTENDED)
-    if isinstance(coefficients, DiagonalCores):
-        raise OptionError(storages.NOT_PAIRED)
+    if coefficients.extension_error is not None:
+        raise OptionError(coefficients.extension_error)
     if not 1 <= extend <= largest:
         raise OptionError(
             f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "
@@ -125,13 +123,13 @@ def extended(
     misses nothing of them. storage: of the subspace."""
     ordered = sorted(joining, key=lambda one: (one.packing.scan.content_hash, one.adapter.name))
     newcomers = [Newcomer(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
-    return extension.extended(subspace, newcomers, most, progress, storage.extended)
+    return extension.extended(subspace, newcomers, most, progress, storage.extend_basis)
 
 
 def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
     """The bases (down, up) of a coded subspace in whole numbers, by module."""
     sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
-    found = codes.bases([(storages.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
+    found = bitstream.bases([(coded.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
     return {name: (next(found), next(found)) for name in subspace.modules}
 
 
@@ -145,7 +143,7 @@ def code(
     packing = one.packing
     packing.places.update(one.places)
     trained = [module for module in one.places if packing.scan.delta_squares[module] > 0]
-    best: tuple[AdapterCodes, dict[str, Place], bytes, float] | None = None
+    best: tuple[AdapterCodes, dict[str, ModuleLayout], bytes, float] | None = None
     for cluster in range(max(len(side.blocks) or 1 for pair in bases.values() for side in pair)):
         found, lost = AdapterCodes(1.0, cluster, {}), 0.0
         if trained:
@@ -155,11 +153,12 @@ def code(
             }
             with threads.suited_to(max(factors.spec.numbers for factors, _ in updates.values())):
                 found, lost = encoder.alone(updates, cluster, error)
-        whole = replace(found, modules={at: found.modules.get(at, codes.UNTRAINED) for at in one.places.values()})
+        whole = replace(found, modules={at: found.modules.get(at, bitstream.UNTRAINED) for at in one.places.values()})
         places = {
-            at: storages.among_all(Place.of(bases[at], cluster), subspace.modules[at]) for at in one.places.values()
+            at: coded.with_grown_widths(ModuleLayout.of(bases[at], cluster), subspace.modules[at])
+            for at in one.places.values()
         }
-        (data,) = codes.adapter_bytes([(whole, places)])
+        (data,) = bitstream.adapter_bytes([(whole, places)])
         if best is None or len(data) < len(best[2]):
             best = whole, places, data, lost
     assert best is not None

@@ -18,8 +18,8 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from ..codec import storages
-from ..codec.storages import Storage
+from ..codec.storage.base import Storage
+from ..codec.storage.table import storage_by_name
 from ..core import atomic_files, checkpoint, keys
 from ..core import basis as one
 from ..core.atomic_files import Files
@@ -96,11 +96,11 @@ def read_subspace(folder: Path, found: Manifest) -> Subspace:
 
 
 def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Subspace:
-    info, storage = found.subspace, storages.by_name(found.subspace.dtype)
+    info, storage = found.subspace, storage_by_name(found.subspace.dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())
     n_rebuilt = sum(side.dimension for pair in info.modules.values() for side in pair.values()) * info.n_extra
     check_growth(n_rebuilt * storage.dtype.itemsize, size, "the augmented rows of the bases")
-    tensors = storage.opened(
+    tensors = storage.decode_bases(
         tensors,
         {
             keys.components_key(name, s): (pair[s].k - sum(pair[s].grown), pair[s].dimension)
@@ -128,12 +128,14 @@ def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Sub
 
 def _basis(tensors: Mapping[str, Tensor], name: str, side: str, found: Manifest) -> Basis:
     """One basis, its rows in the order in which coefficients refer to them: augmented ones between stored ones."""
-    info, storage = found.subspace.modules[name][side], storages.by_name(found.subspace.dtype)
+    info, storage = found.subspace.modules[name][side], storage_by_name(found.subspace.dtype)
     steps = list(zip(info.grown, found.subspace.growth, strict=True))
     stored = {step: n for step, (n, one) in enumerate(steps) if one.seed is None}
     fitted = info.k - sum(info.grown)
     values = _spectrum(tensors, keys.singular_values_key(name, side))
-    (rows, payload), *more = storage.rows(tensors, keys.components_key(name, side), fitted, stored, info.dimension)
+    (rows, payload), *more = storage.read_components(
+        tensors, keys.components_key(name, side), fitted, stored, info.dimension
+    )
     basis = Basis(rows, values, info.energy, shortfall=info.shortfall, payload=payload)
     if found.fit.solver != manifest.SOLVERS[0] or payload is not None:
         basis = replace(basis, tail=max(info.square - basis.square, 0.0))
@@ -180,7 +182,7 @@ def subspace_bytes(subspace: Subspace, storage: Storage) -> bytes:
     for name, bases in subspace.modules.items():
         for side in keys.SIDES:
             basis = bases.side(side)
-            tensors |= storage.of_basis(basis, keys.components_key(name, side))
+            tensors |= storage.basis_tensors(basis, keys.components_key(name, side))
             tensors[keys.singular_values_key(name, side)] = basis.singular_values
             if basis.n_extra:
                 tensors[keys.extra_check_key(name, side)] = one.extra_check(basis)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..codec.storages import CODED, FLOATS, STORAGES, Cores, DiagonalCores, Sizes, Storage
+from ..codec.storage.base import ModuleSizes, Storage
+from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
 from ..core import atomic_files, dtypes, keys
 from ..core.basis import Basis
 from ..core.boundary import MAX_DIMENSION
@@ -104,7 +105,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SubspaceInfo:
-    """What is known of a subspace without its tensors. dtype: the name of its storage (`storages`)."""
+    """What is known of a subspace without its tensors. dtype: the name of its storage (`codec.storage`)."""
 
     dtype: str
     fingerprint: str
@@ -133,14 +134,14 @@ class SubspaceInfo:
     def _sum(self, side: SideInfo, which: Callable[[Step], bool]) -> int:
         return sum(n for n, step in zip(side.grown, self.growth, strict=True) if which(step))
 
-    def sizes(self, fingerprint: str, module: str) -> Sizes:
+    def sizes(self, fingerprint: str, module: str) -> ModuleSizes:
         """The sizes of a module's bases when the subspace had that fingerprint, one of its lineage."""
         if module not in self.modules:
             raise UnfitError(f"module {module!r} is not in the subspace.")
         step = self.lineage.index(fingerprint)
         sides = [self.modules[module][side] for side in keys.SIDES]
         down, up = (side.k - sum(side.grown[step:]) for side in sides)
-        return Sizes((down, up), (sides[0].dimension, sides[1].dimension))
+        return ModuleSizes((down, up), (sides[0].dimension, sides[1].dimension))
 
 
 def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
@@ -312,15 +313,19 @@ def _check(found: Manifest, version: int) -> None:
     digests = [subspace.fingerprint, found.subspace_sha256, *(one for one in subspace.lineage if one is not None)]
     digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
     sizes = [getattr(fit, name) for name in SIZES]
-    known = STORAGES.keys() if version >= 5 else FLOATS.keys()
-    coefficients = STORAGES.get(found.coefficient_dtype)
+    known = STORAGES.keys() if version >= 5 else FLOAT_STORAGES.keys()
+    components, coefficients = STORAGES.get(subspace.dtype), STORAGES.get(found.coefficient_dtype)
     for right, what in (
         (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
         ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
-        (not isinstance(STORAGES.get(subspace.dtype), Cores), "subspace.dtype is one of cores"),
-        (not isinstance(coefficients, Cores) or subspace.dtype in FLOATS, "cores are between rows of no float dtype"),
+        (components is None or components.holds_components, "subspace.dtype is one of cores"),
         (
-            not isinstance(coefficients, DiagonalCores)
+            coefficients is None or coefficients.core_kind is None or subspace.dtype in FLOAT_STORAGES,
+            "cores are between rows of no float dtype",
+        ),
+        (
+            coefficients is None
+            or not coefficients.pairs_components
             or all(len({(side.k, side.grown) for side in pair.values()}) == 1 for pair in subspace.modules.values()),
             "cores are diagonal, and the two sides of a module differ",
         ),
@@ -333,7 +338,10 @@ def _check(found: Manifest, version: int) -> None:
         (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
         (0 <= fit.sweeps < _MOST, "fit.sweeps is out of range"),
         (all(value is None or 0 < value < _MOST for value in sizes), "the size in fit is out of range"),
-        ((subspace.dtype == CODED) == (found.coefficient_dtype == CODED), "one dtype is coded, and the other is not"),
+        (
+            (subspace.dtype == CODED.name) == (found.coefficient_dtype == CODED.name),
+            "one dtype is coded, and the other is not",
+        ),
         (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
         (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
         (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import formats
-from ..codec import storages
 from ..codec.encoder import Point
+from ..codec.storage.table import parse_storage, storage_by_name
 from ..core import atomic_files, dtypes, keys, metrics, narrowing, registry, staging
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, Lazy, LoRAFactors
@@ -71,9 +71,9 @@ class Pack:
         self.fit_info = fit_info
         self.base_model = base_model
         self.revision = revision
-        found = storages.parse(coefficient_dtype)
+        found = parse_storage(coefficient_dtype)
         assert found is not None
-        self._storage, self._coefficients = storages.by_name(info.dtype), found
+        self._storage, self._coefficients = storage_by_name(info.dtype), found
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self.frontier: list[Point] = []
@@ -198,12 +198,12 @@ class Pack:
     @property
     def is_coded(self) -> bool:
         """Whether its bytes were chosen for an error or a size."""
-        return self._coefficients.name == storages.CODED
+        return self._coefficients.is_coded
 
     @property
     def cores(self) -> str | None:
         """What `fit` was told to keep of each module: "full" or "diagonal" cores; None for coefficients."""
-        return self._coefficients.kind if isinstance(self._coefficients, storages.Cores) else None
+        return self._coefficients.core_kind
 
     @property
     def aim(self) -> float:

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from ..codec import bitstream, storages
+from ..codec import bitstream
 from ..codec.bitstream import AdapterCodes
 from ..codec.group_integers import Payload
-from ..codec.storages import Floats, Outline, Sizes, Slot, Storage
+from ..codec.storage import coded
+from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
+from ..codec.storage.coded import CodedCoefficients, CoefficientMetadata, coefficient_metadata
+from ..codec.storage.table import adapter_payload
 from ..core import boundary, chunks, keys, metrics, narrowing
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin, is_kernel
@@ -59,7 +62,7 @@ class PackedAdapter:
     subspace: the fingerprint that the subspace had when these coefficients were found, which are as wide as its bases
         were then; None for what it has now.
     payload: what lies in the file in the place of the coefficients, by key, where that is not the numbers themselves
-        (`storages`). Who changes these takes it away.
+        (`codec.storage`). Who changes these takes it away.
     """
 
     name: str
@@ -101,9 +104,9 @@ class Packing:
         exact: Unrounded | None = None,
     ) -> None:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
-        wide = storage.ready(chunks.chunk([factors], [0.0]))
+        wide = storage.prepare(chunks.chunk([factors], [0.0]))
         found = storage.project(wide, bases, dual)
-        (error,) = metrics.module_errors(wide, found, bases, exact, storage.unrounded(wide, bases))
+        (error,) = metrics.module_errors(wide, found, bases, exact, storage.exact_coefficients(wide, bases))
         self.take(module, place, found, 0, factors.kernel, error)
 
     def take(
@@ -114,10 +117,12 @@ class Packing:
         found = Coefficients(chunk.down[row], chunk.up[row], float(chunk.scaling[row]), kernel)
         assert isinstance(self.coefficients, dict)
         self.coefficients[module] = found
-        self.payload |= storages.of_row(chunk, row, module)
+        self.payload |= adapter_payload(chunk, row, module)
         self.errors.append(error)
 
-    def take_codes(self, codes: AdapterCodes, places: Mapping[str, bitstream.Place], data: bytes, error: float) -> None:
+    def take_codes(
+        self, codes: AdapterCodes, places: Mapping[str, bitstream.ModuleLayout], data: bytes, error: float
+    ) -> None:
         """Note all modules of an adapter that is coded, whose `places` in the subspace are known by now.
 
         data: the codes as bytes. error: what they lose, relative to the norm of it all. `NonFiniteError` where float32
@@ -133,11 +138,11 @@ class Packing:
                     "would be read. Leave it out, or fit with max_error and dtype float64."
                 )
         slots = {
-            module: Slot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
+            module: ModuleSlot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
             for module, place in self.places.items()
         }
-        self.coefficients = storages.CodedCoefficients(codes, places, slots)
-        self.payload = {keys.CODED: storages.blob(data)}
+        self.coefficients = CodedCoefficients(codes, places, slots)
+        self.payload = {keys.CODED: coded.blob(data)}
         # whatever is lost is lost by rounding to whole steps
         self.errors.append(ModuleError(1.0, error**2, error**2))
 
@@ -166,7 +171,7 @@ class Packing:
             source_file_bytes=adapter.file_bytes,
         )
         config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-        ranks = {module: one.rank for module, one in storages.outlines(self.coefficients).items()}
+        ranks = {module: one.rank for module, one in coefficient_metadata(self.coefficients).items()}
         if any(rank != adapter.specs[module].rank for module, rank in ranks.items()):
             config = lora_config.of_ranks(config, adapter, ranks)
         coefficients = self.coefficients
@@ -212,7 +217,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
             return narrowing.narrowed(spaces.reconstruct(packed.coefficients[module], bases[module]), dtype)
         return carried.modules[module]
 
-    outlines = storages.outlines(packed.coefficients)
+    outlines = coefficient_metadata(packed.coefficients)
     specs = {module: _spec(one, bases[module], dtype) for module, one in outlines.items()}
     specs |= carried.specs
     return Adapter(
@@ -228,7 +233,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
     )
 
 
-def _spec(c: Outline, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
+def _spec(c: CoefficientMetadata, bases: spaces.ModuleBases, dtype: torch.dtype) -> ModuleSpec:
     return ModuleSpec(c.rank, bases.down.dimension, bases.up.dimension, c.scaling, dtype, c.kernel)
 
 
@@ -236,7 +241,7 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     """The files of the adapter's folder. fingerprint: of the subspace, unless the adapter is of an earlier time.
     storage: of the pack's coefficients."""
     fingerprint = packed.subspace or fingerprint
-    stored = packed.payload if packed.payload is not None else storage.of_adapter(packed.coefficients)
+    stored = packed.payload if packed.payload is not None else storage.adapter_tensors(packed.coefficients)
     tensors = {**packed.heads, **stored}
     files = {
         keys.ADAPTER_CONFIG: _dump(adapter_config(packed, fingerprint, storage)),
@@ -272,14 +277,14 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
         "bias",
         "modules_to_save",
     )
-    outlines = storages.outlines(packed.coefficients)
+    outlines = coefficient_metadata(packed.coefficients)
     kernels = {module: list(one.kernel) for module, one in outlines.items() if one.kernel}
-    rests = {module: list(one.rests) for module, one in outlines.items() if one.rests}
+    rests = {module: list(one.residual_sides) for module, one in outlines.items() if one.residual_sides}
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
         **({keys.RESTS: rests} if rests else {}),
-        **({} if isinstance(storage, Floats) else {keys.STORED_AS: storage.name}),
+        **({} if storage.is_float else {keys.STORED_AS: storage.name}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
@@ -299,7 +304,7 @@ class References:
     """
 
     lineage: tuple[str | None, ...]
-    sizes: Callable[[str, str], Sizes]
+    sizes: Callable[[str, str], ModuleSizes]
     at: Callable[[str], Subspace]
 
 
@@ -331,12 +336,12 @@ def from_files(
             raise ValueError(
                 f"the kernel of module {module} is {kernel}, which its {sizes.widths[0]} inputs do not fit"
             )
-        slots[module] = Slot(place, rank, scaling, kernel, sizes)
+        slots[module] = ModuleSlot(place, rank, scaling, kernel, sizes)
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
     boundary.check_factors(sum(factors), "the factors of the adapter")
-    coefficients, payload = storage.adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
+    coefficients, payload = storage.read_adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
     origin = None
     if keys.SOURCE_FILE in files:
         origin = typed(Origin, boundary.json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE)
@@ -370,7 +375,7 @@ def _selected(data: bytes) -> dict[str, Any]:
     return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
 
 
-def _check_padding(record: Record, slots: Sequence[Slot]) -> None:
+def _check_padding(record: Record, slots: Sequence[ModuleSlot]) -> None:
     """`ValueError` for ranks and widths that the manifest does not know of: a module without a component takes no byte
     of a file, and factors as large as these say."""
     ranks = {slot.rank for slot in slots}

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..codec import storages
+from ..codec.storage.table import storage_by_name
 from ..core import keys
 from ..formats.image import families
 from .manifest import FitInfo, SideInfo, SubspaceInfo
@@ -166,7 +166,7 @@ def _errors(records: Mapping[str, Record]) -> Errors | None:
 
 def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str) -> Bytes:
     # the narrower of the two, lest a ratio gain from LoRAs counted wider than the pack itself
-    width = min(storages.by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
+    width = min(storage_by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     coefficients = sum(record.coefficient_bytes for record in records.values())
     lora = width * lora_numbers(records) + carried

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ..codec import storages
+from ..codec.storage.table import storage_by_name
 from ..core.subspace import Coefficients
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
@@ -177,7 +177,7 @@ def sizes(
         for pair in pack.subspace.modules.values()
         for basis in (pair.down, pair.up)
     )
-    of_basis, of_own = (storages.by_name(name).number_bytes for name in (pack.storage, pack.coefficient_storage))
+    of_basis, of_own = (storage_by_name(name).number_bytes for name in (pack.storage, pack.coefficient_storage))
     alone = _alone(measured, twins)
     found = []
     for index, k in enumerate(measured.grid):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from ..codec import storages
+from ..codec.storage.table import storage_by_name
 from ..core import subspace as spaces
 from ..core.adapter import LoRAFactors
 from ..core.stack import Stack, squares, stack, stack_coefficients
@@ -234,7 +234,7 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     delta = torch.cat(lost)
     found.singular.append((n_in + n_out, torch.cat(singular)))
     in_fit = [place for place in found.fitted if factors[place] is not None]
-    if in_fit and storages.by_name(setting.pack.coefficient_storage).keeps_factors:
+    if in_fit and storage_by_name(setting.pack.coefficient_storage).keeps_factors:
         down, up = torch.cat(factor_lost)[in_fit].mean(0).sqrt().tolist()
         found.factor_errors[module] = (down, up)
     relative = torch.where(square > 0, (delta / square.clamp_min(tiny)).sqrt(), math.nan)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..codec import storages
+from ..codec.storage.table import storage_by_name
 from ..pack.pack import Pack
 from ..pack.packed_adapter import Record
 from ..pack.summary import lora_numbers
@@ -25,7 +25,7 @@ def measured_of(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
     random = spreads.relative(total - measured.random, total)
     down = spreads.relative(measured.down_lost, measured.down_total)
     up = spreads.relative(measured.up_lost, measured.up_total)
-    own = storages.by_name(pack.coefficient_storage).keeps_factors
+    own = storage_by_name(pack.coefficient_storage).keeps_factors
     eight, four = (spreads.relative(measured.rounded[bits], total) for bits in (8, 4))
     cut = _truncated(pack, measured)
     plain, scaled = [math.nan] * len(names), [math.nan] * len(names)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..codec import storages
+from ..codec.storage.table import storage_by_name
 from ..core import linalg
 from ..core.basis import Basis
 from ..pack.pack import Pack
@@ -38,7 +38,7 @@ def beyond_chance(lost: float, chance: float) -> float:
 
 def width(pack: Pack) -> int:
     """Bytes of a number of the LoRAs that ratios are taken of: the pack's narrower dtype, 16 bits for integers."""
-    return min(storages.by_name(name).lora_itemsize for name in (pack.storage, pack.coefficient_storage))
+    return min(storage_by_name(name).lora_itemsize for name in (pack.storage, pack.coefficient_storage))
 
 
 def rank(basis: Basis) -> int:

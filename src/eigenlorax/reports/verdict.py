@@ -8,7 +8,7 @@ itself keeps is compared with the null model: the same singular values in random
 
 from collections.abc import Sequence
 
-from ..codec import storages
+from ..codec.storage.table import CODED, storage_by_name
 from . import spreads
 from .chance import is_above
 from .data import Finding, LeftOut, Report, SizePoint, Verdict
@@ -249,8 +249,8 @@ def _in_the_fit(report: Report, lost: float) -> str:
 def _is_like_the_null(report: Report) -> bool:
     """Whether the pack keeps adapters in the form that the null model was measured in: coefficients of full cores are
     the same updates, those of diagonal ones are not."""
-    storage = storages.by_name(report.collection.coefficient_dtype)
-    return not isinstance(storage, storages.Cores) or storage.kind == "full"
+    storage = storage_by_name(report.collection.coefficient_dtype)
+    return not storage.pairs_components
 
 
 def _enough(report: Report) -> str:
@@ -276,7 +276,7 @@ def _enough(report: Report) -> str:
 
 def _is_coded(report: Report) -> bool:
     """Whether more is kept of each adapter than what lies in the pack's directions."""
-    return report.collection.coefficient_dtype == storages.CODED
+    return report.collection.coefficient_dtype == CODED.name
 
 
 def _wider(report: Report) -> SizePoint | None:
@@ -550,14 +550,14 @@ def _rivals(report: Report) -> list[Finding]:
 
 def _cores(report: Report) -> list[Finding]:
     """Which figures are not of the pack's own form."""
-    storage = storages.by_name(report.collection.coefficient_dtype)
-    if not isinstance(storage, storages.Cores) or not report.collection.with_originals:
+    storage = storage_by_name(report.collection.coefficient_dtype)
+    if storage.core_kind is None or not report.collection.with_originals:
         return []
     figures = {
         "full": "Figures at other k are",
         "diagonal": "Figures of adapters left out, of random directions, of the null model and at other k are",
     }
-    text = f"The pack keeps {storage.kind} cores. {figures[storage.kind]} those of packs without cores."
+    text = f"The pack keeps {storage.core_kind} cores. {figures[storage.core_kind]} those of packs without cores."
     return [Finding("cores", text, good=None)]
 
 

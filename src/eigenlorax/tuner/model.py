@@ -17,8 +17,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..codec import storages
-from ..codec.storages import Slot
+from ..codec.storage.base import ModuleSlot
+from ..codec.storage.table import as_float_tensors
 from ..core import convolution, keys
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
@@ -299,17 +299,19 @@ def _plain(
     def reference() -> Reference | Embedded:
         return references.resolve(config)
 
-    def slots() -> dict[str, Slot]:
+    def slots() -> dict[str, ModuleSlot]:
         # a coded adapter is read by the subspace's names of modules, which its own may not be any more
         own = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
-        return {name: replace(slot, place=reference().place(name, config) or name) for name, slot in own.items()}
+        return {
+            name: replace(slot, subspace_module=reference().place(name, config) or name) for name, slot in own.items()
+        }
 
     def subspace() -> Subspace:
         found = reference()
         assert isinstance(found, Reference)
         return found.before or found.subspace
 
-    return storages.plain(state_dict, slots, subspace)
+    return as_float_tensors(state_dict, slots, subspace)
 
 
 def _check_rests(layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,241 @@
+"""The interface of a storage, and what its implementations share.
+
+Whatever the storage, numbers in memory are ordinary floats. Where the file holds something that a cast of these floats
+does not give, the tensors of the file travel along as a *payload*, so that a pack that was read is written again
+byte for byte.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core import dtypes, keys
+from ...core.basis import Basis
+from ...core.chunks import Chunk, CoefficientChunk
+from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ..group_integers import Payload
+
+StoredRows = tuple[Tensor, Payload | None]
+"""Components in memory, and their payload where the file holds something else."""
+
+CHANGED_BY_HAND = "the coefficients of an adapter of this pack were changed by hand: add the adapter instead."
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSizes:
+    """Numbers of components (k_down, k_up) and widths (n_in, n_out) of one module of a subspace."""
+
+    k: tuple[int, int]
+    widths: tuple[int, int]
+
+    @classmethod
+    def of(cls, bases: ModuleBases) -> "ModuleSizes":
+        """Return the sizes of bases in memory."""
+        return cls((bases.down.k, bases.up.k), (bases.down.dimension, bases.up.dimension))
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSlot:
+    """Metadata of one module of an adapter, which a reader needs beside the tensors of its coefficients.
+
+    subspace_module: the module's name in the subspace. kernel: (height, width) of a convolution, empty for a linear
+    module. sizes: what the tensors must fit; None where the caller checks that.
+    """
+
+    subspace_module: str
+    rank: int
+    scaling: float
+    kernel: tuple[int, ...]
+    sizes: ModuleSizes | None = None
+
+    def check(self, module: str, coefficients: Coefficients) -> Coefficients:
+        """Return the coefficients of a module; `ValueError` where they are not of its rank, sizes or dtypes."""
+        for side, tensor, axis in (("down", coefficients.down, 0), ("up", coefficients.up, 1)):
+            if tensor.dtype not in dtypes.STORED or tensor.dim() != 2 or tensor.shape[axis] != self.rank:
+                raise ValueError(
+                    f"the {side} coefficients of module {module} are {describe_tensor(tensor)} and not those of rank "
+                    f"{self.rank}"
+                )
+        if self.sizes is None:
+            return coefficients
+        if (coefficients.down.shape[1], coefficients.up.shape[0]) != self.sizes.k:
+            raise ValueError(f"the coefficients of module {module} do not fit the subspace")
+        n_in, n_out = self.sizes.widths
+        for side, shape in (("down", (self.rank, n_in)), ("up", (n_out, self.rank))):
+            residual = coefficients.rest(side)
+            if residual is not None and (tuple(residual.shape) != shape or residual.dtype not in dtypes.STORED):
+                raise ValueError(f"the {side} rest of module {module} is {describe_tensor(residual)} and not {shape}")
+        return coefficients
+
+
+@dataclass(frozen=True, slots=True)
+class Storage(ABC):
+    """One way to store components, coefficients, or both. dtype: of the numbers in memory.
+
+    A storage that cannot hold components raises `OptionError` from the methods about bases, and one that is not made
+    by projection raises it from `prepare` and `project`.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def number_bytes(self) -> float:
+        """Bytes per number in a long row; fractional where groups share a scale."""
+
+    @property
+    @abstractmethod
+    def lora_itemsize(self) -> int:
+        """Bytes per number of the LoRAs that a pack of this storage is compared with."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether files hold plain float tensors, which need no decoder and no mention in an adapter's config."""
+        return False
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether bytes are entropy-coded for an error bound or a size, components and coefficients together."""
+        return False
+
+    @property
+    def holds_components(self) -> bool:
+        """Whether bases can be stored in it, and not only coefficients."""
+        return True
+
+    @property
+    def core_kind(self) -> str | None:
+        """The kind of cores, of `keys.CORES`, that adapters are stored as; None for two matrices of coefficients."""
+        return None
+
+    @property
+    def pairs_components(self) -> bool:
+        """Whether component j of the down side goes with component j of the up side alone, so that both sides need
+        equally many."""
+        return False
+
+    @property
+    def basis_storage(self) -> "Storage":
+        """The storage of the bases beside coefficients of this storage."""
+        return self
+
+    @property
+    def default_coefficient_storage(self) -> "Storage":
+        """The storage of coefficients beside bases of this storage, if the user names none."""
+        return self
+
+    @property
+    @abstractmethod
+    def keeps_factors(self) -> bool:
+        """Whether coefficients are of the adapter's own factors, rather than of any factors with the same product."""
+
+    @property
+    def pads_rank(self) -> bool:
+        """Whether an adapter's rank may exceed what its file has numbers for; rows of zeros fill it up."""
+        return False
+
+    @property
+    def extension_error(self) -> str | None:
+        """The reason why the subspace beside such coefficients cannot be extended; None if it can."""
+        return None
+
+    @abstractmethod
+    def round_bases(self, bases: ModuleBases) -> ModuleBases:
+        """Return bases of a fit, without growth, as they will be read again."""
+
+    @abstractmethod
+    def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
+        """Append rows, (n, d), orthonormal and orthogonal to the basis, rounded to this storage."""
+
+    @abstractmethod
+    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        """Return the tensors of a basis's stored rows by their names in the subspace's file.
+
+        key: the name that a plain float tensor has; other storages append a suffix.
+        """
+
+    def decode_bases(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
+    ) -> Mapping[str, Tensor]:
+        """Decode a subspace's file as a whole, where that is cheaper than basis by basis, for `read_components`.
+
+        shapes: (k, d) of the fitted rows of each basis, by its key.
+        """
+        return tensors
+
+    @abstractmethod
+    def read_components(
+        self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
+    ) -> list[StoredRows]:
+        """Read what `basis_tensors` wrote: the fitted rows, then the rows of each stored extension.
+
+        grown: number of rows of each extension, by its index in the growth of the subspace. `KeyError` or `ValueError`
+        where the tensors do not have these sizes.
+        """
+
+    @abstractmethod
+    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        """Return the same updates in the factors whose coefficients lose least by rounding to this storage.
+
+        products: dtype of large products, as for `subspace.balanced`.
+        """
+
+    @abstractmethod
+    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        """Return the coefficients of prepared adapters, rounded as they will be read again."""
+
+    def exact_coefficients(self, chunk: Chunk, bases: ModuleBases) -> CoefficientChunk | None:
+        """Return the float64 coefficients that `project` rounds; None where these are projections on both bases."""
+        return None
+
+    @abstractmethod
+    def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        """Return an adapter's coefficients, which have no payload, as tensors by their names in its file."""
+
+    @abstractmethod
+    def read_adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        """Read what `adapter_tensors` wrote, and the payload. Removes both from the file's `tensors`.
+
+        subspace: returns the pack's subspace at the time when the adapter was written; called only where it is needed.
+        `KeyError` or `ValueError` where the tensors do not fit `slots`.
+        """
+
+
+def residual_tensors(coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+    """Return the residuals of an adapter by their names in its file; every storage keeps them as they are."""
+    residuals = {keys.rest_key(module, side): c.rest(side) for module, c in coefficients.items() for side in keys.SIDES}
+    return {key: residual for key, residual in residuals.items() if residual is not None}
+
+
+def pop_residuals(tensors: MutableMapping[str, Tensor], module: str) -> dict[str, Tensor | None]:
+    """Take the residuals of a module out of an adapter's tensors, by side; None for a side that has none."""
+    return {side: tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES}
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    """Return a tensor's shape and dtype for an error message."""
+    return f"{tuple(tensor.shape)}, {tensor.dtype},"
+
+
+def check_finite(coefficients: Mapping[str, Coefficients]) -> None:
+    """Raise `ValueError` for the first module that has NaN or Inf among its coefficients or residuals."""
+    numbers = {
+        module: torch.cat([t.flatten() for t in (c.down, c.up, c.down_rest, c.up_rest) if t is not None])
+        for module, c in coefficients.items()
+    }
+    # one pass over all modules: most adapters have many modules of few numbers
+    if numbers and not bool(torch.cat(list(numbers.values())).isfinite().all()):
+        module = next(module for module, flat in numbers.items() if not bool(flat.isfinite().all()))
+        raise ValueError(f"the coefficients of module {module} are not finite")
+
+
+def check_rows(name: str, rows: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise `ValueError` if the tensor called `name` has another shape or dtype."""
+    if tuple(rows.shape) != shape or rows.dtype != dtype:
+        raise ValueError(f"{name} is {tuple(rows.shape)}, {rows.dtype}, and should be {shape}, {dtype}")

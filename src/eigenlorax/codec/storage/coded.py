@@ -1,0 +1,199 @@
+"""Components and coefficients as entropy-coded integers: one run of bytes per basis, and one per adapter."""
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...core import keys
+from ...core.adapter import Lazy
+from ...core.basis import Basis
+from ...core.boundary import as_specified, check_coded
+from ...core.chunks import Chunk, CoefficientChunk
+from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...errors import OptionError
+from .. import bitstream
+from ..group_integers import Payload
+from .base import CHANGED_BY_HAND, ModuleSlot, Storage, StoredRows, check_finite, check_rows
+
+NEEDS_TARGET = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
+NOT_EXTENDED = (
+    "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+    "Add the adapter without extend."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedStorage(Storage):
+    """Entropy-coded integers (`bitstream`), as `encoder` makes them in fits with an error bound or a size."""
+
+    @property
+    def is_coded(self) -> bool:
+        return True
+
+    @property
+    def number_bytes(self) -> float:
+        return 1.0
+
+    @property
+    def lora_itemsize(self) -> int:
+        return torch.float16.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
+    @property
+    def pads_rank(self) -> bool:
+        return True
+
+    @property
+    def extension_error(self) -> str | None:
+        return NOT_EXTENDED
+
+    def round_bases(self, bases: ModuleBases) -> ModuleBases:
+        raise OptionError(f"{NEEDS_TARGET} Leave dtype away, or give a float dtype, int8 or int4.")
+
+    def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
+        raise OptionError(NOT_EXTENDED)
+
+    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
+
+    def decode_bases(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
+        blobs = {key: f"{key}.{bitstream.CODED}" for key in shapes if f"{key}.{bitstream.CODED}" in tensors}
+        coded_bases = [(_to_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
+        numbers = sum(k * dimension for _, (k, dimension) in coded_bases)
+        check_coded(numbers, sum(len(data) for data, _ in coded_bases), "the rows of the bases")
+        return {**tensors, **dict(zip(blobs, (basis.rows for basis in bitstream.bases(coded_bases)), strict=True))}
+
+    def read_components(
+        self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
+    ) -> list[StoredRows]:
+        if any(grown.values()):
+            raise ValueError(f"{key} has stored rows of a later time, which no coded basis has")
+        empty: StoredRows = torch.zeros(0, dimension), None
+        if not n_fitted:
+            return [(torch.zeros(0, dimension), {}), *(empty for _ in grown)]
+        check_rows(key, tensors[key], (n_fitted, dimension), self.dtype)
+        payload = {bitstream.CODED: tensors[f"{key}.{bitstream.CODED}"]}
+        return [(tensors[key], payload), *(empty for _ in grown)]
+
+    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        raise OptionError(NEEDS_TARGET)
+
+    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        raise OptionError(NEEDS_TARGET)
+
+    def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        raise OptionError(CHANGED_BY_HAND)
+
+    def read_adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        payload = {keys.CODED: tensors.pop(keys.CODED)}
+        data, modules = _to_bytes(payload, keys.CODED), subspace().modules
+        layouts = _adapter_layouts(data, {name: modules[name] for name in (s.subspace_module for s in slots.values())})
+        codes = bitstream.adapter(data, layouts, {slot.subspace_module: slot.rank for slot in slots.values()})
+        return CodedCoefficients(codes, layouts, slots), payload
+
+
+def _adapter_layouts(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, bitstream.ModuleLayout]:
+    """Return the layouts of a coded adapter's modules, by their names in the subspace, from its bytes and the bases."""
+    cluster = bitstream.cluster(data)
+    layouts = {}
+    for name, bases in modules.items():
+        sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
+        layouts[name] = with_grown_widths(bitstream.read_layout(sides, cluster), bases)
+    return layouts
+
+
+def with_grown_widths(layout: bitstream.ModuleLayout, bases: ModuleBases) -> bitstream.ModuleLayout:
+    """Return the layout with the widths of bases that have grown since they were encoded.
+
+    A coded adapter has no coefficients on the components that were appended.
+    """
+    return replace(layout, widths=(bases.down.k, bases.up.k))
+
+
+def basis_bytes(basis: Basis) -> bytes:
+    """Return the bytes of a coded basis."""
+    stored = (basis.payload or {}).get(bitstream.CODED)
+    return bitstream.EMPTY if stored is None else stored.numpy().tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class CoefficientMetadata:
+    """Metadata of one module's coefficients, known without their numbers. residual_sides: those that have one."""
+
+    rank: int
+    scaling: float
+    kernel: tuple[int, ...]
+    residual_sides: tuple[str, ...]
+
+
+class CodedCoefficients(Lazy[Coefficients]):
+    """The coefficients of a coded adapter by the adapter's own module names, decoded to floats at each access.
+
+    The floats take many times the memory of the codes. layouts: by the modules' names in the subspace, as the codes.
+    """
+
+    __slots__ = ("_codes", "_slots")
+
+    def __init__(
+        self,
+        codes: bitstream.AdapterCodes,
+        layouts: Mapping[str, bitstream.ModuleLayout],
+        slots: Mapping[str, ModuleSlot],
+    ) -> None:
+        self._codes, self._slots = codes, slots
+
+        def read(module: str) -> Coefficients:
+            slot = slots[module]
+            with as_specified(f"module {module} of a coded adapter"):
+                coefficients = bitstream.coefficients(
+                    codes.modules[slot.subspace_module],
+                    codes.step,
+                    layouts[slot.subspace_module],
+                    rank=slot.rank,
+                    scaling=slot.scaling,
+                    kernel=slot.kernel,
+                )
+                check_finite({module: slot.check(module, coefficients)})
+                return coefficients
+
+        super().__init__(dict(sorted(slots.items())), read)
+
+    @property
+    def metadata(self) -> dict[str, CoefficientMetadata]:
+        """The metadata of all modules, from the levels of their codes."""
+        metadata = {}
+        for module in self:
+            codes, slot = self._codes.modules[self._slots[module].subspace_module], self._slots[module]
+            sides = [s for s, rows in (("down", codes.down), ("up", codes.up)) if (rows.rest_levels > 0).any()]
+            metadata[module] = CoefficientMetadata(slot.rank, slot.scaling, slot.kernel, tuple(sides))
+        return metadata
+
+
+def coefficient_metadata(coefficients: Mapping[str, Coefficients]) -> dict[str, CoefficientMetadata]:
+    """Return the metadata of all modules of an adapter; no number of a coded one is decoded for it."""
+    if isinstance(coefficients, CodedCoefficients):
+        return coefficients.metadata
+    return {
+        module: CoefficientMetadata(c.rank, c.scaling, c.kernel, tuple(s for s in keys.SIDES if c.rest(s) is not None))
+        for module, c in coefficients.items()
+    }
+
+
+def blob(data: bytes) -> Tensor:
+    """Return bytes as a uint8 tensor of its own memory."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _to_bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
+    tensor = tensors[name]
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, {tensor.dtype}, and should be bytes")
+    return tensor.numpy().tobytes()

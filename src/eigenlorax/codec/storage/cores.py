@@ -1,0 +1,196 @@
+"""Adapters as cores: of each module, only the matrix between the components of its two bases, in floats.
+
+Bases beside cores are stored as floats. The update of a module is Uᵀ · core · V.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core import chunks, dtypes, keys
+from ...core import subspace as subspaces
+from ...core.basis import Basis
+from ...core.chunks import Chunk, CoefficientChunk
+from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...errors import OptionError
+from .. import bitstream, joint, singular_codes
+from ..group_integers import Payload
+from .base import CHANGED_BY_HAND, ModuleSizes, ModuleSlot, Storage, StoredRows, describe_tensor
+from .floats import FloatStorage
+
+NOT_PAIRED = (
+    "the subspace of this pack is not extended: its cores are diagonal, and the rows of its sides go in pairs. Add the "
+    "adapter without extend, or fit the pack again with it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CoreStorage(Storage):
+    """Cores of one kind in files; in memory an adapter has coefficients whose product is the core.
+
+    kind: of `keys.CORES`. stored: the dtype of cores in the file.
+    """
+
+    kind: str
+    stored: torch.dtype
+
+    @property
+    def holds_components(self) -> bool:
+        return False
+
+    @property
+    def core_kind(self) -> str:
+        return self.kind
+
+    @property
+    def basis_storage(self) -> FloatStorage:
+        return FloatStorage(dtypes.name(self.stored), self.stored)
+
+    @property
+    def number_bytes(self) -> float:
+        return float(self.stored.itemsize)
+
+    @property
+    def lora_itemsize(self) -> int:
+        return self.stored.itemsize
+
+    @property
+    def keeps_factors(self) -> bool:
+        return False
+
+    def round_bases(self, bases: ModuleBases) -> ModuleBases:
+        raise OptionError(self._not_for_bases)
+
+    def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
+        raise OptionError(self._not_for_bases)
+
+    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        raise OptionError(self._not_for_bases)
+
+    def read_components(
+        self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
+    ) -> list[StoredRows]:
+        raise OptionError(self._not_for_bases)
+
+    @property
+    def _not_for_bases(self) -> str:
+        return f"{self.name} is how coefficients are stored: say cores={self.kind!r}, dtype={dtypes.name(self.stored)}."
+
+    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+        # as near to the factors of a core as there are any: else the error of an update is a difference of large
+        # numbers
+        return chunks.even(subspaces.balanced(chunk, self.dtype))
+
+    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+        exact = self._best_cores(chunk, bases, dual)
+        cores = exact.to(self.stored)
+        subspaces.check_kept(exact.flatten(1)[:, None], cores.flatten(1)[:, None])
+        down, up = self._factors(cores.cpu(), chunk.down.shape[1])
+        device = exact.device
+        payload = {keys.CORES[self.kind]: cores.cpu()}
+        return CoefficientChunk(down.to(device, self.dtype), up.to(device, self.dtype), chunk.scaling, payload)
+
+    def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
+        if coefficients:
+            raise OptionError(CHANGED_BY_HAND)
+        return {}
+
+    def read_adapter(
+        self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
+    ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        payload = {key: tensors.pop(key) for key in (keys.core_key(module, self.kind) for module in slots)}
+        coefficients = {}
+        for (key, core), (module, slot) in zip(payload.items(), slots.items(), strict=True):
+            sizes = slot.sizes or ModuleSizes.of(subspace().modules[slot.subspace_module])
+            shape = self._shape(sizes.k)
+            if core.dtype != self.stored or tuple(core.shape) != shape:
+                raise ValueError(f"{key} is {describe_tensor(core)} and should be {shape}, {self.stored}")
+            # `torch.linalg.svd` raises on NaN and Inf, with a message that names no tensor
+            if not bool(core.isfinite().all()):
+                raise ValueError(f"{key} is not finite")
+            bitstream.check_rank(slot.rank, (sizes.widths[1], sizes.widths[0]))
+            down, up = (factor[0].to(self.dtype).contiguous() for factor in self._factors(core[None], slot.rank))
+            coefficients[module] = slot.check(module, Coefficients(down, up, slot.scaling, slot.kernel))
+        return coefficients, payload
+
+    @abstractmethod
+    def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of the core of one module, between k = (k_down, k_up) components."""
+
+    @abstractmethod
+    def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+        """Return the cores of least squared error, float64, one per adapter of the chunk."""
+
+    @abstractmethod
+    def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Factor cores into (n, r, k_down) and (n, k_up, r), float64. rank: of the adapters' own factors."""
+
+
+@dataclass(frozen=True, slots=True)
+class FullCoreStorage(CoreStorage):
+    """One number per pair of components, (k_up, k_down), between bases of any fit.
+
+    Its factors have the adapter's own rank, beyond which a core has rounding errors alone.
+    """
+
+    @property
+    def pads_rank(self) -> bool:
+        return True
+
+    def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
+        return k[1], k[0]
+
+    def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+        exact = subspaces.project_chunk(chunk, bases, torch.float64, dual)
+        return exact.up @ exact.down
+
+    def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        n = len(cores)
+        up, down = singular_codes.core_factors(cores, torch.ones(n, dtype=torch.float64), torch.full((n,), rank))
+        return _pad_rank(down, up, rank - down.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalCoreStorage(CoreStorage):
+    """One number per pair of components, (k,), between bases that `joint.paired` has found.
+
+    Component j of one side goes with component j of the other alone. Factors have the rank k, or 1 where k is 0.
+    """
+
+    @property
+    def ridge(self) -> float:
+        """The `ridge` of `joint`, whose squared error is below that of rounding."""
+        return max(joint.RIDGE, torch.finfo(self.stored).eps / 16)
+
+    @property
+    def pairs_components(self) -> bool:
+        return True
+
+    @property
+    def extension_error(self) -> str | None:
+        return NOT_PAIRED
+
+    def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
+        return (k[0],)
+
+    def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+        rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
+        down, up = chunk.down.to(torch.float64), chunk.up.to(torch.float64)
+        return joint.best_diagonal(down, up, (rows[0], rows[1]), self.ridge)
+
+    def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        exact = cores.to(torch.float64)
+        down, up = torch.diag_embed(exact.abs().sqrt()), torch.diag_embed(exact.sign() * exact.abs().sqrt())
+        return _pad_rank(down, up, max(1 - exact.shape[1], 0))
+
+    def exact_coefficients(self, chunk: Chunk, bases: ModuleBases) -> CoefficientChunk | None:
+        down, up = self._factors(self._best_cores(chunk, bases), chunk.down.shape[1])
+        return CoefficientChunk(down, up, chunk.scaling)
+
+
+def _pad_rank(down: Tensor, up: Tensor, n_zeros: int) -> tuple[Tensor, Tensor]:
+    """Append zero rows to `down`, (n, r, k), and as many zero columns to `up`, (n, k, r)."""
+    return torch.nn.functional.pad(down, (0, 0, 0, n_zeros)), torch.nn.functional.pad(up, (0, n_zeros))

@@ -1,0 +1,107 @@
+"""All storages by the names that users and manifests write."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ...core import dtypes, keys
+from ...core.boundary import PARSE_FAILURES
+from ...core.chunks import CoefficientChunk
+from ...core.options import suggestion
+from ...core.subspace import Subspace
+from ...errors import FormatError, OptionError, reason
+from .. import group_integers
+from .base import ModuleSlot, Storage
+from .coded import CodedStorage
+from .cores import DiagonalCoreStorage, FullCoreStorage
+from .floats import FloatStorage
+from .integers import INT4, INT8, integer_matrices
+
+CODED = CodedStorage("coded", torch.float32)
+FLOAT_STORAGES: dict[str, Storage] = {
+    dtypes.name(dtype): FloatStorage(dtypes.name(dtype), dtype) for dtype in dtypes.STORED
+}
+STORAGES: dict[str, Storage] = {
+    **FLOAT_STORAGES,
+    INT8.name: INT8,
+    INT4.name: INT4,
+    CODED.name: CODED,
+    **{
+        f"{kind}-{dtypes.name(dtype)}": cls(
+            f"{kind}-{dtypes.name(dtype)}", torch.promote_types(dtype, torch.float32), kind, dtype
+        )
+        for kind, cls in (("full", FullCoreStorage), ("diagonal", DiagonalCoreStorage))
+        for dtype in dtypes.STORED
+    },
+}
+
+
+def storage_by_name(name: str) -> Storage:
+    """Return the storage of this name; `OptionError` if there is none."""
+    if name not in STORAGES:
+        # cores are asked for by an option of their own, not as a dtype
+        known = [name for name, storage in STORAGES.items() if storage.core_kind is None]
+        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.{suggestion(name, known)}")
+    return STORAGES[name]
+
+
+def parse_storage(dtype: str | torch.dtype | None) -> Storage | None:
+    """Return the storage of a name or a float dtype, and None for None; `OptionError` for anything else."""
+    if dtype is None:
+        return None
+    return storage_by_name(dtype if isinstance(dtype, str) else dtypes.name(dtype))
+
+
+def core_storage(kind: str, floats: Storage) -> Storage:
+    """Return the storage of cores of one kind, in the dtype of a float storage."""
+    return STORAGES[f"{kind}-{floats.name}"]
+
+
+def adapter_payload(chunk: CoefficientChunk, row: int, module: str) -> dict[str, Tensor]:
+    """Return the payload of one adapter of a chunk, by the names in the adapter's file; empty where there is none."""
+    payload = {}
+    for name, tensor in (chunk.payload or {}).items():
+        side, _, part = name.partition(".")
+        if name in keys.CORES.values():
+            payload[f"{keys.MODEL_PREFIX}{module}.{name}"] = tensor[row]
+        elif part != group_integers.EXPONENT or int(tensor[row]):
+            payload[f"{keys.coefficients_key(module, side)}.{part}"] = tensor[row]
+    return payload
+
+
+def as_float_tensors(
+    tensors: Mapping[str, Tensor], slots: Callable[[], Mapping[str, ModuleSlot]], subspace: Callable[[], Subspace]
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file as a float storage has them; `FormatError` if they cannot be decoded.
+
+    slots: returns the metadata of the adapter's modules; subspace: returns its subspace. Both are called only where
+    the adapter's storage needs them.
+    """
+    try:
+        kind = next((kind for kind, name in keys.CORES.items() if any(k.endswith(f".{name}") for k in tensors)), None)
+        if kind is not None:
+            modules = slots()
+            stored = {tensors[key].dtype for key in (keys.core_key(module, kind) for module in modules)}
+            storage = core_storage(kind, storage_by_name(dtypes.name(stored.pop())))
+            return _decode(storage, tensors, modules, subspace)
+        if keys.CODED in tensors:
+            return _decode(CODED, tensors, slots(), subspace)
+        floats = dict(tensors)
+        for name, side, payload in integer_matrices(tensors):
+            rows = group_integers.decode(payload)
+            for part in payload:
+                del floats[f"{name}.{part}"]
+            floats[name] = rows if side == "down" else rows.mT.contiguous()
+    except PARSE_FAILURES as error:
+        raise FormatError(f"the adapter's coefficients cannot be read: {reason(error)}.") from error
+    return floats
+
+
+def _decode(
+    storage: Storage, tensors: Mapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
+) -> dict[str, Tensor]:
+    """Read an adapter and write it as float32; tensors that are no coefficients stay."""
+    remaining = dict(tensors)
+    coefficients, _ = storage.read_adapter(remaining, slots, subspace)
+    return remaining | FLOAT_STORAGES["float32"].adapter_tensors(coefficients)
