@@ -9,9 +9,10 @@ from synthetic import report
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.core.stack import stack
-from eigenlorax.reports import data, frontier, markdown, page
+from eigenlorax.reports import data, frontier, page
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
+from eigenlorax.reports.render import markdown
 from made import of_one_subspace, random
 from planted import MODULES
 

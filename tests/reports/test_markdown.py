@@ -8,7 +8,8 @@ import pytest
 from markdown_it import MarkdownIt
 from synthetic import HOSTILE, bare, hostile_names, report
 
-from eigenlorax.reports import data, markdown
+from eigenlorax.reports import data
+from eigenlorax.reports.render import markdown
 
 
 def changed(one, **values):

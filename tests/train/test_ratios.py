@@ -16,8 +16,9 @@ from compared import classes_by_hand, divergence, made, share, trained
 from eigenlorax.cli import main
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import OptionError
-from eigenlorax.reports import data, markdown, with_evaluations
+from eigenlorax.reports import data, with_evaluations
 from eigenlorax.reports.analysis import per_adapter
+from eigenlorax.reports.render import markdown
 from eigenlorax.train import compare, models, ratios
 from planted import normal
 from reference import dense

@@ -10,8 +10,9 @@ from ..core.boundary import MAX_REPORT_BYTES, read_file
 from ..core.typed import UnfitError, refuse_constant, typed
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import folder
-from . import coherence, markdown, page
+from . import coherence, page
 from .data import MATRIX, SCHEMA_VERSION, Report
+from .render import markdown
 
 
 def to_json(report: Report) -> str:

@@ -1,8 +1,9 @@
 """The page's section on how the adapters lie to one another: matrices, the map, and who belongs together."""
 
-from . import maps, numbers, svg, tables
+from . import maps, numbers, svg
 from .data import Report, Similarity
 from .markup import chips, figure, fold, paragraph, table, words
+from .render import tables
 
 _FEW = 2
 """Adapters up to which there is no picture of them."""

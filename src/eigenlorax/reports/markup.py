@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from . import numbers
-from .tables import Cell, Column, Table
+from .render.tables import Cell, Column, Table
 
 _LONG = 16
 """Characters from which on a name may be cut on a narrow screen."""

@@ -6,11 +6,12 @@ A section of which nothing was measured is the empty string.
 import statistics
 from collections.abc import Iterable
 
-from . import curves, kinds, numbers, plots, rankings, tables
+from . import curves, kinds, numbers, plots, rankings
 from .data import Report
 from .energies import energies
 from .frontier import at_equal_error, on_task
 from .markup import columns, figure, fold, html_figure, pair, paragraph, prose, table, text, words
+from .render import tables
 
 PRINTED_ROWS = 50
 """Rows of the table of adapters that are printed on paper; the style sheet hides the others."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from . import numbers
-from .data import (
+from .. import numbers
+from ..data import (
     AdapterFigures,
     Baseline,
     Bytes,
@@ -20,7 +20,7 @@ from .data import (
     TaskPoint,
     TaskRun,
 )
-from .frontier import FIT, METHODS, TASK_METHODS
+from ..frontier import FIT, METHODS, TASK_METHODS
 
 T = TypeVar("T")
 

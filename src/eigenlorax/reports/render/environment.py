@@ -1,0 +1,110 @@
+"""Jinja2 environments of the templates. Whatever an expression prints is escaped, unless it is markup already."""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from .. import numbers
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_NUMBER_FILTERS: dict[str, Callable[..., str]] = {
+    "error": numbers.error,
+    "share": numbers.share,
+    "cosine": numbers.cosine,
+    "count": numbers.count,
+    "ratio": numbers.ratio,
+    "plural": numbers.plural,
+}
+
+
+@cache
+def markdown_environment() -> "Environment":
+    """Return the environment of `report.md`, in which printed values are escaped as Markdown."""
+    environment = _environment(finalize=_markdown_value)
+    environment.filters |= {"prose": markdown_prose, **_NUMBER_FILTERS}
+    environment.globals |= {"some": numbers.some}
+    return environment
+
+
+@cache
+def html_environment() -> "Environment":
+    """Return the environment of `page.html`, in which printed values are escaped as HTML."""
+    environment = _environment()
+    environment.filters |= {**_NUMBER_FILTERS, "prose": html_prose, "text": unbroken_numbers}
+    environment.filters["error"] = lambda value: unbroken_numbers(numbers.error(value))
+    environment.globals |= {"some": numbers.some, "MISSING": numbers.MISSING}
+    return environment
+
+
+def _environment(finalize: Callable[[Any], Any] | None = None) -> "Environment":
+    # imported here: only reports that are written need it
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("eigenlorax.reports.render"),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+class MarkdownText(str):
+    """Text that is Markdown already; Jinja2 prints it unchanged."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return str(self)
+
+
+def _markdown_value(value: object) -> object:
+    return value if hasattr(value, "__html__") else MarkdownText(escape_markdown(str(value)))
+
+
+def escape_markdown(text: str) -> str:
+    """Return the text so that Markdown shows it unchanged, on one line and in a table too."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
+    # underscores within a word have no meaning
+    text = " ".join(re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text).split())
+    # at the start of a line, these begin a list or draw a rule
+    return re.sub(r"^(\d{0,9})([.)](?= |$)|[-+](?=[- ]|$))", r"\1\\\2", text)
+
+
+def markdown_prose(text: str) -> MarkdownText:
+    """Return one of our sentences as Markdown: what stands between backticks is code, the names in it are escaped."""
+    pieces = re.split(r"`([^`]+)`", text)
+    return MarkdownText(
+        "".join(f"`{piece}`" if index % 2 else _escape_between_code(piece) for index, piece in enumerate(pieces))
+    )
+
+
+def _escape_between_code(text: str) -> str:
+    # the blanks beside a code span stay
+    before, after = (" " if text[:1].isspace() else ""), (" " if text[-1:].isspace() else "")
+    return f"{before}{escape_markdown(text)}{after}" if text.strip() else text
+
+
+def html_prose(text: str) -> Markup:
+    """Return one of our sentences as HTML: what stands between backticks is code."""
+    pieces = re.split(r"`([^`]+)`", text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if index % 2 else unbroken_numbers(piece)
+        for index, piece in enumerate(pieces)
+    )
+
+
+def unbroken_numbers(text: str) -> Markup:
+    """Return the text as HTML in which no line ends within a number such as 1.0e-05."""
+    pieces = re.split(r"(\d+\.\d+e-\d+)", text)
+    return Markup("").join(
+        Markup('<span class="whole">{}</span>').format(piece) if index % 2 else piece
+        for index, piece in enumerate(pieces)
+    )

@@ -1,0 +1,37 @@
+"""The report in GitHub's Markdown: the page's facts as sentences and tables, without figures."""
+
+import re
+
+from ..data import Report
+from ..energies import energies
+from ..frontier import at_equal_error, on_task
+from . import facts, tables
+from .environment import markdown_environment
+
+MOST_ADAPTERS = 20
+"""Maximum number of adapters in a table."""
+
+_MARKS = {True: "✓", False: "!", None: "·"}
+
+
+def render(report: Report) -> str:
+    """Return the text, from the verdict to the notes."""
+    text = (
+        markdown_environment()
+        .get_template("report.md")
+        .render(
+            report=report,
+            about=report.collection,
+            near=report.similarity,
+            sizes=facts.size_range(report),
+            similarity_summary=facts.similarity_summary(report.similarity),
+            marks=_MARKS,
+            most=MOST_ADAPTERS,
+            tables=tables,
+            energies=energies,
+            at_equal_error=at_equal_error,
+            on_task=on_task,
+        )
+    )
+    # blocks that are not shown leave blank lines; printed values never contain any
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
