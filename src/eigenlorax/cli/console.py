@@ -15,7 +15,6 @@ import typer
 
 from ..core import printable
 from ..errors import EigenloraxWarning, shortened
-from ..formats import urls
 from ..train.options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ def path(text: str) -> Path:
     """A path of the command line. An empty one would be the current folder, which nobody means by it."""
     if not text.strip():
         raise typer.BadParameter("it is empty; was a variable of the shell not set?")
+    # `formats` loads torch, which `--help` does not wait for
+    from ..formats import urls
+
     if urls.is_url(text):
         raise typer.BadParameter(
             f"{text} is a URL. Adapters may be anywhere; what is written, and packs, are on this machine."
