@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from joint import Joint, Rows, bases, diagonal, full, in_diagonal, in_full
 from torch import Tensor
 
-from eigenlorax.codec.joint import Joint, Rows, bases, diagonal, full, in_diagonal, in_full
 from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
 from eigenlorax.core.stack import Stack, captured, squares
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from core_packs import fit_with_cores
+
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
 from eigenlorax.train import demo
@@ -33,7 +35,12 @@ def main() -> None:
     adapters, rows = demo.data() / "adapters", []
     for k in SIZES:
         for kind in KINDS:
-            row = figures(ex.fit(adapters, n_components=k, cores=kind, dtype=DTYPE, warn_above=1.0))
+            pack = (
+                ex.fit(adapters, n_components=k, dtype=DTYPE, warn_above=1.0)
+                if kind is None
+                else fit_with_cores(adapters, kind, n_components=k, dtype=DTYPE)
+            )
+            row = figures(pack)
             coded = ex.fit(adapters, max_error=row["worst"], warn_above=1.0)
             rows.append({"k": k, "cores": kind, **row, "coded": figures(coded)})
             print(json.dumps(rows[-1]))

@@ -9,12 +9,12 @@ to stacks, which are read one after the other.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import joint
 import torch
 from adapter_clusters import clustered
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenlorax.codec import joint
 from eigenlorax.core.stack import Stack, squares
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.bytes import Number

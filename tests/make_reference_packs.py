@@ -6,7 +6,8 @@ pack that exists is therefore never written again. This script shows how each of
     python tests/make_reference_packs.py
 
 Numbers are drawn from seeds, so that one machine with one set of library versions writes the same bytes each time.
-Packs of formats 1 to 4 are written by the last commit that wrote the format, taken from the history of this repository.
+Packs of formats 1 to 4 are written by the last commit that wrote the format, and packs with cores by f706745; both are
+taken from the history of this repository.
 """
 
 import json
@@ -52,6 +53,8 @@ FORMATS = {
     4: "934c8dd4c4edfab8dda5240a03cc2d7f20314224",
 }
 """The last commit that wrote each earlier format."""
+WITH_CORES = "f7067459a074f324f70cdbdabaaf181ea9e6ffaf"
+"""A commit that wrote packs with cores; the frozen ones were written at it."""
 
 Making = Callable[[Path], ex.Pack]
 """Make a pack; the argument is an empty folder for its sources."""
@@ -271,8 +274,8 @@ def fit_iteratively(folder: Path) -> ex.Pack:
         iterative.LARGEST_SIDE, iterative.LARGEST_STACK, iterative.BLOCK = before
 
 
-def written_by(version: int, folder: Path, code: str) -> ex.Pack:
-    """A pack of an earlier format, written by the code of that time. code: what makes `pack`, in an empty folder with
+def written_at(commit: str, folder: Path, code: str) -> ex.Pack:
+    """A pack of an earlier time, written by the code of that commit. code: what makes `pack`, in an empty folder with
     adapters in `sources`, `heads` and `images`, and one more called `late`."""
     sources(folder / "sources")
     sources(folder / "heads", head=(5, 29))
@@ -280,13 +283,18 @@ def written_by(version: int, folder: Path, code: str) -> ex.Pack:
     (folder / "images").mkdir()
     write_image_files(folder / "images", "kohya")
     root = Path(__file__).parents[1]
-    archive = subprocess.run(["git", "archive", FORMATS[version], "src"], cwd=root, stdout=subprocess.PIPE, check=True)
+    archive = subprocess.run(["git", "archive", commit, "src"], cwd=root, stdout=subprocess.PIPE, check=True)
     (folder / "then").mkdir()
     subprocess.run(["tar", "-x", "-C", folder / "then"], input=archive.stdout, check=True)
     environment = {**os.environ, "PYTHONPATH": str(folder / "then" / "src")}
     code = f"import eigenlorax as ex\n{code}\npack.save('pack')\n"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, env=environment, check=True)
     return ex.Pack.open(folder / "pack")
+
+
+def fit_cores(folder: Path, kind: str, dtype: str) -> ex.Pack:
+    """A pack with cores, which `fit` no longer writes."""
+    return written_at(WITH_CORES, folder, f"pack = ex.fit('sources', n_components=5, cores='{kind}', dtype='{dtype}')")
 
 
 AUGMENTED_THEN = "pack = ex.fit('sources', n_components=3).augment(2, seed=3)\npack.add('late')"
@@ -308,10 +316,10 @@ KINDS: dict[str, Making] = {
     "int4-with-int4": partial(fit_plain, dtype="int4", coefficient_dtype="int4"),
     "int8-with-float16": partial(fit_plain, dtype="int8", coefficient_dtype="float16"),
     "int8-with-exponents": fit_tiny_updates,
-    "full-cores-float32": partial(fit_plain, cores="full"),
-    "full-cores-float16": partial(fit_plain, cores="full", dtype="float16"),
-    "diagonal-cores-float32": partial(fit_plain, cores="diagonal"),
-    "diagonal-cores-bfloat16": partial(fit_plain, cores="diagonal", dtype="bfloat16"),
+    "full-cores-float32": lambda folder: fit_cores(folder, "full", "float32"),
+    "full-cores-float16": lambda folder: fit_cores(folder, "full", "float16"),
+    "diagonal-cores-float32": lambda folder: fit_cores(folder, "diagonal", "float32"),
+    "diagonal-cores-bfloat16": lambda folder: fit_cores(folder, "diagonal", "bfloat16"),
     "coded-apart": fit_coded_apart,
     "coded-terms": lambda folder: fit_coded_shared(noise=0.1),
     "coded-terms-and-cores": lambda folder: fit_coded_shared(noise=0.05),
@@ -341,12 +349,14 @@ KINDS: dict[str, Making] = {
     "untrained": fit_untrained,
     "empty": remove_all,
     "bounds": refit_without_originals,
-    "format-1": lambda folder: written_by(1, folder, "pack = ex.fit('heads', n_components=4)"),
-    "format-1-augmented": lambda folder: written_by(1, folder, AUGMENTED_THEN),
-    "format-2": lambda folder: written_by(2, folder, "pack = ex.fit('sources', max_error=0.4, dtype='float16')"),
-    "format-2-augmented": lambda folder: written_by(2, folder, AUGMENTED_THEN),
-    "format-3": lambda folder: written_by(3, folder, EXTENDED_THEN),
-    "format-4": lambda folder: written_by(4, folder, "pack = ex.fit('images', n_components=4)"),
+    "format-1": lambda folder: written_at(FORMATS[1], folder, "pack = ex.fit('heads', n_components=4)"),
+    "format-1-augmented": lambda folder: written_at(FORMATS[1], folder, AUGMENTED_THEN),
+    "format-2": lambda folder: written_at(
+        FORMATS[2], folder, "pack = ex.fit('sources', max_error=0.4, dtype='float16')"
+    ),
+    "format-2-augmented": lambda folder: written_at(FORMATS[2], folder, AUGMENTED_THEN),
+    "format-3": lambda folder: written_at(FORMATS[3], folder, EXTENDED_THEN),
+    "format-4": lambda folder: written_at(FORMATS[4], folder, "pack = ex.fit('images', n_components=4)"),
 }
 
 EXPORTS: dict[str, list[dict[str, str]]] = {

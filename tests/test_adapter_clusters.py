@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
+import joint
 import pytest
 import torch
 
-from eigenlorax.codec import joint
 from eigenlorax.core.stack import squares, stack
 from made import awkward, random
 from planted import MODULES, factors_in, orthonormal

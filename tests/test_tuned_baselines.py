@@ -4,10 +4,10 @@ import math
 import sys
 from pathlib import Path
 
+import joint
 import pytest
 import torch
 
-from eigenlorax.codec import joint
 from eigenlorax.core.stack import Stack, squares, stack
 from eigenlorax.reports.analysis.losses import rounded_rows
 from eigenlorax.reports.analysis.per_adapter import BOTH

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax.codec import joint
 from eigenlorax.core.linalg import dual_rows
 from eigenlorax.core.stack import Stack, stack
 from eigenlorax.reports.analysis import losses, per_adapter
@@ -31,6 +30,7 @@ BENCHMARKS = record.ROOT / "benchmarks"
 # at the end: nothing there may hide a module of another name
 if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))
+import joint  # noqa: E402
 from tuned_baselines import COMBINATIONS, DIAGONAL, FULL, SharedFactors  # noqa: E402
 
 HALVINGS = 40

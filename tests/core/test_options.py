@@ -140,7 +140,6 @@ def test_a_typo_gets_a_suggestion(given, known, wanted):
         (lambda pack: ex.fit([pack.adapter("alpha")], weighting="detla"), OptionError, "Did you mean 'delta'"),
         (lambda pack: ex.fit([pack.adapter("alpha")], solver="exakt"), OptionError, "Did you mean 'exact'"),
         (lambda pack: ex.fit([pack.adapter("alpha")], engine="process"), OptionError, "Did you mean 'processes'"),
-        (lambda pack: ex.fit([pack.adapter("alpha")], cores="ful"), OptionError, "Did you mean 'full'"),
         (lambda pack: ex.fit([pack.adapter("alpha")], dtype="int88"), OptionError, "Did you mean 'int8'"),
         (
             lambda pack: ex.fit([pack.adapter("alpha")], exclude_modules="qwery"),

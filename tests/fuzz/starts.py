@@ -254,7 +254,7 @@ def checkpoints() -> Mapping[str, Tree]:
         with suppress(_StopError):
             ex.fit(folder / "in", checkpoint=folder / "kept", progress=_stop, **json.loads(options))
 
-    several = [json.dumps({"n_components": 3, **more}) for more in ({}, {"dtype": "int8"}, {"cores": "diagonal"})]
+    several = [json.dumps({"n_components": 3, **more}) for more in ({}, {"dtype": "int8"})]
     return {options: _made(lambda folder, options=options: make(folder, options)) for options in several}
 
 

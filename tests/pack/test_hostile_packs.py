@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from core_packs import fit_with_cores
 
 import eigenlorax as ex
 import hostile
@@ -16,7 +17,7 @@ from adapters import make_adapters
 from children import needs_fork
 from coded import coded_pack
 from eigenlorax.codec import entropy
-from eigenlorax.core import boundary
+from eigenlorax.core import boundary, keys
 from eigenlorax.errors import FormatError, PackDamagedError
 from hostile import (
     allowed,
@@ -45,11 +46,11 @@ def packs(tmp_path_factory):
         "float32": {"n_components": 4},
         "int8": {"n_components": 4, "dtype": "int8"},
         "int4": {"n_components": 4, "dtype": "int4"},
-        "full": {"n_components": 4, "cores": "full"},
-        "diagonal": {"n_components": 4, "cores": "diagonal"},
     }
     for name, options in fits.items():
         ex.fit(place / "in", **options).save(place / name)
+    for kind in keys.CORES:
+        fit_with_cores(place / "in", kind, n_components=4).save(place / kind)
     ex.fit(place / "in", n_components=4).augment(3, seed=7).save(place / "augmented")
     for name in ("nothing", "much"):
         coded_pack(SHAPES, name).save(place / f"coded, sharing {name}")

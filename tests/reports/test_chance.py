@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from core_packs import fit_with_cores
 from reported import adapters, report_on, the
 
 import eigenlorax as ex
@@ -255,7 +256,7 @@ class TestForms:
 
     def test_diagonal_cores(self):
         made = adapters(strangers(8))
-        report = ex.report(ex.fit(made, n_components=8, cores="diagonal", warn_above=1.0), made)
+        report = ex.report(fit_with_cores(made, "diagonal", n_components=8), made)
         assert "random directions they would lose" not in the(report, "not-shared").text
         assert "the null model" in the(report, "cores").text
 

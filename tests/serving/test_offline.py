@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
+from core_packs import fit_with_cores
+
 import eigenlorax as ex
 from eigenlorax.errors import AdapterNameError, ModuleNameError, OptionError, ServingError, ShapeError
 from eigenlorax.serving.vllm import Adapters
@@ -124,7 +126,7 @@ def test_an_adapter_with_a_rest_is_served_expanded_and_others_in_both_ways(made,
 def test_a_pack_with_cores_is_served_in_both_ways(made, tmp_path, monkeypatch, kind, shared):
     monkeypatch.setenv("EIGENLORAX_CACHE", str(tmp_path / "cache"))
     names = ["a0", "a1", "a2"]
-    pack = ex.fit([made / "adapters" / name for name in names], n_components=7, cores=kind, warn_above=1.0)
+    pack = fit_with_cores([made / "adapters" / name for name in names], kind, n_components=7)
     path = pack.save(tmp_path / "pack")
     wanted = peft_greedy(made / "base", PROMPTS, _exported(path, tmp_path / "out", *names))
     requests = [Adapters(path, shared_basis=shared)[name] for name in names]

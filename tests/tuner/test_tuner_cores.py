@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from core_packs import fit_with_cores
 
 import eigenlorax as ex
 from eigenlorax.tuner import serve, to_lora
@@ -17,7 +18,7 @@ NAMES = ["a0", "a1", "a2"]
 @pytest.fixture(scope="module", params=["full", "diagonal"])
 def path(request, tmp_path_factory):
     _, adapters = make_pack(dict.fromkeys(BERT, (IN, IN)))
-    pack = ex.fit(adapters, n_components=7, cores=request.param, warn_above=1.0)
+    pack = fit_with_cores(adapters, request.param, n_components=7)
     return pack.save(tmp_path_factory.mktemp("cores") / "pack")
 
 

@@ -33,8 +33,6 @@ EPILOG = """Examples:
 
   eigenlorax fit adapters/ -o pack/ --ratio 18
 
-  eigenlorax fit adapters/ -o pack/ -k 64 --cores diagonal
-
   eigenlorax fit adapters/ -o pack/ -k auto
 
   eigenlorax fit adapters/ -o pack/ -k 64 --engine processes --workers 8"""
@@ -115,9 +113,6 @@ def fit(
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside integers).")
     ] = None,
-    cores: Annotated[
-        str | None, typer.Option(help="full, diagonal: one core a module of an adapter, in place of coefficients.")
-    ] = None,
     warn_above: Annotated[
         float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
     ] = WARN_ABOVE,
@@ -167,7 +162,6 @@ def fit(
             exclude_modules=exclude_module or (),
             dtype=dtype,
             coefficient_dtype=coefficient_dtype,
-            cores=cores,
             same_base=same_base,
             skip_bad=skip_bad,
             warn_above=warn_above,

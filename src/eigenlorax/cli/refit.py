@@ -76,7 +76,6 @@ def refit(
     coefficient_dtype: Annotated[
         str | None, typer.Option(help="That of the coefficients (default: as before).")
     ] = None,
-    cores: Annotated[str | None, typer.Option(help="full, diagonal or none (default: as before).")] = None,
     warn_above: Annotated[
         float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
     ] = WARN_ABOVE,
@@ -109,7 +108,6 @@ def refit(
             sweeps=sweeps,
             dtype=dtype,
             coefficient_dtype=coefficient_dtype,
-            cores=cores,
             warn_above=warn_above,
             device=device,
             progress=progress,

@@ -18,7 +18,7 @@ import torch
 from .. import formats
 from ..codec.storage.base import Storage
 from ..codec.storage.coded import NEEDS_TARGET
-from ..codec.storage.table import CODED, core_storage, parse_storage, storage_by_name
+from ..codec.storage.table import CODED, parse_storage, storage_by_name
 from ..core import checkpoint as checkpoints
 from ..core import dtypes, keys
 from ..core import engine as engines
@@ -27,7 +27,7 @@ from ..core.checkpoint import Checkpoint
 from ..core.engine import Engine, Shared
 from ..core.options import check_choice, shown
 from ..core.options import names as listed
-from ..core.subspace import SIZES, SWEEPS, FitOptions, ModuleBases, Subspace
+from ..core.subspace import SWEEPS, FitOptions, ModuleBases, Subspace
 from ..errors import (
     WARN_ABOVE,
     EigenloraxError,
@@ -77,7 +77,6 @@ def fit(
     exclude_modules: str | Sequence[str] = (),
     dtype: str | torch.dtype | None = None,
     coefficient_dtype: str | torch.dtype | None = None,
-    cores: str | None = None,
     same_base: bool = False,
     skip_bad: bool = False,
     warn_above: float = WARN_ABOVE,
@@ -111,10 +110,6 @@ def fit(
         With max_error, a float dtype says that numbers are to be kept as such ones, and sizes alone are chosen.
         "int8" and "int4" are integers with a scale for every 64 numbers of a row (docs/method.md), beside which
         coefficients are int8 by default.
-    cores: of each module, an adapter keeps one core between the bases (arXiv 2407.00066; docs/bytes.md, "Cores"):
-        "full", a number for each pair of directions, in the bases that there are without; or "diagonal", one for each
-        direction, in bases that are found for that, whose rows are not orthogonal; adapters come back with the rank
-        n_components then. In float dtypes.
     same_base: the adapters' base models are one under several names. skip_bad: leave out, with a warning, adapters that
         cannot be read or hold NaN or Inf, rather than stop. warn_above: warn of adapters whose delta error is above
         that, and say what would keep them; 1 for never.
@@ -135,7 +130,7 @@ def fit(
     fit_options = FitOptions(number, energy, weighting, number_of_sweeps, max_error, max_bytes, ratio)
     fit_device, warn_above = _device(device), check_warn_above(warn_above)
     asked_storage, asked_coefficients = parse_storage(dtype), parse_storage(coefficient_dtype)
-    _check_cores(cores, fit_options, found, asked_storage, asked_coefficients)
+    _refuse_cores(dtype=asked_storage, coefficient_dtype=asked_coefficients)
     by_bytes = chooses_bytes(aims, weighting, dtype, coefficient_dtype)
     engines.check(engine, workers)
     check_choice("solver", solver, SOLVERS)
@@ -170,8 +165,6 @@ def fit(
         widest = reduce(torch.promote_types, (s.dtype for a in read for s in a.specs.values()))
         storage = asked_storage or storage_by_name(dtypes.name(widest))
         coefficient_storage = asked_coefficients or storage.default_coefficient_storage
-        if cores is not None:
-            coefficient_storage = core_storage(cores, coefficient_storage)
         setting = Setting(fit_options, _fitted(packings, names), storage, coefficient_storage, fit_device)
         by_module = _by_module(packings, names)
         notes = []
@@ -221,11 +214,6 @@ def fit(
     pack.notes.extend(notes)
     if resumed:
         pack.notes.append(f"{resumed} of {len(todo)} modules were there from a fit that was interrupted.")
-    if cores == "diagonal":
-        ranks = sorted({one.rank for name in pack.names for one in pack.packed(name).coefficients.values()})
-        pack.notes.append(
-            f"Diagonal cores: adapters come back as LoRAs of rank {', '.join(map(str, ranks))}, whatever they had."
-        )
     if (dominated := kept_exactly(pack.summary.bytes)) is not None:
         pack.notes.append(dominated)
     pack.seconds.update({"scanning": scanned, **seconds})
@@ -237,7 +225,7 @@ def fit(
     elif lossy(pack.records, warn_above):
         # to find out how many would do takes whole spectra
         more = "More components (-k, n_components) keep more of each."
-        remedy = more if by_iteration or cores is not None else _remedy(_reads(by_module), setting, warn_above)
+        remedy = more if by_iteration else _remedy(_reads(by_module), setting, warn_above)
         warn_of_losses(pack.records, warn_above, remedy)
     return pack
 
@@ -299,42 +287,13 @@ def _in_floats(options: FitOptions, storage: Storage, coefficients: Storage) -> 
     return f"Numbers are {names}, {why}, and sizes alone were chosen for the error: {way} they take fewer bytes."
 
 
-def _check_cores(
-    cores: str | None, options: FitOptions, auto: bool, storage: Storage | None, coefficients: Storage | None
-) -> None:
-    """`OptionError` for what does not go with cores, or without them."""
-    asked = {"dtype": storage, "coefficient_dtype": coefficients}
-    for name, one in asked.items():
-        if one is not None and one.core_kind is not None:
+def _refuse_cores(**asked: Storage | None) -> None:
+    """Raise `OptionError` for a storage of cores: such packs are read, but not written."""
+    for option, storage in asked.items():
+        if storage is not None and storage.core_kind is not None:
             raise OptionError(
-                f"{name} {one.name} is what a pack with cores says of itself: "
-                f"give cores={one.core_kind!r} and {name}={one.basis_storage.name!r}."
-            )
-    if cores is None:
-        return
-    check_choice("cores", cores, keys.CORES)
-    sizes = ["n_components"] if cores == "diagonal" else ["n_components", "energy"]
-    others = [f"{name}={getattr(options, name):g}" for name in SIZES if getattr(options, name) is not None]
-    refused = "n_components='auto'" if auto else next((one for one in others if one.split("=")[0] not in sizes), None)
-    if refused is not None:
-        raise OptionError(
-            f"{cores} cores are of a size that is given, {' or '.join(sizes)}, and not found by {refused}: "
-            f"fit(…, n_components=32, cores={cores!r}), or leave cores away."
-        )
-    if options.weighting != "delta":
-        raise OptionError(
-            f"{cores} cores are of updates, and go with weighting 'delta', got {options.weighting!r}: leave weighting "
-            "away, or cores."
-        )
-    if cores == "diagonal" and options.sweeps != SWEEPS:
-        raise OptionError(
-            f"diagonal cores alternate with their bases until little is won, got sweeps={options.sweeps}: leave it "
-            "away, or take cores='full'."
-        )
-    for name, one in asked.items():
-        if one is not None and not one.is_float:
-            raise OptionError(
-                f"cores are kept in floats, got {name} {one.name}: give {name}='float16', or fit without cores."
+                f"{option} {storage.name} is the storage of an older pack with cores, which fit does not write. "
+                f"Pass {option}={storage.basis_storage.name!r}."
             )
 
 
@@ -580,8 +539,7 @@ def _jobs(
             )
             for packing, module in members
         )
-        apart = bool(chosen) or setting.coefficient_storage.pairs_components
-        by_iteration = solver == "auto" and not apart and jobs.suits_iteration(places, setting.options)
+        by_iteration = solver == "auto" and not chosen and jobs.suits_iteration(places, setting.options)
         found.append(Job(name, places, setting, shared, by_iteration, chosen.get(name)))
     return found
 

@@ -49,10 +49,9 @@ def most_bytes(job: Job) -> int:
     asked, spec = job.setting.options.n_components, job.places[0].spec
     sides = (spec.in_features, spec.out_features)
     down, up = (dimension if asked is None else min(asked, dimension) for dimension in sides)
-    # each number at most once in float64, and once more as what is stored in its place; a core has as many numbers as
-    # there are pairs of components, and a diagonal one the rank k
+    # each number at most once in float64, and once more as what is stored in its place
     bases = 16 * (down * sides[0] + up * sides[1]) + 8 * sum(sides)
-    each = [16 * (max(place.spec.rank, down, up) * (down + up) + down * up) for place in job.places]
+    each = [16 * place.spec.rank * (down + up) for place in job.places]
     return bases + sum(each) + 4096 * len(job.places) + 2**20
 
 

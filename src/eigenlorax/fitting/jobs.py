@@ -210,8 +210,6 @@ def _bases(loaded: Loaded, rounds: iterative.Run) -> ModuleBases:
         return spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
     if job.by_iteration:
         return iterative.fit(loaded.held, setting.options, job.module, dtype=job.products, run=rounds)
-    if setting.coefficient_storage.pairs_components:
-        return setting.paired(_members(loaded))
     return setting.fit(_members(loaded), job.k)
 
 

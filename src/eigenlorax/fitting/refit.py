@@ -23,8 +23,6 @@ from ..pack.packed_adapter import PackedAdapter, Record
 from . import fit
 from .match_sources import recognise
 
-NO_CORES = "none"
-"""What `cores` is where a pack with cores is to be one without."""
 NOTICEABLE = 1e-6
 """A rise of a delta error up to which an adapter is not said to have got worse: rounding."""
 
@@ -86,7 +84,6 @@ def refit(
     sweeps: int | None = None,
     dtype: str | torch.dtype | None = None,
     coefficient_dtype: str | torch.dtype | None = None,
-    cores: str | None = None,
     warn_above: float = WARN_ABOVE,
     device: str | torch.device = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
@@ -97,8 +94,8 @@ def refit(
     adapters: originals, in any form that `fit` takes, recognised by their content. Those that are not among them are
         fitted from what the pack gives back.
     n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: as in `fit`; by default what the pack was
-        fitted with. dtype, coefficient_dtype, cores: by default the pack's, unless max_error, max_bytes or ratio is
-        given; cores="none" leaves them.
+        fitted with. dtype, coefficient_dtype: by default the pack's, unless max_error, max_bytes or ratio is given.
+        A pack with cores becomes one of coefficients.
     options: those of `read_adapter`.
 
     Adapters that were trained in the old subspace and saved elsewhere do not belong to the new one.
@@ -125,7 +122,6 @@ def refit(
     by_bytes = any(value is not None for value in (max_error, max_bytes, ratio))
     stored: list[str | None] = [None, None]
     if not by_bytes:
-        cores = pack.cores if cores is None else cores
         stored = [pack.storage, storage_by_name(pack.coefficient_storage).basis_storage.name]
         if pack.is_coded:
             # what the pack gives back is in float64, which says nothing of what it is worth
@@ -144,7 +140,6 @@ def refit(
         exclude_modules=[name for name in old.excluded_modules if name in names],
         dtype=dtype,
         coefficient_dtype=coefficient_dtype,
-        cores=None if cores == NO_CORES else cores,
         same_base=True,
         warn_above=1.0,
         device=device,
@@ -152,7 +147,7 @@ def refit(
     )
     # what is kept beside components, or is lost by rounding them to steps or for want of a full core, may be in any
     # direction
-    in_components = not any(one.is_coded or one.cores == "diagonal" for one in (pack, found))
+    in_components = not (pack.is_coded or found.is_coded or pack.cores == "diagonal")
     members: dict[str, PackedAdapter] = {}
     changes: dict[str, Change] = {}
     for done, name in enumerate(pack.names):

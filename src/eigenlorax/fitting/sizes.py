@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codec import joint
 from ..codec.storage.base import Storage
-from ..codec.storage.cores import DiagonalCoreStorage
 from ..core import metrics
 from ..core import subspace as spaces
 from ..core.adapter import LoRAFactors, ModuleSpec
@@ -69,13 +67,6 @@ class Setting:
     def fit(self, members: Sequence[Member], k: Cell | None) -> ModuleBases:
         """The bases of a module, from the adapters that have trained it."""
         return spaces.fit_module(*self._trained(members), self.options, k)
-
-    def paired(self, members: Sequence[Member]) -> ModuleBases:
-        """The bases of a module for diagonal cores; found on the CPU."""
-        assert self.options.n_components is not None
-        factors, weights = replace(self, device=torch.device("cpu"))._trained(members)
-        assert isinstance(self.coefficient_storage, DiagonalCoreStorage)
-        return joint.paired(factors, weights, self.options.n_components, self.coefficient_storage.ridge)
 
     def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ModuleStack:
         """The adapters that have trained a module, as `fit` stacks them.

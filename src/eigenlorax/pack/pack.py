@@ -202,7 +202,7 @@ class Pack:
 
     @property
     def cores(self) -> str | None:
-        """What `fit` was told to keep of each module: "full" or "diagonal" cores; None for coefficients."""
+        """The kind of cores in place of coefficients, "full" or "diagonal"; None for coefficients."""
         return self._coefficients.core_kind
 
     @property

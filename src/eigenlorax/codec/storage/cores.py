@@ -16,7 +16,7 @@ from ...core.basis import Basis
 from ...core.chunks import Chunk, CoefficientChunk
 from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
 from ...errors import OptionError
-from .. import bitstream, joint, singular_codes
+from .. import bitstream, diagonal_cores, singular_codes
 from ..group_integers import Payload
 from .base import CHANGED_BY_HAND, ModuleSizes, ModuleSlot, Storage, StoredRows, describe_tensor
 from .floats import FloatStorage
@@ -155,15 +155,15 @@ class FullCoreStorage(CoreStorage):
 
 @dataclass(frozen=True, slots=True)
 class DiagonalCoreStorage(CoreStorage):
-    """One number per pair of components, (k,), between bases that `joint.paired` has found.
+    """One number per pair of components, (k,), between bases whose components go in pairs.
 
     Component j of one side goes with component j of the other alone. Factors have the rank k, or 1 where k is 0.
     """
 
     @property
     def ridge(self) -> float:
-        """The `ridge` of `joint`, whose squared error is below that of rounding."""
-        return max(joint.RIDGE, torch.finfo(self.stored).eps / 16)
+        """The ridge of `diagonal_cores`, whose squared error is below that of rounding."""
+        return max(diagonal_cores.RIDGE, torch.finfo(self.stored).eps / 16)
 
     @property
     def pairs_components(self) -> bool:
@@ -179,7 +179,8 @@ class DiagonalCoreStorage(CoreStorage):
     def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
         rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
         down, up = chunk.down.to(torch.float64), chunk.up.to(torch.float64)
-        return joint.best_diagonal(down, up, (rows[0], rows[1]), self.ridge)
+        equations = diagonal_cores.normal_equations(down, up, (rows[0], rows[1]))
+        return diagonal_cores.solve(*equations, self.ridge)
 
     def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         exact = cores.to(torch.float64)

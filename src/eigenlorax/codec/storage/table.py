@@ -40,7 +40,7 @@ STORAGES: dict[str, Storage] = {
 def storage_by_name(name: str) -> Storage:
     """Return the storage of this name; `OptionError` if there is none."""
     if name not in STORAGES:
-        # cores are asked for by an option of their own, not as a dtype
+        # packs with cores are read, but no longer written
         known = [name for name, storage in STORAGES.items() if storage.core_kind is None]
         raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.{suggestion(name, known)}")
     return STORAGES[name]

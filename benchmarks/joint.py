@@ -5,27 +5,20 @@ as small as alternation finds it. With full cores, up and down are orthonormal, 
 sweeps; with diagonal ones they are free. Everything is deterministic, and float64; no out × in matrix is formed.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core import krylov
-from ..core import subspace as spaces
-from ..core.adapter import LoRAFactors
-from ..core.basis import Basis, chooser
-from ..core.linalg import descending_eigh, orthonormal_rows
-from ..core.stack import Stack, captured, difference_squares, gram, roots, squares, stack
-from ..core.subspace import FitOptions, ModuleBases
+from eigenlorax.codec import diagonal_cores
+from eigenlorax.core import krylov
+from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
+from eigenlorax.core.stack import Stack, captured, difference_squares, gram, roots, squares
 
 ROUNDS = 200
 TOLERANCE = 1e-6
 """Alternation ends when a round wins less than this share of what is still lost."""
-RIDGE = 1e-12
-"""What the squares of diagonal cores count for beside those of what is lost, at least. Without, directions that nearly
-coincide have large ones of either sign, which cancel but for their rounding."""
 _WIDE = 1024
 """Width of a side from which on eigenvectors are searched for; below, all of them are found at once."""
 _PROXIMAL = 1e-10
@@ -114,14 +107,14 @@ def diagonal(
     start: Rows | None = None,
     rounds: int = ROUNDS,
     tolerance: float = TOLERANCE,
-    ridge: float = RIDGE,
+    ridge: float = diagonal_cores.RIDGE,
 ) -> Joint:
     """Free factors of k rows of length 1, or as many as the adapters' ranks add up to, and diagonal cores.
 
     By alternating least squares (a canonical polyadic decomposition of the stacked updates), from the start that does
     better in a few rounds: the adapters' own largest singular directions, or what diagonalises the two leading
     combinations of their full cores. start: rows to go on from instead; the objective is never above theirs.
-    ridge: as `RIDGE`.
+    ridge: as `diagonal_cores.RIDGE`.
     """
     small, frames = _narrow(_weighted(one, weights))
     k = min(k, sum(one.ranks))
@@ -151,34 +144,7 @@ def diagonal(
     return in_diagonal(one, (down, up), ridge)
 
 
-def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, ridge: float) -> ModuleBases:
-    """Bases of a module for diagonal cores, float64: as many rows on either side, at most k, row j of one with row j
-    of the other, of length 1 and not orthogonal. Those that adapters have most of come first.
-
-    factors, weights: as for `subspace.fit_module`. Beside the rows is the spectrum of each side by itself.
-    """
-    n_out, n_in = factors[0].up.shape[0], factors[0].down.shape[1]
-    one, each = stack(factors, n_in, n_out), torch.tensor(weights, dtype=torch.float64)
-    found = diagonal(one, each, min(k, n_in, n_out), ridge=ridge)
-    sizes = (each[:, None] * found.cores).square().sum(0)
-    order = sizes.argsort(descending=True, stable=True)
-    order = order[sizes[order] > _NOTHING * sizes.max()]
-    sides = spaces.ModuleStack(factors, weights, FitOptions(n_components=k, sweeps=0))
-    alone = sides.finished(sides.first(chooser(k, None)))
-    return ModuleBases(
-        down=_of_rows(alone.down, found.down[order], sides.down.weighted(sides.down_roots)),
-        up=_of_rows(alone.up, found.up[order], sides.up.weighted(sides.up_roots)),
-    )
-
-
-def _of_rows(basis: Basis, rows: Tensor, weighted: Tensor) -> Basis:
-    """The basis with other rows, each with its largest entry positive, and the energy in their span."""
-    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    energy = float((weighted @ orthonormal_rows(rows).mT).square().sum() / weighted.square().sum())
-    return replace(basis, components=torch.where(largest < 0, -rows, rows), energy=min(energy, 1.0))
-
-
-def in_diagonal(one: Stack, rows: Rows, ridge: float = RIDGE) -> Joint:
+def in_diagonal(one: Stack, rows: Rows, ridge: float = diagonal_cores.RIDGE) -> Joint:
     """The best diagonal cores between given factors."""
     down, up = rows
     cores, seen, both = _best_diagonal(one.down, one.up, rows, ridge)
@@ -186,20 +152,10 @@ def in_diagonal(one: Stack, rows: Rows, ridge: float = RIDGE) -> Joint:
     return Joint(down, up, cores, lost.clamp_min(0))
 
 
-def best_diagonal(
-    down: Float[Tensor, "n r n_in"], up: Float[Tensor, "n r n_out"], rows: Rows, ridge: float
-) -> Float[Tensor, "n k"]:
-    """The diagonal cores between given factors that lose least of the updates up[i].mT @ down[i]; ridge: as `RIDGE`."""
-    return _best_diagonal(down, up, rows, ridge)[0]
-
-
 def _best_diagonal(down: Tensor, up: Tensor, rows: Rows, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Those, what updates have in the terms, and inner products of the terms."""
-    seen = ((down @ rows[0].mT) * (up @ rows[1].mT)).sum(1)
-    both = (rows[0] @ rows[0].mT) * (rows[1] @ rows[1].mT)
-    identity = torch.eye(len(both), dtype=torch.float64, device=both.device)
-    cores = torch.cholesky_solve(seen.mT, torch.linalg.cholesky(both + ridge * identity)).mT
-    return cores, seen, both
+    """The diagonal cores between given factors, and the normal equations that they solve."""
+    with_terms, between_terms = diagonal_cores.normal_equations(down, up, rows)
+    return diagonal_cores.solve(with_terms, between_terms, ridge), with_terms, between_terms
 
 
 def _weighted(one: Stack, weights: Float[Tensor, " n"]) -> Stack:

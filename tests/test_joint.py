@@ -2,11 +2,11 @@
 
 from itertools import pairwise
 
+import joint
 import numpy as np
 import pytest
 import torch
 
-from eigenlorax.codec import joint
 from eigenlorax.core.stack import Stack, squares, stack
 from made import awkward
 from planted import MODULES, factors_in, normal, orthonormal, random_factors
