@@ -60,7 +60,7 @@ def test_bytes_are_near_the_entropy(spread: float) -> None:
     least = 40_000 * float(-(share * np.log2(share)).sum()) / 8
     (data,) = entropy.encode([(values, classes)])
     assert len(data) < 1.04 * least + 16
-    assert entropy.cost(values, int(classes[0])) / 8 == pytest.approx(len(data), rel=0.02)
+    assert entropy.bits_in_class(values, int(classes[0])) / 8 == pytest.approx(len(data), rel=0.02)
 
 
 def test_zeros_are_nearly_free() -> None:
@@ -70,7 +70,7 @@ def test_zeros_are_nearly_free() -> None:
 
 @pytest.mark.parametrize("number", [0, 9, 16, 24, 31, 60, 127])
 def test_tables_are_the_logistic_distribution(number: int) -> None:
-    one = entropy.table(number)
+    one = entropy.class_table(number)
     assert one.bounds[0] == 0
     assert one.bounds[-1] == 1 << entropy.PRECISION
     assert (np.diff(one.bounds) >= 1).all()
@@ -78,23 +78,23 @@ def test_tables_are_the_logistic_distribution(number: int) -> None:
         context.prec = 40
         scale = Decimal(2) ** (Decimal(number) / 4 - 4)
         # what is below the integers whose first bits are one more than 0's
-        edge = (Decimal(2**one.raw) - Decimal("0.5")) / scale
+        edge = (Decimal(2**one.raw_bits) - Decimal("0.5")) / scale
         below = 1 / (1 + (-edge).exp())
     assert one.bounds[1 - one.first] / (1 << entropy.PRECISION) == pytest.approx(float(below), abs=0.01)
 
 
 @pytest.mark.parametrize("number", [3, 61])
 def test_tables_do_not_depend_on_what_a_program_does_with_decimals(number: int) -> None:
-    wanted = entropy.table(number).bounds.tolist()
+    wanted = entropy.class_table(number).bounds.tolist()
     with localcontext() as context:
         context.prec = 3
-        assert entropy.table.__wrapped__(number).bounds.tolist() == wanted
+        assert entropy.class_table.__wrapped__(number).bounds.tolist() == wanted
 
 
 def test_the_class_of_a_spread_is_the_cheapest_or_next_to_it() -> None:
     for spread in (0.3, 1.0, 3.0, 20.0, 500.0):
         values, _ = integers(20_000, spread)
-        costs = [entropy.cost(values, number) for number in range(entropy.CLASSES)]
+        costs = [entropy.bits_in_class(values, number) for number in range(entropy.CLASSES)]
         assert abs(int(np.argmin(costs)) - class_of(spread)) <= 2
 
 

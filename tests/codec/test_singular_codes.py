@@ -107,7 +107,7 @@ def test_without_a_basis_the_error_is_that_of_a_uniform_quantiser() -> None:
     # each of the numbers of the down side is off by a uniform share of a step and the dead zone's; of the up side too,
     # but for what it makes up for
     numbers = 4 * (300 + 400)
-    assert float(codes.lost[0]) < 1.02 * numbers * step**2 * (1 / 12 + dead_zone.DEAD**2)
+    assert float(codes.lost[0]) < 1.02 * numbers * step**2 * (1 / 12 + dead_zone.DEAD_ZONE**2)
     assert float(codes.lost[0]) > 0.9 * numbers * step**2 / 12
 
 
@@ -153,12 +153,12 @@ def test_rows_are_those_of_the_nearest_steps_to_the_bit() -> None:
 
 def test_gaussian_numbers_cost_what_their_entropy_says() -> None:
     spreads = np.array([0.5, 3.0, 40.0, 3e5])
-    bits, errors = dead_zone.cost(spreads)
+    bits, errors = dead_zone.gaussian_cost(spreads)
     high_rate = np.log2(spreads * math.sqrt(2 * math.pi * math.e))
     assert bits[1:] == pytest.approx(high_rate[1:], abs=0.08)
     x = np.random.default_rng(0).normal(size=400_000)
     for spread, error in zip(spreads[:3], errors[:3], strict=True):
-        codes = dead_zone.rounded(torch.from_numpy(x * spread)).numpy()
+        codes = dead_zone.quantise(torch.from_numpy(x * spread)).numpy()
         assert float(((x * spread - codes) ** 2).mean()) == pytest.approx(error, rel=0.02)
 
 

@@ -316,8 +316,8 @@ class TestCoded:
 
     def test_tables_of_every_class(self):
         for number in range(entropy.CLASSES):
-            one = entropy.table(number)
-            assert read_pack.table(number) == (one.raw, one.first, one.bounds.tolist())
+            one = entropy.class_table(number)
+            assert read_pack.table(number) == (one.raw_bits, one.first, one.bounds.tolist())
 
     def test_bytes_that_are_no_stream_are_noticed(self):
         classes = np.full(500, 20)

@@ -1,7 +1,8 @@
-"""Real numbers to whole steps, and what that costs: a uniform quantiser with a dead zone.
+"""A uniform quantiser with a dead zone, and what it costs in bits and in squared error.
 
-All numbers are in units of the step, so that 1/12 is the squared error of one of them that is not small. What Gaussian
-numbers of some size cost in bits and in error is tabulated, for choices that are made before anything is coded.
+All numbers are in units of the quantisation step size, so that the squared error of a number that is not small is 1/12.
+The costs of Gaussian numbers are tabulated by their standard deviation, for decisions that are made before anything is
+encoded.
 """
 
 import math
@@ -12,52 +13,51 @@ from torch import Tensor
 
 from .entropy import PRECISION
 
-DEAD = 0.1
-"""By how much further from zero than half a step a number must be to be rounded up: rounding down saves bits."""
-WORTH = 1 / (2 * math.log(2) * (1 / 12 + DEAD**2))
-"""Bits that a unit of squared error is worth: the slope of rate against distortion where numbers are large."""
-_FINEST, _STEPS, _WIDEST = -6.0, 16, 30.0
+DEAD_ZONE = 0.1
+"""A number is rounded away from zero only from 1/2 + DEAD_ZONE on. The smaller integer takes fewer bits, and among
+numbers whose density falls away from zero it is also more often the nearer one."""
+BITS_PER_SQUARED_ERROR = 1 / (2 * math.log(2) * (1 / 12 + DEAD_ZONE**2))
+"""The Lagrange multiplier of the rate allocation: bits that a unit of squared error is worth.
+
+Where numbers are large, half the step size costs one bit more and leaves a quarter of the squared error 1/12 +
+DEAD_ZONE²: this is the slope of bits against squared error there, at which everything else is decided.
+"""
+_LOG_MIN_SPREAD, _PER_OCTAVE, _LOG_MAX_SPREAD = -6.0, 16, 6.0
 
 
-def rounded(numbers: Tensor) -> Tensor:
-    """Whole numbers of steps."""
-    return numbers.sign() * (numbers.abs() + (0.5 - DEAD)).floor()
+def quantise(numbers: Tensor) -> Tensor:
+    """Round numbers, in units of the step size, to integers, kept in their float dtype."""
+    return numbers.sign() * (numbers.abs() + (0.5 - DEAD_ZONE)).floor()
 
 
 @cache
-def _gaussian() -> tuple[np.ndarray, np.ndarray]:
-    """Bits and squared error of Gaussian numbers, by the logarithm of their standard deviation."""
-    spreads = 2.0 ** np.arange(_FINEST, 6.0, 1 / _STEPS)
+def _gaussian_table() -> tuple[np.ndarray, np.ndarray]:
+    """Return bits and squared error of Gaussian numbers, by the logarithm of their standard deviation."""
     bits, errors = [], []
-    for spread in spreads:
-        x = np.linspace(-8, 8, 16001) * spread
-        weight = np.exp(-0.5 * (x / spread) ** 2)
-        weight /= weight.sum()
-        codes = np.sign(x) * np.floor(np.abs(x) + 0.5 - DEAD)
-        errors.append(float((weight * (x - codes) ** 2).sum()))
-        share = np.bincount((codes - codes.min()).astype(int), weights=weight)
-        share = share[share > 0]
-        # a hundredth more, for the coder's tables and lanes
-        bits.append(1.01 * float(-(share * np.log2(share)).sum()) + 2.0 ** (1 - PRECISION))
+    for spread in 2.0 ** np.arange(_LOG_MIN_SPREAD, _LOG_MAX_SPREAD, 1 / _PER_OCTAVE):
+        numbers = np.linspace(-8, 8, 16001) * spread
+        weights = np.exp(-0.5 * (numbers / spread) ** 2)
+        weights /= weights.sum()
+        codes = np.sign(numbers) * np.floor(np.abs(numbers) + 0.5 - DEAD_ZONE)
+        errors.append(float((weights * (numbers - codes) ** 2).sum()))
+        probabilities = np.bincount((codes - codes.min()).astype(int), weights=weights)
+        probabilities = probabilities[probabilities > 0]
+        # the coder takes a hundredth more than the entropy, for its tables and lanes, and never nothing
+        bits.append(1.01 * float(-(probabilities * np.log2(probabilities)).sum()) + 2.0 ** (1 - PRECISION))
     return np.array(bits), np.array(errors)
 
 
-def cost(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and squared error of a Gaussian number of each standard deviation."""
-    bits, errors = _gaussian()
-    last = _FINEST + (len(bits) - 1) / _STEPS
-    logs = np.log2(np.maximum(spread, 2.0**_FINEST))
-    at = (np.minimum(logs, last) - _FINEST) * _STEPS
-    below = np.minimum(at.astype(np.int64), len(bits) - 2)
-    part = at - below
-    more = np.maximum(logs - last, 0.0)
-    found = bits[below] * (1 - part) + bits[below + 1] * part + more
-    error = errors[below] * (1 - part) + errors[below + 1] * part
-    return found, np.where(spread < 2.0**_FINEST, np.square(spread), error)
-
-
-def price(spread: np.ndarray) -> np.ndarray:
-    """Bits of a Gaussian number of each standard deviation, and of its error."""
-    bits, errors = cost(spread)
-    found: np.ndarray = bits + WORTH * errors
-    return found
+def gaussian_cost(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return bits and squared error of one Gaussian number of each standard deviation, in step sizes."""
+    bits, errors = _gaussian_table()
+    last = _LOG_MIN_SPREAD + (len(bits) - 1) / _PER_OCTAVE
+    logs = np.log2(np.maximum(spread, 2.0**_LOG_MIN_SPREAD))
+    position = (np.minimum(logs, last) - _LOG_MIN_SPREAD) * _PER_OCTAVE
+    below = np.minimum(position.astype(np.int64), len(bits) - 2)
+    share = position - below
+    # beyond the table, each doubling takes one bit more, and the error stays
+    beyond = np.maximum(logs - last, 0.0)
+    rate = bits[below] * (1 - share) + bits[below + 1] * share + beyond
+    error = errors[below] * (1 - share) + errors[below + 1] * share
+    # numbers far below one step become 0, and lose their whole square
+    return rate, np.where(spread < 2.0**_LOG_MIN_SPREAD, np.square(spread), error)

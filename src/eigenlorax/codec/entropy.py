@@ -1,9 +1,12 @@
-"""Integers as few bytes: an entropy coder for numbers that are mostly near zero.
+"""An entropy coder for integers that are mostly near zero.
 
-Each integer has a *class*, known beforehand on both sides, which says how far from zero it is likely to be: class c
-stands for a logistic distribution of scale 2^(c/4 − 4). What is likely costs few bits, down to a hundredth of one. The
-coder is rANS (Duda 2013, arXiv 1311.2540) with 32-bit states, 16-bit words and probabilities of 15 bits, in lanes that
-take turns, so that NumPy does a step of all of them at once. docs/pack-format.md says what each byte is.
+Each integer has a *class*, which encoder and decoder know beforehand and which says how far from zero it is likely to
+be: class c stands for a logistic distribution of scale 2^(c/4 − 4). Likely integers take few bits, down to a hundredth
+of one. The coder is rANS (Duda 2013, arXiv 1311.2540) with 32-bit states, 16-bit words and probabilities of 15 bits.
+docs/pack-format.md says what each byte is.
+
+rANS is sequential: each integer needs the state that the one before has left. A stream is therefore dealt to several
+*lanes*, each with a state of its own, and NumPy advances all lanes of all streams by one integer at a time.
 """
 
 from collections.abc import Sequence
@@ -20,105 +23,132 @@ CLASSES = 128
 PRECISION = 15
 """Bits of a probability."""
 LANE_BYTES = 512
-"""About so many bytes are written by one lane, whose last state takes four."""
+"""Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
 LANE_INTEGERS = 1 << 14
-"""A lane has at most about so many integers, however little they take."""
+"""Integers of a lane, at most about so many, however few bytes they take: this bounds the steps in Python."""
+MAX_LANES = 1 << 14
 _TOTAL = 1 << PRECISION
-_LOWEST = 1 << 16
-_WIDEST = 24
-"""From this class on, the last bits of an integer are written as they are; one more every fourth class."""
-_CONTEXT = Context(prec=30)
+_MIN_STATE = 1 << 16
+"""States lie in [2^16, 2^32) between integers, so that one 16-bit word at most is moved for each of them."""
+_FIRST_RAW_CLASS = 24
+"""From this class on, the low bits of an integer are nearly uniform and are written as they are, without a model. One
+bit more every fourth class keeps the tables of all wide classes equally small."""
+# far more digits than an integer bound needs, so that no two machines round it differently
+_DECIMALS = Context(prec=30)
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """The distribution of a class, over what is left of an integer when its last `raw` bits are taken off.
+class ClassTable:
+    """The distribution of a class, over the symbols that are left of integers without their `raw_bits` low bits.
 
-    first: the smallest symbol. bounds: cumulated frequencies, (symbols + 2,): the last one is for what is beyond.
+    first: the smallest symbol. bounds: cumulated frequencies, (symbols + 2,): the last interval is that of the escape,
+    which stands for all integers beyond the table.
     """
 
-    raw: int
+    raw_bits: int
     first: int
     bounds: np.ndarray
 
     @property
     def escape(self) -> int:
-        """The place of the symbol that stands for all others."""
+        """The index of the escape."""
         return len(self.bounds) - 2
 
 
 @cache
-def table(number: int) -> Table:
-    """The table of a class; made in decimal arithmetic, so that it is the same on every machine."""
-    raw = max(0, (number - _WIDEST) // 4 + 1)
-    # the context of the program that calls may have fewer digits
-    with localcontext(_CONTEXT):
+def class_table(number: int) -> ClassTable:
+    """Return the table of a class.
+
+    It is part of the format. Decimal arithmetic makes it the same on every machine; `exp` of floats is not.
+    """
+    raw_bits = max(0, (number - _FIRST_RAW_CLASS) // 4 + 1)
+    # the program that calls may have set another precision
+    with localcontext(_DECIMALS):
         scale = Decimal(2) ** (Decimal(number) / 4 - 4)
-        reach = int(16 * scale / 2**raw) + 2
+        # beyond 16 scales, the logistic distribution has less than one part in 2^23
+        reach = int(16 * scale / 2**raw_bits) + 2
         symbols = 2 * reach + 1
-        spread = _TOTAL - symbols - 1
+        # every symbol and the escape get one count, so that none is impossible; the distribution shares the others
+        shared = _TOTAL - symbols - 1
         bounds = [0]
-        for place in range(1, symbols):
-            edge = (Decimal((place - reach) * 2**raw) - Decimal("0.5")) / scale
-            bounds.append(place + int(spread / (1 + (-edge).exp()) + Decimal("0.5")))
-    return Table(raw, -reach, np.array([*bounds, symbols + spread, _TOTAL], dtype=np.int64))
+        for index in range(1, symbols):
+            edge = (Decimal((index - reach) * 2**raw_bits) - Decimal("0.5")) / scale
+            bounds.append(index + int(shared / (1 + (-edge).exp()) + Decimal("0.5")))
+    return ClassTable(raw_bits, -reach, np.array([*bounds, symbols + shared, _TOTAL], dtype=np.int64))
 
 
 @cache
-def _costs(number: int) -> tuple[np.ndarray, float]:
-    """Bits of each symbol of a class, the escape last; and of one on average."""
-    one = table(number)
-    found = PRECISION - np.log2(np.diff(one.bounds).astype(np.float64)) + one.raw
-    found[-1] += 32 - one.raw
-    share = np.diff(one.bounds) / _TOTAL
-    return found, float((share[:-1] * found[:-1]).sum())
+def _symbol_bits(number: int) -> tuple[np.ndarray, float]:
+    """Return the bits of each symbol of a class, the escape last, and their mean over the distribution."""
+    table = class_table(number)
+    bits = PRECISION - np.log2(np.diff(table.bounds).astype(np.float64)) + table.raw_bits
+    # an escaped integer is written in full, after the others
+    bits[-1] += 32 - table.raw_bits
+    probabilities = np.diff(table.bounds) / _TOTAL
+    return bits, float((probabilities[:-1] * bits[:-1]).sum())
 
 
-def cost(values: np.ndarray, number: int) -> float:
-    """About how many bits some integers take in a class."""
-    one, (bits, _) = table(number), _costs(number)
-    places = (values >> one.raw) - one.first
-    outside = (places < 0) | (places >= one.escape)
-    return float(bits[np.where(outside, one.escape, places)].sum())
+def bits_in_class(integers: np.ndarray, number: int) -> float:
+    """Return about how many bits some integers take if all of them are of class `number`."""
+    table, (bits, _) = class_table(number), _symbol_bits(number)
+    symbols = (integers >> table.raw_bits) - table.first
+    escaped = (symbols < 0) | (symbols >= table.escape)
+    return float(bits[np.where(escaped, table.escape, symbols)].sum())
 
 
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
-    """Each stream's integers, with the class of each of them, as bytes of its own."""
+    """Encode streams, each of integers (n,) and their classes (n,), as bytes of its own.
+
+    Streams that are encoded together have the same bytes as alone, and take less time. `FormatError` for integers
+    beyond 32 bits or classes beyond `CLASSES`.
+    """
     if not streams:
         return []
-    values = np.concatenate([np.asarray(one, dtype=np.int64) for one, _ in streams])
-    if len(values) and (values.max() >= 2**31 or values.min() < -(2**31)):
+    integers = np.concatenate([np.asarray(numbers, dtype=np.int64) for numbers, _ in streams])
+    if len(integers) and (integers.max() >= 2**31 or integers.min() < -(2**31)):
         raise FormatError("integers beyond 32 bits cannot be coded: ask for a larger error.")
-    classes = [np.asarray(kinds, dtype=np.int64) for _, kinds in streams]
-    tables = _Tables.of(np.concatenate(classes))
-    places, outside = tables.places(values)
+    classes = [np.asarray(stream_classes, dtype=np.int64) for _, stream_classes in streams]
+    tables = _StreamTables.of(np.concatenate(classes))
+    symbols, escaped = tables.symbols(integers)
     lanes = _Lanes.of(classes)
-    states = np.full(len(lanes.stream), _LOWEST, dtype=np.uint64)
-    written: list[tuple[np.ndarray, np.ndarray]] = []
-    for step in range(lanes.steps - 1, -1, -1):
-        active = lanes.active(step)
-        at = lanes.start[active] + step * lanes.stride[active]
-        low, high = tables.interval(at, places[at])
-        frequency = (high - low).astype(np.uint64)
-        now = states[active]
-        full = now >= frequency << np.uint64(32 - PRECISION)
-        written.append((active[full], (now[full] & np.uint64(0xFFFF)).astype("<u2")))
-        now = np.where(full, now >> np.uint64(16), now)
-        quotient, rest = np.divmod(now, frequency)
-        states[active] = (quotient << np.uint64(PRECISION)) + rest + low.astype(np.uint64)
-    owners = np.concatenate([lanes.stream[lane] for lane, _ in reversed(written)]) if written else np.zeros(0, int)
-    words = np.concatenate([word for _, word in reversed(written)]) if written else np.zeros(0, "<u2")
+    states, words, word_lanes = _encode_symbols(symbols, tables, lanes)
+    word_streams = lanes.stream[word_lanes]
     return [
         b"".join(
             (
                 states[lanes.stream == number].astype("<u4").tobytes(),
-                words[owners == number].tobytes(),
-                _raw_bits(values[part], tables.raw(part), outside[part]),
-                values[part][outside[part]].astype("<i4").tobytes(),
+                words[word_streams == number].tobytes(),
+                _pack_raw_bits(integers[part], tables.raw_bits(part), escaped[part]),
+                integers[part][escaped[part]].astype("<i4").tobytes(),
             )
         )
         for number, part in enumerate(lanes.parts)
     ]
+
+
+def _encode_symbols(
+    symbols: np.ndarray, tables: "_StreamTables", lanes: "_Lanes"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the final states of the lanes, all words in the order in which they are read, and the lane of each."""
+    states = np.full(len(lanes.stream), _MIN_STATE, dtype=np.uint64)
+    # rANS is last in, first out: encoding from the end lets the decoder read from the start
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
+    for step in range(lanes.steps - 1, -1, -1):
+        active = lanes.active(step)
+        at = lanes.start[active] + step * lanes.stride[active]
+        low, high = tables.interval(at, symbols[at])
+        frequency = (high - low).astype(np.uint64)
+        state = states[active]
+        # a state that the next symbol would push beyond 32 bits gives its low word away first
+        full = state >= frequency << np.uint64(32 - PRECISION)
+        blocks.append((active[full], (state[full] & np.uint64(0xFFFF)).astype("<u2")))
+        state = np.where(full, state >> np.uint64(16), state)
+        quotient, remainder = np.divmod(state, frequency)
+        states[active] = (quotient << np.uint64(PRECISION)) + remainder + low.astype(np.uint64)
+    if not blocks:
+        return states, np.zeros(0, "<u2"), np.zeros(0, int)
+    blocks.reverse()
+    return states, np.concatenate([words for _, words in blocks]), np.concatenate([lane for lane, _ in blocks])
 
 
 def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
@@ -129,58 +159,74 @@ def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
     """
     if not streams:
         return []
-    classes = [np.asarray(kinds) for _, kinds in streams]
+    classes = [np.asarray(stream_classes) for _, stream_classes in streams]
     lanes = _Lanes.of(classes)
-    states, words, first = _opened([data for data, _ in streams], lanes)
-    tables = _Tables.of(np.concatenate(classes))
-    position = first.copy()
-    # no table has more than 256 symbols
-    places = np.zeros(lanes.parts[-1].stop, dtype=np.uint8)
-    for step in range(lanes.steps):
-        active = lanes.active(step)
-        at = lanes.start[active] + step * lanes.stride[active]
-        now = states[active]
-        slot = (now & np.uint64(_TOTAL - 1)).astype(np.int64)
-        found = tables.find(at, slot)
-        places[at] = found
-        low, high = tables.interval(at, found)
-        now = (high - low).astype(np.uint64) * (now >> np.uint64(PRECISION)) + (slot - low).astype(np.uint64)
-        short = np.flatnonzero(now < _LOWEST)
-        if len(short):
-            of = lanes.stream[active[short]]
-            head = np.flatnonzero(np.concatenate([[True], of[1:] != of[:-1]]))
-            sizes = np.diff(np.append(head, len(of)))
-            taken = position[of] + np.arange(len(of)) - np.repeat(head, sizes)
-            if taken.max() >= len(words):
-                raise FormatError("the coded bytes end too early.")
-            now[short] = (now[short] << np.uint64(16)) | words[taken]
-            position[of[head]] += sizes
-        states[active] = now
-    if len(states) and (states != _LOWEST).any():
-        raise FormatError("the coded bytes do not end where they should.")
+    states, words, first_words = _split_streams([data for data, _ in streams], lanes)
+    tables = _StreamTables.of(np.concatenate(classes))
+    symbols, next_words = _decode_symbols(states, words, first_words, tables, lanes)
     return [
-        _finished(data[4 * count + 2 * int(end - start) :], tables, places[part], part)
-        for (data, _), part, count, start, end in zip(streams, lanes.parts, lanes.counts, first, position, strict=True)
+        _restore_integers(data[4 * count + 2 * int(stop - start) :], tables, symbols[part], part)
+        for (data, _), part, count, start, stop in zip(
+            streams, lanes.parts, lanes.counts, first_words, next_words, strict=True
+        )
     ]
 
 
-class _Tables:
-    """The tables of the classes that occur, side by side, and which of them each integer has."""
+def _decode_symbols(
+    states: np.ndarray, words: np.ndarray, first_words: np.ndarray, tables: "_StreamTables", lanes: "_Lanes"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the symbol of every integer, and the index of the first word of each stream that was not read.
 
-    def __init__(self, numbers: np.ndarray, which: np.ndarray) -> None:
-        tables = [table(int(number)) for number in numbers]
-        widest = max((len(one.bounds) for one in tables), default=2)
-        self._which = which
+    states: of the lanes, changed in place. `FormatError` where the words are too few or do not lead back to the first
+    states.
+    """
+    next_words = first_words.copy()
+    # no table has more than 256 symbols
+    symbols = np.zeros(lanes.parts[-1].stop, dtype=np.uint8)
+    for step in range(lanes.steps):
+        active = lanes.active(step)
+        at = lanes.start[active] + step * lanes.stride[active]
+        state = states[active]
+        slot = (state & np.uint64(_TOTAL - 1)).astype(np.int64)
+        symbol = tables.symbol_at(at, slot)
+        symbols[at] = symbol
+        low, high = tables.interval(at, symbol)
+        state = (high - low).astype(np.uint64) * (state >> np.uint64(PRECISION)) + (slot - low).astype(np.uint64)
+        short = np.flatnonzero(state < _MIN_STATE)
+        if len(short):
+            # lanes are sorted by stream, so the lanes of one stream read consecutive words, in the order of lanes
+            stream = lanes.stream[active[short]]
+            first = np.flatnonzero(np.concatenate([[True], stream[1:] != stream[:-1]]))
+            counts = np.diff(np.append(first, len(stream)))
+            read = next_words[stream] + np.arange(len(stream)) - np.repeat(first, counts)
+            if read.max() >= len(words):
+                raise FormatError("the coded bytes end too early.")
+            state[short] = (state[short] << np.uint64(16)) | words[read]
+            next_words[stream[first]] += counts
+        states[active] = state
+    if len(states) and (states != _MIN_STATE).any():
+        raise FormatError("the coded bytes do not end where they should.")
+    return symbols, next_words
+
+
+class _StreamTables:
+    """The tables of the classes that occur, as rows of arrays, and the row of each integer of all streams."""
+
+    def __init__(self, numbers: np.ndarray, rows: np.ndarray) -> None:
+        tables = [class_table(int(number)) for number in numbers]
+        widest = max((len(table.bounds) for table in tables), default=2)
+        self._rows = rows
         self._bounds = np.full((len(tables), widest), _TOTAL, dtype=np.int64)
-        for row, one in enumerate(tables):
-            self._bounds[row, : len(one.bounds)] = one.bounds
-        self._first = np.array([one.first for one in tables], dtype=np.int64)
-        self._escape = np.array([one.escape for one in tables], dtype=np.int64)
-        self._raw = np.array([one.raw for one in tables], dtype=np.int64)
+        for row, table in enumerate(tables):
+            self._bounds[row, : len(table.bounds)] = table.bounds
+        self._first = np.array([table.first for table in tables], dtype=np.int64)
+        self._escape = np.array([table.escape for table in tables], dtype=np.int64)
+        self._raw_bits = np.array([table.raw_bits for table in tables], dtype=np.int64)
         self._slots: np.ndarray | None = None
 
     @classmethod
-    def of(cls, classes: np.ndarray) -> "_Tables":
+    def of(cls, classes: np.ndarray) -> "_StreamTables":
+        """Build the tables for the class of each integer."""
         _check_classes(classes)
         # one byte an integer, where the inverse of `np.unique` takes eight
         narrow = classes.astype(np.uint8)
@@ -189,40 +235,42 @@ class _Tables:
         row[numbers] = np.arange(len(numbers))
         return cls(numbers, row[narrow])
 
-    def raw(self, part: slice) -> np.ndarray:
-        """How many bits of each integer are written as they are."""
-        found: np.ndarray = self._raw[self._which[part]]
-        return found
+    def raw_bits(self, part: slice) -> np.ndarray:
+        """Return how many bits of each integer are written as they are."""
+        counts: np.ndarray = self._raw_bits[self._rows[part]]
+        return counts
 
-    def places(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The place of each integer in its table, and whether that is the escape's."""
-        found = (values >> self.raw(slice(None))) - self._first[self._which]
-        escape = self._escape[self._which]
-        outside = (found < 0) | (found >= escape)
-        return np.where(outside, escape, found), outside
+    def symbols(self, integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the symbol of each integer, and whether that is the escape."""
+        symbols = (integers >> self.raw_bits(slice(None))) - self._first[self._rows]
+        escape = self._escape[self._rows]
+        escaped = (symbols < 0) | (symbols >= escape)
+        return np.where(escaped, escape, symbols), escaped
 
-    def values(self, places: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of `places`, without the bits that are written as they are."""
-        which = self._which[part]
-        return (places + self._first[which]) << self._raw[which], places == self._escape[which]
+    def integers(self, symbols: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return the integers of symbols, with zeros for their raw bits, and which of them are escaped."""
+        rows = self._rows[part]
+        return (symbols + self._first[rows]) << self._raw_bits[rows], symbols == self._escape[rows]
 
-    def interval(self, at: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._which[at]
-        return self._bounds[rows, places], self._bounds[rows, places + 1]
+    def interval(self, at: np.ndarray, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cumulated frequencies below and above symbols of the integers `at`."""
+        rows = self._rows[at]
+        return self._bounds[rows, symbols], self._bounds[rows, symbols + 1]
 
-    def find(self, at: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Of each slot, the place whose interval it is in."""
+    def symbol_at(self, at: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Return the symbols of the integers `at` whose intervals contain these slots."""
         if self._slots is None:
+            # one table look-up a symbol in place of a binary search; int16 keeps it small
             self._slots = np.stack(
                 [np.repeat(np.arange(len(row) - 1, dtype=np.int16), np.diff(row)) for row in self._bounds]
             )
-        found: np.ndarray = self._slots[self._which[at], slots].astype(np.int64)
-        return found
+        symbols: np.ndarray = self._slots[self._rows[at], slots].astype(np.int64)
+        return symbols
 
 
 @dataclass(frozen=True, slots=True)
 class _Lanes:
-    """Who codes which integer: lane l of the n of a stream has every n-th of its integers from the l-th on.
+    """The division of streams into lanes: lane l of the n of a stream has every n-th of its integers from the l-th on.
 
     stream, start, stride, length: by lane. parts: the integers of each stream; counts: how many lanes it has.
     """
@@ -236,17 +284,18 @@ class _Lanes:
 
     @classmethod
     def of(cls, classes: Sequence[np.ndarray]) -> "_Lanes":
-        counts = [_lanes(kinds) for kinds in classes]
-        edges = np.concatenate([[0], np.cumsum([len(kinds) for kinds in classes])]).astype(np.int64)
-        own = np.concatenate([np.arange(count) for count in counts]).astype(np.int64)
+        """Divide streams by their classes alone, which the decoder has too."""
+        counts = [_lane_count(stream_classes) for stream_classes in classes]
+        edges = np.concatenate([[0], np.cumsum([len(stream_classes) for stream_classes in classes])]).astype(np.int64)
+        within = np.concatenate([np.arange(count) for count in counts]).astype(np.int64)
         stream = np.repeat(np.arange(len(classes)), counts)
         stride = np.repeat(np.array(counts, dtype=np.int64), counts)
         sizes = np.diff(edges)[stream]
         return cls(
             stream,
-            edges[stream] + own,
+            edges[stream] + within,
             stride,
-            (sizes - own + stride - 1) // np.maximum(stride, 1),
+            (sizes - within + stride - 1) // np.maximum(stride, 1),
             [slice(int(start), int(stop)) for start, stop in pairwise(edges)],
             counts,
         )
@@ -256,7 +305,7 @@ class _Lanes:
         return int(self.length.max()) if len(self.length) else 0
 
     def active(self, step: int) -> np.ndarray:
-        """The lanes that have an integer left."""
+        """Return the lanes that have an integer at this step."""
         return np.flatnonzero(self.length > step)
 
 
@@ -265,78 +314,85 @@ def _check_classes(classes: np.ndarray) -> None:
         raise FormatError(f"classes are 0 to {CLASSES - 1}, got up to {classes.max()}.")
 
 
-def _lanes(classes: np.ndarray) -> int:
-    """How many lanes a stream has: by what its integers should take, in whole hundredths of a bit."""
+def _lane_count(classes: np.ndarray) -> int:
+    """Return how many lanes a stream has, by the bytes that its integers should take.
+
+    The count is part of the format, so it is computed in integers: a sum of floats depends on its order.
+    """
     if not len(classes):
         return 0
     _check_classes(classes)
     counts = np.bincount(classes.astype(np.uint8), minlength=CLASSES)
-    hundredths = sum(int(counts[number]) * _hundredths(int(number)) for number in np.flatnonzero(counts))
+    hundredths = sum(int(counts[number]) * _hundredths_of_bits(int(number)) for number in np.flatnonzero(counts))
     lanes = max(hundredths // (100 * 8 * LANE_BYTES), len(classes) // LANE_INTEGERS, 1)
-    return min(lanes, len(classes), 1 << 14)
+    return min(lanes, len(classes), MAX_LANES)
 
 
 @cache
-def _hundredths(number: int) -> int:
-    """What an integer of a class takes on average, in whole hundredths of a bit."""
-    return round(100 * _costs(number)[1])
+def _hundredths_of_bits(number: int) -> int:
+    """Return what an integer of a class takes on average, in whole hundredths of a bit."""
+    return round(100 * _symbol_bits(number)[1])
 
 
-def _opened(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The last states of the lanes; all words, one stream's after the other's; and where each stream's begin."""
-    states, words, first, end = [], [], [], 0
+def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the last states of the lanes, what may be words, stream after stream, and where each stream begins.
+
+    Only decoding tells where the words of a stream end, and its raw bits begin.
+    """
+    states, words, first_words, end = [], [], [], 0
     for data, count in zip(blobs, lanes.counts, strict=True):
         if len(data) < 4 * count:
             raise FormatError("the coded bytes end too early.")
         states.append(np.frombuffer(data, "<u4", count).astype(np.uint64))
-        rest = data[4 * count : 4 * count + (len(data) - 4 * count) // 2 * 2]
-        words.append(np.frombuffer(rest, "<u2").astype(np.uint64))
-        first.append(end)
+        after_states = data[4 * count : 4 * count + (len(data) - 4 * count) // 2 * 2]
+        words.append(np.frombuffer(after_states, "<u2").astype(np.uint64))
+        first_words.append(end)
         end += len(words[-1])
-    return np.concatenate(states), np.concatenate(words), np.array(first, dtype=np.int64)
+    return np.concatenate(states), np.concatenate(words), np.array(first_words, dtype=np.int64)
 
 
-def _raw_bits(values: np.ndarray, raw: np.ndarray, outside: np.ndarray) -> bytes:
-    """The last bits of the integers that have some, the highest first."""
-    owner, shift = _bit_places(raw, outside)
-    return np.packbits(((values[owner] >> shift) & 1).astype(np.uint8)).tobytes()
+def _pack_raw_bits(integers: np.ndarray, raw_bits: np.ndarray, escaped: np.ndarray) -> bytes:
+    """Return the raw bits of the integers that have some, the highest bit of each first."""
+    owner, shift = _bit_positions(raw_bits, escaped)
+    return np.packbits(((integers[owner] >> shift) & 1).astype(np.uint8)).tobytes()
 
 
-def _bit_places(raw: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each bit that is written as it is, whose it is and by how much it is shifted there."""
-    counts = np.where(outside, 0, raw)
-    owner = np.repeat(np.arange(len(raw)), counts)
+def _bit_positions(raw_bits: np.ndarray, escaped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for each bit that is written as it is, the index of its integer and its place value's exponent there."""
+    counts = np.where(escaped, 0, raw_bits)
+    owner = np.repeat(np.arange(len(raw_bits)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     return owner, counts[owner] - 1 - within
 
 
 _BLOCK = 1 << 16
-"""Integers whose last bits are put in place at a time: each bit takes some thirty bytes meanwhile."""
+"""Integers whose raw bits are unpacked at a time: each bit takes some thirty bytes meanwhile."""
 
 
-def _finished(data: bytes, tables: _Tables, places: np.ndarray, part: slice) -> np.ndarray:
-    """The integers of a stream, int32, from their places and what follows its words."""
+def _restore_integers(data: bytes, tables: _StreamTables, symbols: np.ndarray, part: slice) -> np.ndarray:
+    """Return the integers of a stream, int32, from their symbols and the bytes that follow its words."""
     blocks = [slice(start, min(start + _BLOCK, part.stop)) for start in range(part.start, part.stop, _BLOCK)]
-    found = np.zeros(len(places), dtype=np.int32)
-    outside = np.zeros(len(places), dtype=bool)
+    integers = np.zeros(len(symbols), dtype=np.int32)
+    escaped = np.zeros(len(symbols), dtype=bool)
     bits = 0
     for block in blocks:
-        own = slice(block.start - part.start, block.stop - part.start)
-        _, outside[own] = tables.values(places[own], block)
-        bits += int(tables.raw(block)[~outside[own]].sum())
-    size, escapes = -(-bits // 8), int(outside.sum())
-    if len(data) != size + 4 * escapes:
-        raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * escapes} were expected.")
+        within = slice(block.start - part.start, block.stop - part.start)
+        _, escaped[within] = tables.integers(symbols[within], block)
+        bits += int(tables.raw_bits(block)[~escaped[within]].sum())
+    size, n_escaped = -(-bits // 8), int(escaped.sum())
+    if len(data) != size + 4 * n_escaped:
+        raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * n_escaped} were expected.")
     packed, at = np.frombuffer(data, np.uint8, size), 0
     for block in blocks:
-        own = slice(block.start - part.start, block.stop - part.start)
-        values, beyond = tables.values(places[own], block)
-        owner, shift = _bit_places(tables.raw(block), beyond)
+        within = slice(block.start - part.start, block.stop - part.start)
+        wide, beyond = tables.integers(symbols[within], block)
+        owner, shift = _bit_positions(tables.raw_bits(block), beyond)
         first, at = at, at + len(owner)
-        inside = np.unpackbits(packed[first // 8 : -(-at // 8)])[first % 8 :][: len(owner)].astype(np.int64)
-        np.add.at(values, owner, inside << shift)
-        if (values >= 2**31).any() or (values < -(2**31)).any():
+        # a block may begin and end in the middle of a byte
+        block_bits = np.unpackbits(packed[first // 8 : -(-at // 8)])[first % 8 :][: len(owner)].astype(np.int64)
+        np.add.at(wide, owner, block_bits << shift)
+        if (wide >= 2**31).any() or (wide < -(2**31)).any():
             raise FormatError("a coded integer is beyond 32 bits.")
-        found[own] = values
-    found[outside] = np.frombuffer(data[size:], "<i4")
-    return found
+        integers[within] = wide
+    integers[escaped] = np.frombuffer(data[size:], "<i4")
+    return integers

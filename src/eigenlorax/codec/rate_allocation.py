@@ -132,7 +132,7 @@ def grid(most: int) -> list[int]:
 def estimate(one: View, step: float) -> Estimate:
     """About what a module takes if the step of each adapter is this share of its norm."""
     lengths = one.lengths / step
-    whole = dead_zone.WORTH * lengths**2
+    whole = dead_zone.BITS_PER_SQUARED_ERROR * lengths**2
     sides = [_Side(side, lengths) for side in (one.down, one.up)]
     chosen = [0, 0]
     for turn in (0, 1, 0):
@@ -163,7 +163,7 @@ Guess = tuple[float, tuple[int, int], float, np.ndarray, np.ndarray]
 
 
 def _price(one: Guess) -> float:
-    return one[2] + float((one[3] + dead_zone.WORTH * one[4]).sum())
+    return one[2] + float((one[3] + dead_zone.BITS_PER_SQUARED_ERROR * one[4]).sum())
 
 
 def _with_cores(
@@ -179,10 +179,12 @@ def _with_cores(
         for side, place in zip(sides, at, strict=True)
     ]
     spread = np.sqrt(np.outer(*shares)).flatten()
-    bits, lost = (each.sum(1) for each in dead_zone.cost(np.sqrt(inside)[:, None] * spread[None]))
+    bits, lost = (each.sum(1) for each in dead_zone.gaussian_cost(np.sqrt(inside)[:, None] * spread[None]))
     bits, lost = bits + OVERHEAD, lost + np.bincount(one.owners, lengths**2, one.n) - inside
     factored = _both(one, sides, at, lengths)
-    better = bits + dead_zone.WORTH * lost < factored[0] + dead_zone.WORTH * factored[1]
+    better = (
+        bits + dead_zone.BITS_PER_SQUARED_ERROR * lost < factored[0] + dead_zone.BITS_PER_SQUARED_ERROR * factored[1]
+    )
     found = (
         0.0,
         (sides[0].grid[at[0]], sides[1].grid[at[1]]),
@@ -197,7 +199,7 @@ def _both(one: View, sides: "Sequence[_Side]", at: Sequence[int], lengths: np.nd
     """Bits and loss of each adapter by components."""
     bits = sum(side.bits[:, place] for side, place in zip(sides, at, strict=True)) + OVERHEAD
     lost = sum(side.lost[:, place] for side, place in zip(sides, at, strict=True))
-    alive = bits + dead_zone.WORTH * lost < dead_zone.WORTH * lengths**2
+    alive = bits + dead_zone.BITS_PER_SQUARED_ERROR * lost < dead_zone.BITS_PER_SQUARED_ERROR * lengths**2
     return (
         np.bincount(one.owners, np.where(alive, bits, 0.0), one.n),
         np.bincount(one.owners, np.where(alive, lost, lengths**2), one.n),
@@ -212,7 +214,7 @@ class _Side:
         squares = lengths**2
         weighted = one.energies * squares[:, None]
         importance = np.sqrt(weighted.sum(0))
-        basis_bits, basis_lost = dead_zone.cost(importance / one.dimension**0.5)
+        basis_bits, basis_lost = dead_zone.gaussian_cost(importance / one.dimension**0.5)
         self.basis_bits = one.dimension * np.concatenate([[0.0], basis_bits.cumsum()])[self.grid]
         self.share = weighted.mean(0)
         # what rounding the directions takes from a row is missed by its coefficients
@@ -221,12 +223,12 @@ class _Side:
         inside = np.concatenate([np.zeros((len(lengths), 1)), (one.energies * (1 - noise)).cumsum(1)], axis=1)
         self.inside = inside[:, self.grid]
         left = squares[:, None] * np.maximum(1 - self.inside, 0.0)
-        rest_bits, rest_lost = dead_zone.cost(np.sqrt(left / one.dimension))
+        rest_bits, rest_lost = dead_zone.gaussian_cost(np.sqrt(left / one.dimension))
         rest_bits, rest_lost = rest_bits * one.dimension, rest_lost * one.dimension
-        used = rest_bits + dead_zone.WORTH * rest_lost < dead_zone.WORTH * left
+        used = rest_bits + dead_zone.BITS_PER_SQUARED_ERROR * rest_lost < dead_zone.BITS_PER_SQUARED_ERROR * left
         self.bits = known_bits + np.where(used, rest_bits, 0.0)
         self.lost = known_lost + np.where(used, rest_lost, left)
-        self.prices = self.bits + dead_zone.WORTH * self.lost
+        self.prices = self.bits + dead_zone.BITS_PER_SQUARED_ERROR * self.lost
 
     def _coefficients(self, weighted: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bits and error of the coefficients of each row, (rows, grid): rows of about one size are taken as one."""
@@ -234,7 +236,7 @@ class _Side:
             return np.zeros((len(weighted), 1)), np.zeros((len(weighted), 1))
         level = np.sqrt(weighted.sum(1) / share.sum())
         bins, which = np.unique(np.round(BINS * np.log2(np.maximum(level, 1e-6))), return_inverse=True)
-        bits, lost = dead_zone.cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(share)[None])
+        bits, lost = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(share)[None])
         found = []
         for one in (bits, lost):
             summed = np.concatenate([np.zeros((len(bins), 1)), one.cumsum(1)], axis=1)

@@ -214,7 +214,7 @@ class Codes:
 
 def price(bits: Tensor, lost: Tensor, steps: Tensor) -> Float[Tensor, " n"]:
     """Bits, and what losses are worth in bits."""
-    return bits + dead_zone.WORTH * lost / steps.square()
+    return bits + dead_zone.BITS_PER_SQUARED_ERROR * lost / steps.square()
 
 
 def encoded(wide: Components, steps: Float[Tensor, " n"], down: RoundedBasis, up: RoundedBasis) -> Codes:
@@ -263,7 +263,7 @@ def _by_components(wide: Components, steps: Tensor, down: RoundedBasis, up: Roun
     # the other side makes up for what was lost on this one
     v_rows = v.rows(down.rows)
     u, u_bits, u_error = _side(_best(wide, steps, v_rows, whole), up)
-    gain = dead_zone.WORTH * (length.square() - v_error - u_error) - v_bits - u_bits - OVERHEAD
+    gain = dead_zone.BITS_PER_SQUARED_ERROR * (length.square() - v_error - u_error) - v_bits - u_bits - OVERHEAD
     alive = (gain > 0) & (v.coefficient_levels + v.rest_levels > 0) & (u.coefficient_levels + u.rest_levels > 0)
     ranks = torch.arange(1, alive.shape[1] + 1)
     counts = (alive * ranks).amax(dim=1)
@@ -294,7 +294,7 @@ def _by_cores(
     v_rows, u_rows = down.rows.to(torch.float64), up.rows.to(torch.float64)
     v, u = wide.v @ linalg.dual_rows(v_rows).mT, wide.u @ linalg.dual_rows(u_rows).mT
     exact = (u * (wide.s / steps[:, None])[..., None]).mT @ v
-    codes = dead_zone.rounded(exact)
+    codes = dead_zone.quantise(exact)
     profile = core_profile(down.profile, up.profile)
     spread = (exact.square() * torch.exp2(-profile / 2.0)).mean((1, 2)).sqrt()
     levels = classes(spread) + 1
@@ -340,19 +340,19 @@ def _side(rows: Tensor, basis: RoundedBasis) -> tuple[SideCodes, Tensor, Tensor]
     if basis.k:
         wide = basis.rows.to(torch.float64)
         exact = rows @ linalg.dual_rows(wide).mT
-        codes = dead_zone.rounded(exact)
+        codes = dead_zone.quantise(exact)
         profile = torch.from_numpy(basis.profile)
         levels, bits = _cheapest(codes, exact * torch.exp2(-profile / 4.0), profile)
-        worth = dead_zone.WORTH * (exact.square() - (exact - codes).square()).sum(2)
+        worth = dead_zone.BITS_PER_SQUARED_ERROR * (exact.square() - (exact - codes).square()).sum(2)
         used = (codes != 0).any(2) & (worth > bits)
         known = torch.where(used[..., None], codes, 0.0).to(torch.int64)
         levels, bits = torch.where(used, levels, 0), torch.where(used, bits, 0.0)
         left = rows - known.to(torch.float64) @ wide
-    codes = dead_zone.rounded(left)
+    codes = dead_zone.quantise(left)
     square = left.square().sum(2)
     rest_levels, rest_bits = _cheapest(codes, left, torch.zeros(d, dtype=torch.int64))
     error = (left - codes).square().sum(2)
-    used = (codes != 0).any(2) & (dead_zone.WORTH * (square - error) > rest_bits)
+    used = (codes != 0).any(2) & (dead_zone.BITS_PER_SQUARED_ERROR * (square - error) > rest_bits)
     rest = torch.where(used[..., None], codes, 0.0).to(torch.int64)
     found = SideCodes(known, levels, rest, torch.where(used, rest_levels, 0))
     return found, bits + torch.where(used, rest_bits, 0.0), torch.where(used, error, square)
