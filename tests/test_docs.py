@@ -17,7 +17,7 @@ from eigenlorax.core import subspace
 from eigenlorax.fitting import refit
 from eigenlorax.pack import manifest, packed_adapter, summary
 from eigenlorax.serving.vllm import checking, plan
-from eigenlorax.train import contest, demo, entrants, evaluate, train, verdicts
+from eigenlorax.train import comparison_summary, demo, evaluate, method_comparison, search_space, train
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -93,9 +93,11 @@ class TestCommandLine:
     def test_methods_that_are_compared_and_their_rates(self):
         text = section(CLI, "`eigenlorax compare`")
         rows = re.findall(r"^\| `([a-z-]+)` \| [^|]* \| ([\d., ]+) \|$", text, flags=re.MULTILINE)
-        assert {name: tuple(map(float, rates.split(", "))) for name, rates in rows} == entrants.ENTRANTS
+        assert {name: tuple(map(float, rates.split(", "))) for name, rates in rows} == search_space.LEARNING_RATES
         (left_out,) = re.findall(r"^\| `--methods A,B,…` \| all but (.*?) \|", text, flags=re.MULTILINE)
-        assert re.findall(r"`(.*?)`", left_out) == [name for name in entrants.ENTRANTS if name not in entrants.METHODS]
+        assert re.findall(r"`(.*?)`", left_out) == [
+            name for name in search_space.LEARNING_RATES if name not in search_space.DEFAULT_METHODS
+        ]
 
     def test_every_error_is_beside_its_exit_code(self):
         rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", section(CLI, "Exit codes"), flags=re.MULTILINE))
@@ -122,10 +124,10 @@ class TestCommandLine:
             (evaluate.Evaluated, "`eigenlorax evaluate`"),
             (evaluate.Classified, "`eigenlorax evaluate`"),
             (evaluate.Modelled, "`eigenlorax evaluate`"),
-            (contest.Outcome, "`eigenlorax compare`"),
-            (verdicts.Line, "`eigenlorax compare`"),
-            (verdicts.Difference, "`eigenlorax compare`"),
-            (verdicts.Run, "`eigenlorax compare`"),
+            (method_comparison.ComparisonResult, "`eigenlorax compare`"),
+            (comparison_summary.MethodSummary, "`eigenlorax compare`"),
+            (comparison_summary.Difference, "`eigenlorax compare`"),
+            (comparison_summary.MethodRun, "`eigenlorax compare`"),
             (checking.Check, "`eigenlorax serve-check`"),
             (checking.Way, "`eigenlorax serve-check`"),
             (plan.Plan, "`eigenlorax serve-check`"),

@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Blocker())
 import torch
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
-from eigenlorax.train.entrants import Contest
+from eigenlorax.train.search_space import ComparisonOptions
 from eigenlorax.train.options import Training
 
 
@@ -64,9 +64,10 @@ CALLS = {
     "train": "from eigenlorax.train.train import train\n"
     "train(place, Training(task='text-classification', train=rows), Path('out'))",
     "evaluate": "from eigenlorax.train.evaluate import evaluate\nevaluate(place, 'a', rows, task='causal-lm')",
-    "compare": "from eigenlorax.train import contest\ncontest.prepare(place, Contest(rows, rows), Path('out.json'))",
-    "report --evaluate": "from eigenlorax.train import compare\n"
-    "compare.prepare(pack, {one.name: one for one in adapters}, [(None, rows)], task='causal-lm')",
+    "compare": "from eigenlorax.train import method_comparison\n"
+    "method_comparison.prepare(place, ComparisonOptions(rows, rows), Path('out.json'))",
+    "report --evaluate": "from eigenlorax.train import recycled_evaluation\n"
+    "recycled_evaluation.prepare(pack, {one.name: one for one in adapters}, [(None, rows)], task='causal-lm')",
     "serve-check": "from eigenlorax.train.shapes import shapes_of\nshapes_of('nowhere')",
     "demo": "from eigenlorax.train import demo\ndemo.run(Path('demo'))",
     "options": "from eigenlorax.train import trainer\ntrainer.read_options(Path('options.yaml'))",

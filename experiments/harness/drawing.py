@@ -10,7 +10,7 @@ import eigenlorax as ex
 from eigenlorax import tuner
 from eigenlorax.train import methods
 
-from . import diffusion, easel, judges, outcome, record
+from . import diffusion, easel, judges, record, training
 from . import styles as looks
 from .easel import BASE, adapter_folder, judge_file, pack_folder
 from .jobs import Job
@@ -117,7 +117,7 @@ def packed(config: Json) -> Json:
         pack, folder = ex.fit(sources, **size, warn_above=1.0), pack_folder(asked["k"])
     pack.save(folder, overwrite=True)
     return {
-        "subspace": outcome.subspace(pack),
+        "subspace": training.subspace(pack),
         "bytes": asdict(pack.summary.bytes),
         "delta_errors": {name: one.delta_error for name, one in pack.records.items()},
         "sources": {name: one.source_sha256 for name, one in pack.records.items()},
@@ -226,7 +226,7 @@ def learned(config: Json) -> Json:
         pack = methods.random_basis(pack, seed=config["pack"]["random"])
     found, model = trained(ex.EigenLoraxConfig(subspace=pack, **config["options"]), config)
     factors = dict(tuner.to_lora(model).modules)
-    return {"train": found, "subspace": outcome.subspace(pack), "test": tested(config, factors)}
+    return {"train": found, "subspace": training.subspace(pack), "test": tested(config, factors)}
 
 
 def known(config: Json) -> Json:

@@ -20,12 +20,13 @@ import torch
 from filelock import FileLock
 
 import eigenlorax as ex
-from eigenlorax.train import methods, models, trial
+from eigenlorax.train import models, training_run
 from eigenlorax.train.examples import IGNORED
-from eigenlorax.train.methods import Method, Setting
+from eigenlorax.train.methods import CommonConfig
+from eigenlorax.train.training_run import RunData
 
-from . import outcome, record, text
 from . import rates as learning
+from . import record, text, training
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -33,7 +34,6 @@ Blocks = list[Json]
 
 WORK = record.ROOT / "experiments" / "work" / "language"
 BASE = WORK / "base"
-RECIPE = ("epochs", "batch_size", "warmup", "evaluations", "bf16")
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def losses(model: Any, rows: Blocks, batch_size: int) -> np.ndarray:
         labels = inputs.pop("labels")
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs, use_cache=False).logits
-        found.append(trial.row_losses(logits, labels))
+        found.append(training_run.row_losses(logits, labels))
     return torch.cat(found).numpy()
 
 
@@ -174,41 +174,35 @@ def untrained(config: Json) -> Json:
 
 def source(config: Json) -> Json:
     """One source adapter: an ordinary LoRA, saved for the fits."""
-    model = applied(config, None)
-    found = trained(model, config)
-    folder = adapter_folder(config["task"])
-    model.save_pretrained(folder)
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    return {**found, "sha256": hashlib.sha256(weights).hexdigest()}
+    model = make_model(config, None)
+    result = trained(model, config)
+    return {**result, "sha256": training.save_adapter(model, adapter_folder(config["task"]))}
 
 
 def train(config: Json) -> Json:
     """One run of the target or of the development kind: a method, a rate, a seed."""
-    pack = pack_of(**config["pack"]) if config["pack"] else None
-    found = trained(applied(config, pack), config)
+    pack = training.fit_pack(config["pack"], adapter_folder) if config["pack"] else None
+    result = trained(make_model(config, pack), config)
     if pack is not None:
-        found["subspace"] = outcome.subspace(pack)
-    return found
+        result["subspace"] = training.subspace(pack)
+    return result
 
 
-def applied(config: Json, pack: ex.Pack | None) -> Any:
-    """The base model, ready to be trained."""
-    setting = Setting(config["recipe"]["target_modules"], "CAUSAL_LM", pack=pack)
-    torch.manual_seed(config["seed"])
-    return methods.applied(Method(config["kind"], config["options"]), new_base(), setting)
+def make_model(config: Json, pack: ex.Pack | None) -> Any:
+    """Return the base model with the config's method, ready to be trained."""
+    common = CommonConfig(config["recipe"]["target_modules"], "CAUSAL_LM", pack=pack)
+    return training.make_model(config, new_base, common)
 
 
 def trained(model: Any, config: Json) -> Json:
-    """Train and test; what a record says of it."""
-    recipe, seed = config["recipe"], config["seed"]
-    rows = blocks(config["task"], "train", recipe["blocks"], recipe["length"], seed)
+    """Train and test a model. Returns what the record says of it."""
+    recipe = config["recipe"]
+    rows = blocks(config["task"], "train", recipe["blocks"], recipe["length"], config["seed"])
     test = unseen(config["task"], recipe)
-    optimizer = config.get("optimizer", "adamw")
-    asked = trial.Recipe(config["learning_rate"], optimizer, **{name: recipe[name] for name in RECIPE})
-    way = test[: recipe["blocks_on_the_way"]]
-    found = trial.run(text.in_half(model), rows, way, test, collate, asked, seed=seed, metric="likelihood")
-    info = outcome.train_info(found, model, "perplexity", lambda likelihood: round(math.exp(-likelihood), 4))
-    return {"train_info": info, "test": figures(found.predicted, test)}
+    run_data = RunData(rows, test[: recipe["blocks_on_the_way"]], test, collate, metric="likelihood")
+    run = training.train(text.in_half(model), run_data, config)
+    info = training.train_info(run, model, "perplexity", lambda likelihood: round(math.exp(-likelihood), 4))
+    return {"train_info": info, "test": figures(run.predictions, test)}
 
 
 def recycle(config: Json) -> Json:
@@ -230,33 +224,22 @@ def recycle(config: Json) -> Json:
     for k in config["k"]:
         for way in ("seen", "left out"):
             sources = [one for one in config["sources"] if way == "seen" or one != task]
-            pack = pack_of(sources, k, config["weighting"])
+            pack = training.fit_pack({"sources": sources, "k": k, "weighting": config["weighting"]}, adapter_folder)
             if way == "left out":
                 pack.add(adapter_folder(task), name=task, warn_above=1.0)
             label = f"{way} {k}".replace(" ", "_")
             with tempfile.TemporaryDirectory() as folder:
                 model.load_adapter(pack.export(folder, task)[task], adapter_name=label)
             model.set_adapter(label)
-            kept = pack.records[task]
-            costs = asdict(pack.summary.bytes)
-            ways.append(
-                scored(
-                    way=way, k=k, kept=outcome.k_of(pack), delta_error=kept.delta_error, in_fit=kept.in_fit, bytes=costs
-                )
-            )
+            adapter = pack.records[task]
+            costs = {"delta_error": adapter.delta_error, "in_fit": adapter.in_fit, "bytes": asdict(pack.summary.bytes)}
+            ways.append(scored(way=way, k=k, kept=training.largest_k(pack), **costs))
             model.delete_adapter(label)
     return {"test": {"metric": "perplexity", "blocks": len(rows), "ways": ways}}
 
 
 def adapter_folder(kind: str) -> Path:
     return WORK / "adapters" / kind
-
-
-def pack_of(sources: list[str], k: int, weighting: str, random: int | None = None) -> ex.Pack:
-    """The pack of some source adapters; random: the seed of what takes the place of the subspace they share."""
-    found = {name: adapter_folder(name) for name in sources}
-    pack = ex.fit(found, n_components=k, weighting=weighting, dtype="float32", warn_above=1.0)
-    return pack if random is None else methods.random_basis(pack, seed=random)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -289,7 +272,7 @@ def sources(config: Json) -> Iterator[Job]:
         yield Job(f"language/sources/{kind}", job, source, (adapter_folder(kind) / "adapter_model.safetensors",))
 
 
-def training(config: Json, stage: str, name: str, kind: str, seed: int, rate: float, recipe: Json) -> Job:
+def method_job(config: Json, stage: str, name: str, kind: str, seed: int, rate: float, recipe: Json) -> Job:
     """A training of a method on a kind of text that is no source."""
     method = config["methods"][name]
     pack = None
@@ -316,7 +299,7 @@ def rates(config: Json) -> Iterator[Job]:
     recipe = {**config["recipe"], **config["development"]["recipe"]}
     for name, method in config["methods"].items():
         for rate in method["rates"]:
-            yield training(config, f"rates/{name}--{kind}--{rate:g}", name, kind, seed, rate, recipe)
+            yield method_job(config, f"rates/{name}--{kind}--{rate:g}", name, kind, seed, rate, recipe)
 
 
 def chosen_rate(config: Json, name: str) -> float:
@@ -331,7 +314,7 @@ def seventh(config: Json) -> Iterator[Job]:
     for seed in config["target"]["seeds"]:
         for name in config["methods"]:
             rate = chosen_rate(config, name)
-            yield training(config, f"seventh/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
+            yield method_job(config, f"seventh/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
 
 
 def recycled(config: Json) -> Iterator[Job]:

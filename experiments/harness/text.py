@@ -12,11 +12,12 @@ import torch
 from filelock import FileLock
 
 import eigenlorax as ex
-from eigenlorax.train import methods, models, trial
-from eigenlorax.train.methods import Method, Setting
+from eigenlorax.train import models
+from eigenlorax.train.methods import CommonConfig
+from eigenlorax.train.training_run import RunData
 
-from . import outcome, record
 from . import rates as learning
+from . import record, training
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -24,7 +25,6 @@ Rows = list[Json]
 
 DATA = record.ROOT.parent / "shared" / "data"
 WORK = record.ROOT / "experiments" / "work" / "text"
-RECIPE = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations", "bf16")
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -127,21 +127,14 @@ def adapter_folder(name: str) -> Path:
 
 
 def pack_of(spec: Json) -> ex.Pack:
-    """The pack of some source adapters, made once, and anew where one of them is another. spec: sources (names), k or
-    max_error, weighting; or random, its seed, in the place of what the sources share."""
-    weights = [(adapter_folder(name) / "adapter_model.safetensors").read_bytes() for name in spec["sources"]]
-    contents = [hashlib.sha256(one).hexdigest() for one in weights]
+    """Return the pack of some source adapters, cached by spec and contents. spec: as in `training.fit_pack`."""
+    contents = [training.file_sha256(adapter_folder(name) / "adapter_model.safetensors") for name in spec["sources"]]
     digest = hashlib.sha256(json.dumps([spec, contents], sort_keys=True).encode()).hexdigest()[:16]
     folder = WORK / "packs" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            sources = {name: adapter_folder(name) for name in spec["sources"]}
-            size = {"max_error": spec["max_error"]} if "max_error" in spec else {"n_components": spec["k"]}
-            pack = ex.fit(sources, **size, weighting=spec["weighting"], dtype="float32", warn_above=1.0)
-            if "random" in spec:
-                pack = methods.random_basis(pack, seed=spec["random"])
-            pack.save(folder)
+            training.fit_pack(spec, adapter_folder).save(folder)
     return ex.Pack.open(folder)
 
 
@@ -149,33 +142,30 @@ def pack_of(spec: Json) -> ex.Pack:
 
 
 def train(config: Json) -> Json:
-    """One run of a target or development task: a method, a rate, a seed."""
+    """Do one run of a target or development task: a method, a learning rate, a seed."""
     task, recipe = config["task"], config["recipe"]
-    rows = encoded(train_rows(task, config["rows"], config["seed"]), recipe["max_length"])
-    test = encoded(test_rows(task, recipe["test_rows"]), recipe["max_length"])
     pack = pack_of(config["pack"]) if config["pack"] else None
-    setting = Setting(recipe["target_modules"], "SEQ_CLS", pack=pack)
-    torch.manual_seed(config["seed"])
-    model = methods.applied(Method(config["kind"], config["options"]), new_base(task, recipe), setting)
-    found = trained(model, rows, test, config)
+    common = CommonConfig(recipe["target_modules"], "SEQ_CLS", pack=pack)
+    model = training.make_model(config, lambda: new_base(task, recipe), common)
+    result = trained(model, train_rows(task, config["rows"], config["seed"]), config)
     if pack is not None:
-        found["subspace"] = outcome.subspace(pack)
-        found["subspace"] |= {"left_out": left_out(pack, config["left_out"])} if "left_out" in config else {}
-    return found
+        result["subspace"] = training.subspace(pack)
+    if pack is not None and "left_out" in config:
+        result["subspace"]["left_out"] = left_out(pack, config["left_out"])
+    return result
 
 
 def left_out(pack: ex.Pack, names: list[str]) -> Json:
-    """Delta errors of adapters that the pack has not seen."""
+    """Return the delta errors of adapters that were not in the fit."""
     return {name: pack.add(adapter_folder(name), name=name, warn_above=1.0).delta_error for name in names}
 
 
 def source(config: Json) -> Json:
-    """One source adapter: an ordinary LoRA, saved for the fits."""
+    """Train one source adapter, an ordinary LoRA, and save it for the fits."""
     from peft import LoraConfig, get_peft_model
 
     task, recipe = config["task"], config["recipe"]
     rows = train_rows(task, config["rows"], config["seed"], texts_of(tuple(config["without"])))
-    test = encoded(test_rows(task, recipe["test_rows"]), recipe["max_length"])
     torch.manual_seed(config["seed"])
     base = new_base(task, recipe)
     if config["start"] is not None:
@@ -183,26 +173,23 @@ def source(config: Json) -> Json:
     lora = LoraConfig(r=config["rank"], lora_alpha=config["lora_alpha"], target_modules=recipe["target_modules"])
     lora.task_type = "SEQ_CLS"
     model = get_peft_model(base, lora)
-    found = trained(model, encoded(rows, recipe["max_length"]), test, config)
-    folder = adapter_folder(config["name"])
-    model.save_pretrained(folder)
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    return {**found, "sha256": hashlib.sha256(weights).hexdigest()}
+    result = trained(model, rows, config)
+    return {**result, "sha256": training.save_adapter(model, adapter_folder(config["name"]))}
 
 
-def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
-    """Train and test; what a record says of it."""
-    recipe = config["recipe"]
-    options = {name: recipe[name] for name in RECIPE}
-    if config["kind"] == "head":
-        options["head_learning_rate"] = config["learning_rate"]
-    asked = trial.Recipe(config["learning_rate"], config.get("optimizer", "adamw"), **options)
-    # of like length in a batch; rows are scored in the order that they are given in
-    way, test = (sorted(part, key=length) for part in (test[: recipe["rows_on_the_way"]], test))
-    found = trial.run(
-        in_half(model), rows, way, test, collate(), asked, seed=config["seed"], metric=metric(config["task"])
+def trained(model: Any, rows: Rows, config: Json) -> Json:
+    """Train and test a model. Returns what the record says of it."""
+    task, recipe = config["task"], config["recipe"]
+    test = encoded(test_rows(task, recipe["test_rows"]), recipe["max_length"])
+    # sorted, so that rows of similar length share a batch: rows are scored in the order in which they are given
+    run_data = RunData(
+        train=encoded(rows, recipe["max_length"]),
+        validation=sorted(test[: recipe["rows_on_the_way"]], key=length),
+        test=sorted(test, key=length),
+        collate=collate(),
+        metric=metric(task),
     )
-    return outcome.of(found, model, [row["labels"] for row in test], metric(config["task"]))
+    return training.recorded(training.train(in_half(model), run_data, config), model, run_data)
 
 
 def length(row: Json) -> int:
@@ -281,43 +268,44 @@ def chosen_rate(config: Json, name: str) -> float:
     return learning.steadiest(learning.means(job for job in rates(config) if job.config["method"] == name))
 
 
+def runs(
+    config: Json, stage: str, names: list[str], seeds: list[int], tasks: list[str], label: str = "", **changes: Any
+) -> Iterator[Job]:
+    """Yield runs of methods on tasks at their chosen rates. label: appended to the methods' names in records."""
+    for seed in seeds:
+        for name in names:
+            method, rate = config["methods"][name], chosen_rate(config, name)
+            for task in tasks:
+                yield target(config, stage, f"{name}{label}", method, task, seed, rate, **changes)
+
+
 def targets(config: Json) -> Iterator[Job]:
-    """Every method on every target and seed, at the rate that was chosen for it; what takes long comes last."""
-    asked = config["targets"]
-    for names, seeds in ((asked["methods"], asked["seeds"]), (asked["long"], asked["long_seeds"])):
-        for seed in seeds:
-            for name in names:
-                method, rate = config["methods"][name], chosen_rate(config, name)
-                for task in asked["tasks"]:
-                    yield target(config, "targets", name, method, task, seed, rate)
+    """Every method on every target and seed at its chosen rate; the slowest methods come last."""
+    spec = config["targets"]
+    yield from runs(config, "targets", spec["methods"], spec["seeds"], spec["tasks"])
+    yield from runs(config, "targets", spec["long"], spec["long_seeds"], spec["tasks"])
 
 
 def short(config: Json) -> Iterator[Job]:
-    """Some methods on all targets with fewer steps, at whose end the rate is as low as it is after all of them."""
-    asked = config["short"]
-    for epochs in asked["epochs"]:
+    """Some methods on all targets with fewer steps, with the learning rate decaying to zero over these."""
+    spec, asked = config["short"], config["targets"]
+    for epochs in spec["epochs"]:
         recipe = {"epochs": epochs, "evaluations": 1}
-        for seed in config["targets"]["seeds"]:
-            for name in asked["methods"]:
-                method, rate = config["methods"][name], chosen_rate(config, name)
-                for task in config["targets"]["tasks"]:
-                    yield target(config, "short", in_short(name, epochs), method, task, seed, rate, recipe=recipe)
+        yield from runs(
+            config, "short", spec["methods"], asked["seeds"], asked["tasks"], in_short("", epochs), recipe=recipe
+        )
 
 
 def in_short(name: str, epochs: int) -> str:
-    """What a method with so many epochs is called in records."""
+    """Return a method's name in records of runs with so many epochs."""
     return f"{name}-epochs{epochs}"
 
 
 def heads(config: Json) -> Iterator[Job]:
-    """Some methods on all targets, their heads at another rate."""
-    asked = config["heads"]
-    recipe = {"head_learning_rate": asked["learning_rate"]}
-    for seed in config["targets"]["seeds"]:
-        for name in asked["methods"]:
-            method, rate = config["methods"][name], chosen_rate(config, name)
-            for task in config["targets"]["tasks"]:
-                yield target(config, "heads", name, method, task, seed, rate, recipe=recipe)
+    """Some methods on all targets, with another learning rate for the head."""
+    spec, asked = config["heads"], config["targets"]
+    recipe = {"head_learning_rate": spec["learning_rate"]}
+    yield from runs(config, "heads", spec["methods"], asked["seeds"], asked["tasks"], recipe=recipe)
 
 
 def variations(config: Json) -> Iterator[Job]:
@@ -374,17 +362,13 @@ def gap(config: Json) -> Iterator[Job]:
 
 
 def few(config: Json) -> Iterator[Job]:
-    """Targets with few examples. As many steps for all, since epochs of 16 rows are soon over."""
-    asked = config["few"]
-    for rows in asked["rows"]:
-        epochs = asked["recipe"]["steps"] * asked["recipe"]["batch_size"] / rows
-        recipe = {**{key: value for key, value in asked["recipe"].items() if key != "steps"}, "epochs": epochs}
-        for seed in asked["seeds"]:
-            for name in asked["methods"]:
-                rate = chosen_rate(config, name)
-                for task in asked["tasks"]:
-                    method, end = config["methods"][name], f"--{rows}"
-                    yield target(config, "few", name, method, task, seed, rate, rows=rows, recipe=recipe, suffix=end)
+    """Targets with few training rows, and the same number of steps for all, because epochs of 16 rows are short."""
+    spec = config["few"]
+    for rows in spec["rows"]:
+        epochs = spec["recipe"]["steps"] * spec["recipe"]["batch_size"] / rows
+        recipe = {**{key: value for key, value in spec["recipe"].items() if key != "steps"}, "epochs": epochs}
+        changes = {"rows": rows, "recipe": recipe, "suffix": f"--{rows}"}
+        yield from runs(config, "few", spec["methods"], spec["seeds"], spec["tasks"], **changes)
 
 
 def count(config: Json) -> Iterator[Job]:

@@ -29,7 +29,7 @@ def pretrain(config: Json) -> Iterator[Job]:
     yield Job("vision/pretrain/base", job, vit.pretrained, (vit.base_folder() / "model.safetensors",))
 
 
-def training(
+def method_job(
     stage: str,
     name: str,
     method: Json,
@@ -62,7 +62,7 @@ def sources(config: Json) -> Iterator[Job]:
     for n, (name, task) in enumerate(tasks(config, "source").items()):
         seed = asked["seed"] + n
         method = {"label": "LoRA", "kind": "lora", "options": asked["options"]}
-        yield training("sources", name, method, task, seed, asked["learning_rate"], config, None, True)
+        yield method_job("sources", name, method, task, seed, asked["learning_rate"], config, None, True)
 
 
 def rates(config: Json) -> Iterator[Job]:
@@ -87,7 +87,7 @@ def target(config: Json, stage: str, name: str, one: str, task: Task, seed: int,
         if method["basis"] == "random":
             pack["random"] = 0
     saved = stage == "targets" and method.get("saved", False)
-    return training(stage, f"{name}--{one}--{seed}{end}", method, task, seed, rate, config, pack, saved)
+    return method_job(stage, f"{name}--{one}--{seed}{end}", method, task, seed, rate, config, pack, saved)
 
 
 def chosen_rate(config: Json, name: str) -> float:

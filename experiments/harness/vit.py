@@ -1,7 +1,6 @@
 """A small ViT: how it is pretrained and trained on a task by a method, and what its adapters answer once recycled.
 Which tasks and which methods, vision.py says."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,16 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
-from eigenlorax.train import methods, trial
-from eigenlorax.train.methods import Method, Setting
+from eigenlorax.train import methods, training_run
+from eigenlorax.train.methods import CommonConfig
+from eigenlorax.train.training_run import RunData
 
-from . import images, outcome, record, recycled
+from . import images, record, recycled, training
 from .images import Rows, Task
 
 Json = dict[str, Any]
 
 WORK = record.ROOT / "experiments" / "work" / "vision"
-RECIPE = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations")
 METRIC = "accuracy"
 
 
@@ -34,10 +33,6 @@ def weights_of(name: str) -> Path:
     return adapter_folder(name) / "adapter_model.safetensors"
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def task_of(config: Json) -> Task:
     return Task(**{**config["task"], "classes": tuple(config["task"]["classes"])})
 
@@ -51,11 +46,8 @@ def new_base(n_classes: int) -> Any:
 
 
 def pack_of(spec: Json) -> ex.Pack:
-    """The pack of some source adapters. spec: sources (names), k, weighting; or random, its seed, in the place of what
-    the sources share."""
-    sources = {name: adapter_folder(name) for name in spec["sources"]}
-    pack = ex.fit(sources, n_components=spec["k"], weighting=spec["weighting"], dtype="float32", warn_above=1.0)
-    return methods.random_basis(pack, seed=spec["random"]) if "random" in spec else pack
+    """Return the pack of some source adapters. spec: as in `training.fit_pack`."""
+    return training.fit_pack(spec, adapter_folder)
 
 
 def pretrained(config: Json) -> Json:
@@ -74,34 +66,27 @@ def pretrained(config: Json) -> Json:
     model = ViTForImageClassification(ViTConfig(**config["model"], num_labels=first))
     found = trained(model, rows, test, config)
     model.save_pretrained(base_folder())
-    return {**found, "sha256": sha256(base_folder() / "model.safetensors")}
+    return {**found, "sha256": training.file_sha256(base_folder() / "model.safetensors")}
 
 
 def train(config: Json) -> Json:
-    """One run of a task: a method, a rate, a seed; saved where the config has a name for it."""
+    """Do one run of a task: a method, a learning rate, a seed. The adapter is saved if the config has a name for it."""
     task, recipe = task_of(config), config["recipe"]
     pack = pack_of(config["pack"]) if config["pack"] else None
-    setting = Setting(recipe["target_modules"], None, modules_to_save=["classifier"], pack=pack)
-    torch.manual_seed(config["seed"])
-    model = methods.applied(Method(config["kind"], config["options"]), new_base(len(task.classes)), setting)
-    found = trained(model, images.train_rows(task, config["seed"]), images.test_rows(task), config)
+    common = CommonConfig(recipe["target_modules"], None, modules_to_save=["classifier"], pack=pack)
+    model = training.make_model(config, lambda: new_base(len(task.classes)), common)
+    result = trained(model, images.train_rows(task, config["seed"]), images.test_rows(task), config)
     if pack is not None:
-        found["subspace"] = outcome.subspace(pack)
+        result["subspace"] = training.subspace(pack)
     if config["name"] is not None:
-        model.save_pretrained(adapter_folder(config["name"]))
-        found["sha256"] = sha256(weights_of(config["name"]))
-    return found
+        result["sha256"] = training.save_adapter(model, adapter_folder(config["name"]))
+    return result
 
 
 def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
-    """Train and test; what a record says of it."""
-    asked = {name: config["recipe"][name] for name in RECIPE}
-    if config["kind"] == "head":
-        asked["head_learning_rate"] = config["learning_rate"]
-    optimizer = config.get("optimizer", "adamw")
-    recipe = trial.Recipe(config["learning_rate"], optimizer, **asked, by_length=False)
-    found = trial.run(model, rows, test, test, images.collate, recipe, seed=config["seed"], metric=METRIC)
-    return outcome.of(found, model, [row["labels"] for row in test], METRIC)
+    """Train and test a model. Returns what the record says of it."""
+    run_data = RunData(rows, test, test, images.collate, METRIC)
+    return training.recorded(training.train(model, run_data, config, by_length=False), model, run_data)
 
 
 def recycle(config: Json) -> Json:
@@ -173,4 +158,4 @@ class Bench:
         if self.first is None:
             self.first = said
         same = (said.argmax(-1) == self.first.argmax(-1)).float().mean().item()
-        return {"score": trial.METRICS[METRIC](said.numpy(), self.wanted.numpy()), "agreement": same}
+        return {"score": training_run.METRICS[METRIC](said.numpy(), self.wanted.numpy()), "agreement": same}

@@ -10,7 +10,7 @@ import eigenlorax as ex
 from children import command
 from eigenlorax.errors import MissingExtraError
 from eigenlorax.reports import stored
-from eigenlorax.train import compare, demo, methods, new_task
+from eigenlorax.train import demo, methods, new_task, recycled_evaluation
 from outcomes import json_of
 
 FULL_RANK = 104  # 13 fitted adapters of rank 8
@@ -172,8 +172,8 @@ class TestTheCommand:
             asked = [{"text": one.text, "label": one.label} for one in demo.sentences(outcome.task)]
             files.append((outcome.name, tmp_path / f"{outcome.name}.jsonl"))
             files[-1][1].write_text("".join(f"{json.dumps(row)}\n" for row in asked), "utf-8")
-        prepared = compare.prepare(pack, originals, files, model=str(demo._model_folder()), max_length=64)
-        got = compare.run(pack, originals, prepared)
+        prepared = recycled_evaluation.prepare(pack, originals, files, model=str(demo._model_folder()), max_length=64)
+        got = recycled_evaluation.run(pack, originals, prepared)
         for one, outcome in zip(got, outcomes, strict=True):
             assert (one.name, one.rows) == (outcome.name, outcome.sentences)
             accuracies = (one.original_accuracy, one.recycled_accuracy, one.without_accuracy, one.agreement)

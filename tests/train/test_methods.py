@@ -8,7 +8,7 @@ import tiny
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import OptionError
 from eigenlorax.train import methods
-from eigenlorax.train.methods import Method, Setting
+from eigenlorax.train.methods import CommonConfig, Method
 from planted import random_factors
 
 SHAPES = {
@@ -26,7 +26,9 @@ def pack():
 
 def applied(pack, kind, **options):
     torch.manual_seed(0)
-    return methods.applied(Method(kind, options), tiny.make_bert(), Setting(list(SHAPES), "SEQ_CLS", pack=pack))
+    return methods.apply_method(
+        Method(kind, options), tiny.make_bert(), CommonConfig(list(SHAPES), "SEQ_CLS", pack=pack)
+    )
 
 
 BY_HAND = {
@@ -47,18 +49,18 @@ BY_HAND = {
 def test_trained_numbers_are_those_of_the_formula_and_heads_are_counted_apart_and_once(pack, name):
     kind, options, numbers = BY_HAND[name]
     model = applied(pack, kind, **options)
-    assert methods.counted(model) == (numbers, HEAD)
+    assert methods.count_parameters(model) == (numbers, HEAD)
 
 
 def test_all_of_a_model_is_trained(pack):
     total = sum(parameter.numel() for parameter in tiny.make_bert().parameters())
-    assert methods.counted(applied(pack, "full")) == (total - HEAD, HEAD)
+    assert methods.count_parameters(applied(pack, "full")) == (total - HEAD, HEAD)
 
 
 def test_sides_that_differ(pack):
-    cut = methods._cut(pack, {name: (3 + n, 7 - n) for n, name in enumerate(SHAPES)})
-    assert methods.counted(applied(cut, "eigenlorax", r=2, core=False)) == (2 * (3 + 7) + 2 * (4 + 6), HEAD)
-    assert methods.counted(applied(cut, "eigenlorax", core=True)) == (3 * 7 + 4 * 6, HEAD)
+    cut = methods._first_components(pack, {name: (3 + n, 7 - n) for n, name in enumerate(SHAPES)})
+    assert methods.count_parameters(applied(cut, "eigenlorax", r=2, core=False)) == (2 * (3 + 7) + 2 * (4 + 6), HEAD)
+    assert methods.count_parameters(applied(cut, "eigenlorax", core=True)) == (3 * 7 + 4 * 6, HEAD)
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_HAND) - {"vblora"}))
@@ -106,5 +108,5 @@ class TestARandomBasis:
 def test_what_there_is_not(pack, tmp_path):
     with pytest.raises(OptionError, match="there is no method 'magic'. There are: head, full, lora"):
         Method("magic")
-    with pytest.raises(OptionError, match="name a pack"):
+    with pytest.raises(OptionError, match="Pass a pack"):
         applied(None, "eigenlorax")

@@ -19,7 +19,7 @@ from eigenlorax.errors import OptionError
 from eigenlorax.reports import data, with_evaluations
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.render import markdown
-from eigenlorax.train import compare, models, ratios
+from eigenlorax.train import models, ratios, recycled_evaluation
 from planted import normal
 from reference import dense
 
@@ -54,7 +54,7 @@ def file(rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(pack, originals, file):
-    return compare.prepare(pack, originals, [(None, file)])
+    return recycled_evaluation.prepare(pack, originals, [(None, file)])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def lost(original, recycled):
 
 class TestVersions:
     def test_the_pack_then_by_ratio_a_fit_and_its_rival(self, versions, pack, originals):
-        own, *others = versions.several
+        own, *others = versions.versions
         assert (own.way, own.ratio) == ("pack", None)
         assert own.stored_bytes == pack.summary.bytes.basis + pack.summary.bytes.coefficients
         assert [(one.way, one.ratio) for one in others] == [
@@ -86,7 +86,7 @@ class TestVersions:
 
     def test_a_fit_is_that_of_fit(self, versions, originals):
         expected = ex.fit(list(originals.values()), ratio=8.0, warn_above=1.0)
-        one = versions.several[3]
+        one = versions.versions[3]
         assert one.stored_bytes == expected.summary.bytes.basis + expected.summary.bytes.coefficients
         assert one.stored_bytes <= versions.lora_float16 / 8
         for name in originals:
@@ -95,14 +95,14 @@ class TestVersions:
 
     @pytest.mark.parametrize("place", [1, 3])
     def test_a_rival_has_the_bytes_of_the_fit_and_the_error_that_it_says(self, versions, originals, place):
-        fit, rival = versions.several[place : place + 2]
+        fit, rival = versions.versions[place : place + 2]
         assert 0.8 * fit.stored_bytes < rival.stored_bytes <= fit.stored_bytes
         errors = [lost(one, rival.adapter(name)) for name, one in originals.items()]
         assert rival.worst == pytest.approx(max(errors), rel=1e-4)
         assert rival.mean == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
     def test_baselines_are_loras_of_the_rank_they_had(self, versions, originals):
-        recycled = versions.several[-1].adapter("b")
+        recycled = versions.versions[-1].adapter("b")
         assert recycled.source_config == originals["b"].source_config
         assert {one.rank for one in recycled.specs.values()} == {tiny.RANK}
         assert all(one.scaling == originals["b"].modules[m].scaling for m, one in recycled.modules.items())
@@ -113,7 +113,7 @@ class TestVersions:
         kept = [m for m in tiny.BERT if m.endswith("query")]
         carried = 4 * len(originals) * len(kept) * tiny.RANK * 2 * tiny.IN
         assert found.lora_float16 == carried + carried // 2
-        for one in found.several:
+        for one in found.versions:
             assert one.stored_bytes > carried
             for name, original in originals.items():
                 for module in kept:
@@ -124,10 +124,10 @@ class TestVersions:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ([], "no ratio is given"),
-            ([4, 0.5], "a number from 1 on, got 0.5"),
-            ([float("inf")], "from 1 on, got inf"),
-            ([float("nan")], "from 1 on, got nan"),
+            ([], "needs at least one ratio"),
+            ([4, 0.5], "divided by that of the pack, 1 or more, got 0.5"),
+            ([float("inf")], "1 or more, got inf"),
+            ([float("nan")], "1 or more, got nan"),
             ([True], "ratio must be a number, got True"),
         ],
     )
@@ -147,7 +147,7 @@ class TestVersions:
 
 class TestOnRows:
     def test_evaluations_are_those_without_a_frontier(self, found, pack, originals, asked):
-        assert found[0] == compare.run(pack, originals, asked)
+        assert found[0] == recycled_evaluation.run(pack, originals, asked)
 
     def test_equals_a_count_by_hand(self, found, versions, base, originals, rows):
         (frontier,) = found[1]
@@ -155,7 +155,7 @@ class TestOnRows:
         before = {n: classes_by_hand(base, one.heads, one, texts) for n, one in originals.items()}
         right = [share(one.argmax(dim=1), labels) for one in before.values()]
         assert frontier.original_accuracy == pytest.approx(sum(right) / 3)
-        for version, point in zip(versions.several, frontier.points, strict=True):
+        for version, point in zip(versions.versions, frontier.points, strict=True):
             assert (point.way, point.ratio, point.worst) == (version.way, version.ratio, version.worst)
             for run in point.runs:
                 logs = classes_by_hand(base, originals[run.name].heads, version.adapter(run.name), texts)
@@ -188,7 +188,7 @@ class TestOnRows:
         pack.base_model, originals = str(base.parent / "gpt2"), {one.name: one for one in adapters}
         texts = [row["text"] for row in trainable.cycle_rows(9, seed=3)]
         file = trainable.write_jsonl(tmp_path / "rows.jsonl", [{"text": one} for one in texts])
-        asked = compare.prepare(pack, originals, [(None, file)], task="causal-lm")
+        asked = recycled_evaluation.prepare(pack, originals, [(None, file)], task="causal-lm")
         versions = ratios.prepare(pack, originals, asked, [8])
         _, (frontier,) = ratios.run(originals, asked, versions)
 
@@ -202,7 +202,7 @@ class TestOnRows:
                 found.append((logs, -logs.gather(1, ids[0, 1:, None])[:, 0]))
             return [torch.cat(each) for each in zip(*found, strict=True)]
 
-        for version, point in zip(versions.several, frontier.points, strict=True):
+        for version, point in zip(versions.versions, frontier.points, strict=True):
             means = []
             for run in point.runs:
                 before, (logs, loss) = losses(originals[run.name])[0], losses(version.adapter(run.name))
@@ -216,10 +216,10 @@ class TestOnRows:
     def test_an_adapter_that_changes_the_base_model(self, tmp_path, base, file):
         original = trained(tmp_path / "peft", base, bias="all")
         pack = ex.fit([original], n_components=tiny.RANK, dtype="float32")
-        asked = compare.prepare(pack, {"one": original}, [(None, file)])
+        asked = recycled_evaluation.prepare(pack, {"one": original}, [(None, file)])
         versions = ratios.prepare(pack, {"one": original}, asked, [2])
         evaluations, (frontier,) = ratios.run({"one": original}, asked, versions)
-        assert evaluations == compare.run(pack, {"one": original}, asked)
+        assert evaluations == recycled_evaluation.run(pack, {"one": original}, asked)
         own, fit, rival = frontier.points
         assert own.kl < 1e-9 < fit.kl < 0.1 * frontier.without_kl
         assert 1e-9 < rival.kl < 0.1 * frontier.without_kl
@@ -285,7 +285,7 @@ def test_a_ratio_of_200_destroys_what_a_ratio_of_4_keeps(tmp_path):
         assert len(rows) >= 5
         files.append((name, trainable.write_jsonl(tmp_path / f"{name}.jsonl", rows)))
     pack = ex.fit(list(originals.values()), n_components=32, dtype="float16", warn_above=1.0)
-    asked = compare.prepare(pack, originals, files)
+    asked = recycled_evaluation.prepare(pack, originals, files)
     versions = ratios.prepare(pack, originals, asked, [4, 200])
     _, (frontier,) = ratios.run(originals, asked, versions)
     assert (frontier.original_accuracy, frontier.adapters) == (1, N)

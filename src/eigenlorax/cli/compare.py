@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..train.entrants import ENTRANTS, METHODS, SEEDS, Contest, read_rates
 from ..train.options import DEFAULTS, Columns
+from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions, parse_rates
 from . import console
 
 if TYPE_CHECKING:
-    from ..train.contest import Outcome
-    from ..train.verdicts import Line
+    from ..train.comparison_summary import MethodSummary
+    from ..train.method_comparison import ComparisonResult
 
 EPILOG = """Examples:
 
@@ -24,7 +24,7 @@ EPILOG = """Examples:
 POINTS = 5
 """The most columns of scores on the way."""
 
-_ASIDE = ", ".join(name for name in ENTRANTS if name not in METHODS)
+_ASIDE = ", ".join(name for name in LEARNING_RATES if name not in DEFAULT_METHODS)
 
 
 def register(app: typer.Typer) -> None:
@@ -53,10 +53,10 @@ def compare(
         str,
         typer.Option(
             metavar="A,B,…",
-            help=f"Some of {', '.join(ENTRANTS)}. Unless named, {_ASIDE} take no part.",
+            help=f"Some of {', '.join(LEARNING_RATES)}. Unless named, {_ASIDE} take no part.",
             show_default=False,
         ),
-    ] = ",".join(METHODS),
+    ] = ",".join(DEFAULT_METHODS),
     learning_rates: Annotated[
         list[str] | None,
         typer.Option(metavar="[METHOD=]A,B,C", help="The rates to choose from, of a method or all. Once or more."),
@@ -75,13 +75,13 @@ def compare(
 ) -> None:
     """Train a new task by several methods alike, and say how coefficients do beside LoRA and others."""
     names = [name.strip() for name in methods.split(",")]
-    asked = Contest(
+    options = ComparisonOptions(
         train=rows,
         evaluation=evaluation,
         task=task,
         model=model,
         methods=names,
-        rates=read_rates(learning_rates or [], names),
+        rates=parse_rates(learning_rates or [], names),
         seeds=seeds,
         rank=rank,
         epochs=epochs,
@@ -90,21 +90,21 @@ def compare(
         bf16=bf16,
         columns=Columns(text_column, label_column, pair_column),
     )
-    from ..train import contest
+    from ..train import method_comparison
 
     with console.working():
-        prepared = contest.prepare(pack, asked, output, resume=resume)
+        prepared = method_comparison.prepare(pack, options, output, resume=resume)
     console.note(prepared.plan)
     with console.working() as progress:
-        found = contest.run(prepared, progress)
+        found = method_comparison.run(prepared, progress)
     if json:
         console.print_json({**asdict(found), "file": str(output), "pack": str(pack)})
         return
     _show(found)
 
 
-def _show(found: "Outcome") -> None:
-    from ..train.verdicts import some
+def _show(found: "ComparisonResult") -> None:
+    from ..train.comparison_summary import plural
 
     yardstick = found.yardstick
     header = ["method", "numbers", "file bytes", "accuracy", "±", "least–most", f"points above {yardstick} (95 %)"]
@@ -112,7 +112,7 @@ def _show(found: "Outcome") -> None:
     # of one seed there is no spread, and of one method no difference
     filled = [place for place in range(len(header)) if any(row[place] for row in scores)]
     console.print_table(
-        f"{found.evaluated:,} rows after {some(found.epochs, 'epoch')} on {found.rows:,}; the most frequent class "
+        f"{found.evaluated:,} rows after {plural(found.epochs, 'epoch')} on {found.rows:,}; the most frequent class "
         f"alone has {found.majority:.3f}",
         [header[place] for place in filled],
         [[row[place] for place in filled] for row in scores],
@@ -121,7 +121,7 @@ def _show(found: "Outcome") -> None:
     shown = _shown(found.points)
     part = f" on {found.rows_on_the_way} of the rows" if found.rows_on_the_way < found.evaluated else ""
     console.print_table(
-        f"On the way{part}; a training has {some(found.steps, 'step')}",
+        f"On the way{part}; a training has {plural(found.steps, 'step')}",
         [
             "method",
             "rate",
@@ -154,10 +154,10 @@ def _shown(points: Sequence[float]) -> list[int]:
     return [places[round(part * last / (POINTS - 1))] for part in range(POINTS)]
 
 
-def _scores(line: "Line") -> list[str]:
-    from ..train.verdicts import points
+def _scores(line: "MethodSummary") -> list[str]:
+    from ..train.comparison_summary import format_points
 
     spread = f"{line.spread:.3f}" if line.spread is not None else ""
     least = f"{min(line.scores):.3f}–{max(line.scores):.3f}" if len(line.scores) > 1 else ""
-    against = points(line.difference) if line.difference is not None else ""
+    against = format_points(line.difference) if line.difference is not None else ""
     return [line.method, f"{line.numbers:,}", f"{line.file_bytes:,}", f"{line.mean:.3f}", spread, least, against]

@@ -127,11 +127,11 @@ def report(
             found = originals.find(opened, adapters, progress, **reading)
             comparison = versions = None
             if evaluate:
-                from ..train import compare
                 from ..train import ratios as anew
+                from ..train import recycled_evaluation
 
                 # what is wrong with it is to be known before hours of measuring
-                comparison = compare.prepare(
+                comparison = recycled_evaluation.prepare(
                     opened,
                     found.adapters,
                     [_target(one, opened) for one in evaluate],
@@ -148,7 +148,7 @@ def report(
             if comparison is not None and versions is not None:
                 made = with_evaluations(made, *anew.run(found.adapters, comparison, versions, progress))
             elif comparison is not None:
-                made = with_evaluations(made, compare.run(opened, found.adapters, comparison, progress))
+                made = with_evaluations(made, recycled_evaluation.run(opened, found.adapters, comparison, progress))
         else:
             made = stored.of(opened) or report_of(opened, seed=seed, progress=progress)
         for path in output or ():

@@ -19,8 +19,8 @@ from ..errors import MissingExtraError
 from ..fitting.fit import Progress, fit
 from ..pack.summary import Summary
 from . import models, new_task
+from .adapter_versions import without_updates
 from .new_task import Attempt
-from .sides import without_updates
 
 if TYPE_CHECKING:
     from peft import PeftModel

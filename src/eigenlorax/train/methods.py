@@ -1,7 +1,9 @@
-"""The ways to train a task that are compared: what each of them adds to a base model. No training here."""
+"""Training methods that are compared: each adds trainable parameters to a base model. No training happens here."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,50 +18,53 @@ from ..pack import manifest
 from ..pack.pack import Pack
 
 HEAD = ("classifier", "score", "modules_to_save")
-"""What names of a task's own layers hold: they are trained by every method, and counted apart."""
+"""Parts of parameter names that mark a task head. Every method trains the head, and it is counted apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One way to train. kind is a name of `KINDS`; options are fields of that kind's config."""
+    """A training method: a name in `BUILDERS`, and fields of that method's PEFT config."""
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            near = suggestion(self.kind, KINDS)
-            raise OptionError(f"there is no method {self.kind!r}.{near} There are: {', '.join(KINDS)}.")
+        if self.kind not in BUILDERS:
+            hint = suggestion(self.kind, BUILDERS)
+            raise OptionError(f"there is no method {self.kind!r}.{hint} There are: {', '.join(BUILDERS)}.")
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What all methods of a comparison have in common. pack: for the methods that have a subspace."""
+class CommonConfig:
+    """Config fields that all methods of a comparison share. pack: the subspace, for methods that train in one."""
 
-    targets: Sequence[str]
+    target_modules: Sequence[str]
     task_type: str | None
     modules_to_save: Sequence[str] | None = None
     pack: Pack | None = None
 
-    def peft(self) -> dict[str, Any]:
-        """Fields that every config of PEFT's has."""
+    def peft_fields(self) -> dict[str, Any]:
+        """Return the fields that every PEFT config has."""
         saved = None if self.modules_to_save is None else list(self.modules_to_save)
-        return {"target_modules": list(self.targets), "task_type": self.task_type, "modules_to_save": saved}
+        return {"target_modules": list(self.target_modules), "task_type": self.task_type, "modules_to_save": saved}
 
     def subspace(self) -> Pack:
-        """The pack, or `OptionError` where there is none."""
+        """Return the pack. Raises `OptionError` if there is none."""
         if self.pack is None:
-            raise OptionError("this method trains in a subspace: name a pack.")
+            raise OptionError("this method trains in a subspace. Pass a pack.")
         return self.pack
 
 
-def applied(method: Method, base: Any, setting: Setting) -> Any:
-    """The base model, ready to be trained by a method. Its numbers come from torch's own generator."""
-    return KINDS[method.kind](base, setting, **method.options)
+def apply_method(method: Method, base: Any, common: CommonConfig) -> Any:
+    """Return the base model with the method's parameters, ready to be trained.
+
+    Random initial values come from torch's global generator, as in PEFT: seed it before.
+    """
+    return BUILDERS[method.kind](base, common, **method.options)
 
 
-def counted(model: Any) -> tuple[int, int]:
-    """Trained numbers of the method, and those of heads."""
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return the numbers of trained parameters of the method and of the head."""
     method = head = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and is_head(name):
@@ -69,30 +74,45 @@ def counted(model: Any) -> tuple[int, int]:
     return method, head
 
 
-def is_head(name: str) -> bool:
-    """Whether a parameter belongs to a task's own layers."""
-    return any(part in HEAD for part in name.split("."))
+def is_head(parameter_name: str) -> bool:
+    """Return whether a parameter belongs to the task head."""
+    return any(part in HEAD for part in parameter_name.split("."))
+
+
+def saved_bytes(model: Any) -> int:
+    """Return the size of the file that PEFT saves, head included; without an adapter, of the trained parameters."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
 
 def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
-    """A subspace of the same shapes that nobody has trained: that of an adapter of random numbers."""
+    """Return a pack whose bases have the same shapes and random components: the control for a fitted subspace."""
     generator = torch.Generator().manual_seed(seed)
-    size = max(max(bases.down.k, bases.up.k) for bases in pack.subspace.modules.values())
+    rank = max(max(bases.down.k, bases.up.k) for bases in pack.subspace.modules.values())
 
-    def factors(in_features: int, out_features: int) -> LoRAFactors:
-        down = torch.randn(size, in_features, generator=generator)
-        return LoRAFactors(down, torch.randn(out_features, size, generator=generator), 1.0)
+    def random_factors(in_features: int, out_features: int) -> LoRAFactors:
+        down = torch.randn(rank, in_features, generator=generator)
+        return LoRAFactors(down, torch.randn(out_features, rank, generator=generator), 1.0)
 
-    modules = {name: factors(b.down.dimension, b.up.dimension) for name, b in pack.subspace.modules.items()}
-    found = fit([from_factors("random", modules)], n_components=size)
+    modules = {name: random_factors(b.down.dimension, b.up.dimension) for name, b in pack.subspace.modules.items()}
+    random_pack = fit([from_factors("random", modules)], n_components=rank)
     sizes = {name: (bases.down.k, bases.up.k) for name, bases in pack.subspace.modules.items()}
-    return found if all(k == (size, size) for k in sizes.values()) else _cut(found, sizes)
+    return random_pack if all(k == (rank, rank) for k in sizes.values()) else _first_components(random_pack, sizes)
 
 
-def _cut(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
-    """The first components (down, up) of each module. What leads among random directions is as random as the rest."""
+def _first_components(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
+    """Return the pack with the first components (down, up) of each module.
+
+    The leading components of a random pack are as random as the others, so that the cut introduces no bias.
+    """
     modules = {
-        name: ModuleBases(_first(bases.down, sizes[name][0]), _first(bases.up, sizes[name][1]))
+        name: ModuleBases(_cut_basis(bases.down, sizes[name][0]), _cut_basis(bases.up, sizes[name][1]))
         for name, bases in pack.subspace.modules.items()
     }
     subspace = Subspace(modules)
@@ -107,66 +127,69 @@ def _cut(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
     )
 
 
-def _first(basis: Basis, k: int) -> Basis:
-    square = basis.singular_values.double().square()
-    # a slice would keep all rows alive
-    return replace(basis, components=basis.components[:k].clone(), energy=float(square[:k].sum()) / basis.square)
+def _cut_basis(basis: Basis, k: int) -> Basis:
+    squares = basis.singular_values.double().square()
+    # without clone() the slice keeps the whole tensor in memory
+    return replace(basis, components=basis.components[:k].clone(), energy=float(squares[:k].sum()) / basis.square)
 
 
-def _head(base: Any, setting: Setting) -> Any:
-    kept = [*HEAD, *(setting.modules_to_save or ())]
+def _head_only(base: Any, common: CommonConfig) -> Any:
+    trained = [*HEAD, *(common.modules_to_save or ())]
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_(any(part in kept for part in name.split(".")))
+        parameter.requires_grad_(any(part in trained for part in name.split(".")))
     return base
 
 
-def _full(base: Any, setting: Setting) -> Any:
+def _full(base: Any, common: CommonConfig) -> Any:
     return base.requires_grad_(True)
 
 
-def _lora(base: Any, setting: Setting, **options: Any) -> Any:
+def _lora(base: Any, common: CommonConfig, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(base, LoraConfig(**setting.peft(), **options))
+    return get_peft_model(base, LoraConfig(**common.peft_fields(), **options))
 
 
-def _vera(base: Any, setting: Setting, **options: Any) -> Any:
+def _vera(base: Any, common: CommonConfig, **options: Any) -> Any:
     from peft import VeraConfig, get_peft_model
 
-    return get_peft_model(base, VeraConfig(**setting.peft(), **options))
+    return get_peft_model(base, VeraConfig(**common.peft_fields(), **options))
 
 
-def _vblora(base: Any, setting: Setting, **options: Any) -> Any:
+def _vblora(base: Any, common: CommonConfig, **options: Any) -> Any:
     from peft import VBLoRAConfig, get_peft_model
 
-    return get_peft_model(base, VBLoRAConfig(**setting.peft(), **options))
+    return get_peft_model(base, VBLoRAConfig(**common.peft_fields(), **options))
 
 
-def _lora_xs(base: Any, setting: Setting, r: int, **options: Any) -> Any:
-    """LoRA-XS (arXiv 2405.17604) through PEFT's PSOFT: a free r × r matrix between factors of the weight's SVD."""
+def _lora_xs(base: Any, common: CommonConfig, r: int, **options: Any) -> Any:
+    """Add LoRA-XS (arXiv 2405.17604): an r × r matrix between factors of the weight's SVD.
+
+    PEFT has no LoRA-XS; its PSOFT without orthogonality and magnitudes computes the same.
+    """
     from peft import PsoftConfig, get_peft_model
 
-    form = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"}
-    return get_peft_model(base, PsoftConfig(**setting.peft(), r=r, psoft_alpha=r, **form, **options))
+    as_lora_xs = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"}
+    return get_peft_model(base, PsoftConfig(**common.peft_fields(), r=r, psoft_alpha=r, **as_lora_xs, **options))
 
 
-def _eigenlorax(base: Any, setting: Setting, **options: Any) -> Any:
+def _eigenlorax(base: Any, common: CommonConfig, **options: Any) -> Any:
     from peft import get_peft_model
 
     from ..tuner import EigenLoraxConfig
 
-    return get_peft_model(base, EigenLoraxConfig(subspace=setting.subspace(), **setting.peft(), **options))
+    return get_peft_model(base, EigenLoraxConfig(subspace=common.subspace(), **common.peft_fields(), **options))
 
 
-def _init(base: Any, setting: Setting, **options: Any) -> Any:
-    """The paper's INIT: a LoRA that starts from the components and is trained whole."""
+def _init(base: Any, common: CommonConfig, **options: Any) -> Any:
+    """Add the paper's INIT: a LoRA that is initialised with the components, and trained as a LoRA."""
     from ..tuner import lora_from_components
 
-    return lora_from_components(base, setting.subspace(), **setting.peft(), **options)
+    return lora_from_components(base, common.subspace(), **common.peft_fields(), **options)
 
 
-KINDS: Mapping[str, Callable[..., Any]] = {
-    "head": _head,
+BUILDERS: Mapping[str, Callable[..., Any]] = {
+    "head": _head_only,
     "full": _full,
     "lora": _lora,
     "vera": _vera,
@@ -175,4 +198,4 @@ KINDS: Mapping[str, Callable[..., Any]] = {
     "eigenlorax": _eigenlorax,
     "init": _init,
 }
-"""Name → what makes the model."""
+"""Kind of method → function (base model, common config, options) that returns the model to train."""

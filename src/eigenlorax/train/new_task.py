@@ -14,8 +14,8 @@ import torch
 
 from ..fitting.fit import Progress
 from ..pack.pack import Pack
-from . import methods, trial
-from .trial import Recipe
+from . import methods, training_run
+from .training_run import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,7 +98,7 @@ def _attempt(method: str, config: Any, recipe: Recipe, task: NewTask, model_fold
 
 def _train(model: "PeftModel", recipe: Recipe, tokenizer: Any, rows: list[tuple[str, int]]) -> None:
     """A linear decay; the head learns at a rate of its own, whatever the method."""
-    optimizer = trial.optimizer(model, recipe)
+    optimizer = training_run.make_optimizer(model, recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = EPOCHS * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

@@ -1,5 +1,5 @@
-"""What bytes buy on the task: the originals fitted anew at several ratios, and each cut and rounded by itself to the
-same bytes, all of them run on the rows that the pack is run on."""
+"""Task quality against size: the originals fitted again at several ratios, or truncated and rounded one by one to the
+same number of bytes, all evaluated on the same rows."""
 
 import glob
 import math
@@ -23,16 +23,19 @@ from ..reports.analysis.per_adapter import Cut
 from ..reports.data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 from ..reports.frontier import FIT
 from ..reports.measure import own_name
-from . import compare, evaluate
-from .compare import RECYCLED, Comparison, Job, Scored
-from .sides import ORIGINAL, WITHOUT
+from . import evaluate, recycled_evaluation
+from .adapter_versions import ORIGINAL, WITHOUT_UPDATE
+from .recycled_evaluation import RECYCLED, EvaluationJob, EvaluationPlan, JobScores
 
-ALONE = per_adapter.BOTH
+TRUNCATED = per_adapter.BOTH
+"""Method of the baseline: each adapter truncated by SVD and rounded, without a shared basis."""
+
+ScoredJobs = Sequence[tuple[EvaluationJob, JobScores]]
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
-    """One way of storing all originals; fields as in `TaskPoint`. adapter: as it comes back, by its name."""
+class StoredVersion:
+    """One way to store all originals; fields as in `TaskPoint`. adapter: returns a stored adapter by its name."""
 
     way: str
     ratio: float | None
@@ -43,172 +46,189 @@ class Version:
 
     @property
     def label(self) -> str:
-        """Unlike that of any other."""
+        """Unique name among the versions."""
         if self.ratio is None:
             return RECYCLED
-        return f"ratio {self.ratio:.12g}" + ", cut and rounded" * (self.way == ALONE)
+        return f"ratio {self.ratio:.12g}" + (", cut and rounded" if self.way == TRUNCATED else "")
 
 
 @dataclass(frozen=True, slots=True)
-class Versions:
-    """The pack, fits anew, and rivals; fields as in `TaskFrontier`."""
+class StoredVersions:
+    """The pack, the new fits and their baselines; fields as in `TaskFrontier`."""
 
     adapters: int
     lora_float16: int
-    several: Sequence[Version]
+    versions: Sequence[StoredVersion]
 
 
 def check(ratios: Sequence[int | float]) -> list[float]:
-    """The ratios in ascending order, each once. `OptionError` unless each is a number from 1 on, and there is one."""
-    found = [number("ratio", one) for one in ratios]
-    for one in found:
-        if not 1 <= one < math.inf:
-            raise OptionError(f"a ratio is by how much smaller than the LoRAs a fit is, a number from 1 on, got {one}.")
-    if not found:
-        raise OptionError("no ratio is given for the frontier: name some, such as 5, 20 and 50.")
-    return sorted(set(found))
+    """Return the ratios in ascending order without duplicates. Raises `OptionError` for none, or one below 1."""
+    checked = [number("ratio", ratio) for ratio in ratios]
+    for ratio in checked:
+        if not 1 <= ratio < math.inf:
+            raise OptionError(f"a ratio is the size of the LoRAs divided by that of the pack, 1 or more, got {ratio}.")
+    if not checked:
+        raise OptionError("the frontier needs at least one ratio. Pass some, such as 5, 20 and 50.")
+    return sorted(set(checked))
 
 
 def prepare(
     pack: Pack,
     originals: Mapping[str, Adapter],
-    asked: Comparison,
+    plan: EvaluationPlan,
     ratios: Sequence[int | float],
     progress: Progress | None = None,
-) -> Versions:
-    """Fit the originals anew by `fit(…, ratio=)`, and cut and round each to the same bytes: all but running them.
+) -> StoredVersions:
+    """Fit the originals again with `fit(…, ratio=)`, and truncate and round each to the same number of bytes.
 
-    What is to be done in all is said as the first stage of progress. Modules that are kept out of the pack's subspace
-    stay so. `OptionError` names a ratio that cannot be reached.
+    Modules that the pack's fit excluded stay excluded. The first stage of `progress` names all the work to come. Raises
+    `OptionError` for a ratio that cannot be reached.
     """
     ratios = check(ratios)
-    say = progress or (lambda stage, done, total: None)
-    said = _cost(asked.jobs, len(ratios))
-    named = [replace(one, name=name) for name, one in originals.items()]
-    excluded = _excluded(pack, named)
-    fits: list[Pack] = []
+    report = progress or (lambda stage, done, total: None)
+    stage = _describe_work(plan.jobs, len(ratios))
+    named = [replace(adapter, name=name) for name, adapter in originals.items()]
+    excluded = _excluded_patterns(pack, named)
+    packs: list[Pack] = []
     for done, ratio in enumerate(ratios):
-        say(said, done, len(ratios))
-        fits.append(
-            fitting.fit(named, ratio=ratio, exclude_modules=excluded, same_base=True, warn_above=1.0, progress=say)
+        report(stage, done, len(ratios))
+        packs.append(
+            fitting.fit(named, ratio=ratio, exclude_modules=excluded, same_base=True, warn_above=1.0, progress=report)
         )
-    say(said, len(ratios), len(ratios))
-    own = [_of_pack("pack", None, pack, list(originals))]
-    anew = [_of_pack(FIT, ratio, one, list(originals)) for ratio, one in zip(ratios, fits, strict=True)]
-    records = fits[0].records
+    report(stage, len(ratios), len(ratios))
+    own = _version_of_pack("pack", None, pack, list(originals))
+    fits = [_version_of_pack(FIT, ratio, fitted, list(originals)) for ratio, fitted in zip(ratios, packs, strict=True)]
+    records = packs[0].records
     carried = sum(record.carried_bytes for record in records.values())
-    lora = 2 * lora_numbers(records) + carried
-    others = _rivals(originals, fits[0], anew, carried, say)
-    return Versions(len(named), lora, [*own, *chain.from_iterable(zip(anew, others, strict=True))])
+    lora_float16 = 2 * lora_numbers(records) + carried
+    truncated = _truncated_versions(originals, packs[0], fits, carried, report)
+    return StoredVersions(len(named), lora_float16, [own, *chain.from_iterable(zip(fits, truncated, strict=True))])
 
 
 def run(
-    originals: Mapping[str, Adapter], asked: Comparison, versions: Versions, progress: Progress | None = None
+    originals: Mapping[str, Adapter], plan: EvaluationPlan, stored: StoredVersions, progress: Progress | None = None
 ) -> tuple[list[Evaluation], list[TaskFrontier]]:
-    """What `compare.run` gives, and the frontier of each kind of task; what the originals predict is found once."""
-    found = compare.scored(originals, {one.label: one.adapter for one in versions.several}, asked, progress)
-    both = list(zip(asked.jobs, found, strict=True))
-    by_task: dict[str, list[tuple[Job, Scored]]] = {}
-    for job, one in both:
-        by_task.setdefault(job.task, []).append((job, one))
-    return [compare.evaluation(job, one) for job, one in both], [
-        _frontier(task, group, versions) for task, group in by_task.items()
-    ]
+    """Return what `recycled_evaluation.run` returns, and one frontier per task.
+
+    The originals' predictions are computed once for all versions.
+    """
+    adapters = {version.label: version.adapter for version in stored.versions}
+    scores = recycled_evaluation.score_versions(originals, adapters, plan, progress)
+    scored_jobs = list(zip(plan.jobs, scores, strict=True))
+    by_task: dict[str, list[tuple[EvaluationJob, JobScores]]] = {}
+    for job, job_scores in scored_jobs:
+        by_task.setdefault(job.task, []).append((job, job_scores))
+    evaluations = [recycled_evaluation.evaluation(job, job_scores) for job, job_scores in scored_jobs]
+    return evaluations, [_frontier(task, group, stored) for task, group in by_task.items()]
 
 
-def _cost(jobs: Sequence[Job], ratios: int) -> str:
-    """What is before us, in words."""
-    rows, each = sum(len(job.rows) for job in jobs), 2 * ratios + 3
-    names = len({job.name for job in jobs})
+def _describe_work(jobs: Sequence[EvaluationJob], ratios: int) -> str:
+    """Return one line on the fits and predictions to come."""
+    # the original, the pack and the head alone, and two versions for each ratio
+    rows, versions = sum(len(job.rows) for job in jobs), 2 * ratios + 3
+    adapters = len({job.name for job in jobs})
     return (
-        f"frontier: {ratios} {'fit' if ratios == 1 else 'fits'}, then {each} versions of {names} "
-        f"{'adapter' if names == 1 else 'adapters'}, {each * rows:,} predictions"
+        f"frontier: {ratios} {'fit' if ratios == 1 else 'fits'}, then {versions} versions of {adapters} "
+        f"{'adapter' if adapters == 1 else 'adapters'}, {versions * rows:,} predictions"
     )
 
 
-def _excluded(pack: Pack, originals: Sequence[Adapter]) -> list[str]:
-    """Patterns of the modules that were kept out of the pack's subspace, and that these originals have."""
-    there = set(keys.one_name_per_module(one.specs for one in originals).values())
-    return [glob.escape(name) for name in pack.fit_info.excluded_modules if name in there]
+def _excluded_patterns(pack: Pack, originals: Sequence[Adapter]) -> list[str]:
+    """Return glob patterns of the modules that the pack's fit excluded and the originals have."""
+    modules = set(keys.one_name_per_module(adapter.specs for adapter in originals).values())
+    return [glob.escape(name) for name in pack.fit_info.excluded_modules if name in modules]
 
 
-def _of_pack(way: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> Version:
+def _version_of_pack(way: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> StoredVersion:
     records = [pack.records[name] for name in names]
     errors = [record.delta_error for record in records]
     stored = pack.info.stored_bytes + sum(record.coefficient_bytes + record.carried_bytes for record in records)
-    return Version(way, ratio, stored, max(errors), statistics.fmean(errors), pack.adapter)
+    return StoredVersion(way, ratio, stored, max(errors), statistics.fmean(errors), pack.adapter)
 
 
-def _rivals(
-    originals: Mapping[str, Adapter], one: Pack, fits: Sequence[Version], carried: int, say: Progress
-) -> list[Version]:
-    """Each original by itself, in the bytes of each fit. one: any of these fits, for its modules."""
+def _truncated_versions(
+    originals: Mapping[str, Adapter], pack: Pack, fits: Sequence[StoredVersion], carried: int, report: Progress
+) -> list[StoredVersion]:
+    """Return, for each fit, the originals truncated and rounded one by one to its number of bytes.
+
+    pack: any of the fits, for its modules. carried: bytes of tensors that are stored as they are in every version.
+    """
     stage = "cutting and rounding each adapter"
-    say(stage, 0, len(fits))
-    packed = {name: one.packed(name) for name in originals}
-    places = {name: list(found.places.items()) for name, found in packed.items()}
+    report(stage, 0, len(fits))
+    packed = {name: pack.packed(name) for name in originals}
+    module_names = {name: list(adapter.places.items()) for name, adapter in packed.items()}
 
-    def stacked(module: str) -> Stack:
-        n_out, n_in = one.subspace.modules[module].shape
-        owns = {name: own_name(found, module) for name, found in packed.items()}
-        return stack([originals[n].modules[own] if own is not None else None for n, own in owns.items()], n_in, n_out)
+    def stack_module(module: str) -> Stack:
+        n_out, n_in = pack.subspace.modules[module].shape
+        own_names = {name: own_name(adapter, module) for name, adapter in packed.items()}
+        factors = [originals[name].modules[own] if own is not None else None for name, own in own_names.items()]
+        return stack(factors, n_in, n_out)
 
-    modules = list(one.subspace.modules)
-    tables = per_adapter.tables(Lazy(dict.fromkeys(modules), stacked))
-    index = {name: at for at, name in enumerate(originals)}
+    modules = list(pack.subspace.modules)
+    tables = per_adapter.tables(Lazy(dict.fromkeys(modules), stack_module))
+    adapter_index = {name: index for index, name in enumerate(originals)}
 
-    def adapter(chosen: Cut, name: str) -> Adapter:
+    def truncated_adapter(cut: Cut, name: str) -> Adapter:
         factors = dict(originals[name].modules)
-        at = index[name]
-        for own, place in places[name]:
-            rank = int(chosen.ranks[modules.index(place), at])
-            factors[own] = per_adapter.cut(factors[own], rank, int(chosen.bits[at]))
-        return replace(originals[name], modules=factors, specs={own: each.spec for own, each in factors.items()})
+        index = adapter_index[name]
+        for own, module in module_names[name]:
+            rank = int(cut.ranks[modules.index(module), index])
+            factors[own] = per_adapter.cut(factors[own], rank, int(cut.bits[index]))
+        specs = {own: module_factors.spec for own, module_factors in factors.items()}
+        return replace(originals[name], modules=factors, specs=specs)
 
-    found = []
+    versions = []
     for done, fit in enumerate(fits, start=1):
-        chosen = per_adapter.at_size(tables, fit.stored_bytes - carried)
-        point = chosen.point
-        stored = point.stored_bytes + carried
-        found.append(Version(ALONE, fit.ratio, stored, point.worst, point.mean, partial(adapter, chosen)))
-        say(stage, done, len(fits))
-    return found
+        cut = per_adapter.at_size(tables, fit.stored_bytes - carried)
+        point = cut.point
+        versions.append(
+            StoredVersion(
+                way=TRUNCATED,
+                ratio=fit.ratio,
+                stored_bytes=point.stored_bytes + carried,
+                worst=point.worst,
+                mean=point.mean,
+                adapter=partial(truncated_adapter, cut),
+            )
+        )
+        report(stage, done, len(fits))
+    return versions
 
 
-def _frontier(task: str, group: Sequence[tuple[Job, Scored]], versions: Versions) -> TaskFrontier:
-    accuracy, perplexity, _, _ = _means(group, ORIGINAL)
-    bare_accuracy, bare_perplexity, _, bare_kl = _means(group, WITHOUT)
+def _frontier(task: str, scored_jobs: ScoredJobs, stored: StoredVersions) -> TaskFrontier:
+    accuracy, perplexity, _, _ = _means(scored_jobs, ORIGINAL)
+    without_accuracy, without_perplexity, _, without_kl = _means(scored_jobs, WITHOUT_UPDATE)
     return TaskFrontier(
         task=task,
-        adapters=versions.adapters,
-        lora_float16=versions.lora_float16,
+        adapters=stored.adapters,
+        lora_float16=stored.lora_float16,
         original_accuracy=accuracy,
         original_perplexity=perplexity,
-        without_accuracy=bare_accuracy,
-        without_perplexity=bare_perplexity,
-        without_kl=bare_kl,
-        points=[_point(one, group) for one in versions.several],
+        without_accuracy=without_accuracy,
+        without_perplexity=without_perplexity,
+        without_kl=without_kl,
+        points=[_point(version, scored_jobs) for version in stored.versions],
     )
 
 
-def _point(one: Version, group: Sequence[tuple[Job, Scored]]) -> TaskPoint:
-    accuracy, perplexity, agreement, kl = _means(group, one.label)
+def _point(version: StoredVersion, scored_jobs: ScoredJobs) -> TaskPoint:
+    accuracy, perplexity, agreement, kl = _means(scored_jobs, version.label)
     return TaskPoint(
-        way=one.way,
-        ratio=one.ratio,
-        stored_bytes=one.stored_bytes,
-        worst=one.worst,
-        mean=one.mean,
+        way=version.way,
+        ratio=version.ratio,
+        stored_bytes=version.stored_bytes,
+        worst=version.worst,
+        mean=version.mean,
         accuracy=accuracy,
         perplexity=perplexity,
         agreement=agreement,
         kl=kl,
-        runs=[_run(job, found, one.label) for job, found in group],
+        runs=[_run(job, job_scores, version.label) for job, job_scores in scored_jobs],
     )
 
 
-def _run(job: Job, found: Scored, side: str) -> TaskRun:
-    score = found.scores[side]
+def _run(job: EvaluationJob, job_scores: JobScores, version: str) -> TaskRun:
+    score = job_scores.scores[version]
     return TaskRun(
         name=job.name,
         data=str(job.file),
@@ -219,13 +239,13 @@ def _run(job: Job, found: Scored, side: str) -> TaskRun:
     )
 
 
-def _means(group: Sequence[tuple[Job, Scored]], side: str) -> tuple[float | None, float | None, float, float]:
-    """Accuracy, perplexity, agreement and KL of a version, over the adapters of one kind of task and their files."""
-    scores = [(job, found.scores[side]) for job, found in group]
-    right = [score.accuracy for job, score in scores if job.labelled]
+def _means(scored_jobs: ScoredJobs, version: str) -> tuple[float | None, float | None, float, float]:
+    """Return a version's accuracy, perplexity, agreement and KL divergence, as means over the jobs of one task."""
+    scores = [(job, job_scores.scores[version]) for job, job_scores in scored_jobs]
+    accuracies = [score.accuracy for job, score in scores if job.labelled]
     losses = [score.loss for job, score in scores if job.classes is None]
     return (
-        statistics.fmean(right) if right else None,
+        statistics.fmean(accuracies) if accuracies else None,
         evaluate.perplexity(statistics.fmean(losses)) if losses else None,
         statistics.fmean(score.agreement for _, score in scores),
         statistics.fmean(score.kl for _, score in scores),

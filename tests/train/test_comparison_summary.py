@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from eigenlorax.train import verdicts
-from eigenlorax.train.verdicts import Difference, Run, difference
+from eigenlorax.train import comparison_summary
+from eigenlorax.train.comparison_summary import Difference, MethodRun, difference
 
 ROWS = 1000
 
@@ -57,12 +57,12 @@ class TestADifference:
         assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=0.003)
 
     def test_in_points(self):
-        assert verdicts.points(Difference(0.0123, -0.004, 0.03)) == "+1.2 (-0.4 to +3.0)"
+        assert comparison_summary.format_points(Difference(0.0123, -0.004, 0.03)) == "+1.2 (-0.4 to +3.0)"
 
 
 def made(method, share, *, numbers, scores=((0.5, 0.6, 0.7, 0.7),), rate=0.01):
     return [
-        Run(
+        MethodRun(
             method=method,
             learning_rate=rate,
             seed=seed,
@@ -86,14 +86,14 @@ TRIED = {"lora": {0.001: 0.7, 0.01: 0.8, 0.1: None}, "core": {0.01: 0.8, 0.1: 0.
 
 def table_of(runs, tried=None):
     tried = tried or {name: {0.01: None} for name in runs}
-    return verdicts.lines(runs, tried, next(iter(runs)))
+    return comparison_summary.summarise(runs, tried, next(iter(runs)))
 
 
 @pytest.mark.parametrize(
     ("number", "text"), [(1, "1 epoch"), (1.0, "1 epoch"), (1.5, "1.5 epochs"), (12345, "12,345 epochs")]
 )
 def test_some(number, text):
-    assert verdicts.some(number, "epoch") == text
+    assert comparison_summary.plural(number, "epoch") == text
 
 
 class TestTheTable:
@@ -125,7 +125,7 @@ class TestTheTable:
 
 
 def said(runs, tried=None, majority=0.5):
-    return verdicts.words(runs, table_of(runs, tried), next(iter(runs)), ROWS, majority, 5000)
+    return comparison_summary.findings(runs, table_of(runs, tried), next(iter(runs)), majority, 5000)
 
 
 class TestWords:
@@ -137,21 +137,27 @@ class TestWords:
         }
         core, factors, basis, brackets = said(runs)
         assert core.startswith("core: 10.0 points below lora (-1")
-        assert core.endswith("), with 1/12 of its numbers.")
+        assert core.endswith("), with 1/12 of its parameters.")
         assert "noise" not in core
-        assert factors == "factors: level with lora (+0.0 to +0.0, which may be noise), with as many numbers."
+        assert factors == "factors: level with lora (+0.0 to +0.0, which may be noise), with as many parameters."
         assert (
             basis
-            == "basis: core and factors need the pack's basis beside, 5,000 bytes, once for all adapters of the pack."
+            == "basis: core and factors need the pack's basis too, 5,000 bytes, once for all adapters of the pack."
         )
         assert brackets == "in brackets: 95 % intervals, over 2 seeds and 1,000 rows."
 
     @pytest.mark.parametrize(
         ("share", "part"),
         [
-            (0.70, "the sources are worth something for this task: factors are 15.0 points above the same over"),
-            (0.95, "the sources do harm to this task: factors are 10.0 points below the same over random directions ("),
-            (0.849, "cannot be told from noise here: factors are 0.1 points above the same over random directions ("),
+            (0.70, "the pack's subspace helps on this task; factors are 15.0 points above factors over"),
+            (
+                0.95,
+                "the pack's subspace hurts on this task; factors are 10.0 points below factors over random",
+            ),
+            (
+                0.849,
+                "no clear effect of the pack's subspace on this task; factors are 0.1 points above factors over",
+            ),
         ],
     )
     def test_of_a_random_basis(self, share, part):
@@ -173,10 +179,10 @@ class TestWords:
         }
         tried = {name: {0.001: 0.5, 0.01: 0.7, 0.1: 0.6} for name in runs} | {"vera": {0.01: 0.7, 0.1: 0.6}}
         found = said(runs, tried)
-        assert found[0].endswith("with 1/2 of its numbers.")
-        assert found[1].startswith("beside factors (40 numbers): vera (30) 20.0 points below (-2")
+        assert found[0].endswith("with 1/2 of its parameters.")
+        assert found[1].startswith("compared with factors (40 parameters): vera (30) 20.0 points below (-2")
         assert " and lora-xs (36) 10.0 points above (+" in found[1]
-        assert found[-1].startswith("rates: the one chosen is the lowest or the highest tried for vera; ")
+        assert found[-1].startswith("learning rates: the chosen rate is the lowest or the highest one tried for vera. ")
 
     def test_of_a_method_alone(self):
         runs = {"lora": made("lora", 0.9, numbers=96)}
@@ -184,7 +190,7 @@ class TestWords:
 
     def test_of_what_has_learned_nothing(self):
         runs = {"lora": made("lora", 0.9, numbers=96), "head": made("head", 0.6, numbers=0)}
-        start = "no better than the most frequent class alone: "
-        assert said(runs, majority=0.6)[0].startswith(f"{start}head. What has learned nothing says nothing of a method")
+        start = "no better than the most frequent class: "
+        assert said(runs, majority=0.6)[0].startswith(f"{start}head. Their rows say nothing about the method")
         assert said(runs, majority=0.95)[0].startswith(f"{start}lora, head. ")
         assert not any(one.startswith(start) for one in said(runs, majority=0.59))

@@ -17,9 +17,9 @@ from eigenlorax.cli import main
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import AdapterNameError, FormatError, NonFiniteError, OptionError, RowsWarning
 from eigenlorax.train import models
-from eigenlorax.train.compare import prepare, run
 from eigenlorax.train.evaluate import evaluate
 from eigenlorax.train.options import Columns
+from eigenlorax.train.recycled_evaluation import prepare, run
 from planted import normal, random_factors
 
 FULL_RANK = 4 * tiny.RANK
@@ -162,7 +162,7 @@ class TestClassification:
         )
         with pytest.warns(
             RowsWarning,
-            match="no column 'label': agreement is counted, .* text, gold. Columns.label=.* .--label-column",
+            match="no column 'label': agreement is measured, .* text, gold. Columns.label=.* .--label-column",
         ) as said:
             found = compare(pack, originals, [(None, file)])
         assert len(said) == 1
@@ -244,7 +244,7 @@ class TestLanguageModelling:
     @pytest.mark.parametrize("batch_size", [1, 6, 64])
     def test_equals_a_count_by_hand(self, place, made_of_gpt2, batch_size, monkeypatch):
         # a few tokens at a time
-        monkeypatch.setattr("eigenlorax.tasks.compare._NUMBERS", 7 * 53)
+        monkeypatch.setattr("eigenlorax.train.recycled_evaluation._MAX_FLOAT64_LOGITS", 7 * 53)
         pack, originals = made_of_gpt2
         file = place / "lm-eval.jsonl"
         (got,) = compare(pack, originals, [("a2", file)], task="causal-lm", batch_size=batch_size)
@@ -292,7 +292,7 @@ class TestWhatCannotBeCompared:
         ("files", "options", "error", "match"),
         [
             ([("e", "rows")], {}, AdapterNameError, "no adapter named 'e' in the pack. It has: a, b, c, d"),
-            ([("d", "rows")], {}, OptionError, "adapter 'd' cannot be compared: its original is not at hand"),
+            ([("d", "rows")], {}, OptionError, "adapter 'd' cannot be compared without its original"),
             ([(None, "three")], {}, OptionError, r"do not fit adapter 'b': .*label 2 is none of the 2 .*NAME=\S+three"),
             ([("b", "three")], {}, FormatError, "^[^N]*label 2 is none of the 2 classes: 0, 1.$"),
             ([("b", "named")], {}, OptionError, "labels such as 'good', and a pack keeps no names of classes"),
@@ -302,13 +302,13 @@ class TestWhatCannotBeCompared:
                 [("a", "first")],
                 {},
                 FormatError,
-                "line 1 has no 'label', which 30 of 31 rows have. Label all of them, or",
+                "line 1 has no 'label', which 30 of 31 rows have. Label all rows, or",
             ),
             (
                 [("a", "last")],
                 {},
                 FormatError,
-                "line 31 has no 'label', which 30 of 31 rows have. Label all of them, or",
+                "line 31 has no 'label', which 30 of 31 rows have. Label all rows, or",
             ),
             (
                 [("b", "named")],
@@ -385,7 +385,7 @@ class TestWhatCannotBeCompared:
     def test_a_model_that_has_other_modules(self, place, made_of_gpt2, base):
         pack, originals = made_of_gpt2
         with pytest.raises(
-            FormatError, match="PEFT cannot load adapter 'a1' .* not found .* Is it of another base mod"
+            FormatError, match="PEFT cannot load adapter 'a1' .* not found .* Does it belong to another base mod"
         ):
             compare(pack, originals, [("a1", place / "lm-eval.jsonl")], model=str(base), task="causal-lm")
 
@@ -407,7 +407,9 @@ class TestWhatCannotBeCompared:
             name: replace(one, down=one.down * 1e18, up=one.up * 1e19) for name, one in originals["a"].modules.items()
         }
         broken = {"a": replace(originals["a"], modules=wild)}
-        with pytest.raises(NonFiniteError, match=r"adapter 'a' \(original\) predicts on .*rows.jsonl is not a number"):
+        with pytest.raises(
+            NonFiniteError, match=r"predictions of adapter 'a' \(original\) on .*rows.jsonl are NaN or Inf"
+        ):
             compare(pack, broken, [("a", tmp_path / "rows.jsonl")])
 
     def test_originals_of_another_base_model(self, tmp_path, pack, originals, rows):

@@ -9,9 +9,9 @@ import torch
 import tiny
 import trainable
 from eigenlorax.errors import NonFiniteError
-from eigenlorax.train import examples, methods, trial
-from eigenlorax.train.methods import Method, Setting
-from eigenlorax.train.trial import Recipe
+from eigenlorax.train import examples, methods, training_run
+from eigenlorax.train.methods import CommonConfig, Method
+from eigenlorax.train.training_run import Recipe, RunData
 
 QUICK = {"learning_rate": 0.02, "head_learning_rate": 0.02, "epochs": 2.0, "batch_size": 8, "evaluations": 3}
 LABELS = ("bad", "good", "odd")
@@ -41,10 +41,13 @@ def run(encoded, tokenizer, seed=3, **changed):
     rows, test = encoded
     torch.manual_seed(seed)
     base = tiny.make_bert(len(LABELS))
-    model = methods.applied(Method("lora", {"r": 2}), base, Setting(["query", "value"], "SEQ_CLS"))
+    model = methods.apply_method(Method("lora", {"r": 2}), base, CommonConfig(["query", "value"], "SEQ_CLS"))
     recipe = Recipe(**{**QUICK, **changed})
-    return model, trial.run(
-        model, rows, test[:11], test, examples.collator("text-classification", tokenizer), recipe, seed=seed
+    return model, training_run.run(
+        model,
+        RunData(rows, test[:11], test, examples.collator("text-classification", tokenizer)),
+        recipe,
+        seed=seed,
     )
 
 
@@ -56,10 +59,10 @@ def done(encoded, tokenizer):
 def test_points_are_equal_steps_apart_and_the_last_is_the_end(done):
     _, found = done
     # two epochs of six steps, a third of them each
-    assert [point.step for point in found.points] == [4, 8, 12]
-    assert [point.epoch for point in found.points] == pytest.approx([4 / 6, 8 / 6, 2.0])
-    assert all(math.isfinite(point.loss) for point in found.points)
-    seconds = [point.seconds for point in found.points]
+    assert [point.step for point in found.checkpoints] == [4, 8, 12]
+    assert [point.epoch for point in found.checkpoints] == pytest.approx([4 / 6, 8 / 6, 2.0])
+    assert all(math.isfinite(point.loss) for point in found.checkpoints)
+    seconds = [point.seconds for point in found.checkpoints]
     assert 0 < seconds[0] < seconds[1] < seconds[2] == found.seconds
 
 
@@ -69,25 +72,27 @@ def test_predictions_are_in_the_order_of_the_rows(done, encoded):
     assert len({len(row["input_ids"]) for row in test}) > 5
     with torch.inference_mode():
         alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy() for row in test]
-    np.testing.assert_allclose(found.predicted, np.stack(alone), atol=1e-4)
+    np.testing.assert_allclose(found.predictions, np.stack(alone), atol=1e-4)
     wanted = np.array([row["labels"] for row in test])
-    assert found.score == trial.accuracy(found.predicted, wanted)
-    assert found.points[-1].score == trial.accuracy(found.predicted[:11], wanted[:11])
+    assert found.score == training_run.accuracy(found.predictions, wanted)
+    assert found.checkpoints[-1].score == training_run.accuracy(found.predictions[:11], wanted[:11])
 
 
 def test_numbers_are_counted(done):
     model, found = done
-    assert (found.numbers, found.head_numbers) == (4 * 2 * 2 * tiny.IN, 3 * tiny.IN + 3)
-    assert found.total_numbers == sum(parameter.numel() for parameter in model.parameters())
+    assert (found.parameters, found.head_parameters) == (4 * 2 * 2 * tiny.IN, 3 * tiny.IN + 3)
+    assert found.total_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_same_seed_gives_the_same_twice_and_another_one_does_not(done, encoded, tokenizer):
     _, found = done
     _, again = run(encoded, tokenizer)
-    assert (again.predicted == found.predicted).all()
-    assert [(point.loss, point.score) for point in again.points] == [(one.loss, one.score) for one in found.points]
+    assert (again.predictions == found.predictions).all()
+    assert [(point.loss, point.score) for point in again.checkpoints] == [
+        (one.loss, one.score) for one in found.checkpoints
+    ]
     _, other = run(encoded, tokenizer, seed=4)
-    assert (other.predicted != found.predicted).any()
+    assert (other.predictions != found.predictions).any()
 
 
 def test_at_a_rate_of_zero_everything_stays(encoded, tokenizer):
@@ -96,8 +101,8 @@ def test_at_a_rate_of_zero_everything_stays(encoded, tokenizer):
     with torch.inference_mode():
         base = tiny.make_bert(len(LABELS))
         wanted = np.stack([base(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy() for row in test])
-    np.testing.assert_allclose(found.predicted, wanted, atol=1e-5)
-    assert len({point.score for point in found.points}) == 1
+    np.testing.assert_allclose(found.predictions, wanted, atol=1e-5)
+    assert len({point.score for point in found.checkpoints}) == 1
 
 
 def test_heads_have_a_rate_of_their_own(encoded, tokenizer):
@@ -109,11 +114,11 @@ def test_heads_have_a_rate_of_their_own(encoded, tokenizer):
 
 
 def test_a_training_that_diverges_is_an_error(encoded, tokenizer):
-    with pytest.raises(NonFiniteError, match="the training has diverged"):
+    with pytest.raises(NonFiniteError, match="the training diverged"):
         run(encoded, tokenizer, learning_rate=1e30, head_learning_rate=1e30, epochs=1.0, evaluations=1)
 
 
 def test_pearson():
     wanted = np.array([1.0, 2.0, 4.0])
-    assert trial.pearson(np.array([[3.0], [5.0], [9.0]]), wanted) == pytest.approx(1.0)
-    assert trial.pearson(np.array([[2.0], [2.0], [2.0]]), wanted) == 0.0
+    assert training_run.pearson(np.array([[3.0], [5.0], [9.0]]), wanted) == pytest.approx(1.0)
+    assert training_run.pearson(np.array([[2.0], [2.0], [2.0]]), wanted) == 0.0

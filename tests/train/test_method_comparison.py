@@ -1,4 +1,4 @@
-"""A contest: rates are chosen on rows for training alone, what is resumed ends alike, and sizes are as they should."""
+"""A method comparison: rates are chosen on training rows alone, and a resumed comparison ends alike."""
 
 import json
 import shutil
@@ -12,10 +12,10 @@ import eigenlorax as ex
 import tiny
 import trainable
 from eigenlorax.errors import FormatError, NonFiniteError, OptionError, PackExistsError, RowsWarning
-from eigenlorax.train import contest, entries, models, parts
+from eigenlorax.train import method_comparison, method_presets, models, row_split
 from eigenlorax.train.data import Labels, Table
-from eigenlorax.train.entrants import ENTRANTS, Contest, read_rates
-from eigenlorax.train.entries import Place
+from eigenlorax.train.method_presets import TargetModule
+from eigenlorax.train.search_space import LEARNING_RATES, ComparisonOptions, parse_rates
 
 K, RANK, MODULES = 9, 4, len(tiny.BERT)
 FACTORS = MODULES * RANK * 2 * K
@@ -25,7 +25,7 @@ def few(place):
     """Of few rows, and quick."""
     trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=0))
     trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=1))
-    return Contest(
+    return ComparisonOptions(
         place / "few.jsonl",
         place / "test.jsonl",
         methods=["lora", "core"],
@@ -45,14 +45,14 @@ def run(place, asked, name="out.json", *, resume=False, progress=None):
     with warnings.catch_warnings():
         # that chance has a hand in rates where rows are few is tested once
         warnings.simplefilter("ignore", RowsWarning)
-        prepared = contest.prepare(place / "pack", asked, place / name, resume=resume)
-    return contest.run(prepared, progress)
+        prepared = method_comparison.prepare(place / "pack", asked, place / name, resume=resume)
+    return method_comparison.run(prepared, progress)
 
 
 @pytest.fixture(scope="module")
 def ended(_made, tmp_path_factory):
-    """Where a contest has ended in `out.json`, what it was asked, and what it found; its tests leave all this be."""
-    place = tmp_path_factory.mktemp("contest")
+    """Where a comparison has ended in `out.json`, what it was asked, and what it found; its tests leave all this be."""
+    place = tmp_path_factory.mktemp("comparison")
     trainable.copy_all(_made, place)
     asked = few(place)
     return place, asked, run(place, asked)
@@ -68,9 +68,9 @@ def choices(path):
     return [one for one in trainings(path) if one["seed"] is None]
 
 
-class TestAContest:
+class TestAComparison:
     def test_shows_who_has_learned_a_planted_rule(self, place):
-        asked = Contest(
+        asked = ComparisonOptions(
             place / "train.jsonl",
             place / "eval.jsonl",
             methods=["head", "factors"],
@@ -162,13 +162,13 @@ class TestAContest:
         with pytest.raises(OptionError, match=r"was begun with another epochs: 1.0 there, 2.0 now"):
             run(place, replace(quick, epochs=2.0), resume=True)
         trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=2))
-        with pytest.raises(OptionError, match="was begun with other rows for evaluation. resume=True .--resume"):
+        with pytest.raises(OptionError, match="was begun with other test rows. resume=True .--resume"):
             run(place, quick, resume=True)
         with pytest.raises(
-            PackExistsError, match="out.json exists. Choose another file, or go on with it: resume=True .--resume"
+            PackExistsError, match="out.json exists. Choose another file, or continue it with resume=True .--resume"
         ):
             run(place, quick)
-        with pytest.raises(OptionError, match="is a folder. The results are one file"):
+        with pytest.raises(OptionError, match="is a folder. Name a file for the results"):
             run(place, quick, "pack")
         (place / "odd.txt").write_text("")
         with pytest.raises(PackExistsError, match=r"odd\.txt exists and is not a folder"):
@@ -176,7 +176,7 @@ class TestAContest:
         with pytest.raises(OptionError, match="gone.json does not exist"):
             run(place, quick, "gone.json", resume=True)
         (place / "odd.json").write_text('{"trainings": 1}')
-        with pytest.raises(FormatError, match="odd.json is not what `eigenlorax compare` writes"):
+        with pytest.raises(FormatError, match="odd.json is not a file of `eigenlorax compare`"):
             run(place, quick, "odd.json", resume=True)
 
     def test_of_rates_that_diverge(self, place, asked):
@@ -184,9 +184,9 @@ class TestAContest:
         found = run(place, one)
         assert found.methods[0].learning_rate == 0.01
         assert found.methods[0].rates["1e+30"] is None
-        with pytest.raises(NonFiniteError, match="lora has diverged at each of the learning rates 1e\\+30, 2e\\+30"):
+        with pytest.raises(NonFiniteError, match="lora diverged at each of the learning rates 1e\\+30, 2e\\+30"):
             run(place, replace(one, rates={"lora": [1e30, 2e30]}), resume=True)
-        with pytest.raises(NonFiniteError, match="lora has diverged with seed 0 at the learning rate 1e\\+30"):
+        with pytest.raises(NonFiniteError, match="lora diverged with seed 0 at the learning rate 1e\\+30"):
             run(place, replace(one, rates={"lora": [1e30]}), resume=True)
         # what was good is kept
         assert run(place, one, resume=True).trainings == 0
@@ -205,67 +205,70 @@ class TestRows:
         tokenizer = models.tokenizer_of(str(ex.Pack.open(place / "pack").base_model), None)
         tables = self.table(counts), self.table(test or counts)
         tables = [replace(one, where=place / name) for one, name in zip(tables, ("a", "b"), strict=True)]
-        return parts.divide(asked, *tables, Labels(tuple(sorted(counts))), tokenizer, 32)
+        return row_split.split_rows(asked, *tables, Labels(tuple(sorted(counts))), tokenizer, 32)
 
     def test_a_fifth_of_each_class_is_held_out(self, place, asked):
         with pytest.warns(RowsWarning) as told:
             found = self.divide(place, asked, {"a": 61, "b": 20, "c": 3, "d": 1})
         held = [row["labels"] for row in found.held_out]
         assert [held.count(number) for number in range(4)] == [12, 4, 1, 0]
-        key = [tuple(row["input_ids"]) for row in found.whole]
-        assert sorted(tuple(row["input_ids"]) for row in found.part + found.held_out) == sorted(key)
-        assert found.way == found.test
+        key = [tuple(row["input_ids"]) for row in found.train]
+        assert sorted(tuple(row["input_ids"]) for row in found.search_train + found.held_out) == sorted(key)
+        assert found.validation == found.test
         texts = [str(one.message) for one in told]
-        assert any("85 of 85 rows of" in text and "known by heart" in text for text in texts)
-        assert any("chosen on 17 rows held out of 85: few" in text for text in texts)
+        assert any("85 of 85 rows of" in text and "memorised rows" in text for text in texts)
+        assert any("chosen on 17 rows held out of 85: with so few" in text for text in texts)
 
     def test_scores_on_the_way_are_of_some(self, place, asked, monkeypatch):
-        monkeypatch.setattr(parts, "ON_THE_WAY", 7)
+        monkeypatch.setattr(row_split, "MAX_VALIDATION_ROWS", 7)
         with pytest.warns(RowsWarning):
             found = self.divide(place, asked, {"a": 30, "b": 20})
-        assert len(found.way) == 7
-        assert all(row in found.test for row in found.way)
+        assert len(found.validation) == 7
+        assert all(row in found.test for row in found.validation)
 
     def test_one_row_a_class_is_too_few_to_choose_by(self, place, asked):
-        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="has one row a class, or little more"):
+        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="has hardly more than one row per class"):
             self.divide(place, asked, {"a": 1, "b": 1})
-        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="one rate a method .rates=, --learning-rates"):
+        with (
+            pytest.warns(RowsWarning),
+            pytest.raises(FormatError, match="one rate per method .rates=, --learning-rates"),
+        ):
             self.divide(place, asked, {"a": 5, "b": 1})
         with pytest.warns(RowsWarning):
             found = self.divide(place, replace(asked, rates={"lora": [0.1], "core": [0.1]}), {"a": 1, "b": 1})
-        assert (len(found.whole), found.held_out) == (2, [])
+        assert (len(found.train), found.held_out) == (2, [])
 
 
 class TestSizes:
-    places = tuple(Place(f"m{n}", 24, 40 if n else 24) for n in range(3))
+    places = tuple(TargetModule(f"m{n}", 24, 40 if n else 24) for n in range(3))
 
     def test_of_a_small_lora(self):
         # sides of 48, 64 and 64: a rank of all modules, or rank 1 of the last ones
-        assert entries._small_lora(self.places, 2 * 176 + 5) == (2, ["m0", "m1", "m2"])
-        assert entries._small_lora(self.places, 175) == (1, ["m2", "m1"])
-        assert entries._small_lora(self.places, 70) == (1, ["m2"])
-        assert entries._small_lora(self.places, 3) == (1, ["m2"])
+        assert method_presets._small_lora(self.places, 2 * 176 + 5) == (2, ["m0", "m1", "m2"])
+        assert method_presets._small_lora(self.places, 175) == (1, ["m2", "m1"])
+        assert method_presets._small_lora(self.places, 70) == (1, ["m2"])
+        assert method_presets._small_lora(self.places, 3) == (1, ["m2"])
 
     def test_of_others(self):
-        assert entries._lora_xs_rank(self.places, 3 * 7**2) == 7
-        assert entries._lora_xs_rank(self.places, 3 * 7**2 - 1) == 6
-        assert entries._lora_xs_rank(self.places, 10**6) == 24
-        assert entries._lora_xs_rank(self.places, 2) == 1
+        assert method_presets._lora_xs_rank(self.places, 3 * 7**2) == 7
+        assert method_presets._lora_xs_rank(self.places, 3 * 7**2 - 1) == 6
+        assert method_presets._lora_xs_rank(self.places, 10**6) == 24
+        assert method_presets._lora_xs_rank(self.places, 2) == 1
         # 8 divides 24 and 40; a vector is 8 numbers, and 4 · 176 / 8 = 88 logits
-        assert entries._vblora(self.places, 5 * 96 + 1)["num_vectors"] == 5
-        assert entries._vblora(self.places, 10)["num_vectors"] == 2
-        assert entries._vblora(self.places, 10)["vector_length"] == 8
+        assert method_presets._vblora_options(self.places, 5 * 96 + 1)["num_vectors"] == 5
+        assert method_presets._vblora_options(self.places, 10)["num_vectors"] == 2
+        assert method_presets._vblora_options(self.places, 10)["vector_length"] == 8
 
     def test_every_method_fits_the_model_and_small_ones_are_no_larger_than_factors(self, place):
         pack = ex.Pack.open(place / "pack")
         numbers = {}
         with models.quiet(), models.own_random_numbers():
-            made = entries.make(pack, list(ENTRANTS), [], RANK, tiny.make_bert)
+            made = method_presets.make_presets(pack, list(LEARNING_RATES), [], RANK, tiny.make_bert)
             for name, entry in made.items():
-                model = entry.applied(tiny.make_bert())
-                numbers[name], heads = entries.methods.counted(model)
+                model = entry.apply(tiny.make_bert())
+                numbers[name], heads = method_presets.methods.count_parameters(model)
                 assert heads == 3 * tiny.IN + 3
-                assert entries.file_bytes(model) >= 4 * heads
+                assert method_presets.methods.saved_bytes(model) >= 4 * heads
         assert numbers["factors"] == numbers["random"] == FACTORS
         assert numbers["core"] == MODULES * K * K
         assert numbers["lora"] == numbers["init"] == RANK * MODULES * 2 * tiny.IN
@@ -273,7 +276,7 @@ class TestSizes:
         assert numbers["head"] == 0
         for name, least in (("lora-small", 0.5), ("lora-xs", 0.7), ("vblora", 0.6)):
             assert least * FACTORS < numbers[name] <= FACTORS
-        bases = {name: made[name].setting.subspace().info.fingerprint for name in ("random", "factors", "core")}
+        bases = {name: made[name].common.subspace().info.fingerprint for name in ("random", "factors", "core")}
         assert bases["random"] != bases["factors"] == bases["core"] == pack.info.fingerprint
 
     def test_what_does_not_fit_is_said(self, place):
@@ -282,7 +285,7 @@ class TestSizes:
             models.quiet(),
             pytest.raises(OptionError, match="lora-xs does not work on the modules of this pack: .*Lin"),
         ):
-            entries.make(pack, ["lora-xs"], ["lora-xs"], RANK, gpt2_with_a_head)
+            method_presets.make_presets(pack, ["lora-xs"], ["lora-xs"], RANK, gpt2_with_a_head)
 
 
 def gpt2_with_a_head():
@@ -295,13 +298,13 @@ class TestWhatIsAskedFor:
     @pytest.mark.parametrize(
         ("fields", "part"),
         [
-            ({"task": "causal-lm"}, "on text-classification alone, not on causal-lm"),
+            ({"task": "causal-lm"}, "compared by accuracy, which causal-lm does not have"),
             ({"task": "chess"}, "no task 'chess'"),
             ({"methods": []}, "no method is named"),
             ({"methods": ["lora", "magic"]}, "no method 'magic'. There are: lora, lora-small, core"),
             ({"methods": ["lora", "lora"]}, "the method 'lora' is named twice"),
-            ({"rates": {"vera": [0.1]}}, "given for 'vera', which is none of the methods that take part: lora, core."),
-            ({"rates": {"lora": [0.0]}}, "must be numbers above 0, got 0.0 of lora"),
+            ({"rates": {"vera": [0.1]}}, "given for 'vera', which is not one of the methods: lora, core."),
+            ({"rates": {"lora": [0.0]}}, "must be numbers above 0, got 0.0 for lora"),
             ({"rates": {"lora": []}}, "must be numbers above 0"),
             ({"epochs": float("nan")}, "epochs must be a number above 0"),
             ({"seeds": 0}, "seeds must be at least 1, got 0"),
@@ -315,15 +318,15 @@ class TestWhatIsAskedFor:
             replace(asked, **{"rates": {}, **fields})
 
     def test_rates(self, asked):
-        assert read_rates([], ["lora"]) == {}
-        assert read_rates(["core=0.1,0.2", "1e-3"], ["lora", "core"]) == {"lora": [1e-3], "core": [0.1, 0.2]}
+        assert parse_rates([], ["lora"]) == {}
+        assert parse_rates(["core=0.1,0.2", "1e-3"], ["lora", "core"]) == {"lora": [1e-3], "core": [0.1, 0.2]}
         with pytest.raises(OptionError, match="'core=fast' are not learning rates"):
-            read_rates(["core=fast"], ["core"])
+            parse_rates(["core=fast"], ["core"])
         with pytest.raises(OptionError, match="learning rates of core are given twice"):
-            read_rates(["core=0.1", "core=0.2"], ["core"])
+            parse_rates(["core=0.1", "core=0.2"], ["core"])
         with pytest.raises(OptionError, match="learning rates of all are given twice"):
-            read_rates(["0.1", "0.2"], ["core"])
+            parse_rates(["0.1", "0.2"], ["core"])
         assert replace(asked, rates={"lora": [0.2, 0.1, 0.2]}).rates_of("lora") == [0.1, 0.2]
         assert asked.rates_of("core") == [0.1]
-        assert replace(asked, methods=["core", "head"], rates={}).yardstick == "core"
-        assert all(len(rates) == 3 for rates in ENTRANTS.values())
+        assert replace(asked, methods=["core", "head"], rates={}).baseline == "core"
+        assert all(len(rates) == 3 for rates in LEARNING_RATES.values())

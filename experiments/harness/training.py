@@ -1,0 +1,102 @@
+"""Training runs of the experiments on `eigenlorax.train`: one method on one task, and what the record says of it."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import eigenlorax as ex
+from eigenlorax.train import methods, training_run
+from eigenlorax.train.methods import CommonConfig, Method
+from eigenlorax.train.training_run import Recipe, RunData, TrainingRun
+
+from . import record
+
+Json = dict[str, Any]
+RECIPE_FIELDS = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations", "bf16")
+
+
+def fit_pack(spec: Json, adapter_folder: Callable[[str], Path]) -> ex.Pack:
+    """Fit a pack to source adapters, or make one with a random basis of the same shapes.
+
+    spec: sources (names), k or max_error, weighting, and the seed `random` for a random basis.
+    """
+    sources = {name: adapter_folder(name) for name in spec["sources"]}
+    size = {"max_error": spec["max_error"]} if "max_error" in spec else {"n_components": spec["k"]}
+    pack = ex.fit(sources, **size, weighting=spec["weighting"], dtype="float32", warn_above=1.0)
+    return pack if spec.get("random") is None else methods.random_basis(pack, seed=spec["random"])
+
+
+def make_model(config: Json, load_base: Callable[[], Any], common: CommonConfig) -> Any:
+    """Load the base model and add the config's method, both from the config's seed."""
+    torch.manual_seed(config["seed"])
+    return methods.apply_method(Method(config["kind"], config["options"]), load_base(), common)
+
+
+def train(model: Any, rows: RunData, config: Json, **recipe: Any) -> TrainingRun:
+    """Train a model as the config says. recipe: fields of `Recipe` that are not in the config's recipe."""
+    fields = {name: config["recipe"][name] for name in RECIPE_FIELDS if name in config["recipe"]}
+    full = Recipe(config["learning_rate"], config.get("optimizer", "adamw"), **{**fields, **recipe})
+    return training_run.run(model, rows, full, seed=config["seed"])
+
+
+def recorded(run: TrainingRun, model: Any, rows: RunData) -> Json:
+    """Return `train_info` and `test` of a run's record."""
+    labels = np.array([row["labels"] for row in rows.test])
+    return {
+        "train_info": train_info(run, model, rows.metric, lambda score: round(score, 5)),
+        "test": {
+            "metric": rows.metric,
+            "score": run.score,
+            "rows": len(labels),
+            "resampled": record.resampled(training_run.METRICS[rows.metric], run.predictions, labels),
+        },
+    }
+
+
+def train_info(run: TrainingRun, model: Any, metric: str, shown: Callable[[float], float]) -> Json:
+    """Return the fields of PEFT's `train_info`. shown: maps a score during training to the metric that is recorded."""
+    return {
+        "status": "success",
+        "train_time": round(run.seconds, 2),
+        "cpu_time": round(run.cpu_seconds, 2),
+        "memory_max": run.peak_bytes,
+        "file_size": methods.saved_bytes(model),
+        "num_trainable_params": run.parameters,
+        "num_head_params": run.head_parameters,
+        "num_total_params": run.total_parameters,
+        "metrics": [
+            {
+                "step": checkpoint.step,
+                "epoch": round(checkpoint.epoch, 3),
+                "train loss": round(checkpoint.loss, 5),
+                f"test {metric}": shown(checkpoint.score),
+                "train time": round(checkpoint.seconds, 2),
+            }
+            for checkpoint in run.checkpoints
+        ],
+    }
+
+
+def save_adapter(model: Any, folder: Path) -> str:
+    """Save a PEFT model's adapter, and return the hash of its weights."""
+    model.save_pretrained(folder)
+    return file_sha256(folder / "adapter_model.safetensors")
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def subspace(pack: ex.Pack) -> Json:
+    """Return what a record says of the subspace that a method trained in."""
+    return {"fingerprint": pack.info.fingerprint, "k": largest_k(pack)}
+
+
+def largest_k(pack: ex.Pack) -> list[int]:
+    """Return the largest numbers of components of a module, down and up."""
+    bases = pack.subspace.modules.values()
+    return [max(module.down.k for module in bases), max(module.up.k for module in bases)]

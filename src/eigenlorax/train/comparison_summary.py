@@ -1,0 +1,254 @@
+"""Summary of a method comparison: one row per method, differences with confidence intervals, and findings in words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+
+BOOTSTRAP_DRAWS = 10_000
+_REACHED = 0.98
+"""Fraction of the baseline's score that counts as reached."""
+_SUBSPACE_METHODS = ("core", "factors")
+_SMALL_METHODS = ("lora-small", "vera", "vblora", "lora-xs")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRun:
+    """One run of a method; the field names are those of the results file.
+
+    seed: None if the run served to choose the learning rate. numbers, head_numbers: trained parameters of the method
+    and of the head. score: accuracy on the tested rows, None if the training diverged. loss: mean cross-entropy on
+    them, in nats. right: one character per row, 1 if its class was predicted and 0 if not; empty for runs that choose
+    a rate. steps, scores: steps at which the validation rows were scored, and their accuracy. seconds: of training.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int | None
+    numbers: int
+    head_numbers: int
+    file_bytes: int
+    score: float | None
+    loss: float | None
+    right: str
+    steps: list[int]
+    scores: list[float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Difference between the accuracies of two methods, with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the interval contains zero."""
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSummary:
+    """One row of the table; the field names are those of the results file.
+
+    numbers: trained parameters without the head. file_bytes: size of the saved adapter with its head. rates: learning
+    rate → accuracy on the rows held out, None if it diverged or there was no search. scores: accuracy of each seed on
+    all test rows, with their mean and spread (standard deviation; None for one seed). difference: to the baseline.
+    curve: mean accuracy at each point during training, on the validation rows. steps: steps until 98 % of the
+    baseline's final score on these rows, None if that was not reached. seconds: mean duration of a training.
+    """
+
+    method: str
+    learning_rate: float
+    rates: dict[str, float | None]
+    numbers: int
+    head_numbers: int
+    file_bytes: int
+    scores: list[float]
+    mean: float
+    spread: float | None
+    difference: Difference | None
+    curve: list[float]
+    steps: int | None
+    seconds: float
+
+    @property
+    def rate_is_at_edge(self) -> bool:
+        """Whether the chosen learning rate is the lowest or the highest of several."""
+        rates = [float(rate) for rate in self.rates]
+        return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
+
+
+def difference(correct: Sequence[str], baseline_correct: Sequence[str]) -> Difference:
+    """Return the difference of mean accuracies, with a paired bootstrap interval.
+
+    Args:
+        correct: For each seed, one digit per test row: 1 if its class was predicted, 0 if not.
+        baseline_correct: The same for the other method, with the same seeds and rows.
+
+    Seeds and rows are both resampled, and each draw is applied to both methods. The generator's seed is fixed.
+    """
+    signs = _digits(correct) - _digits(baseline_correct)
+    seeds, rows = signs.shape
+    # rows with equal signs for all seeds are exchangeable: drawing counts of a few patterns replaces drawing rows
+    patterns, counts = np.unique(signs, axis=1, return_counts=True)
+    generator = np.random.default_rng(0)
+    seed_weights = generator.multinomial(seeds, [1 / seeds] * seeds, size=BOOTSTRAP_DRAWS) / seeds
+    pattern_weights = generator.multinomial(rows, counts / rows, size=BOOTSTRAP_DRAWS) / rows
+    resampled = np.einsum("ds,sk,dk->d", seed_weights, patterns, pattern_weights, optimize=True)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Difference(float(signs.mean()), float(low), float(high))
+
+
+def _digits(correct: Sequence[str]) -> np.ndarray:
+    return np.array([[int(digit) for digit in row] for row in correct], dtype=np.float64)
+
+
+def _method_difference(runs: Mapping[str, Sequence[MethodRun]], method: str, baseline: str) -> Difference:
+    return difference([run.right for run in runs[method]], [run.right for run in runs[baseline]])
+
+
+def summarise(
+    runs: Mapping[str, Sequence[MethodRun]],
+    search_scores: Mapping[str, Mapping[float, float | None]],
+    baseline: str,
+) -> list[MethodSummary]:
+    """Return one row per method.
+
+    Args:
+        runs: Method → its runs at the chosen learning rate, one per seed.
+        search_scores: Method → learning rate → accuracy on the rows held out.
+        baseline: Method that the others are compared with.
+    """
+    target = _REACHED * fmean(run.scores[-1] for run in runs[baseline])
+    summaries = []
+    for method, method_runs in runs.items():
+        first = method_runs[0]
+        scores = [run.score for run in method_runs if run.score is not None]
+        curve = [fmean(run.scores[point] for run in method_runs) for point in range(len(first.steps))]
+        summaries.append(
+            MethodSummary(
+                method=method,
+                learning_rate=first.learning_rate,
+                rates={f"{rate:g}": score for rate, score in search_scores[method].items()},
+                numbers=first.numbers,
+                head_numbers=first.head_numbers,
+                file_bytes=first.file_bytes,
+                scores=scores,
+                mean=fmean(scores),
+                spread=stdev(scores) if len(scores) > 1 else None,
+                difference=_method_difference(runs, method, baseline) if method != baseline else None,
+                curve=curve,
+                steps=next((step for step, score in zip(first.steps, curve, strict=True) if score >= target), None),
+                seconds=fmean(run.seconds for run in method_runs),
+            )
+        )
+    return summaries
+
+
+def findings(
+    runs: Mapping[str, Sequence[MethodRun]],
+    summaries: Sequence[MethodSummary],
+    baseline: str,
+    majority: float,
+    basis_bytes: int,
+) -> list[str]:
+    """Return sentences about the subspace methods, each supported by the figures of the table.
+
+    majority: fraction of the most frequent class among the test rows. basis_bytes: size of the pack's basis.
+    """
+    by_name = {summary.method: summary for summary in summaries}
+    subspace_methods = [name for name in _SUBSPACE_METHODS if name in by_name]
+    sentences = []
+    untrained = [summary.method for summary in summaries if summary.mean <= majority]
+    if untrained:
+        sentences.append(
+            f"no better than the most frequent class: {', '.join(untrained)}. Their rows say nothing about the "
+            "method; try more training rows, more epochs or other learning rates."
+        )
+    for name in subspace_methods:
+        if name != baseline:
+            size = _size_ratio(by_name[name].numbers, by_name[baseline].numbers)
+            sentences.append(f"{name}: {_describe(by_name[name].difference, baseline)}{size}.")
+    if {"factors", "random"} <= by_name.keys():
+        sentences.append(_random_basis_finding(_method_difference(runs, "factors", "random")))
+    small_methods = [name for name in _SMALL_METHODS if name in by_name]
+    if "factors" in by_name and small_methods:
+        comparisons = [
+            f"{name} ({by_name[name].numbers:,}) {_describe(_method_difference(runs, name, 'factors'))}"
+            for name in small_methods
+        ]
+        size = f"{by_name['factors'].numbers:,} parameters"
+        sentences.append(f"compared with factors ({size}): {join_words(comparisons)}.")
+    if subspace_methods:
+        verb = "need" if len(subspace_methods) > 1 else "needs"
+        sentences.append(
+            f"basis: {join_words(subspace_methods)} {verb} the pack's basis too, {basis_bytes:,} bytes, once for all "
+            "adapters of the pack."
+        )
+    if len(summaries) > 1:
+        seeds, rows = len(summaries[0].scores), len(runs[baseline][0].right)
+        sample = f"{seeds} seeds and {rows:,} rows"
+        if seeds == 1:
+            sample = f"{rows:,} rows; with one seed, the spread between seeds is unknown"
+        sentences.append(f"in brackets: 95 % intervals, over {sample}.")
+    at_edge = [summary.method for summary in summaries if summary.rate_is_at_edge]
+    if at_edge:
+        sentences.append(
+            f"learning rates: the chosen rate is the lowest or the highest one tried for {', '.join(at_edge)}. Try "
+            "further rates: --learning-rates METHOD=A,B,C with --resume (rates=, resume=True)."
+        )
+    return sentences
+
+
+def _random_basis_finding(advantage: Difference) -> str:
+    """Return the sentence about what the pack's subspace is worth beyond its size."""
+    if advantage.is_noise:
+        effect = "no clear effect of the pack's subspace on this task"
+    elif advantage.value > 0:
+        effect = "the pack's subspace helps on this task"
+    else:
+        effect = "the pack's subspace hurts on this task"
+    return f"random basis: {effect}; factors are {_describe(advantage, 'factors over random components')}."
+
+
+def join_words(parts: Sequence[str]) -> str:
+    """Join parts with commas and "and"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def plural(number: int | float, noun: str) -> str:
+    """Return a number with its noun, with a plural s unless the number is 1."""
+    is_whole = number == int(number)
+    return f"{int(number) if is_whole else number:{',' if is_whole else 'g'}} {noun}{'' if number == 1 else 's'}"
+
+
+def format_points(change: Difference) -> str:
+    """Return a difference in percentage points, signed, with its interval."""
+    return f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+
+
+def _describe(change: Difference | None, baseline: str = "") -> str:
+    """Return a difference in words, such as "1.2 points below lora (-2.0 to -0.4)"."""
+    assert change is not None
+    size = abs(100 * change.value)
+    if size >= 0.05:
+        position = f"{size:.1f} points {'below' if change.value < 0 else 'above'} {baseline}".rstrip()
+    else:
+        position = f"level with {baseline}" if baseline else "level"
+    noise = ", which may be noise" if change.is_noise else ""
+    return f"{position} ({100 * change.low:+.1f} to {100 * change.high:+.1f}{noise})"
+
+
+def _size_ratio(parameters: int, baseline_parameters: int) -> str:
+    if parameters == 0 or baseline_parameters == 0:
+        return ""
+    if baseline_parameters >= 2 * parameters:
+        return f", with 1/{baseline_parameters / parameters:.0f} of its parameters"
+    if parameters == baseline_parameters:
+        return ", with as many parameters"
+    return f", with {parameters / baseline_parameters:.2g} times its parameters"

@@ -1,0 +1,68 @@
+"""The results file of a comparison: the settings that runs depend on, every finished run, and the summary."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..core import atomic_files, typed
+from ..errors import FormatError, OptionError, PackExistsError
+from ..pack import folder
+from ..version import __version__
+from .comparison_summary import MethodRun
+
+_HASHED_SETTINGS = {
+    "train": "other training rows",
+    "evaluation": "other test rows",
+    "subspace": "a pack with another subspace",
+}
+"""Settings that are stored as a hash, and what a message says of a difference."""
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Raise unless a new file can be written, or, with `resume`, an old one can be read."""
+    folder.check_outside(output)
+    atomic_files.check_is_folder(output.parent)
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder. Name a file for the results, such as results.json.")
+    if resume and not output.is_file():
+        raise OptionError(f"{output} does not exist: there is nothing to resume. Remove resume=True (--resume).")
+    if not resume and output.exists():
+        raise PackExistsError(f"{output} exists. Choose another file, or continue it with resume=True (--resume).")
+
+
+def write(
+    output: Path, settings: Mapping[str, Any], runs: Iterable[MethodRun], summary: Mapping[str, Any] | None
+) -> None:
+    """Write the file anew, one line per run. summary: None until the comparison is complete."""
+    fields = {
+        "eigenlorax": json.dumps(__version__),
+        "asked": json.dumps(settings, sort_keys=True),
+        "trainings": "[\n" + ",\n".join(json.dumps(asdict(run), sort_keys=True) for run in runs) + "\n]",
+        "result": json.dumps(summary, indent=2, sort_keys=True),
+    }
+    text = "{\n" + ",\n".join(f'"{name}": {value}' for name, value in fields.items()) + "\n}\n"
+    atomic_files.write_file(output, text.encode("utf-8", errors="surrogatepass"))
+
+
+def read_runs(output: Path, settings: Mapping[str, Any]) -> list[MethodRun]:
+    """Return the runs of a file.
+
+    Raises `FormatError` for another kind of file, `OptionError` for a comparison with other settings.
+    """
+    try:
+        document = json.loads(output.read_bytes())
+        stored = typed.typed(dict, document["asked"], "asked")
+        runs: list[MethodRun] = typed.typed(list[MethodRun], document["trainings"], "trainings")
+    except (ValueError, KeyError, TypeError, typed.UnfitError) as error:
+        raise FormatError(f"{output} is not a file of `eigenlorax compare`: {error}") from error
+    differing = sorted(name for name in settings if stored.get(name) != settings[name])
+    if differing:
+        name = differing[0]
+        difference = _HASHED_SETTINGS.get(name) or f"another {name}: {stored.get(name)!r} there, {settings[name]!r} now"
+        raise OptionError(
+            f"{output} was begun with {difference}. resume=True (--resume) continues the same comparison; methods, "
+            "rates and seeds may be added. Choose another file for another comparison."
+        )
+    return runs

@@ -1,0 +1,99 @@
+"""Split of a comparison's rows: for training, for choosing learning rates, and for testing."""
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FormatError, RowsWarning
+from . import examples
+from .data import Labels, Table
+from .examples import Example
+from .search_space import ComparisonOptions
+
+SEARCH_SEED = 2**31 - 1
+"""Seed of the split and of the runs that choose a learning rate. Other runs have the seeds 0, 1, 2 …"""
+_HELD_OUT_FRACTION = 5
+"""One of this many rows of each class is held out."""
+_FEW_ROWS = 100
+MAX_VALIDATION_ROWS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class RowSplit:
+    """Encoded rows of a comparison.
+
+    train: all training rows. search_train, held_out: the same rows in two parts, of which the second chooses learning
+    rates. test: all test rows. validation: test rows that are scored during training too. The split does not depend
+    on the seed of a run.
+    """
+
+    train: list[Example]
+    search_train: list[Example]
+    held_out: list[Example]
+    test: list[Example]
+    validation: list[Example]
+
+
+def split_rows(
+    options: ComparisonOptions, train: Table, test: Table, labels: Labels, tokenizer: Any, max_length: int
+) -> RowSplit:
+    """Encode and split the rows. A fifth of each class is held out from the training rows.
+
+    Warns with `RowsWarning` if test rows are among the training rows, or few rows are held out. Raises `FormatError`
+    if the rows held out have fewer than two classes, and a learning rate is to be chosen.
+    """
+    train_rows, test_rows = (
+        examples.classification(table, labels, options.columns, tokenizer, max_length) for table in (train, test)
+    )
+    _warn_about_duplicates(train, test, train_rows, test_rows)
+    held_out = _held_out_indices([row["labels"] for row in train_rows])
+    if any(options.searches(method) for method in options.methods):
+        if len({train_rows[index]["labels"] for index in held_out}) < 2:
+            raise FormatError(
+                f"{train.where} has hardly more than one row per class. Learning rates are chosen on rows held out, "
+                "which need two classes. Add rows, or pass one rate per method (rates=, --learning-rates METHOD=A)."
+            )
+        if len(held_out) < _FEW_ROWS:
+            warnings.warn(
+                f"learning rates are chosen on {len(held_out)} rows held out of {len(train_rows)}: with so few, "
+                "chance plays a part in the choice.",
+                RowsWarning,
+                stacklevel=3,
+            )
+    validation = test_rows
+    if len(test_rows) > MAX_VALIDATION_ROWS:
+        validation = random.Random(SEARCH_SEED).sample(test_rows, MAX_VALIDATION_ROWS)  # noqa: S311
+    return RowSplit(
+        train=train_rows,
+        search_train=[row for index, row in enumerate(train_rows) if index not in held_out],
+        held_out=[row for index, row in enumerate(train_rows) if index in held_out],
+        test=test_rows,
+        validation=validation,
+    )
+
+
+def _warn_about_duplicates(
+    train: Table, test: Table, train_rows: Sequence[Example], test_rows: Sequence[Example]
+) -> None:
+    train_texts = {tuple(row["input_ids"]) for row in train_rows}
+    duplicates = sum(tuple(row["input_ids"]) in train_texts for row in test_rows)
+    if duplicates:
+        warnings.warn(
+            f"{duplicates} of {len(test_rows)} rows of {test.where} are in {train.where} too: accuracies include "
+            "memorised rows. Remove them from one of the files.",
+            RowsWarning,
+            stacklevel=4,
+        )
+
+
+def _held_out_indices(classes: Sequence[int]) -> set[int]:
+    """Return the indices of rows held out, at least one of every class that has two rows or more."""
+    generator = random.Random(SEARCH_SEED)  # noqa: S311
+    held_out: set[int] = set()
+    for number in sorted(set(classes)):
+        indices = [index for index, row_class in enumerate(classes) if row_class == number]
+        count = max(1, len(indices) // _HELD_OUT_FRACTION) if len(indices) > 1 else 0
+        held_out.update(generator.sample(indices, count))
+    return held_out

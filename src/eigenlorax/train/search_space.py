@@ -1,0 +1,151 @@
+"""Options of a method comparison: methods, learning rates to try, and training settings.
+
+Imports no torch, because the help of the command line reads it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.options import suggestion
+from ..errors import OptionError
+from .options import DEFAULTS, Columns, check_task
+
+LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
+    "lora": (1e-3, 3e-3, 9e-3),
+    "lora-small": (2e-3, 6e-3, 2e-2),
+    "core": (6e-3, 2e-2, 6e-2),
+    "factors": (6e-3, 2e-2, 6e-2),
+    "random": (6e-3, 2e-2, 6e-2),
+    "vera": (2e-2, 6e-2, 2e-1),
+    "vblora": (3e-3, 1e-2, 3e-2),
+    "lora-xs": (1e-2, 3e-2, 9e-2),
+    "init": (1e-3, 3e-3, 9e-3),
+    "lora-soap": (2e-3, 6e-3, 2e-2),
+    "full": (5e-5, 1.5e-4, 5e-4),
+    "head": (6e-2, 2e-1, 6e-1),
+}
+"""Method → learning rates that are tried: of the method's own parameters, or of the head if it has no others."""
+
+DEFAULT_METHODS = ("lora", "lora-small", "core", "factors", "random", "vera", "lora-xs", "head")
+
+BASELINE = "lora"
+"""The method that the others are compared with, if it takes part. Otherwise the first one is."""
+
+SEEDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonOptions:
+    """Options of one comparison, checked when built.
+
+    Args:
+        train: File of training rows.
+        evaluation: File of test rows.
+        task: Only "text-classification" is supported.
+        model: Base model. None: the pack's.
+        methods: Keys of `LEARNING_RATES`, without duplicates.
+        rates: Method → learning rates to try instead of those of `LEARNING_RATES`. With one rate there is no search.
+        seeds: Number of runs per method at the chosen learning rate.
+        rank: Rank of LoRA, INIT and factors. Small methods get as many parameters as factors of this rank have.
+        max_length: Maximum number of tokens per row. None: as in `Training`.
+
+    Raises `OptionError` for an unknown or duplicate name, or a number out of range.
+    """
+
+    train: Path
+    evaluation: Path
+    task: str = "text-classification"
+    model: str | None = None
+    methods: Sequence[str] = DEFAULT_METHODS
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seeds: int = SEEDS
+    rank: int = 8
+    epochs: float = float(DEFAULTS["num_train_epochs"])
+    batch_size: int = int(DEFAULTS["per_device_train_batch_size"])
+    max_length: int | None = None
+    bf16: bool = False
+    columns: Columns = field(default_factory=Columns)
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
+        if self.task != "text-classification":
+            raise OptionError(
+                f"methods are compared by accuracy, which {self.task} does not have. Use text-classification, or "
+                "`eigenlorax train` and `eigenlorax evaluate`."
+            )
+        self._check_methods()
+        self._check_rates()
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise OptionError(f"epochs must be a number above 0, got {self.epochs!r}.")
+        for name, minimum in (("seeds", 1), ("rank", 1), ("batch_size", 1), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise OptionError(f"{name} must be at least {minimum}, got {value!r}.")
+
+    def _check_methods(self) -> None:
+        if not self.methods:
+            raise OptionError(f"no method is named. There are: {', '.join(LEARNING_RATES)}.")
+        for name in self.methods:
+            if name not in LEARNING_RATES:
+                hint = suggestion(name, LEARNING_RATES)
+                raise OptionError(f"there is no method {name!r}.{hint} There are: {', '.join(LEARNING_RATES)}.")
+            if list(self.methods).count(name) > 1:
+                raise OptionError(f"the method {name!r} is named twice. Name each method once.")
+
+    def _check_rates(self) -> None:
+        for name, rates in self.rates.items():
+            if name not in self.methods:
+                raise OptionError(
+                    f"learning rates are given for {name!r}, which is not one of the methods: "
+                    f"{', '.join(self.methods)}.{suggestion(name, self.methods)}"
+                )
+            if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+                raise OptionError(
+                    f"learning rates must be numbers above 0, got {', '.join(map(str, rates))} for {name}."
+                )
+
+    @property
+    def baseline(self) -> str:
+        return BASELINE if BASELINE in self.methods else self.methods[0]
+
+    def rates_of(self, method: str) -> list[float]:
+        """Return the learning rates to try, ascending."""
+        return sorted(set(self.rates.get(method, LEARNING_RATES[method])))
+
+    def searches(self, method: str) -> bool:
+        """Return whether the method's learning rate is chosen among several."""
+        return len(self.rates_of(method)) > 1
+
+
+def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
+    """Parse values of `--learning-rates`: "METHOD=A,B,C" for one method, "A,B,C" for all that are not named.
+
+    Raises `OptionError` for a value that is not a list of numbers, or a method that is named twice.
+    """
+    rates_by_method: dict[str, list[float]] = {}
+    seen: list[str] = []
+    # values without a method come first, so that those of single methods replace them
+    for argument in sorted(arguments, key=lambda text: "=" in text):
+        before, equals, after = argument.partition("=")
+        method, numbers = (before, after) if equals else ("", argument)
+        try:
+            rates = [float(number) for number in numbers.split(",")]
+        except ValueError as error:
+            raise OptionError(f"{argument!r} are not learning rates. METHOD=A,B,C or A,B,C was expected.") from error
+        if method in seen:
+            target = f"of {method}" if equals else "of all"
+            raise OptionError(f"learning rates {target} are given twice. Give them once: A,B,C.")
+        seen.append(method)
+        rates_by_method |= {method: rates} if equals else dict.fromkeys(methods, rates)
+    return rates_by_method
+
+
+def lowest_near_best(scores: Mapping[float, float], tolerance: float) -> float:
+    """Return the lowest learning rate whose score is at most `tolerance` below the best.
+
+    Among rates that differ by chance only, the lower one is more stable on other tasks.
+    """
+    best = max(scores.values())
+    return min(rate for rate, score in scores.items() if score >= best - tolerance)

@@ -1,0 +1,300 @@
+"""One training run with transformers' Trainer: a model with trainable parameters in, scores on test rows out.
+
+The verb `compare`, the demo and the experiments train with this module; `eigenlorax train` has `trainer`.
+"""
+
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..errors import NonFiniteError
+from . import methods
+from .examples import IGNORED
+from .options import HEAD_LEARNING_RATE
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+"""Maps predictions, one row each, and their labels to a score. Higher is better."""
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return the fraction of rows whose highest logit is that of the label."""
+    return float((predictions.argmax(axis=-1) == labels).mean())
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return Pearson's correlation, or 0 if all predictions are equal."""
+    predictions = predictions.reshape(-1)
+    if predictions.std() == 0:
+        return 0.0
+    return float(np.corrcoef(predictions, labels)[0, 1])
+
+
+def mean_log_likelihood(losses: np.ndarray, _: np.ndarray) -> float:
+    """Return the mean log-likelihood of a row's tokens, in nats."""
+    return -float(losses.mean())
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean next-token loss of each row; tokens labelled `IGNORED` do not count."""
+    next_tokens = labels[:, 1:]
+    token_losses = cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), next_tokens.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return token_losses.view(next_tokens.shape).sum(-1) / (next_tokens != IGNORED).sum(-1)
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "pearson": pearson, "likelihood": mean_log_likelihood}
+
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"likelihood": row_losses}
+"""Metric → function that reduces a batch's logits at once, because the logits of all tokens would fill the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Hyperparameters that all compared methods share: linear warm-up, then linear decay to zero.
+
+    Args:
+        learning_rate: Of the method's parameters. If the method trains the head alone, of the head.
+        optimizer: Of the method's parameters, "adamw" or "soap" (`tuner.SOAP`). Heads are trained with AdamW.
+        head_learning_rate: Of the head's parameters, the same for every method.
+        warmup: Fraction of the steps with a rising learning rate.
+        evaluations: Number of scores during training, at equal distances; the last one is after the last step.
+        bf16: Compute in bfloat16 by autocast. Trained parameters stay float32.
+        by_length: Put rows of similar length into one batch, which halves the padding. Needs "input_ids".
+    """
+
+    learning_rate: float
+    optimizer: str = "adamw"
+    head_learning_rate: float = HEAD_LEARNING_RATE
+    epochs: float = 4.0
+    batch_size: int = 32
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    evaluations: int = 8
+    bf16: bool = False
+    by_length: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Encoded rows of one run, and the name of its metric in `METRICS`.
+
+    validation: rows that are scored during training. test: rows that are scored after it.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    test: Sequence[Any]
+    collate: Callable[..., Any]
+    metric: str = "accuracy"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """State of a run during training. seconds: of training, without evaluation. loss: mean since the last checkpoint.
+    score: on the validation rows."""
+
+    step: int
+    epoch: float
+    seconds: float
+    loss: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """Result of one run.
+
+    parameters: number of the method's trained parameters. head_parameters: number of the head's. score: on the test
+    rows. seconds: of training, without evaluation. cpu_seconds: of training with evaluation. peak_bytes: highest memory
+    use of this process so far, or of the accelerator in this run. predictions: logits, one row each, or what
+    `REDUCTIONS` makes of them.
+    """
+
+    parameters: int
+    head_parameters: int
+    total_parameters: int
+    checkpoints: list[Checkpoint]
+    score: float
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    predictions: np.ndarray = field(repr=False)
+
+
+def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
+    """Train the parameters of a model that require gradients, and score it on the test rows.
+
+    Sets the global seeds of random, NumPy and torch, as the Trainer does. Raises `NonFiniteError` if the training
+    diverges.
+    """
+    parameters, head_parameters = methods.count_parameters(model)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, clock = _make_trainer(model, rows, recipe, seed, Path(scratch))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        cpu_seconds, total_seconds = time.process_time() - cpu_started, time.perf_counter() - started
+        checkpoints = _checkpoints(trainer.state.log_history, clock)
+        predictions, score = _predict(trainer, rows, recipe)
+    if not math.isfinite(checkpoints[-1].loss) or not np.isfinite(predictions).all():
+        raise NonFiniteError("the training diverged: losses or predictions are NaN or Inf. Try a lower learning rate.")
+    return TrainingRun(
+        parameters=parameters,
+        head_parameters=head_parameters,
+        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        checkpoints=checkpoints,
+        score=score,
+        seconds=checkpoints[-1].seconds if checkpoints else total_seconds,
+        cpu_seconds=cpu_seconds,
+        peak_bytes=_peak_bytes(),
+        predictions=predictions,
+    )
+
+
+def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch: Path) -> tuple[Any, "_TrainingClock"]:
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    steps = math.ceil(recipe.epochs * math.ceil(len(rows.train) / recipe.batch_size))
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=2 * recipe.batch_size,
+        max_grad_norm=recipe.max_grad_norm,
+        train_sampling_strategy="group_by_length" if recipe.by_length else "random",
+        eval_strategy="no",
+        logging_strategy="no",
+        save_strategy="no",
+        bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    optimizer = make_optimizer(model, recipe)
+    clock = _TrainingClock({math.ceil(steps * n / recipe.evaluations) for n in range(1, recipe.evaluations + 1)})
+
+    class SequentialEvalTrainer(Trainer):  # type: ignore[misc]
+        # group_by_length would shuffle the evaluated rows too, and predictions would be in another order than rows
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            return torch.utils.data.SequentialSampler(eval_dataset)
+
+    metric = METRICS[rows.metric]
+    trainer = SequentialEvalTrainer(
+        model,
+        arguments,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        data_collator=rows.collate,
+        compute_metrics=lambda evaluated: {"score": metric(evaluated.predictions, evaluated.label_ids)},
+        preprocess_logits_for_metrics=REDUCTIONS.get(rows.metric),
+        optimizers=(optimizer, _schedule(optimizer, steps, recipe.warmup)),
+        callbacks=[clock.callback()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, clock
+
+
+def _predict(trainer: Any, rows: RunData, recipe: Recipe) -> tuple[np.ndarray, float]:
+    """Return predictions in the order of the test rows, and their score."""
+    order = list(range(len(rows.test)))
+    if recipe.by_length:
+        order.sort(key=lambda index: len(rows.test[index]["input_ids"]))
+    # the Trainer's prediction loop uses the sampling strategy of training: group_by_length differs from call to call
+    trainer.args.train_sampling_strategy = "random"
+    output = trainer.predict([rows.test[index] for index in order])
+    return output.predictions[np.argsort(order)], METRICS[rows.metric](output.predictions, output.label_ids)
+
+
+def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer, with one parameter group for the method and one for the head."""
+    method_parameters: list[Any] = []
+    head_parameters: list[Any] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head_parameters if methods.is_head(name) else method_parameters).append(parameter)
+    head_learning_rate = recipe.head_learning_rate if method_parameters else recipe.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": method_parameters, "lr": recipe.learning_rate},
+        # max_side=0 makes SOAP treat the head as AdamW does; AdamW itself ignores the key
+        {"params": head_parameters, "lr": head_learning_rate, "max_side": 0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+    from ..tuner import SOAP
+
+    return SOAP(groups)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> Any:
+    from transformers import get_linear_schedule_with_warmup
+
+    return get_linear_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
+
+
+class _TrainingClock:
+    """Triggers an evaluation after given steps, and measures the seconds of training without evaluation."""
+
+    def __init__(self, evaluated_steps: set[int]) -> None:
+        self._evaluated_steps = evaluated_steps
+        self.seconds_at: dict[int, float] = {}
+        self._evaluation_seconds = 0.0
+        self._started = self._stopped = 0.0
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class ClockCallback(TrainerCallback):  # type: ignore[misc]
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                clock._started = time.perf_counter()
+
+            def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+                if state.global_step in clock._evaluated_steps:
+                    clock._stopped = time.perf_counter()
+                    clock.seconds_at[state.global_step] = clock._stopped - clock._started - clock._evaluation_seconds
+                    control.should_log = control.should_evaluate = True
+
+            def on_evaluate(self, *_: Any, **__: Any) -> None:
+                clock._evaluation_seconds += time.perf_counter() - clock._stopped
+
+        return ClockCallback()
+
+
+def _checkpoints(log_history: list[dict[str, Any]], clock: _TrainingClock) -> list[Checkpoint]:
+    losses = {entry["step"]: entry["loss"] for entry in log_history if "loss" in entry}
+    return [
+        Checkpoint(
+            step=entry["step"],
+            epoch=entry["epoch"],
+            seconds=clock.seconds_at[entry["step"]],
+            loss=losses.get(entry["step"], math.nan),
+            score=entry["eval_score"],
+        )
+        for entry in log_history
+        if "eval_score" in entry
+    ]
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
