@@ -51,7 +51,9 @@ class TestAComparison:
         done = succeeded(
             cli(*shlex.split(f"{ROWS} --methods lora,core --rank 4 --epochs 7 --seeds 2 --learning-rates core=0.1,0.2"))
         )
-        assert re.search(r"^note: learning rates are chosen on 7 rows held out of 40: few", done.err, re.MULTILINE)
+        assert re.search(
+            r"^note: learning rates are chosen on 7 rows held out of 40: with so few", done.err, re.MULTILINE
+        )
         plan = r"note: 9 trainings of 7 epochs: 2 seeds on 40 rows for each of 2 methods, and 5 on 33 of them, which"
         assert re.search(plan, done.err)
         assert re.search(r"57 rows after 7 epochs on 40; the most frequent class\s+alone has 0\.\d{3}", done.out)
@@ -60,8 +62,8 @@ class TestAComparison:
         assert "On the way; a training has 21 steps" in done.out
         assert re.search(r"method +rate +epoch 1 +epoch 3 +epoch 4 +epoch 5 +epoch 7 +steps to 98 % of lora", done.out)
         assert "· core: " in done.out
-        assert "· basis: core needs the pack's basis beside" in done.out
-        assert "· rates: the one chosen is the lowest or the highest tried for" in done.out
+        assert "· basis: core needs the pack's basis too" in done.out
+        assert "· learning rates: the chosen rate is the lowest or the highest one tried for" in done.out
 
     def test_of_one_method_by_one_seed_has_no_columns_without_figures(self, cli, place):
         done = succeeded(cli(*shlex.split(QUICK)))
@@ -100,23 +102,27 @@ BAD = {
     "no such method": (f"{QUICK} --methods lora,magic", 3, "no method 'magic'. There are: lora, "),
     "a method twice": (f"{QUICK} --methods head,head", 3, "the method 'head' is named twice"),
     "rates that are none": (f"{ROWS} --learning-rates lora=fast", 3, "'lora=fast' are not learning rates"),
-    "rates of nobody": (f"{ROWS} --learning-rates full=0.1", 3, "'full', which is none of the methods that take part"),
-    "rates below 0": (f"{ROWS} --learning-rates lora=-1", 3, "must be numbers above 0, got -1.0 of lora"),
+    "rates of nobody": (f"{ROWS} --learning-rates full=0.1", 3, "'full', which is not one of the methods"),
+    "rates below 0": (f"{ROWS} --learning-rates lora=-1", 3, "must be numbers above 0, got -1.0 for lora"),
     "rates twice": (f"{QUICK} --learning-rates 0.2", 3, "learning rates of all are given twice"),
-    "another task": (f"{QUICK} --task causal-lm", 3, "on text-classification alone"),
+    "another task": (f"{QUICK} --task causal-lm", 3, "compared by accuracy, which causal-lm does not have"),
     "no such model": (f"{QUICK} --model no/such", 3, "the model no/such is no folder here"),
     "a file in the way": (
         f"{QUICK} -o odd.jsonl",
         4,
-        "odd.jsonl exists. Choose another file, or go on with it: resume=True (--resume)",
+        "odd.jsonl exists. Choose another file, or continue it with resume=True (--resume)",
     ),
-    "a folder in the way": (f"{QUICK} -o empty", 3, "empty is a folder. The results are one file"),
+    "a folder in the way": (f"{QUICK} -o empty", 3, "empty is a folder. Name a file for the results"),
     "a file in a file": (f"{QUICK} -o odd.jsonl/out.json", 4, "odd.jsonl exists and is not a folder"),
     "a file in the pack": (f"{QUICK} -o pack/out.json", 4, "lies in the pack"),
-    "nothing to resume": (f"{QUICK} --resume", 3, "out.json does not exist, so that there is nothing to resume"),
-    "resuming what is no contest": (f"{QUICK} --resume -o odd.jsonl", 3, "odd.jsonl is not what `eigenlorax compare`"),
+    "nothing to resume": (f"{QUICK} --resume", 3, "out.json does not exist: there is nothing to resume"),
+    "resuming another kind of file": (
+        f"{QUICK} --resume -o odd.jsonl",
+        3,
+        "odd.jsonl is not a file of `eigenlorax compare`",
+    ),
     "another contest": (f"{QUICK} --resume -o begun.json --epochs 2", 3, "another epochs: 1.0 there, 2.0 now"),
-    "other rows": (f"{QUICK} --resume -o begun.json --train train.jsonl", 3, "begun with other rows to train on"),
+    "other rows": (f"{QUICK} --resume -o begun.json --train train.jsonl", 3, "begun with other training rows"),
 }
 
 
