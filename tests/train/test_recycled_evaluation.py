@@ -162,7 +162,7 @@ class TestClassification:
         )
         with pytest.warns(
             RowsWarning,
-            match="no column 'label': agreement is measured, .* text, gold. Name the column with Columns.label=.* .--label-column",
+            match="no column 'label': agreement is measured, .* text, gold. Name .* Columns.label=.* .--label-column",
         ) as said:
             found = compare(pack, originals, [(None, file)])
         assert len(said) == 1
