@@ -1,8 +1,12 @@
-"""The command, and calls, in processes of their own: what they print and leave with, and what becomes of a folder when
-one of them is killed, or refused, at its n-th change on disk."""
+"""Processes that tests start: Python as a user starts it, and forks that are killed at their n-th change on disk.
+
+A fork has everything imported already, so a test can start hundreds. It inherits the type checks and the warning
+filters of the tests; a new interpreter does not.
+"""
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -14,43 +18,60 @@ from pathlib import Path
 import pytest
 import torch
 
-import interpreters
 from eigenlorax.cli import main
 
 TRACEBACK, KILLED = 70, 71
+SECONDS = 300
+"""Time limit of a process, far above what any of them needs on shared cores."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a process ended. `code`: its exit code; TRACEBACK where it raised; minus the signal's number."""
+    """Exit status and output of a process.
+
+    code: the exit code; TRACEBACK where a fork raised an exception; minus the signal's number where one killed it.
+    """
 
     code: int
     out: str
     err: str
 
 
+def python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python script.py …`, `python -m module …` or `python -c code …` in a new interpreter."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=SECONDS,
+        check=False,
+    )
+
+
 def command(*arguments: str | Path) -> Done:
-    """`python -m eigenlorax …` as a user runs it."""
-    ran = interpreters.python("-m", "eigenlorax", *arguments)
-    return Done(ran.returncode, ran.stdout, ran.stderr)
+    """Run `python -m eigenlorax …` in a new interpreter."""
+    process = python("-m", "eigenlorax", *arguments)
+    return Done(process.returncode, process.stdout, process.stderr)
 
 
 def buffered_environment() -> dict[str, str]:
-    """This process's, but for the variable that hides what happens when buffers are flushed late."""
+    """Return the environment without PYTHONUNBUFFERED, which hides errors of late flushes."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 def load_command() -> None:
-    """Import here, once, what the command would import in each fork: it does so when a verb runs."""
+    """Import what verbs import when they run, so that forks do not each import it again."""
     for arguments in (["inspect", "no where"], ["fit", "no where", "-o", "no where"], ["add", "no where", "no where"]):
         with pytest.raises(SystemExit):
             main(arguments)
 
 
 def start(call: Callable[[], object], env: Mapping[str, str] | None = None) -> Callable[[], Done]:
-    """`call` in a fork of this process, which has everything imported; what is returned waits for its end."""
+    """Call `call` in a fork of this process, and return a function that waits for its end."""
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
     with warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads; ours wait for requests or for work, and hold no lock
@@ -72,14 +93,14 @@ def start(call: Callable[[], object], env: Mapping[str, str] | None = None) -> C
 
 
 def run(call: Callable[[], object], env: Mapping[str, str] | None = None) -> Done:
-    """`call` in a fork, to its end."""
+    """Call `call` in a fork of this process, and wait for its end."""
     return start(call, env)()
 
 
 def _be_child(call: Callable[[], object], out: int, err: int, env: Mapping[str, str]) -> None:
     code = TRACEBACK
     try:
-        signal.alarm(interpreters.SECONDS)
+        signal.alarm(SECONDS)
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
@@ -89,8 +110,8 @@ def _be_child(call: Callable[[], object], out: int, err: int, env: Mapping[str, 
         torch.set_num_threads(1)
         call()
         code = 0
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
@@ -103,9 +124,9 @@ _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.li
 
 
 def at_change(n: int, within: Path, happen: Callable[[], object]) -> None:
-    """Let `happen` run just before the n-th change that this process makes in the folder `within`, the first being 1.
+    """Call `happen` just before the n-th change that this process makes in the folder `within`, counted from 1.
 
-    There is no way back: for forks only.
+    An audit hook cannot be removed, so call this in a fork.
     """
     seen = 0
 
@@ -120,7 +141,7 @@ def at_change(n: int, within: Path, happen: Callable[[], object]) -> None:
 
 
 def changes_within(folder: Path, event: str, arguments: tuple) -> bool:
-    """Whether what an audit hook is told of is a change in the folder."""
+    """Return whether an audit event is a change inside the folder."""
     if event == "open":
         changes = bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     else:
@@ -136,12 +157,12 @@ def _is_within(path: object, folder: Path) -> bool:
 
 
 def kill() -> None:
-    """End this process here and now, as SIGKILL does: no `finally`, no `except`, no flush."""
+    """End this process as SIGKILL does: no `finally`, no `except`, no flush."""
     os._exit(KILLED)
 
 
 def no_more_room() -> None:
-    """From here on no file of this process gets longer than a message of its own."""
+    """Limit the files of this process to 200 bytes from now on, as if the disk were full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     import resource
 

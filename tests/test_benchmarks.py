@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from interpreters import python
+from children import python
 
 ROOT = Path(__file__).resolve().parents[1]
 # at the end: nothing there may hide a module of another name

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from children import python
 from eigenlorax.errors import FormatError
 from fuzz import harness
 from fuzz.targets import TARGETS, Target, WrongError
-from interpreters import python
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz"
 CASES = Path(__file__).parent / "fuzz" / "cases.jsonl"

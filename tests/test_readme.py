@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from interpreters import python
+from children import python
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,11 +9,10 @@ import pytest
 from test_cli_help import VERBS
 
 import eigenlorax as ex
-import interpreters
 import lora_files
 import terminals
 from adapters import make_adapter, make_adapters
-from children import needs_fork, run
+from children import needs_fork, python, run
 from eigenlorax.cli import main
 from eigenlorax.core import printable
 from outcomes import json_of
@@ -26,10 +25,10 @@ MODULES = {f"encoder.{TEXT}.0.query": (17, 11), "layer.value": (13, 23)}
 
 # a fault in a verb
 RAISES = """
-import sys
+import ast, sys
 from eigenlorax.cli import env, main
 def fault():
-    raise ValueError(sys.argv[1])
+    raise ValueError(ast.literal_eval(sys.argv[1]))
 env.collect = fault
 main(["env"])
 """
@@ -217,7 +216,7 @@ class TestInAProcessOfItsOwn:
         assert_printable(run(lambda: main(["inspect", str(place / target)])))
 
     def test_a_traceback(self, place):
-        ran = interpreters.python("-c", RAISES, HOSTILE)
+        ran = python("-c", RAISES, ascii(HOSTILE))
         # Python's own message, whose lines and tabs stay
         assert controls(ran.stderr) <= {"\t"}
         assert "Traceback" in ran.stderr

@@ -14,7 +14,6 @@ import pytest
 
 import children
 import eigenlorax as ex
-import interpreters
 from adapters import make_adapter
 from children import KILLED, at_change, kill, load_command, needs_fork, no_more_room
 from eigenlorax.cli import main
@@ -280,7 +279,7 @@ class TestTwoAtOnce:
             change()
 
         wait = children.start(run)
-        patience = time.monotonic() + interpreters.SECONDS
+        patience = time.monotonic() + children.SECONDS
         while not here.exists():
             assert time.monotonic() < patience, f"there is no change number {n}"
             time.sleep(0.005)

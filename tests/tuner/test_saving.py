@@ -12,11 +12,11 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import eigenlorax as ex
+from children import python
 from eigenlorax.core import registry
 from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError, PackMissingError, ShapeError
 from eigenlorax.tuner import to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
-from interpreters import python
 from loaders import LOADERS, base, load
 from planted import random_factors
 from tiny import BERT, IN, RANK, make_pack, shake
