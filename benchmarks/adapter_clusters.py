@@ -11,8 +11,8 @@ from jaxtyping import Float
 from joint import Joint, Rows, bases, diagonal, full, in_diagonal, in_full
 from torch import Tensor
 
+from eigenlorax.core.batch import ModuleBatch, captured_squares, delta_squares
 from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
-from eigenlorax.core.stack import Stack, captured, squares
 
 _NOTHING = 1e-14
 
@@ -28,7 +28,7 @@ class Clusters:
 
 
 def clustered(
-    modules: Mapping[str, Stack],
+    modules: Mapping[str, ModuleBatch],
     weights: Float[Tensor, " n"],
     k: int,
     clusters: int,
@@ -70,7 +70,7 @@ def clustered(
 
 
 def _finished(
-    modules: Mapping[str, Stack],
+    modules: Mapping[str, ModuleBatch],
     labels: Tensor,
     clusters: int,
     bases_of: Sequence[Mapping[str, Rows]],
@@ -88,15 +88,15 @@ def _finished(
     return Clusters(tuple(tuple(members) for _, members in groups), tuple(found), lost)
 
 
-def _in(one: Stack, rows: Rows, fit: Callable[..., Joint]) -> Joint:
+def _in(one: ModuleBatch, rows: Rows, fit: Callable[..., Joint]) -> Joint:
     """The best cores of the kind that `fit` has between given factors."""
     return in_diagonal(one, rows) if fit is diagonal else in_full(one, rows)
 
 
-def _lost_in(one: Stack, rows: Rows, fit: Callable[..., Joint]) -> Float[Tensor, " n"]:
+def _lost_in(one: ModuleBatch, rows: Rows, fit: Callable[..., Joint]) -> Float[Tensor, " n"]:
     if fit is diagonal:
         return in_diagonal(one, rows).lost
-    return squares(one) - captured(one.down @ rows[0].mT, one.up @ rows[1].mT)
+    return delta_squares(one) - captured_squares(one.down @ rows[0].mT, one.up @ rows[1].mT)
 
 
 def _members(labels: Tensor, cluster: int) -> list[int]:
@@ -104,7 +104,7 @@ def _members(labels: Tensor, cluster: int) -> list[int]:
     return members
 
 
-def _first_labels(modules: Mapping[str, Stack], weights: Tensor, k: int, clusters: int) -> Tensor:
+def _first_labels(modules: Mapping[str, ModuleBatch], weights: Tensor, k: int, clusters: int) -> Tensor:
     """Each adapter with the nearest of `clusters` adapters, by what it keeps in that one's directions.
 
     The first of them is the one that is most in the directions of all, each next one the farthest from all before.
@@ -116,8 +116,8 @@ def _first_labels(modules: Mapping[str, Stack], weights: Tensor, k: int, cluster
     for name in modules:
         one = modules[name]
         down, up = bases(one, weights, k, rounds=0)
-        kept += captured(one.down @ down.mT, one.up @ up.mT)
-        total += squares(one)
+        kept += captured_squares(one.down @ down.mT, one.up @ up.mT)
+        total += delta_squares(one)
     norms = total.clamp_min(torch.finfo(torch.float64).tiny)
     seeds = [int((kept / norms).argmax())]
     shares = torch.zeros(n, 0, dtype=torch.float64)
@@ -126,7 +126,7 @@ def _first_labels(modules: Mapping[str, Stack], weights: Tensor, k: int, cluster
         for name in modules:
             one = modules[name]
             down, up = (orthonormal_rows(_spanning(rows[seeds[-1]])) for rows in (one.down, one.up))
-            share += captured(one.down @ down.mT, one.up @ up.mT)
+            share += captured_squares(one.down @ down.mT, one.up @ up.mT)
         shares = torch.cat([shares, (share / norms)[:, None]], dim=1)
         if len(seeds) == min(clusters, n):
             return shares.argmax(1)

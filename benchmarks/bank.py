@@ -30,7 +30,8 @@ from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, Llama
 import eigenlorax as ex
 from eigenlorax.cli import env
 from eigenlorax.core.basis import Basis
-from eigenlorax.core.subspace import Coefficients, ModuleBases, Subspace
+from eigenlorax.core.coefficients import Coefficients
+from eigenlorax.core.subspace import ModuleBases, Subspace
 from eigenlorax.pack import manifest
 from eigenlorax.pack.manifest import FitInfo
 from eigenlorax.pack.packed_adapter import PackedAdapter, Record

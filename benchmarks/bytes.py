@@ -33,8 +33,8 @@ from tuned_baselines import CLUSTERS, COMBINATIONS, least
 
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
-from eigenlorax.core.adapter import Adapter, Lazy, LoRAFactors
-from eigenlorax.core.stack import Stack, stack
+from eigenlorax.core.adapter import Adapter, LazyMapping, LoRAFactors
+from eigenlorax.core.batch import ModuleBatch, pad_factors
 from eigenlorax.reports.analysis.per_adapter import Point
 
 RESULTS = Path(__file__).with_name("results") / "bytes.json"
@@ -156,15 +156,15 @@ def lora_bytes(adapters: Sequence[Adapter]) -> int:
     return 2 * sum(spec.numbers for one in adapters for spec in one.specs.values())
 
 
-def stacks(adapters: Sequence[Adapter]) -> Mapping[str, Stack]:
+def stacks(adapters: Sequence[Adapter]) -> Mapping[str, ModuleBatch]:
     """Of each module, read anew at each access where they are many."""
     specs = {module: spec for one in adapters for module, spec in one.specs.items()}
 
-    def read(module: str) -> Stack:
+    def read(module: str) -> ModuleBatch:
         made: list[LoRAFactors | None] = [one.modules.get(module) for one in adapters]
-        return stack(made, specs[module].in_features, specs[module].out_features)
+        return pad_factors(made, specs[module].in_features, specs[module].out_features)
 
-    return Lazy(specs, read) if len(adapters) > 200 else {module: read(module) for module in specs}
+    return LazyMapping(specs, read) if len(adapters) > 200 else {module: read(module) for module in specs}
 
 
 def as_json(point: Point | None) -> Json | None:

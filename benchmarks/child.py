@@ -194,12 +194,12 @@ def large(folder: Path, k: int, engine: str, sweeps: int, adapters: int | None) 
 def exact(folder: Path, k: int) -> Json:
     """The share of a first fit's stack that the k best directions keep, by whole spectra in float64, of a few sides."""
     import eigenlorax as ex
-    from eigenlorax.core import subspace as spaces
+    from eigenlorax.core.adapter import delta_square, factor_grams
 
     torch.set_num_threads(LARGE_THREADS)
     before = peak_bytes()
     read_adapters = [ex.read_adapter(path) for path in _folders(folder, None).values()]
-    weights = [sum(spaces.delta_square(one.modules[m]) for m in one.modules) ** -0.5 for one in read_adapters]
+    weights = [sum(delta_square(one.modules[m]) for m in one.modules) ** -0.5 for one in read_adapters]
     first = min(read_adapters[0].modules).rpartition(".")[0]
     shares: Json = {}
     for checked in CHECKED:
@@ -209,7 +209,7 @@ def exact(folder: Path, k: int) -> Json:
         total = torch.zeros(dimension, dimension, dtype=torch.float64)
         for adapter, weight in zip(read_adapters, weights, strict=True):
             factors = adapter.modules[f"{first}.{module}"]
-            down_gram, up_gram = spaces.gram_pair(factors)
+            down_gram, up_gram = factor_grams(factors)
             rows, inner = (factors.down, up_gram) if side == "down" else (factors.up.mT, down_gram)
             rows = rows.double()
             total.addmm_(rows.mT, inner @ rows, alpha=(factors.scaling * weight) ** 2)

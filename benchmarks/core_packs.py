@@ -14,13 +14,14 @@ from torch import Tensor
 import eigenlorax as ex
 from eigenlorax.codec.storage.cores import DiagonalCoreStorage
 from eigenlorax.codec.storage.table import storage_by_name
-from eigenlorax.core import keys
-from eigenlorax.core import subspace as spaces
-from eigenlorax.core.adapter import Adapter, LoRAFactors
-from eigenlorax.core.basis import Basis, chooser
+from eigenlorax.core import module_names
+from eigenlorax.core.adapter import Adapter, LoRAFactors, delta_square
+from eigenlorax.core.basis import Basis, component_rule
+from eigenlorax.core.batch import pad_factors
+from eigenlorax.core.exact_fit import ExactFit
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.core.linalg import orthonormal_rows
-from eigenlorax.core.stack import stack
-from eigenlorax.core.subspace import FitOptions, ModuleBases, Subspace
+from eigenlorax.core.subspace import ModuleBases, Subspace
 from eigenlorax.formats import checks, sources
 from eigenlorax.pack import manifest
 
@@ -50,8 +51,10 @@ def paired_subspace(plain: Subspace, adapters: Sequence[Adapter], k: int, ridge:
     """Return the bases of every module of `plain` for diagonal cores."""
     weights, members = [], []
     for adapter in adapters:
-        modules = {module: place for module, place in keys.resolve_all(adapter.specs, plain.modules).items() if place}
-        squares = {module: spaces.delta_square(adapter.modules[module]) for module in modules}
+        modules = {
+            module: place for module, place in module_names.resolve_all(adapter.specs, plain.modules).items() if place
+        }
+        squares = {module: delta_square(adapter.modules[module]) for module in modules}
         if any(squares.values()):
             weights.append(sum(squares.values()) ** -0.5)
             members.append({place: adapter.modules[module] for module, place in modules.items() if squares[module]})
@@ -70,12 +73,12 @@ def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, rid
     """
     n_out, n_in = factors[0].up.shape[0], factors[0].down.shape[1]
     each = torch.tensor(weights, dtype=torch.float64)
-    fitted = joint.diagonal(stack(factors, n_in, n_out), each, min(k, n_in, n_out), ridge=ridge)
+    fitted = joint.diagonal(pad_factors(factors, n_in, n_out), each, min(k, n_in, n_out), ridge=ridge)
     sizes = (each[:, None] * fitted.cores).square().sum(0)
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > NEGLIGIBLE * sizes.max()]
-    sides = spaces.ModuleStack(factors, weights, FitOptions(n_components=k, sweeps=0))
-    alone = sides.finished(sides.first(chooser(k, None)))
+    sides = ExactFit(factors, weights, FitOptions(n_components=k, sweeps=0))
+    alone = sides.finished(sides.first(component_rule(k, None)))
     return ModuleBases(
         down=with_rows(alone.down, fitted.down[order], sides.down.weighted(sides.down_roots)),
         up=with_rows(alone.up, fitted.up[order], sides.up.weighted(sides.up_roots)),

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from eigenlorax.codec import diagonal_cores
 from eigenlorax.core import krylov
+from eigenlorax.core.batch import (
+    ModuleBatch,
+    captured_squares,
+    delta_squares,
+    difference_squares,
+    gram_matrices,
+    gram_roots,
+)
 from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
-from eigenlorax.core.stack import Stack, captured, difference_squares, gram, roots, squares
 
 ROUNDS = 200
 TOLERANCE = 1e-6
@@ -44,7 +51,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def full(
-    one: Stack,
+    one: ModuleBatch,
     weights: Float[Tensor, " n"],
     k: int,
     *,
@@ -60,7 +67,7 @@ def full(
     return in_full(one, bases(one, weights, k, start=start, rounds=rounds, tolerance=tolerance))
 
 
-def in_full(one: Stack, rows: Rows) -> Joint:
+def in_full(one: ModuleBatch, rows: Rows) -> Joint:
     """The best full cores between given orthonormal factors."""
     down, up = rows
     in_down, in_up = one.down @ down.mT, one.up @ up.mT
@@ -68,7 +75,7 @@ def in_full(one: Stack, rows: Rows) -> Joint:
 
 
 def bases(
-    one: Stack,
+    one: ModuleBatch,
     weights: Float[Tensor, " n"],
     k: int,
     *,
@@ -79,18 +86,18 @@ def bases(
     """The factors of `full` alone: each is in turn the k leading eigenvectors of what the other one sees."""
     small, frames = _narrow(_weighted(one, weights))
     k_down, k_up = (min(k, sum(one.ranks), rows.shape[2]) for rows in (small.down, small.up))
-    total = float(squares(small).sum())
+    total = float(delta_squares(small).sum())
     if start is None:
-        down = _top(small.down, gram(small.up), k_down)
-        up = _top(small.up, gram(small.down @ down.mT), k_up)
+        down = _top(small.down, gram_matrices(small.up), k_down)
+        up = _top(small.up, gram_matrices(small.down @ down.mT), k_up)
     else:
         # rows outside the adapters' span keep nothing
         down, up = (_within(rows, frame) for rows, frame in zip(start, frames, strict=True))
-    before = float(captured(small.down @ down.mT, small.up @ up.mT).sum())
+    before = float(captured_squares(small.down @ down.mT, small.up @ up.mT).sum())
     for _ in range(rounds):
-        down = _top(small.down, gram(small.up @ up.mT), k_down, down)
-        up = _top(small.up, gram(small.down @ down.mT), k_up, up)
-        now = float(captured(small.down @ down.mT, small.up @ up.mT).sum())
+        down = _top(small.down, gram_matrices(small.up @ up.mT), k_down, down)
+        up = _top(small.up, gram_matrices(small.down @ down.mT), k_up, up)
+        now = float(captured_squares(small.down @ down.mT, small.up @ up.mT).sum())
         if now - before <= tolerance * (total - now) + _NOTHING * total:
             break
         before = now
@@ -100,7 +107,7 @@ def bases(
 
 
 def diagonal(
-    one: Stack,
+    one: ModuleBatch,
     weights: Float[Tensor, " n"],
     k: int,
     *,
@@ -118,7 +125,7 @@ def diagonal(
     """
     small, frames = _narrow(_weighted(one, weights))
     k = min(k, sum(one.ranks))
-    total = float(squares(small).sum())
+    total = float(delta_squares(small).sum())
 
     def run(state: _Diagonal, rounds: int) -> _Diagonal:
         for _ in range(rounds):
@@ -144,11 +151,11 @@ def diagonal(
     return in_diagonal(one, (down, up), ridge)
 
 
-def in_diagonal(one: Stack, rows: Rows, ridge: float = diagonal_cores.RIDGE) -> Joint:
+def in_diagonal(one: ModuleBatch, rows: Rows, ridge: float = diagonal_cores.RIDGE) -> Joint:
     """The best diagonal cores between given factors."""
     down, up = rows
     cores, seen, both = _best_diagonal(one.down, one.up, rows, ridge)
-    lost = squares(one) - 2 * (cores * seen).sum(1) + ((cores @ both) * cores).sum(1)
+    lost = delta_squares(one) - 2 * (cores * seen).sum(1) + ((cores @ both) * cores).sum(1)
     return Joint(down, up, cores, lost.clamp_min(0))
 
 
@@ -158,11 +165,11 @@ def _best_diagonal(down: Tensor, up: Tensor, rows: Rows, ridge: float) -> tuple[
     return diagonal_cores.solve(with_terms, between_terms, ridge), with_terms, between_terms
 
 
-def _weighted(one: Stack, weights: Float[Tensor, " n"]) -> Stack:
-    return Stack(one.down, one.up * weights[:, None, None], one.scaling, one.ranks)
+def _weighted(one: ModuleBatch, weights: Float[Tensor, " n"]) -> ModuleBatch:
+    return ModuleBatch(one.down, one.up * weights[:, None, None], one.scaling, one.ranks)
 
 
-def _narrow(one: Stack) -> tuple[Stack, tuple[Tensor | None, Tensor | None]]:
+def _narrow(one: ModuleBatch) -> tuple[ModuleBatch, tuple[Tensor | None, Tensor | None]]:
     """The same updates in coordinates of frames, orthonormal rows that span all there is, where those are fewer than
     the dimension; None where not."""
     sides: list[Tensor] = []
@@ -176,7 +183,7 @@ def _narrow(one: Stack) -> tuple[Stack, tuple[Tensor | None, Tensor | None]]:
             frame = torch.linalg.qr(rows.reshape(n * r, d).mT)[0].mT
             sides.append(rows @ frame.mT)
             frames.append(frame)
-    return Stack(sides[0], sides[1], one.scaling, one.ranks), (frames[0], frames[1])
+    return ModuleBatch(sides[0], sides[1], one.scaling, one.ranks), (frames[0], frames[1])
 
 
 def _within(rows: Tensor, frame: Tensor | None) -> Tensor:
@@ -201,8 +208,8 @@ def _top(
 
     if near is None:
         near = torch.randn(min(k + 8, d), d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    total = float((gram(rows) * inner).sum())
-    return krylov.leading(multiply, near.mT, k, tolerance=1e-9 * total).vectors.mT
+    total = float((gram_matrices(rows) * inner).sum())
+    return krylov.leading_eigenvectors(multiply, near.mT, k, tolerance=1e-9 * total).vectors.mT
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,13 +224,13 @@ class _Diagonal:
     lost: float
 
     @classmethod
-    def of(cls, one: Stack, down: Tensor, up: Tensor, total: float, ridge: float) -> "_Diagonal":
+    def of(cls, one: ModuleBatch, down: Tensor, up: Tensor, total: float, ridge: float) -> "_Diagonal":
         """With the best cores between these factors."""
         down, up = _of_length_one(down), _of_length_one(up)
         cores, seen, both = _best_diagonal(one.down, one.up, (down, up), ridge)
         return cls(down, up, cores, total, ridge, max(total - float((cores * (2 * seen - cores @ both)).sum()), 0.0))
 
-    def improved(self, one: Stack) -> "_Diagonal":
+    def improved(self, one: ModuleBatch) -> "_Diagonal":
         """One factor after the other, and the cores, each the best there is beside the others.
 
         Where directions nearly coincide, that is decided by nearness to what was there, which keeps the sum from
@@ -249,20 +256,20 @@ def _of_length_one(rows: Tensor) -> Tensor:
     return found
 
 
-def _own_directions(one: Stack, k: int) -> tuple[Tensor, Tensor]:
+def _own_directions(one: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pairs of singular vectors of all adapters."""
     down, up, sigma = singular(one)
     largest = sigma.flatten().argsort(descending=True, stable=True)[:k]
     return down.flatten(0, 1)[largest], up.flatten(0, 1)[largest]
 
 
-def singular(one: Stack) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
+def singular(one: ModuleBatch) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
     """Each update's singular vectors as rows, right and left, and its singular values, descending.
 
     Rows beside a singular value of 0, or one that is nothing beside the first, are 0.
     """
     # down = R₁Q₁ and up = R₂Q₂ through roots of Gram matrices: R₂ᵀR₁ has the singular values of the update
-    down_root, up_root = roots(one.down), roots(one.up)
+    down_root, up_root = gram_roots(one.down), gram_roots(one.up)
     left, sigma, right = torch.linalg.svd(up_root @ down_root)
     floor = 1e-7 * sigma[:, :1]
     some = (sigma > floor) & (sigma > 0)
@@ -273,7 +280,7 @@ def singular(one: Stack) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r 
     return rows_down, rows_up, sigma * some
 
 
-def _diagonalised(one: Stack, k: int) -> tuple[Tensor, Tensor]:
+def _diagonalised(one: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:
     """Factors that diagonalise the two leading combinations of the full cores: exact where all cores are diagonal
     between one pair of factors."""
     down, up = bases(one, torch.ones(len(one), dtype=torch.float64), k, rounds=3)

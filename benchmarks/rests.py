@@ -18,8 +18,7 @@ from transformers import DynamicCache
 
 import bank as made
 import eigenlorax as ex
-from eigenlorax.core import byte_rows, metrics
-from eigenlorax.core import subspace as spaces
+from eigenlorax.core import int8_rows, metrics, projection
 from eigenlorax.core.subspace import ModuleBases
 from eigenlorax.train import demo
 
@@ -39,7 +38,7 @@ def with_rests(pack: ex.Pack) -> ex.Pack:
         found = {}
         for module, one in packed.coefficients.items():
             n_out, n_in = pack.subspace.modules[module].shape
-            found[module] = replace(one, down_rest=rest(one.rank, n_in), up_rest=rest(n_out, one.rank))
+            found[module] = replace(one, down_residual=rest(one.rank, n_in), up_residual=rest(n_out, one.rank))
         adapters[name] = replace(packed, coefficients=found)
     return ex.Pack(
         pack.subspace,
@@ -116,7 +115,7 @@ def errors() -> str:
         pack = ex.fit(demo.data() / "adapters", n_components=k, warn_above=1.0)
         lost = [record.delta_error for record in pack.records.values()]
         found = [f"{k}", f"{sum(lost) / len(lost):.3f}"]
-        for rounded in (torch.Tensor.bfloat16, lambda rows: byte_rows.rounded(rows).wide(torch.float32)):
+        for rounded in (torch.Tensor.bfloat16, lambda rows: int8_rows.quantise_rows(rows).wide(torch.float32)):
             changed = [_changed(pack, name, rounded) for name in pack.names]
             found += [f"{sum(changed) / len(changed):.4f}", f"{max(changed):.4f}"]
         rows.append(found)
@@ -128,7 +127,7 @@ def _changed(pack: ex.Pack, name: str, rounded: Callable[[Tensor], Tensor]) -> f
     for module, one in packed.coefficients.items():
         bases = pack.subspace.modules[packed.places[module]]
         sides = (replace(side, components=rounded(side.components).float()) for side in (bases.down, bases.up))
-        found.append(metrics.module_error(spaces.reconstruct(one, bases), one, ModuleBases(*sides)))
+        found.append(metrics.module_error(projection.reconstruct(one, bases), one, ModuleBases(*sides)))
     return metrics.adapter_error(found).delta_error
 
 

@@ -15,7 +15,7 @@ from adapter_clusters import clustered
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenlorax.core.stack import Stack, squares
+from eigenlorax.core.batch import ModuleBatch, delta_squares
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.bytes import Number
 from eigenlorax.reports.analysis.per_adapter import BOTH, CUT, CUT_BY_ENERGY, ROUNDED, Point
@@ -55,7 +55,7 @@ class SharedFactors:
 
     def __init__(
         self,
-        modules: Mapping[str, Stack],
+        modules: Mapping[str, ModuleBatch],
         groups: Sequence[Sequence[int]],
         bits: Sequence[Bits] = COMBINATIONS,
         rounds: tuple[int, int] = (4, 60),
@@ -126,7 +126,7 @@ class SharedFactors:
             }
         return self._measured[kind, k]
 
-    def _rows(self, kind: str, k: int, key: tuple[str, int], members: Stack) -> joint.Rows:
+    def _rows(self, kind: str, k: int, key: tuple[str, int], members: ModuleBatch) -> joint.Rows:
         weights = self.weights[self.groups[key[1]]]
         if kind == DIAGONAL:
             fitted = joint.diagonal(members, weights, k, rounds=self.rounds[1], tolerance=1e-4)
@@ -207,8 +207,8 @@ Losses = Iterator[tuple[Bits, Float[Tensor, " n"]]]
 """‖D − D'‖² of each adapter, by bits."""
 
 
-def _full_core_losses(module: Stack, rows: joint.Rows, bits: Sequence[Bits]) -> Losses:
-    total = squares(module)
+def _full_core_losses(module: ModuleBatch, rows: joint.Rows, bits: Sequence[Bits]) -> Losses:
+    total = delta_squares(module)
     for combinations, down, up in rounded_bases(rows, bits):
         inside = coordinates(module, down, up)
         cores, seen = inside.up.mT @ inside.down, (module.up @ up.mT).mT @ (module.down @ down.mT)
@@ -218,8 +218,8 @@ def _full_core_losses(module: Stack, rows: joint.Rows, bits: Sequence[Bits]) -> 
             yield combination, total - 2 * (seen * rounded).sum((1, 2)) + norm
 
 
-def _diagonal_core_losses(module: Stack, rows: joint.Rows, bits: Sequence[Bits]) -> Losses:
-    total = squares(module)
+def _diagonal_core_losses(module: ModuleBatch, rows: joint.Rows, bits: Sequence[Bits]) -> Losses:
+    total = delta_squares(module)
     for combinations, down, up in rounded_bases(rows, bits):
         cores = joint.in_diagonal(module, (down, up)).cores
         seen = ((module.down @ down.mT) * (module.up @ up.mT)).sum(1)
@@ -229,7 +229,7 @@ def _diagonal_core_losses(module: Stack, rows: joint.Rows, bits: Sequence[Bits])
             yield combination, total - 2 * (rounded * seen).sum(1) + ((rounded @ products) * rounded).sum(1)
 
 
-_LOSSES: Mapping[str, Callable[[Stack, joint.Rows, Sequence[Bits]], Losses]] = {
+_LOSSES: Mapping[str, Callable[[ModuleBatch, joint.Rows, Sequence[Bits]], Losses]] = {
     SHARED_BASIS: coefficient_losses,
     FULL: _full_core_losses,
     DIAGONAL: _diagonal_core_losses,
@@ -237,7 +237,7 @@ _LOSSES: Mapping[str, Callable[[Stack, joint.Rows, Sequence[Bits]], Losses]] = {
 
 
 def least(
-    modules: Mapping[str, Stack],
+    modules: Mapping[str, ModuleBatch],
     errors: Sequence[float],
     *,
     clusters: Sequence[int] = CLUSTERS,
@@ -276,7 +276,7 @@ def least(
     return points
 
 
-def grouped(modules: Mapping[str, Stack], count: int) -> list[list[int]]:
+def grouped(modules: Mapping[str, ModuleBatch], count: int) -> list[list[int]]:
     """Divide the adapters into at most `count` clusters, by what bases of a few components keep of each."""
     total, weights = norms(modules)
     if count == 1:

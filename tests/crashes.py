@@ -23,7 +23,7 @@ from adapters import make_adapter
 from children import Done, at_change, changes_within
 from eigenlorax.cli import main
 from eigenlorax.core import keys
-from eigenlorax.core.atomic_files import STAGING
+from eigenlorax.core.atomic_files import STAGING_PREFIX
 from outcomes import contents
 
 VERBS = {
@@ -193,7 +193,7 @@ class Crashes:
             there, before, after = (_below(adapter, one) for one in (found, self._old, new))
             assert there in (before, after), (crash, adapter)
         for path in self._old.keys() | found.keys() | new.keys():
-            ours = path.rpartition("/")[2].startswith(STAGING) or STAGING in path or ".fitting" in path
+            ours = path.rpartition("/")[2].startswith(STAGING_PREFIX) or STAGING_PREFIX in path or ".fitting" in path
             if not ours and _above(path, [*packs, *adapters]) is None and path not in (*packs, *adapters):
                 assert found.get(path) in (self._old.get(path), new.get(path)), (crash, path)
 

@@ -3,7 +3,7 @@
 import torch
 
 from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.stack import stack
+from eigenlorax.core.batch import pad_factors
 from eigenlorax.reports.analysis.pairs import Pairs
 from planted import MODULES, factors_in, normal, orthonormal, random_factors
 
@@ -13,7 +13,7 @@ WIDE = {"layer.0.query": (131, 113), "layer.0.value": (97, 127)}
 def pairs_of(collection, shapes=MODULES):
     found = Pairs.of(len(collection))
     for module, (n_out, n_in) in shapes.items():
-        found.add(stack([one.get(module) for one in collection], n_in, n_out))
+        found.add(pad_factors([one.get(module) for one in collection], n_in, n_out))
     return found
 
 

@@ -4,7 +4,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import eigenlorax as ex
-from eigenlorax.core import keys
+from eigenlorax.core import module_names
 from eigenlorax.core.adapter import LoRAFactors
 from planted import normal
 
@@ -67,7 +67,7 @@ def lora(name, naming, seed, kinds=tuple(SHAPES), rank=3):
 def dense(adapter):
     """The model with the updates in its weights."""
     model = make_vit()
-    places = keys.resolve_all(adapter.specs, [name for name, _ in model.named_modules()])
+    places = module_names.resolve_all(adapter.specs, [name for name, _ in model.named_modules()])
     for module, place in places.items():
         factors = adapter.modules[module]
         model.get_submodule(place).weight.data += factors.scaling * factors.up @ factors.down

@@ -17,8 +17,8 @@ def with_rest(coefficients, bases, sides, seed, size=0.2):
     up = size * normal(n_out, coefficients.rank, seed=seed + 1)
     return replace(
         coefficients,
-        down_rest=down.to(dtype) if sides in ("down", "both") else None,
-        up_rest=up.to(dtype) if sides in ("up", "both") else None,
+        down_residual=down.to(dtype) if sides in ("down", "both") else None,
+        up_residual=up.to(dtype) if sides in ("up", "both") else None,
     )
 
 

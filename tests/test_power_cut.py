@@ -128,7 +128,7 @@ def test_modules_that_were_kept_are_kept(tmp_path):
     key = {"fit": 1}
 
     def keep(place):
-        with checkpoint.opened(place / "kept", key) as kept:
+        with checkpoint.open_checkpoint(place / "kept", key) as kept:
             for number in range(3):
                 kept.keep(number, b"%d" % number)
 
@@ -138,7 +138,7 @@ def test_modules_that_were_kept_are_kept(tmp_path):
         (tmp_path / "cuts").mkdir()
         recording = record(place, lambda: keep(place))
         for at_the_end, found in cuts(recording, tmp_path / "cuts"):
-            with checkpoint.opened(found / "kept", key) as kept:
+            with checkpoint.open_checkpoint(found / "kept", key) as kept:
                 there = [kept.find(number, 10) for number in range(3)]
             assert there == [b"0", b"1", b"2"] or not at_the_end
             assert set(there) <= {b"0", b"1", b"2", None}

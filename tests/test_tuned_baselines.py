@@ -8,7 +8,7 @@ import joint
 import pytest
 import torch
 
-from eigenlorax.core.stack import Stack, squares, stack
+from eigenlorax.core.batch import ModuleBatch, delta_squares, pad_factors
 from eigenlorax.reports.analysis.losses import rounded_rows
 from eigenlorax.reports.analysis.per_adapter import BOTH
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
@@ -22,7 +22,7 @@ from tuned_baselines import DIAGONAL, SharedFactors
 
 
 def stacks(made, shapes=MODULES):
-    return {m: stack([one.get(m) for one in made], n_in, n_out) for m, (n_out, n_in) in shapes.items()}
+    return {m: pad_factors([one.get(m) for one in made], n_in, n_out) for m, (n_out, n_in) in shapes.items()}
 
 
 def dense_loss(kind, one, rows, bits):
@@ -51,7 +51,7 @@ class TestSharedFactors:
     @pytest.mark.parametrize("kind", tuned_baselines.KINDS)
     def test_losses_are_those_of_dense_matrices(self, kind):
         one = stacks(of_one_subspace(7, noise=0.1, shapes=MODULES))["encoder.0.query"]
-        weights = squares(one).rsqrt()
+        weights = delta_squares(one).rsqrt()
         found = joint.diagonal(one, weights, 9) if kind == DIAGONAL else joint.full(one, weights, 9)
         rows = found.down, found.up
         for bits, lost in tuned_baselines._LOSSES[kind](one, rows, tuned_baselines.COMBINATIONS):
@@ -136,7 +136,7 @@ class TestDiagonalCoresOfMany:
         n_out, n_in = MODULES["encoder.0.query"]
         down, up = normal(k, n_in, seed=1), normal(k, n_out, seed=2)
         cores = normal(n, k, seed=3)
-        made = Stack(
+        made = ModuleBatch(
             down + 0.02 * normal(n, k, n_in, seed=4),
             cores[:, :, None] * up,
             torch.ones(n, dtype=torch.float64),

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
+from eigenlorax.core.batch import ModuleBatch, pad_factors
 from eigenlorax.core.linalg import dual_rows
-from eigenlorax.core.stack import Stack, stack
 from eigenlorax.reports.analysis import losses, per_adapter
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
 
@@ -60,10 +60,10 @@ class Collection:
         self.adapters = {name: ex.read_adapter(folder, name=name) for name, folder in folders.items()}
 
     @cached_property
-    def modules(self) -> dict[str, Stack]:
+    def modules(self) -> dict[str, ModuleBatch]:
         specs = {module: spec for one in self.adapters.values() for module, spec in one.specs.items()}
         return {
-            module: stack(
+            module: pad_factors(
                 [one.modules.get(module) for one in self.adapters.values()], spec.in_features, spec.out_features
             )
             for module, spec in specs.items()
@@ -194,7 +194,7 @@ def _restored(collection: Collection, chosen: Sequence[tuple[_Steps, int]]) -> K
         for index, (steps, at) in enumerate(chosen):
             # at least one direction, of zeros, for what reads a LoRA
             rank = steps.modules[:at].count(place)
-            part = own.of([index])
+            part = own.select([index])
             pair = (losses.rounded_rows(side, steps.bits)[0] for side in (part.down, part.up))
             down, up = (side[: max(rank, 1)] * (rank > 0) for side in pair)
             rows.setdefault(name, []).append((down, up))
@@ -231,7 +231,9 @@ def jointly(kind: str) -> Callable[[Collection, float, int], Kept | None]:
     return found
 
 
-def _in_cores(kind: str, one: Stack, weights: Tensor, k: int, bits: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+def _in_cores(
+    kind: str, one: ModuleBatch, weights: Tensor, k: int, bits: tuple[int, int]
+) -> list[tuple[Tensor, Tensor]]:
     if kind == DIAGONAL:
         fitted = joint.diagonal(one, weights, k, rounds=ROUNDS[kind], tolerance=1e-4)
         down, up = (losses.rounded_rows(rows[None], bits[0])[0] for rows in (fitted.down, fitted.up))

@@ -49,10 +49,10 @@ def controls(text):
 
 
 class TestPrintable:
-    @pytest.mark.parametrize("convert", [printable.one_line, printable.lines])
+    @pytest.mark.parametrize("convert", [printable.one_line, printable.multi_line])
     def test_of_all_characters_those_that_control_are_escaped(self, convert):
         every = "".join(map(chr, range(0x110000)))
-        escaped = (controls(every) | {"\n"}) - (set("\n\t") if convert is printable.lines else set())
+        escaped = (controls(every) | {"\n"}) - (set("\n\t") if convert is printable.multi_line else set())
         assert convert(every) == "".join(ascii(char)[1:-1] if char in escaped else char for char in every)
 
     def test_the_rest_stays_as_it_is(self):

@@ -138,14 +138,14 @@ def test_half_a_byte_that_is_no_code():
 class TestMixing:
     @pytest.mark.parametrize("r", [1, 2, 3, 4, 5, 6, 8, 12, 16, 64])
     def test_is_orthogonal_and_even(self, r):
-        found = linalg.mixing(r)
+        found = linalg.mixing_matrix(r)
         torch.testing.assert_close(found @ found.mT, torch.eye(r, dtype=torch.float64), atol=1e-12, rtol=0)
         assert float(found.square().max()) <= (1 if r & (r - 1) == 0 else 2) / r + 1e-12
 
     @pytest.mark.parametrize(("r", "n", "m"), [(3, 11, 17), (8, 5, 9), (4, 0, 0), (6, 6, 2), (1, 7, 3)])
     def test_even_rows_are_the_singular_vectors(self, r, n, m):
         down, up = normal(2, r, n, seed=1), normal(2, r, m, seed=2)
-        even_down, even_up = linalg.even_rows(down, up)
+        even_down, even_up = linalg.svd_factors(down, up)
         assert (even_down.shape, even_up.shape) == (down.shape, up.shape)
         torch.testing.assert_close(even_up.mT @ even_down, up.mT @ down, atol=1e-12, rtol=1e-12)
         sigma = torch.zeros(2, r, dtype=torch.float64)

@@ -346,7 +346,7 @@ class TestVerbs:
         one = pack.packed("a")
         c = one.coefficients[QUERY]
         rest = normal(c.rank, 11, seed=8, dtype=torch.float32)
-        changed = {**one.coefficients, QUERY: replace(c, down_rest=rest)}
+        changed = {**one.coefficients, QUERY: replace(c, down_residual=rest)}
         adapters = {"a": replace(one, coefficients=changed, payload=None), "b": pack.packed("b")}
         made = ex.Pack(
             pack.subspace,
@@ -359,11 +359,11 @@ class TestVerbs:
         )
         opened = ex.Pack.open(made.save(tmp_path / "made"))
         found = opened.packed("a").coefficients[QUERY]
-        assert torch.equal(found.down_rest, rest)
-        assert found.up_rest is None
+        assert torch.equal(found.down_residual, rest)
+        assert found.up_residual is None
         assert float((found.up.double() - c.up).norm() / c.up.double().norm()) < loosest(kind)
         assert contents(opened.save(tmp_path / "again")) == contents(tmp_path / "made")
-        assert opened.packed("a").payload is None or keys.rest_key(QUERY, "down") in opened.packed("a").payload
+        assert opened.packed("a").payload is None or keys.residual_key(QUERY, "down") in opened.packed("a").payload
 
     def test_refit_to_and_from_floats(self, saved, tmp_path):
         floats = ex.refit(saved, dtype="float32", coefficient_dtype="float32")

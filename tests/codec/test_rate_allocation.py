@@ -12,7 +12,7 @@ import eigenlorax as ex
 from coded_collections import COLLECTIONS
 from eigenlorax.codec import rate_allocation, singular_codes
 from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.core.stack import stack
+from eigenlorax.core.batch import pad_factors
 from planted import factors_in, normal, orthonormal
 
 # at the end: nothing there may hide a module of another name
@@ -79,7 +79,7 @@ def test_the_frontier_falls():
 
 def stacks(adapters):
     return {
-        module: stack([one.modules.get(module) for one in adapters], n_in, n_out)
+        module: pad_factors([one.modules.get(module) for one in adapters], n_in, n_out)
         for module, (n_out, n_in) in adapters_shapes(adapters).items()
     }
 

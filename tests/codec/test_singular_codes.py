@@ -11,7 +11,8 @@ from torch import Tensor
 from eigenlorax.codec import bitstream, dead_zone, encoder, singular_codes
 from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.core.basis import Basis
-from eigenlorax.core.subspace import ModuleBases, reconstruct
+from eigenlorax.core.projection import reconstruct
+from eigenlorax.core.subspace import ModuleBases
 
 SHAPE = (40, 56)
 

@@ -135,11 +135,11 @@ class TestWriteFolder:
         assert seen == wanted
 
     def test_what_a_killed_writer_left_is_swept(self, tmp_path):
-        (tmp_path / f"{atomic_files.STAGING}1").mkdir()
-        (tmp_path / f"{atomic_files.STAGING}1" / "file").write_text("half")
-        (tmp_path / f"{atomic_files.STAGING}2").write_text("half")
+        (tmp_path / f"{atomic_files.STAGING_PREFIX}1").mkdir()
+        (tmp_path / f"{atomic_files.STAGING_PREFIX}1" / "file").write_text("half")
+        (tmp_path / f"{atomic_files.STAGING_PREFIX}2").write_text("half")
         (tmp_path / "mine").write_text("mine")
-        atomic_files.sweep_staging(tmp_path)
+        atomic_files.remove_abandoned(tmp_path)
         assert contents(tmp_path) == {"mine": b"mine"}
 
 
@@ -150,7 +150,7 @@ class TestStaging:
         """What a process that was killed has claimed for `path`."""
 
         def die():
-            with staging.claimed(path, make) as beside:
+            with staging.claim(path, make) as beside:
                 sys.stdout.write(str(beside))
                 sys.stdout.flush()
                 kill()
@@ -160,7 +160,7 @@ class TestStaging:
         return Path(done.out)
 
     @needs_fork
-    @pytest.mark.parametrize("make", [staging.make_file, staging.make_folder])
+    @pytest.mark.parametrize("make", [staging.create_file, staging.create_folder])
     def test_what_a_killed_writer_has_left_goes_with_the_next_one_of_the_same_path(self, tmp_path, make):
         left = self.left(tmp_path / "a", make)
         other = self.left(tmp_path / "b", make)
@@ -174,16 +174,16 @@ class TestStaging:
     @needs_fork
     def test_a_sweep_takes_what_killed_writers_have_left_of_any_path_and_nothing_else(self, tmp_path):
         for name in ("a", "b"):
-            self.left(tmp_path / name, staging.make_folder)
+            self.left(tmp_path / name, staging.create_folder)
         mine = [".writing-notes", ".writing-0123456789abcdef", ".writing-01234567-old", "01234567-0"]
         for name in mine:
             (tmp_path / name).mkdir()
         (tmp_path / ".writing-01234567-5").symlink_to(".writing-notes")
-        with staging.claimed(tmp_path / "a", staging.make_folder) as in_use:
-            staging.sweep(tmp_path)
+        with staging.claim(tmp_path / "a", staging.create_folder) as in_use:
+            staging.remove_abandoned(tmp_path)
             assert {path.name for path in tmp_path.iterdir()} == {*mine, ".writing-01234567-5", in_use.name}
             assert staging.is_in_use(in_use)
-            atomic_files.sweep_staging(tmp_path)
+            atomic_files.remove_abandoned(tmp_path)
             assert {path.name for path in tmp_path.iterdir()} == {"01234567-0", in_use.name}
 
     def test_writers_of_one_path_do_not_touch_each_other(self, tmp_path):
@@ -214,7 +214,7 @@ class TestStaging:
         for wait in writers:
             succeeded(wait())
         atomic_files.recover(tmp_path / "a")
-        staging.sweep(tmp_path)
+        staging.remove_abandoned(tmp_path)
         assert contents(tmp_path / "a") in whole
         assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
@@ -229,7 +229,7 @@ def test_a_folder_that_may_be_written_to_and_not_listed_is_written_to(tmp_path):
     def write():
         os.chdir(place)
         os.setuid(12345)
-        staging.sweep(Path())
+        staging.remove_abandoned(Path())
         atomic_files.write_file(Path("file"), b"data")
         atomic_files.write_folder(Path("folder"), FILES)
 
@@ -266,7 +266,7 @@ class TestMade:
         (tmp_path / "a").mkdir()
 
         def fail(inside=None):
-            with atomic_files.made(tmp_path / "a" / "b" / "c"):
+            with atomic_files.ensure_folder(tmp_path / "a" / "b" / "c"):
                 if inside:
                     (tmp_path / "a" / "b" / inside).write_text("mine")
                 raise KeyboardInterrupt

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from eigenlorax.core import byte_rows
+from eigenlorax.core import int8_rows
 from eigenlorax.errors import OptionError
 from planted import normal, orthonormal
 
 
 def test_each_entry_is_the_nearest_level():
     rows = normal(7, 53, seed=1).float() * torch.logspace(-6, 4, 7)[:, None]
-    found = byte_rows.rounded(rows)
+    found = int8_rows.quantise_rows(rows)
     scales = rows.abs().amax(dim=1, keepdim=True) / 127
     torch.testing.assert_close(found.scales, scales)
     off = (found.wide(torch.float64) - rows.double()).abs() / scales
@@ -21,7 +21,7 @@ def test_each_entry_is_the_nearest_level():
 def test_the_error_of_orthonormal_rows():
     """That of uniform levels: a step, over √12."""
     rows = orthonormal(9, 601, seed=2).float()
-    found = byte_rows.rounded(rows)
+    found = int8_rows.quantise_rows(rows)
     error = torch.linalg.norm(found.wide(torch.float64) - rows.double())
     assert float(error) == pytest.approx(float((found.scales.square() * 601 / 12).sum().sqrt()), rel=0.05)
 
@@ -34,7 +34,7 @@ def test_rows_of_few_levels_are_kept(levels, width):
     codes[:, 2] = levels
     scales = torch.logspace(-9, 5, 11)[:, None]
     rows = codes * scales
-    got = byte_rows.rounded(rows).wide(torch.float32)
+    got = int8_rows.quantise_rows(rows).wide(torch.float32)
     torch.testing.assert_close(got, rows, atol=0, rtol=3e-7)
 
 
@@ -42,42 +42,42 @@ def test_a_few_entries_may_say_what_the_others_do_not():
     rows = torch.zeros(1, 1000)
     rows[0, ::2] = 4.0
     rows[0, 999] = 1.3
-    got = byte_rows.rounded(rows).wide(torch.float32)
+    got = int8_rows.quantise_rows(rows).wide(torch.float32)
     assert (got - rows).abs().max() <= 4.0 / 127 / 2 + 1e-6
 
 
 def test_what_is_zero_stays_zero():
     rows = torch.zeros(3, 17)
     rows[1, 4] = -1e-3
-    got = byte_rows.rounded(rows).wide(torch.float32)
+    got = int8_rows.quantise_rows(rows).wide(torch.float32)
     torch.testing.assert_close(got, rows)
     assert torch.equal(
-        byte_rows.rounded(torch.full((1, 5), 1e-45)).wide(torch.float32).isfinite(), torch.ones(1, 5) > 0
+        int8_rows.quantise_rows(torch.full((1, 5), 1e-45)).wide(torch.float32).isfinite(), torch.ones(1, 5) > 0
     )
 
 
 def test_of_no_rows():
-    found = byte_rows.rounded(torch.zeros(0, 13))
+    found = int8_rows.quantise_rows(torch.zeros(0, 13))
     assert found.wide(torch.float16).shape == found.shape == (0, 13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_is_made_wide_in_any_dtype(dtype):
     rows = orthonormal(5, 29, seed=3)
-    found = byte_rows.rounded(rows)
-    assert byte_rows.wide(found, dtype).dtype == dtype
+    found = int8_rows.quantise_rows(rows)
+    assert int8_rows.as_float(found, dtype).dtype == dtype
     assert torch.equal(found.wide(dtype), found.wide(torch.float32).to(dtype))
-    assert torch.equal(byte_rows.wide(rows, dtype), rows.to(dtype))
+    assert torch.equal(int8_rows.as_float(rows, dtype), rows.to(dtype))
 
 
 def test_bytes():
-    found = byte_rows.rounded(orthonormal(5, 29, seed=3))
-    assert sum(tensor.nbytes for tensor in byte_rows.tensors(found)) == 5 * 29 + 5 * 4
+    found = int8_rows.quantise_rows(orthonormal(5, 29, seed=3))
+    assert sum(tensor.nbytes for tensor in int8_rows.stored_tensors(found)) == 5 * 29 + 5 * 4
 
 
 def test_what_may_be_asked_for():
-    assert byte_rows.asked("basis_dtype", "int8")
-    assert byte_rows.asked("basis_dtype", torch.int8)
-    assert not byte_rows.asked("basis_dtype", None)
+    assert int8_rows.is_int8("basis_dtype", "int8")
+    assert int8_rows.is_int8("basis_dtype", torch.int8)
+    assert not int8_rows.is_int8("basis_dtype", None)
     with pytest.raises(OptionError, match="basis_dtype must be 'int8' or None"):
-        byte_rows.asked("basis_dtype", "int4")
+        int8_rows.is_int8("basis_dtype", "int4")

@@ -221,16 +221,16 @@ def test_a_link_to_a_folder_is_refused(sources, stopped, tmp_path):
 def test_the_place_of_a_pack_s_checkpoint_is_beside_it(folder, wanted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = tmp_path / wanted if wanted else tmp_path.parent / f".{tmp_path.name}.fitting"
-    assert checkpoint.beside(Path(folder)) == found
+    assert checkpoint.default_folder(Path(folder)) == found
 
 
 class TestReadPlain:
     @pytest.mark.parametrize("size", [0, 1, 100])
     def test_a_file_of_at_most_so_many_bytes(self, tmp_path, size):
         (tmp_path / "file").write_bytes(b"x" * size)
-        assert atomic_files.read_plain(tmp_path / "file", size) == b"x" * size
+        assert atomic_files.read_regular_file(tmp_path / "file", size) == b"x" * size
         if size:
-            assert atomic_files.read_plain(tmp_path / "file", size - 1) is None
+            assert atomic_files.read_regular_file(tmp_path / "file", size - 1) is None
 
     @pytest.mark.parametrize("name", ["none", "folder", "link", "link to a folder", "pipe", "file/below"])
     def test_nothing_else(self, tmp_path, name):
@@ -239,4 +239,4 @@ class TestReadPlain:
         (tmp_path / "link").symlink_to("file")
         (tmp_path / "link to a folder").symlink_to("folder")
         os.mkfifo(tmp_path / "pipe")
-        assert atomic_files.read_plain(tmp_path / name, 10) is None
+        assert atomic_files.read_regular_file(tmp_path / name, 10) is None

@@ -18,7 +18,7 @@ NAMES = ["serial", "processes"]
 
 @pytest.fixture(scope="module", params=NAMES)
 def opened(request):
-    with engine.opened(request.param, 2 if request.param == "processes" else None) as found:
+    with engine.open_engine(request.param, 2 if request.param == "processes" else None) as found:
         yield found
 
 
@@ -57,19 +57,19 @@ def test_what_is_shared_is_sent_to_each_process_once(opened):
 
 
 def test_serial_calls_are_made_here():
-    with engine.opened("serial") as found:
+    with engine.open_engine("serial") as found:
         assert list(found.run([calls.process])) == [os.getpid()]
         assert found.workers == 1
 
 
 def test_processes_are_others():
-    with engine.opened("processes", 2) as found:
+    with engine.open_engine("processes", 2) as found:
         assert os.getpid() not in set(found.run([calls.process] * 8))
         assert found.workers == 2
 
 
 def test_a_process_that_is_killed_is_replaced_and_its_calls_made_again(tmp_path):
-    with engine.opened("processes", 2) as found:
+    with engine.open_engine("processes", 2) as found:
         made = [
             partial(calls.die_once, str(tmp_path / str(n)), n) if n == 5 else partial(calls.square, n)
             for n in range(12)
@@ -79,7 +79,7 @@ def test_a_process_that_is_killed_is_replaced_and_its_calls_made_again(tmp_path)
 
 
 def test_a_process_that_is_killed_while_nobody_waits_is_replaced_too():
-    with engine.opened("processes", 2) as found:
+    with engine.open_engine("processes", 2) as found:
         for worker in set(found.run([calls.process] * 8)):
             os.kill(worker, signal.SIGKILL)
         time.sleep(0.5)
@@ -93,7 +93,7 @@ def test_a_file_that_is_not_there_is_said_as_it_would_be_here(opened, tmp_path):
 
 def test_a_call_that_kills_every_process_ends_with_an_error():
     with (
-        engine.opened("processes", 2) as found,
+        engine.open_engine("processes", 2) as found,
         pytest.raises(EngineError, match=r"ended 3 times.*workers=1 \(--workers\)"),
     ):
         list(found.run([calls.die]))
@@ -110,14 +110,14 @@ def test_a_call_that_kills_every_process_ends_with_an_error():
 )
 def test_what_cannot_be_opened_is_refused(name, workers, message):
     with pytest.raises(OptionError, match=message):
-        engine.opened(name, workers)
+        engine.open_engine(name, workers)
 
 
 def test_a_script_without_a_guard_is_told_of_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from eigenlorax.core import engine\n"
-        "with engine.opened('processes', 1) as found:\n"
+        "with engine.open_engine('processes', 1) as found:\n"
         "    list(found.run([dict]))\n"
     )
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)

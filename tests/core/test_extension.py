@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from eigenlorax.core import extension, subspace
-from eigenlorax.core.adapter import LoRAFactors
+from eigenlorax.core import extension
+from eigenlorax.core.adapter import LoRAFactors, delta_square
 from eigenlorax.core.basis import Basis
 from eigenlorax.core.subspace import ModuleBases
 from planted import TOLERANCE, normal, orthonormal, random_factors
@@ -62,7 +62,7 @@ def lost(factors, there):
 
 
 def unit(factors):
-    return subspace.delta_square(factors) ** -0.5
+    return delta_square(factors) ** -0.5
 
 
 class TestOneUpdate:
@@ -72,15 +72,15 @@ class TestOneUpdate:
     def test_as_many_directions_as_are_missing_make_it_exact(self, most):
         there = bases()
         one = planted(there, self.SIGMAS)
-        rows = extension.missing([one], [unit(one)], there, most)
+        rows = extension.missing_components([one], [unit(one)], there, most)
         assert [len(side) for side in rows] == [4, 4]
-        assert lost(one, extended(there, rows)) < 1e-20 * subspace.delta_square(one)
+        assert lost(one, extended(there, rows)) < 1e-20 * delta_square(one)
 
     @pytest.mark.parametrize("most", [1, 2, 3])
     def test_fewer_are_the_leading_ones_where_what_is_missing_lies_apart(self, most):
         there = bases()
         one = planted(there, self.SIGMAS)
-        rows = extension.missing([one], [unit(one)], there, most)
+        rows = extension.missing_components([one], [unit(one)], there, most)
         assert [len(side) for side in rows] == [most, most]
         wanted = sum(sigma**2 for sigma in self.SIGMAS[most:])
         assert lost(one, extended(there, rows)) == pytest.approx(wanted, rel=1e-10)
@@ -89,10 +89,10 @@ class TestOneUpdate:
         there = bases()
         inside = normal(3, K_DOWN, seed=1) @ there.down.components
         one = LoRAFactors(inside, normal(N_OUT, 3, seed=2), 1.0)
-        down, up = extension.missing([one], [1.0], there, 2)
+        down, up = extension.missing_components([one], [1.0], there, 2)
         assert (down.shape, up.shape) == ((0, N_IN), (2, N_OUT))
-        down, up = extension.missing([one], [1.0], there, 3)
-        assert lost(one, extended(there, (down, up))) < 1e-20 * subspace.delta_square(one)
+        down, up = extension.missing_components([one], [1.0], there, 3)
+        assert lost(one, extended(there, (down, up))) < 1e-20 * delta_square(one)
 
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     def test_what_lies_in_the_span_but_for_rounding_misses_nothing(self, dtype):
@@ -100,34 +100,36 @@ class TestOneUpdate:
         down = normal(7, K_DOWN, seed=1) @ there.down.components.double()
         up = (normal(7, K_UP, seed=2) @ there.up.components.double()).mT
         one = LoRAFactors(down.to(dtype), up.to(dtype).contiguous(), 1.0)
-        assert [len(side) for side in extension.missing([one], [1.0], there, 4)] == [0, 0]
+        assert [len(side) for side in extension.missing_components([one], [1.0], there, 4)] == [0, 0]
 
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     def test_rows_are_orthonormal_beside_those_as_stored(self, dtype):
         there, one = bases(dtype), random_factors(4, N_OUT, N_IN, seed=3)
-        for rows, side in zip(extension.missing([one], [1.0], there, 3), (there.down, there.up), strict=True):
+        for rows, side in zip(
+            extension.missing_components([one], [1.0], there, 3), (there.down, there.up), strict=True
+        ):
             torch.testing.assert_close(rows @ rows.mT, torch.eye(3, dtype=torch.float64), atol=1e-13, rtol=0)
             assert float((rows @ side.components.double().mT).abs().max()) < 1e-13
 
     def test_a_module_without_components_gets_its_first(self):
         there = bases(k_down=0, k_up=0)
         one = random_factors(4, N_OUT, N_IN, seed=3)
-        rows = extension.missing([one], [unit(one)], there, 2)
+        rows = extension.missing_components([one], [unit(one)], there, 2)
         sigma = torch.linalg.svdvals(torch.from_numpy(reference.dense(one)))
         assert lost(one, extended(there, rows)) == pytest.approx(float(sigma[2:].square().sum()), rel=1e-10)
 
     def test_no_more_than_the_dimension_has_room_for(self):
         there = bases(k_down=N_IN - 1)
-        rows = extension.missing([random_factors(4, N_OUT, N_IN, seed=3)], [1.0], there, 3)
+        rows = extension.missing_components([random_factors(4, N_OUT, N_IN, seed=3)], [1.0], there, 3)
         assert [len(side) for side in rows] == [1, 3]
         full = bases(k_down=N_IN)
-        assert len(extension.missing([random_factors(4, N_OUT, N_IN, seed=3)], [1.0], full, 3)[0]) == 0
+        assert len(extension.missing_components([random_factors(4, N_OUT, N_IN, seed=3)], [1.0], full, 3)[0]) == 0
 
     def test_the_gauge_does_not_matter(self):
         there, one = bases(), random_factors(4, N_OUT, N_IN, seed=3)
         gauge = normal(4, 4, seed=9)
         other = LoRAFactors(torch.linalg.inv(gauge) @ one.down, one.up @ gauge, one.scaling)
-        for rows, same in zip(*(extension.missing([f], [1.0], there, 2) for f in (one, other)), strict=True):
+        for rows, same in zip(*(extension.missing_components([f], [1.0], there, 2) for f in (one, other)), strict=True):
             torch.testing.assert_close(rows.mT @ rows, same.mT @ same, atol=1e-8, rtol=0)
 
 
@@ -145,13 +147,13 @@ class TestSeveral:
         before = total((torch.zeros(0, N_IN), torch.zeros(0, N_OUT)))
         best = min(total(search(there, some, weights, most, seed)) for seed in range(12))
         # of what can be gained at all
-        assert total(extension.missing(some, weights, there, most)) - best <= 5e-3 * (before - best)
+        assert total(extension.missing_components(some, weights, there, most)) - best <= 5e-3 * (before - best)
 
     def test_weights_say_whose_directions_come_first(self):
         there = bases()
         loud, quiet = planted(there, (4.0,), seed=10), planted(there, (1.0,), seed=20)
         for weights, first in (((1.0, 1.0), loud), ((1.0, 8.0), quiet)):
-            rows = extension.missing([loud, quiet], weights, there, 1)
+            rows = extension.missing_components([loud, quiet], weights, there, 1)
             assert lost(first, extended(there, rows)) < 0.3
 
     @given(seed=st.integers(0, 10**6), n=st.integers(1, 4), most=st.integers(1, 6))
@@ -160,7 +162,7 @@ class TestSeveral:
         there = bases()
         some = [random_factors(1 + i, N_OUT, N_IN, seed=seed + i, size=10.0**i) for i in range(n)]
         weights = [unit(one) for one in some]
-        less, more = (extended(there, extension.missing(some, weights, there, m)) for m in (most, most + 1))
+        less, more = (extended(there, extension.missing_components(some, weights, there, m)) for m in (most, most + 1))
         for one in some:
             assert lost(one, less) <= lost(one, there) * (1 + 1e-9)
         sums = [sum(w**2 * lost(one, b) for w, one in zip(weights, some, strict=True)) for b in (less, more)]

@@ -6,9 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eigenlorax.core import chunks, iterative, subspace
-from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.subspace import FitOptions
+from eigenlorax.core import iterative
+from eigenlorax.core.adapter import LoRAFactors, delta_square
+from eigenlorax.core.batch import stack_factors
+from eigenlorax.core.exact_fit import fit_module
+from eigenlorax.core.fit_options import FitOptions
 from planted import assert_same_span, factors_in, normal, orthonormal
 
 OUT, IN, K = 190, 230, 9
@@ -26,7 +28,7 @@ def collection(n=60, ranks=(2, 5, 3), noise=0.05, seed=0, dtype=torch.float64, d
 
 
 def weights_of(factors):
-    return [subspace.delta_square(f) ** -0.5 for f in factors]
+    return [delta_square(f) ** -0.5 for f in factors]
 
 
 def at_hand(factors, weights, size=16):
@@ -36,7 +38,7 @@ def at_hand(factors, weights, size=16):
         members = [i for i, f in enumerate(factors) if f.spec.rank == rank]
         for start in range(0, len(members), size):
             part = members[start : start + size]
-            one = chunks.chunk([factors[i] for i in part], [weights[i] for i in part])
+            one = stack_factors([factors[i] for i in part], [weights[i] for i in part])
             held.append(partial(lambda found: found, one))
     return held
 
@@ -68,7 +70,7 @@ def narrow(monkeypatch):
 def test_each_side_keeps_the_energy_of_the_exact_fit(weighting, noise, dtype):
     factors = collection(noise=noise)
     found = fitted(factors, weighting=weighting, sweeps=0, dtype=dtype)
-    exact = subspace.fit_module(factors, weights_of(factors), FitOptions(n_components=K, weighting=weighting, sweeps=0))
+    exact = fit_module(factors, weights_of(factors), FitOptions(n_components=K, weighting=weighting, sweeps=0))
     for side in ("down", "up"):
         one, other = found.side(side), exact.side(side)
         assert 0 <= other.energy - one.energy + 1e-6 < 1e-4
@@ -102,7 +104,7 @@ def test_a_sweep_never_lowers_what_is_kept_and_comes_near_the_exact_ones(noise):
     weights = weights_of(factors)
     values = [kept(factors, weights, fitted(factors, weights, sweeps=n)) for n in range(4)]
     assert all(later >= earlier * (1 - 1e-9) for earlier, later in pairwise(values))
-    exact = subspace.fit_module(factors, weights, FitOptions(n_components=K, sweeps=2))
+    exact = fit_module(factors, weights, FitOptions(n_components=K, sweeps=2))
     assert values[2] >= (1 - 1e-2) * kept(factors, weights, exact)
 
 
@@ -167,7 +169,7 @@ def test_adapters_of_weight_zero_have_no_part():
     ],
 )
 def test_it_is_for_large_stacks_and_few_components(rows, n_in, n_out, options, due):
-    assert iterative.is_due(rows, n_in, n_out, FitOptions(**options)) is due
+    assert iterative.is_suitable(rows, n_in, n_out, FitOptions(**options)) is due
 
 
 @pytest.mark.parametrize("k", [K, 50])
@@ -181,7 +183,7 @@ def test_orthonormal_rows_that_nothing_tells_apart_are_kept_as_the_exact_fit_kee
         down[range(3), rows], up[columns, range(3)] = 1.0, 1.0
         factors.append(LoRAFactors(down, up, 1.0))
     found = fitted(factors, n_components=k, sweeps=0, dtype=torch.float32)
-    exact = subspace.fit_module(factors, weights_of(factors), FitOptions(n_components=k, sweeps=0))
+    exact = fit_module(factors, weights_of(factors), FitOptions(n_components=k, sweeps=0))
     for side in ("down", "up"):
         assert found.side(side).k == exact.side(side).k == k
         assert found.side(side).energy == pytest.approx(exact.side(side).energy, abs=1e-4)

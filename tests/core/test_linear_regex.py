@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import eigenlorax as ex
 from adapters import make_adapter
-from eigenlorax.core import keys
-from eigenlorax.core.linear_regex import MOST_DEPTH, Effort, LinearRegex, PatternError
+from eigenlorax.core import module_patterns
+from eigenlorax.core.linear_regex import MAX_DEPTH, LinearRegex, PatternError, StepBudget
 from eigenlorax.errors import FormatError
 from eigenlorax.formats.lora_config import Numbers
 
@@ -57,11 +57,11 @@ def test_fits_what_re_fits(expression, texts):
         wanted = re.compile(expression)
     except re.error:
         with pytest.raises(PatternError):
-            LinearRegex(expression, Effort())
+            LinearRegex(expression, StepBudget())
         return
-    found = LinearRegex(expression, Effort())
+    found = LinearRegex(expression, StepBudget())
     for text in texts:
-        assert found.begins(text) == (wanted.match(text) is not None)
+        assert found.matches_start(text) == (wanted.match(text) is not None)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_what_is_no_expression_is_refused(expression):
     with pytest.raises(re.error):
         re.compile(expression)
     with pytest.raises(PatternError):
-        LinearRegex(expression, Effort())
+        LinearRegex(expression, StepBudget())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_is_no_expression_is_refused(expression):
 )
 def test_what_an_automaton_cannot_do_is_refused(expression):
     with pytest.raises(PatternError, match="not taken here|is repeated at"):
-        LinearRegex(expression, Effort())
+        LinearRegex(expression, StepBudget())
 
 
 HOSTILE = {
@@ -120,7 +120,7 @@ HOSTILE = {
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_no_expression_takes_longer_than_it_may(hostile):
     # the slowest takes a second with all steps that there are for a config
-    patterns = keys.Patterns({HOSTILE[hostile]: 7}, Effort(400_000))
+    patterns = module_patterns.ModulePatterns({HOSTILE[hostile]: 7}, StepBudget(400_000))
     said = ""
     try:
         for place in range(300):
@@ -133,16 +133,16 @@ def test_no_expression_takes_longer_than_it_may(hostile):
 def test_what_a_text_takes_grows_with_its_length_alone():
     used = []
     for length in (1000, 2000, 4000):
-        effort = Effort(10**9)
-        assert not LinearRegex("(a|b|ab)*(.*)*X", effort).begins("ab" * (length // 2))
+        effort = StepBudget(10**9)
+        assert not LinearRegex("(a|b|ab)*(.*)*X", effort).matches_start("ab" * (length // 2))
         used.append(10**9 - effort._left)
     assert used[2] - used[1] == pytest.approx(2 * (used[1] - used[0]), rel=0.01)
 
 
 def test_groups_may_be_nested_so_deep_and_no_deeper():
-    assert LinearRegex("(" * MOST_DEPTH + "a" + ")" * MOST_DEPTH, Effort()).begins("a")
+    assert LinearRegex("(" * MAX_DEPTH + "a" + ")" * MAX_DEPTH, StepBudget()).matches_start("a")
     with pytest.raises(PatternError, match="nested more than 40 deep"):
-        LinearRegex("(" * (MOST_DEPTH + 1) + "a" + ")" * (MOST_DEPTH + 1), Effort())
+        LinearRegex("(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), StepBudget())
 
 
 def test_as_many_keys_and_modules_as_real_adapters_have_are_matched():
@@ -150,7 +150,7 @@ def test_as_many_keys_and_modules_as_real_adapters_have_are_matched():
     literal = {module.removeprefix("model."): place for place, module in enumerate(modules)}
     regular = {rf"layers\.{layer}\.(q|k|v)": layer for layer in range(100)} | {r"^model\..*\.(up|down)$": 7}
     for patterns, wanted in ((literal, [*range(600)]), (regular, [*([n, n, n, -1, 7, 7] for n in range(100))])):
-        found = keys.Patterns(patterns)
+        found = module_patterns.ModulePatterns(patterns)
         flat = [one for row in wanted for one in (row if isinstance(row, list) else [row])]
         assert [found.value(module, -1) for module in modules] == flat
 
@@ -163,7 +163,7 @@ def test_an_error_names_the_config_the_key_and_what_to_do(field):
     ):
         Numbers(config, "adapters/one").of("encoder.query")
     with pytest.raises(FormatError, match=r"takes too many steps. Write whole names of modules, such as \^encoder"):
-        Numbers({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", Effort(999)).of("a." * 200)
+        Numbers({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", StepBudget(999)).of("a." * 200)
 
 
 @pytest.mark.parametrize("part", [".lora_magnitude_vector", ".lora_A.x", "_lora.down.weight", ".alpha", "lora_unet_"])

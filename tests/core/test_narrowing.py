@@ -52,9 +52,9 @@ def adapter(found, module="encoder.query"):
 )
 def test_factors_of_uneven_sizes_keep_their_digits_in_float16(sizes):
     exact = factors(**sizes)
-    moved = narrowing.balanced(exact, torch.float16)
+    moved = narrowing.balance(exact, torch.float16)
     assert torch.equal(delta(moved), delta(exact))
-    kept = narrowing.narrowed(exact, torch.float16)
+    kept = narrowing.narrow(exact, torch.float16)
     assert (kept.down.dtype, kept.up.dtype, kept.scaling) == (torch.float16, torch.float16, exact.scaling)
     assert error(exact, kept) < 5e-4
 
@@ -63,8 +63,8 @@ def test_factors_of_uneven_sizes_keep_their_digits_in_float16(sizes):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_others_stay_as_they_are(sizes, dtype):
     exact = factors(**sizes)
-    assert narrowing.balanced(exact, dtype) is exact
-    kept = narrowing.narrowed(exact, dtype)
+    assert narrowing.balance(exact, dtype) is exact
+    kept = narrowing.narrow(exact, dtype)
     assert torch.equal(kept.down, exact.down.to(dtype))
     assert torch.equal(kept.up, exact.up.to(dtype))
 

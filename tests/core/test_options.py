@@ -7,7 +7,7 @@ import pytest
 
 import eigenlorax as ex
 from eigenlorax.core import options
-from eigenlorax.core.subspace import FitOptions
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.errors import AdapterNameError, OptionError
 from planted import random_adapter, random_collection
 
@@ -31,7 +31,7 @@ HUGE = 10**400
     ],
 )
 def test_sizes_are_read_as_people_write_them(text, wanted):
-    assert options.byte_count_of_text("--max-bytes", text) == wanted
+    assert options.parse_byte_count("--max-bytes", text) == wanted
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_sizes_are_read_as_people_write_them(text, wanted):
 )
 def test_a_text_that_is_no_size_is_said_in_one_line(text):
     with pytest.raises(OptionError, match="a number of bytes above 0 and below 2.*, as 8GB, 500MB or 2GiB") as raised:
-        options.byte_count_of_text("--max-bytes", text)
+        options.parse_byte_count("--max-bytes", text)
     assert f"--max-bytes is {text!r}"[:1000] in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("value", [2_000_000, 2e6, np.int64(2_000_000), np.float64(2e6)])
 def test_a_number_of_bytes_is_an_integer_or_a_float_that_is_one(value):
-    found = options.byte_count("max_bytes", value)
+    found = options.to_byte_count("max_bytes", value)
     assert (found, type(found)) == (2_000_000, int)
 
 
@@ -70,7 +70,7 @@ def test_a_number_of_bytes_is_an_integer_or_a_float_that_is_one(value):
 )
 def test_what_is_no_number_of_bytes_is_said_in_one_line(value, message):
     with pytest.raises(OptionError, match="max_bytes") as raised:
-        options.byte_count("max_bytes", value)
+        options.to_byte_count("max_bytes", value)
     assert str(raised.value) == message
 
 
@@ -85,7 +85,7 @@ def test_what_is_no_number_of_bytes_is_said_in_one_line(value, message):
 )
 def test_what_is_no_number_is_said_in_one_line(value, message):
     with pytest.raises(OptionError, match="ratio") as raised:
-        options.number("ratio", value)
+        options.to_float("ratio", value)
     assert str(raised.value) == message
 
 

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from eigenlorax.core import metrics, subspace
-from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.subspace import FitOptions
+from eigenlorax.core import metrics, projection, subspace
+from eigenlorax.core.adapter import LoRAFactors, delta_square
+from eigenlorax.core.exact_fit import fit_module
+from eigenlorax.core.fit_options import WEIGHTINGS, FitOptions
 from eigenlorax.errors import NonFiniteError, OptionError
 from planted import TOLERANCE, assert_same_span, factors_in, normal, orthonormal, random_factors
 
@@ -22,11 +23,11 @@ def collection(seed=0, ranks=RANKS, **options):
 
 
 def unit_weights(factors):
-    return [subspace.delta_square(f) ** -0.5 for f in factors]
+    return [delta_square(f) ** -0.5 for f in factors]
 
 
 def fitted(factors, weights=None, **options):
-    return subspace.fit_module(factors, weights or unit_weights(factors), FitOptions(**options))
+    return fit_module(factors, weights or unit_weights(factors), FitOptions(**options))
 
 
 def mixed(factors, seed):
@@ -142,17 +143,17 @@ class TestFactorsWeighting:
         assert float(lost) == pytest.approx(float(basis.singular_values[k:].double().square().sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("weighting", subspace.WEIGHTINGS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 class TestBoth:
     def test_a_number_for_each_side_is_kept(self, weighting):
         factors = collection()
-        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (4, 7))
+        bases = fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (4, 7))
         assert (bases.down.k, bases.up.k) == (4, 7)
 
     def test_equal_numbers_give_the_bases_of_n_components(self, weighting):
         factors = collection()
         plain = fitted(factors, n_components=6, weighting=weighting)
-        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (6, 6))
+        bases = fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (6, 6))
         for side in ("down", "up"):
             assert_same_span(bases.side(side).components, plain.side(side).components)
             assert bases.side(side).energy == pytest.approx(plain.side(side).energy)
@@ -160,7 +161,7 @@ class TestBoth:
     def test_none_on_both_sides_keeps_the_spectrum_alone(self, weighting):
         factors = collection()
         plain = fitted(factors, n_components=6, weighting=weighting)
-        bases = subspace.fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (0, 0))
+        bases = fit_module(factors, unit_weights(factors), FitOptions(energy=0.5, weighting=weighting), (0, 0))
         assert bases.shape == (OUT, IN)
         for side in ("down", "up"):
             assert (bases.side(side).k, bases.side(side).energy) == (0, 0.0)
@@ -177,7 +178,7 @@ class TestBoth:
         factors = random_factors(4, OUT, IN, seed=3)
         bases = fitted([factors], n_components=32, weighting=weighting)
         assert (bases.down.k, bases.up.k) == (4, 4)
-        back = subspace.reconstruct(subspace.project(factors, bases), bases)
+        back = projection.reconstruct(projection.project(factors, bases), bases)
         torch.testing.assert_close(back.up @ back.down, factors.up @ factors.down)
 
     @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
@@ -188,10 +189,10 @@ class TestBoth:
             LoRAFactors((d @ f.down * size).float(), (f.up @ d).float(), f.scaling)
             for d, f in zip(decay, collection(), strict=True)
         ]
-        bases = subspace.rounded(fitted(factors, energy=1.0, weighting=weighting), torch.float32)
+        bases = subspace.round_bases(fitted(factors, energy=1.0, weighting=weighting), torch.float32)
         for f in factors:
-            coefficients = subspace.project(f, bases, torch.float32)
-            back = subspace.reconstruct(coefficients, bases, torch.float32)
+            coefficients = projection.project(f, bases, torch.float32)
+            back = projection.reconstruct(coefficients, bases, torch.float32)
             lost = np.linalg.norm(reference.dense(f) - reference.dense(back)) / np.linalg.norm(reference.dense(f))
             assert lost < 1e-6
 
@@ -207,13 +208,13 @@ class TestCoefficients:
     def test_projection_is_the_best_approximation_in_the_spans(self):
         bases = fitted(collection(), n_components=5)
         new = random_factors(3, OUT, IN, seed=4242)
-        back = subspace.reconstruct(subspace.project(new, bases), bases)
+        back = projection.reconstruct(projection.project(new, bases), bases)
         wanted = reference.projected(reference.dense(new), bases.down.components.numpy(), bases.up.components.numpy())
         np.testing.assert_allclose(reference.dense(back), wanted, atol=1e-10)
 
     def test_rank_scaling_and_numbers_are_kept(self):
         bases = fitted(collection(), n_components=5)
-        coefficients = subspace.project(random_factors(3, OUT, IN, seed=1, scaling=0.25), bases, torch.float16)
+        coefficients = projection.project(random_factors(3, OUT, IN, seed=1, scaling=0.25), bases, torch.float16)
         assert coefficients.down.shape == (3, 5)
         assert coefficients.up.shape == (5, 3)
         assert coefficients.scaling == 0.25
@@ -224,8 +225,8 @@ class TestCoefficients:
         plain = random_factors(3, OUT, IN, seed=5)
         odd = LoRAFactors(plain.down * size, plain.up / size, plain.scaling)
         bases = fitted([plain], n_components=8)
-        coefficients = subspace.project(odd, bases, torch.float16)
-        back = subspace.reconstruct(coefficients, bases)
+        coefficients = projection.project(odd, bases, torch.float16)
+        back = projection.reconstruct(coefficients, bases)
         lost = np.linalg.norm(reference.dense(odd) - reference.dense(back)) / np.linalg.norm(reference.dense(odd))
         assert lost < 2 * TOLERANCE[torch.float16]
         error = metrics.adapter_error([metrics.module_error(odd, coefficients, bases)])
@@ -234,26 +235,26 @@ class TestCoefficients:
     def test_numbers_that_fit_are_left_in_their_gauge(self):
         factors = random_factors(3, OUT, IN, seed=5)
         bases = fitted([factors], n_components=8)
-        back = subspace.reconstruct(subspace.project(factors, bases), bases)
+        back = projection.reconstruct(projection.project(factors, bases), bases)
         torch.testing.assert_close(back.down, factors.down)
         torch.testing.assert_close(back.up, factors.up)
 
     def test_an_update_too_large_for_the_dtype_is_an_error(self):
         factors = random_factors(3, OUT, IN, seed=5, size=1e6)
         with pytest.raises(NonFiniteError, match=r"do not fit torch.float16, which ends at 6.6e\+04"):
-            subspace.project(factors, fitted([factors], n_components=8), torch.float16)
+            projection.project(factors, fitted([factors], n_components=8), torch.float16)
 
     def test_a_zero_update_stays_zero(self):
         factors = random_factors(3, OUT, IN, seed=5)
         zero = LoRAFactors(factors.down, torch.zeros_like(factors.up), 1.0)
         bases = fitted([factors], n_components=8)
-        back = subspace.reconstruct(subspace.project(zero, bases, torch.float16), bases)
+        back = projection.reconstruct(projection.project(zero, bases, torch.float16), bases)
         assert not bool(back.up.any())
 
     def test_bases_of_an_untrained_module_hold_a_zero_update(self):
         bases = subspace.empty_bases(IN, OUT, torch.float32)
         zero = LoRAFactors(normal(3, IN, seed=1), torch.zeros(OUT, 3, dtype=torch.float64), 1.0)
-        back = subspace.reconstruct(subspace.project(zero, bases, torch.float32), bases)
+        back = projection.reconstruct(projection.project(zero, bases, torch.float32), bases)
         assert bases.shape == (OUT, IN)
         assert not bool((back.up @ back.down).any())
 
@@ -264,15 +265,15 @@ class TestMetrics:
     def test_errors_are_those_of_dense_matrices(self, dtype, k):
         factors = collection()
         exact = fitted(factors, n_components=k)
-        bases = subspace.rounded(exact, dtype)
+        bases = subspace.round_bases(exact, dtype)
         for f in factors:
-            coefficients = subspace.project(f, bases, dtype)
-            found = metrics.module_error(f, coefficients, bases, metrics.unrounded(exact, bases))
+            coefficients = projection.project(f, bases, dtype)
+            found = metrics.module_error(f, coefficients, bases, metrics.unrounded_bases(exact, bases))
             delta = reference.dense(f)
             ideal = reference.projected(delta, exact.down.components.numpy(), exact.up.components.numpy())
-            back = reference.dense(subspace.reconstruct(coefficients, bases))
+            back = reference.dense(projection.reconstruct(coefficients, bases))
             assert found.total == pytest.approx(np.square(delta).sum(), rel=1e-10)
-            assert found.lost == pytest.approx(np.square(delta - back).sum(), rel=1e-6, abs=1e-24)
+            assert found.squared_error == pytest.approx(np.square(delta - back).sum(), rel=1e-6, abs=1e-24)
             assert found.rounding == pytest.approx(np.square(ideal - back).sum(), rel=1e-6, abs=1e-24)
 
     def test_an_adapters_error_is_over_all_its_modules(self):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from eigenlorax.core.typed import UnfitError, refuse_constant, typed
+from eigenlorax.core.json_dataclasses import JsonTypeError, from_json, reject_constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ TREE = {"leaves": [LEAF], "by_name": {"a": LEAF}, "pairs": [[1, 2.5], [3, 4]], "
 
 def test_every_field_becomes_what_its_annotation_says():
     leaf = Leaf("a", 1.5)
-    found = typed(Tree, json.loads(json.dumps(TREE)), "tree")
+    found = from_json(Tree, json.loads(json.dumps(TREE)), "tree")
     assert found == Tree([leaf], {"a": leaf}, [(1, 2.5), (3, 4.0)], (1, 2, 3), True)
     assert type(found.pairs[1][1]) is float
 
@@ -48,15 +48,15 @@ def test_every_field_becomes_what_its_annotation_says():
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    with pytest.raises(UnfitError, match=message):
-        typed(Tree, {**TREE, **change}, "tree")
+    with pytest.raises(JsonTypeError, match=message):
+        from_json(Tree, {**TREE, **change}, "tree")
 
 
 def test_none_where_it_may_be():
-    assert typed(Leaf, {"name": "a", "size": None}, "leaf") == Leaf("a", None)
+    assert from_json(Leaf, {"name": "a", "size": None}, "leaf") == Leaf("a", None)
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_constants_that_json_lacks(constant):
     with pytest.raises(ValueError, match=f"{constant} is not a number of JSON"):
-        json.loads(f"[{constant}]", parse_constant=refuse_constant)
+        json.loads(f"[{constant}]", parse_constant=reject_constant)

@@ -10,7 +10,7 @@ import eigenlorax as ex
 import reference
 from eigenlorax.codec.storage.table import storage_by_name
 from eigenlorax.core.adapter import LoRAFactors, ModuleSpec, from_factors
-from eigenlorax.core.subspace import FitOptions
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.errors import OptionError, UntrainedAdapterWarning
 from eigenlorax.fitting import auto_rank
 from eigenlorax.fitting.sizes import Member, Setting

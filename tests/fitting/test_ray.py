@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def test_both_nodes_make_calls(two_nodes):
-    with engine.opened("ray") as found:
+    with engine.open_engine("ray") as found:
         assert found.workers == 2
         assert list(found.run(partial(calls.square, n) for n in range(30))) == [n**2 for n in range(30)]
         shared = found.share(list(range(1000)))
@@ -73,14 +73,14 @@ def _slow_node():
 
 
 def test_a_worker_that_is_killed_is_replaced(two_nodes, tmp_path):
-    with engine.opened("ray") as found:
+    with engine.open_engine("ray") as found:
         made = [partial(calls.die_once, str(tmp_path / "killed"), n) for n in range(6)]
         assert list(found.run(made)) == list(range(6))
     assert (tmp_path / "killed").exists()
 
 
 def test_errors_of_ours_come_back_as_they_were(two_nodes):
-    with engine.opened("ray") as found, pytest.raises(OptionError, match=r"^this is refused\.$"):
+    with engine.open_engine("ray") as found, pytest.raises(OptionError, match=r"^this is refused\.$"):
         list(found.run([partial(calls.refuse, "this")]))
 
 
@@ -93,7 +93,7 @@ def test_the_pack_is_the_one_that_a_serial_fit_makes(two_nodes, folder, tmp_path
 
 
 def test_a_fit_whose_workers_are_killed_ends_with_the_same_pack(two_nodes, folder):
-    with engine.opened("ray") as found:
+    with engine.open_engine("ray") as found:
         workers = set(found.run([calls.process] * 8))
 
     def kill(stage, done, total):
@@ -110,6 +110,6 @@ def test_a_fit_whose_workers_are_killed_ends_with_the_same_pack(two_nodes, folde
 
 def test_a_cluster_of_this_machine_is_started_and_stopped_where_there_is_none(folder, two_nodes):
     ray.shutdown()
-    with engine.opened("ray") as found:
+    with engine.open_engine("ray") as found:
         assert list(found.run([partial(calls.square, 7)])) == [49]
     assert not ray.is_initialized()

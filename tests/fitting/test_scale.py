@@ -211,7 +211,7 @@ class TestInterrupted:
             "from pathlib import Path; from eigenlorax.core import checkpoint; "
             f"checkpoint.opened(Path({str(tmp_path)!r}), {{}}).__enter__()"
         )
-        with checkpoint.opened(tmp_path, {}):
+        with checkpoint.open_checkpoint(tmp_path, {}):
             refused = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
         assert "PackBusyError" in refused.stderr
 

@@ -11,9 +11,10 @@ import torch
 
 import eigenlorax as ex
 import reference
-from eigenlorax.core import metrics, subspace
+from eigenlorax.core import metrics, projection, subspace
 from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.core.subspace import FitOptions
+from eigenlorax.core.exact_fit import fit_module
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.errors import LossWarning, OptionError, UntrainedAdapterWarning
 from eigenlorax.fitting import knapsack, sizes
 from eigenlorax.fitting.knapsack import Menu
@@ -84,12 +85,12 @@ def all_cells(adapters, dtype, weighting):
         prices, losses = [], []
         most = [min(rows, width) for width in (spec.in_features, spec.out_features)]
         for k in [(0, 0), *itertools.product(*(range(1, m + 1) for m in most))]:
-            stored = subspace.rounded(subspace.fit_module(factors, weights, options, k), dtype)
+            stored = subspace.round_bases(fit_module(factors, weights, options, k), dtype)
             down, up = stored.down.k, stored.up.k
             prices.append(dtype.itemsize * (down * spec.in_features + up * spec.out_features + rows * (down + up)))
             losses.append(
                 [
-                    metrics.module_error(f, subspace.project(f, stored, dtype), stored).lost / total
+                    metrics.module_error(f, projection.project(f, stored, dtype), stored).squared_error / total
                     for f, total in zip(factors, totals, strict=True)
                 ]
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eigenlorax as ex
-from eigenlorax.core.options import integer, number
+from eigenlorax.core.options import to_float, to_int
 from eigenlorax.errors import (
     FormatError,
     ModuleNameError,
@@ -102,22 +102,22 @@ class TestOptions:
     @pytest.mark.parametrize("value", [True, 8.0, "8", None, [8]])
     def test_what_is_no_integer(self, value):
         with pytest.raises(OptionError, match="n must be an integer, got"):
-            integer("n", value)
+            to_int("n", value)
 
     @pytest.mark.parametrize("value", [True, "0.9", None, [1]])
     def test_what_is_no_number(self, value):
         with pytest.raises(OptionError, match="x must be a number, got"):
-            number("x", value)
+            to_float("x", value)
 
     @pytest.mark.parametrize("value", [8, np.int64(8), np.uint8(8), torch.tensor(8)])
     def test_integers_of_others_are_plain_ones(self, value):
-        assert type(integer("n", value)) is int
-        assert integer("n", value) == 8
+        assert type(to_int("n", value)) is int
+        assert to_int("n", value) == 8
 
     @pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5)])
     def test_numbers_of_others_are_plain_ones(self, value):
-        assert type(number("x", value)) is float
-        assert number("x", value) == 0.5
+        assert type(to_float("x", value)) is float
+        assert to_float("x", value) == 0.5
 
     @pytest.mark.parametrize("options", [{"n_components": True}, {"n_components": 3, "sweeps": True}])
     def test_a_fit_asks_for_them(self, options):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import eigenlorax as ex
 import lora_files
 from adapters import change_config, make_adapter
-from eigenlorax.core import keys
+from eigenlorax.core import keys, module_patterns
 from eigenlorax.errors import EigenloraxWarning
 from make_reference_packs import PACKS
 from reports import synthetic
@@ -81,7 +81,7 @@ def adapters() -> Mapping[str, Tree]:
 
 def _make_patterns(folder: Path) -> None:
     make_adapter(folder, seed=2, modules=MODULES)
-    patterns = {QUERY: 3, keys.whole_name(VALUE): 3, "other.*": 5}
+    patterns = {QUERY: 3, module_patterns.exact_pattern(VALUE): 3, "other.*": 5}
     change_config(folder, r=8, rank_pattern=patterns, alpha_pattern={"value": 9}, use_rslora=True)
 
 

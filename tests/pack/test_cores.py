@@ -241,7 +241,7 @@ class TestWritten:
             assert len(stored) == 3 + (name == "d")
             config = json.loads((path / "adapters" / name / keys.ADAPTER_CONFIG).read_text())
             # by this, what reads floats alone refuses the adapter
-            assert config[keys.STORED_AS] == pack.coefficient_storage == f"{pack.cores}-{pack.storage}"
+            assert config[keys.COEFFICIENT_DTYPE] == pack.coefficient_storage == f"{pack.cores}-{pack.storage}"
             numbers = K if pack.cores == "diagonal" else K * K
             assert counted == 3 * numbers * pack.dtype.itemsize
 

@@ -12,7 +12,7 @@ import eigenlorax as ex
 import reference
 from adapters import MODULES, make_adapter, make_adapters
 from eigenlorax.core import registry, subspace
-from eigenlorax.core.adapter import LoRAFactors, from_factors
+from eigenlorax.core.adapter import LoRAFactors, delta_square, from_factors
 from eigenlorax.errors import AdapterNameError, LossWarning, ModuleNameError, OptionError, UntrainedAdapterWarning
 from outcomes import contents
 from planted import MODULES as PLANTED
@@ -124,7 +124,7 @@ class TestWhatIsGained:
         adapters, _ = shared_collection(4)
         pack = ex.fit(adapters, n_components=6)
         new = outlier(pack, (1.0, 0.3))
-        total = sum(subspace.delta_square(one) for one in new.modules.values())
+        total = sum(delta_square(one) for one in new.modules.values())
         assert pack.add(new, extend=1).delta_error == pytest.approx((len(PLANTED) * 0.3**2 / total) ** 0.5, rel=1e-4)
 
     def test_one_that_lies_in_the_span_adds_none(self, tmp_path):
@@ -370,7 +370,7 @@ class TestLineage:
         found = {one: registry.find(one) for one in opened.info.lineage}
         assert [found[one].fingerprint for one in opened.info.lineage] == [before.fingerprint, now]
         assert found[before.fingerprint].modules[QUERY].down.k == 4
-        assert registry.holder(before.fingerprint).info.fingerprint == now
+        assert registry.find_holder(before.fingerprint).info.fingerprint == now
 
     def test_sides_that_grew_apart_are_refused(self):
         plain = ex.fit(random_collection(2), n_components=3).subspace

@@ -263,8 +263,8 @@ class TestAugment:
         from eigenlorax.core import basis
 
         ex.Pack.open(saved).augment(7, seed=3).save(tmp_path / "more")
-        real = basis.normal_rows
-        monkeypatch.setattr(basis, "normal_rows", lambda *args: real(*args)[:, ::-1].copy())
+        real = basis.seeded_normal_rows
+        monkeypatch.setattr(basis, "seeded_normal_rows", lambda *args: real(*args)[:, ::-1].copy())
         with pytest.raises(
             PackDamagedError, match="rebuilds the augmented directions of encoder.0.dense.down differently"
         ):

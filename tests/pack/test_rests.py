@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import eigenlorax as ex
-from eigenlorax.core import keys, metrics
-from eigenlorax.core import subspace as spaces
-from eigenlorax.core.stack import stack
+from eigenlorax.core import keys, metrics, projection
+from eigenlorax.core.batch import pad_factors
 from eigenlorax.errors import PackDamagedError
 from eigenlorax.reports.analysis import losses
 from planted import TOLERANCE, random_adapter
@@ -33,10 +32,10 @@ def oracle(pack, name, module):
     one, bases = packed.coefficients[module], pack.subspace.modules[packed.places[module]]
     down = one.down.double() @ bases.down.components.double()
     up = bases.up.components.double().mT @ one.up.double()
-    if one.down_rest is not None:
-        down = down + one.down_rest.double()
-    if one.up_rest is not None:
-        up = up + one.up_rest.double()
+    if one.down_residual is not None:
+        down = down + one.down_residual.double()
+    if one.up_residual is not None:
+        up = up + one.up_residual.double()
     return one.scaling * up @ down
 
 
@@ -49,7 +48,7 @@ class TestFiles:
             assert got.record == wanted.record
             for module, one in wanted.coefficients.items():
                 for side in keys.SIDES:
-                    mine, theirs = got.coefficients[module].rest(side), one.rest(side)
+                    mine, theirs = got.coefficients[module].residual(side), one.residual(side)
                     assert (mine is None) == (theirs is None)
                     assert mine is None or torch.equal(mine, theirs)
         opened.save(tmp_path / "again")
@@ -64,7 +63,7 @@ class TestFiles:
         assert configs["a1"].rests == {modules[0]: ["down"]}
         assert configs["a2"].rests == {modules[0]: ["up"], modules[1]: ["down", "up"]}
         assert configs["a3"].rests == {}
-        assert keys.RESTS not in (path / "adapters" / "a3" / keys.ADAPTER_CONFIG).read_text()
+        assert keys.RESIDUAL_SIDES not in (path / "adapters" / "a3" / keys.ADAPTER_CONFIG).read_text()
 
     def test_an_export_is_the_whole_update(self, pack, tmp_path):
         for name in pack.names:
@@ -78,7 +77,7 @@ class TestFiles:
     def test_one_that_does_not_fit_the_module_is_damage(self, pack, tmp_path):
         wide = pack.packed("a0")
         one = wide.coefficients[QUERY]
-        bad = replace(one, down_rest=torch.nn.functional.pad(one.down_rest, (0, 1)))
+        bad = replace(one, down_residual=torch.nn.functional.pad(one.down_residual, (0, 1)))
         broken = ex.Pack(
             pack.subspace,
             pack.info,
@@ -97,7 +96,7 @@ class TestFiles:
             more = sum(
                 rest.nbytes
                 for one in pack.packed(name).coefficients.values()
-                for rest in (one.down_rest, one.up_rest)
+                for rest in (one.down_residual, one.up_residual)
                 if rest is not None
             )
             assert more > 0
@@ -120,44 +119,46 @@ class TestErrors:
         factors = random_adapter("x", 40).modules[QUERY]
         bases = pack.subspace.modules[QUERY]
         other = random_adapter("y", 80, rank=rank).modules[QUERY]
-        found = with_rest(spaces.project(other, bases, torch.float32), bases, sides, seed=9)
-        plain = spaces.reconstruct(found, bases)
+        found = with_rest(projection.project(other, bases, torch.float32), bases, sides, seed=9)
+        plain = projection.reconstruct(found, bases)
         dense = factors.scaling * factors.up.double() @ factors.down.double()
         off = torch.linalg.norm(dense - plain.scaling * plain.up @ plain.down).square()
         got = metrics.module_error(factors, found, bases)
-        assert got.total == pytest.approx(float(torch.linalg.norm(dense).square()), rel=1e-12)
-        assert got.lost == got.rounding == pytest.approx(float(off), rel=1e-12)
+        assert got.square == pytest.approx(float(torch.linalg.norm(dense).square()), rel=1e-12)
+        assert got.squared_error == got.squared_rounding == pytest.approx(float(off), rel=1e-12)
 
     def test_a_rest_that_is_all_that_was_missing_leaves_none(self, pack):
         factors = random_adapter("x", 40).modules[QUERY]
         bases = pack.subspace.modules[QUERY]
-        inside = spaces.project(factors, bases)
-        plain = spaces.reconstruct(inside, bases)
-        whole = replace(inside, down_rest=factors.down.double() - plain.down, up_rest=factors.up.double() - plain.up)
+        inside = projection.project(factors, bases)
+        plain = projection.reconstruct(inside, bases)
+        whole = replace(
+            inside, down_residual=factors.down.double() - plain.down, up_residual=factors.up.double() - plain.up
+        )
         found = metrics.module_error(factors, whole, bases)
-        assert found.lost < 1e-28 * found.total
+        assert found.squared_error < 1e-28 * found.square
 
     @pytest.mark.parametrize("rank", [1, 2, 5, 7])
     def test_of_coefficients_of_another_rank(self, pack, rank):
         factors = random_adapter("x", 40).modules[QUERY]
         bases = pack.subspace.modules[QUERY]
-        other = spaces.project(random_adapter("y", 80, rank=rank).modules[QUERY], bases, torch.float32)
-        plain = spaces.reconstruct(other, bases)
+        other = projection.project(random_adapter("y", 80, rank=rank).modules[QUERY], bases, torch.float32)
+        plain = projection.reconstruct(other, bases)
         dense = factors.scaling * factors.up.double() @ factors.down.double()
         off = torch.linalg.norm(dense - plain.scaling * plain.up @ plain.down).square()
-        best = spaces.reconstruct(spaces.project(factors, bases), bases)
+        best = projection.reconstruct(projection.project(factors, bases), bases)
         rounding = torch.linalg.norm(
             best.scaling * best.up @ best.down - plain.scaling * plain.up @ plain.down
         ).square()
         got = metrics.module_error(factors, other, bases)
-        assert got.lost == pytest.approx(float(off), rel=1e-10)
-        assert got.rounding == pytest.approx(float(rounding), rel=1e-10)
+        assert got.squared_error == pytest.approx(float(off), rel=1e-10)
+        assert got.squared_rounding == pytest.approx(float(rounding), rel=1e-10)
 
     def test_in_reports_too(self, pack):
         originals = [random_adapter(f"a{i}", 100 * i).modules[QUERY] for i in range(4)]
         bases = pack.subspace.modules[QUERY]
         coefficients = [pack.packed(f"a{i}").coefficients[QUERY] for i in range(4)]
-        found = losses.stored(stack(originals, bases.shape[1], bases.shape[0]), originals, coefficients, bases)
+        found = losses.stored(pad_factors(originals, bases.shape[1], bases.shape[0]), originals, coefficients, bases)
         for index, (factors, one) in enumerate(zip(originals, coefficients, strict=True)):
-            wanted = metrics.module_error(factors, one, bases).lost
+            wanted = metrics.module_error(factors, one, bases).squared_error
             assert float(found.delta[index]) == pytest.approx(wanted, rel=1e-9)

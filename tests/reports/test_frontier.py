@@ -8,7 +8,7 @@ from synthetic import report
 
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
-from eigenlorax.core.stack import stack
+from eigenlorax.core.batch import pad_factors
 from eigenlorax.reports import data, frontier, page
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
@@ -52,7 +52,7 @@ def test_the_pack_is_where_its_records_say(shared):
 def test_points_are_those_of_the_baselines_and_go_down(strangers):
     _, found = strangers
     made = random(4, shapes=MODULES)
-    modules = {m: stack([one[m] for one in made], n_in, n_out) for m, (n_out, n_in) in MODULES.items()}
+    modules = {m: pad_factors([one[m] for one in made], n_in, n_out) for m, (n_out, n_in) in MODULES.items()}
     points = found.frontier.points[1:]
     tables = per_adapter.tables(modules)
     both = [point for point in points if point.way == per_adapter.BOTH]

@@ -167,7 +167,7 @@ def test_a_rank_beyond_what_vllm_has_is_refused(plain):
 def test_a_rest_has_no_place_between_shared_bases(plain):
     module, other, *_ = sorted(plain.coefficients)
     wide = {
-        name: replace(one, up_rest=torch.ones(5, one.rank)) if name in (module, other) else one
+        name: replace(one, up_residual=torch.ones(5, one.rank)) if name in (module, other) else one
         for name, one in plain.coefficients.items()
     }
     found = replace(plain, coefficients=wide)

@@ -123,7 +123,7 @@ class TestClassification:
         assert found.delta_error is None
         assert ex.Pack.open(place / "pack").names == before
         # another process can still add it
-        registry.forget()
+        registry.clear()
         with ex.Pack.edit(place / "pack") as opened:
             assert opened.add(place / "out", name="later").delta_error < 1e-6
 

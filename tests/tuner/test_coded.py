@@ -68,7 +68,7 @@ def both(path, loras, names):
 def test_what_they_have_is_what_is_to_be_tried(path):
     pack = ex.Pack.open(path)
     found = [one for name in pack.names for one in pack.packed(name).coefficients.values()]
-    kinds = any(one.down.any() for one in found), any(one.down_rest is not None for one in found)
+    kinds = any(one.down.any() for one in found), any(one.down_residual is not None for one in found)
     assert kinds == (path.name.startswith("shared"), True)
     assert any(basis.down.k for basis in pack.subspace.modules.values()) == kinds[0]
 

@@ -67,7 +67,7 @@ class TestSavedElsewhere:
         model = trained(saved_base, pack, **fields)
         model.save_pretrained(tmp_path / "mine")
         wanted = model(ids).logits
-        registry.forget()
+        registry.clear()
         grow(pack)
         grow(pack, seed=950)
         ex.Pack.open(pack)
@@ -162,7 +162,7 @@ class TestSavedElsewhere:
         trained(saved_base, pack).save_pretrained(tmp_path / "mine")
         with pytest.raises(OptionError, match="belongs to the subspace .* would mean something else there"):
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=other)
-        registry.forget()
+        registry.clear()
         ex.Pack.open(other)
         with pytest.raises(PackMissingError, match="not at hand"):
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine")

@@ -42,7 +42,7 @@ class TestLoaders:
     def test_with_the_pack_open(self, saved_base, bert_pack, tmp_path, ids, forgotten, loader, fields):
         model = trained(saved_base, bert_pack, **fields)
         model.save_pretrained(tmp_path / "out")
-        registry.forget()
+        registry.clear()
         ex.Pack.open(bert_pack)
         assert torch.equal(load(loader, saved_base, tmp_path / "out").eval()(ids).logits, model(ids).logits)
 
@@ -51,7 +51,7 @@ class TestLoaders:
     def test_with_the_subspace_embedded(self, saved_base, bert_pack, tmp_path, ids, forgotten, loader, fields):
         model = trained(saved_base, bert_pack, embed_subspace=True, **fields)
         model.save_pretrained(tmp_path / "out")
-        registry.forget()
+        registry.clear()
         loaded = load(loader, saved_base, tmp_path / "out").eval()
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
@@ -60,7 +60,7 @@ class TestLoaders:
         model.save_pretrained(tmp_path / "without")
         model.peft_config["default"].embed_subspace = True
         model.save_pretrained(tmp_path / "with")
-        registry.forget()
+        registry.clear()
         again = load("peft", saved_base, tmp_path / "with").eval()
         assert torch.equal(again(ids).logits, model(ids).logits)
         again.save_pretrained(tmp_path / "again")
@@ -83,7 +83,7 @@ class TestLoaders:
     def test_with_the_pack_given(self, saved_base, bert_pack, tmp_path, ids, forgotten):
         model = trained(saved_base, bert_pack)
         model.save_pretrained(tmp_path / "out")
-        registry.forget()
+        registry.clear()
         loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "out", subspace=bert_pack)
         assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
@@ -222,7 +222,7 @@ class TestWrongUse:
 
     def test_a_subspace_that_is_not_at_hand(self, saved_base, bert_pack, tmp_path, forgotten):
         trained(saved_base, bert_pack).save_pretrained(tmp_path / "out")
-        registry.forget()
+        registry.clear()
         model = base(saved_base)
         call = lambda: PeftModel.from_pretrained(model, tmp_path / "out")  # noqa: E731
         self.assert_untouched(model, PackMissingError, "Pack.open.*subspace=.*embed_subspace", call)

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
 from convnets import conv_pack, images, make_convnet
-from eigenlorax.core import byte_rows
+from eigenlorax.core import int8_rows
 from eigenlorax.tuner import serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from loaders import several
@@ -43,7 +43,7 @@ def both(path, base=None, names=NAMES):
     for layer in layers(plain):
         for bases in (layer.eigenlorax_basis_down, layer.eigenlorax_basis_up):
             for key in list(bases):
-                bases[key] = byte_rows.rounded(bases[key]).wide(bases[key].dtype)
+                bases[key] = int8_rows.quantise_rows(bases[key]).wide(bases[key].dtype)
     serve(plain)
     serve(served, torch.int8)
     return plain, served

@@ -63,7 +63,7 @@ def test_bases_are_used_where_adapters_share_some(tmp_path):
     much, nothing = (coded_pack(dict.fromkeys(BERT, (IN, IN)), shared) for shared in ("much", "nothing"))
     assert all(sides["down"].k > 0 for sides in much.info.modules.values())
     assert all(sides["down"].k == 0 for sides in nothing.info.modules.values())
-    assert any(one.has_rest for one in nothing.packed("a0").coefficients.values())
+    assert any(one.has_residual for one in nothing.packed("a0").coefficients.values())
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_convolutions(tmp_path, max_error):
     path = pack.save(tmp_path / "pack")
     model = several(lambda name: path / "adapters" / name, make_convnet(), NAMES)
     assert any(
-        layer.has_rest(name) for layer in model.modules() if isinstance(layer, EigenLoraxLayer) for name in NAMES
+        layer.has_residual(name) for layer in model.modules() if isinstance(layer, EigenLoraxLayer) for name in NAMES
     )
     served = copy.deepcopy(model)
     serve(served)

@@ -110,7 +110,7 @@ class TestRun:
         with ours.disable_adapter(), torch.no_grad():
             assert torch.equal(ours(ids).logits, make_bert()(ids).logits)
         ours.delete_adapter("a0")
-        assert all(not layer.has_rest("a0") for layer in layers(ours))
+        assert all(not layer.has_residual("a0") for layer in layers(ours))
         for model in (ours, theirs):
             model.set_adapter("a2")
         assert_same(ours, theirs, ids)
@@ -129,7 +129,7 @@ class TestRun:
         rests = [rest for layer in layers(model) for rest in layer.rests_of("a0")]
         assert {rest.dtype for rest in rests} == {torch.float32}
         plain = ex.Pack.open(path).packed("a0").coefficients[BERT[0]]
-        assert any(torch.equal(rest, plain.down_rest) for rest in rests)
+        assert any(torch.equal(rest, plain.down_residual) for rest in rests)
 
     def test_with_low_cpu_mem_usage(self, path, theirs, ids):
         model = PeftModel.from_pretrained(make_bert(), path / "adapters" / "a2", low_cpu_mem_usage=True).eval()
@@ -250,8 +250,8 @@ class TestTraining:
             down, up = own[name] = [part.clone().requires_grad_() for part in (one.down, one.up)]
             whole = (
                 one.scaling
-                * (bases.up.components.mT @ up + one.up_rest)
-                @ (down @ bases.down.components + one.down_rest)
+                * (bases.up.components.mT @ up + one.up_residual)
+                @ (down @ bases.down.components + one.down_residual)
             )
             layer = base.get_submodule(name)
             weight = layer.weight.detach() + whole
@@ -270,7 +270,7 @@ class TestTraining:
             wanted = from_lora(make_bert(), pack.adapter("a0"), subspace=pack)
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(ids).logits, wanted.eval()(ids).logits, **CLOSE)
-        assert all(not layer.has_rest("default") for layer in layers(model))
+        assert all(not layer.has_residual("default") for layer in layers(model))
 
     def test_the_mean_says_how_many_have_one(self, pack):
         with pytest.warns(ProjectionWarning, match="3 of 4 adapters have a rest outside the subspace"):
@@ -343,7 +343,7 @@ class TestFiles:
         return tmp_path / "a0"
 
     def test_one_that_the_config_does_not_know_is_not_passed_by(self, path, tmp_path):
-        key = keys.rest_key(BERT[0], "down")
+        key = keys.residual_key(BERT[0], "down")
         folder = self.copied(path, tmp_path, lambda tensors: None)
         config = ex.EigenLoraxConfig.from_pretrained(str(folder), subspace=path)
         config.rests = {}
@@ -352,7 +352,7 @@ class TestFiles:
         assert key in load_file(folder / keys.ADAPTER_WEIGHTS)
 
     def test_one_that_is_missing_is_not_taken_for_zero(self, path, tmp_path):
-        folder = self.copied(path, tmp_path, lambda tensors: tensors.pop(keys.rest_key(BERT[0], "up")))
+        folder = self.copied(path, tmp_path, lambda tensors: tensors.pop(keys.residual_key(BERT[0], "up")))
         with pytest.raises(FormatError, match=f"config has a rest of the up side of {BERT[0]}"):
             PeftModel.from_pretrained(make_bert(), folder, subspace=path)
 

@@ -86,7 +86,7 @@ class _PrintableStream:
 
     def write(self, text: str) -> int:
         """Write `text` with escapes for its control characters."""
-        self.rich_proxied_file.write(printable.lines(text))
+        self.rich_proxied_file.write(printable.multi_line(text))
         return len(text)
 
     def writelines(self, texts: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.options import byte_count_of_text
+from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE, reason
 from . import console
 
@@ -145,9 +145,9 @@ def fit(
     started = time.perf_counter()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
     folder.check_free(output, overwrite)
-    budget = byte_count_of_text("--max-bytes", max_bytes) if max_bytes is not None else None
+    budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
     aims = {"max_error": max_error, "max_bytes": budget, "ratio": ratio}
-    kept, before = checkpoint.beside(output), _manifest(output)
+    kept, before = checkpoint.default_folder(output), _manifest(output)
     with console.interrupts_say(lambda: _left_behind(output, before, kept)), console.working() as progress:
         pack = fit_adapters(
             adapters,
@@ -206,7 +206,7 @@ def fit(
 def _manifest(output: Path) -> bytes | None:
     from ..core import atomic_files, boundary, keys
 
-    return atomic_files.read_plain(output / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
+    return atomic_files.read_regular_file(output / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
 
 
 def _left_behind(output: Path, before: bytes | None, kept: Path) -> str:
@@ -216,7 +216,7 @@ def _left_behind(output: Path, before: bytes | None, kept: Path) -> str:
     if _manifest(output) != before:
         return f"{output} is written, and whole; it may lack its report."
     said = "No pack was written" if before is None else f"{output} is as it was"
-    modules = checkpoint.count(kept)
+    modules = checkpoint.count_parts(kept)
     if not modules:
         return f"{said}, and nothing was left."
     those = "1 fitted module is" if modules == 1 else f"{modules:,} fitted modules are"

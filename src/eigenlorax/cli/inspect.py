@@ -70,7 +70,10 @@ def inspect(
             # whatever its folder is called: only a pack needs a name for it
             name = hub.name_of(target)
             adapter = read_adapter(
-                target, name=name if keys.is_name(name) else "adapter", allow_pickle=allow_pickle, revision=revision
+                target,
+                name=name if keys.is_valid_name(name) else "adapter",
+                allow_pickle=allow_pickle,
+                revision=revision,
             )
         _show_adapter(target, adapter, json)
 

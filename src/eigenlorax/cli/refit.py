@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.options import byte_count_of_text
+from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE
 from . import console
 from .fit import number_or_auto
@@ -102,7 +102,7 @@ def refit(
             n_components=n_components,
             energy=energy,
             max_error=max_error,
-            max_bytes=byte_count_of_text("--max-bytes", max_bytes) if max_bytes is not None else None,
+            max_bytes=parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None,
             ratio=ratio,
             weighting=weighting,
             sweeps=sweeps,

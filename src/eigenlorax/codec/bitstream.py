@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.boundary import MAX_CORE, MAX_RANK
-from ..core.subspace import Coefficients
+from ..core.coefficients import Coefficients
 from ..errors import FormatError
 from . import entropy, singular_codes
 from .singular_codes import RoundedBasis
@@ -431,10 +431,10 @@ def coefficients(
         rest = _weighted(rows.rest, rows.rest_levels, rows_weight, rank)
         rests.append(rest.float() if (rows.rest_levels > 0).any() else None)
     down, up = known
-    down_rest, up_rest = rests
-    if up_rest is not None:
-        up_rest = up_rest.mT.contiguous()
-    return Coefficients(down, up.mT.contiguous(), scaling, kernel, down_rest, up_rest)
+    down_residual, up_residual = rests
+    if up_residual is not None:
+        up_residual = up_residual.mT.contiguous()
+    return Coefficients(down, up.mT.contiguous(), scaling, kernel, down_residual, up_residual)
 
 
 def _weighted(codes: np.ndarray, levels: np.ndarray, weight: Tensor, rank: int) -> Tensor:

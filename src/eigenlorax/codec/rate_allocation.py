@@ -75,10 +75,12 @@ def _side_view(rows: Tensor, lengths: Tensor) -> SideView:
 def _leading(rows: Tensor) -> Tensor:
     """The leading directions of rows, searched for where finding all of them would take long."""
     if min(rows.shape) <= LARGE:
-        return linalg.leading_rows(rows, MOST)
+        return linalg.leading_right_vectors(rows, MOST)
     start = torch.randn(rows.shape[1], MOST, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
     square = float(rows.square().sum())
-    found = krylov.leading(lambda columns: rows.mT @ (rows @ columns), start, MOST, tolerance=1e-3 * square)
+    found = krylov.leading_eigenvectors(
+        lambda columns: rows.mT @ (rows @ columns), start, MOST, tolerance=1e-3 * square
+    )
     return linalg.orthonormal_rows(found.vectors.mT)
 
 

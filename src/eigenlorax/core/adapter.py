@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..errors import FormatError, ShapeError
 from . import dtypes
-from .options import number
+from .options import to_float
 
 T = TypeVar("T")
 
 
-class Lazy(Mapping[str, T], Generic[T]):
+class LazyMapping(Mapping[str, T], Generic[T]):
     """A mapping whose keys are known and whose values are read anew at each access, so that none is kept alive."""
 
     __slots__ = ("_keys", "_read")
@@ -60,12 +60,12 @@ class LoRAFactors:
             raise ShapeError(
                 f"down is {down} and up is {up}: (rank, in) and (out, rank) must share one rank of at least 1."
             )
-        if not is_kernel(self.kernel, down[1]):
+        if not is_valid_kernel(self.kernel, down[1]):
             raise ShapeError(
                 f"a kernel of {self.kernel} does not fit a down of {down}: its rows are channels · kernel."
             )
         # NumPy's and torch's numbers too
-        object.__setattr__(self, "scaling", number("scaling", self.scaling))
+        object.__setattr__(self, "scaling", to_float("scaling", self.scaling))
 
     @property
     def spec(self) -> "ModuleSpec":
@@ -91,7 +91,7 @@ class LoRAFactors:
         return self.down.reshape(len(self.down), -1, *self.kernel), self.up.reshape(*self.up.shape, *ones)
 
 
-def is_kernel(kernel: Any, in_features: int) -> bool:
+def is_valid_kernel(kernel: Any, in_features: int) -> bool:
     """Whether rows of `in_features` numbers may be those of a convolution of this kernel, or, where that is empty, of a
     linear module."""
     return (
@@ -175,3 +175,15 @@ class Adapter:
 def from_factors(name: str, modules: Mapping[str, LoRAFactors], **fields: Any) -> Adapter:
     """An adapter from tensors in memory; `fields` are the other fields of `Adapter`."""
     return Adapter(name=name, specs={key: value.spec for key, value in modules.items()}, modules=modules, **fields)
+
+
+def factor_grams(factors: LoRAFactors) -> tuple[Tensor, Tensor]:
+    """Return down @ downᵀ and upᵀ @ up, (r, r) float64: all that norms of the update depend on."""
+    down, up = factors.down.to(torch.float64), factors.up.to(torch.float64)
+    return down @ down.mT, up.mT @ up
+
+
+def delta_square(factors: LoRAFactors) -> float:
+    """Return ‖scaling · up @ down‖²_F without forming the out × in matrix."""
+    down_gram, up_gram = factor_grams(factors)
+    return max(factors.scaling**2 * float((down_gram * up_gram).sum()), 0.0)

@@ -21,7 +21,7 @@ from .exchange import exchange
 
 Files = Mapping[str, bytes]
 
-STAGING = staging.PREFIX
+STAGING_PREFIX = staging.PREFIX
 _noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
 
 
@@ -30,7 +30,7 @@ def digest(data: bytes) -> str:
     return sha256(data).hexdigest()
 
 
-def read_plain(path: Path, at_most: int) -> bytes | None:
+def read_regular_file(path: Path, at_most: int) -> bytes | None:
     """Return the bytes of a plain file of at most so many; None for any other.
 
     Nothing is waited for, followed or allocated: there may be a link, a pipe, a device, or a file without an end.
@@ -54,7 +54,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def synced_at_the_end() -> Iterator[None]:
+def defer_folder_syncs() -> Iterator[None]:
     """Flush each folder that something new comes to in the block once, at its end, rather than for each of them."""
     noted: set[Path] = set()
     token = _noted.set(noted)
@@ -107,7 +107,7 @@ def staged(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
 
     Room on the disk is needed before the block, not in it. After an error, what was not put in place is removed.
     """
-    with staging.claimed(path, staging.make_file) as beside:
+    with staging.claim(path, staging.create_file) as beside:
 
         def put_in_place() -> None:
             os.replace(beside, path)
@@ -125,7 +125,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
+def ensure_folder(folder: Path) -> Iterator[None]:
     """`folder` and its parents; after an error, those that were not there are removed again if they are empty."""
     missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
     """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced."""
     recover(path)
     check_replaceable(path, files, overwrite)
-    with made(path.parent), staging.claimed(path, staging.make_folder) as beside:
+    with ensure_folder(path.parent), staging.claim(path, staging.create_folder) as beside:
         for name, data in files.items():
             with _naming(path / name):
                 _write(beside / name, data, "xb")
@@ -214,7 +214,7 @@ def _put_in_place(beside: Path, path: Path) -> None:
         return
     old = beside
     if not exchange(beside, path):
-        old = staging.aside(path)
+        old = staging.replaced_folder_path(path)
         os.replace(path, old)
         try:
             os.replace(beside, path)
@@ -229,7 +229,7 @@ def _put_in_place(beside: Path, path: Path) -> None:
 def recover(path: Path) -> None:
     """Finish what a killed `write_folder` has begun at `path`, if one did: the old folder is taken back if it is aside
     and nothing is in its place, or removed if it was replaced."""
-    old = staging.aside(path)
+    old = staging.replaced_folder_path(path)
     if old.is_symlink() or not old.is_dir():
         return
     if path.exists():
@@ -239,7 +239,7 @@ def recover(path: Path) -> None:
         sync_folder(path.parent)
 
 
-def permit_like(folder: Path, file: Path) -> None:
+def copy_permissions(folder: Path, file: Path) -> None:
     """Give every file in `folder` the permissions of `file`: safetensors writes its files for their owner alone."""
     mode = stat.S_IMODE(file.stat().st_mode)
     for entry in folder.rglob("*"):
@@ -247,9 +247,9 @@ def permit_like(folder: Path, file: Path) -> None:
             entry.chmod(mode)
 
 
-def sweep_staging(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove what killed writers left half-written. Only for one who holds the folder's lock."""
-    for entry in folder.glob(f"{STAGING}*"):
+    for entry in folder.glob(f"{STAGING_PREFIX}*"):
         if not staging.is_in_use(entry):
             remove(entry)
 
@@ -257,7 +257,9 @@ def sweep_staging(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder. Killed in between, it leaves the whole of it, or what `sweep_staging` finds."""
     if path.is_dir() and not path.is_symlink():
-        doomed = path if path.name.startswith(STAGING) else path.parent / f"{STAGING}{secrets.token_hex(8)}"
+        doomed = (
+            path if path.name.startswith(STAGING_PREFIX) else path.parent / f"{STAGING_PREFIX}{secrets.token_hex(8)}"
+        )
         os.replace(path, doomed)
         shutil.rmtree(doomed)
     else:

@@ -120,7 +120,7 @@ class Basis:
         return torch.cat([self.fitted if stored else self.components[:0], *found])
 
 
-def chooser(n_components: int | None, energy: float | None) -> Callable[[Tensor, tuple[int, int]], int]:
+def component_rule(n_components: int | None, energy: float | None) -> Callable[[Tensor, tuple[int, int]], int]:
     """The rule that turns a spectrum into a number of components (`linalg.RowStack.leading`).
 
     Either at most `n_components`, or the smallest number whose squared singular values reach `energy` of the total;
@@ -167,7 +167,7 @@ def fit(
     if not bool(rows.any()):
         raise OptionError(f"every row is zero: a {tuple(rows.shape)} matrix without a direction cannot be fitted.")
     identity = torch.eye(rows.shape[0], dtype=torch.float64)
-    leading = linalg.RowStack([rows]).leading([identity], chooser(n_components, energy))
+    leading = linalg.RowBlocks([rows]).leading([identity], component_rule(n_components, energy))
     total = leading.singular_values.square().sum()
     return Basis(
         components=leading.components().to(dtype or rows.dtype),
@@ -189,7 +189,7 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
             f"{label}: {basis.k} components and {n_extra} extra ones are more than its {basis.dimension} dimensions; "
             f"at most n_extra={basis.dimension - basis.k} fits."
         )
-    rows = torch.from_numpy(normal_rows(n_extra, basis.dimension, seed, label))
+    rows = torch.from_numpy(seeded_normal_rows(n_extra, basis.dimension, seed, label))
     extra = linalg.orthogonal_complement_rows(rows, basis.components.to(torch.float64))
     return replace(
         basis,
@@ -210,7 +210,7 @@ def extend(basis: Basis, rows: Float[Tensor, "m d"], payload: Mapping[str, Tenso
     )
 
 
-def normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
+def seeded_normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
     """Standard normal numbers, (n, dimension) float64, that depend on seed and label alone.
 
     Philox's raw stream is fixed across NumPy releases, its normal distribution is not; hence Box–Muller here.
@@ -227,12 +227,12 @@ def normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
     return found
 
 
-def extra_check(basis: Basis) -> Float[Tensor, " n_extra"]:
+def augmentation_checksums(basis: Basis) -> Float[Tensor, " n_extra"]:
     """One number for each augmented row, float32: what a machine compares after it has rebuilt them."""
     return basis.augmented.to(torch.float64).sum(dim=1).float()
 
 
-def dual(basis: Basis) -> Float[Tensor, "k d"]:
+def dual_components(basis: Basis) -> Float[Tensor, "k d"]:
     """The float64 rows that `project` multiplies with: the components but for the rounding of their stored dtype."""
     return linalg.dual_rows(basis.components.to(torch.float64))
 
@@ -245,7 +245,7 @@ def project(
     dual_rows: `dual(basis)`, where many calls share one basis.
     """
     check_width(rows.shape[1], basis)
-    return rows.to(torch.float64) @ (dual(basis) if dual_rows is None else dual_rows).mT
+    return rows.to(torch.float64) @ (dual_components(basis) if dual_rows is None else dual_rows).mT
 
 
 def check_width(width: int, basis: Basis) -> None:

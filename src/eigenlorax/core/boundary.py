@@ -34,9 +34,9 @@ MAX_REPORT_BYTES = 1 << 28
 """Largest size of a report."""
 MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, by that format."""
-ALLOWANCE = 200_000_000
+MEMORY_ALLOWANCE = 200_000_000
 """Bytes of memory that may be taken beside what the size of the files, and of the adapters in them, explains."""
-MAX_GROWTH = 64
+MAX_EXPANSION = 64
 """Largest ratio of the bytes of rows in memory to their bytes in a file. Coded rows of length 1 that are worth their
 bytes take about a bit a number, and are read as float32."""
 FACTOR_BYTES = 16
@@ -63,7 +63,7 @@ _NOT_THERE = {ENOENT, ENOTDIR, EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENXIO}
 
 
 @contextmanager
-def as_specified(where: Path | str) -> Iterator[None]:
+def damaged_on_error(where: Path | str) -> Iterator[None]:
     """Raise `PackDamagedError` for whatever goes wrong in the block because a pack is not as its format asks.
 
     where: the file or folder that is read, for the message. Errors of packs pass through; `PackError` where memory is
@@ -110,7 +110,7 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
         os.close(descriptor)
 
 
-def json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
+def parse_json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
     """Return the text of a JSON file that holds an object, and the object. `FormatError` for anything else.
 
     where: the file, for the message.
@@ -138,7 +138,7 @@ def check_depth(value: Any, where: str) -> None:
 
 
 @cache
-def memory_size() -> float:
+def machine_memory() -> float:
     """Return the bytes of this machine's memory; infinity where the system does not say."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -150,29 +150,29 @@ def _missing(path: Path) -> FileNotFoundError:
     return FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path))
 
 
-def check_growth(needed: int, size: int, what: str) -> None:
+def check_expansion(needed: int, size: int, what: str) -> None:
     """Raise `ValueError` where rows would take more memory than the bytes that they are read from can explain.
 
     needed: bytes in memory. size: bytes in the file. what: the rows, for the message.
     """
-    if needed > MAX_GROWTH * size + ALLOWANCE:
+    if needed > MAX_EXPANSION * size + MEMORY_ALLOWANCE:
         raise ValueError(f"{what} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
 
 
-def check_coded(numbers: int, size: int, what: str) -> None:
+def check_coded_count(numbers: int, size: int, what: str) -> None:
     """Raise `ValueError` for more numbers of 32 bits than coded bytes may stand for.
 
     Those that are sure to be zero take a hundredth of a bit, and decoding takes some twenty bytes for each: so many are
     read of few bytes as fit in `ALLOWANCE` then. what: the numbers, for the message.
     """
-    most = max(MAX_GROWTH * size // 4, ALLOWANCE // 20)
+    most = max(MAX_EXPANSION * size // 4, MEMORY_ALLOWANCE // 20)
     if numbers > most:
         raise ValueError(
             f"{what} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} are read of these"
         )
 
 
-def check_factors(numbers: int, what: str) -> None:
+def check_factor_memory(numbers: int, what: str) -> None:
     """Raise `ValueError` where factors of so many numbers do not fit in this machine's memory.
 
     A row of coefficients times one component has as many numbers as their lengths multiplied, so that a small file may
@@ -180,5 +180,5 @@ def check_factors(numbers: int, what: str) -> None:
     what: the factors, for the message.
     """
     needed = FACTOR_BYTES * numbers
-    if needed > memory_size():
+    if needed > machine_memory():
         raise ValueError(f"{what} would take {needed:,} bytes of memory, more than this machine has")

@@ -33,7 +33,7 @@ class Checkpoint:
         A file counts only if its digest is right: one that was cut or changed on the disk, that was kept for another
         number or key, or by a release without digests, is not there.
         """
-        data = atomic_files.read_plain(self._path(number), at_most + _DIGEST_BYTES)
+        data = atomic_files.read_regular_file(self._path(number), at_most + _DIGEST_BYTES)
         if data is None or data[:_DIGEST_BYTES] != self._digest(number, data[_DIGEST_BYTES:]):
             return None
         return data[_DIGEST_BYTES:]
@@ -53,7 +53,7 @@ class Checkpoint:
         return self._folder / f"{number:05d}.safetensors"
 
 
-def beside(folder: Path) -> Path:
+def default_folder(folder: Path) -> Path:
     """Return where `eigenlorax fit` keeps the modules of the pack that it will write to `folder`."""
     # of `.` and `..` as well
     whole = Path(os.path.abspath(folder))
@@ -61,7 +61,7 @@ def beside(folder: Path) -> Path:
 
 
 @contextmanager
-def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
+def open_checkpoint(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
     """Open the checkpoint in `folder` for the work with this key.
 
     What other work left there is deleted, and so is the folder if nothing was kept in it.
@@ -71,26 +71,26 @@ def opened(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
     mine = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
     _check_is_one(folder)
     empty = False
-    with atomic_files.made(folder.parent):
+    with atomic_files.ensure_folder(folder.parent):
         folder.mkdir(exist_ok=True)
         atomic_files.sync_folder(folder.parent)
         try:
             with atomic_files.lock(folder / _LOCK, timeout=0.0):
-                if atomic_files.read_plain(folder / _KEY, len(mine)) != mine:
+                if atomic_files.read_regular_file(folder / _KEY, len(mine)) != mine:
                     for path in _files(folder):
                         path.unlink()
                     atomic_files.write_file(folder / _KEY, mine)
-                atomic_files.sweep_staging(folder)
+                atomic_files.remove_abandoned(folder)
                 try:
                     yield Checkpoint(folder, mine)
                 finally:
-                    empty = not count(folder)
+                    empty = not count_parts(folder)
         finally:
             if empty:
                 discard(folder)
 
 
-def count(folder: Path) -> int:
+def count_parts(folder: Path) -> int:
     """Return how many parts are kept in a folder; none where there is no such folder."""
     return len(_files(folder)) if folder.is_dir() else 0
 
@@ -113,20 +113,20 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def discard_beside(pack: Path) -> None:
+def discard_default(pack: Path) -> None:
     """Delete what a fit of a pack, which has been written by now, has kept; not while one is at work, nor anything else
     that has the name."""
     with suppress(OptionError, PackError, OSError):
-        discard(beside(pack))
+        discard(default_folder(pack))
 
 
 def discard_finished(pack: Path, manifest: Path) -> None:
     """Do the same where the pack was written after the last module was kept: the fit was killed before it could."""
-    folder = beside(pack)
+    folder = default_folder(pack)
     if manifest.is_file() and folder.is_dir():
         kept = [path.stat().st_mtime_ns for path in _files(folder)]
         if max(kept, default=0) <= manifest.stat().st_mtime_ns:
-            discard_beside(pack)
+            discard_default(pack)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -143,9 +143,11 @@ def _check_is_one(folder: Path) -> None:
     others = [
         path.name for path in folder.iterdir() if path.name not in (_KEY, _LOCK) and not _FILE.fullmatch(path.name)
     ]
-    others = [name for name in others if not name.startswith(atomic_files.STAGING)]
+    others = [name for name in others if not name.startswith(atomic_files.STAGING_PREFIX)]
     folders = [
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(atomic_files.STAGING)
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(atomic_files.STAGING_PREFIX)
     ]
     if others or folders:
         raise OptionError(

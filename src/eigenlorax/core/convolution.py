@@ -17,7 +17,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BY_DIMENSION = {1: conv1d, 2: conv2d, 3: conv3d}
 
 
-def reason_against(module: nn.Module) -> str | None:
+def unsupported_reason(module: nn.Module) -> str | None:
     """Why a convolution cannot have an update of two products; None of one that can, and of any other module."""
     if isinstance(module, _TRANSPOSED):
         return f"a transposed convolution ({type(module).__name__}), whose rows are no patches of its input"
@@ -36,27 +36,27 @@ def kernel_of(module: nn.Module) -> tuple[int, ...]:
     return tuple(module.kernel_size) if isinstance(module, CONVOLUTIONS) else ()
 
 
-def sizes(module: Convolution) -> tuple[int, int]:
+def row_sizes(module: Convolution) -> tuple[int, int]:
     """The lengths of rows on both sides: channels in · kernel, and channels out."""
     return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
 
 
-def agree(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def kernels_match(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether modules of these kernels have the same rows. A linear module has a kernel of ones."""
     return kernel == other or set(kernel) | set(other) <= {1}
 
 
-def convolved(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
+def convolve(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
     """The images (n, channels, …) convolved with rows (m, channels · kernel) as the module does: (n, m, …)."""
     if not len(rows):
         # torch convolves with nothing less than one row
-        return convolved(module, images, rows.new_zeros(1, rows.shape[1]))[:, :0]
+        return convolve(module, images, rows.new_zeros(1, rows.shape[1]))[:, :0]
     weight = rows.reshape(len(rows), -1, *module.kernel_size)
     found: Tensor = module._conv_forward(images, weight, None)
     return found
 
 
-def pointwise(images: Tensor, matrix: Tensor, dimensions: int) -> Tensor:
+def apply_pointwise(images: Tensor, matrix: Tensor, dimensions: int) -> Tensor:
     """Each place of the images (n, channels, …) multiplied with a matrix (m, channels): (n, m, …)."""
     if 0 in matrix.shape:
         return images.new_zeros(len(images), len(matrix), *images.shape[2:])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from ..errors import EigenloraxError, EngineError, MissingExtraError, OptionError, reason
-from .options import check_choice, integer
+from .options import check_choice, to_int
 
 T = TypeVar("T")
 Call = Callable[[], T]
@@ -34,7 +34,7 @@ _received: dict[str, Any] = {}
 """Values that were shared with this process, by their keys."""
 
 
-class Shared(Generic[T]):
+class SharedValue(Generic[T]):
     """A value that many calls need: each process that makes some is sent it once."""
 
     __slots__ = ("_fetch", "key")
@@ -61,12 +61,12 @@ class Engine(Protocol):
         """The results, in the order of the calls, of which no more are taken than are needed to keep workers busy."""
         ...
 
-    def share(self, value: T) -> Shared[T]:
+    def share(self, value: T) -> SharedValue[T]:
         """The value, for calls to hold."""
         ...
 
 
-def here(calls: Iterable[Call[T]]) -> Iterator[T]:
+def run_serially(calls: Iterable[Call[T]]) -> Iterator[T]:
     """Calls made one after the other, in this process."""
     return (call() for call in calls)
 
@@ -77,7 +77,7 @@ class _Sharing:
     def __init__(self) -> None:
         self._keys: list[str] = []
 
-    def _known(self, shared: Shared[T]) -> Shared[T]:
+    def _known(self, shared: SharedValue[T]) -> SharedValue[T]:
         self._keys.append(shared.key)
         return shared
 
@@ -93,10 +93,10 @@ class _Serial(_Sharing):
     workers = 1
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
-        return here(calls)
+        return run_serially(calls)
 
-    def share(self, value: T) -> Shared[T]:
-        return self._known(Shared(secrets.token_hex(8), lambda: value))
+    def share(self, value: T) -> SharedValue[T]:
+        return self._known(SharedValue(secrets.token_hex(8), lambda: value))
 
 
 _Submitted = tuple[bytes, "Future[bytes]", ProcessPoolExecutor]
@@ -146,10 +146,10 @@ class _Processes(_Sharing):
             "under `if __name__ == '__main__':`, since each worker imports the script."
         )
 
-    def share(self, value: T) -> Shared[T]:
+    def share(self, value: T) -> SharedValue[T]:
         path = self._folder / secrets.token_hex(8)
         path.write_bytes(pickle.dumps(value))
-        return self._known(Shared(path.name, partial(_unpickled, path)))
+        return self._known(SharedValue(path.name, partial(_unpickled, path)))
 
     def close(self) -> None:
         """End the processes, without waiting for calls whose results nobody wants."""
@@ -213,8 +213,8 @@ class _Ray(_Sharing):
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"a worker of the Ray cluster could not do its part: {reason(error)}") from error
 
-    def share(self, value: T) -> Shared[T]:
-        return self._known(Shared(secrets.token_hex(8), partial(_from_store, [self._ray.put(value)])))
+    def share(self, value: T) -> SharedValue[T]:
+        return self._known(SharedValue(secrets.token_hex(8), partial(_from_store, [self._ray.put(value)])))
 
 
 def _from_store(references: list[Any]) -> Any:
@@ -236,23 +236,23 @@ def _in_order(
         yield result(waiting.popleft())
 
 
-def check(name: str, workers: int | None) -> None:
+def check_engine(name: str, workers: int | None) -> None:
     """`OptionError` unless there is such an engine, with so many workers."""
     check_choice("engine", name, ENGINES)
     if workers is None:
         return
     if name != "processes":
         raise OptionError(f"workers={workers} goes with engine='processes' (--engine processes), not with {name!r}.")
-    if integer("workers", workers) < 1:
+    if to_int("workers", workers) < 1:
         raise OptionError(f"workers must be at least 1, got {workers}.")
 
 
-def opened(name: str, workers: int | None = None) -> AbstractContextManager[Engine]:
+def open_engine(name: str, workers: int | None = None) -> AbstractContextManager[Engine]:
     """An engine for the length of a block.
 
     workers: processes of this machine, by default as many as it has cores for us. A Ray cluster has its own number.
     """
-    check(name, workers)
+    check_engine(name, workers)
     if name == "serial":
         return _serial()
     return _processes(workers or _cores()) if name == "processes" else _cluster()

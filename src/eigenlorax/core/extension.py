@@ -14,7 +14,7 @@ from . import linalg
 from . import subspace as spaces
 from .adapter import Adapter, LoRAFactors
 from .basis import Basis
-from .linalg import Leading, RowStack
+from .linalg import LeadingVectors, RowBlocks
 from .subspace import ModuleBases, Subspace
 
 SWEEPS = 4
@@ -26,7 +26,7 @@ Append = Callable[[Basis, Tensor], Basis]
 
 
 @dataclass(frozen=True, slots=True)
-class Newcomer:
+class NewAdapter:
     """An adapter that a subspace may grow by.
 
     delta_squares: ‖delta weight‖² of each of its modules. places: the names that its modules have in the subspace;
@@ -38,9 +38,9 @@ class Newcomer:
     places: Mapping[str, str]
 
 
-def extended(
+def extend_for(
     subspace: Subspace,
-    newcomers: Sequence[Newcomer],
+    newcomers: Sequence[NewAdapter],
     most: int,
     progress: Progress,
     append: Append = one.extend,
@@ -60,13 +60,13 @@ def extended(
     for done, (place, some) in enumerate(sorted(members.items())):
         progress("extending modules", done, len(members))
         factors = [adapter.modules[module] for adapter, module, _ in some]
-        rows[place] = missing(factors, [weight for _, _, weight in some], subspace.modules[place], most)
+        rows[place] = missing_components(factors, [weight for _, _, weight in some], subspace.modules[place], most)
     progress("extending modules", len(members), len(members))
     lacking = any(len(side) for pair in rows.values() for side in pair)
     return spaces.extend(subspace, rows, append) if lacking else subspace
 
 
-def missing(
+def missing_components(
     factors: Sequence[LoRAFactors], weights: Sequence[float], bases: ModuleBases, most: int
 ) -> tuple[Tensor, Tensor]:
     """Rows (down, up) to append to the bases of a module, float64: orthonormal, orthogonal to those that are there, at
@@ -80,7 +80,7 @@ def missing(
     scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
     down = _Side([f.down for f in factors], bases.down.components, scales, most, eps)
     up = _Side([f.up.mT for f in factors], bases.up.components, scales, most, eps)
-    best: tuple[float, Leading, Leading] | None = None
+    best: tuple[float, LeadingVectors, LeadingVectors] | None = None
     # sweeps end in the best directions near their start, so there are two: the other side in full, and as it is now
     for whole in (True, False):
         new_down, new_up = down.leading(up.start(whole)), up.leading(down.start(whole))
@@ -109,7 +109,7 @@ class _Side:
         self.inside = [block @ clean.mT for block in rows]
         outside = [block - part @ clean for block, part in zip(rows, self.inside, strict=True)]
         # once more, since what is left of a row may be small beside the row
-        self.outside = RowStack([block - (block @ clean.mT) @ clean for block in outside])
+        self.outside = RowBlocks([block - (block @ clean.mT) @ clean for block in outside])
         self.clean, self.scales = clean, scales
         # and so is what the arithmetic here leaves
         self.eps = max(eps, max(self.outside.rows.shape) * torch.finfo(torch.float64).eps)
@@ -119,7 +119,7 @@ class _Side:
         """Gram matrices (r, r) of each adapter's rows, whole or as they are in the basis."""
         return self._grams(self.outside.rows if whole else self.outside.rows[:, :0])
 
-    def grams(self, added: Leading) -> list[Tensor]:
+    def grams(self, added: LeadingVectors) -> list[Tensor]:
         """Gram matrices (r, r) of each adapter's rows as they are in the basis and the added directions."""
         return self._grams(added.projection)
 
@@ -127,7 +127,7 @@ class _Side:
         pairs = zip(self.inside, self.outside.blocks, strict=True)
         return [inside @ inside.mT + more[block] @ more[block].mT for inside, block in pairs]
 
-    def leading(self, others: Sequence[Tensor]) -> Leading:
+    def leading(self, others: Sequence[Tensor]) -> LeadingVectors:
         """The leading directions of what is outside, each row weighted by what the other side keeps of its partner."""
         roots = [scale * linalg.psd_root(gram) for scale, gram in zip(self.scales, others, strict=True)]
         inside = sum(float((root @ part).square().sum()) for root, part in zip(roots, self.inside, strict=True))
@@ -139,7 +139,7 @@ class _Side:
 
         return self.outside.leading(roots, choose)
 
-    def orthonormal(self, added: Leading) -> Tensor:
+    def orthonormal(self, added: LeadingVectors) -> Tensor:
         """The added directions, orthogonal to the basis to the last bit that float64 has."""
         if not added.k:
             return self.clean.new_zeros(0, self.clean.shape[1])

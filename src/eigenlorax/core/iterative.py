@@ -1,9 +1,9 @@
-"""The fit of a module whose stack is too large for a whole spectrum: rounds over chunks of adapters.
+"""The fit of a module whose stack of rows is too large for a full spectrum: repeated passes over batches of adapters.
 
-A side's directions are the leading eigenvectors of Σ rowsᵀ · inner · rows, a sum over adapters that is never formed:
-a round multiplies it with a few columns, chunk by chunk, and adds up. The first fit is a Krylov search (`krylov`); in a
-sweep each side takes a step of subspace iteration from where it was, which never lowers what is kept, or where that
-brings much, searches on from there (docs/method.md).
+The components of a side are the leading eigenvectors of G = Σ rowsᵀ · inner · rows, a sum over adapters that is never
+formed: a pass multiplies it with a few columns, batch by batch, and adds up (docs/method.md, "Large stacks"). The first
+fit is a Krylov search. In a sweep each side takes one step of subspace iteration from its current basis, which never
+lowers the kept energy, and continues with a search where that step has gained much.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,234 +16,288 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunks, krylov, linalg
+from . import krylov, linalg
 from .basis import Basis
-from .chunks import Chunk
-from .engine import here
-from .subspace import FitOptions, ModuleBases
+from .batch import ModuleBatch, gather_rows, gram_matrices, multiply_gram, project_rows
+from .engine import run_serially
+from .fit_options import FitOptions
+from .subspace import ModuleBases
 
 LARGEST_SIDE = 384
-"""Rows, or dimensions, up to which whole spectra are found."""
+"""Number of rows, or of dimensions, up to which the full spectrum is computed."""
 LARGEST_STACK = 2**25
-"""The same for the numbers in the rows of one side."""
+"""Number of entries in the rows of one side up to which the full spectrum is computed."""
 BLOCK = 32
-"""Columns that a round multiplies: as many as components are wanted, where so many eigenvalues are alike."""
-ALIKE = 1e-3
-"""Eigenvalues are alike if they differ by less than this share."""
+"""Columns per pass of a search; as many as components where that many eigenvalues are nearly equal."""
+EQUAL_WITHIN = 1e-3
+"""Relative difference below which eigenvalues count as equal."""
 TOLERANCE = 5e-5
-"""The share of energy that a first fit may lack, as it is estimated, when its search ends."""
-WORTH = 1e-3
-"""The share of energy above which what a sweep's step has brought is taken for a sign that more is to be had."""
+"""Fraction of the energy that the first fit may be estimated to lack when its search ends."""
+MIN_GAIN = 1e-3
+"""Fraction of the energy that a sweep's step has to gain for a search to continue from it."""
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-14}
-"""Eigenvalues below this share of the largest one are rounding, by the dtype of the products."""
+"""Eigenvalues below this fraction of the largest one are rounding noise, by dtype of the products."""
+_SAFE_SQUARES = (1e-20, 1e20)
+"""Squared norms whose products float32 represents."""
 
-Held = Callable[[], Chunk]
-"""A chunk, at hand or read anew."""
-Run = Callable[[Iterable[Callable[[], Any]]], Iterable[Any]]
-"""Makes calls, here or elsewhere, and gives their results in order."""
+LoadBatch = Callable[[], ModuleBatch]
+"""Returns a batch that is held in memory, or reads it anew."""
+RunCalls = Callable[[Iterable[Callable[[], Any]]], Iterable[Any]]
+"""Makes calls, in this process or in others, and returns their results in order (`engine`)."""
 
 
-def is_due(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
-    """Whether a module with so many rows on each side is fitted in this way.
+def is_suitable(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
+    """Return whether a module is better fitted here than by `exact_fit`.
 
-    It finds a given number of components that is small beside the stack. Where a whole spectrum is cheap, or asked
-    for, `subspace.fit_module` finds it.
+    That is so for a given number of components that is small beside a large stack.
+
+    Args:
+        rows: Number of rows on each side: the sum of the adapters' ranks.
+        n_in: Width of the down side.
+        n_out: Width of the up side.
+        options: Options of the fit.
     """
     if options.n_components is None:
         return False
-    widest = max(min(rows, n_in), min(rows, n_out))
-    small = widest <= LARGEST_SIDE and rows * max(n_in, n_out) <= LARGEST_STACK
-    narrow = 4 * (options.n_components + BLOCK) <= min(rows, n_in, n_out)
-    return narrow and not small
+    spectrum_size = max(min(rows, n_in), min(rows, n_out))
+    is_small = spectrum_size <= LARGEST_SIDE and rows * max(n_in, n_out) <= LARGEST_STACK
+    is_narrow = 4 * (options.n_components + BLOCK) <= min(rows, n_in, n_out)
+    return is_narrow and not is_small
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side of a module, as its chunks."""
+    """One side of a module, held as batches, and the products with it. Each product is one pass over the batches."""
 
-    side: str
-    held: Sequence[Held]
-    run: Run
+    name: str
+    loaders: Sequence[LoadBatch]
+    run: RunCalls
 
     def multiply(self, inner: Sequence[Tensor], columns: Tensor) -> Tensor:
-        """Σ rowsᵀ · inner · rows · columns."""
-        calls = (partial(_multiply, held, self.side, i, columns) for held, i in zip(self.held, inner, strict=True))
+        """Return Σ rowsᵀ · inner · rows · columns."""
+        calls = (
+            partial(_multiply, load, self.name, matrices, columns)
+            for load, matrices in zip(self.loaders, inner, strict=True)
+        )
         return _sum(self.run(calls))
 
     def gather(self, inner: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
-        """Σ rowsᵀ · inner · projected."""
-        each = zip(self.held, inner, projected, strict=True)
-        return _sum(self.run(partial(_gather, held, self.side, i, p) for held, i, p in each))
+        """Return Σ rowsᵀ · inner · projected."""
+        calls = (
+            partial(_gather, load, self.name, matrices, rows)
+            for load, matrices, rows in zip(self.loaders, inner, projected, strict=True)
+        )
+        return _sum(self.run(calls))
 
     def project(self, columns: Tensor) -> list[Tensor]:
-        """Each chunk's rows in the directions of the columns."""
-        return list(self.run(partial(_project, held, self.side, columns) for held in self.held))
+        """Return the rows of each batch times the columns."""
+        return list(self.run(partial(_project, load, self.name, columns) for load in self.loaders))
 
 
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(add, parts)
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(add, terms)
 
 
-def _multiply(held: Held, side: str, inner: Tensor, columns: Tensor) -> Tensor:
-    return chunks.multiply(held(), side, inner, columns)
+# functions of the module, because calls are pickled for worker processes
 
 
-def _gather(held: Held, side: str, inner: Tensor, projected: Tensor) -> Tensor:
-    return chunks.gather(held(), side, inner, projected)
+def _multiply(load: LoadBatch, side: str, inner: Tensor, columns: Tensor) -> Tensor:
+    return multiply_gram(load(), side, inner, columns)
 
 
-def _project(held: Held, side: str, columns: Tensor) -> Tensor:
-    return chunks.project(held(), side, columns)
+def _gather(load: LoadBatch, side: str, inner: Tensor, projected: Tensor) -> Tensor:
+    return gather_rows(load(), side, inner, projected)
+
+
+def _project(load: LoadBatch, side: str, columns: Tensor) -> Tensor:
+    return project_rows(load(), side, columns)
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
-    """What the adapters of a chunk count for in a first fit, float64.
+class _BatchWeights:
+    """Weights of the adapters of one batch in the first fit, float64.
 
-    inner: of each side, what stands between the rows of each adapter, (n, r, r). scale: of `Chunk`. square: of each
-    side, the squared norm of the weighted rows. narrow: whether the norms of all rows are far from float32's ends.
+    Attributes:
+        inner: By side, the matrix between the rows of each adapter in G, (n, r, r).
+        row_scale: `ModuleBatch.row_scale`.
+        square: By side, the squared norm of the weighted rows.
+        fits_float32: True if squares of all rows' norms are far from the limits of float32.
     """
 
     inner: dict[str, Tensor]
-    scale: Tensor
+    row_scale: Tensor
     square: dict[str, float]
-    narrow: bool
+    fits_float32: bool
 
 
-def _weights(held: Held, weighting: str, dtype: torch.dtype) -> _Weights:
-    """dtype: of the products. Where its room is too little for some row's square, they are float64 all the same."""
-    one = held()
-    own = chunks.grams(one, dtype)
-    lengths = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in own])
-    inside = (lengths > 1e-20) & (lengths < 1e20)
-    if dtype != torch.float64 and not bool(inside.all()):
-        return _weights(held, weighting, torch.float64)
-    grams = dict(zip(("down", "up"), own, strict=True))
+def _batch_weights(load: LoadBatch, weighting: str, dtype: torch.dtype) -> _BatchWeights:
+    """Compute the weights of one batch, with products in `dtype`, or in float64 where that overflows or underflows."""
+    batch = load()
+    grams = {side: gram_matrices(batch.rows(side).to(dtype)).to(torch.float64) for side in ("down", "up")}
+    square_norms = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in grams.values()])
+    low, high = _SAFE_SQUARES
+    is_safe = (square_norms > low) & (square_norms < high)
+    if dtype != torch.float64 and not bool(is_safe.all()):
+        return _batch_weights(load, weighting, torch.float64)
     if weighting == "factors":
-        identity = torch.eye(one.down.shape[1], dtype=torch.float64, device=one.down.device)
-        taken = (one.scale > 0).to(torch.float64)[:, None, None] * identity
-        inner = {"down": taken, "up": taken}
+        identity = torch.eye(batch.down.shape[1], dtype=torch.float64, device=batch.down.device)
+        takes_part = (batch.row_scale > 0).to(torch.float64)[:, None, None] * identity
+        inner = {"down": takes_part, "up": takes_part}
     else:
-        square = one.scale.square()[:, None, None]
-        inner = {"down": square * grams["up"], "up": square * grams["down"]}
-    return _Weights(
+        # M = w²s²·BᵀB between the rows of A: no matrix root is needed, since only Aᵀ·M·A enters
+        scale_square = batch.row_scale.square()[:, None, None]
+        inner = {"down": scale_square * grams["up"], "up": scale_square * grams["down"]}
+    return _BatchWeights(
         inner=inner,
-        scale=one.scale,
+        row_scale=batch.row_scale,
         square={side: float((inner[side] * grams[side]).sum()) for side in grams},
-        narrow=bool((inside | (lengths == 0)).all()),
+        fits_float32=bool((is_safe | (square_norms == 0)).all()),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """Directions of one side: orthonormal columns, the rows in them, and the leading eigenvalues of the first fit."""
+class _Components:
+    """Components of one side during a fit.
+
+    Attributes:
+        columns: Orthonormal columns, (d, k).
+        projected: The rows of each batch times the columns, (n, r, k).
+        first_values: The k leading eigenvalues of the first fit, as fractions of the total energy.
+        shortfall: Estimated fraction of energy that the first search missed.
+    """
 
     columns: Tensor
     projected: list[Tensor]
-    squares: Tensor
+    first_values: Tensor
     shortfall: float
 
+    def to(self, dtype: torch.dtype) -> "_Components":
+        return replace(self, columns=self.columns.to(dtype), projected=[rows.to(dtype) for rows in self.projected])
 
-def fit(held: Sequence[Held], options: FitOptions, label: str, *, dtype: torch.dtype, run: Run = here) -> ModuleBases:
-    """The bases of one module, float64, on the CPU.
 
-    label: names the module, so that each has random columns of its own, always the same ones.
-    dtype: of the products in the last sweep: float32 where the factors are narrower than that, else float64. What comes
-        before is in float32, unless that cannot tell as many directions as are wanted.
-    The result is the same, but for rounding, however the adapters are split into chunks and whoever makes the calls.
+def fit(
+    loaders: Sequence[LoadBatch],
+    options: FitOptions,
+    label: str,
+    *,
+    dtype: torch.dtype,
+    run: RunCalls = run_serially,
+) -> ModuleBases:
+    """Fit the bases of one module; float64, on the CPU.
+
+    Except for rounding, the result depends neither on how the adapters are split into batches nor on who makes the
+    calls.
+
+    Args:
+        loaders: One loader per batch of adapters.
+        options: Options with `n_components`.
+        label: Name of the module, from which its random columns are seeded.
+        dtype: Dtype of the products in the last sweep: float32 where the factors are narrower, else float64. Earlier
+            products are float32 unless that cannot resolve as many components as are wanted.
+        run: Makes the calls of each pass.
     """
     assert options.n_components is not None
     k = options.n_components
-    weights: list[_Weights] = list(run(partial(_weights, one, options.weighting, dtype) for one in held))
-    sides = {side: _Side(side, held, run) for side in ("down", "up")}
-    total = {side: sum(one.square[side] for one in weights) for side in sides}
-    # shares of the whole: float32 has room for them, whatever the sizes of the factors are
-    inner = {side: [one.inner[side] / total[side] for one in weights] for side in sides}
-    searched = torch.float32 if all(one.narrow for one in weights) else torch.float64
-    first = {side: _search(sides[side], inner[side], k, f"{label}.{side}", searched, BLOCK) for side in sides}
+    weights: list[_BatchWeights] = list(
+        run(partial(_batch_weights, load, options.weighting, dtype) for load in loaders)
+    )
+    sides = {name: _Side(name, loaders, run) for name in ("down", "up")}
+    total = {name: sum(batch.square[name] for batch in weights) for name in sides}
+    # relative to the total energy, float32 has room for the matrices whatever the norms of the factors are
+    inner = {name: [batch.inner[name] / total[name] for batch in weights] for name in sides}
+    search_dtype = torch.float32 if all(batch.fits_float32 for batch in weights) else torch.float64
+    first = {name: _search(side, inner[name], k, f"{label}.{name}", search_dtype) for name, side in sides.items()}
     last = dict(first)
     sweeps = options.sweeps if options.weighting == "delta" else 0
     for sweep in range(sweeps):
         if sweep == sweeps - 1:
-            last = {side: _in(found, dtype) for side, found in last.items()}
-        for side, other in (("down", "up"), ("up", "down")):
-            last[side] = _swept(sides[side], _seen(last[other], weights, total[side]), last[side])
+            # only the last sweep decides how exact the result is
+            last = {name: components.to(dtype) for name, components in last.items()}
+        for name, opposite in (("down", "up"), ("up", "down")):
+            last[name] = _sweep(sides[name], _projected_inner(last[opposite], weights, total[name]), last[name])
     if sweeps == 0 and dtype == torch.float64:
-        last = {side: _step(sides[side], inner[side], _in(found, dtype)) for side, found in last.items()}
-    down, up = (_basis(first[side], last[side], inner[side], total[side]) for side in ("down", "up"))
+        last = {name: _iterate(sides[name], inner[name], components.to(dtype)) for name, components in last.items()}
+    down, up = (_as_basis(first[name], last[name], inner[name], total[name]) for name in ("down", "up"))
     return ModuleBases(down, up)
 
 
-def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype, block: int) -> _Found:
-    """The leading directions of one side by itself. block: columns of a round."""
-    one = side.held[0]()
-    dimension, device = one.rows(side.side).shape[2], one.down.device
-    start = _random(dimension, block, label).to(device, dtype)
-    ritz = krylov.leading(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
-    if block < k and _alike(ritz.values[:k], block):
-        # there may be more of them than columns, of which a search finds no more than that
+def _search(
+    side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype, block: int | None = None
+) -> _Components:
+    """Search for the leading components of one side alone, with `block` columns per pass (default `BLOCK`)."""
+    block = BLOCK if block is None else block
+    batch = side.loaders[0]()
+    dimension, device = batch.rows(side.name).shape[2], batch.down.device
+    start = _random_columns(dimension, block, label).to(device, dtype)
+    ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
+    if block < k and _has_equal_values(ritz.values[:k], block):
+        # a search finds at most `block` of several equal eigenvalues, and here may be more of them
         return _search(side, inner, k, label, dtype, k)
-    kept = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
-    if kept < k and dtype != torch.float64:
+    n_resolved = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
+    if n_resolved < k and dtype != torch.float64:
         return _search(side, inner, k, label, torch.float64, block)
-    columns = ritz.vectors[:, :kept]
-    return _Found(columns, side.project(columns), ritz.values[:kept], ritz.shortfall)
+    columns = ritz.vectors[:, :n_resolved]
+    return _Components(columns, side.project(columns), ritz.values[:n_resolved], ritz.shortfall)
 
 
-def _alike(values: Tensor, n: int) -> bool:
-    """Whether n of some descending values are alike."""
-    return bool((values[n - 1 :] > (1 - ALIKE) * values[: len(values) - n + 1]).any())
+def _has_equal_values(values: Tensor, n: int) -> bool:
+    """Return whether `n` consecutive ones of the descending values are equal within `EQUAL_WITHIN`."""
+    return bool((values[n - 1 :] > (1 - EQUAL_WITHIN) * values[: len(values) - n + 1]).any())
 
 
-def _random(dimension: int, columns: int, label: str) -> Tensor:
-    """Random columns, the same ones for a label each time."""
+def _random_columns(dimension: int, n: int, label: str) -> Tensor:
     seed = int.from_bytes(sha256(label.encode()).digest()[:7], "big")
-    return torch.randn(dimension, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(dimension, n, generator=torch.Generator().manual_seed(seed))
 
 
-def _in(found: _Found, dtype: torch.dtype) -> _Found:
-    return replace(found, columns=found.columns.to(dtype), projected=[p.to(dtype) for p in found.projected])
+def _projected_inner(opposite: _Components, weights: Sequence[_BatchWeights], total: float) -> list[Tensor]:
+    """Return the matrices between one side's rows, given the opposite side's basis: w²s²·CᵀC, relative to the total.
+
+    C is the opposite factor projected on that basis, in place of the whole factor in `_batch_weights`.
+    """
+    projected = (rows.to(torch.float64) for rows in opposite.projected)
+    return [
+        batch.row_scale.square()[:, None, None] * (rows @ rows.mT) / total
+        for batch, rows in zip(weights, projected, strict=True)
+    ]
 
 
-def _seen(other: _Found, weights: Sequence[_Weights], total: float) -> list[Tensor]:
-    """What stands between the rows of each adapter as the basis of the other side sees the update."""
-    projected = (p.to(torch.float64) for p in other.projected)
-    return [one.scale.square()[:, None, None] * (p @ p.mT) / total for one, p in zip(weights, projected, strict=True)]
+def _sweep(side: _Side, inner: list[Tensor], current: _Components) -> _Components:
+    """Return the components of a side after one sweep: a step of subspace iteration, and a search if it gained much."""
+    stepped = _iterate(side, inner, current)
+    gain = float((_kept_energy(inner, stepped.projected) - _kept_energy(inner, current.projected)).trace())
+    if gain < MIN_GAIN:
+        return stepped
+    # one step is little on a nearly flat spectrum
+    start = stepped.columns
+    ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, start.shape[1], tolerance=TOLERANCE)
+    return replace(current, columns=ritz.vectors, projected=side.project(ritz.vectors))
 
 
-def _swept(side: _Side, inner: list[Tensor], before: _Found) -> _Found:
-    """The side after one sweep: a step, and a search from there where that step has brought much."""
-    found = _step(side, inner, before)
-    gained = float((_kept(inner, found.projected) - _kept(inner, before.projected)).trace())
-    if gained < WORTH:
-        return found
-    ritz = krylov.leading(partial(side.multiply, inner), found.columns, found.columns.shape[1], tolerance=TOLERANCE)
-    return replace(before, columns=ritz.vectors, projected=side.project(ritz.vectors))
-
-
-def _step(side: _Side, inner: list[Tensor], before: _Found) -> _Found:
-    """One step of subspace iteration: it keeps at least what the columns before kept of the stack so weighted."""
-    columns = krylov.orthonormal_columns(side.gather(inner, before.projected))
+def _iterate(side: _Side, inner: list[Tensor], current: _Components) -> _Components:
+    """Take one step of subspace iteration, V ← orth(G·V), which keeps at least as much energy as before."""
+    columns = krylov.orthonormal_columns(side.gather(inner, current.projected))
     projected = side.project(columns)
-    _, turn = torch.linalg.eigh(_kept(inner, projected))
-    turn = turn.flip(1)
-    projected = [p @ turn.to(p.dtype) for p in projected]
-    return replace(before, columns=columns @ turn.to(columns.dtype), projected=projected)
+    # rotate to the Ritz vectors, so that columns are sorted by their energy
+    _, rotation = torch.linalg.eigh(_kept_energy(inner, projected))
+    rotation = rotation.flip(1)
+    projected = [rows @ rotation.to(rows.dtype) for rows in projected]
+    return replace(current, columns=columns @ rotation.to(columns.dtype), projected=projected)
 
 
-def _kept(inner: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
-    """What the columns keep of the weighted stack, as a (k, k) matrix, float64."""
-    small = (p.to(torch.float64) for p in projected)
-    return _sum((p.mT @ i @ p).sum(0) for i, p in zip(inner, small, strict=True))
+def _kept_energy(inner: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
+    """Return Vᵀ·G·V for the columns V, (k, k) float64; its trace is the fraction of energy that they keep."""
+    wide = (rows.to(torch.float64) for rows in projected)
+    return _sum((rows.mT @ matrices @ rows).sum(0) for matrices, rows in zip(inner, wide, strict=True))
 
 
-def _basis(first: _Found, last: _Found, inner: list[Tensor], total: float) -> Basis:
-    """The last columns as a basis, with what they keep of the first stack."""
-    listed = first.squares * total
+def _as_basis(first: _Components, last: _Components, inner: list[Tensor], total: float) -> Basis:
+    """Return the last columns as a basis, with the spectrum of the first stack and the energy they keep of it."""
+    squares = first.first_values * total
     return Basis(
         components=linalg.orthonormal_rows(last.columns.to(torch.float64).mT).cpu(),
-        singular_values=listed.sqrt().float().cpu(),
-        energy=min(float(_kept(inner, last.projected).trace()), 1.0),
+        singular_values=squares.sqrt().float().cpu(),
+        energy=min(float(_kept_energy(inner, last.projected).trace()), 1.0),
         shortfall=first.shortfall,
-        tail=max(total - float(listed.sum()), 0.0),
+        tail=max(total - float(squares.sum()), 0.0),
     )

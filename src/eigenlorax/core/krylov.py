@@ -1,7 +1,8 @@
-"""Leading eigenvectors of a symmetric matrix that can be multiplied with and is never formed.
+"""Leading eigenvectors of a symmetric matrix that is only available as a product with columns.
 
-Randomised block Krylov iteration (Musco and Musco, arXiv 1504.05477) in the form of block Lanczos with full
-reorthogonalisation. Nothing here knows where the matrix comes from.
+Randomised block Krylov iteration (Musco and Musco, arXiv 1504.05477), as block Lanczos with full reorthogonalisation:
+the search space is spanned by X, G·X, G²·X, …, and Ritz pairs of G in that space approximate its eigenpairs.
+`torch.svd_lowrank` has no stopping rule, which is what this module adds.
 """
 
 from collections.abc import Callable
@@ -13,22 +14,25 @@ from torch import Tensor
 from .linalg import descending_eigh
 
 Multiply = Callable[[Tensor], Tensor]
-"""From columns (d, b) to the matrix times them, (d, b)."""
+"""Returns the matrix times the given columns, (d, b) → (d, b)."""
 
-# A block whose part outside the space so far is below this share of the largest eigenvalue holds rounding alone.
+# A block whose part outside the search space is below this fraction of the largest eigenvalue is rounding noise.
 _NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-14}
-# The share of a step's gain that the next one brings, at least, in what is taken for missing.
-_LEAST_RATIO = 0.5
+# Lower bound of the ratio by which gains are assumed to shrink from one step to the next: gains that happened to
+# collapse in one step do not mean that the search has converged.
+_MIN_GAIN_RATIO = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Ritz:
-    """What was found of a positive semi-definite matrix.
+class RitzPairs:
+    """Approximate eigenpairs of a positive semi-definite matrix.
 
-    values: Ritz values, descending, float64, all that the search came by, (m,) with m ≥ k; each is at most the
-        eigenvalue of its place. vectors: the first k Ritz vectors as orthonormal columns, (d, k).
-    shortfall: what the sum of the k largest eigenvalues is above that of the first k Ritz values: an estimate from how
-        fast the latter grew, 0 where the search came to its end.
+    Attributes:
+        values: All Ritz values of the search space, descending, float64, (m,) with m ≥ k. Each is at most the
+            eigenvalue of the same position.
+        vectors: The first k Ritz vectors as orthonormal columns, (d, k).
+        shortfall: Estimate of how much the first k Ritz values sum to less than the k largest eigenvalues; 0 where the
+            search space is invariant, so that the pairs are exact.
     """
 
     values: Tensor
@@ -36,75 +40,90 @@ class Ritz:
     shortfall: float
 
 
-def leading(multiply: Multiply, start: Tensor, k: int, *, tolerance: float, trace: float = float("inf")) -> Ritz:
-    """The k leading eigenvectors, from the columns `start`, (d, b), which any random ones may be.
+def leading_eigenvectors(
+    multiply: Multiply, start: Tensor, k: int, *, tolerance: float, trace: float = float("inf")
+) -> RitzPairs:
+    """Search for the k leading eigenvectors of a positive semi-definite matrix.
 
-    Of equal eigenvalues, no more are found at once than there are columns: b should be k at least. The search goes on
-    until `shortfall` is at most `tolerance`; at the latest until its space has no room left. Where the space is closed
-    under the matrix and yet lacks more than that of its `trace`, further random columns are taken in.
+    The space grows by b columns per step until `shortfall` is at most `tolerance`, or until it has no room left.
+
+    Args:
+        multiply: The matrix, as a function.
+        start: Random columns, (d, b). Of equal eigenvalues, at most b are found, so b should be k where some may be.
+        k: Number of eigenvectors.
+        tolerance: Bound on `shortfall`, in units of the eigenvalues.
+        trace: Trace of the matrix, if known. Where the space is invariant but more than `tolerance` of the trace lies
+            outside, new random columns restart the search in the complement.
     """
     basis = orthonormal_columns(start)
-    size = start.shape[1]
-    small = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
+    block = start.shape[1]
+    projected = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
     sums: list[float] = []
     while True:
-        image = multiply(basis[:, -size:])
-        small = _bordered(small, basis.mT @ image)
-        squares, mixing = descending_eigh(small)
-        sums.append(float(squares[:k].clamp_min(0).sum()))
-        outside = _outside(image, basis)
-        negligible = _NEGLIGIBLE[start.dtype] * float(squares[0])
-        closed = float(torch.linalg.matrix_norm(outside)) <= negligible
-        left = max(trace - float(squares.clamp_min(0).sum()), 0.0)
-        if closed and trace < float("inf") and left > tolerance:
-            # what is left has no part in the columns so far
-            closed, sums = False, []
-            outside = _outside(_like(start, len(squares)), basis)
-        shortfall = 0.0 if closed else min(missing(sums), left)
-        enough = len(squares) >= k and shortfall <= tolerance
-        if closed or enough or len(squares) + size > len(start):
-            vectors = orthonormal_columns(basis @ mixing[:, :k].to(basis.dtype))
-            return Ritz(squares.clamp_min(0), vectors, shortfall)
-        basis = torch.cat([basis, _outside(orthonormal_columns(outside), basis, normed=True)], dim=1)
+        image = multiply(basis[:, -block:])
+        projected = _append_border(projected, basis.mT @ image)
+        values, combination = descending_eigh(projected)
+        sums.append(float(values[:k].clamp_min(0).sum()))
+        outside = _orthogonal_part(image, basis)
+        negligible = _NEGLIGIBLE[start.dtype] * float(values[0])
+        is_invariant = float(torch.linalg.matrix_norm(outside)) <= negligible
+        missing_trace = max(trace - float(values.clamp_min(0).sum()), 0.0)
+        if is_invariant and trace < float("inf") and missing_trace > tolerance:
+            # the remaining eigenvectors have no part in the columns so far: G will never lead there from here
+            is_invariant, sums = False, []
+            outside = _orthogonal_part(_random_like(start, seed=len(values)), basis)
+        shortfall = 0.0 if is_invariant else min(estimate_missing(sums), missing_trace)
+        has_converged = len(values) >= k and shortfall <= tolerance
+        if is_invariant or has_converged or len(values) + block > len(start):
+            vectors = orthonormal_columns(basis @ combination[:, :k].to(basis.dtype))
+            return RitzPairs(values.clamp_min(0), vectors, shortfall)
+        # QR loses orthogonality to the basis where `outside` is small, so the new block is cleaned once more
+        block_columns = orthonormal_columns(_orthogonal_part(orthonormal_columns(outside), basis, passes=1))
+        basis = torch.cat([basis, block_columns], dim=1)
 
 
-def missing(sums: list[float]) -> float:
-    """What a growing sequence still lacks of its limit, by the ratio of its last two steps; inf where it has fewer."""
+def estimate_missing(sums: list[float]) -> float:
+    """Return how far a growing sequence is estimated to be from its limit.
+
+    The last two gains are continued as a geometric series, with a ratio of at least ½. Infinite for fewer than two
+    gains, and for gains that do not shrink.
+    """
     if len(sums) < 3:
         return float("inf")
-    before, last = sums[-2] - sums[-3], max(sums[-1] - sums[-2], 0.0)
-    if last == 0.0:
+    previous_gain, gain = sums[-2] - sums[-3], max(sums[-1] - sums[-2], 0.0)
+    if gain == 0.0:
         return 0.0
-    ratio = max(last / before, _LEAST_RATIO) if before > 0 else 1.0
-    return last * ratio / (1 - ratio) if ratio < 1 else float("inf")
+    ratio = max(gain / previous_gain, _MIN_GAIN_RATIO) if previous_gain > 0 else 1.0
+    return gain * ratio / (1 - ratio) if ratio < 1 else float("inf")
 
 
-def _like(start: Tensor, seed: int) -> Tensor:
-    """Other random columns, the same ones for a seed each time."""
+def _random_like(start: Tensor, seed: int) -> Tensor:
+    # on the CPU, so that the numbers do not depend on the device
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
 
 
 def orthonormal_columns(columns: Tensor) -> Tensor:
-    """The same span with orthonormal columns."""
+    """Return orthonormal columns of the same span."""
     q: Tensor = torch.linalg.qr(columns)[0]
     return q
 
 
-def _outside(columns: Tensor, basis: Tensor, normed: bool = False) -> Tensor:
-    """The part of the columns that is orthogonal to the basis; orthonormal again where they were."""
-    for _ in range(1 if normed else 2):
+def _orthogonal_part(columns: Tensor, basis: Tensor, passes: int = 2) -> Tensor:
+    """Return the part of the columns that is orthogonal to the basis, by Gram–Schmidt."""
+    for _ in range(passes):
         columns = columns - basis @ (basis.mT @ columns)
-    return orthonormal_columns(columns) if normed else columns
+    return columns
 
 
-def _bordered(small: Tensor, border: Tensor) -> Tensor:
-    """The symmetric matrix with further columns, and the same as rows."""
-    size, width = small.shape[0], border.shape[1]
-    whole = torch.zeros(size + width, size + width, dtype=torch.float64, device=border.device)
-    whole[:size, :size] = small
-    whole[:, size:] = border
-    whole[size:, :size] = whole[:size, size:].mT
-    corner = whole[size:, size:]
-    whole[size:, size:] = (corner + corner.mT) / 2
-    return whole
+def _append_border(symmetric: Tensor, border: Tensor) -> Tensor:
+    """Return the symmetric matrix with `border` as further columns, and as further rows."""
+    size, width = symmetric.shape[0], border.shape[1]
+    extended = torch.zeros(size + width, size + width, dtype=torch.float64, device=border.device)
+    extended[:size, :size] = symmetric
+    extended[:, size:] = border
+    extended[size:, :size] = extended[:size, size:].mT
+    corner = extended[size:, size:]
+    # rounding leaves the new corner slightly asymmetric
+    extended[size:, size:] = (corner + corner.mT) / 2
+    return extended

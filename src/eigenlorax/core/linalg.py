@@ -1,8 +1,9 @@
-"""Every decomposition of the package, in float64. Matrices and blocks of rows; nothing here knows what a LoRA is.
+"""Decompositions of stacked rows, norms of low-rank products, orthonormalisation. Everything is float64.
 
-A stack of n rows of width d is fitted through the smaller of its two Gram matrices. The n × n one is formed once and
-serves every reweighting of the rows, so a sweep costs an n × n eigenproblem and never touches the rows again. Where
-singular values decay beyond what a Gram matrix resolves, and those directions are wanted, a thin SVD takes over.
+A stack of n rows of width d is decomposed through the smaller of its two Gram matrices (docs/method.md, "The Gram
+trick"). The n × n one is formed once and serves every reweighting of the rows, so that a sweep of a fit costs an n × n
+eigenproblem and never touches the rows. Where singular values decay beyond what a Gram matrix resolves, and the
+components beyond are wanted, a thin SVD takes over.
 """
 
 import math
@@ -13,17 +14,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Squaring halves the digits: below this share of the largest singular value, those of a Gram matrix are noise.
+# A Gram matrix squares the condition number, which halves the digits: its singular values below this fraction of the
+# largest one are noise.
 GRAM_RESOLUTION = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Leading:
-    """Leading right singular vectors of a weighted stack.
+class LeadingVectors:
+    """Leading right singular vectors of a weighted stack of rows.
 
-    singular_values: every one of the weighted stack, descending, (min(n, d),).
-    projection: the *unweighted* rows in the directions kept, (n, k), each direction up to its sign.
-    components: orthonormal rows, signs fixed, (k, d); built when called, since a sweep needs the projection alone.
+    Attributes:
+        singular_values: All singular values of the weighted stack, descending, (min(n, d),).
+        projection: The *unweighted* rows projected on the k vectors, (n, k). The sign of each column is arbitrary.
+        components: Returns the vectors as orthonormal rows with fixed signs, (k, d). A function, because a sweep needs
+            the projection alone, and building the vectors takes a product with all rows.
     """
 
     singular_values: Tensor
@@ -35,109 +39,128 @@ class Leading:
         return self.projection.shape[1]
 
 
-class RowStack:
-    """Blocks of rows, one below the other, (n, d) in all, ready to be weighted block by block."""
+class RowBlocks:
+    """A stack of blocks of rows, (n, d), whose blocks can be weighted and decomposed again and again.
+
+    Attributes:
+        rows: All rows, float64.
+        blocks: Rows of each block, as slices.
+        gram: rows @ rowsᵀ, (n, n), if n ≤ d; otherwise None.
+    """
 
     __slots__ = ("blocks", "gram", "rows")
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         self.rows = torch.cat([block.to(torch.float64) for block in blocks])
-        stops = torch.tensor([0, *(block.shape[0] for block in blocks)]).cumsum(0).tolist()
-        self.blocks = [slice(start, stop) for start, stop in pairwise(stops)]
-        wide = self.rows.shape[0] <= self.rows.shape[1]
-        self.gram = self.rows @ self.rows.mT if wide else None
+        boundaries = torch.tensor([0, *(block.shape[0] for block in blocks)]).cumsum(0).tolist()
+        self.blocks = [slice(start, stop) for start, stop in pairwise(boundaries)]
+        is_wide = self.rows.shape[0] <= self.rows.shape[1]
+        self.gram = self.rows @ self.rows.mT if is_wide else None
 
-    def without(self, index: int) -> "RowStack":
-        """The same rows but for one block. Inner products that are there are kept, not formed again."""
-        left_out, size = self.blocks[index], self.blocks[index].stop - self.blocks[index].start
-        keep = torch.cat([torch.arange(left_out.start), torch.arange(left_out.stop, self.rows.shape[0])])
-        found = object.__new__(RowStack)
-        found.rows = self.rows[keep]
-        found.gram = self.gram[keep][:, keep] if self.gram is not None else None
+    def without(self, index: int) -> "RowBlocks":
+        """Return the stack without one block. The Gram matrix is cut, not computed again."""
+        removed = self.blocks[index]
+        size = removed.stop - removed.start
+        remaining = torch.cat([torch.arange(removed.start), torch.arange(removed.stop, self.rows.shape[0])])
+        reduced = object.__new__(RowBlocks)
+        reduced.rows = self.rows[remaining]
+        reduced.gram = self.gram[remaining][:, remaining] if self.gram is not None else None
         later = [slice(block.start - size, block.stop - size) for block in self.blocks[index + 1 :]]
-        found.blocks = [*self.blocks[:index], *later]
-        return found
+        reduced.blocks = [*self.blocks[:index], *later]
+        return reduced
 
     def weighted(self, weights: Sequence[Tensor]) -> Tensor:
-        """Each block multiplied from the left by its own square matrix; (n, d)."""
+        """Return the rows with each block multiplied from the left by its own square matrix, (n, d)."""
         return _block_multiply(self.rows, self.blocks, weights)
 
-    def leading(self, weights: Sequence[Tensor], choose: Callable[[Tensor, tuple[int, int]], int]) -> Leading:
-        """Leading directions of the weighted stack.
+    def leading(self, weights: Sequence[Tensor], rule: Callable[[Tensor, tuple[int, int]], int]) -> LeadingVectors:
+        """Return the leading right singular vectors of the weighted stack.
 
-        choose(singular values, (n, d)) says how many to keep; it is asked again with exact values where the first
-        ones were too small for a Gram matrix to resolve.
+        Args:
+            weights: One square matrix per block.
+            rule: Returns how many vectors to keep, from the singular values and the shape (n, d). It is called again
+                with the singular values of an SVD where those of the Gram matrix do not resolve that many.
         """
         shape = (self.rows.shape[0], self.rows.shape[1])
         if self.gram is None:
             stack = self.weighted(weights)
             squares, vectors = descending_eigh(stack.mT @ stack)
         else:
-            stack = None
+            # W·G·Wᵀ is the Gram matrix of the weighted rows W·R, without the rows themselves
             half = _block_multiply(self.gram, self.blocks, weights)
             squares, vectors = descending_eigh(_block_multiply(half.mT, self.blocks, weights))
         sigma = squares.clamp_min(0).sqrt()
-        k = choose(sigma, shape)
+        k = rule(sigma, shape)
         if k > int((sigma > GRAM_RESOLUTION * sigma[0]).sum()):
-            return self._leading_by_svd(self.weighted(weights), choose)
+            return self._leading_by_svd(self.weighted(weights), rule)
         if self.gram is None:
-            return self._finished(sigma, vectors[:, :k].mT)
-        # components = Σ⁻¹ Qᵀ W rows: only the small matrix in front of the rows is kept for now
-        mixing = _block_multiply(vectors[:, :k] / sigma[:k], self.blocks, [w.mT for w in weights]).mT
-        return Leading(sigma, self.gram @ mixing.mT, lambda: orthonormal_rows(mixing @ self.rows))
+            return self._from_components(sigma, vectors[:, :k].mT)
+        # right singular vectors are Σ⁻¹·Qᵀ·W·R; the product with the rows R waits until somebody wants it
+        combination = _block_multiply(vectors[:, :k] / sigma[:k], self.blocks, [w.mT for w in weights]).mT
+        return LeadingVectors(sigma, self.gram @ combination.mT, lambda: orthonormal_rows(combination @ self.rows))
 
-    def _leading_by_svd(self, stack: Tensor, choose: Callable[[Tensor, tuple[int, int]], int]) -> Leading:
+    def _leading_by_svd(self, stack: Tensor, rule: Callable[[Tensor, tuple[int, int]], int]) -> LeadingVectors:
         _, sigma, right = torch.linalg.svd(stack, full_matrices=False)
-        return self._finished(sigma, right[: choose(sigma, (stack.shape[0], stack.shape[1]))])
+        return self._from_components(sigma, right[: rule(sigma, (stack.shape[0], stack.shape[1]))])
 
-    def _finished(self, sigma: Tensor, components: Tensor) -> Leading:
+    def _from_components(self, sigma: Tensor, components: Tensor) -> LeadingVectors:
         components = orthonormal_rows(components)
-        return Leading(sigma, self.rows @ components.mT, lambda: components)
+        return LeadingVectors(sigma, self.rows @ components.mT, lambda: components)
 
 
-def triangle(columns: Tensor) -> Tensor:
-    """The triangular factor R of a QR decomposition: columns = Q·R."""
-    found: Tensor = torch.linalg.qr(columns, mode="r").R
-    return found
+def triangular_factor(columns: Tensor) -> Tensor:
+    """Return R of the QR decomposition columns = Q·R."""
+    r: Tensor = torch.linalg.qr(columns, mode="r").R
+    return r
 
 
-def leading_rows(rows: Tensor, most: int) -> Tensor:
-    """Leading right singular vectors of a matrix, (k, d), at most so many, and those that its Gram matrix resolves."""
-    wide = rows.shape[0] <= rows.shape[1]
-    squares, vectors = descending_eigh(rows @ rows.mT if wide else rows.mT @ rows)
+def leading_right_vectors(rows: Tensor, max_vectors: int) -> Tensor:
+    """Return the leading right singular vectors of a matrix as rows, (k, d).
+
+    Args:
+        rows: Matrix, (n, d) float64.
+        max_vectors: Upper bound of k. Vectors that the Gram matrix does not resolve (`GRAM_RESOLUTION`) are left out.
+    """
+    is_wide = rows.shape[0] <= rows.shape[1]
+    squares, vectors = descending_eigh(rows @ rows.mT if is_wide else rows.mT @ rows)
     sigma = squares.clamp_min(0).sqrt()
-    k = min(most, int((sigma > GRAM_RESOLUTION * sigma[0]).sum()))
-    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if wide else vectors[:, :k].mT)
+    k = min(max_vectors, int((sigma > GRAM_RESOLUTION * sigma[0]).sum()))
+    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if is_wide else vectors[:, :k].mT)
 
 
 def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
-    """diag(weights) @ matrix, block by block."""
+    """Return diag(weights) @ matrix, block by block."""
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])
 
 
 def descending_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, the largest first, and eigenvectors as columns."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(0), vectors.flip(1)
+    """Return the eigenvalues of a symmetric matrix, largest first, and its eigenvectors as columns."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    return eigenvalues.flip(0), eigenvectors.flip(1)
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
-    """Number of singular values above max(n, d) · eps · σ₁."""
+    """Return the number of singular values above max(n, d) · eps · σ₁, for descending values of an n × d matrix."""
     floor = max(shape) * torch.finfo(singular_values.dtype).eps * singular_values[0]
     return int((singular_values > floor).sum())
 
 
 def psd_root(gram: Tensor) -> Tensor:
-    """Symmetric square root of a positive semi-definite matrix, (…, r, r) float64."""
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
+    """Return the symmetric square root of positive semi-definite matrices, (…, r, r) float64."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    # rounding makes zero eigenvalues slightly negative
+    root: Tensor = (eigenvectors * eigenvalues.clamp_min(0).sqrt()[..., None, :]) @ eigenvectors.mT
     return root
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
-    """The same span with orthonormal rows, and each row's largest entry positive; (k, d), k ≤ d, full rank.
+    """Return orthonormal rows of the same span, the largest entry of each row positive.
 
-    Rows that are nearly orthonormal already keep their order and meaning.
+    QR rather than a polar decomposition: rows that are nearly orthonormal keep their order and meaning. The sign
+    convention makes the result unique, so that it does not depend on the LAPACK build.
+
+    Args:
+        rows: Matrix of full row rank, (k, d) with k ≤ d.
     """
     q, _ = torch.linalg.qr(rows.mT)
     rows = q.mT.contiguous()
@@ -147,73 +170,98 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def orthogonal_complement_rows(rows: Tensor, components: Tensor) -> Tensor:
-    """`rows` made orthonormal, and orthogonal to `components`: two passes of Gram–Schmidt, then QR; (m, d).
+    """Return `rows` made orthonormal and orthogonal to `components`, (m, d).
 
-    components: (k, d), nearly orthonormal (it may have been rounded to a narrower dtype), k + m ≤ d.
+    Args:
+        rows: Rows in general position, (m, d).
+        components: Nearly orthonormal rows, (k, d) with k + m ≤ d. They may have been rounded to a narrower dtype.
     """
-    clean = orthonormal_rows(components) if components.shape[0] else components
+    exact = orthonormal_rows(components) if components.shape[0] else components
+    # twice is enough (Kahan and Parlett): one pass of Gram–Schmidt leaves a part in proportion to what it cancelled
     for _ in range(2):
-        rows = rows - (rows @ clean.mT) @ clean
+        rows = rows - (rows @ exact.mT) @ exact
         rows = orthonormal_rows(rows)
     return rows
 
 
 def dual_rows(components: Tensor) -> Tensor:
-    """The rows P, (k, d), with which x @ Pᵀ are the least-squares coordinates of x in `components`.
+    """Return the rows P, (k, d), for which x @ Pᵀ are the least-squares coordinates of x in `components`.
 
-    Equal to the components where they are exactly orthonormal; rounding to a stored dtype leaves them a little off.
-    Rows that depend on each other share what lies in their span.
+    P equals the components where these are exactly orthonormal. Rounding to a stored dtype leaves them slightly off,
+    and the dual rows correct for that: P = (V Vᵀ)⁻¹ V. Where rows are linearly dependent, P is the pseudoinverse.
     """
-    root, failed = torch.linalg.cholesky_ex(components @ components.mT)
+    cholesky, failed = torch.linalg.cholesky_ex(components @ components.mT)
     if bool(failed):
-        shared: Tensor = torch.linalg.pinv(components, rtol=1e-6).mT
-        return shared
-    return torch.cholesky_solve(components, root)
+        pseudoinverse: Tensor = torch.linalg.pinv(components, rtol=1e-6).mT
+        return pseudoinverse
+    return torch.cholesky_solve(components, cholesky)
 
 
-def even_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, (…, r, n) and (…, r, m) float64, with the same products upᵀ @ down, whose singular vectors they are: row i
-    of both has the norm √σᵢ, and rows beyond the rank of a product are zero."""
+def svd_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors with the same product upᵀ @ down that are its singular vectors, scaled with √σ on both sides.
+
+    Row i of both results has the norm √σᵢ; rows beyond the rank of the product are zero.
+
+    Args:
+        down: Rows, (…, r, n) float64.
+        up: Rows, (…, r, m) float64.
+    """
+    # an SVD of the r × r core between the two Q factors, not of the m × n product
     (q_down, r_down), (q_up, r_up) = (torch.linalg.qr(rows.mT) for rows in (down, up))
-    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    roots, more = values.sqrt()[..., None], down.shape[-2] - values.shape[-1]
-    rows = roots * (right @ q_down.mT), roots * (left.mT @ q_up.mT)
-    down, up = (torch.nn.functional.pad(each, (0, 0, 0, more)) for each in rows)
+    left, sigma, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    # r may exceed the width of a side, and then the product has fewer singular values than rows
+    roots, missing = sigma.sqrt()[..., None], down.shape[-2] - sigma.shape[-1]
+    scaled = roots * (right @ q_down.mT), roots * (left.mT @ q_up.mT)
+    down, up = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in scaled)
     return down, up
 
 
-def mixing(r: int) -> Tensor:
-    """An orthogonal matrix, (r, r) float64, whose rows take about as much of each column: a Hadamard matrix as far as
-    r has factors 2, and beyond that a Hartley transform."""
+def mixing_matrix(r: int) -> Tensor:
+    """Return an orthogonal matrix, (r, r) float64, whose entries are all of about the same size.
+
+    It is a Hadamard matrix for the power of two in r, and a discrete Hartley transform for the odd part.
+    """
+    # the largest power of two that divides r
     power = r & -r
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < power:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], dim=1), torch.cat([hadamard, -hadamard], dim=1)])
-    numbers = torch.arange(r // power, dtype=torch.float64)
-    angles = torch.outer(numbers, numbers) * (2 * math.pi / len(numbers))
+    positions = torch.arange(r // power, dtype=torch.float64)
+    angles = torch.outer(positions, positions) * (2 * math.pi / len(positions))
     return torch.kron(hadamard, angles.cos() + angles.sin()) / math.sqrt(r)
 
 
 def product_square(left: Tensor, right: Tensor) -> Tensor:
-    """‖left @ right‖²_F, float64, through r × r Gram matrices; left (…, m, r), right (…, r, n)."""
-    return _inner(left, left, right, right)
+    """Return ‖left @ right‖²_F, float64, through r × r Gram matrices.
+
+    Args:
+        left: Matrices, (…, m, r).
+        right: Matrices, (…, r, n).
+    """
+    return _inner_product(left, left, right, right)
 
 
 def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
-    """‖left @ right − other_left @ other_right‖²_F, accurate also where the two are nearly equal.
+    """Return ‖L·R − L'·R'‖²_F, accurate also where the two products are nearly equal.
 
-    The four have one shape per side, (…, m, r) and (…, r, n), and one gauge. L·R − L'·R' = (L − L')·R + L'·(R − R'),
-    so no two large numbers are subtracted.
+    L·R − L'·R' = (L − L')·R + L'·(R − R'), so that no two large numbers are subtracted, as they would be in
+    ‖L·R‖² − 2⟨L·R, L'·R'⟩ + ‖L'·R'‖².
+
+    Args:
+        left: L, (…, m, r).
+        right: R, (…, r, n).
+        other_left: L', shaped like L. Its columns correspond to those of L, as after rounding.
+        other_right: R', shaped like R.
     """
-    off_left, off_right = left - other_left, right - other_right
+    left_error, right_error = left - other_left, right - other_right
     square = (
-        _inner(off_left, off_left, right, right)
-        + 2 * _inner(off_left, other_left, right, off_right)
-        + _inner(other_left, other_left, off_right, off_right)
+        _inner_product(left_error, left_error, right, right)
+        + 2 * _inner_product(left_error, other_left, right, right_error)
+        + _inner_product(other_left, other_left, right_error, right_error)
     )
     return square.clamp_min(0)
 
 
-def _inner(left: Tensor, other_left: Tensor, right: Tensor, other_right: Tensor) -> Tensor:
-    """⟨left @ right, other_left @ other_right⟩, float64, through r × r matrices."""
+def _inner_product(left: Tensor, other_left: Tensor, right: Tensor, other_right: Tensor) -> Tensor:
+    """Return ⟨left @ right, other_left @ other_right⟩, float64, through r × r matrices."""
     return ((left.mT @ other_left).to(torch.float64) * (right @ other_right.mT).to(torch.float64)).sum((-2, -1))

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST_CHARACTERS, MOST_DEPTH, MOST_STATES = 4096, 40, 4096
+MAX_CHARACTERS, MAX_DEPTH, MAX_STATES = 4096, 40, 4096
 """Of one expression: its length, groups within groups, and states of its automaton."""
-STEPS = 4_000_000
+MAX_STEPS = 4_000_000
 """What the expressions of one config may take: a second or two."""
 
 _START, _END, _VERY_END = 1, 2, 4
@@ -25,12 +25,12 @@ class PatternError(Exception):
     """What is wrong with an expression. For who reads it, who knows which config it is of."""
 
 
-class Effort:
+class StepBudget:
     """The steps that may still be taken."""
 
     __slots__ = ("_left",)
 
-    def __init__(self, steps: int = STEPS) -> None:
+    def __init__(self, steps: int = MAX_STEPS) -> None:
         self._left = steps
 
     def spend(self, steps: int) -> None:
@@ -82,11 +82,11 @@ _Node = _Character | _Anchor | _Sequence | _Choice | _Repeat
 class LinearRegex:
     """An expression as an automaton (Thompson's), whose sets of states are found as texts need them, and kept."""
 
-    __slots__ = ("_accepting", "_anchors", "_effort", "_first", "_following", "_moves", "_tested", "_tests")
+    __slots__ = ("_accepting", "_anchors", "_budget", "_first", "_following", "_moves", "_tested", "_tests")
 
-    def __init__(self, pattern: str, effort: Effort) -> None:
-        parser = _Parser(pattern, effort)
-        self._effort = effort
+    def __init__(self, pattern: str, budget: StepBudget) -> None:
+        parser = _Parser(pattern, budget)
+        self._budget = budget
         self._tests = parser.tests
         # by state: which characters lead on, or at which places one may go on; and where to
         self._tested: list[int | None] = []
@@ -96,9 +96,9 @@ class LinearRegex:
         self._first = self._built(parser.whole(), self._accepting)
         self._moves: dict[tuple[frozenset[int], str, int], frozenset[int]] = {}
 
-    def begins(self, text: str) -> bool:
+    def matches_start(self, text: str) -> bool:
         """Whether the text, or a beginning of it, fits: what `re.match` finds."""
-        self._effort.spend(1 + len(text))
+        self._budget.spend(1 + len(text))
         states = self._closed([self._first], _START | self._ends(text, 0))
         for place, character in enumerate(text, start=1):
             if self._accepting in states:
@@ -129,7 +129,7 @@ class LinearRegex:
             test = self._tested[state]
             if test is not None and self._tests[test].fullmatch(character):
                 reached += self._following[state]
-        self._effort.spend(2 * len(states))
+        self._budget.spend(2 * len(states))
         return self._closed(reached, ends)
 
     def _closed(self, states: list[int], places: int) -> frozenset[int]:
@@ -144,12 +144,12 @@ class LinearRegex:
                 new = [one for one in self._following[state] if one not in seen]
                 seen.update(new)
                 states += new
-        self._effort.spend(2 * len(seen))
+        self._budget.spend(2 * len(seen))
         return frozenset(found)
 
     def _state(self, following: tuple[int, ...], test: int | None, anchor: int = 0) -> int:
-        if len(self._following) >= MOST_STATES:
-            raise PatternError(f"it repeats too much: more than {MOST_STATES} states")
+        if len(self._following) >= MAX_STATES:
+            raise PatternError(f"it repeats too much: more than {MAX_STATES} states")
         self._following.append(following)
         self._tested.append(test)
         self._anchors.append(anchor)
@@ -157,7 +157,7 @@ class LinearRegex:
 
     def _built(self, node: _Node, after: int) -> int:
         """The first state of what matches `node` and then goes on with `after`."""
-        self._effort.spend(1)
+        self._budget.spend(1)
         if isinstance(node, _Character):
             return self._state((after,), node.test)
         if isinstance(node, _Anchor):
@@ -184,10 +184,10 @@ class LinearRegex:
 class _Parser:
     """Reads an expression from its beginning to its end. tests: its single characters, each once, in terms of `re`."""
 
-    def __init__(self, text: str, effort: Effort) -> None:
-        if len(text) > MOST_CHARACTERS:
-            raise PatternError(f"it has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
-        effort.spend(5 * len(text))
+    def __init__(self, text: str, budget: StepBudget) -> None:
+        if len(text) > MAX_CHARACTERS:
+            raise PatternError(f"it has {len(text):,} characters, more than {MAX_CHARACTERS:,}")
+        budget.spend(5 * len(text))
         self.tests: list[re.Pattern[str]] = []
         self._numbers: dict[str, int] = {}
         self._text, self._at, self._depth = text, 0, 0
@@ -236,8 +236,8 @@ class _Parser:
         if opened is None:
             raise PatternError(f"look-around, flags and other '(?…' are not taken here, as at {self._at}")
         self._depth += 1
-        if self._depth > MOST_DEPTH:
-            raise PatternError(f"its groups are nested more than {MOST_DEPTH} deep")
+        if self._depth > MAX_DEPTH:
+            raise PatternError(f"its groups are nested more than {MAX_DEPTH} deep")
         self._at = opened.end()
         node = self._choice()
         if self._next() != ")":

@@ -1,4 +1,4 @@
-"""What was lost: errors of updates by r × r products, none of which forms an out × in matrix. Float64 throughout."""
+"""Relative errors of reconstructed updates, by r × r products: no out × in matrix is formed."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,29 +8,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import chunks, linalg
-from . import subspace as spaces
-from .adapter import LoRAFactors
-from .chunks import Chunk, CoefficientChunk
-from .subspace import Coefficients, Duals, ModuleBases
+from . import linalg, projection
+from .adapter import LoRAFactors, delta_square
+from .batch import ModuleBatch, stack_factors
+from .coefficients import CoefficientBatch, Coefficients
+from .projection import DualComponents
+from .subspace import ModuleBases
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleError:
-    """Squared norms of one module of one adapter: of its update, of what the pack loses of it, and of what rounding
-    alone changes in the reconstruction."""
+    """Squared Frobenius norms of one module of one adapter.
 
-    total: float
-    lost: float
-    rounding: float
+    Attributes:
+        square: ‖D‖² of the update.
+        squared_error: ‖D − D̂‖² of the reconstruction from what is stored, rounding included.
+        squared_rounding: Squared norm of the part of the error that rounding alone causes.
+    """
+
+    square: float
+    squared_error: float
+    squared_rounding: float
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterError:
-    """Relative errors of a whole adapter, √(Σ‖D − D̂‖² / Σ‖D‖²) over the modules the subspace holds.
+    """Relative errors of a whole adapter, √(Σ‖D − D̂‖² / Σ‖D‖²) over the modules of the subspace.
 
-    delta_error: of the reconstruction from what is stored, rounding included.
-    rounding_error: between that and the reconstruction without rounding, on the same scale.
+    Attributes:
+        delta_error: Relative error of the reconstruction from what is stored, rounding included.
+        rounding_error: Relative difference between the reconstructions with and without rounding.
     """
 
     delta_error: float
@@ -38,100 +45,118 @@ class AdapterError:
 
 
 @dataclass(frozen=True, slots=True)
-class Unrounded:
-    """The bases of a module before they were rounded, with what the errors of all its adapters need of them.
+class UnroundedBases:
+    """The bases of a module before rounding, as far as the errors of its adapters depend on them.
 
-    down_gram, up_gram: Gram matrices, (2k, 2k), of the rows before rounding on top of what rounding took from them.
+    Attributes:
+        duals: Rows that project on the unrounded bases.
+        down_gram: Gram matrix of the down side's unrounded rows on top of their rounding errors, (2k, 2k).
+        up_gram: The same of the up side.
     """
 
-    duals: Duals
+    duals: DualComponents
     down_gram: Tensor
     up_gram: Tensor
 
 
-def unrounded(exact: ModuleBases, stored: ModuleBases) -> Unrounded:
-    """What `module_error` needs of `exact`, of which `stored` is the rounding."""
+def unrounded_bases(exact: ModuleBases, stored: ModuleBases) -> UnroundedBases:
+    """Return what `module_errors` needs of the bases `exact`, of which `stored` are the rounded ones."""
 
     def gram(side: str) -> Tensor:
-        rows, other = (bases.side(side).components.to(torch.float64) for bases in (exact, stored))
-        both = torch.cat([rows, rows - other])
-        return both @ both.mT
+        rows, rounded = (bases.side(side).components.to(torch.float64) for bases in (exact, stored))
+        rows_and_errors = torch.cat([rows, rows - rounded])
+        return rows_and_errors @ rows_and_errors.mT
 
-    return Unrounded(spaces.duals(exact), gram("down"), gram("up"))
+    return UnroundedBases(projection.dual_components(exact), gram("down"), gram("up"))
 
 
 def module_error(
-    factors: LoRAFactors, coefficients: Coefficients, bases: ModuleBases, exact: Unrounded | None = None
+    factors: LoRAFactors, coefficients: Coefficients, bases: ModuleBases, exact: UnroundedBases | None = None
 ) -> ModuleError:
-    """What `coefficients` in `bases`, both as stored, lose of `factors`, which may have another rank.
+    """Return the error of one module's coefficients.
 
-    exact: of the bases before they were rounded; where they are not at hand, the rounding measured is that of the
-    coefficients alone. With a rest nothing is left out for its direction: all that is lost is rounding.
+    Args:
+        factors: The original update, whose rank may differ from that of the coefficients.
+        coefficients: Coefficients as stored.
+        bases: Bases as stored.
+        exact: The bases before rounding; without them, `squared_rounding` is that of the coefficients alone.
     """
-    if coefficients.has_rest:
-        lost = _difference_square(factors, spaces.reconstruct(coefficients, bases))
-        return ModuleError(spaces.delta_square(factors), lost, lost)
-    down, up = _of_rank(coefficients.down, coefficients.up, factors.spec.rank)
-    found = CoefficientChunk(down[None], up[None], torch.ones(1, dtype=torch.float64))
-    own_down, own_up = _of_rank(factors.down, factors.up, down.shape[0])
-    factors = replace(factors, down=own_down, up=own_up)
-    wide = spaces.balanced(chunks.chunk([factors], [0.0]), coefficients.down.dtype)
-    return module_errors(wide, found, bases, exact)[0]
+    if coefficients.has_residual:
+        # with a residual nothing lies outside the stored parts, so all of the error is rounding
+        squared_error = _update_difference_square(factors, projection.reconstruct(coefficients, bases))
+        return ModuleError(delta_square(factors), squared_error, squared_error)
+    down, up = _pad_rank(coefficients.down, coefficients.up, factors.spec.rank)
+    stored = CoefficientBatch(down[None], up[None], torch.ones(1, dtype=torch.float64))
+    factor_down, factor_up = _pad_rank(factors.down, factors.up, down.shape[0])
+    factors = replace(factors, down=factor_down, up=factor_up)
+    batch = projection.balance_batch(stack_factors([factors], [0.0]), coefficients.down.dtype)
+    return module_errors(batch, stored, bases, exact)[0]
 
 
-def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same products of (at least) so many rows and columns, filled up with zeros."""
-    more = max(rank - down.shape[-2], 0)
-    return pad(down, (0, 0, 0, more)), pad(up, (0, more))
+def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors (…, r, n) and (…, m, r) with zeros for a rank of at least `rank`."""
+    missing = max(rank - down.shape[-2], 0)
+    return pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
 
 
-def _difference_square(one: LoRAFactors, other: LoRAFactors) -> float:
-    """‖D − D'‖² of updates of any two ranks and gauges; as exact as the larger of the two norms allows."""
-    rank = max(one.spec.rank, other.spec.rank)
-    sides = []
-    for each in (one, other):
-        down, up = _of_rank(each.down.double(), each.up.double(), rank)
-        sides += [each.scaling * up, down]
-    return float(linalg.difference_square(*sides))
+def _update_difference_square(left: LoRAFactors, right: LoRAFactors) -> float:
+    """Return ‖D − D'‖² of two updates of any ranks, up to rounding in proportion to the larger norm."""
+    rank = max(left.spec.rank, right.spec.rank)
+    factors = []
+    for update in (left, right):
+        down, up = _pad_rank(update.down.double(), update.up.double(), rank)
+        factors += [update.scaling * up, down]
+    return float(linalg.difference_square(*factors))
 
 
 def module_errors(
-    wide: Chunk,
-    coefficients: CoefficientChunk,
+    batch: ModuleBatch,
+    coefficients: CoefficientBatch,
     bases: ModuleBases,
-    exact: Unrounded | None = None,
-    before: CoefficientChunk | None = None,
+    exact: UnroundedBases | None = None,
+    before: CoefficientBatch | None = None,
 ) -> list[ModuleError]:
-    """`module_error` for several adapters at a time, as `subspace.balanced` gives them.
+    """Return the error of each adapter of a batch, in one module.
 
-    before: the coefficients before they were rounded, in the bases before that, where these are not projections.
+    Args:
+        batch: The original updates, balanced (`projection.balance_batch`).
+        coefficients: Coefficients as stored.
+        bases: Bases as stored.
+        exact: The bases before rounding; as for `module_error`.
+        before: The coefficients before rounding, where these are not the projections on the unrounded bases.
     """
-    rank, dtype = max(wide.down.shape[1], coefficients.down.shape[1]), wide.down.dtype
-    down, up = _of_rank(wide.down, wide.up.mT, rank)
-    c_down, c_up = _of_rank(coefficients.down, coefficients.up, rank)
-    stored_down = c_down.to(dtype) @ bases.down.components.to(dtype)
-    stored_up = (c_up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
-    exact = exact or unrounded(bases, bases)
+    rank, dtype = max(batch.down.shape[1], coefficients.down.shape[1]), batch.down.dtype
+    down, up = _pad_rank(batch.down, batch.up.mT, rank)
+    stored_down, stored_up = _pad_rank(coefficients.down, coefficients.up, rank)
+    rebuilt_down = stored_down.to(dtype) @ bases.down.components.to(dtype)
+    rebuilt_up = (stored_up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
+    exact = exact or unrounded_bases(bases, bases)
     if before is None:
         down_dual, up_dual = (dual.to(dtype) for dual in exact.duals)
-        e_down, e_up = down @ down_dual.mT, up_dual @ up
+        exact_down, exact_up = down @ down_dual.mT, up_dual @ up
     else:
-        e_down, e_up = _of_rank(before.down, before.up, rank)
-    square = wide.scaling.square()
-    found = (
-        square * linalg.product_square(up, down),
-        square * linalg.difference_square(up, down, stored_up, stored_down),
-        square * _rounding_square(e_down.double(), e_up.double(), c_down.double(), c_up.double(), exact),
+        exact_down, exact_up = _pad_rank(before.down, before.up, rank)
+    scaling_square = batch.scaling.square()
+    rounding = _rounding_square(
+        (exact_down.double(), exact_up.double()), (stored_down.double(), stored_up.double()), exact
     )
-    return [ModuleError(*values) for values in zip(*(value.tolist() for value in found), strict=True)]
+    squares = (
+        scaling_square * linalg.product_square(up, down),
+        scaling_square * linalg.difference_square(up, down, rebuilt_up, rebuilt_down),
+        scaling_square * rounding,
+    )
+    return [ModuleError(*adapter) for adapter in zip(*(square.tolist() for square in squares), strict=True)]
 
 
-def _rounding_square(e_down: Tensor, e_up: Tensor, c_down: Tensor, c_up: Tensor, exact: Unrounded) -> Tensor:
-    """‖UᵀE_up·E_down·V − U'ᵀC_up·C_down·V'‖² of bases U, V, coefficients E before, and U', V', C after rounding.
+def _rounding_square(before: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], exact: UnroundedBases) -> Tensor:
+    """Return ‖Uᵀ·E_up·E_down·V − U'ᵀ·C_up·C_down·V'‖² of each adapter.
 
-    Both factors are written in the rows before rounding and what rounding took from them, (n, 2k, r), so that no
-    product is wider than that; and as in `linalg.difference_square`, no two large numbers are subtracted.
+    U, V and the coefficients E (`before`, down and up) are unrounded; U', V' and C (`stored`) are rounded.
+
+    Both products are written in the unrounded rows and their rounding errors, (n, 2k, r), so that nothing is wider than
+    that; and as in `linalg.difference_square`, no two large numbers are subtracted.
     """
+    (e_down, e_up), (c_down, c_up) = before, stored
     left = torch.cat([torch.cat([e_up - c_up, c_up], dim=2), torch.cat([c_up, -c_up], dim=2)], dim=1)
     right = torch.cat(
         [
@@ -145,23 +170,24 @@ def _rounding_square(e_down: Tensor, e_up: Tensor, c_down: Tensor, c_up: Tensor,
 
 
 def adapter_error(modules: Iterable[ModuleError]) -> AdapterError:
-    """The errors of a whole adapter from those of its modules; zero for an update that is zero."""
+    """Return the relative errors of an adapter from those of its modules; zero where its update is zero."""
     modules = list(modules)
-    total = math.fsum(m.total for m in modules)
-    if total == 0:
+    # fsum rounds once, so that the result does not depend on the order of modules
+    square = math.fsum(module.square for module in modules)
+    if square == 0:
         return AdapterError(0.0, 0.0)
     return AdapterError(
-        delta_error=math.sqrt(math.fsum(m.lost for m in modules) / total),
-        rounding_error=math.sqrt(math.fsum(m.rounding for m in modules) / total),
+        delta_error=math.sqrt(math.fsum(module.squared_error for module in modules) / square),
+        rounding_error=math.sqrt(math.fsum(module.squared_rounding for module in modules) / square),
     )
 
 
 def rounding_error(exact: Mapping[str, LoRAFactors], rounded: Mapping[str, LoRAFactors]) -> float:
-    """√(Σ‖D − D'‖² / Σ‖D‖²) over modules whose factors differ by rounding alone."""
-    lost = total = 0.0
-    for module in exact:
-        one, other = exact[module], rounded[module]
-        total += spaces.delta_square(one)
-        left, right, other_left, other_right = (t.to(torch.float64) for t in (one.up, one.down, other.up, other.down))
-        lost += one.scaling**2 * float(linalg.difference_square(left, right, other_left, other_right))
-    return math.sqrt(lost / total) if total else 0.0
+    """Return √(Σ‖D − D'‖² / Σ‖D‖²) over modules whose factors differ by rounding alone."""
+    squared_error = square = 0.0
+    for module, before in exact.items():
+        after = rounded[module]
+        square += delta_square(before)
+        factors = (tensor.to(torch.float64) for tensor in (before.up, before.down, after.up, after.down))
+        squared_error += before.scaling**2 * float(linalg.difference_square(*factors))
+    return math.sqrt(squared_error / square) if square else 0.0

@@ -29,7 +29,7 @@ class Rounded:
     lost: float
 
 
-def balanced(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
+def balance(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
     """Return the same update in factors of which `dtype` keeps more, float64; the factors as they are where it keeps
     their digits.
 
@@ -44,13 +44,13 @@ def balanced(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
         return factors
     powers = torch.where(outside, (sizes[1] / sizes[0]).log2() / 2, 0.0).round().exp2()
     found = replace(factors, down=down * powers[:, None], up=up / powers)
-    plain, other = rounded(factors, dtype), rounded(found, dtype)
+    plain, other = round_factors(factors, dtype), round_factors(found, dtype)
     # not what rounding costs at any size
     needed = not plain.lost <= info.eps**2 * plain.before
     return found if needed and not other.lost > plain.lost / 4 else factors
 
 
-def rounded(factors: LoRAFactors, dtype: torch.dtype) -> Rounded:
+def round_factors(factors: LoRAFactors, dtype: torch.dtype) -> Rounded:
     """Round factors as they are, and measure what that loses; infinite where the dtype ends below a number."""
     exact = factors.up.to(torch.float64), factors.down.to(torch.float64)
     kept = replace(factors, down=factors.down.to(dtype), up=factors.up.to(dtype).contiguous())
@@ -62,16 +62,16 @@ def rounded(factors: LoRAFactors, dtype: torch.dtype) -> Rounded:
     return Rounded(kept, before, after, lost)
 
 
-def narrowed(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
+def narrow(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
     """Return the factors in `dtype`, balanced where that keeps more of the update."""
-    found = balanced(factors, dtype)
+    found = balance(factors, dtype)
     return replace(found, down=found.down.to(dtype), up=found.up.to(dtype).contiguous())
 
 
-def checked(factors: LoRAFactors, dtype: torch.dtype, where: str) -> Rounded:
+def narrow_checked(factors: LoRAFactors, dtype: torch.dtype, where: str) -> Rounded:
     """Return the factors in `dtype` with what that loses. `NonFiniteError` where the dtype ends below a number of them,
     or where nothing or less than half of the update is left. where: adapter and module, for the message."""
-    found = rounded(balanced(factors, dtype), dtype)
+    found = round_factors(balance(factors, dtype), dtype)
     if math.isinf(found.lost):
         raise NonFiniteError(
             f"adapter {where}: its factors are too large for {dtypes.name(dtype)}. Take a wider dtype."
@@ -84,12 +84,14 @@ def checked(factors: LoRAFactors, dtype: torch.dtype, where: str) -> Rounded:
     return found
 
 
-def all_checked(name: str, modules: Mapping[str, LoRAFactors], dtype: torch.dtype) -> Iterator[tuple[str, LoRAFactors]]:
+def narrow_adapter(
+    name: str, modules: Mapping[str, LoRAFactors], dtype: torch.dtype
+) -> Iterator[tuple[str, LoRAFactors]]:
     """Yield each module of an adapter with its factors in `dtype`, `checked`; at the end, warn where the update as a
     whole has lost more than `WARN_ABOVE`."""
     before = lost = 0.0
     for module, factors in modules.items():
-        found = checked(factors, dtype, f"{name!r}, module {module}")
+        found = narrow_checked(factors, dtype, f"{name!r}, module {module}")
         before, lost = before + found.before, lost + found.lost
         yield module, found.factors
     if lost > WARN_ABOVE**2 * before:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import OptionError
 
-MOST_BYTES = 2**63 - 1
+MAX_BYTES = 2**63 - 1
 """More than any file system holds."""
 
 _SIZE = re.compile(r"(?P<number>\d{1,30}(\.\d{1,30})?)\s*(?P<unit>([kmgt]i?)?)b?", re.IGNORECASE)
@@ -17,7 +17,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SHOWN_BITS = 128
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a message: floats without needless digits, and an integer that fills the screen by its size."""
     if isinstance(value, float):
         return f"{value:g}"
@@ -26,7 +26,7 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-def integer(name: str, value: Any) -> int:
+def to_int(name: str, value: Any) -> int:
     """`value` as an int: NumPy's integers too, but no truth value and no fraction."""
     try:
         if isinstance(value, bool):
@@ -36,7 +36,7 @@ def integer(name: str, value: Any) -> int:
         raise OptionError(f"{name} must be an integer, got {value!r}.") from error
 
 
-def number(name: str, value: Any) -> float:
+def to_float(name: str, value: Any) -> float:
     """`value` as a float."""
     try:
         if isinstance(value, bool | str):
@@ -45,19 +45,19 @@ def number(name: str, value: Any) -> float:
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name} must be a number, got {value!r}.") from error
     except OverflowError as error:
-        raise OptionError(f"{name} must be a number that a float can hold, got {shown(value)}.") from error
+        raise OptionError(f"{name} must be a number that a float can hold, got {format_value(value)}.") from error
 
 
-def byte_count(name: str, value: Any) -> int:
+def to_byte_count(name: str, value: Any) -> int:
     """`value` as a number of bytes from 1 to `MOST_BYTES`: an integer, or a float that is one, such as 2e9."""
-    whole = int(value) if isinstance(value, float) and value.is_integer() else integer(name, value)
-    if not 1 <= whole <= MOST_BYTES:
+    whole = int(value) if isinstance(value, float) and value.is_integer() else to_int(name, value)
+    if not 1 <= whole <= MAX_BYTES:
         wanted = "at least 1" if whole < 1 else "below 2**63"
-        raise OptionError(f"{name} is a number of bytes, {wanted}, got {shown(value)}.")
+        raise OptionError(f"{name} is a number of bytes, {wanted}, got {format_value(value)}.")
     return whole
 
 
-def byte_count_of_text(name: str, text: str) -> int:
+def parse_byte_count(name: str, text: str) -> int:
     """A number of bytes as people write it: `40MB` and `40m` are 40 · 10⁶, `1.5GiB` is 1.5 · 2³⁰."""
     match, found = _SIZE.fullmatch(text.strip()), 0
     if match is not None:
@@ -65,7 +65,7 @@ def byte_count_of_text(name: str, text: str) -> int:
         base = 1024 if unit.endswith("i") else 1000
         # a float would lose the last digits of large numbers
         found = int(Fraction(match["number"]) * base ** _POWERS[unit.removesuffix("i")])
-    if not 1 <= found <= MOST_BYTES:
+    if not 1 <= found <= MAX_BYTES:
         raise OptionError(
             f"{name} is {text!r}; it must be a number of bytes above 0 and below 2**63, as 8GB, 500MB or 2GiB."
         )
@@ -86,6 +86,6 @@ def suggestion(given: Any, known: Iterable[str]) -> str:
     return f" Did you mean {folded[near[0]]!r}?" if near else ""
 
 
-def names(value: str | Iterable[str]) -> list[str]:
+def name_list(value: str | Iterable[str]) -> list[str]:
     """A list of names; one name alone is a list of one."""
     return [value] if isinstance(value, str) else list(value)

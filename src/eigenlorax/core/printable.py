@@ -14,7 +14,7 @@ def one_line(text: str) -> str:
     return _IN_A_LINE.sub(_escape, text)
 
 
-def lines(text: str) -> str:
+def multi_line(text: str) -> str:
     """Return `text` with its line breaks and tabs; any other control character becomes its escape."""
     return _IN_LINES.sub(_escape, text)
 

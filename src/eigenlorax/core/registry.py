@@ -1,7 +1,7 @@
-"""Subspaces that are known in this process, by fingerprint: where each can be had again, without loading it twice.
+"""Subspaces that this process knows, by fingerprint, so that equal ones are loaded and kept once.
 
-An opened pack is known by its folder, and read from there when it is wanted; one that is in memory only is kept. One
-that has grown is known by its earlier fingerprints too.
+An opened pack is registered by its folder, and read from there again when its subspace is wanted; a pack in memory is
+kept. A subspace that has grown is registered under its earlier fingerprints too.
 """
 
 from collections.abc import Callable
@@ -14,35 +14,35 @@ _holders: dict[str, Callable[[], Any]] = {}
 _alive: WeakValueDictionary[str, Subspace] = WeakValueDictionary()
 
 
-def remember(fingerprint: str, holder: Callable[[], Any]) -> None:
-    """Note how what has the subspace with this fingerprint can be had; the latest word counts."""
-    _holders[fingerprint] = holder
+def register(fingerprint: str, open_holder: Callable[[], Any]) -> None:
+    """Register how to get the pack that has this fingerprint. A later registration replaces an earlier one."""
+    _holders[fingerprint] = open_holder
 
 
-def holder(fingerprint: str) -> Any:
-    """What has the subspace with this fingerprint, or one that has grown from it: a pack; None if it is not known."""
+def find_holder(fingerprint: str) -> Any:
+    """Return the pack whose subspace has, or once had, this fingerprint; None if none is registered."""
     return _holders[fingerprint]() if fingerprint in _holders else None
 
 
 def find(fingerprint: str) -> Subspace | None:
-    """The subspace with this fingerprint, the same object as long as anybody has it; None if it is not known.
+    """Return the subspace with this fingerprint, in the state that had it; None if it is not registered.
 
-    Of one that has grown since, what it was then.
+    As long as anybody holds the object, each call returns the same one.
     """
-    found = _alive.get(fingerprint)
-    if found is None and (held := holder(fingerprint)) is not None:
-        # None where a pack on disk was replaced by one of another subspace
-        found = held.subspace.at(fingerprint)
-        return share(found) if found is not None else None
-    return found
+    subspace = _alive.get(fingerprint)
+    if subspace is None and (pack := find_holder(fingerprint)) is not None:
+        # None where the pack on disk was replaced by one with another subspace
+        state = pack.subspace.at(fingerprint)
+        return intern(state) if state is not None else None
+    return subspace
 
 
-def share(subspace: Subspace) -> Subspace:
-    """The one object that stands for all equal subspaces, which may be another one than was passed."""
+def intern(subspace: Subspace) -> Subspace:
+    """Return the one object that stands for all subspaces equal to this one."""
     return _alive.setdefault(subspace.fingerprint, subspace)
 
 
-def forget() -> None:
-    """Know nothing, as at the start of a process."""
+def clear() -> None:
+    """Forget all subspaces, as at the start of a process."""
     _holders.clear()
     _alive.clear()

@@ -35,7 +35,7 @@ _PATTERNS = tuple((re.compile(rf"(?:(?<=\.)|^){old}(?=\.|$)"), new) for old, new
 
 
 @lru_cache(maxsize=65536)
-def newest(name: str) -> str:
+def newest_name(name: str) -> str:
     """The name in the newest form."""
     for pattern, new in _PATTERNS:
         name = pattern.sub(new, name)
@@ -43,6 +43,6 @@ def newest(name: str) -> str:
 
 
 @lru_cache(maxsize=65536)
-def age(name: str) -> int:
+def count_renamings(name: str) -> int:
     """How many of the renamings a name is behind."""
     return sum(pattern.search(name) is not None for pattern, _ in _PATTERNS)

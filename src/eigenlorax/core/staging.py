@@ -21,24 +21,24 @@ _ATTEMPTS = 100
 _CLAIMED = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{8}}-\d+")
 
 
-def aside(path: Path) -> Path:
+def replaced_folder_path(path: Path) -> Path:
     """Return where a folder at `path` is for the moment between the two renames that replace it."""
     return path.parent / f"{PREFIX}{_tag(path)}-old"
 
 
-def make_file(path: Path) -> int:
+def create_file(path: Path) -> int:
     """Make an empty file, and return a handle of it; `FileExistsError` if anything is there."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
 
-def make_folder(path: Path) -> int | None:
+def create_folder(path: Path) -> int | None:
     """Make an empty folder, and return a handle of it, where the system has such ones."""
     path.mkdir()
     return None if sys.platform == "win32" else os.open(path, os.O_RDONLY)
 
 
 @contextmanager
-def claimed(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
+def claim(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
     """Make a file or folder beside `path` that no other writer of `path` touches while the block lasts.
 
     What killed writers of `path` have left is removed first, and after an error what was made, if it is still there.
@@ -57,7 +57,7 @@ def claimed(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove what killed writers have left in a folder in which others may be writing."""
     try:
         entries = list(folder.iterdir())

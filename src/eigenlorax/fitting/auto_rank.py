@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.adapter import LoRAFactors, ModuleSpec
-from ..core.basis import chooser
-from ..core.linalg import GRAM_RESOLUTION, RowStack
-from ..core.subspace import gram_pair
+from ..core.adapter import LoRAFactors, ModuleSpec, factor_grams
+from ..core.basis import component_rule
+from ..core.linalg import GRAM_RESOLUTION, RowBlocks
 from ..errors import OptionError
 from .sizes import Kept, Read, Report, Setting, lora_bytes, prices
 
@@ -192,7 +191,7 @@ def _add(found: _Sums, read: Read, sample: Sequence[str], setting: Setting, grid
         if member.adapter not in sample:
             continue
         row = sample.index(member.adapter)
-        down_gram, up_gram = gram_pair(member.factors)
+        down_gram, up_gram = factor_grams(member.factors)
         total = member.factors.scaling**2 * float((down_gram * up_gram).sum())
         found.totals[row] += total
         if len(trained) == 1:
@@ -203,11 +202,11 @@ def _add(found: _Sums, read: Read, sample: Sequence[str], setting: Setting, grid
         found.outside[row] += outside
 
 
-def _without(stack: RowStack, roots: Sequence[Tensor], most: int) -> Callable[[int], Tensor]:
+def _without(stack: RowBlocks, roots: Sequence[Tensor], most: int) -> Callable[[int], Tensor]:
     """The leading directions, as rows and at most so many, of all blocks but one; by the place of that one."""
     if stack.gram is not None:
         return lambda index: (
-            stack.without(index).leading([*roots[:index], *roots[index + 1 :]], chooser(most, None)).components()
+            stack.without(index).leading([*roots[:index], *roots[index + 1 :]], component_rule(most, None)).components()
         )
     rows = stack.weighted(roots)
     total = rows.mT @ rows
@@ -233,7 +232,7 @@ def _of_one(
     down, up = (side.cpu() for side in others)
     rows = factors.down.to(torch.float64).cpu(), factors.up.mT.to(torch.float64).cpu()
     kept = Kept.of(rows[0] @ down.mT, rows[1] @ up.mT, factors.scaling)
-    whole = [gram.cpu().flatten().numpy() for gram in gram_pair(factors)]
+    whole = [gram.cpu().flatten().numpy() for gram in factor_grams(factors)]
     steps = np.array(grid)
     outside = np.zeros(len(grid))
     for grams, other, basis in ((kept.down, whole[1], down), (kept.up, whole[0], up)):

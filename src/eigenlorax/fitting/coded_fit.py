@@ -18,7 +18,8 @@ from ..codec.storage import coded
 from ..core import threads
 from ..core.adapter import ModuleSpec
 from ..core.basis import Basis
-from ..core.subspace import FitOptions, ModuleBases
+from ..core.fit_options import FitOptions
+from ..core.subspace import ModuleBases
 from ..errors import OptionError
 from ..pack.packed_adapter import Packing
 

@@ -20,14 +20,15 @@ from ..codec.storage.base import Storage
 from ..codec.storage.coded import NEEDS_TARGET
 from ..codec.storage.table import CODED, parse_storage, storage_by_name
 from ..core import checkpoint as checkpoints
-from ..core import dtypes, keys
+from ..core import dtypes, keys, module_names
 from ..core import engine as engines
 from ..core.adapter import Adapter
 from ..core.checkpoint import Checkpoint
-from ..core.engine import Engine, Shared
-from ..core.options import check_choice, shown
-from ..core.options import names as listed
-from ..core.subspace import SWEEPS, FitOptions, ModuleBases, Subspace
+from ..core.engine import Engine, SharedValue
+from ..core.fit_options import SWEEPS, FitOptions
+from ..core.options import check_choice, format_value
+from ..core.options import name_list as listed
+from ..core.subspace import ModuleBases, Subspace
 from ..errors import (
     WARN_ABOVE,
     EigenloraxError,
@@ -132,7 +133,7 @@ def fit(
     asked_storage, asked_coefficients = parse_storage(dtype), parse_storage(coefficient_dtype)
     _refuse_cores(dtype=asked_storage, coefficient_dtype=asked_coefficients)
     by_bytes = chooses_bytes(aims, weighting, dtype, coefficient_dtype)
-    engines.check(engine, workers)
+    engines.check_engine(engine, workers)
     check_choice("solver", solver, SOLVERS)
     if by_bytes:
         _refuse_idle(aims, sweeps=sweeps, solver=solver if solver != SOLVERS[0] else None, checkpoint=checkpoint)
@@ -155,7 +156,7 @@ def fit(
     )
     asked = fit_options.n_components if n_components is not None and not found else None
     _check_dimensions(asked, checks.check_one_shape(read, names))
-    with engines.opened(engine, workers) as workforce:
+    with engines.open_engine(engine, workers) as workforce:
         taken: Sequence[Adapter] = tuple(read)
         shared = workforce.share(taken)
         started = time.perf_counter()
@@ -263,7 +264,7 @@ def chooses_bytes(
 
 def _given(aims: Mapping[str, float | None]) -> str | None:
     """The first of some options that was given, as it was."""
-    return next((f"{name}={shown(value)}" for name, value in aims.items() if value is not None), None)
+    return next((f"{name}={format_value(value)}" for name, value in aims.items() if value is not None), None)
 
 
 def _refuse_idle(aims: Mapping[str, float | None], **options: Any) -> None:
@@ -300,7 +301,7 @@ def _refuse_cores(**asked: Storage | None) -> None:
 def _number(n_components: int | str | None, aims: Mapping[str, float | None]) -> int | None:
     """What `FitOptions` checks: the default where nothing is given, and 1 for now where the number is to be found."""
     if n_components == AUTO:
-        given = " and ".join(f"{name}={shown(value)}" for name, value in aims.items() if value is not None)
+        given = " and ".join(f"{name}={format_value(value)}" for name, value in aims.items() if value is not None)
         if given:
             raise OptionError(f"n_components='auto' finds a number itself, as {given} would: give one of them.")
         return 1
@@ -342,14 +343,14 @@ def _read(
 
 def _module_names(read: Sequence[Adapter], exclude: Sequence[str]) -> tuple[dict[str, str], frozenset[str]]:
     """Module name in an adapter → in the subspace, without the excluded ones; and those."""
-    names = keys.one_name_per_module(adapter.specs for adapter in read)
+    names = module_names.canonical_names(adapter.specs for adapter in read)
     left_out = checks.excluded(names.values(), exclude)
     return {module: name for module, name in names.items() if name not in left_out}, left_out
 
 
 def _scan(
     read: Sequence[Adapter],
-    shared: Shared[Sequence[Adapter]],
+    shared: SharedValue[Sequence[Adapter]],
     engine: Engine,
     skip_bad: bool,
     skipped: dict[str, str],
@@ -373,7 +374,7 @@ def _scan(
     return sorted(packings, key=lambda packing: (packing.scan.content_hash, packing.adapter.name))
 
 
-def _scanned(shared: Shared[Sequence[Adapter]], index: int) -> checks.Scan | NonFiniteError:
+def _scanned(shared: SharedValue[Sequence[Adapter]], index: int) -> checks.Scan | NonFiniteError:
     """What one adapter's reading tells, or what is wrong with its numbers."""
     try:
         return checks.scan(shared.get()[index])
@@ -510,7 +511,7 @@ def _checkpoint(
         "adapters": [[packing.adapter.name, packing.scan.content_hash] for packing in packings],
         "modules": sorted(names.items()),
     }
-    return checkpoints.opened(Path(folder), key)
+    return checkpoints.open_checkpoint(Path(folder), key)
 
 
 def _kept(checkpoint: Checkpoint, place: int, job: Job) -> Fitted | None:
@@ -523,7 +524,7 @@ def _jobs(
     by_module: Sequence[tuple[str, Sequence[tuple[Packing, str]]]],
     index: Mapping[str, int],
     setting: Setting,
-    shared: Shared[Sequence[Adapter]],
+    shared: SharedValue[Sequence[Adapter]],
     chosen: Mapping[str, sizes.Cell],
     solver: str,
 ) -> list[Job]:

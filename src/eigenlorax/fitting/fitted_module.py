@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core import keys
 from ..core.basis import Basis
-from ..core.chunks import CoefficientChunk
+from ..core.coefficients import CoefficientBatch
 from ..core.metrics import ModuleError
 from ..core.subspace import ModuleBases
 from . import jobs
@@ -33,7 +33,7 @@ def to_bytes(fitted: Fitted) -> bytes:
         tensors |= {f"{index}.down": chunk.down, f"{index}.up": chunk.up, f"{index}.scaling": chunk.scaling}
         tensors |= _under(f"{index}.payload", chunk.payload)
     tensors[_ERRORS] = torch.tensor(
-        [[error.total, error.lost, error.rounding] for error in fitted.errors], dtype=torch.float64
+        [[error.square, error.squared_error, error.squared_rounding] for error in fitted.errors], dtype=torch.float64
     )
     about = {
         "members": fitted.members,
@@ -116,7 +116,7 @@ def _fitted(tensors: Mapping[str, Tensor], about: Mapping[str, Any], members: tu
         bases=ModuleBases(down, up),
         members=members,
         coefficients=tuple(
-            CoefficientChunk(
+            CoefficientBatch(
                 tensors[f"{index}.down"],
                 tensors[f"{index}.up"],
                 tensors[f"{index}.scaling"],

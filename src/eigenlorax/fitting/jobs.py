@@ -12,14 +12,16 @@ from functools import partial
 
 import torch
 
-from ..core import chunks, iterative, metrics
+from ..core import iterative, metrics, projection
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, ModuleSpec
-from ..core.chunks import CHUNK, Chunk, CoefficientChunk
-from ..core.engine import Engine, Shared, here
-from ..core.iterative import Held
+from ..core.batch import BATCH_SIZE, ModuleBatch, stack_factors
+from ..core.coefficients import CoefficientBatch, join_batches
+from ..core.engine import Engine, SharedValue, run_serially
+from ..core.fit_options import FitOptions
+from ..core.iterative import LoadBatch
 from ..core.metrics import ModuleError
-from ..core.subspace import FitOptions, ModuleBases
+from ..core.subspace import ModuleBases
 from ..errors import NonFiniteError
 from .sizes import Cell, Member, Setting
 
@@ -50,7 +52,7 @@ class Job:
     module: str
     places: tuple[Place, ...]
     setting: Setting
-    adapters: Shared[Sequence[Adapter]]
+    adapters: SharedValue[Sequence[Adapter]]
     by_iteration: bool = False
     k: Cell | None = None
 
@@ -73,7 +75,7 @@ class Loaded:
 
     job: Job
     members: tuple[tuple[int, ...], ...]
-    held: tuple[Held, ...]
+    held: tuple[LoadBatch, ...]
     seconds: float
 
 
@@ -86,7 +88,7 @@ class Fitted:
 
     bases: ModuleBases
     members: tuple[tuple[int, ...], ...]
-    coefficients: tuple[CoefficientChunk, ...]
+    coefficients: tuple[CoefficientBatch, ...]
     errors: tuple[ModuleError, ...]
     by_iteration: bool
     seconds: Mapping[str, float]
@@ -95,7 +97,7 @@ class Fitted:
 def suits_iteration(places: Sequence[Place], options: FitOptions) -> bool:
     """Whether the stack of a module is so large, beside the components that are wanted, that rounds are for it."""
     spec, rows = places[0].spec, sum(place.spec.rank for place in places if place.trained)
-    return iterative.is_due(rows, spec.in_features, spec.out_features, options)
+    return iterative.is_suitable(rows, spec.in_features, spec.out_features, options)
 
 
 def run(jobs: Sequence[Job], engine: Engine) -> Iterator[Fitted]:
@@ -130,9 +132,9 @@ def unread(job: Job) -> Loaded:
     for index, place in enumerate(job.places):
         by_rank.setdefault(place.spec.rank, []).append(index)
     members = tuple(
-        tuple(indices[start : start + CHUNK])
+        tuple(indices[start : start + BATCH_SIZE])
         for _, indices in sorted(by_rank.items())
-        for start in range(0, len(indices), CHUNK)
+        for start in range(0, len(indices), BATCH_SIZE)
     )
     return Loaded(job, members, tuple(partial(read, job, chunk) for chunk in members), 0.0)
 
@@ -151,22 +153,22 @@ def load(job: Job) -> Loaded:
     return replace(loaded, held=held, seconds=time.perf_counter() - started)
 
 
-def read(job: Job, members: Sequence[int]) -> Chunk:
+def read(job: Job, members: Sequence[int]) -> ModuleBatch:
     """Some of a job's adapters, as they are stored, on the device of the fit."""
     adapters = job.adapters.get()
     places = [job.places[index] for index in members]
-    found = chunks.chunk(
+    found = stack_factors(
         [adapters[place.index].modules[place.module] for place in places],
         [job.setting.weights[adapters[place.index].name] if place.trained else 0.0 for place in places],
     )
     return found if job.setting.device.type == "cpu" else found.to(found.down.dtype, job.setting.device)
 
 
-def _at_hand(one: Chunk) -> Chunk:
+def _at_hand(one: ModuleBatch) -> ModuleBatch:
     return one
 
 
-def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
+def do(loaded: Loaded, rounds: iterative.RunCalls = run_serially) -> Fitted:
     """The bases and coefficients of a job. rounds: who makes the calls of rounds over chunks."""
     job, setting = loaded.job, loaded.job.setting
     seconds = {"reading": loaded.seconds}
@@ -174,9 +176,9 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
         exact = _bases(loaded, rounds)
     with _timed(seconds, "projecting"):
         stored = setting.storage.round_bases(exact)
-        on_device = [spaces.on(bases, setting.device) for bases in (exact, stored)]
-        before, dual = metrics.unrounded(*on_device), spaces.duals(on_device[1])
-        coefficients: list[CoefficientChunk] = []
+        on_device = [spaces.to_device(bases, setting.device) for bases in (exact, stored)]
+        before, dual = metrics.unrounded_bases(*on_device), projection.dual_components(on_device[1])
+        coefficients: list[CoefficientBatch] = []
         errors: dict[int, ModuleError] = {}
         for members, held in zip(loaded.members, loaded.held, strict=True):
             parts = []
@@ -187,7 +189,7 @@ def do(loaded: Loaded, rounds: iterative.Run = here) -> Fitted:
                 lost = metrics.module_errors(part, found, on_device[1], before, unrounded)
                 errors.update(zip(members[start : start + len(part)], lost, strict=True))
                 parts.append(found.to(torch.device("cpu")))
-            coefficients.append(chunks.joined(parts))
+            coefficients.append(join_batches(parts))
     return Fitted(
         bases=stored,
         members=loaded.members,
@@ -203,7 +205,7 @@ def load_and_do(job: Job) -> Fitted:
     return do(load(job))
 
 
-def _bases(loaded: Loaded, rounds: iterative.Run) -> ModuleBases:
+def _bases(loaded: Loaded, rounds: iterative.RunCalls) -> ModuleBases:
     job, setting = loaded.job, loaded.job.setting
     if not any(place.trained for place in job.places):
         spec = job.places[0].spec
@@ -221,17 +223,17 @@ def _members(loaded: Loaded) -> list[Member]:
         one = held()
         for row, index in enumerate(indices):
             place = job.places[index]
-            found[index] = Member(adapters[place.index].name, chunks.factors(one, row), place.trained)
+            found[index] = Member(adapters[place.index].name, one.factors(row), place.trained)
     return [found[index] for index in range(len(job.places))]
 
 
-def _parts(one: Chunk) -> Iterator[tuple[int, Chunk]]:
-    return ((start, one.part(start, start + PROJECTED)) for start in range(0, len(one), PROJECTED))
+def _parts(one: ModuleBatch) -> Iterator[tuple[int, ModuleBatch]]:
+    return ((start, one.span(start, start + PROJECTED)) for start in range(0, len(one), PROJECTED))
 
 
 def _projected(
-    job: Job, members: Sequence[int], part: Chunk, bases: ModuleBases, dual: spaces.Duals
-) -> CoefficientChunk:
+    job: Job, members: Sequence[int], part: ModuleBatch, bases: ModuleBases, dual: projection.DualComponents
+) -> CoefficientBatch:
     """Coefficients of several adapters; an error says which of them it is about."""
     storage = job.setting.coefficient_storage
     try:
@@ -239,7 +241,7 @@ def _projected(
     except NonFiniteError:
         for row, index in enumerate(members):
             try:
-                storage.project(part.part(row, row + 1), bases, dual)
+                storage.project(part.span(row, row + 1), bases, dual)
             except NonFiniteError as error:
                 name = job.adapters.get()[job.places[index].index].name
                 raise NonFiniteError(f"adapter {name!r}, module {job.module}: {error}") from error

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..codec.storage.table import storage_by_name
-from ..core import dtypes, keys, linalg
-from ..core import subspace as spaces
-from ..core.adapter import Adapter, LoRAFactors
+from ..core import dtypes, linalg, module_names
+from ..core.adapter import Adapter, LoRAFactors, delta_square
+from ..core.fit_options import BYTE_TARGETS, SIZE_OPTIONS
 from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
 from ..pack.pack import Pack, check_warn_above, warn_of_losses
@@ -111,13 +111,13 @@ def refit(
     elif options:
         raise OptionError(f"{', '.join(sorted(options))}: options of reading are for originals, and none are given.")
     given = {name: originals.get(name) or pack.adapter(name, torch.float64) for name in pack.names}
-    names = set(keys.one_name_per_module(adapter.specs for adapter in given.values()).values())
+    names = set(module_names.canonical_names(adapter.specs for adapter in given.values()).values())
     old = pack.fit_info
     given_sizes = (n_components, energy, max_error, max_bytes, ratio)
-    sizes: dict[str, Any] = dict(zip(spaces.SIZES, given_sizes, strict=True))
+    sizes: dict[str, Any] = dict(zip(SIZE_OPTIONS, given_sizes, strict=True))
     by_default = all(value is None for value in sizes.values())
     if by_default:
-        sizes = {name: getattr(old, name) for name in spaces.SIZES}
+        sizes = {name: getattr(old, name) for name in SIZE_OPTIONS}
     # what finds by itself how numbers are stored is not told how they were
     by_bytes = any(value is not None for value in (max_error, max_bytes, ratio))
     stored: list[str | None] = [None, None]
@@ -129,7 +129,7 @@ def refit(
     weighting = old.weighting if weighting is None else weighting
     dtype = stored[0] if dtype is None else dtype
     coefficient_dtype = stored[1] if coefficient_dtype is None else coefficient_dtype
-    aims = {name: sizes[name] for name in spaces.AIMS}
+    aims = {name: sizes[name] for name in BYTE_TARGETS}
     if sweeps is None and not fit.chooses_bytes(aims, weighting, dtype, coefficient_dtype):
         sweeps = old.sweeps
     found = fit.fit(
@@ -193,7 +193,7 @@ def _compared(before: Adapter, after: Adapter, packed: PackedAdapter) -> Squares
     found = {True: [0.0, 0.0, 0.0], False: [0.0, 0.0, 0.0]}
     for module in before.modules:
         one, other = before.modules[module], after.modules[module]
-        own = spaces.delta_square(one), spaces.delta_square(other), _difference_square(one, other)
+        own = delta_square(one), delta_square(other), _difference_square(one, other)
         is_inside = module in packed.places
         found[is_inside] = [total + square for total, square in zip(found[is_inside], own, strict=True)]
     (squared, after_squared, moved), (outside, _, moved_outside) = found[True], found[False]

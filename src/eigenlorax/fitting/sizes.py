@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..codec.storage.base import Storage
-from ..core import metrics
-from ..core import subspace as spaces
-from ..core.adapter import LoRAFactors, ModuleSpec
-from ..core.subspace import FitOptions, ModuleBases, ModuleStack, Pair
+from ..core import metrics, projection
+from ..core.adapter import LoRAFactors, ModuleSpec, delta_square
+from ..core.exact_fit import ExactFit, SidePair, fit_module
+from ..core.fit_options import FitOptions
+from ..core.subspace import ModuleBases
 from ..errors import NonFiniteError, OptionError
 from . import knapsack
 from .knapsack import Menu
@@ -66,19 +67,19 @@ class Setting:
 
     def fit(self, members: Sequence[Member], k: Cell | None) -> ModuleBases:
         """The bases of a module, from the adapters that have trained it."""
-        return spaces.fit_module(*self._trained(members), self.options, k)
+        return fit_module(*self._trained(members), self.options, k)
 
-    def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ModuleStack:
+    def stack(self, members: Sequence[Member], worth: Mapping[str, float] | None = None) -> ExactFit:
         """The adapters that have trained a module, as `fit` stacks them.
 
         worth: how much each of them counts beside its weight; then the weighting is that of the updates.
         """
         factors, weights = self._trained(members)
         if worth is None:
-            return ModuleStack(factors, weights, self.options)
+            return ExactFit(factors, weights, self.options)
         extra = [math.sqrt(worth[member.adapter]) for member in members if member.trained]
         scaled = [weight * more for weight, more in zip(weights, extra, strict=True)]
-        return ModuleStack(factors, scaled, replace(self.options, weighting="delta"))
+        return ExactFit(factors, scaled, replace(self.options, weighting="delta"))
 
     def _trained(self, members: Sequence[Member]) -> tuple[list[LoRAFactors], list[float]]:
         trained = [member for member in members if member.trained]
@@ -106,7 +107,7 @@ class Module:
         members = read()
         self._prices = prices(_specs(members), setting)
         stack = setting.stack(members)
-        whole = stack.whole()
+        whole = stack.full_spectrum()
         self.full: Cell = (whole[0].k, whole[1].k)
         self.cells = [
             NOTHING,
@@ -124,13 +125,13 @@ class Module:
         """Bytes of the components and of every adapter's coefficients."""
         return cell[0] * self._prices[0] + cell[1] * self._prices[1]
 
-    def _nested(self, members: Sequence[Member], stack: ModuleStack, whole: Pair) -> np.ndarray:
+    def _nested(self, members: Sequence[Member], stack: ExactFit, whole: SidePair) -> np.ndarray:
         """What every cell loses of every adapter, (c, n), if the bases are those of the first spectra."""
         table = np.zeros((len(self.cells), len(self._index)))
         down, up = np.array(self.cells).T
         for member, kept in _kept(members, stack, whole):
             weight = self._setting.weights[member.adapter] ** 2
-            total = weight * spaces.delta_square(member.factors)
+            total = weight * delta_square(member.factors)
             lost = total - weight * kept.table(np.unique(down), np.unique(up))
             rows, columns = (np.searchsorted(np.unique(k), k) for k in (down, up))
             table[:, self._index[member.adapter]] = np.maximum(lost[rows, columns], 0.0)
@@ -140,8 +141,8 @@ class Module:
         self,
         cells: Sequence[Cell],
         members: Sequence[Member] | None = None,
-        stack: ModuleStack | None = None,
-        whole: Pair | None = None,
+        stack: ExactFit | None = None,
+        whole: SidePair | None = None,
     ) -> None:
         """Fit these cells as `fit` will, and measure what is lost after rounding."""
         unknown = [cell for cell in cells if cell not in self.known]
@@ -149,27 +150,27 @@ class Module:
             return
         members = members if members is not None else self._read()
         stack = stack or self._setting.stack(members)
-        whole = whole or stack.whole()
+        whole = whole or stack.full_spectrum()
         for cell in unknown:
             self.known[cell] = self._fitted(cell, members, stack, whole)
 
-    def _fitted(self, cell: Cell, members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Known:
+    def _fitted(self, cell: Cell, members: Sequence[Member], stack: ExactFit, whole: SidePair) -> Known:
         exact = stack.fit(whole, cell)
         stored = self._setting.storage.round_bases(exact)
-        before, dual = metrics.unrounded(exact, stored), spaces.duals(stored)
+        before, dual = metrics.unrounded_bases(exact, stored), projection.dual_components(stored)
         losses = np.zeros(len(self._index))
         for member in members:
             if member.adapter not in self._index:
                 continue
             try:
-                coefficients = spaces.project(member.factors, stored, self._setting.coefficient_storage.dtype, dual)
+                coefficients = projection.project(member.factors, stored, self._setting.coefficient_storage.dtype, dual)
             except NonFiniteError as error:
                 if cell == self.full:
                     raise NonFiniteError(f"adapter {member.adapter!r}, module {self.name}: {error}") from error
                 # the little of this adapter that lies in so few directions cannot be stored
                 losses[:] = np.inf
                 break
-            lost = metrics.module_error(member.factors, coefficients, stored, before).lost
+            lost = metrics.module_error(member.factors, coefficients, stored, before).squared_error
             losses[self._index[member.adapter]] = lost * self._setting.weights[member.adapter] ** 2
         return Known(self.price((exact.down.k, exact.up.k)), losses)
 
@@ -197,7 +198,7 @@ class Module:
 
         By Eckart and Young on one side alone; what was fitted is known.
         """
-        sigmas = [side.singular_values for side in self._setting.stack(self._read(), worth).whole()]
+        sigmas = [side.singular_values for side in self._setting.stack(self._read(), worth).full_spectrum()]
         tails = [np.append(s.square().flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0) for s in sigmas]
         down, up = np.array(self.cells).T
         of_down, of_up = (tail[np.minimum(k, len(tail) - 1)] for tail, k in zip(tails, (down, up), strict=True))
@@ -255,7 +256,7 @@ def _grams(rows: Tensor) -> np.ndarray:
     return found
 
 
-def _kept(members: Sequence[Member], stack: ModuleStack, whole: Pair) -> Iterable[tuple[Member, Kept]]:
+def _kept(members: Sequence[Member], stack: ExactFit, whole: SidePair) -> Iterable[tuple[Member, Kept]]:
     """Of each adapter that has trained a module, what the bases of the first spectra keep."""
     trained = [member for member in members if member.trained]
     for member, *blocks in zip(trained, stack.down.blocks, stack.up.blocks, strict=True):
@@ -377,7 +378,7 @@ class Glance:
 def _glance(read: Read, setting: Setting) -> Glance:
     members = read()
     stack = setting.stack(members)
-    whole = stack.whole()
+    whole = stack.full_spectrum()
     ranks = whole[0].k, whole[1].k
     steps = np.arange(max(ranks) + 1)
     index = {adapter: at for at, adapter in enumerate(setting.weights)}
@@ -386,7 +387,7 @@ def _glance(read: Read, setting: Setting) -> Glance:
         weight = setting.weights[member.adapter] ** 2
         both = [np.minimum(steps, rank) for rank in ranks]
         kept[:, index[member.adapter]] = weight * square.diagonal(*both)
-        totals[index[member.adapter]] = weight * spaces.delta_square(member.factors)
+        totals[index[member.adapter]] = weight * delta_square(member.factors)
     specs = _specs(members)
     return Glance(ranks, prices(specs, setting), lora_bytes(specs, setting), kept, totals)
 

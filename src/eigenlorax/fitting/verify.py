@@ -101,4 +101,4 @@ def _square_of_difference(one: LoRAFactors, other: LoRAFactors) -> float:
 
 def _product_square(left: torch.Tensor, right: torch.Tensor) -> float:
     """‖left · right‖² by triangular factors: no two large numbers are subtracted."""
-    return float((linalg.triangle(left) @ linalg.triangle(right.mT).mT).square().sum())
+    return float((linalg.triangular_factor(left) @ linalg.triangular_factor(right.mT).mT).square().sum())

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import formats
 from ..core import boundary, dtypes, keys
 from ..core import subspace as spaces
-from ..core.adapter import Adapter, ModuleSpec
+from ..core.adapter import Adapter, ModuleSpec, delta_square
 from ..core.keys import Kind
 from ..core.options import suggestion
 from ..errors import (
@@ -54,7 +54,7 @@ def scan(adapter: Adapter) -> Scan:
     squares: dict[str, float] = {}
     for module in sorted(adapter.modules):
         factors = adapter.modules[module]
-        squares[module] = spaces.delta_square(factors)
+        squares[module] = delta_square(factors)
         if factors.kernel:
             digest.update(f"{module}\0{factors.kernel}\0".encode())
         for side, tensor in (("down", factors.down), ("up", factors.up)):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
-from ..core import boundary, dtypes, keys, registry
+from ..core import boundary, dtypes, keys, module_names, registry
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, LoRAFactors, from_factors
+from ..core.json_dataclasses import JsonTypeError, from_json
 from ..core.keys import Kind
 from ..core.subspace import Subspace
-from ..core.typed import UnfitError, typed
 from ..errors import FormatError, ModuleNameError, ShapeError
 from . import lora_config
 
@@ -31,7 +31,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
         raise FormatError(
             f"{where} is not all of the adapter: its pack holds more tensors of it. `eigenlorax export` gives all."
         )
-    parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.REST.values(), *keys.EMBEDDED.values()]
+    parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()]
     own: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
     fields = _fields(config, where)
@@ -66,7 +66,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
             plain = from_core(found[keys.CORE], *bases[module], scaling)
         else:
             down, up = (found[keys.COEFFICIENTS[side]] for side in keys.SIDES)
-            rests = (found.get(keys.REST[side]) for side in keys.SIDES)
+            rests = (found.get(keys.RESIDUALS[side]) for side in keys.SIDES)
             plain = from_pair(down, up, *bases[module], scaling, *rests)
         modules[module] = replace(plain, kernel=tuple(fields.kernels.get(module, ())))
     return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
@@ -86,8 +86,8 @@ def _fields(config: Mapping[str, Any], where: str) -> _Fields:
     names = {"modules": "target_modules", "places": "subspace_modules", "kernels": keys.KERNELS}
     hints = get_type_hints(_Fields)
     try:
-        found = {field: typed(hints[field], _given(config, name, field), name) for field, name in names.items()}
-    except UnfitError as error:
+        found = {field: from_json(hints[field], _given(config, name, field), name) for field, name in names.items()}
+    except JsonTypeError as error:
         raise FormatError(f"{where}: {error}") from error
     return _Fields(**found)
 
@@ -141,7 +141,7 @@ def _check_sizes(found: Mapping[str, Tensor], rank: int, bases: Bases, where: st
         wanted = {keys.CORE: (k_up, k_down)}
     else:
         wanted = {keys.COEFFICIENTS["down"]: (rank, k_down), keys.COEFFICIENTS["up"]: (k_up, rank)}
-        rests = {keys.REST["down"]: (rank, n_in), keys.REST["up"]: (n_out, rank)}
+        rests = {keys.RESIDUALS["down"]: (rank, n_in), keys.RESIDUALS["up"]: (n_out, rank)}
         wanted |= {part: shape for part, shape in rests.items() if part in found}
     for part, shape in wanted.items():
         if part not in found:
@@ -161,7 +161,7 @@ def _check_factors(own: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, 
         if keys.CORE not in found
     )
     try:
-        boundary.check_factors(numbers, "its factors")
+        boundary.check_factor_memory(numbers, "its factors")
     except ValueError as error:
         raise ShapeError(f"{where}: {error}.") from error
 
@@ -177,15 +177,15 @@ def from_pair(
     down_basis: Tensor,
     up_basis: Tensor,
     scaling: float,
-    down_rest: Tensor | None = None,
-    up_rest: Tensor | None = None,
+    down_residual: Tensor | None = None,
+    up_residual: Tensor | None = None,
 ) -> LoRAFactors:
     """The LoRA of coefficients, down (r, k_down) and up (k_up, r), and of what is beside them, (r, in) and (out, r)."""
     wide_down, wide_up = down.double() @ down_basis.double(), up_basis.double().mT @ up.double()
-    if down_rest is not None:
-        wide_down += down_rest
-    if up_rest is not None:
-        wide_up += up_rest
+    if down_residual is not None:
+        wide_down += down_residual
+    if up_residual is not None:
+        wide_up += up_residual
     return LoRAFactors(wide_down.to(down.dtype), wide_up.to(up.dtype).contiguous(), scaling)
 
 
@@ -226,7 +226,7 @@ def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
 
 
 def _place(module: str, fields: _Fields, subspace: Subspace, where: str) -> str:
-    place = fields.places.get(module) or keys.resolve(module, subspace.modules)
+    place = fields.places.get(module) or module_names.resolve(module, subspace.modules)
     if place is None or place not in subspace.modules:
         raise ModuleNameError(f"{where}: module {module!r} is not in the subspace.")
     return place

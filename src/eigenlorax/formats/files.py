@@ -113,7 +113,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         if isinstance(folder, RemoteFolder):
             _check_is_there(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    text, config = boundary.json_object(folder.read(keys.ADAPTER_CONFIG, boundary.MAX_JSON_BYTES), path)
+    text, config = boundary.parse_json_object(folder.read(keys.ADAPTER_CONFIG, boundary.MAX_JSON_BYTES), path)
     kind = config.get("peft_type")
     if kind == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(

@@ -41,7 +41,7 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
     if isinstance(source, str) and urls.is_url(source):
         last = urls.name_of(source, subfolder)
         if subfolder is None and last.lower().endswith(keys.LORA_SUFFIX):
-            return keys.name_of_file(last, urls.name_of(source.rpartition("/")[0]))
+            return keys.name_from_file(last, urls.name_of(source.rpartition("/")[0]))
         return last
     local = Path(source)
     if local.exists():
@@ -49,9 +49,9 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
         whole = Path(os.path.abspath(local / subfolder if subfolder else local))
         is_file = whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file()
         if is_file:
-            return keys.name_of_file(whole.name, whole.parent.name)
+            return keys.name_from_file(whole.name, whole.parent.name)
         # as diffusers saves a LoRA
-        return keys.name_of_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
+        return keys.name_from_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
     # where it is neither there nor on the Hub, its folders are nobody's business
     parts = [match["repo"] if match else local.name, *([subfolder.strip("/")] if subfolder else [])]

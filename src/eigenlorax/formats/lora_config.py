@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from ..core import keys
+from ..core import keys, module_patterns
 from ..core.adapter import Adapter, ModuleSpec
-from ..core.linear_regex import Effort
+from ..core.linear_regex import StepBudget
 from ..errors import FormatError
 
 Number = TypeVar("Number", int, float)
@@ -34,13 +34,13 @@ class Numbers:
     where: stands before what is wrong with them. effort: what matching the patterns may take in all.
     """
 
-    def __init__(self, config: Mapping[str, Any], where: str, effort: Effort | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str, effort: StepBudget | None = None) -> None:
         self._config, self._where = config, where
         patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
         if not all(isinstance(pattern, dict) for pattern in patterns):
             raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
-        effort = effort or Effort()
-        self._ranks, self._alphas = (keys.Patterns(pattern, effort) for pattern in patterns)
+        effort = effort or StepBudget()
+        self._ranks, self._alphas = (module_patterns.ModulePatterns(pattern, effort) for pattern in patterns)
 
     def of(self, module: str, rank: int = _DEFAULT_RANK) -> tuple[int, float]:
         """Rank and scaling of a module. rank: what it is where the config has none."""
@@ -86,8 +86,8 @@ def make(adapter: Adapter) -> str:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {keys.whole_name(m): one for m, one in ranks.items() if one != rank},
-        "alpha_pattern": {keys.whole_name(m): one for m, one in alphas.items() if one != alpha},
+        "rank_pattern": {module_patterns.exact_pattern(m): one for m, one in ranks.items() if one != rank},
+        "alpha_pattern": {module_patterns.exact_pattern(m): one for m, one in alphas.items() if one != alpha},
         "target_modules": sorted(adapter.specs),
     }
     return json.dumps(config, indent=2, sort_keys=True)
@@ -115,7 +115,9 @@ def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
         else:
             most = _commonest(values.values())
         # a pattern that stays may fit any of them
-        own = {keys.whole_name(module): value for module, value in values.items() if value != most or others}
+        own = {
+            module_patterns.exact_pattern(module): value for module, value in values.items() if value != most or others
+        }
         fields[field], fields[pattern] = most, own | {key: value for key, value in others.items() if key not in own}
     # the order of patterns counts: keys are not sorted
     return json.dumps(fields, indent=2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import boundary, keys
-from ..core.adapter import Adapter, Lazy, LoRAFactors, ModuleSpec
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ..core.keys import Kind
 from ..errors import FormatError, ShapeError
 from . import files, lora_config
@@ -94,17 +94,17 @@ def adapter(found: Opened, lora_alpha: float | None = None, basis: Opened | None
     numbers = lora_config.Numbers(config, str(found.weights))
     specs = {module: _spec(found, module, parts, numbers) for module, parts in sorted(modules.items())}
     try:
-        boundary.check_factors(sum(spec.numbers for spec in specs.values()), "its factors")
+        boundary.check_factor_memory(sum(spec.numbers for spec in specs.values()), "its factors")
     except ValueError as error:
         raise ShapeError(f"{found.weights}: {error}.") from error
 
     made = Adapter(
         name=found.name,
         specs=specs,
-        modules=Lazy(specs, partial(_factors, specs, modules)),
+        modules=LazyMapping(specs, partial(_factors, specs, modules)),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
-        heads=Lazy(heads, partial(_read_head, heads)),
+        heads=LazyMapping(heads, partial(_read_head, heads)),
         file_bytes=found.file_bytes,
     )
     return replace(made, source_config=lora_config.derived(made, config))

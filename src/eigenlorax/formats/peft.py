@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import atomic_files, dtypes, keys, narrowing
-from ..core.adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin
 from ..core.keys import Kind
 from ..errors import FormatError, NonFiniteError, ShapeError
 from . import coefficients, files, lora_config, official, safetensors_file
@@ -127,11 +127,11 @@ def assemble(
     return Adapter(
         name=name,
         specs=specs,
-        modules=Lazy(specs, partial(_factors, load, factors, specs)),
+        modules=LazyMapping(specs, partial(_factors, load, factors, specs)),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
-        heads=Lazy(heads, partial(_tensor, load, heads)),
-        carried=Lazy(carried, partial(_tensor, load, carried)),
+        heads=LazyMapping(heads, partial(_tensor, load, heads)),
+        carried=LazyMapping(carried, partial(_tensor, load, carried)),
         source_config=config_text,
         file_bytes=file_bytes,
     )
@@ -217,7 +217,7 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     numbers = Numbers(json.loads(text), adapter.name)
     tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
-    modules = adapter.modules if dtype is None else dict(narrowing.all_checked(adapter.name, adapter.modules, dtype))
+    modules = adapter.modules if dtype is None else dict(narrowing.narrow_adapter(adapter.name, adapter.modules, dtype))
     for module, factors in modules.items():
         numbers.check(module, factors.spec)
         for side, factor in zip(keys.SIDES, factors.weights, strict=True):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.boundary import memory_size
+from ..core.boundary import machine_memory
 from ..errors import FormatError, reason
 from . import header
 from .header import Entry
@@ -100,7 +100,7 @@ class Stored:
 
     def _room(self, entry: Entry) -> Tensor:
         size = entry.end - entry.begin
-        if size > memory_size():
+        if size > machine_memory():
             # a sparse file has as many bytes as it says, and takes none of the disk
             raise FormatError(f"{self.file}: a tensor of {size:,} bytes does not fit in this machine's memory.")
         return torch.empty(size, dtype=torch.uint8)

@@ -10,10 +10,10 @@ from ..codec.bitstream import AdapterCodes, ModuleLayout
 from ..codec.singular_codes import RoundedBasis
 from ..codec.storage import coded
 from ..codec.storage.base import Storage
-from ..core import extension, keys, threads
+from ..core import extension, keys, module_names, threads
 from ..core.adapter import Adapter
-from ..core.extension import Newcomer, Progress
-from ..core.options import integer
+from ..core.extension import NewAdapter, Progress
+from ..core.options import to_int
 from ..core.subspace import Subspace
 from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks
@@ -75,7 +75,7 @@ def _read(
 
 
 def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[str, str]:
-    places = keys.resolve_all(adapter.specs, info.modules)
+    places = module_names.resolve_all(adapter.specs, info.modules)
     missing = [module for module, place in places.items() if place is None]
     if missing and not carry_missing:
         raise ModuleNameError(
@@ -104,7 +104,7 @@ def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[s
 
 def check_extend(extend: int, info: SubspaceInfo, coefficients: Storage) -> int:
     """`extend` as a number of directions that the widest side could take. coefficients: how the pack stores them."""
-    extend = integer("extend", extend)
+    extend = to_int("extend", extend)
     largest = max((side.dimension for pair in info.modules.values() for side in pair.values()), default=0)
     if coefficients.extension_error is not None:
         raise OptionError(coefficients.extension_error)
@@ -122,8 +122,8 @@ def extended(
     """The subspace with at most `most` more directions a side, whatever order the adapters were given in; itself if it
     misses nothing of them. storage: of the subspace."""
     ordered = sorted(joining, key=lambda one: (one.packing.scan.content_hash, one.adapter.name))
-    newcomers = [Newcomer(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
-    return extension.extended(subspace, newcomers, most, progress, storage.extend_basis)
+    newcomers = [NewAdapter(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
+    return extension.extend_for(subspace, newcomers, most, progress, storage.extend_basis)
 
 
 def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:

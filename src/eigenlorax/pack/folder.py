@@ -25,13 +25,13 @@ from ..core import basis as one
 from ..core.atomic_files import Files
 from ..core.basis import Basis
 from ..core.boundary import (
-    ALLOWANCE,
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_REPORT_BYTES,
-    as_specified,
-    check_growth,
+    MEMORY_ALLOWANCE,
+    check_expansion,
+    damaged_on_error,
     read_file,
 )
 from ..core.subspace import ModuleBases, Subspace
@@ -91,7 +91,7 @@ def read_subspace(folder: Path, found: Manifest) -> Subspace:
     path = folder / found.subspace_file
     with _still_listed(folder, lambda now: now.subspace_sha256 == found.subspace_sha256):
         data = _read_checked(path, found.subspace_sha256, found.subspace.stored_bytes + MAX_HEADER_BYTES)
-    with as_specified(path):
+    with damaged_on_error(path):
         return _subspace(from_safetensors(data), found, path)
 
 
@@ -99,7 +99,7 @@ def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Sub
     info, storage = found.subspace, storage_by_name(found.subspace.dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())
     n_rebuilt = sum(side.dimension for pair in info.modules.values() for side in pair.values()) * info.n_extra
-    check_growth(n_rebuilt * storage.dtype.itemsize, size, "the augmented rows of the bases")
+    check_expansion(n_rebuilt * storage.dtype.itemsize, size, "the augmented rows of the bases")
     tensors = storage.decode_bases(
         tensors,
         {
@@ -116,7 +116,10 @@ def _subspace(tensors: Mapping[str, Tensor], found: Manifest, path: Path) -> Sub
     _check_lineage(subspace, found, path)
     for name, bases in subspace.modules.items() if info.n_extra else ():
         for side in keys.SIDES:
-            rebuilt, wanted_check = one.extra_check(bases.side(side)), tensors[keys.extra_check_key(name, side)]
+            rebuilt, wanted_check = (
+                one.augmentation_checksums(bases.side(side)),
+                tensors[keys.extra_check_key(name, side)],
+            )
             if not torch.allclose(rebuilt, wanted_check, rtol=0, atol=_CHECK_TOLERANCE):
                 raise PackDamagedError(
                     f"{path}: this machine rebuilds the augmented directions of {name}.{side} differently from the one "
@@ -185,7 +188,7 @@ def subspace_bytes(subspace: Subspace, storage: Storage) -> bytes:
             tensors |= storage.basis_tensors(basis, keys.components_key(name, side))
             tensors[keys.singular_values_key(name, side)] = basis.singular_values
             if basis.n_extra:
-                tensors[keys.extra_check_key(name, side)] = one.extra_check(basis)
+                tensors[keys.extra_check_key(name, side)] = one.augmentation_checksums(basis)
     return to_safetensors(tensors, metadata={"format": "pt"})
 
 
@@ -193,7 +196,7 @@ def read_adapter(folder: Path, name: str, entry: Entry, storage: Storage, refere
     """Read one adapter of the pack and check every byte of it. storage: of its coefficients."""
     with _still_listed(folder, lambda now: now.adapters.get(name) == entry):
         files = _read_adapter_files(folder, name, entry)
-    with as_specified(_place(folder, name)):
+    with damaged_on_error(_place(folder, name)):
         return packed_adapter.from_files(name, files, entry.record, storage, references)
 
 
@@ -266,7 +269,7 @@ def _read_all_checked(place: Path, entry: Entry) -> dict[str, bytes]:
         keys.ADAPTER_WEIGHTS: record.coefficient_bytes + record.head_bytes,
         keys.CARRIED: record.carried_bytes,
     }
-    limits = {file: size + MAX_HEADER_BYTES + ALLOWANCE for file, size in tensor_bytes.items()}
+    limits = {file: size + MAX_HEADER_BYTES + MEMORY_ALLOWANCE for file, size in tensor_bytes.items()}
     return {
         file: _read_checked(place / file, sha256, limits.get(file, MAX_JSON_BYTES))
         for file, sha256 in entry.files.items()
@@ -343,7 +346,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 def _is_staged(path: Path) -> bool:
-    return path.name.startswith(atomic_files.STAGING)
+    return path.name.startswith(atomic_files.STAGING_PREFIX)
 
 
 def _is_packed(path: Path) -> bool:
@@ -354,7 +357,7 @@ def _is_packed(path: Path) -> bool:
 @contextmanager
 def created(folder: Path) -> Iterator[None]:
     """`folder`, locked, for a pack to be written to; after an error it is as it was if no pack came to be in it."""
-    with atomic_files.made(folder):
+    with atomic_files.ensure_folder(folder):
         there = set(folder.iterdir())
         with locked(folder):
             try:
@@ -386,11 +389,11 @@ def write(
     data = new.to_bytes()
     # what could not be read again must not replace what can
     manifest.parse(data, folder / keys.MANIFEST)
-    atomic_files.sweep_staging(folder)
+    atomic_files.remove_abandoned(folder)
     written: list[Path] = []
     try:
         # on the disk before the manifest that lists it is
-        with atomic_files.synced_at_the_end():
+        with atomic_files.defer_folder_syncs():
             target = folder / new.subspace_file
             if subspace is not None and not _holds(target, subspace):
                 written += [] if target.exists() else [target]
@@ -421,7 +424,7 @@ def write(
     # what cannot be tidied now is no part of the pack; the next writer tries again
     with suppress(OSError):
         _tidy(folder, new)
-    checkpoint.discard_beside(folder)
+    checkpoint.discard_default(folder)
     return atomic_files.digest(data)
 
 
@@ -431,7 +434,7 @@ def _content(found: Manifest) -> tuple[object, ...]:
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    return atomic_files.read_plain(path, len(data)) == data
+    return atomic_files.read_regular_file(path, len(data)) == data
 
 
 def _free_place(folder: Path, name: str, entry: Entry, listed: bool) -> Path:
@@ -467,7 +470,7 @@ def _reports_away(folder: Path, before: Manifest | None, new: Manifest) -> Itera
     """
     same = before is not None and _content(before) == _content(new)
     reports = [path for path in (folder / name for name in keys.REPORTS) if not same and is_report(path)]
-    away = {path: folder / f"{atomic_files.STAGING}{path.name}" for path in reports}
+    away = {path: folder / f"{atomic_files.STAGING_PREFIX}{path.name}" for path in reports}
     try:
         for path, beside in away.items():
             path.replace(beside)
@@ -485,7 +488,7 @@ def _reports_away(folder: Path, before: Manifest | None, new: Manifest) -> Itera
 
 def is_report(path: Path) -> bool:
     """Whether a file is a report that `eigenlorax report` has written, in whatever form."""
-    data = atomic_files.read_plain(path, MAX_REPORT_BYTES)
+    data = atomic_files.read_regular_file(path, MAX_REPORT_BYTES)
     if data is None:
         return False
     if path.suffix.lower() != ".json":

@@ -12,8 +12,9 @@ from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
 from ..core import atomic_files, dtypes, keys
 from ..core.basis import Basis
 from ..core.boundary import MAX_DIMENSION
-from ..core.subspace import SIZES, WEIGHTINGS, Augmentation, Subspace
-from ..core.typed import UnfitError, refuse_constant, typed
+from ..core.fit_options import SIZE_OPTIONS, WEIGHTINGS
+from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
+from ..core.subspace import Augmentation, Subspace
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
 from .packed_adapter import Record
@@ -137,7 +138,7 @@ class SubspaceInfo:
     def sizes(self, fingerprint: str, module: str) -> ModuleSizes:
         """The sizes of a module's bases when the subspace had that fingerprint, one of its lineage."""
         if module not in self.modules:
-            raise UnfitError(f"module {module!r} is not in the subspace.")
+            raise JsonTypeError(f"module {module!r} is not in the subspace.")
         step = self.lineage.index(fingerprint)
         sides = [self.modules[module][side] for side in keys.SIDES]
         down, up = (side.k - sum(side.grown[step:]) for side in sides)
@@ -201,7 +202,7 @@ class Manifest:
 def parse(data: bytes, path: Path) -> Manifest:
     """The manifest from its file's bytes; `PackVersionError` or `PackDamagedError` where they cannot be trusted."""
     try:
-        body = json.loads(data, parse_constant=refuse_constant)
+        body = json.loads(data, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         raise PackDamagedError(f"{path} is not valid JSON: {error}. {_REMEDY}") from error
     if not isinstance(body, dict) or type(body.get("format_version")) is not int:
@@ -221,7 +222,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         raise PackDamagedError(f"{path} was changed after it was written: its digest does not fit. {_REMEDY}")
     try:
         return _manifest(body)
-    except (UnfitError, AdapterNameError) as error:
+    except (JsonTypeError, AdapterNameError) as error:
         raise PackDamagedError(
             f"{path} was not written as the format asks: {error} Make the pack again, with another tool or release."
         ) from error
@@ -229,17 +230,17 @@ def parse(data: bytes, path: Path) -> Manifest:
 
 def _manifest(body: dict[str, Any]) -> Manifest:
     if body.get("format") != _FORMAT or body["format_version"] < 1:
-        raise UnfitError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
-    fit = typed(FitInfo, _fit(body), "fit")
-    subspace, entries = dict(_subspace(body)), dict(typed(dict, body.get("adapters"), "adapters"))
+        raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
+    fit = from_json(FitInfo, _fit(body), "fit")
+    subspace, entries = dict(_subspace(body)), dict(from_json(dict, body.get("adapters"), "adapters"))
     found = Manifest(
-        base_model=typed(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
-        revision=typed(str | None, body.get("revision", ...), "revision"),
+        base_model=from_json(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
+        revision=from_json(str | None, body.get("revision", ...), "revision"),
         fit=fit,
-        subspace_file=typed(str, subspace.pop("file", None), "subspace.file"),
-        subspace_sha256=typed(str, subspace.pop("sha256", None), "subspace.sha256"),
-        subspace=typed(SubspaceInfo, subspace, "subspace"),
-        coefficient_dtype=typed(str, body.get("coefficient_dtype"), "coefficient_dtype"),
+        subspace_file=from_json(str, subspace.pop("file", None), "subspace.file"),
+        subspace_sha256=from_json(str, subspace.pop("sha256", None), "subspace.sha256"),
+        subspace=from_json(SubspaceInfo, subspace, "subspace"),
+        coefficient_dtype=from_json(str, body.get("coefficient_dtype"), "coefficient_dtype"),
         adapters={
             keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
             for name, fields in entries.items()
@@ -257,19 +258,19 @@ def _fit(body: dict[str, Any]) -> Any:
     lacking = {name: value for since, new in _SINCE.items() if version < since for name, value in new.items()}
     early = sorted(lacking.keys() & fit.keys())
     if early:
-        raise UnfitError(f"fit has the fields {early}, which version {version} lacks.")
+        raise JsonTypeError(f"fit has the fields {early}, which version {version} lacks.")
     return {**fit, **lacking}
 
 
 def _subspace(body: dict[str, Any]) -> dict[str, Any]:
     """`subspace`, with what an older version lacks: it grew by augmentations alone, and adapters with it."""
-    found = dict(typed(dict, body.get("subspace"), "subspace"))
+    found = dict(from_json(dict, body.get("subspace"), "subspace"))
     if body["format_version"] >= 3:
         return found
-    steps = typed(tuple[Augmentation, ...], found.pop("augmentations", ...), "subspace.augmentations")
-    modules = typed(dict[str, dict[str, _EarlySide]], found.get("modules"), "subspace.modules")
+    steps = from_json(tuple[Augmentation, ...], found.pop("augmentations", ...), "subspace.augmentations")
+    modules = from_json(dict[str, dict[str, _EarlySide]], found.get("modules"), "subspace.modules")
     if "growth" in found:
-        raise UnfitError(f"subspace has the field growth, which version {body['format_version']} lacks.")
+        raise JsonTypeError(f"subspace has the field growth, which version {body['format_version']} lacks.")
     grown = [step.n_extra for step in steps]
     return {
         **found,
@@ -292,13 +293,13 @@ class _EarlySide:
 
 
 def _entry(value: Any, where: str, version: int) -> Entry:
-    fields = dict(typed(dict, value, where))
+    fields = dict(from_json(dict, value, where))
     if version < 3:
         if "bound" in fields:
-            raise UnfitError(f"{where} has the field bound, which version {version} lacks.")
+            raise JsonTypeError(f"{where} has the field bound, which version {version} lacks.")
         fields["bound"] = False
-    files = typed(dict[str, str], fields.pop("files", None), f"{where}.files")
-    return Entry(typed(Record, fields, where), files)
+    files = from_json(dict[str, str], fields.pop("files", None), f"{where}.files")
+    return Entry(from_json(Record, fields, where), files)
 
 
 def _check(found: Manifest, version: int) -> None:
@@ -312,7 +313,7 @@ def _check(found: Manifest, version: int) -> None:
     files = [set(entry.files) for entry in entries]
     digests = [subspace.fingerprint, found.subspace_sha256, *(one for one in subspace.lineage if one is not None)]
     digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
-    sizes = [getattr(fit, name) for name in SIZES]
+    sizes = [getattr(fit, name) for name in SIZE_OPTIONS]
     known = STORAGES.keys() if version >= 5 else FLOAT_STORAGES.keys()
     components, coefficients = STORAGES.get(subspace.dtype), STORAGES.get(found.coefficient_dtype)
     for right, what in (
@@ -330,8 +331,8 @@ def _check(found: Manifest, version: int) -> None:
             "cores are diagonal, and the two sides of a module differ",
         ),
         (
-            sizes.count(None) == len(SIZES) - 1,
-            f"fit must have one of {', '.join(SIZES[:-1])} and {SIZES[-1]}",
+            sizes.count(None) == len(SIZE_OPTIONS) - 1,
+            f"fit must have one of {', '.join(SIZE_OPTIONS[:-1])} and {SIZE_OPTIONS[-1]}",
         ),
         (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
         (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
@@ -370,7 +371,7 @@ def _check(found: Manifest, version: int) -> None:
         ),
     ):
         if not right:
-            raise UnfitError(f"{what}.")
+            raise JsonTypeError(f"{what}.")
 
 
 def _is_counted(record: Record) -> bool:

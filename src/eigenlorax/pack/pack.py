@@ -16,12 +16,12 @@ import torch
 from .. import formats
 from ..codec.encoder import Point
 from ..codec.storage.table import parse_storage, storage_by_name
-from ..core import atomic_files, dtypes, keys, metrics, narrowing, registry, staging
+from ..core import atomic_files, dtypes, keys, metrics, narrowing, projection, registry, staging
 from ..core import subspace as spaces
-from ..core.adapter import Adapter, Lazy, LoRAFactors
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors
 from ..core.extension import Progress
-from ..core.options import names as listed
-from ..core.options import number
+from ..core.options import name_list as listed
+from ..core.options import to_float
 from ..core.subspace import Subspace
 from ..errors import (
     WARN_ABOVE,
@@ -136,7 +136,7 @@ class Pack:
         holder = partial(Pack.open, self.path.absolute()) if self.path is not None else lambda: self
         for fingerprint in self.info.lineage:
             if fingerprint is not None:
-                registry.remember(fingerprint, holder)
+                registry.register(fingerprint, holder)
 
     @classmethod
     @contextmanager
@@ -312,8 +312,8 @@ class Pack:
         for name in wanted:
             checked = self._check_writable(name, chosen[name], parsed)
         if Path(directory).is_dir():
-            staging.sweep(Path(directory))
-        with atomic_files.synced_at_the_end():
+            staging.remove_abandoned(Path(directory))
+        with atomic_files.defer_folder_syncs():
             for done, (name, target) in enumerate(targets.items()):
                 if progress is not None:
                     progress("exporting adapters", done, len(targets))
@@ -340,9 +340,9 @@ class Pack:
         # a difference is exact between factors of one gauge alone
 
         def of_same_gauge(module: str) -> LoRAFactors:
-            return narrowing.balanced(exact[module], narrow) if module in found.places else exact[module]
+            return narrowing.balance(exact[module], narrow) if module in found.places else exact[module]
 
-        return metrics.rounding_error(Lazy(exact, of_same_gauge), kept)
+        return metrics.rounding_error(LazyMapping(exact, of_same_gauge), kept)
 
     def _check_writable(self, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
         """Return the stored adapter, if a format has names for all it has, and if its factors fit in a dtype that was
@@ -350,7 +350,7 @@ class Pack:
         found = self.packed(name)
         if dtype is not None:
             exact = packed.unpacked(found, self.subspace, torch.float64).modules
-            for _ in narrowing.all_checked(name, Lazy(found.places, exact.__getitem__), dtype):
+            for _ in narrowing.narrow_adapter(name, LazyMapping(found.places, exact.__getitem__), dtype):
                 pass
         formats.check_writable(packed.unpacked(found, self.subspace, dtype or self._widest), format)
         return found
@@ -432,7 +432,9 @@ class Pack:
                 joining.code(one, subspace, whole, self.aim)
             for module, place in one.places.items() if not self.is_coded else ():
                 bases, factors = subspace.modules[place], one.adapter.modules[module]
-                one.packing.project(module, place, factors, bases, self._coefficients, spaces.duals(bases))
+                one.packing.project(
+                    module, place, factors, bases, self._coefficients, projection.dual_components(bases)
+                )
             added[one.adapter.name] = one.packing.packed(in_fit=False)
         report("projecting adapters", len(new), len(new))
         records = {name: one.record for name, one in added.items()}
@@ -534,7 +536,7 @@ class Pack:
             if not (here and isinstance(found, Entry))
         }
         # made when they are asked for: all at once, they would be the pack in memory once more
-        files = Lazy(
+        files = LazyMapping(
             dict(sorted(loaded.items())),
             lambda name: packed.to_files(loaded[name], self.info.fingerprint, self._coefficients),
         )
@@ -604,7 +606,7 @@ class Pack:
 
 def check_warn_above(value: float) -> float:
     """`value` as a number from 0 to 1."""
-    found = number("warn_above", value)
+    found = to_float("warn_above", value)
     if not 0 <= found <= 1:
         raise OptionError(f"warn_above is a relative error, 0 to 1 (1: never warn), got {value}.")
     return found

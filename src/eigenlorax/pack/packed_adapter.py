@@ -19,13 +19,14 @@ from ..codec.storage import coded
 from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
 from ..codec.storage.coded import CodedCoefficients, CoefficientMetadata, coefficient_metadata
 from ..codec.storage.table import adapter_payload
-from ..core import boundary, chunks, keys, metrics, narrowing
+from ..core import boundary, keys, metrics, narrowing, projection
 from ..core import subspace as spaces
-from ..core.adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin, is_kernel
-from ..core.chunks import CoefficientChunk
-from ..core.metrics import AdapterError, ModuleError, Unrounded
-from ..core.subspace import Coefficients, Subspace
-from ..core.typed import typed
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin, is_valid_kernel
+from ..core.batch import stack_factors
+from ..core.coefficients import CoefficientBatch, Coefficients
+from ..core.json_dataclasses import from_json
+from ..core.metrics import AdapterError, ModuleError, UnroundedBases
+from ..core.subspace import Subspace
 from ..errors import NonFiniteError
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
@@ -100,17 +101,17 @@ class Packing:
         factors: LoRAFactors,
         bases: spaces.ModuleBases,
         storage: Storage,
-        dual: spaces.Duals | None = None,
-        exact: Unrounded | None = None,
+        dual: projection.DualComponents | None = None,
+        exact: UnroundedBases | None = None,
     ) -> None:
         """Take one module's update into its bases, those of `place` in the subspace, and note what that loses."""
-        wide = storage.prepare(chunks.chunk([factors], [0.0]))
+        wide = storage.prepare(stack_factors([factors], [0.0]))
         found = storage.project(wide, bases, dual)
         (error,) = metrics.module_errors(wide, found, bases, exact, storage.exact_coefficients(wide, bases))
         self.take(module, place, found, 0, factors.kernel, error)
 
     def take(
-        self, module: str, place: str, chunk: CoefficientChunk, row: int, kernel: tuple[int, ...], error: ModuleError
+        self, module: str, place: str, chunk: CoefficientBatch, row: int, kernel: tuple[int, ...], error: ModuleError
     ) -> None:
         """Note one module's coefficients in the bases of `place`, which are one row of a chunk, and what they lose."""
         self.places[module] = place
@@ -213,8 +214,8 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
         if module in bases:
             # all but float16 have float32's range, in which no update that was trained comes near the ends
             if dtype != torch.float16:
-                return spaces.reconstruct(packed.coefficients[module], bases[module], dtype)
-            return narrowing.narrowed(spaces.reconstruct(packed.coefficients[module], bases[module]), dtype)
+                return projection.reconstruct(packed.coefficients[module], bases[module], dtype)
+            return narrowing.narrow(projection.reconstruct(packed.coefficients[module], bases[module]), dtype)
         return carried.modules[module]
 
     outlines = coefficient_metadata(packed.coefficients)
@@ -223,7 +224,7 @@ def unpacked(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> A
     return Adapter(
         name=packed.name,
         specs=dict(sorted(specs.items())),
-        modules=Lazy(dict(sorted(specs.items())), factors),
+        modules=LazyMapping(dict(sorted(specs.items())), factors),
         base_model=carried.base_model,
         revision=carried.revision,
         heads=packed.heads,
@@ -283,8 +284,8 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
     return {
         **{field_: source[field_] for field_ in kept if field_ in source},
         **({keys.KERNELS: kernels} if kernels else {}),
-        **({keys.RESTS: rests} if rests else {}),
-        **({} if storage.is_float else {keys.STORED_AS: storage.name}),
+        **({keys.RESIDUAL_SIDES: rests} if rests else {}),
+        **({} if storage.is_float else {keys.COEFFICIENT_DTYPE: storage.name}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
@@ -317,9 +318,9 @@ def from_files(
     """
     tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
     carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
-    source_config, source = boundary.json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
+    source_config, source = boundary.parse_json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
-    config = typed(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
+    config = from_json(_Config, _selected(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     places = {module: config.subspace_modules.get(module, module) for module in config.target_modules}
     _check_names(places, [*tensors, *carried])
     if len(set(places.values())) < len(places):
@@ -332,7 +333,7 @@ def from_files(
         sizes = references.sizes(config.subspace_fingerprint, place)
         kernel = tuple(config.kernels.get(module, ()))
         bitstream.check_rank(rank, (sizes.widths[1], sizes.widths[0]))
-        if not is_kernel(kernel, sizes.widths[0]):
+        if not is_valid_kernel(kernel, sizes.widths[0]):
             raise ValueError(
                 f"the kernel of module {module} is {kernel}, which its {sizes.widths[0]} inputs do not fit"
             )
@@ -340,11 +341,13 @@ def from_files(
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
-    boundary.check_factors(sum(factors), "the factors of the adapter")
+    boundary.check_factor_memory(sum(factors), "the factors of the adapter")
     coefficients, payload = storage.read_adapter(tensors, slots, lambda: references.at(config.subspace_fingerprint))
     origin = None
     if keys.SOURCE_FILE in files:
-        origin = typed(Origin, boundary.json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE)
+        origin = from_json(
+            Origin, boundary.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)[1], keys.SOURCE_FILE
+        )
     return PackedAdapter(
         name,
         coefficients,
@@ -371,7 +374,7 @@ class _Config:
 
 def _selected(data: bytes) -> dict[str, Any]:
     """The fields of `_Config` in an adapter's config; the others are for PEFT."""
-    config = {keys.KERNELS: {}, **boundary.json_object(data, keys.ADAPTER_CONFIG)[1]}
+    config = {keys.KERNELS: {}, **boundary.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
     return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from ..codec.storage.table import storage_by_name
-from ..core.subspace import Coefficients
+from ..core.coefficients import Coefficients
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from ..pack.summary import lora_numbers

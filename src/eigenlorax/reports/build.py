@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import threads
-from ..core.options import integer
+from ..core.options import to_int
 from ..errors import OptionError
 from ..fitting.fit import Progress
 from ..formats.sources import Sources
@@ -40,10 +40,10 @@ def report(
     `read_adapter`.
     """
     originals.check_options(options)
-    seed = integer("seed", seed)
+    seed = to_int("seed", seed)
     if not 0 <= seed < 2**63:
         raise OptionError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed}.")
-    if left_out is not None and integer("left_out", left_out) < 1:
+    if left_out is not None and to_int("left_out", left_out) < 1:
         raise OptionError(f"left_out must be at least 1, got {left_out}.")
     if adapters is None and left_out is not None:
         raise OptionError("left_out needs the original adapters: give them too, as `adapters`.")

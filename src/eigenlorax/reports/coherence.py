@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ..core.typed import UnfitError
+from ..core.json_dataclasses import JsonTypeError
 from .data import Report, SideFigures, Similarity, Spread, TaskFrontier
 from .frontier import FIT, METHODS, TASK_METHODS
 
@@ -21,7 +21,7 @@ def check(report: Report) -> None:
     known = {one.name for one in report.adapters}
     for where, name in _named(report):
         if name not in known:
-            raise UnfitError(f"report.{where} names {name!r}, which is not among the adapters.")
+            raise JsonTypeError(f"report.{where} names {name!r}, which is not among the adapters.")
     for place, module in enumerate(report.modules):
         for side in ("down", "up"):
             _check_side(getattr(module, side), f"report.modules[{place}].{side}")
@@ -43,23 +43,23 @@ def _check_numbers(value: Any, where: str) -> None:
             _check_numbers(item, f"{where}[{place}]")
     elif isinstance(value, float):
         if not abs(value) <= _MOST:
-            raise UnfitError(f"{where} is {value}, where a number of at most {_MOST:g} belongs.")
+            raise JsonTypeError(f"{where} is {value}, where a number of at most {_MOST:g} belongs.")
     elif isinstance(value, int) and not 0 <= value < 2**63:
-        raise UnfitError(f"{where} is {value}, where a whole number from 0 to 2**63 - 1 belongs.")
+        raise JsonTypeError(f"{where} is {value}, where a whole number from 0 to 2**63 - 1 belongs.")
 
 
 def _check_lengths(report: Report) -> None:
     about, adapters, modules = report.collection, report.adapters, report.modules
     for what, stated, found in (("adapters", about.adapters, adapters), ("modules", about.modules, modules)):
         if stated != len(found):
-            raise UnfitError(f"report.collection.{what} is {stated}, and report.{what} has {len(found)} items.")
+            raise JsonTypeError(f"report.collection.{what} is {stated}, and report.{what} has {len(found)} items.")
         _check_unique([one.name for one in found], f"report.{what}")
     if report.module_errors:
         _check_shape(report.module_errors, (len(adapters), len(modules)), "report.module_errors")
     clusters = 0 if report.similarity is None else len(report.similarity.clusters)
     for place, adapter in enumerate(adapters):
         if adapter.cluster is not None and adapter.cluster >= clusters:
-            raise UnfitError(f"report.adapters[{place}].cluster is {adapter.cluster}, of {clusters} clusters.")
+            raise JsonTypeError(f"report.adapters[{place}].cluster is {adapter.cluster}, of {clusters} clusters.")
 
 
 def _named(report: Report) -> Iterator[tuple[str, str]]:
@@ -90,13 +90,13 @@ def _named(report: Report) -> Iterator[tuple[str, str]]:
 
 def _check_side(side: SideFigures, where: str) -> None:
     if not side.dimension > 0:
-        raise UnfitError(f"{where}.dimension is 0.")
+        raise JsonTypeError(f"{where}.dimension is 0.")
     if max(side.k, side.rank) > side.dimension:
-        raise UnfitError(f"{where} has {max(side.k, side.rank)} directions of {side.dimension} dimensions.")
+        raise JsonTypeError(f"{where} has {max(side.k, side.rank)} directions of {side.dimension} dimensions.")
     for name in ("spectrum", "null"):
         values = getattr(side, name)
         if any(value < 0 for value in values) or (values and not max(values) > 0):
-            raise UnfitError(f"{where}.{name} holds shares that are negative, or zero throughout.")
+            raise JsonTypeError(f"{where}.{name} holds shares that are negative, or zero throughout.")
 
 
 def _check_similarity(found: Similarity) -> None:
@@ -110,7 +110,7 @@ def _check_similarity(found: Similarity) -> None:
     free = set(range(n))
     for step, (first, second, height, _) in enumerate(found.tree):
         if first == second or not {first, second} <= free or height < 0:
-            raise UnfitError(f"{where}[{step}] joins {first:g} and {second:g} at {height:g}, which cannot be.")
+            raise JsonTypeError(f"{where}[{step}] joins {first:g} and {second:g} at {height:g}, which cannot be.")
         free = free - {first, second} | {n + step}
 
 
@@ -118,9 +118,11 @@ def _check_ways(found: Sequence[str], known: Collection[str], where: str) -> Non
     """The pack is the first way, and there alone."""
     for place, way in enumerate(found):
         if way not in known or (way == "pack") != (place == 0):
-            raise UnfitError(f"{where}.points[{place}].way is {way!r}; the pack comes first, then {', '.join(known)}.")
+            raise JsonTypeError(
+                f"{where}.points[{place}].way is {way!r}; the pack comes first, then {', '.join(known)}."
+            )
     if not found:
-        raise UnfitError(f"{where}.points is empty, where the pack's belongs.")
+        raise JsonTypeError(f"{where}.points is empty, where the pack's belongs.")
 
 
 def _check_task_frontier(found: TaskFrontier, where: str) -> None:
@@ -129,20 +131,20 @@ def _check_task_frontier(found: TaskFrontier, where: str) -> None:
     fits = [point.ratio for point in others if point.way == FIT]
     alone = [point.ratio for point in others if point.way != FIT]
     if pack.ratio is not None or None in fits or fits != alone or len({*fits}) < len(fits):
-        raise UnfitError(f"{where}.points has fits at ratios {fits}, and adapters alone at {alone}.")
+        raise JsonTypeError(f"{where}.points has fits at ratios {fits}, and adapters alone at {alone}.")
     runs = [(run.name, run.data) for run in pack.runs]
     for place, point in enumerate(found.points):
         if [(run.name, run.data) for run in point.runs] != runs:
-            raise UnfitError(f"{where}.points[{place}].runs are not of the adapters and rows of the first one's.")
+            raise JsonTypeError(f"{where}.points[{place}].runs are not of the adapters and rows of the first one's.")
 
 
 def _check_unique(names: Sequence[str], where: str) -> None:
     ((name, count),) = Counter(names).most_common(1) or [("", 0)]
     if count > 1:
-        raise UnfitError(f"{where} has {name!r} {count} times.")
+        raise JsonTypeError(f"{where} has {name!r} {count} times.")
 
 
 def _check_shape(rows: Sequence[Sequence[object]], shape: tuple[int, int], where: str) -> None:
     found = {len(row) for row in rows}
     if len(rows) != shape[0] or not found <= {shape[1]}:
-        raise UnfitError(f"{where} has {len(rows)} rows of {sorted(found)} items, not {shape[0]} of {shape[1]}.")
+        raise JsonTypeError(f"{where} has {len(rows)} rows of {sorted(found)} items, not {shape[0]} of {shape[1]}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..core import atomic_files, keys
 from ..core.boundary import MAX_REPORT_BYTES, read_file
-from ..core.typed import UnfitError, refuse_constant, typed
+from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import folder
 from . import coherence, page
@@ -26,7 +26,7 @@ def to_json(report: Report) -> str:
 def read(path: str | Path) -> Report:
     """The report of a JSON file. `FormatError` if it is none, or of a newer schema."""
     try:
-        body = json.loads(read_file(Path(path), MAX_REPORT_BYTES), parse_constant=refuse_constant)
+        body = json.loads(read_file(Path(path), MAX_REPORT_BYTES), parse_constant=reject_constant)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -36,15 +36,15 @@ def read(path: str | Path) -> Report:
             f"{path} is no report: its schema is not {keys.REPORT_SCHEMA!r}. `eigenlorax report` makes one."
         )
     try:
-        version = typed(int, body.pop("schema_version", ...), "schema_version")
+        version = from_json(int, body.pop("schema_version", ...), "schema_version")
         if version != SCHEMA_VERSION:
             raise FormatError(
                 f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make "
                 "the report again."
             )
-        found: Report = typed(Report, body, "report")
+        found: Report = from_json(Report, body, "report")
         coherence.check(found)
-    except UnfitError as error:
+    except JsonTypeError as error:
         raise FormatError(f"{path} is not as the schema of reports asks: {error} Make the report again.") from error
     return found
 
@@ -88,7 +88,7 @@ def write(report: Report, path: str | Path) -> None:
     check(target)
     data = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")
     try:
-        with atomic_files.made(target.parent):
+        with atomic_files.ensure_folder(target.parent):
             atomic_files.write_file(target, data)
     except OSError as error:
         # not what it is called until it is whole

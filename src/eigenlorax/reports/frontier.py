@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..core.adapter import Lazy
-from ..core.stack import Stack, stack
+from ..core.adapter import LazyMapping
+from ..core.batch import ModuleBatch, pad_factors
 from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
@@ -61,9 +61,9 @@ def frontier(
         return None
     chosen = _evenly_spaced(nonempty, sizes)
     scale = sum(sizes.values()) / sum(sizes[module] for module in chosen)
-    stacks = Lazy(dict.fromkeys(chosen), lambda module: _stack(pack, packed, originals, module))
+    stacks = LazyMapping(dict.fromkeys(chosen), lambda module: _stack(pack, packed, originals, module))
     # all modules of a small collection stay in memory; of a large one, each is read again when it is needed
-    modules: Mapping[str, Stack] = dict(stacks) if scale == 1 else stacks
+    modules: Mapping[str, ModuleBatch] = dict(stacks) if scale == 1 else stacks
     records = [pack.records[name] for name in names]
     of_pack = FrontierPoint(
         way=PACK,
@@ -129,17 +129,17 @@ def _evenly_spaced(modules: Sequence[str], sizes: Mapping[str, int]) -> list[str
     return [modules[index * len(modules) // count] for index in range(count)]
 
 
-def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, module: str) -> Stack:
+def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, module: str) -> ModuleBatch:
     n_out, n_in = pack.subspace.modules[module].shape
     factors = []
     for name, adapter in originals.adapters.items():
         own = own_name(packed[name], module)
         factors.append(adapter.modules[own] if own is not None else None)
-    return stack(factors, n_in, n_out)
+    return pad_factors(factors, n_in, n_out)
 
 
 def _baseline_points(
-    modules: Mapping[str, Stack], worst: float, lora_bytes: float, progress: Progress
+    modules: Mapping[str, ModuleBatch], worst: float, lora_bytes: float, progress: Progress
 ) -> Iterator[tuple[str, str, Point]]:
     """Yield method, settings in words, and point of each baseline; each method from few bytes to many."""
     stage, steps = "measuring baselines", 1 + len(_SIZES)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ..codec.storage.table import storage_by_name
-from ..core import subspace as spaces
+from ..core import projection
 from ..core.adapter import LoRAFactors
-from ..core.stack import Stack, squares, stack, stack_coefficients
-from ..core.subspace import Coefficients, FitOptions, ModuleBases
+from ..core.batch import ModuleBatch, coefficients_as_batch, delta_squares, pad_factors
+from ..core.coefficients import Coefficients
+from ..core.fit_options import FitOptions
+from ..core.projection import widen_coefficients
+from ..core.subspace import ModuleBases
 from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
@@ -210,14 +213,14 @@ def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, num
     factors = [_factors(setting, name, module) for name in found.names]
     coefficients = [coefficients_at(setting.packed[name], module, bases) for name in found.names]
     n_out, n_in = bases.shape
-    one = stack(factors, n_in, n_out)
-    square = squares(one)
+    one = pad_factors(factors, n_in, n_out)
+    square = delta_squares(one)
     found.total += square
     lost, singular, factor_lost = [], [], []
     step = max(1, CHUNK // max(1, one.down.shape[1] * (n_in + n_out)))
     for start in range(0, len(one), step):
         some = slice(start, start + step)
-        part = one.of(range(len(one))[some])
+        part = one.select(range(len(one))[some])
         stored = losses.stored(part, factors[some], coefficients[some], bases)
         found.down_lost[some] += stored.down
         found.down_total[some] += stored.down_total
@@ -251,7 +254,7 @@ def _add_fit(
     setting: Setting,
     module: str,
     bases: ModuleBases,
-    one: Stack,
+    one: ModuleBatch,
     factors: Sequence[LoRAFactors | None],
     square: Tensor,
     lost: Tensor,
@@ -273,7 +276,7 @@ def _add_fit(
     found.weighted[module] = float((shares[0].sum() / shares[1].sum()).sqrt())
     rank = {place: row for row, place in enumerate(members)}
     asked = [place for place in found.chosen if place in rank]
-    trained = Members([f for f in (factors[at] for at in there) if f is not None], one.of(there), weights)
+    trained = Members([f for f in (factors[at] for at in there) if f is not None], one.select(there), weights)
     refit = refits.of(
         trained,
         Asked(
@@ -321,7 +324,7 @@ def own_name(packed: PackedAdapter, module: str) -> str | None:
 def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> Coefficients | None:
     """An adapter's coefficients in a module of the subspace, as wide as its bases are now."""
     own = own_name(packed, module)
-    return spaces.widened(packed.coefficients[own], bases) if own is not None else None
+    return widen_coefficients(packed.coefficients[own], bases) if own is not None else None
 
 
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
@@ -342,21 +345,23 @@ def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Pr
 
 def _coefficients(
     pack: Pack, packed: Sequence[PackedAdapter], progress: Progress
-) -> Iterator[tuple[Stack, tuple[int, int]]]:
+) -> Iterator[tuple[ModuleBatch, tuple[int, int]]]:
     """Of every module, the adapters as they come back, and the dimensions (down, up) of the spaces they may lie in."""
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         found = [coefficients_at(one, module, bases) for one in packed]
         paired = pack.cores == "diagonal"
-        if paired or bases.down.payload is not None or any(one is not None and one.has_rest for one in found):
+        if paired or bases.down.payload is not None or any(one is not None and one.has_residual for one in found):
             # rows that go in pairs, or were rounded to integers, are not orthonormal, and rests are not in a basis
             n_out, n_in = bases.shape
-            has_rest = any(one is not None and one.has_rest for one in found)
-            dimensions = (n_in, n_out) if has_rest else (bases.down.k, bases.up.k)
+            has_residual = any(one is not None and one.has_residual for one in found)
+            dimensions = (n_in, n_out) if has_residual else (bases.down.k, bases.up.k)
             yield (
-                stack([None if one is None else spaces.reconstruct(one, bases) for one in found], n_in, n_out),
+                pad_factors(
+                    [None if one is None else projection.reconstruct(one, bases) for one in found], n_in, n_out
+                ),
                 dimensions,
             )
         else:
-            yield stack_coefficients(found, bases.down.k, bases.up.k), (bases.down.k, bases.up.k)
+            yield coefficients_as_batch(found, bases.down.k, bases.up.k), (bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.adapter import LoRAFactors
-from ..core.basis import chooser
-from ..core.stack import Stack, captured
-from ..core.subspace import FitOptions, ModuleStack
+from ..core.basis import component_rule
+from ..core.batch import ModuleBatch, captured_squares
+from ..core.exact_fit import ExactFit
+from ..core.fit_options import FitOptions
 from .analysis import crowded, losses, null, spectra
 from .analysis.left_out import Kept, left_out
 from .analysis.null import NullModel
@@ -36,7 +37,7 @@ class Members:
     """The adapters that have trained a module: their factors, the same as a stack, and their weights in the fit."""
 
     factors: list[LoRAFactors]
-    one: Stack
+    one: ModuleBatch
     weights: Tensor
 
     @property
@@ -111,7 +112,7 @@ def of(members: Members, asked: Asked, generator: torch.Generator) -> Refit:
         # the crowded adapters go the same way in both
         like = Members([] if members.crowded else null.factors(drawn), drawn, members.weights)
         fitted.append((_crowded_fit if members.crowded else _fit)(like, asked))
-        without.append(_strangers(drawn.of(asked.chosen), kept, asked.grid))
+        without.append(_strangers(drawn.select(asked.chosen), kept, asked.grid))
     sides = [
         _side(
             most[side],
@@ -144,7 +145,7 @@ Measured = tuple[Tensor, Kept, tuple[int, int], tuple[Halves, Halves]]
 def _again(members: Members, asked: Asked, halves: tuple[list[int], list[int]]) -> Measured:
     """By fits like the pack's own."""
     weighted = members.factors, members.weights.tolist()
-    first = ModuleStack(*weighted, asked.options).first(chooser(asked.grid[-1], None))
+    first = ExactFit(*weighted, asked.options).leading(component_rule(asked.grid[-1], None))
     size = asked.k if asked.fixed else None
     return (
         losses.kept_by_k(members.one, first[0].components(), first[1].components(), asked.grid),
@@ -156,8 +157,8 @@ def _again(members: Members, asked: Asked, halves: tuple[list[int], list[int]]) 
 
 def _fit(members: Members, asked: Asked) -> Fitted:
     """A fit like the pack's own, and those of other sizes."""
-    everyone = ModuleStack(members.factors, members.weights.tolist(), asked.options)
-    first = everyone.first(chooser(max(asked.grid[-1], *asked.k), None))
+    everyone = ExactFit(members.factors, members.weights.tolist(), asked.options)
+    first = everyone.leading(component_rule(max(asked.grid[-1], *asked.k), None))
     bases = everyone.fit(first, asked.k)
     down, up = (spectra.shares(leading.singular_values, SPECTRUM) for leading in first)
     return Fitted(
@@ -190,7 +191,7 @@ def _crowded(members: Members, asked: Asked, halves: tuple[list[int], list[int]]
     by_k = torch.full((len(asked.chosen), len(asked.grid)), torch.nan, dtype=torch.float64)
     sizes, there = [], []
     for row, place in enumerate(asked.chosen):
-        alone = one.of([place])
+        alone = one.select([place])
         others = [
             side.without(rows[place], max(k, *grid)) for side, rows, k in zip((down, up), first, asked.k, strict=True)
         ]
@@ -239,11 +240,13 @@ def _leading(singular_values: tuple[Tensor, Tensor], k: tuple[int, int]) -> tupl
     return down, up
 
 
-def _strangers(drawn: Stack, real: Kept, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _strangers(drawn: ModuleBatch, real: Kept, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What is kept of adapters in random directions by bases that know nothing of them: in the first coordinates, as
     many as the bases of the real adapters have that were left out; and by size."""
     return (
-        captured(_first(drawn.down, [down for down, _ in real.sizes]), _first(drawn.up, [up for _, up in real.sizes])),
+        captured_squares(
+            _first(drawn.down, [down for down, _ in real.sizes]), _first(drawn.up, [up for _, up in real.sizes])
+        ),
         losses.captured_by_k(
             _first(drawn.down, [down for down, _ in real.most]), _first(drawn.up, [up for _, up in real.most]), grid
         ),

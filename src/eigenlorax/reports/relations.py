@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.stack import squares, stack
+from ..core.batch import delta_squares, pad_factors
 from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
@@ -88,8 +88,8 @@ def energies(
         for who, names in members.items():
             there = [factors[name] for name in names if name in factors]
             if there:
-                one = stack(there, *reversed(bases.shape))
-                weights = squares(one).rsqrt()
+                one = pad_factors(there, *reversed(bases.shape))
+                weights = delta_squares(one).rsqrt()
                 drawn = NullModel.of(one).draw(generator)
                 sums[who].append(
                     [

@@ -43,7 +43,7 @@ def read(path: Path, label_column: str = "label") -> Table:
         raise FormatError(
             f"{path}: rows are read from JSON lines ({', '.join(_JSON_LINES)}), .csv, or a folder saved by datasets."
         )
-    if path.stat().st_size > boundary.memory_size():
+    if path.stat().st_size > boundary.machine_memory():
         # one line of a sparse file may be longer than that
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for its rows.")
     read_lines = _csv_rows if path.suffix.lower() == ".csv" else _json_rows

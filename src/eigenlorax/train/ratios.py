@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-from ..core import keys
-from ..core.adapter import Adapter, Lazy
-from ..core.options import number
-from ..core.stack import Stack, stack
+from ..core import module_names
+from ..core.adapter import Adapter, LazyMapping
+from ..core.batch import ModuleBatch, pad_factors
+from ..core.options import to_float
 from ..errors import OptionError
 from ..fitting import fit as fitting
 from ..fitting.fit import Progress
@@ -63,7 +63,7 @@ class StoredVersions:
 
 def check(ratios: Sequence[int | float]) -> list[float]:
     """Return the ratios in ascending order without duplicates. Raises `OptionError` for none, or one below 1."""
-    checked = [number("ratio", ratio) for ratio in ratios]
+    checked = [to_float("ratio", ratio) for ratio in ratios]
     for ratio in checked:
         if not 1 <= ratio < math.inf:
             raise OptionError(f"a ratio is the size of the LoRAs divided by that of the pack, 1 or more, got {ratio}.")
@@ -135,7 +135,7 @@ def _describe_work(jobs: Sequence[EvaluationJob], ratios: int) -> str:
 
 def _excluded_patterns(pack: Pack, originals: Sequence[Adapter]) -> list[str]:
     """Return glob patterns of the modules that the pack's fit excluded and the originals have."""
-    modules = set(keys.one_name_per_module(adapter.specs for adapter in originals).values())
+    modules = set(module_names.canonical_names(adapter.specs for adapter in originals).values())
     return [glob.escape(name) for name in pack.fit_info.excluded_modules if name in modules]
 
 
@@ -158,14 +158,14 @@ def _truncated_versions(
     packed = {name: pack.packed(name) for name in originals}
     module_names = {name: list(adapter.places.items()) for name, adapter in packed.items()}
 
-    def stack_module(module: str) -> Stack:
+    def stack_module(module: str) -> ModuleBatch:
         n_out, n_in = pack.subspace.modules[module].shape
         own_names = {name: own_name(adapter, module) for name, adapter in packed.items()}
         factors = [originals[name].modules[own] if own is not None else None for name, own in own_names.items()]
-        return stack(factors, n_in, n_out)
+        return pad_factors(factors, n_in, n_out)
 
     modules = list(pack.subspace.modules)
-    tables = per_adapter.tables(Lazy(dict.fromkeys(modules), stack_module))
+    tables = per_adapter.tables(LazyMapping(dict.fromkeys(modules), stack_module))
     adapter_index = {name: index for index, name in enumerate(originals)}
 
     def truncated_adapter(cut: Cut, name: str) -> Adapter:

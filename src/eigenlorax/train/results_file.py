@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..core import atomic_files, typed
+from ..core import atomic_files, json_dataclasses
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import folder
 from ..version import __version__
@@ -53,9 +53,9 @@ def read_runs(output: Path, settings: Mapping[str, Any]) -> list[MethodRun]:
     """
     try:
         document = json.loads(output.read_bytes())
-        stored = typed.typed(dict, document["asked"], "asked")
-        runs: list[MethodRun] = typed.typed(list[MethodRun], document["trainings"], "trainings")
-    except (ValueError, KeyError, TypeError, typed.UnfitError) as error:
+        stored = json_dataclasses.from_json(dict, document["asked"], "asked")
+        runs: list[MethodRun] = json_dataclasses.from_json(list[MethodRun], document["trainings"], "trainings")
+    except (ValueError, KeyError, TypeError, json_dataclasses.JsonTypeError) as error:
         raise FormatError(f"{output} is not a file of `eigenlorax compare`: {error}") from error
     differing = sorted(name for name in settings if stored.get(name) != settings[name])
     if differing:

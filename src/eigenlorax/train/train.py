@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from safetensors import SafetensorError
 
-from ..core import atomic_files, keys, typed
+from ..core import atomic_files, json_dataclasses, keys
 from ..errors import (
     AdapterNameError,
     BaselineWarning,
@@ -238,7 +238,7 @@ def _trained(opened: Pack, training: Training, output: Path, run: _Run, resume: 
     """Train, measure, and save the adapter."""
     model = _model(run)
     # nothing is left behind of what cannot begin
-    with atomic_files.made(output / CHECKPOINTS):
+    with atomic_files.ensure_folder(output / CHECKPOINTS):
         fitter = trainer.make(model, training, run.arguments, run.rows, run.evaluation, run.collate, report)
         if not resume:
             _write_record(output, run, None)
@@ -299,7 +299,7 @@ def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
     config.base_model_name_or_path = pack.base_model or base
     config.revision = pack.revision
     model.save_pretrained(output, save_embedding_layers=False)
-    atomic_files.permit_like(output, output / RECORD)
+    atomic_files.copy_permissions(output, output / RECORD)
 
 
 @contextmanager
@@ -354,9 +354,12 @@ def _result(output: Path, found: Any) -> Trained:
     figures = Classified if isinstance(found, dict) and found.get("labels") is not None else Modelled
     kinds = {**get_type_hints(Trained), "figures": figures | None, "folder": NoneType}
     try:
-        fields = typed.typed(dict, found, "result")
-        parsed = {name: typed.typed(kind, fields.get(name, ...), f"result.{name}") for name, kind in kinds.items()}
-    except typed.UnfitError as error:
+        fields = json_dataclasses.from_json(dict, found, "result")
+        parsed = {
+            name: json_dataclasses.from_json(kind, fields.get(name, ...), f"result.{name}")
+            for name, kind in kinds.items()
+        }
+    except json_dataclasses.JsonTypeError as error:
         raise FormatError(f"{output / RECORD} is not what `eigenlorax train` writes: {error}") from error
     return Trained(**{**parsed, "folder": output})
 

@@ -160,7 +160,7 @@ def make(
 
         def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             checkpoints = Path(args.output_dir)
-            atomic_files.permit_like(checkpoints, checkpoints.parent / RECORD)
+            atomic_files.copy_permissions(checkpoints, checkpoints.parent / RECORD)
 
         def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             loss = (rest.get("logs") or {}).get("loss", 0.0)

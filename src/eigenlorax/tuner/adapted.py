@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..core import convolution
-from ..core.mixing import arrange
+from ..core.batched_update import group_rows
 from .layer import EigenLoraxLayer
 
 _NOTHING = nn.Identity()
@@ -61,7 +61,7 @@ class Adapted(nn.Module, EigenLoraxLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update, in the shape of the layer's weight. Computed in float32 at least."""
         self.check_read()
-        if self.has_rest(adapter):
+        if self.has_residual(adapter):
             down, up = self.plain_factors(adapter)
             return self._as_weight(up @ (self.scaling[adapter] * down))
         down_basis, up_basis = self.bases_of(adapter)
@@ -165,12 +165,12 @@ class Adapted(nn.Module, EigenLoraxLayer):
         beside: Tensor | None = None
         for adapter in adapters:
             factor, *others = self.factors_of(adapter)
-            down_rest, up_rest = self.rests_of(adapter)
+            down_residual, up_residual = self.rests_of(adapter)
             hidden = self._times(projected, factor)
-            if down_rest is not None:
-                hidden = hidden + self._onto(x, down_rest.to(x.dtype))
-            if up_rest is not None:
-                more = self._times(hidden, up_rest.to(hidden.dtype)) * self.scaling[adapter]
+            if down_residual is not None:
+                hidden = hidden + self._onto(x, down_residual.to(x.dtype))
+            if up_residual is not None:
+                more = self._times(hidden, up_residual.to(hidden.dtype)) * self.scaling[adapter]
                 beside = more if beside is None else beside + more
             for factor in others:
                 hidden = self._times(hidden, factor)
@@ -191,7 +191,7 @@ class Adapted(nn.Module, EigenLoraxLayer):
         by_bases: dict[tuple[Any, ...], dict[tuple[torch.Size, ...], list[int]]] = {}
         with_rest: dict[str, list[int]] = {}
         for row, adapter in enumerate(adapter_names):
-            if self.has_rest(adapter):
+            if self.has_residual(adapter):
                 with_rest.setdefault(adapter, []).append(row)
             elif adapter != "__base__" and self.has_adapter(adapter):
                 shape = tuple(factor.shape for factor in self.factors_of(adapter))
@@ -216,7 +216,7 @@ class Adapted(nn.Module, EigenLoraxLayer):
     def _mixed_coefficients(self, hidden: Tensor, adapter_names: list[str]) -> Tensor:
         """Projected rows (n, t, k_down), each with the coefficients of its adapter, all of one shape: (n, t, k_up)."""
         distinct = list(dict.fromkeys(adapter_names))
-        groups, order = arrange([distinct.index(name) for name in adapter_names])
+        groups, order = group_rows([distinct.index(name) for name in adapter_names])
         owners, order = [distinct[group] for group in groups], order.to(hidden.device)
         hidden = order.gather(hidden)
         for factors in zip(*map(self.factors_of, owners), strict=True):
@@ -271,10 +271,10 @@ class Conv(Adapted):
     """A convolution, of one, two or three dimensions: rows of the down basis are convolved, all else is pointwise."""
 
     def _onto(self, x: Tensor, basis: Tensor) -> Tensor:
-        return convolution.convolved(self.get_base_layer(), x, basis)
+        return convolution.convolve(self.get_base_layer(), x, basis)
 
     def _times(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        return convolution.pointwise(hidden, matrix, len(self.kernel))
+        return convolution.apply_pointwise(hidden, matrix, len(self.kernel))
 
     def _rows(self, hidden: Tensor) -> Tensor:
         return hidden.flatten(2).mT

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..core import keys
-from ..core.options import integer, number
+from ..core.options import to_float, to_int
 from ..errors import OptionError
 from ..pack.pack import Pack
 from .peft_type import peft_type
@@ -155,14 +155,14 @@ class EigenLoraxConfig(PeftConfig):
         if self.core and self.rank_pattern:
             raise OptionError("rank_pattern has no meaning with core=True, which trains whole (k_up, k_down) matrices.")
         for name, smallest in (("r", 1), ("n_extra", 0)):
-            if integer(name, getattr(self, name)) < smallest:
+            if to_int(name, getattr(self, name)) < smallest:
                 raise OptionError(f"{name} must be an integer of at least {smallest}, got {getattr(self, name)!r}.")
         for module, rank in self.rank_pattern.items():
-            if integer(f"rank_pattern[{module!r}]", rank) < 1:
+            if to_int(f"rank_pattern[{module!r}]", rank) < 1:
                 raise OptionError(f"rank_pattern[{module!r}] must be an integer of at least 1, got {rank!r}.")
         for name, value in (("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()):
-            number(name, value)
-        if not 0 <= number("lora_dropout", self.lora_dropout) < 1:
+            to_float(name, value)
+        if not 0 <= to_float("lora_dropout", self.lora_dropout) < 1:
             raise OptionError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
         if not isinstance(self.start, str):
             raise OptionError(f"start must be 'zero', 'mean', 'uniform', a name or a path, got {self.start!r}.")

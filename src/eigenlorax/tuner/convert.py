@@ -16,12 +16,11 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor, nn
 
 from .. import formats
-from ..core import convolution, keys, metrics
-from ..core import subspace as spaces
+from ..core import convolution, keys, metrics, module_names, projection
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.basis import Basis
 from ..core.metrics import ModuleError
-from ..core.options import number, suggestion
+from ..core.options import suggestion, to_float
 from ..core.subspace import ModuleBases
 from ..errors import AdapterNameError, ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..formats import coefficients
@@ -105,7 +104,7 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     _check_unmerged(layers)
     _widen(model, adapter_name)
     state = _state(model, adapter_name)
-    places = keys.resolve_all(adapter.specs, layers)
+    places = module_names.resolve_all(adapter.specs, layers)
     lacking = sorted(module for module, place in places.items() if place is None)
     if lacking:
         raise ModuleNameError(f"module {lacking[0]!r} of {adapter.name!r} has no coefficients in {adapter_name!r}.")
@@ -114,7 +113,7 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     for module, place in places.items():
         assert place is not None
         layer, factors = layers[place], adapter.modules[module]
-        if not convolution.agree(factors.kernel, layer.kernel):
+        if not convolution.kernels_match(factors.kernel, layer.kernel):
             raise ShapeError(
                 f"module {module}: the kernel of {adapter.name!r} is {factors.kernel}, and that of the model "
                 f"{layer.kernel}. It is an adapter of another base model."
@@ -146,7 +145,7 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
 @contextmanager
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """All active adapters with their scaling multiplied by `factor`, for the length of the block."""
-    factor, layers = number("factor", factor), _layers(model)
+    factor, layers = to_float("factor", factor), _layers(model)
     _check_unmerged(layers)
     before = {name: dict(layer.scaling) for name, layer in layers.items()}
     try:
@@ -263,21 +262,21 @@ def _projected(
     The layer's scaling stays as it is, since a compiled model has it built in: the factors take the difference.
     """
     bases = ModuleBases(*(Basis(basis.cpu(), torch.zeros(0), energy=1.0) for basis in layer.bases_of(adapter_name)))
-    found = spaces.project(factors, bases)
+    found = projection.project(factors, bases)
     ratio = factors.scaling / layer.scaling[adapter_name]
     if adapter_name in layer.eigenlorax_core:
         error = metrics.module_error(factors, found, bases)
         return {keys.CORE: (ratio * found.up @ found.down).float()}, error
-    inside = spaces.reconstruct(found, bases)
+    inside = projection.reconstruct(found, bases)
     down_room, up_room = layer.rests_of(adapter_name)
-    down_rest = None if down_room is None else factors.down.double() - inside.down
-    up_rest = None if up_room is None else factors.up.double() - inside.up
-    whole = replace(found, down_rest=down_rest, up_rest=up_rest)
+    down_residual = None if down_room is None else factors.down.double() - inside.down
+    up_residual = None if up_room is None else factors.up.double() - inside.up
+    whole = replace(found, down_residual=down_residual, up_residual=up_residual)
     parts = {
         keys.COEFFICIENTS["down"]: found.down,
         keys.COEFFICIENTS["up"]: ratio * found.up,
-        keys.REST["down"]: down_rest,
-        keys.REST["up"]: None if up_rest is None else ratio * up_rest,
+        keys.RESIDUALS["down"]: down_residual,
+        keys.RESIDUALS["up"]: None if up_residual is None else ratio * up_residual,
     }
     kept = {name: value.float().contiguous() for name, value in parts.items() if value is not None}
     return kept, metrics.module_error(factors, whole, bases)
@@ -294,7 +293,7 @@ def _is_ours(key: str) -> bool:
 
 
 def _is_update(key: str) -> bool:
-    return key.rpartition(".")[2] in (*keys.COEFFICIENTS.values(), keys.CORE, *keys.REST.values())
+    return key.rpartition(".")[2] in (*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values())
 
 
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, EigenLoraxLayer]:

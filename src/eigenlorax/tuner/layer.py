@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from ..core import convolution, keys
-from ..core.byte_rows import ByteRows, rounded
-from ..core.subspace import Coefficients, ModuleBases
+from ..core.coefficients import Coefficients
+from ..core.int8_rows import Int8Rows, quantise_rows
+from ..core.subspace import ModuleBases
 from ..errors import FormatError
 from .config import EigenLoraxConfig
 from .starts import Start
@@ -150,7 +151,7 @@ class EigenLoraxLayer(BaseTunerLayer):
             target[adapter_name] = nn.Parameter(part.to(device, wide), requires_grad=False)
         served = self.serving.dtype if self.serving is not None else None
         for rests, side in ((self.eigenlorax_down_rest, "down"), (self.eigenlorax_up_rest, "up")):
-            if (rest := coefficients.rest(side)) is not None:
+            if (rest := coefficients.residual(side)) is not None:
                 # as large as a LoRA, and so in the dtype that one would have
                 narrow = served if served not in (None, torch.int8) else own
                 rests[adapter_name] = rest.to(device, narrow or torch.promote_types(rest.dtype, torch.float32))
@@ -185,8 +186,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
         if key in self.eigenlorax_scales_down:
             dtype = self.dtype or torch.float32
-            down = ByteRows(down, self.eigenlorax_scales_down[key]).wide(dtype)
-            up = ByteRows(up, self.eigenlorax_scales_up[key]).wide(dtype)
+            down = Int8Rows(down, self.eigenlorax_scales_down[key]).wide(dtype)
+            up = Int8Rows(up, self.eigenlorax_scales_up[key]).wide(dtype)
         return down, up
 
     @property
@@ -222,7 +223,7 @@ class EigenLoraxLayer(BaseTunerLayer):
                 "own load_adapter reads floats alone. Load it by PeftModel.from_pretrained, or `eigenlorax export` it."
             )
 
-    def has_rest(self, adapter_name: str) -> bool:
+    def has_residual(self, adapter_name: str) -> bool:
         """Whether there is more to an adapter's update than its coefficients."""
         return adapter_name in self.eigenlorax_down_rest or adapter_name in self.eigenlorax_up_rest
 
@@ -241,9 +242,9 @@ class EigenLoraxLayer(BaseTunerLayer):
         down, up = self.factors_of(adapter_name)
         dtype = torch.promote_types(down.dtype, torch.float32)
         down_basis, up_basis = (basis.to(down.device, dtype) for basis in self.bases_of(adapter_name))
-        down_rest, up_rest = self.rests_of(adapter_name)
+        down_residual, up_residual = self.rests_of(adapter_name)
         down, up = down.to(dtype) @ down_basis, up_basis.mT @ up.to(dtype)
-        return down if down_rest is None else down + down_rest, up if up_rest is None else up + up_rest
+        return down if down_residual is None else down + down_residual, up if up_residual is None else up + up_residual
 
     def core_of(self, adapter_name: str) -> Tensor:
         """(k_up, k_down): what of the update is in the bases, without the scaling."""
@@ -345,7 +346,9 @@ class EigenLoraxLayer(BaseTunerLayer):
             return
         embedded = self.eigenlorax_embedded_down
         places = {
-            name: name if name in embedded else key for name, key in self.subspace_of.items() if not self.has_rest(name)
+            name: name if name in embedded else key
+            for name, key in self.subspace_of.items()
+            if not self.has_residual(name)
         }
         active = [] if self._disable_adapters else [name for name in self.active_adapters if self.has_adapter(name)]
         for key in set(self.eigenlorax_blend) - set(places.values()):
@@ -379,7 +382,7 @@ class EigenLoraxLayer(BaseTunerLayer):
 
     def _fill_factors(self, active: Sequence[str]) -> None:
         """Fill the LoRA of adapters with a rest with these; there is none where no adapter has one."""
-        ranks = {name: self.r[name] for name in self.subspace_of if self.has_rest(name)}
+        ranks = {name: self.r[name] for name in self.subspace_of if self.has_residual(name)}
         there = self.eigenlorax_factors
         if not ranks:
             there.clear()
@@ -440,7 +443,7 @@ def _keep(bases: BufferDict, scales: BufferDict, key: str, rows: Tensor, dtype: 
     if key in scales:
         del scales[key]
     if dtype == torch.int8:
-        found = rounded(rows)
+        found = quantise_rows(rows)
         bases[key], scales[key] = found.codes, found.scales
     else:
         bases[key] = rows.to(dtype)
@@ -461,7 +464,7 @@ def is_supported(module: nn.Module) -> bool:
 def sizes_of(module: nn.Module) -> tuple[int, int]:
     """The lengths of rows on both sides: (in, out); of a convolution (channels in · kernel, channels out)."""
     if isinstance(module, convolution.CONVOLUTIONS):
-        return convolution.sizes(module)
+        return convolution.row_sizes(module)
     in_features, out_features = _get_in_out_features(module)
     return in_features, out_features
 

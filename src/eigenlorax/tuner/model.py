@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
-from ..core import convolution, keys
+from ..core import convolution, keys, module_patterns
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
@@ -71,7 +71,7 @@ class EigenLoraxModel(BaseTuner):
         )
         targets = {n: module for n, module in modules.items() if self._check_target_module_exists(peft_config, n)}
         for name, module in targets.items():
-            if why := convolution.reason_against(module):
+            if why := convolution.unsupported_reason(module):
                 raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
         targets = {name: module for name, module in targets.items() if is_supported(module)}
         sizes = [reference.bases(name, peft_config, *sizes_of(module)) for name, module in targets.items()]
@@ -178,8 +178,8 @@ class EigenLoraxModel(BaseTuner):
             self._reference.fingerprint,
             start,
             config=peft_config,
-            r=keys.Patterns(ranks).value(current_key, peft_config.r),
-            lora_alpha=keys.Patterns(alphas).value(current_key, peft_config.lora_alpha),
+            r=module_patterns.ModulePatterns(ranks).value(current_key, peft_config.r),
+            lora_alpha=module_patterns.ModulePatterns(alphas).value(current_key, peft_config.lora_alpha),
             rests=peft_config.rests.get(current_key, ()),
             inference_mode=peft_config.inference_mode,
         )
@@ -215,7 +215,7 @@ class EigenLoraxModel(BaseTuner):
         for layer in own.values():
             layer.check_read()
         config.rests = {
-            name: layer.sides_with_rest(adapter_name) for name, layer in own.items() if layer.has_rest(adapter_name)
+            name: layer.sides_with_rest(adapter_name) for name, layer in own.items() if layer.has_residual(adapter_name)
         }
         config.embedded_shapes = {}
         if not config.embed_subspace:
@@ -317,8 +317,8 @@ def _plain(
 def _check_rests(layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """`FormatError` unless the rests of an adapter's file are those that its config has told of: PEFT would pass by
     what has no room, and leave zeros where there is room for something."""
-    sides = {part: side for side, part in keys.REST.items()}
-    there = {(keys.owner(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides}
+    sides = {part: side for side, part in keys.RESIDUALS.items()}
+    there = {(keys.module_of_key(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides}
     room = {(name, side) for name, layer in layers.items() for side in layer.sides_with_rest(adapter_name)}
     for module, side in sorted(there ^ room, key=str):
         has, lacks = ("file", "config") if (module, side) in there else ("config", "file")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import keys, renamed_modules
+from ..core import keys, module_names, module_patterns, renamed_modules
 from ..errors import ModuleNameError
 from .config import EigenLoraxConfig
 
@@ -33,7 +33,7 @@ def follow(
         own = {name: place for name, place in places().items() if place is not None and matches(config, place)}
         config.target_modules = set(own) or targets
     else:
-        there = {ending for name in modules for ending in keys.endings(name)}
+        there = {ending for name in modules for ending in module_names.suffixes(name)}
         lacking = set(targets) - there
         if not lacking:
             return
@@ -45,9 +45,9 @@ def follow(
         config.target_modules = kept
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field)
-        known = keys.Patterns(pattern)
+        known = module_patterns.ModulePatterns(pattern)
         more = {
-            keys.whole_name(name): value
+            module_patterns.exact_pattern(name): value
             for name, before in own.items()
             if known.value(name, None) is None and (value := known.value(before, None)) is not None
         }
@@ -62,9 +62,9 @@ def _meant(config: EigenLoraxConfig, target: str, places: Mapping[str, str | Non
     if found:
         return found
     # of a whole name the model may have less; what is the end of a name may stand for many modules
-    now = renamed_modules.newest(target)
-    ends = {name: target for name in places if _ends_with(renamed_modules.newest(name), now)}
-    return ends or {name: target for name in places if _ends_with(now, renamed_modules.newest(name))}
+    now = renamed_modules.newest_name(target)
+    ends = {name: target for name in places if _ends_with(renamed_modules.newest_name(name), now)}
+    return ends or {name: target for name in places if _ends_with(now, renamed_modules.newest_name(name))}
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -73,12 +73,12 @@ def _ends_with(name: str, ending: str) -> bool:
 
 def of_the_model(state_dict: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, Tensor]:
     """An adapter's tensors under the model's names of the modules that are adapted; an error names one that is not."""
-    owners = {key: keys.owner(key) for key in state_dict}
+    owners = {key: keys.module_of_key(key) for key in state_dict}
     names = {owner for owner in owners.values() if owner is not None}
     coefficients = {owner for key, owner in owners.items() if owner is not None and not key.endswith(".bias")}
     if names <= set(modules):
         return dict(state_dict)
-    places = keys.resolve_all(names, modules)
+    places = module_names.resolve_all(names, modules)
     lacking = sorted(name for name, place in places.items() if place is None and name in coefficients)
     if lacking:
         raise ModuleNameError(

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ..core.options import integer, number
+from ..core.options import to_float, to_int
 from ..errors import OptionError
 from .layer import EigenLoraxLayer
 
@@ -62,7 +62,7 @@ class SOAP(Optimizer):
         max_side: int = MAX_SIDE,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0 <= number(name, value) < math.inf:
+            if not 0 <= to_float(name, value) < math.inf:
                 raise OptionError(f"{name} must be a number from 0 on, got {value!r}.")
         if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
             raise OptionError(f"betas must be two numbers from 0 to below 1, got {betas!r}.")
@@ -70,7 +70,7 @@ class SOAP(Optimizer):
             ("precondition_frequency", precondition_frequency, 1),
             ("max_side", max_side, 0),
         ):
-            if integer(name, value) < least:
+            if to_int(name, value) < least:
                 raise OptionError(f"{name} must be at least {least}, got {value!r}.")
         super().__init__(
             params,

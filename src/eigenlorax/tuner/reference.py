@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import basis, convolution, keys, registry
+from ..core import basis, convolution, keys, module_names, registry
 from ..core import subspace as spaces
 from ..core.basis import Basis
 from ..core.subspace import ModuleBases, Subspace
@@ -38,7 +38,7 @@ class Reference:
         """The name in the subspace of a module of the model; None where the subspace lacks it."""
         if module in config.subspace_modules:
             return config.subspace_modules[module]
-        return keys.resolve(module, self.subspace.modules)
+        return module_names.resolve(module, self.subspace.modules)
 
     def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
         """The bases of a module of the model, which must be in the subspace and of this shape."""
@@ -72,7 +72,7 @@ class Embedded:
 
     def place(self, module: str, config: EigenLoraxConfig) -> str | None:
         """The name under which the adapter has bases for a module of the model; None where it has none."""
-        return keys.resolve(module, self.shapes)
+        return module_names.resolve(module, self.shapes)
 
     def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
         """Bases of zeros, of the shape that will be loaded."""
@@ -100,7 +100,7 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
         return Embedded(config.subspace_fingerprint or "embedded", config.embedded_shapes)
     pack = _pack(config)
     if pack is None and config.subspace_fingerprint is not None:
-        holder = registry.holder(config.subspace_fingerprint)
+        holder = registry.find_holder(config.subspace_fingerprint)
         pack = holder if isinstance(holder, Pack) and config.subspace_fingerprint in holder.info.lineage else None
     before = None
     if pack is not None:
@@ -110,14 +110,14 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
                 f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} holds "
                 f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= its own pack."
             )
-        subspace = registry.find(fingerprint) or registry.share(pack.subspace)
+        subspace = registry.find(fingerprint) or registry.intern(pack.subspace)
         if config.subspace_fingerprint not in (None, fingerprint):
             before = subspace.at(config.subspace_fingerprint)
         else:
             config.subspace_fingerprint = fingerprint
         if before is not None and config.n_extra:
             # its own extra directions are orthogonal to what was there then, not to what came since
-            subspace, before = registry.share(before), None
+            subspace, before = registry.intern(before), None
     else:
         if config.subspace_fingerprint is None:
             raise OptionError(
@@ -133,7 +133,7 @@ def resolve(config: EigenLoraxConfig) -> Reference | Embedded:
             )
         subspace = found
     if config.n_extra:
-        subspace = registry.share(spaces.augment(subspace, config.n_extra, config.extra_seed))
+        subspace = registry.intern(spaces.augment(subspace, config.n_extra, config.extra_seed))
     return Reference(subspace, subspace.fingerprint, pack, before)
 
 
@@ -154,7 +154,9 @@ def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> No
     if not config.n_extra or isinstance(reference, Embedded):
         return
     sums = {
-        place: sum(float(basis.extra_check(bases.side(side))[-config.n_extra :].sum()) for side in keys.SIDES)
+        place: sum(
+            float(basis.augmentation_checksums(bases.side(side))[-config.n_extra :].sum()) for side in keys.SIDES
+        )
         for place, bases in reference.subspace.modules.items()
     }
     wanted = config.extra_check or sums
@@ -170,8 +172,8 @@ def check_extra(config: EigenLoraxConfig, reference: Reference | Embedded) -> No
 
 def note_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ...]]) -> None:
     """Let a config know the kernels of the model's modules that it adapts; an error where it has been of others."""
-    for name, module in keys.resolve_all(config.kernels, kernels).items():
-        if module is not None and not convolution.agree(tuple(config.kernels[name]), kernels[module]):
+    for name, module in module_names.resolve_all(config.kernels, kernels).items():
+        if module is not None and not convolution.kernels_match(tuple(config.kernels[name]), kernels[module]):
             raise ShapeError(
                 f"module {module}: the adapter is for a kernel of {tuple(config.kernels[name])}, and that of the model "
                 f"is {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
@@ -181,7 +183,7 @@ def note_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ...]
 
 def note_rests(config: EigenLoraxConfig, modules: Collection[str]) -> None:
     """Let a config name the modules whose rest will be loaded as the model does."""
-    places = keys.resolve_all(config.rests, modules)
+    places = module_names.resolve_all(config.rests, modules)
     for name, place in places.items():
         if place is None:
             raise ModuleNameError(

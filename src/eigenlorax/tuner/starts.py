@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..core import convolution, keys, metrics
-from ..core import subspace as spaces
+from ..core import convolution, metrics, module_names, projection
 from ..core.adapter import Adapter
+from ..core.coefficients import Coefficients
 from ..core.options import suggestion
-from ..core.subspace import Coefficients, ModuleBases
+from ..core.projection import widen_coefficients
+from ..core.subspace import ModuleBases
 from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
 from ..pack.packed_adapter import PackedAdapter
 from .config import EigenLoraxConfig
@@ -109,7 +110,7 @@ def _of_packed(adapters: list[PackedAdapter], reference: Reference, start: str) 
         for adapter in adapters:
             for module, coefficients in adapter.coefficients.items():
                 if adapter.places[module] == place:
-                    wide = _inside(spaces.widened(coefficients, bases), bases)
+                    wide = _inside(widen_coefficients(coefficients, bases), bases)
                     one = coefficients.scaling * wide.up.double() @ wide.down.double()
                     total = one if total is None else total + one
         return None if total is None else total / len(adapters)
@@ -119,13 +120,17 @@ def _of_packed(adapters: list[PackedAdapter], reference: Reference, start: str) 
 
 def _inside(coefficients: Coefficients, bases: ModuleBases) -> Coefficients:
     """What of an update with a rest is in the bases: a rest need not be orthogonal to them."""
-    return spaces.project(spaces.reconstruct(coefficients, bases), bases) if coefficients.has_rest else coefficients
+    return (
+        projection.project(projection.reconstruct(coefficients, bases), bases)
+        if coefficients.has_residual
+        else coefficients
+    )
 
 
 def _warn_of_rests(adapters: list[PackedAdapter], reference: Reference, start: str) -> None:
     """Warn of what training cannot start from: it would have to be trained too."""
     lost = {
-        one.name: _outside(one, reference) for one in adapters if any(c.has_rest for c in one.coefficients.values())
+        one.name: _outside(one, reference) for one in adapters if any(c.has_residual for c in one.coefficients.values())
     }
     if lost:
         worst = max(lost, key=lambda name: lost[name])
@@ -143,15 +148,15 @@ def _outside(packed: PackedAdapter, reference: Reference) -> float:
     errors = []
     for module, coefficients in packed.coefficients.items():
         bases = reference.subspace.modules[packed.places[module]]
-        whole = spaces.reconstruct(coefficients, bases)
-        errors.append(metrics.module_error(whole, spaces.project(whole, bases), bases))
+        whole = projection.reconstruct(coefficients, bases)
+        errors.append(metrics.module_error(whole, projection.project(whole, bases), bases))
     return metrics.adapter_error(errors).delta_error
 
 
 def _projected(adapter: Adapter, reference: Reference, config: EigenLoraxConfig) -> Cores:
     """The projection of a LoRA on the subspace."""
     kernels = {reference.place(module, config): tuple(kernel) for module, kernel in config.kernels.items()}
-    places = keys.resolve_all(adapter.specs, reference.subspace.modules)
+    places = module_names.resolve_all(adapter.specs, reference.subspace.modules)
     modules = {place: module for module, place in places.items() if place is not None}
     if not modules:
         raise ModuleNameError(
@@ -168,12 +173,12 @@ def _projected(adapter: Adapter, reference: Reference, config: EigenLoraxConfig)
                 "a LoRA of another base model."
             )
         kernel = kernels.get(place, factors.kernel)
-        if not convolution.agree(factors.kernel, kernel):
+        if not convolution.kernels_match(factors.kernel, kernel):
             raise ShapeError(
                 f"start={adapter.name!r}, module {module}: its kernel is {factors.kernel}, and {kernel} in the model. "
                 "It is a LoRA of another base model."
             )
-        lost.append(metrics.module_error(factors, spaces.project(factors, bases), bases))
+        lost.append(metrics.module_error(factors, projection.project(factors, bases), bases))
     lacking = sorted(set(adapter.specs) - set(modules.values()))
     error = metrics.adapter_error(lost).delta_error
     if lacking or error > 1e-5:
@@ -188,7 +193,7 @@ def _projected(adapter: Adapter, reference: Reference, config: EigenLoraxConfig)
     def core(place: str, bases: ModuleBases) -> Tensor | None:
         if place not in modules:
             return None
-        found = spaces.project(adapter.modules[modules[place]], bases)
+        found = projection.project(adapter.modules[modules[place]], bases)
         return found.scaling * found.up @ found.down
 
     return core

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 import eigenlorax as ex
-from eigenlorax.core import subspace as spaces
-from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.core.stack import stack
-from eigenlorax.core.subspace import delta_square
+from eigenlorax.core.adapter import LoRAFactors, delta_square, from_factors
+from eigenlorax.core.batch import pad_factors
 from eigenlorax.reports.analysis import crowded, losses
 from made import gauged
 from planted import assert_same_span, factors_in, normal, orthonormal, random_factors
@@ -76,7 +74,7 @@ class TestWithout:
         assert crowded.most(k) < d
         for noise in (0.02, 0.1):
             factors, weights = members(60, make=decaying(noise, (N_OUT, d)), ranks=(3,))
-            one = stack(factors, d, N_OUT)
+            one = pad_factors(factors, d, N_OUT)
             rows, _ = crowded.weighted(one, weights, "delta")
             spectrum = crowded.Spectrum.of(rows)
             for index in (0, 5, 30):
@@ -108,7 +106,7 @@ class TestWithout:
 class TestRows:
     def test_weighted_by_the_other_factor(self):
         factors, weights = members(7)
-        one = stack(factors, N_IN, N_OUT)
+        one = pad_factors(factors, N_IN, N_OUT)
         down, up = crowded.weighted(one, weights, "delta")
         for i, (f, w) in enumerate(zip(factors, weights.tolist(), strict=True)):
             delta = w * dense(f)
@@ -117,7 +115,7 @@ class TestRows:
 
     def test_factors_as_they_are(self):
         factors, weights = members(7)
-        down, up = crowded.weighted(stack(factors, N_IN, N_OUT), weights, "factors")
+        down, up = crowded.weighted(pad_factors(factors, N_IN, N_OUT), weights, "factors")
         for i, f in enumerate(factors):
             rank = f.down.shape[0]
             np.testing.assert_allclose(down[i, :rank].numpy(), oracle.rows(f, "down"))
@@ -127,7 +125,7 @@ class TestRows:
     @pytest.mark.parametrize("sweeps", [0, 1, 3])
     def test_sweeps_are_those_of_a_fit(self, sweeps):
         factors, weights = members(60, make=decaying(0.05, (N_OUT, N_IN)))
-        one, k = stack(factors, N_IN, N_OUT), 6
+        one, k = pad_factors(factors, N_IN, N_OUT), 6
         first = [crowded.Spectrum.of(rows).vectors[:k] for rows in crowded.weighted(one, weights, "delta")]
         down, up = crowded.swept(one, weights, (first[0], first[1]), sweeps)
         right, left, _, _ = fit_delta([dense(f) for f in factors], weights.tolist(), k, sweeps)
@@ -140,13 +138,13 @@ class TestRows:
 def test_left_out_errors_are_those_of_refits_without_sweeps(noise, weighting):
     factors, weights = members(100, make=decaying(noise, (N_OUT, N_IN)))
     assert crowded.is_crowded(sum(f.down.shape[0] for f in factors))
-    one, k = stack(factors, N_IN, N_OUT), 7
+    one, k = pad_factors(factors, N_IN, N_OUT), 7
     rows = crowded.weighted(one, weights, weighting)
     sides = [crowded.Spectrum.of(each) for each in rows]
     adapters = [from_factors(f"a{i:03d}", {"m": f}, base_model="org/base") for i, f in enumerate(factors)]
     for index in (0, 1, 50):
         bases = [side.without(each[index], k) for side, each in zip(sides, rows, strict=True)]
-        share = float(losses.kept(one.of([index]), *bases)) / delta_square(factors[index])
+        share = float(losses.kept(one.select([index]), *bases)) / delta_square(factors[index])
         others = [*adapters[:index], *adapters[index + 1 :]]
         pack = ex.fit(others, n_components=k, dtype="float64", weighting=weighting, sweeps=0)
         assert (1 - share) ** 0.5 == pytest.approx(pack.add(adapters[index]).delta_error, abs=1e-5)
@@ -156,11 +154,11 @@ def test_gauge_is_no_matter():
     factors, weights = members(60)
     turned = [gauged({"m": f}, 7 * i, 20.0)["m"] for i, f in enumerate(factors)]
     for one, other in zip(
-        crowded.weighted(stack(factors, N_IN, N_OUT), weights, "delta"),
-        crowded.weighted(stack(turned, N_IN, N_OUT), weights, "delta"),
+        crowded.weighted(pad_factors(factors, N_IN, N_OUT), weights, "delta"),
+        crowded.weighted(pad_factors(turned, N_IN, N_OUT), weights, "delta"),
         strict=True,
     ):
         torch.testing.assert_close(
             crowded.Spectrum.of(one).values, crowded.Spectrum.of(other).values, rtol=1e-4, atol=0
         )
-    assert spaces.delta_square(turned[0]) == pytest.approx(delta_square(factors[0]))
+    assert delta_square(turned[0]) == pytest.approx(delta_square(factors[0]))

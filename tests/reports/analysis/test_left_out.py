@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eigenlorax as ex
-from eigenlorax.core import subspace as spaces
-from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.core.stack import squares, stack
-from eigenlorax.core.subspace import FitOptions, ModuleStack, delta_square
+from eigenlorax.core import projection
+from eigenlorax.core.adapter import LoRAFactors, delta_square, from_factors
+from eigenlorax.core.batch import delta_squares, pad_factors
+from eigenlorax.core.exact_fit import ExactFit
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.reports.analysis import losses, spectra
 from eigenlorax.reports.analysis.left_out import left_out
 from eigenlorax.reports.analysis.null import NullModel
@@ -54,7 +55,7 @@ def errors_left_out(made, chosen, options, *, k=None, grid=(1, 4, 9)):
         rows = [j for j, i in enumerate(chosen) if i in places]
         found = left_out(
             members,
-            stack(members[0], n_in, n_out),
+            pad_factors(members[0], n_in, n_out),
             [places.index(chosen[j]) for j in rows],
             options,
             k,
@@ -197,11 +198,11 @@ def test_no_matrix_is_as_large_as_the_weight():
     options, k, grid = FitOptions(n_components=4), (4, 4), [1, 4, 9]
     generator = torch.Generator().manual_seed(1)
     with Largest() as largest:
-        bases = ModuleStack(factors, weights, options)
-        bases = bases.fit(bases.whole(), k)
-        one = stack(factors, n_in, n_out)
-        squares(one)
-        losses.stored(one, factors, [spaces.project(f, bases) for f in factors], bases)
+        bases = ExactFit(factors, weights, options)
+        bases = bases.fit(bases.full_spectrum(), k)
+        one = pad_factors(factors, n_in, n_out)
+        delta_squares(one)
+        losses.stored(one, factors, [projection.project(f, bases) for f in factors], bases)
         rows = [losses.random_rows(5, d, generator) for d in (n_in, n_out)]
         losses.kept(one, *rows)
         losses.kept_by_k(one, *rows, grid)
@@ -223,5 +224,5 @@ def test_nobody_is_left_out():
     members = [one[DENSE] for one in collection(3)], [1.0] * 3
     n_out, n_in = MODULES[DENSE]
     options = FitOptions(n_components=3)
-    found = left_out(members, stack(members[0], n_in, n_out), [], options, None, [1, 3])
+    found = left_out(members, pad_factors(members[0], n_in, n_out), [], options, None, [1, 3])
     assert (found.fitted.shape, found.by_k.shape) == ((0,), (0, 2))

@@ -7,11 +7,12 @@ import oracle
 import pytest
 import torch
 
+from eigenlorax.core import projection
 from eigenlorax.core import subspace as spaces
-from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.chunks import chunk
-from eigenlorax.core.stack import squares, stack, stack_coefficients
-from eigenlorax.core.subspace import FitOptions
+from eigenlorax.core.adapter import LoRAFactors, delta_square
+from eigenlorax.core.batch import coefficients_as_batch, delta_squares, pad_factors, stack_factors
+from eigenlorax.core.exact_fit import fit_module
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.reports.analysis import losses
 from made import awkward
 from planted import MODULES, normal, orthonormal, random_factors
@@ -28,9 +29,9 @@ def factors():
 
 
 def fitted(factors, k=7, **options):
-    members = [f for f in factors if f is not None and spaces.delta_square(f) > 0]
-    weights = [spaces.delta_square(f) ** -0.5 for f in members]
-    return spaces.fit_module(members, weights, FitOptions(n_components=k, **options))
+    members = [f for f in factors if f is not None and delta_square(f) > 0]
+    weights = [delta_square(f) ** -0.5 for f in members]
+    return fit_module(members, weights, FitOptions(n_components=k, **options))
 
 
 def square(matrix):
@@ -41,13 +42,13 @@ class TestStack:
     def test_squares_of_updates(self, factors):
         expected = [square(dense(f)) if f is not None else 0.0 for f in factors]
         assert expected.count(0.0) == 3
-        assert squares(stack(factors, N_IN, N_OUT)).tolist() == pytest.approx(expected, rel=1e-12)
+        assert delta_squares(pad_factors(factors, N_IN, N_OUT)).tolist() == pytest.approx(expected, rel=1e-12)
 
     def test_updates_as_they_come_back(self, factors):
         bases = fitted(factors)
-        coefficients = [spaces.project(f, bases) if f is not None else None for f in factors]
-        expected = [square(dense(spaces.reconstruct(c, bases))) if c is not None else 0.0 for c in coefficients]
-        found = squares(stack_coefficients(coefficients, bases.down.k, bases.up.k))
+        coefficients = [projection.project(f, bases) if f is not None else None for f in factors]
+        expected = [square(dense(projection.reconstruct(c, bases))) if c is not None else 0.0 for c in coefficients]
+        found = delta_squares(coefficients_as_batch(coefficients, bases.down.k, bases.up.k))
         assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -55,17 +56,17 @@ class TestStored:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_equals_dense_differences(self, factors, dtype):
         factors = [f for f in factors if f is None or f.down.abs().max() < 1e3]
-        bases = spaces.rounded(fitted(factors), dtype)
-        coefficients = [spaces.project(f, bases, dtype) if f is not None else None for f in factors]
-        one = stack(factors, N_IN, N_OUT)
+        bases = spaces.round_bases(fitted(factors), dtype)
+        coefficients = [projection.project(f, bases, dtype) if f is not None else None for f in factors]
+        one = pad_factors(factors, N_IN, N_OUT)
         found = losses.stored(one, factors, coefficients, bases)
         for i, (f, c) in enumerate(zip(factors, coefficients, strict=True)):
             if f is None:
                 assert [float(getattr(found, name)[i]) for name in ("delta", "down", "up", "down_total")] == [0.0] * 4
                 continue
-            back = spaces.reconstruct(c, bases)
+            back = projection.reconstruct(c, bases)
             # a power of two that was moved between the factors for the dtype's sake is no error of theirs
-            shift = 2.0 ** float(spaces.shifts(chunk([f], [0.0]).to(torch.float64), dtype))
+            shift = 2.0 ** float(projection.balance_exponents(stack_factors([f], [0.0]).to(torch.float64), dtype))
             a, b = (oracle.rows(f, side) for side in ("down", "up"))
             a_back, b_back = oracle.rows(back, "down") * shift, oracle.rows(back, "up") / shift
             assert float(found.delta[i]) == pytest.approx(square(dense(f) - dense(back)), rel=1e-9)
@@ -81,8 +82,8 @@ class TestStored:
         inside = LoRAFactors(normal(3, 5, seed=3) @ basis[0], basis[1].mT @ normal(4, 3, seed=4), 1.5)
         off = LoRAFactors(inside.down + 1e-11 * normal(3, N_IN, seed=5), inside.up, 1.5)
         bases = fitted([inside], k=3)
-        found = losses.stored(stack([off], N_IN, N_OUT), [off], [spaces.project(off, bases)], bases)
-        back = spaces.reconstruct(spaces.project(off, bases), bases)
+        found = losses.stored(pad_factors([off], N_IN, N_OUT), [off], [projection.project(off, bases)], bases)
+        back = projection.reconstruct(projection.project(off, bases), bases)
         expected = square(1.5 * (dense(LoRAFactors(off.down - back.down, off.up, 1.0))))
         assert 1e-23 < float(found.delta[0]) / square(dense(off)) < 1e-20
         assert float(found.delta[0]) == pytest.approx(expected, rel=1e-3)
@@ -92,12 +93,14 @@ class TestKept:
     def test_in_any_pair_of_bases(self, factors):
         right, left = orthonormal(5, N_IN, 8), orthonormal(6, N_OUT, 9)
         expected = [oracle.kept(dense(f), right.numpy(), left.numpy()) if f is not None else 0.0 for f in factors]
-        assert losses.kept(stack(factors, N_IN, N_OUT), right, left).tolist() == pytest.approx(expected, rel=1e-11)
+        assert losses.kept(pad_factors(factors, N_IN, N_OUT), right, left).tolist() == pytest.approx(
+            expected, rel=1e-11
+        )
 
     def test_by_k(self, factors):
         right, left = orthonormal(11, N_IN, 8), orthonormal(6, N_OUT, 9)
         grid = [1, 2, 5, 6, 9, 11, 20]
-        found = losses.kept_by_k(stack(factors, N_IN, N_OUT), right, left, grid)
+        found = losses.kept_by_k(pad_factors(factors, N_IN, N_OUT), right, left, grid)
         for column, k in enumerate(grid):
             expected = [
                 oracle.kept(dense(f), right[:k].numpy(), left[:k].numpy()) if f is not None else 0.0 for f in factors
@@ -106,7 +109,7 @@ class TestKept:
 
     def test_nothing_in_bases_of_nothing(self, factors):
         none = torch.zeros(0, N_IN).double(), torch.zeros(0, N_OUT).double()
-        one = stack(factors, N_IN, N_OUT)
+        one = pad_factors(factors, N_IN, N_OUT)
         assert losses.kept(one, *none).tolist() == [0.0] * len(factors)
         assert losses.kept_by_k(one, *none, [1, 3]).tolist() == [[0.0, 0.0]] * len(factors)
 
@@ -120,19 +123,19 @@ class TestRandomBases:
 
     def test_keep_what_chance_keeps(self):
         """k of d directions on either side keep k/d of an update, each; and so do the first few of them."""
-        one = stack([random_factors(1, N_OUT, N_IN, seed=1)], N_IN, N_OUT)
+        one = pad_factors([random_factors(1, N_OUT, N_IN, seed=1)], N_IN, N_OUT)
         generator = torch.Generator().manual_seed(3)
         shares = []
         for _ in range(400):
             rows = [losses.random_rows(12, d, generator) for d in (N_IN, N_OUT)]
-            shares.append(losses.kept_by_k(one, *rows, [4, 12])[0] / squares(one)[0])
+            shares.append(losses.kept_by_k(one, *rows, [4, 12])[0] / delta_squares(one)[0])
         expected = [k * k / (N_IN * N_OUT) for k in (4, 12)]
         assert torch.stack(shares).mean(0).tolist() == pytest.approx(expected, rel=0.08)
 
 
 class TestCutBySvd:
     def test_singular_values(self, factors):
-        found = losses.singular_squares(stack(factors, N_IN, N_OUT))
+        found = losses.singular_squares(pad_factors(factors, N_IN, N_OUT))
         for row, f in zip(found, factors, strict=True):
             expected = np.square(np.linalg.svd(dense(f), compute_uv=False)) if f is not None else np.zeros(N_IN)
             tiny = 1e-12 * max(float(expected[0]), 1e-300)
@@ -141,7 +144,7 @@ class TestCutBySvd:
 
     def test_modules_of_one_size_keep_the_largest_values_of_all(self):
         made = [random_factors(3, N_OUT, N_IN, seed=seed, size=1 + seed) for seed in range(4)]
-        values = [losses.singular_squares(stack([f], N_IN, N_OUT))[0] for f in made]
+        values = [losses.singular_squares(pad_factors([f], N_IN, N_OUT))[0] for f in made]
         cost = 4 * (N_IN + N_OUT)
         every = sorted((v for f in made for v in np.square(np.linalg.svd(dense(f), compute_uv=False))), reverse=True)
         for budget in (0.0, cost - 1.0, float(cost), 5.5 * cost, 100.0 * cost):
@@ -170,7 +173,7 @@ class TestRounding:
         n_out, n_in = 131, 187
         # scaling a power of two: it changes no step
         made = [random_factors(rank, n_out, n_in, seed=rank, scaling=-0.5, size=size) for rank in (3, 5)]
-        found = losses.rounded_squares(stack([*made, None], n_in, n_out), bits)
+        found = losses.rounded_squares(pad_factors([*made, None], n_in, n_out), bits)
         for f, lost in zip(made, found[:2], strict=True):
             down, up = (oracle.rounded(oracle.rows(f, side), bits) for side in ("down", "up"))
             back = f.scaling * up.T @ down
@@ -180,8 +183,8 @@ class TestRounding:
     def test_costs_what_such_rounding_costs(self):
         """About 0.6% of a Gaussian factor at 8 bits, 18 times as much at 4, and both factors are rounded."""
         made = [random_factors(6, 256, 192, seed=seed) for seed in range(5)]
-        one = stack(made, 192, 256)
-        eight, four = ((losses.rounded_squares(one, bits) / squares(one)).sqrt().mean() for bits in (8, 4))
+        one = pad_factors(made, 192, 256)
+        eight, four = ((losses.rounded_squares(one, bits) / delta_squares(one)).sqrt().mean() for bits in (8, 4))
         assert 0.005 < float(eight) < 0.012
         assert float(four / eight) == pytest.approx(128 / 8, rel=0.05)
 
@@ -190,7 +193,7 @@ class TestRounding:
         # the code without a counterpart, by either sign
         steps[:, [0, 70]] = torch.tensor([8.0, -8.0]).double()
         made = LoRAFactors(steps / 4, steps.mT[:90].clone() * 8, 2.0)
-        one = stack([made], 100, 90)
+        one = pad_factors([made], 100, 90)
         assert losses.rounded_squares(one, 4).tolist() == [0.0]
         assert float(losses.rounded_squares(one, 3)[0]) > 0
 

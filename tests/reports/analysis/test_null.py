@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import integrate, optimize
 
-from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.stack import squares, stack
-from eigenlorax.core.subspace import FitOptions, delta_square
+from eigenlorax.core.adapter import LoRAFactors, delta_square
+from eigenlorax.core.batch import delta_squares, pad_factors
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.reports import refits
 from eigenlorax.reports.analysis import crowded, losses, null, spectra
 from eigenlorax.reports.analysis.null import COLLECTIONS, NullModel
@@ -33,7 +33,7 @@ def members(n, *, ranks=(2, 3, 4), shape=(N_OUT, N_IN)):
 
 
 def drawn_like(found, seed=3):
-    one = stack(found, found[0].down.shape[1], found[0].up.shape[0])
+    one = pad_factors(found, found[0].down.shape[1], found[0].up.shape[0])
     return one, NullModel.of(one).draw(generator(seed))
 
 
@@ -50,7 +50,7 @@ class TestNullModel:
             sigma, its = (np.linalg.svd(update, compute_uv=False) for update in updates)
             np.testing.assert_allclose(its, sigma, atol=1e-12 * sigma[0])
             assert not drawn.down[i, rank:].any()
-        assert squares(drawn).tolist() == pytest.approx(squares(one).tolist())
+        assert delta_squares(drawn).tolist() == pytest.approx(delta_squares(one).tolist())
 
     def test_singular_values_far_apart_are_kept_to_the_last_digits(self):
         sigma = [1.0, 1e-4, 1e-9]
@@ -61,7 +61,7 @@ class TestNullModel:
     def test_directions_are_their_own_and_the_generators(self):
         found = members(5)
         one, drawn = drawn_like([found[0]] * 5)
-        for other in (one, drawn.of([1]), drawn_like([found[0]] * 5, seed=4)[1]):
+        for other in (one, drawn.select([1]), drawn_like([found[0]] * 5, seed=4)[1]):
             assert not torch.allclose(other.down[0], drawn.down[0])
             assert not torch.allclose(other.up[0], drawn.up[0])
         assert torch.equal(drawn_like([found[0]] * 5)[1].up, drawn.up)
@@ -115,17 +115,17 @@ class TestTurned:
 class TestWhatIsKeptOfStrangers:
     @pytest.mark.parametrize("sigma", [[1.0, 1.0, 1.0], [1.0, 0.1, 0.01]])
     def test_is_in_expectation_the_share_of_the_dimensions(self, sigma):
-        one = stack([of_spectrum(sigma, N_OUT, N_IN, seed=1)] * 4000, N_IN, N_OUT)
+        one = pad_factors([of_spectrum(sigma, N_OUT, N_IN, seed=1)] * 4000, N_IN, N_OUT)
         drawn = NullModel.of(one).draw(generator(2))
         kept = losses.kept(drawn, orthonormal(9, N_IN, 5), orthonormal(20, N_OUT, 6))
-        expected = null.expected(squares(one), [(9, 20)] * 4000, (N_IN, N_OUT))
+        expected = null.expected(delta_squares(one), [(9, 20)] * 4000, (N_IN, N_OUT))
         assert expected[0] == pytest.approx(sum(s**2 for s in sigma) * 9 / N_IN * 20 / N_OUT)
         assert float(kept.mean()) == pytest.approx(float(expected[0]), rel=0.02)
 
     def test_of_more_directions_than_there_are_is_all(self):
-        one = stack(members(3), N_IN, N_OUT)
-        found = null.expected(squares(one), [(N_IN + 5, N_OUT + 1), (0, 7), (N_IN, 0)], (N_IN, N_OUT))
-        assert found.tolist() == pytest.approx([float(squares(one)[0]), 0.0, 0.0])
+        one = pad_factors(members(3), N_IN, N_OUT)
+        found = null.expected(delta_squares(one), [(N_IN + 5, N_OUT + 1), (0, 7), (N_IN, 0)], (N_IN, N_OUT))
+        assert found.tolist() == pytest.approx([float(delta_squares(one)[0]), 0.0, 0.0])
 
 
 class TestAngles:
@@ -148,7 +148,7 @@ class TestAngles:
 
 def fitted(one, k, weights=None, sweeps=2):
     """Squared norms that a fit with k components keeps, and one of k without sweeps."""
-    weights = squares(one).rsqrt() if weights is None else weights
+    weights = delta_squares(one).rsqrt() if weights is None else weights
     options = FitOptions(n_components=k, sweeps=sweeps)
     asked = refits.Asked(options, (k, k), fixed=True, grid=[k], chosen=[], draws=2)
     return refits._fit(refits.Members(null.factors(one), one, weights), asked)
@@ -159,7 +159,7 @@ class TestTheory:
         """Random directions are all but orthogonal there."""
         spectra_of = [[3.0, 1.0], [2.5, 2.0], [1.5, 1.2], [0.9, 0.1]]
         found = [of_spectrum(sigma, 3001, 2999, seed=10 * i) for i, sigma in enumerate(spectra_of)]
-        drawn = NullModel.of(stack(found, 2999, 3001)).draw(generator(1))
+        drawn = NullModel.of(pad_factors(found, 2999, 3001)).draw(generator(1))
         got = fitted(drawn, 5, weights=torch.ones(4).double())
         # the five largest of all: 3, 2.5, 2, 1.5, 1.2
         for kept in (got.kept, got.by_k[:, 0]):
@@ -171,16 +171,16 @@ class TestTheory:
     def test_of_equal_norm_and_rank_one_the_spectrum_is_that_of_marchenko_and_pastur(self, k):
         n, d = 400, 200
         found = [of_spectrum([1.0], 211, d, seed=10 * i) for i in range(n)]
-        drawn = NullModel.of(stack(found, d, 211)).draw(generator(1))
+        drawn = NullModel.of(pad_factors(found, d, 211)).draw(generator(1))
         rows, _ = crowded.weighted(drawn, torch.ones(n).double(), "delta")
         shares = spectra.shares(crowded.Spectrum.of(rows).values.sqrt(), d)
         assert sum(shares[:k]) == pytest.approx(energy_by_marchenko_pastur(k / d, d / n), rel=0.01)
 
     def test_as_many_directions_as_rows_lose_nothing(self):
         found = [of_spectrum([1.0, 0.3], N_OUT, N_IN, seed=10 * i) for i in range(4)]
-        drawn = NullModel.of(stack(found, N_IN, N_OUT)).draw(generator(1))
+        drawn = NullModel.of(pad_factors(found, N_IN, N_OUT)).draw(generator(1))
         got = fitted(drawn, 8)
-        assert got.kept.tolist() == pytest.approx(squares(drawn).tolist())
+        assert got.kept.tolist() == pytest.approx(delta_squares(drawn).tolist())
         assert got.energies == pytest.approx((1.0, 1.0))
 
 
@@ -203,7 +203,7 @@ class TestRefits:
     def found(self, n, weighting="delta", sweeps=2):
         factors = members(n)
         weights = torch.tensor([delta_square(f) ** -0.5 for f in factors], dtype=torch.float64)
-        one = stack(factors, N_IN, N_OUT)
+        one = pad_factors(factors, N_IN, N_OUT)
         options = FitOptions(n_components=6, weighting=weighting, sweeps=sweeps)
         asked = refits.Asked(options, self.K, fixed=True, grid=self.GRID, chosen=[0, 2], draws=self.DRAWS)
         found = refits.of(refits.Members(factors, one, weights), asked, generator(8))
@@ -274,7 +274,7 @@ class TestRefits:
     def test_of_random_adapters_is_what_is_kept_of_them(self):
         """They are one more draw of the model."""
         factors = [of_spectrum([1.0, 0.5, 0.05], N_OUT, N_IN, seed=50 * i) for i in range(9)]
-        one, weights = stack(factors, N_IN, N_OUT), torch.ones(9).double()
+        one, weights = pad_factors(factors, N_IN, N_OUT), torch.ones(9).double()
         asked = refits.Asked(FitOptions(n_components=6), (6, 6), fixed=True, grid=[2, 6], chosen=[], draws=60)
         found = refits.of(refits.Members(factors, one, weights), asked, generator(3))
         real = refits._fit(refits.Members(factors, one, weights), asked)
@@ -353,7 +353,9 @@ class TestOverlap:
         made, shapes = self.made()
         mean, deviation = overlap_by_chance(pairs_of(made, shapes))
         source, found = generator(5), []
-        models = {m: NullModel.of(stack([one[m] for one in made if m in one], *reversed(shapes[m]))) for m in shapes}
+        models = {
+            m: NullModel.of(pad_factors([one[m] for one in made if m in one], *reversed(shapes[m]))) for m in shapes
+        }
         for _ in range(400):
             drawn = [{} for _ in made]
             for m, model in models.items():

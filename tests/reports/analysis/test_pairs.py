@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.stack import stack
+from eigenlorax.core.batch import pad_factors
 from eigenlorax.reports.analysis import pairs as module
 from eigenlorax.reports.analysis.pairs import Pairs, cosines, overlap
 from made import awkward, gauged, pairs_of
@@ -107,7 +107,7 @@ class TestProducts:
 
     def test_nothing_added(self):
         found = Pairs.of(3)
-        found.add(stack([None, None, None], 5, 7))
+        found.add(pad_factors([None, None, None], 5, 7))
         assert not found.delta.any()
         assert found.same_ranks.all()
         assert found.sides == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigenlorax.core.stack import stack
+from eigenlorax.core.batch import pad_factors
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.losses import pair_bytes, rounded_rows
 from made import random
@@ -17,7 +17,7 @@ from reference import dense
 
 
 def stacks(made, shapes=MODULES):
-    return {m: stack([one.get(m) for one in made], n_in, n_out) for m, (n_out, n_in) in shapes.items()}
+    return {m: pad_factors([one.get(m) for one in made], n_in, n_out) for m, (n_out, n_in) in shapes.items()}
 
 
 def small():

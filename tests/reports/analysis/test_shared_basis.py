@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eigenlorax.core.stack import squares, stack
+from eigenlorax.core.batch import delta_squares, pad_factors
 from eigenlorax.reports.analysis.losses import rounded_rows
 from eigenlorax.reports.analysis.shared_basis import SharedBasis
 from made import awkward, of_one_subspace, random
@@ -16,7 +16,8 @@ BITS = ((16, 16), (8, 8), (4, 8))
 
 def stacks(adapters):
     return {
-        module: stack([one.get(module) for one in adapters], n_in, n_out) for module, (n_out, n_in) in MODULES.items()
+        module: pad_factors([one.get(module) for one in adapters], n_in, n_out)
+        for module, (n_out, n_in) in MODULES.items()
     }
 
 
@@ -42,7 +43,7 @@ def test_errors_are_those_of_dense_matrices():
         updates = module.up.mT @ module.down
         cores = torch.linalg.pinv(up.mT) @ updates @ torch.linalg.pinv(down)
         lost += (updates - up.mT @ cores @ down).square().sum((1, 2))
-    errors = (lost / sum(squares(module) for module in modules.values())).sqrt()
+    errors = (lost / sum(delta_squares(module) for module in modules.values())).sqrt()
     point = basis.measure(9)[16, 16]
     assert point.worst == pytest.approx(float(errors.max()), rel=1e-3)
     assert point.mean == pytest.approx(float(errors.mean()), rel=1e-3)

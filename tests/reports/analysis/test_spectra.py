@@ -6,10 +6,11 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.core.basis import chooser
-from eigenlorax.core.stack import stack
-from eigenlorax.core.subspace import FitOptions, ModuleStack, delta_square
+from eigenlorax.core.adapter import LoRAFactors, delta_square
+from eigenlorax.core.basis import component_rule
+from eigenlorax.core.batch import pad_factors
+from eigenlorax.core.exact_fit import ExactFit
+from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.reports.analysis import spectra
 from planted import factors_in, orthonormal, random_factors
 from reference import dense, fit_delta, top_rows
@@ -27,9 +28,9 @@ class TestShares:
     @pytest.mark.parametrize("most", [3, 100])
     def test_of_squares(self, most):
         factors, weights = members(6)
-        stack = ModuleStack(factors, weights, FitOptions(n_components=4))
+        module_fit = ExactFit(factors, weights, FitOptions(n_components=4))
         _, sigma = top_rows(np.concatenate([w * dense(f) for f, w in zip(factors, weights, strict=True)]), 1)
-        found = spectra.shares(stack.first(chooser(4, None))[0].singular_values, most)
+        found = spectra.shares(module_fit.leading(component_rule(4, None))[0].singular_values, most)
         expected = (np.square(sigma) / np.square(sigma).sum())[:most].tolist()
         assert found == pytest.approx(expected[: len(found)], rel=1e-9, abs=1e-13)
         # with as many rows as the stack has; all beyond is zero
@@ -83,7 +84,7 @@ class TestHalves:
 
 def energy(found, k, weighting):
     factors, weights = found
-    return spectra.energy(stack(factors, N_IN, N_OUT), torch.tensor(weights, dtype=torch.float64), k, weighting)
+    return spectra.energy(pad_factors(factors, N_IN, N_OUT), torch.tensor(weights, dtype=torch.float64), k, weighting)
 
 
 class TestEnergy:

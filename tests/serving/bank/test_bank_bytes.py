@@ -5,7 +5,7 @@ import torch
 
 import eigenlorax as ex
 from convnets import conv_pack, images, make_convnet
-from eigenlorax.core import byte_rows
+from eigenlorax.core import int8_rows
 from eigenlorax.errors import OptionError
 from rests import with_rests
 from served import BASE
@@ -21,7 +21,7 @@ def one(request, served):
 def as_floats(bank):
     """A bank with the rounded bases as floats."""
     for layer in bank._updated.values():
-        layer.down, layer.up = (byte_rows.rounded(rows).wide(torch.float32) for rows in (layer.down, layer.up))
+        layer.down, layer.up = (int8_rows.quantise_rows(rows).wide(torch.float32) for rows in (layer.down, layer.up))
     return bank
 
 

@@ -7,7 +7,7 @@ import torch
 
 import eigenlorax as ex
 from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
-from eigenlorax.core import mixing
+from eigenlorax.core import batched_update
 from eigenlorax.errors import OptionError
 from rests import with_rests
 from served import BASE, Served
@@ -157,12 +157,12 @@ def test_one_that_would_be_rounded_is_refused(with_their_rests):
     pack = ex.Pack.open(with_their_rests("bert").pack)
     bank = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[])
     packed = pack.packed("plain-a")
-    fine = {m: replace(c, down_rest=c.down_rest.double() + 1e-12) for m, c in packed.coefficients.items()}
+    fine = {m: replace(c, down_residual=c.down_residual.double() + 1e-12) for m, c in packed.coefficients.items()}
     with pytest.raises(OptionError, match=r"'x' is torch.float64, which the bank's torch.float32 would round"):
         bank.add("x", replace(packed, coefficients=fine))
 
 
 def test_with_a_rest_folding_pays_after_as_many_tokens_as_the_rank():
-    assert not mixing.folds(8, 8, 64, 1.0, beside=True)
-    assert mixing.folds(9, 8, 64, 1.0, beside=True)
-    assert not mixing.folds(9, 8, 64, 1.0)
+    assert not batched_update.is_folding_cheaper(8, 8, 64, 1.0, beside=True)
+    assert batched_update.is_folding_cheaper(9, 8, 64, 1.0, beside=True)
+    assert not batched_update.is_folding_cheaper(9, 8, 64, 1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eigenlorax as ex
-from eigenlorax.core import byte_rows
+from eigenlorax.core import int8_rows
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from rests import with_rests
 from tinypipes import picture, style, with_loras
@@ -125,7 +125,7 @@ def test_of_a_coded_pack(make):
     pack = ex.fit(adapters, max_error=0.3)
     ex.load_into(ours, pack)
     with_loras(plain, [pack.adapter(name) for name in pack.names])
-    assert any(layer.has_rest("toy") for layer in layers(ours))
+    assert any(layer.has_residual("toy") for layer in layers(ours))
     for names, weights in ((["toy"], [1.0]), (["clay", "toy"], [0.7, -0.4])):
         for pipe in (ours, plain):
             pipe.set_adapters(names, adapter_weights=weights)
@@ -140,7 +140,7 @@ def test_bases_in_8_bits(make, pack, dtype):
     for layer in layers(floats):
         for bases in (layer.eigenlorax_basis_down, layer.eigenlorax_basis_up):
             for key in list(bases):
-                bases[key] = byte_rows.rounded(bases[key]).wide(torch.float32)
+                bases[key] = int8_rows.quantise_rows(bases[key]).wide(torch.float32)
     for layer in layers(ours):
         assert {basis.dtype for basis in layer.eigenlorax_basis_up.values()} == {torch.int8}
     for pipe in (ours, floats):

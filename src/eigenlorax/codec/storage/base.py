@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ...core import dtypes, keys
 from ...core.basis import Basis
-from ...core.chunks import Chunk, CoefficientChunk
-from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...core.batch import ModuleBatch
+from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.projection import DualComponents
+from ...core.subspace import ModuleBases, Subspace
 from ..group_integers import Payload
 
 StoredRows = tuple[Tensor, Payload | None]
@@ -65,7 +67,7 @@ class ModuleSlot:
             raise ValueError(f"the coefficients of module {module} do not fit the subspace")
         n_in, n_out = self.sizes.widths
         for side, shape in (("down", (self.rank, n_in)), ("up", (n_out, self.rank))):
-            residual = coefficients.rest(side)
+            residual = coefficients.residual(side)
             if residual is not None and (tuple(residual.shape) != shape or residual.dtype not in dtypes.STORED):
                 raise ValueError(f"the {side} rest of module {module} is {describe_tensor(residual)} and not {shape}")
         return coefficients
@@ -178,17 +180,17 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         """Return the same updates in the factors whose coefficients lose least by rounding to this storage.
 
         products: dtype of large products, as for `subspace.balanced`.
         """
 
     @abstractmethod
-    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
         """Return the coefficients of prepared adapters, rounded as they will be read again."""
 
-    def exact_coefficients(self, chunk: Chunk, bases: ModuleBases) -> CoefficientChunk | None:
+    def exact_coefficients(self, chunk: ModuleBatch, bases: ModuleBases) -> CoefficientBatch | None:
         """Return the float64 coefficients that `project` rounds; None where these are projections on both bases."""
         return None
 
@@ -209,13 +211,15 @@ class Storage(ABC):
 
 def residual_tensors(coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
     """Return the residuals of an adapter by their names in its file; every storage keeps them as they are."""
-    residuals = {keys.rest_key(module, side): c.rest(side) for module, c in coefficients.items() for side in keys.SIDES}
+    residuals = {
+        keys.residual_key(module, side): c.residual(side) for module, c in coefficients.items() for side in keys.SIDES
+    }
     return {key: residual for key, residual in residuals.items() if residual is not None}
 
 
 def pop_residuals(tensors: MutableMapping[str, Tensor], module: str) -> dict[str, Tensor | None]:
     """Take the residuals of a module out of an adapter's tensors, by side; None for a side that has none."""
-    return {side: tensors.pop(keys.rest_key(module, side), None) for side in keys.SIDES}
+    return {side: tensors.pop(keys.residual_key(module, side), None) for side in keys.SIDES}
 
 
 def describe_tensor(tensor: Tensor) -> str:
@@ -226,7 +230,7 @@ def describe_tensor(tensor: Tensor) -> str:
 def check_finite(coefficients: Mapping[str, Coefficients]) -> None:
     """Raise `ValueError` for the first module that has NaN or Inf among its coefficients or residuals."""
     numbers = {
-        module: torch.cat([t.flatten() for t in (c.down, c.up, c.down_rest, c.up_rest) if t is not None])
+        module: torch.cat([t.flatten() for t in (c.down, c.up, c.down_residual, c.up_residual) if t is not None])
         for module, c in coefficients.items()
     }
     # one pass over all modules: most adapters have many modules of few numbers

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ...core import keys
-from ...core.adapter import Lazy
+from ...core.adapter import LazyMapping
 from ...core.basis import Basis
-from ...core.boundary import as_specified, check_coded
-from ...core.chunks import Chunk, CoefficientChunk
-from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...core.batch import ModuleBatch
+from ...core.boundary import check_coded_count, damaged_on_error
+from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.projection import DualComponents
+from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
 from .. import bitstream
 from ..group_integers import Payload
@@ -66,7 +68,7 @@ class CodedStorage(Storage):
         blobs = {key: f"{key}.{bitstream.CODED}" for key in shapes if f"{key}.{bitstream.CODED}" in tensors}
         coded_bases = [(_to_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
         numbers = sum(k * dimension for _, (k, dimension) in coded_bases)
-        check_coded(numbers, sum(len(data) for data, _ in coded_bases), "the rows of the bases")
+        check_coded_count(numbers, sum(len(data) for data, _ in coded_bases), "the rows of the bases")
         return {**tensors, **dict(zip(blobs, (basis.rows for basis in bitstream.bases(coded_bases)), strict=True))}
 
     def read_components(
@@ -81,10 +83,10 @@ class CodedStorage(Storage):
         payload = {bitstream.CODED: tensors[f"{key}.{bitstream.CODED}"]}
         return [(tensors[key], payload), *(empty for _ in grown)]
 
-    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         raise OptionError(NEEDS_TARGET)
 
-    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
         raise OptionError(NEEDS_TARGET)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
@@ -134,7 +136,7 @@ class CoefficientMetadata:
     residual_sides: tuple[str, ...]
 
 
-class CodedCoefficients(Lazy[Coefficients]):
+class CodedCoefficients(LazyMapping[Coefficients]):
     """The coefficients of a coded adapter by the adapter's own module names, decoded to floats at each access.
 
     The floats take many times the memory of the codes. layouts: by the modules' names in the subspace, as the codes.
@@ -152,7 +154,7 @@ class CodedCoefficients(Lazy[Coefficients]):
 
         def read(module: str) -> Coefficients:
             slot = slots[module]
-            with as_specified(f"module {module} of a coded adapter"):
+            with damaged_on_error(f"module {module} of a coded adapter"):
                 coefficients = bitstream.coefficients(
                     codes.modules[slot.subspace_module],
                     codes.step,
@@ -182,7 +184,9 @@ def coefficient_metadata(coefficients: Mapping[str, Coefficients]) -> dict[str, 
     if isinstance(coefficients, CodedCoefficients):
         return coefficients.metadata
     return {
-        module: CoefficientMetadata(c.rank, c.scaling, c.kernel, tuple(s for s in keys.SIDES if c.rest(s) is not None))
+        module: CoefficientMetadata(
+            c.rank, c.scaling, c.kernel, tuple(s for s in keys.SIDES if c.residual(s) is not None)
+        )
         for module, c in coefficients.items()
     }
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core import chunks, dtypes, keys
-from ...core import subspace as subspaces
+from ...core import dtypes, keys, projection
 from ...core.basis import Basis
-from ...core.chunks import Chunk, CoefficientChunk
-from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...core.batch import ModuleBatch, svd_balanced
+from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.projection import DualComponents
+from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
 from .. import bitstream, diagonal_cores, singular_codes
 from ..group_integers import Payload
@@ -79,19 +80,19 @@ class CoreStorage(Storage):
     def _not_for_bases(self) -> str:
         return f"{self.name} is how coefficients are stored: say cores={self.kind!r}, dtype={dtypes.name(self.stored)}."
 
-    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
+    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         # as near to the factors of a core as there are any: else the error of an update is a difference of large
         # numbers
-        return chunks.even(subspaces.balanced(chunk, self.dtype))
+        return svd_balanced(projection.balance_batch(chunk, self.dtype))
 
-    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
+    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
         exact = self._best_cores(chunk, bases, dual)
         cores = exact.to(self.stored)
-        subspaces.check_kept(exact.flatten(1)[:, None], cores.flatten(1)[:, None])
+        projection.check_rounding(exact.flatten(1)[:, None], cores.flatten(1)[:, None])
         down, up = self._factors(cores.cpu(), chunk.down.shape[1])
         device = exact.device
         payload = {keys.CORES[self.kind]: cores.cpu()}
-        return CoefficientChunk(down.to(device, self.dtype), up.to(device, self.dtype), chunk.scaling, payload)
+        return CoefficientBatch(down.to(device, self.dtype), up.to(device, self.dtype), chunk.scaling, payload)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         if coefficients:
@@ -121,7 +122,7 @@ class CoreStorage(Storage):
         """Return the shape of the core of one module, between k = (k_down, k_up) components."""
 
     @abstractmethod
-    def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+    def _best_cores(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
         """Return the cores of least squared error, float64, one per adapter of the chunk."""
 
     @abstractmethod
@@ -143,8 +144,8 @@ class FullCoreStorage(CoreStorage):
     def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
         return k[1], k[0]
 
-    def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
-        exact = subspaces.project_chunk(chunk, bases, torch.float64, dual)
+    def _best_cores(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
+        exact = projection.project_batch(chunk, bases, torch.float64, dual)
         return exact.up @ exact.down
 
     def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,7 @@ class DiagonalCoreStorage(CoreStorage):
     def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
         return (k[0],)
 
-    def _best_cores(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> Tensor:
+    def _best_cores(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
         rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
         down, up = chunk.down.to(torch.float64), chunk.up.to(torch.float64)
         equations = diagonal_cores.normal_equations(down, up, (rows[0], rows[1]))
@@ -187,9 +188,9 @@ class DiagonalCoreStorage(CoreStorage):
         down, up = torch.diag_embed(exact.abs().sqrt()), torch.diag_embed(exact.sign() * exact.abs().sqrt())
         return _pad_rank(down, up, max(1 - exact.shape[1], 0))
 
-    def exact_coefficients(self, chunk: Chunk, bases: ModuleBases) -> CoefficientChunk | None:
+    def exact_coefficients(self, chunk: ModuleBatch, bases: ModuleBases) -> CoefficientBatch | None:
         down, up = self._factors(self._best_cores(chunk, bases), chunk.down.shape[1])
-        return CoefficientChunk(down, up, chunk.scaling)
+        return CoefficientBatch(down, up, chunk.scaling)
 
 
 def _pad_rank(down: Tensor, up: Tensor, n_zeros: int) -> tuple[Tensor, Tensor]:

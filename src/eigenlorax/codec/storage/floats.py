@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ...core import basis as basis_rows
-from ...core import keys
+from ...core import keys, projection
 from ...core import subspace as subspaces
 from ...core.basis import Basis
-from ...core.chunks import Chunk, CoefficientChunk
-from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...core.batch import ModuleBatch
+from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.projection import DualComponents
+from ...core.subspace import ModuleBases, Subspace
 from ..group_integers import Payload
 from .base import ModuleSlot, Storage, StoredRows, check_finite, check_rows, pop_residuals, residual_tensors
 
@@ -37,7 +39,7 @@ class FloatStorage(Storage):
         return True
 
     def round_bases(self, bases: ModuleBases) -> ModuleBases:
-        return subspaces.rounded(bases, self.dtype)
+        return subspaces.round_bases(bases, self.dtype)
 
     def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
         return basis_rows.extend(basis, rows)
@@ -52,11 +54,11 @@ class FloatStorage(Storage):
         check_rows(key, rows, (sum(counts), dimension), self.dtype)
         return [(block, None) for block in torch.split(rows, counts)]
 
-    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
-        return subspaces.balanced(chunk, self.dtype, products)
+    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+        return projection.balance_batch(chunk, self.dtype, products)
 
-    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
-        return subspaces.project_chunk(chunk, bases, self.dtype, dual)
+    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+        return projection.project_batch(chunk, bases, self.dtype, dual)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         tensors = {}

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ...core import basis as basis_rows
-from ...core import chunks, keys, linalg
-from ...core import subspace as subspaces
+from ...core import keys, linalg, projection
 from ...core.basis import Basis
-from ...core.chunks import Chunk, CoefficientChunk
-from ...core.subspace import Coefficients, Duals, ModuleBases, Subspace
+from ...core.batch import ModuleBatch, svd_balanced
+from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.projection import DualComponents
+from ...core.subspace import ModuleBases, Subspace
 from .. import group_integers
 from ..group_integers import Payload
 from .base import ModuleSlot, Storage, StoredRows, check_finite, check_rows, pop_residuals, residual_tensors
@@ -105,21 +106,21 @@ class IntegerStorage(Storage):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def prepare(self, chunk: Chunk, products: torch.dtype = torch.float64) -> Chunk:
-        return chunks.even(subspaces.balanced(chunk, self.dtype, torch.float64))
+    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+        return svd_balanced(projection.balance_batch(chunk, self.dtype, torch.float64))
 
-    def project(self, chunk: Chunk, bases: ModuleBases, dual: Duals | None = None) -> CoefficientChunk:
-        exact = subspaces.project_chunk(chunk, bases, torch.float64, dual)
+    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+        exact = projection.project_batch(chunk, bases, torch.float64, dual)
         rows = dict(zip(keys.SIDES, _spread_rows(exact.down.cpu(), exact.up.mT.cpu()), strict=True))
         payloads = {side: group_integers.encode(rows[side], self.bits) for side in keys.SIDES}
         down, up = (group_integers.decode(payloads[side]).to(exact.down.device) for side in keys.SIDES)
-        rounded = CoefficientChunk(
+        rounded = CoefficientBatch(
             down,
             up.mT.contiguous(),
             exact.scaling,
             {f"{side}.{part}": t for side, payload in payloads.items() for part, t in payload.items()},
         )
-        subspaces.check_rounded(exact, rounded)
+        projection.check_rounded_batch(exact, rounded)
         return rounded
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ class IntegerStorage(Storage):
                 adapter_payload |= {f"{key}.{part}": tensors.pop(f"{key}.{part}") for part in payload}
             residuals = pop_residuals(tensors, module)
             # a file with a payload is written from it alone
-            adapter_payload |= {keys.rest_key(module, s): t for s, t in residuals.items() if t is not None}
+            adapter_payload |= {keys.residual_key(module, s): t for s, t in residuals.items() if t is not None}
             up = rows["up"].mT.contiguous()
             coefficients[module] = slot.check(
                 module,
@@ -165,8 +166,8 @@ def _spread_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     The error of a row is in proportion to its norm (docs/method.md). So the total is least if all rows have the same
     norm, and if none lies along few components, as singular vectors do: an orthogonal matrix mixes the rows.
     """
-    mixing = linalg.mixing(down.shape[-2])
-    even_down, even_up = linalg.even_rows(down, up)
+    mixing = linalg.mixing_matrix(down.shape[-2])
+    even_down, even_up = linalg.svd_factors(down, up)
     return mixing @ even_down, mixing @ even_up
 
 

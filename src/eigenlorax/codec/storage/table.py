@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core import dtypes, keys
 from ...core.boundary import PARSE_FAILURES
-from ...core.chunks import CoefficientChunk
+from ...core.coefficients import CoefficientBatch
 from ...core.options import suggestion
 from ...core.subspace import Subspace
 from ...errors import FormatError, OptionError, reason
@@ -58,7 +58,7 @@ def core_storage(kind: str, floats: Storage) -> Storage:
     return STORAGES[f"{kind}-{floats.name}"]
 
 
-def adapter_payload(chunk: CoefficientChunk, row: int, module: str) -> dict[str, Tensor]:
+def adapter_payload(chunk: CoefficientBatch, row: int, module: str) -> dict[str, Tensor]:
     """Return the payload of one adapter of a chunk, by the names in the adapter's file; empty where there is none."""
     payload = {}
     for name, tensor in (chunk.payload or {}).items():

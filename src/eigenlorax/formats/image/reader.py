@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...core import dtypes, keys
-from ...core.adapter import Adapter, Lazy, LoRAFactors, ModuleSpec, Origin
-from ...core.linear_regex import Effort
+from ...core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin
+from ...core.linear_regex import StepBudget
 from ...errors import FormatError, NonFiniteError, ShapeError, SourceWarning
 from .. import files, lora_config
 from ..files import Header, OpenedFile
@@ -111,8 +111,8 @@ def adapter(opened: OpenedFile, wanted: str | None = None) -> Adapter:
     made = Adapter(
         name=opened.name,
         specs=specs,
-        modules=Lazy(specs, partial(_factors, opened, specs, modules)),
-        carried=Lazy(carried, partial(_carried, opened, modules, carried)),
+        modules=LazyMapping(specs, partial(_factors, opened, specs, modules)),
+        carried=LazyMapping(carried, partial(_carried, opened, modules, carried)),
         file_bytes=opened.file_bytes,
         origin=origin,
     )
@@ -220,7 +220,7 @@ def _numbers(text: str, where: str) -> dict[str, Numbers]:
     for name, value in fields.items():
         component, _, field = name.partition(".")
         found.setdefault(component, {})[field] = value
-    effort = Effort()
+    effort = StepBudget()
     return {component: Numbers(config, where, effort) for component, config in found.items() if "r" in config}
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import atomic_files, keys, narrowing
-from ...core.adapter import Adapter, Lazy, LoRAFactors
+from ...core import atomic_files, keys, module_patterns, narrowing
+from ...core.adapter import Adapter, LazyMapping, LoRAFactors
 from ...errors import OptionError, ShapeError, SourceWarning
 from .. import lora_config, safetensors_file
 from ..peft import finite, owned
@@ -42,7 +42,7 @@ def write(
     path = path if path.name.lower().endswith(keys.LORA_SUFFIX) else path.with_name(path.name + keys.LORA_SUFFIX)
     atomic_files.check_file_free(path, overwrite)
     data = to_bytes(adapter, dialect, dtype=dtype)
-    with atomic_files.made(path.parent):
+    with atomic_files.ensure_folder(path.parent):
         atomic_files.write_file(path, data)
     return path
 
@@ -80,8 +80,8 @@ def _tensors(adapter: Adapter, kind: Kind, alpha: float | None, dtype: torch.dty
             return _rescaled(adapter, whole, 1.0, stem)
         return whole if alpha is None else _rescaled(adapter, whole, alpha / len(whole.down), stem)
 
-    exact = Lazy(members_of, factors)
-    for stem, kept in exact.items() if dtype is None else narrowing.all_checked(adapter.name, exact, dtype):
+    exact = LazyMapping(members_of, factors)
+    for stem, kept in exact.items() if dtype is None else narrowing.narrow_adapter(adapter.name, exact, dtype):
         for key, tensor in zip(layers.factor_keys(stem, kind), kept.weights, strict=True):
             tensors[key] = finite(tensor, f"{adapter.name!r}, module {members_of[stem][0][0]}")
         if kind.dialect in (KOHYA, DIFFUSION_MODEL):
@@ -143,7 +143,7 @@ def _rescaled(adapter: Adapter, factors: LoRAFactors, scaling: float, module: st
     if factors.scaling == scaling:
         return factors
     exact = replace(factors, up=factors.up.double() * (factors.scaling / scaling), scaling=scaling)
-    return narrowing.checked(exact, factors.spec.dtype, f"{adapter.name!r}, module {module}").factors
+    return narrowing.narrow_checked(exact, factors.spec.dtype, f"{adapter.name!r}, module {module}").factors
 
 
 def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
@@ -261,11 +261,11 @@ def _lora_metadata(adapter: Adapter, named: Mapping[str, str]) -> dict[str, Any]
         short = {
             own: module.removeprefix(f"{component}.").removeprefix("text_model.") for own, module in modules.items()
         }
-        own_of = {keys.whole_name(own): own for own in modules}
+        own_of = {module_patterns.exact_pattern(own): own for own in modules}
         for pattern in ("rank_pattern", "alpha_pattern"):
             # not anchored in a text encoder: transformers has its modules with and without `text_model.`
             config[pattern] = {
-                keys.whole_name(short[own_of[key]])
+                module_patterns.exact_pattern(short[own_of[key]])
                 if component in ("unet", "transformer")
                 else re.escape(short[own_of[key]]): value
                 for key, value in config[pattern].items()
@@ -287,7 +287,7 @@ def for_peft(adapter: Adapter) -> Adapter:
     components = {module.partition(".")[0] for module in adapter.specs}
     alone = f"{next(iter(components))}." if len(components) == 1 and components <= set(names.COMPONENTS) else ""
     specs = {module.removeprefix(alone): spec for module, spec in adapter.specs.items()}
-    modules = Lazy(specs, lambda name: adapter.modules[alone + name])
+    modules = LazyMapping(specs, lambda name: adapter.modules[alone + name])
     carried = {}
     for key in adapter.carried:
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.batch import ModuleBatch, gram_matrices, gram_roots
 from ...core.linalg import orthonormal_rows, psd_root
-from ...core.stack import Stack, gram, roots
 
 MANY = 256
 """Rows up to which a module is fitted again, sweeps and all, for each adapter that is left out."""
@@ -106,22 +106,24 @@ Rows = tuple[Float[Tensor, "n r d"], Float[Tensor, "n r e"]]
 """Rows of every adapter, weighted as a fit weighs them, (down, up)."""
 
 
-def weighted(one: Stack, weights: Float[Tensor, " n"], weighting: str) -> Rows:
+def weighted(one: ModuleBatch, weights: Float[Tensor, " n"], weighting: str) -> Rows:
     """The rows that a fit without sweeps takes the directions of."""
     if weighting == "factors":
-        return one.down, one.up / one.scaling[:, None, None]
+        return one.down, one.up / one.applied_scaling[:, None, None]
     each = weights[:, None, None]
-    return (each * roots(one.up)) @ one.down, (each * roots(one.down)) @ one.up
+    return (each * gram_roots(one.up)) @ one.down, (each * gram_roots(one.down)) @ one.up
 
 
-def swept(one: Stack, weights: Float[Tensor, " n"], bases: tuple[Tensor, Tensor], sweeps: int) -> tuple[Tensor, Tensor]:
+def swept(
+    one: ModuleBatch, weights: Float[Tensor, " n"], bases: tuple[Tensor, Tensor], sweeps: int
+) -> tuple[Tensor, Tensor]:
     """The bases after alternating refinements, (k, n_in) and (j, n_out), each from the other as `fit` makes them."""
     each = weights[:, None, None]
     down, up = bases
     for _ in range(sweeps):
-        seen = each * psd_root(gram(one.up @ up.mT))
+        seen = each * psd_root(gram_matrices(one.up @ up.mT))
         down = Spectrum.of(seen @ one.down).vectors[: len(down)]
-        seen = each * psd_root(gram(one.down @ down.mT))
+        seen = each * psd_root(gram_matrices(one.down @ down.mT))
         up = Spectrum.of(seen @ one.up).vectors[: len(up)]
     return down, up
 

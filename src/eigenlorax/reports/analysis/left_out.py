@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...core.basis import chooser
-from ...core.stack import Stack
-from ...core.subspace import FitOptions, ModuleStack
+from ...core.basis import component_rule
+from ...core.batch import ModuleBatch
+from ...core.exact_fit import ExactFit
+from ...core.fit_options import FitOptions
 from .losses import kept, kept_by_k
 from .spectra import Weighted
 
@@ -33,7 +34,7 @@ class Kept:
 
 def left_out(
     members: Weighted,
-    one: Stack,
+    one: ModuleBatch,
     chosen: Sequence[int],
     options: FitOptions,
     k: tuple[int, int] | None,
@@ -52,15 +53,15 @@ def left_out(
             nothing,
             nothing,
         )
-    everyone = ModuleStack(*members, options)
+    everyone = ExactFit(*members, options)
     fitted, by_k, sizes, there = [], [], [], []
     for index in chosen:
         others = everyone.without(index)
         most = max(grid[-1], *(k or (0, 0)), options.n_components or 0)
-        first = others.first(chooser(None, 1.0) if options.energy is not None else chooser(most, None))
-        size = k or others.sizes(first, options)
+        first = others.leading(component_rule(None, 1.0) if options.energy is not None else component_rule(most, None))
+        size = k or others.count_components(first, options)
         found = others.fit(first, size)
-        alone = one.of([index])
+        alone = one.select([index])
         fitted.append(kept(alone, found.down.components, found.up.components))
         by_k.append(kept_by_k(alone, first[0].components(), first[1].components(), grid))
         sizes.append((found.down.k, found.up.k))

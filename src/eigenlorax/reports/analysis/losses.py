@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...core import subspace as spaces
+from ...core import projection
 from ...core.adapter import LoRAFactors
-from ...core.chunks import chunk
-from ...core.stack import Stack, captured, difference_squares, gram, roots
-from ...core.subspace import Coefficients, ModuleBases
+from ...core.batch import ModuleBatch, captured_squares, difference_squares, gram_matrices, gram_roots, stack_factors
+from ...core.coefficients import Coefficients
+from ...core.subspace import ModuleBases
 
 BLOCK = 64
 """Numbers that share one scale where LoRA factors are rounded to few bits."""
@@ -34,7 +34,7 @@ class Stored:
 
 
 def stored(
-    one: Stack,
+    one: ModuleBatch,
     factors: Sequence[LoRAFactors | None],
     coefficients: Sequence[Coefficients | None],
     bases: ModuleBases,
@@ -51,12 +51,14 @@ def stored(
         if original is None or found is None:
             continue
         # what `project` moved from one factor to the other comes back
-        shift = float(spaces.shifts(chunk([original], [0.0]).to(torch.float64), found.down.dtype))
+        shift = float(
+            projection.balance_exponents(stack_factors([original], [0.0]).to(torch.float64), found.down.dtype)
+        )
         rank = found.rank
-        plain = spaces.reconstruct(found, bases)
+        plain = projection.reconstruct(found, bases)
         down[index, :rank] = plain.down * 2.0**shift
         up[index, :rank] = plain.up.mT * (2.0**-shift * found.scaling)
-    unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.square().reciprocal())
+    unscaled = torch.where(one.applied_scaling == 0, 0.0, one.applied_scaling.square().reciprocal())
     return Stored(
         delta=difference_squares(one, down, up),
         down=(one.down - down).square().sum((1, 2)),
@@ -66,13 +68,15 @@ def stored(
     )
 
 
-def kept(one: Stack, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"]) -> Float[Tensor, " n"]:
+def kept(
+    one: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"]
+) -> Float[Tensor, " n"]:
     """‖P_U D P_V‖² of each adapter in orthonormal bases."""
-    return captured(one.down @ down_basis.mT, one.up @ up_basis.mT)
+    return captured_squares(one.down @ down_basis.mT, one.up @ up_basis.mT)
 
 
 def kept_by_k(
-    one: Stack, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
+    one: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
     """The same in the first k rows of both bases, for each k of an ascending grid; in all of a basis that has fewer."""
     return captured_by_k(one.down @ down_basis.mT, one.up @ up_basis.mT, grid)
@@ -86,8 +90,8 @@ def captured_by_k(
     down_gram = torch.zeros(len(down), down.shape[1], down.shape[1], dtype=torch.float64)
     up_gram = torch.zeros_like(down_gram)
     for k in grid:
-        down_gram = down_gram + gram(down[:, :, start:k])
-        up_gram = up_gram + gram(up[:, :, start:k])
+        down_gram = down_gram + gram_matrices(down[:, :, start:k])
+        up_gram = up_gram + gram_matrices(up[:, :, start:k])
         found.append((down_gram * up_gram).sum((1, 2)).clamp_min(0))
         start = k
     return torch.stack(found, dim=1)
@@ -100,14 +104,14 @@ def random_rows(k: int, dimension: int, generator: torch.Generator) -> Float[Ten
     return orthonormal
 
 
-def singular_squares(one: Stack) -> Float[Tensor, "n r"]:
+def singular_squares(one: ModuleBatch) -> Float[Tensor, "n r"]:
     """Squared singular values of each update, descending: the eigenvalues of an r × r matrix."""
-    root = roots(one.down)
-    found: Tensor = torch.linalg.eigvalsh(root @ gram(one.up) @ root)
+    root = gram_roots(one.down)
+    found: Tensor = torch.linalg.eigvalsh(root @ gram_matrices(one.up) @ root)
     return found.flip(1).clamp_min(0)
 
 
-def rounded_squares(one: Stack, bits: int) -> Float[Tensor, " n"]:
+def rounded_squares(one: ModuleBatch, bits: int) -> Float[Tensor, " n"]:
     """‖D − D'‖² where both factors are rounded to `bits` bits, each block of `BLOCK` numbers of a row to one scale."""
     return difference_squares(one, rounded_rows(one.down, bits), rounded_rows(one.up, bits))
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...core.adapter import LoRAFactors
-from ...core.linalg import triangle
-from ...core.stack import Stack
+from ...core.batch import ModuleBatch, scaled_batch
+from ...core.linalg import triangular_factor
 
 COLLECTIONS = 48
 """Random collections that a figure's spread is taken over."""
@@ -82,22 +82,22 @@ class NullModel:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, one: Stack) -> "NullModel":
+    def of(cls, one: ModuleBatch) -> "NullModel":
         """That of a stack of adapters."""
-        down, up = (triangle(rows.mT).mT for rows in (one.down, one.up))
-        return cls(down, up, (one.down.shape[2], one.up.shape[2]), one.scaling, one.ranks)
+        down, up = (triangular_factor(rows.mT).mT for rows in (one.down, one.up))
+        return cls(down, up, (one.down.shape[2], one.up.shape[2]), one.applied_scaling, one.ranks)
 
-    def draw(self, generator: torch.Generator) -> Stack:
+    def draw(self, generator: torch.Generator) -> ModuleBatch:
         """As many adapters, each in random directions."""
         down, up = (turned(own, d, generator) for own, d in zip((self.down, self.up), self.dimensions, strict=True))
-        return Stack(down, up, self.scaling, self.ranks)
+        return scaled_batch(down, up, self.scaling, self.ranks)
 
 
-def factors(one: Stack) -> list[LoRAFactors]:
+def factors(one: ModuleBatch) -> list[LoRAFactors]:
     """The factors of a stack in which everyone has the module."""
     return [
         LoRAFactors(one.down[place, :rank], (one.up[place, :rank] / scaling).mT, scaling)
-        for place, (rank, scaling) in enumerate(zip(one.ranks, one.scaling.tolist(), strict=True))
+        for place, (rank, scaling) in enumerate(zip(one.ranks, one.applied_scaling.tolist(), strict=True))
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...core.stack import Stack, gram, roots
+from ...core.batch import ModuleBatch, gram_matrices, gram_roots
 
 FLOAT64_ROWS = 2048
 """Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""
@@ -65,7 +65,7 @@ class Pairs:
         sides = [Evenness(side.traces[places], side.squares[places], side.dimension) for side in self.sides]
         return Pairs(**sums, same_ranks=self.same_ranks[places][:, places], sides=sides)
 
-    def add(self, one: Stack, dimensions: tuple[int, int] | None = None) -> None:
+    def add(self, one: ModuleBatch, dimensions: tuple[int, int] | None = None) -> None:
         """Add a module.
 
         dimensions: of the spaces (down, up) in which directions could be random; by default those of the rows.
@@ -77,15 +77,18 @@ class Pairs:
         ranks = torch.tensor(one.ranks)
         self.same_ranks.logical_and_(ranks[:, None] == ranks[None, :])
         (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
-        down_root, up_root = roots(down.double()).to(down.dtype), roots(up.double()).to(up.dtype)
-        unscaled = torch.where(one.scaling == 0, 0.0, one.scaling.abs().reciprocal()) * one.scaling.sign()
+        down_root, up_root = gram_roots(down.double()).to(down.dtype), gram_roots(up.double()).to(up.dtype)
+        unscaled = (
+            torch.where(one.applied_scaling == 0, 0.0, one.applied_scaling.abs().reciprocal())
+            * one.applied_scaling.sign()
+        )
         both = down_size * up_size
         aligned_rows = torch.minimum(ranks[:, None], ranks[None, :]).double()
         crossed_rows = ranks[:, None] * ranks[None, :] - aligned_rows
         share = torch.where(crossed_rows > 0, aligned_rows / crossed_rows, 0.0)
         by_chance = _aligned_by_chance(down, dimensions[0])
         self.sides.extend(
-            _evenness(down_root @ gram(up.double()).to(down.dtype) @ down_root, both.square(), dimensions)
+            _evenness(down_root @ gram_matrices(up.double()).to(down.dtype) @ down_root, both.square(), dimensions)
         )
         step = max(1, _CHUNK_NUMBERS // (n * r * r))
         for start in range(0, n, step):
@@ -117,7 +120,7 @@ class Pairs:
         target[beyond, here] += values[:, here.stop - here.start :].mT
 
 
-def products(one: Stack) -> Float[Tensor, "n n"]:
+def products(one: ModuleBatch) -> Float[Tensor, "n n"]:
     """⟨D_i, D_j⟩ of one module."""
     n, r = one.down.shape[:2]
     (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...core.adapter import LoRAFactors
-from ...core.stack import Stack, roots, squares, stack
+from ...core.batch import ModuleBatch, delta_squares, gram_roots, pad_factors
 from .bytes import Number
 from .losses import pair_bytes, rounded_rows
 
@@ -66,7 +66,7 @@ class Tables:
     total: Float[Tensor, " n"]
 
 
-def tables(modules: Mapping[str, Stack], bits: Sequence[int] = BITS) -> Tables:
+def tables(modules: Mapping[str, ModuleBatch], bits: Sequence[int] = BITS) -> Tables:
     """Measure every adapter at every rank and number of bits.
 
     Each update is written as its singular components, with the square root of the singular value in either factor.
@@ -80,7 +80,7 @@ def tables(modules: Mapping[str, Stack], bits: Sequence[int] = BITS) -> Tables:
         n_out, n_in = module.up.shape[2], module.down.shape[2]
         step = max(1, _CHUNK // max(1, module.down.shape[1] * (n_in + n_out)))
         parts = [
-            _lost_by_rank(module.of(range(start, min(start + step, len(module)))), bits)
+            _lost_by_rank(module.select(range(start, min(start + step, len(module)))), bits)
             for start in range(0, len(module), step)
         ]
         totals.append(torch.cat([total for total, _, _ in parts]))
@@ -91,13 +91,15 @@ def tables(modules: Mapping[str, Stack], bits: Sequence[int] = BITS) -> Tables:
     return Tables(lost, costs, ranks, torch.stack(totals).sum(0))
 
 
-def singular_rows(module: Stack) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
+def singular_rows(
+    module: ModuleBatch,
+) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
     """Return each update's right and left singular vectors as rows, and its singular values, descending.
 
     Rows are 0 where the singular value is 0 or only rounding.
     """
     # down = R₁Q₁ and up = R₂Q₂ through roots of r × r Gram matrices: R₂ᵀR₁ has the singular values of the update
-    down_root, up_root = roots(module.down), roots(module.up)
+    down_root, up_root = gram_roots(module.down), gram_roots(module.up)
     left, sigma, right = torch.linalg.svd(up_root @ down_root)
     nonzero = (sigma > _SMALLEST_RELATIVE_SIGMA * sigma[:, :1]) & (sigma > 0)
     inverse = torch.where(nonzero, 1 / sigma.where(nonzero, torch.ones_like(sigma)), 0.0)[:, :, None]
@@ -107,19 +109,19 @@ def singular_rows(module: Stack) -> tuple[Float[Tensor, "n r n_in"], Float[Tenso
     return down, up, sigma * nonzero
 
 
-def balanced(module: Stack) -> Stack:
+def balanced(module: ModuleBatch) -> ModuleBatch:
     """Return the same updates with factors along their singular components, largest first, of equal norm on both sides.
 
     Rounding loses least on such factors, and leaving out the last rows truncates the update.
     """
     down, up, sigma = singular_rows(module)
     root = sigma.sqrt()[:, :, None]
-    return Stack(root * down, root * up, module.scaling, module.ranks)
+    return replace(module, down=root * down, up=root * up)
 
 
-def _lost_by_rank(module: Stack, bits: Sequence[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+def _lost_by_rank(module: ModuleBatch, bits: Sequence[int]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Return ‖D‖² and the rank of each adapter, and by bits ‖D − D'‖² with 0, 1, … components."""
-    factors, total, tables_by_bits = balanced(module), squares(module), {}
+    factors, total, tables_by_bits = balanced(module), delta_squares(module), {}
     for width in bits:
         down, up = rounded_rows(factors.down, width), rounded_rows(factors.up, width)
         inner = ((module.down @ down.mT) * (module.up @ up.mT)).sum(1)
@@ -274,7 +276,7 @@ def cut(factors: LoRAFactors, rank: int, bits: int) -> LoRAFactors:
     """
     if factors.scaling == 0:
         return factors
-    single = balanced(stack([factors], factors.down.shape[1], factors.up.shape[0]))
+    single = balanced(pad_factors([factors], factors.down.shape[1], factors.up.shape[0]))
     down, up = (rounded_rows(rows, bits)[0] for rows in (single.down, single.up))
     down[rank:], up[rank:] = 0, 0
     return replace(factors, down=down.float(), up=(up / factors.scaling).mT.float().contiguous())

@@ -4,13 +4,14 @@ The bases are those of a "delta" fit. Coefficients are solved again after the ba
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...core.batch import ModuleBatch, delta_squares, gram_roots
 from ...core.linalg import dual_rows
-from ...core.stack import Stack, roots, squares
 from .crowded import Spectrum, swept, weighted
 from .losses import BLOCK, SCALE_BYTES, rounded_rows
 from .per_adapter import Point, balanced
@@ -26,7 +27,7 @@ class SharedBasis:
     modules: stacks by name. bits: the combinations that are measured. sweeps: alternating refinements of the bases.
     """
 
-    def __init__(self, modules: Mapping[str, Stack], bits: Sequence[Bits], sweeps: int) -> None:
+    def __init__(self, modules: Mapping[str, ModuleBatch], bits: Sequence[Bits], sweeps: int) -> None:
         self.modules = modules
         self.bits = bits
         self.sweeps = sweeps
@@ -69,7 +70,7 @@ class SharedBasis:
         lost = {bits: torch.zeros_like(self.total) for bits in self.bits}
         for name in self.modules:
             module = self.modules[name]
-            if not (self.weights * squares(module)).any():
+            if not (self.weights * delta_squares(module)).any():
                 continue
             for bits, squared_error in coefficient_losses(module, self._bases(module, k), self.bits):
                 lost[bits] += squared_error
@@ -78,23 +79,23 @@ class SharedBasis:
             for bits in self.bits
         }
 
-    def _bases(self, module: Stack, k: int) -> tuple[Tensor, Tensor]:
+    def _bases(self, module: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:
         rows = weighted(module, self.weights, "delta")
         down, up = (Spectrum.of(side).vectors[:k] for side in rows)
         return swept(module, self.weights, (down, up), self.sweeps)
 
 
-def norms(modules: Mapping[str, Stack]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+def norms(modules: Mapping[str, ModuleBatch]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Return ‖D‖² over all modules, and 1 / ‖D‖, which is 0 for an update of zero."""
-    total = torch.stack([squares(modules[name]) for name in modules]).sum(0)
+    total = torch.stack([delta_squares(modules[name]) for name in modules]).sum(0)
     return total, torch.where(total > 0, total, torch.inf).rsqrt()
 
 
-def squared_tails(module: Stack, weights: Tensor) -> Float[Tensor, "2 k"]:
+def squared_tails(module: ModuleBatch, weights: Tensor) -> Float[Tensor, "2 k"]:
     """Return the weighted squared norm outside the leading 0, 1, … components of each side, down first."""
     tails = []
     for rows, opposite in ((module.down, module.up), (module.up, module.down)):
-        flat = (weights[:, None, None] * roots(opposite) @ rows).flatten(0, 1)
+        flat = (weights[:, None, None] * gram_roots(opposite) @ rows).flatten(0, 1)
         small = flat @ flat.mT if flat.shape[0] <= flat.shape[1] else flat.mT @ flat
         tails.append(torch.linalg.eigvalsh(small).clamp_min(0).cumsum(0).flip(0))
     length = max(len(tail) for tail in tails) + 1
@@ -119,16 +120,16 @@ def rounded_bases(rows: tuple[Tensor, Tensor], bits: Sequence[Bits]) -> Iterator
         yield [combination for combination in bits if combination[0] == basis_bits], down, up
 
 
-def coordinates(module: Stack, down: Tensor, up: Tensor) -> Stack:
+def coordinates(module: ModuleBatch, down: Tensor, up: Tensor) -> ModuleBatch:
     """Return the least-squares coordinates of the updates, for rows that rounding leaves not quite orthonormal."""
-    return Stack(module.down @ dual_rows(down).mT, module.up @ dual_rows(up).mT, module.scaling, module.ranks)
+    return replace(module, down=module.down @ dual_rows(down).mT, up=module.up @ dual_rows(up).mT)
 
 
 def coefficient_losses(
-    module: Stack, rows: tuple[Tensor, Tensor], bits: Sequence[Bits]
+    module: ModuleBatch, rows: tuple[Tensor, Tensor], bits: Sequence[Bits]
 ) -> Iterator[tuple[Bits, Float[Tensor, " n"]]]:
     """Yield ‖D − D'‖² of each adapter by bits, with rounded bases `rows` and rounded coefficients."""
-    total = squares(module)
+    total = delta_squares(module)
     for combinations, down, up in rounded_bases(rows, bits):
         coefficients = balanced(coordinates(module, down, up))
         in_down, in_up, down_gram, up_gram = module.down @ down.mT, module.up @ up.mT, down @ down.mT, up @ up.mT

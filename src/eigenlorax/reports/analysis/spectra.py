@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...core.adapter import LoRAFactors
-from ...core.basis import chooser
-from ...core.stack import Stack
-from ...core.subspace import FitOptions, ModuleStack
+from ...core.basis import component_rule
+from ...core.batch import ModuleBatch
+from ...core.exact_fit import ExactFit
+from ...core.fit_options import FitOptions
 from .crowded import weighted
 
 Weighted = tuple[Sequence[LoRAFactors], Sequence[float]]
@@ -47,7 +48,7 @@ def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tu
         if not chosen:
             return Halves(torch.zeros(0), (0, 0)), Halves(torch.zeros(0), (0, 0))
         factors, weights = [members[0][i] for i in chosen], [members[1][i] for i in chosen]
-        leading = ModuleStack(factors, weights, options).first(chooser(options.n_components, None))
+        leading = ExactFit(factors, weights, options).leading(component_rule(options.n_components, None))
         found.append([side.components()[:size] for side, size in zip(leading, k, strict=True)])
     (down, up), (other_down, other_up) = found
     return Halves.of(down, other_down), Halves.of(up, other_up)
@@ -67,7 +68,7 @@ def degrees(descending: Float[Tensor, " n"]) -> list[float]:
     return found
 
 
-def energy(one: Stack, weights: Float[Tensor, " n"], k: tuple[int, int], weighting: str) -> tuple[float, float]:
+def energy(one: ModuleBatch, weights: Float[Tensor, " n"], k: tuple[int, int], weighting: str) -> tuple[float, float]:
     """Share of the stack's squared norm in its first k directions, (down, up): of the updates, or, with "factors", of A
     and of B apart, each at equal norm."""
     sides = weighted(one, weights, weighting)

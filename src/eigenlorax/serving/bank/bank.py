@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ...core import byte_rows, convolution, keys
-from ...core import subspace as spaces
-from ...core.mixing import constant
-from ...core.options import names as listed
+from ...core import convolution, int8_rows, keys, module_names
+from ...core.batched_update import without_autograd
+from ...core.coefficients import pad_coefficients
+from ...core.options import name_list as listed
 from ...core.subspace import Subspace
 from ...errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
 from ...formats import checks
@@ -59,7 +59,7 @@ class AdapterBank:
         heads: bool = True,
         basis_dtype: str | torch.dtype | None = None,
     ) -> None:
-        in_bytes = byte_rows.asked("basis_dtype", basis_dtype)
+        in_bytes = int8_rows.is_int8("basis_dtype", basis_dtype)
         chosen = list(dict.fromkeys(listed(adapters))) if adapters is not None else None
         self.model = model
         self.pack = _opened(pack, chosen)
@@ -69,7 +69,7 @@ class AdapterBank:
         if chosen is None:
             check_all_whole(self.pack)
         checks.warn_of_other_model(self.pack.base_model, getattr(model, "name_or_path", None))
-        with constant(torch.device("cpu")):
+        with without_autograd(torch.device("cpu")):
             subspace = self._subspace()
         self._tensor_names = tensor_names(model) if heads else None
         self._compute = torch.promote_types(subspace.dtype, torch.float32)
@@ -85,7 +85,7 @@ class AdapterBank:
         self._unloaded = False
         for place, name in self._places.items():
             module = model.get_submodule(name)
-            with constant(torch.device("cpu")):
+            with without_autograd(torch.device("cpu")):
                 dtype = torch.int8 if in_bytes else self._compute
                 layer = Updated(module, name, self._plan, place, subspace.modules[place], dtype)
             self._updated[name] = layer
@@ -295,7 +295,7 @@ class AdapterBank:
         self._check_kernels(packed)
         packed = self._of_now(packed)
         names, dtype = self._tensor_names, self.pack.coefficient_dtype
-        with constant(self._device):
+        with without_autograd(self._device):
             found = heads(packed, self.model, names) if names is not None else Heads()
             return hold(packed, self.pack.info, self._places, found, self._layouts, dtype, self._device)
 
@@ -305,7 +305,7 @@ class AdapterBank:
             if name is None:
                 continue
             kernel = convolution.kernel_of(self.model.get_submodule(name))
-            if not convolution.agree(coefficients.kernel, kernel):
+            if not convolution.kernels_match(coefficients.kernel, kernel):
                 raise ShapeError(
                     f"adapter {packed.name!r}, module {module}: its kernel is {coefficients.kernel}, that of the model "
                     f"{kernel}. It belongs to a different base model."
@@ -324,7 +324,7 @@ class AdapterBank:
         wide = {}
         for module, coefficients in packed.coefficients.items():
             sides = self.pack.info.modules[packed.places[module]]
-            wide[module] = spaces.padded(coefficients, sides["down"].k, sides["up"].k)
+            wide[module] = pad_coefficients(coefficients, sides["down"].k, sides["up"].k)
         return replace(packed, coefficients=wide)
 
     def _subspace(self) -> Subspace:
@@ -355,7 +355,9 @@ def _opened(pack: Pack | str | PathLike[str], adapters: list[str] | None) -> Pac
 def _matched(model: nn.Module, pack: Pack) -> dict[str, str]:
     """Each module of the subspace that the model has, and the model's name of it."""
     there = sizes(model)
-    found = {place: name for name, place in keys.resolve_all(there, pack.info.modules).items() if place is not None}
+    found = {
+        place: name for name, place in module_names.resolve_all(there, pack.info.modules).items() if place is not None
+    }
     if not found:
         raise ModuleNameError(
             f"the model has none of the {len(pack.info.modules)} modules of the pack, such as "

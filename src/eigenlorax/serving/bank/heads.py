@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ...core import keys
+from ...core import keys, module_names
 from ...errors import ModuleNameError, ShapeError
 from ...pack.packed_adapter import PackedAdapter
 
@@ -38,7 +38,7 @@ def heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -> Hea
     for key, tensor in packed.heads.items():
         # PEFT saves the trained bias of an adapted layer as it is called within its own
         plain = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
-        name = keys.resolve(plain, names)
+        name = module_names.resolve(plain, names)
         if name is None:
             raise ModuleNameError(
                 f"adapter {packed.name!r} has a head of its own, {key!r}, that the model lacks. Load the model that it "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import keys
-from ...core.mixing import Part, Rest
+from ...core.batched_update import LayerCoefficients, LayerResidual
 from ...errors import ModuleNameError, OptionError, ShapeError
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
@@ -64,21 +64,21 @@ class Held:
     numbers: Tensor
     scalings: tuple[float, ...]
     heads: Heads
-    rests: Mapping[str, Rest]
+    rests: Mapping[str, LayerResidual]
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.numbers, *self.heads.tensors, *(one for rest in self.rests.values() for one in rest.tensors)]
 
-    def parts(self, dtype: torch.dtype) -> dict[str, Part]:
+    def parts(self, dtype: torch.dtype) -> dict[str, LayerCoefficients]:
         """What each module multiplies with, in `dtype`."""
         numbers = self.numbers.to(dtype)
         return {
-            place.module: Part(*place.of(numbers), scaling, self._rest(place.module, dtype))
+            place.module: LayerCoefficients(*place.of(numbers), scaling, self._rest(place.module, dtype))
             for place, scaling in zip(self.layout.places, self.scalings, strict=True)
         }
 
-    def _rest(self, module: str, dtype: torch.dtype) -> tuple[Rest, ...]:
+    def _rest(self, module: str, dtype: torch.dtype) -> tuple[LayerResidual, ...]:
         return (self.rests[module].to(dtype=dtype),) if module in self.rests else ()
 
 
@@ -118,9 +118,9 @@ def hold(
         found.append(place)
         flat += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
         start = place.end
-        if coefficients.has_rest:
-            down, up = (coefficients.rest(side) for side in keys.SIDES)
-            rests[module] = Rest(
+        if coefficients.has_residual:
+            down, up = (coefficients.residual(side) for side in keys.SIDES)
+            rests[module] = LayerResidual(
                 None if down is None else _stored(down, packed.name, dtype, device),
                 None if up is None else _stored(up, packed.name, dtype, device),
             )

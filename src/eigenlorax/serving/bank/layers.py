@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ...core import byte_rows, convolution, mixing
-from ...core.byte_rows import Rows
+from ...core import batched_update, convolution, int8_rows
+from ...core.int8_rows import BasisRows
 from ...core.subspace import ModuleBases
 from ...errors import OptionError, ShapeError
 from .heads import mix
@@ -81,7 +81,7 @@ class Updated(Layer):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the bases (k_down, in) and (k_up, out)."""
-        return *byte_rows.tensors(self.down), *byte_rows.tensors(self.up)
+        return *int8_rows.stored_tensors(self.down), *int8_rows.stored_tensors(self.up)
 
     def changed(self, output: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         """The output and each row's update."""
@@ -101,12 +101,12 @@ class Updated(Layer):
                 raise ShapeError(
                     f"module {self.name} got an image of {tuple(x.shape)}: the bank serves batches, x[None] is one."
                 )
-            how: dict[str, Any] = {"convolve": partial(convolution.convolved, self.module)}
+            how: dict[str, Any] = {"convolve": partial(convolution.convolve, self.module)}
         else:
             how = {"in_place": in_place}
         if order is None:
-            return mixing.add_alone(output, x, self.down, self.up, part, **how)
-        return mixing.add_mixed(output, x, self.down, self.up, part, order, **how)
+            return batched_update.add_update(output, x, self.down, self.up, part, **how)
+        return batched_update.add_grouped_update(output, x, self.down, self.up, part, order, **how)
 
 
 class Headed(Layer):
@@ -187,7 +187,7 @@ def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if convolution.is_supported(module):
-            found[name] = convolution.sizes(module)[::-1]
+            found[name] = convolution.row_sizes(module)[::-1]
         elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
             found[name] = (weight.shape[1], weight.shape[0])
         else:
@@ -209,8 +209,8 @@ def check_hooks_are_seen(model: nn.Module, name: str) -> None:
             )
 
 
-def _kept(components: Tensor, dtype: torch.dtype, device: torch.device) -> Rows:
-    return byte_rows.rounded(components).to(device) if dtype == torch.int8 else components.to(device, dtype)
+def _kept(components: Tensor, dtype: torch.dtype, device: torch.device) -> BasisRows:
+    return int8_rows.quantise_rows(components).to(device) if dtype == torch.int8 else components.to(device, dtype)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.mixing import Order, Part, Rest, arrange, constant
+from ...core.batched_update import LayerCoefficients, LayerResidual, RowGroups, group_rows, without_autograd
 from ...errors import ShapeError
 from .held import Held, Layout
 
@@ -134,9 +134,9 @@ class Plan:
     rows: how many a batch must have, and `repeats` how often each may stand there (beams); None for any number.
     """
 
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, LayerCoefficients] = field(default_factory=dict)
     heads: Mapping[str, Mapping[nn.Module, list[int]]] = field(default_factory=dict)
-    order: Order | None = None
+    order: RowGroups | None = None
     rows: int | None = None
     repeats: tuple[int, ...] = (1,)
 
@@ -156,7 +156,7 @@ def alone(held: Held | None, dtype: torch.dtype, rows: int | None = None, repeat
     if held is None:
         return Plan(rows=rows, repeats=repeats)
     heads: dict[str, dict[nn.Module, list[int]]] = {name: {module: []} for name, module in held.heads.modules.items()}
-    with constant(held.numbers.device):
+    with without_autograd(held.numbers.device):
         return Plan(held.parts(dtype), heads, None, rows, repeats)
 
 
@@ -166,20 +166,20 @@ def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[in
         return alone(adapters[0], dtype, len(adapters), repeats)
     numbered = {held: number for number, held in enumerate(dict.fromkeys(adapters))}
     distinct = list(numbered)
-    groups, order = arrange([numbered[held] for held in adapters])
+    groups, order = group_rows([numbered[held] for held in adapters])
     heads: dict[str, dict[nn.Module, list[int]]] = {}
     for row, held in enumerate(adapters):
         for name, module in held.heads.modules.items() if held is not None else ():
             heads.setdefault(name, {}).setdefault(module, []).append(row)
     device = next(held.numbers.device for held in distinct if held is not None)
-    with constant(device):
+    with without_autograd(device):
         parts = _parts([distinct[group] for group in groups], dtype)
         for place, rests in _rests(adapters, dtype, device).items():
-            parts[place] = replace(parts[place], rests=rests)
+            parts[place] = replace(parts[place], residuals=rests)
     return Plan(parts, heads, order.to(device), len(adapters), repeats)
 
 
-def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Part]:
+def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, LayerCoefficients]:
     """The coefficients of all groups, zero for the base model and for modules that an adapter lacks. Adapters of one
     layout are copied together; lower ranks are filled up with zeros."""
     batches = [_Batch.of(layout, groups, dtype) for layout in dict.fromkeys(one.layout for one in groups if one)]
@@ -197,7 +197,7 @@ def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Part]
         k_down, k_up = sizes[module]
         down = torch.zeros(len(groups), rank, k_down, dtype=dtype, device=device)
         up = torch.zeros(len(groups), k_up, rank, dtype=dtype, device=device)
-        found[module] = Part(down, up, 1.0)
+        found[module] = LayerCoefficients(down, up, 1.0)
     for batch in batches:
         for place in batch.layout.places:
             part, (down, up) = found[place.module], place.of(batch.numbers)
@@ -206,13 +206,15 @@ def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Part]
     return found
 
 
-def _rests(adapters: Sequence[Held | None], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Rest, ...]]:
+def _rests(
+    adapters: Sequence[Held | None], dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[LayerResidual, ...]]:
     """What adapters have beside the bases, by module, each with its rows of the batch."""
     rows: dict[Held, list[int]] = {}
     for row, held in enumerate(adapters):
         if held is not None and held.rests:
             rows.setdefault(held, []).append(row)
-    found: dict[str, tuple[Rest, ...]] = {}
+    found: dict[str, tuple[LayerResidual, ...]] = {}
     for held, own in rows.items():
         places = torch.tensor(own, device=device)
         for place, scaling in zip(held.layout.places, held.scalings, strict=True):
@@ -242,10 +244,10 @@ class _Batch:
                 numbers[:, place.middle : place.end] *= scalings[:, number, None]
         return cls(layout, members, numbers, len(groups))
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, LayerCoefficients]:
         """Those of all groups, if this is the only layout."""
         numbers = self.numbers
         if len(self.members) < self.groups:
             numbers = numbers.new_zeros(self.groups, numbers.shape[1])
             numbers[self.members] = self.numbers
-        return {place.module: Part(*place.of(numbers), 1.0) for place in self.layout.places}
+        return {place.module: LayerCoefficients(*place.of(numbers), 1.0) for place in self.layout.places}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...core import convolution, dtypes, keys
-from ...core.options import names as listed
+from ...core.options import name_list as listed
 from ...errors import (
     AdapterNameError,
     MissingPartWarning,
@@ -178,7 +178,7 @@ def _check_shape(place: Place, wanted: tuple[int, int], kernel: tuple[int, ...],
             "be beside it. Use enable_model_cpu_offload or group offloading, or load the model's weights first."
         )
     has = convolution.kernel_of(layers.base_of(place.module))
-    if not convolution.agree(kernel, has):
+    if not convolution.kernels_match(kernel, has):
         raise ShapeError(f"{place.name}: the kernel is {has} in this {where} and {kernel} in the pack. {wrong}")
 
 

@@ -10,8 +10,8 @@ from statistics import median_low
 
 import torch
 
-from ...core import keys
-from ...core.options import check_choice, integer
+from ...core import keys, module_names
+from ...core.options import check_choice, to_int
 from ...errors import ModuleNameError, OptionError, ShapeError
 from ...formats import checks
 from ...pack.manifest import SubspaceInfo
@@ -43,9 +43,9 @@ class Asked:
 
     def __post_init__(self) -> None:
         for name in ("max_loras", "tensor_parallel_size", "adapters"):
-            if integer(name, getattr(self, name)) < 1:
+            if to_int(name, getattr(self, name)) < 1:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.max_cpu_loras is not None and integer("max_cpu_loras", self.max_cpu_loras) < self.max_loras:
+        if self.max_cpu_loras is not None and to_int("max_cpu_loras", self.max_cpu_loras) < self.max_loras:
             raise OptionError(
                 f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}: vLLM keeps "
                 "what is in a slot in memory too."
@@ -145,7 +145,7 @@ def _matched(pack: Pack, shapes: Shapes) -> _Match:
     layers, cores, not_held = dict(shapes.layers), {}, []
     # the manifest says the sizes too; but the server reads the bases, and refuses to start where they are damaged
     modules = pack.subspace.modules
-    names = keys.resolve_all(modules, shapes.layers)
+    names = module_names.resolve_all(modules, shapes.layers)
     missing = [name for name, found in names.items() if found is None and not _of_experts(name, shapes)]
     remedy = "Name the base model that the pack's adapters are for: model= (--model)" + (
         f"; the pack says {pack.base_model!r}." if pack.base_model else "."
@@ -209,7 +209,9 @@ def _read(pack: Pack, match: _Match, progress: Callable[[str, int, int], None]) 
     for done, name in enumerate(pack.names):
         progress("reading adapters", done, len(pack))
         found = pack.packed(name)
-        carried = keys.resolve_all(sorted({keys.parse_peft_key(key).module for key in found.carried}), match.layers)
+        carried = module_names.resolve_all(
+            sorted({keys.parse_peft_key(key).module for key in found.carried}), match.layers
+        )
         _read_expanded(read, found, carried)
         _read_shared(read.shared, found, pack.info, match)
     return read

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from ...core import subspace as spaces
 from ...core.adapter import Adapter, LoRAFactors, from_factors
-from ...core.subspace import Coefficients
+from ...core.coefficients import Coefficients, pad_coefficients
 from ...errors import ServingError
 from ...formats import lora_config
 from ...pack.manifest import SubspaceInfo
@@ -32,7 +31,7 @@ def on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
     core = core_name(served.fingerprint)
     modules = {}
     for module, coefficients in packed.coefficients.items():
-        if coefficients.has_rest:
+        if coefficients.has_residual:
             raise ServingError(
                 f"adapter {packed.name!r} has a rest beside its coefficients in {module!r}, which cores cannot hold. "
                 "Serve it expanded, as Pack.adapter gives it."
@@ -52,5 +51,5 @@ def _on_core(coefficients: Coefficients, k_down: int, k_up: int) -> LoRAFactors:
     if coefficients.rank > min(own_down, own_up):
         product = (up.double() @ down.double()).float()
         down, up = (torch.eye(own_down), product) if own_down <= own_up else (product, torch.eye(own_up))
-    wide = spaces.padded(Coefficients(down, up, 1.0), k_down, k_up)
+    wide = pad_coefficients(Coefficients(down, up, 1.0), k_down, k_up)
     return LoRAFactors(wide.down, wide.up, wide.scaling)

@@ -69,7 +69,7 @@ class AdapterFolders:
 
     def _find(self, name: str) -> AdapterFolder:
         # names are what clients send
-        if not keys.is_name(name):
+        if not keys.is_valid_name(name):
             raise AdapterNameError(f"{name[:100]!r} is not the name of an adapter.")
         try:
             return self._folder(name)

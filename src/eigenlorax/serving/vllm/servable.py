@@ -50,7 +50,7 @@ def reason_against(found: PackedAdapter, *, shared: bool) -> str | None:
     if why is None and shared and found.carried:
         why = f"it has {_some(found.carried)} outside the subspace; without a shared basis it can be served"
     if why is None and shared:
-        why = _of_rests([module for module, c in found.coefficients.items() if c.has_rest])
+        why = _of_rests([module for module, c in found.coefficients.items() if c.has_residual])
     if why is None and not found.coefficients and (shared or not found.carried):
         why = "it has no LoRA module"
     if why is None and (rank := shared_rank(found) if shared else expanded_rank(found)) > RANKS[-1]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...core.options import byte_count_of_text
+from ...core.options import parse_byte_count
 from ...errors import OptionError
 
 PACK = "EIGENLORAX_PACK"
@@ -58,4 +58,4 @@ def cache(environment: Mapping[str, str] = os.environ) -> Path | None:
 def cache_bytes(environment: Mapping[str, str] = os.environ) -> int | None:
     """How many bytes a cache may have, if that is asked for. `8GB` is 8 · 10⁹, `8GiB` 8 · 2³⁰."""
     value = environment.get(CACHE_BYTES, "").strip()
-    return byte_count_of_text(CACHE_BYTES, value) if value else None
+    return parse_byte_count(CACHE_BYTES, value) if value else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .byte_rows import Rows, wide
+from .int8_rows import BasisRows, as_float
 
 # Folded where tokens · (k − r) > factor · r · k. By operations the factor is 1, and with one adapter for all rows,
 # whose products are kept, it is: the tokens are all that it has had. With one a row they are those of one adapter in
@@ -34,7 +34,7 @@ Convolve = Callable[[Tensor, Tensor], Tensor]
 """Images (n, channels, …) and rows (m, channels · kernel) → the images convolved with each row, (n, m, …)."""
 
 
-class Folded:
+class FoldedProducts:
     """The two products of one adapter's coefficients and bases, made once it has had the tokens that pay for them."""
 
     __slots__ = ("_pair", "_tokens")
@@ -43,27 +43,29 @@ class Folded:
         self._tokens = 0
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def after(self, tokens: int, part: "Part", down_basis: Rows, up_basis: Rows) -> tuple[Tensor, Tensor] | None:
+    def after(
+        self, tokens: int, part: "LayerCoefficients", down_basis: BasisRows, up_basis: BasisRows
+    ) -> tuple[Tensor, Tensor] | None:
         """(r, in) and (r, out), once these and all tokens before them pay for it."""
         if self._pair is None:
             self._tokens += tokens
             k, rank = min(len(down_basis), len(up_basis)), len(part.down)
-            if folds(self._tokens, rank, k, FOLD_ALONE, beside=bool(part.rests)):
-                with constant(down_basis.device):
+            if is_folding_cheaper(self._tokens, rank, k, FOLD_ALONE, beside=bool(part.residuals)):
+                with without_autograd(down_basis.device):
                     self._pair = self._folded(part, down_basis, up_basis)
         return self._pair
 
-    def _folded(self, part: "Part", down_basis: Rows, up_basis: Rows) -> tuple[Tensor, Tensor]:
-        down = part.down @ wide(down_basis, part.down.dtype)
-        up = part.up.mT @ wide(up_basis, part.up.dtype)
-        for rest in part.rests:
+    def _folded(self, part: "LayerCoefficients", down_basis: BasisRows, up_basis: BasisRows) -> tuple[Tensor, Tensor]:
+        down = part.down @ as_float(down_basis, part.down.dtype)
+        up = part.up.mT @ as_float(up_basis, part.up.dtype)
+        for rest in part.residuals:
             down = down if rest.down is None else down + rest.down
             up = up if rest.up is None else up + rest.up.mT
         return down, up
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class LayerResidual:
     """What one adapter has beside the bases: down (r, in) and up (out, r), None where it has nothing.
 
     rows: those of the batch that have this adapter; None for all. scaling: on top of that of the part.
@@ -78,38 +80,38 @@ class Rest:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.down, self.up) if tensor is not None]
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "Rest":
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "LayerResidual":
         """The same on a device, or in a dtype."""
         down, up = (None if tensor is None else tensor.to(device, dtype) for tensor in (self.down, self.up))
         return replace(self, down=down, up=up, rows=None if self.rows is None else self.rows.to(device))
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LayerCoefficients:
     """What one module multiplies with: down (r, k_down) and up (k_up, r), or with one more leading dimension, a pair
     for each group of rows; and what adapters have beside the bases."""
 
     down: Tensor
     up: Tensor
     scaling: float
-    rests: tuple[Rest, ...] = ()
-    folded: Folded = field(default_factory=Folded)
+    residuals: tuple[LayerResidual, ...] = ()
+    folded: FoldedProducts = field(default_factory=FoldedProducts)
 
-    def to(self, device: torch.device) -> "Part":
+    def to(self, device: torch.device) -> "LayerCoefficients":
         """The same on a device, where nothing is folded yet."""
-        rests = tuple(rest.to(device) for rest in self.rests)
-        return Part(self.down.to(device), self.up.to(device), self.scaling, rests)
+        rests = tuple(rest.to(device) for rest in self.residuals)
+        return LayerCoefficients(self.down.to(device), self.up.to(device), self.scaling, rests)
 
 
 @contextmanager
-def constant(device: torch.device) -> Iterator[None]:
+def without_autograd(device: torch.device) -> Iterator[None]:
     """What is computed in this block may be kept, and used in whatever mode: of autograd, inference or autocast."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RowGroups:
     """How rows of a batch are gathered into groups of one owner each.
 
     index: (groups · width) rows, where shorter groups repeat a row; inverse: (rows), where each row is in it. Both are
@@ -121,7 +123,7 @@ class Order:
     index: Tensor | None = None
     inverse: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Order":
+    def to(self, device: torch.device) -> "RowGroups":
         """The same on a device: not for each layer of each step anew."""
         if self.index is None or self.inverse is None:
             return self
@@ -143,23 +145,23 @@ class Order:
         return spread[self.inverse]
 
 
-def arrange(owners: Sequence[int]) -> tuple[list[int], Order]:
+def group_rows(owners: Sequence[int]) -> tuple[list[int], RowGroups]:
     """Whose each group is, and the order: rows of one owner together where that pays, or each row by itself."""
     places: dict[int, list[int]] = {}
     for row, owner in enumerate(owners):
         places.setdefault(owner, []).append(row)
     width = max(map(len, places.values()))
     if width == 1 or len(places) * width > _FILLING * len(owners):
-        return list(owners), Order(len(owners), len(owners))
+        return list(owners), RowGroups(len(owners), len(owners))
     index, inverse = [], [0] * len(owners)
     for group, rows in enumerate(places.values()):
         for place, row in enumerate(rows):
             inverse[row] = group * width + place
         index += rows + rows[:1] * (width - len(rows))
-    return list(places), Order(len(places), len(owners), torch.tensor(index), torch.tensor(inverse))
+    return list(places), RowGroups(len(places), len(owners), torch.tensor(index), torch.tensor(inverse))
 
 
-def folds(tokens: int, rank: int, k: int, factor: float, *, beside: bool = False) -> bool:
+def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, beside: bool = False) -> bool:
     """Whether so many tokens pay for a product of coefficients and basis.
 
     beside: whether there is a rest, so that a product of rank r is made in any case, and folding saves all of the
@@ -168,12 +170,12 @@ def folds(tokens: int, rank: int, k: int, factor: float, *, beside: bool = False
     return tokens * (k if beside else k - rank) > factor * rank * k
 
 
-def add_alone(
+def add_update(
     result: Tensor,
     x: Tensor,
-    down_basis: Rows,
-    up_basis: Rows,
-    part: Part,
+    down_basis: BasisRows,
+    up_basis: BasisRows,
+    part: LayerCoefficients,
     *,
     in_place: bool = False,
     convolve: Convolve | None = None,
@@ -187,9 +189,9 @@ def add_alone(
     tokens = result.numel() // up_basis.shape[1]
     folded = part.folded.after(tokens, part, down_basis, up_basis)
     if folded is None:
-        up = wide(up_basis, dtype)
-        hidden = linear(_projected(x, wide(down_basis, dtype), convolve), part.down)
-        for rest in part.rests:
+        up = as_float(up_basis, dtype)
+        hidden = linear(_projected(x, as_float(down_basis, dtype), convolve), part.down)
+        for rest in part.residuals:
             if rest.down is not None:
                 hidden = hidden + _projected(x, rest.down, convolve)
             if rest.up is not None:
@@ -204,13 +206,13 @@ def add_alone(
     return _add_product(result, hidden, up, part.scaling, in_place)
 
 
-def add_mixed(
+def add_grouped_update(
     result: Tensor,
     x: Tensor,
-    down_basis: Rows,
-    up_basis: Rows,
-    part: Part,
-    order: Order,
+    down_basis: BasisRows,
+    up_basis: BasisRows,
+    part: LayerCoefficients,
+    order: RowGroups,
     *,
     in_place: bool = False,
     convolve: Convolve | None = None,
@@ -223,28 +225,28 @@ def add_mixed(
     places = result.numel() // up_basis.shape[1]
     tokens, of_row = places // order.groups, places // order.rows
     # a convolution of each group with rows of its own is no product of batches
-    if not images and folds(tokens, rank, len(down_basis), FOLD_MIXED):
-        folded = (part.down.reshape(-1, len(down_basis)) @ wide(down_basis, dtype)).view(order.groups, rank, -1)
+    if not images and is_folding_cheaper(tokens, rank, len(down_basis), FOLD_MIXED):
+        folded = (part.down.reshape(-1, len(down_basis)) @ as_float(down_basis, dtype)).view(order.groups, rank, -1)
         hidden = torch.bmm(order.gather(x.reshape(order.rows, of_row, x.shape[-1])), folded.mT)
     else:
-        projected = _projected(x, wide(down_basis, dtype), convolve)
+        projected = _projected(x, as_float(down_basis, dtype), convolve)
         hidden = torch.bmm(order.gather(projected.reshape(order.rows, of_row, len(down_basis))), part.down.mT)
-    if part.rests:
+    if part.residuals:
         by_row = order.scatter(hidden)
-        beside = _beside(by_row, x.reshape(order.rows, -1, *x.shape[1:]), up_basis.shape[1], part.rests, convolve)
+        beside = _beside(by_row, x.reshape(order.rows, -1, *x.shape[1:]), up_basis.shape[1], part.residuals, convolve)
         result = _add(result, beside, part.scaling, images=images, in_place=in_place)
         hidden = order.gather(by_row)
-    if folds(tokens, rank, len(up_basis), FOLD_MIXED):
-        folded = (part.up.mT.reshape(-1, len(up_basis)) @ wide(up_basis, dtype)).view(order.groups, rank, -1)
+    if is_folding_cheaper(tokens, rank, len(up_basis), FOLD_MIXED):
+        folded = (part.up.mT.reshape(-1, len(up_basis)) @ as_float(up_basis, dtype)).view(order.groups, rank, -1)
         return _add(result, order.scatter(torch.bmm(hidden, folded)), part.scaling, images=images, in_place=in_place)
     hidden = order.scatter(torch.bmm(hidden, part.up.mT))
-    up = wide(up_basis, dtype)
+    up = as_float(up_basis, dtype)
     if images:
         return _add_images(result, hidden.reshape(len(result), places // len(result), len(up_basis)) @ up, part.scaling)
     return _add_product(result, hidden, up, part.scaling, in_place)
 
 
-def _beside(hidden: Tensor, x: Tensor, n_out: int, rests: Sequence[Rest], convolve: Convolve | None) -> Tensor:
+def _beside(hidden: Tensor, x: Tensor, n_out: int, rests: Sequence[LayerResidual], convolve: Convolve | None) -> Tensor:
     """Let each row have what its adapter has beside the down basis, in place, and the same of the up basis:
     (rows, t, out).
 

@@ -16,7 +16,7 @@ _SAMPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class ByteRows:
+class Int8Rows:
     """The rows codes · scales: codes (k, d) int8, from -127 to 127, and scales (k, 1)."""
 
     codes: Tensor
@@ -37,9 +37,9 @@ class ByteRows:
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self.codes, self.scales
 
-    def to(self, device: torch.device) -> "ByteRows":
+    def to(self, device: torch.device) -> "Int8Rows":
         """The same on a device."""
-        return ByteRows(self.codes.to(device), self.scales.to(device))
+        return Int8Rows(self.codes.to(device), self.scales.to(device))
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         """The rows as floats, for the length of one product."""
@@ -47,27 +47,27 @@ class ByteRows:
         return (self.codes.float() * self.scales.float()).to(dtype)
 
 
-Rows = Tensor | ByteRows
+BasisRows = Tensor | Int8Rows
 
 
-def wide(rows: Rows, dtype: torch.dtype) -> Tensor:
+def as_float(rows: BasisRows, dtype: torch.dtype) -> Tensor:
     """The rows, (k, d), in a dtype of floats."""
-    return rows.wide(dtype) if isinstance(rows, ByteRows) else rows.to(dtype)
+    return rows.wide(dtype) if isinstance(rows, Int8Rows) else rows.to(dtype)
 
 
-def tensors(rows: Rows) -> tuple[Tensor, ...]:
+def stored_tensors(rows: BasisRows) -> tuple[Tensor, ...]:
     """All that is in memory of the rows."""
-    return rows.tensors if isinstance(rows, ByteRows) else (rows,)
+    return rows.tensors if isinstance(rows, Int8Rows) else (rows,)
 
 
-def asked(name: str, dtype: str | torch.dtype | None) -> bool:
+def is_int8(name: str, dtype: str | torch.dtype | None) -> bool:
     """Whether 8 bits are asked for by an option of this name, as "int8" or `torch.int8`, and not None."""
     if dtype not in (None, "int8", torch.int8):
         raise OptionError(f"{name} must be 'int8' or None, which keeps bases as floats; got {dtype!r}.")
     return dtype is not None
 
 
-def rounded(rows: Tensor) -> ByteRows:
+def quantise_rows(rows: Tensor) -> Int8Rows:
     """Each row rounded to the nearest of 255 levels, the largest of which is its largest entry.
 
     Rows that are integers up to 127 times a scale already, however many of them are in use, are kept to the bit of a
@@ -78,7 +78,7 @@ def rounded(rows: Tensor) -> ByteRows:
     exact = _exact_scales(rows, largest)
     scales = torch.where(exact > 0, exact, largest / LEVELS)
     scales = torch.where(scales == 0, 1.0, scales)
-    return ByteRows((rows / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales)
+    return Int8Rows((rows / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales)
 
 
 def _exact_scales(rows: Tensor, largest: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""The exact fit of one module's bases: whole spectra of both sides, then alternating sweeps (docs/method.md).
+
+`iterative` fits modules whose stacks are too large for that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .adapter import LoRAFactors, factor_grams
+from .basis import Basis, component_rule
+from .fit_options import FitOptions
+from .linalg import LeadingVectors, RowBlocks, psd_root
+from .subspace import ModuleBases
+
+ComponentRule = Callable[[Tensor, tuple[int, int]], int]
+"""Number of components to keep, from the singular values of a stack of rows and the shape of that stack."""
+SidePair = tuple[LeadingVectors, LeadingVectors]
+"""Leading right singular vectors of the two sides (down, up)."""
+
+
+def fit_module(
+    factors: Sequence[LoRAFactors],
+    weights: Sequence[float],
+    options: FitOptions,
+    k: tuple[int, int] | None = None,
+) -> ModuleBases:
+    """Fit the bases of one module, in float64.
+
+    Args:
+        factors: Updates of the adapters that have trained the module. None of them is zero; ranks may differ.
+        weights: Positive weight of each adapter, 1 / ‖delta weight over all modules‖ where all should count alike.
+            The weighting "factors" ignores them.
+        options: Weighting, sweeps, and the size where `k` is not given.
+        k: Number of components (down, up); (0, 0) drops the module.
+
+    Returns:
+        Bases before rounding to the dtype that is stored (`subspace.round_bases`).
+    """
+    module_fit = ExactFit(factors, weights, options)
+    if k is not None:
+        return module_fit.fit(module_fit.full_spectrum(), k)
+    return module_fit.refine(module_fit.leading(component_rule(options.n_components, options.energy)))
+
+
+class ExactFit:
+    """The stacked, weighted rows of one module, from which fits of several sizes start.
+
+    Row block i of the down side is w·s·(BᵀB)^½ A of adapter i: with that weight, the error of the rows is the error of
+    the update. The up side is alike, with the roles of A and B exchanged. Under the weighting "factors" the blocks are
+    A and Bᵀ themselves.
+    """
+
+    __slots__ = ("_sweeps", "down", "down_roots", "scales", "up", "up_roots")
+
+    def __init__(self, factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> None:
+        self.down = RowBlocks([f.down for f in factors])
+        self.up = RowBlocks([f.up.mT for f in factors])
+        self.scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
+        self._sweeps = options.sweeps if options.weighting == "delta" else 0
+        if options.weighting == "factors":
+            identities = [torch.eye(f.down.shape[0], dtype=torch.float64, device=f.down.device) for f in factors]
+            self.down_roots = self.up_roots = identities
+        else:
+            grams = [factor_grams(f) for f in factors]
+            self.down_roots = [s * psd_root(up_gram) for s, (_, up_gram) in zip(self.scales, grams, strict=True)]
+            self.up_roots = [s * psd_root(down_gram) for s, (down_gram, _) in zip(self.scales, grams, strict=True)]
+
+    def without(self, index: int) -> "ExactFit":
+        """Return the fit without one adapter, reusing the Gram matrices of the others."""
+        # `__init__` would compute all Gram matrices again
+        reduced = object.__new__(ExactFit)
+        reduced.down, reduced.up = self.down.without(index), self.up.without(index)
+        for name in ("scales", "down_roots", "up_roots"):
+            per_adapter = getattr(self, name)
+            setattr(reduced, name, [*per_adapter[:index], *per_adapter[index + 1 :]])
+        reduced._sweeps = self._sweeps
+        return reduced
+
+    def count_components(self, spectrum: SidePair, options: FitOptions) -> tuple[int, int]:
+        """Return the number of components (down, up) that the options ask for, given `full_spectrum`."""
+        rule = component_rule(options.n_components, options.energy)
+        down, up = (
+            rule(leading.singular_values, (blocks.rows.shape[0], blocks.rows.shape[1]))
+            for leading, blocks in zip(spectrum, (self.down, self.up), strict=True)
+        )
+        return down, up
+
+    def leading(self, rule: ComponentRule) -> SidePair:
+        """Return the leading singular vectors of each side alone, as many as `rule` says."""
+        return self.down.leading(self.down_roots, rule), self.up.leading(self.up_roots, rule)
+
+    def full_spectrum(self) -> SidePair:
+        """Return the singular vectors of each side alone up to its numerical rank, to be shared by several `fit`s."""
+        return self.leading(component_rule(None, 1.0))
+
+    def fit(self, spectrum: SidePair, k: tuple[int, int]) -> ModuleBases:
+        """Return the bases with `k` components (down, up), fewer where the rank is lower.
+
+        Args:
+            spectrum: The result of `full_spectrum`.
+            k: Number of components; (0, 0) drops the module, so that its bases are empty.
+        """
+        if k == (0, 0):
+            return ModuleBases(down=_empty_basis(spectrum[0], self.down), up=_empty_basis(spectrum[1], self.up))
+        return self.refine((_truncate(spectrum[0], k[0]), _truncate(spectrum[1], k[1])))
+
+    def refine(self, first: SidePair) -> ModuleBases:
+        """Return the bases after alternating sweeps that start from `first`, with as many components.
+
+        A sweep replaces each side by the best one for the other side's current basis, so that the kept squared norm
+        Σ w²‖U D Vᵀ‖² never decreases (docs/method.md, "Both sides").
+        """
+        down, up = first
+        down_rule, up_rule = component_rule(down.k, None), component_rule(up.k, None)
+        for _ in range(self._sweeps):
+            down = self.down.leading(_projected_roots(up, self.up.blocks, self.scales), down_rule)
+            up = self.up.leading(_projected_roots(down, self.down.blocks, self.scales), up_rule)
+        return ModuleBases(
+            down=_as_basis(first[0], down, self.down_roots, self.down),
+            up=_as_basis(first[1], up, self.up_roots, self.up),
+        )
+
+
+def _truncate(leading: LeadingVectors, k: int) -> LeadingVectors:
+    # contiguous copies: a slice would keep the memory of all vectors alive
+    return replace(
+        leading,
+        projection=leading.projection[:, :k].contiguous(),
+        components=lambda: leading.components()[:k].clone(),
+    )
+
+
+def _empty_basis(leading: LeadingVectors, blocks: RowBlocks) -> Basis:
+    """Return a basis of no component that still records the spectrum, and with it the dropped energy."""
+    no_components = torch.zeros(0, blocks.rows.shape[1], dtype=torch.float64)
+    return Basis(no_components, leading.singular_values.float().cpu(), energy=0.0)
+
+
+def _projected_roots(opposite: LeadingVectors, blocks: Sequence[slice], scales: Sequence[float]) -> list[Tensor]:
+    """Return the weights of one side's row blocks, given the basis of the opposite side.
+
+    They are s·w·(Cᵀ C)^½ with C the opposite factor projected on its basis: ‖U D Vᵀ‖ depends on nothing else of it.
+    """
+    projected = [opposite.projection[block] for block in blocks]
+    return [scale * psd_root(rows @ rows.mT) for scale, rows in zip(scales, projected, strict=True)]
+
+
+def _as_basis(first: LeadingVectors, last: LeadingVectors, roots: Sequence[Tensor], blocks: RowBlocks) -> Basis:
+    """Return the vectors of the last sweep as a basis.
+
+    The spectrum and the energy are those of the *first* stack, weighted by `roots`: the stack of a sweep changes with
+    the other side, so its spectrum says little about the adapters.
+    """
+    kept_square = sum(
+        float((root @ last.projection[block]).square().sum()) for root, block in zip(roots, blocks.blocks, strict=True)
+    )
+    return Basis(
+        components=last.components().cpu(),
+        singular_values=first.singular_values.float().cpu(),
+        energy=min(kept_square / float(first.singular_values.square().sum()), 1.0),
+    )
