@@ -53,7 +53,7 @@ def clustered(
             for cluster in range(clusters):
                 members = _members(labels, cluster)
                 if members:
-                    found = fit(one.of(members), weights[members], k, start=bases_of[cluster].get(name), **options)
+                    found = fit(one.select(members), weights[members], k, start=bases_of[cluster].get(name), **options)
                     bases_of[cluster][name] = found.down, found.up
                 if bases_of[cluster]:
                     lost[:, cluster] += _lost_in(one, bases_of[cluster][name], fit)
@@ -83,7 +83,7 @@ def _finished(
     for name in modules:
         one = modules[name]
         for place, (cluster, members) in enumerate(groups):
-            found[place][name] = _in(one.of(members), bases_of[cluster][name], fit)
+            found[place][name] = _in(one.select(members), bases_of[cluster][name], fit)
             lost[members] += found[place][name].lost
     return Clusters(tuple(tuple(members) for _, members in groups), tuple(found), lost)
 

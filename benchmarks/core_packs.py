@@ -78,7 +78,7 @@ def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, rid
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > NEGLIGIBLE * sizes.max()]
     sides = ExactFit(factors, weights, FitOptions(n_components=k, sweeps=0))
-    alone = sides.finished(sides.first(component_rule(k, None)))
+    alone = sides.refine(sides.leading(component_rule(k, None)))
     return ModuleBases(
         down=with_rows(alone.down, fitted.down[order], sides.down.weighted(sides.down_roots)),
         up=with_rows(alone.up, fitted.up[order], sides.up.weighted(sides.up_roots)),

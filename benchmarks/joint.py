@@ -5,7 +5,7 @@ as small as alternation finds it. With full cores, up and down are orthonormal, 
 sweeps; with diagonal ones they are free. Everything is deterministic, and float64; no out × in matrix is formed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -166,7 +166,7 @@ def _best_diagonal(down: Tensor, up: Tensor, rows: Rows, ridge: float) -> tuple[
 
 
 def _weighted(one: ModuleBatch, weights: Float[Tensor, " n"]) -> ModuleBatch:
-    return ModuleBatch(one.down, one.up * weights[:, None, None], one.scaling, one.ranks)
+    return replace(one, up=one.up * weights[:, None, None])
 
 
 def _narrow(one: ModuleBatch) -> tuple[ModuleBatch, tuple[Tensor | None, Tensor | None]]:
@@ -183,7 +183,7 @@ def _narrow(one: ModuleBatch) -> tuple[ModuleBatch, tuple[Tensor | None, Tensor 
             frame = torch.linalg.qr(rows.reshape(n * r, d).mT)[0].mT
             sides.append(rows @ frame.mT)
             frames.append(frame)
-    return ModuleBatch(sides[0], sides[1], one.scaling, one.ranks), (frames[0], frames[1])
+    return replace(one, down=sides[0], up=sides[1]), (frames[0], frames[1])
 
 
 def _within(rows: Tensor, frame: Tensor | None) -> Tensor:

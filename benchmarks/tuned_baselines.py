@@ -72,7 +72,7 @@ class SharedFactors:
             module = modules[name]
             self.shapes[name] = module.up.shape[2], module.down.shape[2]
             self.ranks[name] = list(module.ranks)
-            tails += [squared_tails(module.of(group), self.weights[group]) for group in self.groups]
+            tails += [squared_tails(module.select(group), self.weights[group]) for group in self.groups]
         tail = torch.zeros(2, max((tail.shape[1] for tail in tails), default=1), dtype=torch.float64)
         for module_tail in tails:
             tail[:, : module_tail.shape[1]] += module_tail
@@ -111,7 +111,7 @@ class SharedFactors:
             for name in self.modules:
                 module = self.modules[name]
                 for cluster, group in enumerate(self.groups):
-                    members = module.of(group)
+                    members = module.select(group)
                     if not any(members.ranks):
                         continue
                     rows = self._rows(kind, k, (name, cluster), members)
@@ -171,7 +171,7 @@ class SharedFactors:
             for name in self.modules:
                 module = self.modules[name]
                 for group in groups:
-                    members, weights = module.of(group), self.weights[group]
+                    members, weights = module.select(group), self.weights[group]
                     if any(members.ranks):
                         fitted = joint.diagonal(members, weights, k, rounds=self.rounds[1], tolerance=1e-4)
                         lost += float((weights.square() * fitted.lost).sum())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigenlorax.core.batch import ModuleBatch, delta_squares, pad_factors
+from eigenlorax.core.batch import delta_squares, pad_factors, scaled_batch
 from made import awkward
 from planted import MODULES, factors_in, normal, orthonormal, random_factors
 from reference import dense, fit_delta, objective
@@ -42,7 +42,7 @@ def relative(found, one):
 def with_diagonal_cores(n, k, seed=3):
     """D_i = Σ_k s_ik u_k v_kᵀ, of factors that are not orthogonal; the factors too."""
     down, up, cores = normal(k, N_IN, seed=seed), normal(k, N_OUT, seed=seed + 1), normal(n, k, seed=seed + 2)
-    made = ModuleBatch(
+    made = scaled_batch(
         down.expand(n, k, N_IN).clone(), cores[:, :, None] * up, torch.ones(n, dtype=torch.float64), (k,) * n
     )
     return made, down, up
@@ -113,7 +113,7 @@ class TestFull:
         one = pad_factors(collection(), N_IN, N_OUT)
         weights = unit(one)
         weights[0] = 0
-        found, without = joint.full(one, weights, 5), joint.full(one.of(range(1, 9)), weights[1:], 5)
+        found, without = joint.full(one, weights, 5), joint.full(one.select(range(1, 9)), weights[1:], 5)
         torch.testing.assert_close(found.lost[1:], without.lost)
         assert float(found.lost[0]) > 0
 

@@ -8,7 +8,7 @@ import joint
 import pytest
 import torch
 
-from eigenlorax.core.batch import ModuleBatch, delta_squares, pad_factors
+from eigenlorax.core.batch import delta_squares, pad_factors, scaled_batch
 from eigenlorax.reports.analysis.losses import rounded_rows
 from eigenlorax.reports.analysis.per_adapter import BOTH
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
@@ -136,7 +136,7 @@ class TestDiagonalCoresOfMany:
         n_out, n_in = MODULES["encoder.0.query"]
         down, up = normal(k, n_in, seed=1), normal(k, n_out, seed=2)
         cores = normal(n, k, seed=3)
-        made = ModuleBatch(
+        made = scaled_batch(
             down + 0.02 * normal(n, k, n_in, seed=4),
             cores[:, :, None] * up,
             torch.ones(n, dtype=torch.float64),

@@ -272,9 +272,9 @@ class TestMetrics:
             delta = reference.dense(f)
             ideal = reference.projected(delta, exact.down.components.numpy(), exact.up.components.numpy())
             back = reference.dense(projection.reconstruct(coefficients, bases))
-            assert found.total == pytest.approx(np.square(delta).sum(), rel=1e-10)
+            assert found.square == pytest.approx(np.square(delta).sum(), rel=1e-10)
             assert found.squared_error == pytest.approx(np.square(delta - back).sum(), rel=1e-6, abs=1e-24)
-            assert found.rounding == pytest.approx(np.square(ideal - back).sum(), rel=1e-6, abs=1e-24)
+            assert found.squared_rounding == pytest.approx(np.square(ideal - back).sum(), rel=1e-6, abs=1e-24)
 
     def test_an_adapters_error_is_over_all_its_modules(self):
         modules = [metrics.ModuleError(4.0, 1.0, 0.25), metrics.ModuleError(5.0, 0.0, 0.0)]
