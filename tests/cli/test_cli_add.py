@@ -131,7 +131,7 @@ BAD = {
     "cut": (
         {},
         lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 9),
-        ["bad", "not a whole safetensors file"],
+        ["bad", "not a valid safetensors file"],
     ),
     "no weights": ({}, lambda f: (f / "adapter_model.safetensors").unlink(), ["bad", "adapter_model.safetensors"]),
     "wrong JSON": ({}, lambda f: (f / "adapter_config.json").write_text("{"), ["bad", "not valid JSON"]),

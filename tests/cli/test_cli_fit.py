@@ -53,9 +53,9 @@ def set_number(key: str, value: float) -> Callable[[Path], object]:
 
 # name → how the second of two adapters is broken, and what the message must have besides the adapter's place
 BROKEN = {
-    "the weights end too early": (lambda f: cut(f, -10), ["not a whole safetensors file"]),
-    "the weights end in the header": (lambda f: cut(f, 30), ["not a whole safetensors file"]),
-    "the weights are empty": (lambda f: cut(f, 0), ["not a whole safetensors file"]),
+    "the weights end too early": (lambda f: cut(f, -10), ["not a valid safetensors file"]),
+    "the weights end in the header": (lambda f: cut(f, 30), ["not a valid safetensors file"]),
+    "the weights are empty": (lambda f: cut(f, 0), ["not a valid safetensors file"]),
     "the weights are missing": (lambda f: (f / WEIGHTS).unlink(), [WEIGHTS, "adapter_model.bin"]),
     "the weights are a link to nothing": (
         lambda f: [(f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to(f / "gone")],

@@ -332,7 +332,7 @@ def test_tensors_are_read_module_by_module(tmp_path, monkeypatch):
     n = 12
     folders = [ex.write_adapter(adapter, tmp_path / adapter.name) for adapter in random_collection(n)]
     alive, counts = set(), []
-    real = ranges.Stored.load
+    real = ranges.TensorFile.load
 
     def counting(stored, names):
         tensors = real(stored, names)
@@ -342,7 +342,7 @@ def test_tensors_are_read_module_by_module(tmp_path, monkeypatch):
         counts.append(len(alive))
         return tensors
 
-    monkeypatch.setattr(ranges.Stored, "load", counting)
+    monkeypatch.setattr(ranges.TensorFile, "load", counting)
     ex.fit(folders, n_components=4)
     assert len(counts) >= n * 2 * len(MODULES)
     assert max(counts) <= 2 * (n + 1)

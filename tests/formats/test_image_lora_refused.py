@@ -49,12 +49,12 @@ class TestBroken:
     @pytest.mark.parametrize("end", [3, 100, -1])
     def test_half_downloaded(self, file, end):
         file.write_bytes(file.read_bytes()[:end])
-        with pytest.raises(FormatError, match="style.safetensors is not a whole safetensors file"):
+        with pytest.raises(FormatError, match="style.safetensors is not a valid safetensors file"):
             read_adapter(file)
 
     def test_a_page_in_the_place_of_a_file(self, file):
         file.write_text("<!DOCTYPE html><html>Sign in</html>")
-        with pytest.raises(FormatError, match="style.safetensors is not a whole safetensors file"):
+        with pytest.raises(FormatError, match="style.safetensors is not a valid safetensors file"):
             read_adapter(file)
 
     def test_nan(self, file):

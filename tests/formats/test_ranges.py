@@ -21,7 +21,7 @@ import remote_disk  # noqa: F401 (registers disk://)
 from adapters import MODULES, change_tensors, factors, make_adapter
 from eigenlorax.errors import FormatError
 from eigenlorax.formats import urls
-from eigenlorax.formats.ranges import local, stored
+from eigenlorax.formats.ranges import local_file, open_tensors
 from eigenlorax.formats.safetensors_file import to_bytes
 
 WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +62,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def assert_same_tensors(path: Path) -> None:
-    found, wanted = stored(local(path)), load_file(path)
+    found, wanted = open_tensors(local_file(path)), load_file(path)
     assert found.entries.keys() == wanted.keys()
     read = found.load(list(wanted))
     assert all(same_bits(one, other) for one, other in zip(read, wanted.values(), strict=True))
@@ -80,7 +80,7 @@ class TestWhatIsRead:
         if dtype is None:
             pytest.skip("this torch has no four-bit floats")
         path = written(tmp_path / "a", {"t": {"dtype": "F4", "shape": [3, 2], "data_offsets": [0, 3]}}, b"\1\2\3")
-        (read,) = stored(local(path)).load(["t"])
+        (read,) = open_tensors(local_file(path)).load(["t"])
         with safe_open(path, "pt") as file:
             assert same_bits(read, file.get_tensor("t"))
 
@@ -97,7 +97,7 @@ class TestWhatIsRead:
         assert_same_tensors(tmp_path / "a")
 
     def test_no_tensor_at_all(self, tmp_path):
-        assert stored(local(written(tmp_path / "a", {}))).load([]) == []
+        assert open_tensors(local_file(written(tmp_path / "a", {}))).load([]) == []
 
     def test_offsets_that_no_dtype_is_aligned_to(self, tmp_path):
         header = {
@@ -105,17 +105,17 @@ class TestWhatIsRead:
             "f": {"dtype": "F64", "shape": [1], "data_offsets": [3, 11]},
         }
         path = written(tmp_path / "a", json.dumps(header).encode() + b" ", bytes(range(11)))
-        (read,) = stored(local(path)).load(["f"])
+        (read,) = open_tensors(local_file(path)).load(["f"])
         assert read.view(torch.uint8).tolist() == list(range(3, 11))
 
     def test_in_the_order_of_the_call_and_as_often(self, tmp_path):
         save_file({"a": torch.arange(3.0), "b": torch.arange(5.0)}, tmp_path / "f")
-        read = stored(local(tmp_path / "f")).load(["b", "a", "b"])
+        read = open_tensors(local_file(tmp_path / "f")).load(["b", "a", "b"])
         assert [len(tensor) for tensor in read] == [5, 3, 5]
 
     def test_each_has_memory_of_its_own(self, tmp_path):
         save_file({"a": torch.arange(3.0), "b": torch.arange(5.0)}, tmp_path / "f")
-        found = stored(local(tmp_path / "f"))
+        found = open_tensors(local_file(tmp_path / "f"))
         first, second = found.load(["a", "b"])
         first.fill_(9)
         assert second.tolist() == [0, 1, 2, 3, 4]
@@ -133,39 +133,52 @@ DAMAGED = {
     "no length": (lambda p: p.write_bytes(b"1234567"), "it has 7 bytes"),
     "a length beyond all bounds": (lambda p: written(p, {}, length=2**63), "its header would have"),
     "a length beyond the file": (lambda p: written(p, {"a": ONE}, b"1234", length=900), "it ends within its header"),
-    "a blank before the brace": (lambda p: written(p, b" {}"), "begins with b' '"),
-    "nothing for a header": (lambda p: written(p, b""), "begins with b''"),
-    "a list": (lambda p: written(p, []), "begins with b'\\['"),
-    "not UTF-8": (lambda p: written(p, b'{"\xff":1}'), "not valid JSON: 'utf-8' codec"),
-    "half a character": (lambda p: written(p, {"\ud800": ONE}, b"1234"), "not valid JSON: 'utf-8' codec"),
-    "cut JSON": (lambda p: written(p, b'{"a":'), "not valid JSON"),
-    "JSON too deep": (lambda p: written(p, b'{"a":' + b"[" * 100_000), "not valid JSON"),
-    "NaN": (lambda p: written(p, b'{"a":NaN}'), "not valid JSON: NaN"),
+    "nothing for a header": (lambda p: written(p, b""), "EOF while parsing"),
+    "a list": (lambda p: written(p, []), "invalid type: sequence"),
+    "not UTF-8": (lambda p: written(p, b'{"\xff":1}'), "invalid UTF-8 in header"),
+    "half a character": (lambda p: written(p, {"\ud800": ONE}, b"1234"), "invalid JSON in header"),
+    "cut JSON": (lambda p: written(p, b'{"a":'), "EOF while parsing"),
+    "JSON too deep": (lambda p: written(p, b'{"a":' + b"[" * 100_000), "recursion limit exceeded"),
+    "NaN": (lambda p: written(p, b'{"a":NaN}'), "invalid JSON in header"),
     "a name twice": (
         lambda p: written(p, b'{"a":%b,"a":%b}' % ((json.dumps(ONE).encode(),) * 2), b"1234"),
-        "'a' is there twice",
+        "its header has 'a' twice",
     ),
-    "metadata of numbers": (lambda p: written(p, {"__metadata__": {"a": 1}}), "__metadata__"),
-    "a tensor that is a number": (lambda p: written(p, {"a": 3}), "'a' has the data_offsets None"),
-    "no offsets": (lambda p: written(p, {"a": {"dtype": "F32", "shape": [1]}}), "'a' has the data_offsets None"),
-    "offsets backwards": (lambda p: written(p, {"a": {**ONE, "data_offsets": [4, 0]}}, b"1234"), "\\[4, 0\\]"),
-    "negative offsets": (lambda p: written(p, {"a": {**ONE, "data_offsets": [-4, 0]}}, b"1234"), "\\[-4, 0\\]"),
-    "fractions": (lambda p: written(p, {"a": {**ONE, "data_offsets": [0.0, 4.0]}}, b"1234"), "\\[0.0, 4.0\\]"),
-    "a hole before": (lambda p: written(p, {"a": {**ONE, "data_offsets": [4, 8]}}, b"12345678"), "begin at 4, where 0"),
+    "metadata of numbers": (lambda p: written(p, {"__metadata__": {"a": 1}}), "expected a string"),
+    "a tensor that is a number": (lambda p: written(p, {"a": 3}), "invalid type: integer `3`"),
+    "no offsets": (lambda p: written(p, {"a": {"dtype": "F32", "shape": [1]}}), "missing field `data_offsets`"),
+    "offsets backwards": (
+        lambda p: written(p, {"a": {**ONE, "data_offsets": [4, 0]}}, b"1234"),
+        "invalid offset for tensor `a`",
+    ),
+    "negative offsets": (
+        lambda p: written(p, {"a": {**ONE, "data_offsets": [-4, 0]}}, b"1234"),
+        "invalid value: integer `-4`",
+    ),
+    "fractions": (lambda p: written(p, {"a": {**ONE, "data_offsets": [0.0, 4.0]}}, b"1234"), "floating point `0.0`"),
+    "a hole before": (
+        lambda p: written(p, {"a": {**ONE, "data_offsets": [4, 8]}}, b"12345678"),
+        "invalid offset for tensor `a`",
+    ),
     "a hole between": (
         lambda p: written(p, {"a": ONE, "b": {**ONE, "data_offsets": [8, 12]}}, b"123456789012"),
-        "'b' begin at 8, where 4",
+        "invalid offset for tensor `b`",
     ),
-    "an overlap": (lambda p: written(p, {"a": ONE, "b": {**ONE, "data_offsets": [2, 6]}}, b"123456"), "where 4"),
-    "bytes too many for the shape": (lambda p: written(p, {"a": {**ONE, "shape": [2]}}, b"1234"), "not those of F32"),
-    "a shape that is true": (lambda p: written(p, {"a": {**ONE, "shape": [True]}}, b"1234"), "the shape \\[True\\]"),
-    "a shape beyond torch": (
-        lambda p: written(p, {"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}),
-        "the shape \\[0, 9223372036854775808\\]",
+    "an overlap": (
+        lambda p: written(p, {"a": ONE, "b": {**ONE, "data_offsets": [2, 6]}}, b"123456"),
+        "invalid offset for tensor `b`",
     ),
-    "no dtype": (lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "the dtype None"),
-    "a byte missing": (lambda p: written(p, {"a": ONE}, b"123"), "take 73 bytes; the file has 72"),
-    "a byte too many": (lambda p: written(p, {"a": ONE}, b"12345"), "the file has 74"),
+    "bytes too many for the shape": (
+        lambda p: written(p, {"a": {**ONE, "shape": [2]}}, b"1234"),
+        "invalid shape, data type, or offset",
+    ),
+    "a shape that is true": (
+        lambda p: written(p, {"a": {**ONE, "shape": [True]}}, b"1234"),
+        "invalid type: boolean `true`",
+    ),
+    "no dtype": (lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "missing field `dtype`"),
+    "a byte missing": (lambda p: written(p, {"a": ONE}, b"123"), "file not fully covered"),
+    "a byte too many": (lambda p: written(p, {"a": ONE}, b"12345"), "file not fully covered"),
 }
 
 
@@ -173,8 +186,8 @@ DAMAGED = {
 def test_a_file_that_is_not_whole(tmp_path, case):
     damage, said = DAMAGED[case]
     damage(tmp_path / "a")
-    with pytest.raises(FormatError, match=f"a is not a whole safetensors file: .*{said}"):
-        stored(local(tmp_path / "a"))
+    with pytest.raises(FormatError, match=f"a is not a valid safetensors file: .*{said}"):
+        open_tensors(local_file(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["on disk", "behind a URL"])
@@ -186,24 +199,24 @@ def test_half_a_character_in_metadata_is_refused_as_the_library_refuses_it(tmp_p
     path = written(tmp_path / "one.safetensors", {"__metadata__": metadata, "a": ONE}, b"1234")
     with pytest.raises(SafetensorError):
         load_file(path)
-    file = urls.folder(f"disk://{tmp_path}").file(path.name) if remote else local(path)
-    with pytest.raises(FormatError, match="one.safetensors is not a (whole )?safetensors file"):
-        stored(file)
+    file = urls.folder(f"disk://{tmp_path}").file(path.name) if remote else local_file(path)
+    with pytest.raises(FormatError, match="one.safetensors is not a valid safetensors file"):
+        open_tensors(file)
 
 
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
+        ([0, 2**63], "a shape that no tensor can have"),
         ([0, 2**62, 2**62], "a shape that no tensor can have"),
         ([2**31, 2**31, 2, 0], "a shape that no tensor can have"),
-        ([2**62, 2**62, 0], "a shape that no tensor can have"),
         ([0] + [1] * 64, "a shape that no tensor can have"),
     ],
 )
 def test_a_shape_that_torch_has_no_strides_for(tmp_path, shape, said):
     path = written(tmp_path / "a", {"t": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
     with pytest.raises(FormatError, match=f"a: tensor 't' has {said}"):
-        stored(local(path))
+        open_tensors(local_file(path))
 
 
 def test_a_tensor_larger_than_memory(tmp_path):
@@ -213,14 +226,14 @@ def test_a_tensor_larger_than_memory(tmp_path):
     with pytest.raises(
         FormatError, match="a: a tensor of 8,796,093,022,208 bytes does not fit in this machine's memory"
     ):
-        stored(local(path)).load(["t"])
+        open_tensors(local_file(path)).load(["t"])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 def test_what_is_no_plain_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "a")
     with pytest.raises(FormatError, match="a is not a plain file"):
-        local(tmp_path / "a")
+        local_file(tmp_path / "a")
 
 
 HALVES = st.text(st.characters(codec=None, categories=None), max_size=4)
@@ -242,9 +255,9 @@ def test_what_is_read_can_be_written_and_read_again(tmp_path_factory, described,
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     path = written(folder / "drawn.safetensors", header, bytes(n % 2 for n in range(at)))
-    file = urls.folder(f"disk://{folder}").file(path.name) if remote else local(path)
+    file = urls.folder(f"disk://{folder}").file(path.name) if remote else local_file(path)
     try:
-        found = stored(file)
+        found = open_tensors(file)
     except FormatError:
         with pytest.raises(SafetensorError):
             load_file(path)
@@ -253,16 +266,18 @@ def test_what_is_read_can_be_written_and_read_again(tmp_path_factory, described,
     read = dict(zip(found.entries, found.load(list(found.entries)), strict=True))
     assert read.keys() == wanted.keys()
     (folder / "again.safetensors").write_bytes(to_bytes(read, found.metadata))
-    again = stored(local(folder / "again.safetensors"))
+    again = open_tensors(local_file(folder / "again.safetensors"))
     assert dict(again.metadata) == dict(found.metadata) == (metadata or {})
     assert all(same_bits(again.load([name])[0], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("stated", ["F6_E2M3", "F3", "float32"])
+@pytest.mark.parametrize("stated", ["F6_E2M3", "F6_E3M2"])
 def test_a_dtype_that_cannot_be_read_is_named(tmp_path, stated):
     path = written(tmp_path / "a", {"head": {"dtype": stated, "shape": [4], "data_offsets": [0, 3]}}, b"123")
-    with pytest.raises(FormatError, match=f"a: tensor 'head' is {stated}, a dtype that cannot be read here"):
-        stored(local(path))
+    with pytest.raises(
+        FormatError, match=f"a: tensor 'head' is {stated}, a dtype that this release of torch cannot read"
+    ):
+        open_tensors(local_file(path))
 
 
 @given(st.data())
@@ -280,13 +295,13 @@ def test_what_the_library_refuses_is_refused_and_the_rest_is_read_alike(tmp_path
         wanted = load_file(path)
     except SafetensorError:
         with pytest.raises(FormatError):
-            stored(local(path))
+            open_tensors(local_file(path))
     else:
         try:
-            found = stored(local(path))
+            found = open_tensors(local_file(path))
         except FormatError as error:
             # what the format's description forbids, and the library lets pass
-            assert "there twice" in str(error) or "begins with" in str(error)  # noqa: PT017
+            assert "twice" in str(error)  # noqa: PT017
         else:
             assert all(same_bits(found.load([name])[0], value) for name, value in wanted.items())
 

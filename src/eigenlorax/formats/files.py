@@ -151,7 +151,7 @@ def check_config(config: dict[str, Any], path: str, kinds: Sequence[str] = (LORA
 def _open_safetensors(folder: Folder, name: str) -> tuple[str, int, dict[str, Header], Load, dict[str, str]]:
     """What a file is called, its size, what it has, what reads it, and its metadata."""
     file = folder.file(name)
-    found = ranges.stored(file)
+    found = ranges.open_tensors(file)
     keys.check_tensor_names(found.entries, str(file))
     headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in found.entries.items()}
     return str(file), file.size, headers, found.load, dict(found.metadata)

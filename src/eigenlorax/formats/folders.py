@@ -43,7 +43,7 @@ class LocalFolder:
 
     def file(self, name: str) -> LocalFile:
         """A file that is there, to read ranges of."""
-        return ranges.local(self.at(name))
+        return ranges.local_file(self.at(name))
 
     def folders(self) -> list["LocalFolder"]:
         """The folders in it by name, hidden ones aside."""
@@ -144,7 +144,7 @@ def _local_file(path: Path) -> Place:
     if is_file_name(path):
         return Place(LocalFolder(path.parent), hub.name_of(path), path.name)
     try:
-        ranges.stored(ranges.local(path))
+        ranges.open_tensors(ranges.local_file(path))
     except FormatError:
         pickled = path.suffix in (".bin", ".ckpt", ".pt", ".pth")
         raise FormatError(
@@ -227,8 +227,8 @@ def is_file_name(source: str | Path) -> bool:
 def is_lora(folder: Folder, file: str) -> bool:
     """Whether a safetensors file, by its header, is an adapter's, or so broken that it cannot be said."""
     try:
-        found = ranges.stored(folder.file(file))
-        keys.check_tensor_names(found.entries, file)
+        entries = ranges.open_tensors(folder.file(file)).entries
+        keys.check_tensor_names(entries, file)
     except FormatError:
         return True
-    return names.is_lora(found.entries)
+    return names.is_lora(entries)

@@ -1,7 +1,13 @@
-"""Tensors of a safetensors file, read by their offsets when they are asked for.
+"""Tensors of a safetensors file, read by byte ranges when they are asked for.
 
-The header is read and checked once. What is kept is a description, which may be pickled, and read from in any process
-or thread: no file stays open, and none is mapped, since mapped pages count as the process's memory.
+The safetensors library validates every file, but its `safe_open` does not read the tensors, for three reasons:
+
+- It opens local files only. Whether a file behind a URL is a LoRA, and the shapes in it, take its header: kilobytes of
+  what may be a model of gigabytes. The files of a repository are listed and inspected that way without a download.
+- It maps the file. When another process truncates a mapped file, reading it ends this process with SIGBUS. Here it is
+  a `FormatError`.
+- Mapped pages count as memory of the process, and a fit reads hundreds of files. Here no file stays open, so the
+  description of a file can be pickled and read in any process or thread.
 """
 
 import os
@@ -18,133 +24,142 @@ from torch import Tensor
 
 from ..core.boundary import machine_memory
 from ..errors import FormatError, reason
-from . import header
-from .header import Entry
+from .safetensors_file import LENGTH_BYTES, TensorEntry, header_length, invalid, parse_header
 from .urls import RemoteFile
 
-_FIRST = 1 << 16
-"""Bytes that are read at first: most headers are shorter, so that one read is enough."""
+_FIRST_READ = 1 << 16
+"""Bytes of the first read. Most headers are shorter, so one request is enough."""
 
-Part = tuple[int, memoryview]
-"""Where a range of bytes begins, and the room it is to fill."""
+Target = tuple[int, memoryview]
+"""The offset of a range of bytes in a file, and the memory to read the range into."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file on disk as it was when it was described: by what it was called, and as an absolute path."""
+    """A file on disk, with its size and modification time at the moment it was described.
 
-    called: str
+    name: the path as the user gave it, for error messages. path: the same as an absolute path.
+    """
+
+    name: str
     path: str
     size: int
     modified_ns: int
 
-    def fill(self, parts: Sequence[Part]) -> None:
-        """Read ranges of bytes, in the order of the file. `FormatError` if it is not the one that was described."""
+    def read_into(self, targets: Sequence[Target]) -> None:
+        """Read ranges of bytes in the order of the file.
+
+        Raises:
+            FormatError: the file has changed since it was described.
+        """
         try:
-            # unbuffered: bytes go where they are wanted, and none beside them is read
+            # unbuffered: bytes go directly into the target, and no others are read
             with open(self.path, "rb", buffering=0) as file:
-                now = os.fstat(file.fileno())
-                if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns):
                     raise self._changed()
-                for begin, room in sorted(parts, key=itemgetter(0)):
+                for begin, memory in sorted(targets, key=itemgetter(0)):
                     file.seek(begin)
-                    while room:
-                        count = file.readinto(room)
+                    while memory:
+                        count = file.readinto(memory)
                         if not count:
                             raise self._changed()
-                        room = room[count:]
+                        memory = memory[count:]
         except OSError as error:
-            # a read does not say which file the disk failed at
-            error.filename = error.filename or self.called
+            # an error of `readinto` does not name the file
+            error.filename = error.filename or self.name
             raise
 
     def _changed(self) -> FormatError:
         return FormatError(
-            f"{self.called} was changed while it was in use: it is not the file whose header was read. Run it again "
+            f"{self.name} was changed while it was in use: it is not the file whose header was read. Run it again "
             "when nothing writes to it."
         )
 
     def __str__(self) -> str:
-        return self.called
+        return self.name
 
 
-def local(path: Path) -> LocalFile:
-    """The file as it is now. `FormatError` where it is none: to open a pipe waits, and a device has no end."""
+def local_file(path: Path) -> LocalFile:
+    """Describe a file on disk as it is now.
+
+    Raises:
+        FormatError: there is no such file, or it is a pipe, which would block, or a device, which has no end.
+    """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise FormatError(f"{path} is not a plain file.")
-    return LocalFile(str(path), os.path.abspath(path), found.st_size, found.st_mtime_ns)
+    return LocalFile(str(path), os.path.abspath(path), status.st_size, status.st_mtime_ns)
 
 
 File = LocalFile | RemoteFile
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """The tensors of a safetensors file, by its header."""
+class TensorFile:
+    """A safetensors file whose header has been read."""
 
     file: File
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
     def load(self, names: Sequence[str]) -> list[Tensor]:
-        """Tensors by name, each in memory of its own."""
+        """Read tensors by name, each into memory of its own."""
         entries = [self.entries[name] for name in names]
-        buffers = [self._room(entry) for entry in entries]
-        rooms = [buffer.numpy().data for buffer in buffers]
-        self.file.fill([(entry.begin, room) for entry, room in zip(entries, rooms, strict=True)])
+        buffers = [self._buffer(entry) for entry in entries]
+        memories = [buffer.numpy().data for buffer in buffers]
+        self.file.read_into([(entry.begin, memory) for entry, memory in zip(entries, memories, strict=True)])
         return [buffer.view(entry.dtype).reshape(entry.shape) for entry, buffer in zip(entries, buffers, strict=True)]
 
-    def _room(self, entry: Entry) -> Tensor:
+    def _buffer(self, entry: TensorEntry) -> Tensor:
         size = entry.end - entry.begin
+        # a sparse file can state any size without taking that room on the disk
         if size > machine_memory():
-            # a sparse file has as many bytes as it says, and takes none of the disk
             raise FormatError(f"{self.file}: a tensor of {size:,} bytes does not fit in this machine's memory.")
         return torch.empty(size, dtype=torch.uint8)
 
 
-def stored(file: File) -> Stored:
-    """What a safetensors file has, by its header. `FormatError` if the file is not whole, or not one to the safetensors
-    library."""
-    where = str(file)
-    first = _read(file, 0, min(_FIRST, file.size))
-    end = header.LENGTH_BYTES + header.length(first, file.size, where)
-    text = first[header.LENGTH_BYTES : end] + _read(file, len(first), max(end, len(first)))
-    found = Stored(file, *header.parse(text, file.size, where))
-    _check_is_read(file, first[: header.LENGTH_BYTES] + text)
-    return found
+def open_tensors(file: File) -> TensorFile:
+    """Read and check the header of a safetensors file.
 
-
-def _check_is_read(file: File, head: bytes) -> None:
-    """`FormatError` where the safetensors library would not open a file that begins with `head`.
-
-    What it would refuse for reasons of its own, such as half a character in a text, could be read here and then written
-    nowhere: an adapter would come into a pack and never come out. So it has the last word.
+    Raises:
+        FormatError: the safetensors library would not open the file, or torch cannot represent one of its tensors.
     """
+    name = str(file)
+    first = _read(file, 0, min(_FIRST_READ, file.size))
+    end = LENGTH_BYTES + header_length(first, file.size, name)
+    text = first[LENGTH_BYTES:end] + _read(file, len(first), max(end, len(first)))
     try:
-        if isinstance(file, LocalFile):
-            _open(file.path)
-        else:
-            # it opens files of this machine alone: this one is as long as the other one, and takes no room on the disk
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder, "copy.safetensors")
-                copy.write_bytes(head)
-                os.truncate(copy, file.size)
-                _open(str(copy))
+        _validate(file, first[:LENGTH_BYTES] + text)
     except (SafetensorError, ValueError) as error:
-        raise FormatError(f"{file} is not a safetensors file that can be read: {reason(error)}.") from error
+        raise invalid(name, reason(error)) from error
+    return TensorFile(file, *parse_header(text, name))
 
 
-def _open(path: str) -> None:
-    with safe_open(path, framework="np"):
-        pass
+def _validate(file: File, head: bytes) -> None:
+    """Let the safetensors library check a file that starts with the bytes `head`, its length and header.
+
+    The library opens local files only. For a remote file it gets a sparse file of the same size and header.
+    """
+    if isinstance(file, LocalFile):
+        with safe_open(file.path, framework="np"):
+            pass
+        # the library opened the path again: raises unless that is still the file whose header was read
+        file.read_into([])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy.safetensors")
+        copy.write_bytes(head)
+        os.truncate(copy, file.size)
+        with safe_open(str(copy), framework="np"):
+            pass
 
 
 def _read(file: File, begin: int, end: int) -> bytes:
-    room = bytearray(end - begin)
-    if room:
-        file.fill([(begin, memoryview(room))])
-    return bytes(room)
+    buffer = bytearray(end - begin)
+    if buffer:
+        file.read_into([(begin, memoryview(buffer))])
+    return bytes(buffer)

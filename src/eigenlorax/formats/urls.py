@@ -83,7 +83,7 @@ class RemoteFile:
     size: int
     token: str | bool | None = field(default=None, repr=False)
 
-    def fill(self, parts: Sequence[tuple[int, memoryview]]) -> None:
+    def read_into(self, parts: Sequence[tuple[int, memoryview]]) -> None:
         """Read ranges of bytes, each from an offset on into the room beside it; neighbours by one request.
 
         `FormatError` where the file has fewer bytes by now.
