@@ -10,8 +10,8 @@ from synthetic import report as synthetic
 
 import eigenlorax as ex
 from eigenlorax.errors import FormatError
-from eigenlorax.reports import files, page
-from eigenlorax.reports.render import markdown
+from eigenlorax.reports import files
+from eigenlorax.reports.render import markdown, page
 from planted import shared_collection
 
 # a page takes a second to draw

@@ -7,7 +7,7 @@ import chromium
 import pytest
 from synthetic import bare, even, hostile_names, report, wide
 
-from eigenlorax.reports import page
+from eigenlorax.reports.render import page
 
 CHROMIUM = chromium.find() if os.name == "posix" else None
 pytestmark = pytest.mark.skipif(

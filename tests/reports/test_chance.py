@@ -13,10 +13,10 @@ from reported import adapters, report_on, the
 
 import eigenlorax as ex
 from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.reports import alternatives, files, measure, originals, page, verdict
+from eigenlorax.reports import alternatives, files, measure, originals, verdict
 from eigenlorax.reports.chance import SIGMAS
 from eigenlorax.reports.energies import energies
-from eigenlorax.reports.render import markdown
+from eigenlorax.reports.render import markdown, page
 from eigenlorax.train import demo
 from made import WIDE, of_one_subspace, one_start, random
 from planted import normal, of_spectrum, orthonormal

@@ -9,10 +9,10 @@ from synthetic import report
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.core.batch import pad_factors
-from eigenlorax.reports import data, frontier, page
+from eigenlorax.reports import data, frontier
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
-from eigenlorax.reports.render import markdown
+from eigenlorax.reports.render import markdown, page
 from made import of_one_subspace, random
 from planted import MODULES
 

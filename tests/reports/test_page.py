@@ -16,7 +16,8 @@ from documents import Document
 from synthetic import HOSTILE, LLAMA, bare, even, hostile_names, report
 
 from eigenlorax.errors import MissingExtraError
-from eigenlorax.reports import data, kinship, page, sections
+from eigenlorax.reports import data
+from eigenlorax.reports.render import page
 
 ADAPTERS = "All adapters, the worst first"
 WEIGHTS = "Bytes and factors of all adapters"
@@ -82,7 +83,7 @@ def test_bars_are_as_long_as_the_errors():
         )
         for n, (one, error) in enumerate(zip(full.adapters, (0.5, 0.3, 0.1), strict=True))
     ]
-    html = sections.adapters(changed(full, adapters=rows))
+    html = page.section("adapters", changed(full, adapters=rows))
     section = Document(html[html.index('<ol class="bars"') : html.index("</ol>")] + "</ol>")
     # of an axis that ends at 0.8
     assert [(found["class"], found["style"]) for _, found in section.of_class("bar")] == [
@@ -186,7 +187,7 @@ def test_each_task_has_its_own_columns():
         ("causal-lm", "perplexity: recycled", "accuracy: recycled"),
     ):
         one = changed(full, evaluations=[row for row in full.evaluations if row.task == kind])
-        heads = Document(sections.evaluations(one)).tables["Adapters on their task"][0]
+        heads = Document(page.section("task", one)).tables["Adapters on their task"][0]
         assert has in heads
         assert lacks not in heads
 
@@ -334,7 +335,7 @@ def test_many_kinds_of_modules():
 def test_the_same_report_gives_the_same_bytes(html):
     assert page.render(report(7)) == html
     # of another process, whose sets have another order
-    code = "import hashlib; from synthetic import report; from eigenlorax.reports import page\n"
+    code = "import hashlib; from synthetic import report; from eigenlorax.reports.render import page\n"
     code += "print(hashlib.sha256(page.render(report(7)).encode()).hexdigest())"
     folders = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": folders, "PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}
@@ -350,7 +351,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(("trained", "pictured"), [(2, []), (3, ["matrices", "points"])])
 def test_two_adapters_are_no_picture(trained, pictured):
-    section = kinship.render(report(trained + 1))
+    section = page.section("similarity", report(trained + 1))
     drawn = {found["id"].split("-")[0] for _, found in Document(f"<div>{section}</div>").elements if "id" in found}
     assert sorted(drawn) == pictured
     assert f"of {trained} trained adapters, as they were." in section
@@ -359,7 +360,7 @@ def test_two_adapters_are_no_picture(trained, pictured):
 def test_what_is_not_there_is_not_in_the_captions():
     full = report(6)
     near = changed(full.similarity, clusters=[], map_share=None, of="pack")
-    section = kinship.render(changed(full, similarity=near, outliers=[]))
+    section = page.section("similarity", changed(full, similarity=near, outliers=[]))
     assert "as they come back from the pack" in section
     assert not re.search("coloured by cluster|ringed|squared distance|<h3>Clusters", section)
     assert "Each point an adapter; near ones have similar updates" in section
@@ -381,7 +382,7 @@ def test_figures_that_are_all_equal_give_pictures_and_no_warning(adapters, error
 
 @pytest.mark.parametrize(("error", "worst"), [(5e-8, False), (0.25, True)])
 def test_only_a_loss_is_pointed_at(error, worst):
-    section = sections.modules(even(2, error=error))
+    section = page.section("modules", even(2, error=error))
     assert ("★" in section) is worst
     assert ("The star is on the worst module." in section) is worst
     assert ("Most is lost in" in section) is worst

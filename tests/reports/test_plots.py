@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import even, report
 
-from eigenlorax.reports import bars, curves, kinds, maps, numbers, plots, svg
+from eigenlorax.reports import numbers
+from eigenlorax.reports.render import bars
+from eigenlorax.reports.render.figures import curves, error_plots, maps, module_labels, svg
 
 
 def changed(one, **values):
@@ -77,9 +79,9 @@ def test_the_end_of_an_axis_is_a_round_number(largest, end):
 @pytest.mark.parametrize(("error", "end"), [(5e-8, "0.1"), (0.0, "0.1"), (0.3, "0.4")])
 def test_bars_of_nearly_nothing_are_short(error, end):
     kind = bars.Kind("bar", "delta error")
-    drawn = bars.render([bars.Bar("a", error, "", kind)], "one")
-    assert re.findall(r'left:100%">([^<]+)<', drawn) == [end]
-    assert re.findall(r"width:([\d.]+)%", drawn) == [f"{100 * error / float(end):.2f}"]
+    chart = bars.Chart("one", [bars.Bar("a", bars.Mark(kind, error, ""))])
+    assert chart.ticks[-1] == (100, end)
+    assert chart.position(error) == f"{100 * error / float(end):.2f}%"
 
 
 @pytest.mark.parametrize(
@@ -123,11 +125,11 @@ def test_a_matrix_is_averaged_by_blocks():
 
 
 def test_kinds_are_called_by_what_tells_them_apart():
-    assert kinds.labels(["encoder.layer.*.attention.query", "encoder.layer.*.attention.value"]) == {
+    assert module_labels.labels(["encoder.layer.*.attention.query", "encoder.layer.*.attention.value"]) == {
         "encoder.layer.*.attention.query": "query",
         "encoder.layer.*.attention.value": "value",
     }
-    found = kinds.labels(["l.*.attention.output.dense", "l.*.output.dense", "l.*.intermediate.dense", "*"])
+    found = module_labels.labels(["l.*.attention.output.dense", "l.*.output.dense", "l.*.intermediate.dense", "*"])
     assert found["l.*.attention.output.dense"] == "attention.output.dense"
     assert found["l.*.intermediate.dense"] == "intermediate.dense"
     assert len(set(found.values())) == 4
@@ -135,17 +137,17 @@ def test_kinds_are_called_by_what_tells_them_apart():
 
 def test_more_kinds_than_colours_are_drawn_as_one():
     modules = report(3, layers=2, kinds=[f"m{n}.p" for n in range(9)]).modules
-    groups = kinds.grouped(modules, 4)
+    groups = module_labels.grouped(modules, 4)
     assert [len(group) for group in groups.values()] == [2, 2, 2, 12]
     assert list(groups)[-1] == "6 others"
-    assert len(kinds.grouped(modules, 9)) == 9
+    assert len(module_labels.grouped(modules, 9)) == 9
 
 
 def test_the_heat_map_has_the_errors_and_a_star_on_the_worst():
     full = report(3, layers=3)
     errors = [0.11, 0.22, 0.33, None, 0.77, 0.44]
     modules = [changed(one, delta_error=error) for one, error in zip(full.modules, errors, strict=True)]
-    found = texts(plots.layers(changed(full, modules=modules)))
+    found = texts(error_plots.layers(changed(full, modules=modules)))
     # query, then value, each by layer; nothing where nothing is known
     assert [text for text in found if re.fullmatch(r"0\.\d\d( ★)?", text)] == ["0.11", "0.33", "0.77 ★", "0.22", "0.44"]
     assert found[:2] == ["0", "1"]
@@ -154,10 +156,10 @@ def test_the_heat_map_has_the_errors_and_a_star_on_the_worst():
 
 def test_a_heat_map_needs_layers_and_kinds():
     full = report(3, layers=2)
-    assert plots.has_grid(full)
-    assert not plots.has_grid(report(3, layers=1))
-    assert not plots.has_grid(report(3, kinds=["p"]))
-    assert not plots.has_grid(changed(full, modules=[changed(full.modules[0], layer=None), *full.modules[1:]]))
+    assert error_plots.has_grid(full)
+    assert not error_plots.has_grid(report(3, layers=1))
+    assert not error_plots.has_grid(report(3, kinds=["p"]))
+    assert not error_plots.has_grid(changed(full, modules=[changed(full.modules[0], layer=None), *full.modules[1:]]))
 
 
 def test_spectra_are_means_over_a_kind_and_their_sums():

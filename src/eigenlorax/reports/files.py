@@ -10,9 +10,9 @@ from ..core.boundary import MAX_REPORT_BYTES, read_file
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import folder
-from . import coherence, page
+from . import coherence
 from .data import MATRIX, SCHEMA_VERSION, Report
-from .render import markdown
+from .render import markdown, page
 
 
 def to_json(report: Report) -> str:

@@ -52,6 +52,7 @@ def _environment(finalize: Callable[[Any], Any] | None = None) -> "Environment":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import MissingExtraError
+from ....errors import MissingExtraError
 
 WIDE, HALF = 1000, 492
 """Widths in pixels: of the page, and of one of two pictures side by side."""

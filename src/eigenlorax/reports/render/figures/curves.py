@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from . import kinds, numbers, svg
-from .data import Report, SideFigures, TaskFrontier
-from .frontier import METHODS, SHARING_METHODS, TASK_METHODS
+from ... import numbers
+from ...data import Report, SideFigures, TaskFrontier
+from ...frontier import METHODS, SHARING_METHODS, TASK_METHODS
+from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
 
 SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
@@ -266,7 +267,7 @@ def size_bytes(report: Report) -> str:
 
 def spectra(report: Report, side: str) -> dict[str, np.ndarray]:
     """One side's mean spectrum of each kind of module, by its label, and that of the null model."""
-    groups = kinds.grouped(report.modules, MOST_KINDS)
+    groups = module_labels.grouped(report.modules, MOST_KINDS)
     found = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
     found[_RANDOM] = [getattr(module, side).null for module in report.modules]
     curves = {label: [curve for curve in group if curve] for label, group in found.items()}

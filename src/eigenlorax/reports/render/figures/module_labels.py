@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from .data import ModuleFigures
+from ...data import ModuleFigures
 
 
 def labels(kinds: Iterable[str]) -> dict[str, str]:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from . import numbers, svg
-from .data import AdapterFigures, Report, Similarity
+from ... import numbers
+from ...data import AdapterFigures, Report, Similarity
+from . import svg
 from .svg import WIDE, ink, series
 
 MOST_NAMES = 40

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from . import kinds, numbers, svg
-from .data import Report
+from ... import numbers
+from ...data import Report
+from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
 
 MOST_NAMES = 40
@@ -29,7 +30,7 @@ def has_grid(report: Report) -> bool:
 
 def layers(report: Report) -> str:
     """The error of each module, by layer and kind; a star on the worst, where anything is lost."""
-    names = kinds.labels(module.kind for module in report.modules)
+    names = module_labels.labels(module.kind for module in report.modules)
     rows = list(dict.fromkeys(names[module.kind] for module in report.modules))
     columns = sorted({module.layer for module in report.modules if module.layer is not None})
     table = np.full((len(rows), len(columns)), np.nan)

@@ -1,0 +1,133 @@
+"""The report as one HTML document that fetches nothing: the verdict, the key figures, and a section for each topic."""
+
+import base64
+import hashlib
+import re
+import statistics
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+from .. import numbers
+from ..data import Report
+from ..energies import energies
+from ..frontier import at_equal_error, on_task
+from . import bars, facts, tables
+from .environment import html_environment
+from .figures import curves, error_plots, maps, module_labels, svg
+
+SECTIONS = {
+    "newcomers": ("New adapters", "Would a new adapter fit in?"),
+    "spectra": ("Spectra", "How much a few directions keep"),
+    "modules": ("Modules", "Module by module"),
+    "adapters": ("Adapters", "Adapter by adapter"),
+    "similarity": ("Similarity", "How alike the adapters are"),
+    "baselines": ("Baselines", "What else could be done"),
+    "frontier": ("Bytes at an error", "What an error costs"),
+    "bytes": ("Bytes", "What it weighs"),
+    "sizes": ("Other k", "With more or fewer components"),
+    "task": ("On the task", "On the task"),
+    "task-bytes": ("Bytes on the task", "Bytes, and what becomes of the task"),
+    "notes": ("Notes", "What to know of these figures"),
+}
+"""Sections in their order, by the name of the template: link and heading."""
+
+PRINTED_ROWS = 50
+"""Rows of the table of adapters that are printed on paper; the style sheet hides the others."""
+
+MARKS = {True: ("good", "✓", "Good"), False: ("bad", "!", "Bad"), None: ("", "i", "Note")}
+"""Class, mark, and word for screen readers of a finding."""
+
+_TALL = 24
+"""Rows above which a table gets a height of its own and scrolls."""
+_FEW = 2
+"""Adapters up to which no figure compares them."""
+
+
+def render(report: Report) -> str:
+    """Return the document. `MissingExtraError` where matplotlib is not installed."""
+    contents = {name: section(name, report) for name in SECTIONS}
+    about, script = report.collection, _asset("page.js")
+    title = f"{numbers.plural(about.adapters, 'LoRA adapter')} of {about.base_model or 'an unnamed base model'}"
+    body = _compact(
+        "body.html",
+        report=report,
+        about=about,
+        near=report.similarity,
+        title=title,
+        size_range=facts.size_range(report),
+        marks=MARKS,
+        sections=[(name, *SECTIONS[name], content) for name, content in contents.items() if content],
+    )
+    shell = html_environment().get_template("page.html")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return shell.render(title=title, body=body, style=_asset("page.css"), script=script, script_hash=digest)
+
+
+def section(name: str, report: Report) -> str:
+    """Return one section as HTML, without its heading; "" where nothing was measured."""
+    return _compact(f"sections/{name}.html", **_context(report))
+
+
+def _compact(template: str, **context: Any) -> str:
+    """Render a template without the line breaks that it has between elements."""
+    html = html_environment().get_template(template).render(**context)
+    return re.sub(r">\s*\n\s*<", "><", html).strip()
+
+
+def _context(report: Report) -> dict[str, Any]:
+    """Return what the sections print: the report, its tables and figures, and the conditions of their sentences."""
+    modules = report.modules
+    sides = [side for module in modules for side in (module.down, module.up)]
+    known = [module for module in modules if module.delta_error is not None]
+    worst = max(known, key=lambda module: module.delta_error or 0, default=None)
+    return {
+        "report": report,
+        "about": report.collection,
+        "near": report.similarity,
+        "bars": bars,
+        "tables": tables,
+        "curves": curves,
+        "error_plots": error_plots,
+        "maps": maps,
+        "energies": energies(report),
+        "at_equal_error": at_equal_error,
+        "on_task": on_task,
+        "similarity_summary": facts.similarity_summary(report.similarity),
+        "has_angles": any(side.angles for side in sides),
+        "halves_overlap": list(_halves_overlap(report)),
+        "has_spectra": any(side.spectrum for side in sides),
+        "has_null": any(side.null for side in sides),
+        "merges_kinds": len(module_labels.grouped(modules, len(modules))) > curves.MOST_KINDS,
+        "worst_module": worst,
+        "has_star": worst is not None and (worst.delta_error or 0) >= error_plots.LEAST_STARRED,
+        "has_module_errors": any(value is not None for row in report.module_errors for value in row),
+        "worst_first": _worst_first,
+        "n_series": svg.SERIES,
+        "few": _FEW,
+        "tall_rows": _TALL,
+        "printed_rows": PRINTED_ROWS,
+    }
+
+
+def _worst_first(count: int, noun: str) -> str:
+    if count > bars.MOST:
+        return f"The worst {bars.MOST} of {numbers.plural(count, noun)}."
+    return "The worst first."
+
+
+def _halves_overlap(report: Report) -> Iterator[tuple[str, float, float]]:
+    """Yield for each side the mean overlap of two halves of the collection, and that of unrelated subspaces."""
+    for name in curves.SIDES:
+        known = [
+            (side.halves_overlap, side.null_halves_overlap)
+            for side in (getattr(module, name) for module in report.modules)
+            if side.halves_overlap is not None and side.null_halves_overlap is not None
+        ]
+        if known:
+            overlaps, unrelated = zip(*known, strict=True)
+            yield name, statistics.fmean(overlaps), statistics.fmean(unrelated)
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
