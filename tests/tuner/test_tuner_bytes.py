@@ -70,7 +70,7 @@ def test_no_float_copy_stays(path):
     for layer in layers(served):
         down, up = layer.eigenlorax_basis_down, layer.eigenlorax_basis_up
         assert {basis.dtype for basis in [*down.values(), *up.values()]} == {torch.int8}
-        k = layer.sizes_of["a3"][0]
+        k = layer.n_components["a3"][0]
         held = sum(buffer.nbytes for name, buffer in layer.named_buffers() if "_basis_" in name or "_scales_" in name)
         assert held == 2 * (k * IN + 4 * k)
     wide = [name for name, buffer in served.named_buffers() if buffer.dtype == torch.float32 and "_basis_" in name]

@@ -126,7 +126,7 @@ class TestRun:
 
     def test_of_a_model_in_half_precision_rests_are_not_rounded(self, path, theirs, ids):
         model = several(lambda name: path / "adapters" / name, make_bert().to(torch.bfloat16), ["a0"])
-        rests = [rest for layer in layers(model) for rest in layer.rests_of("a0")]
+        rests = [rest for layer in layers(model) for rest in layer.residuals_of("a0")]
         assert {rest.dtype for rest in rests} == {torch.float32}
         plain = ex.Pack.open(path).packed("a0").coefficients[BERT[0]]
         assert any(torch.equal(rest, plain.down_residual) for rest in rests)

@@ -9,8 +9,9 @@ from torch._dynamo.testing import CompileCounter
 
 import eigenlorax as ex
 from convnets import conv_pack, images, make_convnet
+from eigenlorax.core.layer_update import project
 from eigenlorax.errors import OptionError
-from eigenlorax.tuner import combine, scaled, serve, swap, to_lora
+from eigenlorax.tuner import adapted, combine, scaled, serve, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
 from tiny import BERT, IN, RANK, make_bert, make_gpt2, make_pack, shake
@@ -278,7 +279,7 @@ def test_adapters_of_before_the_subspace_grew(tmp_path, ids):
     served = copy.deepcopy(plain)
     serve(served)
     layer = layers(served)[0]
-    assert layer.sizes_of["default"] < layer.sizes_of["new"]
+    assert layer.n_components["default"] < layer.n_components["new"]
     for model in (plain, served):
         choose(model, {"default": 0.5, "new": 2.0})
     with torch.no_grad():
@@ -383,33 +384,34 @@ def test_wrong_use(bert_pack):
 class TestSharedProducts:
     """Active together, adapters of one subspace have both products with its bases in common."""
 
-    def test_one_more_adapter_costs_no_product_with_a_basis(self, bert_pack):
+    def test_one_more_adapter_costs_no_product_with_a_basis(self, bert_pack, projected):
         model = crowd(bert_pack, make_bert())
         layer = model.get_submodule(f"base_model.model.{BERT[1]}")
         x = torch.randn(7, IN)
-        layer._onto, seen = self.spied(layer._onto), self.seen
         layer.set_adapter(["default", "b", "c"])
         got = layer(x)
         wanted = layer.base_layer(x) + sum(x @ layer.get_delta_weight(name).mT for name in ("default", "b", "c"))
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-        assert len(seen) == 1
+        assert len(projected) == 1
 
-    def spied(self, method):
-        self.seen = []
+    @pytest.fixture
+    def projected(self, monkeypatch):
+        """The inputs that layers have projected on a down basis so far."""
+        inputs = []
 
-        def spy(*args):
-            self.seen.append(args)
-            return method(*args)
+        def spy(x, rows, convolution):
+            inputs.append(x)
+            return project(x, rows, convolution)
 
-        return spy
+        monkeypatch.setattr(adapted, "project", spy)
+        return inputs
 
-    def test_each_has_its_own_dropout(self, bert_pack):
+    def test_each_has_its_own_dropout(self, bert_pack, projected):
         model = crowd(bert_pack, make_bert(), recipes={"b": {}}, lora_dropout=0.5).train()
         layer = model.get_submodule(f"base_model.model.{BERT[1]}")
-        layer._onto = self.spied(layer._onto)
         layer.set_adapter(["default", "b"])
         layer(torch.ones(7, IN))
-        (x, _), (y, _) = self.seen
+        x, y = projected
         assert not torch.equal(x, y)
 
     def test_gradients_are_those_of_each(self, bert_pack):

@@ -9,12 +9,10 @@ does to its input: stride, padding and its mode, dilation.
 import math
 
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, conv2d, conv3d
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BY_DIMENSION = {1: conv1d, 2: conv2d, 3: conv3d}
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
@@ -54,10 +52,3 @@ def convolve(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
     weight = rows.reshape(len(rows), -1, *module.kernel_size)
     found: Tensor = module._conv_forward(images, weight, None)
     return found
-
-
-def apply_pointwise(images: Tensor, matrix: Tensor, dimensions: int) -> Tensor:
-    """Each place of the images (n, channels, …) multiplied with a matrix (m, channels): (n, m, …)."""
-    if 0 in matrix.shape:
-        return images.new_zeros(len(images), len(matrix), *images.shape[2:])
-    return _BY_DIMENSION[dimensions](images, matrix[(..., *[None] * dimensions)])

@@ -13,7 +13,7 @@ from ..errors import ModuleNameError, OptionError
 from ..pack.pack import Pack
 from . import reference as references
 from .config import EigenLoraxConfig
-from .layer import sizes_of
+from .supported_modules import in_out_features
 
 STARTS = ("zero", "components")
 
@@ -42,7 +42,7 @@ def lora_from_components(
         name: place
         for name, module in model.named_modules()
         if isinstance(module, nn.Module)
-        and sizes_of(module)[0] is not None
+        and in_out_features(module)[0] is not None
         and (place := reference.place(name, config)) is not None
     }
     if not places:
@@ -52,7 +52,7 @@ def lora_from_components(
     for name, layer in adapted.named_modules():
         if isinstance(layer, LoraLayer):
             module = name.removeprefix(keys.MODEL_PREFIX)
-            bases = reference.bases(module, config, *sizes_of(layer.get_base_layer()))
+            bases = reference.bases(module, config, *in_out_features(layer.get_base_layer()))
             _put(layer.lora_A[adapter_name].weight, bases.down.components)
             if start == "components":
                 _put(layer.lora_B[adapter_name].weight.transpose(0, 1), bases.up.components)

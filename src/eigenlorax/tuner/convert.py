@@ -42,13 +42,14 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> Adapter:
     modules = {}
     for name, layer in _layers(model, adapter_name).items():
         down_basis, up_basis = (basis.cpu() for basis in layer.bases_of(adapter_name))
-        scaling, parts = layer.scaling[adapter_name], [part.detach().cpu() for part in layer.factors_of(adapter_name)]
-        if len(parts) == 1:
-            plain = coefficients.from_core(parts[0], down_basis, up_basis, scaling)
+        scaling, (down, up) = layer.scaling[adapter_name], layer.factors_of(adapter_name)
+        if up is None:
+            factors = coefficients.from_core(down.detach().cpu(), down_basis, up_basis, scaling)
         else:
-            rests = (None if rest is None else rest.cpu() for rest in layer.rests_of(adapter_name))
-            plain = coefficients.from_pair(parts[0], parts[1], down_basis, up_basis, scaling, *rests)
-        modules[name] = replace(plain, kernel=layer.kernel)
+            residuals = (None if tensor is None else tensor.cpu() for tensor in layer.residuals_of(adapter_name))
+            down, up = down.detach().cpu(), up.detach().cpu()
+            factors = coefficients.from_pair(down, up, down_basis, up_basis, scaling, *residuals)
+        modules[name] = replace(factors, kernel=layer.kernel)
     heads = {key: value.cpu() for key, value in _state(model, adapter_name).items() if not _is_ours(key)}
     return coefficients.lora(adapter_name, modules, heads, asdict(config))
 
@@ -192,7 +193,7 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
         rests={
             name: sides
             for name, layer in layers.items()
-            if (sides := sorted({side for one in weights for side in layer.sides_with_rest(one)}))
+            if (sides := sorted({side for one in weights for side in layer.residual_sides(one)}))
         },
         modules_to_save=None,
         start="zero",
@@ -215,11 +216,11 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
 
 def _combine_rests(layer: EigenLoraxLayer, parts: Sequence[tuple[str, float]], adapter_name: str) -> None:
     """Put the rests of adapters beside each other, as their coefficients are; parts: their names and weights."""
-    down, up = layer.rests_of(adapter_name)
+    down, up = layer.residuals_of(adapter_name)
     start = 0
     for one, weight in parts:
         end = start + layer.r[one]
-        own_down, own_up = layer.rests_of(one)
+        own_down, own_up = layer.residuals_of(one)
         if down is not None and own_down is not None:
             down[start:end] = own_down
         if up is not None and own_up is not None:
@@ -233,7 +234,7 @@ def _widen(model: nn.Module, adapter_name: str) -> None:
     if config.embed_subspace or config.n_extra:
         return
     for layer in layers:
-        layer.widen(adapter_name)
+        layer.extend_coefficients(adapter_name)
         config.subspace_fingerprint = layer.subspace_of[adapter_name]
 
 
@@ -268,15 +269,15 @@ def _projected(
         error = metrics.module_error(factors, found, bases)
         return {keys.CORE: (ratio * found.up @ found.down).float()}, error
     inside = projection.reconstruct(found, bases)
-    down_room, up_room = layer.rests_of(adapter_name)
-    down_residual = None if down_room is None else factors.down.double() - inside.down
-    up_residual = None if up_room is None else factors.up.double() - inside.up
-    whole = replace(found, down_residual=down_residual, up_residual=up_residual)
+    down_room, up_room = layer.residuals_of(adapter_name)
+    down_rest = None if down_room is None else factors.down.double() - inside.down
+    up_rest = None if up_room is None else factors.up.double() - inside.up
+    whole = replace(found, down_residual=down_rest, up_residual=up_rest)
     parts = {
         keys.COEFFICIENTS["down"]: found.down,
         keys.COEFFICIENTS["up"]: ratio * found.up,
-        keys.RESIDUALS["down"]: down_residual,
-        keys.RESIDUALS["up"]: None if up_residual is None else ratio * up_residual,
+        keys.RESIDUALS["down"]: down_rest,
+        keys.RESIDUALS["up"]: None if up_rest is None else ratio * up_rest,
     }
     kept = {name: value.float().contiguous() for name, value in parts.items() if value is not None}
     return kept, metrics.module_error(factors, whole, bases)

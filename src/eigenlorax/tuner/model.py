@@ -25,11 +25,12 @@ from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
 from . import names, starts
 from . import reference as references
-from .adapted import Adapted, Conv, Linear
+from .adapted import AdaptedLayer, wrap_layer
 from .config import EigenLoraxConfig
-from .layer import EigenLoraxLayer, is_supported, sizes_of
+from .layer import EigenLoraxLayer
 from .reference import Embedded, Reference
 from .starts import Cores, Start
+from .supported_modules import in_out_features, is_supported
 
 _FSDP = "_fsdp_wrapped_module."
 """What FSDP puts into names of modules, and takes out of those of tensors."""
@@ -74,7 +75,7 @@ class EigenLoraxModel(BaseTuner):
             if why := convolution.unsupported_reason(module):
                 raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
         targets = {name: module for name, module in targets.items() if is_supported(module)}
-        sizes = [reference.bases(name, peft_config, *sizes_of(module)) for name, module in targets.items()]
+        sizes = [reference.bases(name, peft_config, *in_out_features(module)) for name, module in targets.items()]
         references.note_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
         references.note_rests(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
@@ -155,7 +156,7 @@ class EigenLoraxModel(BaseTuner):
             )
         assert self._reference is not None
         assert self._cores is not None
-        bases = self._reference.bases(current_key, peft_config, *sizes_of(base_layer))
+        bases = self._reference.bases(current_key, peft_config, *in_out_features(base_layer))
         place = self._reference.place(current_key, peft_config)
         assert place is not None
         k_down, k_up = self._reference.sizes(place, bases)
@@ -169,7 +170,9 @@ class EigenLoraxModel(BaseTuner):
             init_weights=peft_config.init_weights,
         )
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
-        layer = target if isinstance(target, Adapted) else self._adapted(peft_config, adapter_name, target, base_layer)
+        layer = (
+            target if isinstance(target, AdaptedLayer) else self._wrap(peft_config, adapter_name, target, base_layer)
+        )
         if layer is not target and (serving := next((one.serving for one in self._layers()), None)) is not None:
             layer.serve(serving.dtype)
         layer.update_layer(
@@ -180,7 +183,7 @@ class EigenLoraxModel(BaseTuner):
             config=peft_config,
             r=module_patterns.ModulePatterns(ranks).value(current_key, peft_config.r),
             lora_alpha=module_patterns.ModulePatterns(alphas).value(current_key, peft_config.lora_alpha),
-            rests=peft_config.rests.get(current_key, ()),
+            residual_sides=peft_config.rests.get(current_key, ()),
             inference_mode=peft_config.inference_mode,
         )
         if layer is not target:
@@ -189,13 +192,11 @@ class EigenLoraxModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _adapted(
+    def _wrap(
         self, config: EigenLoraxConfig, adapter_name: str, target: nn.Module, base_layer: nn.Module
-    ) -> Adapted:
-        quantisation = get_quantization_kwargs(self.model)
-        if convolution.is_supported(base_layer):
-            return Conv(target, adapter_name, **quantisation)
-        return Linear(target, adapter_name, fan_in_fan_out=_fan_in_fan_out(base_layer, config), **quantisation)
+    ) -> AdaptedLayer:
+        fan_in_fan_out = not convolution.is_supported(base_layer) and _fan_in_fan_out(base_layer, config)
+        return wrap_layer(target, adapter_name, fan_in_fan_out, **get_quantization_kwargs(self.model))
 
     @classmethod
     def _get_adapter_state_dict(
@@ -213,9 +214,9 @@ class EigenLoraxModel(BaseTuner):
         )
         own = _own_layers(model, adapter_name)
         for layer in own.values():
-            layer.check_read()
+            layer.check_decoded()
         config.rests = {
-            name: layer.sides_with_rest(adapter_name) for name, layer in own.items() if layer.has_residual(adapter_name)
+            name: layer.residual_sides(adapter_name) for name, layer in own.items() if layer.has_residual(adapter_name)
         }
         config.embedded_shapes = {}
         if not config.embed_subspace:
@@ -241,7 +242,7 @@ class EigenLoraxModel(BaseTuner):
         _check_rests(own, adapter_name, named)
         config.coefficient_dtype = None
         for layer in own.values():
-            layer.unread.pop(adapter_name, None)
+            layer.undecoded.pop(adapter_name, None)
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
         return found
 
@@ -319,7 +320,7 @@ def _check_rests(layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state
     what has no room, and leave zeros where there is room for something."""
     sides = {part: side for side, part in keys.RESIDUALS.items()}
     there = {(keys.module_of_key(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides}
-    room = {(name, side) for name, layer in layers.items() for side in layer.sides_with_rest(adapter_name)}
+    room = {(name, side) for name, layer in layers.items() for side in layer.residual_sides(adapter_name)}
     for module, side in sorted(there ^ room, key=str):
         has, lacks = ("file", "config") if (module, side) in there else ("config", "file")
         raise FormatError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import eigenlorax as ex
-from eigenlorax.core import batched_update
+from eigenlorax.core.layer_update import group_rows
 from eigenlorax.errors import (
     AdapterNameError,
     BaseModelWarning,
@@ -309,7 +309,7 @@ class TestArranging:
         ],
     )
     def test_every_row_is_in_a_group_of_its_owner(self, owners, groups):
-        found, order = batched_update.group_rows(owners)
+        found, order = group_rows(owners)
         assert found == groups
         rows = normal(len(owners), 3, 5, seed=2)
         gathered = order.gather(rows)

@@ -7,7 +7,7 @@ import torch
 
 import eigenlorax as ex
 from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
-from eigenlorax.core import batched_update
+from eigenlorax.core.layer_update import is_folding_cheaper
 from eigenlorax.errors import OptionError
 from rests import with_rests
 from served import BASE, Served
@@ -163,6 +163,6 @@ def test_one_that_would_be_rounded_is_refused(with_their_rests):
 
 
 def test_with_a_rest_folding_pays_after_as_many_tokens_as_the_rank():
-    assert not batched_update.is_folding_cheaper(8, 8, 64, 1.0, beside=True)
-    assert batched_update.is_folding_cheaper(9, 8, 64, 1.0, beside=True)
-    assert not batched_update.is_folding_cheaper(9, 8, 64, 1.0)
+    assert not is_folding_cheaper(8, 8, 64, 1.0, has_residual=True)
+    assert is_folding_cheaper(9, 8, 64, 1.0, has_residual=True)
+    assert not is_folding_cheaper(9, 8, 64, 1.0)

@@ -115,7 +115,7 @@ def test_in_half_precision_a_rest_is_as_large_as_a_lora(make, pack):
     ex.load_into(pipe.unet, pack, ["toy"])
     ex.load_into(pipe.unet, pack, ["clay"], dtype=torch.float32)
     for name, dtype in (("toy", torch.float16), ("clay", torch.float32)):
-        rests = [rest for layer in layers(pipe) for rest in layer.rests_of(name)]
+        rests = [rest for layer in layers(pipe) for rest in layer.residuals_of(name)]
         assert {rest.dtype for rest in rests if rest is not None} == {dtype}
 
 

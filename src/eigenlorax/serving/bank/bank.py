@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...core import convolution, int8_rows, keys, module_names
-from ...core.batched_update import without_autograd
 from ...core.coefficients import pad_coefficients
+from ...core.layer_update import without_autograd
 from ...core.options import name_list as listed
 from ...core.subspace import Subspace
 from ...errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError

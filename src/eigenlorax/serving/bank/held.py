@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import keys
-from ...core.batched_update import LayerCoefficients, LayerResidual
+from ...core.layer_update import LayerCoefficients, LayerResidual
 from ...errors import ModuleNameError, OptionError, ShapeError
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack

@@ -6,15 +6,15 @@ that no adapter, number of adapters or choice of them is ever part of a graph.
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ...core import batched_update, convolution, int8_rows
+from ...core import convolution, int8_rows
 from ...core.int8_rows import BasisRows
+from ...core.layer_update import add_grouped_update, add_update
 from ...core.subspace import ModuleBases
 from ...errors import OptionError, ShapeError
 from .heads import mix
@@ -101,12 +101,12 @@ class Updated(Layer):
                 raise ShapeError(
                     f"module {self.name} got an image of {tuple(x.shape)}: the bank serves batches, x[None] is one."
                 )
-            how: dict[str, Any] = {"convolve": partial(convolution.convolve, self.module)}
+            how: dict[str, Any] = {"convolution": self.module}
         else:
             how = {"in_place": in_place}
         if order is None:
-            return batched_update.add_update(output, x, self.down, self.up, part, **how)
-        return batched_update.add_grouped_update(output, x, self.down, self.up, part, order, **how)
+            return add_update(output, x, self.down, self.up, part, **how)
+        return add_grouped_update(output, x, self.down, self.up, part, order, **how)
 
 
 class Headed(Layer):

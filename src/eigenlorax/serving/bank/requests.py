@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.batched_update import LayerCoefficients, LayerResidual, RowGroups, group_rows, without_autograd
+from ...core.layer_update import LayerCoefficients, LayerResidual, RowGroups, group_rows, without_autograd
 from ...errors import ShapeError
 from .held import Held, Layout
 
@@ -174,7 +174,7 @@ def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[in
     device = next(held.numbers.device for held in distinct if held is not None)
     with without_autograd(device):
         parts = _parts([distinct[group] for group in groups], dtype)
-        for place, rests in _rests(adapters, dtype, device).items():
+        for place, rests in _residuals(adapters, dtype, device).items():
             parts[place] = replace(parts[place], residuals=rests)
     return Plan(parts, heads, order.to(device), len(adapters), repeats)
 
@@ -197,16 +197,16 @@ def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, Layer
         k_down, k_up = sizes[module]
         down = torch.zeros(len(groups), rank, k_down, dtype=dtype, device=device)
         up = torch.zeros(len(groups), k_up, rank, dtype=dtype, device=device)
-        found[module] = LayerCoefficients(down, up, 1.0)
+        found[module] = down, up
     for batch in batches:
         for place in batch.layout.places:
-            part, (down, up) = found[place.module], place.of(batch.numbers)
-            part.down[batch.members, : place.rank] = down
-            part.up[batch.members, :, : place.rank] = up
-    return found
+            (all_down, all_up), (down, up) = found[place.module], place.of(batch.numbers)
+            all_down[batch.members, : place.rank] = down
+            all_up[batch.members, :, : place.rank] = up
+    return {module: LayerCoefficients(down, up, 1.0) for module, (down, up) in found.items()}
 
 
-def _rests(
+def _residuals(
     adapters: Sequence[Held | None], dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[LayerResidual, ...]]:
     """What adapters have beside the bases, by module, each with its rows of the batch."""

@@ -13,13 +13,14 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...core import atomic_files, convolution
+from ...core import atomic_files
 from ...core.subspace import Subspace
 from ...errors import OptionError
 from ...pack.packed_adapter import PackedAdapter
-from ...tuner.adapted import Conv, Linear
+from ...tuner.adapted import wrap_layer
 from ...tuner.config import EigenLoraxConfig
-from ...tuner.layer import EigenLoraxLayer, is_supported, sizes_of
+from ...tuner.layer import EigenLoraxLayer
+from ...tuner.supported_modules import in_out_features, is_supported
 from .parts import Place
 
 
@@ -59,7 +60,7 @@ def put(
                 layers[place.name] = _layer(place, dtype)
             # a pack may have two modules for one layer, under its old name and its new one, each with bases of its own
             key = fingerprint if source == place.name else f"{fingerprint}_{atomic_files.digest(source.encode())[:8]}"
-            layers[place.name].hold(name, subspace.modules[source], key, coefficients)
+            layers[place.name].add_for_inference(name, subspace.modules[source], key, coefficients)
             modules.setdefault(place.part.name, {})[place.layer] = module
         parts = {place.part.name: place.part for place in places.values()}
         for part, inside in modules.items():
@@ -78,12 +79,7 @@ def _layer(place: Place, dtype: torch.dtype | None) -> EigenLoraxLayer:
                 one.serve(dtype)
             return one
     target, base = place.module, base_of(place.module)
-    quantisation = get_quantization_kwargs(place.part.model)
-    made = (
-        Conv(target, "", **quantisation)
-        if convolution.is_supported(base)
-        else Linear(target, "", fan_in_fan_out=isinstance(base, Conv1D), **quantisation)
-    )
+    made = wrap_layer(target, "", isinstance(base, Conv1D), **get_quantization_kwargs(place.part.model))
     made.serve(dtype or made.dtype)
     # whatever mode the model is in, what is put there is not trained
     made.training = False
@@ -113,7 +109,7 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
     base = base_of(module)
     if not is_supported(base):
         return None
-    n_in, n_out = sizes_of(base)
+    n_in, n_out = in_out_features(base)
     return n_out, n_in
 
 

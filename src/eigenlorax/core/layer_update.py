@@ -1,0 +1,374 @@
+"""The update that adapters add to the output of one layer.
+
+The update of a linear layer is scaling · x·Vᵀ·C_Aᵀ·C_Bᵀ·U, with bases V (k_down × in) and U (k_up × out) and
+coefficients C_A (r × k_down) and C_B (k_up × r). There are two orders of multiplication:
+
+- *shared*: one product with V and one with U for all rows of a batch, and each row's coefficients in between;
+- *folded*: C_A·V and C_Bᵀ·U first, which leaves a LoRA of rank r.
+
+Folding costs r·k·d operations per side and adapter and saves (k − r)·d per token, so it pays for many tokens of one
+adapter. A *residual*, what the bases do not represent of an adapter's two factors, is as wide as a LoRA and multiplied
+like one; in a folded pair it costs nothing. In a convolution, tokens are the positions of an image, and the product
+with V is the convolution.
+
+The tuner, the bank and the layers of image pipelines call these functions. They see tensors only: no adapter names,
+models or requests.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .convolution import Convolution, convolve
+from .int8_rows import BasisRows, as_float
+
+# Fold where tokens · (k − r) > factor · r · k. By the number of operations the factor is 1. That holds with one adapter
+# for all rows, because its folded pair is reused: the tokens are all that it has seen so far. With one adapter per row
+# the tokens are those of one adapter in one call, and many small products are slower than one large product. Measured
+# on a CPU (widths 384 to 2048, k 32 to 128, r 8 and 16), both orders are equally fast at a factor between 1.5 and 5,
+# mostly between 2 and 3.
+FOLD_ALONE, FOLD_MIXED = 1.0, 2.5
+
+# Rows are grouped by adapter if the groups, padded to the longest one, have at most this many times the batch's rows.
+_MAX_PADDING = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResidual:
+    """What the bases do not represent of one adapter's two factors.
+
+    Args:
+        down: (r, in), or None if it is zero.
+        up: (out, r), or None if it is zero.
+        rows: Indices of the batch rows that use this adapter; None for all rows.
+        scaling: Multiplied with the scaling of the coefficients that the residual belongs to.
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+    rows: Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.down, self.up) if tensor is not None]
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "LayerResidual":
+        """Return the residual on another device or in another dtype."""
+        down, up = (None if tensor is None else tensor.to(device, dtype) for tensor in (self.down, self.up))
+        return replace(self, down=down, up=up, rows=None if self.rows is None else self.rows.to(device))
+
+
+class FoldedProducts:
+    """The products of one adapter's coefficients with the bases, made once the adapter has seen enough tokens."""
+
+    __slots__ = ("_factors", "_tokens")
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def after(
+        self, tokens: int, coefficients: "LayerCoefficients", down_basis: BasisRows, up_basis: BasisRows
+    ) -> tuple[Tensor, Tensor] | None:
+        """Count `tokens` and return the factors (r, in) and (r, out), or None as long as folding does not pay."""
+        if self._factors is None:
+            self._tokens += tokens
+            k, rank = min(len(down_basis), len(up_basis)), len(coefficients.down)
+            if is_folding_cheaper(self._tokens, rank, k, FOLD_ALONE, has_residual=bool(coefficients.residuals)):
+                with without_autograd(down_basis.device):
+                    self._factors = _fold(coefficients, down_basis, up_basis)
+        return self._factors
+
+
+def _fold(coefficients: "LayerCoefficients", down_basis: BasisRows, up_basis: BasisRows) -> tuple[Tensor, Tensor]:
+    assert coefficients.up is not None
+    down = coefficients.down @ as_float(down_basis, coefficients.down.dtype)
+    up = coefficients.up.mT @ as_float(up_basis, coefficients.up.dtype)
+    for residual in coefficients.residuals:
+        down = down if residual.down is None else down + residual.down
+        up = up if residual.up is None else up + residual.up.mT
+    return down, up
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCoefficients:
+    """Coefficients of one layer, ready to be multiplied: of one adapter, or of one adapter per group of rows.
+
+    Args:
+        down: (r, k_down), or (groups, r, k_down).
+        up: (k_up, r), or (groups, k_up, r). None if `down` is a core, (groups, k_up, k_down).
+        scaling: Factor of the whole update.
+        residuals: At most one for one adapter; with groups, one per adapter that has a residual.
+        folded: Cache of the folded factors of one adapter.
+    """
+
+    down: Tensor
+    up: Tensor | None
+    scaling: float
+    residuals: tuple[LayerResidual, ...] = ()
+    folded: FoldedProducts = field(default_factory=FoldedProducts)
+
+    def to(self, device: torch.device) -> "LayerCoefficients":
+        """Return the coefficients on another device, with nothing folded yet."""
+        up = None if self.up is None else self.up.to(device)
+        residuals = tuple(residual.to(device) for residual in self.residuals)
+        return LayerCoefficients(self.down.to(device), up, self.scaling, residuals)
+
+
+@contextmanager
+def without_autograd(device: torch.device) -> Iterator[None]:
+    """Compute tensors that are kept and later used under any mode of autograd, inference or autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Groups of batch rows that use the same adapter.
+
+    Args:
+        groups: Number of groups.
+        rows: Number of batch rows.
+        index: (groups · width) row indices, group by group; shorter groups repeat a row. None if each row is a group.
+        inverse: (rows), the position of each row in `index`; None if each row is a group.
+    """
+
+    groups: int
+    rows: int
+    index: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def to(self, device: torch.device) -> "RowGroups":
+        """Return the groups on another device."""
+        if self.index is None or self.inverse is None:
+            return self
+        return replace(self, index=self.index.to(device), inverse=self.inverse.to(device))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(rows, t, d) → (groups, width · t, d)."""
+        if self.index is None:
+            return rows
+        width = len(self.index) // self.groups
+        return rows[self.index].reshape(self.groups, width * rows.shape[1], rows.shape[2])
+
+    def scatter(self, grouped: Tensor) -> Tensor:
+        """(groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
+        if self.index is None or self.inverse is None:
+            return grouped
+        width = len(self.index) // self.groups
+        by_index = grouped.reshape(len(self.index), grouped.shape[1] // width, grouped.shape[2])
+        return by_index[self.inverse]
+
+
+def group_rows(owners: Sequence[int]) -> tuple[list[int], RowGroups]:
+    """Group the rows of a batch by adapter where the padding is small, otherwise make each row a group.
+
+    Args:
+        owners: Number of the adapter of each row.
+
+    Returns the adapter of each group, and the groups.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row, owner in enumerate(owners):
+        rows_of.setdefault(owner, []).append(row)
+    width = max(map(len, rows_of.values()))
+    if width == 1 or len(rows_of) * width > _MAX_PADDING * len(owners):
+        return list(owners), RowGroups(len(owners), len(owners))
+    index, inverse = [], [0] * len(owners)
+    for group, rows in enumerate(rows_of.values()):
+        for position, row in enumerate(rows):
+            inverse[row] = group * width + position
+        index += rows + rows[:1] * (width - len(rows))
+    return list(rows_of), RowGroups(len(rows_of), len(owners), torch.tensor(index), torch.tensor(inverse))
+
+
+def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, has_residual: bool = False) -> bool:
+    """Return whether `tokens` tokens pay for one product of coefficients and basis.
+
+    has_residual: A product of rank r is made in any case then, so folding saves the whole product with the basis.
+    """
+    return tokens * (k if has_residual else k - rank) > factor * rank * k
+
+
+def add_update(
+    output: Tensor,
+    x: Tensor,
+    down_basis: BasisRows,
+    up_basis: BasisRows,
+    coefficients: LayerCoefficients,
+    *,
+    in_place: bool = False,
+    convolution: Convolution | None = None,
+) -> Tensor:
+    """Add the update of one adapter to the output of a layer.
+
+    Args:
+        output: (…, out), what the layer computes without adapters; of a convolution (n, out, …).
+        x: (…, in), the input of the layer; of a convolution (n, channels, …).
+        down_basis: (k_down, in).
+        up_basis: (k_up, out).
+        coefficients: Those of the adapter.
+        in_place: Whether `output` may be written to. Not used for convolutions.
+        convolution: The layer, if it is a convolution.
+    """
+    dtype = coefficients.down.dtype
+    x = x.to(dtype)
+    tokens = output.numel() // up_basis.shape[1]
+    folded = coefficients.folded.after(tokens, coefficients, down_basis, up_basis)
+    if folded is not None:
+        down, up = folded
+        return add_product(output, project(x, down, convolution), up, coefficients.scaling, in_place, convolution)
+    (residual,) = coefficients.residuals or (LayerResidual(None, None),)
+    hidden, residual_update = apply_coefficients(
+        project(x, as_float(down_basis, dtype), convolution),
+        x,
+        (coefficients.down, coefficients.up),
+        (residual.down, residual.up),
+        convolution,
+    )
+    if residual_update is not None:
+        output = _add_scaled(output, residual_update, coefficients.scaling, in_place, convolution)
+    return add_product(output, hidden, as_float(up_basis, dtype), coefficients.scaling, in_place, convolution)
+
+
+def add_grouped_update(
+    output: Tensor,
+    x: Tensor,
+    down_basis: BasisRows,
+    up_basis: BasisRows,
+    coefficients: LayerCoefficients,
+    groups: RowGroups,
+    *,
+    in_place: bool = False,
+    convolution: Convolution | None = None,
+) -> Tensor:
+    """Add to each row of the output the update of its own adapter.
+
+    Args are those of `add_update`, with coefficients per group. The rows of `x` and `output` are those of `groups`,
+    each repeated equally often (tokens, beams).
+    """
+    dtype = coefficients.down.dtype
+    x = x.to(dtype)
+    rank, up = coefficients.down.shape[1], coefficients.up
+    positions = output.numel() // up_basis.shape[1]
+    per_group, per_row = positions // groups.groups, positions // groups.rows
+    # a convolution of each group with its own rows cannot be written as a batched matrix product
+    if convolution is None and is_folding_cheaper(per_group, rank, len(down_basis), FOLD_MIXED):
+        folded = coefficients.down.reshape(-1, len(down_basis)) @ as_float(down_basis, dtype)
+        x_by_group = groups.gather(x.reshape(groups.rows, per_row, x.shape[-1]))
+        hidden = torch.bmm(x_by_group, folded.view(groups.groups, rank, -1).mT)
+    else:
+        projected = project(x, as_float(down_basis, dtype), convolution)
+        by_row = projected.reshape(groups.rows, per_row, len(down_basis))
+        hidden = torch.bmm(groups.gather(by_row), coefficients.down.mT)
+    if coefficients.residuals:
+        by_row = groups.scatter(hidden)
+        x_by_row = x.reshape(groups.rows, -1, *x.shape[1:])
+        by_row, residual_update = _apply_residuals(by_row, x_by_row, up_basis.shape[1], coefficients, convolution)
+        output = _add_scaled(output, residual_update, coefficients.scaling, in_place, convolution)
+        hidden = groups.gather(by_row)
+    if up is not None and is_folding_cheaper(per_group, rank, len(up_basis), FOLD_MIXED):
+        folded = (up.mT.reshape(-1, len(up_basis)) @ as_float(up_basis, dtype)).view(groups.groups, rank, -1)
+        update = groups.scatter(torch.bmm(hidden, folded))
+        return _add_scaled(output, update, coefficients.scaling, in_place, convolution)
+    hidden = groups.scatter(hidden if up is None else torch.bmm(hidden, up.mT))
+    return add_product(output, hidden, as_float(up_basis, dtype), coefficients.scaling, in_place, convolution)
+
+
+def project(x: Tensor, rows: Tensor, convolution: Convolution | None = None) -> Tensor:
+    """Multiply the input of a layer with rows (m, in) in place of the layer's weight: (…, in) → (…, m).
+
+    The positions of images (n, channels, …) become one dimension: (n, positions, m).
+    """
+    if convolution is None:
+        return linear(x, rows)
+    return convolve(convolution, x, rows).flatten(-len(convolution.kernel_size)).mT
+
+
+def apply_coefficients(
+    projected: Tensor,
+    x: Tensor,
+    factors: tuple[Tensor, Tensor | None],
+    residual: tuple[Tensor | None, Tensor | None],
+    convolution: Convolution | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Multiply the projected input with the coefficients of one adapter.
+
+    Args:
+        projected: (…, k_down), the input `x` projected on the down basis.
+        x: (…, in), the input of the layer, which only a residual multiplies.
+        factors: Down (r, k_down) and up (k_up, r), or a core (k_up, k_down) and None.
+        residual: Down (r, in) and up (out, r), each None if it is zero.
+        convolution: The layer, if it is a convolution.
+
+    Returns the update in terms of the up basis, (…, k_up), and the update beside the up basis, (…, out) or None. The
+    scaling is not applied.
+    """
+    down, up = factors
+    down_residual, up_residual = residual
+    hidden = linear(projected, down)
+    if down_residual is not None:
+        hidden = hidden + project(x, down_residual, convolution)
+    residual_update = None if up_residual is None else linear(hidden, up_residual)
+    return hidden if up is None else linear(hidden, up), residual_update
+
+
+def _apply_residuals(
+    hidden: Tensor, x: Tensor, n_out: int, coefficients: LayerCoefficients, convolution: Convolution | None
+) -> tuple[Tensor, Tensor]:
+    """Return `hidden` with the down residuals, in place, and the updates of the up residuals (rows, t, out).
+
+    hidden: (rows, t, r), the rows of x (rows, m, …) multiplied with the coefficients of the down side. There is one
+    product per adapter: a batched product would copy the residuals for each row.
+    """
+    update = hidden.new_zeros(*hidden.shape[:2], n_out)
+    for residual in coefficients.residuals:
+        assert residual.rows is not None
+        if residual.down is not None:
+            rank = len(residual.down)
+            projected = project(x[residual.rows].flatten(0, 1), residual.down, convolution)
+            hidden[residual.rows, :, :rank] += projected.reshape(len(residual.rows), hidden.shape[1], rank)
+        if residual.up is not None:
+            rank = residual.up.shape[1]
+            update[residual.rows] = residual.scaling * linear(hidden[residual.rows, :, :rank], residual.up)
+    return hidden, update
+
+
+def in_output_shape(update: Tensor, shape: torch.Size, convolution: Convolution | None) -> Tensor:
+    """Reshape an update with one row per position, (…, out), to the output shape; of a convolution (n, out, …)."""
+    if convolution is None:
+        return update.reshape(shape)
+    channels = update.shape[-1]
+    return update.reshape(*shape[: -len(convolution.kernel_size) - 1], -1, channels).mT.reshape(shape)
+
+
+def _add_scaled(
+    output: Tensor, update: Tensor, scaling: float, in_place: bool, convolution: Convolution | None
+) -> Tensor:
+    """`output` + scaling · update, in the dtype of the output."""
+    update = in_output_shape(update, output.shape, convolution)
+    update = (update if scaling == 1 else update * scaling).to(output.dtype)
+    return output.add_(update) if in_place and convolution is None else output + update
+
+
+def add_product(
+    output: Tensor,
+    hidden: Tensor,
+    basis: Tensor,
+    scaling: float = 1.0,
+    in_place: bool = False,
+    convolution: Convolution | None = None,
+) -> Tensor:
+    """`output` (…, out) + scaling · hidden (…, k) @ basis (k, out), in the dtype of the output."""
+    if convolution is not None or output.dtype != hidden.dtype:
+        return _add_scaled(output, hidden @ basis, scaling, in_place, convolution)
+    hidden = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+    flat = output.view(-1, output.shape[-1]) if in_place else output.reshape(-1, output.shape[-1])
+    total = flat.addmm_(hidden, basis, alpha=scaling) if in_place else torch.addmm(flat, hidden, basis, alpha=scaling)
+    return total.view(output.shape)
