@@ -83,7 +83,7 @@ def packed_levels(body: bytes) -> Callable[[bytes], bytes]:
     """Return what gives a coded adapter the step it has, and these levels, deflated."""
 
     def change(data: bytes) -> bytes:
-        return data[:3] + bitstream._varint(2) + bitstream._varint(len(body)) + body
+        return data[:3] + bitstream._encode_varint(2) + bitstream._encode_varint(len(body)) + body
 
     return change
 

@@ -41,7 +41,7 @@ def assert_says(done, said):
 @pytest.mark.parametrize("options", [("-k", 6), ("--ratio", 4)], ids=["components", "bytes"])
 def test_a_fit_that_has_kept_nothing_leaves_nothing(cli, place, monkeypatch, output, options):
     before = contents(place)
-    monkeypatch.setattr(encoder.Collection, "coded", interrupt)
+    monkeypatch.setattr(encoder.CollectionEncoder, "encode", interrupt)
     interrupted_at(monkeypatch, 0)
     assert_says(cli("fit", place / "in", "-o", place / output, *options), "No pack was written, and nothing was left.")
     assert contents(place) == before

@@ -6,7 +6,8 @@ from test_encoder import size
 
 import eigenlorax as ex
 from coded_collections import grouped, of_ranks, shared
-from eigenlorax.codec import clusters, encoder, singular_codes
+from eigenlorax.codec import clusters, encoder
+from eigenlorax.codec.svd_batch import SvdBatch
 from planted import MODULES, random_collection
 
 NOTE = "The adapters fall into {} groups, each with bases of its own."
@@ -14,11 +15,11 @@ NOTE = "The adapters fall into {} groups, each with bases of its own."
 
 def likeness(adapters):
     """Over all modules, with the adapters that are compared."""
-    chosen = clusters.sample(len(adapters))
+    chosen = clusters.sample_adapters(len(adapters))
     alike = torch.zeros(len(adapters), len(chosen), dtype=torch.float64)
     for module in MODULES:
-        wide = singular_codes.components([one.modules[module] for one in adapters])
-        alike += clusters.likenesses(wide, 1 / wide.s.square().sum(1).sqrt(), chosen)
+        wide = SvdBatch.of([one.modules[module] for one in adapters])
+        alike += clusters.similarities(wide, 1 / wide.s.square().sum(1).sqrt(), chosen)
     return alike, chosen
 
 
@@ -42,21 +43,21 @@ def test_likenesses_are_those_of_dense_matrices():
 @pytest.mark.parametrize("groups", [2, 3, 4])
 def test_planted_groups_are_found(groups):
     adapters = grouped(groups, 6, noise=0.05)
-    found = clusters.groupings(*likeness(adapters))
+    found = clusters.candidate_groupings(*likeness(adapters))
     assert [number // 6 for number in range(6 * groups)] in found
 
 
 def test_none_are_found_where_there_are_none():
     for adapters in (shared(12), random_collection(12), of_ranks([3] * 12, noise=0.2)):
-        for labels in clusters.groupings(*likeness(adapters)):
-            assert max(labels) < 12 // clusters.LEAST
+        for labels in clusters.candidate_groupings(*likeness(adapters)):
+            assert max(labels) < 12 // clusters.MIN_GROUP
         assert ex.fit(adapters, max_error=0.2).notes == []
 
 
 def test_many_are_compared_with_some():
-    assert clusters.sample(1000) == sorted(set(clusters.sample(1000)))
-    assert len(clusters.sample(1000)) == clusters.SAMPLE
-    assert clusters.sample(3) == [0, 1, 2]
+    assert clusters.sample_adapters(1000) == sorted(set(clusters.sample_adapters(1000)))
+    assert len(clusters.sample_adapters(1000)) == clusters.MAX_SAMPLE
+    assert clusters.sample_adapters(3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("groups", "options"), [(4, {"max_error": 0.05}), (3, {"ratio": 6.0})])
@@ -64,7 +65,7 @@ def test_they_save_bytes(monkeypatch, groups, options):
     adapters = grouped(groups, 6, noise=0.02)
     apart = ex.fit(adapters, **options)
     assert apart.notes == [NOTE.format(groups)]
-    monkeypatch.setattr(encoder, "clustered", lambda whole, *_: whole)
+    monkeypatch.setattr(encoder, "split_into_clusters", lambda whole, *_: whole)
     together = ex.fit(adapters, **options)
     assert together.notes == []
     if "ratio" in options:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from eigenlorax.codec import entropy, singular_codes
+from eigenlorax.codec import entropy, logistic
 from eigenlorax.errors import FormatError
 
 
 def class_of(spread: float) -> int:
-    return int(singular_codes.classes(torch.tensor(spread, dtype=torch.float64)))
+    return int(logistic.classes_of_spread(torch.tensor(spread, dtype=torch.float64)))
 
 
 def integers(n: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ from test_encoder import size
 
 import eigenlorax as ex
 from coded_collections import COLLECTIONS
-from eigenlorax.codec import rate_allocation, singular_codes
+from eigenlorax.codec.rate_allocation import ModuleStatistics, estimate_rate
+from eigenlorax.codec.svd_batch import SvdBatch
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.core.batch import pad_factors
 from planted import factors_in, normal, orthonormal
@@ -23,8 +24,8 @@ WIDE = {"layer.0": (96, 120)}
 
 
 def view_of(factors):
-    wide = singular_codes.components(factors)
-    return rate_allocation.view(wide, 1 / wide.s.square().sum(1).sqrt())
+    wide = SvdBatch.of(factors)
+    return ModuleStatistics.of(wide, 1 / wide.s.square().sum(1).sqrt())
 
 
 def many(n, *, k=6, noise=0.0, rank=4):
@@ -36,7 +37,7 @@ def many(n, *, k=6, noise=0.0, rank=4):
 
 def test_a_view_has_all_of_what_is_in_few_directions():
     one = view_of(many(12))
-    assert [side.directions.shape for side in (one.down, one.up)] == [(6, 120), (6, 96)]
+    assert [side.components.shape for side in (one.down, one.up)] == [(6, 120), (6, 96)]
     assert (one.n, one.rank) == (12, 4)
     for side in (one.down, one.up):
         np.testing.assert_allclose(side.energies.sum(1), 1.0, atol=1e-9)
@@ -45,15 +46,15 @@ def test_a_view_has_all_of_what_is_in_few_directions():
 
 def test_directions_that_are_shared_are_chosen():
     for step in (0.1, 0.03, 0.01):
-        assert rate_allocation.estimate(view_of(many(40)), step).k == (6, 6)
+        assert estimate_rate(view_of(many(40)), step).k == (6, 6)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_finer_steps_lose_less_and_take_more(noise):
     one = view_of(many(12, noise=noise))
-    found = [rate_allocation.estimate(one, step) for step in (0.3, 0.1, 0.03, 0.01, 0.003)]
+    found = [estimate_rate(one, step) for step in (0.3, 0.1, 0.03, 0.01, 0.003)]
     bits = [guess.basis_bits + guess.bits.sum() for guess in found]
-    lost = [guess.lost.sum() for guess in found]
+    lost = [guess.squared_errors.sum() for guess in found]
     assert bits == sorted(bits)
     assert lost == sorted(lost, reverse=True)
 

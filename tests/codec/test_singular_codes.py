@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenlorax.codec import bitstream, dead_zone, encoder, singular_codes
+from eigenlorax.codec import bitstream, dead_zone, singular_codes
+from eigenlorax.codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout, dequantise_module
+from eigenlorax.codec.quantised_basis import QuantisedBasis, quantise_basis
+from eigenlorax.codec.svd_batch import SvdBatch
 from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.core.basis import Basis
 from eigenlorax.core.projection import reconstruct
@@ -43,43 +46,39 @@ def shared(n: int, k: int, noise: float, rank: int = 4) -> list[LoRAFactors]:
     ]
 
 
-def none() -> tuple[singular_codes.RoundedBasis, singular_codes.RoundedBasis]:
-    return encoder.no_basis(SHAPE[1]), encoder.no_basis(SHAPE[0])
+def none() -> tuple[QuantisedBasis, QuantisedBasis]:
+    return QuantisedBasis.empty(SHAPE[1]), QuantisedBasis.empty(SHAPE[0])
 
 
-def basis_of(
-    many: list[LoRAFactors], k: int, fineness: float
-) -> tuple[singular_codes.RoundedBasis, singular_codes.RoundedBasis]:
-    wide = singular_codes.components(many)
+def basis_of(many: list[LoRAFactors], k: int, fineness: float) -> tuple[QuantisedBasis, QuantisedBasis]:
+    wide = SvdBatch.of(many)
     found = []
     for side in ("down", "up"):
         rows = (wide.rows(side) * wide.s[..., None]).flatten(0, 1)
         directions = torch.linalg.svd(rows, full_matrices=False).Vh[:k]
         energy = (rows @ directions.mT).square().mean(0)
-        found.append(singular_codes.rounded_basis(directions, torch.full((k,), fineness, dtype=torch.float64), energy))
+        found.append(quantise_basis(directions, torch.full((k,), fineness, dtype=torch.float64), energy))
     return found[0], found[1]
 
 
-def dense(
-    codes: singular_codes.Codes, bases: tuple[singular_codes.RoundedBasis, singular_codes.RoundedBasis], row: int
-) -> Tensor:
+def dense(codes: singular_codes.UpdateCodes, bases: tuple[QuantisedBasis, QuantisedBasis], row: int) -> Tensor:
     """An update from its codes, by loops."""
     down, up = (one.rows.double() for one in bases)
-    step, found = float(codes.steps[row]), torch.zeros(SHAPE, dtype=torch.float64)
+    step, found = float(codes.step_sizes[row]), torch.zeros(SHAPE, dtype=torch.float64)
     if codes.core_levels[row]:
         u, s, v = torch.linalg.svd(codes.cores[row].double())
         rank = min(codes.scales.shape[1], len(s))
         return step * up.mT @ (u[:, :rank] * s[:rank]) @ v[:rank] @ down
     for j in range(int(codes.counts[row])):
-        right = codes.down.coefficients[row, j].double() @ down + codes.down.rest[row, j].double()
-        left = codes.up.coefficients[row, j].double() @ up + codes.up.rest[row, j].double()
+        right = codes.down.coefficients[row, j].double() @ down + codes.down.residuals[row, j].double()
+        left = codes.up.coefficients[row, j].double() @ up + codes.up.residuals[row, j].double()
         found += step * 2.0 ** (-float(codes.scales[row, j]) / 8) * torch.outer(left, right)
     return found
 
 
 def test_components_are_the_singular_ones_of_every_rank() -> None:
     many = [factors(1), factors(2, rank=2, scaling=-0.7), factors(3, rank=6)]
-    wide = singular_codes.components(many)
+    wide = SvdBatch.of(many)
     for row, one in enumerate(many):
         sigma = torch.linalg.svdvals(delta(one))
         assert torch.allclose(wide.s[row], sigma[:6].where(sigma[:6] > 1e-9, torch.zeros(6).double()), atol=1e-9)
@@ -93,32 +92,34 @@ def test_losses_are_those_of_dense_matrices(k: int, share: float) -> None:
     many = shared(6, 3, 0.2)
     bases = basis_of(many, k, 200.0) if k else none()
     steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    codes = singular_codes.encoded(singular_codes.components(many), steps, *bases)
+    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *bases)
     for row, one in enumerate(many):
         exact = float((delta(one) - dense(codes, bases, row)).square().sum())
-        assert float(codes.lost[row]) == pytest.approx(exact, rel=1e-6, abs=1e-12 * float(delta(one).square().sum()))
+        assert float(codes.squared_errors[row]) == pytest.approx(
+            exact, rel=1e-6, abs=1e-12 * float(delta(one).square().sum())
+        )
 
 
 def test_without_a_basis_the_error_is_that_of_a_uniform_quantiser() -> None:
     one = factors(5, rank=4, shape=(300, 400))
     step = 1e-4 * float(delta(one).norm())
-    codes = singular_codes.encoded(
-        singular_codes.components([one]), torch.tensor([step]).double(), encoder.no_basis(400), encoder.no_basis(300)
+    codes = singular_codes.encode_updates(
+        SvdBatch.of([one]), torch.tensor([step]).double(), QuantisedBasis.empty(400), QuantisedBasis.empty(300)
     )
     # each of the numbers of the down side is off by a uniform share of a step and the dead zone's; of the up side too,
     # but for what it makes up for
     numbers = 4 * (300 + 400)
-    assert float(codes.lost[0]) < 1.02 * numbers * step**2 * (1 / 12 + dead_zone.DEAD_ZONE**2)
-    assert float(codes.lost[0]) > 0.9 * numbers * step**2 / 12
+    assert float(codes.squared_errors[0]) < 1.02 * numbers * step**2 * (1 / 12 + dead_zone.DEAD_ZONE**2)
+    assert float(codes.squared_errors[0]) > 0.9 * numbers * step**2 / 12
 
 
 def test_a_core_is_taken_where_it_has_fewer_numbers() -> None:
     many = shared(12, 4, 0.0)
     bases = basis_of(many, 4, 3000.0)
     steps = torch.tensor([0.004 * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    codes = singular_codes.encoded(singular_codes.components(many), steps, *bases)
+    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *bases)
     assert (codes.core_levels > 0).all()
-    alone = singular_codes.encoded(singular_codes.components(many), steps, *none())
+    alone = singular_codes.encode_updates(SvdBatch.of(many), steps, *none())
     assert float(codes.bits.sum()) < 0.2 * float(alone.bits.sum())
 
 
@@ -126,18 +127,16 @@ def test_what_a_basis_does_not_hold_is_kept_beside_it() -> None:
     many = shared(6, 3, 0.3)
     bases = basis_of(many, 3, 100.0)
     steps = torch.tensor([0.002 * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    codes = singular_codes.encoded(singular_codes.components(many), steps, *bases)
-    assert (codes.down.rest_levels > 0).any()
+    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *bases)
+    assert (codes.down.residual_levels > 0).any()
     assert (codes.down.coefficient_levels > 0).any()
-    errors = codes.lost.sqrt() / torch.tensor([float(delta(one).norm()) for one in many]).double()
+    errors = codes.squared_errors.sqrt() / torch.tensor([float(delta(one).norm()) for one in many]).double()
     assert float(errors.max()) < 0.02
 
 
 def test_rounded_rows_are_as_fine_as_they_are_important() -> None:
     directions = torch.linalg.qr(random(60, 3, seed=1)).Q.mT
-    found = singular_codes.rounded_basis(
-        directions, torch.tensor([1000.0, 100.0, 0.5]).double(), torch.ones(3).double()
-    )
+    found = quantise_basis(directions, torch.tensor([1000.0, 100.0, 0.5]).double(), torch.ones(3).double())
     assert found.k == 2
     off = (found.rows.double() - directions[:2]).square().mean(1).sqrt()
     assert off.tolist() == pytest.approx([1e-3 / math.sqrt(12), 1e-2 / math.sqrt(12)], rel=0.2)
@@ -146,7 +145,7 @@ def test_rounded_rows_are_as_fine_as_they_are_important() -> None:
 def test_rows_are_those_of_the_nearest_steps_to_the_bit() -> None:
     fineness = np.arange(256)
     codes = torch.arange(1, 257)[:, None] * 77_777
-    basis = singular_codes.RoundedBasis(codes, fineness, np.zeros(256, dtype=np.int64))
+    basis = QuantisedBasis(codes, fineness, np.zeros(256, dtype=np.int64))
     exact = [float(Context(prec=40).power(Decimal(2), Decimal(-int(f)) / 4)) for f in fineness]
     wanted = torch.tensor([[code * step] for code, step in zip(codes[:, 0].tolist(), exact, strict=True)], dtype=float)
     assert torch.equal(basis.rows, wanted.float())
@@ -168,30 +167,30 @@ def test_gaussian_numbers_cost_what_their_entropy_says() -> None:
 def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
     many = shared(5, 3, 0.2)
     pairs = [basis_of(many, k, 200.0) for k in (3, 0, 5)[:clusters]]
-    joined = tuple(singular_codes.joined([pair[side] for pair in pairs]) for side in (0, 1))
-    data = bitstream.basis_bytes(joined)
+    joined = tuple(QuantisedBasis.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    data = bitstream.encode_bases(joined)
     shapes = [(one.k, width) for one, width in zip(joined, (SHAPE[1], SHAPE[0]), strict=True)]
-    read = list(bitstream.bases(list(zip(data, shapes, strict=True))))
+    read = list(bitstream.decode_bases(list(zip(data, shapes, strict=True))))
     for one, other in zip(joined, read, strict=True):
         assert torch.equal(one.rows, other.rows)
         assert (one.profile == other.profile).all()
         assert one.blocks == other.blocks
     cluster = clusters - 1
-    place = bitstream.ModuleLayout.of((read[0], read[1]), cluster)
+    place = ModuleLayout.of((read[0], read[1]), cluster)
     steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    steps = ((bitstream.STEPS * steps.log2()).round() / bitstream.STEPS).exp2()
-    codes = singular_codes.encoded(singular_codes.components(many), steps, *pairs[cluster])
+    steps = ((bitstream.STEP_SIZES_PER_OCTAVE * steps.log2()).round() / bitstream.STEP_SIZES_PER_OCTAVE).exp2()
+    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *pairs[cluster])
     adapters = [
-        bitstream.AdapterCodes(float(steps[row]), cluster, {"a": bitstream.taken(codes, row), "b": bitstream.UNTRAINED})
+        AdapterCodes(float(steps[row]), cluster, {"a": ModuleCodes.of(codes, row), "b": UNTRAINED})
         for row in range(len(many))
     ]
-    blobs = bitstream.adapter_bytes([(one, {"a": place, "b": place}) for one in adapters])
+    blobs = bitstream.encode_adapters([(one, {"a": place, "b": place}) for one in adapters])
     whole = ModuleBases(*(Basis(one.rows, torch.zeros(0), 1.0) for one in read))
     for row, (one, blob) in enumerate(zip(many, blobs, strict=True)):
-        assert bitstream.cluster(blob) == cluster
-        again = bitstream.adapter(blob, {"a": place, "b": place}, {"a": 4, "b": 4})
+        assert bitstream.read_cluster(blob) == cluster
+        again = bitstream.decode_adapter(blob, {"a": place, "b": place}, {"a": 4, "b": 4})
         for module, wanted in (("a", dense(codes, pairs[cluster], row)), ("b", torch.zeros(SHAPE).double())):
-            found = bitstream.coefficients(again.modules[module], again.step, place, rank=4, scaling=one.scaling)
+            found = dequantise_module(again.modules[module], again.step_size, place, rank=4, scaling=one.scaling)
             assert found.rank == 4
             got = delta(reconstruct(found, whole))
             assert torch.allclose(got, wanted, rtol=0, atol=1e-6 * float(delta(one).norm()))

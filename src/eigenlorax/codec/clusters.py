@@ -1,108 +1,115 @@
-"""Groups of adapters whose updates lie in subspaces of their own: candidates for several bases in one pack.
+"""Groups of adapters whose updates lie in different subspaces: candidates for several bases per module in one pack.
 
-How alike two updates are is how much of one lies in the directions of the other, on both sides, weighted by what they
-have there. Groups are found in the leading eigenvectors of these likenesses (Ng, Jordan and Weiss 2001), and kept if
-adapters are more alike inside of them than across.
+Two updates are similar as far as the rows of one lie in the span of the other's, on both sides, weighted by singular
+values. Candidates come from spectral clustering of these similarities (Ng, Jordan and Weiss 2001, "On Spectral
+Clustering"), and are kept if adapters are more similar within groups than across.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from .singular_codes import Components
+from .svd_batch import SvdBatch
 
-SAMPLE = 256
-"""Adapters that are compared with all others, at most."""
-COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
+MAX_SAMPLE = 256
+"""Largest number of adapters that all others are compared with."""
+GROUP_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32)
 """Numbers of groups that are tried."""
-LEAST = 2
-"""Adapters of a group, at least."""
-APART = 1.5
-"""How many times more alike adapters must be within groups than across."""
-ROUNDS = 50
+MIN_GROUP = 2
+"""Smallest number of sampled adapters in a group."""
+MIN_CONTRAST = 1.5
+"""Mean similarity within a group, relative to that across groups, from which on a grouping is kept."""
+MAX_ITERATIONS = 50
+_CHUNK = 64
 
 
-def likenesses(wide: Components, weights: Float[Tensor, " n"], sample: Sequence[int]) -> Float[Tensor, "n s"]:
-    """Of every adapter of a module with some of them: Σ over both sides of ‖X_i·X_jᵀ‖², rows X weighted by length."""
-    at = torch.tensor(list(sample), dtype=torch.int64)
-    found = torch.zeros(len(wide), len(at), dtype=torch.float64)
-    scaled = (wide.s * weights[:, None])[..., None]
-    for side in ("down", "up"):
-        rows = wide.rows(side) * scaled
-        some = rows[at].flatten(0, 1)
-        for start in range(0, len(wide), 64):
-            inner = rows[start : start + 64].flatten(0, 1) @ some.mT
-            shaped = inner.square().reshape(-1, rows.shape[1], len(at), rows.shape[1])
-            found[start : start + 64] += shaped.sum((1, 3))
-    return found
+def similarities(updates: SvdBatch, weights: Float[Tensor, " n"], sampled: Sequence[int]) -> Float[Tensor, "n s"]:
+    """Return the similarity of every adapter of a module with the sampled ones.
 
-
-def sample(n: int) -> list[int]:
-    """Adapters to compare all others with: evenly spaced."""
-    return sorted({round(place) for place in np.linspace(0, n - 1, min(n, SAMPLE)).tolist()})
-
-
-def groupings(alike: Float[Tensor, "n s"], chosen: Sequence[int]) -> list[list[int]]:
-    """Each adapter's group, numbered by first appearance: for every number of groups that keep apart.
-
-    alike: of every adapter with those chosen, which have themselves among them.
+    That is Σ over both sides of ‖X_i · X_jᵀ‖², where the rows of X are singular vectors times singular values.
+    weights: of the adapters, 1 / ‖update‖ over all modules.
     """
-    inner = alike[list(chosen)]
-    size = inner.diagonal().clamp_min(1e-300).sqrt()
-    inner = (inner / size[:, None] / size[None]).clamp(0, 1)
-    inner.fill_diagonal_(0.0)
-    degree = inner.sum(1).clamp_min(1e-12).rsqrt()
-    _, vectors = torch.linalg.eigh(degree[:, None] * inner * degree[None])
-    found, seen = [], set()
-    for count in (count for count in COUNTS if count * LEAST <= len(chosen)):
+    at = torch.tensor(list(sampled), dtype=torch.int64)
+    similarity = torch.zeros(len(updates), len(at), dtype=torch.float64)
+    lengths = (updates.s * weights[:, None])[..., None]
+    for side in ("down", "up"):
+        rows = updates.rows(side) * lengths
+        sampled_rows = rows[at].flatten(0, 1)
+        # in chunks: the inner products of all rows would take (n · r)² numbers
+        for start in range(0, len(updates), _CHUNK):
+            inner = rows[start : start + _CHUNK].flatten(0, 1) @ sampled_rows.mT
+            blocks = inner.square().reshape(-1, rows.shape[1], len(at), rows.shape[1])
+            similarity[start : start + _CHUNK] += blocks.sum((1, 3))
+    return similarity
+
+
+def sample_adapters(n: int) -> list[int]:
+    """Return the adapters to compare all others with: evenly spaced ones of n."""
+    return sorted({round(position) for position in np.linspace(0, n - 1, min(n, MAX_SAMPLE)).tolist()})
+
+
+def candidate_groupings(similarity: Float[Tensor, "n s"], sampled: Sequence[int]) -> list[list[int]]:
+    """Return a group for each adapter, numbered by first appearance, for every number of groups that separates them.
+
+    similarity: of every adapter with the sampled ones, which are among them.
+    """
+    among_sampled = similarity[list(sampled)]
+    norm = among_sampled.diagonal().clamp_min(1e-300).sqrt()
+    affinity = (among_sampled / norm[:, None] / norm[None]).clamp(0, 1)
+    # without the diagonal, as Ng et al.: an adapter's similarity to itself says nothing of groups
+    affinity.fill_diagonal_(0.0)
+    degree = affinity.sum(1).clamp_min(1e-12).rsqrt()
+    _, vectors = torch.linalg.eigh(degree[:, None] * affinity * degree[None])
+    groupings: list[list[int]] = []
+    for count in (count for count in GROUP_COUNTS if count * MIN_GROUP <= len(sampled)):
         leading = vectors[:, -count:]
         rows = leading / torch.linalg.vector_norm(leading, dim=1, keepdim=True).clamp_min(1e-12)
-        groups = _means(rows, count)
-        member = torch.nn.functional.one_hot(groups, count).to(torch.float64)
-        sizes = member.sum(0)
-        if float(sizes.min()) < LEAST or not _apart(inner, groups):
+        groups = _k_means(rows, count)
+        members = torch.nn.functional.one_hot(groups, count).to(torch.float64)
+        sizes = members.sum(0)
+        if float(sizes.min()) < MIN_GROUP or not _are_separate(affinity, groups):
             continue
-        closest = ((alike / size[None]) @ member / sizes).argmax(1)
-        closest[list(chosen)] = groups
-        labels = _numbered(closest.tolist())
-        if tuple(labels) not in seen:
-            seen.add(tuple(labels))
-            found.append(labels)
-    return found
+        # adapters that were not sampled join the group that they are most similar to on average
+        nearest = ((similarity / norm[None]) @ members / sizes).argmax(1)
+        nearest[list(sampled)] = groups
+        labels = _number_by_appearance(nearest.tolist())
+        if labels not in groupings:
+            groupings.append(labels)
+    return groupings
 
 
-def _means(rows: Float[Tensor, "s c"], count: int) -> Tensor:
-    """k-means from centres that are as far apart as can be."""
+def _k_means(rows: Float[Tensor, "s c"], count: int) -> Int[Tensor, " s"]:
+    """Cluster rows by k-means, from centres that are as far apart as can be, so that no random start is needed."""
     centres = rows[[0]]
     for _ in range(1, count):
         distance = torch.cdist(rows, centres).amin(1)
         centres = torch.cat([centres, rows[[int(distance.argmax())]]])
     groups = torch.cdist(rows, centres).argmin(1)
-    for _ in range(ROUNDS):
-        member = torch.nn.functional.one_hot(groups, count).to(rows.dtype)
-        centres = (member.mT @ rows) / member.sum(0).clamp_min(1)[:, None]
-        after = torch.cdist(rows, centres).argmin(1)
-        if bool((after == groups).all()):
+    for _ in range(MAX_ITERATIONS):
+        members = torch.nn.functional.one_hot(groups, count).to(rows.dtype)
+        centres = (members.mT @ rows) / members.sum(0).clamp_min(1)[:, None]
+        reassigned = torch.cdist(rows, centres).argmin(1)
+        if bool((reassigned == groups).all()):
             break
-        groups = after
+        groups = reassigned
     return groups
 
 
-def _apart(alike: Float[Tensor, "s s"], groups: Tensor) -> bool:
-    """Whether adapters of each group are more alike than those of different ones."""
+def _are_separate(affinity: Float[Tensor, "s s"], groups: Int[Tensor, " s"]) -> bool:
+    """Return whether adapters of each group are clearly more similar to each other than to those of other groups."""
     same = groups[:, None] == groups[None]
-    across = float(alike[~same].mean())
+    across = float(affinity[~same].mean())
     for number in sorted(set(groups.tolist())):
-        own = groups == number
-        pairs = int(own.sum()) * (int(own.sum()) - 1)
-        if float(alike[own][:, own].sum()) / pairs < APART * across:
+        in_group = groups == number
+        size = int(in_group.sum())
+        if float(affinity[in_group][:, in_group].sum()) / (size * (size - 1)) < MIN_CONTRAST * across:
             return False
     return True
 
 
-def _numbered(labels: Sequence[int]) -> list[int]:
+def _number_by_appearance(labels: Sequence[int]) -> list[int]:
     numbers: dict[int, int] = {}
     return [numbers.setdefault(label, len(numbers)) for label in labels]

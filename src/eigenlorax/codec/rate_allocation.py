@@ -1,8 +1,9 @@
-"""Which bytes an adapter's error is worth: components of every side of every module, and the step of every adapter.
+"""Rate allocation: numbers of components per module and side, and a quantisation step size per adapter.
 
-For steps of many sizes, each module says, before anything is coded, about how many bits it takes with the number of
-directions that is best then, and what it loses of each adapter. The step of an adapter is the same in all its modules:
-so a bit more buys the same there as anywhere, in coefficients, rests and directions alike. docs/method.md, "Bytes".
+For a grid of step sizes, each module estimates, before anything is encoded, about how many bits it takes with the best
+numbers of components, and the squared error of each adapter. An adapter has the same step size in all modules, and all
+decisions use the same price of squared error (`dead_zone.BITS_PER_SQUARED_ERROR`): so one bit more buys the same
+everywhere, in coefficients, residuals and components alike. docs/method.md, "Bytes".
 """
 
 from collections.abc import Sequence
@@ -15,277 +16,276 @@ from torch import Tensor
 
 from ..core import krylov, linalg
 from . import dead_zone
-from .singular_codes import OVERHEAD, Components
+from .dead_zone import BITS_PER_SQUARED_ERROR
+from .singular_codes import OVERHEAD
+from .svd_batch import SvdBatch
 
-MOST = 512
-"""Directions of a side that are considered, at most."""
-LARGE = 2048
-"""Rows, or their width, up to which all directions are found at once."""
-WIDEST_CORE = 3
-"""Directions up to which cores are considered, in ranks."""
+MAX_COMPONENTS = 512
+"""Largest number of components per side that is considered."""
+DENSE_SIZE = 2048
+"""Number of rows, or their width, up to which all components are computed at once, by a dense decomposition."""
+MAX_CORE_RANKS = 3
+"""Number of components, in ranks of the adapters, up to which cores are considered."""
 BINS = 4
-"""Sizes of rows that are told apart, to an octave."""
+"""Bins of row norms, to an octave: rows of one bin share their cost."""
+_COMPONENT_COUNTS = (
+    *(0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64),
+    *(80, 96, 112, 128, 160, 192, 256, 320, 384, 448),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class SideView:
-    """The rows of one side of a module in their leading common directions.
+class SideStatistics:
+    """The leading common components of one side of a module, and what its rows have on each.
 
-    directions: (k, d) orthonormal. energies: squared coordinates of the unit rows, (rows, k). dimension: d.
+    components: orthonormal. energies: squared coordinates of the unit rows of all adapters.
     """
 
-    directions: Float[Tensor, "k d"]
-    energies: np.ndarray
+    components: Float[Tensor, "k d"]
+    energies: Float[np.ndarray, "rows k"]
     dimension: int
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A module as the choice of sizes sees it. weights: of its adapters, 1 / ‖update‖ over all modules.
+class ModuleStatistics:
+    """Everything that the rate allocation knows of a module.
 
-    lengths: of all components, relative to their adapter's update, (n · r,); owners: their adapters.
+    lengths: singular values of all adapters' components, relative to the norms of their adapters over all modules.
+    owners: the adapter of each. n: the number of adapters.
     """
 
-    down: SideView
-    up: SideView
-    lengths: np.ndarray
+    down: SideStatistics
+    up: SideStatistics
+    lengths: Float[np.ndarray, " rows"]
     owners: np.ndarray
     n: int
 
+    @classmethod
+    def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"]) -> "ModuleStatistics":
+        """Summarise the updates of a module. weights: of its adapters, 1 / ‖update‖ over all modules."""
+        lengths = updates.s * weights[:, None]
+        n, rank = lengths.shape
+        down, up = (_side_statistics(updates.rows(side), lengths) for side in ("down", "up"))
+        return cls(down, up, lengths.flatten().numpy(), np.repeat(np.arange(n), rank), n)
+
     @property
     def rank(self) -> int:
-        """Components of an adapter, at most."""
+        """The number of singular components of an adapter, at most."""
         return len(self.lengths) // self.n
 
 
-def view(wide: Components, weights: Float[Tensor, " n"]) -> View:
-    """Of the updates of a module."""
-    lengths = wide.s * weights[:, None]
-    n, rank = lengths.shape
-    sides = [_side_view(wide.rows(side), lengths) for side in ("down", "up")]
-    return View(sides[0], sides[1], lengths.flatten().numpy(), np.repeat(np.arange(n), rank), n)
-
-
-def _side_view(rows: Tensor, lengths: Tensor) -> SideView:
+def _side_statistics(rows: Tensor, lengths: Tensor) -> SideStatistics:
     flat = rows.flatten(0, 1)
-    directions = _leading(flat * lengths.flatten()[:, None])
-    return SideView(directions, (flat @ directions.mT).square().numpy(), rows.shape[2])
+    components = _leading_components(flat * lengths.flatten()[:, None])
+    return SideStatistics(components, (flat @ components.mT).square().numpy(), rows.shape[2])
 
 
-def _leading(rows: Tensor) -> Tensor:
-    """The leading directions of rows, searched for where finding all of them would take long."""
-    if min(rows.shape) <= LARGE:
-        return linalg.leading_right_vectors(rows, MOST)
-    start = torch.randn(rows.shape[1], MOST, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+def _leading_components(rows: Tensor) -> Tensor:
+    """Return the leading right singular vectors of rows, by iteration where a dense decomposition would take long."""
+    if min(rows.shape) <= DENSE_SIZE:
+        return linalg.leading_right_vectors(rows, MAX_COMPONENTS)
+    # a fixed seed, since equal input must give equal bytes
+    start = torch.randn(rows.shape[1], MAX_COMPONENTS, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
     square = float(rows.square().sum())
-    found = krylov.leading_eigenvectors(
-        lambda columns: rows.mT @ (rows @ columns), start, MOST, tolerance=1e-3 * square
+    leading = krylov.leading_eigenvectors(
+        lambda columns: rows.mT @ (rows @ columns), start, MAX_COMPONENTS, tolerance=1e-3 * square
     )
-    return linalg.orthonormal_rows(found.vectors.mT)
+    return linalg.orthonormal_rows(leading.vectors.mT)
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a module takes at one step: directions of both sides, bits of the bases and of each adapter, and what is
-    lost of each adapter, relative to its squared norm."""
+class RateEstimate:
+    """The estimated cost of a module at one step size.
+
+    k: numbers of components (k_down, k_up). bits: of each adapter; basis_bits: of both bases. squared_errors: of each
+    adapter; in units of the squared step size where `estimate_rate` compares them, relative to its squared norm in the
+    end.
+    """
 
     k: tuple[int, int]
     basis_bits: float
     bits: np.ndarray
-    lost: np.ndarray
+    squared_errors: np.ndarray
+
+    @property
+    def cost(self) -> float:
+        """The rate–distortion cost in bits, of squared errors in units of the squared step size."""
+        return self.basis_bits + float((self.bits + BITS_PER_SQUARED_ERROR * self.squared_errors).sum())
 
 
-def grid(most: int) -> list[int]:
-    """Numbers of directions that are compared."""
-    steps = [
-        0,
-        1,
-        2,
-        3,
-        4,
-        6,
-        8,
-        10,
-        12,
-        14,
-        16,
-        20,
-        24,
-        28,
-        32,
-        40,
-        48,
-        56,
-        64,
-        80,
-        96,
-        112,
-        128,
-        160,
-        192,
-        256,
-        320,
-        384,
-        448,
-    ]
-    return [*(k for k in steps if k < most), most]
+def component_counts(most: int) -> list[int]:
+    """Return the numbers of components that are compared, from 0 to `most`, ever further apart."""
+    return [*(k for k in _COMPONENT_COUNTS if k < most), most]
 
 
-def estimate(one: View, step: float) -> Estimate:
-    """About what a module takes if the step of each adapter is this share of its norm."""
-    lengths = one.lengths / step
-    whole = dead_zone.BITS_PER_SQUARED_ERROR * lengths**2
-    sides = [_Side(side, lengths) for side in (one.down, one.up)]
-    chosen = [0, 0]
+def estimate_rate(module: ModuleStatistics, step_size: float) -> RateEstimate:
+    """Estimate the cost of a module with the best numbers of components.
+
+    step_size: of every adapter, relative to the adapter's norm.
+    """
+    lengths = module.lengths / step_size
+    sides = (_SideCosts(module.down, lengths), _SideCosts(module.up, lengths))
+    at = _best_counts(sides, lengths)
+    bits, errors = _component_costs(module, sides, at, lengths)
+    best = RateEstimate(_counts(sides, at), _basis_bits(sides, at), bits, errors)
+    for down, k in enumerate(sides[0].counts):
+        # equally many components on both sides: all pairs of counts would take the square of the time
+        if k and k in sides[1].counts and k <= MAX_CORE_RANKS * module.rank:
+            candidate = _estimate_with_cores(module, sides, (down, sides[1].counts.index(k)), lengths)
+            if candidate.cost < best.cost:
+                best = candidate
+    return RateEstimate(best.k, best.basis_bits, best.bits, best.squared_errors * step_size**2)
+
+
+def _best_counts(sides: "tuple[_SideCosts, _SideCosts]", lengths: np.ndarray) -> tuple[int, int]:
+    """Return which of `counts` is best on each side: one side after the other, the first one twice."""
+    # a singular component that costs more than its squared error is worth is left out
+    limit = BITS_PER_SQUARED_ERROR * lengths**2
+    best = [0, 0]
     for turn in (0, 1, 0):
-        other = sides[1 - turn]
-        prices = np.minimum(sides[turn].prices + other.prices[:, [chosen[1 - turn]]] + OVERHEAD, whole[:, None]).sum(0)
-        chosen[turn] = int((prices + sides[turn].basis_bits).argmin())
-    price = sum(side.prices[:, at] for side, at in zip(sides, chosen, strict=True)) + OVERHEAD
-    alive = price < whole
-    bits = sum(side.bits[:, at] for side, at in zip(sides, chosen, strict=True)) + OVERHEAD
-    lost = sum(side.lost[:, at] for side, at in zip(sides, chosen, strict=True))
-    basis = sum(side.basis_bits[at] for side, at in zip(sides, chosen, strict=True))
-    by_adapter = [
-        np.bincount(one.owners, np.where(alive, bits, 0.0), one.n),
-        np.bincount(one.owners, np.where(alive, lost, lengths**2), one.n),
-    ]
-    best = (0.0, (sides[0].grid[chosen[0]], sides[1].grid[chosen[1]]), basis, *by_adapter)
-    best = (_price(best), *best[1:])
-    for down, k in enumerate(sides[0].grid):
-        if k and k in sides[1].grid and k <= WIDEST_CORE * one.rank:
-            found = _with_cores(one, sides, (down, sides[1].grid.index(k)), lengths, by_adapter)
-            if found[0] < best[0]:
-                best = found
-    _, k_both, basis, bits, lost = best
-    return Estimate(k_both, basis, bits, lost * step**2)
+        opposite = sides[1 - turn]
+        costs = np.minimum(sides[turn].costs + opposite.costs[:, [best[1 - turn]]] + OVERHEAD, limit[:, None]).sum(0)
+        best[turn] = int((costs + sides[turn].basis_bits).argmin())
+    return best[0], best[1]
 
 
-Guess = tuple[float, tuple[int, int], float, np.ndarray, np.ndarray]
+def _counts(sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int]) -> tuple[int, int]:
+    return sides[0].counts[at[0]], sides[1].counts[at[1]]
 
 
-def _price(one: Guess) -> float:
-    return one[2] + float((one[3] + dead_zone.BITS_PER_SQUARED_ERROR * one[4]).sum())
+def _basis_bits(sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int]) -> float:
+    return float(sum(side.basis_bits[index] for side, index in zip(sides, at, strict=True)))
 
 
-def _with_cores(
-    one: View, sides: "Sequence[_Side]", at: tuple[int, int], lengths: np.ndarray, others: Sequence[np.ndarray]
-) -> Guess:
-    """The same where each adapter for which that is better has a core between the bases, and no components."""
-    kept = lengths**2
-    for side, place in zip(sides, at, strict=True):
-        kept = kept * side.inside[:, place]
-    inside = np.bincount(one.owners, kept, one.n)
-    shares = [
-        side.share[: side.grid[place]] / max(float(side.share[: side.grid[place]].sum()), 1e-300)
-        for side, place in zip(sides, at, strict=True)
-    ]
-    spread = np.sqrt(np.outer(*shares)).flatten()
-    bits, lost = (each.sum(1) for each in dead_zone.gaussian_cost(np.sqrt(inside)[:, None] * spread[None]))
-    bits, lost = bits + OVERHEAD, lost + np.bincount(one.owners, lengths**2, one.n) - inside
-    factored = _both(one, sides, at, lengths)
-    better = (
-        bits + dead_zone.BITS_PER_SQUARED_ERROR * lost < factored[0] + dead_zone.BITS_PER_SQUARED_ERROR * factored[1]
-    )
-    found = (
-        0.0,
-        (sides[0].grid[at[0]], sides[1].grid[at[1]]),
-        sum(side.basis_bits[place] for side, place in zip(sides, at, strict=True)),
-        np.where(better, bits, factored[0]),
-        np.where(better, lost, factored[1]),
-    )
-    return (_price(found), *found[1:])
-
-
-def _both(one: View, sides: "Sequence[_Side]", at: Sequence[int], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and loss of each adapter by components."""
-    bits = sum(side.bits[:, place] for side, place in zip(sides, at, strict=True)) + OVERHEAD
-    lost = sum(side.lost[:, place] for side, place in zip(sides, at, strict=True))
-    alive = bits + dead_zone.BITS_PER_SQUARED_ERROR * lost < dead_zone.BITS_PER_SQUARED_ERROR * lengths**2
+def _component_costs(
+    module: ModuleStatistics, sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int], lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return bits and squared error of each adapter by singular components."""
+    bits = sum(side.bits[:, index] for side, index in zip(sides, at, strict=True)) + OVERHEAD
+    errors = sum(side.squared_errors[:, index] for side, index in zip(sides, at, strict=True))
+    kept = bits + BITS_PER_SQUARED_ERROR * errors < BITS_PER_SQUARED_ERROR * lengths**2
     return (
-        np.bincount(one.owners, np.where(alive, bits, 0.0), one.n),
-        np.bincount(one.owners, np.where(alive, lost, lengths**2), one.n),
+        np.bincount(module.owners, np.where(kept, bits, 0.0), module.n),
+        np.bincount(module.owners, np.where(kept, errors, lengths**2), module.n),
     )
 
 
-class _Side:
-    """Prices of one side's rows for every number of directions on the grid."""
+def _estimate_with_cores(
+    module: ModuleStatistics, sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int], lengths: np.ndarray
+) -> RateEstimate:
+    """Estimate the cost if each adapter for which that is better has a core between the bases, and no components."""
+    squares = lengths**2
+    represented = squares
+    for side, index in zip(sides, at, strict=True):
+        represented = represented * side.inside[:, index]
+    represented = np.bincount(module.owners, represented, module.n)
+    # the numbers of a core are taken as Gaussian, with variances in proportion to the energies of their components
+    shares = []
+    for side, k in zip(sides, _counts(sides, at), strict=True):
+        shares.append(side.energy[:k] / max(float(side.energy[:k].sum()), 1e-300))
+    spread = np.sqrt(np.outer(*shares)).flatten()
+    bits, errors = (each.sum(1) for each in dead_zone.gaussian_cost(np.sqrt(represented)[:, None] * spread[None]))
+    bits, errors = bits + OVERHEAD, errors + np.bincount(module.owners, squares, module.n) - represented
+    component_bits, component_errors = _component_costs(module, sides, at, lengths)
+    with_core = bits + BITS_PER_SQUARED_ERROR * errors < component_bits + BITS_PER_SQUARED_ERROR * component_errors
+    return RateEstimate(
+        _counts(sides, at),
+        _basis_bits(sides, at),
+        np.where(with_core, bits, component_bits),
+        np.where(with_core, errors, component_errors),
+    )
 
-    def __init__(self, one: SideView, lengths: np.ndarray) -> None:
-        self.grid = grid(one.energies.shape[1])
+
+class _SideCosts:
+    """Costs of one side's rows for every number of components in `counts`.
+
+    bits, squared_errors, costs: of each row, (rows, counts). inside: the share of each row's square in the leading
+    components, as they will be quantised. energy: the mean square of the rows on each component.
+    """
+
+    def __init__(self, side: SideStatistics, lengths: np.ndarray) -> None:
+        self.counts = component_counts(side.energies.shape[1])
         squares = lengths**2
-        weighted = one.energies * squares[:, None]
+        weighted = side.energies * squares[:, None]
         importance = np.sqrt(weighted.sum(0))
-        basis_bits, basis_lost = dead_zone.gaussian_cost(importance / one.dimension**0.5)
-        self.basis_bits = one.dimension * np.concatenate([[0.0], basis_bits.cumsum()])[self.grid]
-        self.share = weighted.mean(0)
-        # what rounding the directions takes from a row is missed by its coefficients
-        noise = np.minimum(one.dimension * basis_lost / np.maximum(importance**2, 1e-300), 1.0)
-        known_bits, known_lost = self._coefficients(weighted, self.share)
-        inside = np.concatenate([np.zeros((len(lengths), 1)), (one.energies * (1 - noise)).cumsum(1)], axis=1)
-        self.inside = inside[:, self.grid]
-        left = squares[:, None] * np.maximum(1 - self.inside, 0.0)
-        rest_bits, rest_lost = dead_zone.gaussian_cost(np.sqrt(left / one.dimension))
-        rest_bits, rest_lost = rest_bits * one.dimension, rest_lost * one.dimension
-        used = rest_bits + dead_zone.BITS_PER_SQUARED_ERROR * rest_lost < dead_zone.BITS_PER_SQUARED_ERROR * left
-        self.bits = known_bits + np.where(used, rest_bits, 0.0)
-        self.lost = known_lost + np.where(used, rest_lost, left)
-        self.prices = self.bits + dead_zone.BITS_PER_SQUARED_ERROR * self.lost
+        basis_bits, basis_errors = dead_zone.gaussian_cost(importance / side.dimension**0.5)
+        self.basis_bits = side.dimension * np.concatenate([[0.0], basis_bits.cumsum()])[self.counts]
+        self.energy = weighted.mean(0)
+        # the share of a component that its own quantisation loses is lost for its coefficients too
+        noise = np.minimum(side.dimension * basis_errors / np.maximum(importance**2, 1e-300), 1.0)
+        bits, errors = self._coefficient_costs(weighted)
+        inside = np.concatenate([np.zeros((len(lengths), 1)), (side.energies * (1 - noise)).cumsum(1)], axis=1)
+        self.inside = inside[:, self.counts]
+        residuals = squares[:, None] * np.maximum(1 - self.inside, 0.0)
+        residual_bits, residual_errors = dead_zone.gaussian_cost(np.sqrt(residuals / side.dimension))
+        residual_bits, residual_errors = residual_bits * side.dimension, residual_errors * side.dimension
+        pays = residual_bits + BITS_PER_SQUARED_ERROR * residual_errors < BITS_PER_SQUARED_ERROR * residuals
+        self.bits = bits + np.where(pays, residual_bits, 0.0)
+        self.squared_errors = errors + np.where(pays, residual_errors, residuals)
+        self.costs = self.bits + BITS_PER_SQUARED_ERROR * self.squared_errors
 
-    def _coefficients(self, weighted: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bits and error of the coefficients of each row, (rows, grid): rows of about one size are taken as one."""
-        if not len(share):
+    def _coefficient_costs(self, weighted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return bits and squared error of the coefficients of each row, (rows, counts).
+
+        weighted: squared coefficients, (rows, k). Each row is taken to have the mean distribution of energy over the
+        components, so that rows of about one norm cost the same and are looked up once.
+        """
+        if not len(self.energy):
             return np.zeros((len(weighted), 1)), np.zeros((len(weighted), 1))
-        level = np.sqrt(weighted.sum(1) / share.sum())
-        bins, which = np.unique(np.round(BINS * np.log2(np.maximum(level, 1e-6))), return_inverse=True)
-        bits, lost = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(share)[None])
-        found = []
-        for one in (bits, lost):
-            summed = np.concatenate([np.zeros((len(bins), 1)), one.cumsum(1)], axis=1)
-            found.append(summed[:, self.grid][which])
-        return found[0], found[1]
+        norm = np.sqrt(weighted.sum(1) / self.energy.sum())
+        bins, bin_of_row = np.unique(np.round(BINS * np.log2(np.maximum(norm, 1e-6))), return_inverse=True)
+        bits, errors = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(self.energy)[None])
+        return self._by_count(bits)[bin_of_row], self._by_count(errors)[bin_of_row]
+
+    def _by_count(self, costs: np.ndarray) -> np.ndarray:
+        """Sum costs of single coefficients, (bins, k), over the leading components of each count."""
+        return np.concatenate([np.zeros((len(costs), 1)), costs.cumsum(1)], axis=1)[:, self.counts]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What was chosen: each adapter's step, relative to its norm, (n,), and each module's directions (down, up), with
-    those of the next larger and smaller steps beside them. bits: about how many all of it takes."""
+class RatePlan:
+    """What was chosen for an error. bits: about how many the whole collection takes.
 
-    steps: np.ndarray
+    step_sizes: of each adapter, relative to its norm, (n,). k: of each module, candidates for (k_down, k_up): those of
+    the nearest surveyed step size, and of the next smaller and larger one.
+    """
+
+    step_sizes: np.ndarray
     k: list[list[tuple[int, int]]]
     bits: float
 
 
-class Survey:
-    """Estimates of all modules at steps that are half an octave apart.
+class RateSurvey:
+    """Estimates of all modules at a grid of step sizes, from which a plan for any error is interpolated.
 
-    Each module is given once. members: its adapters' places.
+    n: the number of adapters. step_sizes: relative to their norms. Each module is added once.
     """
 
-    def __init__(self, n: int, steps: Sequence[float]) -> None:
-        self.steps = np.array(sorted(steps))
-        self._bits, self._lost = np.zeros((len(steps), n)), np.zeros((len(steps), n))
-        self._basis = np.zeros(len(steps))
+    def __init__(self, n: int, step_sizes: Sequence[float]) -> None:
+        self.step_sizes = np.array(sorted(step_sizes))
+        self._bits, self._squared_errors = np.zeros((len(step_sizes), n)), np.zeros((len(step_sizes), n))
+        self._basis_bits = np.zeros(len(step_sizes))
         self._k: list[list[tuple[int, int]]] = []
         self._members: list[list[int]] = []
 
-    def add(self, one: View, members: Sequence[int]) -> None:
-        """Take a module in."""
-        found = [estimate(one, float(step)) for step in self.steps]
-        for row, guess in enumerate(found):
-            self._bits[row, list(members)] += guess.bits
-            self._lost[row, list(members)] += guess.lost
-            self._basis[row] += guess.basis_bits
-        self._k.append([guess.k for guess in found])
+    def add(self, module: ModuleStatistics, members: Sequence[int]) -> None:
+        """Add the estimates of a module. members: the indices of its adapters in the collection."""
+        estimates = [estimate_rate(module, float(step_size)) for step_size in self.step_sizes]
+        for row, estimate in enumerate(estimates):
+            self._bits[row, list(members)] += estimate.bits
+            self._squared_errors[row, list(members)] += estimate.squared_errors
+            self._basis_bits[row] += estimate.basis_bits
+        self._k.append([estimate.k for estimate in estimates])
         self._members.append(list(members))
 
-    def plan(self, error: float) -> Plan:
-        """For a delta error of every adapter."""
-        logs = np.log2(self.steps)
-        lost = np.maximum.accumulate(np.log2(np.maximum(self._lost, 1e-300)), axis=0)
-        at = np.array([np.interp(2 * np.log2(error), column, logs) for column in lost.T])
-        bits = sum(float(np.interp(x, logs, column)) for x, column in zip(at, self._bits.T, strict=True))
-        basis = float(np.interp(float(at.mean()), logs, self._basis))
-        nearest = [int(np.abs(logs - at[members].mean()).argmin()) for members in self._members]
-        k = [row[max(place - 1, 0) : place + 2] for row, place in zip(self._k, nearest, strict=True)]
-        return Plan(2.0**at, k, bits + basis)
+    def plan(self, error: float) -> RatePlan:
+        """Choose step sizes and numbers of components for a delta error of every adapter."""
+        logs = np.log2(self.step_sizes)
+        # an estimate may fall with the step size, by another number of components; interpolation needs an order
+        errors = np.maximum.accumulate(np.log2(np.maximum(self._squared_errors, 1e-300)), axis=0)
+        chosen = np.array([np.interp(2 * np.log2(error), column, logs) for column in errors.T])
+        bits = sum(float(np.interp(x, logs, column)) for x, column in zip(chosen, self._bits.T, strict=True))
+        basis_bits = float(np.interp(float(chosen.mean()), logs, self._basis_bits))
+        nearest = [int(np.abs(logs - chosen[members].mean()).argmin()) for members in self._members]
+        k = [counts[max(index - 1, 0) : index + 2] for counts, index in zip(self._k, nearest, strict=True)]
+        return RatePlan(2.0**chosen, k, bits + basis_bits)

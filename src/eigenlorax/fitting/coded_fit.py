@@ -11,9 +11,11 @@ from functools import partial
 import torch
 
 from ..codec import bitstream, encoder
-from ..codec.bitstream import AdapterCodes, ModuleLayout
-from ..codec.encoder import Coded, Collection, Member, Module, Point
-from ..codec.singular_codes import RoundedBasis
+from ..codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout
+from ..codec.byte_limit import encode_within
+from ..codec.encoder import CollectionEncoder, EncodedCollection, ModuleUpdates, RatePoint, UpdateSource
+from ..codec.quantised_basis import QuantisedBasis
+from ..codec.step_sizes import check_error_bound, step_size_grid, wide_step_size_grid
 from ..codec.storage import coded
 from ..core import threads
 from ..core.adapter import ModuleSpec
@@ -39,7 +41,7 @@ class Compact:
     """Bases by module; errors and about the bytes that they take, around what was chosen; and what there is to say."""
 
     modules: Mapping[str, ModuleBases]
-    frontier: list[Point]
+    frontier: list[RatePoint]
     notes: list[str]
 
 
@@ -52,7 +54,7 @@ class _Written:
     data: Mapping[str, bytes]
 
 
-def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: encoder.Report) -> Compact:
+def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: encoder.Progress) -> Compact:
     """Bases for all modules; every packing gets its coefficients.
 
     weights: of the adapters that are fitted, 1 / ‖update‖. options: `max_error`, `max_bytes` or `ratio`.
@@ -66,24 +68,28 @@ def _numbers(members: Sequence[tuple[Packing, str]]) -> int:
     return sum(packing.adapter.specs[module].numbers for packing, module in members)
 
 
-def _fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: encoder.Report) -> Compact:
+def _fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: encoder.Progress) -> Compact:
     packings = {packing.adapter.name: packing for _, members in by_module for packing, _ in members}
     modules, shapes = _modules(by_module, list(weights)), _shapes(by_module)
     norms = torch.tensor([1 / weight for weight in weights.values()], dtype=torch.float64)
     numbers = max(sum(one.numbers for one in packing.adapter.specs.values()) for packing in packings.values())
     error = options.max_error
     if error is not None:
-        encoder.check(error)
-    steps = encoder.steps_for(error, numbers) if error is not None else encoder.steps_for_any()
-    collection = Collection(modules, norms, steps, report)
+        check_error_bound(error)
+    steps = step_size_grid(error, numbers) if error is not None else wide_step_size_grid()
+    collection = CollectionEncoder(modules, norms, steps, report)
     carried = _carried(packings, by_module)
     if error is None:
         limit, refused = _limit(by_module, options, carried)
-        collection = encoder.clustered(collection, modules, collection.aimed(limit - carried), report)
-        found = collection.within(limit - carried, lambda one: _size(one, by_module, packings, list(weights)), refused)
+        collection = encoder.split_into_clusters(
+            collection, modules, collection.error_for_bytes(limit - carried), report
+        )
+        found = encode_within(
+            collection, limit - carried, lambda one: _size(one, by_module, packings, list(weights)), refused
+        )
     else:
-        collection = encoder.clustered(collection, modules, error, report)
-        found = collection.coded(error)
+        collection = encoder.split_into_clusters(collection, modules, error, report)
+        found = collection.encode(error)
     written = _written(found, by_module, packings, list(weights))
     blobs = _basis_blobs(found)
     bases = {name: _bases(name, found, shapes[name], blobs) for name, _ in by_module}
@@ -99,18 +105,18 @@ def _fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions,
     return Compact(bases, _frontier(collection, max(found.errors), size, carried), notes)
 
 
-def _modules(by_module: ByModule, names: Sequence[str]) -> list[Module]:
+def _modules(by_module: ByModule, names: Sequence[str]) -> list[ModuleUpdates]:
     index = {name: place for place, name in enumerate(names)}
     found = []
     for name, members in by_module:
         trained = tuple(
-            Member(index[packing.adapter.name], partial(packing.adapter.modules.__getitem__, module))
+            UpdateSource(index[packing.adapter.name], partial(packing.adapter.modules.__getitem__, module))
             for packing, module in members
             if packing.scan.delta_squares[module] > 0
         )
         if trained:
             spec = _spec(members)
-            found.append(Module(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
+            found.append(ModuleUpdates(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
     return found
 
 
@@ -170,51 +176,55 @@ def _rounded_down(ratio: float) -> str:
     return f"{math.floor(ratio / unit) * unit:.10g}"
 
 
-def _size(found: Coded, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]) -> int:
+def _size(found: EncodedCollection, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]) -> int:
     written = _written(found, by_module, packings, names)
     return sum(map(len, written.data.values())) + sum(map(len, _basis_blobs(found).values()))
 
 
-def _written(found: Coded, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]) -> _Written:
+def _written(
+    found: EncodedCollection, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]
+) -> _Written:
     """All adapters, those that are untrained too."""
     fitted = dict(zip(names, found.adapters, strict=True))
     codes = {name: fitted.get(name, AdapterCodes(1.0, 0, {})) for name in packings}
-    own: dict[str, dict[str, bitstream.ModuleCodes]] = {name: {} for name in packings}
+    own: dict[str, dict[str, ModuleCodes]] = {name: {} for name in packings}
     places: dict[str, dict[str, ModuleLayout]] = {name: {} for name in packings}
     for place, members in by_module:
         spec = _spec(members)
-        none = encoder.no_basis(spec.in_features), encoder.no_basis(spec.out_features)
+        none = QuantisedBasis.empty(spec.in_features), QuantisedBasis.empty(spec.out_features)
         clusters: dict[int, ModuleLayout] = {}
         for packing, _ in members:
             name = packing.adapter.name
             number = codes[name].cluster
             if number not in clusters:
                 clusters[number] = ModuleLayout.of(found.bases.get(place, none), number)
-            own[name][place] = codes[name].modules.get(place, bitstream.UNTRAINED)
+            own[name][place] = codes[name].modules.get(place, UNTRAINED)
             places[name][place] = clusters[number]
-    whole = {name: AdapterCodes(one.step, one.cluster, own[name]) for name, one in codes.items()}
+    whole = {name: AdapterCodes(one.step_size, one.cluster, own[name]) for name, one in codes.items()}
     data: dict[str, bytes] = {}
     for start in range(0, len(whole), BATCH):
         batch = list(whole)[start : start + BATCH]
-        blobs = bitstream.adapter_bytes([(whole[name], places[name]) for name in batch])
+        blobs = bitstream.encode_adapters([(whole[name], places[name]) for name in batch])
         data |= dict(zip(batch, blobs, strict=True))
     return _Written(whole, places, data)
 
 
-def _basis_blobs(found: Coded) -> dict[tuple[str, int], bytes]:
+def _basis_blobs(found: EncodedCollection) -> dict[tuple[str, int], bytes]:
     """By module and side, of those that have rows."""
     sides = [(name, side) for name, pair in found.bases.items() for side in (0, 1) if pair[side].k]
-    return dict(zip(sides, bitstream.basis_bytes([found.bases[name][side] for name, side in sides]), strict=True))
+    return dict(zip(sides, bitstream.encode_bases([found.bases[name][side] for name, side in sides]), strict=True))
 
 
-def _bases(name: str, found: Coded, shape: tuple[int, int], blobs: Mapping[tuple[str, int], bytes]) -> ModuleBases:
+def _bases(
+    name: str, found: EncodedCollection, shape: tuple[int, int], blobs: Mapping[tuple[str, int], bytes]
+) -> ModuleBases:
     """The bases of a module as a reader of their bytes has them."""
     if name not in found.bases:
         return ModuleBases(*(Basis(torch.zeros(0, d), torch.zeros(0), 1.0, payload={}) for d in reversed(shape)))
     square, *inside = found.energies[name]
 
-    def side(number: int, one: RoundedBasis) -> Basis:
-        payload = {bitstream.CODED: coded.blob(blobs[name, number])} if one.k else {}
+    def side(number: int, one: QuantisedBasis) -> Basis:
+        payload = {bitstream.BASIS_PART: coded.blob(blobs[name, number])} if one.k else {}
         energy = min(inside[number] / square, 1.0)
         return Basis(one.rows, torch.zeros(0), energy, tail=square, payload=payload)
 
@@ -222,12 +232,12 @@ def _bases(name: str, found: Coded, shape: tuple[int, int], blobs: Mapping[tuple
     return ModuleBases(side(0, down), side(1, up))
 
 
-def _frontier(collection: Collection, error: float, size: int, carried: int) -> list[Point]:
+def _frontier(collection: CollectionEncoder, error: float, size: int, carried: int) -> list[RatePoint]:
     """About the bytes that other errors take, beside those that this one does; of those that were surveyed."""
     errors = sorted({around * error for around in AROUND if FAINT <= around * error <= COARSE} | {error})
     guessed = {point.error: point.bytes for point in collection.frontier(errors)}
     factor = (size - carried) / max(guessed[error], 1.0)
-    found = [Point(one, round(carried + factor * guess)) for one, guess in guessed.items()]
+    found = [RatePoint(one, round(carried + factor * guess)) for one, guess in guessed.items()]
     return [
         point
         for place, point in enumerate(found)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..codec import bitstream, encoder
-from ..codec.bitstream import AdapterCodes, ModuleLayout
-from ..codec.singular_codes import RoundedBasis
+from ..codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleLayout
+from ..codec.quantised_basis import QuantisedBasis
 from ..codec.storage import coded
 from ..codec.storage.base import Storage
 from ..core import extension, keys, module_names, threads
@@ -126,15 +126,15 @@ def extended(
     return extension.extend_for(subspace, newcomers, most, progress, storage.extend_basis)
 
 
-def rounded_bases(subspace: Subspace) -> dict[str, tuple[RoundedBasis, RoundedBasis]]:
+def rounded_bases(subspace: Subspace) -> dict[str, tuple[QuantisedBasis, QuantisedBasis]]:
     """The bases (down, up) of a coded subspace in whole numbers, by module."""
     sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
-    found = bitstream.bases([(coded.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
+    found = bitstream.decode_bases([(coded.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
     return {name: (next(found), next(found)) for name in subspace.modules}
 
 
 def code(
-    one: Joining, subspace: Subspace, bases: Mapping[str, tuple[RoundedBasis, RoundedBasis]], error: float
+    one: Joining, subspace: Subspace, bases: Mapping[str, tuple[QuantisedBasis, QuantisedBasis]], error: float
 ) -> None:
     """Give a new adapter its coefficients, and what is beside them, in the cluster in which it takes fewest bytes.
 
@@ -152,13 +152,13 @@ def code(
                 one.places[name]: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()
             }
             with threads.suited_to(max(factors.spec.numbers for factors, _ in updates.values())):
-                found, lost = encoder.alone(updates, cluster, error)
-        whole = replace(found, modules={at: found.modules.get(at, bitstream.UNTRAINED) for at in one.places.values()})
+                found, lost = encoder.encode_adapter(updates, cluster, error)
+        whole = replace(found, modules={at: found.modules.get(at, UNTRAINED) for at in one.places.values()})
         places = {
             at: coded.with_grown_widths(ModuleLayout.of(bases[at], cluster), subspace.modules[at])
             for at in one.places.values()
         }
-        (data,) = bitstream.adapter_bytes([(whole, places)])
+        (data,) = bitstream.encode_adapters([(whole, places)])
         if best is None or len(data) < len(best[2]):
             best = whole, places, data, lost
     assert best is not None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import formats
-from ..codec.encoder import Point
+from ..codec.encoder import RatePoint
 from ..codec.storage.table import parse_storage, storage_by_name
 from ..core import atomic_files, dtypes, keys, metrics, narrowing, projection, registry, staging
 from ..core import subspace as spaces
@@ -76,7 +76,7 @@ class Pack:
         self._storage, self._coefficients = storage_by_name(info.dtype), found
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
-        self.frontier: list[Point] = []
+        self.frontier: list[RatePoint] = []
         self.path: Path | None = None
         self._opened: folder.Opened | None = None
         self._partial = False

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..codec import bitstream
-from ..codec.bitstream import AdapterCodes
+from ..codec.adapter_codes import AdapterCodes, ModuleLayout
 from ..codec.group_integers import Payload
 from ..codec.storage import coded
 from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
@@ -121,9 +121,7 @@ class Packing:
         self.payload |= adapter_payload(chunk, row, module)
         self.errors.append(error)
 
-    def take_codes(
-        self, codes: AdapterCodes, places: Mapping[str, bitstream.ModuleLayout], data: bytes, error: float
-    ) -> None:
+    def take_codes(self, codes: AdapterCodes, places: Mapping[str, ModuleLayout], data: bytes, error: float) -> None:
         """Note all modules of an adapter that is coded, whose `places` in the subspace are known by now.
 
         data: the codes as bytes. error: what they lose, relative to the norm of it all. `NonFiniteError` where float32

@@ -16,6 +16,7 @@ from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
 from .. import bitstream
+from ..adapter_codes import AdapterCodes, ModuleLayout, dequantise_module
 from ..group_integers import Payload
 from .base import CHANGED_BY_HAND, ModuleSlot, Storage, StoredRows, check_finite, check_rows
 
@@ -65,11 +66,14 @@ class CodedStorage(Storage):
 
     def decode_bases(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
-        blobs = {key: f"{key}.{bitstream.CODED}" for key in shapes if f"{key}.{bitstream.CODED}" in tensors}
+        blobs = {key: f"{key}.{bitstream.BASIS_PART}" for key in shapes if f"{key}.{bitstream.BASIS_PART}" in tensors}
         coded_bases = [(_to_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
         numbers = sum(k * dimension for _, (k, dimension) in coded_bases)
         check_coded_count(numbers, sum(len(data) for data, _ in coded_bases), "the rows of the bases")
-        return {**tensors, **dict(zip(blobs, (basis.rows for basis in bitstream.bases(coded_bases)), strict=True))}
+        return {
+            **tensors,
+            **dict(zip(blobs, (basis.rows for basis in bitstream.decode_bases(coded_bases)), strict=True)),
+        }
 
     def read_components(
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
@@ -80,7 +84,7 @@ class CodedStorage(Storage):
         if not n_fitted:
             return [(torch.zeros(0, dimension), {}), *(empty for _ in grown)]
         check_rows(key, tensors[key], (n_fitted, dimension), self.dtype)
-        payload = {bitstream.CODED: tensors[f"{key}.{bitstream.CODED}"]}
+        payload = {bitstream.BASIS_PART: tensors[f"{key}.{bitstream.BASIS_PART}"]}
         return [(tensors[key], payload), *(empty for _ in grown)]
 
     def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
@@ -98,13 +102,13 @@ class CodedStorage(Storage):
         payload = {keys.CODED: tensors.pop(keys.CODED)}
         data, modules = _to_bytes(payload, keys.CODED), subspace().modules
         layouts = _adapter_layouts(data, {name: modules[name] for name in (s.subspace_module for s in slots.values())})
-        codes = bitstream.adapter(data, layouts, {slot.subspace_module: slot.rank for slot in slots.values()})
+        codes = bitstream.decode_adapter(data, layouts, {slot.subspace_module: slot.rank for slot in slots.values()})
         return CodedCoefficients(codes, layouts, slots), payload
 
 
-def _adapter_layouts(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, bitstream.ModuleLayout]:
+def _adapter_layouts(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[str, ModuleLayout]:
     """Return the layouts of a coded adapter's modules, by their names in the subspace, from its bytes and the bases."""
-    cluster = bitstream.cluster(data)
+    cluster = bitstream.read_cluster(data)
     layouts = {}
     for name, bases in modules.items():
         sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
@@ -112,7 +116,7 @@ def _adapter_layouts(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[st
     return layouts
 
 
-def with_grown_widths(layout: bitstream.ModuleLayout, bases: ModuleBases) -> bitstream.ModuleLayout:
+def with_grown_widths(layout: ModuleLayout, bases: ModuleBases) -> ModuleLayout:
     """Return the layout with the widths of bases that have grown since they were encoded.
 
     A coded adapter has no coefficients on the components that were appended.
@@ -122,8 +126,8 @@ def with_grown_widths(layout: bitstream.ModuleLayout, bases: ModuleBases) -> bit
 
 def basis_bytes(basis: Basis) -> bytes:
     """Return the bytes of a coded basis."""
-    stored = (basis.payload or {}).get(bitstream.CODED)
-    return bitstream.EMPTY if stored is None else stored.numpy().tobytes()
+    stored = (basis.payload or {}).get(bitstream.BASIS_PART)
+    return bitstream.EMPTY_BASIS if stored is None else stored.numpy().tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +150,8 @@ class CodedCoefficients(LazyMapping[Coefficients]):
 
     def __init__(
         self,
-        codes: bitstream.AdapterCodes,
-        layouts: Mapping[str, bitstream.ModuleLayout],
+        codes: AdapterCodes,
+        layouts: Mapping[str, ModuleLayout],
         slots: Mapping[str, ModuleSlot],
     ) -> None:
         self._codes, self._slots = codes, slots
@@ -155,9 +159,9 @@ class CodedCoefficients(LazyMapping[Coefficients]):
         def read(module: str) -> Coefficients:
             slot = slots[module]
             with damaged_on_error(f"module {module} of a coded adapter"):
-                coefficients = bitstream.coefficients(
+                coefficients = dequantise_module(
                     codes.modules[slot.subspace_module],
-                    codes.step,
+                    codes.step_size,
                     layouts[slot.subspace_module],
                     rank=slot.rank,
                     scaling=slot.scaling,
@@ -174,7 +178,7 @@ class CodedCoefficients(LazyMapping[Coefficients]):
         metadata = {}
         for module in self:
             codes, slot = self._codes.modules[self._slots[module].subspace_module], self._slots[module]
-            sides = [s for s, rows in (("down", codes.down), ("up", codes.up)) if (rows.rest_levels > 0).any()]
+            sides = [s for s, rows in (("down", codes.down), ("up", codes.up)) if rows.has_residual]
             metadata[module] = CoefficientMetadata(slot.rank, slot.scaling, slot.kernel, tuple(sides))
         return metadata
 

@@ -1,0 +1,171 @@
+"""One adapter as integers, as its bytes have it, and the coefficients that the integers stand for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.coefficients import Coefficients
+from . import singular_codes
+from .quantised_basis import QuantisedBasis
+
+NO_INTEGERS = np.zeros(0, dtype=np.int64)
+_INTEGER_DTYPES = (np.int8, np.int16, np.int32, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class SideCodes:
+    """The singular components of one update on one side: codes row by row, in the narrowest integer dtype.
+
+    coefficient_levels, residual_levels: as in `singular_codes.BatchSideCodes`, (r,). coefficients: (rows, k), of the
+    components that have a coefficient level; residuals: (rows, d), of those that have a residual level.
+    """
+
+    coefficient_levels: np.ndarray
+    coefficients: np.ndarray
+    residual_levels: np.ndarray
+    residuals: np.ndarray
+
+    @classmethod
+    def of(cls, batch: singular_codes.BatchSideCodes, row: int, count: int) -> "SideCodes":
+        """Take the first `count` components of one update."""
+        levels, residual_levels = batch.coefficient_levels[row, :count], batch.residual_levels[row, :count]
+        return cls(
+            levels.numpy(),
+            narrow(batch.coefficients[row, :count][levels > 0].numpy()),
+            residual_levels.numpy(),
+            narrow(batch.residuals[row, :count][residual_levels > 0].numpy()),
+        )
+
+    @property
+    def has_residual(self) -> bool:
+        return bool((self.residual_levels > 0).any())
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCodes:
+    """One update as integers. scales: of its components, (r,). core: (k_up, k_down), empty where core_level is 0."""
+
+    scales: np.ndarray
+    down: SideCodes
+    up: SideCodes
+    core_level: int
+    core: np.ndarray
+
+    @classmethod
+    def of(cls, batch: singular_codes.UpdateCodes, row: int) -> "ModuleCodes":
+        """Take one update of a batch."""
+        count, level = int(batch.counts[row]), int(batch.core_levels[row])
+        return cls(
+            batch.scales[row, :count].numpy(),
+            SideCodes.of(batch.down, row, count),
+            SideCodes.of(batch.up, row, count),
+            level,
+            narrow(batch.cores[row].numpy()) if level else NO_INTEGERS,
+        )
+
+    @property
+    def count(self) -> int:
+        """The number of singular components."""
+        return len(self.scales)
+
+
+_NO_SIDE = SideCodes(NO_INTEGERS, NO_INTEGERS, NO_INTEGERS, NO_INTEGERS)
+UNTRAINED = ModuleCodes(NO_INTEGERS, _NO_SIDE, _NO_SIDE, 0, NO_INTEGERS)
+"""The codes of an update that is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCodes:
+    """One adapter as integers of its quantisation step size, by module. cluster: of the bases that it uses."""
+
+    step_size: float
+    cluster: int
+    modules: Mapping[str, ModuleCodes]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleLayout:
+    """Sizes and profiles of a module's bases that the codes of an adapter in one cluster are read with.
+
+    profiles: `QuantisedBasis.profile` of the cluster's bases, (down, up). shape: of the update, (out, in). widths:
+    numbers of rows, (down, up), of the bases of all clusters together; offsets: where the rows of this cluster begin.
+    """
+
+    profiles: tuple[np.ndarray, np.ndarray]
+    shape: tuple[int, int]
+    widths: tuple[int, int]
+    offsets: tuple[int, int]
+
+    @classmethod
+    def of(cls, bases: tuple[QuantisedBasis, QuantisedBasis], cluster: int) -> "ModuleLayout":
+        """Return the layout of a cluster. bases: (down, up), of all clusters."""
+        down, up = bases
+        return cls(
+            (down.block(cluster).profile, up.block(cluster).profile),
+            (up.dimension, down.dimension),
+            (down.k, up.k),
+            (down.span(cluster).start, up.span(cluster).start),
+        )
+
+    def dimension(self, side: int) -> int:
+        """Return the width of rows on the down side (0) or the up side (1)."""
+        return self.shape[1 - side]
+
+
+def narrow(codes: np.ndarray) -> np.ndarray:
+    """Return the same integers in the narrowest dtype that holds all of them: most codes fit one byte."""
+    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
+    return codes.astype(next(t for t in _INTEGER_DTYPES if np.iinfo(t).min <= low and high <= np.iinfo(t).max))
+
+
+def dequantise_module(
+    codes: ModuleCodes,
+    step_size: float,
+    layout: ModuleLayout,
+    *,
+    rank: int,
+    scaling: float,
+    kernel: tuple[int, ...] = (),
+) -> Coefficients:
+    """Return the coefficients and residuals that codes stand for, float32.
+
+    rank: that of the adapter, which rows of zeros fill up. scaling: of the adapter; the result is divided by it.
+    """
+    if codes.core_level:
+        core = torch.from_numpy(codes.core.astype(np.float64))[None]
+        step_sizes = torch.tensor([step_size], dtype=torch.float64)
+        left, right = singular_codes.core_factors(core, step_sizes, torch.tensor([rank]))
+        down = _in_all_clusters(right[0], rank, layout.widths[0], layout.offsets[0])
+        up = _in_all_clusters(left[0].mT / (scaling or 1.0), rank, layout.widths[1], layout.offsets[1])
+        return Coefficients(down, up.mT.contiguous(), scaling, kernel)
+    weight = torch.from_numpy(np.sqrt(step_size * 2.0 ** (-codes.scales / singular_codes.SCALES)))
+    coefficients, residuals = [], []
+    for side, (rows, row_weight) in enumerate(((codes.down, weight), (codes.up, weight / (scaling or 1.0)))):
+        on_basis = _weighted_rows(rows.coefficients, rows.coefficient_levels, row_weight, rank)
+        coefficients.append(_in_all_clusters(on_basis, rank, layout.widths[side], layout.offsets[side]))
+        residual = _weighted_rows(rows.residuals, rows.residual_levels, row_weight, rank)
+        residuals.append(residual.float() if rows.has_residual else None)
+    down, up = coefficients
+    down_residual, up_residual = residuals
+    if up_residual is not None:
+        up_residual = up_residual.mT.contiguous()
+    return Coefficients(down, up.mT.contiguous(), scaling, kernel, down_residual, up_residual)
+
+
+def _weighted_rows(codes: np.ndarray, levels: np.ndarray, weight: Tensor, rank: int) -> Tensor:
+    """Return rows (rank, d), float64: codes times their weights for the components with a level, zeros elsewhere."""
+    coded = torch.from_numpy(np.flatnonzero(levels > 0))
+    rows = torch.zeros(rank, codes.shape[1] if codes.ndim == 2 else 0, dtype=torch.float64)
+    if len(coded):
+        rows[coded] = torch.from_numpy(codes.astype(np.float64)) * weight[coded, None]
+    return rows
+
+
+def _in_all_clusters(rows: Tensor, rank: int, width: int, offset: int) -> Tensor:
+    """Return coefficients on the components of one cluster as coefficients on those of all, (rank, width) float32."""
+    coefficients = torch.zeros(rank, width, dtype=torch.float32)
+    coefficients[: len(rows), offset : offset + rows.shape[1]] = rows
+    return coefficients

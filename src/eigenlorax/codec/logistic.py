@@ -1,0 +1,28 @@
+"""Classes of integers and their bits in closed form, for decisions before anything is encoded.
+
+`entropy` encodes an integer of class c with the logistic distribution of scale 2^(c/4 − 4). Its tables are exact but
+slow to look up; here the bits come from the distribution itself, for whole tensors.
+"""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from . import entropy
+
+
+def code_bits(codes: Tensor, classes: Tensor) -> Tensor:
+    """Return about how many bits each integer takes in its class; the shapes broadcast."""
+    scale = torch.exp2(classes.to(torch.float64) / 4 - 4)
+    # both logistic functions on the negative side: near 1, their difference would have no digits left
+    above, below = torch.sigmoid((codes.abs() - 0.5) / -scale), torch.sigmoid((codes.abs() + 0.5) / -scale)
+    least_probability = 2.0**-entropy.PRECISION
+    return -(above - below + least_probability).log2()
+
+
+def classes_of_spread(spread: Tensor) -> Int[Tensor, "..."]:
+    """Return the classes for integers of these standard deviations."""
+    classes = 4 * (spread.clamp_min(1e-9) * math.sqrt(3) / math.pi).log2()
+    return (classes.round() + 16).clamp(0, entropy.CLASSES - 1).to(torch.int64)

@@ -1,0 +1,115 @@
+"""A basis as integers: each row has a quantisation step size of its own, as fine as the adapters' use of it asks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import entropy
+from .logistic import code_bits
+
+HEADER_BITS = 16
+"""Bits of a row beside its codes: its fineness and its profile."""
+# 2^0, 2^¼, 2^½ and 2^¾, each the nearest float64
+_QUARTER_OCTAVES = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedBasis:
+    """Rows of a basis as integers: row a is codes[a] · 2^(−fineness[a] / 4).
+
+    profile: by how many classes coefficients on each row are smaller than on the row where they are largest, 0 or less.
+    blocks: the number of rows of each cluster, where there are several; the rows of one cluster are nearly orthonormal.
+    """
+
+    codes: Int[Tensor, "k d"]
+    fineness: Int[np.ndarray, " k"]
+    profile: Int[np.ndarray, " k"]
+    blocks: tuple[int, ...] = ()
+
+    @classmethod
+    def empty(cls, dimension: int) -> "QuantisedBasis":
+        """Return a basis without a row."""
+        no_integers = np.zeros(0, dtype=np.int64)
+        return cls(torch.zeros(0, dimension, dtype=torch.int64), no_integers, no_integers)
+
+    @classmethod
+    def concatenate(cls, blocks: Sequence["QuantisedBasis"]) -> "QuantisedBasis":
+        """Join the bases of several clusters, one after the other."""
+        if len(blocks) == 1:
+            return blocks[0]
+        return cls(
+            torch.cat([block.codes for block in blocks]),
+            np.concatenate([block.fineness for block in blocks]),
+            np.concatenate([block.profile for block in blocks]),
+            tuple(block.k for block in blocks),
+        )
+
+    @property
+    def k(self) -> int:
+        return len(self.fineness)
+
+    @property
+    def dimension(self) -> int:
+        return self.codes.shape[1]
+
+    def span(self, cluster: int) -> slice:
+        """Return which rows are those of a cluster."""
+        if not self.blocks:
+            return slice(0, self.k)
+        start = sum(self.blocks[:cluster])
+        return slice(start, start + self.blocks[cluster])
+
+    def block(self, cluster: int) -> "QuantisedBasis":
+        """Return the basis of one cluster by itself."""
+        rows = self.span(cluster)
+        return QuantisedBasis(self.codes[rows], self.fineness[rows], self.profile[rows])
+
+    @property
+    def rows(self) -> Float[Tensor, "k d"]:
+        """The rows in float32, as a reader of the codes computes them."""
+        # the pack's fingerprint is of these rows, and a power function may be off in the last bit on some machines
+        step_sizes = np.ldexp(_QUARTER_OCTAVES[-self.fineness % 4], -self.fineness // 4)
+        return (self.codes.to(torch.float64) * torch.from_numpy(step_sizes)[:, None]).to(torch.float32)
+
+    def bits(self) -> float:
+        """Return about how many bits the basis takes in a file."""
+        classes = torch.from_numpy(row_classes(self.fineness, self.dimension))
+        codes = float(code_bits(self.codes.to(torch.float64), classes[:, None]).sum())
+        return codes + HEADER_BITS * self.k
+
+
+def row_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
+    """Return the class of the codes of each row, which follows from its step size: its numbers are of a unit row."""
+    # a number of a unit row has the standard deviation d^(−½)
+    unit_class = round(16 + 4 * math.log2(math.sqrt(3) / math.pi) - 2 * math.log2(dimension))
+    classes: np.ndarray = np.clip(fineness + unit_class, 0, entropy.CLASSES - 1)
+    return classes
+
+
+def quantise_basis(
+    rows: Float[Tensor, "k d"], importance: Float[Tensor, " k"], energy: Float[Tensor, " k"]
+) -> QuantisedBasis:
+    """Quantise orthonormal rows, each with a step size that is the inverse of its importance.
+
+    An error in a row is an error of every update, in proportion to the coefficients on that row: with these step sizes
+    a code of a basis costs as much squared error as a code of an adapter. Rows all of whose codes would be 0 are left
+    out.
+
+    importance: the norm of all adapters' coefficients on each row, in units of their step sizes. energy: the mean
+    square of the coefficients on each row, up to a common factor.
+    """
+    # a number of a unit row is about d^(−½): below 0.4 of a step size, nearly all of them round to 0
+    survives = importance > 0.4 * rows.shape[1] ** 0.5
+    rows, importance, energy = rows[survives], importance[survives], energy[survives]
+    fineness = (4 * importance.clamp_min(1).log2()).round().to(torch.int64).clamp(0, 255).numpy()
+    step_sizes = torch.from_numpy(2.0 ** (-fineness / 4.0))[:, None]
+    # 4 classes an octave of amplitude are 2 an octave of energy
+    profile = 2 * (energy / energy.max().clamp_min(1e-300)).clamp_min(2.0**-60).log2() if len(energy) else energy
+    return QuantisedBasis(
+        (rows / step_sizes).round().to(torch.int64), fineness, profile.round().to(torch.int64).clamp(-120, 0).numpy()
+    )

@@ -1,0 +1,103 @@
+"""Quantisation step sizes of adapters: the grid that is surveyed, and the search for those that meet an error bound."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from .bitstream import STEP_SIZES_PER_OCTAVE
+
+SURVEY_RANGE = 2.0**-22, 2.0**0.5
+"""Step sizes, relative to the norm of an adapter, that are surveyed where the error is not known beforehand."""
+MIN_ERROR_BOUND = 1e-6
+"""The smallest error bound that can be asked for."""
+CLOSE = 0.995
+"""Error of an adapter, relative to the bound, at which the search for its step size ends."""
+GOOD_ROUNDS, MAX_ROUNDS = 8, 24
+"""Rounds of the search after which any step sizes within the bound are taken; and rounds at most."""
+
+MeasureErrors = Callable[[Tensor, Tensor], Tensor]
+"""Returns the error of each adapter, (n,), from step sizes (n,) and a mask (n,) of the adapters that are asked for."""
+
+
+def check_error_bound(error: float) -> None:
+    """Raise `OptionError` for an error bound that float32 numbers cannot keep."""
+    if error < MIN_ERROR_BOUND:
+        raise OptionError(
+            f"max_error={error:g} is less than numbers in float32 can keep: ask for 1e-6 or more, or store wider ones "
+            "(dtype='float64', --dtype float64)."
+        )
+
+
+def strict_bound(error: float) -> float:
+    """Return an error bound that leaves room for rounding the decoded factors to float32."""
+    check_error_bound(error)
+    return error * (1 - 1e-6) - 2e-7
+
+
+def search_step_sizes(
+    measure: MeasureErrors, step_sizes: Tensor, errors: Tensor, bound: float
+) -> tuple[Tensor, Tensor]:
+    """Find the largest step size of each adapter whose error stays below `bound`; return the errors with them, too.
+
+    step_sizes, errors: where the search starts, (n,). `OptionError` if no step size is small enough.
+
+    All adapters are searched together, since a round decodes all modules. For each, the search keeps the largest step
+    size that is good and the smallest that is bad. It interpolates and bisects between them, and does not rely on
+    slopes: errors grow with the step size, but they jump where whole components vanish.
+    """
+    good, good_errors = torch.zeros_like(step_sizes), torch.zeros_like(errors)
+    bad, bad_errors = torch.full_like(step_sizes, math.inf), torch.full_like(errors, math.inf)
+    target = 0.5 * (1 + CLOSE) * bound
+    for turn in range(MAX_ROUNDS):
+        within = errors <= bound
+        better, worse = within & (step_sizes > good), ~within & (step_sizes < bad)
+        good, good_errors = torch.where(better, step_sizes, good), torch.where(better, errors, good_errors)
+        bad, bad_errors = torch.where(worse, step_sizes, bad), torch.where(worse, errors, bad_errors)
+        unfinished = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
+        if not bool(unfinished.any()) or (turn >= GOOD_ROUNDS and bool((good > 0).all())):
+            break
+        # errors are nearly in proportion to step sizes; further each round, since where whole components come and go,
+        # errors hardly change for long, and then at once
+        ratio = (target / errors.clamp_min(1e-300)) ** 2.0**turn
+        candidates = step_sizes * ratio.clamp(0.25, 4.0)
+        share = (target / good_errors).log() / (bad_errors / good_errors).log()
+        # bisection every other round, since errors may jump and interpolation would creep
+        share = torch.full_like(share, 0.5) if turn % 2 else share.clamp(0.05, 0.95)
+        bracketed = (good > 0) & bad.isfinite()
+        candidates = torch.where(bracketed, good * (bad / good) ** share, candidates)
+        step_sizes = torch.where(unfinished, as_written(candidates), good)
+        errors = torch.where(unfinished, measure(step_sizes, unfinished), good_errors)
+    if bool((good == 0).any()):
+        raise OptionError(
+            f"max_error={bound:g} takes integers beyond 32 bits for some adapter: ask for a larger max_error."
+        )
+    return good, good_errors
+
+
+def as_written(step_sizes: Tensor) -> Tensor:
+    """Return the nearest step sizes that the bytes of an adapter can hold, so that measured errors are final."""
+    return (STEP_SIZES_PER_OCTAVE * step_sizes.log2()).round().div(STEP_SIZES_PER_OCTAVE).exp2()
+
+
+def step_size_grid(error: float, numbers: int) -> list[float]:
+    """Return step sizes to survey for an error bound, relative to the norm of an adapter, half an octave apart.
+
+    numbers: of an adapter's factors, at most. The smallest step size is that of an adapter each of whose numbers is
+    encoded; the largest is that of one that loses whole components.
+    """
+    smallest, largest = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, SURVEY_RANGE[1])
+    return _log_spaced(smallest, largest, 2)
+
+
+def wide_step_size_grid() -> list[float]:
+    """Return step sizes to survey for errors of every size, an octave apart."""
+    return _log_spaced(*SURVEY_RANGE, 1)
+
+
+def _log_spaced(smallest: float, largest: float, per_octave: int) -> list[float]:
+    count = max(math.ceil(per_octave * math.log2(largest / smallest)), 2)
+    return [float(step_size) for step_size in np.geomspace(smallest, largest, count + 1)]

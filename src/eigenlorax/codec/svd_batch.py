@@ -1,0 +1,75 @@
+"""The updates of several adapters in one module, as singular components."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.adapter import LoRAFactors
+
+BATCH_NUMBERS = 2**23
+"""Numbers of singular vectors that are encoded at a time: each takes some hundred bytes meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class SvdBatch:
+    """Updates of one module by their singular components: update i is Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ.
+
+    Components are sorted by singular value, the largest first; those that an update lacks are 0. ranks: of the factors
+    of each update, which an encoded update has again when it is decoded.
+    """
+
+    u: Float[Tensor, "n r n_out"]
+    s: Float[Tensor, "n r"]
+    v: Float[Tensor, "n r n_in"]
+    ranks: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, factors: Sequence[LoRAFactors]) -> "SvdBatch":
+        """Decompose updates of one shape and any ranks, scaling included, in float64."""
+        rank = max(f.down.shape[0] for f in factors)
+        n_in, n_out = factors[0].down.shape[1], factors[0].up.shape[0]
+        batch = cls(
+            torch.zeros(len(factors), rank, n_out, dtype=torch.float64),
+            torch.zeros(len(factors), rank, dtype=torch.float64),
+            torch.zeros(len(factors), rank, n_in, dtype=torch.float64),
+            torch.tensor([f.down.shape[0] for f in factors]),
+        )
+        by_rank: dict[int, list[int]] = {}
+        for index, f in enumerate(factors):
+            by_rank.setdefault(f.down.shape[0], []).append(index)
+        for indices in by_rank.values():
+            down = torch.stack([factors[i].down.to(torch.float64) for i in indices])
+            up = torch.stack([factors[i].up.to(torch.float64) * factors[i].scaling for i in indices])
+            # QR of both factors leaves an SVD of r × r: no out × in matrix is formed
+            right, left = torch.linalg.qr(down.mT), torch.linalg.qr(up)
+            inner = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+            count = inner.S.shape[1]
+            batch.s[indices, :count] = inner.S
+            batch.u[indices, :count] = (left.Q @ inner.U).mT
+            batch.v[indices, :count] = inner.Vh @ right.Q.mT
+        return batch
+
+    def __len__(self) -> int:
+        return len(self.s)
+
+    @property
+    def rank(self) -> int:
+        """The number of components of an update, at most."""
+        return self.s.shape[1]
+
+    def rows(self, side: str) -> Tensor:
+        """Return the unit singular vectors of one side, (n, r, d)."""
+        return self.v if side == "down" else self.u
+
+    def select(self, indices: Sequence[int]) -> "SvdBatch":
+        """Return some of the updates, in this order."""
+        at = torch.tensor(list(indices), dtype=torch.int64)
+        return SvdBatch(self.u[at], self.s[at], self.v[at], self.ranks[at])
+
+    def index_batches(self) -> Iterator[list[int]]:
+        """Yield the indices of all updates, as many at a time as can be encoded together in bounded memory."""
+        size = max(BATCH_NUMBERS // max(self.u[0].numel() + self.v[0].numel(), 1), 1)
+        return (list(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))
