@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from eigenlorax.reports import data
+from eigenlorax.reports import Report, data
 
 BERT = ("attention.self.query", "attention.self.value")
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -41,7 +41,7 @@ def report(
     modules = [f"encoder.layer.{layer}.{kind}" for layer in range(layers) for kind in kinds]
     similarity, order = _similarity(names, random)
     figures = _adapters(names, similarity, random, len(modules), k)
-    return data.Report(
+    return Report(
         eigenlorax_version="0.1.0",
         collection=data.Collection(
             base_model=base_model,

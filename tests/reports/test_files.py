@@ -57,7 +57,9 @@ class TestJson:
     def test_names_its_schema(self, report):
         body = json.loads(files.to_json(report))
         assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 4)
-        assert body.keys() - {"schema", "schema_version"} == {field.name for field in dataclasses.fields(data.Report)}
+        assert body.keys() - {"schema", "schema_version"} == {
+            field.name for field in dataclasses.fields(data.ReportData)
+        }
 
     @pytest.mark.parametrize("n", [data.MATRIX, data.MATRIX + 1])
     def test_leaves_large_matrices_out(self, n):

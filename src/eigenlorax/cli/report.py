@@ -13,7 +13,7 @@ from .evaluate import class_names
 
 if TYPE_CHECKING:
     from ..pack.pack import Pack
-    from ..reports.data import Report
+    from ..reports import Report
 
 EPILOG = """Examples:
 

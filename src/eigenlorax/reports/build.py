@@ -17,7 +17,8 @@ from ..version import __version__
 from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
 from .analysis import groups
 from .analysis.pairs import cosines
-from .data import Collection, Evaluation, Frontier, Report, TaskFrontier, Verdict
+from .data import Collection, Evaluation, Frontier, TaskFrontier, Verdict
+from .files import Report
 from .measure import Measured
 from .originals import Originals
 

@@ -6,14 +6,14 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ..core.json_dataclasses import JsonTypeError
-from .data import Report, SideFigures, Similarity, Spread, TaskFrontier
+from .data import ReportData, SideFigures, Similarity, Spread, TaskFrontier
 from .frontier import FIT, METHODS, TASK_METHODS
 
 _MOST = 1e100
 """No figure is as large, and its square is still a float."""
 
 
-def check(report: Report) -> None:
+def check(report: ReportData) -> None:
     """Raise `UnfitError` where a number cannot be one, lists have other lengths than they should, or something is named
     that the report does not have."""
     _check_numbers(report, "report")
@@ -48,7 +48,7 @@ def _check_numbers(value: Any, where: str) -> None:
         raise JsonTypeError(f"{where} is {value}, where a whole number from 0 to 2**63 - 1 belongs.")
 
 
-def _check_lengths(report: Report) -> None:
+def _check_lengths(report: ReportData) -> None:
     about, adapters, modules = report.collection, report.adapters, report.modules
     for what, stated, found in (("adapters", about.adapters, adapters), ("modules", about.modules, modules)):
         if stated != len(found):
@@ -62,7 +62,7 @@ def _check_lengths(report: Report) -> None:
             raise JsonTypeError(f"report.adapters[{place}].cluster is {adapter.cluster}, of {clusters} clusters.")
 
 
-def _named(report: Report) -> Iterator[tuple[str, str]]:
+def _named(report: ReportData) -> Iterator[tuple[str, str]]:
     """Names of adapters outside their own list, each with its place."""
     lists = [("duplicates", group) for group in report.duplicates]
     lists += [("outliers", report.outliers), ("untrained", report.untrained)]

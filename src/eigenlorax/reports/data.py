@@ -5,7 +5,6 @@ None stands for what was not measured: for want of the original adapters, or bec
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 SCHEMA_VERSION = 4
 
@@ -456,7 +455,7 @@ class TaskFrontier:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportData:
     """All figures.
 
     adapters: the worst delta error first. module_errors: adapter by adapter, in the order of `adapters`, the delta
@@ -486,17 +485,3 @@ class Report:
     evaluations: list[Evaluation]
     task_frontiers: list[TaskFrontier]
     notes: list[str]
-
-    def save(self, path: str | Path) -> None:
-        """Write it as the name of `path` says: .html (the page), .md or .json. A file that is there is replaced."""
-        # files are written from what is defined here
-        from . import files
-
-        files.write(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Report":
-        """The report that was saved as JSON. `FormatError` if it is none, or of another version."""
-        from . import files
-
-        return files.read(path)

@@ -2,14 +2,14 @@
 
 from . import numbers
 from .chance import is_above
-from .data import Report, SideEnergy
+from .data import ReportData, SideEnergy
 
 _WORDS = {"down": "the down side", "up": "the up side"}
 _ALL = 0.99
 """The energy from which on nearly everything is kept, whether adapters share directions or not."""
 
 
-def energies(report: Report) -> str:
+def energies(report: ReportData) -> str:
     """How much of the energy the kept directions hold, and whether that is more than chance; "" if not measured.
 
     A spectrum is of one side. An update is kept as far as both its sides are, by directions that others have too: that
@@ -31,7 +31,7 @@ def energies(report: Report) -> str:
     return f"{text} What is above chance is shared, {where}. {_of_the_verdict(report, more)}".rstrip()
 
 
-def _kind(report: Report) -> str:
+def _kind(report: ReportData) -> str:
     """Of the finding that answers the main question."""
     return report.verdict.findings[0].kind if report.verdict.findings else "unknown"
 
@@ -47,7 +47,7 @@ def _is_more(side: SideEnergy) -> bool:
     return is_above(side.energy, side.null, side.spread)
 
 
-def _of_the_verdict(report: Report, more: list[str]) -> str:
+def _of_the_verdict(report: ReportData, more: list[str]) -> str:
     """What that is worth to an adapter that the fit has not seen."""
     said = []
     if "down" in more and report.starts is not None and report.starts.groups:

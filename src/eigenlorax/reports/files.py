@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..core import atomic_files, keys
@@ -11,11 +11,29 @@ from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import folder
 from . import coherence
-from .data import MATRIX, SCHEMA_VERSION, Report
+from .data import MATRIX, SCHEMA_VERSION, ReportData
 from .render import markdown, page
 
 
-def to_json(report: Report) -> str:
+@dataclass(frozen=True, slots=True)
+class Report(ReportData):
+    """A report with its files: what `eigenlorax.report` returns."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the report in the format that the suffix of `path` names: .html (the page), .md or .json.
+
+        A report that exists there is replaced. `OptionError` for another suffix or a name that packs use;
+        `PackExistsError` if another file exists there.
+        """
+        write(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """Return the report of a JSON file. `FormatError` if the file is no report, or of another schema version."""
+        return read(path)
+
+
+def to_json(report: ReportData) -> str:
     """The report's JSON (docs/report.md), with the matrices of similarity where they are small."""
     if report.similarity is not None and len(report.similarity.names) > MATRIX:
         report = replace(report, similarity=replace(report.similarity, cosine=[], overlap=[]))
@@ -49,7 +67,7 @@ def read(path: str | Path) -> Report:
     return found
 
 
-KINDS: dict[str, Callable[[Report], str]] = {
+KINDS: dict[str, Callable[[ReportData], str]] = {
     ".html": page.render,
     ".htm": page.render,
     ".json": to_json,
@@ -82,7 +100,7 @@ def check(path: Path) -> None:
         )
 
 
-def write(report: Report, path: str | Path) -> None:
+def write(report: ReportData, path: str | Path) -> None:
     """Write the report to `path` in one step, as its suffix says, in the place of a report that is there."""
     target = Path(path)
     check(target)

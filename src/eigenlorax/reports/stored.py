@@ -11,7 +11,7 @@ from ..formats import sources
 from ..formats.sources import Sources
 from ..pack.pack import Pack
 from . import build, files, measure
-from .data import Report
+from .files import Report
 
 PATIENCE = 300.0
 """Seconds that a report may take which nobody has asked for."""

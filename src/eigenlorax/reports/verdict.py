@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ..codec.storage.table import CODED, storage_by_name
 from . import spreads
 from .chance import is_above
-from .data import Finding, LeftOut, Report, SizePoint, Verdict
+from .data import Finding, LeftOut, ReportData, SizePoint, Verdict
 from .frontier import at_equal_error, cheapest
 from .numbers import error, plural, ratio, share
 
@@ -29,7 +29,7 @@ FINE = 0.1
 """A delta error that is small."""
 
 
-def of(report: Report) -> Verdict:
+def of(report: ReportData) -> Verdict:
     """The verdict on a report's figures."""
     headline, main = _main(report)
     found = [
@@ -50,7 +50,7 @@ def of(report: Report) -> Verdict:
     return Verdict(headline, found)
 
 
-def _main(report: Report) -> tuple[str, Finding]:
+def _main(report: ReportData) -> tuple[str, Finding]:
     left_out, in_fit = report.left_out, report.in_fit
     if in_fit is None:
         text = "No adapter of the fit is left in this pack."
@@ -132,7 +132,7 @@ def _beyond_chance(kept: float) -> str:
     return f"Beyond chance it keeps {share(kept)} of its squared norm: they share a little, but no subspace."
 
 
-def _unknown(report: Report) -> tuple[str, Finding]:
+def _unknown(report: ReportData) -> tuple[str, Finding]:
     if not report.collection.with_originals:
         text = "The pack alone does not tell whether its adapters share a subspace."
         advice = (
@@ -147,7 +147,7 @@ def _unknown(report: Report) -> tuple[str, Finding]:
     return text, Finding("unknown", text)
 
 
-def _kept(report: Report, chance: float) -> dict[str, tuple[float, float]]:
+def _kept(report: ReportData, chance: float) -> dict[str, tuple[float, float]]:
     """Of each adapter that was left out, the share that is kept beyond chance, and its error; copies aside."""
     return {
         row.name: (spreads.beyond_chance(row.left_out_error, chance), row.left_out_error)
@@ -156,7 +156,7 @@ def _kept(report: Report, chance: float) -> dict[str, tuple[float, float]]:
     }
 
 
-def _divided(report: Report, left_out: LeftOut) -> tuple[str, Finding] | None:
+def _divided(report: ReportData, left_out: LeftOut) -> tuple[str, Finding] | None:
     """The answer where some adapters share a subspace and nearly all others have none of it."""
     chance = left_out.chance
     kept = _kept(report, chance)
@@ -185,7 +185,7 @@ def _divided(report: Report, left_out: LeftOut) -> tuple[str, Finding] | None:
     )
 
 
-def _emerging(report: Report, left_out: LeftOut) -> tuple[str, Finding] | None:
+def _emerging(report: ReportData, left_out: LeftOut) -> tuple[str, Finding] | None:
     """The answer where some adapters share a subspace that shows with more directions, in a pack that still pays."""
     largest = _largest_k(report)
     points = [p for p in report.sizes if p.k > largest and p.ratio > 1 and (p.random or 0.0) >= CHANCE]
@@ -215,11 +215,11 @@ def _emerging(report: Report, left_out: LeftOut) -> tuple[str, Finding] | None:
     )
 
 
-def _largest_k(report: Report) -> int:
+def _largest_k(report: ReportData) -> int:
     return max((side.k for module in report.modules for side in (module.down, module.up)), default=0)
 
 
-def _in_the_fit(report: Report, lost: float) -> str:
+def _in_the_fit(report: ReportData, lost: float) -> str:
     """What the fit keeps of adapters that share no subspace, and why."""
     if _is_coded(report):
         return (
@@ -246,14 +246,14 @@ def _in_the_fit(report: Report, lost: float) -> str:
     )
 
 
-def _is_like_the_null(report: Report) -> bool:
+def _is_like_the_null(report: ReportData) -> bool:
     """Whether the pack keeps adapters in the form that the null model was measured in: coefficients of full cores are
     the same updates, those of diagonal ones are not."""
     storage = storage_by_name(report.collection.coefficient_dtype)
     return not storage.pairs_components
 
 
-def _enough(report: Report) -> str:
+def _enough(report: ReportData) -> str:
     """Which k would keep them well, or that none that saves anything does."""
     if _is_coded(report):
         return "Keep the pack for its size, which needs nothing in common."
@@ -274,12 +274,12 @@ def _enough(report: Report) -> str:
     )
 
 
-def _is_coded(report: Report) -> bool:
+def _is_coded(report: ReportData) -> bool:
     """Whether more is kept of each adapter than what lies in the pack's directions."""
     return report.collection.coefficient_dtype == CODED.name
 
 
-def _wider(report: Report) -> SizePoint | None:
+def _wider(report: ReportData) -> SizePoint | None:
     """The fewest directions, more than there are, in which adapters left out are mostly kept, and not by chance."""
     return next(
         (
@@ -294,7 +294,7 @@ def _wider(report: Report) -> SizePoint | None:
     )
 
 
-def _start(report: Report) -> list[Finding]:
+def _start(report: ReportData) -> list[Finding]:
     if report.starts is None:
         return []
     found = []
@@ -321,7 +321,7 @@ def _start(report: Report) -> list[Finding]:
     return found
 
 
-def _mean(report: Report) -> list[Finding]:
+def _mean(report: ReportData) -> list[Finding]:
     one = report.similarity
     if one is None or one.mean_energy is None or one.mean_energy < MEAN:
         return []
@@ -336,7 +336,7 @@ def _mean(report: Report) -> list[Finding]:
     ]
 
 
-def _clusters(report: Report, main: Finding) -> list[Finding]:
+def _clusters(report: ReportData, main: Finding) -> list[Finding]:
     clusters = report.similarity.clusters if report.similarity is not None else []
     if not clusters:
         return []
@@ -363,7 +363,7 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-def _outliers(report: Report, main: Finding) -> list[Finding]:
+def _outliers(report: ReportData, main: Finding) -> list[Finding]:
     if not report.outliers or main.kind == "not-shared":
         return []
     many = len(report.outliers) > 1
@@ -380,7 +380,7 @@ def _outliers(report: Report, main: Finding) -> list[Finding]:
     ]
 
 
-def _duplicates(report: Report) -> list[Finding]:
+def _duplicates(report: ReportData) -> list[Finding]:
     if not report.duplicates:
         return []
     listed = "; ".join(" = ".join(group[:4]) + " = …" * (len(group) > 4) for group in report.duplicates[:3])
@@ -396,7 +396,7 @@ def _duplicates(report: Report) -> list[Finding]:
     ]
 
 
-def _untrained(report: Report) -> list[Finding]:
+def _untrained(report: ReportData) -> list[Finding]:
     if not report.untrained:
         return []
     return [
@@ -411,7 +411,7 @@ def _untrained(report: Report) -> list[Finding]:
     ]
 
 
-def _task(report: Report) -> list[Finding]:
+def _task(report: ReportData) -> list[Finding]:
     found = []
     scored = [
         (one.original_accuracy, one.recycled_accuracy)
@@ -440,7 +440,7 @@ def _task(report: Report) -> list[Finding]:
     return found
 
 
-def _loss(report: Report) -> list[Finding]:
+def _loss(report: ReportData) -> list[Finding]:
     lossy = [row for row in report.adapters if not row.untrained and row.delta_error > LOSS]
     if not lossy:
         return []
@@ -471,7 +471,7 @@ def _loss(report: Report) -> list[Finding]:
     ]
 
 
-def _bytes(report: Report, main: Finding) -> list[Finding]:
+def _bytes(report: ReportData, main: Finding) -> list[Finding]:
     b, in_fit = report.bytes, report.in_fit
     cost = (
         f"Recycling costs {error(in_fit.mean)} of an update on average, {error(in_fit.worst)} at worst. "
@@ -502,7 +502,7 @@ def _bytes(report: Report, main: Finding) -> list[Finding]:
     ]
 
 
-def _rivals(report: Report) -> list[Finding]:
+def _rivals(report: ReportData) -> list[Finding]:
     """What does better for as many bytes, said as it is."""
     known = {one.key: one for one in report.baselines}
     pack = known.get("pack")
@@ -548,7 +548,7 @@ def _rivals(report: Report) -> list[Finding]:
     return found
 
 
-def _cores(report: Report) -> list[Finding]:
+def _cores(report: ReportData) -> list[Finding]:
     """Which figures are not of the pack's own form."""
     storage = storage_by_name(report.collection.coefficient_dtype)
     if storage.core_kind is None or not report.collection.with_originals:
@@ -561,7 +561,7 @@ def _cores(report: Report) -> list[Finding]:
     return [Finding("cores", text, good=None)]
 
 
-def _rounding(report: Report) -> list[Finding]:
+def _rounding(report: ReportData) -> list[Finding]:
     if _is_coded(report):
         # where all is rounded, and as coarsely as was asked for
         return []

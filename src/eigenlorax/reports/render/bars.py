@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .. import numbers
-from ..data import Evaluation, Report
+from ..data import Evaluation, ReportData
 
 MOST = 40
 """Maximum number of bars in a chart; the tables have all rows."""
@@ -107,7 +107,7 @@ def _accuracy(kind: Kind, accuracy: float) -> Mark:
     return Mark(kind, accuracy, numbers.share(accuracy))
 
 
-def adapters(report: Report) -> Chart:
+def adapters(report: ReportData) -> Chart:
     """Chart the worst adapters, with their errors when left out and those of the best multiple of the mean adapter."""
     bars = []
     for adapter in [adapter for adapter in report.adapters if not adapter.untrained][:MOST]:
@@ -122,14 +122,14 @@ def adapters(report: Report) -> Chart:
     return Chart("Delta error by adapter, the worst first", bars)
 
 
-def modules(report: Report) -> Chart:
+def modules(report: ReportData) -> Chart:
     """Chart the worst modules, for models without layers or with one kind of module."""
     errors = [(module.delta_error, module.name) for module in report.modules if module.delta_error is not None]
     errors = sorted(errors, key=lambda pair: -pair[0])[:MOST]
     return Chart("Delta error by module, the worst first", [Bar(name, _error(_ERROR, error)) for error, name in errors])
 
 
-def baselines(report: Report) -> Chart:
+def baselines(report: ReportData) -> Chart:
     """Chart the mean errors of this pack and of the baselines, with the worst adapter of each."""
     bars = [
         Bar(

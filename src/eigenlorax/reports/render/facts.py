@@ -1,10 +1,10 @@
 """Facts of a report in the form in which both Markdown and the page print them."""
 
 from .. import numbers
-from ..data import Report, Similarity
+from ..data import ReportData, Similarity
 
 
-def size_range(report: Report) -> list[int]:
+def size_range(report: ReportData) -> list[int]:
     """Return the smallest and the largest number of components per side; one number where they are equal."""
     sizes = sorted({side.k for module in report.modules for side in (module.down, module.up)})
     return [sizes[0], sizes[-1]] if len(sizes) > 1 else sizes

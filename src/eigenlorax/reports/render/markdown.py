@@ -2,7 +2,7 @@
 
 import re
 
-from ..data import Report
+from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
 from . import facts, tables
@@ -14,7 +14,7 @@ MOST_ADAPTERS = 20
 _MARKS = {True: "✓", False: "!", None: "·"}
 
 
-def render(report: Report) -> str:
+def render(report: ReportData) -> str:
     """Return the text, from the verdict to the notes."""
     text = (
         markdown_environment()

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from .. import numbers
-from ..data import Report
+from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
 from . import bars, facts, tables
@@ -44,7 +44,7 @@ _FEW = 2
 """Adapters up to which no figure compares them."""
 
 
-def render(report: Report) -> str:
+def render(report: ReportData) -> str:
     """Return the document. `MissingExtraError` where matplotlib is not installed."""
     contents = {name: section(name, report) for name in SECTIONS}
     about, script = report.collection, _asset("page.js")
@@ -64,7 +64,7 @@ def render(report: Report) -> str:
     return shell.render(title=title, body=body, style=_asset("page.css"), script=script, script_hash=digest)
 
 
-def section(name: str, report: Report) -> str:
+def section(name: str, report: ReportData) -> str:
     """Return one section as HTML, without its heading; "" where nothing was measured."""
     return _compact(f"sections/{name}.html", **_context(report))
 
@@ -75,7 +75,7 @@ def _compact(template: str, **context: Any) -> str:
     return re.sub(r">\s*\n\s*<", "><", html).strip()
 
 
-def _context(report: Report) -> dict[str, Any]:
+def _context(report: ReportData) -> dict[str, Any]:
     """Return what the sections print: the report, its tables and figures, and the conditions of their sentences."""
     modules = report.modules
     sides = [side for module in modules for side in (module.down, module.up)]
@@ -116,7 +116,7 @@ def _worst_first(count: int, noun: str) -> str:
     return "The worst first."
 
 
-def _halves_overlap(report: Report) -> Iterator[tuple[str, float, float]]:
+def _halves_overlap(report: ReportData) -> Iterator[tuple[str, float, float]]:
     """Yield for each side the mean overlap of two halves of the collection, and that of unrelated subspaces."""
     for name in curves.SIDES:
         known = [

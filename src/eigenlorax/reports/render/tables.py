@@ -12,7 +12,7 @@ from ..data import (
     Evaluation,
     FrontierPoint,
     ModuleFigures,
-    Report,
+    ReportData,
     SizePoint,
     StartEnergy,
     StartGroup,
@@ -61,7 +61,7 @@ class _Field(Generic[T]):
     exact: bool = False
 
 
-def adapters(report: Report, most: int | None = None) -> Table:
+def adapters(report: ReportData, most: int | None = None) -> Table:
     """Errors of every adapter, the worst first, and whom it is like; or those of the first `most`."""
     fields: list[_Field[AdapterFigures]] = [
         _Field("adapter", lambda a: a.name, numeric=False),
@@ -85,7 +85,7 @@ def adapters(report: Report, most: int | None = None) -> Table:
     return _table("All adapters, the worst first", fields, report.adapters[:most])
 
 
-def weights(report: Report, most: int | None = None) -> Table:
+def weights(report: ReportData, most: int | None = None) -> Table:
     """Bytes, norms and factors of the same adapters, in the same order."""
     fields: list[_Field[AdapterFigures]] = [
         _Field("adapter", lambda a: a.name, numeric=False),
@@ -105,7 +105,7 @@ def weights(report: Report, most: int | None = None) -> Table:
     return _table("Bytes and factors of all adapters", fields, report.adapters[:most])
 
 
-def modules(report: Report) -> Table:
+def modules(report: ReportData) -> Table:
     """What is lost in every module, in the model's order."""
     fields: list[_Field[ModuleFigures]] = [
         _Field("module", lambda m: m.name, numeric=False),
@@ -119,7 +119,7 @@ def modules(report: Report) -> Table:
     return _table("All modules", fields, report.modules)
 
 
-def sides(report: Report) -> Table:
+def sides(report: ReportData) -> Table:
     """The directions of every module, by side, in the same order."""
     fields: list[_Field[ModuleFigures]] = [_Field("module", lambda m: m.name, numeric=False)]
     for side, label in (("down", "down"), ("up", "up")):
@@ -137,7 +137,7 @@ def sides(report: Report) -> Table:
     return _table("Directions of all modules", fields, report.modules)
 
 
-def baselines(report: Report) -> Table:
+def baselines(report: ReportData) -> Table:
     """What else could be done with the same adapters."""
     lora = report.bytes.lora
     fields: list[_Field[Baseline]] = [
@@ -153,7 +153,7 @@ def baselines(report: Report) -> Table:
     return _table("What else could be done with these adapters", fields, report.baselines)
 
 
-def frontier(report: Report) -> Table:
+def frontier(report: ReportData) -> Table:
     """Bytes and errors of everything that could be done, tuned."""
     lora = report.frontier.lora_float16 if report.frontier is not None else 0
     fields: list[_Field[FrontierPoint]] = [
@@ -173,7 +173,7 @@ def frontier(report: Report) -> Table:
     return _table("Bytes at an error, by every way", fields, points)
 
 
-def bytes_(report: Report) -> Table:
+def bytes_(report: ReportData) -> Table:
     """What the collection weighs, as LoRAs and here."""
     b: Bytes = report.bytes
     stored = b.basis + b.coefficients + b.carried
@@ -196,7 +196,7 @@ def bytes_(report: Report) -> Table:
     return _table("Tensor bytes, heads aside", fields, [row for row in rows if row[1] is not None])
 
 
-def sizes(report: Report) -> Table:
+def sizes(report: ReportData) -> Table:
     """The collection at other k."""
     fields: list[_Field[SizePoint]] = [
         _Field("k", lambda p: p.k, numbers.count),
@@ -216,12 +216,12 @@ def sizes(report: Report) -> Table:
     return _table("The same adapters at another k", fields, report.sizes)
 
 
-def evaluations(report: Report) -> dict[str, Table]:
+def evaluations(report: ReportData) -> dict[str, Table]:
     """By task, the adapters on it: as they were, as they come back, and without an update."""
     return {task: _evaluated(group) for task, group in by_task(report).items()}
 
 
-def by_task(report: Report) -> dict[str, list[Evaluation]]:
+def by_task(report: ReportData) -> dict[str, list[Evaluation]]:
     """The evaluations by their task, in order of appearance."""
     groups: dict[str, list[Evaluation]] = {}
     for one in report.evaluations:

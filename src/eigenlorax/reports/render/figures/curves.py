@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ... import numbers
-from ...data import Report, SideFigures, TaskFrontier
+from ...data import ReportData, SideFigures, TaskFrontier
 from ...frontier import METHODS, SHARING_METHODS, TASK_METHODS
 from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
@@ -29,7 +29,7 @@ _FLOOR = 1e-6
 """The smallest share of energy that is drawn, in units of the largest."""
 
 
-def scree(report: Report, side: str) -> str:
+def scree(report: ReportData, side: str) -> str:
     """One side's spectrum, its mean over the modules of a kind, and that of the null model; logarithmic."""
 
     def paint(figure: Any) -> None:
@@ -50,7 +50,7 @@ def scree(report: Report, side: str) -> str:
     return svg.draw(f"scree-{side}", (HALF, 330), f"{SIDES[side]}: share of energy by direction, by kind", paint)
 
 
-def cumulative(report: Report, side: str) -> str:
+def cumulative(report: ReportData, side: str) -> str:
     """The energy that the first directions keep, likewise."""
 
     def paint(figure: Any) -> None:
@@ -65,7 +65,7 @@ def cumulative(report: Report, side: str) -> str:
     return svg.draw(f"cumulative-{side}", (HALF, 330), f"{SIDES[side]}: energy kept by the first directions", paint)
 
 
-def angles(report: Report) -> str:
+def angles(report: ReportData) -> str:
     """Principal angles between the subspaces of two halves of the collection, sorted, their mean over modules."""
 
     def paint(figure: Any) -> None:
@@ -88,7 +88,7 @@ def angles(report: Report) -> str:
     return svg.draw("angles", (HALF, 330), "Principal angles between the subspaces of two halves", paint)
 
 
-def ratio(report: Report) -> str:
+def ratio(report: ReportData) -> str:
     """The compression ratio over the number of adapters, the basis counted."""
     counted, found = zip(*report.bytes.over_n, strict=True)
 
@@ -120,7 +120,7 @@ def ratio(report: Report) -> str:
     return svg.draw("ratio", (HALF, 330), "Compression ratio over the number of adapters", paint)
 
 
-def frontier(report: Report) -> str:
+def frontier(report: ReportData) -> str:
     """Bytes over the worst error, both logarithmic: a line for each way, and the pack as a point."""
     found = report.frontier
     assert found is not None
@@ -204,7 +204,7 @@ def _unit(most: int) -> tuple[int, str]:
     return next(((10**p, n) for p, n in ((9, "GB"), (6, "MB"), (3, "kB")) if most >= 10**p), (1, "bytes"))
 
 
-def sizes(report: Report) -> str:
+def sizes(report: ReportData) -> str:
     """Errors over k."""
     k = [point.k for point in report.sizes]
 
@@ -235,7 +235,7 @@ def sizes(report: Report) -> str:
     return svg.draw("sizes", (HALF, 330), "Errors over the number of components", paint)
 
 
-def size_bytes(report: Report) -> str:
+def size_bytes(report: ReportData) -> str:
     """Bytes over k, and where they exceed those of the LoRAs."""
     k = [point.k for point in report.sizes]
     stored = [point.stored_bytes for point in report.sizes]
@@ -265,7 +265,7 @@ def size_bytes(report: Report) -> str:
     return svg.draw("size-bytes", (HALF, 330), "Bytes over the number of components", paint)
 
 
-def spectra(report: Report, side: str) -> dict[str, np.ndarray]:
+def spectra(report: ReportData, side: str) -> dict[str, np.ndarray]:
     """One side's mean spectrum of each kind of module, by its label, and that of the null model."""
     groups = module_labels.grouped(report.modules, MOST_KINDS)
     found = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
@@ -305,7 +305,7 @@ def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:
     return np.asarray(np.nanmean(table, axis=0))
 
 
-def _all_sides(report: Report) -> list[SideFigures]:
+def _all_sides(report: ReportData) -> list[SideFigures]:
     return [side for module in report.modules for side in (module.down, module.up)]
 
 

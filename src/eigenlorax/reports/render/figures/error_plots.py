@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ... import numbers
-from ...data import Report
+from ...data import ReportData
 from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
 
@@ -22,13 +22,13 @@ _LEAST_TOP = 0.1
 """A colour scale ends no lower: an error of nearly nothing shall look like nothing."""
 
 
-def has_grid(report: Report) -> bool:
+def has_grid(report: ReportData) -> bool:
     """Whether modules have layers and kinds enough for a heat map."""
     layers = {module.layer for module in report.modules}
     return None not in layers and len(layers) > 1 and len({module.kind for module in report.modules}) > 1
 
 
-def layers(report: Report) -> str:
+def layers(report: ReportData) -> str:
     """The error of each module, by layer and kind; a star on the worst, where anything is lost."""
     names = module_labels.labels(module.kind for module in report.modules)
     rows = list(dict.fromkeys(names[module.kind] for module in report.modules))
@@ -70,7 +70,7 @@ def layers(report: Report) -> str:
     return svg.draw("layers", (WIDE, 90 + 30 * len(rows)), "Delta error by layer and kind of module", paint)
 
 
-def grid(report: Report) -> str:
+def grid(report: ReportData) -> str:
     """Delta error of each adapter, a row, in each module, a column."""
     table = np.array([[np.nan if v is None else v for v in row] for row in report.module_errors], dtype=float)
     names = [one.name for one in report.adapters]
@@ -93,7 +93,7 @@ def grid(report: Report) -> str:
     return svg.draw("grid", (WIDE, height), "Delta error of each adapter in each module", paint)
 
 
-def newcomers(report: Report) -> str:
+def newcomers(report: ReportData) -> str:
     """How many adapters have which error, in the fit and left out; as lines, what random bases and the mean do."""
     pairs = [(one.delta_error, one.left_out_error) for one in report.adapters if one.left_out_error is not None]
     end = max(1.0, *(value for pair in pairs for value in pair)) * 1.04

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ... import numbers
-from ...data import AdapterFigures, Report, Similarity
+from ...data import AdapterFigures, ReportData, Similarity
 from . import svg
 from .svg import WIDE, ink, series
 
@@ -63,7 +63,7 @@ def downsampled(matrix: Float[np.ndarray, "n n"], most: int) -> Float[np.ndarray
     return np.asarray(sums / np.outer(counts, counts))
 
 
-def points(report: Report) -> str:
+def points(report: ReportData) -> str:
     """The map: a point for each adapter that has a place, coloured by cluster."""
     shown = [one for one in report.adapters if one.x is not None and one.y is not None]
     places = np.array([(one.x, one.y) for one in shown], dtype=float)
@@ -145,7 +145,7 @@ def _dendrogram(axis: Any, tree: Sequence[Sequence[float]], leaves: int) -> None
     axis.spines[:].set_visible(False)
 
 
-def _named(report: Report, shown: list[AdapterFigures]) -> list[int]:
+def _named(report: ReportData, shown: list[AdapterFigures]) -> list[int]:
     """Places in `shown` of those that are named, the most important first."""
     outliers = [one.name for one in shown if one.name in set(report.outliers)][:_NAMED_OUTLIERS]
     first = dict.fromkeys([*outliers, *(one.name for one in shown[:_NAMED_WORST])])
