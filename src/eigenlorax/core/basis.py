@@ -1,6 +1,6 @@
-"""One matrix of rows: fit an orthonormal basis, augment it, project on it, reconstruct from it.
+"""An orthonormal basis of rows: fit, augment, extend, project, reconstruct.
 
-Nothing here knows what a LoRA is. The pair of coupled bases of a LoRA module is in `subspace`.
+A basis knows nothing of LoRA. `subspace` holds the pair of bases of each module.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,12 @@ from . import linalg
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Rows that were appended to a basis after its fit. seed: what rebuilds them; None where they are stored.
+    """Rows that were appended to a basis after its fit, in one step.
 
-    payload: as for `Basis`, of these rows.
+    Attributes:
+        n: Number of rows.
+        seed: Seed that rebuilds the rows of an augmentation; None for an extension, whose rows are stored.
+        payload: Tensors that a file stores in place of the rows, as for `Basis`.
     """
 
     n: int
@@ -30,18 +33,21 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """Orthonormal rows, in the dtype they are stored in: those that were fitted, the best-fitting direction first, then
-    those of each growth.
+    """Orthonormal rows, in the dtype that they are stored in.
 
-    singular_values: those of the stack the basis was fitted on, descending, float32: all of them, which go on beyond k,
-        or those that an iterative fit has found.
-    energy: the share of the stack's squared norm that lies in the span of the fitted rows, 0 to 1.
-    growth: what was appended since, in order.
-    shortfall: the share of the stack's squared norm that the search for the first rows, before sweeps, is estimated to
-        have missed; 0 where the fit is exact.
-    tail: the stack's squared norm beyond the singular values that are listed.
-    payload: what lies in the file in the place of the fitted rows, by name, where that is not the rows themselves
-        (`codec.storage`).
+    The fitted rows come first, in descending order of the singular values, then the rows of each growth step.
+
+    Attributes:
+        components: All rows.
+        singular_values: Singular values of the stack that was fitted, descending, float32. An exact fit lists all of
+            them, beyond k; an iterative fit those that it found.
+        energy: Fraction of the stack's squared norm that lies in the span of the fitted rows, 0 to 1.
+        growth: What was appended after the fit, in order.
+        shortfall: Fraction of the stack's squared norm that the first search of an iterative fit is estimated to have
+            missed; 0 for an exact fit.
+        tail: Squared norm of the stack beyond the listed singular values.
+        payload: Tensors that a file stores in place of the fitted rows, such as integers and their scales
+            (`codec.storage`); None where the rows are stored as they are.
     """
 
     components: Float[Tensor, "k d"]
@@ -54,94 +60,102 @@ class Basis:
 
     @property
     def k(self) -> int:
+        """Number of rows."""
         return self.components.shape[0]
 
     @property
     def dimension(self) -> int:
+        """Width of the rows."""
         return self.components.shape[1]
 
     @property
     def n_extra(self) -> int:
-        """How many rows are augmented directions, rebuilt from a seed."""
-        return sum(one.n for one in self.growth if one.seed is not None)
+        """Number of augmented rows, which a seed rebuilds."""
+        return sum(step.n for step in self.growth if step.seed is not None)
 
     @property
     def n_extended(self) -> int:
-        """How many rows are directions of adapters that came after the fit."""
-        return sum(one.n for one in self.growth if one.seed is None)
+        """Number of rows that were appended for adapters that came after the fit."""
+        return sum(step.n for step in self.growth if step.seed is None)
 
     @property
     def n_fitted(self) -> int:
-        """How many rows the fit has found, which are the first ones."""
-        return self.k - sum(one.n for one in self.growth)
+        """Number of rows that the fit found."""
+        return self.k - sum(step.n for step in self.growth)
 
     @property
     def fitted(self) -> Float[Tensor, "j d"]:
-        """The components that were fitted."""
+        """The rows that the fit found."""
         return self.components[: self.n_fitted]
 
     @property
     def stored(self) -> Float[Tensor, "j d"]:
-        """The components that no seed rebuilds, in order."""
-        return self._rows(stored=True)
+        """The rows that no seed rebuilds, fitted and extended, in order."""
+        return self._concatenate(self.fitted, is_augmented=False)
 
     @property
     def augmented(self) -> Float[Tensor, "j d"]:
-        """The components that are rebuilt from seeds, in order."""
-        return self._rows(stored=False)
+        """The rows that seeds rebuild, in order."""
+        return self._concatenate(self.components[:0], is_augmented=True)
 
     @property
     def square(self) -> float:
-        """The squared norm of the stack the basis was fitted on."""
+        """Squared norm of the stack that was fitted."""
         return float(self.singular_values.double().square().sum()) + self.tail
 
     @property
     def row_bytes(self) -> int:
-        """Tensor bytes of the stored rows, as they lie in the file."""
+        """Tensor bytes of the stored rows in the file."""
         if self.payload is None:
             return (self.k - self.n_extra) * self.dimension * self.components.element_size()
-        payloads = [self.payload, *(one.payload for one in self.growth if one.payload is not None)]
+        payloads = [self.payload, *(step.payload for step in self.growth if step.payload is not None)]
         return sum(tensor.nbytes for payload in payloads for tensor in payload.values())
 
     def grown(self, step: int) -> Float[Tensor, "j d"]:
-        """The rows that one growth has appended."""
-        start = self.k - sum(one.n for one in self.growth[step:])
+        """Return the rows of growth step number `step`."""
+        start = self.k - sum(later.n for later in self.growth[step:])
         return self.components[start : start + self.growth[step].n]
 
     def before(self, step: int) -> "Basis":
-        """The basis as it was before that growth; its rows are a view of these."""
-        kept = self.k - sum(one.n for one in self.growth[step:])
-        return replace(self, components=self.components[:kept], growth=self.growth[:step])
+        """Return the basis as it was before growth step number `step`; its rows are a view of these."""
+        k = self.k - sum(later.n for later in self.growth[step:])
+        return replace(self, components=self.components[:k], growth=self.growth[:step])
 
-    def _rows(self, *, stored: bool) -> Float[Tensor, "j d"]:
+    def _concatenate(self, fitted: Tensor, *, is_augmented: bool) -> Float[Tensor, "j d"]:
+        """Return `fitted`, then the rows of all augmentations or of all extensions."""
         if not self.growth:
-            return self.components if stored else self.components[:0]
-        found = [self.grown(step) for step, one in enumerate(self.growth) if (one.seed is None) == stored]
-        return torch.cat([self.fitted if stored else self.components[:0], *found])
+            return fitted
+        steps = [
+            self.grown(step) for step, growth in enumerate(self.growth) if (growth.seed is not None) == is_augmented
+        ]
+        return torch.cat([fitted, *steps])
 
 
 def component_rule(n_components: int | None, energy: float | None) -> Callable[[Tensor, tuple[int, int]], int]:
-    """The rule that turns a spectrum into a number of components (`linalg.RowStack.leading`).
+    """Return the rule that determines a number of components from a spectrum (`linalg.RowBlocks.leading`).
 
-    Either at most `n_components`, or the smallest number whose squared singular values reach `energy` of the total;
-    never more than the numerical rank.
+    The rule never gives more than the numerical rank.
+
+    Args:
+        n_components: Maximum number of components.
+        energy: Fraction of squared norm, reached with as few components as possible. Exactly one of the two is given.
     """
     check_size(n_components, energy)
-    share = 1.0 if energy is None else energy
+    fraction = 1.0 if energy is None else energy
 
-    def choose(singular_values: Tensor, shape: tuple[int, int]) -> int:
+    def rule(singular_values: Tensor, shape: tuple[int, int]) -> int:
         rank = linalg.numerical_rank(singular_values, shape)
         if n_components is not None:
             return min(n_components, rank)
-        kept = singular_values[:rank].square().cumsum(0)
+        cumulated = singular_values[:rank].square().cumsum(0)
         # relative to the last sum, not to 1, so that energy=1.0 is reached in spite of rounding
-        return min(int((kept < share * kept[-1]).sum()) + 1, rank)
+        return min(int((cumulated < fraction * cumulated[-1]).sum()) + 1, rank)
 
-    return choose
+    return rule
 
 
 def check_size(n_components: int | None, energy: float | None) -> None:
-    """`OptionError` unless exactly one of the two is given and in its range."""
+    """Raise `OptionError` unless exactly one of the two is given, and in its range."""
     if (n_components is None) == (energy is None):
         raise OptionError(
             f"give either n_components or energy, not both or neither: got {n_components=}, {energy=}. "
@@ -160,9 +174,15 @@ def fit(
     energy: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Basis:
-    """Leading right singular vectors of the rows, uncentred (arXiv 2502.04700 §3; why not centred: docs/method.md).
+    """Fit a basis: the leading right singular vectors of the rows, uncentred (arXiv 2502.04700, §3).
 
-    dtype: the one the components are stored in; the rows' own where it is not given. All arithmetic is float64.
+    docs/method.md says why the rows are not centred. All arithmetic is float64.
+
+    Args:
+        rows: The rows; not all of them zero.
+        n_components: Maximum number of components.
+        energy: Fraction of squared norm to reach. Exactly one of the two is given.
+        dtype: Dtype of the stored components; that of the rows by default.
     """
     if not bool(rows.any()):
         raise OptionError(f"every row is zero: a {tuple(rows.shape)} matrix without a direction cannot be fitted.")
@@ -177,10 +197,19 @@ def fit(
 
 
 def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
-    """`n_extra` further orthonormal rows from `seed`, orthogonal to those that are there (§3.3, pseudo-components).
+    """Append random orthonormal rows that are orthogonal to the others (arXiv 2502.04700, §3.3: pseudo-components).
 
-    label: names the matrix, so that one seed gives every matrix rows of its own. The rows are a function of the stored
-    components, the seed and the label alone; another machine may differ in the last bits (`extra_check` tells).
+    The rows are a function of the present components, the seed and the label alone. Machines may differ in the last
+    bits, which `augmentation_checksums` detects.
+
+    Args:
+        basis: The basis, which stays as it is.
+        n_extra: Number of rows to append, at least 1.
+        seed: Seed of the rows.
+        label: Name of the matrix. It enters the random numbers, so that one seed gives each matrix its own rows.
+
+    Raises:
+        ShapeError: There would be more rows than dimensions.
     """
     if n_extra < 1:
         raise OptionError(f"n_extra must be at least 1, got {n_extra}.")
@@ -199,9 +228,12 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
 
 
 def extend(basis: Basis, rows: Float[Tensor, "m d"], payload: Mapping[str, Tensor] | None = None) -> Basis:
-    """The basis with further rows, which are orthonormal, and orthogonal to those that are there; in its own dtype.
+    """Append rows that will be stored, converted to the basis's dtype.
 
-    payload: of these rows, where the basis has one.
+    Args:
+        basis: The basis, which stays as it is.
+        rows: Orthonormal rows, orthogonal to those of the basis.
+        payload: Tensors that a file stores in their place, if the basis has such a payload.
     """
     return replace(
         basis,
@@ -211,52 +243,63 @@ def extend(basis: Basis, rows: Float[Tensor, "m d"], payload: Mapping[str, Tenso
 
 
 def seeded_normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndarray:
-    """Standard normal numbers, (n, dimension) float64, that depend on seed and label alone.
+    """Return standard normal numbers, (n, dimension) float64, that depend on seed and label alone.
 
-    Philox's raw stream is fixed across NumPy releases, its normal distribution is not; hence Box–Muller here.
+    NumPy guarantees Philox's raw stream across releases, but not its normal distribution; so the Box–Muller transform
+    is made here.
     """
     key = np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest()[:16], dtype="<u8")
-    stream, found = np.random.Philox(key=key), np.empty((n, dimension))
-    # in parts of about a million numbers, each of which takes some fifty bytes on its way
-    most = max(1, (1 << 20) // dimension)
-    for start in range(0, n, most):
-        part = found[start : start + most]
-        uniform = ((stream.random_raw(2 * part.size) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    stream, rows = np.random.Philox(key=key), np.empty((n, dimension))
+    # about a million numbers at a time: each takes some fifty bytes of temporary arrays
+    rows_per_chunk = max(1, (1 << 20) // dimension)
+    for start in range(0, n, rows_per_chunk):
+        chunk = rows[start : start + rows_per_chunk]
+        # 53 bits and a half: uniform in the open interval (0, 1), so that the logarithm is finite
+        uniform = ((stream.random_raw(2 * chunk.size) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
-        part[:] = (radius * np.cos(angle)).reshape(part.shape)
-    return found
+        chunk[:] = (radius * np.cos(angle)).reshape(chunk.shape)
+    return rows
 
 
 def augmentation_checksums(basis: Basis) -> Float[Tensor, " n_extra"]:
-    """One number for each augmented row, float32: what a machine compares after it has rebuilt them."""
+    """Return the sum of each augmented row, float32, by which a reader verifies the rows that it has rebuilt."""
     return basis.augmented.to(torch.float64).sum(dim=1).float()
 
 
 def dual_components(basis: Basis) -> Float[Tensor, "k d"]:
-    """The float64 rows that `project` multiplies with: the components but for the rounding of their stored dtype."""
+    """Return the rows that `project` multiplies with, float64.
+
+    They are the components, corrected for the rounding to the stored dtype (`linalg.dual_rows`).
+    """
     return linalg.dual_rows(basis.components.to(torch.float64))
 
 
 def project(
     rows: Float[Tensor, "n d"], basis: Basis, dual_rows: Float[Tensor, "k d"] | None = None
 ) -> Float[Tensor, "n k"]:
-    """Least-squares coefficients of each row in the basis as it is stored, float64.
+    """Return the least-squares coefficients of each row in the basis as it is stored, float64.
 
-    dual_rows: `dual(basis)`, where many calls share one basis.
+    Args:
+        rows: Rows of the basis's width.
+        basis: The basis.
+        dual_rows: `dual_components(basis)`, to be passed where many calls share one basis.
     """
     check_width(rows.shape[1], basis)
     return rows.to(torch.float64) @ (dual_components(basis) if dual_rows is None else dual_rows).mT
 
 
 def check_width(width: int, basis: Basis) -> None:
-    """`ShapeError` unless rows so wide can be projected on the basis."""
+    """Raise `ShapeError` unless rows of this width can be projected on the basis."""
     if width != basis.dimension:
         raise ShapeError(f"rows of width {width} cannot be projected on a basis of width {basis.dimension}.")
 
 
 def reconstruct(coefficients: Float[Tensor, "n j"], basis: Basis) -> Float[Tensor, "n d"]:
-    """The rows that the coefficients stand for, float64. Those of a time when the basis had fewer rows are zero on the
-    later ones, and give what they gave then, to the bit."""
+    """Return the rows that coefficients represent, float64.
+
+    Fewer coefficients than components stem from an earlier state of the basis. They are multiplied with the components
+    of that state alone, so that the result is bit for bit what it was then.
+    """
     width = coefficients.shape[1]
     if width > basis.k:
         raise ShapeError(f"{width} coefficients a row do not fit a basis of {basis.k} components.")

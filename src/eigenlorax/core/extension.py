@@ -1,6 +1,6 @@
-"""Directions that a subspace misses of new adapters: the leading ones of what lies outside its spans.
+"""Components that a subspace lacks for new adapters: the leading ones of what lies outside its spans.
 
-What is there stays as it is. Nothing here knows of packs.
+The present components stay as they are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,28 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import basis as one
-from . import linalg
-from . import subspace as spaces
+from . import basis, linalg, subspace
 from .adapter import Adapter, LoRAFactors
 from .basis import Basis
 from .linalg import LeadingVectors, RowBlocks
 from .subspace import ModuleBases, Subspace
 
 SWEEPS = 4
-"""Alternating refinements; each keeps at least as much of the updates as the one before."""
+"""Number of alternating sweeps. No sweep lowers the squared norm that is kept of the updates."""
 
 
 Progress = Callable[[str, int, int], None]
+"""Reports progress: the stage in words, how many steps are done, and how many there are."""
 Append = Callable[[Basis, Tensor], Basis]
+"""Appends rows to a basis, rounded as they will be stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewAdapter:
-    """An adapter that a subspace may grow by.
+    """An adapter that a subspace is extended for.
 
-    delta_squares: ‖delta weight‖² of each of its modules. places: the names that its modules have in the subspace;
-    without those that the subspace lacks.
+    Attributes:
+        adapter: The adapter.
+        delta_squares: Squared Frobenius norm of the update of each of its modules.
+        places: Name in the subspace of each of its modules, without modules that the subspace lacks.
     """
 
     adapter: Adapter
@@ -39,109 +41,135 @@ class NewAdapter:
 
 
 def extend_for(
-    subspace: Subspace,
-    newcomers: Sequence[NewAdapter],
-    most: int,
+    base: Subspace,
+    new_adapters: Sequence[NewAdapter],
+    max_components: int,
     progress: Progress,
-    append: Append = one.extend,
+    append: Append = basis.extend,
 ) -> Subspace:
-    """The subspace with at most `most` more directions a side: those that it misses of the adapters, which count alike;
-    itself if it misses none.
+    """Extend a subspace by the components that it lacks for some adapters, each of which counts alike.
 
-    append: adds rows to a basis, rounded as they will be stored.
+    Args:
+        base: The subspace, which stays as it is.
+        new_adapters: The adapters.
+        max_components: Maximum number of new components per module and side.
+        progress: Called once per module.
+        append: Appends rows to a basis, rounded as they will be stored.
+
+    Returns:
+        The extended subspace, or `base` itself if it lacks nothing.
     """
-    members: dict[str, list[tuple[Adapter, str, float]]] = {}
-    for new in newcomers:
+    updates_by_module: dict[str, list[tuple[Adapter, str, float]]] = {}
+    for new in new_adapters:
         square = sum(new.delta_squares[module] for module in new.places)
-        for module, place in new.places.items():
+        for module, name in new.places.items():
             if new.delta_squares[module] > 0:
-                members.setdefault(place, []).append((new.adapter, module, square**-0.5))
+                updates_by_module.setdefault(name, []).append((new.adapter, module, square**-0.5))
     rows = {}
-    for done, (place, some) in enumerate(sorted(members.items())):
-        progress("extending modules", done, len(members))
-        factors = [adapter.modules[module] for adapter, module, _ in some]
-        rows[place] = missing_components(factors, [weight for _, _, weight in some], subspace.modules[place], most)
-    progress("extending modules", len(members), len(members))
-    lacking = any(len(side) for pair in rows.values() for side in pair)
-    return spaces.extend(subspace, rows, append) if lacking else subspace
+    for done, (name, updates) in enumerate(sorted(updates_by_module.items())):
+        progress("extending modules", done, len(updates_by_module))
+        factors = [adapter.modules[module] for adapter, module, _ in updates]
+        weights = [weight for _, _, weight in updates]
+        rows[name] = missing_components(factors, weights, base.modules[name], max_components)
+    progress("extending modules", len(updates_by_module), len(updates_by_module))
+    has_rows = any(len(side) for pair in rows.values() for side in pair)
+    return subspace.extend(base, rows, append) if has_rows else base
 
 
 def missing_components(
-    factors: Sequence[LoRAFactors], weights: Sequence[float], bases: ModuleBases, most: int
+    factors: Sequence[LoRAFactors], weights: Sequence[float], bases: ModuleBases, max_components: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows (down, up) to append to the bases of a module, float64: orthonormal, orthogonal to those that are there, at
-    most `most` a side, and fewer where fewer are missing or the dimension has no more room.
+    """Find the components to append to a module's bases so that they keep most of Σ weight² · ‖update‖².
 
-    They are those with which the spans keep most of Σ weight² · ‖update‖², as nearly as alternating sweeps find them:
-    each side's are the best ones given the other side's. weights: one positive number an adapter.
+    Alternating sweeps, in which each side's components are the best ones given those of the other side.
+
+    Args:
+        factors: Updates of the new adapters, none of which is zero.
+        weights: Positive weight of each adapter.
+        bases: Present bases of the module.
+        max_components: Maximum number of new components per side.
+
+    Returns:
+        Rows (down, up), float64, orthonormal and orthogonal to the present ones. Fewer where less is missing, or
+        where the dimension has no more room.
     """
-    # what is missing of a stack below one unit of the coarsest dtype is rounding, which is 0.3 units in the mean
+    # Factors and components are rounded to their dtypes, so what appears to be missing of a stack below one unit of the
+    # coarsest dtype is rounding (0.3 units on average).
     eps = max(torch.finfo(t.dtype).eps for f in factors for t in (f.down, f.up, bases.down.components))
     scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
-    down = _Side([f.down for f in factors], bases.down.components, scales, most, eps)
-    up = _Side([f.up.mT for f in factors], bases.up.components, scales, most, eps)
+    down = _Side([f.down for f in factors], bases.down.components, scales, max_components, eps)
+    up = _Side([f.up.mT for f in factors], bases.up.components, scales, max_components, eps)
     best: tuple[float, LeadingVectors, LeadingVectors] | None = None
-    # sweeps end in the best directions near their start, so there are two: the other side in full, and as it is now
-    for whole in (True, False):
-        new_down, new_up = down.leading(up.start(whole)), up.leading(down.start(whole))
+    # Sweeps converge to a maximum near their start, so there are two starts: weighted by the other side in full, as if
+    # its basis would be complete, and by what its basis represents now.
+    for is_whole in (True, False):
+        new_down, new_up = down.leading(up.start_grams(is_whole)), up.leading(down.start_grams(is_whole))
         for _ in range(SWEEPS):
             new_down = down.leading(up.grams(new_up))
             new_up = up.leading(down.grams(new_down))
-        pairs = zip(scales, down.grams(new_down), up.grams(new_up), strict=True)
-        kept = sum(scale**2 * float((one * other).sum()) for scale, one, other in pairs)
-        if best is None or kept > best[0]:
-            best = kept, new_down, new_up
+        grams = zip(scales, down.grams(new_down), up.grams(new_up), strict=True)
+        kept_square = sum(scale**2 * float((down_gram * up_gram).sum()) for scale, down_gram, up_gram in grams)
+        if best is None or kept_square > best[0]:
+            best = kept_square, new_down, new_up
     assert best is not None
-    return down.orthonormal(best[1]), up.orthonormal(best[2])
+    return down.orthonormal_rows(best[1]), up.orthonormal_rows(best[2])
 
 
 class _Side:
-    """One side's rows, an adapter's after the other, in two parts: coordinates in the basis, and what is outside."""
+    """The adapters' rows on one side, split into coordinates in the basis and what lies outside of it.
+
+    Attributes:
+        inside: Coordinates of each adapter's rows in the basis, (r, k).
+        outside: Residuals of the rows, one block per adapter.
+        components: The basis's rows, made orthonormal again after rounding, (k, d).
+        eps: Fraction of the stack's norm below which a residual is rounding.
+        max_components: Maximum number of new components.
+    """
 
     def __init__(
-        self, blocks: Sequence[Tensor], components: Tensor, scales: Sequence[float], most: int, eps: float
+        self, blocks: Sequence[Tensor], components: Tensor, scales: Sequence[float], max_components: int, eps: float
     ) -> None:
         k, dimension = components.shape
-        clean = components.to(torch.float64)
+        exact = components.to(torch.float64)
         if k:
-            clean = linalg.orthonormal_rows(clean)
+            exact = linalg.orthonormal_rows(exact)
         rows = [block.to(torch.float64) for block in blocks]
-        self.inside = [block @ clean.mT for block in rows]
-        outside = [block - part @ clean for block, part in zip(rows, self.inside, strict=True)]
-        # once more, since what is left of a row may be small beside the row
-        self.outside = RowBlocks([block - (block @ clean.mT) @ clean for block in outside])
-        self.clean, self.scales = clean, scales
-        # and so is what the arithmetic here leaves
+        self.inside = [block @ exact.mT for block in rows]
+        residuals = [block - coordinates @ exact for block, coordinates in zip(rows, self.inside, strict=True)]
+        # Gram–Schmidt once more: a residual that is small beside its row has lost digits by cancellation
+        self.outside = RowBlocks([block - (block @ exact.mT) @ exact for block in residuals])
+        self.components, self.scales = exact, scales
+        # float64 arithmetic leaves residuals of its own
         self.eps = max(eps, max(self.outside.rows.shape) * torch.finfo(torch.float64).eps)
-        self.most = min(most, dimension - k)
+        self.max_components = min(max_components, dimension - k)
 
-    def start(self, whole: bool) -> list[Tensor]:
-        """Gram matrices (r, r) of each adapter's rows, whole or as they are in the basis."""
-        return self._grams(self.outside.rows if whole else self.outside.rows[:, :0])
+    def start_grams(self, is_whole: bool) -> list[Tensor]:
+        """Return the Gram matrix (r, r) of each adapter's rows: in full, or projected on the basis."""
+        return self._grams(self.outside.rows if is_whole else self.outside.rows[:, :0])
 
     def grams(self, added: LeadingVectors) -> list[Tensor]:
-        """Gram matrices (r, r) of each adapter's rows as they are in the basis and the added directions."""
+        """Return the Gram matrix (r, r) of each adapter's rows, projected on the basis and the added components."""
         return self._grams(added.projection)
 
-    def _grams(self, more: Tensor) -> list[Tensor]:
+    def _grams(self, outside: Tensor) -> list[Tensor]:
         pairs = zip(self.inside, self.outside.blocks, strict=True)
-        return [inside @ inside.mT + more[block] @ more[block].mT for inside, block in pairs]
+        return [inside @ inside.mT + outside[block] @ outside[block].mT for inside, block in pairs]
 
-    def leading(self, others: Sequence[Tensor]) -> LeadingVectors:
-        """The leading directions of what is outside, each row weighted by what the other side keeps of its partner."""
-        roots = [scale * linalg.psd_root(gram) for scale, gram in zip(self.scales, others, strict=True)]
-        inside = sum(float((root @ part).square().sum()) for root, part in zip(roots, self.inside, strict=True))
+    def leading(self, opposite_grams: Sequence[Tensor]) -> LeadingVectors:
+        """Return the leading components of the residuals, weighted by what the opposite side keeps of each adapter."""
+        roots = [scale * linalg.psd_root(gram) for scale, gram in zip(self.scales, opposite_grams, strict=True)]
+        inside = sum(float((root @ rows).square().sum()) for root, rows in zip(roots, self.inside, strict=True))
         outside = float(self.outside.weighted(roots).square().sum())
         floor = self.eps * (inside + outside) ** 0.5
 
-        def choose(singular_values: Tensor, shape: tuple[int, int]) -> int:
-            return min(self.most, int((singular_values > floor).sum()))
+        def rule(singular_values: Tensor, shape: tuple[int, int]) -> int:
+            return min(self.max_components, int((singular_values > floor).sum()))
 
-        return self.outside.leading(roots, choose)
+        return self.outside.leading(roots, rule)
 
-    def orthonormal(self, added: LeadingVectors) -> Tensor:
-        """The added directions, orthogonal to the basis to the last bit that float64 has."""
+    def orthonormal_rows(self, added: LeadingVectors) -> Tensor:
+        """Return the added components, orthogonal to the basis up to float64 rounding."""
         if not added.k:
-            return self.clean.new_zeros(0, self.clean.shape[1])
+            return self.components.new_zeros(0, self.components.shape[1])
         rows = added.components()
-        return linalg.orthonormal_rows(rows - (rows @ self.clean.mT) @ self.clean)
+        return linalg.orthonormal_rows(rows - (rows @ self.components.mT) @ self.components)

@@ -1,7 +1,6 @@
-"""A matrix of rows in 8 bits: integers, and a scale for each row. They are made wide as they are multiplied with, so
-that no copy of them in floats stays.
+"""A matrix of rows in 8 bits: integers, and a scale for each row.
 
-Tensors alone: nothing here knows of bases or adapters.
+Rows become floats for the length of one product, so that no copy of them in floats stays in memory.
 """
 
 from dataclasses import dataclass
@@ -12,12 +11,21 @@ from torch import Tensor
 from ..errors import OptionError
 
 LEVELS = 127
+"""Largest absolute value of an integer."""
 _SAMPLE = 64
+"""Entries of a row that are tried before all of them, to find out whether it is already on a grid."""
+_ON_GRID = 1e-3
+"""Distance from the nearest integer, below which float32 rounding explains it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Rows:
-    """The rows codes · scales: codes (k, d) int8, from -127 to 127, and scales (k, 1)."""
+    """The rows codes · scales.
+
+    Attributes:
+        codes: Integers from -127 to 127, (k, d) int8.
+        scales: Scale of each row, (k, 1).
+    """
 
     codes: Tensor
     scales: Tensor
@@ -27,6 +35,7 @@ class Int8Rows:
 
     @property
     def shape(self) -> torch.Size:
+        """(k, d)."""
         return self.codes.shape
 
     @property
@@ -38,12 +47,12 @@ class Int8Rows:
         return self.codes, self.scales
 
     def to(self, device: torch.device) -> "Int8Rows":
-        """The same on a device."""
+        """Return the rows on `device`."""
         return Int8Rows(self.codes.to(device), self.scales.to(device))
 
-    def wide(self, dtype: torch.dtype) -> Tensor:
-        """The rows as floats, for the length of one product."""
-        # not the codes alone, with scales put into the product: in half precision that product would overflow
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """Return the rows as floats, (k, d)."""
+        # in float32 first: in half precision, a product with the bare codes would overflow
         return (self.codes.float() * self.scales.float()).to(dtype)
 
 
@@ -51,52 +60,63 @@ BasisRows = Tensor | Int8Rows
 
 
 def as_float(rows: BasisRows, dtype: torch.dtype) -> Tensor:
-    """The rows, (k, d), in a dtype of floats."""
-    return rows.wide(dtype) if isinstance(rows, Int8Rows) else rows.to(dtype)
+    """Return the rows, (k, d), in a float dtype."""
+    return rows.dequantise(dtype) if isinstance(rows, Int8Rows) else rows.to(dtype)
 
 
 def stored_tensors(rows: BasisRows) -> tuple[Tensor, ...]:
-    """All that is in memory of the rows."""
+    """Return the tensors that hold the rows in memory."""
     return rows.tensors if isinstance(rows, Int8Rows) else (rows,)
 
 
 def is_int8(name: str, dtype: str | torch.dtype | None) -> bool:
-    """Whether 8 bits are asked for by an option of this name, as "int8" or `torch.int8`, and not None."""
+    """Return whether an option asks for 8 bits.
+
+    Args:
+        name: Name of the option, for the message.
+        dtype: "int8", `torch.int8`, or None for floats. Anything else raises `OptionError`.
+    """
     if dtype not in (None, "int8", torch.int8):
         raise OptionError(f"{name} must be 'int8' or None, which keeps bases as floats; got {dtype!r}.")
     return dtype is not None
 
 
 def quantise_rows(rows: Tensor) -> Int8Rows:
-    """Each row rounded to the nearest of 255 levels, the largest of which is its largest entry.
+    """Quantise each row to integers from -127 to 127, scaled by its largest entry.
 
-    Rows that are integers up to 127 times a scale already, however many of them are in use, are kept to the bit of a
-    float32 product.
+    Rows that lie on such a grid already, as bases of integer packs do, keep their integers: their scale is found even
+    if the largest integer in use is below 127.
+
+    Args:
+        rows: Rows, (k, d).
     """
     rows = rows.float()
     largest = rows.abs().amax(dim=1, keepdim=True)
-    exact = _exact_scales(rows, largest)
-    scales = torch.where(exact > 0, exact, largest / LEVELS)
+    grid_scales = _grid_scales(rows, largest)
+    scales = torch.where(grid_scales > 0, grid_scales, largest / LEVELS)
+    # a row of zeros
     scales = torch.where(scales == 0, 1.0, scales)
     return Int8Rows((rows / scales).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales)
 
 
-def _exact_scales(rows: Tensor, largest: Tensor) -> Tensor:
-    """(k, 1): the scale of which all entries of a row are whole multiples, at most 127 times; 0 where there is none."""
-    # what has fewer levels than 64 has twice as many of half the scale, and so on
+def _grid_scales(rows: Tensor, largest: Tensor) -> Tensor:
+    """Return for each row the scale of which all entries are integer multiples, at most 127 times; 0 where none is."""
+    # A row whose largest integer is below 64 lies on the grid of half the scale too, with integers twice as large; so
+    # largest integers from 64 to 127 cover all cases.
     levels = torch.arange(LEVELS, LEVELS // 2, -1, device=rows.device)
-    # most rows have no such scale: a few of their entries say so
+    # a few entries rule most rows out before all entries are tried
     sample = rows[:, :: max(1, rows.shape[1] // _SAMPLE)]
-    off = _off(sample[:, None, :], largest[:, None] / levels[:, None]).amax(dim=2, keepdim=True).squeeze(2)
-    best, which = off.min(dim=1, keepdim=True)
-    scales = largest / levels[which]
-    fits = (best < 1e-3) & (largest > 0)
-    if bool(fits.any()):
-        fits &= _off(rows, scales).amax(dim=1, keepdim=True) < 1e-3
-    return torch.where(fits, scales, 0.0)
+    distance = _grid_distance(sample[:, None, :], largest[:, None] / levels[:, None])
+    worst = distance.amax(dim=2, keepdim=True).squeeze(2)
+    least, index = worst.min(dim=1, keepdim=True)
+    scales = largest / levels[index]
+    is_on_grid = (least < _ON_GRID) & (largest > 0)
+    if bool(is_on_grid.any()):
+        is_on_grid &= _grid_distance(rows, scales).amax(dim=1, keepdim=True) < _ON_GRID
+    return torch.where(is_on_grid, scales, 0.0)
 
 
-def _off(rows: Tensor, scales: Tensor) -> Tensor:
-    """How far entries are from whole multiples of a scale, in units of it."""
-    found = rows / torch.where(scales == 0, 1.0, scales)
-    return (found - found.round()).abs()
+def _grid_distance(rows: Tensor, scales: Tensor) -> Tensor:
+    """Return the distance of each entry from the nearest multiple of its scale, in units of the scale."""
+    multiples = rows / torch.where(scales == 0, 1.0, scales)
+    return (multiples - multiples.round()).abs()

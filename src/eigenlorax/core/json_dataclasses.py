@@ -1,4 +1,4 @@
-"""What JSON gave, as frozen dataclasses: every field there, none more, each of the type that its annotation says."""
+"""Parsed JSON as frozen dataclasses, with every field present, no other, and each of its annotated type."""
 
 import json
 from dataclasses import is_dataclass
@@ -6,45 +6,70 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+LARGEST_EXACT_INTEGER = 2**53
+"""Integers below this are floats without rounding."""
+
 
 class JsonTypeError(ValueError):
-    """What in a document is not as it should be. For who reads it, who knows which file it is of."""
+    """A value of a JSON document that has another type than its annotation. The caller knows which file it is."""
 
 
 def from_json(kind: Any, value: Any, where: str) -> Any:
-    """`value` as what the annotation `kind` says; `where` is its place in the document, for the message."""
-    origin, inner = get_origin(kind), get_args(kind)
+    """Convert a value that `json.loads` returned to the type of an annotation.
+
+    Args:
+        kind: A dataclass, `list[...]`, `tuple[...]`, `dict[str, ...]`, `X | None`, or one of JSON's own types.
+        value: The parsed value; `...` stands for a missing one.
+        where: Path to the value in the document, for the message.
+
+    Raises:
+        JsonTypeError: The value does not match the annotation.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
-        fields = from_json(dict, value, where)
-        hints = _hints(kind)
-        if fields.keys() != hints.keys():
-            raise JsonTypeError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
-        return kind(**{name: from_json(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
+        return _dataclass_from_json(kind, value, where)
     if origin in (list, tuple):
-        items = from_json(list, value, where)
-        kinds = [inner[0]] * len(items) if origin is list or inner[-1] is ... else list(inner)
-        if len(kinds) != len(items):
-            raise JsonTypeError(f"{where} has {len(items)} items, not {len(kinds)}.")
-        found = [from_json(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(kinds, items, strict=True))]
-        return found if origin is list else tuple(found)
+        return _sequence_from_json(kind, value, where)
     if origin is dict:
-        return {key: from_json(inner[1], item, f"{where}.{key}") for key, item in from_json(dict, value, where).items()}
+        members = from_json(dict, value, where)
+        return {key: from_json(arguments[1], member, f"{where}.{key}") for key, member in members.items()}
     if origin is UnionType:
-        return None if value is None else from_json(inner[0], value, where)
+        return None if value is None else from_json(arguments[0], value, where)
     if kind is float and type(value) is int:
-        # a number that JSON gave without a point; one that is too large for a float stays what it is, and is refused
-        value = float(value) if abs(value) < 2**53 else value
+        # JSON writers may leave out the point; an integer that a float would round stays one, and fails below
+        value = float(value) if abs(value) < LARGEST_EXACT_INTEGER else value
+    # not isinstance: True is an int to Python, and not to JSON
     if type(value) is not kind:
-        raise JsonTypeError(f"{where} is {_shown(value)}, where {kind.__name__} belongs.")
+        raise JsonTypeError(f"{where} is {_describe(value)}, where {kind.__name__} belongs.")
     return value
 
 
-# to evaluate annotations takes longer than all else here
-_hints = cache(get_type_hints)
+def _dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
+    fields = from_json(dict, value, where)
+    hints = _type_hints(kind)
+    if fields.keys() != hints.keys():
+        raise JsonTypeError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
+    return kind(**{name: from_json(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
 
 
-def _shown(value: Any) -> str:
-    """What is there, in a few words: an object or array may be as large and as deep as its file."""
+def _sequence_from_json(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    members = from_json(list, value, where)
+    has_any_length = origin is list or arguments[-1] is ...
+    kinds = [arguments[0]] * len(members) if has_any_length else list(arguments)
+    if len(kinds) != len(members):
+        raise JsonTypeError(f"{where} has {len(members)} items, not {len(kinds)}.")
+    pairs = zip(kinds, members, strict=True)
+    converted = [from_json(member_kind, member, f"{where}[{i}]") for i, (member_kind, member) in enumerate(pairs)]
+    return converted if origin is list else tuple(converted)
+
+
+# evaluating annotations takes longer than everything else here
+_type_hints = cache(get_type_hints)
+
+
+def _describe(value: Any) -> str:
+    """Describe a value briefly: an object or array may be as large and as deep as its file."""
     if value is ...:
         return "missing"
     if isinstance(value, dict | list):
@@ -53,5 +78,8 @@ def _shown(value: Any) -> str:
 
 
 def reject_constant(name: str) -> None:
-    """For `json.loads(parse_constant=…)`: NaN and Infinity are Python's, not JSON's."""
+    """Raise `ValueError` for NaN and Infinity, which Python reads and JSON does not have.
+
+    To be passed as `json.loads(parse_constant=reject_constant)`.
+    """
     raise ValueError(f"{name} is not a number of JSON")

@@ -227,8 +227,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
         if key in self.eigenlorax_scales_down:
             dtype = self.dtype or torch.float32
-            down = Int8Rows(down, self.eigenlorax_scales_down[key]).wide(dtype)
-            up = Int8Rows(up, self.eigenlorax_scales_up[key]).wide(dtype)
+            down = Int8Rows(down, self.eigenlorax_scales_down[key]).dequantise(dtype)
+            up = Int8Rows(up, self.eigenlorax_scales_up[key]).dequantise(dtype)
         return down, up
 
     @property

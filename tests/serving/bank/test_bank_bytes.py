@@ -21,7 +21,9 @@ def one(request, served):
 def as_floats(bank):
     """A bank with the rounded bases as floats."""
     for layer in bank._updated.values():
-        layer.down, layer.up = (int8_rows.quantise_rows(rows).wide(torch.float32) for rows in (layer.down, layer.up))
+        layer.down, layer.up = (
+            int8_rows.quantise_rows(rows).dequantise(torch.float32) for rows in (layer.down, layer.up)
+        )
     return bank
 
 

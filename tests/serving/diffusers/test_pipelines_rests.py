@@ -140,7 +140,7 @@ def test_bases_in_8_bits(make, pack, dtype):
     for layer in layers(floats):
         for bases in (layer.eigenlorax_basis_down, layer.eigenlorax_basis_up):
             for key in list(bases):
-                bases[key] = int8_rows.quantise_rows(bases[key]).wide(torch.float32)
+                bases[key] = int8_rows.quantise_rows(bases[key]).dequantise(torch.float32)
     for layer in layers(ours):
         assert {basis.dtype for basis in layer.eigenlorax_basis_up.values()} == {torch.int8}
     for pipe in (ours, floats):

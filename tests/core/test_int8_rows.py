@@ -13,7 +13,7 @@ def test_each_entry_is_the_nearest_level():
     found = int8_rows.quantise_rows(rows)
     scales = rows.abs().amax(dim=1, keepdim=True) / 127
     torch.testing.assert_close(found.scales, scales)
-    off = (found.wide(torch.float64) - rows.double()).abs() / scales
+    off = (found.dequantise(torch.float64) - rows.double()).abs() / scales
     assert off.max() <= 0.5 + 1e-5
     assert found.codes.abs().amax(dim=1).tolist() == [127] * 7
 
@@ -22,7 +22,7 @@ def test_the_error_of_orthonormal_rows():
     """That of uniform levels: a step, over √12."""
     rows = orthonormal(9, 601, seed=2).float()
     found = int8_rows.quantise_rows(rows)
-    error = torch.linalg.norm(found.wide(torch.float64) - rows.double())
+    error = torch.linalg.norm(found.dequantise(torch.float64) - rows.double())
     assert float(error) == pytest.approx(float((found.scales.square() * 601 / 12).sum().sqrt()), rel=0.05)
 
 
@@ -34,7 +34,7 @@ def test_rows_of_few_levels_are_kept(levels, width):
     codes[:, 2] = levels
     scales = torch.logspace(-9, 5, 11)[:, None]
     rows = codes * scales
-    got = int8_rows.quantise_rows(rows).wide(torch.float32)
+    got = int8_rows.quantise_rows(rows).dequantise(torch.float32)
     torch.testing.assert_close(got, rows, atol=0, rtol=3e-7)
 
 
@@ -42,23 +42,23 @@ def test_a_few_entries_may_say_what_the_others_do_not():
     rows = torch.zeros(1, 1000)
     rows[0, ::2] = 4.0
     rows[0, 999] = 1.3
-    got = int8_rows.quantise_rows(rows).wide(torch.float32)
+    got = int8_rows.quantise_rows(rows).dequantise(torch.float32)
     assert (got - rows).abs().max() <= 4.0 / 127 / 2 + 1e-6
 
 
 def test_what_is_zero_stays_zero():
     rows = torch.zeros(3, 17)
     rows[1, 4] = -1e-3
-    got = int8_rows.quantise_rows(rows).wide(torch.float32)
+    got = int8_rows.quantise_rows(rows).dequantise(torch.float32)
     torch.testing.assert_close(got, rows)
     assert torch.equal(
-        int8_rows.quantise_rows(torch.full((1, 5), 1e-45)).wide(torch.float32).isfinite(), torch.ones(1, 5) > 0
+        int8_rows.quantise_rows(torch.full((1, 5), 1e-45)).dequantise(torch.float32).isfinite(), torch.ones(1, 5) > 0
     )
 
 
 def test_of_no_rows():
     found = int8_rows.quantise_rows(torch.zeros(0, 13))
-    assert found.wide(torch.float16).shape == found.shape == (0, 13)
+    assert found.dequantise(torch.float16).shape == found.shape == (0, 13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -66,7 +66,7 @@ def test_is_made_wide_in_any_dtype(dtype):
     rows = orthonormal(5, 29, seed=3)
     found = int8_rows.quantise_rows(rows)
     assert int8_rows.as_float(found, dtype).dtype == dtype
-    assert torch.equal(found.wide(dtype), found.wide(torch.float32).to(dtype))
+    assert torch.equal(found.dequantise(dtype), found.dequantise(torch.float32).to(dtype))
     assert torch.equal(int8_rows.as_float(rows, dtype), rows.to(dtype))
 
 
