@@ -88,7 +88,7 @@ class TestFiles:
             coefficient_dtype=torch.float32,
         )
         path = broken.save(tmp_path / "pack")
-        with pytest.raises(PackDamagedError, match=f"rest of module {QUERY} is"):
+        with pytest.raises(PackDamagedError, match=f"residual of module {QUERY} is"):
             ex.Pack.open(path).packed("a0")
 
     def test_it_is_counted(self, pack, plain):

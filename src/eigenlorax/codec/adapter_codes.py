@@ -134,16 +134,19 @@ def dequantise_module(
 
     rank: that of the adapter, which rows of zeros fill up. scaling: of the adapter; the result is divided by it.
     """
+    # encoded updates contain the scaling; an adapter whose scaling is 0 has the update 0, whatever it is divided by
+    up_divisor = scaling or 1.0
     if codes.core_level:
         core = torch.from_numpy(codes.core.astype(np.float64))[None]
         step_sizes = torch.tensor([step_size], dtype=torch.float64)
         left, right = singular_codes.core_factors(core, step_sizes, torch.tensor([rank]))
         down = _in_all_clusters(right[0], rank, layout.widths[0], layout.offsets[0])
-        up = _in_all_clusters(left[0].mT / (scaling or 1.0), rank, layout.widths[1], layout.offsets[1])
+        up = _in_all_clusters(left[0].mT / up_divisor, rank, layout.widths[1], layout.offsets[1])
         return Coefficients(down, up.mT.contiguous(), scaling, kernel)
+    # half of a component's weight on each side keeps the factors of an adapter at about the same norm
     weight = torch.from_numpy(np.sqrt(step_size * 2.0 ** (-codes.scales / singular_codes.SCALES)))
     coefficients, residuals = [], []
-    for side, (rows, row_weight) in enumerate(((codes.down, weight), (codes.up, weight / (scaling or 1.0)))):
+    for side, (rows, row_weight) in enumerate(((codes.down, weight), (codes.up, weight / up_divisor))):
         on_basis = _weighted_rows(rows.coefficients, rows.coefficient_levels, row_weight, rank)
         coefficients.append(_in_all_clusters(on_basis, rank, layout.widths[side], layout.offsets[side]))
         residual = _weighted_rows(rows.residuals, rows.residual_levels, row_weight, rank)

@@ -53,7 +53,7 @@ def _code_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _BasisHeader:
-    """What precedes the codes of a basis, and the stream of these. blocks: empty where there is one cluster."""
+    """Header of a basis, and the entropy-coded stream that follows it. blocks: empty where there is one cluster."""
 
     blocks: tuple[int, ...]
     fineness: np.ndarray
@@ -67,6 +67,7 @@ class _BasisHeader:
             if len(data) > 2
             else ()
         )
+        # a count of blocks that is too large yields fewer blocks than it says
         k, at = sum(blocks), 1 + 2 * len(blocks)
         if not blocks or len(blocks) != data[0] or len(data) < at + 2 * k:
             raise FormatError("the bytes of a basis end too early.")
@@ -139,6 +140,7 @@ def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes
     levels = [np.concatenate([NO_INTEGERS, *arrays]) for arrays in zip(*(_levels(m) for m in modules), strict=True)]
     nonzero = [level > 0 for level in levels] or [np.zeros(0, dtype=bool)] * 4
     wide = bool((counts > 255).any())
+    # plane by plane, so that deflate meets similar bytes side by side
     planes = [
         counts & 255,
         *([counts >> 8] if wide else []),
@@ -150,10 +152,12 @@ def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes
         *(level[flag] - scales[flag] // 2 for level, flag in zip(levels, nonzero, strict=True)),
     ]
     body = b"".join((plane & 255).astype("u1").tobytes() for plane in planes)
+    # raw deflate, without zlib's header and checksum: the manifest has a SHA-256 of every file
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     deflated = compressor.compress(body) + compressor.flush()
     deflated = _encode_varint(len(deflated)) + deflated
     flags = _WIDE_COUNTS * wide + _DEFLATED * (len(deflated) < len(body)) + _CLUSTER * codes.cluster
+    # adapters of few modules are shorter without
     body = min(body, deflated, key=len)
     # what is beyond float32, which a caller refuses with its name, may be beyond these three bytes too
     step = min(max(round(STEP_SIZES_PER_OCTAVE * math.log2(codes.step_size)), -(2**23)), 2**23 - 1)
@@ -222,6 +226,7 @@ def decode_adapter(data: bytes, layouts: Mapping[str, ModuleLayout], ranks: Mapp
     """
     for name, layout in layouts.items():
         check_rank(ranks[name], layout.shape)
+    # sizes are checked in this order, so that no step takes memory that the one before has not accounted for
     header = read_header(data, sorted(layouts), sum(ranks.values()))
     for name, layout in layouts.items():
         _check_levels(header.levels[name], layout, ranks[name])
@@ -260,7 +265,7 @@ def read_cluster(data: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AdapterHeader:
-    """What precedes the codes of an adapter, and the stream of these. levels: by module, as codes without integers."""
+    """Header of an adapter, and the entropy-coded stream that follows it. levels: by module, codes without integers."""
 
     step_size: float
     cluster: int
@@ -281,6 +286,7 @@ def read_header(data: bytes, names: Sequence[str], max_components: int) -> Adapt
     try:
         if flags & _DEFLATED:
             size, at = _decode_varint(data, at)
+            # one byte more than there may be tells a body that is too long
             body, at = zlib.decompressobj(-15).decompress(data[at : at + size], most + 1), at + size
         else:
             body = data[at : at + most]
@@ -301,6 +307,7 @@ def _decode_levels(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCod
     total, at = int(counts.sum()), (2 + wide) * n
     if at + 2 * total > len(body):
         raise ValueError(f"{len(body)} bytes in place of {at + 2 * total} at least")
+    # written as differences modulo 256
     scales = np.cumsum(body[at : at + total]) & 255
     flags, at = body[at + total : at + 2 * total], at + 2 * total
     levels = []
@@ -314,10 +321,10 @@ def _decode_levels(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCod
         raise ValueError(f"{len(body)} bytes in place of {at}")
     modules = []
     for start, count, core_level in zip(np.cumsum(counts) - counts, counts, core_levels, strict=True):
-        part = slice(int(start), int(start + count))
-        down = SideCodes(levels[0][part], NO_INTEGERS, levels[1][part], NO_INTEGERS)
-        up = SideCodes(levels[2][part], NO_INTEGERS, levels[3][part], NO_INTEGERS)
-        modules.append(ModuleCodes(scales[part], down, up, int(core_level), NO_INTEGERS))
+        span = slice(int(start), int(start + count))
+        down = SideCodes(levels[0][span], NO_INTEGERS, levels[1][span], NO_INTEGERS)
+        up = SideCodes(levels[2][span], NO_INTEGERS, levels[3][span], NO_INTEGERS)
+        modules.append(ModuleCodes(scales[span], down, up, int(core_level), NO_INTEGERS))
     return modules, at
 
 

@@ -32,8 +32,10 @@ def encode_within(
     over: RatePoint | None = None
     under: RatePoint | None = None
     target = 0.5 * (1 + FULL) * limit
+    # the middle of the range in which the search ends
     bound = collection.error_for_bytes(target)
     for turn in range(MAX_TURNS):
+        # before giving up, the fewest bytes that an error bound can have
         if best is None and turn == MAX_TURNS - 1:
             bound = LARGEST_TRIED
         encoded = collection.encode(bound)
@@ -62,6 +64,7 @@ def _beyond(collection: CollectionEncoder, point: RatePoint, target: float, turn
     """Return an error bound beyond all that were tried. grow: bytes are too many still, so the bound must grow."""
     # as far from the estimate as the last turn was, and further each time
     push: float = 1.02 ** (2.0**turn)
+    # the estimate is off by about the same factor at the next bound as at the last one
     bound = collection.error_for_bytes(target * collection.estimated_bytes(point.error) / point.bytes)
     bound = max(bound, point.error * push) if grow else min(bound, point.error / push)
     return min(max(bound, SMALLEST_TRIED), LARGEST_TRIED)
@@ -69,6 +72,7 @@ def _beyond(collection: CollectionEncoder, point: RatePoint, target: float, turn
 
 def _between(over: RatePoint, under: RatePoint, target: float, turn: int) -> float:
     """Return an error bound between one with too many bytes and one with few enough."""
+    # log–log interpolation, since bytes fall about as a power of the error
     share: float = math.log(over.bytes / target) / math.log(over.bytes / under.bytes)
     # every third time in the middle, since bytes may jump
     share = 0.5 if turn % 3 == 2 else min(max(share, 0.05), 0.95)

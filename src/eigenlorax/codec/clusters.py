@@ -61,12 +61,14 @@ def candidate_groupings(similarity: Float[Tensor, "n s"], sampled: Sequence[int]
     affinity = (among_sampled / norm[:, None] / norm[None]).clamp(0, 1)
     # without the diagonal, as Ng et al.: an adapter's similarity to itself says nothing of groups
     affinity.fill_diagonal_(0.0)
+    # the normalised affinity has an eigenvalue near 1 for each group that is connected to itself alone
     degree = affinity.sum(1).clamp_min(1e-12).rsqrt()
     _, vectors = torch.linalg.eigh(degree[:, None] * affinity * degree[None])
     groupings: list[list[int]] = []
     for count in (count for count in GROUP_COUNTS if count * MIN_GROUP <= len(sampled)):
         leading = vectors[:, -count:]
         rows = leading / torch.linalg.vector_norm(leading, dim=1, keepdim=True).clamp_min(1e-12)
+        # in the leading eigenvectors, rows of one group point in nearly the same direction
         groups = _k_means(rows, count)
         members = torch.nn.functional.one_hot(groups, count).to(torch.float64)
         sizes = members.sum(0)
@@ -83,6 +85,7 @@ def candidate_groupings(similarity: Float[Tensor, "n s"], sampled: Sequence[int]
 
 def _k_means(rows: Float[Tensor, "s c"], count: int) -> Int[Tensor, " s"]:
     """Cluster rows by k-means, from centres that are as far apart as can be, so that no random start is needed."""
+    # farthest-first start: of two groups, each gets a centre before any gets two
     centres = rows[[0]]
     for _ in range(1, count):
         distance = torch.cdist(rows, centres).amin(1)
@@ -90,6 +93,7 @@ def _k_means(rows: Float[Tensor, "s c"], count: int) -> Int[Tensor, " s"]:
     groups = torch.cdist(rows, centres).argmin(1)
     for _ in range(MAX_ITERATIONS):
         members = torch.nn.functional.one_hot(groups, count).to(rows.dtype)
+        # a group may lose all its members: no division by 0
         centres = (members.mT @ rows) / members.sum(0).clamp_min(1)[:, None]
         reassigned = torch.cdist(rows, centres).argmin(1)
         if bool((reassigned == groups).all()):

@@ -35,6 +35,7 @@ def _gaussian_table() -> tuple[np.ndarray, np.ndarray]:
     """Return bits and squared error of Gaussian numbers, by the logarithm of their standard deviation."""
     bits, errors = [], []
     for spread in 2.0 ** np.arange(_LOG_MIN_SPREAD, _LOG_MAX_SPREAD, 1 / _PER_OCTAVE):
+        # a sum over a fine grid, up to 8 standard deviations, in place of the integrals
         numbers = np.linspace(-8, 8, 16001) * spread
         weights = np.exp(-0.5 * (numbers / spread) ** 2)
         weights /= weights.sum()
@@ -52,6 +53,7 @@ def gaussian_cost(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bits, errors = _gaussian_table()
     last = _LOG_MIN_SPREAD + (len(bits) - 1) / _PER_OCTAVE
     logs = np.log2(np.maximum(spread, 2.0**_LOG_MIN_SPREAD))
+    # linear in the logarithm, in which both curves are smooth
     position = (np.minimum(logs, last) - _LOG_MIN_SPREAD) * _PER_OCTAVE
     below = np.minimum(position.astype(np.int64), len(bits) - 2)
     share = position - below

@@ -85,13 +85,13 @@ class ModuleUpdates:
 
     def split(self, groups: Sequence[int]) -> "list[ModuleUpdates]":
         """Divide the updates by the clusters of their adapters."""
-        parts = []
+        by_cluster = []
         for cluster in range(max(groups) + 1):
             sources = tuple(source for source in self.sources if groups[source.index] == cluster)
             if sources:
                 share = self.numbers * len(sources) // len(self.sources)
-                parts.append(replace(self, sources=sources, numbers=share, cluster=cluster))
-        return parts
+                by_cluster.append(replace(self, sources=sources, numbers=share, cluster=cluster))
+        return by_cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +148,11 @@ class CollectionEncoder:
         whole: "CollectionEncoder | None" = None,
     ) -> None:
         self.groups = list(groups) if groups is not None else [0] * len(norms)
-        self.modules = [part for module in modules for part in module.split(self.groups)]
+        self.modules = [updates for module in modules for updates in module.split(self.groups)]
         self.norms = norms
         self._progress = progress
         size = 8 * sum(module.numbers for module in modules)
+        # an SVD of every module in every round would take most of the time
         self._held: dict[tuple[str, int], SvdBatch] | None = {} if size <= MAX_HELD_BYTES else None
         self._whole = whole
         self._curve: tuple[np.ndarray, np.ndarray] | None = None
@@ -237,6 +238,7 @@ class CollectionEncoder:
     def _quantised_plan(self, planned_error: float, bound: float) -> _QuantisedPlan:
         """Plan for an error that is at most the bound, and search for the step sizes that meet the bound itself."""
         plan = self.survey.plan(planned_error)
+        # rounded to what can be written before anything is measured, so that the errors are those of the file
         planned = as_written(torch.from_numpy(plan.step_sizes) * self.norms)
         bases, energies, errors = self._quantise_bases(plan, planned)
         step_sizes, errors = search_step_sizes(partial(self._measure_errors, bases), planned, errors, bound)
@@ -291,8 +293,10 @@ class CollectionEncoder:
             rows = [row for row, source in enumerate(module.sources) if needed[source.index]]
             if rows:
                 indices = module.indices[rows]
-                part = updates if len(rows) == len(module.sources) else updates.select(rows)
-                _, module_errors = singular_codes.measure_updates(part, step_sizes[indices], *bases[module.key])
+                # early rounds ask for all adapters, and selecting them would copy the batch
+                if len(rows) < len(module.sources):
+                    updates = updates.select(rows)
+                _, module_errors = singular_codes.measure_updates(updates, step_sizes[indices], *bases[module.key])
                 squared_errors.index_add_(0, indices, module_errors)
         return squared_errors.sqrt() / self.norms
 
@@ -361,6 +365,7 @@ def encode_adapter(
     def encode(step_sizes: Tensor) -> dict[str, UpdateCodes]:
         return {name: singular_codes.encode_updates(batches[name], step_sizes, *updates[name][1]) for name in updates}
 
+    # each round encodes the whole adapter; unlike a collection's, its singular components fit in memory
     def measure(step_sizes: Tensor, _: Tensor | None = None) -> Tensor:
         return torch.stack([codes.squared_errors for codes in encode(step_sizes).values()]).sum(0).sqrt() / norm
 
@@ -376,6 +381,7 @@ def split_into_clusters(
 ) -> CollectionEncoder:
     """Return the collection in as many clusters as take fewest bytes, by estimate, with this error bound."""
     n = len(whole.norms)
+    # similarities of different modules add up only if all adapters have trained them
     compared = [module for module in whole.modules if len(module.sources) == n]
     if n < 2 * clusters.MIN_GROUP or not compared:
         return whole
@@ -386,7 +392,7 @@ def split_into_clusters(
     candidates = clusters.candidate_groupings(similarity, sampled)
     if not candidates:
         return whole
-    # three step sizes around the planned one are enough to compare groupings
+    # clusters are compared by estimates alone; three step sizes around the planned one are enough to compare groupings
     grid = whole.survey.step_sizes
     middle = int(np.abs(np.log(grid) - np.log(whole.survey.plan(error).step_sizes).mean()).argmin())
     near = grid[max(middle - 1, 0) : middle + 2].tolist()

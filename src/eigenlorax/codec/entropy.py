@@ -65,13 +65,14 @@ def class_table(number: int) -> ClassTable:
     # the program that calls may have set another precision
     with localcontext(_DECIMALS):
         scale = Decimal(2) ** (Decimal(number) / 4 - 4)
-        # beyond 16 scales, the logistic distribution has less than one part in 2^23
+        # beyond 16 scales, the logistic distribution has less than one span in 2^23
         reach = int(16 * scale / 2**raw_bits) + 2
         symbols = 2 * reach + 1
         # every symbol and the escape get one count, so that none is impossible; the distribution shares the others
         shared = _TOTAL - symbols - 1
         bounds = [0]
         for index in range(1, symbols):
+            # symbols are intervals of integers, and these lie between halves
             edge = (Decimal((index - reach) * 2**raw_bits) - Decimal("0.5")) / scale
             bounds.append(index + int(shared / (1 + (-edge).exp()) + Decimal("0.5")))
     return ClassTable(raw_bits, -reach, np.array([*bounds, symbols + shared, _TOTAL], dtype=np.int64))
@@ -113,16 +114,17 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
     lanes = _Lanes.of(classes)
     states, words, word_lanes = _encode_symbols(symbols, tables, lanes)
     word_streams = lanes.stream[word_lanes]
+    # raw bits and escaped integers follow the words: they need no model, and would only slow the coder down
     return [
         b"".join(
             (
                 states[lanes.stream == number].astype("<u4").tobytes(),
                 words[word_streams == number].tobytes(),
-                _pack_raw_bits(integers[part], tables.raw_bits(part), escaped[part]),
-                integers[part][escaped[part]].astype("<i4").tobytes(),
+                _pack_raw_bits(integers[span], tables.raw_bits(span), escaped[span]),
+                integers[span][escaped[span]].astype("<i4").tobytes(),
             )
         )
-        for number, part in enumerate(lanes.parts)
+        for number, span in enumerate(lanes.slices)
     ]
 
 
@@ -162,12 +164,13 @@ def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
     classes = [np.asarray(stream_classes) for _, stream_classes in streams]
     lanes = _Lanes.of(classes)
     states, words, first_words = _split_streams([data for data, _ in streams], lanes)
+    # after the lanes, whose states show with little memory whether the bytes can be so many integers
     tables = _StreamTables.of(np.concatenate(classes))
     symbols, next_words = _decode_symbols(states, words, first_words, tables, lanes)
     return [
-        _restore_integers(data[4 * count + 2 * int(stop - start) :], tables, symbols[part], part)
-        for (data, _), part, count, start, stop in zip(
-            streams, lanes.parts, lanes.counts, first_words, next_words, strict=True
+        _restore_integers(data[4 * count + 2 * int(stop - start) :], tables, symbols[span], span)
+        for (data, _), span, count, start, stop in zip(
+            streams, lanes.slices, lanes.counts, first_words, next_words, strict=True
         )
     ]
 
@@ -182,11 +185,12 @@ def _decode_symbols(
     """
     next_words = first_words.copy()
     # no table has more than 256 symbols
-    symbols = np.zeros(lanes.parts[-1].stop, dtype=np.uint8)
+    symbols = np.zeros(lanes.slices[-1].stop, dtype=np.uint8)
     for step in range(lanes.steps):
         active = lanes.active(step)
         at = lanes.start[active] + step * lanes.stride[active]
         state = states[active]
+        # the low bits of a state lie in the interval of the symbol that was encoded last
         slot = (state & np.uint64(_TOTAL - 1)).astype(np.int64)
         symbol = tables.symbol_at(at, slot)
         symbols[at] = symbol
@@ -204,6 +208,7 @@ def _decode_symbols(
             state[short] = (state[short] << np.uint64(16)) | words[read]
             next_words[stream[first]] += counts
         states[active] = state
+    # the encoder started from these states: any other end shows damage
     if len(states) and (states != _MIN_STATE).any():
         raise FormatError("the coded bytes do not end where they should.")
     return symbols, next_words
@@ -216,6 +221,7 @@ class _StreamTables:
         tables = [class_table(int(number)) for number in numbers]
         widest = max((len(table.bounds) for table in tables), default=2)
         self._rows = rows
+        # shorter tables are filled up with empty intervals, which no slot falls into
         self._bounds = np.full((len(tables), widest), _TOTAL, dtype=np.int64)
         for row, table in enumerate(tables):
             self._bounds[row, : len(table.bounds)] = table.bounds
@@ -235,9 +241,9 @@ class _StreamTables:
         row[numbers] = np.arange(len(numbers))
         return cls(numbers, row[narrow])
 
-    def raw_bits(self, part: slice) -> np.ndarray:
+    def raw_bits(self, span: slice) -> np.ndarray:
         """Return how many bits of each integer are written as they are."""
-        counts: np.ndarray = self._raw_bits[self._rows[part]]
+        counts: np.ndarray = self._raw_bits[self._rows[span]]
         return counts
 
     def symbols(self, integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -247,9 +253,9 @@ class _StreamTables:
         escaped = (symbols < 0) | (symbols >= escape)
         return np.where(escaped, escape, symbols), escaped
 
-    def integers(self, symbols: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    def integers(self, symbols: np.ndarray, span: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the integers of symbols, with zeros for their raw bits, and which of them are escaped."""
-        rows = self._rows[part]
+        rows = self._rows[span]
         return (symbols + self._first[rows]) << self._raw_bits[rows], symbols == self._escape[rows]
 
     def interval(self, at: np.ndarray, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -272,14 +278,14 @@ class _StreamTables:
 class _Lanes:
     """The division of streams into lanes: lane l of the n of a stream has every n-th of its integers from the l-th on.
 
-    stream, start, stride, length: by lane. parts: the integers of each stream; counts: how many lanes it has.
+    stream, start, stride, length: by lane. slices: the integers of each stream; counts: how many lanes it has.
     """
 
     stream: np.ndarray
     start: np.ndarray
     stride: np.ndarray
     length: np.ndarray
-    parts: list[slice]
+    slices: list[slice]
     counts: list[int]
 
     @classmethod
@@ -295,6 +301,7 @@ class _Lanes:
             stream,
             edges[stream] + within,
             stride,
+            # streams without an integer have no lane, and a stride of 0
             (sizes - within + stride - 1) // np.maximum(stride, 1),
             [slice(int(start), int(stop)) for start, stop in pairwise(edges)],
             counts,
@@ -369,27 +376,29 @@ _BLOCK = 1 << 16
 """Integers whose raw bits are unpacked at a time: each bit takes some thirty bytes meanwhile."""
 
 
-def _restore_integers(data: bytes, tables: _StreamTables, symbols: np.ndarray, part: slice) -> np.ndarray:
+def _restore_integers(data: bytes, tables: _StreamTables, symbols: np.ndarray, span: slice) -> np.ndarray:
     """Return the integers of a stream, int32, from their symbols and the bytes that follow its words."""
-    blocks = [slice(start, min(start + _BLOCK, part.stop)) for start in range(part.start, part.stop, _BLOCK)]
+    blocks = [slice(start, min(start + _BLOCK, span.stop)) for start in range(span.start, span.stop, _BLOCK)]
     integers = np.zeros(len(symbols), dtype=np.int32)
     escaped = np.zeros(len(symbols), dtype=bool)
     bits = 0
     for block in blocks:
-        within = slice(block.start - part.start, block.stop - part.start)
+        within = slice(block.start - span.start, block.stop - span.start)
         _, escaped[within] = tables.integers(symbols[within], block)
         bits += int(tables.raw_bits(block)[~escaped[within]].sum())
+    # the sizes are checked before any bit is unpacked
     size, n_escaped = -(-bits // 8), int(escaped.sum())
     if len(data) != size + 4 * n_escaped:
         raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * n_escaped} were expected.")
     packed, at = np.frombuffer(data, np.uint8, size), 0
     for block in blocks:
-        within = slice(block.start - part.start, block.stop - part.start)
+        within = slice(block.start - span.start, block.stop - span.start)
         wide, beyond = tables.integers(symbols[within], block)
         owner, shift = _bit_positions(tables.raw_bits(block), beyond)
         first, at = at, at + len(owner)
         # a block may begin and end in the middle of a byte
         block_bits = np.unpackbits(packed[first // 8 : -(-at // 8)])[first % 8 :][: len(owner)].astype(np.int64)
+        # unlike `wide[owner] += …`, this adds all bits of an integer
         np.add.at(wide, owner, block_bits << shift)
         if (wide >= 2**31).any() or (wide < -(2**31)).any():
             raise FormatError("a coded integer is beyond 32 bits.")

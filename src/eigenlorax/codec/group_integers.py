@@ -34,6 +34,7 @@ def encode(rows: Tensor, bits: int) -> dict[str, Tensor]:
     if not rows.numel():
         return _empty(rows.shape, bits)
     exact = rows.to(torch.float64)
+    # symmetric, −127 to 127 or −7 to 7: −rows has the codes of rows, negated
     levels = 2 ** (bits - 1) - 1
     groups = _grouped(exact)
     full_scales = groups.abs().amax(3) / levels
@@ -41,6 +42,7 @@ def encode(rows: Tensor, bits: int) -> dict[str, Tensor]:
     groups, full_scales = (t * (-exponent).double().exp2().view(-1, *[1] * (t.ndim - 1)) for t in (groups, full_scales))
     codes, scales = torch.zeros_like(groups), torch.zeros_like(full_scales)
     least_error = torch.full_like(full_scales, torch.inf)
+    # a group of zeros has the scale 0 and the codes 0, which no division may turn into NaN
     for clip in CLIPS[bits]:
         # codes are made for the scale as it will be stored, so that its rounding costs nothing more
         scale = (full_scales * clip).to(torch.float16).to(torch.float64)
@@ -129,6 +131,7 @@ def _pack_halves(codes: Tensor) -> Tensor:
 
 def _unpack_halves(packed: Tensor) -> Tensor:
     halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    # encoded halves are 1 to 15: a column of zeros is the filling of an odd width
     odd = halves.numel() > 0 and not bool(halves[..., -1].any())
     halves = halves[..., :-1] if odd else halves
     if not bool(halves.all()):

@@ -18,11 +18,13 @@ def code_bits(codes: Tensor, classes: Tensor) -> Tensor:
     scale = torch.exp2(classes.to(torch.float64) / 4 - 4)
     # both logistic functions on the negative side: near 1, their difference would have no digits left
     above, below = torch.sigmoid((codes.abs() - 0.5) / -scale), torch.sigmoid((codes.abs() + 0.5) / -scale)
+    # no symbol of a table has less than one count
     least_probability = 2.0**-entropy.PRECISION
     return -(above - below + least_probability).log2()
 
 
 def classes_of_spread(spread: Tensor) -> Int[Tensor, "..."]:
     """Return the classes for integers of these standard deviations."""
+    # four classes an octave; class 16 has the scale 1, which is √3 / π standard deviations
     classes = 4 * (spread.clamp_min(1e-9) * math.sqrt(3) / math.pi).log2()
     return (classes.round() + 16).clamp(0, entropy.CLASSES - 1).to(torch.int64)

@@ -41,6 +41,7 @@ class QuantisedBasis:
     def concatenate(cls, blocks: Sequence["QuantisedBasis"]) -> "QuantisedBasis":
         """Join the bases of several clusters, one after the other."""
         if len(blocks) == 1:
+            # a single cluster is not marked as such
             return blocks[0]
         return cls(
             torch.cat([block.codes for block in blocks]),
@@ -106,6 +107,7 @@ def quantise_basis(
     # a number of a unit row is about d^(−½): below 0.4 of a step size, nearly all of them round to 0
     survives = importance > 0.4 * rows.shape[1] ** 0.5
     rows, importance, energy = rows[survives], importance[survives], energy[survives]
+    # a quarter of an octave is fine enough: the cost is flat around the best step size
     fineness = (4 * importance.clamp_min(1).log2()).round().to(torch.int64).clamp(0, 255).numpy()
     step_sizes = torch.from_numpy(2.0 ** (-fineness / 4.0))[:, None]
     # 4 classes an octave of amplitude are 2 an octave of energy

@@ -28,6 +28,7 @@ MAX_CORE_RANKS = 3
 """Number of components, in ranks of the adapters, up to which cores are considered."""
 BINS = 4
 """Bins of row norms, to an octave: rows of one bin share their cost."""
+# ever further apart: around the best number of components, the cost hardly changes
 _COMPONENT_COUNTS = (
     *(0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64),
     *(80, 96, 112, 128, 160, 192, 256, 320, 384, 448),
@@ -141,6 +142,7 @@ def _best_counts(sides: "tuple[_SideCosts, _SideCosts]", lengths: np.ndarray) ->
     """Return which of `counts` is best on each side: one side after the other, the first one twice."""
     # a singular component that costs more than its squared error is worth is left out
     limit = BITS_PER_SQUARED_ERROR * lengths**2
+    # what is best on one side depends little on the other: all pairs of counts are not compared
     best = [0, 0]
     for turn in (0, 1, 0):
         opposite = sides[1 - turn]
@@ -163,10 +165,10 @@ def _component_costs(
     """Return bits and squared error of each adapter by singular components."""
     bits = sum(side.bits[:, index] for side, index in zip(sides, at, strict=True)) + OVERHEAD
     errors = sum(side.squared_errors[:, index] for side, index in zip(sides, at, strict=True))
-    kept = bits + BITS_PER_SQUARED_ERROR * errors < BITS_PER_SQUARED_ERROR * lengths**2
+    pays = bits + BITS_PER_SQUARED_ERROR * errors < BITS_PER_SQUARED_ERROR * lengths**2
     return (
-        np.bincount(module.owners, np.where(kept, bits, 0.0), module.n),
-        np.bincount(module.owners, np.where(kept, errors, lengths**2), module.n),
+        np.bincount(module.owners, np.where(pays, bits, 0.0), module.n),
+        np.bincount(module.owners, np.where(pays, errors, lengths**2), module.n),
     )
 
 
@@ -175,6 +177,7 @@ def _estimate_with_cores(
 ) -> RateEstimate:
     """Estimate the cost if each adapter for which that is better has a core between the bases, and no components."""
     squares = lengths**2
+    # the square of a rank-1 term within both spans is the product of its shares on the two sides
     represented = squares
     for side, index in zip(sides, at, strict=True):
         represented = represented * side.inside[:, index]
@@ -208,7 +211,10 @@ class _SideCosts:
         squares = lengths**2
         weighted = side.energies * squares[:, None]
         importance = np.sqrt(weighted.sum(0))
+        # the step size of a row is the inverse of its importance (`quantise_basis`), so that its d numbers, of a unit
+        # row, have this standard deviation in step sizes
         basis_bits, basis_errors = dead_zone.gaussian_cost(importance / side.dimension**0.5)
+        # prefix sums over the components give the costs of all counts at once, here and below
         self.basis_bits = side.dimension * np.concatenate([[0.0], basis_bits.cumsum()])[self.counts]
         self.energy = weighted.mean(0)
         # the share of a component that its own quantisation loses is lost for its coefficients too
@@ -217,8 +223,10 @@ class _SideCosts:
         inside = np.concatenate([np.zeros((len(lengths), 1)), (side.energies * (1 - noise)).cumsum(1)], axis=1)
         self.inside = inside[:, self.counts]
         residuals = squares[:, None] * np.maximum(1 - self.inside, 0.0)
+        # a residual is taken as d Gaussian numbers of one variance
         residual_bits, residual_errors = dead_zone.gaussian_cost(np.sqrt(residuals / side.dimension))
         residual_bits, residual_errors = residual_bits * side.dimension, residual_errors * side.dimension
+        # the encoder leaves residuals out that cost more than their squared error is worth
         pays = residual_bits + BITS_PER_SQUARED_ERROR * residual_errors < BITS_PER_SQUARED_ERROR * residuals
         self.bits = bits + np.where(pays, residual_bits, 0.0)
         self.squared_errors = errors + np.where(pays, residual_errors, residuals)
@@ -244,7 +252,7 @@ class _SideCosts:
 
 @dataclass(frozen=True, slots=True)
 class RatePlan:
-    """What was chosen for an error. bits: about how many the whole collection takes.
+    """Step sizes and numbers of components for an error. bits: about how many the whole collection takes.
 
     step_sizes: of each adapter, relative to its norm, (n,). k: of each module, candidates for (k_down, k_up): those of
     the nearest surveyed step size, and of the next smaller and larger one.
@@ -283,9 +291,11 @@ class RateSurvey:
         logs = np.log2(self.step_sizes)
         # an estimate may fall with the step size, by another number of components; interpolation needs an order
         errors = np.maximum.accumulate(np.log2(np.maximum(self._squared_errors, 1e-300)), axis=0)
+        # of the squared error: 2 · log(error); each adapter gets the step size for its own curve
         chosen = np.array([np.interp(2 * np.log2(error), column, logs) for column in errors.T])
         bits = sum(float(np.interp(x, logs, column)) for x, column in zip(chosen, self._bits.T, strict=True))
         basis_bits = float(np.interp(float(chosen.mean()), logs, self._basis_bits))
+        # the numbers of components are shared: they are those for the mean step size of a module's adapters
         nearest = [int(np.abs(logs - chosen[members].mean()).argmin()) for members in self._members]
         k = [counts[max(index - 1, 0) : index + 2] for counts, index in zip(self._k, nearest, strict=True)]
         return RatePlan(2.0**chosen, k, bits + basis_bits)

@@ -53,13 +53,13 @@ class BatchSideCodes:
         """Return the vectors that the codes stand for, in step sizes, float64. basis: (k, d)."""
         return self.coefficients.to(torch.float64) @ basis.to(torch.float64) + self.residuals.to(torch.float64)
 
-    def mask(self, kept: Tensor) -> "BatchSideCodes":
-        """Return the codes with zeros for the components, (n, r) or (n, 1), that are not kept."""
+    def mask(self, keep: Tensor) -> "BatchSideCodes":
+        """Return the codes with zeros for the components, (n, r) or (n, 1), that are not to be kept."""
         return BatchSideCodes(
-            self.coefficients * kept[..., None],
-            self.coefficient_levels * kept,
-            self.residuals * kept[..., None],
-            self.residual_levels * kept,
+            self.coefficients * keep[..., None],
+            self.coefficient_levels * keep,
+            self.residuals * keep[..., None],
+            self.residual_levels * keep,
         )
 
 
@@ -142,17 +142,17 @@ def _encode_components(updates: SvdBatch, step_sizes: Tensor, down: QuantisedBas
     ranks = torch.arange(1, pays.shape[1] + 1)
     # components are sorted, and only their number is written: all up to the last one that pays
     counts = (pays * ranks).amax(dim=1)
-    kept = ranks[None] <= counts[:, None]
+    keep = ranks[None] <= counts[:, None]
     n = len(step_sizes)
     codes = UpdateCodes(
-        down=v.mask(kept),
-        up=u.mask(kept),
-        scales=torch.where(kept, scales, 0).to(torch.int64),
+        down=v.mask(keep),
+        up=u.mask(keep),
+        scales=torch.where(keep, scales, 0).to(torch.int64),
         counts=counts,
         cores=torch.zeros(n, up.k, down.k, dtype=torch.int64),
         core_levels=torch.zeros(n, dtype=torch.int64),
         step_sizes=step_sizes,
-        bits=((v_bits + u_bits + OVERHEAD) * kept).sum(1),
+        bits=((v_bits + u_bits + OVERHEAD) * keep).sum(1),
         squared_errors=torch.zeros_like(step_sizes),
     )
     right, left = dequantise(codes, down.rows, up.rows)
@@ -198,8 +198,8 @@ def core_factors(
     """
     u, s, v = torch.linalg.svd(cores.to(torch.float64), full_matrices=False)
     rank = min(int(ranks.max()), s.shape[1])
-    kept = torch.arange(rank) < ranks[:, None]
-    root = (s[:, :rank] * kept * step_sizes[:, None]).sqrt()
+    within_rank = torch.arange(rank) < ranks[:, None]
+    root = (s[:, :rank] * within_rank * step_sizes[:, None]).sqrt()
     return u[:, :, :rank] * root[:, None], v[:, :rank] * root[..., None]
 
 

@@ -51,6 +51,7 @@ def search_step_sizes(
     """
     good, good_errors = torch.zeros_like(step_sizes), torch.zeros_like(errors)
     bad, bad_errors = torch.full_like(step_sizes, math.inf), torch.full_like(errors, math.inf)
+    # the middle of the range in which the search ends
     target = 0.5 * (1 + CLOSE) * bound
     for turn in range(MAX_ROUNDS):
         within = errors <= bound
@@ -64,11 +65,13 @@ def search_step_sizes(
         # errors hardly change for long, and then at once
         ratio = (target / errors.clamp_min(1e-300)) ** 2.0**turn
         candidates = step_sizes * ratio.clamp(0.25, 4.0)
+        # log–log interpolation between the good and the bad step size
         share = (target / good_errors).log() / (bad_errors / good_errors).log()
         # bisection every other round, since errors may jump and interpolation would creep
         share = torch.full_like(share, 0.5) if turn % 2 else share.clamp(0.05, 0.95)
         bracketed = (good > 0) & bad.isfinite()
         candidates = torch.where(bracketed, good * (bad / good) ** share, candidates)
+        # what is finished keeps its step size and its error, which need not be measured again
         step_sizes = torch.where(unfinished, as_written(candidates), good)
         errors = torch.where(unfinished, measure(step_sizes, unfinished), good_errors)
     if bool((good == 0).any()):
@@ -89,6 +92,7 @@ def step_size_grid(error: float, numbers: int) -> list[float]:
     numbers: of an adapter's factors, at most. The smallest step size is that of an adapter each of whose numbers is
     encoded; the largest is that of one that loses whole components.
     """
+    # a rounding error is about 0.1 of the squared step size: 1/12, and the dead zone's
     smallest, largest = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, SURVEY_RANGE[1])
     return _log_spaced(smallest, largest, 2)
 

@@ -37,10 +37,12 @@ class SvdBatch:
             torch.zeros(len(factors), rank, n_in, dtype=torch.float64),
             torch.tensor([f.down.shape[0] for f in factors]),
         )
+        # updates of one rank are decomposed in one call: most adapters of a collection have the same
         by_rank: dict[int, list[int]] = {}
         for index, f in enumerate(factors):
             by_rank.setdefault(f.down.shape[0], []).append(index)
         for indices in by_rank.values():
+            # in float64: the squared error of an encoded update may be 10⁻¹² of its square
             down = torch.stack([factors[i].down.to(torch.float64) for i in indices])
             up = torch.stack([factors[i].up.to(torch.float64) * factors[i].scaling for i in indices])
             # QR of both factors leaves an SVD of r × r: no out × in matrix is formed
@@ -72,4 +74,5 @@ class SvdBatch:
     def index_batches(self) -> Iterator[list[int]]:
         """Yield the indices of all updates, as many at a time as can be encoded together in bounded memory."""
         size = max(BATCH_NUMBERS // max(self.u[0].numel() + self.v[0].numel(), 1), 1)
+        # one update at least, however large it is
         return (list(range(start, min(start + size, len(self)))) for start in range(0, len(self), size))

@@ -55,6 +55,7 @@ class ModuleSlot:
 
     def check(self, module: str, coefficients: Coefficients) -> Coefficients:
         """Return the coefficients of a module; `ValueError` where they are not of its rank, sizes or dtypes."""
+        # up is (k_up, r), as a factor of a LoRA is (out, r)
         for side, tensor, axis in (("down", coefficients.down, 0), ("up", coefficients.up, 1)):
             if tensor.dtype not in dtypes.STORED or tensor.dim() != 2 or tensor.shape[axis] != self.rank:
                 raise ValueError(
@@ -69,7 +70,9 @@ class ModuleSlot:
         for side, shape in (("down", (self.rank, n_in)), ("up", (n_out, self.rank))):
             residual = coefficients.residual(side)
             if residual is not None and (tuple(residual.shape) != shape or residual.dtype not in dtypes.STORED):
-                raise ValueError(f"the {side} rest of module {module} is {describe_tensor(residual)} and not {shape}")
+                raise ValueError(
+                    f"the {side} residual of module {module} is {describe_tensor(residual)} and not {shape}"
+                )
         return coefficients
 
 
@@ -96,17 +99,17 @@ class Storage(ABC):
 
     @property
     def is_float(self) -> bool:
-        """Whether files hold plain float tensors, which need no decoder and no mention in an adapter's config."""
+        """True if files hold plain float tensors, which need no decoder and no mention in an adapter's config."""
         return False
 
     @property
     def is_coded(self) -> bool:
-        """Whether bytes are entropy-coded for an error bound or a size, components and coefficients together."""
+        """True if bytes are entropy-coded for an error bound or a size, components and coefficients together."""
         return False
 
     @property
     def holds_components(self) -> bool:
-        """Whether bases can be stored in it, and not only coefficients."""
+        """True if bases can be stored in it, and not only coefficients."""
         return True
 
     @property
@@ -116,7 +119,7 @@ class Storage(ABC):
 
     @property
     def pairs_components(self) -> bool:
-        """Whether component j of the down side goes with component j of the up side alone, so that both sides need
+        """True if component j of the down side goes with component j of the up side alone, so that both sides need
         equally many."""
         return False
 
@@ -133,11 +136,11 @@ class Storage(ABC):
     @property
     @abstractmethod
     def keeps_factors(self) -> bool:
-        """Whether coefficients are of the adapter's own factors, rather than of any factors with the same product."""
+        """True if coefficients are of the adapter's own factors, rather than of any factors with the same product."""
 
     @property
     def pads_rank(self) -> bool:
-        """Whether an adapter's rank may exceed what its file has numbers for; rows of zeros fill it up."""
+        """True if an adapter's rank may exceed what its file has numbers for; rows of zeros fill it up."""
         return False
 
     @property
@@ -180,17 +183,17 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+    def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         """Return the same updates in the factors whose coefficients lose least by rounding to this storage.
 
         products: dtype of large products, as for `subspace.balanced`.
         """
 
     @abstractmethod
-    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+    def project(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
         """Return the coefficients of prepared adapters, rounded as they will be read again."""
 
-    def exact_coefficients(self, chunk: ModuleBatch, bases: ModuleBases) -> CoefficientBatch | None:
+    def exact_coefficients(self, batch: ModuleBatch, bases: ModuleBases) -> CoefficientBatch | None:
         """Return the float64 coefficients that `project` rounds; None where these are projections on both bases."""
         return None
 

@@ -37,6 +37,7 @@ class CodedStorage(Storage):
 
     @property
     def number_bytes(self) -> float:
+        # a rough figure, for forecasts: the true one depends on the error bound
         return 1.0
 
     @property
@@ -80,6 +81,7 @@ class CodedStorage(Storage):
     ) -> list[StoredRows]:
         if any(grown.values()):
             raise ValueError(f"{key} has stored rows of a later time, which no coded basis has")
+        # seeds rebuild augmented rows; there are no other ones beside the fitted
         empty: StoredRows = torch.zeros(0, dimension), None
         if not n_fitted:
             return [(torch.zeros(0, dimension), {}), *(empty for _ in grown)]
@@ -87,10 +89,10 @@ class CodedStorage(Storage):
         payload = {bitstream.BASIS_PART: tensors[f"{key}.{bitstream.BASIS_PART}"]}
         return [(tensors[key], payload), *(empty for _ in grown)]
 
-    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+    def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         raise OptionError(NEEDS_TARGET)
 
-    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+    def project(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
         raise OptionError(NEEDS_TARGET)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
@@ -197,6 +199,7 @@ def coefficient_metadata(coefficients: Mapping[str, Coefficients]) -> dict[str, 
 
 def blob(data: bytes) -> Tensor:
     """Return bytes as a uint8 tensor of its own memory."""
+    # a bytearray is writable, and torch warns of tensors over memory that is not
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

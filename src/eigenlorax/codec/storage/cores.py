@@ -80,19 +80,20 @@ class CoreStorage(Storage):
     def _not_for_bases(self) -> str:
         return f"{self.name} is how coefficients are stored: say cores={self.kind!r}, dtype={dtypes.name(self.stored)}."
 
-    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+    def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         # as near to the factors of a core as there are any: else the error of an update is a difference of large
         # numbers
-        return svd_balanced(projection.balance_batch(chunk, self.dtype))
+        return svd_balanced(projection.balance_batch(batch, self.dtype))
 
-    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
-        exact = self._best_cores(chunk, bases, dual)
+    def project(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+        exact = self._best_cores(batch, bases, dual)
         cores = exact.to(self.stored)
         projection.check_rounding(exact.flatten(1)[:, None], cores.flatten(1)[:, None])
-        down, up = self._factors(cores.cpu(), chunk.down.shape[1])
+        # of the rounded cores, as a reader computes them, on the CPU: devices differ in the last bits of an SVD
+        down, up = self._factors(cores.cpu(), batch.down.shape[1])
         device = exact.device
         payload = {keys.CORES[self.kind]: cores.cpu()}
-        return CoefficientBatch(down.to(device, self.dtype), up.to(device, self.dtype), chunk.scaling, payload)
+        return CoefficientBatch(down.to(device, self.dtype), up.to(device, self.dtype), batch.scaling, payload)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         if coefficients:
@@ -122,8 +123,8 @@ class CoreStorage(Storage):
         """Return the shape of the core of one module, between k = (k_down, k_up) components."""
 
     @abstractmethod
-    def _best_cores(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
-        """Return the cores of least squared error, float64, one per adapter of the chunk."""
+    def _best_cores(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
+        """Return the cores of least squared error, float64, one per adapter of the batch."""
 
     @abstractmethod
     def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -144,8 +145,8 @@ class FullCoreStorage(CoreStorage):
     def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
         return k[1], k[0]
 
-    def _best_cores(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
-        exact = projection.project_batch(chunk, bases, torch.float64, dual)
+    def _best_cores(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
+        exact = projection.project_batch(batch, bases, torch.float64, dual)
         return exact.up @ exact.down
 
     def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -177,9 +178,9 @@ class DiagonalCoreStorage(CoreStorage):
     def _shape(self, k: tuple[int, int]) -> tuple[int, ...]:
         return (k[0],)
 
-    def _best_cores(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
+    def _best_cores(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
         rows = [bases.side(side).components.to(torch.float64) for side in keys.SIDES]
-        down, up = chunk.down.to(torch.float64), chunk.up.to(torch.float64)
+        down, up = batch.down.to(torch.float64), batch.up.to(torch.float64)
         equations = diagonal_cores.normal_equations(down, up, (rows[0], rows[1]))
         return diagonal_cores.solve(*equations, self.ridge)
 
@@ -188,9 +189,9 @@ class DiagonalCoreStorage(CoreStorage):
         down, up = torch.diag_embed(exact.abs().sqrt()), torch.diag_embed(exact.sign() * exact.abs().sqrt())
         return _pad_rank(down, up, max(1 - exact.shape[1], 0))
 
-    def exact_coefficients(self, chunk: ModuleBatch, bases: ModuleBases) -> CoefficientBatch | None:
-        down, up = self._factors(self._best_cores(chunk, bases), chunk.down.shape[1])
-        return CoefficientBatch(down, up, chunk.scaling)
+    def exact_coefficients(self, batch: ModuleBatch, bases: ModuleBases) -> CoefficientBatch | None:
+        down, up = self._factors(self._best_cores(batch, bases), batch.down.shape[1])
+        return CoefficientBatch(down, up, batch.scaling)
 
 
 def _pad_rank(down: Tensor, up: Tensor, n_zeros: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class FloatStorage(Storage):
         return basis_rows.extend(basis, rows)
 
     def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
+        # safetensors refuses views, and a view would keep all rows alive
         return {key: basis.stored.clone()}
 
     def read_components(
@@ -54,11 +55,11 @@ class FloatStorage(Storage):
         check_rows(key, rows, (sum(counts), dimension), self.dtype)
         return [(block, None) for block in torch.split(rows, counts)]
 
-    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
-        return projection.balance_batch(chunk, self.dtype, products)
+    def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+        return projection.balance_batch(batch, self.dtype, products)
 
-    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
-        return projection.project_batch(chunk, bases, self.dtype, dual)
+    def project(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+        return projection.project_batch(batch, bases, self.dtype, dual)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         tensors = {}

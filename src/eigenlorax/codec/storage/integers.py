@@ -71,9 +71,9 @@ class IntegerStorage(Storage):
             if extension.seed is None and extension.n
         ]
         return {
-            f"{name}.{part}": tensor
+            f"{name}.{field}": tensor
             for name, payload in [(key, basis.payload), *extensions]
-            for part, tensor in (payload or {}).items()
+            for field, tensor in (payload or {}).items()
         }
 
     def read_components(
@@ -106,19 +106,22 @@ class IntegerStorage(Storage):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def prepare(self, chunk: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
-        return svd_balanced(projection.balance_batch(chunk, self.dtype, torch.float64))
+    def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
+        # a row's scale follows its largest number, so both factors of a rank-1 term should be equally long; in float64,
+        # since the SVD mixes rows of different norms
+        return svd_balanced(projection.balance_batch(batch, self.dtype, torch.float64))
 
-    def project(self, chunk: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
-        exact = projection.project_batch(chunk, bases, torch.float64, dual)
+    def project(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
+        exact = projection.project_batch(batch, bases, torch.float64, dual)
         rows = dict(zip(keys.SIDES, _spread_rows(exact.down.cpu(), exact.up.mT.cpu()), strict=True))
         payloads = {side: group_integers.encode(rows[side], self.bits) for side in keys.SIDES}
         down, up = (group_integers.decode(payloads[side]).to(exact.down.device) for side in keys.SIDES)
+        # the coefficients in memory are those that a reader of the file gets, not the exact ones
         rounded = CoefficientBatch(
             down,
             up.mT.contiguous(),
             exact.scaling,
-            {f"{side}.{part}": t for side, payload in payloads.items() for part, t in payload.items()},
+            {f"{side}.{field}": t for side, payload in payloads.items() for field, t in payload.items()},
         )
         projection.check_rounded_batch(exact, rounded)
         return rounded
@@ -129,7 +132,7 @@ class IntegerStorage(Storage):
             for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True):
                 key = keys.coefficients_key(module, side)
                 payload = group_integers.without_zero_exponent(group_integers.encode(rows, self.bits))
-                tensors |= {f"{key}.{part}": tensor for part, tensor in payload.items()}
+                tensors |= {f"{key}.{field}": tensor for field, tensor in payload.items()}
         return tensors | residual_tensors(coefficients)
 
     def read_adapter(
@@ -143,7 +146,7 @@ class IntegerStorage(Storage):
                 key = keys.coefficients_key(module, side)
                 payload = payload_of(tensors, key)
                 rows[side] = self._decode(payload, key)
-                adapter_payload |= {f"{key}.{part}": tensors.pop(f"{key}.{part}") for part in payload}
+                adapter_payload |= {f"{key}.{field}": tensors.pop(f"{key}.{field}") for field in payload}
             residuals = pop_residuals(tensors, module)
             # a file with a payload is written from it alone
             adapter_payload |= {keys.residual_key(module, s): t for s, t in residuals.items() if t is not None}
@@ -174,16 +177,16 @@ def _spread_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def payload_of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the payload of the matrix called `name` among the tensors of a file; `KeyError` where it is incomplete."""
     return {
-        part: tensors[f"{name}.{part}"]
-        for part in group_integers.PARTS
-        if part != group_integers.EXPONENT or f"{name}.{part}" in tensors
+        field: tensors[f"{name}.{field}"]
+        for field in group_integers.PARTS
+        if field != group_integers.EXPONENT or f"{name}.{field}" in tensors
     }
 
 
 def integer_matrices(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
     """Yield name, side and payload of each matrix of coefficients among an adapter's tensors."""
     for key in tensors:
-        name, _, part = key.rpartition(".")
+        name, _, field = key.rpartition(".")
         side = next((side for side, suffix in keys.COEFFICIENTS.items() if name.endswith(f".{suffix}")), None)
-        if part == group_integers.CODES and side is not None:
+        if field == group_integers.CODES and side is not None:
             yield name, side, payload_of(tensors, name)

@@ -41,8 +41,8 @@ def storage_by_name(name: str) -> Storage:
     """Return the storage of this name; `OptionError` if there is none."""
     if name not in STORAGES:
         # packs with cores are read, but no longer written
-        known = [name for name, storage in STORAGES.items() if storage.core_kind is None]
-        raise OptionError(f"dtype must be one of {', '.join(known)}, got {name}.{suggestion(name, known)}")
+        names = [name for name, storage in STORAGES.items() if storage.core_kind is None]
+        raise OptionError(f"dtype must be one of {', '.join(names)}, got {name}.{suggestion(name, names)}")
     return STORAGES[name]
 
 
@@ -58,15 +58,16 @@ def core_storage(kind: str, floats: Storage) -> Storage:
     return STORAGES[f"{kind}-{floats.name}"]
 
 
-def adapter_payload(chunk: CoefficientBatch, row: int, module: str) -> dict[str, Tensor]:
-    """Return the payload of one adapter of a chunk, by the names in the adapter's file; empty where there is none."""
+def adapter_payload(batch: CoefficientBatch, row: int, module: str) -> dict[str, Tensor]:
+    """Return the payload of one adapter of a batch, by the names in the adapter's file; empty where there is none."""
     payload = {}
-    for name, tensor in (chunk.payload or {}).items():
-        side, _, part = name.partition(".")
+    for name, tensor in (batch.payload or {}).items():
+        side, _, field = name.partition(".")
         if name in keys.CORES.values():
             payload[f"{keys.MODEL_PREFIX}{module}.{name}"] = tensor[row]
-        elif part != group_integers.EXPONENT or int(tensor[row]):
-            payload[f"{keys.coefficients_key(module, side)}.{part}"] = tensor[row]
+        # as `without_zero_exponent` does for a single matrix
+        elif field != group_integers.EXPONENT or int(tensor[row]):
+            payload[f"{keys.coefficients_key(module, side)}.{field}"] = tensor[row]
     return payload
 
 
@@ -82,6 +83,7 @@ def as_float_tensors(
         kind = next((kind for kind, name in keys.CORES.items() if any(k.endswith(f".{name}") for k in tensors)), None)
         if kind is not None:
             modules = slots()
+            # a file has cores of one dtype; `read_adapter` refuses any other
             stored = {tensors[key].dtype for key in (keys.core_key(module, kind) for module in modules)}
             storage = core_storage(kind, storage_by_name(dtypes.name(stored.pop())))
             return _decode(storage, tensors, modules, subspace)
@@ -90,8 +92,8 @@ def as_float_tensors(
         floats = dict(tensors)
         for name, side, payload in integer_matrices(tensors):
             rows = group_integers.decode(payload)
-            for part in payload:
-                del floats[f"{name}.{part}"]
+            for field in payload:
+                del floats[f"{name}.{field}"]
             floats[name] = rows if side == "down" else rows.mT.contiguous()
     except PARSE_FAILURES as error:
         raise FormatError(f"the adapter's coefficients cannot be read: {reason(error)}.") from error
