@@ -44,7 +44,7 @@ def tensors(pack):
 
 def test_the_table_says_how_many(cli, pack):
     out = succeeded(augment(cli, pack, "--n-extra", 5, "--seed", 3)).out
-    assert "5 of them on each side" in out
+    assert "5 on each side" in out
     assert "9 / 9 / 9" in out
 
 

@@ -145,7 +145,7 @@ class TestVerify:
         succeeded(cli("inspect", place / "pack"))
         done = cli("inspect", place / "pack", "--verify", place / "in")
         assert done.code == 4
-        assert "more is lost than the pack says, or than was asked for, of beta." in done.err
+        assert "the measured error exceeds the pack's record or the requested bound for beta." in done.err
         lines = [line.split() for line in done.out.splitlines()]
         rows = {line[0]: line[-1] for line in lines if line and line[0] in NAMES}
         assert rows == {"alpha": "yes", "beta": "no", "gamma": "yes"}
@@ -170,7 +170,9 @@ class TestVerify:
         )
 
     def test_an_adapter_is_not_verified(self, cli, place):
-        assert_refused(cli("inspect", place / "in" / "beta", "--verify", place / "in"), 3, "is an adapter: --verify")
+        assert_refused(
+            cli("inspect", place / "in" / "beta", "--verify", place / "in"), 3, "is an adapter, and --verify"
+        )
 
     def test_what_is_not_there(self, cli, place):
         assert cli("inspect", place / "nowhere", "--verify", place / "in").code == 3

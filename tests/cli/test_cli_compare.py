@@ -55,9 +55,9 @@ class TestAComparison:
         plan = r"note: 9 trainings of 7 epochs: 2 seeds on 40 rows for each of 2 methods, and 5 on 33 of them, which"
         assert re.search(plan, done.err)
         assert re.search(r"57 rows after 7 epochs on 40; the most frequent class\s+alone has 0\.\d{3}", done.out)
-        assert re.search(r"method +numbers +file bytes +accuracy +± +least–most +points above lora \(95 %\)", done.out)
+        assert re.search(r"method +parameters +file bytes +accuracy +± +least–most +points above lora", done.out)
         assert re.search(r"\n lora +768 ( +\S+){4} *\n core +324 ( +\S+){4} +[+-]\d+\.\d \([^)]*\) *\n", done.out)
-        assert "On the way; a training has 21 steps" in done.out
+        assert "During training; a training has 21 steps" in done.out
         assert re.search(r"method +rate +epoch 1 +epoch 3 +epoch 4 +epoch 5 +epoch 7 +steps to 98 % of lora", done.out)
         assert "· core: " in done.out
         assert "· basis: core needs the pack's basis too" in done.out
@@ -66,7 +66,7 @@ class TestAComparison:
     def test_of_one_method_by_one_seed_has_no_columns_without_figures(self, cli, place):
         done = succeeded(cli(*shlex.split(QUICK)))
         assert done.err == "note: 1 training of 1 epoch: 1 seed on 40 rows.\n"
-        assert re.search(r"method +numbers +file bytes +accuracy *\n", done.out)
+        assert re.search(r"method +parameters +file bytes +accuracy *\n", done.out)
         assert re.findall(r"^· (no better)?", done.out, re.MULTILINE) in ([], ["no better"])
 
     def test_of_less_than_an_epoch_shows_what_there_is(self, cli, place):

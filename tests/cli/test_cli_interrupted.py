@@ -52,7 +52,7 @@ def test_a_fit_goes_on_from_the_modules_that_it_has_kept(cli, place, monkeypatch
     with monkeypatch.context() as patched:
         interrupted_at(patched, 1)
         done = cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6)
-    assert_says(done, f"No pack was written. 1 fitted module is kept in {kept}: the same command goes on there.")
+    assert_says(done, f"No pack was written. 1 fitted module is kept in {kept}: run the same command to continue.")
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
     done = succeeded(cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6))
     assert "note: 1 of 3 modules were there from a fit that was interrupted." in done.err
@@ -64,7 +64,7 @@ def test_a_pack_that_was_there_is_as_it_was(cli, place, monkeypatch):
     before = contents(place)
     monkeypatch.setattr(Pack, "save", interrupt)
     done = cli("fit", place / "in", "-o", place / "pack", "--ratio", 4, "--overwrite")
-    assert_says(done, f"{place / 'pack'} is as it was, and nothing was left.")
+    assert_says(done, f"{place / 'pack'} is unchanged, and nothing was left.")
     assert contents(place) == before
 
 
@@ -74,7 +74,7 @@ def test_a_pack_is_whole_before_its_report_is_made(cli_with_reports, place, monk
 
     monkeypatch.setattr(stored, "leave", interrupt)
     done = cli_with_reports("fit", place / "in", "-o", place / "pack", "-k", 6)
-    assert_says(done, f"{place / 'pack'} is written, and whole; it may lack its report.")
+    assert_says(done, f"{place / 'pack'} is written and complete, except perhaps for its report.")
     assert json_of(cli_with_reports("inspect", place / "pack", "--json"))["adapters"] == 3
 
 

@@ -214,7 +214,7 @@ def test_figures_of_the_demo_are_whole(place):
     ]
     attempts = [Attempt("coefficients of the pack", 73_728, 0.925, 12.5), Attempt("LoRA", 1_234_567, 0.9, 100.0)]
     found = Demo(place / "pack", ex.Pack.open("pack").summary, outcomes, attempts)
-    assert_whole(lambda width: terminals.shown(lambda: demo._show(found, 61.5), columns=width)[0])
+    assert_whole(lambda width: terminals.shown(lambda: demo._print(found, 61.5), columns=width)[0])
 
 
 def test_every_verb_is_among_them():

@@ -33,7 +33,7 @@ def test_the_table_names_who_got_worse_and_says_what_no_longer_belongs(cli, pack
         (row,) = (line for line in done.out.splitlines() if name in line and "the pack" in line)
         assert f"{ex.Pack.open(pack.parent / 'again').records[name].delta_error:.4f}" in row
     assert "got worse" in done.out
-    assert "do not belong to the new one" in done.err
+    assert "do not fit the new one" in done.err
 
 
 def test_a_bound_is_shown_as_one(cli, pack):
@@ -85,4 +85,4 @@ def test_what_is_not_missing_is_not_added(cli, pack):
         "basis_bytes": 4 * 2 * (17 + 11 + 13 + 23 + 19 + 29),
     }
     out = succeeded(cli("add", pack, f"again={pack.parent / 'new'}", "--extend", 2)).out
-    assert "it misses nothing of them" in " ".join(out.split())
+    assert "it represents the new adapters exactly" in " ".join(out.split())

@@ -64,16 +64,19 @@ class TestReport:
         [
             ("report pack -a in -o report.txt", ["a report is written as .html", "report.html"]),
             ("report pack -a in -o in", ["a report is written as"]),
-            ("report pack -a in --left-out none", ["--left-out must be a number from 1 on, or `all`, got 'none'"]),
-            ("report pack -a in --left-out 0", ["--left-out must be a number from 1 on"]),
+            (
+                "report pack -a in --left-out none",
+                ["--left-out must be an integer of at least 1, or `all`"],
+            ),
+            ("report pack -a in --left-out 0", ["--left-out must be an integer of at least 1"]),
             ("report pack -a in/alpha", ["the original of 'beta', which is in the fit", "recognised by their content"]),
             ("report pack -a nowhere", ["nowhere"]),
-            ("report pack --evaluate rows.csv", ["--evaluate needs --adapters, which names the original ones"]),
+            ("report pack --evaluate rows.csv", ["--evaluate needs --adapters with the original adapters"]),
             ("report pack --left-out 2", ["--left-out needs --adapters"]),
             ("report pack --seed 1", ["--seed needs --adapters"]),
             ("report pack --labels a,b", ["--labels needs --adapters"]),
             ("report pack --allow-pickle", ["--allow-pickle needs --adapters"]),
-            ("report pack -a in --labels a,b", ["--labels needs --evaluate, which names rows", "leave --labels out"]),
+            ("report pack -a in --labels a,b", ["--labels needs --evaluate with a file of rows", "remove --labels"]),
             ("report pack -a in --max-length 5", ["--max-length needs --evaluate"]),
             ("report pack -a in --text-column body", ["--text-column needs --evaluate"]),
             ("report pack -a in --seed 99999999999999999999999", ["seed must be a whole number from 0 to 2**63 - 1"]),
@@ -93,9 +96,9 @@ class TestReport:
             ("report pack -a in --evaluate README.csv --labels a,b,a", ["'a' is there twice"]),
             ("report pack -a in --evaluate empty.csv", ["empty.csv: the first line has to name", "it is empty"]),
             ("report pack -a in --evaluate cut.jsonl", ["cut.jsonl, line 2 is not JSON", "column 11. Each line"]),
-            ("report pack -a in --evaluate rows.csv --labels a,b --labels c,d", ["give A,B,… once"]),
+            ("report pack -a in --evaluate rows.csv --labels a,b --labels c,d", ["pass A,B,… once"]),
             ("report pack --frontier 4", ["--frontier needs --adapters"]),
-            ("report pack -a in --frontier 4", ["--frontier needs --evaluate, which names rows"]),
+            ("report pack -a in --frontier 4", ["--frontier needs --evaluate with a file of rows"]),
             ("report pack -a in --evaluate README.csv --frontier a,b", ["--frontier takes ratios", "got 'a,b'"]),
             ("report pack -a in --evaluate README.csv --frontier 4,", ["--frontier takes ratios", "got '4,'"]),
             (
@@ -187,7 +190,7 @@ class TestFit:
     def test_where_it_would_take_long(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(stored, "PATIENCE", 0.0)
         done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
-        assert "no report was written, since it would take about" in done.err
+        assert "no report was written, because it would take about" in done.err
         assert "eigenlorax report fresh --adapters" in done.err
         assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
 

@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 import eigenlorax as ex
 from eigenlorax.cli import main
-from eigenlorax.cli.report import show as show_report
+from eigenlorax.cli.report import print_verdict
 from eigenlorax.core import atomic_files, keys
 from eigenlorax.core.subspace import Subspace
 from eigenlorax.errors import MAX_MESSAGE, EigenloraxError, PackError
@@ -271,7 +271,7 @@ def read_report(folder: Path) -> int:
     if report_files.to_json(again) != report_files.to_json(report):
         raise WrongError("a report that was written is another one when it is read")
     with _output(io.BytesIO(), io.BytesIO()):
-        show_report(report)
+        print_verdict(report)
     return 0
 
 

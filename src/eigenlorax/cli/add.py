@@ -1,4 +1,4 @@
-"""`eigenlorax add`: further adapters into a pack, by projection on its subspace."""
+"""`eigenlorax add`: project adapters on a pack's subspace, and add them to the pack."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import WARN_ABOVE
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..pack.manifest import SubspaceInfo
@@ -21,35 +21,38 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(add)
 
 
 def add(
-    pack: console.PackFolder,
+    pack: arguments.PackFolder,
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER", help="Folders, LoRA files, a folder of some, URLs, Hub ids, NAME=PATH."),
+        typer.Argument(
+            metavar="ADAPTER", help="Adapter folders, LoRA files, a folder of adapters, URLs, Hub ids, or NAME=PATH."
+        ),
     ],
     extend: Annotated[
         int | None,
         typer.Option(
             metavar="L",
-            help="Let every side grow by at most L directions, those it misses most of the new adapters.",
+            help="Append up to L components to each module and side, chosen to reduce the new adapters' error most.",
         ),
     ] = None,
     carry_missing: Annotated[
-        bool, typer.Option("--carry-missing", help="Keep modules that the subspace lacks as they are.")
+        bool,
+        typer.Option(
+            "--carry-missing", help="Store modules that the subspace lacks unchanged, instead of raising an error."
+        ),
     ] = False,
-    warn_above: Annotated[
-        float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
-    ] = WARN_ABOVE,
-    same_base: console.SameBase = False,
-    allow_pickle: console.AllowPickle = False,
-    revision: console.Revision = None,
-    json: console.Json = False,
+    warn_above: arguments.WarnAbove = WARN_ABOVE,
+    same_base: arguments.SameBase = False,
+    allow_pickle: arguments.AllowPickle = False,
+    revision: arguments.Revision = None,
+    json: arguments.Json = False,
 ) -> None:
-    """Project more adapters on a pack's subspace, and say how much of each was lost."""
+    """Project adapters on a pack's subspace, add them to the pack, and show each adapter's delta error."""
     from ..pack.pack import Pack
 
     with console.working() as progress, Pack.edit(pack) as opened:
@@ -64,16 +67,16 @@ def add(
             allow_pickle=allow_pickle,
             revision=revision,
         )
-    extended = None if extend is None else _grown(before, opened.info)
+    extension = None if extend is None else _extension(before, opened.info)
     if json:
         added = {name: asdict(record) for name, record in records.items()}
-        more = {} if extended is None else {"extended": extended}
+        more = {} if extension is None else {"extended": extension}
         console.print_json({"pack": str(pack), "added": added, **more})
     else:
         rows = [
             (
                 name,
-                "untrained" if record.untrained else console.share(record.delta_error),
+                "untrained" if record.untrained else console.format_error(record.delta_error),
                 f"{record.coefficient_bytes:,}",
                 f"{record.carried_bytes:,}",
             )
@@ -81,27 +84,27 @@ def add(
         ]
         header = ("added", "delta error", "coefficient bytes", "carried bytes")
         console.print_table("", header, rows, numbers=(1, 2, 3))
-        if extended is not None:
-            console.print_rows("", [("basis extended", _in_words(extended))])
+        if extension is not None:
+            console.print_rows("", [("basis extended", _describe(extension))])
 
 
-def _grown(before: "SubspaceInfo", after: "SubspaceInfo") -> dict[str, int]:
-    """How many directions came to how many sides, how many to one of them at most, and what they take."""
-    grown = [
+def _extension(before: "SubspaceInfo", after: "SubspaceInfo") -> dict[str, int]:
+    """Return the JSON of an extension: appended components, sides that grew, the most on one side, and bytes."""
+    appended = [
         side.k - before.modules[module][name].k for module, pair in after.modules.items() for name, side in pair.items()
     ]
     return {
-        "directions": sum(grown),
-        "sides": sum(n > 0 for n in grown),
-        "most": max(grown, default=0),
+        "directions": sum(appended),
+        "sides": sum(n > 0 for n in appended),
+        "most": max(appended, default=0),
         "basis_bytes": after.stored_bytes - before.stored_bytes,
     }
 
 
-def _in_words(extended: dict[str, int]) -> str:
-    if not extended["directions"]:
-        return "by nothing: it misses nothing of them"
+def _describe(extension: dict[str, int]) -> str:
+    if not extension["directions"]:
+        return "by nothing: it represents the new adapters exactly"
     return (
-        f"by {extended['directions']:,} directions on {extended['sides']:,} sides, at most {extended['most']} on one; "
-        f"{extended['basis_bytes']:,} bytes more"
+        f"by {extension['directions']:,} components on {extension['sides']:,} sides, at most {extension['most']} on "
+        f"one; {extension['basis_bytes']:,} bytes more"
     )

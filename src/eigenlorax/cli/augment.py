@@ -1,4 +1,4 @@
-"""`eigenlorax augment`: a pack with further directions, for training where source adapters are few."""
+"""`eigenlorax augment`: add random components to a pack's subspace, for training when source adapters are few."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 EPILOG = """Example:
 
@@ -14,21 +14,25 @@ EPILOG = """Example:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(augment)
 
 
 def augment(
-    pack: console.PackFolder,
-    n_extra: Annotated[int, typer.Option("--n-extra", metavar="L", help="Directions to add to every side.")],
-    seed: Annotated[int, typer.Option(metavar="S", help="The seed that gives them, and rebuilds them later.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PACK2", help="The folder of the new pack.", parser=console.path)
+    pack: arguments.PackFolder,
+    n_extra: Annotated[
+        int, typer.Option("--n-extra", metavar="L", help="Number of random components to add to each module and side.")
     ],
-    overwrite: console.Overwrite = False,
-    json: console.Json = False,
+    seed: Annotated[
+        int, typer.Option(metavar="S", help="Seed of the components. It is stored, and needed to make them again.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PACK2", help="Folder of the new pack.", parser=arguments.path)
+    ],
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Write a pack with L further orthonormal directions on every side. Every adapter stays exactly what it was."""
+    """Write a new pack with L random orthonormal components per module and side added. Adapters do not change."""
     from ..pack import folder
     from ..pack.pack import Pack
 
@@ -39,7 +43,7 @@ def augment(
         augmented = opened.augment(n_extra, seed)
         augmented.save(output, overwrite=overwrite)
     if json:
-        console.print_json({"pack": str(output), **console.figures_json(augmented.summary, augmented.records)})
+        console.print_json({"pack": str(output), **console.summary_json(augmented.summary, augmented.records)})
     else:
         rows = [*console.summary_rows(augmented.summary), ("seconds", f"{time.perf_counter() - started:.1f}")]
         console.print_rows(f"pack {output}", rows)

@@ -1,4 +1,4 @@
-"""`eigenlorax compare`: a new task by several methods alike, on a user's own rows."""
+"""`eigenlorax compare`: train a new task with several methods, and compare accuracy, size and steps."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import typer
 
 from ..train.options import DEFAULTS, Columns
 from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions, parse_rates
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..train.comparison_summary import MethodSummary
@@ -21,59 +21,71 @@ EPILOG = """Examples:
 
   eigenlorax compare pack/ --train a.csv --eval b.csv -o results.json --resume"""
 
-POINTS = 5
-"""The most columns of scores on the way."""
-
-_ASIDE = ", ".join(name for name in LEARNING_RATES if name not in DEFAULT_METHODS)
+MAX_SCORE_COLUMNS = 5
+"""Maximum number of columns with scores during training."""
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(compare)
 
 
 def compare(
-    pack: console.PackFolder,
+    pack: arguments.PackFolder,
     rows: Annotated[
         Path,
         typer.Option(
-            "--train", metavar="FILE", help="Rows: .jsonl, .csv, or a folder saved by datasets.", parser=console.path
+            "--train",
+            metavar="FILE",
+            help="Training rows: .jsonl, .csv, or a folder saved by datasets. A fifth of them chooses learning rates.",
+            parser=arguments.path,
         ),
     ],
     evaluation: Annotated[
-        Path, typer.Option("--eval", metavar="FILE", help="Rows to test on, and for nothing else.", parser=console.path)
+        Path, typer.Option("--eval", metavar="FILE", help="Test rows, used only for scores.", parser=arguments.path)
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="The file for the results (JSON).", parser=console.path),
+        typer.Option("--output", "-o", metavar="FILE", help="JSON file for the results.", parser=arguments.path),
     ],
-    task: Annotated[str, typer.Option(help="text-classification.")] = "text-classification",
-    model: console.Model = None,
+    task: Annotated[str, typer.Option(help="Task. Only text-classification is supported.")] = "text-classification",
+    model: arguments.Model = None,
     methods: Annotated[
         str,
         typer.Option(
             metavar="A,B,…",
-            help=f"Some of {', '.join(LEARNING_RATES)}. Unless named, {_ASIDE} take no part.",
+            help=f"Methods to compare, of {', '.join(LEARNING_RATES)} (default: {', '.join(DEFAULT_METHODS)}).",
             show_default=False,
         ),
     ] = ",".join(DEFAULT_METHODS),
     learning_rates: Annotated[
         list[str] | None,
-        typer.Option(metavar="[METHOD=]A,B,C", help="The rates to choose from, of a method or all. Once or more."),
+        typer.Option(
+            metavar="[METHOD=]A,B,C",
+            help="Learning rates to try, for one method or for all. With one rate there is no search. Can be repeated.",
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Trainings of each method, at the rate chosen.")] = SEEDS,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA and of factors.")] = 8,
-    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = float(DEFAULTS["num_train_epochs"]),
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = int(DEFAULTS["per_device_train_batch_size"]),
-    max_length: console.MaxLength = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; what is trained stays float32.")] = False,
-    text_column: console.TextColumn = "text",
-    label_column: console.LabelColumn = "label",
-    pair_column: console.PairColumn = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the file has.")] = False,
-    json: console.Json = False,
+    seeds: Annotated[
+        int, typer.Option(metavar="N", help="Number of trainings per method, at the chosen learning rate.")
+    ] = SEEDS,
+    rank: Annotated[int, typer.Option(help="Rank of lora, init and factors.")] = 8,
+    epochs: Annotated[float, typer.Option(help="Number of epochs.")] = float(DEFAULTS["num_train_epochs"]),
+    batch_size: Annotated[int, typer.Option(help="Rows per training step.")] = int(
+        DEFAULTS["per_device_train_batch_size"]
+    ),
+    max_length: arguments.MaxLength = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16. Trained parameters stay in float32.")
+    ] = False,
+    text_column: arguments.TextColumn = "text",
+    label_column: arguments.LabelColumn = "label",
+    pair_column: arguments.PairColumn = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the comparison in FILE; methods, rates and seeds may be added.")
+    ] = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Train a new task by several methods alike, and say how coefficients do beside LoRA and others."""
+    """Train a new task with several methods, and compare coefficients with LoRA and others."""
     names = [name.strip() for name in methods.split(",")]
     options = ComparisonOptions(
         train=rows,
@@ -96,68 +108,95 @@ def compare(
         prepared = method_comparison.prepare(pack, options, output, resume=resume)
     console.note(prepared.plan)
     with console.working() as progress:
-        found = method_comparison.run(prepared, progress)
+        result = method_comparison.run(prepared, progress)
     if json:
-        console.print_json({**asdict(found), "file": str(output), "pack": str(pack)})
+        console.print_json({**asdict(result), "file": str(output), "pack": str(pack)})
         return
-    _show(found)
-
-
-def _show(found: "ComparisonResult") -> None:
-    from ..train.comparison_summary import plural
-
-    yardstick = found.yardstick
-    header = ["method", "numbers", "file bytes", "accuracy", "±", "least–most", f"points above {yardstick} (95 %)"]
-    scores = [_scores(line) for line in found.methods]
-    # of one seed there is no spread, and of one method no difference
-    filled = [place for place in range(len(header)) if any(row[place] for row in scores)]
-    console.print_table(
-        f"{found.evaluated:,} rows after {plural(found.epochs, 'epoch')} on {found.rows:,}; the most frequent class "
-        f"alone has {found.majority:.3f}",
-        [header[place] for place in filled],
-        [[row[place] for place in filled] for row in scores],
-        numbers=range(1, len(filled)),
-    )
-    shown = _shown(found.points)
-    part = f" on {found.rows_on_the_way} of the rows" if found.rows_on_the_way < found.evaluated else ""
-    console.print_table(
-        f"On the way{part}; a training has {plural(found.steps, 'step')}",
-        [
-            "method",
-            "rate",
-            *[f"epoch {found.points[place]:g}" for place in shown],
-            f"steps to 98 % of {yardstick}",
-            "seconds",
-        ],
-        [
-            [
-                line.method,
-                f"{line.learning_rate:g}",
-                *[f"{line.curve[place]:.3f}" for place in shown],
-                f"{line.steps:,}" if line.steps is not None else "never",
-                f"{line.seconds:.0f}",
-            ]
-            for line in found.methods
-        ],
-        numbers=range(1, len(shown) + 4),
-    )
-    for sentence in found.findings:
+    _print_scores(result)
+    _print_curves(result)
+    for sentence in result.findings:
         console.say(f"· {sentence}")
 
 
-def _shown(points: Sequence[float]) -> list[int]:
-    """Which points have a column: whole epochs, if the last one is; of many, some in equal steps."""
-    places = [place for place, epoch in enumerate(points) if epoch == int(epoch) or points[-1] != int(points[-1])]
-    last = len(places) - 1
-    if last < POINTS:
-        return places
-    return [places[round(part * last / (POINTS - 1))] for part in range(POINTS)]
+def _print_scores(result: "ComparisonResult") -> None:
+    from ..train.comparison_summary import plural
+
+    header = [
+        "method",
+        "parameters",
+        "file bytes",
+        "accuracy",
+        "±",
+        "least–most",
+        f"points above {result.yardstick} (95 %)",
+    ]
+    rows = [_score_row(summary) for summary in result.methods]
+    # with one seed there is no spread, and with one method no difference
+    columns = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    console.print_table(
+        f"{result.evaluated:,} rows after {plural(result.epochs, 'epoch')} on {result.rows:,}; the most frequent class "
+        f"alone has {result.majority:.3f}",
+        [header[index] for index in columns],
+        [[row[index] for index in columns] for row in rows],
+        numbers=range(1, len(columns)),
+    )
 
 
-def _scores(line: "MethodSummary") -> list[str]:
+def _score_row(summary: "MethodSummary") -> list[str]:
     from ..train.comparison_summary import format_points
 
-    spread = f"{line.spread:.3f}" if line.spread is not None else ""
-    least = f"{min(line.scores):.3f}–{max(line.scores):.3f}" if len(line.scores) > 1 else ""
-    against = format_points(line.difference) if line.difference is not None else ""
-    return [line.method, f"{line.numbers:,}", f"{line.file_bytes:,}", f"{line.mean:.3f}", spread, least, against]
+    spread = f"{summary.spread:.3f}" if summary.spread is not None else ""
+    score_range = f"{min(summary.scores):.3f}–{max(summary.scores):.3f}" if len(summary.scores) > 1 else ""
+    difference = format_points(summary.difference) if summary.difference is not None else ""
+    return [
+        summary.method,
+        f"{summary.numbers:,}",
+        f"{summary.file_bytes:,}",
+        f"{summary.mean:.3f}",
+        spread,
+        score_range,
+        difference,
+    ]
+
+
+def _print_curves(result: "ComparisonResult") -> None:
+    from ..train.comparison_summary import plural
+
+    points = _shown_points(result.points)
+    subset = f" on {result.rows_on_the_way} of the rows" if result.rows_on_the_way < result.evaluated else ""
+    header = [
+        "method",
+        "rate",
+        *[f"epoch {result.points[point]:g}" for point in points],
+        f"steps to 98 % of {result.yardstick}",
+        "seconds",
+    ]
+    rows = [
+        [
+            summary.method,
+            f"{summary.learning_rate:g}",
+            *[f"{summary.curve[point]:.3f}" for point in points],
+            f"{summary.steps:,}" if summary.steps is not None else "never",
+            f"{summary.seconds:.0f}",
+        ]
+        for summary in result.methods
+    ]
+    console.print_table(
+        f"During training{subset}; a training has {plural(result.steps, 'step')}",
+        header,
+        rows,
+        numbers=range(1, len(points) + 4),
+    )
+
+
+def _shown_points(epochs: Sequence[float]) -> list[int]:
+    """Return the indices of points that get a column.
+
+    These are whole epochs, if the last point is one, and at most `MAX_SCORE_COLUMNS` points at equal distances.
+    """
+    ends_on_whole_epoch = epochs[-1] == int(epochs[-1])
+    indices = [index for index, epoch in enumerate(epochs) if epoch == int(epoch) or not ends_on_whole_epoch]
+    last = len(indices) - 1
+    if last < MAX_SCORE_COLUMNS:
+        return indices
+    return [indices[round(n * last / (MAX_SCORE_COLUMNS - 1))] for n in range(MAX_SCORE_COLUMNS)]

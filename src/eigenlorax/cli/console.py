@@ -1,4 +1,4 @@
-"""What the verbs print with: tables, JSON, progress, warnings. Figures go to stdout, everything else to stderr."""
+"""Output of the verbs: results go to stdout as tables or JSON; progress, notes and errors go to stderr."""
 
 import json
 import sys
@@ -7,15 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import typer
 
 from ..core import printable
 from ..errors import EigenloraxWarning, shortened
-from ..train.options import MAX_LENGTH
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,68 +22,18 @@ if TYPE_CHECKING:
     from ..pack.summary import Components, Errors, Summary
 
 
-def path(text: str) -> Path:
-    """A path of the command line. An empty one would be the current folder, which nobody means by it."""
-    if not text.strip():
-        raise typer.BadParameter("it is empty; was a variable of the shell not set?")
-    # `formats` loads torch, which `--help` does not wait for
-    from ..formats import urls
-
-    if urls.is_url(text):
-        raise typer.BadParameter(
-            f"{text} is a URL. Adapters may be anywhere; what is written, and packs, are on this machine."
-        )
-    return Path(text)
-
-
-def text(given: str) -> str:
-    """A folder or a repository of the command line, which is not empty either."""
-    path(given)
-    return given
-
-
-PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="The pack.", parser=path)]
-PackSource = Annotated[str, typer.Argument(metavar="PACK", help="The pack: a folder, or a Hub id.", parser=text)]
-PackRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a pack that comes from the Hub.")]
-Repo = Annotated[str, typer.Argument(metavar="REPO", help="The repository on the Hub, ORG/NAME.", parser=text)]
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, on stdout.")]
-SameBase = Annotated[
-    bool, typer.Option("--same-base", help="The adapters' base models are one, under several names or paths.")
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read adapter_model.bin where there are no safetensors (weights_only).")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of adapters that come from the Hub.")]
-
-Model = Annotated[
-    str | None, typer.Option(help="The base model: a folder, or a repository (default: what the pack says).")
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens taken of a row (default: " + ", ".join(f"{n} for {task}" for task, n in MAX_LENGTH.items()) + ")."
-    ),
-]
-TextColumn = Annotated[str, typer.Option(metavar="NAME", help="The column with the text.")]
-LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="The column with the label.")]
-PairColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The column with a second text, for tasks on two texts.")
-]
-
-
 class _PrintableStream:
-    """A stream to which no control characters are written, whoever writes.
+    """A text stream that escapes control characters, whoever writes to it.
 
-    Consoles of rich write to `rich_proxied_file`, the stream itself: their escapes are their own, and the texts that
-    they are given here are printable already.
+    rich's consoles bypass it: they write to `rich_proxied_file`, the stream itself, because they need control
+    sequences, and this module only passes them printable texts.
     """
 
     def __init__(self, stream: Any) -> None:
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """Write `text` with escapes for its control characters."""
+        """Write a text with its control characters escaped."""
         self.rich_proxied_file.write(printable.multi_line(text))
         return len(text)
 
@@ -95,21 +43,21 @@ class _PrintableStream:
             self.write(text)
 
     def isatty(self) -> bool:
-        """Say no: who would move the cursor of a terminal, or colour what it writes, cannot do so here."""
+        """Return False, so that libraries neither move the cursor nor write colours: both would be escaped."""
         return False
 
     def __getattr__(self, name: str) -> Any:
         if name == "buffer":
-            # whoever writes bytes would write past this object
+            # bytes written to the buffer would not be escaped
             raise AttributeError(name)
         return getattr(self.rich_proxied_file, name)
 
 
 @contextmanager
 def only_printable() -> Iterator[None]:
-    """Let nothing in the block print a control character; its warnings become notes."""
+    """Escape control characters that the block prints, and print its warnings as notes."""
     streams = sys.stdout, sys.stderr
-    # the interpreter has None in the place of a stream that is closed
+    # Python sets a stream to None if it was closed at the start
     sys.stdout, sys.stderr = (cast(TextIO, stream and _PrintableStream(stream)) for stream in streams)
     show = warnings.showwarning
     warnings.showwarning = _show_warning
@@ -125,7 +73,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback as Python does (`sys.excepthook`), without control characters of its messages."""
+    """Print a traceback as `sys.excepthook` does, with the control characters of its messages escaped."""
     with only_printable():
         traceback.print_exception(kind, error, trace)
 
@@ -133,76 +81,76 @@ def print_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    # what is printed may come from outside: brackets in it are no markup, and `:name:` is no emoji; lines are laid out
-    # before they are printed
+    # texts may come from adapters or the Hub: brackets in them are no markup, and `:name:` is no emoji. Lines are
+    # wrapped by `layout`, before they are printed
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _width(console: "Console") -> int | None:
-    """The columns of the terminal that a console writes to; None where that is a file or a pipe."""
+    """Return the width of the terminal, or None if the console writes to a file or a pipe."""
     return console.width if console.file.isatty() else None
 
 
 def error(message: str) -> None:
-    """One message on stderr."""
+    """Print an error to stderr."""
     _print(f" {shortened(message)}", "error:", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
-    """One remark on stderr."""
+    """Print a note to stderr."""
     _print(f" {shortened(message)}", "note:", "yellow", stderr=True)
 
 
 def interrupted(message: str) -> None:
-    """What is left behind by a verb that was interrupted, on stderr."""
+    """Print to stderr that the verb was interrupted, and what that leaves behind."""
     _print(f" {message}", "Interrupted.", "bold red", stderr=True)
 
 
 @contextmanager
-def interrupts_say(left_behind: Callable[[], str]) -> Iterator[None]:
-    """A Ctrl-C in the block says what is left behind then."""
+def explain_interrupt(describe_state: Callable[[], str]) -> Iterator[None]:
+    """Add to a KeyboardInterrupt of the block what it leaves behind."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(left_behind()) from interrupt
+        raise KeyboardInterrupt(describe_state()) from interrupt
 
 
 def _print(text: str, label: str = "", style: str = "", *, stderr: bool = False, wrap: bool = True) -> None:
-    """Print a text on one line, or on as many as the terminal needs. label: its beginning, in another style."""
+    """Print a text, wrapped to the terminal's width. label: printed before it, in another style."""
     from rich.text import Text
 
     from . import layout
 
     console = _console(stderr)
     label, text = printable.one_line(label), printable.one_line(text)
-    shown = Text("\n".join(layout.wrapped(label + text, _width(console) if wrap else None)))
-    shown.stylize(style, 0, len(label))
-    console.print(shown)
+    styled = Text("\n".join(layout.wrapped(label + text, _width(console) if wrap else None)))
+    styled.stylize(style, 0, len(label))
+    console.print(styled)
 
 
 def say(sentence: str = "") -> None:
-    """A sentence on stdout, or an empty line."""
+    """Print a sentence, or an empty line, to stdout."""
     _print(sentence)
 
 
 def print_command(command: str) -> None:
-    """A command line on stdout, which is not wrapped: it can be copied."""
+    """Print a command line to stdout, without wrapping it, so that it can be copied."""
     _print(command, wrap=False)
 
 
-def print_json(value: Any) -> None:
-    """A JSON document on stdout."""
-    print_document(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+def print_json(document: Any) -> None:
+    """Print a document as JSON to stdout."""
+    print_document(json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def print_document(text: str) -> None:
-    """A JSON document in ASCII on stdout."""
-    # the one control character that JSON need not escape
+    """Print a JSON document, which has to be ASCII, to stdout."""
+    # JSON escapes all control characters but this one
     typer.echo(text.replace("\x7f", r"\u007f"), nl=False)
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Names and their values on stdout."""
+    """Print names and their values to stdout."""
     from . import layout
 
     pairs = [(printable.one_line(name), printable.one_line(value)) for name, value in rows]
@@ -210,7 +158,7 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
-    """A table on stdout; `numbers` are the columns aligned to the right. No cell is cut: see `layout`."""
+    """Print a table to stdout. numbers: indices of columns that are aligned to the right. Cells are never truncated."""
     from . import layout
 
     names, *cells = [[printable.one_line(cell) for cell in row] for row in (header, *rows)]
@@ -218,20 +166,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _print_block(title: str, heads: Sequence[str], body: Sequence[str]) -> None:
-    """Lines that are laid out, between empty ones. heads: those of a table's header, and the rule below it."""
+    """Print lines between empty ones. heads: lines of a table's header, and the rule below it."""
     from rich.text import Text
 
     if title:
         _print("", title, "italic")
     header = "\n".join(heads[:-1])
-    shown = Text("\n".join(["", *heads, *body, ""]))
-    shown.stylize("bold", 1, 1 + len(header))
-    _console().print(shown)
+    block = Text("\n".join(["", *heads, *body, ""]))
+    block.stylize("bold", 1, 1 + len(header))
+    _console().print(block)
 
 
 @contextmanager
 def working() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, where that is a terminal; warnings become notes below it, before an error if any."""
+    """Show a progress bar on stderr if that is a terminal, and print the block's warnings as notes after it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -239,7 +187,7 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EigenloraxWarning)
         try:
-            # whatever else is written meanwhile goes through `only_printable`, not through rich, which reads escapes
+            # other output goes through `only_printable`; rich would interpret its escape sequences
             with Progress(
                 *columns,
                 console=stderr,
@@ -262,7 +210,7 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
-    """The table of a pack."""
+    """Return the rows of a pack's table."""
     dtype = figures.dtype
     if figures.coefficient_dtype != dtype:
         dtype += f", coefficients {figures.coefficient_dtype}"
@@ -272,14 +220,14 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *[("  made for", str(figures.family))] * bool(figures.family),
         ("adapters", f"{figures.adapters} (rank {_ranks(figures.ranks)})"),
         *[("  untrained", ", ".join(figures.untrained))] * bool(figures.untrained),
-        *[(f"  left out: {name}", reason) for name, reason in figures.fit.skipped.items()],
+        *[(f"  skipped: {name}", reason) for name, reason in figures.fit.skipped.items()],
         ("modules", str(figures.modules)),
         *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
         ("fit", f"weighting {figures.fit.weighting}, {figures.fit.size}, stored as {dtype}"),
         *_component_rows("components, down (lora_A)", figures.down),
         *_component_rows("components, up (lora_B)", figures.up),
-        *[("  augmented directions", f"{figures.n_extra} of them on each side")] * bool(figures.n_extra),
-        *[("  of extensions", f"{figures.n_extended:,} of them in all")] * bool(figures.n_extended),
+        *[("  augmented components", f"{figures.n_extra} on each side")] * bool(figures.n_extra),
+        *[("  appended components", f"{figures.n_extended:,} in all")] * bool(figures.n_extended),
         *_error_rows(f"delta error{at_most}", figures.in_fit),
         *_error_rows(f"delta error, projected adapters{at_most}", figures.projected),
         *[("  of which upper bounds", f"{figures.bounds}: fitted again without their originals")]
@@ -289,7 +237,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
 
 
 def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
-    """The rows that say what a pack costs and saves."""
+    """Return the rows of a pack's sizes."""
     b = figures.bytes
     return [
         ("LoRA bytes", f"{b.lora:,} (their files: {b.lora_files:,})"),
@@ -305,52 +253,52 @@ def _ranks(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
 
 
-def _component_rows(label: str, found: "Components") -> list[tuple[str, str]]:
-    energy = f"energy {found.energy:.4f}" + (
-        f", its search at most {found.shortfall:.0e} short" if found.shortfall else ""
-    )
-    rows = [(label, f"{found.min} / {found.median:g} / {found.max} (min / median / max); {energy}")]
-    if found.capped:
-        more = f" and {len(found.capped) - 2} more" if len(found.capped) > 2 else ""
-        shown = ", ".join(found.capped[:2])
-        rows.append(("  capped", f"{len(found.capped)}, whose stack has no more: {shown}{more}"))
+def _component_rows(label: str, components: "Components") -> list[tuple[str, str]]:
+    energy = f"energy {components.energy:.4f}"
+    if components.shortfall:
+        energy += f", of which the iterative solver misses at most {components.shortfall:.0e}"
+    sizes = f"{components.min} / {components.median:g} / {components.max} (min / median / max)"
+    rows = [(label, f"{sizes}; {energy}")]
+    if components.capped:
+        names = ", ".join(components.capped[:2])
+        more = f" and {len(components.capped) - 2} more" if len(components.capped) > 2 else ""
+        rows.append(("  capped", f"{len(components.capped)} with fewer components than K: {names}{more}"))
     return rows
 
 
 def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:
     if errors is None:
         return []
-    rows = [(label, f"mean {share(errors.mean)}, worst {share(errors.worst)} ({errors.worst_adapter})")]
-    # where whatever is lost is lost by rounding, saying so twice says nothing
+    rows = [(label, f"mean {format_error(errors.mean)}, worst {format_error(errors.worst)} ({errors.worst_adapter})")]
+    # if rounding is the only error, the row would repeat the one above
     if errors.rounding_worst < errors.worst:
-        rows.append(
-            ("  of which rounding", f"mean {share(errors.rounding_mean)}, worst {share(errors.rounding_worst)}")
-        )
+        rounding = f"mean {format_error(errors.rounding_mean)}, worst {format_error(errors.rounding_worst)}"
+        rows.append(("  of which rounding", rounding))
     return rows
 
 
-def share(value: float) -> str:
-    """A relative error: four decimals, or two digits where those would be zero."""
-    return f"{value:.4f}" if value >= 5e-4 or value == 0 else f"{value:.1e}"
+def format_error(error: float) -> str:
+    """Return a relative error with four decimals, or in exponential notation if it is below 0.0005."""
+    return f"{error:.4f}" if error >= 5e-4 or error == 0 else f"{error:.1e}"
 
 
 def print_frontier(pack: "Pack") -> None:
-    """What other errors would take in bytes, around those of a pack."""
-    bytes_ = pack.summary.bytes
-    size = bytes_.basis + bytes_.coefficients + bytes_.carried
+    """Print the sizes that other error bounds would give, and the pack's own."""
+    sizes = pack.summary.bytes
+    size = sizes.basis + sizes.coefficients + sizes.carried
     nearest = min(pack.frontier, key=lambda point: abs(point.bytes - size))
     rows = [
         (
             "this pack" if point is nearest else "",
             f"{point.error:.3g}",
             f"{'' if point is nearest else 'about '}{point.bytes:,.0f}",
-            f"{bytes_.lora / max(point.bytes, 1):.1f}",
+            f"{sizes.lora / max(point.bytes, 1):.1f}",
         )
         for point in sorted(pack.frontier, key=lambda point: point.error)
     ]
     print_table("", ("", "delta error at most", "bytes", "ratio"), rows, numbers=(1, 2, 3))
 
 
-def figures_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a pack: the table's figures, and each adapter's."""
+def summary_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pack's JSON: its summary, and the record of each adapter."""
     return {**asdict(figures), "adapter_records": {name: asdict(record) for name, record in records.items()}}

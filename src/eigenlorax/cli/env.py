@@ -1,4 +1,4 @@
-"""`eigenlorax env`: what a bug report needs."""
+"""`eigenlorax env`: versions and platform, for bug reports."""
 
 import importlib.metadata
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from . import console
+from . import arguments, console
 
 PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub", "typer", "rich", "peft", "transformers", "diffusers")
 EPILOG = """Example:
@@ -16,21 +16,21 @@ EPILOG = """Example:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(env)
 
 
-def env(json: console.Json = False) -> None:
-    """Show versions, platform and devices: paste it into a bug report."""
-    found = collect()
+def env(json: arguments.Json = False) -> None:
+    """Show versions, platform and devices, to paste into a bug report."""
+    environment = collect()
     if json:
-        console.print_json(found)
+        console.print_json(environment)
     else:
-        console.print_rows("", list(found.items()))
+        console.print_rows("", list(environment.items()))
 
 
 def collect() -> dict[str, str]:
-    """What this process runs on and with, by name."""
+    """Return versions, hardware and environment variables that affect this process."""
     import torch
 
     from ..version import __version__
@@ -53,7 +53,7 @@ def collect() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The CPU's own name, where the system tells it."""
+    """Return the model name of the CPU, if the system has one."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""`eigenlorax evaluate`: an adapter of a pack on rows that are labelled, or read."""
+"""`eigenlorax evaluate`: measure an adapter of a pack on a file of rows."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..train.options import EVALUATION_BATCH, TASKS, Columns
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..train.evaluate import Figures
@@ -21,36 +21,43 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(evaluate)
 
 
 def evaluate(
-    pack: console.PackFolder,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    pack: arguments.PackFolder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.")],
     data: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="Rows: .jsonl, .csv, or a folder saved by datasets.", parser=console.path),
+        typer.Option(
+            metavar="FILE", help="Evaluation rows: .jsonl, .csv, or a folder saved by datasets.", parser=arguments.path
+        ),
     ],
-    model: console.Model = None,
-    task: Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)} (default: what the adapter says).")] = None,
+    model: arguments.Model = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"Task: {' or '.join(TASKS)} (default: the adapter's task type).")
+    ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(metavar="A,B,…|OUT", help="Names of the classes in the head's order, or a folder of `train`."),
+        typer.Option(
+            metavar="A,B,…|OUT",
+            help="Class names in the order of the head, or the OUT folder of `train`. Needed if labels are texts.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = EVALUATION_BATCH,
-    max_length: console.MaxLength = None,
-    text_column: console.TextColumn = "text",
-    label_column: console.LabelColumn = "label",
-    pair_column: console.PairColumn = None,
-    json: console.Json = False,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = EVALUATION_BATCH,
+    max_length: arguments.MaxLength = None,
+    text_column: arguments.TextColumn = "text",
+    label_column: arguments.LabelColumn = "label",
+    pair_column: arguments.PairColumn = None,
+    json: arguments.Json = False,
 ) -> None:
-    """Load an adapter of a pack with PEFT, and say how good it is on a file of rows."""
-    from ..train import evaluate as task_of
+    """Load an adapter of a pack with PEFT, and measure its accuracy or perplexity on a file of rows."""
+    from ..train import evaluate as evaluation
 
     names = class_names(labels) if labels is not None else None
     with console.working() as progress:
-        found = task_of.evaluate(
+        evaluated = evaluation.evaluate(
             pack,
             name,
             data,
@@ -63,33 +70,33 @@ def evaluate(
             progress=progress,
         )
     if json:
-        console.print_json({**asdict(found), "data": str(data), "pack": str(pack)})
+        console.print_json({**asdict(evaluated), "data": str(data), "pack": str(pack)})
         return
     rows = [
-        ("task", found.task),
-        ("base model", found.model),
-        *figure_rows(found.figures),
-        ("seconds", f"{found.seconds:.1f}"),
+        ("task", evaluated.task),
+        ("base model", evaluated.model),
+        *figure_rows(evaluated.figures),
+        ("seconds", f"{evaluated.seconds:.1f}"),
     ]
     console.print_rows(f"adapter {name} on {data}", rows)
-    show_confusion(found.figures)
+    print_confusion(evaluated.figures)
 
 
-def class_names(given: str) -> Sequence[str]:
-    """`A,B,…`, or what a folder of `train` says."""
+def class_names(argument: str) -> Sequence[str]:
+    """Parse the value of --labels: "A,B,…", or a folder written by `train`, whose record has the names."""
     from ..errors import OptionError
     from ..train import train
 
-    if "," in given:
-        return given.split(",")
-    found: Sequence[str] | None = train.read_record(Path(given)).get("labels")
-    if found is None:
-        raise OptionError(f"{given} is of a training without classes: leave --labels out.")
-    return found
+    if "," in argument:
+        return argument.split(",")
+    names: Sequence[str] | None = train.read_record(Path(argument)).get("labels")
+    if names is None:
+        raise OptionError(f"{argument} is a training without classes. Remove --labels.")
+    return names
 
 
 def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
-    """The rows that say how good an adapter is."""
+    """Return the table rows of an adapter's figures."""
     from ..train.evaluate import Classified
 
     if isinstance(figures, Classified):
@@ -107,10 +114,10 @@ def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
     ]
 
 
-def show_confusion(figures: "Figures") -> None:
-    """What was taken for what, where classes are few."""
+def print_confusion(figures: "Figures") -> None:
+    """Print the confusion matrix of a classification with few classes."""
     from ..train.evaluate import Classified
 
     if isinstance(figures, Classified) and figures.confusion is not None:
         rows = [[label, *map(str, row)] for label, row in zip(figures.labels, figures.confusion, strict=True)]
-        console.print_table("", ["class \\ answer", *figures.labels], rows, numbers=range(1, len(rows) + 1))
+        console.print_table("", ["class \\ prediction", *figures.labels], rows, numbers=range(1, len(rows) + 1))

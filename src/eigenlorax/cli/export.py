@@ -1,11 +1,11 @@
-"""`eigenlorax export`: adapters of a pack as ordinary LoRAs, folders of PEFT's or single files."""
+"""`eigenlorax export`: write adapters of a pack as ordinary LoRAs, in PEFT folders or single files."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 EPILOG = """Examples:
 
@@ -19,35 +19,40 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(export)
 
 
 def export(
-    pack: console.PackSource,
+    pack: arguments.PackSource,
     output: Annotated[
         Path,
         typer.Option(
             "--output",
             "-o",
             metavar="DIR",
-            help="Each adapter becomes DIR/NAME, or DIR/NAME.safetensors.",
-            parser=console.path,
+            help="Folder to write to: each adapter becomes DIR/NAME, or DIR/NAME.safetensors.",
+            parser=arguments.path,
         ),
     ],
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which ones; all by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Adapters to export (default: all).")
+    ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="peft, kohya, diffusers, diffusers-old or diffusion-model (default: what each came in)."),
+        typer.Option(
+            help="File format: peft, kohya, diffusers, diffusers-old or diffusion-model (default: the format in which "
+            "each adapter was read)."
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the LoRA factors (default: float32, or the pack's if that is wider).")
+        str | None, typer.Option(help="Dtype of the LoRA factors (default: float32, or the pack's if that is wider).")
     ] = None,
-    revision: console.PackRevision = None,
-    overwrite: console.Overwrite = False,
-    json: console.Json = False,
+    revision: arguments.PackRevision = None,
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Give adapters of a pack back as ordinary LoRAs, in the format they came in or another one."""
+    """Write adapters of a pack as ordinary LoRAs, for PEFT, vLLM, diffusers or a web UI."""
     from ..pack.pack import Pack
 
     opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
@@ -62,8 +67,8 @@ def export(
         rows = [
             (
                 name,
-                console.share(records[name].delta_error),
-                console.share(opened.export_rounding(name, dtype)),
+                console.format_error(records[name].delta_error),
+                console.format_error(opened.export_rounding(name, dtype)),
                 str(path),
             )
             for name, path in written.items()

@@ -1,4 +1,4 @@
-"""`eigenlorax fit`: adapters in, one pack out."""
+"""`eigenlorax fit`: fit a subspace to adapters, and write a pack."""
 
 import time
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import typer
 
 from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE, reason
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..fitting.fit import Progress
@@ -39,18 +39,8 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(fit)
-
-
-def number_or_auto(text: str) -> int | str:
-    """What -k takes."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is neither an integer nor 'auto'.") from error
 
 
 def fit(
@@ -58,85 +48,111 @@ def fit(
         list[str],
         typer.Argument(
             metavar="ADAPTER",
-            help="Adapter folders, LoRA files, a folder of some, URLs (s3://…), Hub ids (org/name), NAME=PATH.",
+            help="Adapter folders, LoRA files, a folder of adapters, URLs (s3://…), Hub ids (org/name), or NAME=PATH.",
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="PACK", help="The folder to write the pack to.", parser=console.path),
+        typer.Option("--output", "-o", metavar="PACK", help="Folder to write the pack to.", parser=arguments.path),
     ],
-    # an int, or "auto": a union, of which typer knows none
+    # typed Any, because typer does not support the union of int and "auto"
     n_components: Annotated[
         Any,
         typer.Option(
             "--n-components",
             "-k",
             metavar="K|auto",
-            help="Directions a side of a module, at most (default 32). auto: found by leaving adapters out.",
-            parser=number_or_auto,
+            help="Maximum number of components per module and side (default: 32). auto: choose K by cross-validation "
+            "over the adapters.",
+            parser=arguments.number_or_auto,
         ),
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(metavar="E", help="Instead of K: the share of squared norm to keep, above 0, at most 1."),
+        typer.Option(
+            metavar="E", help="Instead of K: fraction of the squared norm to keep per module and side, 0 < E ≤ 1."
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Instead of K: as few bytes as keep every adapter's delta error at most X."),
+        typer.Option(
+            metavar="X",
+            help="Instead of K: the smallest pack in which no adapter's delta error exceeds X, 0 < X < 1.",
+        ),
     ] = None,
     max_bytes: Annotated[
         str | None,
-        typer.Option(metavar="B", help="Instead of K: the least error all adapters can have in so much: 40MB, 1.5GiB."),
+        typer.Option(
+            metavar="B", help="Instead of K: the lowest error bound for all adapters within B bytes: 40MB, 1.5GiB."
+        ),
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(metavar="R", help="The same in a pack R times smaller than the LoRAs in 16 bits, basis counted."),
+        typer.Option(
+            metavar="R", help="Like --max-bytes, for a pack R times smaller than the LoRAs in 16 bits, basis included."
+        ),
     ] = None,
     weighting: Annotated[
-        str, typer.Option(help="delta: least error of the updates. factors: the paper's, of A and B apart.")
+        str,
+        typer.Option(
+            help="Error that the fit minimises. delta: that of the updates. factors: that of A and B separately, as "
+            "in the paper."
+        ),
     ] = "delta",
     sweeps: Annotated[
-        int | None, typer.Option(metavar="N", help="Alternating refinements of the delta weighting (default: 2).")
+        int | None,
+        typer.Option(metavar="N", help="Alternating refinements of the bases, with weighting delta (default: 2)."),
     ] = None,
-    exclude_adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave an adapter out.")] = None,
+    exclude_adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Skip an adapter. Can be repeated.")
+    ] = None,
     exclude_module: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Keep modules out of the subspace; adapters carry them as they are."),
+        typer.Option(
+            metavar="PATTERN",
+            help="Keep matching modules out of the subspace, and store them unchanged. Can be repeated.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, float16, bfloat16, float64, int8, int4. (Default: the widest of the sources; with "
-            "--max-error, --max-bytes or --ratio coded, in as few bits as the error or the size asks for.)"
+            help="Storage dtype: float32, float16, bfloat16, float64, int8 or int4 (default: the widest of the "
+            "adapters; entropy-coded integers with --max-error, --max-bytes or --ratio)."
         ),
     ] = None,
     coefficient_dtype: Annotated[
-        str | None, typer.Option(help="That of the coefficients (default: DTYPE; int8 beside integers).")
+        str | None,
+        typer.Option(help="Storage dtype of the coefficients (default: that of --dtype; int8 if that is an integer)."),
     ] = None,
-    warn_above: Annotated[
-        float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
-    ] = WARN_ABOVE,
-    same_base: console.SameBase = False,
+    warn_above: arguments.WarnAbove = WARN_ABOVE,
+    same_base: arguments.SameBase = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out, and name, adapters that are broken or hold NaN or Inf.")
+        bool,
+        typer.Option("--skip-bad", help="Skip adapters that are damaged or contain NaN or Inf, and show their names."),
     ] = False,
-    allow_pickle: console.AllowPickle = False,
-    revision: console.Revision = None,
-    device: Annotated[str, typer.Option(help="Where bases are fitted: cpu, cuda, cuda:1.")] = "cpu",
+    allow_pickle: arguments.AllowPickle = False,
+    revision: arguments.Revision = None,
+    device: arguments.Device = "cpu",
     solver: Annotated[
-        str, typer.Option(help="exact: whole spectra, however large. auto: leading directions of large stacks.")
+        str,
+        typer.Option(
+            help="exact: full decompositions. auto: an iterative solver for large modules, which is faster and misses "
+            "less than 1e-4 of the energy."
+        ),
     ] = "auto",
     engine: Annotated[
-        str, typer.Option(help="Who does the work: serial, processes (of this machine), ray (a cluster).")
+        str, typer.Option(help="Where modules are fitted: serial, processes (on this machine) or ray (on a cluster).")
     ] = "serial",
-    workers: Annotated[int | None, typer.Option(metavar="N", help="How many processes (default: all cores).")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of processes for --engine processes (default: all cores).")
+    ] = None,
     report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Leave report.html and report.json in the pack.")
+        bool, typer.Option("--report/--no-report", help="Write report.html and report.json into the pack.")
     ] = True,
-    overwrite: console.Overwrite = False,
-    json: console.Json = False,
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Find the subspace that LoRA adapters share, and write it, with every adapter as coefficients, to one pack."""
+    """Fit a subspace to LoRA adapters, and write a pack: the shared components, and each adapter as coefficients."""
     from ..core import checkpoint, keys
     from ..fitting.fit import chooses_bytes
     from ..fitting.fit import fit as fit_adapters
@@ -145,16 +161,21 @@ def fit(
     started = time.perf_counter()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
     folder.check_free(output, overwrite)
-    budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
-    aims = {"max_error": max_error, "max_bytes": budget, "ratio": ratio}
-    kept, before = checkpoint.default_folder(output), _manifest(output)
-    with console.interrupts_say(lambda: _left_behind(output, before, kept)), console.working() as progress:
+    byte_budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
+    targets = {"max_error": max_error, "max_bytes": byte_budget, "ratio": ratio}
+    checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
+    can_resume = not chooses_bytes(targets, weighting, dtype, coefficient_dtype)
+    headline = None
+    with (
+        console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
+        console.working() as progress,
+    ):
         pack = fit_adapters(
             adapters,
             n_components=n_components,
             energy=energy,
             max_error=max_error,
-            max_bytes=budget,
+            max_bytes=byte_budget,
             ratio=ratio,
             weighting=weighting,
             sweeps=sweeps,
@@ -169,77 +190,94 @@ def fit(
             solver=solver,
             engine=engine,
             workers=workers,
-            checkpoint=None if chooses_bytes(aims, weighting, dtype, coefficient_dtype) else kept,
+            checkpoint=checkpoints if can_resume else None,
             progress=progress,
             allow_pickle=allow_pickle,
             revision=revision,
         )
         pack.save(output, overwrite=overwrite)
-        seconds = time.perf_counter() - started
-        headline = None
+        fit_seconds = time.perf_counter() - started
         if report:
-            headline = _report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
-    more = f", and {time.perf_counter() - started - seconds:.1f} for the report" if report else ""
-    for sentence in pack.notes:
-        console.note(sentence)
+            headline = _write_report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
+    report_seconds = time.perf_counter() - started - fit_seconds if report else None
+    for note in pack.notes:
+        console.note(note)
     if json:
-        figures = console.figures_json(pack.summary, pack.records)
-        printed = {
+        _print_json(pack, output, fit_seconds, headline)
+    else:
+        _print_table(pack, output, fit_seconds, report_seconds, headline)
+
+
+def _print_json(pack: "Pack", output: Path, seconds: float, headline: str | None) -> None:
+    console.print_json(
+        {
             "pack": str(output),
             "seconds": seconds,
             "seconds_by_stage": pack.seconds,
             "notes": pack.notes,
             "frontier": [asdict(point) for point in pack.frontier],
             "headline": headline,
-            **figures,
+            **console.summary_json(pack.summary, pack.records),
         }
-        console.print_json(printed)
-    else:
-        rows = [*console.summary_rows(pack.summary), ("seconds", f"{seconds:.1f}{more}")]
-        if headline is not None:
-            rows.append((keys.REPORT_PAGE, headline))
-        console.print_rows(f"pack {output}", rows)
-        if pack.frontier:
-            console.print_frontier(pack)
+    )
 
 
-def _manifest(output: Path) -> bytes | None:
+def _print_table(
+    pack: "Pack", output: Path, fit_seconds: float, report_seconds: float | None, headline: str | None
+) -> None:
+    from ..core import keys
+
+    seconds = f"{fit_seconds:.1f}"
+    if report_seconds is not None:
+        seconds += f", and {report_seconds:.1f} for the report"
+    rows = [*console.summary_rows(pack.summary), ("seconds", seconds)]
+    if headline is not None:
+        rows.append((keys.REPORT_PAGE, headline))
+    console.print_rows(f"pack {output}", rows)
+    if pack.frontier:
+        console.print_frontier(pack)
+
+
+def _manifest(pack_folder: Path) -> bytes | None:
     from ..core import atomic_files, boundary, keys
 
-    return atomic_files.read_regular_file(output / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
+    return atomic_files.read_regular_file(pack_folder / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
 
 
-def _left_behind(output: Path, before: bytes | None, kept: Path) -> str:
-    """What an interrupted fit leaves. before: the manifest of the pack that was there."""
+def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints: Path) -> str:
+    """Return what an interrupted fit leaves behind. old_manifest: of the pack that was there before, if any."""
     from ..core import checkpoint
 
-    if _manifest(output) != before:
-        return f"{output} is written, and whole; it may lack its report."
-    said = "No pack was written" if before is None else f"{output} is as it was"
-    modules = checkpoint.count_parts(kept)
+    if _manifest(output) != old_manifest:
+        return f"{output} is written and complete, except perhaps for its report."
+    pack_state = "No pack was written" if old_manifest is None else f"{output} is unchanged"
+    modules = checkpoint.count_parts(checkpoints)
     if not modules:
-        return f"{said}, and nothing was left."
-    those = "1 fitted module is" if modules == 1 else f"{modules:,} fitted modules are"
-    return f"{said}. {those} kept in {kept}: the same command goes on there."
+        return f"{pack_state}, and nothing was left."
+    fitted = "1 fitted module is" if modules == 1 else f"{modules:,} fitted modules are"
+    return f"{pack_state}. {fitted} kept in {checkpoints}: run the same command to continue."
 
 
-def _report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **options: Any) -> str | None:
-    """What the report says in one sentence; None, and why, where none was made."""
+def _write_report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **reading: Any) -> str | None:
+    """Write the report into the pack, and return its headline; None, with a note, if there is no report.
+
+    reading: options of reading the adapters.
+    """
     from ..reports import extra, stored
 
     if not extra.is_installed():
-        console.note(f"no report was written. {extra.HOW} (--no-report: none is wanted.)")
+        console.note(f"no report was written. {extra.HOW} Or pass --no-report.")
         return None
-    seconds = stored.seconds(pack)
-    if seconds > stored.PATIENCE:
+    expected_seconds = stored.seconds(pack)
+    if expected_seconds > stored.PATIENCE:
         console.note(
-            f"no report was written, since it would take about {seconds / 60:,.0f} minutes: "
-            f"`eigenlorax report {folder} --adapters ADAPTER… -o report.html` makes one."
+            f"no report was written, because it would take about {expected_seconds / 60:,.0f} minutes. To write one: "
+            f"`eigenlorax report {folder} --adapters ADAPTER… -o report.html`."
         )
         return None
     try:
-        return stored.leave(pack, adapters, folder, progress, **options).verdict.headline
+        return stored.leave(pack, adapters, folder, progress, **reading).verdict.headline
     except OSError as error:
-        # the pack is written, and whole
+        # the pack itself is complete, so that this is a note and no error
         console.note(f"no report was written: {reason(error).rstrip('.')}.")
         return None

@@ -1,4 +1,4 @@
-"""`eigenlorax inspect`: what a pack or an adapter holds. Every byte of a pack is read and checked on the way."""
+"""`eigenlorax inspect`: show the content of a pack or an adapter. Every byte of a pack is read and checked."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -24,25 +24,30 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(inspect)
 
 
 def inspect(
     target: Annotated[
-        str, typer.Argument(metavar="PACK|ADAPTER", help="A pack, an adapter's folder or URL, or a Hub id.")
+        str,
+        typer.Argument(
+            metavar="PACK|ADAPTER", help="A pack or an adapter: a folder, an id on the Hub, or the URL of an adapter."
+        ),
     ],
     verify: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ADAPTER", help="Originals, as for `fit`: measure again, from the files, what the pack has lost."
+            metavar="ADAPTER",
+            help="Original adapters, as for `fit`: measure each adapter's error again and compare it with the pack's "
+            "record. Can be repeated.",
         ),
     ] = None,
-    allow_pickle: console.AllowPickle = False,
-    revision: console.Revision = None,
-    json: console.Json = False,
+    allow_pickle: arguments.AllowPickle = False,
+    revision: arguments.Revision = None,
+    json: arguments.Json = False,
 ) -> None:
-    """Show what a pack or an adapter holds, what it costs, and what was lost."""
+    """Show what a pack or an adapter contains, its size, and the errors of its adapters."""
     from ..core import keys
     from ..errors import FormatError, OptionError
     from ..formats import hub, read_adapter
@@ -64,10 +69,10 @@ def inspect(
         else:
             _show_pack(target, pack, json)
     elif verify:
-        raise OptionError(f"{target} is an adapter: --verify measures the adapters of a pack beside their originals.")
+        raise OptionError(f"{target} is an adapter, and --verify measures adapters of a pack. Remove --verify.")
     else:
         with console.working():
-            # whatever its folder is called: only a pack needs a name for it
+            # a folder whose name is not valid in a pack can still be shown
             name = hub.name_of(target)
             adapter = read_adapter(
                 target,
@@ -79,54 +84,57 @@ def inspect(
 
 
 def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, **options: Any) -> None:
-    """Every adapter's error as it is; status 4 if one loses more than it should."""
+    """Measure and print every adapter's error. Raises `LossError` if one exceeds its record or its bound."""
     from ..errors import LossError
     from ..fitting.verify import verify
 
     with console.working() as progress:
-        found = verify(pack, originals, progress=progress, **options)
+        verification = verify(pack, originals, progress=progress, **options)
     if json:
-        adapters = {name: {**asdict(one), "holds": one.holds} for name, one in found.adapters.items()}
+        adapters = {name: {**asdict(check), "holds": check.holds} for name, check in verification.adapters.items()}
         console.print_json(
             {
                 "pack": target,
-                "holds": found.holds,
-                "complete": not found.unknown,
+                "holds": verification.holds,
+                "complete": not verification.unknown,
                 "adapters": adapters,
-                "unknown": found.unknown,
+                "unknown": verification.unknown,
             }
         )
     else:
         rows = [
             (
                 name,
-                f"{one.delta_error:.6f}",
-                f"{one.recorded:.6f}",
-                "" if one.bound is None else f"{one.bound:g}",
-                "yes" if one.holds else "no",
+                f"{check.delta_error:.6f}",
+                f"{check.recorded:.6f}",
+                "" if check.bound is None else f"{check.bound:g}",
+                "yes" if check.holds else "no",
             )
-            for name, one in found.adapters.items()
+            for name, check in verification.adapters.items()
         ]
         header = ("adapter", "delta error", "as recorded", "asked for", "holds")
         console.print_table(f"pack {target}", header, rows, numbers=(1, 2, 3))
-    if found.unknown:
-        console.note(f"no original was given of {', '.join(found.unknown)}.")
-    broken = [name for name, one in found.adapters.items() if not one.holds]
-    if broken:
-        raise LossError(f"more is lost than the pack says, or than was asked for, of {', '.join(broken)}.")
+    if verification.unknown:
+        console.note(f"no original was given for {', '.join(verification.unknown)}.")
+    exceeding = [name for name, check in verification.adapters.items() if not check.holds]
+    if exceeding:
+        raise LossError(
+            f"the measured error exceeds the pack's record or the requested bound for {', '.join(exceeding)}. Fit the "
+            "pack again from the originals."
+        )
 
 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:
     from ..pack.summary import kept_exactly
 
-    if (dominated := kept_exactly(pack.summary.bytes)) is not None:
-        console.note(dominated)
+    if (note := kept_exactly(pack.summary.bytes)) is not None:
+        console.note(note)
     if json:
-        console.print_json({"pack": target, **console.figures_json(pack.summary, pack.records)})
+        console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records)})
         return
     console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
     records = pack.records
-    # what says the same of every adapter leaves room for what does not, at 80 columns
+    # columns that are equal for all adapters are left out, so that the table fits 80 columns
     varied = len({record.modules for record in records.values()}) > 1
     carries = any(record.carried_bytes for record in records.values())
     columns = {
@@ -134,10 +142,10 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
         "rank": [", ".join(map(str, record.ranks)) for record in records.values()],
         **({"modules": [str(record.modules) for record in records.values()]} if varied else {}),
         "delta error": [
-            "untrained" if record.untrained else "≤ " * record.bound + console.share(record.delta_error)
+            "untrained" if record.untrained else "≤ " * record.bound + console.format_error(record.delta_error)
             for record in records.values()
         ],
-        "rounding": [console.share(record.rounding_error) for record in records.values()],
+        "rounding": [console.format_error(record.rounding_error) for record in records.values()],
         "bytes": [f"{record.coefficient_bytes:,}" for record in records.values()],
         **({"carried": [f"{record.carried_bytes:,}" for record in records.values()]} if carries else {}),
         "in fit": ["yes" if record.in_fit else "no" for record in records.values()],

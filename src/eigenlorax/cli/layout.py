@@ -1,6 +1,6 @@
-"""Tables and sentences as lines that fit a terminal. Lines break between words: no word, path or number is cut.
+"""Layout of tables and sentences for a terminal. Lines break between words: no word, path or number is truncated.
 
-A width of None is that of a stream that is no terminal: nothing is wrapped there, so that tools find lines whole.
+A width of None means that the stream is not a terminal. Nothing is wrapped then, so that tools can read whole lines.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -13,9 +13,9 @@ MARGIN, GAP = " ", "  "
 
 
 def wrapped(text: str, width: int | None) -> list[str]:
-    """`text` in lines of at most `width` cells. A word that is longer has a line of its own, which the terminal wraps.
+    """Return a text as lines of at most `width` terminal cells.
 
-    Spaces at the beginning indent every line.
+    A longer word gets a line of its own, which the terminal wraps. Spaces at the beginning indent every line.
     """
     if width is None or cell_len(text) <= width:
         return [text]
@@ -31,16 +31,16 @@ def wrapped(text: str, width: int | None) -> list[str]:
 
 
 def fields(pairs: Iterable[tuple[str, str]], width: int | None, indent: str = MARGIN) -> list[str]:
-    """Names beside their values. A value with a word too long to stand beside its name stands below it."""
+    """Return lines of names and values. A value with a word that is too long for its column goes below its name."""
     pairs = list(pairs)
-    beside = max((cell_len(name) for name, _ in pairs), default=0)
-    room = None if width is None else width - cell_len(indent) - beside - len(GAP)
+    name_width = max((cell_len(name) for name, _ in pairs), default=0)
+    room = None if width is None else width - cell_len(indent) - name_width - len(GAP)
     lines = []
     for name, value in pairs:
         if room is None or _least_width(value) <= room:
-            first, *others = wrapped(value, room)
-            lines.append(f"{indent}{_padded(name, beside)}{GAP}{first}".rstrip(" "))
-            lines += [f"{indent}{' ' * beside}{GAP}{other}" for other in others]
+            first, *following = wrapped(value, room)
+            lines.append(f"{indent}{_padded(name, name_width)}{GAP}{first}".rstrip(" "))
+            lines += [f"{indent}{' ' * name_width}{GAP}{line}" for line in following]
         else:
             lines += [*wrapped(indent + name, width), *wrapped(f"{indent}{GAP * 2}{value.lstrip(' ')}", width)]
     return lines
@@ -49,30 +49,32 @@ def fields(pairs: Iterable[tuple[str, str]], width: int | None, indent: str = MA
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int], width: int | None
 ) -> tuple[list[str], list[str]]:
-    """The lines of a table's header, and of its rows.
+    """Return the lines of a table's header and of its rows.
 
-    numbers: columns that are aligned to the right, and whose cells do not wrap. Where words alone are wider than the
-    terminal, there is no header, and each row is a list of fields.
+    Args:
+        numbers: Indices of columns that are aligned to the right and whose cells are not wrapped.
+        width: Width of the terminal. If the longest words do not fit, there is no header, and each row becomes a list
+            of fields.
     """
-    columns = [_Column(name, [row[place] for row in rows], place in numbers) for place, name in enumerate(header)]
+    columns = [_Column(name, [row[index] for row in rows], index in numbers) for index, name in enumerate(header)]
     widths = _widths(columns, width)
     if widths is None:
         return [], _records(header, rows, width)
     rule = MARGIN + "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
-    names = [wrapped(column.name, one) for column, one in zip(columns, widths, strict=True)]
-    # the last line of a name stands above its figures
+    names = [wrapped(column.name, column_width) for column, column_width in zip(columns, widths, strict=True)]
+    # align names at the bottom, next to their cells
     names = [[""] * (max(map(len, names)) - len(name)) + name for name in names]
     heads = _row(names, columns, widths)
     body = []
     for row in rows:
-        cells = [wrapped(cell, one) for cell, one in zip(row, widths, strict=True)]
+        cells = [wrapped(cell, column_width) for cell, column_width in zip(row, widths, strict=True)]
         body += _row(cells, columns, widths)
     return [*heads, rule], body
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A column: its cells do not wrap if they are numbers."""
+    """A column of a table. Cells with numbers are not wrapped."""
 
     name: str
     cells: Sequence[str]
@@ -80,32 +82,32 @@ class _Column:
 
     @property
     def natural(self) -> int:
-        """The width at which nothing wraps."""
+        """Width at which neither the name nor a cell wraps."""
         return max(cell_len(self.name), self.body)
 
     @property
     def body(self) -> int:
-        """The width at which no cell wraps."""
+        """Width at which no cell wraps."""
         return max((cell_len(cell) for cell in self.cells), default=0)
 
     @property
     def least(self) -> int:
-        """The width of the longest piece that must not break."""
+        """Width of the longest part that must not be broken."""
         body = self.body if self.is_number else max(map(_least_width, self.cells), default=0)
         return max(_least_width(self.name), body)
 
 
 def _widths(columns: Sequence[_Column], width: int | None) -> list[int] | None:
-    """The columns' widths: headers wrap first, then the widest cells. None where the terminal is too narrow."""
+    """Return the columns' widths, or None if the terminal is too narrow. Headers wrap first, then the widest cells."""
     widths = [column.natural for column in columns]
     if width is None:
         return widths
     least = [column.least for column in columns]
-    heads_wrap = [max(column.body, one) for column, one in zip(columns, least, strict=True)]
+    heads_wrap = [max(column.body, minimum) for column, minimum in zip(columns, least, strict=True)]
     excess = sum(widths) + len(MARGIN) + len(GAP) * (len(widths) - 1) - width
     for floors in (heads_wrap, least):
         while excess > 0:
-            wide = [place for place, one in enumerate(widths) if one > floors[place]]
+            wide = [index for index, column_width in enumerate(widths) if column_width > floors[index]]
             if not wide:
                 break
             widths[max(wide, key=widths.__getitem__)] -= 1
@@ -114,28 +116,29 @@ def _widths(columns: Sequence[_Column], width: int | None) -> list[int] | None:
 
 
 def _row(cells: Sequence[Sequence[str]], columns: Sequence[_Column], widths: Sequence[int]) -> list[str]:
-    """The lines of a row whose cells have several."""
+    """Return the lines of a row whose cells have several lines."""
     lines = []
     for parts in zip_longest(*cells, fillvalue=""):
         padded = [
-            _padded(part, one, right=column.is_number) for part, column, one in zip(parts, columns, widths, strict=True)
+            _padded(part, column_width, right=column.is_number)
+            for part, column, column_width in zip(parts, columns, widths, strict=True)
         ]
         lines.append((MARGIN + GAP.join(padded)).rstrip(" "))
     return lines
 
 
 def _records(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """Each row as its first cell, and below it the others that are not empty, by their columns."""
+    """Return each row as its first cell, with the other cells that are not empty below it, named by their columns."""
     lines: list[str] = []
     for row in rows:
-        others = [(name, cell) for name, cell in zip(header[1:], row[1:], strict=True) if cell]
+        cells = [(name, cell) for name, cell in zip(header[1:], row[1:], strict=True) if cell]
         lines += [""] * bool(lines)
-        lines += [*wrapped(f"{MARGIN}{row[0]}", width), *fields(others, width, MARGIN + GAP)]
+        lines += [*wrapped(f"{MARGIN}{row[0]}", width), *fields(cells, width, MARGIN + GAP)]
     return lines
 
 
 def _least_width(text: str) -> int:
-    """The width of the longest word, with the spaces that indent it."""
+    """Return the width of the longest word, plus the indent."""
     words = text.lstrip(" ")
     return len(text) - len(words) + max(map(cell_len, words.split(" ")))
 

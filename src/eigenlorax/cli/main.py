@@ -1,4 +1,4 @@
-"""The `eigenlorax` command: its verbs, and what becomes of an error."""
+"""The `eigenlorax` command: its verbs, error messages and exit codes."""
 
 import io
 import os
@@ -35,14 +35,14 @@ from . import (
 )
 
 IO_ERROR, INTERRUPTED = 6, 130
-_OUTPUT = ": the figures could not be printed. What was asked for has been done, if that was all."
+_OUTPUT = ": the results could not be printed. The verb itself may have succeeded."
 
 
 class _InterruptError(Exception):
-    """A Ctrl-C, under a name that typer does not know: it would end without a word."""
+    """Replaces KeyboardInterrupt, which typer would turn into an exit without a message."""
 
 
-# of click, or of the copy of it that newer releases of typer have
+# defined by click, or by the copy of click in newer releases of typer
 _UsageError: Any = typer.BadParameter.__base__
 
 
@@ -61,7 +61,7 @@ class _Verbs(TyperGroup):
 
 @contextmanager
 def _printable_usage() -> Iterator[None]:
-    """What typer says of a command that it cannot read quotes the command, and so names of files, on one line."""
+    """Escape control characters in usage errors, which quote the command line and so names of files."""
     try:
         yield
     except _UsageError as error:
@@ -72,8 +72,8 @@ def _printable_usage() -> Iterator[None]:
 app = typer.Typer(
     name="eigenlorax",
     cls=_Verbs,
-    help="Recycle LoRA adapters: one shared principal subspace, and each adapter as kilobytes of coefficients in it.",
-    epilog="Start with: eigenlorax demo. Or on your own: eigenlorax fit adapters/ -o pack/",
+    help="Store, train and serve LoRA adapters as coefficients in one shared principal subspace.",
+    epilog="Start with: eigenlorax demo. With your own adapters: eigenlorax fit adapters/ -o pack/",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -101,33 +101,33 @@ for verb in (
     verb.register(app)
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(is_requested: bool) -> bool:
+    if is_requested:
         typer.echo(f"eigenlorax {__version__}")
         raise typer.Exit
-    return wanted
+    return is_requested
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and leave with its exit code (docs/cli.md): an error of ours is one message, not a traceback."""
+    """Run the command, and exit with a code of docs/cli.md. Expected errors are printed as one message."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a name or a path may hold what the terminal's encoding has no sign for
+            # names and paths may contain characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     with console.only_printable():
-        _leave_with_exit_code(arguments)
+        _exit_with_code(arguments)
 
 
-def _leave_with_exit_code(arguments: Sequence[str] | None) -> None:
+def _exit_with_code(arguments: Sequence[str] | None) -> None:
     try:
         _run(arguments)
     except EigenloraxError as error:
@@ -137,24 +137,24 @@ def _leave_with_exit_code(arguments: Sequence[str] | None) -> None:
         console.interrupted(str(interrupt) or "No pack was left half-written.")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # the reader of our output has left, as `head` does
-        _let_go_of_stdout()
+        # the reader of the output closed it, as `head` does
+        _discard_stdout()
         sys.exit(1)
     except OSError as error:
-        _let_go_of_stdout()
-        # files have names; what has none is the output
-        where = f": {error.filename}. Nothing was left half-written." if error.filename else _OUTPUT
-        console.error(f"{error.strerror or error}{where}")
+        _discard_stdout()
+        # an error without a file name is one of stdout
+        context = f": {error.filename}. Nothing was left half-written." if error.filename else _OUTPUT
+        console.error(f"{error.strerror or error}{context}")
         sys.exit(IO_ERROR)
     except Exception:
-        # a fault in eigenlorax: Python prints it when this process ends, and its message may quote what is read
+        # a bug in eigenlorax: Python prints the traceback at exit, and its message may contain control characters
         sys.excepthook = console.print_traceback
         raise
 
 
 @cache
 def _command() -> Callable[..., object]:
-    """`app` as typer's command, built once: who calls `main` again should not wait for that again."""
+    """Return `app` as a click command. Cached, because building it takes long and tests call `main` often."""
     return typer.main.get_command(app)
 
 
@@ -162,13 +162,13 @@ def _run(arguments: Sequence[str] | None) -> None:
     try:
         _command()(args=arguments, prog_name="eigenlorax")
     except SystemExit:
-        # what cannot be written is to be known before the exit code is
+        # a failure to write must change the exit code, so flush before exiting
         if sys.stdout is not None:
             sys.stdout.flush()
         raise
 
 
-def _let_go_of_stdout() -> None:
-    """Let what is left in the buffer go nowhere: Python would try it once more, and complain, when it closes stdout."""
+def _discard_stdout() -> None:
+    """Discard buffered output: Python would fail on it again, with a message, when it closes stdout."""
     with suppress(OSError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

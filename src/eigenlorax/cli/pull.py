@@ -1,11 +1,11 @@
-"""`eigenlorax pull`: a pack, or its basis and some adapters, from the Hub into a folder of one's own."""
+"""`eigenlorax pull`: download a pack, or its basis and some adapters, from the Hub into a folder."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 EPILOG = """Examples:
 
@@ -15,24 +15,24 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(pull)
 
 
 def pull(
-    repo: console.Repo,
+    repo: arguments.Repo,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="PACK", help="The folder of the pack.", parser=console.path)
+        Path, typer.Option("--output", "-o", metavar="PACK", help="Folder to write the pack to.", parser=arguments.path)
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="The only adapters to fetch with the basis; all by default. Repeatable."),
+        typer.Option(metavar="NAME", help="Adapter to download with the basis (default: all). Can be repeated."),
     ] = None,
-    revision: console.PackRevision = None,
-    overwrite: console.Overwrite = False,
-    json: console.Json = False,
+    revision: arguments.PackRevision = None,
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Fetch a pack from the Hub, every byte checked, into a folder where it may be changed."""
+    """Download a pack from the Hub into a folder where it can be changed. Every byte is checked."""
     from ..pack import folder
     from ..pack.pack import Pack
 
@@ -41,6 +41,6 @@ def pull(
         pulled = Pack.from_pretrained(repo, adapters=adapter or None, revision=revision)
         pulled.save(output, overwrite=overwrite)
     if json:
-        console.print_json({"pack": str(output), **console.figures_json(pulled.summary, pulled.records)})
+        console.print_json({"pack": str(output), **console.summary_json(pulled.summary, pulled.records)})
     else:
         console.print_rows(f"pack {output}", console.summary_rows(pulled.summary))

@@ -1,10 +1,10 @@
-"""`eigenlorax push`: a pack, or its basis and some adapters, to a repository on the Hub."""
+"""`eigenlorax push`: upload a pack, or its basis and some adapters, to the Hub."""
 
 from typing import Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 EPILOG = """Examples:
 
@@ -14,30 +14,32 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(push)
 
 
 def push(
-    pack: console.PackFolder,
-    repo: console.Repo,
+    pack: arguments.PackFolder,
+    repo: arguments.Repo,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="The only adapters to push with the basis; all by default. Repeatable."),
+        typer.Option(metavar="NAME", help="Adapter to upload with the basis (default: all). Can be repeated."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch to push to; made if it is not there.")] = None,
-    message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, rather than push.")] = False,
-    json: console.Json = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of pushing to the branch.")
+    ] = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Make a repository on the Hub hold this pack, in one commit. Adapters that the pack lacks are deleted there."""
+    """Upload a pack to the Hub in one commit. Adapters in the repository that the pack lacks are deleted there."""
     from ..pack.pack import Pack
 
     opened = Pack.open(pack)
     names = sorted(set(adapter)) if adapter else opened.names
     with console.working():
-        made = opened.push_to_hub(
+        commit = opened.push_to_hub(
             repo,
             adapters=names,
             private=private or None,
@@ -51,13 +53,13 @@ def push(
                 "pack": str(pack),
                 "repo": repo,
                 "adapters": names,
-                "commit": made.oid,
-                "url": made.commit_url,
-                "pull_request": made.pr_url,
+                "commit": commit.oid,
+                "url": commit.commit_url,
+                "pull_request": commit.pr_url,
             }
         )
     else:
-        rows = [("adapters", str(len(names))), ("commit", made.commit_url)]
-        if made.pr_url is not None:
-            rows.append(("pull request", made.pr_url))
+        rows = [("adapters", str(len(names))), ("commit", commit.commit_url)]
+        if commit.pr_url is not None:
+            rows.append(("pull request", commit.pr_url))
         console.print_rows(f"pack {repo}", rows)

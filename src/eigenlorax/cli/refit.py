@@ -1,4 +1,4 @@
-"""`eigenlorax refit`: another basis for the adapters of a pack, and what that changes for whom."""
+"""`eigenlorax refit`: fit another subspace to the adapters of a pack, and show what changed for each of them."""
 
 import time
 from dataclasses import asdict
@@ -9,11 +9,11 @@ import typer
 
 from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE
-from . import console
-from .fit import number_or_auto
+from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..fitting.refit import Change
+    from ..fitting.refit import Change, Refit
+    from ..pack.pack import Pack
 
 EPILOG = """Examples:
 
@@ -23,22 +23,29 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(refit)
 
 
 def refit(
-    pack: console.PackFolder,
+    pack: arguments.PackFolder,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="PACK2", help="The new pack's folder; PACK itself too.", parser=console.path
+            "--output",
+            "-o",
+            metavar="PACK2",
+            help="Folder of the new pack. May be PACK, with --overwrite.",
+            parser=arguments.path,
         ),
     ],
     adapters: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapters", "-a", metavar="ADAPTER", help="Originals, as for `fit`, found by content. Once or more."
+            "--adapters",
+            "-a",
+            metavar="ADAPTER",
+            help="Original adapters, as for `fit`; matched by content. Can be repeated.",
         ),
     ] = None,
     n_components: Annotated[
@@ -47,46 +54,51 @@ def refit(
             "--n-components",
             "-k",
             metavar="K|auto",
-            help="Directions a side of a module, at most (default: as the pack was fitted).",
-            parser=number_or_auto,
+            help="Maximum number of components per module and side (default: as the pack was fitted).",
+            parser=arguments.number_or_auto,
         ),
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(metavar="E", help="Instead of K: the share of squared norm to keep.")
+        float | None, typer.Option(metavar="E", help="Instead of K: fraction of the squared norm to keep, 0 < E ≤ 1.")
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Instead of K: as few bytes as keep delta errors at most X."),
+        typer.Option(metavar="X", help="Instead of K: the smallest pack in which no adapter's delta error exceeds X."),
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(metavar="B", help="Instead of K: the least error in so much: 40MB, 1.5GiB.")
+        str | None,
+        typer.Option(
+            metavar="B", help="Instead of K: the lowest error bound for all adapters within B bytes: 40MB, 1.5GiB."
+        ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(metavar="R", help="The same in a pack R times smaller than the LoRAs in 16 bits.")
+        float | None,
+        typer.Option(metavar="R", help="Like --max-bytes, for a pack R times smaller than the LoRAs in 16 bits."),
     ] = None,
-    weighting: Annotated[str | None, typer.Option(help="delta or factors (default: as before).")] = None,
-    sweeps: Annotated[int | None, typer.Option(help="Alternating refinements (default: as before).")] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="Error that the fit minimises: delta or factors (default: as before).")
+    ] = None,
+    sweeps: Annotated[
+        int | None, typer.Option(help="Alternating refinements of the bases (default: as before).")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, float16, bfloat16, float64, int8, int4. (Default: as before; with --max-error, --max-bytes "
-            "or --ratio coded.)"
+            help="Storage dtype: float32, float16, bfloat16, float64, int8 or int4 (default: as before; entropy-coded "
+            "integers with --max-error, --max-bytes or --ratio)."
         ),
     ] = None,
     coefficient_dtype: Annotated[
-        str | None, typer.Option(help="That of the coefficients (default: as before).")
+        str | None, typer.Option(help="Storage dtype of the coefficients (default: as before).")
     ] = None,
-    warn_above: Annotated[
-        float, typer.Option(metavar="SHARE", help="Name adapters whose delta error is above that; 1: never.")
-    ] = WARN_ABOVE,
-    allow_pickle: console.AllowPickle = False,
-    revision: console.Revision = None,
-    device: Annotated[str, typer.Option(help="Where bases are fitted: cpu, cuda, cuda:1.")] = "cpu",
-    overwrite: console.Overwrite = False,
-    json: console.Json = False,
+    warn_above: arguments.WarnAbove = WARN_ABOVE,
+    allow_pickle: arguments.AllowPickle = False,
+    revision: arguments.Revision = None,
+    device: arguments.Device = "cpu",
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Fit a pack's adapters again, from originals where they are given, and say what changed for whom."""
-    from ..fitting.refit import changes_json
+    """Fit another subspace to a pack's adapters, from their originals if given, and show each adapter's new error."""
     from ..fitting.refit import refit as refit_adapters
     from ..pack import folder
     from ..pack.pack import Pack
@@ -96,7 +108,7 @@ def refit(
     folder.check_free(output, overwrite)
     reading = {"allow_pickle": allow_pickle, "revision": revision} if adapters else {}
     with console.working() as progress:
-        found = refit_adapters(
+        refitted = refit_adapters(
             opened,
             adapters or None,
             n_components=n_components,
@@ -113,51 +125,62 @@ def refit(
             progress=progress,
             **reading,
         )
-        found.pack.save(output, overwrite=overwrite)
+        refitted.pack.save(output, overwrite=overwrite)
+    seconds = time.perf_counter() - started
     if json:
-        console.print_json(
-            {
-                "pack": str(output),
-                "seconds": time.perf_counter() - started,
-                "changes": changes_json(found),
-                "worse": found.worse,
-                "frontier": [asdict(point) for point in found.pack.frontier],
-                "fingerprint_before": opened.info.fingerprint,
-                **console.figures_json(found.pack.summary, found.pack.records),
-            }
-        )
-        return
+        _print_json(opened, refitted, output, seconds)
+    else:
+        _print_tables(opened, refitted, output, seconds)
+
+
+def _print_json(old: "Pack", refitted: "Refit", output: Path, seconds: float) -> None:
+    from ..fitting.refit import changes_json
+
+    console.print_json(
+        {
+            "pack": str(output),
+            "seconds": seconds,
+            "changes": changes_json(refitted),
+            "worse": refitted.worse,
+            "frontier": [asdict(point) for point in refitted.pack.frontier],
+            "fingerprint_before": old.info.fingerprint,
+            **console.summary_json(refitted.pack.summary, refitted.pack.records),
+        }
+    )
+
+
+def _print_tables(old: "Pack", refitted: "Refit", output: Path, seconds: float) -> None:
     header = ("adapter", "fitted from", "delta error before", "after", "moved", "bytes before", "after")
-    rows = [(name, *_row(change)) for name, change in found.changes.items()]
+    rows = [(name, *_change_row(change)) for name, change in refitted.changes.items()]
     console.print_table("", header, rows, numbers=(2, 3, 4, 5, 6))
-    before, after = opened.summary.bytes, found.pack.summary.bytes
-    any_bound = any(found.changes[name].bound for name in found.worse)
+    before, after = old.summary.bytes, refitted.pack.summary.bytes
+    any_bound = any(refitted.changes[name].bound for name in refitted.worse)
     console.print_rows(
         f"pack {output}",
         [
-            ("got worse" + ", or may have" * any_bound, ", ".join(found.worse) or "none"),
+            ("got worse" + (", or may have" if any_bound else ""), ", ".join(refitted.worse) or "none"),
             ("basis bytes", f"{before.basis:,} before, {after.basis:,} after"),
-            ("compression ratio", f"{before.ratio:.2f} before, {after.ratio:.2f} after, the basis counted"),
-            ("seconds", f"{time.perf_counter() - started:.1f}"),
+            ("compression ratio", f"{before.ratio:.2f} before, {after.ratio:.2f} after, basis included"),
+            ("seconds", f"{seconds:.1f}"),
         ],
     )
-    if found.pack.frontier:
-        console.print_frontier(found.pack)
+    if refitted.pack.frontier:
+        console.print_frontier(refitted.pack)
     console.note(
-        "adapters that were trained in the old subspace and saved elsewhere do not belong to the new one: keep the old "
-        "pack for them, or add them to this one."
+        "adapters that were trained in the old subspace and saved elsewhere do not fit the new one: keep the old pack "
+        "for them, or add them to this one."
     )
 
 
-def _row(change: "Change") -> tuple[str, ...]:
-    def share(value: float | None, *, bound: bool = False) -> str:
-        return "untrained" if value is None else ("≤ " if bound else "") + console.share(value)
+def _change_row(change: "Change") -> tuple[str, ...]:
+    def error(value: float | None, *, is_bound: bool = False) -> str:
+        return "untrained" if value is None else ("≤ " if is_bound else "") + console.format_error(value)
 
     return (
         "its original" if change.from_original else "the pack",
-        share(change.error_before),
-        share(change.error_after, bound=change.bound),
-        "" if change.moved is None else console.share(change.moved),
+        error(change.error_before),
+        error(change.error_after, is_bound=change.bound),
+        "" if change.moved is None else console.format_error(change.moved),
         f"{change.bytes_before:,}",
         f"{change.bytes_after:,}",
     )

@@ -1,10 +1,10 @@
-"""`eigenlorax remove`: adapters out of a pack."""
+"""`eigenlorax remove`: remove adapters from a pack."""
 
 from typing import Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 EPILOG = """Example:
 
@@ -12,16 +12,16 @@ EPILOG = """Example:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(remove)
 
 
 def remove(
-    pack: console.PackFolder,
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The adapters to remove.")],
-    json: console.Json = False,
+    pack: arguments.PackFolder,
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters to remove.")],
+    json: arguments.Json = False,
 ) -> None:
-    """Remove adapters from a pack, and their files. The subspace stays as it was fitted."""
+    """Remove adapters and their files from a pack. The subspace does not change."""
     from ..pack.pack import Pack
 
     with Pack.edit(pack) as opened:

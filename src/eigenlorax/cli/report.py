@@ -1,17 +1,19 @@
-"""`eigenlorax report`: does a collection share a subspace, and what did recycling cost?"""
+"""`eigenlorax report`: report whether a pack's adapters share a subspace, and what the pack costs them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.options import suggestion
 from ..train.options import EVALUATION_BATCH, TASKS, Columns
-from . import console
+from . import arguments, console
 from .evaluate import class_names
 
 if TYPE_CHECKING:
+    from ..fitting.fit import Progress
     from ..pack.pack import Pack
     from ..reports import Report
 
@@ -25,76 +27,113 @@ EPILOG = """Examples:
 
   eigenlorax report pack/ -a adapters/ --evaluate r.csv --frontier 5,20 -o r.md"""
 
-NAMED = 6
-"""Adapters that a finding names in the terminal."""
+MAX_NAMES = 6
+"""Maximum number of adapter names per finding in the terminal."""
 MARKS = {True: "✓", False: "!", None: "·"}
+_ALL = 2**62
+"""More adapters than any collection has."""
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(report)
 
 
+@dataclass(frozen=True, slots=True)
+class _MeasureOptions:
+    """Options of measuring the original adapters. reading: keywords for reading them."""
+
+    adapters: Sequence[str]
+    reading: Mapping[str, Any]
+    left_out: int | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _EvaluationOptions:
+    """Options of an evaluation on rows, as given on the command line."""
+
+    targets: Sequence[str]
+    ratios: Sequence[float]
+    model: str | None
+    task: str | None
+    labels: Sequence[str]
+    columns: Columns
+    batch_size: int
+    max_length: int | None
+
+
 def report(
-    pack: console.PackSource,
+    pack: arguments.PackSource,
     output: Annotated[
         list[Path] | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FILE",
-            help="Write it: .html (a page), .md, .json. Once or more.",
-            parser=console.path,
+            help="File to write: .html (one page), .md or .json. Can be repeated.",
+            parser=arguments.path,
         ),
     ] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapters", "-a", metavar="ADAPTER", help="What the pack was made of, as for `fit`. Once or more."
+            "--adapters",
+            "-a",
+            metavar="ADAPTER",
+            help="Original adapters of the pack, as for `fit`; matched by content. Can be repeated.",
         ),
     ] = None,
     left_out: Annotated[
         str | None,
-        typer.Option(metavar="N|all", help="Adapters to leave out of the fit in turn (default: up to 32)."),
+        typer.Option(metavar="N|all", help="Number of adapters for leave-one-out fits (default: up to 32)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of samples and of random directions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of samples and of random subspaces.")] = 0,
     evaluate: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]FILE", help="Rows to run originals and recycled adapters on. Once or more."),
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Evaluate the original and the recycled adapters on these rows, for one adapter or all. Can be "
+            "repeated.",
+        ),
     ] = None,
     frontier: Annotated[
         str | None,
         typer.Option(
             metavar="R,R,…",
-            help="Beside --evaluate: fits anew at these ratios, and each LoRA cut and rounded to their bytes.",
+            help="With --evaluate: also evaluate packs fitted at these ratios, and each LoRA truncated and rounded to "
+            "the same size.",
         ),
     ] = None,
-    model: console.Model = None,
-    task: Annotated[str | None, typer.Option(help=f"{' or '.join(TASKS)} (default: what an adapter says).")] = None,
+    model: arguments.Model = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"Task: {' or '.join(TASKS)} (default: the adapter's task type).")
+    ] = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]A,B,…|OUT",
-            help="Names of the classes in the head's order, or a folder of `train`; of an adapter or all.",
+            help="Class names in the order of the head, or the OUT folder of `train`; for one adapter or all. Can be "
+            "repeated.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = EVALUATION_BATCH,
-    max_length: console.MaxLength = None,
-    text_column: console.TextColumn = "text",
-    label_column: console.LabelColumn = "label",
-    pair_column: console.PairColumn = None,
-    pack_revision: console.PackRevision = None,
-    allow_pickle: console.AllowPickle = False,
-    revision: console.Revision = None,
-    json: console.Json = False,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = EVALUATION_BATCH,
+    max_length: arguments.MaxLength = None,
+    text_column: arguments.TextColumn = "text",
+    label_column: arguments.LabelColumn = "label",
+    pair_column: arguments.PairColumn = None,
+    pack_revision: arguments.PackRevision = None,
+    allow_pickle: arguments.AllowPickle = False,
+    revision: arguments.Revision = None,
+    json: arguments.Json = False,
 ) -> None:
-    """Say whether a pack's adapters share a subspace, what recycling cost them, and what to do about it."""
+    """Report whether a pack's adapters share a subspace, how much error the pack adds, and what to do about it."""
     from ..pack.pack import Pack
-    from ..reports import files, originals, stored, with_evaluations
-    from ..reports import report as report_of
+    from ..reports import files, stored
+    from ..reports import report as make_report
 
     columns = Columns(text_column, label_column, pair_column)
-    of_evaluation = {
+    evaluation_options = {
         "--frontier": frontier is not None,
         "--model": model is not None,
         "--task": task is not None,
@@ -105,7 +144,7 @@ def report(
         "--label-column": columns.label != Columns().label,
         "--pair-column": columns.pair is not None,
     }
-    of_adapters = {
+    adapter_options = {
         "--left-out": left_out is not None,
         "--seed": seed != 0,
         "--evaluate": bool(evaluate),
@@ -113,129 +152,148 @@ def report(
         "--revision": revision is not None,
     }
     if not adapters:
-        _refuse(of_adapters | of_evaluation, "--adapters, which names the original ones")
+        _check_unused(adapter_options | evaluation_options, "--adapters with the original adapters")
     if not evaluate:
-        _refuse(of_evaluation, "--evaluate, which names rows")
+        _check_unused(evaluation_options, "--evaluate with a file of rows")
     for path in output or ():
         files.check(path)
-    count = _count(left_out)
-    ratios = _ratios(frontier)
+    left_out_count = _parse_left_out(left_out)
+    evaluation = _EvaluationOptions(
+        targets=evaluate or (),
+        ratios=_parse_ratios(frontier),
+        model=model,
+        task=task,
+        labels=labels or (),
+        columns=columns,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=pack_revision)
         if adapters:
             reading = {"allow_pickle": allow_pickle, "revision": revision}
-            found = originals.find(opened, adapters, progress, **reading)
-            comparison = versions = None
-            if evaluate:
-                from ..train import ratios as anew
-                from ..train import recycled_evaluation
-
-                # what is wrong with it is to be known before hours of measuring
-                comparison = recycled_evaluation.prepare(
-                    opened,
-                    found.adapters,
-                    [_target(one, opened) for one in evaluate],
-                    model=model,
-                    task=task,
-                    labels=_labels(labels or (), opened),
-                    columns=columns,
-                    batch_size=batch_size,
-                    max_length=max_length,
-                )
-                if ratios:
-                    versions = anew.prepare(opened, found.adapters, comparison, ratios, progress)
-            made = report_of(opened, found, left_out=count, seed=seed, progress=progress)
-            if comparison is not None and versions is not None:
-                made = with_evaluations(made, *anew.run(found.adapters, comparison, versions, progress))
-            elif comparison is not None:
-                made = with_evaluations(made, recycled_evaluation.run(opened, found.adapters, comparison, progress))
+            measure = _MeasureOptions(adapters, reading, left_out_count, seed)
+            result = _report_on_originals(opened, measure, evaluation, progress)
         else:
-            made = stored.of(opened) or report_of(opened, seed=seed, progress=progress)
+            result = stored.of(opened) or make_report(opened, seed=seed, progress=progress)
         for path in output or ():
-            files.write(made, path)
+            files.write(result, path)
     if json:
-        console.print_document(files.to_json(made))
+        console.print_document(files.to_json(result))
         return
-    show(made)
+    print_verdict(result)
     for path in output or ():
         console.note(f"{path} was written.")
 
 
-def show(made: "Report") -> None:
-    """The verdict, on stdout."""
-    console.say(made.verdict.headline)
-    for finding in made.verdict.findings:
-        names = ", ".join(finding.adapters[:NAMED]) + ", …" * (len(finding.adapters) > NAMED)
+def _report_on_originals(
+    pack: "Pack", measure: _MeasureOptions, evaluation: _EvaluationOptions, progress: "Progress"
+) -> "Report":
+    """Return the report with all that needs the original adapters."""
+    from ..reports import originals, with_evaluations
+    from ..reports import report as make_report
+
+    matched = originals.find(pack, measure.adapters, progress, **measure.reading)
+    if not evaluation.targets:
+        return make_report(pack, matched, left_out=measure.left_out, seed=measure.seed, progress=progress)
+    from ..train import ratios, recycled_evaluation
+
+    # wrong options are errors before hours of measuring, not after
+    plan = recycled_evaluation.prepare(
+        pack,
+        matched.adapters,
+        [_parse_target(target, pack) for target in evaluation.targets],
+        model=evaluation.model,
+        task=evaluation.task,
+        labels=_parse_labels(evaluation.labels, pack),
+        columns=evaluation.columns,
+        batch_size=evaluation.batch_size,
+        max_length=evaluation.max_length,
+    )
+    versions = None
+    if evaluation.ratios:
+        versions = ratios.prepare(pack, matched.adapters, plan, evaluation.ratios, progress)
+    result = make_report(pack, matched, left_out=measure.left_out, seed=measure.seed, progress=progress)
+    if versions is not None:
+        return with_evaluations(result, *ratios.run(matched.adapters, plan, versions, progress))
+    return with_evaluations(result, recycled_evaluation.run(pack, matched.adapters, plan, progress))
+
+
+def print_verdict(report: "Report") -> None:
+    """Print the headline and the findings to stdout, and notes to stderr."""
+    console.say(report.verdict.headline)
+    for finding in report.verdict.findings:
+        names = ", ".join(finding.adapters[:MAX_NAMES]) + (", …" if len(finding.adapters) > MAX_NAMES else "")
         console.say()
-        console.say(f"{MARKS[finding.good]} {finding.text}" + f" ({names})" * bool(names))
+        console.say(f"{MARKS[finding.good]} {finding.text}" + (f" ({names})" if names else ""))
         if finding.advice:
             console.say(f"  → {finding.advice}")
-    for note in made.notes:
+    for note in report.notes:
         console.note(note)
 
 
-def _refuse(given: Mapping[str, bool], needed: str) -> None:
-    """`OptionError` if one of these options was given, which mean nothing without another one."""
+def _check_unused(is_given: Mapping[str, bool], needed: str) -> None:
+    """Raise `OptionError` if one of these options was given, because each needs another option."""
     from ..errors import OptionError
 
-    option = next((option for option, there in given.items() if there), None)
-    if option is not None:
-        raise OptionError(f"{option} needs {needed}. Give that too, or leave {option} out.")
+    for option, given in is_given.items():
+        if given:
+            raise OptionError(f"{option} needs {needed}. Pass that too, or remove {option}.")
 
 
-def _count(left_out: str | None) -> int | None:
+def _parse_left_out(argument: str | None) -> int | None:
     from ..errors import OptionError
 
-    if left_out is None:
+    if argument is None:
         return None
-    if left_out == "all":
-        # more than any collection has
-        return 2**62
-    if not left_out.isdecimal() or int(left_out) < 1:
-        raise OptionError(f"--left-out must be a number from 1 on, or `all`, got {left_out!r}.")
-    return int(left_out)
+    if argument == "all":
+        return _ALL
+    if not argument.isdecimal() or int(argument) < 1:
+        raise OptionError(f"--left-out must be an integer of at least 1, or `all`, got {argument!r}.")
+    return int(argument)
 
 
-def _ratios(given: str | None) -> list[float]:
+def _parse_ratios(argument: str | None) -> list[float]:
     from ..errors import OptionError
 
-    if given is None:
+    if argument is None:
         return []
     try:
-        found = [float(one) for one in given.split(",")]
+        values = [float(number) for number in argument.split(",")]
     except ValueError:
-        raise OptionError(
-            f"--frontier takes ratios with commas between them, such as 5,20,50; got {given!r}."
-        ) from None
+        raise OptionError(f"--frontier takes ratios separated by commas, such as 5,20,50, got {argument!r}.") from None
     from ..train import ratios
 
-    return ratios.check(found)
+    return ratios.check(values)
 
 
-def _target(given: str, pack: "Pack") -> tuple[str | None, Path]:
-    """`NAME=FILE` in its parts where NAME is an adapter; else a file for all."""
-    name, equals, rest = given.partition("=")
-    if equals and name in pack.names and rest:
-        return name, console.path(rest)
-    if equals and not Path(given).exists() and Path(rest).exists():
+def _parse_target(argument: str, pack: "Pack") -> tuple[str | None, Path]:
+    """Parse NAME=FILE, where NAME is an adapter of the pack, or a file for all adapters."""
+    name, equals, file = argument.partition("=")
+    if equals and name in pack.names and file:
+        return name, arguments.path(file)
+    # a file name may contain "=": the name is only wrong if there is no such file, and one without NAME= exists
+    if equals and not Path(argument).exists() and Path(file).exists():
         from ..core import keys
 
         keys.check_known(name, pack.names)
-    return None, console.path(given)
+    return None, arguments.path(argument)
 
 
-def _labels(given: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] | Sequence[str] | None:
-    if not given:
+def _parse_labels(values: Sequence[str], pack: "Pack") -> Mapping[str, Sequence[str]] | Sequence[str] | None:
+    if not values:
         return None
-    named = {name: rest for name, equals, rest in (one.partition("=") for one in given) if equals}
-    unknown = sorted(named.keys() - set(pack.names))
-    if not named and len(given) == 1:
-        return class_names(given[0])
-    if len(named) != len(given) or unknown:
+    by_adapter = {name: labels for name, equals, labels in (value.partition("=") for value in values) if equals}
+    unknown = sorted(by_adapter.keys() - set(pack.names))
+    if not by_adapter and len(values) == 1:
+        return class_names(values[0])
+    if len(by_adapter) != len(values) or unknown:
         from ..errors import OptionError
 
+        hint = "."
+        if unknown:
+            hint = f"; the pack has no {', '.join(unknown)}.{suggestion(unknown[0], pack.names)}"
         raise OptionError(
-            f"--labels {', '.join(given)}: give A,B,… once, for all adapters, or NAME=A,B,… for each"
-            + (f"; the pack has no {', '.join(unknown)}.{suggestion(unknown[0], pack.names)}" if unknown else ".")
+            f"--labels {', '.join(values)}: pass A,B,… once, for all adapters, or NAME=A,B,… for each{hint}"
         )
-    return {name: class_names(rest) for name, rest in named.items()}
+    return {name: class_names(labels) for name, labels in by_adapter.items()}

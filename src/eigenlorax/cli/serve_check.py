@@ -1,11 +1,11 @@
-"""`eigenlorax serve-check`: what vLLM will serve of a pack, with which flags, and what that takes."""
+"""`eigenlorax serve-check`: check which adapters of a pack vLLM can serve, with which flags and how much memory."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,100 +23,107 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(serve_check)
 
 
 def serve_check(
-    pack: console.PackSource,
-    model: console.Model = None,
-    max_loras: Annotated[int, typer.Option(metavar="N", help="Slots: adapters that one batch may have.")] = 8,
+    pack: arguments.PackSource,
+    model: arguments.Model = None,
+    max_loras: Annotated[
+        int, typer.Option(metavar="N", help="vLLM's --max-loras: maximum number of adapters in one batch.")
+    ] = 8,
     max_cpu_loras: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Adapters in the memory of each worker (default: all of the pack, 100 at most)."
+            metavar="N",
+            help="vLLM's --max-cpu-loras: adapters in the CPU memory of each worker (default: all of the pack, up to "
+            "100).",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="That of the model: auto, bfloat16, float16 or float32.")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(metavar="N", help="GPUs that share the model.")] = 1,
-    adapters: Annotated[int, typer.Option(metavar="N", help="How many adapters the last figures are for.")] = 1000,
-    revision: console.PackRevision = None,
-    json: console.Json = False,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model: auto, bfloat16, float16 or float32.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(metavar="N", help="Number of GPUs that share the model.")] = 1,
+    adapters: Annotated[
+        int, typer.Option(metavar="N", help="Number of adapters for which memory is extrapolated.")
+    ] = 1000,
+    revision: arguments.PackRevision = None,
+    json: arguments.Json = False,
 ) -> None:
-    """Say what vLLM will serve of a pack, with which flags, and what that takes; vLLM is not needed for it."""
+    """Check which adapters of a pack vLLM can serve, with which flags and how much memory. Does not need vLLM."""
     from ..pack.pack import Pack
     from ..serving.vllm.checking import Asked, check
     from ..train import models, shapes
 
-    asked = Asked(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
+    settings = Asked(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=revision)
         base, base_revision = models.of_pack(opened, model)
         source = f"{pack}@{revision}" if revision else pack
-        found = check(
-            opened, source, shapes.shapes_of(base, base_revision), asked, revision=base_revision, progress=progress
+        checked = check(
+            opened, source, shapes.shapes_of(base, base_revision), settings, revision=base_revision, progress=progress
         )
     if json:
-        console.print_json(asdict(found))
+        console.print_json(asdict(checked))
     else:
-        _show(found)
+        _print(checked)
 
 
-def _show(found: "Check") -> None:
-    for note in found.notes:
+def _print(checked: "Check") -> None:
+    for note in checked.notes:
         console.note(note)
     rows = [
-        ("model", f"{found.model}, in {found.dtype}"),
-        ("served expanded", f"{found.expanded.served} of {found.adapters}"),
-        ("served with a shared basis", f"{found.shared.served} of {found.adapters}"),
+        ("model", f"{checked.model}, in {checked.dtype}"),
+        ("served expanded", f"{checked.expanded.served} of {checked.adapters}"),
+        ("served with a shared basis", f"{checked.shared.served} of {checked.adapters}"),
     ]
-    console.print_rows(f"pack {found.pack}", rows)
-    # below the table, which is as wide as its longest row
-    for title, way in (("Not served expanded", found.expanded), ("Not served with a shared basis", found.shared)):
-        for line in _by_reason(way.refused):
-            console.say(f"{title}: {line}")
-    if found.plan.expanded is not None or found.plan.shared is not None:
-        _show_plan(found.plan)
-    for title, way in (("Expanded", found.expanded), ("With a shared basis", found.shared)):
-        if way.command is not None:
-            for line in ("", f"{title}:", ""):
+    console.print_rows(f"pack {checked.pack}", rows)
+    # reasons are long: in the table they would widen every row
+    modes = (("expanded", checked.expanded), ("with a shared basis", checked.shared))
+    for title, mode in modes:
+        for line in _group_by_reason(mode.refused):
+            console.say(f"Not served {title}: {line}")
+    if checked.plan.expanded is not None or checked.plan.shared is not None:
+        _print_plan(checked.plan)
+    for title, mode in modes:
+        if mode.command is not None:
+            for line in ("", f"{title.capitalize()}:", ""):
                 console.say(line)
-            console.print_command(f"  {way.command}")
+            console.print_command(f"  {mode.command}")
 
 
-def _by_reason(refused: "Mapping[str, str]") -> list[str]:
-    """A sentence for each reason, that of the most adapters first."""
-    found: dict[str, list[str]] = {}
-    for name, why in refused.items():
-        found.setdefault(why, []).append(name)
+def _group_by_reason(refused: "Mapping[str, str]") -> list[str]:
+    """Return one sentence per reason, that of the most adapters first."""
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names_by_reason.setdefault(reason, []).append(name)
     return [
-        f"{len(names):,} adapter{'s' * (len(names) > 1)} ({_some(names)}): {why}."
-        for why, names in sorted(found.items(), key=lambda one: -len(one[1]))
+        f"{len(names):,} adapter{'s' if len(names) > 1 else ''} ({_first_names(names)}): {reason}."
+        for reason, names in sorted(names_by_reason.items(), key=lambda group: -len(group[1]))
     ]
 
 
-def _some(names: "Sequence[str]") -> str:
+def _first_names(names: "Sequence[str]") -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def _show_plan(plan: "Plan") -> None:
-    asked = plan.choices
+def _print_plan(plan: "Plan") -> None:
+    choices = plan.choices
     rows = [
         ("one slot", "slot_bytes"),
-        (f"{asked.max_loras:,} slots", "slots_bytes"),
+        (f"{choices.max_loras:,} slots", "slots_bytes"),
         ("the bases, once", "basis_bytes"),
-        (f"{asked.max_loras:,} slots and the bases", "gpu_bytes"),
-        (f"{asked.many:,} slots and the bases", "many_slots_bytes"),
+        (f"{choices.max_loras:,} slots and the bases", "gpu_bytes"),
+        (f"{choices.many:,} slots and the bases", "many_slots_bytes"),
         ("an adapter in memory", "adapter_bytes"),
-        (f"{asked.max_cpu_loras:,} adapters in memory", "host_bytes"),
-        (f"{asked.many:,} adapters in memory", "many_host_bytes"),
-        (f"{asked.many:,} adapters in the cache", "many_cached_bytes"),
+        (f"{choices.max_cpu_loras:,} adapters in memory", "host_bytes"),
+        (f"{choices.many:,} adapters in memory", "many_host_bytes"),
+        (f"{choices.many:,} adapters in the cache", "many_cached_bytes"),
     ]
     table = [
         (label, _bytes(plan.expanded, name), _bytes(plan.shared, name), _times(plan, name)) for label, name in rows
     ]
     console.print_table("", ("bytes", "expanded", "shared basis", "times less"), table, numbers=(1, 2, 3))
-    for sentence in _said(plan):
+    for sentence in _plan_sentences(plan):
         console.say(sentence)
 
 
@@ -125,25 +132,26 @@ def _bytes(tier: "Tier | None", name: str) -> str:
 
 
 def _times(plan: "Plan", name: str) -> str:
-    """How many times less the shared basis takes: below one where it takes more."""
+    """Return expanded bytes divided by those with a shared basis; empty if one of them is missing."""
     if plan.expanded is None or plan.shared is None or name == "basis_bytes":
         return ""
     shared = getattr(plan.shared, name)
     return f"{getattr(plan.expanded, name) / shared:,.2f}" if shared else ""
 
 
-def _said(plan: "Plan") -> list[str]:
-    """What the table means, in sentences."""
-    said = ["Slots and bases are on each GPU, adapters in memory in each worker, those in the cache once."]
+def _plan_sentences(plan: "Plan") -> list[str]:
+    """Return sentences that explain the table."""
+    sentences = ["Slots and bases are on each GPU, adapters in memory in each worker, those in the cache once."]
     unrestricted = plan.unrestricted_slot_bytes or 0
     if plan.expanded is not None and unrestricted > plan.expanded.slot_bytes:
-        said.append(f"Without --lora-target-modules an expanded slot would take {unrestricted:,} bytes or more.")
+        sentences.append(f"Without --lora-target-modules an expanded slot would take {unrestricted:,} bytes or more.")
     if plan.expanded is not None and plan.shared is not None:
-        said.append(_compared(plan, plan.expanded.gpu_bytes, plan.shared.gpu_bytes))
-    return said
+        sentences.append(_compare(plan, plan.expanded.gpu_bytes, plan.shared.gpu_bytes))
+    return sentences
 
 
-def _compared(plan: "Plan", expanded: int, shared: int) -> str:
+def _compare(plan: "Plan", expanded: int, shared: int) -> str:
+    """Return a sentence that compares the GPU memory of both modes, and says from how many slots sharing pays."""
     n = plan.choices.max_loras
     slots = f"{n:,} slot{'s' * (n > 1)}"
     if plan.from_slots is None:

@@ -1,4 +1,4 @@
-"""`eigenlorax train`: coefficients for a new task, into a pack."""
+"""`eigenlorax train`: train coefficients for a new task, and add the adapter to the pack."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +8,8 @@ import typer
 
 from ..errors import BaselineError
 from ..train.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, TASKS, Columns, Training
-from . import console
-from .evaluate import figure_rows, show_confusion
+from . import arguments, console
+from .evaluate import figure_rows, print_confusion
 
 if TYPE_CHECKING:
     from ..train.train import Trained
@@ -22,83 +22,102 @@ EPILOG = """Examples:
 
 
 def register(app: typer.Typer) -> None:
-    """Make the verb known to the command."""
+    """Add the verb to the command."""
     app.command(epilog=EPILOG)(train)
 
 
 def train(
-    pack: console.PackFolder,
-    task: Annotated[str, typer.Option(help=f"{' or '.join(TASKS)}.")],
+    pack: arguments.PackFolder,
+    task: Annotated[str, typer.Option(help=f"Task: {' or '.join(TASKS)}.")],
     rows: Annotated[
         Path,
         typer.Option(
-            "--train", metavar="FILE", help="Rows: .jsonl, .csv, or a folder saved by datasets.", parser=console.path
+            "--train",
+            metavar="FILE",
+            help="Training rows: .jsonl, .csv, or a folder saved by datasets.",
+            parser=arguments.path,
         ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="The folder for the adapter and its checkpoints.", parser=console.path
+            "--output", "-o", metavar="OUT", help="Folder for the adapter and its checkpoints.", parser=arguments.path
         ),
     ],
     evaluation: Annotated[
-        Path | None, typer.Option("--eval", metavar="FILE", help="Rows for evaluation.", parser=console.path)
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="Evaluation rows, for scores during training and for the baseline.",
+            parser=arguments.path,
+        ),
     ] = None,
-    model: console.Model = None,
-    name: Annotated[str | None, typer.Option(help="The adapter's name in the pack (default: that of OUT).")] = None,
+    model: arguments.Model = None,
+    name: Annotated[str | None, typer.Option(help="Name of the adapter in the pack (default: that of OUT).")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the update.")] = 8,
     alpha: Annotated[
-        float | None, typer.Option(help="The update is scaled by alpha / rank (default: 2 × the rank).")
+        float | None, typer.Option(help="LoRA alpha: the update is scaled by alpha / rank (default: 2 × rank).")
     ] = None,
     core: Annotated[
-        bool, typer.Option("--core", help="Train one k × k matrix a module instead of two factors.")
+        bool, typer.Option("--core", help="Train one k × k matrix per module instead of two factors.")
     ] = False,
     start: Annotated[
-        str, typer.Option(metavar="zero|mean|NAME|PATH", help="Where training starts: see docs/cli.md.")
+        str,
+        typer.Option(
+            metavar="zero|mean|NAME|PATH",
+            help="Initial update: zero, the mean of the pack's adapters, one of them, or a LoRA in a folder.",
+        ),
     ] = "zero",
     n_extra: Annotated[
-        int, typer.Option("--n-extra", metavar="L", help="Further directions on every side; needs --no-add.")
+        int,
+        typer.Option("--n-extra", metavar="L", help="Train over L more random components per side. Needs --no-add."),
     ] = 0,
-    extra_seed: Annotated[int, typer.Option("--extra-seed", metavar="S", help="The seed that gives them.")] = 0,
+    extra_seed: Annotated[int, typer.Option("--extra-seed", metavar="S", help="Seed of these components.")] = 0,
     epochs: Annotated[
         float | None,
         typer.Option(
-            help=f"Passes over the rows (default {DEFAULTS['num_train_epochs']:g}, {MIN_STEPS} steps or more)."
+            help=f"Number of epochs (default: {DEFAULTS['num_train_epochs']:g}, or as many as give {MIN_STEPS} steps)."
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"Of coefficients (default {DEFAULTS['learning_rate']:g}).")
+        float | None, typer.Option(help=f"Learning rate of the coefficients (default: {DEFAULTS['learning_rate']:g}).")
     ] = None,
     head_learning_rate: Annotated[
-        float | None, typer.Option(help=f"Of a head, which is trained beside (default {HEAD_LEARNING_RATE:g}).")
+        float | None, typer.Option(help=f"Learning rate of the classification head (default: {HEAD_LEARNING_RATE:g}).")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Rows a step (default {DEFAULTS['per_device_train_batch_size']}).")
+        int | None, typer.Option(help=f"Rows per training step (default: {DEFAULTS['per_device_train_batch_size']}).")
     ] = None,
-    max_length: console.MaxLength = None,
+    max_length: arguments.MaxLength = None,
     seed: Annotated[
-        int | None, typer.Option(help=f"Of the head's start, dropout and order (default {DEFAULTS['seed']}).")
+        int | None,
+        typer.Option(help=f"Seed of initial values, dropout and the order of rows (default: {DEFAULTS['seed']})."),
     ] = None,
-    text_column: console.TextColumn = "text",
-    label_column: console.LabelColumn = "label",
-    pair_column: console.PairColumn = None,
+    text_column: arguments.TextColumn = "text",
+    label_column: arguments.LabelColumn = "label",
+    pair_column: arguments.PairColumn = None,
     trainer_options: Annotated[
         Path | None,
-        typer.Option(metavar="YAML", help="Any other fields of transformers' TrainingArguments.", parser=console.path),
+        typer.Option(
+            metavar="YAML",
+            help="YAML file with other fields of transformers' TrainingArguments.",
+            parser=arguments.path,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Add the adapter even if it is no better than its baseline.")
+        bool, typer.Option("--force", help="Add the adapter even if it is not better than its baseline.")
     ] = False,
-    no_add: Annotated[bool, typer.Option("--no-add", help="Leave the pack as it is.")] = False,
-    json: console.Json = False,
+    no_add: Annotated[bool, typer.Option("--no-add", help="Do not add the adapter to the pack.")] = False,
+    json: arguments.Json = False,
 ) -> None:
-    """Train coefficients for a new task over a pack's subspace, and add the adapter to the pack."""
-    from ..train import train as task_of
+    """Train coefficients for a new task in a pack's subspace, and add the adapter to the pack."""
+    from ..train import train as training
     from ..train import trainer
 
     with console.working() as progress:
-        found = task_of.train(
+        trained = training.train(
             pack,
             Training(
                 task=task,
@@ -128,59 +147,62 @@ def train(
             progress=progress,
         )
     if json:
-        console.print_json({**asdict(found), "folder": str(output), "pack": str(pack)})
+        console.print_json({**asdict(trained), "folder": str(output), "pack": str(pack)})
     else:
-        console.print_rows(f"adapter {found.name}", _rows(found))
-        if len(found.history) > 1:
-            _show_history(found.history)
-        if found.figures is not None:
-            show_confusion(found.figures)
-    if not no_add and not found.added:
+        console.print_rows(f"adapter {trained.name}", _rows(trained))
+        if len(trained.history) > 1:
+            _print_history(trained.history)
+        if trained.figures is not None:
+            print_confusion(trained.figures)
+    if not no_add and not trained.added:
         raise BaselineError(
-            f"the adapter was not added to {pack}, since it is no better than its baseline. It is in {output}: "
-            f"`eigenlorax add {pack} {found.name}={output}` adds it even so, as --force would have."
+            f"the adapter was not added to {pack}, because it is not better than its baseline. It is in {output}; to "
+            f"add it nevertheless: `eigenlorax add {pack} {trained.name}={output}`, or train with --force."
         )
 
 
-def _rows(found: "Trained") -> list[tuple[str, str]]:
+def _rows(trained: "Trained") -> list[tuple[str, str]]:
     added = "not added to the pack"
-    if found.delta_error is not None:
-        added = f"added to the pack; delta error {console.share(found.delta_error)}"
+    if trained.delta_error is not None:
+        added = f"added to the pack; delta error {console.format_error(trained.delta_error)}"
     return [
-        ("task", found.task),
-        ("base model", found.model),
-        ("rows, steps, epochs", f"{found.rows:,}, {found.steps:,}, {found.epochs:g}"),
-        ("trained coefficients", f"{found.numbers:,} in {found.modules} modules"),
-        *[("trained numbers besides (head)", f"{found.head_numbers:,}")] * bool(found.head_numbers),
-        *(figure_rows(found.figures) if found.figures else []),
-        *_baseline_rows(found),
-        ("folder", str(found.folder)),
+        ("task", trained.task),
+        ("base model", trained.model),
+        ("rows, steps, epochs", f"{trained.rows:,}, {trained.steps:,}, {trained.epochs:g}"),
+        ("trained coefficients", f"{trained.numbers:,} in {trained.modules} modules"),
+        *[("other trained parameters (head)", f"{trained.head_numbers:,}")] * bool(trained.head_numbers),
+        *(figure_rows(trained.figures) if trained.figures else []),
+        *_baseline_rows(trained),
+        ("folder", str(trained.folder)),
         ("pack", added),
-        ("seconds", f"{found.seconds:.1f}"),
+        ("seconds", f"{trained.seconds:.1f}"),
     ]
 
 
-def _baseline_rows(found: "Trained") -> list[tuple[str, str]]:
-    """The result beside its baseline, as far as the rows of the evaluation do not say it."""
-    baseline = found.baseline
-    whose = "most frequent class alone" if baseline.metric == "accuracy" else "base model without it"
-    values = [
-        "too large" if one is None else f"{one:.4f}" if baseline.metric == "accuracy" else f"{one:,.4g}"
-        for one in (baseline.score, baseline.baseline)
-    ]
-    result = (f"{baseline.metric} on {baseline.rows:,} rows of the training", values[0])
-    beside = (f"  {whose}", values[1])
+def _baseline_rows(trained: "Trained") -> list[tuple[str, str]]:
+    """Return the rows of the baseline that `figure_rows` does not contain."""
+    baseline = trained.baseline
+    is_accuracy = baseline.metric == "accuracy"
+    score, baseline_score = (
+        "too large" if number is None else f"{number:.4f}" if is_accuracy else f"{number:,.4g}"
+        for number in (baseline.score, baseline.baseline)
+    )
+    score_row = (f"{baseline.metric} on {baseline.rows:,} training rows", score)
+    baseline_row = (
+        "  most frequent class alone" if is_accuracy else "  base model without the adapter",
+        baseline_score,
+    )
     if baseline.trained_on:
-        return [result, beside]
-    return [] if baseline.metric == "accuracy" else [beside]
+        return [score_row, baseline_row]
+    return [] if is_accuracy else [baseline_row]
 
 
-def _show_history(history: list[dict[str, Any]]) -> None:
-    """One line an entry; the Trainer notes the loss and an evaluation at the end of one epoch as two."""
+def _print_history(history: list[dict[str, Any]]) -> None:
+    """Print one line per step. The Trainer logs the loss and the evaluation of one step as two entries."""
     by_step: dict[int, dict[str, Any]] = {}
     for entry in history:
         by_step.setdefault(entry["step"], {}).update(entry)
     columns = ["epoch", *[name for name in ("loss", "eval_loss", "eval_accuracy") if any(name in e for e in history)]]
     rows = [[f"{entry[name]:.4g}" if name in entry else "" for name in columns] for entry in by_step.values()]
     header = ["epoch", *[name.replace("eval_", "evaluation: ") for name in columns[1:]]]
-    console.print_table("On the way", header, rows, numbers=range(len(columns)))
+    console.print_table("During training", header, rows, numbers=range(len(columns)))

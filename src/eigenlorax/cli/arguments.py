@@ -1,0 +1,82 @@
+"""Arguments and options that several verbs share: their types, names and help texts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..train.options import MAX_LENGTH
+
+
+def path(text: str) -> Path:
+    """Parse a local path.
+
+    An empty text is a usage error, because `Path("")` is the current folder, and an unset shell variable is not meant
+    as that. So is a URL.
+    """
+    # importing `formats` loads torch, which `--help` should not wait for
+    from ..formats import urls
+
+    if not text.strip():
+        raise typer.BadParameter("it is empty. Is a variable of the shell not set?")
+    if urls.is_url(text):
+        raise typer.BadParameter(f"{text} is a URL. Only adapters are read from URLs; pass a path on this machine.")
+    return Path(text)
+
+
+def text(argument: str) -> str:
+    """Parse a local path or a repository id, which must not be empty or a URL."""
+    path(argument)
+    return argument
+
+
+def number_or_auto(argument: str) -> int | str:
+    """Parse the value of --n-components: an integer or "auto"."""
+    if argument == "auto":
+        return argument
+    try:
+        return int(argument)
+    except ValueError as error:
+        raise typer.BadParameter(f"{argument!r} is neither an integer nor 'auto'.") from error
+
+
+PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="Folder of the pack.", parser=path)]
+PackSource = Annotated[
+    str, typer.Argument(metavar="PACK", help="Folder of the pack, or its id on the Hub.", parser=text)
+]
+PackRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a pack on the Hub.")]
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub: ORG/NAME.", parser=text)]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON to stdout.")]
+SameBase = Annotated[
+    bool,
+    typer.Option("--same-base", help="Accept adapters that name different base models: the names mean the same one."),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file (weights_only=True)."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of adapters on the Hub.")]
+WarnAbove = Annotated[
+    float,
+    typer.Option(metavar="ERROR", help="Show a note for adapters with a larger delta error. 1: never."),
+]
+
+Device = Annotated[str, typer.Option(help="Device of the fit, such as cpu, cuda or cuda:1.")]
+
+Model = Annotated[
+    str | None, typer.Option(help="Base model: a folder, or an id on the Hub (default: the one the pack names).")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum number of tokens per row; longer rows are truncated (default: "
+        + ", ".join(f"{tokens} for {task}" for task, tokens in MAX_LENGTH.items())
+        + ")."
+    ),
+]
+TextColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the text.")]
+LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the label.")]
+PairColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column with the second text, for tasks on pairs of texts.")
+]
