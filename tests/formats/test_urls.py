@@ -138,7 +138,7 @@ class TestReading:
         folder = make_adapter(tmp_path / "a", seed=1, modules=wide)
         weights, size = str(folder / WEIGHTS), (folder / WEIGHTS).stat().st_size
         # not an `Adapter`: the tests' check of types looks into one, at a tensor
-        files.opened(url(folder))
+        files.open_folder(url(folder))
         assert Disk.read[weights] == 1 << 16 < size // 4
         adapter = ex.read_adapter(url(folder))
         Disk.forget()
@@ -150,7 +150,7 @@ class TestReading:
     def test_takes_two_reads_for_a_long_header(self, tmp_path):
         long = {f"{'deep.' * 60}{i}": (5, 7) for i in range(150)}
         folder = make_adapter(tmp_path / "a", seed=1, modules=long, rank=2)
-        files.opened(url(folder))
+        files.open_folder(url(folder))
         length = 8 + int.from_bytes((folder / WEIGHTS).read_bytes()[:8], "little")
         assert 1 << 16 < length == Disk.read[str(folder / WEIGHTS)]
         assert_same(ex.read_adapter(url(folder)), ex.read_adapter(folder))
@@ -158,10 +158,10 @@ class TestReading:
     def test_what_lies_far_apart_is_asked_for_apart(self, tmp_path):
         folder = make_adapter(tmp_path / "a", seed=1, modules={f"l.{i}": (4001, 4003) for i in range(5)})
         weights, size = str(folder / WEIGHTS), (folder / WEIGHTS).stat().st_size
-        found = files.opened(url(folder))
+        found = files.open_folder(url(folder))
         wanted = [f"base_model.model.l.{i}.lora_A.weight" for i in (4, 0)]
         Disk.forget()
-        read = found.load(wanted)
+        read = found.weights.load(wanted)
         assert Disk.requests[weights] == 2
         assert Disk.read[weights] == 2 * 4 * 3 * 4003 < size // 4
         assert all(torch.equal(one, load_file(weights)[key]) for one, key in zip(read, wanted, strict=True))
@@ -381,8 +381,8 @@ class TestTheHub:
         names = [f"base_model.model.layer.3.query.lora_{side}.weight" for side in "AB"]
 
         def read():
-            found = files.opened("hf://org/wide")
-            sys.stdout.write(json.dumps([found.name, found.load(names)[1].tolist()]))
+            found = files.open_folder("hf://org/wide")
+            sys.stdout.write(json.dumps([found.name, found.weights.load(names)[1].tolist()]))
 
         name, up = json.loads(online(call=read).out)
         assert name == "wide"

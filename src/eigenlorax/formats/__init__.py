@@ -38,7 +38,7 @@ FORMATS = {
     ),
     "official": Format(official.read),
 }
-_OF_PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
+_LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
 
 
 def read_adapter(source: str | Path, *, format: str | None = None, **options: Any) -> Adapter:
@@ -50,8 +50,8 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
     """
     if format is not None:
         return _format(format).read(source, **options)
-    place = folders.place(source, **{key: value for key, value in options.items() if key in _OF_PLACE})
-    return (peft.read if place.file is None else reader.read)(place, **options)
+    location = folders.locate(source, **{name: options[name] for name in _LOCATION_OPTIONS if name in options})
+    return (peft.read if location.file is None else reader.read)(location, **options)
 
 
 def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = None, **options: Any) -> Path:

@@ -1,6 +1,6 @@
-"""The folder of an adapter, on disk or behind a URL: which files it has, and what is in them.
+"""Folders of adapters, on disk or behind a URL, and where in them the adapter of a source is.
 
-Both kinds answer to the same calls. What an adapter's files mean is not known here.
+`LocalFolder` and `RemoteFolder` have the same methods. This module knows which files an adapter has, not what they say.
 """
 
 from dataclasses import dataclass
@@ -26,27 +26,27 @@ class LocalFolder:
 
     @property
     def source(self) -> Path:
-        """What an adapter in this folder is read by."""
+        """The source by which `read_adapter` reads an adapter in this folder."""
         return self.path
 
     def at(self, name: str) -> Path:
-        """Where a file of the folder is."""
+        """Return the path of a file in the folder."""
         return self.path / name
 
     def is_file(self, name: str) -> bool:
-        """Whether the folder has a file of that name."""
+        """Return whether the folder has a file of that name."""
         return self.at(name).is_file()
 
-    def read(self, name: str, most: int) -> bytes:
-        """All of a small file. `FormatError` where it has more bytes than `most`, or is none."""
-        return boundary.read_file(self.at(name), most)
+    def read(self, name: str, limit: int) -> bytes:
+        """Read a small file. Raises `FormatError` if it has more than `limit` bytes, or is not a plain file."""
+        return boundary.read_file(self.at(name), limit)
 
     def file(self, name: str) -> LocalFile:
-        """A file that is there, to read ranges of."""
+        """Describe an existing file, to read byte ranges of it."""
         return ranges.local_file(self.at(name))
 
     def folders(self) -> list["LocalFolder"]:
-        """The folders in it by name, hidden ones aside."""
+        """List the subfolders by name, without hidden ones."""
         return [
             LocalFolder(child)
             for child in sorted(self.path.iterdir())
@@ -54,19 +54,19 @@ class LocalFolder:
         ]
 
     def files(self) -> list[str]:
-        """The names of the files in it."""
+        """List the names of the files in the folder."""
         return sorted(child.name for child in self.path.iterdir() if child.is_file())
 
 
 Folder = LocalFolder | RemoteFolder
 
-_LOOKED_AT = 16
-"""Files of a repository of which it is asked whether they are LoRAs: a large model is in more."""
+_INSPECTED_FILES = 16
+"""Number of safetensors files of a repository that are inspected for a LoRA. A large model has more shards."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an adapter is: in a folder, or in a single file of that folder; and the name it goes by."""
+class AdapterLocation:
+    """The folder of an adapter, the name that folder or file gives it, and the file if the adapter is a single one."""
 
     folder: Folder
     name: str
@@ -76,8 +76,8 @@ class Place:
         return str(self.folder if self.file is None else self.folder.at(self.file))
 
 
-def place(
-    source: str | Path | Place,
+def locate(
+    source: str | Path | AdapterLocation,
     *,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -85,19 +85,32 @@ def place(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     allow_pickle: bool = False,
-) -> Place:
-    """Where an adapter is: behind a URL, on disk, or what the Hub has of it."""
-    if isinstance(source, Place):
+) -> AdapterLocation:
+    """Return where an adapter is. From a repository on the Hub its files are downloaded; nothing else is read.
+
+    Args:
+        source: a folder or file on disk, a URL, or a Hub id (`org/name`, `org/name@revision`).
+        revision, subfolder, token, cache_dir, local_files_only: as in huggingface_hub.
+        allow_pickle: download `adapter_model.bin` too.
+
+    Raises:
+        FormatError: the source does not exist, or has not exactly one adapter.
+        HubError: the Hub does not have the repository, or cannot be reached.
+    """
+    if isinstance(source, AdapterLocation):
         return source
-    source = localized(source)
+    source = local_source(source)
     if isinstance(source, str) and urls.is_url(source):
         if local_files_only:
-            raise OptionError(f"{source} is not on this machine, and local_files_only allows nothing else.")
-        return _remote_place(source, revision, subfolder, token)
+            raise OptionError(
+                f"{source} is not on this machine, and local_files_only allows nothing else. Download it first, "
+                "or leave local_files_only away."
+            )
+        return _locate_remote(source, revision, subfolder, token)
     if Path(source).is_file():
         if subfolder:
             raise FormatError(f"{source} is not a folder, so it has no subfolder {subfolder!r}.")
-        return _local_file(Path(source))
+        return _locate_file(Path(source))
     if is_file_name(source) and not Path(source).exists():
         raise FormatError(f"{source} does not exist.")
     path, name = hub.adapter_folder(
@@ -112,46 +125,54 @@ def place(
     folder = LocalFolder(path)
     file = keys.LORA_FILE if holds_lora_file(folder) else None
     if file is None and not Path(source).exists() and not is_adapter(folder) and not is_pack(folder):
-        how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return _on_the_hub(source, name, folder, subfolder, revision, how)
-    return Place(folder, name, file)
+        repository = hub.parsed(source, revision)
+        assert repository is not None
+        hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return _locate_lora_file(repository, AdapterLocation(folder, name), subfolder, hub_options)
+    return AdapterLocation(folder, name, file)
 
 
-def _remote_place(source: str, revision: str | None, subfolder: str | None, token: str | bool | None) -> Place:
+def _locate_remote(
+    source: str, revision: str | None, subfolder: str | None, token: str | bool | None
+) -> AdapterLocation:
     if is_file_name(source) and not subfolder:
         parent, _, file = source.rpartition("/")
         if file == keys.ADAPTER_WEIGHTS:
-            raise FormatError(_of_a_folder(source))
+            raise _not_a_folder(source)
         remote = urls.folder(parent, revision=revision, token=token)
         remote.refresh()
-        return Place(remote, hub.name_of(source), file)
+        return AdapterLocation(remote, hub.name_of(source), file)
     remote = urls.folder(source, revision=revision, subfolder=subfolder, token=token)
     remote.refresh()
-    return Place(remote, hub.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None)
+    return AdapterLocation(remote, hub.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None)
 
 
-def _of_a_folder(source: str | Path) -> str:
-    return (
+def _not_a_folder(source: str | Path) -> FormatError:
+    return FormatError(
         f"{source} is not a folder: an adapter as PEFT saves it is the folder that holds this file, with "
         f"{keys.ADAPTER_CONFIG} beside it."
     )
 
 
-def _local_file(path: Path) -> Place:
-    """A single file; an error with what helps, where it is not called like one."""
+def _locate_file(path: Path) -> AdapterLocation:
+    """Return the location of an adapter that is a single file.
+
+    Raises:
+        FormatError: the file has another suffix; the message says whether renaming it would help.
+    """
     if path.name == keys.ADAPTER_WEIGHTS:
-        raise FormatError(_of_a_folder(path))
+        raise _not_a_folder(path)
     if is_file_name(path):
-        return Place(LocalFolder(path.parent), hub.name_of(path), path.name)
+        return AdapterLocation(LocalFolder(path.parent), hub.name_of(path), path.name)
     try:
         ranges.open_tensors(ranges.local_file(path))
     except FormatError:
-        pickled = path.suffix in (".bin", ".ckpt", ".pt", ".pth")
+        is_pickle = path.suffix in (".bin", ".ckpt", ".pt", ".pth")
         raise FormatError(
             f"{path} is not a folder: an adapter is a folder that holds {keys.ADAPTER_CONFIG}, or a LoRA in one "
             f"{keys.LORA_SUFFIX} file."
             + " This is a pickle, which may run code when it is read: have its author convert it."
-            * pickled
+            * is_pickle
         ) from None
     raise FormatError(
         f"{path} is not a folder, but a safetensors file that is not called so. Rename it to {path.name}"
@@ -159,73 +180,84 @@ def _local_file(path: Path) -> Place:
     )
 
 
-def _on_the_hub(
-    source: str | Path,
-    name: str,
-    folder: LocalFolder,
+def _locate_lora_file(
+    repository: tuple[str, str | None],
+    location: AdapterLocation,
     subfolder: str | None,
-    revision: str | None,
-    how: dict[str, Any],
-) -> Place:
-    """The one LoRA among a repository's safetensors files, fetched; what is no LoRA is not."""
-    repository = hub.parsed(source, revision)
-    assert repository is not None
+    hub_options: dict[str, Any],
+) -> AdapterLocation:
+    """Find the only LoRA among the safetensors files of a repository, and download it.
+
+    Files are inspected by their headers, so that a model of gigabytes in the same repository is not downloaded.
+
+    Args:
+        repository: id and revision.
+        location: the part of the repository that is in the cache.
+        subfolder: the folder of the repository to look in.
+        hub_options: token, cache_dir and local_files_only.
+    """
+    repo_id, revision = repository
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    listed = hub.files(*repository, **how)
-    files = [
-        file for file in listed if file.startswith(prefix) and "/" not in file[len(prefix) :] and is_file_name(file)
+    source = f"{repo_id}{f'@{revision}' if revision else ''}{f'/{prefix[:-1]}' if prefix else ''}"
+    candidates = [
+        path
+        for path in hub.files(repo_id, revision, **hub_options)
+        if path.startswith(prefix) and "/" not in path[len(prefix) :] and is_file_name(path)
     ]
-    remote = urls.folder(f"hf://{repository[0]}", revision=repository[1], token=how["token"])
+    remote = urls.folder(f"hf://{repo_id}", revision=revision, token=hub_options["token"])
 
-    def may_be_one(file: str) -> bool:
-        local = file[len(prefix) :]
-        return is_lora(folder, local) if folder.is_file(local) else is_lora(remote, file)
+    def may_be_lora(path: str) -> bool:
+        file = path[len(prefix) :]
+        return is_lora(location.folder, file) if location.folder.is_file(file) else is_lora(remote, path)
 
-    loras = [file for file in files[:_LOOKED_AT] if may_be_one(file)]
-    if files and not loras:
+    loras = [path for path in candidates[:_INSPECTED_FILES] if may_be_lora(path)]
+    if candidates and not loras:
         raise FormatError(
-            f"{source} has no {keys.ADAPTER_CONFIG}, and none of its {keys.LORA_SUFFIX} files, such as {files[0]}, "
-            "is a LoRA."
+            f"{source} has no {keys.ADAPTER_CONFIG}, and none of its {keys.LORA_SUFFIX} files, such as "
+            f"{candidates[0]}, is a LoRA."
         )
     if len(loras) > 1:
         raise FormatError(
             f"{source} has {len(loras)} LoRA files, {', '.join(loras[:4])}{', …' * (len(loras) > 4)}. Name one of "
-            f"them: hf://{repository[0]}/{loras[0]}."
+            f"them: hf://{repo_id}/{loras[0]}."
         )
     if not loras:
-        return Place(folder, name)
-    place = hub.download(*repository, [loras[0]], **how)
-    return Place(LocalFolder(place / prefix), name, loras[0][len(prefix) :])
+        return location
+    snapshot = hub.download(repo_id, revision, [loras[0]], **hub_options)
+    return AdapterLocation(LocalFolder(snapshot / prefix), location.name, loras[0][len(prefix) :])
 
 
-def localized(source: str | Path) -> str | Path:
-    """The path that a `file://` URL stands for; any other source as it is."""
+def local_source(source: str | Path) -> str | Path:
+    """Return the path that a `file://` URL stands for, and any other source unchanged."""
     path = urls.local_path(source) if isinstance(source, str) and urls.is_url(source) else None
     return source if path is None else path
 
 
 def is_adapter(folder: Folder) -> bool:
-    """Whether a folder has the config of an adapter."""
+    """Return whether a folder has the config of an adapter."""
     return folder.is_file(keys.ADAPTER_CONFIG)
 
 
 def is_pack(folder: Folder) -> bool:
-    """Whether a folder has the manifest of a pack."""
+    """Return whether a folder has the manifest of a pack."""
     return folder.is_file(keys.MANIFEST)
 
 
 def holds_lora_file(folder: Folder) -> bool:
-    """Whether a folder is an adapter's as diffusers writes it: with one file, and no config beside it."""
+    """Return whether a folder is an adapter as diffusers saves it: one LoRA file without a config."""
     return not is_adapter(folder) and not is_pack(folder) and folder.is_file(keys.LORA_FILE)
 
 
 def is_file_name(source: str | Path) -> bool:
-    """Whether a path or URL is called like a safetensors file."""
+    """Return whether a path or URL has the suffix of a safetensors file."""
     return str(source).lower().endswith(keys.LORA_SUFFIX)
 
 
 def is_lora(folder: Folder, file: str) -> bool:
-    """Whether a safetensors file, by its header, is an adapter's, or so broken that it cannot be said."""
+    """Return whether the header of a safetensors file has tensors of an adapter.
+
+    A damaged file counts as one, so that reading it raises the error that names the damage.
+    """
     try:
         entries = ranges.open_tensors(folder.file(file)).entries
         keys.check_tensor_names(entries, file)

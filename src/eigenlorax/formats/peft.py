@@ -1,13 +1,13 @@
-"""PEFT's LoRA folders: `adapter_config.json` with `adapter_model.safetensors` (or `.bin`, on request), in and out.
+"""PEFT's LoRA folders, read and written: `adapter_config.json` with `adapter_model.safetensors`, or `.bin` on request.
 
-Each tensor of a file becomes a factor of a module, a head or a carried tensor, or an error that names it. PEFT itself
-is not imported. The format and what is done with each kind of tensor: docs/adapter-formats.md.
+Each tensor of a file becomes a factor of a module, a head or a carried tensor; for any other, an error names it. PEFT
+is not imported. docs/adapter-formats.md describes the format.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin
 from ..core.keys import Kind
 from ..errors import FormatError, NonFiniteError, ShapeError
 from . import coefficients, files, lora_config, official, safetensors_file
-from .files import Header, Load
-from .folders import Place
+from .files import Header, Load, OpenedFolder, Weights
+from .folders import AdapterLocation
 from .lora_config import Numbers
 
-# Options of a LoraConfig under which lora_A and lora_B do not multiply to the update: such modules are carried whole.
+# Options of a LoraConfig under which the update is not lora_B @ lora_A. Their tensors are carried unchanged.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
 
 
 def read(
-    source: str | Path | Place,
+    source: str | Path | AdapterLocation,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -39,15 +39,24 @@ def read(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """A PEFT LoRA from a local folder, from behind a URL (`s3://…`, `hf://…`), or from the Hub where no such folder
-    exists (`org/name`, `org/name@revision`).
+    """Read a PEFT LoRA. Its tensors are read when they are asked for.
 
-    An adapter that was trained on coefficients is read as the LoRA it is, where its subspace is known (`Pack.open`);
-    so is one of the paper's authors, where its config has the `lora_alpha` that it goes with.
-    allow_pickle: read `adapter_model.bin` where there are no safetensors, with torch's restricted unpickler.
-    The other options are huggingface_hub's; HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN count as they do there.
+    An adapter that was trained on coefficients is returned as the equivalent LoRA if its subspace is loaded
+    (`Pack.open`). So is one in the format of the paper's authors if its config has `lora_alpha`.
+
+    Args:
+        source: a local folder, a URL (`s3://…`, `hf://…`), or a Hub id (`org/name`, `org/name@revision`).
+        name: name of the adapter; by default that of the folder or repository.
+        revision, subfolder, token, cache_dir, local_files_only: as in huggingface_hub, which also reads
+            HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN.
+        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with torch's restricted unpickler.
+
+    Raises:
+        FormatError: the folder is not an adapter, or one of its tensors is not understood.
+        ShapeError: factors do not fit each other or the config.
+        HubError, UrlError: the source cannot be reached.
     """
-    opened = files.opened(
+    opened = files.open_folder(
         source,
         name=name,
         revision=revision,
@@ -57,111 +66,137 @@ def read(
         local_files_only=local_files_only,
         allow_pickle=allow_pickle,
     )
-    weights, headers, load = opened.weights, opened.headers, opened.load
-    if official.is_one(opened):
+    weights = opened.weights
+    if official.is_official(opened):
         return official.adapter(opened)
     if opened.config["peft_type"] == keys.PEFT_TYPE:
-        tensors = dict(zip(headers, load(list(headers)), strict=True))
-        found = coefficients.adapter(opened.name, opened.config, tensors, where=str(weights))
-        return replace(found, file_bytes=opened.file_bytes)
-    adapter = assemble(
-        opened.name, opened.text, opened.config, headers, load, where=str(weights), file_bytes=opened.file_bytes
-    )
-    # PEFT itself writes no more than the format
-    if set(opened.metadata) - {"format"}:
-        adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(opened.metadata.items()))))
+        tensors = dict(zip(weights.headers, weights.load(list(weights.headers)), strict=True))
+        adapter = coefficients.adapter(opened.name, opened.config, tensors, where=weights.path)
+        return replace(adapter, file_bytes=weights.size)
+    adapter = assemble(opened)
+    # PEFT itself writes "format" only; other metadata would be lost without an origin
+    if set(weights.metadata) - {"format"}:
+        adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(weights.metadata.items()))))
     if not adapter.specs and not adapter.carried:
-        raise FormatError(f"{weights} has no LoRA tensor at all.")
+        raise FormatError(f"{weights.path} has no LoRA tensor at all.")
     return adapter
 
 
-def assemble(
-    name: str,
-    config_text: str,
-    config: dict[str, Any],
-    headers: Mapping[str, Header],
-    load: Load,
-    *,
-    where: str,
-    file_bytes: int = 0,
-) -> Adapter:
-    """An adapter out of named tensors and its PEFT config; `where` stands before what is wrong with them."""
-    factors: dict[str, dict[str, str]] = {}
-    heads: dict[str, str] = {}
-    carried: dict[str, str] = {}
-    seen: dict[str, str] = {}
-    for raw in sorted(headers):
-        try:
-            place = keys.parse_peft_key(raw, config.get("modules_to_save") or ())
-        except FormatError as error:
-            raise FormatError(f"{where}: {error}") from error
-        key = place.key
-        if key in heads and place.kind is Kind.HEAD:
-            # PEFT writes the biases of a saved head twice for bias="all", once under the name they have in its wrapper
-            key = keys.MODEL_PREFIX + raw.removeprefix(keys.MODEL_PREFIX)
-        if key in seen:
-            raise FormatError(f"{where}: tensors {seen[key]!r} and {raw!r} stand for the same one, {key!r}.")
-        seen[key] = raw
-        if place.kind in (Kind.DOWN, Kind.UP):
-            factors.setdefault(place.module, {})[place.kind.value] = raw
-        else:
-            (heads if place.kind is Kind.HEAD else carried)[key] = raw
-    specs: dict[str, ModuleSpec] = {}
-    numbers = Numbers(config, where)
-    for module, pair in factors.items():
-        for side, other in (("down", "up"), ("up", "down")):
-            if side not in pair:
-                raise FormatError(
-                    f"{where}: tensor {pair[other]!r} has no partner {keys.LORA_PARTS[side]}: the file is not complete."
-                )
-        for raw in pair.values():
-            if len(headers[raw].shape) < 2:
-                raise ShapeError(
-                    f"{where}: tensor {raw!r} is {headers[raw].shape}; a factor has two dimensions at least."
-                )
-        if _carried_whole(module, config, [headers[raw] for raw in pair.values()]):
-            carried |= {keys.lora_key(module, side): raw for side, raw in pair.items()}
-        else:
-            specs[module] = _spec(module, pair, headers, numbers, where)
+@dataclass(frozen=True, slots=True)
+class _TensorNames:
+    """The tensors of a file by what they are.
 
+    factors: module → side → name in the file. heads, carried: key that PEFT writes → name in the file.
+    """
+
+    factors: Mapping[str, Mapping[str, str]]
+    heads: Mapping[str, str]
+    carried: Mapping[str, str]
+
+
+def assemble(opened: OpenedFolder) -> Adapter:
+    """Return the adapter of an opened folder with a LoRA. Its tensors are read when they are asked for.
+
+    Raises:
+        FormatError: a tensor is not understood, occurs twice or lacks its partner.
+        ShapeError: the factors of a module do not fit each other or the config.
+    """
+    config, weights = opened.config, opened.weights
+    tensors = _classify(opened)
+    carried = dict(tensors.carried)
+    specs: dict[str, ModuleSpec] = {}
+    numbers = Numbers(config, weights.path)
+    for module, pair in tensors.factors.items():
+        headers = _factor_headers(pair, weights)
+        if _is_carried(module, config, headers):
+            carried |= {keys.lora_key(module, side): name for side, name in pair.items()}
+        else:
+            specs[module] = _spec(module, pair, headers, numbers, weights.path)
     return Adapter(
-        name=name,
+        name=opened.name,
         specs=specs,
-        modules=LazyMapping(specs, partial(_factors, load, factors, specs)),
+        modules=LazyMapping(specs, partial(_factors, weights.load, tensors.factors, specs)),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
-        heads=LazyMapping(heads, partial(_tensor, load, heads)),
-        carried=LazyMapping(carried, partial(_tensor, load, carried)),
-        source_config=config_text,
-        file_bytes=file_bytes,
+        heads=LazyMapping(tensors.heads, partial(_tensor, weights.load, tensors.heads)),
+        carried=LazyMapping(carried, partial(_tensor, weights.load, carried)),
+        source_config=opened.config_text,
+        file_bytes=weights.size,
     )
 
 
-# Functions of the module, bound by `partial`: an adapter can be sent to another process, which a closure cannot.
+def _classify(opened: OpenedFolder) -> _TensorNames:
+    """Sort the tensors into factors, heads and carried ones. Raises `FormatError` for one that is none of these."""
+    where = opened.weights.path
+    factors: dict[str, dict[str, str]] = {}
+    heads: dict[str, str] = {}
+    carried: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for name in sorted(opened.weights.headers):
+        try:
+            parsed = keys.parse_peft_key(name, opened.config.get("modules_to_save") or ())
+        except FormatError as error:
+            raise FormatError(f"{where}: {error}") from error
+        key = parsed.key
+        if key in heads and parsed.kind is Kind.HEAD:
+            # with bias="all", PEFT writes the biases of a saved head twice, once under their name in its wrapper
+            key = keys.MODEL_PREFIX + name.removeprefix(keys.MODEL_PREFIX)
+        if key in names:
+            raise FormatError(f"{where}: tensors {names[key]!r} and {name!r} stand for the same one, {key!r}.")
+        names[key] = name
+        if parsed.kind in (Kind.DOWN, Kind.UP):
+            factors.setdefault(parsed.module, {})[parsed.kind.value] = name
+        else:
+            (heads if parsed.kind is Kind.HEAD else carried)[key] = name
+    return _TensorNames(factors, heads, carried)
+
+
+def _factor_headers(pair: Mapping[str, str], weights: Weights) -> dict[str, Header]:
+    """Return the headers of a module's two factors by side. pair: side → name of the tensor."""
+    for side, opposite in (("down", "up"), ("up", "down")):
+        if side not in pair:
+            raise FormatError(
+                f"{weights.path}: tensor {pair[opposite]!r} has no partner {keys.LORA_PARTS[side]}: the file is not "
+                "complete."
+            )
+    headers = {side: weights.headers[pair[side]] for side in keys.SIDES}
+    for side, header in headers.items():
+        if len(header.shape) < 2:
+            raise ShapeError(
+                f"{weights.path}: tensor {pair[side]!r} is {header.shape}; a factor has two dimensions at least."
+            )
+    return headers
+
+
+# `partial` of module functions, not closures: an adapter has to be picklable.
 
 
 def _factors(
-    load: Load, keys_of: Mapping[str, Mapping[str, str]], specs: Mapping[str, ModuleSpec], module: str
+    load: Load, names: Mapping[str, Mapping[str, str]], specs: Mapping[str, ModuleSpec], module: str
 ) -> LoRAFactors:
-    down, up = load([keys_of[module]["down"], keys_of[module]["up"]])
+    down, up = load([names[module]["down"], names[module]["up"]])
     return LoRAFactors.from_weights(down, up, specs[module].scaling)
 
 
-def _tensor(load: Load, raw_keys: Mapping[str, str], key: str) -> Tensor:
-    return load([raw_keys[key]])[0]
+def _tensor(load: Load, names: Mapping[str, str], key: str) -> Tensor:
+    return load([names[key]])[0]
 
 
 def from_tensors(name: str, config_text: str, tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
-    """An adapter out of tensors in memory under PEFT's keys."""
-    headers = {key: Header.of(value.shape, value.dtype) for key, value in tensors.items()}
-    config = json.loads(config_text)
-    return assemble(name, config_text, config, headers, partial(files.in_memory, tensors), where=where)
+    """Return an adapter of tensors in memory, by PEFT's keys. where: the source, for error messages."""
+    headers = {key: Header.of(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+    weights = Weights(where, 0, headers, partial(files.load_from, tensors), {})
+    return assemble(OpenedFolder(name, config_text, json.loads(config_text), weights))
 
 
-def _carried_whole(module: str, config: dict[str, Any], pair: list[Header]) -> bool:
-    """Whether lora_A and lora_B of a module are kept as they are: experts, grouped convolutions, other products than
-    B·A."""
-    if any(config.get(option) for option in _OTHER_PRODUCTS) or not _multiply(*(header.shape for header in pair)):
+def _is_carried(module: str, config: dict[str, Any], headers: Mapping[str, Header]) -> bool:
+    """Return whether lora_A and lora_B of a module are carried unchanged, because the update is not B·A.
+
+    So are those of experts, grouped convolutions and the methods of `_OTHER_PRODUCTS`.
+    """
+    if any(config.get(option) for option in _OTHER_PRODUCTS):
+        return True
+    if not _multiply(headers["down"].shape, headers["up"].shape):
         return True
     owner = module.removesuffix(".base_layer")
     targets = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
@@ -169,15 +204,18 @@ def _carried_whole(module: str, config: dict[str, Any], pair: list[Header]) -> b
 
 
 def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
-    """Whether shapes are those of two linear layers, or of a convolution and one of kernel 1, one after the other."""
+    """Return whether the shapes are those of two linear layers, or of a convolution followed by one of kernel 1."""
     if len(down) == len(up) == 2:
         return True
     return len(down) == len(up) > 2 and set(up[2:]) == {1} and up[1] == down[0] and math.prod(down) > 0
 
 
-def _spec(module: str, pair: dict[str, str], headers: Mapping[str, Header], numbers: Numbers, where: str) -> ModuleSpec:
-    down, up = headers[pair["down"]], headers[pair["up"]]
-    for side, header in (("down", down), ("up", up)):
+def _spec(
+    module: str, pair: Mapping[str, str], headers: Mapping[str, Header], numbers: Numbers, where: str
+) -> ModuleSpec:
+    """Return the spec of a module. pair: side → name of the tensor. Raises `ShapeError` if the ranks differ."""
+    down, up = headers["down"], headers["up"]
+    for side, header in headers.items():
         if header.dtype is None:
             raise FormatError(f"{where}: tensor {pair[side]!r} is not float64, float32, float16 or bfloat16.")
     rank, scaling = numbers.of(module)
@@ -204,26 +242,34 @@ def _spec(module: str, pair: dict[str, str], headers: Mapping[str, Header], numb
 
 
 def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
-    """A folder that `PeftModel.from_pretrained` loads. Config word for word, heads and carried tensors to the bit.
+    """Write a folder that `PeftModel.from_pretrained` loads, and return it.
 
-    dtype: that of the LoRA factors; the adapter's own where it is not given.
+    Config, heads and carried tensors are written unchanged.
+
+    Args:
+        path: the folder, which appears complete or not at all.
+        dtype: dtype of the LoRA factors; by default the adapter's own.
+        overwrite: replace an existing folder.
+
+    Raises:
+        NonFiniteError: a factor has NaN or Inf, or overflows `dtype`.
     """
     atomic_files.write_folder(path, to_files(adapter, dtype=dtype), overwrite=overwrite)
     return path
 
 
 def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
-    """The bytes of the two files of a PEFT folder."""
+    """Return the two files of a PEFT folder as bytes, by name. `dtype` as in `write`."""
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     numbers = Numbers(json.loads(text), adapter.name)
-    tensors = {key: owned(value) for group in (adapter.heads, adapter.carried) for key, value in group.items()}
+    tensors = {key: owned(tensor) for group in (adapter.heads, adapter.carried) for key, tensor in group.items()}
     modules = adapter.modules if dtype is None else dict(narrowing.narrow_adapter(adapter.name, adapter.modules, dtype))
     for module, factors in modules.items():
         numbers.check(module, factors.spec)
         for side, factor in zip(keys.SIDES, factors.weights, strict=True):
             tensors[keys.lora_key(module, side)] = finite(factor, f"{adapter.name!r}, module {module}")
-    own = adapter.origin is not None and adapter.origin.format == "peft"
-    metadata = {"format": "pt", **(adapter.origin.metadata if adapter.origin is not None and own else {})}
+    from_peft = adapter.origin is not None and adapter.origin.format == "peft"
+    metadata = {"format": "pt", **(adapter.origin.metadata if adapter.origin is not None and from_peft else {})}
     return {
         keys.ADAPTER_CONFIG: text.encode("utf-8"),
         keys.ADAPTER_WEIGHTS: safetensors_file.to_bytes(tensors, metadata),
@@ -231,7 +277,7 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def finite(factor: Tensor, where: str) -> Tensor:
-    """A copy of a LoRA factor; `NonFiniteError` where it has NaN or Inf."""
+    """Return a copy of a LoRA factor. Raises `NonFiniteError` if it has NaN or Inf."""
     copy = owned(factor)
     if not copy.isfinite().all():
         raise NonFiniteError(
@@ -241,5 +287,5 @@ def finite(factor: Tensor, where: str) -> Tensor:
 
 
 def owned(tensor: Tensor) -> Tensor:
-    """A copy that safetensors accepts: on the CPU, contiguous, sharing memory with no other tensor."""
+    """Return a copy that safetensors accepts: on the CPU, contiguous, and without shared memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

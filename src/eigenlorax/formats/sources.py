@@ -71,7 +71,7 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     if not str(source).strip():
         # as a path it would be the current folder
         raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
-    source = folders.localized(source)
+    source = folders.local_source(source)
     folder = _folder(source, revision, token)
     if folder is None or folders.is_adapter(folder) or folders.is_pack(folder) or folders.holds_lora_file(folder):
         return [AdapterSource(name, source)]

@@ -1,7 +1,7 @@
-"""Folders and files behind URLs (`s3://…`, `gs://…`, `hf://…`, `memory://…`), by fsspec and its drivers.
+"""Folders and files behind URLs (`s3://…`, `gs://…`, `hf://…`, `memory://…`), read by fsspec and its drivers.
 
-What a driver wants to know (keys, endpoints) it finds in its environment and in fsspec's own configuration, and trying
-again is its part too. What is in a file is not known here.
+A driver takes keys and endpoints from its own environment variables and from fsspec's configuration, and retries failed
+requests itself.
 """
 
 import re
@@ -15,111 +15,120 @@ from urllib.parse import quote, unquote
 
 from ..errors import EigenloraxError, FormatError, MissingExtraError, UrlError, reason
 
-# two characters at least: C:// is a drive
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
+# two characters at least: C:// is a drive of Windows
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<path>.*)", re.DOTALL)
 _LOCAL = ("file", "local")
-_HF = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?P<rest>/.*)?")
+_HF = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?P<path>/.*)?")
 _HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/]+/[^/?#]+)")
 
-_GAP = 1 << 16
-"""Bytes up to which two ranges become one: to read what lies between takes less time than to ask once more."""
+_MAX_GAP = 1 << 16
+"""Largest gap in bytes between two ranges of one request: reading it takes less time than another request."""
 
 
 def is_url(source: object) -> bool:
-    """Whether a text has the form of a URL. Paths are none, those of Windows (`C:\\…`) neither."""
+    """Return whether `source` is a text of the form `scheme://…`. Paths are not, those of Windows included."""
     return isinstance(source, str) and _URL.match(source) is not None
 
 
 def local_path(url: str) -> Path | None:
-    """The path that a URL of this machine's disk (`file://…`) stands for; None for other URLs."""
+    """Return the path that a `file://` URL stands for, or None for other URLs."""
     from fsspec.core import strip_protocol
 
-    return Path(strip_protocol(url)) if _parts(url)[0] in _LOCAL else None
+    return Path(strip_protocol(url)) if _split(url)[0] in _LOCAL else None
 
 
 def name_of(url: str, subfolder: str | None = None) -> str:
-    """The name that what lies behind a URL gives an adapter: the last part, without a revision of the Hub."""
-    url = _joined(url, subfolder)
-    scheme, rest = _parts(url)
-    if scheme == "hf" and (match := _HF.fullmatch(rest)):
-        rest = match["repo"] + (match["rest"] or "")
-    return rest.rstrip("/").rpartition("/")[2]
+    """Return the adapter name that a URL gives: its last part, without a revision of the Hub."""
+    scheme, path = _split(_join(url, subfolder))
+    if scheme == "hf" and (match := _HF.fullmatch(path)):
+        path = match["repo"] + (match["path"] or "")
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def folder(
     url: str, *, revision: str | None = None, subfolder: str | None = None, token: str | bool | None = None
 ) -> "RemoteFolder":
-    """The folder behind a URL, of which nothing is asked yet. revision and token: of the Hub's alone (`hf://…`)."""
+    """Describe the folder behind a URL, without a request. `revision` and `token` are for `hf://` URLs only.
+
+    Raises:
+        FormatError: the URL is a web page of the Hub, or names another revision than `revision`.
+    """
     if page := _HUB_PAGE.match(url):
         raise FormatError(f"{url} is a page of the Hub. Name the repository instead: {page['repo']}.")
-    scheme, rest = _parts(url)
+    scheme, path = _split(url)
     if scheme != "hf":
-        return RemoteFolder(_joined(url, subfolder))
-    match = _HF.fullmatch(rest.rstrip("/"))
+        return RemoteFolder(_join(url, subfolder))
+    match = _HF.fullmatch(path.rstrip("/"))
     if revision and match:
         if match["revision"] and unquote(match["revision"]) != revision:
             raise FormatError(f"two revisions for {url}: {match['revision']!r} and {revision!r}. Give one.")
-        url = f"hf://{match['repo']}@{quote(revision, safe='')}{match['rest'] or ''}"
-    return RemoteFolder(_joined(url, subfolder), token)
+        url = f"hf://{match['repo']}@{quote(revision, safe='')}{match['path'] or ''}"
+    return RemoteFolder(_join(url, subfolder), token)
 
 
-def _parts(url: str) -> tuple[str, str]:
+def _split(url: str) -> tuple[str, str]:
+    """Return the scheme of a URL, in lower case, and what follows `://`."""
     match = _URL.fullmatch(url)
     assert match is not None
-    return match["scheme"].lower(), match["rest"]
+    return match["scheme"].lower(), match["path"]
 
 
-def _joined(url: str, subfolder: str | None) -> str:
-    scheme, rest = _parts(url)
-    parts = [rest.rstrip("/"), *([subfolder.strip("/")] if subfolder else [])]
-    return f"{scheme}://" + "/".join(parts)
+def _join(url: str, subfolder: str | None) -> str:
+    scheme, path = _split(url)
+    segments = [path.rstrip("/"), *([subfolder.strip("/")] if subfolder else [])]
+    return f"{scheme}://" + "/".join(segments)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file behind a URL, and its size when it was described."""
+    """A file behind a URL, with its size in bytes at the moment it was described."""
 
     url: str
     size: int
     token: str | bool | None = field(default=None, repr=False)
 
-    def read_into(self, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """Read ranges of bytes, each from an offset on into the room beside it; neighbours by one request.
+    def read_into(self, targets: Sequence[tuple[int, memoryview]]) -> None:
+        """Read ranges of bytes, each from an offset into memory. One request reads neighbouring ranges.
 
-        `FormatError` where the file has fewer bytes by now.
+        Raises:
+            FormatError: the file is shorter than it was, or the server does not support ranges.
+            UrlError: the file is gone, or cannot be read.
         """
-        wanted = sorted(((begin, begin + len(room), room) for begin, room in parts if len(room)), key=itemgetter(0))
-        spans: list[tuple[int, int]] = []
-        for begin, end, _ in wanted:
-            if spans and begin - spans[-1][1] <= _GAP:
-                spans[-1] = spans[-1][0], max(spans[-1][1], end)
+        ranges = sorted(
+            ((begin, begin + len(memory), memory) for begin, memory in targets if len(memory)), key=itemgetter(0)
+        )
+        requests: list[tuple[int, int]] = []
+        for begin, end, _ in ranges:
+            if requests and begin - requests[-1][1] <= _MAX_GAP:
+                requests[-1] = requests[-1][0], max(requests[-1][1], end)
             else:
-                spans.append((begin, end))
-        found = dict(zip(spans, self._ranges(spans), strict=True))
-        for begin, end, room in wanted:
-            span = next(span for span in spans if span[0] <= begin and end <= span[1])
-            room[:] = found[span][begin - span[0] : end - span[0]]
+                requests.append((begin, end))
+        responses = dict(zip(requests, self._fetch(requests), strict=True))
+        for begin, end, memory in ranges:
+            request = next(request for request in requests if request[0] <= begin and end <= request[1])
+            memory[:] = responses[request][begin - request[0] : end - request[0]]
 
-    def _ranges(self, spans: Sequence[tuple[int, int]]) -> list[memoryview]:
-        with _explained(self.url):
+    def _fetch(self, requests: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Return the bytes of ranges (begin, end)."""
+        with _driver_errors(self.url):
             driver, path = _driver(self.url, self.token)
-            # files of drivers that are not asynchronous read ahead, megabytes at a time, unless they are told not to
+            # drivers that are not asynchronous read megabytes ahead by default
             options = {} if driver.async_impl else {"cache_type": "none"}
-            begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+            begins, ends = [begin for begin, _ in requests], [end for _, end in requests]
             try:
-                found = driver.cat_ranges([path] * len(spans), begins, ends, **options)
-                for one in found:
-                    if isinstance(one, Exception):
-                        raise one
+                responses = driver.cat_ranges([path] * len(requests), begins, ends, **options)
+                for response in responses:
+                    if isinstance(response, Exception):
+                        raise response
             except FileNotFoundError as error:
                 raise UrlError(f"{self.url} is gone; it was there when it was first asked for.") from error
-        for (begin, end), data in zip(spans, found, strict=True):
-            if len(data) != end - begin:
+        for (begin, end), response in zip(requests, responses, strict=True):
+            if len(response) != end - begin:
                 raise FormatError(
-                    f"{self.url} gave {len(data):,} bytes where the {end - begin:,} from {begin:,} on were asked for: "
-                    f"it is not the file of {self.size:,} bytes that it was, or its server gives no ranges."
+                    f"{self.url} gave {len(response):,} bytes where the {end - begin:,} from {begin:,} on were asked "
+                    f"for: it is not the file of {self.size:,} bytes that it was, or its server gives no ranges."
                 )
-        return [memoryview(data) for data in found]
+        return [memoryview(response) for response in responses]
 
     def __str__(self) -> str:
         return self.url
@@ -137,86 +146,85 @@ class RemoteFolder:
 
     @property
     def source(self) -> str:
-        """What an adapter in this folder is read by."""
+        """The source by which `read_adapter` reads an adapter in this folder."""
         return self.url
 
     def at(self, name: str) -> str:
-        """What a file in the folder is called."""
+        """Return the URL of a file in the folder."""
         return f"{self.url}/{name}"
 
     def kind(self) -> str | None:
-        """What is there: "directory", "file", or None for nothing."""
+        """Return "directory" or "file", or None if there is nothing behind the URL."""
         try:
-            with _explained(self.url):
+            with _driver_errors(self.url):
                 driver, path = _driver(self.url, self.token)
                 return str(driver.info(path)["type"])
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def refresh(self) -> None:
-        """Forget what its driver remembers of the folder: there may be more in it by now."""
-        # some drivers look for what they are to forget
-        with suppress(FileNotFoundError), _explained(self.url):
+        """Clear the driver's cache of the folder, which may have changed since it was listed."""
+        # some drivers look up the path whose cache they clear
+        with suppress(FileNotFoundError), _driver_errors(self.url):
             driver, path = _driver(self.url, self.token)
             driver.invalidate_cache(path)
 
     def is_file(self, name: str) -> bool:
-        """Whether the folder has a file of that name."""
+        """Return whether the folder has a file of that name."""
         try:
             return bool(self._info(name)["type"] == "file")
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def read(self, name: str, most: int) -> bytes:
-        """All of a small file. `FormatError` where its server says that it has more bytes."""
+    def read(self, name: str, limit: int) -> bytes:
+        """Read a small file. Raises `FormatError` if its server says that it has more than `limit` bytes."""
         url, size = self.at(name), self._info(name).get("size")
-        if isinstance(size, int) and size > most:
-            raise FormatError(f"{url} has {size:,} bytes, more than the {most:,} that are read of such a file.")
-        with _explained(url):
+        if isinstance(size, int) and size > limit:
+            raise FormatError(f"{url} has {size:,} bytes, more than the {limit:,} that are read of such a file.")
+        with _driver_errors(url):
             driver, path = _driver(url, self.token)
             return bytes(driver.cat_file(path))
 
     def file(self, name: str) -> RemoteFile:
-        """A file that is there, to read ranges of."""
+        """Describe an existing file, to read byte ranges of it."""
         size = self._info(name).get("size")
         if not isinstance(size, int) or size < 0:
             raise UrlError(f"{self.at(name)} does not say how long it is, so no ranges can be read. Download it first.")
         return RemoteFile(self.at(name), size, self.token)
 
     def folders(self) -> list["RemoteFolder"]:
-        """The folders in it by name, hidden ones aside."""
+        """List the subfolders by name, without hidden ones."""
         return [
             RemoteFolder(self.at(name), self.token)
-            for name, kind in self._listed()
+            for name, kind in self._entries()
             if kind == "directory" and not name.startswith(".")
         ]
 
     def files(self) -> list[str]:
-        """The names of the files in it."""
-        return [name for name, kind in self._listed() if kind == "file"]
+        """List the names of the files in the folder."""
+        return [name for name, kind in self._entries() if kind == "file"]
 
     def _info(self, name: str) -> dict[str, Any]:
         url = self.at(name)
-        with _explained(url):
+        with _driver_errors(url):
             driver, path = _driver(url, self.token)
-            found: dict[str, Any] = driver.info(path)
-            return found
+            info: dict[str, Any] = driver.info(path)
+            return info
 
-    def _listed(self) -> list[tuple[str, str]]:
-        """Names and kinds of what is in it, sorted."""
-        with _explained(self.url):
+    def _entries(self) -> list[tuple[str, str]]:
+        """Return name and kind of each file and subfolder, sorted by name."""
+        with _driver_errors(self.url):
             driver, path = _driver(self.url, self.token)
-            # a bucket may have an object of the folder's own name in it
-            found = [
-                (one["name"].rstrip("/").rpartition("/")[2], one["type"])
-                for one in driver.ls(path, detail=True)
-                if one["name"].strip("/") != path.strip("/")
-            ]
-        return sorted(found)
+            # a bucket may list an object with the name of the folder itself
+            return sorted(
+                (info["name"].rstrip("/").rpartition("/")[2], info["type"])
+                for info in driver.ls(path, detail=True)
+                if info["name"].strip("/") != path.strip("/")
+            )
 
 
 def _driver(url: str, token: str | bool | None) -> tuple[Any, str]:
-    """The filesystem of a URL, which fsspec keeps one of for each thread, and the path that it has there."""
+    """Return fsspec's file system for a URL, one for each thread, and the path in it."""
     from fsspec.core import url_to_fs
 
     options = {"token": token} if token is not None else {}
@@ -224,8 +232,8 @@ def _driver(url: str, token: str | bool | None) -> tuple[Any, str]:
 
 
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Our errors in the place of those that drivers end in, but for those of a path that leads nowhere."""
+def _driver_errors(url: str) -> Iterator[None]:
+    """Turn the errors of drivers into ours, except those of a missing path."""
     try:
         yield
     except (EigenloraxError, FileNotFoundError, NotADirectoryError):
@@ -240,14 +248,14 @@ def _explained(url: str) -> Iterator[None]:
             "files, as its other programs do."
         ) from error
     except Exception as error:
-        # a driver raises what its own libraries raise, of classes that only it knows
+        # drivers raise exceptions of their own libraries, which share no base class
         raise UrlError(f"{url} could not be read: {reason(error).rstrip('.')} ({type(error).__name__}).") from error
 
 
 def _package(url: str) -> str:
-    """What a URL's driver is installed by."""
+    """Return what `pip install` needs for the driver of a URL."""
     from fsspec.registry import known_implementations
 
-    scheme = _parts(url)[0]
+    scheme = _split(url)[0]
     package = known_implementations[scheme]["class"].partition(".")[0] if scheme in known_implementations else scheme
     return f"'fsspec[{scheme}]'" if package == "fsspec" else package

@@ -1,7 +1,7 @@
-"""LoRA files of image models, read: one safetensors file, in any of the dialects of kohya, diffusers and others.
+"""Read LoRA files of image models: one safetensors file, in any of the dialects of kohya, diffusers and others.
 
-The header says which layers there are. Alphas are read at once, factors when they are asked for.
-docs/adapter-formats.md has the cases.
+The header lists the layers. Alphas are read at once, factors when they are asked for. docs/adapter-formats.md describes
+the cases.
 """
 
 import json
@@ -23,20 +23,20 @@ from ...core.linear_regex import StepBudget
 from ...errors import FormatError, NonFiniteError, ShapeError, SourceWarning
 from .. import files, lora_config
 from ..files import Header, OpenedFile
-from ..folders import Place
+from ..folders import AdapterLocation
 from ..lora_config import Numbers
 from . import flux, names
 from .flux import Part, Rows
 from .names import ALPHA, BIAS, DOWN, MAGNITUDE, MID, UP, Layer
 
 METADATA = "lora_adapter_metadata"
-"""Under what diffusers keeps the configs of a file's LoRAs, JSON with a component's name before each field."""
+"""Metadata key of diffusers for LoRA configs: JSON whose fields start with the name of a component."""
 _ALPHA_DTYPES = (*dtypes.STORED, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensors:
-    """The keys of one layer's tensors by part, and how its factors are spelled."""
+class _LayerTensors:
+    """The tensors of one layer of the file. style: spelling of the factors. keys: part → name of the tensor."""
 
     stem: str
     style: str
@@ -44,191 +44,194 @@ class _Tensors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Module:
-    """A module: the layer of the file it is, or a part of."""
+class _ModuleRows:
+    """A module as rows of a layer of the file: all of them, or a part. swapped: its two halves change places."""
 
-    layer: _Tensors
+    layer: _LayerTensors
     rows: tuple[int, int]
     swapped: bool = False
 
 
-def read(source: str | Path | Place, dialect: str | None = None, **options: Any) -> Adapter:
-    """The LoRA in a single file: on disk, behind a URL, or on the Hub.
+def read(source: str | Path | AdapterLocation, dialect: str | None = None, **options: Any) -> Adapter:
+    """Read the LoRA in a single file on disk, behind a URL or on the Hub.
 
-    dialect: the only one in which it may be; whichever it is, by default. options: those of `files.opened_file`.
+    Args:
+        dialect: the dialect that the file has to be in; by default any.
+        options: those of `files.open_file`.
+
+    Raises:
+        FormatError: the file is no LoRA, is incomplete, or is of a model that is not known.
+        ShapeError: the shapes of a layer do not fit each other or the model.
+        NonFiniteError: an alpha is NaN or Inf.
     """
-    return adapter(files.opened_file(source, **options), dialect)
+    return adapter(files.open_file(source, **options), dialect)
 
 
-def adapter(opened: OpenedFile, wanted: str | None = None) -> Adapter:
-    """The LoRA that a file is. wanted: the only dialect in which it may be."""
-    where = opened.weights
-    layers, others = _layers(opened)
-    if others or not layers:
-        _refuse(opened, others)
-    understood = _understood(layers, where)
-    origin = _origin(understood.values(), opened.metadata)
-    if wanted is not None and wanted != origin.format:
-        raise FormatError(f"{where} is a file in the dialect {origin.format!r}, not {wanted!r}. Leave the format away.")
+def adapter(opened: OpenedFile, dialect: str | None = None) -> Adapter:
+    """Return the LoRA of an opened file. `dialect` and errors as in `read`."""
+    path = opened.weights.path
+    tensors_of = _group_by_layer(opened)
+    layers = _resolve_layers(tensors_of, path)
+    origin = _origin(layers.values(), opened.weights.metadata)
+    if dialect is not None and dialect != origin.format:
+        raise FormatError(f"{path} is a file in the dialect {origin.format!r}, not {dialect!r}. Leave the format away.")
     configs = _configs(opened)
-    alphas = _alphas(opened, layers)
-    modules: dict[str, _Module] = {}
+    alphas = _alphas(opened, tensors_of)
+    modules: dict[str, _ModuleRows] = {}
     specs: dict[str, ModuleSpec] = {}
-    carried: dict[str, tuple[_Tensors, str]] = {}
-    silent = []
-    for stem, tensors in layers.items():
-        down, up = _factor_headers(tensors, opened.headers, where)
+    carried: dict[str, tuple[_LayerTensors, str]] = {}
+    without_alpha = []
+    for stem, tensors in tensors_of.items():
+        down, up = _factor_headers(tensors, opened.weights.headers, path)
         rank = down.shape[0]
-        said = tensors.keys.get(ALPHA) is not None
-        for part in understood[stem].parts:
-            config = configs.get(part.module.partition(".")[0])
-            known = said or config is not None
-            scaling = alphas[stem] / rank if said else _configured(part.module, rank, config, where)
-            if not known:
-                silent.append(part.module)
-            module = _module(part, tensors, down, up, where)
-            if part.module in modules:
+        for part in layers[stem].parts:
+            module = part.module
+            config = configs.get(module.partition(".")[0])
+            if stem in alphas:
+                scaling = alphas[stem] / rank
+            elif config is not None:
+                scaling = _configured_scaling(module, rank, config, path)
+            else:
+                scaling = 1.0
+                without_alpha.append(module)
+            rows = _module_rows(part, tensors, down, up, path)
+            if module in modules:
                 raise FormatError(
-                    f"{where}: layers {modules[part.module].layer.stem!r} and {stem!r} stand for the same module, "
-                    f"{part.module!r}."
+                    f"{path}: layers {modules[module].layer.stem!r} and {stem!r} stand for the same module, {module!r}."
                 )
-            modules[part.module] = module
-            spec = _spec(module, down, up, tensors, opened.headers, scaling)
-            specs[part.module] = replace(spec, shared=len(understood[stem].parts))
+            modules[module] = rows
+            spec = _spec(rows, down, up, opened.weights.headers, scaling)
+            specs[module] = replace(spec, shared=len(layers[stem].parts))
             for kind in (MAGNITUDE, BIAS):
                 if kind in tensors.keys:
-                    carried[_carried_key(part.module, kind)] = (tensors, kind)
-    _note_alphas(where, silent, len(specs), origin.format)
-    folded = [stem for stem, tensors in layers.items() if MID in tensors.keys]
-    if folded:
-        warnings.warn(
-            f"{where}: {len(folded)} convolutions of three factors (lora_mid), such as {folded[0]!r}, are read as the "
-            "same updates in two.",
-            SourceWarning,
-            stacklevel=4,
-        )
+                    carried[_carried_key(module, kind)] = (tensors, kind)
+    _warn_of_missing_alphas(path, without_alpha, len(specs), origin.format)
+    _warn_of_mid_factors(path, [stem for stem, tensors in tensors_of.items() if MID in tensors.keys])
     specs = dict(sorted(specs.items()))
-    made = Adapter(
+    lora = Adapter(
         name=opened.name,
         specs=specs,
         modules=LazyMapping(specs, partial(_factors, opened, specs, modules)),
         carried=LazyMapping(carried, partial(_carried, opened, modules, carried)),
-        file_bytes=opened.file_bytes,
+        file_bytes=opened.weights.size,
         origin=origin,
     )
-    return replace(made, source_config=lora_config.make(made))
+    return replace(lora, source_config=lora_config.make(lora))
 
 
-def _layers(opened: OpenedFile) -> tuple[dict[str, _Tensors], list[str]]:
-    """The layers of a file by name, and the keys that are no part of any."""
-    layers: dict[str, _Tensors] = {}
-    others = []
-    for raw in sorted(opened.headers):
-        found = names.key(raw)
-        if found is None:
-            others.append(raw)
+def _group_by_layer(opened: OpenedFile) -> dict[str, _LayerTensors]:
+    """Return the tensors of each layer by its name in the file. Raises `FormatError` for a file that is no LoRA."""
+    layers: dict[str, _LayerTensors] = {}
+    unknown = []
+    for name in sorted(opened.weights.headers):
+        key = names.key(name)
+        if key is None:
+            unknown.append(name)
             continue
-        known = layers.setdefault(found.stem, _Tensors(found.stem, found.style, {}))
-        if found.style and not known.style:
-            layers[found.stem] = known = replace(known, style=found.style)
-        if known.keys.setdefault(found.part, raw) != raw:
+        layer = layers.setdefault(key.stem, _LayerTensors(key.stem, key.style, {}))
+        if key.style and not layer.style:
+            # the first tensor of a layer may be one that all styles spell alike, such as its alpha
+            layers[key.stem] = layer = replace(layer, style=key.style)
+        if layer.keys.setdefault(key.part, name) != name:
             raise FormatError(
-                f"{opened.weights}: tensors {known.keys[found.part]!r} and {raw!r} stand for the same one."
+                f"{opened.weights.path}: tensors {layer.keys[key.part]!r} and {name!r} stand for the same one."
             )
-    return layers, others
+    if unknown or not layers:
+        raise _no_lora(opened, unknown)
+    return layers
 
 
-def _refuse(opened: OpenedFile, others: list[str]) -> None:
-    """The error for a file with tensors that are no part of a LoRA."""
-    where = opened.weights
-    if not opened.headers:
-        raise FormatError(f"{where} has no tensors.")
-    if kind := names.other_kind(sorted(opened.headers)):
-        raise names.refused(where, *kind)
-    if len(others) == len(opened.headers):
-        raise FormatError(
-            f"{where} is no LoRA: none of its {len(others):,} tensors, such as {others[0]!r}, has a name like "
+def _no_lora(opened: OpenedFile, unknown: list[str]) -> FormatError:
+    """Return the error for a file in which the tensors `unknown` are no part of a LoRA."""
+    path, n_tensors = opened.weights.path, len(opened.weights.headers)
+    if not n_tensors:
+        return FormatError(f"{path} has no tensors.")
+    if kind := names.other_kind(sorted(opened.weights.headers)):
+        return names.refused(path, *kind)
+    if len(unknown) == n_tensors:
+        return FormatError(
+            f"{path} is no LoRA: none of its {n_tensors:,} tensors, such as {unknown[0]!r}, has a name like "
             "…lora_down.weight, …lora_A.weight or …lora.down.weight."
         )
-    raise FormatError(
-        f"{where}: {len(others):,} of {len(opened.headers):,} tensors are no part of a LoRA, such as {others[0]!r}. "
-        "They would be lost, so nothing was read."
+    return FormatError(
+        f"{path}: {len(unknown):,} of {n_tensors:,} tensors are no part of a LoRA, such as {unknown[0]!r}. They "
+        "would be lost, so nothing was read."
     )
 
 
-def _understood(layers: Mapping[str, _Tensors], where: str) -> dict[str, Layer]:
-    """What each layer stands for; an error that names the first that is not known."""
-    has_flux = any("double_blocks" in stem or "single_blocks" in stem for stem in layers)
-    found: dict[str, Layer] = {}
+def _resolve_layers(tensors_of: Mapping[str, _LayerTensors], path: str) -> dict[str, Layer]:
+    """Return the modules that each layer stands for. Raises `FormatError` for a layer of a model that is not known."""
+    has_flux = any("double_blocks" in stem or "single_blocks" in stem for stem in tensors_of)
+    layers: dict[str, Layer] = {}
     unknown = []
-    for stem, tensors in layers.items():
-        one = names.layer(stem, tensors.style, has_flux=has_flux)
-        if one is None:
+    for stem, tensors in tensors_of.items():
+        layer = names.layer(stem, tensors.style, has_flux=has_flux)
+        if layer is None:
             unknown.append(stem)
         else:
-            found[stem] = one
-    if not any(names.is_of_image_model(part.module) for one in found.values() for part in one.parts):
-        # a name such as `transformer.h.0.attn.c_attn` is below a component and of a text model all the same
-        unknown = list(layers)
+            layers[stem] = layer
+    if not any(names.is_of_image_model(part.module) for layer in layers.values() for part in layer.parts):
+        # names of text models resolve too: `transformer.h.0.attn.c_attn` of GPT-2 starts with a component
+        unknown = list(tensors_of)
     if unknown:
         if all(stem.startswith(keys.MODEL_PREFIX) for stem in unknown):
             raise FormatError(
-                f"{where} is a LoRA as PEFT saves it, but there is no {keys.ADAPTER_CONFIG} beside it that says how it "
+                f"{path} is a LoRA as PEFT saves it, but there is no {keys.ADAPTER_CONFIG} beside it that says how it "
                 "is scaled. Name the folder that holds both."
             )
         raise FormatError(
-            f"{where}: {len(unknown):,} of {len(layers):,} modules are of no model that is known here, such as "
+            f"{path}: {len(unknown):,} of {len(tensors_of):,} modules are of no model that is known here, such as "
             f"{unknown[0]!r}. Known are the UNets of Stable Diffusion 1, 2 and XL, FLUX, and their text encoders."
         )
-    return found
+    return layers
 
 
 def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
-    """The commonest dialect of the layers, and the spellings that its layers have."""
+    """Return the commonest dialect of the layers, with the spellings that its layers have."""
     layers = list(layers)
-    counts = Counter(one.dialect for one in layers)
+    counts = Counter(layer.dialect for layer in layers)
     dialect = max(counts, key=lambda name: (counts[name], -names.DIALECTS.index(name)))
-    spelling = frozenset().union(*(one.spelling for one in layers if one.dialect == dialect))
-    return Origin(dialect, tuple(one for one in names.SPELLINGS if one in spelling), dict(sorted(metadata.items())))
+    spellings = frozenset().union(*(layer.spelling for layer in layers if layer.dialect == dialect))
+    ordered = tuple(spelling for spelling in names.SPELLINGS if spelling in spellings)
+    return Origin(dialect, ordered, dict(sorted(metadata.items())))
 
 
 def _configs(opened: OpenedFile) -> dict[str, Numbers]:
-    """What the file's metadata says of the ranks and scalings of each component's LoRA."""
-    text = opened.metadata.get(METADATA)
-    return {} if text is None else _numbers(text, f"{opened.weights} ({METADATA})")
+    """Return the ranks and scalings by component that diffusers keeps in the metadata."""
+    text = opened.weights.metadata.get(METADATA)
+    return {} if text is None else _parse_configs(text, f"{opened.weights.path} ({METADATA})")
 
 
-def says(text: str, specs: Mapping[str, ModuleSpec]) -> bool:
-    """Whether such metadata say the ranks and scalings of modules by diffusers' names."""
-    configs = _numbers(text, METADATA)
+def metadata_matches(text: str, specs: Mapping[str, ModuleSpec]) -> bool:
+    """Return whether diffusers' metadata state the ranks and scalings of `specs`, by diffusers' module names."""
+    configs = _parse_configs(text, METADATA)
     for module, spec in specs.items():
         numbers = configs.get(module.partition(".")[0])
-        rank, scaling = _stated(module, numbers) if numbers is not None else (0, 0.0)
+        rank, scaling = _rank_and_scaling(module, numbers) if numbers is not None else (0, 0.0)
         if rank != spec.rank or not math.isclose(scaling, spec.scaling):
             return False
     return True
 
 
-def _numbers(text: str, where: str) -> dict[str, Numbers]:
+def _parse_configs(text: str, where: str) -> dict[str, Numbers]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise FormatError(f"{where} is not a JSON object.")
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in fields.items():
+    configs: dict[str, dict[str, Any]] = {}
+    for name, setting in fields.items():
         component, _, field = name.partition(".")
-        found.setdefault(component, {})[field] = value
-    effort = StepBudget()
-    return {component: Numbers(config, where, effort) for component, config in found.items() if "r" in config}
+        configs.setdefault(component, {})[field] = setting
+    # one budget for all components, so that a hostile file cannot multiply it
+    budget = StepBudget()
+    return {component: Numbers(config, where, budget) for component, config in configs.items() if "r" in config}
 
 
-def _configured(module: str, rank: int, numbers: Numbers | None, where: str) -> float:
-    """The scaling of a module whose alpha is no tensor: the config's, or 1 where there is none."""
-    if numbers is None:
-        return 1.0
-    stated, scaling = _stated(module, numbers)
+def _configured_scaling(module: str, rank: int, numbers: Numbers, where: str) -> float:
+    """Return the scaling of a module by its component's config. Raises `ShapeError` if that states another rank."""
+    stated, scaling = _rank_and_scaling(module, numbers)
     if stated != rank:
         raise ShapeError(
             f"{where}: module {module} has rank {rank}, but {METADATA} says {stated}. Its scaling would be a guess."
@@ -236,84 +239,83 @@ def _configured(module: str, rank: int, numbers: Numbers | None, where: str) -> 
     return scaling
 
 
-def _stated(module: str, numbers: Numbers) -> tuple[int, float]:
-    """The rank and the scaling that a component's config has for one of its modules."""
+def _rank_and_scaling(module: str, numbers: Numbers) -> tuple[int, float]:
+    """Return the rank and the scaling that a component's config states for one of its modules."""
     name = module.partition(".")[2]
-    found = numbers.of(name)
-    # in later releases of transformers, a text encoder's modules have no such component
-    return numbers.of(name.removeprefix("text_model.")) if found == numbers.of("") else found
+    stated = numbers.of(name)
+    # later releases of transformers have no `text_model` in the modules of a text encoder
+    return numbers.of(name.removeprefix("text_model.")) if stated == numbers.of("") else stated
 
 
-def _alphas(opened: OpenedFile, layers: Mapping[str, _Tensors]) -> dict[str, float]:
-    """The alphas of those layers that have one."""
-    where = opened.weights
-    raw = {stem: tensors.keys[ALPHA] for stem, tensors in layers.items() if ALPHA in tensors.keys}
-    for stem, key in raw.items():
-        if math.prod(opened.headers[key].shape) != 1:
-            raise ShapeError(f"{where}: {key!r} is {opened.headers[key].shape}; an alpha is one number.")
-        if not {DOWN, UP} & set(layers[stem].keys):
-            raise FormatError(
-                f"{where}: {key!r} is the alpha of a layer that has no factors: the file is not complete."
-            )
-    values = opened.load(list(raw.values()))
-    for key, tensor in zip(raw.values(), values, strict=True):
+def _alphas(opened: OpenedFile, tensors_of: Mapping[str, _LayerTensors]) -> dict[str, float]:
+    """Read the alphas of the layers that have one."""
+    path, headers = opened.weights.path, opened.weights.headers
+    alpha_keys = {stem: tensors.keys[ALPHA] for stem, tensors in tensors_of.items() if ALPHA in tensors.keys}
+    for stem, key in alpha_keys.items():
+        if math.prod(headers[key].shape) != 1:
+            raise ShapeError(f"{path}: {key!r} is {headers[key].shape}; an alpha is one number.")
+        if not {DOWN, UP} & set(tensors_of[stem].keys):
+            raise FormatError(f"{path}: {key!r} is the alpha of a layer that has no factors: the file is not complete.")
+    alphas = {}
+    tensors = opened.weights.load(list(alpha_keys.values()))
+    for (stem, key), tensor in zip(alpha_keys.items(), tensors, strict=True):
         if tensor.dtype not in _ALPHA_DTYPES:
-            raise FormatError(f"{where}: {key!r} is {tensor.dtype}; an alpha is a float or an integer.")
-    found = {stem: float(value.reshape(()).item()) for stem, value in zip(raw, values, strict=True)}
-    for stem, value in found.items():
-        if not math.isfinite(value * value):
-            raise NonFiniteError(f"{where}: {raw[stem]!r} is {value}; an alpha is a number.")
-    return found
+            raise FormatError(f"{path}: {key!r} is {tensor.dtype}; an alpha is a float or an integer.")
+        alpha = float(tensor.reshape(()).item())
+        # its square is part of every norm of the update
+        if not math.isfinite(alpha * alpha):
+            raise NonFiniteError(f"{path}: {key!r} is {alpha}; an alpha is a number.")
+        alphas[stem] = alpha
+    return alphas
 
 
-def _factor_headers(tensors: _Tensors, headers: Mapping[str, Header], where: str) -> tuple[Header, Header]:
-    """Those of down and up; an error where they do not fit each other."""
-    for part, other in ((DOWN, UP), (UP, DOWN)):
+def _factor_headers(tensors: _LayerTensors, headers: Mapping[str, Header], where: str) -> tuple[Header, Header]:
+    """Return the headers of down and up. Raises an error if the shapes of a layer do not fit each other."""
+    for part, partner in ((DOWN, UP), (UP, DOWN)):
         if part not in tensors.keys:
-            has = tensors.keys.get(other) or next(iter(tensors.keys.values()))
-            raise FormatError(f"{where}: tensor {has!r} has no partner ({part}): the file is not complete.")
+            name = tensors.keys.get(partner) or next(iter(tensors.keys.values()))
+            raise FormatError(f"{where}: tensor {name!r} has no partner ({part}): the file is not complete.")
     for part in (DOWN, UP, MID):
         if part in tensors.keys and headers[tensors.keys[part]].dtype is None:
             raise FormatError(f"{where}: tensor {tensors.keys[part]!r} is not float64, float32, float16 or bfloat16.")
-    raw = tensors.keys[DOWN], tensors.keys[UP]
-    down, up = headers[raw[0]], headers[raw[1]]
+    down_key, up_key = tensors.keys[DOWN], tensors.keys[UP]
+    down, up = headers[down_key], headers[up_key]
     if len(down.shape) not in (2, 4) or len(up.shape) not in (2, 4) or set(up.shape[2:]) - {1}:
         raise ShapeError(
-            f"{where}: {raw[0]!r} is {down.shape} and {raw[1]!r} is {up.shape}: (rank, in) and (out, rank), or the "
+            f"{where}: {down_key!r} is {down.shape} and {up_key!r} is {up.shape}: (rank, in) and (out, rank), or the "
             "same of a convolution, were expected."
         )
     if down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
         raise ShapeError(
-            f"{where}: {raw[0]!r} is {down.shape} and {raw[1]!r} is {up.shape}: (rank, in) and (out, rank) must share "
-            "one rank of at least 1."
+            f"{where}: {down_key!r} is {down.shape} and {up_key!r} is {up.shape}: (rank, in) and (out, rank) must "
+            "share one rank of at least 1."
         )
     if MID in tensors.keys:
         mid = headers[tensors.keys[MID]].shape
         if len(mid) != 4 or mid[:2] != (down.shape[0],) * 2 or set(down.shape[2:]) - {1} or 0 in mid:
             raise ShapeError(
-                f"{where}: {tensors.keys[MID]!r} is {mid}, between {raw[0]!r}, {down.shape}, and {raw[1]!r}, {up.shape}"
-                ": (rank, rank, height, width) between two convolutions of kernel 1 was expected."
+                f"{where}: {tensors.keys[MID]!r} is {mid}, between {down_key!r}, {down.shape}, and {up_key!r}, "
+                f"{up.shape}: (rank, rank, height, width) between two convolutions of kernel 1 was expected."
             )
     return down, up
 
 
-def _module(part: Part, tensors: _Tensors, down: Header, up: Header, where: str) -> _Module:
+def _module_rows(part: Part, tensors: _LayerTensors, down: Header, up: Header, where: str) -> _ModuleRows:
+    """Return the rows of a layer that are a module. Raises `ShapeError` if the layer has not the sizes of FLUX's."""
     rows = flux.span(part, up.shape[0], math.prod(down.shape[1:]))
     if rows is None:
         raise ShapeError(
             f"{where}: {tensors.keys[UP]!r} is {up.shape}, and {tensors.keys[DOWN]!r} is {down.shape}: these are not "
             f"the sizes of FLUX's {tensors.stem!r}, of which {part.module!r} is a part."
         )
-    return _Module(tensors, rows, part.rows is Rows.SWAPPED)
+    return _ModuleRows(tensors, rows, part.rows is Rows.SWAPPED)
 
 
-def _spec(
-    module: _Module, down: Header, up: Header, tensors: _Tensors, headers: Mapping[str, Header], scaling: float
-) -> ModuleSpec:
+def _spec(module: _ModuleRows, down: Header, up: Header, headers: Mapping[str, Header], scaling: float) -> ModuleSpec:
+    mid_key = module.layer.keys.get(MID)
     assert down.dtype is not None
     assert up.dtype is not None
-    mid = headers[tensors.keys[MID]].shape if MID in tensors.keys else None
-    kernel = (mid if mid is not None else down.shape)[2:]
+    kernel = (down if mid_key is None else headers[mid_key]).shape[2:]
     return ModuleSpec(
         rank=down.shape[0],
         in_features=down.shape[1] * math.prod(kernel),
@@ -324,39 +326,49 @@ def _spec(
     )
 
 
-def _note_alphas(where: str, silent: list[str], modules: int, dialect: str) -> None:
-    """Warn of modules without an alpha, but for whole files of the dialects that need none."""
-    if silent and (len(silent) < modules or dialect == names.KOHYA):
+def _warn_of_missing_alphas(path: str, modules: list[str], n_modules: int, dialect: str) -> None:
+    """Warn of modules without an alpha, unless a whole file has none and its dialect needs none."""
+    if modules and (len(modules) < n_modules or dialect == names.KOHYA):
         warnings.warn(
-            f"{where}: {len(silent)} of {modules} modules have no alpha, such as {silent[0]!r}; their scaling is taken "
-            "to be 1, as kohya's programs take it.",
+            f"{path}: {len(modules)} of {n_modules} modules have no alpha, such as {modules[0]!r}; their scaling is "
+            "taken to be 1, as kohya's programs take it.",
             SourceWarning,
             stacklevel=5,
         )
 
 
-# Functions of the module, bound by `partial`: an adapter can be sent to another process, which a closure cannot.
+def _warn_of_mid_factors(path: str, stems: list[str]) -> None:
+    if stems:
+        warnings.warn(
+            f"{path}: {len(stems)} convolutions of three factors (lora_mid), such as {stems[0]!r}, are read as the "
+            "same updates in two.",
+            SourceWarning,
+            stacklevel=5,
+        )
+
+
+# `partial` of module functions, not closures: an adapter has to be picklable.
 
 
 def _factors(
-    opened: OpenedFile, specs: Mapping[str, ModuleSpec], modules: Mapping[str, _Module], module: str
+    opened: OpenedFile, specs: Mapping[str, ModuleSpec], modules: Mapping[str, _ModuleRows], module: str
 ) -> LoRAFactors:
-    one = modules[module]
-    tensors = one.layer.keys
-    wanted = [part for part in (DOWN, UP, MID) if part in tensors]
-    read = dict(zip(wanted, opened.load([tensors[part] for part in wanted]), strict=True))
-    down, up = read[DOWN], _rows(read[UP], one)
-    if MID in read:
-        # exact: the two convolutions of kernel 1 are matrices on either side of it
-        down = torch.einsum("rqhw,qc->rchw", read[MID].double(), down.flatten(1).double()).to(down.dtype)
+    keys_of = modules[module].layer.keys
+    parts = [part for part in (DOWN, UP, MID) if part in keys_of]
+    tensors = dict(zip(parts, opened.weights.load([keys_of[part] for part in parts]), strict=True))
+    down, up = tensors[DOWN], _select_rows(tensors[UP], modules[module])
+    if MID in tensors:
+        # exact: the convolutions of kernel 1 before and after the middle one are matrices
+        down = torch.einsum("rqhw,qc->rchw", tensors[MID].double(), down.flatten(1).double()).to(down.dtype)
     return LoRAFactors.from_weights(down, up, specs[module].scaling)
 
 
-def _rows(tensor: Tensor, module: _Module) -> Tensor:
+def _select_rows(tensor: Tensor, module: _ModuleRows) -> Tensor:
+    """Return the rows of a layer's tensor that belong to a module."""
     if module.swapped:
         return torch.cat(tuple(reversed(tensor.chunk(2))))
     begin, end = module.rows
-    # a slice would keep all of it alive
+    # a slice would keep the memory of the whole tensor alive
     return tensor if (begin, end) == (0, len(tensor)) else tensor[begin:end].clone()
 
 
@@ -366,15 +378,14 @@ def _carried_key(module: str, part: str) -> str:
 
 def _carried(
     opened: OpenedFile,
-    modules: Mapping[str, _Module],
-    carried: Mapping[str, tuple[_Tensors, str]],
+    modules: Mapping[str, _ModuleRows],
+    carried: Mapping[str, tuple[_LayerTensors, str]],
     key: str,
 ) -> Tensor:
     tensors, part = carried[key]
     module = modules[
         key.removeprefix(keys.MODEL_PREFIX).removesuffix(".lora_magnitude_vector").removesuffix(".lora_B.bias")
     ]
-    found = opened.load([tensors.keys[part]])[0]
-    if found.ndim and len(found) > 1:
-        return _rows(found, module)
-    return found
+    tensor = opened.weights.load([tensors.keys[part]])[0]
+    # a magnitude of the shape (1, in) has no rows to select
+    return _select_rows(tensor, module) if tensor.ndim and len(tensor) > 1 else tensor

@@ -26,7 +26,7 @@ from . import layers, names
 from .flux import Rows
 from .layers import Kind, Members
 from .names import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
-from .reader import METADATA, says
+from .reader import METADATA, metadata_matches
 
 _HASHES = re.compile(r"(sshs_(model|legacy)_hash|modelspec\.hash_sha256)")
 """What is true of the bytes of one file alone."""
@@ -243,7 +243,7 @@ def _metadata(adapter: Adapter, kind: Kind) -> dict[str, str]:
     found.setdefault("format", "pt")
     if kind.dialect != DIFFUSERS:
         return found
-    if text is not None and says(text, {module: adapter.specs[own] for own, module in kind.named.items()}):
+    if text is not None and metadata_matches(text, {module: adapter.specs[own] for own, module in kind.named.items()}):
         found[METADATA] = text
     elif any(spec.scaling != 1 for spec in adapter.specs.values()) or adapter.carried:
         found[METADATA] = json.dumps(_lora_metadata(adapter, kind.named), indent=2, sort_keys=True)
