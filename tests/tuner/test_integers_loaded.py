@@ -50,7 +50,7 @@ def test_by_what_reads_floats_alone_it_is_refused(saved_base, pack, tmp_path, id
     """transformers would give the base model's answers, and no more than a line in a log."""
     opened = ex.Pack.open(pack)
     model = load("native", saved_base, pack / "adapters" / "a0").eval()
-    with pytest.raises(FormatError, match=f"'default' has its coefficients as {opened.coefficient_storage}.*export"):
+    with pytest.raises(FormatError, match=f"'default' stores its coefficients as {opened.coefficient_storage}.*export"):
         model(ids)
     floats = ex.refit(opened, dtype="float32", coefficient_dtype="float32").pack.save(tmp_path / "floats")
     ex.Pack.open(floats)

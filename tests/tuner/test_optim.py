@@ -276,7 +276,7 @@ def test_parameters_without_gradients_stay():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr must be a number from 0 on, got -1.0"),
+        ({"lr": -1.0}, "lr must be a number of at least 0, got -1.0"),
         ({"eps": math.nan}, "eps must be"),
         ({"weight_decay": "much"}, "weight_decay must be a number"),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers"),

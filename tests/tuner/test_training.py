@@ -264,7 +264,7 @@ class TestExtraDirections:
         get_peft_model(make_bert(), config)
         assert set(config.extra_check) == set(BERT)
         config.extra_check[BERT[1]] += 0.5
-        with pytest.raises(OptionError, match=f"extra directions of {BERT[1]} from seed 4 differently"):
+        with pytest.raises(OptionError, match=f"added components of {BERT[1]} from seed 4 differently"):
             get_peft_model(bert, config)
 
 

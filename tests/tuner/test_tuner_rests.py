@@ -264,16 +264,16 @@ class TestTraining:
             torch.testing.assert_close(found[name].eigenlorax_up["default"].grad, up.grad, atol=1e-3, rtol=1e-3)
 
     def test_a_new_one_starts_from_what_is_inside(self, pack, ids):
-        with pytest.warns(ProjectionWarning, match=r"start='a0': it has a rest outside the subspace, 0\.\d+ of"):
+        with pytest.warns(ProjectionWarning, match=r"start='a0': it has a residual outside the subspace, 0\.\d+ of"):
             model = get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=pack, start="a0", r=3, lora_alpha=6))
-        with pytest.warns(ProjectionWarning, match="'a0' lies outside the subspace"):
+        with pytest.warns(ProjectionWarning, match="of the update of 'a0' lies outside the subspace"):
             wanted = from_lora(make_bert(), pack.adapter("a0"), subspace=pack)
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(ids).logits, wanted.eval()(ids).logits, **CLOSE)
         assert all(not layer.has_residual("default") for layer in layers(model))
 
     def test_the_mean_says_how_many_have_one(self, pack):
-        with pytest.warns(ProjectionWarning, match="3 of 4 adapters have a rest outside the subspace"):
+        with pytest.warns(ProjectionWarning, match="3 of 4 adapters have a residual outside the subspace"):
             get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=pack, start="mean"))
 
     def test_one_without_is_not_warned_of(self, pack, recwarn):
@@ -347,16 +347,16 @@ class TestFiles:
         folder = self.copied(path, tmp_path, lambda tensors: None)
         config = ex.EigenLoraxConfig.from_pretrained(str(folder), subspace=path)
         config.rests = {}
-        with pytest.raises(FormatError, match=f"file has a rest of the down side of {BERT[0]}"):
+        with pytest.raises(FormatError, match=f"file has a residual of the down side of {BERT[0]}"):
             PeftModel.from_pretrained(make_bert(), folder, config=config)
         assert key in load_file(folder / keys.ADAPTER_WEIGHTS)
 
     def test_one_that_is_missing_is_not_taken_for_zero(self, path, tmp_path):
         folder = self.copied(path, tmp_path, lambda tensors: tensors.pop(keys.residual_key(BERT[0], "up")))
-        with pytest.raises(FormatError, match=f"config has a rest of the up side of {BERT[0]}"):
+        with pytest.raises(FormatError, match=f"config has a residual of the up side of {BERT[0]}"):
             PeftModel.from_pretrained(make_bert(), folder, subspace=path)
 
     def test_one_of_a_module_that_the_model_lacks(self, pack):
         config = ex.EigenLoraxConfig(subspace=pack, rests={"decoder.query": ["down"]})
-        with pytest.raises(ModuleNameError, match=r"a rest beside its coefficients in 'decoder\.query'"):
+        with pytest.raises(ModuleNameError, match=r"a residual in 'decoder\.query'"):
             get_peft_model(make_bert(), config)

@@ -1,8 +1,8 @@
-"""Training on coefficients, as a method of PEFT. Plain style: PEFT's own, shapes in prose."""
+"""EigenLoRAx as a method of PEFT: coefficients over a frozen subspace are trained, saved, merged and served."""
 
 from . import registration
 
-# before any module of ours that imports PEFT: at the end of PEFT's import these modules are wanted whole
+# before the imports below, which fail with less helpful errors if PEFT is missing or too old
 registration.check_peft()
 
 from .components import lora_from_components  # noqa: E402

@@ -1,4 +1,4 @@
-"""The paper's INIT variant: an ordinary LoRA that starts from the principal components, and is trained whole."""
+"""The INIT variant of the paper: an ordinary LoRA whose factors are initialised with principal components."""
 
 import os
 from typing import Any
@@ -11,8 +11,8 @@ from torch import nn
 from ..core import keys
 from ..errors import ModuleNameError, OptionError
 from ..pack.pack import Pack
-from . import reference as references
 from .config import EigenLoraxConfig
+from .resolve import resolve_subspace
 from .supported_modules import in_out_features
 
 STARTS = ("zero", "components")
@@ -27,40 +27,55 @@ def lora_from_components(
     adapter_name: str = "default",
     **fields: Any,
 ) -> PeftModel:
-    """The model with a LoRA of rank `r` on the modules of a subspace, its factors started from the components.
+    """
+    Add a LoRA to the modules of a subspace, with lora_A initialised with the first `r` components of the down side.
 
-    lora_A is the first `r` components of each module's down side. start: "zero" leaves lora_B zero, so that the first
-    outputs are the base model's; "components" takes the up side's, as the paper does ("EigenLoRAx-INIT"), which is an
-    update of norm √r times the scaling in every module. Rows beyond a side's components stay as PEFT starts them, zero
-    in lora_B. What comes back is plain PEFT: 100 % of a LoRA is trained. `fields` are those of `LoraConfig`.
+    Args:
+        model (`nn.Module`):
+            The model to be adapted.
+        subspace (`str`, `os.PathLike` or [`Pack`]):
+            The pack whose subspace is used.
+        r (`int`):
+            The rank. Rows beyond the number of components are initialised as in PEFT. Defaults to `32`.
+        start (`str`):
+            Passing `'zero'` (default) sets lora_B to zero, so that training starts from the base model. Passing
+            `'components'` sets it to the components of the up side, as in the paper ("EigenLoRAx-INIT"), which is an
+            update of norm √r times the scaling in every module.
+        adapter_name (`str`):
+            The name of the adapter. Defaults to `'default'`.
+        fields:
+            Passed to [`LoraConfig`].
+
+    Returns:
+        `PeftModel`: A plain LoRA, of which all parameters are trained.
+
+    Raises `OptionError` for an unknown `start` and `ModuleNameError` if the model has no module of the subspace.
     """
     if start not in STARTS:
         raise OptionError(f"start must be one of {', '.join(STARTS)}, got {start!r}.")
     config = EigenLoraxConfig(subspace=subspace, target_modules=fields.get("target_modules"))
-    reference = references.resolve(config)
-    places = {
-        name: place
+    resolved = resolve_subspace(config)
+    modules = [
+        name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Module)
-        and in_out_features(module)[0] is not None
-        and (place := reference.place(name, config)) is not None
-    }
-    if not places:
+        if in_out_features(module)[0] is not None and resolved.subspace_name(name, config) is not None
+    ]
+    if not modules:
         raise ModuleNameError("the model has none of the modules of the subspace. It is a different base model.")
-    fields.setdefault("target_modules", sorted(places))
+    fields.setdefault("target_modules", sorted(modules))
     adapted = get_peft_model(model, LoraConfig(r=r, **fields), adapter_name=adapter_name)
     for name, layer in adapted.named_modules():
         if isinstance(layer, LoraLayer):
-            module = name.removeprefix(keys.MODEL_PREFIX)
-            bases = reference.bases(module, config, *in_out_features(layer.get_base_layer()))
-            _put(layer.lora_A[adapter_name].weight, bases.down.components)
+            module_name = name.removeprefix(keys.MODEL_PREFIX)
+            bases = resolved.bases(module_name, config, *in_out_features(layer.get_base_layer()))
+            _copy_rows(layer.lora_A[adapter_name].weight, bases.down.components)
             if start == "components":
-                _put(layer.lora_B[adapter_name].weight.transpose(0, 1), bases.up.components)
+                _copy_rows(layer.lora_B[adapter_name].weight.transpose(0, 1), bases.up.components)
     return adapted
 
 
-def _put(weight: torch.Tensor, rows: torch.Tensor) -> None:
-    """The first rows of a weight, as many as there are; each is shaped as those of a convolution are."""
-    kept = min(len(weight), len(rows))
+def _copy_rows(weight: torch.Tensor, components: torch.Tensor) -> None:
+    """Overwrite the first rows of a weight with components, which are reshaped for a convolution."""
+    n_rows = min(len(weight), len(components))
     with torch.no_grad():
-        weight[:kept].copy_(rows[:kept].view(kept, *weight.shape[1:]))
+        weight[:n_rows].copy_(components[:n_rows].view(n_rows, *weight.shape[1:]))

@@ -1,4 +1,4 @@
-"""`EigenLoraxConfig`: what is trained, where the subspace is, and what goes into `adapter_config.json`."""
+"""`EigenLoraxConfig`, the configuration of an adapter and the content of its `adapter_config.json`."""
 
 import copy
 import os
@@ -18,49 +18,88 @@ from .peft_type import peft_type
 @dataclass
 class EigenLoraxConfig(PeftConfig):
     """
-    Configuration of EigenLoRAx (arXiv 2502.04700): coefficients are trained, over a subspace that is frozen.
+    This is the configuration class to store the configuration of a [`EigenLoraxModel`].
+
+    Coefficients are trained over a frozen subspace. Paper: https://huggingface.co/papers/2502.04700.
 
     Args:
         subspace (`str`, `os.PathLike` or [`Pack`], *optional*):
-            The pack whose subspace is used: a folder, a repository on the Hub, or a `Pack` in memory. Where it is not
-            given, the subspace has to be known by its fingerprint: a pack that is open in this process, or a subspace
-            embedded in the adapter.
+            The pack whose subspace is used: a folder, a repository on the Hub, or a `Pack` in memory. If it is not
+            specified, the subspace is looked up by its fingerprint among the packs that are open in this process, or
+            loaded with the adapter if it is embedded there.
         subspace_revision (`str`, *optional*):
             Branch, tag or commit of a pack on the Hub.
         subspace_fingerprint (`str`, *optional*):
-            sha256 of the subspace; found in the pack where it is not given. Another subspace is refused.
+            The sha256 of the subspace. It is taken from the pack if it is not specified; a pack with another subspace
+            raises `OptionError`.
         embed_subspace (`bool`):
-            Save the subspace with the adapter, which then needs nothing else.
+            Whether to save the subspace in the adapter's own file, so that loading it needs no pack. This increases the
+            size of the checkpoint. Defaults to `False`.
         r (`int`):
-            Rank of the update. At most the number of components counts.
+            Rank of the update (the "rank" of LoRA). Ranks above the number of components have no effect. Defaults to
+            `8`.
         lora_alpha (`int` or `float`):
-            The update is scaled by `lora_alpha / r`.
+            The alpha parameter for scaling: the update is multiplied by `lora_alpha / r`. Defaults to `16`.
         lora_dropout (`float`):
-            Dropout on the layer's input.
+            The dropout probability for the layer's input. Defaults to `0.0`.
         use_rslora (`bool`):
-            Scale by `lora_alpha / sqrt(r)`.
+            When set to True, the scaling factor is `lora_alpha / math.sqrt(r)`. Defaults to `False`.
         core (`bool`):
-            Train one (k_up, k_down) matrix a module instead of two factors of rank `r`, which then sets the scale only.
+            Train one matrix (k_up, k_down) per module instead of two factors of rank `r`; `r` then sets the scaling
+            only. Defaults to `False`.
         start (`str`):
-            Where training starts: "zero" (no update), "mean" (the mean update of the pack's adapters), "uniform" (both
-            factors uniform in (-0.5, 0.5), as in the paper), the name of an adapter of the pack, or the path of a LoRA,
-            which is projected.
-        n_extra (`int`), extra_seed (`int`):
-            Further orthonormal directions on every side, from this seed, for little data (§3.3 of the paper).
-        target_modules (`list` or `str`, *optional*):
-            As in LoRA. By default every module of the subspace.
-        exclude_modules (`list` or `str`, *optional*), fan_in_fan_out (`bool`), bias (`str`), modules_to_save (`list`),
-        layers_to_transform (`int` or `list`), layers_pattern (`str` or `list`), rank_pattern (`dict`),
-        alpha_pattern (`dict`):
-            As in LoRA; bias is "none", "all" or "eigenlorax_only".
+            How to initialize the coefficients. Passing `'zero'` (default) starts from the base model. Passing `'mean'`
+            starts from the mean update of the pack's adapters. Passing `'uniform'` draws both factors uniformly from
+            (-0.5, 0.5), as in the paper. Passing the name of an adapter of the pack, or the path of a LoRA, starts from
+            that adapter, projected on the subspace.
+        n_extra (`int`):
+            Number of random orthonormal components that are added to both sides of every module, for small data sets
+            (§3.3 of the paper). Defaults to `0`.
+        extra_seed (`int`):
+            The seed of the added components. Defaults to `0`.
+        target_modules (`Union[List[str], str]`, *optional*):
+            The names of the modules to apply the adapter to, as in [`LoraConfig`]. If this is not specified, every
+            module of the subspace is adapted.
+        exclude_modules (`Union[List[str], str]`, *optional*):
+            The names of the modules to not apply the adapter, as in [`LoraConfig`].
+        fan_in_fan_out (`bool`):
+            Set this to True if the layer to replace stores weight like (fan_in, fan_out). It is corrected, with a
+            warning, for layers of a known type.
+        bias (`str`):
+            Biases to train. Can be 'none', 'all' or 'eigenlorax_only'. Defaults to `'none'`.
+        modules_to_save (`List[str]`, *optional*):
+            List of modules apart from adapter layers to be set as trainable and saved in the final checkpoint, such as
+            a task head.
         init_weights (`bool`):
-            False starts with random factors of which neither is zero: for tests.
-        subspace_modules (`dict`), kernels (`dict`), rests (`dict`), carried (`bool`), extra_check (`dict`),
+            Setting this to False leads to random coefficients of which none is zero. This setting is intended for
+            debugging purposes. Defaults to `True`.
+        layers_to_transform (`Union[List[int], int]`, *optional*):
+            The layer indices to transform, as in [`LoraConfig`].
+        layers_pattern (`Union[List[str], str]`, *optional*):
+            The layer pattern name, used only if `layers_to_transform` is different from `None`.
+        rank_pattern (`dict`):
+            The mapping from layer names or regexp expression to ranks which are different from the default rank
+            specified by `r`.
+        alpha_pattern (`dict`):
+            The mapping from layer names or regexp expression to alphas which are different from the default alpha
+            specified by `lora_alpha`.
+        subspace_modules (`dict`):
+            Written by packs: the mapping from module names of the model to those of the subspace, where they differ.
+        kernels (`dict`):
+            Written on saving: the kernel size of each convolution.
+        rests (`dict`):
+            Written on saving: the sides, "down" or "up", on which each module has a residual.
+        coefficient_dtype (`str`, *optional*):
+            Written by packs: how the file stores coefficients, such as "int8", if not as floats.
+        extra_check (`dict`):
+            Written on saving: checksums of the added components of each module.
         embedded_shapes (`dict`):
-            Written when an adapter is saved, by packs or by PEFT; not for users.
+            Written on saving: the number of components (down, up) of each embedded module.
+        carried (`bool`):
+            Written by packs: whether the adapter has tensors that coefficients cannot express.
     """
 
-    # transformers' argument parser takes the second of these types
+    # the order matters: transformers' argument parser uses the second type of a union
     subspace: os.PathLike[str] | str | Pack | None = field(
         default=None, metadata={"help": "The pack whose subspace is used: a folder, or a repository on the Hub."}
     )
@@ -68,7 +107,7 @@ class EigenLoraxConfig(PeftConfig):
         default=None, metadata={"help": "Branch, tag or commit of a pack on the Hub."}
     )
     subspace_fingerprint: str | None = field(
-        default=None, metadata={"help": "sha256 of the subspace; another one is refused."}
+        default=None, metadata={"help": "The sha256 of the subspace; a pack with another subspace raises an error."}
     )
     embed_subspace: bool = field(default=False, metadata={"help": "Save the subspace with the adapter."})
     r: int = field(default=8, metadata={"help": "Rank of the update."})
@@ -76,32 +115,33 @@ class EigenLoraxConfig(PeftConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the layer's input."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     core: bool = field(
-        default=False, metadata={"help": "Train one (k_up, k_down) matrix a module instead of two factors."}
+        default=False, metadata={"help": "Train one (k_up, k_down) matrix per module instead of two factors."}
     )
     start: str = field(
-        default="zero", metadata={"help": "zero, mean, uniform, the name of an adapter of the pack, or a LoRA's path."}
+        default="zero",
+        metadata={"help": "Initial coefficients: zero, mean, uniform, an adapter of the pack, or the path of a LoRA."},
     )
-    n_extra: int = field(default=0, metadata={"help": "Further orthonormal directions on every side."})
-    extra_seed: int = field(default=0, metadata={"help": "The seed that gives those directions."})
+    n_extra: int = field(
+        default=0, metadata={"help": "Number of random orthonormal components added to both sides of every module."}
+    )
+    extra_seed: int = field(default=0, metadata={"help": "The seed of the added components."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt, as in LoRA; by default every module of the subspace."}
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone."}
-    )
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to not adapt."})
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "True if the layer stores its weight as (in, out), as Conv1D does."}
     )
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all or eigenlorax_only."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained and saved whole, such as a task head."}
+        default=None, metadata={"help": "Modules apart from adapter layers to train and save, such as a task head."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "False starts with random factors: for tests."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts with random coefficients, for debugging."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt; by default all."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layers' list, where it is not a common one."}
+        default=None, metadata={"help": "The layer pattern name, used only with layers_to_transform."}
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks that differ from r, by module name or regular expression."}
@@ -117,21 +157,22 @@ class EigenLoraxConfig(PeftConfig):
     )
     rests: dict[str, list[str]] = field(
         default_factory=dict,
-        metadata={"help": "Written on saving: the sides of each module that have a rest beside their coefficients."},
+        metadata={"help": "Written on saving: the sides on which each module has a residual."},
     )
     coefficient_dtype: str | None = field(
         default=None,
-        metadata={"help": "Written by packs: how the file has coefficients, such as int8, if not as floats."},
+        metadata={"help": "Written by packs: how the file stores coefficients, such as int8, if not as floats."},
     )
     extra_check: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "Written on saving: what extra directions are compared with."},
+        metadata={"help": "Written on saving: checksums of the added components of each module."},
     )
     embedded_shapes: dict[str, list[int]] = field(
         default_factory=dict, metadata={"help": "Written on saving: components (down, up) of each embedded module."}
     )
     carried: bool = field(
-        default=False, metadata={"help": "Whether a pack's adapter has tensors that coefficients cannot express."}
+        default=False,
+        metadata={"help": "Written by packs: whether the adapter has tensors that coefficients cannot express."},
     )
 
     def __post_init__(self) -> None:
@@ -168,10 +209,10 @@ class EigenLoraxConfig(PeftConfig):
             raise OptionError(f"start must be 'zero', 'mean', 'uniform', a name or a path, got {self.start!r}.")
 
     def check_saving(self, adapter_name: str) -> None:
-        """Refuse to save an adapter that is not the model's own to save: none, where PEFT loaded or made it."""
+        """Raise `OptionError` if the adapter cannot be saved from the model. Configs of adapters in pipelines do."""
 
     def use_subspace(self, subspace: os.PathLike[str] | str | Pack | None) -> None:
-        """Take this subspace from now on: the folder or repository of a pack, or a `Pack`."""
+        """Set the subspace to that of a pack, given as a folder, a repository on the Hub, or a `Pack`."""
         if isinstance(subspace, Pack):
             subspace.remember()
             self.subspace_fingerprint = subspace.info.fingerprint
@@ -179,8 +220,8 @@ class EigenLoraxConfig(PeftConfig):
         else:
             self.subspace = None if subspace is None else os.fspath(subspace)
 
-    def _use_for_what_is_saved(self, subspace: os.PathLike[str] | str | Pack) -> None:
-        """Take this subspace, in which coefficients that were saved have to mean what they meant."""
+    def _use_for_saved_coefficients(self, subspace: os.PathLike[str] | str | Pack) -> None:
+        """Set the subspace of an adapter that was saved. Raise `OptionError` if its coefficients are of another one."""
         saved = self.subspace_fingerprint
         if isinstance(subspace, Pack) and saved not in (None, *subspace.info.lineage):
             raise OptionError(
@@ -193,8 +234,14 @@ class EigenLoraxConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
-        Save the configuration. Paths of this machine are not written: the fingerprint stands for the subspace, and a
-        repository's name where it came from the Hub. Nor is where training started, since it has ended somewhere else.
+        Save the configuration to `adapter_config.json`. Local paths are replaced by the fingerprint of the subspace;
+        the name of a repository on the Hub is kept. `start` is reset, because it describes the training that has ended.
+
+        Args:
+            save_directory (`str`):
+                The directory to save to.
+            kwargs:
+                Passed to [`PeftConfig.save_pretrained`].
         """
         saved = copy.copy(self)
         saved.start = "zero"
@@ -208,13 +255,22 @@ class EigenLoraxConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "EigenLoraxConfig":
         """
-        Load the configuration of an adapter. `subspace=` says where its subspace is, if it is not where the adapter
-        says; an adapter in a pack finds that pack by itself.
+        Load the configuration of an adapter. An adapter inside a pack finds that pack by itself.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                The folder or the repository of the adapter.
+            subfolder (`str`, *optional*):
+                The folder inside of it.
+            subspace (`str`, `os.PathLike` or [`Pack`], *optional*):
+                The pack of the adapter, if it is not the one in its configuration.
+            kwargs:
+                Passed to [`PeftConfig.from_pretrained`].
         """
         subspace = kwargs.pop("subspace", None)
         config: EigenLoraxConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if subspace is not None:
-            config._use_for_what_is_saved(subspace)
+            config._use_for_saved_coefficients(subspace)
         elif getattr(config, "subspace", None) == keys.INSIDE_PACK:
             folder = Path(pretrained_model_name_or_path, subfolder or "")
             if folder.is_dir():

@@ -1,6 +1,6 @@
-"""What PEFT reserves for LoRA, in our own words: export and import, swapping, scaling and combining adapters.
+"""Export, import, swapping, scaling and combining of adapters: what PEFT offers for LoRA only.
 
-All of it works on coefficients: k × r products, no decomposition.
+All functions multiply k × r matrices and decompose nothing.
 """
 
 import os
@@ -29,14 +29,25 @@ from .config import EigenLoraxConfig
 from .layer import EigenLoraxLayer
 
 Source = str | os.PathLike[str] | Adapter
-# What is lost where nothing but float32 rounds.
-_ROUNDING = 1e-5
+
+# Relative error that rounding to float32 explains.
+_ROUNDING_ERROR = 1e-5
+_LORA_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "task_type", "modules_to_save")
 
 
 def to_lora(model: nn.Module, adapter_name: str = "default") -> Adapter:
-    """An adapter of a model as an ordinary LoRA, heads and trained biases included; `write_adapter` saves it.
+    """
+    Convert an adapter of a model to an ordinary LoRA. `write_adapter` saves it.
 
-    Coefficients give rank r, a core gives min(k_down, k_up). The scaling is the one that is in force.
+    Args:
+        model (`nn.Module`):
+            A model with the adapter.
+        adapter_name (`str`):
+            The name of the adapter. Defaults to `'default'`.
+
+    Returns:
+        `Adapter`: The LoRA, with the current scaling, heads and trained biases. Its rank is `r`, or min(k_down, k_up)
+        for a core.
     """
     config = _config(model, adapter_name)
     modules = {}
@@ -50,7 +61,8 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> Adapter:
             down, up = down.detach().cpu(), up.detach().cpu()
             factors = coefficients.from_pair(down, up, down_basis, up_basis, scaling, *residuals)
         modules[name] = replace(factors, kernel=layer.kernel)
-    heads = {key: value.cpu() for key, value in _state(model, adapter_name).items() if not _is_ours(key)}
+    tensors = _state_dict(model, adapter_name)
+    heads = {key: tensor.cpu() for key, tensor in tensors.items() if not _is_update(key) and not _is_basis(key)}
     return coefficients.lora(adapter_name, modules, heads, asdict(config))
 
 
@@ -62,22 +74,33 @@ def from_lora(
     subspace: "str | os.PathLike[str] | Pack",
     **fields: Any,
 ) -> PeftModel:
-    """The model with one more adapter: a LoRA, projected on a subspace, with its heads.
-
-    Ranks, alphas, task type and saved modules are the LoRA's; `fields` are other ones of `EigenLoraxConfig`. A warning
-    says how much of the update the subspace does not hold.
     """
-    adapter = _read(source)
-    theirs = {"r": 8, "lora_alpha": 8, "bias": "none", **adapter.config}
+    Add a LoRA to a model, projected on a subspace, with its heads.
+
+    A warning says how much of the update lies outside the subspace.
+
+    Args:
+        model (`nn.Module`):
+            The model, adapted or not.
+        source (`str`, `os.PathLike` or `Adapter`):
+            The LoRA, or its folder.
+        adapter_name (`str`):
+            The name of the new adapter. Defaults to `'default'`.
+        subspace (`str`, `os.PathLike` or [`Pack`]):
+            The pack whose subspace is used.
+        fields:
+            Passed to [`EigenLoraxConfig`]. Ranks, alphas, task type and saved modules are those of the LoRA by default.
+    """
+    adapter = _read_lora(source)
+    lora_config = {"r": 8, "lora_alpha": 8, "bias": "none", **adapter.config}
     if not adapter.config:
         first = next(iter(adapter.specs.values()))
-        theirs |= {"r": first.rank, "lora_alpha": first.scaling * first.rank}
-    taken = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "task_type", "modules_to_save")
+        lora_config |= {"r": first.rank, "lora_alpha": first.scaling * first.rank}
     config = EigenLoraxConfig(
         subspace=subspace,
         **{
-            **{field: theirs[field] for field in taken if theirs.get(field) is not None},
-            "bias": theirs["bias"].replace("lora_only", "eigenlorax_only"),
+            **{field: lora_config[field] for field in _LORA_FIELDS if lora_config.get(field) is not None},
+            "bias": lora_config["bias"].replace("lora_only", "eigenlorax_only"),
             "target_modules": sorted(adapter.specs),
             "kernels": {module: list(spec.kernel) for module, spec in adapter.specs.items() if spec.kernel},
             **fields,
@@ -92,144 +115,183 @@ def from_lora(
 
 
 def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> float:
-    """Put another adapter in the place of one, in place, so that a compiled model stays compiled; its `delta_error`.
+    """
+    Replace an adapter by another one in place, so that a compiled model is not compiled again.
 
-    source: a LoRA, such as `pack.adapter("sst2")` or a folder, of the same ranks. Modules that it lacks get zeros.
-    Of an adapter of the same subspace nothing is lost; of another one, a warning says how much. What is outside of the
-    subspace has a place in modules where the adapter had a rest. One whose subspace has grown since it was saved gets
-    coefficients on all of it first, for which a compiled model is compiled once more.
+    An adapter of the same subspace is represented exactly. Of any other one, a warning says how much of the update is
+    lost, except in modules where the replaced adapter has a residual, which takes up the difference. If the subspace
+    has grown since the replaced adapter was saved, it gets coefficients on all components first, for which a compiled
+    model is compiled once more.
+
+    Args:
+        model (`nn.Module`):
+            A model with the adapter that is replaced.
+        source (`str`, `os.PathLike` or `Adapter`):
+            The new adapter as a LoRA of the same ranks, such as `pack.adapter("sst2")`, or its folder. Modules that it
+            lacks get zeros.
+        adapter_name (`str`):
+            The name of the adapter that is replaced. Defaults to `'default'`.
+
+    Returns:
+        `float`: The delta error, the relative Frobenius error over all modules.
     """
     _config(model, adapter_name)
-    adapter = _read(source)
+    adapter = _read_lora(source)
     layers = _layers(model, adapter_name)
     _check_unmerged(layers)
-    _widen(model, adapter_name)
-    state = _state(model, adapter_name)
-    places = module_names.resolve_all(adapter.specs, layers)
-    lacking = sorted(module for module, place in places.items() if place is None)
-    if lacking:
-        raise ModuleNameError(f"module {lacking[0]!r} of {adapter.name!r} has no coefficients in {adapter_name!r}.")
-    new: dict[str, Tensor] = {key: torch.zeros_like(value) for key, value in state.items() if _is_update(key)}
+    _extend_coefficients(model, adapter_name)
+    state = _state_dict(model, adapter_name)
+    model_names = module_names.resolve_all(adapter.specs, layers)
+    missing = sorted(module for module, model_name in model_names.items() if model_name is None)
+    if missing:
+        raise ModuleNameError(f"module {missing[0]!r} of {adapter.name!r} has no coefficients in {adapter_name!r}.")
+    new: dict[str, Tensor] = {key: torch.zeros_like(tensor) for key, tensor in state.items() if _is_update(key)}
     errors: list[ModuleError] = []
-    for module, place in places.items():
-        assert place is not None
-        layer, factors = layers[place], adapter.modules[module]
+    for module, model_name in model_names.items():
+        assert model_name is not None
+        layer, factors = layers[model_name], adapter.modules[module]
         if not convolution.kernels_match(factors.kernel, layer.kernel):
             raise ShapeError(
                 f"module {module}: the kernel of {adapter.name!r} is {factors.kernel}, and that of the model "
                 f"{layer.kernel}. It is an adapter of another base model."
             )
-        found, error = _projected(layer, adapter_name, factors)
+        tensors, error = _project(layer, adapter_name, factors)
         errors.append(error)
-        for part, value in found.items():
-            new[f"{keys.MODEL_PREFIX}{place}.{part}"] = value
-    new |= {key: value for key, value in adapter.heads.items() if key in state}
-    for key, value in new.items():
-        if state[key].shape != value.shape:
+        new |= {f"{keys.MODEL_PREFIX}{model_name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    new |= {key: tensor for key, tensor in adapter.heads.items() if key in state}
+    for key, tensor in new.items():
+        if state[key].shape != tensor.shape:
             raise ShapeError(
-                f"{key} is {tuple(state[key].shape)} in the model and {tuple(value.shape)} in {adapter.name!r}: "
+                f"{key} is {tuple(state[key].shape)} in the model and {tuple(tensor.shape)} in {adapter.name!r}: "
                 "adapters can be swapped if their ranks and heads have the same shapes."
             )
-    inside = isinstance(model, PeftModel)
-    loaded = {key if inside else key.removeprefix(keys.MODEL_PREFIX): value for key, value in {**state, **new}.items()}
-    set_peft_model_state_dict(model, loaded, adapter_name=adapter_name)
-    lost = metrics.adapter_error(errors).delta_error
-    if lost > _ROUNDING:
+    _load_state_dict(model, {**state, **new}, adapter_name)
+    delta_error = metrics.adapter_error(errors).delta_error
+    if delta_error > _ROUNDING_ERROR:
         warnings.warn(
-            f"{adapter.name!r} lies outside the subspace with {lost:.4f} of its update (delta error), and loses that.",
+            f"{delta_error:.4f} of the update of {adapter.name!r} lies outside the subspace (delta error) and is lost.",
             ProjectionWarning,
             stacklevel=2,
         )
-    return lost
+    return delta_error
 
 
 @contextmanager
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """All active adapters with their scaling multiplied by `factor`, for the length of the block."""
+    """
+    Multiply the scaling of all active adapters by `factor` inside a `with` block.
+
+    Args:
+        model (`nn.Module`):
+            A model with adapters that are not merged.
+        factor (`float`):
+            The factor.
+    """
     factor, layers = to_float("factor", factor), _layers(model)
     _check_unmerged(layers)
-    before = {name: dict(layer.scaling) for name, layer in layers.items()}
+    scalings = {name: dict(layer.scaling) for name, layer in layers.items()}
     try:
         for layer in layers.values():
             layer.scale_layer(factor)
         yield
     finally:
         for name, layer in layers.items():
-            layer.scaling.update(before[name])
+            layer.scaling.update(scalings[name])
             layer.blend()
 
 
 def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], adapter_name: str) -> None:
-    """One more adapter, the weighted sum Σ weight · update of others of one subspace: exact, of the sum of their ranks.
+    """
+    Add the weighted sum Σ weight · update of adapters of one subspace as a new adapter.
 
-    A list of names gives their mean. Heads are not combined: those of the new adapter are as PEFT starts them.
+    The sum is exact; the rank of the new adapter is the sum of their ranks. Heads are not combined: PEFT initialises
+    those of the new adapter.
+
+    Args:
+        model ([`PeftModel`]):
+            A model with the adapters.
+        adapters (`Mapping[str, float]` or `Sequence[str]`):
+            The weight of each adapter, or a list of names for their mean.
+        adapter_name (`str`):
+            The name of the new adapter.
     """
     weights = dict(adapters) if isinstance(adapters, Mapping) else {name: 1 / len(adapters) for name in adapters}
     if not weights:
         raise OptionError("no adapter was named to combine.")
     configs = {name: _config(model, name) for name in weights}
     for name in weights:
-        # those of an earlier time of one subspace
-        _widen(model, name)
-    first = next(iter(configs.values()))
+        # adapters that were saved before the subspace grew can be added to later ones
+        _extend_coefficients(model, name)
     if len({(c.subspace_fingerprint, c.n_extra, c.extra_seed, c.core) for c in configs.values()}) > 1:
         raise OptionError(
             f"adapters {', '.join(sorted(weights))} differ in their subspace, or only some of them are cores: their "
             "coefficients cannot be added."
         )
     layers = {name: layer for name, layer in _layers(model).items() if any(map(layer.has_adapter, weights))}
-    ranks = {name: sum(layer.r[one] for one in weights if layer.has_adapter(one)) for name, layer in layers.items()}
+    config = _combined_config(next(iter(configs.values())), layers, list(weights))
+    model.add_adapter(adapter_name, config)
+    with torch.no_grad():
+        for layer in layers.values():
+            scalings = {
+                name: weight * layer.scaling[name] for name, weight in weights.items() if layer.has_adapter(name)
+            }
+            if config.core:
+                cores = [scaling * layer.eigenlorax_core[name] for name, scaling in scalings.items()]
+                layer.eigenlorax_core[adapter_name].copy_(torch.stack(cores).sum(dim=0))
+            else:
+                downs = [layer.eigenlorax_down[name] for name in scalings]
+                ups = [scaling * layer.eigenlorax_up[name] for name, scaling in scalings.items()]
+                layer.eigenlorax_down[adapter_name].copy_(torch.cat(downs))
+                layer.eigenlorax_up[adapter_name].copy_(torch.cat(ups, dim=1))
+                _combine_residuals(layer, scalings, adapter_name)
+            layer.blend()
+
+
+def _combined_config(
+    config: EigenLoraxConfig, layers: Mapping[str, EigenLoraxLayer], adapters: Sequence[str]
+) -> EigenLoraxConfig:
+    """Return the config of a sum of adapters, which has the sum of their ranks and a scaling of 1 in every module."""
+    ranks = {
+        module: sum(layer.r[name] for name in adapters if layer.has_adapter(name)) for module, layer in layers.items()
+    }
     rank = max(ranks.values())
-    # alpha = r in every module: a scaling of 1
-    pattern = {} if first.core else {f"^{re.escape(name)}$": one for name, one in ranks.items() if one != rank}
-    config = replace(
-        first,
+    pattern = {} if config.core else {f"^{re.escape(module)}$": r for module, r in ranks.items() if r != rank}
+    residual_sides = {
+        module: sorted({side for name in adapters for side in layer.residual_sides(name)})
+        for module, layer in layers.items()
+    }
+    combined = replace(
+        config,
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=sorted(layers),
-        rests={
-            name: sides
-            for name, layer in layers.items()
-            if (sides := sorted({side for one in weights for side in layer.residual_sides(one)}))
-        },
+        rests={module: sides for module, sides in residual_sides.items() if sides},
         modules_to_save=None,
         start="zero",
     )
-    config.inference_mode = True
-    model.add_adapter(adapter_name, config)
-    with torch.no_grad():
-        for layer in layers.values():
-            parts = [(one, weight * layer.scaling[one]) for one, weight in weights.items() if layer.has_adapter(one)]
-            if first.core:
-                cores = [weight * layer.eigenlorax_core[one] for one, weight in parts]
-                layer.eigenlorax_core[adapter_name].copy_(torch.stack(cores).sum(dim=0))
-            else:
-                layer.eigenlorax_down[adapter_name].copy_(torch.cat([layer.eigenlorax_down[one] for one, _ in parts]))
-                ups = [weight * layer.eigenlorax_up[one] for one, weight in parts]
-                layer.eigenlorax_up[adapter_name].copy_(torch.cat(ups, dim=1))
-                _combine_rests(layer, parts, adapter_name)
-            layer.blend()
+    combined.inference_mode = True
+    return combined
 
 
-def _combine_rests(layer: EigenLoraxLayer, parts: Sequence[tuple[str, float]], adapter_name: str) -> None:
-    """Put the rests of adapters beside each other, as their coefficients are; parts: their names and weights."""
+def _combine_residuals(layer: EigenLoraxLayer, scalings: Mapping[str, float], adapter_name: str) -> None:
+    """Write the residuals of adapters into those of a combined one, in the same order as their coefficients."""
     down, up = layer.residuals_of(adapter_name)
     start = 0
-    for one, weight in parts:
-        end = start + layer.r[one]
-        own_down, own_up = layer.residuals_of(one)
-        if down is not None and own_down is not None:
-            down[start:end] = own_down
-        if up is not None and own_up is not None:
-            up[:, start:end] = weight * own_up
+    for name, scaling in scalings.items():
+        end = start + layer.r[name]
+        adapter_down, adapter_up = layer.residuals_of(name)
+        if down is not None and adapter_down is not None:
+            down[start:end] = adapter_down
+        if up is not None and adapter_up is not None:
+            up[:, start:end] = scaling * adapter_up
         start = end
 
 
-def _widen(model: nn.Module, adapter_name: str) -> None:
-    """Let an adapter have coefficients on all of its subspace, if that has grown since the adapter was saved."""
+def _extend_coefficients(model: nn.Module, adapter_name: str) -> None:
+    """Give an adapter coefficients on all components of its subspace, if that has grown since it was saved."""
     config, layers = _config(model, adapter_name), _layers(model, adapter_name).values()
     if config.embed_subspace or config.n_extra:
         return
@@ -239,13 +301,13 @@ def _widen(model: nn.Module, adapter_name: str) -> None:
 
 
 def _check_unmerged(layers: Mapping[str, EigenLoraxLayer]) -> None:
-    """What is merged is in the base model's weights, where no change of coefficients or scaling reaches it."""
+    """Raise `OptionError` if adapters are merged: a change of their coefficients would not reach the base weights."""
     merged = sorted({adapter for layer in layers.values() for adapter in layer.merged_adapters})
     if merged:
         raise OptionError(f"adapters are merged: {', '.join(merged)}. Call unmerge_adapter() first.")
 
 
-def _read(source: Source) -> Adapter:
+def _read_lora(source: Source) -> Adapter:
     adapter = source if isinstance(source, Adapter) else formats.read_adapter(os.fspath(source))
     if adapter.carried:
         raise OptionError(
@@ -255,50 +317,56 @@ def _read(source: Source) -> Adapter:
     return adapter
 
 
-def _projected(
-    layer: EigenLoraxLayer, adapter_name: str, factors: LoRAFactors
-) -> tuple[dict[str, Tensor], ModuleError]:
-    """A LoRA's coefficients for a layer, by the names they are saved under, and what they lose of it.
+def _project(layer: EigenLoraxLayer, adapter_name: str, factors: LoRAFactors) -> tuple[dict[str, Tensor], ModuleError]:
+    """Project a LoRA on the bases of a layer.
 
-    The layer's scaling stays as it is, since a compiled model has it built in: the factors take the difference.
+    Returns the tensors by the suffix that they are saved under, and the error of the projection. The layer's scaling is
+    a constant in a compiled model, so the up factor absorbs the ratio of the two scalings.
     """
     bases = ModuleBases(*(Basis(basis.cpu(), torch.zeros(0), energy=1.0) for basis in layer.bases_of(adapter_name)))
-    found = projection.project(factors, bases)
+    projected = projection.project(factors, bases)
     ratio = factors.scaling / layer.scaling[adapter_name]
     if adapter_name in layer.eigenlorax_core:
-        error = metrics.module_error(factors, found, bases)
-        return {keys.CORE: (ratio * found.up @ found.down).float()}, error
-    inside = projection.reconstruct(found, bases)
-    down_room, up_room = layer.residuals_of(adapter_name)
-    down_rest = None if down_room is None else factors.down.double() - inside.down
-    up_rest = None if up_room is None else factors.up.double() - inside.up
-    whole = replace(found, down_residual=down_rest, up_residual=up_rest)
-    parts = {
-        keys.COEFFICIENTS["down"]: found.down,
-        keys.COEFFICIENTS["up"]: ratio * found.up,
-        keys.RESIDUALS["down"]: down_rest,
-        keys.RESIDUALS["up"]: None if up_rest is None else ratio * up_rest,
+        error = metrics.module_error(factors, projected, bases)
+        return {keys.CORE: (ratio * projected.up @ projected.down).float()}, error
+    inside = projection.reconstruct(projected, bases)
+    down_buffer, up_buffer = layer.residuals_of(adapter_name)
+    down_residual = None if down_buffer is None else factors.down.double() - inside.down
+    up_residual = None if up_buffer is None else factors.up.double() - inside.up
+    with_residual = replace(projected, down_residual=down_residual, up_residual=up_residual)
+    tensors = {
+        keys.COEFFICIENTS["down"]: projected.down,
+        keys.COEFFICIENTS["up"]: ratio * projected.up,
+        keys.RESIDUALS["down"]: down_residual,
+        keys.RESIDUALS["up"]: None if up_residual is None else ratio * up_residual,
     }
-    kept = {name: value.float().contiguous() for name, value in parts.items() if value is not None}
-    return kept, metrics.module_error(factors, whole, bases)
+    stored = {suffix: tensor.float().contiguous() for suffix, tensor in tensors.items() if tensor is not None}
+    return stored, metrics.module_error(factors, with_residual, bases)
 
 
-def _state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The adapter's tensors under the keys they are saved under."""
-    found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {keys.MODEL_PREFIX + key.removeprefix(keys.MODEL_PREFIX): value.detach() for key, value in found.items()}
+def _state_dict(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the adapter's tensors under the keys that they are saved under, whether or not PEFT wraps the model."""
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {keys.MODEL_PREFIX + key.removeprefix(keys.MODEL_PREFIX): tensor.detach() for key, tensor in tensors.items()}
 
 
-def _is_ours(key: str) -> bool:
-    return _is_update(key) or key.rpartition(".")[2] in keys.EMBEDDED.values()
+def _load_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Load tensors under the keys of `_state_dict`."""
+    prefix = "" if isinstance(model, PeftModel) else keys.MODEL_PREFIX
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
 
 def _is_update(key: str) -> bool:
     return key.rpartition(".")[2] in (*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values())
 
 
+def _is_basis(key: str) -> bool:
+    return key.rpartition(".")[2] in keys.EMBEDDED.values()
+
+
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, EigenLoraxLayer]:
-    """The adapted layers by module name; those that have the adapter, where one is named."""
+    """Return the adapted layers by module name, or those that have the adapter of a name."""
     return {
         name.removeprefix(keys.MODEL_PREFIX): module
         for name, module in model.named_modules()
@@ -307,12 +375,13 @@ def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Eige
 
 
 def _config(model: nn.Module, adapter_name: str) -> EigenLoraxConfig:
+    """Return the config of an adapter; raise `AdapterNameError` if the model has no such EigenLoRAx adapter."""
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, EigenLoraxConfig):
-        ours = [name for name, one in configs.items() if isinstance(one, EigenLoraxConfig)]
+        names = [name for name, other in configs.items() if isinstance(other, EigenLoraxConfig)]
         raise AdapterNameError(
-            f"the model has no EigenLoRAx adapter {adapter_name!r}.{suggestion(adapter_name, ours)} It has: "
-            f"{', '.join(sorted(ours)) or 'none'}."
+            f"the model has no EigenLoRAx adapter {adapter_name!r}.{suggestion(adapter_name, names)} It has: "
+            f"{', '.join(sorted(names)) or 'none'}."
         )
     return config

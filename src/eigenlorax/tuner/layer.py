@@ -21,7 +21,7 @@ from ..core.subspace import ModuleBases
 from ..errors import FormatError
 from .blend import Blend
 from .config import EigenLoraxConfig
-from .starts import Start
+from .initial_coefficients import InitialCoefficients
 from .supported_modules import in_out_features
 
 
@@ -96,7 +96,7 @@ class EigenLoraxLayer(BaseTunerLayer):
         adapter_name: str,
         bases: ModuleBases,
         fingerprint: str,
-        start: Start,
+        start: InitialCoefficients,
         *,
         config: EigenLoraxConfig,
         r: int,
@@ -114,7 +114,7 @@ class EigenLoraxLayer(BaseTunerLayer):
                 The bases of the layer's module.
             fingerprint (`str`):
                 The fingerprint of the subspace, under which the bases are shared by adapters.
-            start (`Start`):
+            start (`InitialCoefficients`):
                 The initial coefficients.
             config (`EigenLoraxConfig`):
                 The configuration of the adapter.

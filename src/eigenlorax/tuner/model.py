@@ -1,4 +1,4 @@
-"""The tuner: finds the modules of a model that the subspace has, and puts coefficients beside them."""
+"""`EigenLoraxModel`, the tuner: wraps the modules of a model that the subspace has bases for."""
 
 import copy
 import warnings
@@ -23,27 +23,29 @@ from ..core import convolution, keys, module_patterns
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
-from . import names, starts
-from . import reference as references
+from . import renaming, resolve
 from .adapted import AdaptedLayer, wrap_layer
 from .config import EigenLoraxConfig
+from .initial_coefficients import InitialCoefficients, InitialCore, initial_core
 from .layer import EigenLoraxLayer
-from .reference import Embedded, Reference
-from .starts import Cores, Start
+from .resolve import EmbeddedSubspace, ResolvedSubspace
 from .supported_modules import in_out_features, is_supported
 
 _FSDP = "_fsdp_wrapped_module."
-"""What FSDP puts into names of modules, and takes out of those of tensors."""
+"""Part of module names that FSDP adds, and that names of tensors lack."""
 
 
 class EigenLoraxModel(BaseTuner):
-    """Coefficients over a frozen subspace, on linear layers and convolutions of a model (arXiv 2502.04700).
+    """
+    Creates an EigenLoRAx model from a pretrained model: coefficients over a frozen subspace.
+
+    Paper: https://huggingface.co/papers/2502.04700.
 
     Args:
         model (`torch.nn.Module`): The model to be adapted.
         config ([`EigenLoraxConfig`]): The configuration.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-        low_cpu_mem_usage (`bool`): Create empty coefficients on the meta device; bases are always real.
+        low_cpu_mem_usage (`bool`): Create empty coefficients on the meta device. Bases are never on it.
     """
 
     prefix = "eigenlorax_"
@@ -51,23 +53,23 @@ class EigenLoraxModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: EigenLoraxConfig, model_config: dict[str, Any]) -> EigenLoraxConfig:
-        """Everything that can be wrong is found here, before a layer is touched."""
-        references.check_whole(peft_config)
-        reference = references.resolve(peft_config)
+        """Complete and check the config. All errors are raised here, before a layer of the model is changed."""
+        resolve.check_not_carried(peft_config)
+        resolved = resolve.resolve_subspace(peft_config)
         if peft_config.target_modules is None:
-            shared = self._shared_modules(reference, peft_config)
+            shared = self._shared_modules(resolved, peft_config)
             if not shared:
                 raise ModuleNameError(
-                    f"the model has none of the modules of the subspace {reference.fingerprint[:12]}…. It is a "
+                    f"the model has none of the modules of the subspace {resolved.fingerprint[:12]}…. It is a "
                     "different base model; `eigenlorax inspect` says which one the pack belongs to."
                 )
             peft_config.target_modules = set(shared)
         peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
         modules = dict(self._base_modules())
-        names.follow(
+        renaming.rename_targets(
             peft_config,
             modules,
-            lambda: {n: reference.place(n, peft_config) for n, module in modules.items() if is_supported(module)},
+            lambda: {n: resolved.subspace_name(n, peft_config) for n, m in modules.items() if is_supported(m)},
             self._check_target_module_exists,
         )
         targets = {n: module for n, module in modules.items() if self._check_target_module_exists(peft_config, n)}
@@ -75,51 +77,54 @@ class EigenLoraxModel(BaseTuner):
             if why := convolution.unsupported_reason(module):
                 raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
         targets = {name: module for name, module in targets.items() if is_supported(module)}
-        sizes = [reference.bases(name, peft_config, *in_out_features(module)) for name, module in targets.items()]
-        references.note_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
-        references.note_rests(peft_config, targets)
+        sizes = [resolved.bases(name, peft_config, *in_out_features(module)) for name, module in targets.items()]
+        resolve.record_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
+        resolve.rename_residuals(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
         smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
         trained = not peft_config.inference_mode and not peft_config.rests
         if trained and sizes and not any(min(bases.down.k, bases.up.k) for bases in sizes):
             raise OptionError(
-                "the subspace has no direction in any of these modules, so that nothing of them would be trained: its "
-                "pack was made for an error or a size, and no direction saved bytes. Fit one to train on, with "
-                "n_components=32 (-k 32), or add random directions (n_extra=32)."
+                "the subspace has no component in any of these modules, so that nothing of them would be trained: its "
+                "pack was made for an error bound or a size, and no component saved bytes. Fit one to train on, with "
+                "n_components=32 (-k 32), or add random components (n_extra=32)."
             )
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
-                f"r={largest} is more than the {smallest} components of a module: the rank of its update is at "
-                "most that.",
+                f"r={largest} is more than the {smallest} components of a module, which limit the rank of its update "
+                f"to {smallest}.",
                 RankWarning,
                 stacklevel=2,
             )
-        references.check_extra(peft_config, reference)
-        references.check_base_model(reference, getattr(self.model, "name_or_path", None))
-        self._reference: Reference | Embedded | None = reference
-        self._cores: Cores | None = starts.cores(peft_config, reference)
+        resolve.check_added_components(peft_config, resolved)
+        resolve.check_base_model(resolved, getattr(self.model, "name_or_path", None))
+        self._resolved: ResolvedSubspace | EmbeddedSubspace | None = resolved
+        self._initial_core: InitialCore | None = initial_core(peft_config, resolved)
         return peft_config
 
-    def _shared_modules(self, reference: Reference | Embedded, config: EigenLoraxConfig) -> list[str]:
-        """The layers of the model that the subspace has, in the layers that the config asks for."""
+    def _shared_modules(self, resolved: ResolvedSubspace | EmbeddedSubspace, config: EigenLoraxConfig) -> list[str]:
+        """Return the modules that the model and the subspace have in common and that the config does not exclude."""
         shared = [
             name
             for name, module in self._base_modules()
-            if is_supported(module) and reference.place(name, config) is not None
+            if is_supported(module) and resolved.subspace_name(name, config) is not None
         ]
-        # PEFT looks at layers_to_transform only where a target is less than a whole name
+        # PEFT applies layers_to_transform only to targets that are less than a full name
         by_suffix = copy.copy(config)
         by_suffix.target_modules = {name.rpartition(".")[2] for name in shared}
-        wanted = [name for name in shared if self._check_target_module_exists(by_suffix, name)]
-        if shared and not wanted:
+        selected = [name for name in shared if self._check_target_module_exists(by_suffix, name)]
+        if shared and not selected:
             raise OptionError(
                 f"none of the {len(shared)} modules of the subspace is left by "
                 f"exclude_modules={config.exclude_modules} and layers_to_transform={config.layers_to_transform}."
             )
-        return wanted
+        return selected
 
     def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of the model by name, without what is inside of adapted ones; their base layers for ours."""
+        """Yield the modules of the model that can be targets, without those inside of adapted layers.
+
+        Of a layer that this method has adapted, the base layer is yielded.
+        """
         inside: tuple[str, ...] = ()
         for name, module in self.model.named_modules():
             if name.startswith(inside):
@@ -132,11 +137,11 @@ class EigenLoraxModel(BaseTuner):
                 yield name, module
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; what was found out about the subspace is let go afterwards, with the pack that it is from."""
+        """Add an adapter, as in PEFT, and release the pack that it was read from."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._reference = self._cores = None
+            self._resolved = self._initial_core = None
 
     def _create_and_replace(
         self,
@@ -154,15 +159,15 @@ class EigenLoraxModel(BaseTuner):
                 f"Target module {current_key}, {target}, is not supported. Only `torch.nn.Linear` (quantised or not), "
                 "`transformers.pytorch_utils.Conv1D` and `torch.nn.Conv1d`, `Conv2d` and `Conv3d` are."
             )
-        assert self._reference is not None
-        assert self._cores is not None
-        bases = self._reference.bases(current_key, peft_config, *in_out_features(base_layer))
-        place = self._reference.place(current_key, peft_config)
-        assert place is not None
-        k_down, k_up = self._reference.sizes(place, bases)
-        core = self._cores(place, bases)
-        start = Start(
-            kind=peft_config.start,
+        assert self._resolved is not None
+        assert self._initial_core is not None
+        bases = self._resolved.bases(current_key, peft_config, *in_out_features(base_layer))
+        subspace_name = self._resolved.subspace_name(current_key, peft_config)
+        assert subspace_name is not None
+        k_down, k_up = self._resolved.n_components(subspace_name, bases)
+        core = self._initial_core(subspace_name, bases)
+        start = InitialCoefficients(
+            start=peft_config.start,
             k_down=k_down,
             k_up=k_up,
             core=core[:k_up, :k_down] if core is not None else None,
@@ -173,12 +178,15 @@ class EigenLoraxModel(BaseTuner):
         layer = (
             target if isinstance(target, AdaptedLayer) else self._wrap(peft_config, adapter_name, target, base_layer)
         )
-        if layer is not target and (serving := next((one.serving for one in self._layers()), None)) is not None:
+        if (
+            layer is not target
+            and (serving := next((existing.serving for existing in self._layers()), None)) is not None
+        ):
             layer.serve(serving.dtype)
         layer.update_layer(
             adapter_name,
             bases,
-            self._reference.fingerprint,
+            self._resolved.fingerprint,
             start,
             config=peft_config,
             r=module_patterns.ModulePatterns(ranks).value(current_key, peft_config.r),
@@ -207,48 +215,49 @@ class EigenLoraxModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The coefficients, what is beside them, and the bases where the config says that they are saved too."""
+        """Return the coefficients and residuals, and the bases if the config embeds them."""
         config.check_saving(adapter_name)
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        own = _own_layers(model, adapter_name)
-        for layer in own.values():
+        layers = _layers_with(model, adapter_name)
+        for layer in layers.values():
             layer.check_decoded()
         config.rests = {
-            name: layer.residual_sides(adapter_name) for name, layer in own.items() if layer.has_residual(adapter_name)
+            name: layer.residual_sides(adapter_name)
+            for name, layer in layers.items()
+            if layer.has_residual(adapter_name)
         }
         config.embedded_shapes = {}
         if not config.embed_subspace:
-            # of an adapter that was loaded with its subspace
-            found = {key: value for key, value in found.items() if ".eigenlorax_embedded_" not in key}
+            # the adapter may have been loaded with an embedded subspace
+            tensors = {key: tensor for key, tensor in tensors.items() if ".eigenlorax_embedded_" not in key}
         else:
-            for wrapped, module in model.named_modules():
+            for wrapped_name, module in model.named_modules():
                 if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
-                    name, bases = wrapped.replace(_FSDP, ""), module.bases_of(adapter_name)
+                    name, bases = wrapped_name.replace(_FSDP, ""), module.bases_of(adapter_name)
                     for side, basis in zip(keys.SIDES, bases, strict=True):
-                        found[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _narrowed(basis)
+                        tensors[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _to_narrowest_dtype(basis)
                     config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
-        return found
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in PEFT, after coefficients that are stored in another way became floats, and modules that transformers
-        has renamed got the model's names."""
-        own = _own_layers(model, adapter_name)
-        named = names.of_the_model(_plain(state_dict, config, own), own)
-        _check_rests(own, adapter_name, named)
+        """Decode coefficients that are not stored as floats, and rename modules that transformers has renamed."""
+        layers = _layers_with(model, adapter_name)
+        renamed = renaming.rename_state_dict(_decode(state_dict, config, layers), layers)
+        _check_residuals(layers, adapter_name, renamed)
         config.coefficient_dtype = None
-        for layer in own.values():
+        for layer in layers.values():
             layer.undecoded.pop(adapter_name, None)
-        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
-        return found
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        return tensors
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Give `adapter_names`, one a row of the batch, to every layer for the time of one call."""
+        """Pass `adapter_names`, one per row of the batch, to every layer during one call."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -260,7 +269,7 @@ class EigenLoraxModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams") or 1
-        # generation repeats each row of the decoder's batch once a beam; an encoder sees the batch as it was given
+        # generation repeats each row of the decoder's batch for every beam, but not those of an encoder
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = _encoder(self.model) if beams > 1 else None
         inside_encoder = set(encoder.modules()) if encoder is not None else set()
@@ -282,8 +291,8 @@ class EigenLoraxModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, EigenLoraxLayer))
 
 
-def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraxLayer]:
-    """The layers that have an adapter, by the names of their modules in the base model."""
+def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraxLayer]:
+    """Return the layers that have an adapter, by the names of their modules in the base model."""
     return {
         name.replace(_FSDP, "").removeprefix(keys.MODEL_PREFIX): module
         for name, module in model.named_modules()
@@ -291,46 +300,53 @@ def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraxLaye
     }
 
 
-def _plain(
+def _decode(
     state_dict: Mapping[str, Tensor], config: EigenLoraxConfig, layers: Mapping[str, EigenLoraxLayer]
 ) -> dict[str, Tensor]:
-    """Coefficients as floats, however the adapter's file has them."""
+    """Return an adapter's tensors with coefficients as floats, whatever dtype the file stores them in."""
 
     @cache
-    def reference() -> Reference | Embedded:
-        return references.resolve(config)
+    def resolved() -> ResolvedSubspace | EmbeddedSubspace:
+        return resolve.resolve_subspace(config)
 
     def slots() -> dict[str, ModuleSlot]:
-        # a coded adapter is read by the subspace's names of modules, which its own may not be any more
-        own = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
+        # an entropy-coded adapter is read by the subspace's module names, which may differ from its own by now
+        by_module = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
         return {
-            name: replace(slot, subspace_module=reference().place(name, config) or name) for name, slot in own.items()
+            name: replace(slot, subspace_module=resolved().subspace_name(name, config) or name)
+            for name, slot in by_module.items()
         }
 
     def subspace() -> Subspace:
-        found = reference()
-        assert isinstance(found, Reference)
-        return found.before or found.subspace
+        reference = resolved()
+        assert isinstance(reference, ResolvedSubspace)
+        return reference.saved_subspace or reference.subspace
 
     return as_float_tensors(state_dict, slots, subspace)
 
 
-def _check_rests(layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """`FormatError` unless the rests of an adapter's file are those that its config has told of: PEFT would pass by
-    what has no room, and leave zeros where there is room for something."""
+def _check_residuals(
+    layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Raise `FormatError` if the residuals in an adapter's file are not those that its config lists.
+
+    PEFT would ignore a residual that no layer expects, and leave one that is missing at zero.
+    """
     sides = {part: side for side, part in keys.RESIDUALS.items()}
-    there = {(keys.module_of_key(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides}
-    room = {(name, side) for name, layer in layers.items() for side in layer.residual_sides(adapter_name)}
-    for module, side in sorted(there ^ room, key=str):
-        has, lacks = ("file", "config") if (module, side) in there else ("config", "file")
+    in_file = {
+        (keys.module_of_key(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides
+    }
+    in_config = {(name, side) for name, layer in layers.items() for side in layer.residual_sides(adapter_name)}
+    for module, side in sorted(in_file ^ in_config, key=str):
+        has, lacks = ("file", "config") if (module, side) in in_file else ("config", "file")
         raise FormatError(
-            f"the adapter's {has} has a rest of the {side} side of {module}, and its {lacks} does not: they do not "
+            f"the adapter's {has} has a residual of the {side} side of {module}, and its {lacks} does not: they do not "
             "belong together. Save the adapter again, or take it from its pack."
         )
 
 
-def _narrowed(basis: Tensor) -> Tensor:
-    """The same numbers in the narrowest dtype that holds them."""
+def _to_narrowest_dtype(basis: Tensor) -> Tensor:
+    """Return the same numbers in the narrowest floating-point dtype that represents them exactly."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         if torch.equal(basis.to(dtype).to(basis.dtype), basis):
             return basis.to(dtype)
@@ -344,7 +360,7 @@ def _pass_names(
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model."""
+    """Return the encoder of an encoder-decoder model; None for any other model."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return None
@@ -353,14 +369,14 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 
 
 def _fan_in_fan_out(base_layer: nn.Module, config: EigenLoraxConfig) -> bool:
-    """Whether the layer's weight is (in, out). A config that says otherwise is corrected, as in LoRA."""
-    wanted = isinstance(base_layer, Conv1D)
-    if config.fan_in_fan_out != wanted:
-        kind = "Conv1D" if wanted else "torch.nn.Linear"
+    """Return whether the layer's weight is (in, out). Correct a config that says otherwise, as LoRA does."""
+    fan_in_fan_out = isinstance(base_layer, Conv1D)
+    if config.fan_in_fan_out != fan_in_fan_out:
+        kind = "Conv1D" if fan_in_fan_out else "torch.nn.Linear"
         warnings.warn(
             f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. Setting "
-            f"fan_in_fan_out to {wanted}.",
+            f"fan_in_fan_out to {fan_in_fan_out}.",
             stacklevel=2,
         )
-        config.fan_in_fan_out = wanted
-    return wanted
+        config.fan_in_fan_out = fan_in_fan_out
+    return fan_in_fan_out

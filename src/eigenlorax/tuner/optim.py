@@ -1,4 +1,4 @@
-"""The optimizer for coefficients: they are few, so that Adam can run in the eigenbasis of their gradients."""
+"""SOAP, an optimizer for coefficients: they are small enough for Adam in the eigenbasis of their gradients."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,41 +14,43 @@ from ..errors import OptionError
 from .layer import EigenLoraxLayer
 
 MAX_SIDE = 512
-"""The longest side of a matrix that is rotated: 1 MiB a side in float32, and a decomposition of that size."""
+"""Longest side of a matrix that is preconditioned, which takes 1 MiB per side in float32."""
 WIDE = 32
-"""Sides of a core from which on steps are shorter."""
+"""Length of the shorter side of a matrix above which steps are shortened."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LEARNING_RATE, HEAD_LEARNING_RATE = 2e-2, 5e-3
-"""Of coefficients whose update is scaled by 2, as by default, and of a head (docs/results.md)."""
+"""Learning rates of coefficients, at the default scaling of 2, and of a head (docs/results.md)."""
 
 
 class SOAP(Optimizer):
     """
-    SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the eigenbasis of Shampoo's two preconditioners.
+    SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the eigenbasis of Shampoo's preconditioners.
 
-    A matrix G of gradients has a second moment on either side, G Gᵀ and Gᵀ G; in their eigenbases its entries are
-    nearly uncorrelated, which is what Adam takes them to be. For a LoRA's factors, thousands long, that costs too much;
-    coefficients are small on both sides. Parameters that are no matrices, or longer than `max_side` on one side, get
-    AdamW. The first step of a matrix only begins the second moments, as the authors have it. What is longer than 32 on
-    *both* sides, a wide core, is moved by less, √(32 / the shorter side): the norm of a step grows with both sides, and
-    so one rate serves all sizes.
+    A matrix G of gradients has a second moment on either side, G Gᵀ and Gᵀ G. In their eigenbases its entries are
+    nearly uncorrelated, as Adam assumes. The decompositions would be expensive for the factors of a LoRA, which are
+    thousands long, but coefficients are small on both sides. Parameters that are not matrices, or longer than
+    `max_side` on one side, get AdamW.
+
+    As in the authors' code, the first step of a matrix only initialises the second moments. Unlike there, matrices
+    whose sides are both longer than 32 (cores) are moved by √(32 / the shorter side) of a step: the norm of a step
+    grows with both sides, and with this factor one learning rate serves all sizes.
 
     Args:
         params (iterable):
-            Parameters, or groups of them, as for any optimizer of torch; a group may have options of its own, such as
-            `lr`. `coefficient_groups` makes those of a model.
+            Parameters or parameter groups, as for any optimizer of torch. `coefficient_groups` makes the groups of a
+            model.
         lr (`float`):
-            The step, in units of Adam's: what each entry moves by, in the eigenbasis.
+            The learning rate: the distance by which Adam moves each entry in the eigenbasis.
         betas (`tuple`):
-            Decay of the mean of gradients, and of all second moments.
+            Decay rates of the mean of gradients and of all second moments.
         eps (`float`), weight_decay (`float`):
-            As in AdamW: the decay is apart from the gradients.
+            As in AdamW; the weight decay is decoupled from the gradients.
         precondition_frequency (`int`):
-            Steps between two eigenbases.
+            Number of steps between two eigendecompositions.
         max_side (`int`):
             The longest side that is decomposed; 0 for AdamW.
 
-    The state of a matrix (m, n) is 2·m·n + 2·(m² + n²) numbers. Parameters are to be float32, as coefficients are.
+    The state of a matrix (m, n) is 2·m·n + 2·(m² + n²) numbers. Parameters have to be float32, as coefficients are.
     """
 
     def __init__(
@@ -63,15 +65,15 @@ class SOAP(Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0 <= to_float(name, value) < math.inf:
-                raise OptionError(f"{name} must be a number from 0 on, got {value!r}.")
+                raise OptionError(f"{name} must be a number of at least 0, got {value!r}.")
         if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
             raise OptionError(f"betas must be two numbers from 0 to below 1, got {betas!r}.")
-        for name, value, least in (
+        for name, value, smallest in (
             ("precondition_frequency", precondition_frequency, 1),
             ("max_side", max_side, 0),
         ):
-            if to_int(name, value) < least:
-                raise OptionError(f"{name} must be at least {least}, got {value!r}.")
+            if to_int(name, value) < smallest:
+                raise OptionError(f"{name} must be at least {smallest}, got {value!r}.")
         super().__init__(
             params,
             {
@@ -86,13 +88,18 @@ class SOAP(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; `closure` gives the loss anew, as in torch."""
+        """Perform a single optimization step.
+
+        Args:
+            closure (`Callable`, *optional*):
+                A closure that reevaluates the model and returns the loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            due = []
+            to_decompose = []
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -100,16 +107,16 @@ class SOAP(Optimizer):
                     raise RuntimeError("SOAP does not take sparse gradients.")
                 state = self.state[parameter]
                 if not state:
-                    _begin(state, parameter, group["max_side"])
+                    _init_state(state, parameter, group["max_side"])
                 state["step"] += 1
                 if "left" in state:
-                    _see(state, parameter.grad, group["betas"][1])
+                    _update_moments(state, parameter.grad, group["betas"][1])
                     if state["step"] == 1 or state["step"] % group["precondition_frequency"] == 0:
-                        due.append(state)
-            _decompose(due)
+                        to_decompose.append(state)
+            _update_eigenbases(to_decompose)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    _move(parameter, self.state[parameter], group)
+                    _apply_step(parameter, self.state[parameter], group)
         return loss
 
 
@@ -117,52 +124,55 @@ def coefficient_groups(
     model: nn.Module, *, lr: float = LEARNING_RATE, head_lr: float = HEAD_LEARNING_RATE
 ) -> list[dict[str, Any]]:
     """
-    Groups of a model's trained parameters, for [`SOAP`]: coefficients, and all else that is trained, such as a task's
-    head or biases, which get AdamW.
+    Return parameter groups of a model for [`SOAP`]: its coefficients, and all other trained parameters.
+
+    The other parameters, such as those of a task head or biases, get AdamW.
 
     Args:
         model (`nn.Module`):
-            What `get_peft_model` gives for an `EigenLoraxConfig`.
-        lr (`float`), head_lr (`float`):
-            The rates of the two.
+            The result of `get_peft_model` for an `EigenLoraxConfig`.
+        lr (`float`):
+            Learning rate of the coefficients.
+        head_lr (`float`):
+            Learning rate of the other parameters.
 
-    Raises `OptionError` where the model trains no coefficients, or the weights of another kind of adapter beside them:
-    a LoRA at the head's rate, without SOAP, would be trained badly and in silence.
+    Raises `OptionError` if the model trains no coefficients, or also trains weights of another kind of adapter, for
+    which neither learning rate is right.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    ours = {id(one) for layer in layers if isinstance(layer, EigenLoraxLayer) for one in _weights(layer)}
-    theirs = {id(one): layer for layer in layers if not isinstance(layer, EigenLoraxLayer) for one in _weights(layer)}
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    foreign = [name for name, one in trained.items() if id(one) in theirs]
+    layer_of = {id(weight): layer for layer in layers for weight in _adapter_weights(layer)}
+    all_coefficients = {key for key, layer in layer_of.items() if isinstance(layer, EigenLoraxLayer)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    foreign = [name for name, parameter in trained.items() if id(parameter) in layer_of.keys() - all_coefficients]
     if foreign:
-        kind = type(theirs[id(trained[foreign[0]])]).__module__.split(".")[-2]
+        kind = type(layer_of[id(trained[foreign[0]])]).__module__.split(".")[-2]
         raise OptionError(
             f"the model trains {len(foreign)} weights of another kind of adapter ({kind}), such as {foreign[0]}. "
             "coefficient_groups has rates for coefficients and for heads alone. Freeze these weights "
             "(requires_grad_(False)), or make the groups yourself: SOAP takes any groups of parameters."
         )
-    coefficients = [one for one in trained.values() if id(one) in ours]
+    coefficients = [parameter for parameter in trained.values() if id(parameter) in all_coefficients]
     if not coefficients:
-        if ours:
+        if all_coefficients:
             why, remedy = "its coefficients are frozen", "Load the adapter with is_trainable=True, or make it active."
         else:
             why = "no layer has any"
             remedy = "get_peft_model(model, EigenLoraxConfig(subspace=...)) makes them; other adapters need no SOAP."
         raise OptionError(f"the {type(model).__name__} trains no coefficients: {why}. {remedy}")
-    others = [one for one in trained.values() if id(one) not in ours]
-    groups = [{"params": coefficients, "lr": lr}, {"params": others, "lr": head_lr, "max_side": 0}]
+    heads = [parameter for parameter in trained.values() if id(parameter) not in all_coefficients]
+    groups = [{"params": coefficients, "lr": lr}, {"params": heads, "lr": head_lr, "max_side": 0}]
     return [group for group in groups if group["params"]]
 
 
-def _weights(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
-    """The weights that a layer has of its adapters, its base layer's left out."""
+def _adapter_weights(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
+    """Yield the weights of a layer's adapters, without those of its base layer."""
     for name in layer.adapter_layer_names:
-        held = getattr(layer, name, None)
-        if isinstance(held, nn.Module):
-            yield from held.parameters()
+        container = getattr(layer, name, None)
+        if isinstance(container, nn.Module):
+            yield from container.parameters()
 
 
-def _begin(state: dict[str, Any], parameter: nn.Parameter, max_side: int) -> None:
+def _init_state(state: dict[str, Any], parameter: nn.Parameter, max_side: int) -> None:
     state["step"] = 0
     state["mean"] = torch.zeros_like(parameter)
     state["square"] = torch.zeros_like(parameter)
@@ -172,46 +182,47 @@ def _begin(state: dict[str, Any], parameter: nn.Parameter, max_side: int) -> Non
             state[side] = parameter.new_zeros(size, size)
 
 
-def _see(state: dict[str, Any], gradient: Tensor, decay: float) -> None:
-    """Take a gradient into the second moments of both sides."""
+def _update_moments(state: dict[str, Any], gradient: Tensor, decay: float) -> None:
+    """Add a gradient to the running second moments of both sides."""
     state["left"].lerp_(gradient @ gradient.mT, 1 - decay)
     state["right"].lerp_(gradient.mT @ gradient, 1 - decay)
 
 
-def _decompose(states: list[dict[str, Any]]) -> None:
-    """Eigenbases of second moments: all of one size at once."""
+def _update_eigenbases(states: list[dict[str, Any]]) -> None:
+    """Decompose the second moments of both sides, all of one size in one batch."""
     sizes: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for state in states:
         for side in ("left", "right"):
             sizes.setdefault(len(state[side]), []).append((state, side))
-    for places in sizes.values():
-        moments = torch.stack([state[side] for state, side in places])
-        # scaled, since gradients may be so small that their squares are lost; what is no number is left to the loss
+    for entries in sizes.values():
+        moments = torch.stack([state[side] for state, side in entries])
+        # scaled, because squares of small gradients underflow. Moments that are not finite get the identity, since eigh
+        # would raise an error: the loss shows the problem anyway
         scale = moments.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(moments.dtype).tiny)[:, None, None]
         finite = moments.isfinite().all(-1).all(-1)[:, None, None]
         identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
         bases = torch.linalg.eigh(torch.where(finite, moments / scale, identity)).eigenvectors
-        for (state, side), basis in zip(places, bases, strict=True):
+        for (state, side), basis in zip(entries, bases, strict=True):
             state[f"{side}_basis"] = basis.clone()
 
 
-def _move(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Adam's step, in the eigenbases where there are some."""
-    step, (first, second), rate = state["step"], group["betas"], group["lr"]
+def _apply_step(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Move a parameter by the step of Adam, in the eigenbases if it has them."""
+    step, (mean_decay, square_decay), lr = state["step"], group["betas"], group["lr"]
     rotated = "left" in state
-    state["mean"].lerp_(parameter.grad, 1 - first)
+    state["mean"].lerp_(parameter.grad, 1 - mean_decay)
     gradient, mean = parameter.grad, state["mean"]
     if rotated:
         left, right = state["left_basis"], state["right_basis"]
-        gradient, mean = (left.mT @ one @ right for one in (gradient, mean))
-    state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        gradient, mean = (left.mT @ matrix @ right for matrix in (gradient, mean))
+    state["square"].mul_(square_decay).addcmul_(gradient, gradient, value=1 - square_decay)
     if rotated and step == 1:
         return
-    root = (state["square"] / (1 - second**step)).sqrt_().add_(group["eps"])
-    change = mean / (1 - first**step) / root
+    root = (state["square"] / (1 - square_decay**step)).sqrt_().add_(group["eps"])
+    change = mean / (1 - mean_decay**step) / root
     if rotated:
         change = left @ change @ right.mT
-        rate *= min(1.0, math.sqrt(WIDE / min(parameter.shape)))
+        lr *= min(1.0, math.sqrt(WIDE / min(parameter.shape)))
     if group["weight_decay"]:
-        parameter.mul_(1 - rate * group["weight_decay"])
-    parameter.add_(change, alpha=-rate)
+        parameter.mul_(1 - lr * group["weight_decay"])
+    parameter.add_(change, alpha=-lr)

@@ -1,4 +1,4 @@
-"""Our member of `peft.PeftType`, which PEFT's files do not have."""
+"""The member of `peft.PeftType` for this method, which PEFT does not define."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from ..core import keys
 
 
 def peft_type() -> Any:
-    """Our member of `peft.PeftType`, made on the first call."""
+    """Return the member of `peft.PeftType` for this method. It is added to the enumeration on the first call."""
     from peft.utils.peft_types import PeftType
 
     members: dict[str, Any] = PeftType._member_map_
@@ -17,6 +17,6 @@ def peft_type() -> Any:
         PeftType._member_names_.append(keys.PEFT_TYPE)
         PeftType._value2member_map_[keys.PEFT_TYPE] = member
         members[keys.PEFT_TYPE] = member
-        # from Python 3.12 on, attributes are not looked up in the table of members
+        # since Python 3.12, attribute access does not use the table of members
         type.__setattr__(PeftType, keys.PEFT_TYPE, member)
     return members[keys.PEFT_TYPE]

@@ -1,4 +1,4 @@
-"""Makes the method known to PEFT without a change of its files: entries in three tables."""
+"""Registration of the method in PEFT's three tables, since `register_peft_method` refuses unknown types."""
 
 from ..core import keys
 from ..errors import MissingExtraError
@@ -9,7 +9,7 @@ _GET_PEFT = f"pip install 'peft>={OLDEST_PEFT[0]}.{OLDEST_PEFT[1]}'"
 
 
 def check_peft() -> None:
-    """`MissingExtraError` where PEFT is not installed or too old."""
+    """Raise `MissingExtraError` if PEFT is not installed or too old."""
     try:
         import peft
         from packaging.version import Version
@@ -22,9 +22,9 @@ def check_peft() -> None:
 
 
 def register() -> None:
-    """Make the method known to PEFT. Calling it again changes nothing.
+    """Register the config, the tuner and the prefix of the method in PEFT. A second call changes nothing.
 
-    `MissingExtraError` where PEFT has a method of this name of its own.
+    Raises `MissingExtraError` if PEFT itself has a method of this name.
     """
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -35,12 +35,12 @@ def register() -> None:
     from .config import EigenLoraxConfig
     from .model import EigenLoraxModel
 
-    kind = peft_type()
-    there = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    if there not in (None, EigenLoraxConfig):
+    method = peft_type()
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(method)
+    if registered not in (None, EigenLoraxConfig):
         raise MissingExtraError(
-            f"this PEFT has a method {keys.PEFT_TYPE} of its own ({there.__module__}): use that, or an older PEFT."
+            f"this PEFT has a method {keys.PEFT_TYPE} of its own ({registered.__module__}): use that, or an older PEFT."
         )
-    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = EigenLoraxConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[kind] = EigenLoraxModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = EigenLoraxModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[method] = EigenLoraxConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[method] = EigenLoraxModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[method] = EigenLoraxModel.prefix

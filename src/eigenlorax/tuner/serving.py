@@ -1,4 +1,4 @@
-"""A model that serves: adapters are chosen, mixed and switched off in one small buffer a layer."""
+"""`serve`: fast switching of adapters in a model that is not trained, compiled or not."""
 
 import torch
 from torch import nn
@@ -10,17 +10,26 @@ _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.float64, to
 
 
 def serve(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Let all layers of a model that have coefficients serve, those that get some later too.
+    """
+    Let all adapted layers of a model serve their active adapters from one core per subspace.
 
-    Outside of training each layer then multiplies with one core a subspace, Σ scaling · C_up · C_down over what is
-    active: (k_up, k_down), however many adapters that is, and zero if none is. Whatever changes what is active fills it
-    anew in place, so that a model that was compiled with `torch.compile` is not compiled again. After writing
-    coefficients by hand, call this again. Adapters with a rest are one LoRA, filled in the same way: it has room for
-    the largest of them, and gets more, and is compiled once more, when several are active that take it.
+    Outside of training, each layer multiplies with Σ scaling · C_up · C_down over its active adapters, (k_up, k_down),
+    which is zero if none is active. The core is overwritten in place when other adapters become active, so that a model
+    compiled with `torch.compile` is not compiled again. Adapters with a residual are served as one LoRA that is filled
+    in the same way; it has room for the largest of them. If several are active that need more room, the model is
+    compiled once more. Layers that are adapted later serve too.
 
-    dtype: that of the bases from now on: the model's own halves their memory in half precision, and rounds them;
-        torch.int8 takes 8 bits for each number and a scale for each row, which a layer makes wide while it multiplies.
-        By default they stay as they are. Coefficients and cores stay as precise as they are.
+    Call this again after writing to coefficients.
+
+    Args:
+        model (`nn.Module`):
+            A model with EigenLoRAx adapters.
+        dtype (`torch.dtype`, *optional*):
+            Dtype of the bases. The model's own dtype saves memory and rounds them; `torch.int8` stores 8 bits per entry
+            and a scale per row, and is converted while a layer multiplies. By default the bases stay as they are.
+            Coefficients and cores keep their precision.
+
+    Raises `OptionError` for another dtype, or if the model has no adapted layer.
     """
     if dtype not in _DTYPES:
         raise OptionError(

@@ -18,7 +18,7 @@ from eigenlorax.errors import (
     PackDamagedError,
     ShapeError,
 )
-from eigenlorax.serving.bank import held
+from eigenlorax.serving.bank import bank_adapter
 from planted import MODULES, normal, random_adapter, random_collection, random_factors
 from served import BASE
 from tiny import BERT, GPT2, IN, make_bert, make_gpt2, make_pack
@@ -61,7 +61,7 @@ class TestMemory:
         """No dtype is widened at rest, and none is narrowed in silence."""
         pack, _ = make_pack(dict.fromkeys(BERT, (IN, IN)), dtype="bfloat16")
         bank = ex.AdapterBank(make_bert(), pack)
-        assert {held.numbers.dtype for held in bank._adapters.values()} == {torch.bfloat16}
+        assert {adapter.flat.dtype for adapter in bank._adapters.values()} == {torch.bfloat16}
         wider, _ = make_pack(dict.fromkeys(BERT, (IN, IN)))
         with pytest.raises(OptionError, match=r"'a0' is torch.float32, which the bank's torch.bfloat16 would round"):
             bank.replace("a0", wider.packed("a1"))
@@ -272,12 +272,12 @@ class TestErrors:
         more = [ex.from_factors(name, factors, base_model="org/base") for name in ("more", "other")]
         pack.add_all(more, carry_missing=True, warn_above=1.0)
         with pytest.raises(OptionError, match="express all tensors of 'more', 'other' .*with pack a `Pack`") as refused:
-            held.check_all_whole(pack)
+            bank_adapter.check_none_carried(pack)
         names = eval(re.search(r"adapters=(\[.*\])\)", str(refused.value))[1], {"pack": pack})
         assert names == [name for name in pack.names if name not in ("more", "other")]
         pack.remove(*names)
         with pytest.raises(OptionError, match="of 'more', 'other' .*lacks.. `eigenlorax export` gives each as"):
-            held.check_all_whole(pack)
+            bank_adapter.check_none_carried(pack)
 
     def test_coefficients_of_another_subspace(self, one):
         other, _ = make_pack(dict.fromkeys(BERT, (IN, IN)), n_components=4)

@@ -106,7 +106,7 @@ class TestRequests:
         torch.testing.assert_close(logits(bank, inputs, adapter_names=names), wanted, atol=1e-5, rtol=0)
 
     def test_a_removed_adapter_goes_from_memory_with_its_last_request(self, bank):
-        numbers = weakref.ref(bank._adapters["wide"].numbers.untyped_storage())
+        numbers = weakref.ref(bank._adapters["wide"].flat.untyped_storage())
         with bank.using("wide"):
             bank.remove("wide")
             gc.collect()

@@ -1,4 +1,4 @@
-"""Many adapters of a pack on one model: each row of a batch with its own, added and removed while it serves."""
+"""`AdapterBank`: many adapters of a pack on one PyTorch model, with one adapter per row of a batch."""
 
 from .bank import AdapterBank
 

@@ -2,13 +2,12 @@
 
 import copy
 import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ...core import convolution, int8_rows, keys, module_names
 from ...core.coefficients import pad_coefficients
 from ...core.layer_update import without_autograd
-from ...core.options import name_list as listed
+from ...core.options import name_list
 from ...core.subspace import Subspace
 from ...errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
 from ...formats import checks
@@ -25,29 +24,35 @@ from ...formats.sources import Source
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter, Record
 from . import requests
-from .heads import Heads, heads, tensor_names
-from .held import Held, Layout, Place, check_all_whole, check_whole, hold
-from .layers import Headed, Updated, check_hooks_are_seen, sizes
-from .requests import Plan, Running, current
+from .bank_adapter import BankAdapter, BankStorage, check_none_carried, check_not_carried
+from .heads import Heads, make_heads, tensor_names
+from .hooks import HeadHook, UpdateHook, check_not_compiled, module_sizes
+from .requests import RequestPlan, RunningPlan, current_plan
 
 BASE = "__base__"
-"""PEFT's word for no adapter."""
+"""PEFT's name for the base model."""
 
 
 class AdapterBank:
-    """Adapters of one pack on one model: one basis, and the coefficients of each.
+    """
+    Any number of adapters of one pack on one model, which share one basis.
 
-    A request runs with one adapter for all rows or with one for each row, and sees the same ones from its begin to its
-    end, whatever is added, removed or replaced meanwhile. Requests of several threads do not see each other's choice.
+    A request runs with one adapter for all rows, or with one adapter per row. It sees the same adapters from its begin
+    to its end, whatever is added, removed or replaced meanwhile. Requests of several threads are independent.
 
-    model: its modules are matched to the pack's by name, as in training. They get forward hooks, and stay as they are;
-        `unload` takes the hooks off again.
-    pack: a pack, its folder, or a repository on the Hub.
-    adapters: the only ones to load; all by default, none for an empty list.
-    heads: whether an adapter's own heads and trained biases take the place of the model's where it serves. Without, the
-        model's own serve all.
-    basis_dtype: "int8" keeps bases as integers and a scale for each row, rounded to the nearest of 255 levels; floats
-        by default. The pack's own bases do not stay in memory then, unless it is given as a `Pack`.
+    Args:
+        model (`nn.Module`):
+            The model. Its modules are matched to the pack's by name and get forward hooks; `unload` removes them.
+        pack ([`Pack`], `str` or `os.PathLike`):
+            A pack, its folder, or a repository on the Hub.
+        adapters (`str` or `Sequence[str]`, *optional*):
+            The adapters to load. By default all of them; an empty list loads none.
+        heads (`bool`):
+            Whether rows of an adapter use the adapter's own heads and trained biases. If False, all rows use the
+            model's. Defaults to `True`.
+        basis_dtype (`str` or `torch.dtype`, *optional*):
+            "int8" stores the bases in 8 bits per entry and a scale per row. The pack's own bases are not kept in memory
+            then, unless the pack is passed as a `Pack`. By default the bases are floats.
     """
 
     def __init__(
@@ -59,45 +64,51 @@ class AdapterBank:
         heads: bool = True,
         basis_dtype: str | torch.dtype | None = None,
     ) -> None:
-        in_bytes = int8_rows.is_int8("basis_dtype", basis_dtype)
-        chosen = list(dict.fromkeys(listed(adapters))) if adapters is not None else None
+        in_int8 = int8_rows.is_int8("basis_dtype", basis_dtype)
+        names = list(dict.fromkeys(name_list(adapters))) if adapters is not None else None
         self.model = model
-        self.pack = _opened(pack, chosen)
-        self._forgets = in_bytes and not isinstance(pack, Pack)
-        for name in chosen or ():
+        self.pack = _open(pack, names)
+        self._discards_bases = in_int8 and not isinstance(pack, Pack)
+        for name in names or ():
             keys.check_known(name, self.pack.names)
-        if chosen is None:
-            check_all_whole(self.pack)
+        if names is None:
+            check_none_carried(self.pack)
         checks.warn_of_other_model(self.pack.base_model, getattr(model, "name_or_path", None))
         with without_autograd(torch.device("cpu")):
             subspace = self._subspace()
         self._tensor_names = tensor_names(model) if heads else None
-        self._compute = torch.promote_types(subspace.dtype, torch.float32)
-        self._places = _matched(model, self.pack)
+        self._dtype = torch.promote_types(subspace.dtype, torch.float32)
+        self._model_names = _match_modules(model, self.pack)
         self._lock = threading.RLock()
-        self._adapters: dict[str, Held] = {}
-        self._layouts: MutableMapping[tuple[Place, ...], Layout] = WeakValueDictionary()
-        self._updated: dict[str, Updated] = {}
-        self._headed: dict[str, Headed] = {}
+        self._adapters: dict[str, BankAdapter] = {}
+        self._head_hooks: dict[str, HeadHook] = {}
         self._handles: list[Any] = []
         self._default: str | None = None
-        self._default_plan: Plan | None = Plan()
+        # None if the default adapter was removed
+        self._default_plan: RequestPlan | None = RequestPlan()
         self._unloaded = False
-        for place, name in self._places.items():
-            module = model.get_submodule(name)
-            with without_autograd(torch.device("cpu")):
-                dtype = torch.int8 if in_bytes else self._compute
-                layer = Updated(module, name, self._plan, place, subspace.modules[place], dtype)
-            self._updated[name] = layer
-            self._handles.append(module.register_forward_hook(layer.hook(), with_kwargs=True))
-        self._device = next(iter(self._updated.values())).down.device
-        self._end_requests = requests.begin(model, self._request)
+        self._update_hooks = self._add_update_hooks(subspace, torch.int8 if in_int8 else self._dtype)
+        self._device = next(iter(self._update_hooks.values())).down.device
+        modules = frozenset(self._model_names)
+        self._storage = BankStorage(self.pack.info, modules, self.pack.coefficient_dtype, self._device)
+        self._unwrap_calls = requests.wrap_calls(model, self._request)
         try:
-            for name in self.pack.names if chosen is None else chosen:
-                self._put(self._hold(self.pack.packed(name)))
+            for name in self.pack.names if names is None else names:
+                self._put(self._store(self.pack.packed(name)))
         except BaseException:
             self.unload()
             raise
+
+    def _add_update_hooks(self, subspace: Subspace, dtype: torch.dtype) -> dict[str, UpdateHook]:
+        hooks = {}
+        for subspace_name, name in self._model_names.items():
+            module = self.model.get_submodule(name)
+            bases = subspace.modules[subspace_name]
+            with without_autograd(torch.device("cpu")):
+                hook = UpdateHook(module, name, self._plan, subspace_name=subspace_name, bases=bases, dtype=dtype)
+            hooks[name] = hook
+            self._handles.append(module.register_forward_hook(hook.forward_hook(), with_kwargs=True))
+        return hooks
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -109,7 +120,8 @@ class AdapterBank:
         return iter(self.names)
 
     def __repr__(self) -> str:
-        return f"<AdapterBank of {len(self)} adapters on {len(self._places)} modules of a {type(self.model).__name__}>"
+        model = type(self.model).__name__
+        return f"<AdapterBank of {len(self)} adapters on {len(self._model_names)} modules of a {model}>"
 
     @property
     def names(self) -> list[str]:
@@ -119,54 +131,66 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that the bank holds: bases as it keeps them, coefficients and rests in the pack's dtype,
-        heads; and the pack's own bases where these stay beside, in another dtype or as they lie in its file."""
+        """Bytes of all tensors of the bank: bases, coefficients, residuals and heads.
+
+        Bases of the pack are counted too, if they are in memory in another form than those of the bank.
+        """
         with self._lock:
-            tensors = [tensor for held in self._adapters.values() for tensor in held.tensors]
-        tensors += [tensor for layer in self._updated.values() for tensor in layer.tensors]
-        if not self._forgets:
+            tensors = [tensor for adapter in self._adapters.values() for tensor in adapter.tensors]
+        tensors += [tensor for hook in self._update_hooks.values() for tensor in hook.tensors]
+        if not self._discards_bases:
             bases = [pair.side(side) for pair in self.pack.subspace.modules.values() for side in keys.SIDES]
-            tensors += [one.components for one in bases]
-            tensors += [tensor for one in bases for tensor in (one.payload or {}).values()]
+            tensors += [basis.components for basis in bases]
+            tensors += [tensor for basis in bases for tensor in (basis.payload or {}).values()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(storages.values())
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter of requests that name none; None is the base model."""
+        """The adapter of requests that name none; None for the base model."""
         return self._default
 
     def set_adapter(self, name: str | None) -> None:
-        """Let requests that name no adapter run with this one; None or "__base__" for the base model."""
+        """Set the adapter of requests that name none.
+
+        Args:
+            name (`str`, *optional*):
+                The name of the adapter; None or "__base__" for the base model.
+        """
         name = None if name == BASE else name
         with self._lock:
-            plan = requests.alone(self._held(name), self._compute)
+            plan = requests.plan_single(self._adapter(name), self._dtype)
             self._default, self._default_plan = name, plan
 
     def using(self, adapter_names: str | Sequence[str]) -> AbstractContextManager[None]:
-        """What is run in this block, in this thread or task, runs with one adapter for all rows, or with one a row.
+        """Return a context manager in which the current thread or task runs with these adapters.
 
-        "__base__" is the base model. The adapters are those of the moment in which this is called.
+        Args:
+            adapter_names (`str` or `Sequence[str]`):
+                One adapter for all rows, or one per row. "__base__" is the base model. The adapters are looked up when
+                this is called, not when the context is entered.
         """
-        return Running(self, self._planned(adapter_names))
+        return RunningPlan(self, self._make_plan(adapter_names))
 
     def __call__(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's output with these adapters, as in `using`; without them, as the current request or `set_adapter`
-        says."""
+        """Call the model with these adapters, as in `using`.
+
+        By default the adapters are those of the current request, or the one of `set_adapter`.
+        """
         with self._request() if adapter_names is None else self.using(adapter_names):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """`model.generate` with these adapters, one for each row of the input, however many beams a row has."""
+        """Call `model.generate` with one adapter for all rows of the input, or one per row whatever its beams."""
         model: Any = self.model
         if adapter_names is None:
             plan = self._plan()
         else:
-            given = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+            config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
             fields = ("num_beams", "num_return_sequences")
-            sizes = [kwargs.get(field) or getattr(given, field, None) or 1 for field in fields]
-            plan = self._planned(adapter_names, repeats=(1, max(sizes)))
-        with Running(self, plan):
+            repeats = [kwargs.get(field) or getattr(config, field, None) or 1 for field in fields]
+            plan = self._make_plan(adapter_names, repeats=(1, max(repeats)))
+        with RunningPlan(self, plan):
             return model.generate(*args, **kwargs)
 
     def add(
@@ -177,18 +201,26 @@ class AdapterBank:
         warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
-        """Serve one more adapter under this name; the record says what of it the subspace has.
+        """Add an adapter and return its record, which includes the error of a projection.
 
-        source: an adapter of the pack or its name (by default this name); or a LoRA, its folder or repository, which is
-        projected on the subspace as `Pack.add` does, with the same options.
+        Args:
+            name (`str`):
+                The name of the new adapter.
+            source (`PackedAdapter`, `str`, `os.PathLike` or `Adapter`, *optional*):
+                An adapter of the pack or its name, by default `name`; or a LoRA, its folder or its repository, which is
+                projected on the subspace as in `Pack.add`.
+            warn_above (`float`):
+                Delta error above which a projection warns.
+            options:
+                Passed to `Pack.add`.
         """
         keys.check_name(name)
         self._check_free(name)
         packed = self._packed(name, source, warn_above, options)
-        held = self._hold(packed)
+        adapter = self._store(packed)
         with self._lock:
             self._check_free(name)
-            self._put(held)
+            self._put(adapter)
         return packed.record
 
     def replace(
@@ -199,43 +231,41 @@ class AdapterBank:
         warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
-        """Serve something else under a name, from the next request on. Sources are those of `add`."""
-        self._held(name)
+        """Replace an adapter from the next request on. Arguments and returned record are those of `add`."""
+        self._adapter(name)
         packed = self._packed(name, source, warn_above, options)
-        held = self._hold(packed)
+        adapter = self._store(packed)
         with self._lock:
-            self._held(name)
-            self._put(held)
+            self._adapter(name)
+            self._put(adapter)
         return packed.record
 
     def remove(self, *names: str) -> None:
-        """Forget adapters, all of them or, if one is not there, none. Requests that run with one end with it."""
+        """Remove adapters; remove none if one of the names is unknown. Running requests keep their adapters."""
         with self._lock:
             for name in names:
-                self._held(name)
+                self._adapter(name)
             for name in dict.fromkeys(names):
                 del self._adapters[name]
                 if name == self._default:
                     self._default_plan = None
 
     def unload(self) -> nn.Module:
-        """The model as it was before, which is returned. The bank is of no use afterwards."""
+        """Remove all hooks and return the model as it was before. The bank cannot be used afterwards."""
         with self._lock:
             self._unloaded = True
             for handle in self._handles:
                 handle.remove()
-            self._end_requests()
-            self._updated, self._headed, self._adapters = {}, {}, {}
-            self._default, self._default_plan = None, Plan()
+            self._unwrap_calls()
+            self._update_hooks, self._head_hooks, self._adapters = {}, {}, {}
+            self._default, self._default_plan = None, RequestPlan()
         return self.model
 
-    def _plan(self) -> Plan:
-        """What the current thread or task runs with."""
-        found = current(self)
-        return self._default_or_error() if found is None else found
-
-    def _default_or_error(self) -> Plan:
-        plan = self._default_plan
+    def _plan(self) -> RequestPlan:
+        """Return the plan of the current request, or of the default adapter outside of requests."""
+        plan = current_plan(self)
+        if plan is None:
+            plan = self._default_plan
         if plan is None:
             raise AdapterNameError(
                 f"adapter {self._default!r}, chosen by set_adapter, was removed from the bank. Choose another one."
@@ -243,31 +273,32 @@ class AdapterBank:
         return plan
 
     def _request(self) -> AbstractContextManager[None]:
-        """The current request, or a new one with the default adapter."""
-        return Running(self, self._plan())
+        """Continue the current request, or begin one with the default adapter."""
+        return RunningPlan(self, self._plan())
 
-    def _planned(self, adapter_names: str | Sequence[str], repeats: tuple[int, ...] = (1,)) -> Plan:
+    def _make_plan(self, adapter_names: str | Sequence[str], repeats: tuple[int, ...] = (1,)) -> RequestPlan:
         if isinstance(adapter_names, str):
-            return requests.alone(self._held(adapter_names), self._compute)
+            return requests.plan_single(self._adapter(adapter_names), self._dtype)
         with self._lock:
-            found = [self._held(name) for name in adapter_names]
-        if not found:
+            adapters = [self._adapter(name) for name in adapter_names]
+        if not adapters:
             raise OptionError("adapter_names is empty: name one adapter for all rows, or one a row.")
-        return requests.mixed(found, self._compute, repeats)
+        return requests.plan_mixed(adapters, self._dtype, repeats)
 
-    def _held(self, name: str | None) -> Held | None:
+    def _adapter(self, name: str | None) -> BankAdapter | None:
+        """Return an adapter of the bank, None for the base model; raise `AdapterNameError` for an unknown name."""
         if self._unloaded:
             raise OptionError("this bank was unloaded. Make a new one: AdapterBank(model, pack).")
         if name is None or name == BASE:
             return None
-        found = self._adapters.get(name)
-        if found is None:
+        adapter = self._adapters.get(name)
+        if adapter is None:
             keys.check_known(name, self.names, "the bank")
-        return found
+        return adapter
 
     def _check_free(self, name: str) -> None:
         if self._unloaded:
-            self._held(name)
+            self._adapter(name)
         if name in self._adapters:
             raise AdapterNameError(f"the bank already has an adapter named {name!r}: replace it, or remove it first.")
 
@@ -278,7 +309,7 @@ class AdapterBank:
             return replace(source, name=name)
         if source is None or (isinstance(source, str) and source in self.pack):
             return replace(self.pack.packed(source or name), name=name)
-        alone = Pack(
+        single = Pack(
             self._subspace(),
             self.pack.info,
             {},
@@ -287,21 +318,21 @@ class AdapterBank:
             revision=self.pack.revision,
             coefficient_dtype=self.pack.coefficient_storage,
         )
-        alone.add(source, name=name, warn_above=warn_above, **options)
-        return alone.packed(name)
+        single.add(source, name=name, warn_above=warn_above, **options)
+        return single.packed(name)
 
-    def _hold(self, packed: PackedAdapter) -> Held:
-        check_whole(packed)
+    def _store(self, packed: PackedAdapter) -> BankAdapter:
+        check_not_carried(packed)
         self._check_kernels(packed)
-        packed = self._of_now(packed)
-        names, dtype = self._tensor_names, self.pack.coefficient_dtype
+        packed = self._extend_coefficients(packed)
+        names = self._tensor_names
         with without_autograd(self._device):
-            found = heads(packed, self.model, names) if names is not None else Heads()
-            return hold(packed, self.pack.info, self._places, found, self._layouts, dtype, self._device)
+            heads = make_heads(packed, self.model, names) if names is not None else Heads()
+            return self._storage.store(packed, heads)
 
     def _check_kernels(self, packed: PackedAdapter) -> None:
         for module, coefficients in packed.coefficients.items():
-            name = self._places.get(packed.places[module])
+            name = self._model_names.get(packed.places[module])
             if name is None:
                 continue
             kernel = convolution.kernel_of(self.model.get_submodule(name))
@@ -311,15 +342,15 @@ class AdapterBank:
                     f"{kernel}. It belongs to a different base model."
                 )
 
-    def _of_now(self, packed: PackedAdapter) -> PackedAdapter:
-        """An adapter with coefficients on all components: one of before the subspace grew has fewer, and gets zeros."""
+    def _extend_coefficients(self, packed: PackedAdapter) -> PackedAdapter:
+        """Give an adapter zero coefficients on the components by which its subspace has grown."""
         lineage = self.pack.info.lineage
         if packed.subspace is None or packed.subspace == lineage[-1]:
             return packed
         if packed.subspace not in lineage:
             raise OptionError(
                 f"adapter {packed.name!r} is of the subspace {packed.subspace[:12]}…, which the bank's pack never had. "
-                "Take it from that pack, or give it as a LoRA: other.adapter(name)."
+                "Take it from that pack, or pass it as a LoRA: other.adapter(name)."
             )
         wide = {}
         for module, coefficients in packed.coefficients.items():
@@ -328,53 +359,54 @@ class AdapterBank:
         return replace(packed, coefficients=wide)
 
     def _subspace(self) -> Subspace:
-        """The pack's bases. Of a pack that the bank alone has, and has in 8 bits itself, they are read and not kept."""
-        return (copy.copy(self.pack) if self._forgets else self.pack).subspace
+        """Return the pack's bases, without caching them in the pack if the bank keeps only its own int8 copy."""
+        return (copy.copy(self.pack) if self._discards_bases else self.pack).subspace
 
-    def _put(self, held: Held) -> None:
+    def _put(self, adapter: BankAdapter) -> None:
         with self._lock:
-            for name in held.heads.modules:
-                if name not in self._headed:
-                    check_hooks_are_seen(self.model, name)
+            for name in adapter.heads.modules:
+                if name not in self._head_hooks:
+                    check_not_compiled(self.model, name)
                     module = self.model.get_submodule(name)
-                    layer = self._headed[name] = Headed(module, name, self._plan)
-                    # before the update of a linear module, which is added to its output with the trained bias
-                    self._handles.append(module.register_forward_hook(layer.hook(), prepend=True, with_kwargs=True))
-                    requests.renew(self.model)
-            self._adapters[held.name] = held
-            if held.name == self._default:
-                self._default_plan = requests.alone(held, self._compute)
+                    hook = self._head_hooks[name] = HeadHook(module, name, self._plan)
+                    # before the hook that adds updates, because a head replaces the output
+                    self._handles.append(
+                        module.register_forward_hook(hook.forward_hook(), prepend=True, with_kwargs=True)
+                    )
+                    requests.force_recompilation(self.model)
+            self._adapters[adapter.name] = adapter
+            if adapter.name == self._default:
+                self._default_plan = requests.plan_single(adapter, self._dtype)
 
 
-def _opened(pack: Pack | str | PathLike[str], adapters: list[str] | None) -> Pack:
+def _open(pack: Pack | str | PathLike[str], adapters: list[str] | None) -> Pack:
     if isinstance(pack, Pack):
         return pack
     return Pack.open(pack) if Path(pack).exists() else Pack.from_pretrained(pack, adapters=adapters)
 
 
-def _matched(model: nn.Module, pack: Pack) -> dict[str, str]:
-    """Each module of the subspace that the model has, and the model's name of it."""
-    there = sizes(model)
-    found = {
-        place: name for name, place in module_names.resolve_all(there, pack.info.modules).items() if place is not None
-    }
-    if not found:
+def _match_modules(model: nn.Module, pack: Pack) -> dict[str, str]:
+    """Return the model's name of each module of the subspace that the model has."""
+    sizes = module_sizes(model)
+    subspace_names = module_names.resolve_all(sizes, pack.info.modules)
+    model_names = {subspace_name: name for name, subspace_name in subspace_names.items() if subspace_name is not None}
+    if not model_names:
         raise ModuleNameError(
             f"the model has none of the {len(pack.info.modules)} modules of the pack, such as "
             f"{min(pack.info.modules)!r}. It is a different base model; the pack is for {pack.base_model!r}."
         )
-    for place, name in sorted(found.items()):
-        sides = pack.info.modules[place]
-        wanted = sides["up"].dimension, sides["down"].dimension
-        if there[name] != wanted:
+    for subspace_name, name in sorted(model_names.items()):
+        sides = pack.info.modules[subspace_name]
+        expected = sides["up"].dimension, sides["down"].dimension
+        if sizes[name] != expected:
             raise ShapeError(
-                f"module {name}: (out, in) is {there[name]} in the model and {wanted} in the pack. It belongs to a "
+                f"module {name}: (out, in) is {sizes[name]} in the model and {expected} in the pack. It belongs to a "
                 "different base model."
             )
-        check_hooks_are_seen(model, name)
+        check_not_compiled(model, name)
         if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
             raise ModuleNameError(
                 f"module {name} is a part of nn.MultiheadAttention, which uses its weight without calling it: "
                 "the bank cannot serve it. Load exported adapters with PEFT (`eigenlorax export`)."
             )
-    return found
+    return model_names

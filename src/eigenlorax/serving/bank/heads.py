@@ -1,7 +1,7 @@
-"""Heads of adapters: modules of the model with an adapter's own parameters in them (task heads, trained biases).
+"""Heads of adapters: copies of the model's modules with an adapter's own parameters (task heads, trained biases).
 
-Each is a copy of the model's module that shares all with it but those parameters. Swapping parameters in the module
-itself would be seen by every other thread.
+A copy shares everything with the model's module except those parameters. Replacing the parameters in the module itself
+would affect the requests of other threads.
 """
 
 import copy
@@ -16,94 +16,118 @@ from ...core import keys, module_names
 from ...errors import ModuleNameError, ShapeError
 from ...pack.packed_adapter import PackedAdapter
 
+# torch's attributes for hooks of a module. A copy must not run the bank's hooks again.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Modules with an adapter's own parameters, by the model's name of the module; `tensors` are those parameters."""
+    """Modules with an adapter's own parameters.
+
+    Args:
+        modules: The modules by name in the model.
+        tensors: The adapter's own parameters in them.
+    """
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     tensors: tuple[Tensor, ...] = ()
 
 
 def tensor_names(model: nn.Module) -> frozenset[str]:
-    """The names of all parameters and buffers, those that are tied too."""
-    parameters, buffers = (found(remove_duplicate=False) for found in (model.named_parameters, model.named_buffers))
+    """Return the names of all parameters and buffers, including tied ones."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
     return frozenset(name for name, _ in (*parameters, *buffers))
 
 
-def heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -> Heads:
-    """The adapter's heads as modules of a model with tensors of these names; an error names the adapter where the model
-    has no such place."""
-    own: dict[str, dict[str, Tensor]] = {}
+def make_heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -> Heads:
+    """Make the heads of an adapter for a model.
+
+    Args:
+        packed: The adapter.
+        model: The model.
+        names: The names of the model's tensors.
+
+    Raises `ModuleNameError` if the model lacks one of the tensors, `ShapeError` if it has another shape there.
+    """
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
     for key, tensor in packed.heads.items():
-        # PEFT saves the trained bias of an adapted layer as it is called within its own
-        plain = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
-        name = module_names.resolve(plain, names)
+        # PEFT saves the trained bias of an adapted layer under the name of its base layer
+        model_key = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
+        name = module_names.resolve(model_key, names)
         if name is None:
             raise ModuleNameError(
                 f"adapter {packed.name!r} has a head of its own, {key!r}, that the model lacks. Load the model that it "
                 "was trained on, such as AutoModelForSequenceClassification, or pass heads=False."
             )
         module, _, parameter = name.rpartition(".")
-        own.setdefault(module, {})[parameter] = tensor
-    modules = {module: _copy(model.get_submodule(module), tensors, packed.name) for module, tensors in own.items()}
-    owned = tuple(getattr(modules[module], name) for module, tensors in own.items() for name in tensors)
-    return Heads(modules, owned)
+        tensors_by_module.setdefault(module, {})[parameter] = tensor
+    modules = {
+        module: _copy_with(model.get_submodule(module), tensors, packed.name)
+        for module, tensors in tensors_by_module.items()
+    }
+    copied = tuple(getattr(modules[module], name) for module, tensors in tensors_by_module.items() for name in tensors)
+    return Heads(modules, copied)
 
 
-def _copy(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> nn.Module:
-    """The module with `tensors` in the place of its own, in their dtype and on their device."""
-    made = copy.copy(module)
-    made._parameters = dict(module._parameters)
-    made._buffers = dict(module._buffers)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-        setattr(made, hooks, OrderedDict())
-    # what has replaced it, such as accelerate, is bound to the module itself
-    made.__dict__.pop("forward", None)
+def _copy_with(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> nn.Module:
+    """Copy a module with `tensors` in place of its own, in their dtype and on their device."""
+    head = copy.copy(module)
+    head._parameters = dict(module._parameters)
+    head._buffers = dict(module._buffers)
+    for hooks in _HOOKS:
+        setattr(head, hooks, OrderedDict())
+    # a replaced `forward`, such as accelerate's, is bound to the original module
+    head.__dict__.pop("forward", None)
     for name, tensor in tensors.items():
-        there = getattr(module, name)
-        # a linear head may be for another number of labels
-        width = 1 if isinstance(module, nn.Linear) else 0
-        if tensor.shape[width:] != there.shape[width:] or tensor.dim() != there.dim():
-            raise _unfit(adapter, name, tensor, there)
-        value = tensor.to(there.device, there.dtype).clone()
-        if name in made._parameters:
-            made._parameters[name] = nn.Parameter(value, requires_grad=False)
+        original = getattr(module, name)
+        # the first dimension of a linear head is the number of labels, which may differ
+        first = 1 if isinstance(module, nn.Linear) else 0
+        if tensor.shape[first:] != original.shape[first:] or tensor.dim() != original.dim():
+            raise _shape_error(adapter, name, tensor, original)
+        value = tensor.to(original.device, original.dtype).clone()
+        if name in head._parameters:
+            head._parameters[name] = nn.Parameter(value, requires_grad=False)
         else:
-            made._buffers[name] = value
-    if isinstance(made, nn.Linear):
-        if made.bias is not None and len(made.bias) != len(made.weight):
-            raise _unfit(adapter, "bias", made.bias, made.weight[:, 0])
-        made.out_features = len(made.weight)
-    return made
+            head._buffers[name] = value
+    if isinstance(head, nn.Linear):
+        if head.bias is not None and len(head.bias) != len(head.weight):
+            raise _shape_error(adapter, "bias", head.bias, head.weight[:, 0])
+        head.out_features = len(head.weight)
+    return head
 
 
-def _unfit(adapter: str, name: str, got: Tensor, wanted: Tensor) -> ShapeError:
+def _shape_error(adapter: str, name: str, actual: Tensor, expected: Tensor) -> ShapeError:
     return ShapeError(
-        f"adapter {adapter!r}: `{name}` of its head is {tuple(got.shape)}, that of the model {tuple(wanted.shape)}. "
-        "Load the model that it was trained on, or pass heads=False."
+        f"adapter {adapter!r}: `{name}` of its head is {tuple(actual.shape)}, that of the model "
+        f"{tuple(expected.shape)}. Load the model that it was trained on, or pass heads=False."
     )
 
 
-def mix(own: Mapping[nn.Module, list[int]], rows: int, x: Tensor, output: Tensor) -> Tensor:
-    """`output`, that of the model's own module for x (n, …), with the rows of each head as that head has them.
+def apply_heads(rows_of: Mapping[nn.Module, list[int]], n_rows: int, x: Tensor, output: Tensor) -> Tensor:
+    """Return the output of a module with the rows of each head computed by that head.
 
-    own: the rows of each, out of `rows`, which n is a multiple of: each row stands there equally often. Of heads for
-    several numbers of labels the widest says how wide all are, and what a row has no label for is −∞.
+    If heads have different numbers of labels, the output is as wide as the widest, and padded with −∞.
+
+    Args:
+        rows_of: The batch rows of each head.
+        n_rows: Number of batch rows. Each may occur several times in `x`, equally often.
+        x: (n, …), the input.
+        output: (n, …), the output of the model's own module.
     """
-    spread = _by_row(x, rows)
-    found = {head: head(spread[places].flatten(0, 1)) for head, places in own.items()}
-    width = max(output.shape[-1], *(one.shape[-1] for one in found.values()))
-    result = torch.full((*output.shape[:-1], width), -torch.inf, dtype=output.dtype, device=output.device)
-    result[..., : output.shape[-1]] = output
-    by_row = _by_row(result, rows)
-    for head, places in own.items():
-        one = found[head]
-        by_row[places, ..., one.shape[-1] :] = -torch.inf
-        by_row[places, ..., : one.shape[-1]] = _by_row(one, len(places)).to(result.dtype)
-    return result
+    x_by_row = _by_row(x, n_rows)
+    outputs = {head: head(x_by_row[rows].flatten(0, 1)) for head, rows in rows_of.items()}
+    width = max(output.shape[-1], *(head_output.shape[-1] for head_output in outputs.values()))
+    mixed = torch.full((*output.shape[:-1], width), -torch.inf, dtype=output.dtype, device=output.device)
+    mixed[..., : output.shape[-1]] = output
+    by_row = _by_row(mixed, n_rows)
+    for head, rows in rows_of.items():
+        labels = outputs[head].shape[-1]
+        by_row[rows, ..., labels:] = -torch.inf
+        by_row[rows, ..., :labels] = _by_row(outputs[head], len(rows)).to(mixed.dtype)
+    return mixed
 
 
-def _by_row(tensor: Tensor, rows: int) -> Tensor:
-    """(rows · m, …) → (rows, m, …)."""
-    return tensor.reshape(rows, -1, *tensor.shape[1:])
+def _by_row(tensor: Tensor, n_rows: int) -> Tensor:
+    """(n_rows · m, …) → (n_rows, m, …)."""
+    return tensor.reshape(n_rows, -1, *tensor.shape[1:])

@@ -1,7 +1,7 @@
-"""What one request runs with: the coefficients of its adapters, laid out for the rows of its batch.
+"""Requests of a bank: the plan that a request runs with, and the context that it runs in.
 
-A plan is made once, when a request begins, and is never changed: whatever is added, removed or replaced meanwhile,
-every layer sees the same adapters. It keeps alive what it needs of them, and what was removed goes with it.
+A plan is made when a request begins and is immutable. All layers see the same adapters, whatever is added, removed or
+replaced meanwhile. It keeps the tensors of its adapters alive.
 """
 
 import itertools
@@ -18,86 +18,88 @@ from torch import Tensor, nn
 
 from ...core.layer_update import LayerCoefficients, LayerResidual, RowGroups, group_rows, without_autograd
 from ...errors import ShapeError
-from .held import Held, Layout
+from .bank_adapter import BankAdapter, Layout
 
-_CURRENT: ContextVar[Mapping[Any, tuple["Plan", ...]]] = ContextVar(
+_RUNNING: ContextVar[Mapping[Any, tuple["RequestPlan", ...]]] = ContextVar(
     "eigenlorax_bank_plans", default=MappingProxyType({})
 )
-"""Of this thread or task: the plans of each bank whose blocks it is in, the innermost last."""
+"""The plans that the current thread or task runs, by bank; the innermost is last."""
 
 
-def current(bank: Any) -> "Plan | None":
-    """The plan that this thread or task runs for a bank."""
-    plans = _CURRENT.get().get(bank)
+def current_plan(bank: Any) -> "RequestPlan | None":
+    """Return the plan that the current thread or task runs for a bank."""
+    plans = _RUNNING.get().get(bank)
     return plans[-1] if plans else None
 
 
-class Running:
-    """A plan for a bank, for the length of a block and in this thread or task alone. It can be entered again, and by
-    several at once."""
+class RunningPlan:
+    """Context manager that runs a plan for a bank in the current thread or task.
 
-    def __init__(self, bank: Any, plan: "Plan") -> None:
+    It can be entered several times, and by several threads at once.
+    """
+
+    def __init__(self, bank: Any, plan: "RequestPlan") -> None:
         self._bank, self._plan = bank, plan
 
     def __enter__(self) -> None:
-        plans = _CURRENT.get()
-        _CURRENT.set({**plans, self._bank: (*plans.get(self._bank, ()), self._plan)})
+        plans = _RUNNING.get()
+        _RUNNING.set({**plans, self._bank: (*plans.get(self._bank, ()), self._plan)})
 
     def __exit__(self, *error: object) -> None:
-        plans = dict(_CURRENT.get())
+        plans = dict(_RUNNING.get())
         outer = plans.pop(self._bank)[:-1]
-        _CURRENT.set({**plans, self._bank: outer} if outer else plans)
+        _RUNNING.set({**plans, self._bank: outer} if outer else plans)
 
 
 Request = Callable[[], AbstractContextManager[None]]
-_REQUESTS, _BEFORE = "bank_requests", "bank_before"
+_REQUESTS, _ORIGINAL = "bank_requests", "bank_original_forward"
 _versions = itertools.count()
 
 
-def begin(model: nn.Module, request: Request) -> Callable[[], None]:
-    """Let each call of the model be a `request` too; what is returned takes that back.
+def wrap_calls(model: nn.Module, request: Request) -> Callable[[], None]:
+    """Run each call of a model inside `request()`, and return a function that undoes this.
 
-    Its `forward` is replaced, and no hook put on it: a call that is interrupted has to end its request. Several banks
-    share one replacement, so that they may go in any order.
+    `forward` is replaced, because a forward hook would not run at the end of a call that raises an error. Several banks
+    share one replacement, so that they can be unloaded in any order.
     """
-    requests = _replacement(model).get(_REQUESTS)
+    requests = _replacement_attributes(model).get(_REQUESTS)
     if requests is None:
         requests = []
         _replace_forward(model, requests, vars(model).get("forward"))
     requests.append(request)
 
-    def end() -> None:
+    def undo() -> None:
         requests.remove(request)
-        replacement = _replacement(model)
-        if requests or replacement.get(_REQUESTS) is not requests:
+        attributes = _replacement_attributes(model)
+        if requests or attributes.get(_REQUESTS) is not requests:
             return
-        if replacement[_BEFORE] is None:
+        if attributes[_ORIGINAL] is None:
             del vars(model)["forward"]
         else:
-            vars(model)["forward"] = replacement[_BEFORE]
+            vars(model)["forward"] = attributes[_ORIGINAL]
 
-    return end
-
-
-def renew(model: nn.Module) -> None:
-    """Let a model that is compiled as a whole be compiled again at its next call: hooks alone would go unseen."""
-    replacement = _replacement(model)
-    if _REQUESTS in replacement:
-        _replace_forward(model, replacement[_REQUESTS], replacement[_BEFORE])
+    return undo
 
 
-def _replacement(model: nn.Module) -> dict[str, Any]:
-    """The attributes of what stands for the model's `forward`, if it is one of ours."""
+def force_recompilation(model: nn.Module) -> None:
+    """Make a compiled model compile again at its next call, since torch.compile does not notice new hooks."""
+    attributes = _replacement_attributes(model)
+    if _REQUESTS in attributes:
+        _replace_forward(model, attributes[_REQUESTS], attributes[_ORIGINAL])
+
+
+def _replacement_attributes(model: nn.Module) -> dict[str, Any]:
+    """Return the attributes of the function that replaces the model's `forward`; empty if it is not replaced."""
     forward = vars(model).get("forward")
     return getattr(getattr(forward, "__func__", forward), "__dict__", {})
 
 
-def _replace_forward(model: nn.Module, requests: list[Request], before: Any) -> None:
+def _replace_forward(model: nn.Module, requests: list[Request], original: Any) -> None:
     version = str(next(_versions))
 
     def run(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        # a compiled graph asks for the request at each layer; and what its tracing has looked at, as this version, it
-        # looks at in each call, to be traced again for another one
+        # A compiled graph looks up the request in each layer. Reading `version` while tracing makes torch.compile guard
+        # on it, so that a new replacement is traced again.
         if torch.compiler.is_compiling() and version:
             return call(*args, **kwargs)
         with ExitStack() as stack:
@@ -105,43 +107,46 @@ def _replace_forward(model: nn.Module, requests: list[Request], before: Any) -> 
                 stack.enter_context(request())
             return call(*args, **kwargs)
 
-    if before is None:
-        original = type(model).forward
+    if original is None:
+        class_forward = type(model).forward
 
-        @wraps(original)
+        @wraps(class_forward)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return run(original.__get__(self), args, kwargs)
+            return run(class_forward.__get__(self), args, kwargs)
 
         replacement: Any = method
-        # bound, so that a copy of the model runs its own
+        # a bound method, so that a copy of the model runs its own
         vars(model)["forward"] = MethodType(method, model)
     else:
 
-        @wraps(before)
+        @wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
-            return run(before, args, kwargs)
+            return run(original, args, kwargs)
 
         replacement = vars(model)["forward"] = function
-    vars(replacement).update({_REQUESTS: requests, _BEFORE: before})
+    vars(replacement).update({_REQUESTS: requests, _ORIGINAL: original})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What each module multiplies with.
+class RequestPlan:
+    """The adapters of a request, laid out for the rows of its batch.
 
-    parts: by module of the subspace; with a dimension of groups in front where there is an order.
-    heads: by module of the model, whose rows each head is for; one head for all rows has none.
-    rows: how many a batch must have, and `repeats` how often each may stand there (beams); None for any number.
+    Args:
+        coefficients: Coefficients by module name in the subspace; of each group if there are groups.
+        heads: Batch rows of each head, by module name in the model; one head without rows serves all rows.
+        groups: Groups of rows with the same adapter; None if all rows have the same one.
+        rows: Number of batch rows; None for any number.
+        repeats: How often each row may occur, for beam search.
     """
 
-    parts: Mapping[str, LayerCoefficients] = field(default_factory=dict)
+    coefficients: Mapping[str, LayerCoefficients] = field(default_factory=dict)
     heads: Mapping[str, Mapping[nn.Module, list[int]]] = field(default_factory=dict)
-    order: RowGroups | None = None
+    groups: RowGroups | None = None
     rows: int | None = None
     repeats: tuple[int, ...] = (1,)
 
     def check_rows(self, x: Tensor, module: str) -> None:
-        """`ShapeError` if x, the input of a module, does not have the rows that adapters were named for."""
+        """Raise `ShapeError` if the input of a module does not have one row for each adapter that was named."""
         if self.rows is None or len(x) in {self.rows * repeat for repeat in self.repeats}:
             return
         raise ShapeError(
@@ -151,103 +156,120 @@ class Plan:
         )
 
 
-def alone(held: Held | None, dtype: torch.dtype, rows: int | None = None, repeats: tuple[int, ...] = (1,)) -> Plan:
-    """One adapter for all rows; None for the base model."""
-    if held is None:
-        return Plan(rows=rows, repeats=repeats)
-    heads: dict[str, dict[nn.Module, list[int]]] = {name: {module: []} for name, module in held.heads.modules.items()}
-    with without_autograd(held.numbers.device):
-        return Plan(held.parts(dtype), heads, None, rows, repeats)
+def plan_single(
+    adapter: BankAdapter | None, dtype: torch.dtype, rows: int | None = None, repeats: tuple[int, ...] = (1,)
+) -> RequestPlan:
+    """Return the plan of a request with one adapter for all rows, or None for the base model."""
+    if adapter is None:
+        return RequestPlan(rows=rows, repeats=repeats)
+    heads: dict[str, dict[nn.Module, list[int]]] = {name: {head: []} for name, head in adapter.heads.modules.items()}
+    with without_autograd(adapter.flat.device):
+        return RequestPlan(adapter.coefficients(dtype), heads, None, rows, repeats)
 
 
-def mixed(adapters: Sequence[Held | None], dtype: torch.dtype, repeats: tuple[int, ...] = (1,)) -> Plan:
-    """An adapter for each row; None is the base model."""
+def plan_mixed(
+    adapters: Sequence[BankAdapter | None], dtype: torch.dtype, repeats: tuple[int, ...] = (1,)
+) -> RequestPlan:
+    """Return the plan of a request with one adapter per row; None is the base model."""
     if len(set(adapters)) == 1:
-        return alone(adapters[0], dtype, len(adapters), repeats)
-    numbered = {held: number for number, held in enumerate(dict.fromkeys(adapters))}
+        return plan_single(adapters[0], dtype, len(adapters), repeats)
+    numbered = {adapter: number for number, adapter in enumerate(dict.fromkeys(adapters))}
     distinct = list(numbered)
-    groups, order = group_rows([numbered[held] for held in adapters])
+    owners, groups = group_rows([numbered[adapter] for adapter in adapters])
     heads: dict[str, dict[nn.Module, list[int]]] = {}
-    for row, held in enumerate(adapters):
-        for name, module in held.heads.modules.items() if held is not None else ():
-            heads.setdefault(name, {}).setdefault(module, []).append(row)
-    device = next(held.numbers.device for held in distinct if held is not None)
+    for row, adapter in enumerate(adapters):
+        for name, head in adapter.heads.modules.items() if adapter is not None else ():
+            heads.setdefault(name, {}).setdefault(head, []).append(row)
+    device = next(adapter.flat.device for adapter in distinct if adapter is not None)
     with without_autograd(device):
-        parts = _parts([distinct[group] for group in groups], dtype)
-        for place, rests in _residuals(adapters, dtype, device).items():
-            parts[place] = replace(parts[place], residuals=rests)
-    return Plan(parts, heads, order.to(device), len(adapters), repeats)
+        coefficients = _stack_coefficients([distinct[owner] for owner in owners], dtype)
+        for module, residuals in _residuals_by_module(adapters, dtype, device).items():
+            coefficients[module] = replace(coefficients[module], residuals=residuals)
+    return RequestPlan(coefficients, heads, groups.to(device), len(adapters), repeats)
 
 
-def _parts(groups: Sequence[Held | None], dtype: torch.dtype) -> dict[str, LayerCoefficients]:
-    """The coefficients of all groups, zero for the base model and for modules that an adapter lacks. Adapters of one
-    layout are copied together; lower ranks are filled up with zeros."""
-    batches = [_Batch.of(layout, groups, dtype) for layout in dict.fromkeys(one.layout for one in groups if one)]
+def _stack_coefficients(groups: Sequence[BankAdapter | None], dtype: torch.dtype) -> dict[str, LayerCoefficients]:
+    """Stack the coefficients of all groups by module, padded with zeros to the largest rank.
+
+    The base model, and modules that an adapter lacks, get zeros. Adapters of one layout are copied together: one copy
+    for each layout instead of one per module and adapter.
+    """
+    layouts = dict.fromkeys(adapter.layout for adapter in groups if adapter is not None)
+    batches = [_LayoutBatch.of(layout, groups, dtype) for layout in layouts]
     if len(batches) == 1:
-        return batches[0].parts()
+        return batches[0].coefficients()
     ranks: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for batch in batches:
-        for place in batch.layout.places:
-            ranks[place.module] = max(place.rank, ranks.get(place.module, 0))
-            sizes[place.module] = place.k_down, place.k_up
-    device = batches[0].numbers.device
-    found = {}
+        for part in batch.layout.slices:
+            ranks[part.module] = max(part.rank, ranks.get(part.module, 0))
+            sizes[part.module] = part.k_down, part.k_up
+    device = batches[0].flat.device
+    stacked = {}
     for module, rank in ranks.items():
         k_down, k_up = sizes[module]
-        down = torch.zeros(len(groups), rank, k_down, dtype=dtype, device=device)
-        up = torch.zeros(len(groups), k_up, rank, dtype=dtype, device=device)
-        found[module] = down, up
+        downs = torch.zeros(len(groups), rank, k_down, dtype=dtype, device=device)
+        ups = torch.zeros(len(groups), k_up, rank, dtype=dtype, device=device)
+        stacked[module] = downs, ups
     for batch in batches:
-        for place in batch.layout.places:
-            (all_down, all_up), (down, up) = found[place.module], place.of(batch.numbers)
-            all_down[batch.members, : place.rank] = down
-            all_up[batch.members, :, : place.rank] = up
-    return {module: LayerCoefficients(down, up, 1.0) for module, (down, up) in found.items()}
+        for part in batch.layout.slices:
+            (downs, ups), (down, up) = stacked[part.module], part.factors(batch.flat)
+            downs[batch.members, : part.rank] = down
+            ups[batch.members, :, : part.rank] = up
+    return {module: LayerCoefficients(downs, ups, 1.0) for module, (downs, ups) in stacked.items()}
 
 
-def _residuals(
-    adapters: Sequence[Held | None], dtype: torch.dtype, device: torch.device
+def _residuals_by_module(
+    adapters: Sequence[BankAdapter | None], dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[LayerResidual, ...]]:
-    """What adapters have beside the bases, by module, each with its rows of the batch."""
-    rows: dict[Held, list[int]] = {}
-    for row, held in enumerate(adapters):
-        if held is not None and held.rests:
-            rows.setdefault(held, []).append(row)
-    found: dict[str, tuple[LayerResidual, ...]] = {}
-    for held, own in rows.items():
-        places = torch.tensor(own, device=device)
-        for place, scaling in zip(held.layout.places, held.scalings, strict=True):
-            if (rest := held.rests.get(place.module)) is not None:
-                one = replace(rest.to(dtype=dtype), rows=places, scaling=scaling)
-                found[place.module] = (*found.get(place.module, ()), one)
-    return found
+    """Return the residuals of all adapters by module, each with its batch rows."""
+    rows_of: dict[BankAdapter, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        if adapter is not None and adapter.residuals:
+            rows_of.setdefault(adapter, []).append(row)
+    by_module: dict[str, tuple[LayerResidual, ...]] = {}
+    for adapter, rows in rows_of.items():
+        indices = torch.tensor(rows, device=device)
+        for part, scaling in zip(adapter.layout.slices, adapter.scalings, strict=True):
+            if (residual := adapter.residuals.get(part.module)) is not None:
+                in_batch = replace(residual.to(dtype=dtype), rows=indices, scaling=scaling)
+                by_module[part.module] = (*by_module.get(part.module, ()), in_batch)
+    return by_module
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """The groups of one layout, their numbers (members, n) with the scalings multiplied in."""
+class _LayoutBatch:
+    """The groups of one layout.
+
+    Args:
+        layout: The layout.
+        members: Numbers of the groups that have it.
+        flat: (members, n), their coefficients, with the scalings multiplied into the up factors.
+        n_groups: Number of groups of all layouts.
+    """
 
     layout: Layout
     members: list[int]
-    numbers: Tensor
-    groups: int
+    flat: Tensor
+    n_groups: int
 
     @classmethod
-    def of(cls, layout: Layout, groups: Sequence[Held | None], dtype: torch.dtype) -> "_Batch":
-        members = [number for number, held in enumerate(groups) if held is not None and held.layout is layout]
-        chosen = [held for held in groups if held is not None and held.layout is layout]
-        numbers = torch.stack([held.numbers for held in chosen]).to(dtype)
-        if any(scaling != 1 for held in chosen for scaling in held.scalings):
-            scalings = torch.tensor([held.scalings for held in chosen], dtype=dtype, device=numbers.device)
-            for number, place in enumerate(layout.places):
-                numbers[:, place.middle : place.end] *= scalings[:, number, None]
-        return cls(layout, members, numbers, len(groups))
+    def of(cls, layout: Layout, groups: Sequence[BankAdapter | None], dtype: torch.dtype) -> "_LayoutBatch":
+        by_group = {
+            group: adapter for group, adapter in enumerate(groups) if adapter is not None and adapter.layout is layout
+        }
+        flat = torch.stack([adapter.flat for adapter in by_group.values()]).to(dtype)
+        scalings = [adapter.scalings for adapter in by_group.values()]
+        if any(scaling != 1 for row in scalings for scaling in row):
+            factors = torch.tensor(scalings, dtype=dtype, device=flat.device)
+            for number, part in enumerate(layout.slices):
+                flat[:, part.middle : part.end] *= factors[:, number, None]
+        return cls(layout, list(by_group), flat, len(groups))
 
-    def parts(self) -> dict[str, LayerCoefficients]:
-        """Those of all groups, if this is the only layout."""
-        numbers = self.numbers
-        if len(self.members) < self.groups:
-            numbers = numbers.new_zeros(self.groups, numbers.shape[1])
-            numbers[self.members] = self.numbers
-        return {place.module: LayerCoefficients(*place.of(numbers), 1.0) for place in self.layout.places}
+    def coefficients(self) -> dict[str, LayerCoefficients]:
+        """Return the coefficients of all groups, if there is no other layout."""
+        flat = self.flat
+        if len(self.members) < self.n_groups:
+            flat = flat.new_zeros(self.n_groups, flat.shape[1])
+            flat[self.members] = self.flat
+        return {part.module: LayerCoefficients(*part.factors(flat), 1.0) for part in self.layout.slices}

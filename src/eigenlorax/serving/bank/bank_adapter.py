@@ -1,0 +1,184 @@
+"""One adapter as the bank stores it: all its coefficients in one tensor, its residuals and its heads."""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ...core import keys
+from ...core.coefficients import Coefficients
+from ...core.layer_update import LayerCoefficients, LayerResidual
+from ...errors import ModuleNameError, OptionError, ShapeError
+from ...pack.manifest import SubspaceInfo
+from ...pack.pack import Pack
+from ...pack.packed_adapter import PackedAdapter
+from .heads import Heads
+
+CARRIED = "(DoRA magnitudes, embeddings, modules that the subspace lacks)"
+LISTED = 8
+"""Number of adapters up to which a message names all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSlice:
+    """The position of one module's coefficients in the flat tensor: down (rank, k_down), then up (k_up, rank)."""
+
+    module: str
+    start: int
+    rank: int
+    k_down: int
+    k_up: int
+
+    @property
+    def middle(self) -> int:
+        return self.start + self.rank * self.k_down
+
+    @property
+    def end(self) -> int:
+        return self.middle + self.rank * self.k_up
+
+    def factors(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of down (…, rank, k_down) and up (…, k_up, rank) in flat coefficients (…, n)."""
+        down, up = flat[..., self.start : self.middle], flat[..., self.middle : self.end]
+        leading = flat.shape[:-1]
+        return down.view(*leading, self.rank, self.k_down), up.view(*leading, self.k_up, self.rank)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Layout:
+    """The slices of an adapter's modules. Adapters of the same modules and ranks share one object."""
+
+    slices: tuple[ModuleSlice, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BankAdapter:
+    """An adapter of the bank. It is immutable, so that requests that run with it are not affected by `replace`.
+
+    Args:
+        name: Name of the adapter.
+        layout: Positions of the coefficients in `flat`.
+        flat: (n), all coefficients.
+        scalings: Scaling of each slice of the layout.
+        heads: The adapter's own heads and trained biases.
+        residuals: Residuals by module name in the subspace.
+    """
+
+    name: str
+    layout: Layout
+    flat: Tensor
+    scalings: tuple[float, ...]
+    heads: Heads
+    residuals: Mapping[str, LayerResidual]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        residuals = [tensor for residual in self.residuals.values() for tensor in residual.tensors]
+        return [self.flat, *self.heads.tensors, *residuals]
+
+    def coefficients(self, dtype: torch.dtype) -> dict[str, LayerCoefficients]:
+        """Return the coefficients by module name in the subspace, in `dtype`."""
+        flat = self.flat.to(dtype)
+        return {
+            part.module: LayerCoefficients(*part.factors(flat), scaling, self._residual(part.module, dtype))
+            for part, scaling in zip(self.layout.slices, self.scalings, strict=True)
+        }
+
+    def _residual(self, module: str, dtype: torch.dtype) -> tuple[LayerResidual, ...]:
+        return (self.residuals[module].to(dtype=dtype),) if module in self.residuals else ()
+
+
+@dataclass(frozen=True, slots=True)
+class BankStorage:
+    """Converts adapters of a pack to those of a bank.
+
+    Args:
+        info: Sizes of the subspace.
+        modules: Names of the subspace's modules that the model has.
+        dtype: Dtype of all coefficients and residuals. It must represent them exactly.
+        device: Device of all tensors.
+        layouts: Layouts that are in use.
+    """
+
+    info: SubspaceInfo
+    modules: frozenset[str]
+    dtype: torch.dtype
+    device: torch.device
+    layouts: MutableMapping[tuple[ModuleSlice, ...], Layout] = field(default_factory=WeakValueDictionary)
+
+    def store(self, packed: PackedAdapter, heads: Heads) -> BankAdapter:
+        """Return an adapter of the bank; raise an error that names the adapter if the bank cannot serve it."""
+        check_not_carried(packed)
+        by_module = {packed.places[module]: coefficients for module, coefficients in packed.coefficients.items()}
+        missing = sorted(by_module.keys() - self.modules)
+        if missing:
+            raise ModuleNameError(
+                f"adapter {packed.name!r} has {len(missing)} of {len(by_module)} modules that the model lacks, such as "
+                f"{missing[0]!r}. It belongs to another base model, or to more of it."
+            )
+        slices, factors, start = [], [], 0
+        residuals, scalings = {}, []
+        for module, coefficients in sorted(by_module.items()):
+            part = self._slice(packed.name, module, start, coefficients)
+            slices.append(part)
+            factors += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
+            scalings.append(coefficients.scaling)
+            start = part.end
+            if coefficients.has_residual:
+                down, up = (coefficients.residual(side) for side in keys.SIDES)
+                residuals[module] = LayerResidual(
+                    None if down is None else self._convert(down, packed.name),
+                    None if up is None else self._convert(up, packed.name),
+                )
+        flat = self._convert(torch.cat(factors) if factors else torch.empty(0, dtype=self.dtype), packed.name)
+        layout = self.layouts.setdefault(tuple(slices), Layout(tuple(slices)))
+        return BankAdapter(packed.name, layout, flat, tuple(scalings), heads, residuals)
+
+    def _slice(self, adapter: str, module: str, start: int, coefficients: Coefficients) -> ModuleSlice:
+        expected = self.info.modules[module]["down"].k, self.info.modules[module]["up"].k
+        actual = coefficients.down.shape[1], coefficients.up.shape[0]
+        if actual != expected:
+            raise ShapeError(
+                f"adapter {adapter!r}, module {module}: its coefficients are for (k_down, k_up) = {actual}, the "
+                f"bank's subspace has {expected}. Take it from the bank's own pack."
+            )
+        return ModuleSlice(module, start, coefficients.rank, *actual)
+
+    def _convert(self, tensor: Tensor, adapter: str) -> Tensor:
+        """Return a tensor in the bank's dtype; raise `OptionError` if that would round it."""
+        stored = tensor.to(self.device, self.dtype)
+        if stored.dtype != tensor.dtype and not torch.equal(stored.to(tensor), tensor):
+            raise OptionError(
+                f"adapter {adapter!r} is {tensor.dtype}, which the bank's {self.dtype} would round. Make the pack with "
+                f"dtype={str(tensor.dtype).removeprefix('torch.')!r}."
+            )
+        return stored
+
+
+def check_not_carried(packed: PackedAdapter) -> None:
+    """Raise `OptionError` for an adapter with tensors that are neither coefficients, residuals nor heads."""
+    if packed.carried:
+        raise OptionError(
+            f"adapter {packed.name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r} "
+            f"{CARRIED}. `eigenlorax export` gives all of it as an ordinary LoRA."
+        )
+
+
+def check_none_carried(pack: Pack) -> None:
+    """Raise `OptionError` for a pack with such adapters. The message names them and says how to serve the others."""
+    carrying = [name for name, record in pack.records.items() if record.carried_bytes]
+    if not carrying:
+        return
+    named, others = ", ".join(map(repr, carrying)), [name for name in pack.names if name not in carrying]
+    if not others:
+        remedy = "`eigenlorax export` gives each as an ordinary LoRA"
+    elif len(others) <= LISTED:
+        remedy = f"AdapterBank(model, pack, adapters={others!r}) serves the others"
+    else:
+        remedy = (
+            f"AdapterBank(model, pack, adapters=[name for name in pack.names if name not in {{{named}}}]) serves the "
+            "others, with pack a `Pack`"
+        )
+    raise OptionError(f"coefficients cannot express all tensors of {named} {CARRIED}. {remedy}.")

@@ -1,0 +1,234 @@
+"""The subspace that a config refers to, and the modules of a model that it has bases for."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..core import basis, convolution, keys, module_names, registry
+from ..core import subspace as spaces
+from ..core.basis import Basis
+from ..core.subspace import ModuleBases, Subspace
+from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
+from ..formats import checks
+from ..pack.pack import Pack
+from .config import EigenLoraxConfig
+
+# Checksums of one added component may differ by this much between machines, whose QR decompositions round differently.
+_CHECKSUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSubspace:
+    """The subspace of an adapter, added components included.
+
+    Args:
+        subspace: The bases by module name.
+        fingerprint: The fingerprint of `subspace`.
+        pack: The pack that it comes from, if that is open or on disk.
+        saved_subspace: The subspace when the adapter was saved, if it has grown since. The adapter's coefficients are
+            on the first components of `subspace` then.
+    """
+
+    subspace: Subspace
+    fingerprint: str
+    pack: Pack | None
+    saved_subspace: Subspace | None = None
+
+    def n_components(self, subspace_name: str, bases: ModuleBases) -> tuple[int, int]:
+        """Return the number of components (down, up) of a module that the adapter has coefficients on."""
+        saved = self.saved_subspace.modules[subspace_name] if self.saved_subspace is not None else bases
+        return saved.down.k, saved.up.k
+
+    def subspace_name(self, module: str, config: EigenLoraxConfig) -> str | None:
+        """Return the name in the subspace of a module of the model; None if the subspace lacks it."""
+        if module in config.subspace_modules:
+            return config.subspace_modules[module]
+        return module_names.resolve(module, self.subspace.modules)
+
+    def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
+        """Return the bases of a module of the model.
+
+        Raises `ModuleNameError` if the subspace lacks the module, `ShapeError` if it has another shape there.
+        """
+        subspace_name = self.subspace_name(module, config)
+        if subspace_name is None:
+            names = sorted(self.subspace.modules)
+            raise ModuleNameError(
+                f"module {module!r} is not in the subspace, which has {len(names)} modules such as {names[0]!r}. "
+                "Remove target_modules to adapt those that it has, or exclude this one with exclude_modules."
+            )
+        bases = self.subspace.modules[subspace_name]
+        if bases.shape != (out_features, in_features):
+            raise ShapeError(
+                f"module {module}: (out, in) is {(out_features, in_features)} in the model and {bases.shape} in the "
+                "subspace (in: of a convolution, channels times its kernel). It belongs to a different base model."
+            )
+        return bases
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedSubspace:
+    """A subspace that is saved in the adapter's own file: placeholders for its bases until they are loaded.
+
+    Args:
+        fingerprint: The fingerprint of the subspace.
+        shapes: Components (down, up) by module name.
+    """
+
+    fingerprint: str
+    shapes: Mapping[str, list[int]]
+    pack: None = None
+
+    def n_components(self, subspace_name: str, bases: ModuleBases) -> tuple[int, int]:
+        """Return the number of components (down, up) of a module that the adapter has coefficients on: all of them."""
+        return bases.down.k, bases.up.k
+
+    def subspace_name(self, module: str, config: EigenLoraxConfig) -> str | None:
+        """Return the name under which the adapter has bases for a module of the model; None if it has none."""
+        return module_names.resolve(module, self.shapes)
+
+    def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
+        """Return bases of zeros of the shape that will be loaded; raise `ModuleNameError` if there are none."""
+        subspace_name = self.subspace_name(module, config)
+        if subspace_name is None:
+            raise ModuleNameError(
+                f"module {module!r} is not among the {len(self.shapes)} that the adapter has embedded bases for, such "
+                f"as {min(self.shapes)!r}. It was trained on another model."
+            )
+        k_down, k_up = self.shapes[subspace_name]
+        return ModuleBases(_zero_basis(k_down, in_features), _zero_basis(k_up, out_features))
+
+
+def _zero_basis(k: int, dimension: int) -> Basis:
+    return Basis(torch.zeros(k, dimension), torch.zeros(0), energy=1.0)
+
+
+def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSubspace:
+    """Find the subspace of a config: embedded, in the pack that it names, or known in this process by its fingerprint.
+
+    Sets the fingerprint of a config that has none. Raises `OptionError` if the config names no subspace or another one
+    than its pack has, `PackMissingError` if the subspace is not known.
+    """
+    if config.embed_subspace and config.embedded_shapes:
+        return EmbeddedSubspace(config.subspace_fingerprint or "embedded", config.embedded_shapes)
+    pack = _find_pack(config)
+    saved_subspace = None
+    if pack is not None:
+        fingerprint = pack.info.fingerprint
+        if config.subspace_fingerprint is not None and config.subspace_fingerprint not in pack.info.lineage:
+            raise OptionError(
+                f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} holds "
+                f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= its own pack."
+            )
+        subspace = registry.find(fingerprint) or registry.intern(pack.subspace)
+        if config.subspace_fingerprint not in (None, fingerprint):
+            saved_subspace = subspace.at(config.subspace_fingerprint)
+        else:
+            config.subspace_fingerprint = fingerprint
+        if saved_subspace is not None and config.n_extra:
+            # components that the config adds are orthogonal to the saved subspace, not to what it has grown to since
+            subspace, saved_subspace = registry.intern(saved_subspace), None
+    else:
+        subspace = _find_by_fingerprint(config)
+    if config.n_extra:
+        subspace = registry.intern(spaces.augment(subspace, config.n_extra, config.extra_seed))
+    return ResolvedSubspace(subspace, subspace.fingerprint, pack, saved_subspace)
+
+
+def _find_by_fingerprint(config: EigenLoraxConfig) -> Subspace:
+    if config.subspace_fingerprint is None:
+        raise OptionError(
+            "no subspace was given. EigenLoraxConfig(subspace='pack/') takes a pack's folder, a repository on the "
+            "Hub, or a Pack; `eigenlorax fit adapters/ -o pack/` makes one."
+        )
+    subspace = registry.find(config.subspace_fingerprint)
+    if subspace is None:
+        raise PackMissingError(
+            f"the subspace {config.subspace_fingerprint[:12]}… of this adapter is not at hand. Open its pack in "
+            "this process (eigenlorax.Pack.open('pack/')), or pass subspace='pack/' where it is loaded, or save "
+            "the adapter with embed_subspace=True."
+        )
+    return subspace
+
+
+def _find_pack(config: EigenLoraxConfig) -> Pack | None:
+    """Open the pack of a config; if the config names none, return an open pack with its subspace, or None."""
+    if config.subspace is None or config.subspace == keys.INSIDE_PACK:
+        if config.subspace_fingerprint is None:
+            return None
+        holder = registry.find_holder(config.subspace_fingerprint)
+        return holder if isinstance(holder, Pack) and config.subspace_fingerprint in holder.info.lineage else None
+    assert isinstance(config.subspace, str)
+    if Path(config.subspace).exists():
+        return Pack.open(config.subspace)
+    # adapters are downloaded only if the initial coefficients come from them
+    adapters: list[str] | None = [] if config.start in ("zero", "uniform") else None
+    return Pack.from_pretrained(config.subspace, adapters=adapters, revision=config.subspace_revision)
+
+
+def check_added_components(config: EigenLoraxConfig, resolved: ResolvedSubspace | EmbeddedSubspace) -> None:
+    """Check that this machine computes the added components of a config as the machine that saved it did.
+
+    Sets the checksums of a new config. Raises `OptionError` if they differ.
+    """
+    if not config.n_extra or isinstance(resolved, EmbeddedSubspace):
+        return
+    checksums = {
+        name: sum(float(basis.augmentation_checksums(bases.side(side))[-config.n_extra :].sum()) for side in keys.SIDES)
+        for name, bases in resolved.subspace.modules.items()
+    }
+    saved = config.extra_check or checksums
+    differences = {name: abs(checksum - saved.get(name, checksum)) for name, checksum in checksums.items()}
+    worst = max(differences, key=lambda name: differences[name])
+    if differences[worst] > _CHECKSUM_TOLERANCE * config.n_extra:
+        raise OptionError(
+            f"this machine computes the added components of {worst} from seed {config.extra_seed} differently from the "
+            "one that saved the adapter, so that its coefficients would mean something else. Save it there with "
+            "embed_subspace=True; and please report it with the output of `eigenlorax env`."
+        )
+    config.extra_check = saved
+
+
+def record_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ...]]) -> None:
+    """Set the kernels of a config to those of the model's modules; raise `ShapeError` if it was saved with others.
+
+    Args:
+        config: The config.
+        kernels: Kernel size of each adapted module; () for a linear layer.
+    """
+    for name, module in module_names.resolve_all(config.kernels, kernels).items():
+        if module is not None and not convolution.kernels_match(tuple(config.kernels[name]), kernels[module]):
+            raise ShapeError(
+                f"module {module}: the adapter is for a kernel of {tuple(config.kernels[name])}, and that of the model "
+                f"is {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
+            )
+    config.kernels = {module: list(kernel) for module, kernel in kernels.items() if kernel}
+
+
+def rename_residuals(config: EigenLoraxConfig, modules: Collection[str]) -> None:
+    """Rename the modules for which a config has residuals to the names that the model has."""
+    model_names = module_names.resolve_all(config.rests, modules)
+    for name, module in model_names.items():
+        if module is None:
+            raise ModuleNameError(
+                f"the adapter has a residual in {name!r}, which is not among the {len(modules)} modules that it is put "
+                "on. Load it with its own target_modules, on the model that it was saved with."
+            )
+    config.rests = {module: config.rests[name] for name, module in model_names.items() if module is not None}
+
+
+def check_base_model(resolved: ResolvedSubspace | EmbeddedSubspace, model: object) -> None:
+    """Warn if the pack is for another base model than `model`, the name of the one that is adapted."""
+    if resolved.pack is not None:
+        checks.warn_of_other_model(resolved.pack.base_model, model)
+
+
+def check_not_carried(config: EigenLoraxConfig) -> None:
+    """Raise `OptionError` for an adapter of a pack that has tensors beside its coefficients."""
+    if config.carried:
+        raise OptionError(
+            "this adapter has tensors that coefficients cannot express (carried.safetensors: DoRA magnitudes, "
+            "embeddings, modules that the subspace lacks). `eigenlorax export` writes all of it as an ordinary LoRA."
+        )
