@@ -41,7 +41,7 @@ class TestWriteFile:
         atomic_files.write_file(tmp_path / "file", b"old")
 
         def fail():
-            with atomic_files.staged(tmp_path / "file", b"new"):
+            with atomic_files.stage_file(tmp_path / "file", b"new"):
                 assert len(contents(tmp_path)) == 2
                 raise KeyboardInterrupt
 
@@ -188,8 +188,8 @@ class TestStaging:
 
     def test_writers_of_one_path_do_not_touch_each_other(self, tmp_path):
         with (
-            atomic_files.staged(tmp_path / "a", b"first") as first,
-            atomic_files.staged(tmp_path / "a", b"second") as second,
+            atomic_files.stage_file(tmp_path / "a", b"first") as first,
+            atomic_files.stage_file(tmp_path / "a", b"second") as second,
         ):
             second()
             atomic_files.write_file(tmp_path / "a", b"third")

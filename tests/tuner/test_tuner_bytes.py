@@ -43,7 +43,7 @@ def both(path, base=None, names=NAMES):
     for layer in layers(plain):
         for bases in (layer.eigenlorax_basis_down, layer.eigenlorax_basis_up):
             for key in list(bases):
-                bases[key] = int8_rows.quantise_rows(bases[key]).wide(bases[key].dtype)
+                bases[key] = int8_rows.quantise_rows(bases[key]).dequantise(bases[key].dtype)
     serve(plain)
     serve(served, torch.int8)
     return plain, served

@@ -1,4 +1,4 @@
-"""One trained LoRA in memory: frozen data. Nothing here reads or writes a file."""
+"""One trained LoRA adapter in memory, as frozen data. `formats` reads and writes the files."""
 
 import json
 import math
@@ -18,7 +18,12 @@ T = TypeVar("T")
 
 
 class LazyMapping(Mapping[str, T], Generic[T]):
-    """A mapping whose keys are known and whose values are read anew at each access, so that none is kept alive."""
+    """A mapping with known keys whose values are read at each access, so that it keeps none of them alive.
+
+    Args:
+        keys: A mapping with the same keys.
+        read: Returns the value of a key.
+    """
 
     __slots__ = ("_keys", "_read")
 
@@ -42,7 +47,15 @@ class LazyMapping(Mapping[str, T], Generic[T]):
 class LoRAFactors:
     """The update of one module: delta_weight = scaling · up @ down, (out, in).
 
-    kernel: that of a convolution, (height, width), whose `in` is channels · height · width; empty for a linear module.
+    Attributes:
+        down: The factor A.
+        up: The factor B.
+        scaling: LoRA scaling, alpha / r or alpha / √r.
+        kernel: Kernel size of a convolution, whose `in` is channels · height · width; empty for a linear module.
+
+    Raises:
+        FormatError: A factor is no tensor, or of another dtype than `dtypes.STORED`.
+        ShapeError: The factors do not share a rank, or the kernel does not divide `in`.
     """
 
     down: Float[Tensor, "r n_in"]
@@ -64,11 +77,12 @@ class LoRAFactors:
             raise ShapeError(
                 f"a kernel of {self.kernel} does not fit a down of {down}: its rows are channels · kernel."
             )
-        # NumPy's and torch's numbers too
+        # also accepts NumPy's and torch's numbers
         object.__setattr__(self, "scaling", to_float("scaling", self.scaling))
 
     @property
     def spec(self) -> "ModuleSpec":
+        """Shape, scaling and dtype of the factors."""
         return ModuleSpec(
             rank=self.down.shape[0],
             in_features=self.down.shape[1],
@@ -80,20 +94,24 @@ class LoRAFactors:
 
     @classmethod
     def from_weights(cls, down: Tensor, up: Tensor, scaling: float) -> "LoRAFactors":
-        """From the weights of the two layers: of linear ones, or of convolutions, down (rank, in, height, width) and
-        up (out, rank, 1, 1)."""
+        """Return factors from the weights of the two LoRA layers.
+
+        Args:
+            down: Weight of the down layer, (r, in), or (r, channels, height, width) of a convolution.
+            up: Weight of the up layer, (out, r), or (out, r, 1, 1).
+            scaling: LoRA scaling.
+        """
         return cls(down.flatten(1), up.flatten(1), scaling, tuple(down.shape[2:]))
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The inverse of `from_weights`."""
-        ones = [1] * len(self.kernel)
-        return self.down.reshape(len(self.down), -1, *self.kernel), self.up.reshape(*self.up.shape, *ones)
+        """Weights of the two LoRA layers (down, up): the inverse of `from_weights`."""
+        up_kernel = [1] * len(self.kernel)
+        return self.down.reshape(len(self.down), -1, *self.kernel), self.up.reshape(*self.up.shape, *up_kernel)
 
 
 def is_valid_kernel(kernel: Any, in_features: int) -> bool:
-    """Whether rows of `in_features` numbers may be those of a convolution of this kernel, or, where that is empty, of a
-    linear module."""
+    """Return whether `kernel` is a tuple of sizes whose product divides `in_features`; () is a linear module."""
     return (
         isinstance(kernel, tuple)
         and all(type(size) is int and size > 0 for size in kernel)
@@ -103,9 +121,16 @@ def is_valid_kernel(kernel: Any, in_features: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """What is known of a module's factors before its tensors are read.
+    """Shape, scaling and dtype of one module's factors, known from the file header before tensors are read.
 
-    shared: how many modules of the file have this `down` in common, as query, key and value of one fused layer have.
+    Attributes:
+        rank: LoRA rank r.
+        in_features: Width of the down factor.
+        out_features: Height of the up factor.
+        scaling: LoRA scaling.
+        dtype: Widest dtype of the two factors.
+        kernel: Kernel size of a convolution; empty for a linear module.
+        shared: Number of modules that share this `down` in the file, as query, key and value of a fused layer do.
     """
 
     rank: int
@@ -118,19 +143,24 @@ class ModuleSpec:
 
     @property
     def channels(self) -> int:
-        """What the module reads at one place: the channels of a convolution, the input of a linear module."""
+        """Number of input channels of a convolution; the input width of a linear module."""
         return self.in_features // math.prod(self.kernel)
 
     @property
     def numbers(self) -> int:
-        """Numbers in the two LoRA factors, of a shared one this module's part."""
+        """Number of entries in the two factors. A shared `down` counts in equal parts for its modules."""
         return self.rank * self.in_features // self.shared + self.rank * self.out_features
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The single file that an adapter came in: its format, one of `formats.FORMATS`; which of several ways to spell
-    names that format has the file took; and its metadata."""
+    """The single file that an adapter was read from.
+
+    Attributes:
+        format: One of `formats.FORMATS`.
+        spelling: Which of the format's conventions for tensor names the file follows.
+        metadata: Metadata of the file.
+    """
 
     format: str
     spelling: tuple[str, ...] = ()
@@ -139,14 +169,21 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One trained LoRA, all its modules.
+    """One trained LoRA adapter.
 
-    `specs` and `modules` have the same keys: module names without `base_model.model.`. `modules` reads tensors when it
-    is asked for them. `heads` (task heads, trained biases, resized embeddings) and `carried` (what a subspace cannot
-    hold: DoRA magnitudes, embedding LoRA) are keyed by the name PEFT writes them under, and are never
-    changed. `source_config` is the text of the adapter's `adapter_config.json`, word for word.
-    `subspace` is the fingerprint of the one it was trained in, if it was. `origin` is the file it came in, where that
-    is not one of PEFT's, or has metadata to give back.
+    Attributes:
+        name: Name of the adapter.
+        specs: Shape, scaling and dtype by module name, without the prefix `base_model.model.`.
+        modules: Factors by module name, with the same keys; usually read at each access (`LazyMapping`).
+        base_model: Name or path of the base model.
+        revision: Revision of the base model.
+        heads: Task heads, trained biases and resized embeddings, by PEFT's tensor names. Never changed.
+        carried: Tensors that a subspace cannot represent (DoRA magnitudes, embedding LoRA), by PEFT's tensor names.
+            Never changed.
+        source_config: Text of `adapter_config.json`, verbatim.
+        file_bytes: Size of the adapter's file.
+        subspace: Fingerprint of the subspace that the adapter was trained in, if any.
+        origin: The file that the adapter was read from, if that is not a PEFT file or has metadata to write again.
     """
 
     name: str
@@ -163,18 +200,25 @@ class Adapter:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The parsed `adapter_config.json`; empty for an adapter that was made in memory."""
+        """Parsed `adapter_config.json`; empty for an adapter that was made in memory."""
         return json.loads(self.source_config) if self.source_config else {}
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The distinct ranks of the modules, ascending."""
+        """Distinct ranks of the modules, ascending."""
         return tuple(sorted({spec.rank for spec in self.specs.values()}))
 
 
 def from_factors(name: str, modules: Mapping[str, LoRAFactors], **fields: Any) -> Adapter:
-    """An adapter from tensors in memory; `fields` are the other fields of `Adapter`."""
-    return Adapter(name=name, specs={key: value.spec for key, value in modules.items()}, modules=modules, **fields)
+    """Return an adapter from tensors in memory.
+
+    Args:
+        name: Name of the adapter.
+        modules: Factors by module name.
+        fields: Other fields of `Adapter`.
+    """
+    specs = {module: factors.spec for module, factors in modules.items()}
+    return Adapter(name=name, specs=specs, modules=modules, **fields)
 
 
 def factor_grams(factors: LoRAFactors) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""Files and folders that appear whole or not at all, one writer at a time. Nothing here knows what is in them."""
+"""Files and folders that are written completely or not at all, by one writer at a time.
+
+A new file is prepared beside its path (`staging`), flushed to the disk and renamed. A process that is killed leaves the
+old state or the new one.
+"""
 
 import errno
 import os
@@ -22,18 +26,19 @@ from .exchange import exchange
 Files = Mapping[str, bytes]
 
 STAGING_PREFIX = staging.PREFIX
-_noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
+_deferred: ContextVar[set[Path] | None] = ContextVar("_deferred", default=None)
+"""Folders to be flushed at the end of a `defer_folder_syncs` block; None outside of one."""
 
 
 def digest(data: bytes) -> str:
-    """sha256, hexadecimal."""
+    """Return the SHA-256 of `data` in hexadecimal."""
     return sha256(data).hexdigest()
 
 
 def read_regular_file(path: Path, at_most: int) -> bytes | None:
-    """Return the bytes of a plain file of at most so many; None for any other.
+    """Return the content of a regular file of at most `at_most` bytes; None for anything else.
 
-    Nothing is waited for, followed or allocated: there may be a link, a pipe, a device, or a file without an end.
+    Links are not followed, pipes are not waited for, and nothing is allocated for larger files.
     """
     try:
         return read_file(path, at_most, follow_links=False)
@@ -42,48 +47,47 @@ def read_regular_file(path: Path, at_most: int) -> bytes | None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush to the disk what a folder lists: files that came, went or were renamed. Their content is not meant.
+    """Flush the entries of a folder to the disk, so that created, removed and renamed files survive a power cut.
 
-    In `synced_at_the_end` the folder is noted instead.
+    Within `defer_folder_syncs` that happens at the end of the block.
     """
-    noted = _noted.get()
-    if noted is not None:
-        noted.add(path)
+    deferred = _deferred.get()
+    if deferred is not None:
+        deferred.add(path)
     else:
         _sync(path)
 
 
 @contextmanager
 def defer_folder_syncs() -> Iterator[None]:
-    """Flush each folder that something new comes to in the block once, at its end, rather than for each of them."""
-    noted: set[Path] = set()
-    token = _noted.set(noted)
+    """Flush each folder that the block writes to once, at the end, rather than once per file."""
+    deferred: set[Path] = set()
+    token = _deferred.set(deferred)
     try:
         yield
     finally:
-        _noted.reset(token)
-    for path in sorted(noted):
+        _deferred.reset(token)
+    for path in sorted(deferred):
         _sync(path)
 
 
 def _sync(path: Path) -> None:
     try:
-        handle = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        # Windows opens no folder, and others none that may be written to but not read
+        # Windows cannot open folders, and a folder may be writable without being readable
         return
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     except OSError as error:
-        # a file system of the network, or of a process, that cannot
+        # network and FUSE file systems may not support it
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def _write(path: Path, data: bytes, mode: str) -> None:
-    """Write a file's content, and flush it to the disk."""
+def _write_synced(path: Path, data: bytes, mode: str) -> None:
     with open(path, mode) as file:
         file.write(data)
         file.flush()
@@ -91,8 +95,8 @@ def _write(path: Path, data: bytes, mode: str) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let an error say which file it is about: a write does not say where the disk was full."""
+def _with_filename(path: Path) -> Iterator[None]:
+    """Set the file name of an `OSError` that has none: a write on a full disk does not say which file it was."""
     try:
         yield
     except OSError as error:
@@ -102,31 +106,32 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
-    """A file with all of `data` beside `path`; what is yielded puts it in the place of `path` in one step.
+def stage_file(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
+    """Write `data` beside `path`, and yield a function that puts it in the place of `path` in one step.
 
-    Room on the disk is needed before the block, not in it. After an error, what was not put in place is removed.
+    The disk can be full before the block, but not within it. If the function is not called, or fails, the staged file
+    is removed after an error.
     """
-    with staging.claim(path, staging.create_file) as beside:
+    with staging.claim(path, staging.create_file) as staged:
 
         def put_in_place() -> None:
-            os.replace(beside, path)
+            os.replace(staged, path)
             sync_folder(path.parent)
 
-        with _naming(path):
-            _write(beside, data, "wb")
+        with _with_filename(path):
+            _write_synced(staged, data, "wb")
             yield put_in_place
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: a reader, or a killed writer, sees the old bytes or the new ones."""
-    with staged(path, data) as put_in_place:
+    """Write a file in one step: a reader sees the old bytes or the new ones, also if the writer is killed."""
+    with stage_file(path, data) as put_in_place:
         put_in_place()
 
 
 @contextmanager
 def ensure_folder(folder: Path) -> Iterator[None]:
-    """`folder` and its parents; after an error, those that were not there are removed again if they are empty."""
+    """Create `folder` and its parents; after an error in the block, remove the new ones that are empty."""
     missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -134,7 +139,7 @@ def ensure_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # not empty: another process writes there
+        # another process may write there by now
         with suppress(OSError):
             for path in missing:
                 path.rmdir()
@@ -142,18 +147,18 @@ def ensure_folder(folder: Path) -> Iterator[None]:
 
 
 def check_is_folder(path: Path) -> None:
-    """`PackExistsError` if `path`, or what it would lie in, exists and is no folder."""
+    """Raise `PackExistsError` if `path`, or one of its parents, exists and is not a folder."""
     if path.is_symlink() and not path.exists():
         raise PackExistsError(f"{path} is a link to nothing. Remove it, or choose another folder.")
-    for place in (path, *path.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise PackExistsError(f"{place} exists and is not a folder. Choose another one.")
+    for ancestor in (path, *path.parents):
+        if ancestor.exists():
+            if not ancestor.is_dir():
+                raise PackExistsError(f"{ancestor} exists and is not a folder. Choose another one.")
             return
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:
-    """`PackExistsError` unless a folder may be written to `path`: nothing is there, or it may be replaced."""
+    """Raise `PackExistsError` unless `path` is free or empty, or a folder that may be overwritten."""
     check_is_folder(path)
     if path.is_symlink():
         raise PackExistsError(f"{path} exists and is a link. Choose another folder, or remove the link.")
@@ -164,7 +169,7 @@ def check_free(path: Path, overwrite: bool = False) -> None:
 
 
 def check_file_free(path: Path, overwrite: bool = False) -> None:
-    """`PackExistsError` unless a file may be written to `path`: nothing is there, or a file that may be replaced."""
+    """Raise `PackExistsError` unless `path` is free, or a regular file that may be overwritten."""
     check_is_folder(path.parent)
     if path.is_symlink() or path.exists():
         if path.is_symlink() or not path.is_file():
@@ -176,59 +181,71 @@ def check_file_free(path: Path, overwrite: bool = False) -> None:
 
 
 def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:
-    """`PackExistsError` unless a folder of these files may be written to `path`.
+    """Raise `PackExistsError` unless a folder with `files` may be written to `path`.
 
-    What may be replaced is a folder of the same kind: one with nothing in it but those files.
+    Only a folder that holds nothing but files of these names is overwritten.
     """
     check_free(path, overwrite)
-    others = sorted({entry.name for entry in path.iterdir()} - set(files)) if path.exists() else []
-    if others:
+    unknown = sorted({entry.name for entry in path.iterdir()} - set(files)) if path.exists() else []
+    if unknown:
         raise PackExistsError(
-            f"{path} is not replaced: it holds {others[0]!r}"
-            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            f"{path} is not replaced: it holds {unknown[0]!r}"
+            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
             + f" beside {', '.join(sorted(files))}, which would be lost. Choose another folder, or remove it yourself."
         )
 
 
 def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
-    """A folder of files, written beside and renamed. An existing one is refused unless it may be replaced."""
+    """Write a folder of files in one step.
+
+    Args:
+        path: The folder.
+        files: Content of each file, by name.
+        overwrite: Whether a folder of the same files is replaced.
+
+    Raises:
+        PackExistsError: Something is at `path`, and may not be replaced.
+        PackBusyError: Many other writers are at work.
+    """
     recover(path)
     check_replaceable(path, files, overwrite)
-    with ensure_folder(path.parent), staging.claim(path, staging.create_folder) as beside:
+    with ensure_folder(path.parent), staging.claim(path, staging.create_folder) as staged:
         for name, data in files.items():
-            with _naming(path / name):
-                _write(beside / name, data, "xb")
-        _sync(beside)
-        _put_in_place(beside, path)
+            with _with_filename(path / name):
+                _write_synced(staged / name, data, "xb")
+        _sync(staged)
+        _put_in_place(staged, path)
 
 
-def _put_in_place(beside: Path, path: Path) -> None:
-    """Rename a folder to `path`; what is there is removed, or comes back if that fails.
+def _put_in_place(staged: Path, path: Path) -> None:
+    """Rename a staged folder to `path`, and remove the old folder, which comes back if that fails.
 
-    The two change places in one step where the system can do that. Elsewhere there are two renames, and a process that
-    is killed between them leaves the old folder aside, from where `recover` takes it back.
+    The two are exchanged in one step where the system can do that. Elsewhere there are two renames, and `recover`
+    restores the old folder if the process is killed between them.
     """
     if not path.exists():
-        os.replace(beside, path)
+        os.replace(staged, path)
         sync_folder(path.parent)
         return
-    old = beside
-    if not exchange(beside, path):
+    old = staged
+    if not exchange(staged, path):
         old = staging.replaced_folder_path(path)
         os.replace(path, old)
         try:
-            os.replace(beside, path)
+            os.replace(staged, path)
         finally:
             if not path.exists():
                 os.replace(old, path)
-    # a power cut must not take what the old one consists of, and leave it in its place
+    # before the old files go: a power cut must not undo the rename and keep the deletions
     _sync(path.parent)
     staging.remove(old)
 
 
 def recover(path: Path) -> None:
-    """Finish what a killed `write_folder` has begun at `path`, if one did: the old folder is taken back if it is aside
-    and nothing is in its place, or removed if it was replaced."""
+    """Finish a `write_folder` that was killed between its two renames.
+
+    The old folder is restored if nothing is at `path`, and removed if the new one is.
+    """
     old = staging.replaced_folder_path(path)
     if old.is_symlink() or not old.is_dir():
         return
@@ -240,7 +257,10 @@ def recover(path: Path) -> None:
 
 
 def copy_permissions(folder: Path, file: Path) -> None:
-    """Give every file in `folder` the permissions of `file`: safetensors writes its files for their owner alone."""
+    """Give every file in `folder` the permissions of `file`.
+
+    safetensors writes files that only their owner may read.
+    """
     mode = stat.S_IMODE(file.stat().st_mode)
     for entry in folder.rglob("*"):
         if entry.is_file() and not entry.is_symlink():
@@ -248,14 +268,14 @@ def copy_permissions(folder: Path, file: Path) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers left half-written. Only for one who holds the folder's lock."""
+    """Remove what killed writers left in a folder, whose lock the caller holds."""
     for entry in folder.glob(f"{STAGING_PREFIX}*"):
         if not staging.is_in_use(entry):
             remove(entry)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder. Killed in between, it leaves the whole of it, or what `sweep_staging` finds."""
+    """Delete a file or folder, which a killed process leaves complete, or under a name that is swept later."""
     if path.is_dir() and not path.is_symlink():
         doomed = (
             path if path.name.startswith(STAGING_PREFIX) else path.parent / f"{STAGING_PREFIX}{secrets.token_hex(8)}"
@@ -268,10 +288,15 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock file `path`; a thread that holds it already gets it again.
+    """Hold the lock file `path` for the length of the block. A thread that holds it may lock it again.
 
-    `PackBusyError` if another process holds it for longer than `timeout` seconds. `PackExistsError` where something
-    else is in its place.
+    Args:
+        path: The lock file, which is created if need be.
+        timeout: Seconds to wait for another process.
+
+    Raises:
+        PackBusyError: Another process holds the lock for longer than `timeout`.
+        PackExistsError: Something that is no lock file is at `path`.
     """
     _check_lock(path)
     try:
@@ -285,13 +310,13 @@ def lock(path: Path, timeout: float) -> Iterator[None]:
 
 
 def _check_lock(path: Path) -> None:
-    """Raise `PackExistsError` for what is no lock file: to take a lock is to open it, and may be to empty it."""
+    """Raise `PackExistsError` if `path` is no lock file: taking a lock opens the file, and may empty it."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return
-    # another name of a file with content is a link as well
-    if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_size):
+    # a file with content under several names is a hard link to somebody's file
+    if not stat.S_ISREG(status.st_mode) or (status.st_nlink > 1 and status.st_size):
         raise PackExistsError(
             f"{path} is a link, or a pipe, folder or device, where a lock has to be a file of its own. Remove it, and "
             "run the command again."

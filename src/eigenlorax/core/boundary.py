@@ -1,5 +1,7 @@
-"""Files and values from outside: bounds that are checked before memory is taken, and one place that turns every failure
-to parse them into an error of ours. SECURITY.md says what is promised."""
+"""Limits for files and values from strangers, checked before memory is allocated, and errors for what cannot be parsed.
+
+SECURITY.md says what is guaranteed.
+"""
 
 import json
 import math
@@ -18,16 +20,15 @@ from safetensors import SafetensorError
 from ..errors import EigenloraxError, FormatError, PackDamagedError, PackError, reason
 
 MAX_DIMENSION = 1 << 22
-"""Largest width of a row that is read, ten times that of the widest linear layers in use (over vocabularies)."""
+"""Largest width of a row that is read: ten times that of the widest linear layers in use, those over vocabularies."""
 MAX_RANK = 1 << 10
-"""Largest rank of a module that is narrower than that; of a wider one, a rank may be as large as `out + in`."""
+"""Largest rank of a module that is narrower than that. A wider one may have a rank up to `out + in`."""
 MAX_CORE = 1 << 10
-"""Largest number of components per side between which a coded core is read; the encoder stops at half of it."""
+"""Largest number of components per side of a coded core. The encoder writes half of it at most."""
 MAX_JSON_BYTES = 1 << 26
 """Largest size of a JSON file of an adapter."""
 MAX_DEPTH = 100
-"""Largest number of lists and objects in one another in such a file. Python reads what is ten times as deep, and then
-cannot write it."""
+"""Largest depth of nested lists and objects in JSON. Python parses ten times that depth, but cannot write it again."""
 MAX_MANIFEST_BYTES = 1 << 30
 """Largest size of a manifest."""
 MAX_REPORT_BYTES = 1 << 28
@@ -35,12 +36,12 @@ MAX_REPORT_BYTES = 1 << 28
 MAX_HEADER_BYTES = 100_000_000
 """Largest header of a safetensors file, by that format."""
 MEMORY_ALLOWANCE = 200_000_000
-"""Bytes of memory that may be taken beside what the size of the files, and of the adapters in them, explains."""
+"""Bytes of memory that reading may take in addition to what the size of the files explains."""
 MAX_EXPANSION = 64
-"""Largest ratio of the bytes of rows in memory to their bytes in a file. Coded rows of length 1 that are worth their
-bytes take about a bit a number, and are read as float32."""
+"""Largest ratio of bytes in memory to bytes in a file. Useful coded rows take at least about one bit per number, and
+become float32."""
 FACTOR_BYTES = 16
-"""Bytes that a number of an adapter's factors takes while they are made: in float64, as it is kept, and in a file."""
+"""Bytes per entry of an adapter's factors while they are built: in float64, in the final dtype, and in a file."""
 
 PARSE_FAILURES = (
     ArithmeticError,
@@ -53,21 +54,23 @@ PARSE_FAILURES = (
     SafetensorError,
     zlib.error,
 )
-"""Exceptions by which Python, NumPy, torch and safetensors answer values that they cannot use.
+"""Exceptions that Python, NumPy, torch and safetensors raise for values that they cannot use.
 
-RuntimeError covers RecursionError, and torch's errors of shapes and of decompositions. OSError is not among them: a
-disk that cannot be read says nothing of what is on it.
+RuntimeError covers RecursionError, and torch's errors of shapes and decompositions. OSError is not one of them: an
+unreadable disk says nothing about what is on it.
 """
-# of a link that is not followed, systems say ELOOP or EMLINK
-_NOT_THERE = {ENOENT, ENOTDIR, EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENXIO}
+# systems report ELOOP or EMLINK for a link that is not followed
+_MISSING_ERRNOS = {ENOENT, ENOTDIR, EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENXIO}
 
 
 @contextmanager
 def damaged_on_error(where: Path | str) -> Iterator[None]:
-    """Raise `PackDamagedError` for whatever goes wrong in the block because a pack is not as its format asks.
+    """Raise `PackDamagedError` for every parse failure in the block.
 
-    where: the file or folder that is read, for the message. Errors of packs pass through; `PackError` where memory is
-    short, of which the pack may be innocent.
+    Errors about packs pass through. Lack of memory becomes a plain `PackError`, since the pack need not be the cause.
+
+    Args:
+        where: The file or folder that is read, for the message.
     """
     try:
         yield
@@ -86,14 +89,16 @@ def damaged_on_error(where: Path | str) -> Iterator[None]:
 def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
-    A pipe is not waited for, and no device is read. `FormatError` for these, and for a larger file; `FileNotFoundError`
-    where there is no file, a folder, a link that leads nowhere, or, unless links are followed, any link.
+    Raises:
+        FormatError: The file is larger, or a pipe, device or socket; none of these is waited for or read.
+        FileNotFoundError: There is no file, but nothing, a folder, a broken link, or any link if `follow_links` is
+            false.
     """
     names = ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC", *(() if follow_links else ("O_NOFOLLOW",)))
     try:
         descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, name, 0) for name in names))
     except OSError as error:
-        if error.errno in _NOT_THERE:
+        if error.errno in _MISSING_ERRNOS:
             raise _missing(path) from error
         raise
     try:
@@ -111,35 +116,44 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
 
 
 def parse_json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
-    """Return the text of a JSON file that holds an object, and the object. `FormatError` for anything else.
+    """Parse a JSON file that holds an object.
 
-    where: the file, for the message.
+    Args:
+        data: Content of the file.
+        where: Name of the file, for the message.
+
+    Returns:
+        The text, and the object.
+
+    Raises:
+        FormatError: The file is no JSON, holds something else, or is nested too deeply.
     """
     try:
         text = data.decode("utf-8")
-        found = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not valid JSON: {reason(error)}") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{where} holds a JSON {type(found).__name__}; an object was expected.")
-    check_depth(found, where)
-    return text, found
+    if not isinstance(document, dict):
+        raise FormatError(f"{where} holds a JSON {type(document).__name__}; an object was expected.")
+    check_depth(document, where)
+    return text, document
 
 
 def check_depth(value: Any, where: str) -> None:
-    """Raise `FormatError` where JSON has more than `MAX_DEPTH` lists and objects in one another."""
+    """Raise `FormatError` if lists and objects are nested more than `MAX_DEPTH` deep."""
+    # level by level: a recursion could overflow the stack here
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = [one for one in level if isinstance(one, dict | list)]
-        if not level:
+        containers = [node for node in level if isinstance(node, dict | list)]
+        if not containers:
             return
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
     raise FormatError(f"{where} has more than {MAX_DEPTH} lists and objects in one another.")
 
 
 @cache
 def machine_memory() -> float:
-    """Return the bytes of this machine's memory; infinity where the system does not say."""
+    """Return the size of this machine's memory in bytes; infinity where the system does not tell."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -151,19 +165,27 @@ def _missing(path: Path) -> FileNotFoundError:
 
 
 def check_expansion(needed: int, size: int, what: str) -> None:
-    """Raise `ValueError` where rows would take more memory than the bytes that they are read from can explain.
+    """Raise `ValueError` if rows would take more memory than the bytes that they are read from explain.
 
-    needed: bytes in memory. size: bytes in the file. what: the rows, for the message.
+    Args:
+        needed: Bytes in memory.
+        size: Bytes in the file.
+        what: The rows, for the message.
     """
     if needed > MAX_EXPANSION * size + MEMORY_ALLOWANCE:
         raise ValueError(f"{what} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
 
 
 def check_coded_count(numbers: int, size: int, what: str) -> None:
-    """Raise `ValueError` for more numbers of 32 bits than coded bytes may stand for.
+    """Raise `ValueError` if coded bytes would decode to more 32-bit numbers than they can usefully represent.
 
-    Those that are sure to be zero take a hundredth of a bit, and decoding takes some twenty bytes for each: so many are
-    read of few bytes as fit in `ALLOWANCE` then. what: the numbers, for the message.
+    Numbers that are certain to be zero take a hundredth of a bit each, so few bytes may stand for many of them.
+    Decoding takes some twenty bytes per number, so `MEMORY_ALLOWANCE` bounds them then.
+
+    Args:
+        numbers: Number of decoded numbers.
+        size: Bytes in the file.
+        what: The numbers, for the message.
     """
     most = max(MAX_EXPANSION * size // 4, MEMORY_ALLOWANCE // 20)
     if numbers > most:
@@ -173,11 +195,14 @@ def check_coded_count(numbers: int, size: int, what: str) -> None:
 
 
 def check_factor_memory(numbers: int, what: str) -> None:
-    """Raise `ValueError` where factors of so many numbers do not fit in this machine's memory.
+    """Raise `ValueError` if factors with this many entries do not fit in the machine's memory.
 
-    A row of coefficients times one component has as many numbers as their lengths multiplied, so that a small file may
-    ask for any number. No other bound is right: a rank of hundreds beside one component is allowed.
-    what: the factors, for the message.
+    Reconstructed factors are as large as rank times width, however few components they are made of, so that a small
+    file may ask for any size. There is no tighter bound: a rank of hundreds with a single component is valid.
+
+    Args:
+        numbers: Number of entries.
+        what: The factors, for the message.
     """
     needed = FACTOR_BYTES * numbers
     if needed > machine_memory():

@@ -1,6 +1,7 @@
-"""A folder of what an interrupted piece of work has finished: numbered files, each with a digest. Not: what is in them.
+"""Checkpoints: a folder with the finished parts of a fit, so that an interrupted fit can go on.
 
-It belongs to one piece of work, told by a key; to any other, it is empty.
+Parts are numbered files, each with a digest. A checkpoint belongs to one fit, which a key identifies; for any other
+fit it counts as empty.
 """
 
 import json
@@ -17,21 +18,25 @@ from . import atomic_files
 
 _KEY = "fit.json"
 _LOCK = ".lock"
-_FILE = re.compile(r"\d{5,}\.safetensors")
+_PART = re.compile(r"\d{5,}\.safetensors")
 _DIGEST_BYTES = 32
 
 
 class Checkpoint:
-    """The finished parts of the work with this key, by their number."""
+    """The finished parts of the fit with this key, by number."""
 
     def __init__(self, folder: Path, key: bytes) -> None:
         self._folder, self._key = folder, key
 
     def find(self, number: int, at_most: int) -> bytes | None:
-        """Return what was kept under this number; None where nothing was, or not these bytes, or more than `at_most`.
+        """Return the content of a part, or None.
 
-        A file counts only if its digest is right: one that was cut or changed on the disk, that was kept for another
-        number or key, or by a release without digests, is not there.
+        A file counts only if its digest is right. Files that were truncated or changed, that belong to another number
+        or key, or that a release without digests wrote, are ignored.
+
+        Args:
+            number: Number of the part.
+            at_most: Size in bytes above which a file is ignored.
         """
         data = atomic_files.read_regular_file(self._path(number), at_most + _DIGEST_BYTES)
         if data is None or data[:_DIGEST_BYTES] != self._digest(number, data[_DIGEST_BYTES:]):
@@ -39,118 +44,121 @@ class Checkpoint:
         return data[_DIGEST_BYTES:]
 
     def keep(self, number: int, content: bytes) -> None:
-        """Write a part, whole or not at all."""
+        """Write a part completely or not at all."""
         atomic_files.write_file(self._path(number), self._digest(number, content) + content)
 
     def _digest(self, number: int, content: bytes) -> bytes:
-        # the key and the number too: a file of another fit, or of another module, is as wrong as a damaged one
-        found = sha256(f"{number}\n".encode())
-        found.update(sha256(self._key).digest())
-        found.update(content)
-        return found.digest()
+        # with key and number, because a part of another fit or module is as wrong as a damaged one
+        digest = sha256(f"{number}\n".encode())
+        digest.update(sha256(self._key).digest())
+        digest.update(content)
+        return digest.digest()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:05d}.safetensors"
 
 
 def default_folder(folder: Path) -> Path:
-    """Return where `eigenlorax fit` keeps the modules of the pack that it will write to `folder`."""
-    # of `.` and `..` as well
-    whole = Path(os.path.abspath(folder))
-    return whole.parent / f".{whole.name}.fitting"
+    """Return the checkpoint that `eigenlorax fit` uses for the pack that it will write to `folder`."""
+    # absolute, because `.` and `..` have no name
+    absolute = Path(os.path.abspath(folder))
+    return absolute.parent / f".{absolute.name}.fitting"
 
 
 @contextmanager
 def open_checkpoint(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
-    """Open the checkpoint in `folder` for the work with this key.
+    """Open the checkpoint in `folder` for the fit with this key.
 
-    What other work left there is deleted, and so is the folder if nothing was kept in it.
+    Parts of another fit are deleted. The folder is deleted at the end if it holds no part.
 
-    `PackBusyError` where another process uses it. `OptionError` where the folder is no checkpoint.
+    Args:
+        folder: Folder of the checkpoint, which is created if need be.
+        key: Everything that determines the result of the fit.
+
+    Raises:
+        PackBusyError: Another process uses the checkpoint.
+        OptionError: The folder is no checkpoint.
     """
-    mine = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
-    _check_is_one(folder)
-    empty = False
+    encoded_key = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
+    _check_is_checkpoint(folder)
+    is_empty = False
     with atomic_files.ensure_folder(folder.parent):
         folder.mkdir(exist_ok=True)
         atomic_files.sync_folder(folder.parent)
         try:
             with atomic_files.lock(folder / _LOCK, timeout=0.0):
-                if atomic_files.read_regular_file(folder / _KEY, len(mine)) != mine:
-                    for path in _files(folder):
+                if atomic_files.read_regular_file(folder / _KEY, len(encoded_key)) != encoded_key:
+                    for path in _parts(folder):
                         path.unlink()
-                    atomic_files.write_file(folder / _KEY, mine)
+                    atomic_files.write_file(folder / _KEY, encoded_key)
                 atomic_files.remove_abandoned(folder)
                 try:
-                    yield Checkpoint(folder, mine)
+                    yield Checkpoint(folder, encoded_key)
                 finally:
-                    empty = not count_parts(folder)
+                    is_empty = not count_parts(folder)
         finally:
-            if empty:
+            if is_empty:
                 discard(folder)
 
 
 def count_parts(folder: Path) -> int:
-    """Return how many parts are kept in a folder; none where there is no such folder."""
-    return len(_files(folder)) if folder.is_dir() else 0
+    """Return the number of parts in a checkpoint; 0 if the folder does not exist."""
+    return len(_parts(folder)) if folder.is_dir() else 0
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint, if there is one. `PackBusyError` where a fit is at work in it.
+    """Delete a checkpoint if it exists. A process that is killed meanwhile leaves one with fewer parts.
 
-    A process that is killed meanwhile leaves a checkpoint of fewer modules.
+    Raises:
+        PackBusyError: A fit is using the checkpoint.
+        OptionError: The folder is no checkpoint.
     """
     if not folder.exists():
         return
-    _check_is_one(folder)
+    _check_is_checkpoint(folder)
     with atomic_files.lock(folder / _LOCK, timeout=0.0):
         for path in folder.iterdir():
             if path.name != _LOCK:
                 atomic_files.remove(path)
-    # another fit may have begun in it
+    # another fit may have started to use it
     with suppress(OSError):
         (folder / _LOCK).unlink()
         folder.rmdir()
 
 
 def discard_default(pack: Path) -> None:
-    """Delete what a fit of a pack, which has been written by now, has kept; not while one is at work, nor anything else
-    that has the name."""
+    """Delete the checkpoint of a pack that has been written, unless a fit is using it, or it is no checkpoint."""
     with suppress(OptionError, PackError, OSError):
         discard(default_folder(pack))
 
 
 def discard_finished(pack: Path, manifest: Path) -> None:
-    """Do the same where the pack was written after the last module was kept: the fit was killed before it could."""
+    """Delete the checkpoint of a pack that is newer than the last part: its fit was killed just before it did so."""
     folder = default_folder(pack)
     if manifest.is_file() and folder.is_dir():
-        kept = [path.stat().st_mtime_ns for path in _files(folder)]
-        if max(kept, default=0) <= manifest.stat().st_mtime_ns:
+        part_times = [path.stat().st_mtime_ns for path in _parts(folder)]
+        if max(part_times, default=0) <= manifest.stat().st_mtime_ns:
             discard_default(pack)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
+def _parts(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _PART.fullmatch(path.name)]
 
 
-def _check_is_one(folder: Path) -> None:
-    """Raise `OptionError` where a folder holds anything else, which would be lost, or is a link to one."""
+def _check_is_checkpoint(folder: Path) -> None:
+    """Raise `OptionError` if the folder is a link, or holds anything else, which would be lost."""
     atomic_files.check_is_folder(folder)
     if folder.is_symlink():
         raise OptionError(f"{folder} is a link, and a checkpoint of a fit is none. Name the folder itself.")
     if not folder.exists():
         return
-    others = [
-        path.name for path in folder.iterdir() if path.name not in (_KEY, _LOCK) and not _FILE.fullmatch(path.name)
-    ]
-    others = [name for name in others if not name.startswith(atomic_files.STAGING_PREFIX)]
-    folders = [
+    entries = [path for path in folder.iterdir() if not path.name.startswith(atomic_files.STAGING_PREFIX)]
+    unknown = [
         path.name
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(atomic_files.STAGING_PREFIX)
+        for path in entries
+        if path.is_dir() or (path.name not in (_KEY, _LOCK) and not _PART.fullmatch(path.name))
     ]
-    if others or folders:
+    if unknown:
         raise OptionError(
-            f"{folder} is no checkpoint of a fit: it holds {min(others + folders)!r}. Choose a folder that is empty or "
-            "new."
+            f"{folder} is no checkpoint of a fit: it holds {min(unknown)!r}. Choose a folder that is empty or new."
         )

@@ -1,9 +1,8 @@
-"""Convolutions as products: which modules are one, how long the rows of their bases are, and what these rows make of
-images. Nothing here knows of adapters.
+"""Convolutions as matrix products: which modules are supported, the widths of their bases, and products with images.
 
-A convolution whose weight is W (out, channels, *kernel) multiplies each patch of its input with the rows of
-W.flatten(1). A basis of `channels · kernel` numbers a row is convolved in W's place, with all else that the module
-does to its input: stride, padding and its mode, dilation.
+A convolution with weight W (out, channels, *kernel) multiplies each patch of its input with the rows of W.flatten(1).
+So the rows of a down basis have width channels · kernel, and are convolved in place of W, with the stride, padding,
+padding mode and dilation of the module.
 """
 
 import math
@@ -16,7 +15,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Why a convolution cannot have an update of two products; None of one that can, and of any other module."""
+    """Return why a convolution cannot have a LoRA update; None for supported ones, and for any other module."""
     if isinstance(module, _TRANSPOSED):
         return f"a transposed convolution ({type(module).__name__}), whose rows are no patches of its input"
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
@@ -25,30 +24,40 @@ def unsupported_reason(module: nn.Module) -> str | None:
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether the module is a convolution, not transposed and of one group."""
+    """Return whether the module is a convolution, not transposed and with a single group."""
     return isinstance(module, CONVOLUTIONS) and module.groups == 1
 
 
 def kernel_of(module: nn.Module) -> tuple[int, ...]:
-    """(height, width), or as many numbers as the convolution has dimensions; () for any other module."""
+    """Return the kernel size of a convolution, one number per dimension; () for any other module."""
     return tuple(module.kernel_size) if isinstance(module, CONVOLUTIONS) else ()
 
 
 def row_sizes(module: Convolution) -> tuple[int, int]:
-    """The lengths of rows on both sides: channels in · kernel, and channels out."""
+    """Return the widths of rows (down, up): input channels · kernel, and output channels."""
     return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
 
 
 def kernels_match(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether modules of these kernels have the same rows. A linear module has a kernel of ones."""
+    """Return whether modules with these kernels have rows of the same layout. A linear module has a kernel of ones."""
     return kernel == other or set(kernel) | set(other) <= {1}
 
 
 def convolve(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:
-    """The images (n, channels, …) convolved with rows (m, channels · kernel) as the module does: (n, m, …)."""
+    """Convolve images with other rows in place of the module's weight.
+
+    Args:
+        module: The convolution, whose stride, padding and dilation are used.
+        images: Input, (n, channels, …).
+        rows: Rows, (m, channels · kernel).
+
+    Returns:
+        Output without bias, (n, m, …).
+    """
     if not len(rows):
-        # torch convolves with nothing less than one row
+        # torch cannot convolve with an empty weight
         return convolve(module, images, rows.new_zeros(1, rows.shape[1]))[:, :0]
     weight = rows.reshape(len(rows), -1, *module.kernel_size)
-    found: Tensor = module._conv_forward(images, weight, None)
-    return found
+    # the private method applies the padding mode as well, which torch's functions do not know
+    convolved: Tensor = module._conv_forward(images, weight, None)
+    return convolved

@@ -1,4 +1,4 @@
-"""The dtypes that components, coefficients and factors may have, by the names users write."""
+"""Dtypes of components, coefficients and factors, by the names that users write."""
 
 import torch
 
@@ -9,12 +9,12 @@ STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def name(dtype: torch.dtype) -> str:
-    """`torch.float16` → `float16`."""
+    """Return `float16` for `torch.float16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def by_name(name_: str) -> torch.dtype:
-    """`float16` → `torch.float16`; an `OptionError` for what is not stored."""
+    """Return `torch.float16` for `float16`; raise `OptionError` for anything that is not in `STORED`."""
     for known in STORED:
         if name(known) == name_:
             return known
@@ -23,7 +23,7 @@ def by_name(name_: str) -> torch.dtype:
 
 
 def parse(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """`float16`, or the dtype itself, as a dtype; None stays None. Anything else is an `OptionError`."""
+    """Return the dtype for its name, for the dtype itself, or None for None; raise `OptionError` for anything else."""
     if dtype is None:
         return None
     return by_name(dtype if isinstance(dtype, str) else name(dtype))

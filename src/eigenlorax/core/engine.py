@@ -1,7 +1,7 @@
-"""Who makes the calls of a piece of work: this process, several of this machine, or a Ray cluster.
+"""Engines that run independent calls: in this process, in worker processes of this machine, or on a Ray cluster.
 
-Calls are functions without arguments that depend on nothing but what they hold, so that any process may make them, and
-make them again where one was killed. Nothing here knows what they do.
+Calls are functions without arguments that depend on nothing but what they hold, so that any process may run them, and
+run them again if it was killed.
 """
 
 import os
@@ -28,14 +28,19 @@ Call = Callable[[], T]
 
 ENGINES = ("serial", "processes", "ray")
 ATTEMPTS = 3
-"""How often a pool of processes is made anew after one of them was killed, for one run."""
+"""Number of times that a call is tried while worker processes are killed."""
 
 _received: dict[str, Any] = {}
-"""Values that were shared with this process, by their keys."""
+"""Shared values that this process has fetched, by key."""
 
 
 class SharedValue(Generic[T]):
-    """A value that many calls need: each process that makes some is sent it once."""
+    """A value that many calls need. Each process that runs some of them fetches it once.
+
+    Args:
+        key: Identifies the value across processes.
+        fetch: Returns the value, in any process.
+    """
 
     __slots__ = ("_fetch", "key")
 
@@ -44,51 +49,55 @@ class SharedValue(Generic[T]):
         self._fetch = fetch
 
     def get(self) -> T:
-        """The value."""
+        """Return the value, fetching it at the first call in this process."""
         if self.key not in _received:
             _received[self.key] = self._fetch()
-        found: T = _received[self.key]
-        return found
+        value: T = _received[self.key]
+        return value
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Makes calls. workers: how many at a time."""
+    """Runs calls.
+
+    Attributes:
+        workers: Number of calls that run at the same time.
+    """
 
     workers: int
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
-        """The results, in the order of the calls, of which no more are taken than are needed to keep workers busy."""
+        """Yield the results in the order of the calls, taking no more calls than keep the workers busy."""
         ...
 
     def share(self, value: T) -> SharedValue[T]:
-        """The value, for calls to hold."""
+        """Return a handle of the value that calls may hold."""
         ...
 
 
 def run_serially(calls: Iterable[Call[T]]) -> Iterator[T]:
-    """Calls made one after the other, in this process."""
+    """Yield the results of calls that are run one after the other in this process."""
     return (call() for call in calls)
 
 
-class _Sharing:
-    """Knows what it has shared, so that this process lets go of that in the end."""
+class _SharingEngine:
+    """Keeps track of the values that an engine has shared, to free this process's copies at the end."""
 
     def __init__(self) -> None:
         self._keys: list[str] = []
 
-    def _known(self, shared: SharedValue[T]) -> SharedValue[T]:
+    def _track(self, shared: SharedValue[T]) -> SharedValue[T]:
         self._keys.append(shared.key)
         return shared
 
     def forget(self) -> None:
-        """Let go of what this process has received of it."""
+        """Free the shared values that this process has fetched."""
         for key in self._keys:
             _received.pop(key, None)
 
 
-class _Serial(_Sharing):
-    """Calls one after the other, here."""
+class _SerialEngine(_SharingEngine):
+    """Runs calls one after the other in this process."""
 
     workers = 1
 
@@ -96,50 +105,51 @@ class _Serial(_Sharing):
         return run_serially(calls)
 
     def share(self, value: T) -> SharedValue[T]:
-        return self._known(SharedValue(secrets.token_hex(8), lambda: value))
+        return self._track(SharedValue(secrets.token_hex(8), lambda: value))
 
 
 _Submitted = tuple[bytes, "Future[bytes]", ProcessPoolExecutor]
-"""A pickled call, what will come of it, and the pool that has it."""
+"""A pickled call, the future of its result, and the pool that runs it."""
 
 
-class _Processes(_Sharing):
-    """Calls in processes of this machine, each with one thread."""
+class _ProcessEngine(_SharingEngine):
+    """Runs calls in worker processes of this machine, each with one thread."""
 
     def __init__(self, workers: int, folder: Path) -> None:
         super().__init__()
         self.workers = workers
         self._folder = folder
-        self._pool = self._made()
+        self._pool = self._new_pool()
 
-    def _made(self) -> ProcessPoolExecutor:
-        # spawned: a fork of a process with threads may hang
-        return ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_begun)
+    def _new_pool(self) -> ProcessPoolExecutor:
+        # spawned, because a fork of a process with threads may deadlock
+        return ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_initialise_worker)
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
-        return _in_order(calls, self._submit, self._result, 2 * self.workers)
+        return _run_in_order(calls, self._submit, self._wait_for, 2 * self.workers)
 
     def _submit(self, call: Call[T]) -> _Submitted:
-        # pickled here: multiprocessing would pass each tensor as an open file, of which there are only so many
-        return self._sent(pickle.dumps(call))
+        # pickled here: multiprocessing would send each tensor as a file descriptor, of which there are only so many
+        return self._submit_pickled(pickle.dumps(call))
 
-    def _sent(self, data: bytes) -> _Submitted:
+    def _submit_pickled(self, pickled: bytes) -> _Submitted:
         try:
-            return data, self._pool.submit(_call, data), self._pool
+            return pickled, self._pool.submit(_run_pickled, pickled), self._pool
         except BrokenProcessPool:
-            self._pool = self._made()
-            return data, self._pool.submit(_call, data), self._pool
+            self._pool = self._new_pool()
+            return pickled, self._pool.submit(_run_pickled, pickled), self._pool
 
-    def _result(self, submitted: _Submitted) -> Any:
+    def _wait_for(self, submitted: _Submitted) -> Any:
         for _ in range(ATTEMPTS):
-            data, future, pool = submitted
+            pickled, future, pool = submitted
             try:
-                return _outcome(future.result())
+                return _unpickle_result(future.result())
             except BrokenProcessPool:
-                # one of its processes was killed, which ends all of them
+                # one killed worker breaks the whole pool, so all of its calls are submitted again; the first of them
+                # replaces the pool
                 if pool is self._pool:
-                    self._pool = self._made()
-                submitted = self._sent(data)
+                    self._pool = self._new_pool()
+                submitted = self._submit_pickled(pickled)
         raise EngineError(
             f"worker processes ended {ATTEMPTS} times in a row. If memory was short, take fewer: "
             f"workers={max(self.workers // 2, 1)} (--workers), or engine='serial'. In a script, the call has to be "
@@ -149,95 +159,95 @@ class _Processes(_Sharing):
     def share(self, value: T) -> SharedValue[T]:
         path = self._folder / secrets.token_hex(8)
         path.write_bytes(pickle.dumps(value))
-        return self._known(SharedValue(path.name, partial(_unpickled, path)))
+        return self._track(SharedValue(path.name, partial(_unpickle_file, path)))
 
     def close(self) -> None:
-        """End the processes, without waiting for calls whose results nobody wants."""
+        """End the workers without waiting for calls whose results nobody wants."""
         self._pool.shutdown(cancel_futures=True)
 
 
-def _begun() -> None:
-    """What a process does first: it takes one thread, and leaves a Ctrl-C, which all processes of a terminal get, to
-    the one that started it."""
-    # before torch, whose import takes seconds
+def _initialise_worker() -> None:
+    """Prepare a worker process: one thread, and Ctrl-C left to the process that started it."""
+    # before torch, whose import takes seconds: a Ctrl-C reaches all processes of a terminal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch
 
     torch.set_num_threads(1)
 
 
-def _call(data: bytes) -> bytes:
-    """Make a pickled call; what comes out, or the error of ours that did, pickled."""
+def _run_pickled(pickled: bytes) -> bytes:
+    """Run a pickled call, and return its result, or the error that it raised, pickled."""
     try:
-        return pickle.dumps(pickle.loads(data)())  # noqa: S301 (the process that started this one wrote it)
+        return pickle.dumps(pickle.loads(pickled)())  # noqa: S301 (written by the process that started this one)
     except (EigenloraxError, OSError) as error:
-        return pickle.dumps(_Raised(error))
+        return pickle.dumps(_RaisedError(error))
 
 
 @dataclass(frozen=True, slots=True)
-class _Raised:
-    """An error that is to be raised where the result is wanted, without the traces of other processes."""
+class _RaisedError:
+    """An error of a call, to be raised where its result is wanted, without the traceback of another process."""
 
     error: EigenloraxError | OSError
 
 
-def _outcome(data: bytes) -> Any:
-    found = pickle.loads(data)  # noqa: S301 (a worker of ours wrote it)
-    if isinstance(found, _Raised):
-        raise found.error
-    return found
+def _unpickle_result(pickled: bytes) -> Any:
+    result = pickle.loads(pickled)  # noqa: S301 (written by a worker of this process)
+    if isinstance(result, _RaisedError):
+        raise result.error
+    return result
 
 
-def _unpickled(path: Path) -> Any:
-    return pickle.loads(path.read_bytes())  # noqa: S301 (as above)
+def _unpickle_file(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())  # noqa: S301 (written by the process that started this one)
 
 
-class _Ray(_Sharing):
-    """Calls as tasks of a Ray cluster. A task whose worker or node is lost is made again by Ray."""
+class _RayEngine(_SharingEngine):
+    """Runs calls as tasks of a Ray cluster. Ray runs a task again if its worker or node is lost."""
 
     def __init__(self, ray: Any) -> None:
         super().__init__()
         self._ray = ray
         self.workers = max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        self._task = ray.remote(num_cpus=1, max_retries=10)(_call)
+        self._task = ray.remote(num_cpus=1, max_retries=10)(_run_pickled)
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
-        return _in_order(calls, self._submit, self._result, 2 * self.workers)
+        return _run_in_order(calls, self._submit, self._wait_for, 2 * self.workers)
 
     def _submit(self, call: Call[T]) -> Any:
         return self._task.remote(self._ray.cloudpickle.dumps(call))
 
-    def _result(self, submitted: Any) -> Any:
+    def _wait_for(self, submitted: Any) -> Any:
         try:
-            return _outcome(self._ray.get(submitted))
+            return _unpickle_result(self._ray.get(submitted))
         except self._ray.exceptions.RayError as error:
             raise EngineError(f"a worker of the Ray cluster could not do its part: {reason(error)}") from error
 
     def share(self, value: T) -> SharedValue[T]:
-        return self._known(SharedValue(secrets.token_hex(8), partial(_from_store, [self._ray.put(value)])))
+        # in a list: Ray would replace a bare reference among a task's arguments by the value itself
+        return self._track(SharedValue(secrets.token_hex(8), partial(_get_from_store, [self._ray.put(value)])))
 
 
-def _from_store(references: list[Any]) -> Any:
+def _get_from_store(references: list[Any]) -> Any:
     import ray
 
     return ray.get(references[0])
 
 
-def _in_order(
-    calls: Iterable[Call[T]], submit: Callable[[Call[T]], Any], result: Callable[[Any], T], most: int
+def _run_in_order(
+    calls: Iterable[Call[T]], submit: Callable[[Call[T]], Any], wait_for: Callable[[Any], T], max_pending: int
 ) -> Iterator[T]:
-    """Results in order, with at most so many calls under way: those that wait hold memory."""
-    waiting: deque[Any] = deque()
+    """Yield results in the order of the calls, with at most `max_pending` calls submitted, since each holds memory."""
+    pending: deque[Any] = deque()
     for call in calls:
-        waiting.append(submit(call))
-        if len(waiting) >= most:
-            yield result(waiting.popleft())
-    while waiting:
-        yield result(waiting.popleft())
+        pending.append(submit(call))
+        if len(pending) >= max_pending:
+            yield wait_for(pending.popleft())
+    while pending:
+        yield wait_for(pending.popleft())
 
 
 def check_engine(name: str, workers: int | None) -> None:
-    """`OptionError` unless there is such an engine, with so many workers."""
+    """Raise `OptionError` unless there is an engine of this name, which takes this number of workers."""
     check_choice("engine", name, ENGINES)
     if workers is None:
         return
@@ -248,24 +258,31 @@ def check_engine(name: str, workers: int | None) -> None:
 
 
 def open_engine(name: str, workers: int | None = None) -> AbstractContextManager[Engine]:
-    """An engine for the length of a block.
+    """Open an engine for the length of a block.
 
-    workers: processes of this machine, by default as many as it has cores for us. A Ray cluster has its own number.
+    Args:
+        name: One of `ENGINES`.
+        workers: Number of processes, for "processes"; by default the number of cores that this process may use.
+
+    Raises:
+        OptionError: There is no such engine, or it takes no such number of workers.
+        MissingExtraError: Ray is not installed.
+        EngineError: No Ray cluster could be reached or started.
     """
     check_engine(name, workers)
     if name == "serial":
-        return _serial()
-    return _processes(workers or _cores()) if name == "processes" else _cluster()
+        return _open_serial()
+    return _open_processes(workers or _available_cores()) if name == "processes" else _open_ray()
 
 
-def _cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not tell."""
+def _available_cores() -> int:
+    """Return the number of cores that this process may use, or the machine's where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def _serial() -> Iterator[Engine]:
-    engine = _Serial()
+def _open_serial() -> Iterator[Engine]:
+    engine = _SerialEngine()
     try:
         yield engine
     finally:
@@ -273,9 +290,9 @@ def _serial() -> Iterator[Engine]:
 
 
 @contextmanager
-def _processes(workers: int) -> Iterator[Engine]:
+def _open_processes(workers: int) -> Iterator[Engine]:
     with tempfile.TemporaryDirectory() as folder:
-        engine = _Processes(workers, Path(folder))
+        engine = _ProcessEngine(workers, Path(folder))
         try:
             yield engine
         finally:
@@ -284,22 +301,22 @@ def _processes(workers: int) -> Iterator[Engine]:
 
 
 @contextmanager
-def _cluster() -> Iterator[Engine]:
+def _open_ray() -> Iterator[Engine]:
     try:
         import ray
     except ImportError as error:
         raise MissingExtraError("engine='ray' needs Ray: pip install 'eigenlorax[ray]'.") from error
-    started = not ray.is_initialized()
-    if started:
+    is_started_here = not ray.is_initialized()
+    if is_started_here:
         try:
-            # RAY_ADDRESS, or a cluster of this machine where there is none
+            # the cluster of RAY_ADDRESS, or a local one where that is not set
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise EngineError(f"no Ray cluster could be reached or started: {reason(error)}") from error
-    engine = _Ray(ray)
+    engine = _RayEngine(ray)
     try:
         yield engine
     finally:
         engine.forget()
-        if started:
+        if is_started_here:
             ray.shutdown()

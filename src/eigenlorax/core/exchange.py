@@ -1,4 +1,4 @@
-"""Two paths that change places in one step, where the system can do that."""
+"""Exchange two paths in one step, where the system can do that."""
 
 import ctypes
 import os
@@ -7,29 +7,30 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+# from linux/fs.h, fcntl.h, and macOS's stdio.h: Python has no names for them
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Let two files or folders of one file system change places, and return whether they have.
+def exchange(left: Path, right: Path) -> bool:
+    """Exchange two files or folders of one file system, and return whether that was done.
 
-    In no moment one of the paths is missing, whenever the process is killed. Nothing is changed where the system or the
-    file system has no such call: it is one of Linux (local file systems, glibc from 2.28 on) and of macOS.
+    Neither path is missing at any moment, even if the process is killed. Nothing is changed where the system or the
+    file system has no such call: Linux (local file systems, glibc 2.28 or newer) and macOS have one.
     """
-    call = _call()
-    # as `os.rename` tells auditors
-    sys.audit("os.rename", str(one), str(other), -1, -1)
-    return call is not None and call(os.fsencode(one), os.fsencode(other)) == 0
+    call = _system_call()
+    # the event that `os.rename` raises, which audit hooks may refuse
+    sys.audit("os.rename", str(left), str(right), -1, -1)
+    return call is not None and call(os.fsencode(left), os.fsencode(right)) == 0
 
 
 @cache
-def _call() -> Callable[[bytes, bytes], int] | None:
-    """Return the system's call, for two paths."""
+def _system_call() -> Callable[[bytes, bytes], int] | None:
+    """Return a function that exchanges two paths and returns 0 on success, or None."""
     if sys.platform not in ("linux", "darwin"):
         return None
     library = ctypes.CDLL(None)
     if hasattr(library, "renameat2"):
-        return lambda one, other: int(library.renameat2(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE))
+        return lambda left, right: int(library.renameat2(_AT_FDCWD, left, _AT_FDCWD, right, _RENAME_EXCHANGE))
     if hasattr(library, "renamex_np"):
-        return lambda one, other: int(library.renamex_np(one, other, _RENAME_SWAP))
+        return lambda left, right: int(library.renamex_np(left, right, _RENAME_SWAP))
     return None

@@ -18,7 +18,7 @@ SIZE_OPTIONS = ("n_components", "energy", "max_error", "max_bytes", "ratio")
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
-    """How a subspace is fitted.
+    """Options of a fit: its size, its weighting and its sweeps.
 
     Exactly one of `SIZE_OPTIONS` is given. Numbers of NumPy and torch are converted to Python's.
 

@@ -1,4 +1,4 @@
-"""Names of tensors, files and fields: the one place where they are spelled. No torch, no I/O."""
+"""Names of tensors, files, config fields and adapters: every name on disk is spelled here, and parsed here."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,9 +11,9 @@ from .options import suggestion
 FORMAT_VERSION = 5
 PEFT_TYPE = "EIGENLORAX"
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
-"""What the authors' own code calls its adapters."""
+"""`peft_type` in the adapters of the authors' own code."""
 INSIDE_PACK = "../.."
-"""What the adapters of a pack call their subspace: where it is, seen from their own folder."""
+"""Path from an adapter's folder in a pack to the pack, by which its config refers to the subspace."""
 
 MANIFEST = "subspace_config.json"
 ADAPTERS = "adapters"
@@ -21,7 +21,7 @@ CARD = "README.md"
 REPORT_FIGURES = "report.json"
 REPORT_PAGE = "report.html"
 REPORTS = (REPORT_FIGURES, REPORT_PAGE)
-"""What `fit` leaves beside a pack's own files; the manifest does not list it."""
+"""Files that `fit` writes into a pack's folder and the manifest does not list."""
 REPORT_SCHEMA = "eigenlorax-report"
 LOCK = ".lock"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,9 +29,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 SOURCE_CONFIG = "source_config.json"
 SOURCE_FILE = "source_file.json"
-"""What an adapter's folder in a pack has of the single file that it came in."""
+"""Format and metadata of the single file that an adapter was read from (`adapter.Origin`)."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls the LoRA in a folder or repository."""
+"""Name of the LoRA file in diffusers' folders and repositories."""
 LORA_SUFFIX = ".safetensors"
 CARRIED = "carried.safetensors"
 
@@ -40,28 +40,29 @@ SIDES = ("down", "up")
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
 CORE = "eigenlorax_core"
 CORES = {"full": "eigenlorax_core_full", "diagonal": "eigenlorax_core_diagonal"}
-"""In the place of coefficients, in packs with cores."""
+"""Tensors in place of coefficients, in packs with cores."""
 CODED = "eigenlorax_coded"
-"""The whole of an adapter, in packs that are coded."""
+"""Tensor with all modules of an adapter, in coded packs."""
 RESIDUALS = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
-"""Beside coefficients, what the bases do not hold of the two factors; either may be missing."""
+"""Residuals beside the coefficients; either may be missing. On disk they are called rests, since format 4."""
 RESIDUAL_SIDES = "rests"
-"""What an adapter's config calls the sides that have a rest, by module."""
+"""Config field: the sides that have a residual, by module."""
 COEFFICIENT_DTYPE = "coefficient_dtype"
-"""What the config of an adapter of a pack calls how its file has coefficients, where that is not as floats."""
+"""Config field: the storage of the coefficients in a pack, where that is not a float dtype."""
 KERNELS = "kernels"
-"""What an adapter's config calls the kernels of its convolutions, by module."""
+"""Config field: kernel sizes of convolutions, by module."""
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
 MAX_CHARACTERS = 1024
-"""Of the name of a tensor of an adapter. Real ones have some two hundred."""
+"""Longest tensor name that is read. Real names have some two hundred characters."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
-# `.default` stands for the name an adapter had in the model it was saved from: any one component.
+# `adapter` is the name that the adapter had in the model it was saved from, such as `default`. PEFT leaves it out of
+# files, other tools do not.
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.(?P<adapter>[^.]+))?\.weight")
 _CARRIED = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta)"
@@ -72,14 +73,14 @@ _HEAD = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _OFFICIAL = re.compile(
     r"(?P<module>.+)\.(?P<side>eigenlora_A|eigenlora_B)(\.[^.]+)?\.(?P<part>components|loadings)(\.[^.]+)?"
 )
-# What other adapter methods and dialects leave in a file: held under a PEFT LoRA config, it would not be understood.
+# Tensors of other adapter methods and file formats, which a PEFT LoRA config does not explain.
 _FOREIGN = re.compile(
     r"(^|[._])(lora|eigenlora|ia3|vera|hada|lokr|oft|boft|hra|fourierft|vblora|loha)([._]|$)|\.alpha$|dora_scale"
 )
 
 
 class Kind(Enum):
-    """What a tensor of a LoRA file is."""
+    """Role of a tensor in a LoRA file."""
 
     DOWN = "down"
     UP = "up"
@@ -89,7 +90,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """A tensor's place: its module, its kind, and the key PEFT writes it under."""
+    """A parsed tensor name.
+
+    Attributes:
+        kind: Role of the tensor.
+        module: Module that it belongs to, without `base_model.model.`.
+        key: Name under which PEFT writes it.
+    """
 
     kind: Kind
     module: str
@@ -97,7 +104,10 @@ class TensorName:
 
 
 def check_tensor_names(names: Iterable[str], where: str) -> None:
-    """`FormatError` for a name that is longer than any real one: to look for its parts could take very long."""
+    """Raise `FormatError` for a name that is longer than any real one.
+
+    The regular expressions here backtrack, so that parsing a very long name could take very long.
+    """
     for name in names:
         if len(name) > MAX_CHARACTERS:
             raise FormatError(
@@ -107,7 +117,15 @@ def check_tensor_names(names: Iterable[str], where: str) -> None:
 
 
 def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
-    """What `raw`, a key of a LoRA file, stands for. `FormatError` names a key that is not understood."""
+    """Parse the name of a tensor in a LoRA file.
+
+    Args:
+        raw: The name in the file.
+        modules_to_save: Modules that the config lists as trained in full; their tensors may have any name.
+
+    Raises:
+        FormatError: The tensor belongs to another adapter method or file format.
+    """
     key = raw.removeprefix(MODEL_PREFIX)
     if match := _FACTOR.fullmatch(key):
         kind = Kind.DOWN if match["part"] == LORA_PARTS["down"] else Kind.UP
@@ -129,41 +147,46 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
 
 
 def parse_official_key(raw: str) -> tuple[str, str, str] | None:
-    """Module, side ("down" or "up") and part ("components" or "loadings") of a tensor of the authors' files; None for
-    one that is not theirs. An adapter's name, or `weight`, may stand before or after the part."""
+    """Parse the name of a tensor in a file of the authors' own code.
+
+    Returns:
+        Module, side ("down" or "up") and part ("components" or "loadings"); None if the name has another form.
+    """
     match = _OFFICIAL.fullmatch(raw.removeprefix(MODEL_PREFIX))
     return (match["module"], OFFICIAL_SIDES[match["side"]], match["part"]) if match else None
 
 
-def _without_adapter(rest: str) -> str:
-    """`default.weight` → `weight`: under `modules_to_save` the first of several components is the adapter's name."""
-    first, dot, tail = rest.partition(".")
-    return tail if dot else first
+def _without_adapter(name: str) -> str:
+    """Return `weight` for `default.weight`: below `modules_to_save`, the first of several components is an adapter."""
+    first, dot, remainder = name.partition(".")
+    return remainder if dot else first
 
 
 def lora_key(module: str, side: str) -> str:
-    """The key under which PEFT saves one LoRA factor."""
+    """Return PEFT's name of the LoRA factor of one side."""
     return f"{MODEL_PREFIX}{module}.{LORA_PARTS[side]}.weight"
 
 
 def coefficients_key(module: str, side: str) -> str:
-    """The key under which our adapters keep the coefficients of one side."""
+    """Return the name of one side's coefficients in an adapter file."""
     return f"{MODEL_PREFIX}{module}.{COEFFICIENTS[side]}"
 
 
 def core_key(module: str, kind: str) -> str:
-    """The key under which an adapter of a pack with cores keeps that of a module."""
+    """Return the name of a module's core, of kind "full" or "diagonal", in an adapter file."""
     return f"{MODEL_PREFIX}{module}.{CORES[kind]}"
 
 
 def residual_key(module: str, side: str) -> str:
-    """The key under which our adapters keep what the bases do not hold of the factor of one side."""
+    """Return the name of one side's residual in an adapter file."""
     return f"{MODEL_PREFIX}{module}.{RESIDUALS[side]}"
 
 
 def module_of_key(key: str) -> str | None:
-    """The module that a key of our adapters' files is of: coefficients, rests, embedded bases, trained biases; or
-    None."""
+    """Return the module that a tensor of an adapter file belongs to, or None.
+
+    Known are coefficients, cores, residuals, embedded bases, and trained biases.
+    """
     module, _, part = key.removeprefix(MODEL_PREFIX).rpartition(".")
     if part in (*COEFFICIENTS.values(), CORE, *RESIDUALS.values(), *EMBEDDED.values()):
         return module
@@ -171,22 +194,25 @@ def module_of_key(key: str) -> str | None:
 
 
 def components_key(module: str, side: str) -> str:
-    """The key of a side's fitted components in the subspace's file."""
+    """Return the name of a side's fitted components in the subspace file."""
     return f"{module}.{side}.components"
 
 
 def singular_values_key(module: str, side: str) -> str:
-    """The key of a side's spectrum in the subspace's file."""
+    """Return the name of a side's singular values in the subspace file."""
     return f"{module}.{side}.singular_values"
 
 
 def extra_check_key(module: str, side: str) -> str:
-    """The key of the numbers that check a side's augmented directions after they were rebuilt."""
+    """Return the name of the checksums of a side's augmented components in the subspace file."""
     return f"{module}.{side}.extra_check"
 
 
 def check_name(name: str) -> str:
-    """`name`, if it may stand for an adapter; it becomes a folder, so nothing that climbs or hides is allowed."""
+    """Return `name` if it may name an adapter, otherwise raise `AdapterNameError`.
+
+    It becomes the name of a folder, so separators, leading dots and the like are not allowed.
+    """
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise AdapterNameError(
             f"adapter name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
@@ -196,21 +222,25 @@ def check_name(name: str) -> str:
 
 
 def check_known(name: str, known: Iterable[str], where: str = "the pack") -> None:
-    """`AdapterNameError` if `name` is not among the adapters of `where`, with the one that is spelled most like it."""
+    """Raise `AdapterNameError`, with the closest name, unless `name` is one of the known adapters."""
     names = sorted(known)
     if name not in names:
-        listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
-        near = suggestion(name, names)
-        raise AdapterNameError(f"no adapter named {name!r} in {where}.{near} It has: {listed or 'none'}.")
+        listing = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+        raise AdapterNameError(
+            f"no adapter named {name!r} in {where}.{suggestion(name, names)} It has: {listing or 'none'}."
+        )
 
 
 def name_from_file(file: str, folder: str) -> str:
-    """The name that a LoRA file gives an adapter: its own without the suffix, or its folder's where diffusers calls all
-    of them alike. What no name may have is left out: files of styles are called whatever their makers like."""
+    """Return an adapter name for a LoRA file.
+
+    It is the file's name without suffix, or the folder's if the file has diffusers' standard name. Characters that
+    adapter names may not have are replaced or left out: style files have any names that their authors like.
+    """
     stem = folder if file == LORA_FILE else file[: -len(LORA_SUFFIX)]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem
 
 
 def is_valid_name(text: str) -> bool:
-    """Whether `check_name` would pass."""
+    """Return whether `check_name` accepts the name."""
     return _NAME.fullmatch(text) is not None and not text.endswith(".")

@@ -1,7 +1,7 @@
-"""Regular expressions of other people's configs, matched in time that is linear in the text: automata, no backtracking.
+"""Regular expressions from strangers' configs, matched in linear time by an automaton without backtracking.
 
-Python's `re` may take longer than anybody waits for one line of a config. Understood is what selects modules by name:
-characters, classes, groups, alternatives, repetitions and anchors, each with the meaning that it has for `re`.
+Python's `re` may take exponential time for a single line of a config. Supported is what selects modules by name:
+characters, classes, groups, alternatives, repetitions and anchors, each with the meaning that it has in `re`.
 """
 
 import re
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_STATES = 4096, 40, 4096
-"""Of one expression: its length, groups within groups, and states of its automaton."""
+"""Limits of one expression: its length, the depth of nested groups, and the states of its automaton."""
 MAX_STEPS = 4_000_000
-"""What the expressions of one config may take: a second or two."""
+"""Steps that all expressions of one config may take together: a second or two."""
 
 _START, _END, _VERY_END = 1, 2, 4
 _ANCHORS = {"^": _START, r"\A": _START, "$": _END, r"\Z": _VERY_END}
-_REPEATED = re.compile(r"(?P<kind>[*+?])|\{(?P<least>\d*)(?P<comma>,)?(?P<most>\d*)\}", re.ASCII)
+_REPEATED = re.compile(r"(?P<kind>[*+?])|\{(?P<minimum>\d*)(?P<comma>,)?(?P<maximum>\d*)\}", re.ASCII)
 _OPENED = re.compile(r"\((\?:|\?P<[^\W\d]\w*>)?(?!\?)")
-_MOST_KEPT = 10_000
+_MAX_CACHED_MOVES = 10_000
 
 
 class PatternError(Exception):
-    """What is wrong with an expression. For who reads it, who knows which config it is of."""
+    """An invalid or too expensive expression. The caller knows which config it comes from."""
 
 
 class StepBudget:
-    """The steps that may still be taken."""
+    """The number of steps that may still be taken."""
 
     __slots__ = ("_left",)
 
@@ -34,7 +34,7 @@ class StepBudget:
         self._left = steps
 
     def spend(self, steps: int) -> None:
-        """Take so many steps; `PatternError` where there are not as many left."""
+        """Take some steps; raise `PatternError` if fewer are left."""
         self._left -= steps
         if self._left < 0:
             raise PatternError(
@@ -45,16 +45,16 @@ class StepBudget:
 
 @dataclass(frozen=True, slots=True)
 class _Character:
-    """One character that an expression of `re` for single characters fits, the one of this number."""
+    """A single character, tested by the expression of this number in `_Parser.tests`."""
 
     test: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Anchor:
-    """A place in the text."""
+    """A position in the text, such as its start: a combination of `_START`, `_END` and `_VERY_END`."""
 
-    place: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +69,29 @@ class _Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Repeat:
-    """most: None for any number of times."""
+    """A part that repeats at least `minimum` and at most `maximum` times; None is no limit."""
 
     part: "_Node"
-    least: int
-    most: int | None
+    minimum: int
+    maximum: int | None
 
 
 _Node = _Character | _Anchor | _Sequence | _Choice | _Repeat
 
 
 class LinearRegex:
-    """An expression as an automaton (Thompson's), whose sets of states are found as texts need them, and kept."""
+    """An expression as a nondeterministic automaton (Thompson's construction).
+
+    All states that the text may have reached are followed at once. Transitions between sets of states are computed when
+    a text first needs them, and cached.
+
+    Args:
+        pattern: The expression.
+        budget: Steps that may be taken, shared by all expressions of a config.
+
+    Raises:
+        PatternError: The expression is invalid, unsupported, or too large.
+    """
 
     __slots__ = ("_accepting", "_anchors", "_budget", "_first", "_following", "_moves", "_tested", "_tests")
 
@@ -88,40 +99,41 @@ class LinearRegex:
         parser = _Parser(pattern, budget)
         self._budget = budget
         self._tests = parser.tests
-        # by state: which characters lead on, or at which places one may go on; and where to
+        # per state: the test that a character has to pass, or the anchor that has to hold here, and the next states
         self._tested: list[int | None] = []
         self._anchors: list[int] = []
         self._following: list[tuple[int, ...]] = []
         self._accepting = self._state((), None)
-        self._first = self._built(parser.whole(), self._accepting)
+        self._first = self._build(parser.whole(), self._accepting)
         self._moves: dict[tuple[frozenset[int], str, int], frozenset[int]] = {}
 
     def matches_start(self, text: str) -> bool:
-        """Whether the text, or a beginning of it, fits: what `re.match` finds."""
+        """Return whether the expression fits the text or a prefix of it, like `re.match`."""
         self._budget.spend(1 + len(text))
-        states = self._closed([self._first], _START | self._ends(text, 0))
-        for place, character in enumerate(text, start=1):
+        states = self._closed([self._first], _START | self._end_anchors(text, 0))
+        for position, character in enumerate(text, start=1):
             if self._accepting in states:
                 return True
             if not states:
                 return False
-            ends = self._ends(text, place)
+            ends = self._end_anchors(text, position)
             key = (states, character, ends)
             following = self._moves.get(key)
             if following is None:
                 following = self._move(*key)
-                if len(self._moves) >= _MOST_KEPT:
+                if len(self._moves) >= _MAX_CACHED_MOVES:
                     self._moves.clear()
                 self._moves[key] = following
             states = following
         return self._accepting in states
 
     @staticmethod
-    def _ends(text: str, place: int) -> int:
-        left = len(text) - place
-        if left > 1:
+    def _end_anchors(text: str, position: int) -> int:
+        """Return the end anchors that hold at a position. `$` also holds before a final line break."""
+        remaining = len(text) - position
+        if remaining > 1:
             return 0
-        return _END | _VERY_END if left == 0 else _END * (text[-1] == "\n")
+        return _END | _VERY_END if remaining == 0 else _END * (text[-1] == "\n")
 
     def _move(self, states: frozenset[int], character: str, ends: int) -> frozenset[int]:
         reached: list[int] = []
@@ -132,20 +144,20 @@ class LinearRegex:
         self._budget.spend(2 * len(states))
         return self._closed(reached, ends)
 
-    def _closed(self, states: list[int], places: int) -> frozenset[int]:
-        """The states that these lead to at a place of the text, without another character."""
-        found: set[int] = set()
+    def _closed(self, states: list[int], anchors: int) -> frozenset[int]:
+        """Return the states that are reached without reading a character, where these anchors hold."""
+        reached: set[int] = set()
         seen = set(states)
         while states:
             state = states.pop()
             if self._tested[state] is not None or state == self._accepting:
-                found.add(state)
-            elif self._anchors[state] & ~places == 0:
-                new = [one for one in self._following[state] if one not in seen]
+                reached.add(state)
+            elif self._anchors[state] & ~anchors == 0:
+                new = [following for following in self._following[state] if following not in seen]
                 seen.update(new)
                 states += new
         self._budget.spend(2 * len(seen))
-        return frozenset(found)
+        return frozenset(reached)
 
     def _state(self, following: tuple[int, ...], test: int | None, anchor: int = 0) -> int:
         if len(self._following) >= MAX_STATES:
@@ -155,34 +167,38 @@ class LinearRegex:
         self._anchors.append(anchor)
         return len(self._following) - 1
 
-    def _built(self, node: _Node, after: int) -> int:
-        """The first state of what matches `node` and then goes on with `after`."""
+    def _build(self, node: _Node, after: int) -> int:
+        """Return the first state of an automaton that matches `node` and continues with state `after`."""
         self._budget.spend(1)
         if isinstance(node, _Character):
             return self._state((after,), node.test)
         if isinstance(node, _Anchor):
-            return self._state((after,), None, node.place)
+            return self._state((after,), None, node.position)
         if isinstance(node, _Sequence):
             for part in reversed(node.parts):
-                after = self._built(part, after)
+                after = self._build(part, after)
             return after
         if isinstance(node, _Choice):
-            return self._state(tuple(self._built(option, after) for option in node.options), None)
-        if node.most is None:
+            return self._state(tuple(self._build(option, after) for option in node.options), None)
+        if node.maximum is None:
             loop = self._state((), None)
-            self._following[loop] = (self._built(node.part, loop), after)
+            self._following[loop] = (self._build(node.part, loop), after)
             after = loop
         else:
             end = after
-            for _ in range(node.most - node.least):
-                after = self._state((self._built(node.part, after), end), None)
-        for _ in range(node.least):
-            after = self._built(node.part, after)
+            for _ in range(node.maximum - node.minimum):
+                after = self._state((self._build(node.part, after), end), None)
+        for _ in range(node.minimum):
+            after = self._build(node.part, after)
         return after
 
 
 class _Parser:
-    """Reads an expression from its beginning to its end. tests: its single characters, each once, in terms of `re`."""
+    """A recursive-descent parser of one expression.
+
+    Attributes:
+        tests: The distinct single characters and classes of the expression, compiled by `re`.
+    """
 
     def __init__(self, text: str, budget: StepBudget) -> None:
         if len(text) > MAX_CHARACTERS:
@@ -193,7 +209,7 @@ class _Parser:
         self._text, self._at, self._depth = text, 0, 0
 
     def whole(self) -> _Node:
-        """All of it."""
+        """Parse the whole expression."""
         node = self._choice()
         if self._at < len(self._text):
             raise PatternError(f"it has a ')' too many at {self._at}")
@@ -212,11 +228,11 @@ class _Parser:
     def _sequence(self) -> _Node:
         parts = []
         while self._next() not in ("", "|", ")"):
-            parts.append(self._repeated(self._one()))
+            parts.append(self._repeated(self._atom()))
         return _Sequence(parts)
 
-    def _one(self) -> _Node:
-        """A character, a class, an anchor or a group."""
+    def _atom(self) -> _Node:
+        """Parse a character, a class, an anchor or a group."""
         character = self._next()
         if character == "(":
             return self._group()
@@ -248,7 +264,7 @@ class _Parser:
 
     def _class(self) -> str:
         start = self._at
-        # a bracket that comes first stands for itself
+        # a closing bracket that comes first is a member of the class
         end = start + 1 + (self._text[start + 1 : start + 2] == "^")
         end += self._text[end : end + 1] == "]"
         while end < len(self._text) and self._text[end] != "]":
@@ -269,7 +285,7 @@ class _Parser:
         if single not in self._numbers:
             try:
                 with warnings.catch_warnings():
-                    # of a class that may mean something else one day
+                    # about classes that may mean something else in later versions of Python
                     warnings.simplefilter("ignore", FutureWarning)
                     self.tests.append(re.compile(single))
             except (re.error, OverflowError) as error:
@@ -278,32 +294,32 @@ class _Parser:
         return _Character(self._numbers[single])
 
     def _repeated(self, node: _Node) -> _Node:
-        found = self._repetition()
-        if found is None:
+        counts = self._repetition()
+        if counts is None:
             return node
         if isinstance(node, _Anchor):
             raise PatternError(f"nothing is there to be repeated before {self._at}")
-        # how many are tried first makes no difference to whether there is a match
+        # a lazy repetition matches the same texts
         self._at += self._next() == "?"
         if self._repetition() is not None:
             raise PatternError(f"a repetition is repeated at {self._at}")
-        return _Repeat(node, *found)
+        return _Repeat(node, *counts)
 
     def _repetition(self) -> tuple[int, int | None] | None:
-        found = _REPEATED.match(self._text, self._at)
-        # {} stands for itself
-        if found is None or found[0] == "{}":
+        match = _REPEATED.match(self._text, self._at)
+        # `re` reads {} literally
+        if match is None or match[0] == "{}":
             return None
-        self._at = found.end()
-        if found["kind"]:
-            return int(found["kind"] == "+"), 1 if found["kind"] == "?" else None
-        least = _count(found["least"], 0)
-        most = _count(found["most"], None) if found["comma"] else least
-        if most is not None and least is not None and most < least:
-            raise PatternError(f"{found[0]} is at least more than at most")
-        return least or 0, most
+        self._at = match.end()
+        if match["kind"]:
+            return int(match["kind"] == "+"), 1 if match["kind"] == "?" else None
+        minimum = _parse_count(match["minimum"], 0)
+        maximum = _parse_count(match["maximum"], None) if match["comma"] else minimum
+        if maximum is not None and minimum is not None and maximum < minimum:
+            raise PatternError(f"{match[0]} is at least more than at most")
+        return minimum or 0, maximum
 
 
-def _count(digits: str, none: int | None) -> int | None:
-    # more repetitions than there may be states are refused where they are built
-    return int(digits[:9]) if digits else none
+def _parse_count(digits: str, default: int | None) -> int | None:
+    # nine digits are more repetitions than states are allowed, which is checked where the states are made
+    return int(digits[:9]) if digits else default

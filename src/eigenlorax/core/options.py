@@ -1,4 +1,4 @@
-"""What callers may pass as an option: checked at the boundary, and turned into plain numbers and lists."""
+"""Options from callers and the command line, converted to plain numbers and lists, or rejected with `OptionError`."""
 
 import difflib
 import operator
@@ -10,24 +10,30 @@ from typing import Any
 from ..errors import OptionError
 
 MAX_BYTES = 2**63 - 1
-"""More than any file system holds."""
+"""Largest number of bytes that an option may ask for; more than any file system holds."""
 
 _SIZE = re.compile(r"(?P<number>\d{1,30}(\.\d{1,30})?)\s*(?P<unit>([kmgt]i?)?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SHOWN_BITS = 128
+_MAX_PRINTED_BITS = 128
+"""Integers with more bits are described by their size: Python itself refuses to print very large ones."""
 
 
 def format_value(value: Any) -> str:
-    """A value in a message: floats without needless digits, and an integer that fills the screen by its size."""
+    """Return a value as text for a message: floats without needless digits, huge integers by their size."""
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+    if isinstance(value, int) and value.bit_length() > _MAX_PRINTED_BITS:
         return f"an integer of {value.bit_length():,} bits"
     return repr(value)
 
 
 def to_int(name: str, value: Any) -> int:
-    """`value` as an int: NumPy's integers too, but no truth value and no fraction."""
+    """Return `value` as an int. NumPy's integers are accepted, booleans and fractions are not.
+
+    Args:
+        name: Name of the option, for the message.
+        value: What the caller passed.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -37,7 +43,7 @@ def to_int(name: str, value: Any) -> int:
 
 
 def to_float(name: str, value: Any) -> float:
-    """`value` as a float."""
+    """Return `value` as a float. NumPy's numbers are accepted, booleans and strings are not."""
     try:
         if isinstance(value, bool | str):
             raise TypeError
@@ -49,43 +55,43 @@ def to_float(name: str, value: Any) -> float:
 
 
 def to_byte_count(name: str, value: Any) -> int:
-    """`value` as a number of bytes from 1 to `MOST_BYTES`: an integer, or a float that is one, such as 2e9."""
+    """Return `value` as a number of bytes from 1 to `MAX_BYTES`. Integral floats such as 2e9 are accepted."""
     whole = int(value) if isinstance(value, float) and value.is_integer() else to_int(name, value)
     if not 1 <= whole <= MAX_BYTES:
-        wanted = "at least 1" if whole < 1 else "below 2**63"
-        raise OptionError(f"{name} is a number of bytes, {wanted}, got {format_value(value)}.")
+        bound = "at least 1" if whole < 1 else "below 2**63"
+        raise OptionError(f"{name} is a number of bytes, {bound}, got {format_value(value)}.")
     return whole
 
 
 def parse_byte_count(name: str, text: str) -> int:
-    """A number of bytes as people write it: `40MB` and `40m` are 40 · 10⁶, `1.5GiB` is 1.5 · 2³⁰."""
-    match, found = _SIZE.fullmatch(text.strip()), 0
+    """Parse a number of bytes as people write it: `40MB` and `40m` are 40 · 10⁶, `1.5GiB` is 1.5 · 2³⁰."""
+    match, n_bytes = _SIZE.fullmatch(text.strip()), 0
     if match is not None:
         unit = match["unit"].lower()
         base = 1024 if unit.endswith("i") else 1000
-        # a float would lose the last digits of large numbers
-        found = int(Fraction(match["number"]) * base ** _POWERS[unit.removesuffix("i")])
-    if not 1 <= found <= MAX_BYTES:
+        # a fraction, because a float would round large numbers
+        n_bytes = int(Fraction(match["number"]) * base ** _POWERS[unit.removesuffix("i")])
+    if not 1 <= n_bytes <= MAX_BYTES:
         raise OptionError(
             f"{name} is {text!r}; it must be a number of bytes above 0 and below 2**63, as 8GB, 500MB or 2GiB."
         )
-    return found
+    return n_bytes
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raise `OptionError` unless `value` is one of the names `known`."""
-    listed = list(known)
-    if value not in listed:
-        raise OptionError(f"{name} must be one of {', '.join(listed)}, got {value!r}.{suggestion(value, listed)}")
+    """Raise `OptionError` unless `value` is one of the names in `known`."""
+    choices = list(known)
+    if value not in choices:
+        raise OptionError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{suggestion(value, choices)}")
 
 
-def suggestion(given: Any, known: Iterable[str]) -> str:
-    """Return a sentence that names what of `known` is spelled most like `given`, after a space; "" where nothing is."""
+def suggestion(value: Any, known: Iterable[str]) -> str:
+    """Return " Did you mean …?" with the name in `known` that is spelled most like `value`; "" where none is close."""
     folded = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(str(given).casefold(), folded, n=1)
-    return f" Did you mean {folded[near[0]]!r}?" if near else ""
+    closest = difflib.get_close_matches(str(value).casefold(), folded, n=1)
+    return f" Did you mean {folded[closest[0]]!r}?" if closest else ""
 
 
 def name_list(value: str | Iterable[str]) -> list[str]:
-    """A list of names; one name alone is a list of one."""
+    """Return a list of names; a single string is a list of one name."""
     return [value] if isinstance(value, str) else list(value)

@@ -1,9 +1,9 @@
-"""Text from outside as a terminal and Markdown may show it: without characters that control or structure these."""
+"""Text from files, made safe to print: without characters that control a terminal, or structure Markdown."""
 
 import re
 
-# C0 and C1 controls and DEL; marks that change the direction of text, or begin a line or paragraph; halves of surrogate
-# pairs, which no encoding can write
+# C0 and C1 controls and DEL; marks that change the direction of text, or begin a line or paragraph; surrogates, which
+# cannot be encoded
 _CONTROLS = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_A_LINE = re.compile(f"[{_CONTROLS}]")
 _IN_LINES = re.compile(rf"(?![\n\t])[{_CONTROLS}]")
@@ -15,14 +15,16 @@ def one_line(text: str) -> str:
 
 
 def multi_line(text: str) -> str:
-    """Return `text` with its line breaks and tabs; any other control character becomes its escape."""
+    """Return `text` with each control character except line breaks and tabs replaced by its escape."""
     return _IN_LINES.sub(_escape, text)
 
 
 def markdown_code(text: str) -> str:
-    """Return Markdown, on one line and fit for a table, that shows `text` as code: nothing in it is a link, an image,
-    HTML, or the end of a cell."""
-    # a cell of a table ends at a bar within code, too; as an entity beside code it is a bar
+    """Return one line of Markdown that shows `text` as code, in a table as well.
+
+    Nothing in it is interpreted as a link, an image, HTML, or the end of a table cell.
+    """
+    # a bar ends a table cell even within code, so it is written as an entity between two pieces of code
     return "&#124;".join(_code_span(part) for part in one_line(text).split("|"))
 
 
@@ -30,10 +32,10 @@ def _code_span(text: str) -> str:
     if not text.strip(" "):
         return text
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    # a space on both sides is taken away
+    # Markdown strips one space from both ends of code, and a backtick at an end would join the fence
     pad = " " if "`" in (text[0], text[-1]) or text[0] == text[-1] == " " else ""
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _escape(found: re.Match[str]) -> str:
-    return ascii(found[0])[1:-1]
+def _escape(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]

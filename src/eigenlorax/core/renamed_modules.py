@@ -1,16 +1,15 @@
-r"""Modules that transformers has renamed, under one name: an adapter that was trained with transformers 4 names its
-modules otherwise than a model of transformers 5 does, and the other way round. Names alone: no torch, no transformers.
+"""Modules that transformers 5 has renamed, so that adapters trained with transformers 4 match newer models.
 
-The table holds what transformers' own one has (`transformers.conversion_mapping`) of modules that were renamed and are
-otherwise what they were. Names are compared in the newest form. A module that no model has renamed keeps its name, or
-gets another one on both sides.
+The table is the part of transformers' own one (`transformers.conversion_mapping`) that renames modules and leaves their
+weights as they are. Two names are compared in their newest forms. The table is applied to names of any model: where a
+rule should not have applied, it changes both names alike.
 """
 
 import re
 from functools import lru_cache
 
 _QKV = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-# each is one component of a name or more, and stands between dots
+# (old, new): regular expressions of one or several whole components of a name
 _RENAMINGS: tuple[tuple[str, str], ...] = (
     # ViT, DeiT, BEiT, ViT-MAE, ViT-MSN, ViViT, AST, I-JEPA; DINOv2 keeps `encoder.layer`
     (r"encoder\.layer\.(\d+)", r"layers.\1"),
@@ -23,12 +22,12 @@ _RENAMINGS: tuple[tuple[str, str], ...] = (
     (r"encoder\.block\.(\d+)", r"stages.\1.blocks"),
     (r"attention\.self\.sr", "attention.sequence_reduction.sequence_reduction"),
     (r"mlp\.dense([12])", r"mlp.fc\1"),
-    # Swin and SegFormer; in BERT, queries are still called so
+    # Swin and SegFormer; BERT keeps `attention.self.query`
     *((rf"blocks\.(\d+)\.attention\.self\.{old}", rf"blocks.\1.attention.{new}") for old, new in _QKV.items()),
-    # DETR and its kin
+    # DETR and models derived from it
     (r"layers\.(\d+)\.fc([12])", r"layers.\1.mlp.fc\2"),
     (r"(self_attn|encoder_attn)\.out_proj", r"\1.o_proj"),
-    # LLaVA and its kin: `language_model.model`, and `model.language_model` now
+    # LLaVA and models derived from it: `language_model.model`, now `model.language_model`
     (r"language_model\.model", "language_model"),
 )
 _PATTERNS = tuple((re.compile(rf"(?:(?<=\.)|^){old}(?=\.|$)"), new) for old, new in _RENAMINGS)
@@ -36,7 +35,7 @@ _PATTERNS = tuple((re.compile(rf"(?:(?<=\.)|^){old}(?=\.|$)"), new) for old, new
 
 @lru_cache(maxsize=65536)
 def newest_name(name: str) -> str:
-    """The name in the newest form."""
+    """Return the name that the newest transformers gives the module."""
     for pattern, new in _PATTERNS:
         name = pattern.sub(new, name)
     return name
@@ -44,5 +43,5 @@ def newest_name(name: str) -> str:
 
 @lru_cache(maxsize=65536)
 def count_renamings(name: str) -> int:
-    """How many of the renamings a name is behind."""
+    """Return how many renamings separate a name from its newest form."""
     return sum(pattern.search(name) is not None for pattern, _ in _PATTERNS)

@@ -1,5 +1,8 @@
-"""Where writers prepare what will be at a path: beside it, under names that say for which path, and that tell a writer
-at work from one that was killed."""
+"""Staging files and folders: what a writer prepares beside a path before it is renamed to that path.
+
+The name of a staging file says which path it is for. A lock on it tells a writer at work from one that was killed, so
+that the next writer can remove what a killed one left.
+"""
 
 import os
 import re
@@ -17,124 +20,131 @@ if sys.platform != "win32":
 
 PREFIX = ".writing-"
 _ATTEMPTS = 100
-"""How many names are tried: some folders, such as those of `/proc`, say of any new file that they are not there."""
-_CLAIMED = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{8}}-\d+")
+"""Number of names that are tried. Some folders, such as those of `/proc`, report every new file as missing."""
+_STAGING_NAME = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{8}}-\d+")
 
 
 def replaced_folder_path(path: Path) -> Path:
-    """Return where a folder at `path` is for the moment between the two renames that replace it."""
+    """Return the path that the old folder has between the two renames that replace the folder at `path`."""
     return path.parent / f"{PREFIX}{_tag(path)}-old"
 
 
 def create_file(path: Path) -> int:
-    """Make an empty file, and return a handle of it; `FileExistsError` if anything is there."""
+    """Create an empty file and return its descriptor; raise `FileExistsError` if the path exists."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def create_folder(path: Path) -> int | None:
-    """Make an empty folder, and return a handle of it, where the system has such ones."""
+    """Create an empty folder and return its descriptor; None on Windows, which has none for folders."""
     path.mkdir()
     return None if sys.platform == "win32" else os.open(path, os.O_RDONLY)
 
 
 @contextmanager
-def claim(path: Path, make: Callable[[Path], int | None]) -> Iterator[Path]:
-    """Make a file or folder beside `path` that no other writer of `path` touches while the block lasts.
+def claim(path: Path, create: Callable[[Path], int | None]) -> Iterator[Path]:
+    """Create a staging file or folder for `path` that no other writer touches while the block lasts.
 
-    What killed writers of `path` have left is removed first, and after an error what was made, if it is still there.
-    make: `make_file` or `make_folder`.
+    What killed writers of `path` left is removed first. After an error, the staging file is removed if it is still
+    there.
+
+    Args:
+        path: The path that will be written.
+        create: `create_file` or `create_folder`.
+
+    Raises:
+        PackBusyError: Many other writers of `path` are at work.
     """
-    beside, handle = _claim(path, make)
+    staged, descriptor = _claim(path, create)
     try:
-        yield beside
+        yield staged
     except BaseException:
-        # it may have been renamed, and another writer's be there now
-        if handle is None or _is_at(beside, handle):
-            _delete(beside)
+        # it may have been renamed already, and the path may be another writer's by now
+        if descriptor is None or _is_open_as(staged, descriptor):
+            _delete(staged)
         raise
     finally:
-        if handle is not None:
-            os.close(handle)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers have left in a folder in which others may be writing."""
+    """Remove what killed writers left in a folder in which others may be writing."""
     try:
         entries = list(folder.iterdir())
     except PermissionError:
-        # some folders may be written to, and not listed
+        # a folder may be writable without being readable
         return
     for entry in entries:
-        if _CLAIMED.fullmatch(entry.name):
-            _remove_abandoned(entry)
+        if _STAGING_NAME.fullmatch(entry.name):
+            _remove_if_abandoned(entry)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder that has come to be at a path that was claimed, unless a writer has claimed that by now."""
-    if not _remove_abandoned(path) and not is_in_use(path):
-        # where the system cannot say whose it is, it is taken for ours
+    """Remove the old folder that an exchange moved to a staging path, unless another writer has claimed that path."""
+    if not _remove_if_abandoned(path) and not is_in_use(path):
+        # the system has no locks, so nobody can tell whose it is
         _delete(path)
 
 
 def is_in_use(path: Path) -> bool:
-    """Return whether a writer is known to be at work on what it has claimed."""
+    """Return whether a writer holds the lock of a staging path."""
     try:
-        handle = _held(path)
+        descriptor = _open_locked(path)
     except BlockingIOError:
         return True
-    if handle is not None:
-        os.close(handle)
+    if descriptor is not None:
+        os.close(descriptor)
     return False
 
 
 def _tag(path: Path) -> str:
-    # not the name itself: with more beside it, it may be too long for the disk
+    # a hash, because prefix and suffix could make a long name too long for the file system
     return sha256(os.fsencode(path.name)).hexdigest()[:8]
 
 
-def _claim(path: Path, make: Callable[[Path], int | None]) -> tuple[Path, int | None]:
+def _claim(path: Path, create: Callable[[Path], int | None]) -> tuple[Path, int | None]:
     for number in range(_ATTEMPTS):
-        beside = path.parent / f"{PREFIX}{_tag(path)}-{number}"
-        _remove_abandoned(beside)
+        staged = path.parent / f"{PREFIX}{_tag(path)}-{number}"
+        _remove_if_abandoned(staged)
         try:
-            handle = make(beside)
-            handle = _locked(handle) if handle is not None else None
+            descriptor = create(staged)
+            descriptor = _lock(descriptor) if descriptor is not None else None
         except (FileExistsError, BlockingIOError):
-            # another writer of the path is at work, or has just taken what was made here for abandoned
+            # another writer of the path is at work, or has just taken this new, still unlocked file for abandoned
             continue
         except OSError as error:
-            # so it is where that writer has removed it already
+            # likewise, if that writer has removed the file already
             if isinstance(error, FileNotFoundError) and path.parent.is_dir() and number < _ATTEMPTS - 1:
                 continue
             error.filename = str(path)
             raise
-        if handle is None or _is_at(beside, handle):
-            return beside, handle
-        os.close(handle)
+        if descriptor is None or _is_open_as(staged, descriptor):
+            return staged, descriptor
+        os.close(descriptor)
     raise PackBusyError(f"{_ATTEMPTS} other processes write to {path} at this moment. Run the command again.")
 
 
-def _remove_abandoned(path: Path) -> bool:
-    """Remove what a writer has claimed, if nobody holds it, and return whether it is known that nobody does."""
+def _remove_if_abandoned(path: Path) -> bool:
+    """Remove a staging path that no writer holds, and return whether it is certain that none does."""
     if not os.path.lexists(path):
         return True
     try:
-        handle = _held(path)
+        descriptor = _open_locked(path)
     except BlockingIOError:
         return False
-    if handle is None:
+    if descriptor is None:
         return False
     try:
-        # held, it can be removed by nobody else, and nothing else can come in its place
-        if _is_at(path, handle):
+        # while the lock is held, nobody else removes the file or puts another one in its place
+        if _is_open_as(path, descriptor):
             _delete(path)
     finally:
-        os.close(handle)
+        os.close(descriptor)
     return True
 
 
 def _delete(path: Path) -> None:
-    """Remove a file or a folder; what cannot be removed stays, and the next writer tries again."""
+    """Remove a file or folder; what cannot be removed stays, and the next writer tries again."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -142,41 +152,49 @@ def _delete(path: Path) -> None:
             path.unlink()
 
 
-def _held(path: Path) -> int | None:
-    """Lock a file or folder; None where there is none, or where the system cannot lock it."""
-    if sys.platform == "win32":
-        return None
-    # a file system of the network wants to write what it locks
-    access = os.O_RDONLY if path.is_dir() else os.O_RDWR
-    try:
-        handle = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return None
-    return _locked(handle)
+def _open_locked(path: Path) -> int | None:
+    """Open and lock a file or folder; return None where it does not exist, or the system cannot lock it.
 
-
-def _locked(handle: int) -> int | None:
-    """Lock what a handle is of until it is closed, by whatever ends the process; None, and closed, where that fails.
-
-    `BlockingIOError` where another process, or another handle of this one, has locked it.
+    Raises:
+        BlockingIOError: Somebody else holds the lock.
     """
     if sys.platform == "win32":
-        # an open file could not be renamed
-        os.close(handle)
+        return None
+    # network file systems lock only what is open for writing
+    access = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    try:
+        descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    return _lock(descriptor)
+
+
+def _lock(descriptor: int) -> int | None:
+    """Lock an open file until it is closed, which the system does however the process ends.
+
+    Returns:
+        The descriptor; None, with the file closed, where the system cannot lock it.
+
+    Raises:
+        BlockingIOError: Another process, or another descriptor of this one, holds the lock.
+    """
+    if sys.platform == "win32":
+        # Windows cannot rename open files
+        os.close(descriptor)
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(handle)
+        os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise
         return None
-    return handle
+    return descriptor
 
 
-def _is_at(path: Path, handle: int) -> bool:
-    """Return whether `path` is what was opened as the handle: it may have been removed, and made anew, meanwhile."""
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is still the file that was opened: it may have been removed and created anew."""
     try:
-        return os.path.samestat(path.lstat(), os.fstat(handle))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False

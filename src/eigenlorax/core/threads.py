@@ -1,4 +1,4 @@
-"""How many threads torch computes with, where it is not what the process has."""
+"""Number of threads that torch computes with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,16 +6,16 @@ from contextlib import contextmanager
 import torch
 
 SMALL = 2**21
-"""Numbers of a tensor below which a second thread costs more than it computes."""
+"""Size of a tensor below which a second thread costs more than it gains."""
 
 
 @contextmanager
 def suited_to(numbers: int) -> Iterator[None]:
-    """Within this context, compute with one thread if the largest tensors have fewer than `SMALL` numbers.
+    """Compute with one thread within this context if the largest tensors have fewer than `SMALL` entries.
 
     The codec makes thousands of operations on small tensors. OpenMP's threads spin while they wait for the next one:
     on three adapters of 1.5 MB they used 7 times the processor time of one thread on two cores, and more on more
-    cores, without being faster. The thread's former count is set again on leaving.
+    cores, without being faster. The former number of threads is restored on leaving.
     """
     before = torch.get_num_threads()
     if numbers >= SMALL or before == 1:

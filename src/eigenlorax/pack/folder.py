@@ -410,8 +410,8 @@ def write(
         # what a base model is called came from outside: it may hold what UTF-8 cannot
         text = card.render(new).encode("utf-8", errors="replace")
         with (
-            atomic_files.staged(folder / keys.CARD, text) as replace_card,
-            atomic_files.staged(folder / keys.MANIFEST, data) as replace_manifest,
+            atomic_files.stage_file(folder / keys.CARD, text) as replace_card,
+            atomic_files.stage_file(folder / keys.MANIFEST, data) as replace_manifest,
         ):
             with _reports_away(folder, before, new):
                 replace_manifest()
