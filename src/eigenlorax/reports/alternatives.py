@@ -1,4 +1,4 @@
-"""What else could be done with the same adapters: left out, baselines, other sizes; and what all of it weighs."""
+"""Figures of alternatives to the pack: adapters left out, baselines, other sizes, and the bytes of each."""
 
 import math
 import statistics
@@ -17,11 +17,14 @@ from .measure import Measured
 from .originals import Originals
 
 
-def left_out(measured: Measured | None, pack: Pack, seed: int, twins: set[str]) -> LeftOut | None:
-    """Of adapters without a copy in the fit, in which they would not be left out."""
+def left_out(measured: Measured | None, pack: Pack, seed: int, copies: set[str]) -> LeftOut | None:
+    """Return the errors of adapters in a fit without them; None if there are none.
+
+    copies: adapters that have a copy in the fit. They are not counted, since the copy would still be in it.
+    """
     if measured is None:
         return None
-    rows = _alone(measured, twins)
+    rows = _without_copies(measured, copies)
     names = [measured.names[measured.fitted[measured.chosen[row]]] for row in rows]
     if not names:
         return None
@@ -54,174 +57,194 @@ def left_out(measured: Measured | None, pack: Pack, seed: int, twins: set[str]) 
     )
 
 
-def _alone(measured: Measured, twins: set[str]) -> list[int]:
-    """Places in `measured.chosen` of those without a copy in the fit, in which they would not be left out."""
-    return [row for row, place in enumerate(measured.chosen) if measured.names[measured.fitted[place]] not in twins]
+def _without_copies(measured: Measured, copies: set[str]) -> list[int]:
+    """Return the indices in `measured.chosen` of adapters that have no copy in the fit."""
+    return [row for row, index in enumerate(measured.chosen) if measured.names[measured.fitted[index]] not in copies]
 
 
 def null(measured: Measured | None, pack: Pack, seed: int) -> Null | None:
-    """The adapters of the fit if they shared nothing."""
+    """Return the null model of the adapters of the fit; None if it was not measured."""
     if measured is None or not measured.null.modules:
         return None
-    total = {measured.names[place]: float(measured.total[place]) for place in measured.fitted}
+    total = {measured.names[index]: float(measured.total[index]) for index in measured.fitted}
     trained = [
         bases for module, bases in pack.subspace.modules.items() if measured.sides[module][0].null_energy is not None
     ]
-    return chance.figures(measured.null, total, ([one.down for one in trained], [one.up for one in trained]), seed)
+    return chance.figures(
+        measured.null, total, ([bases.down for bases in trained], [bases.up for bases in trained]), seed
+    )
 
 
 def baselines(
     pack: Pack,
     packed: Mapping[str, PackedAdapter],
-    rows: Sequence[AdapterFigures],
+    figures: Sequence[AdapterFigures],
     measured: Measured | None,
-    by_chance: Null | None,
+    null_model: Null | None,
 ) -> list[Baseline]:
-    """Other ways to keep the adapters of the fit, on the same footing."""
+    """Return errors and bytes of other methods for the trained adapters of the fit, the pack itself first."""
     if measured is None or not measured.fitted:
         return []
-    records = pack.records
-    fitted = [row for row in rows if row.in_fit and not row.untrained]
-    spent = pack.info.stored_bytes + sum(record.coefficient_bytes for record in records.values())
-    width = spreads.width(pack)
-    shapes = {module: bases.shape for module, bases in pack.subspace.modules.items()}
-    at_bits = {
-        bits: sum(
-            losses.rounded_bytes(_rank(one, coefficients), *shapes[one.places[module]], bits)
-            for one in packed.values()
-            for module, coefficients in one.coefficients.items()
-        )
-        for bits in (8, 4)
-    }
-    mean_bytes = width * sum(n_in * n_out for n_out, n_in in shapes.values())
-    random_bytes = sum(record.coefficient_bytes for record in records.values())
-
-    def baseline(key: str, label: str, stored_bytes: int | None, errors: Mapping[str, float | None]) -> Baseline | None:
-        spread = spreads.of({name: error for name, error in errors.items() if error is not None})
-        return Baseline(key, label, spread, stored_bytes) if spread is not None else None
-
-    def field(name: str) -> dict[str, float | None]:
-        return {row.name: getattr(row, name) for row in fitted}
-
-    found = [
-        baseline("pack", "this pack", spent, field("delta_error")),
-        baseline("left-out", "this subspace, fitted without the adapter", None, field("left_out_error")),
-        baseline("mean", "the mean of the adapters in place of each", mean_bytes, field("mean_error")),
-        baseline("mean-scaled", "the best multiple of their mean", mean_bytes, field("mean_scaled_error")),
-        baseline("random", "random bases of the same k", random_bytes, field("random_error")),
-        Baseline("null", "the same singular values in random directions, fitted alike", by_chance.errors, None)
-        if by_chance is not None
-        else None,
-        baseline("truncated", "each LoRA cut by SVD to the same bytes", spent, field("truncated_error")),
-        baseline("int8", "each LoRA rounded to 8 bits", at_bits[8], field("int8_error")),
-        baseline("int4", "each LoRA rounded to 4 bits", at_bits[4], field("int4_error")),
+    fitted = [adapter for adapter in figures if adapter.in_fit and not adapter.untrained]
+    coefficients = sum(record.coefficient_bytes for record in pack.records.values())
+    pack_bytes = pack.info.stored_bytes + coefficients
+    mean_bytes = spreads.width(pack) * sum(math.prod(bases.shape) for bases in pack.subspace.modules.values())
+    eight_bits, four_bits = (_rounded_bytes(pack, packed, bits) for bits in (8, 4))
+    # key, label, bytes, and the field of `AdapterFigures` with the error
+    methods = [
+        ("pack", "this pack", pack_bytes, "delta_error"),
+        ("left-out", "this subspace, fitted without the adapter", None, "left_out_error"),
+        ("mean", "the mean of the adapters in place of each", mean_bytes, "mean_error"),
+        ("mean-scaled", "the best multiple of their mean", mean_bytes, "mean_scaled_error"),
+        ("random", "random bases of the same k", coefficients, "random_error"),
+        ("null", "the same singular values in random directions, fitted alike", None, None),
+        ("truncated", "each LoRA cut by SVD to the same bytes", pack_bytes, "truncated_error"),
+        ("int8", "each LoRA rounded to 8 bits", eight_bits, "int8_error"),
+        ("int4", "each LoRA rounded to 4 bits", four_bits, "int4_error"),
     ]
-    return [one for one in found if one is not None]
+    results = []
+    for key, label, stored_bytes, field in methods:
+        if field is None:
+            errors = null_model.errors if null_model is not None else None
+        else:
+            known = {adapter.name: getattr(adapter, field) for adapter in fitted}
+            errors = spreads.of({name: error for name, error in known.items() if error is not None})
+        if errors is not None:
+            results.append(Baseline(key, label, errors, stored_bytes))
+    return results
 
 
-def weights(pack: Pack, packed: Mapping[str, PackedAdapter], found: Originals | None) -> Bytes:
-    """What the collection weighs."""
-    b, records = pack.summary.bytes, pack.records
-    stored = None
-    originals = found.adapters if found is not None else {}
-    if len(originals) == sum(not record.untrained for record in records.values()):
-        stored = b.carried + sum(
-            one.specs[module].numbers * one.specs[module].dtype.itemsize
-            for name, one in originals.items()
+def _rounded_bytes(pack: Pack, packed: Mapping[str, PackedAdapter], bits: int) -> int:
+    """Return the bytes of all adapters' own factors, rounded to so many bits."""
+    return sum(
+        losses.rounded_bytes(
+            _lora_rank(adapter, coefficients), *pack.subspace.modules[adapter.places[module]].shape, bits
+        )
+        for adapter in packed.values()
+        for module, coefficients in adapter.coefficients.items()
+    )
+
+
+def weights(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals | None) -> Bytes:
+    """Return the bytes of the collection as LoRAs and as a pack."""
+    summary, records = pack.summary.bytes, pack.records
+    lora_stored = None
+    adapters = originals.adapters if originals is not None else {}
+    if len(adapters) == sum(not record.untrained for record in records.values()):
+        lora_stored = summary.carried + sum(
+            adapter.specs[module].numbers * adapter.specs[module].dtype.itemsize
+            for name, adapter in adapters.items()
             for module in packed[name].places
         )
     n = max(len(records), 1)
-    lora, each = b.lora / n, (b.coefficients + b.carried) / n
+    lora, each = summary.lora / n, (summary.coefficients + summary.carried) / n
     return Bytes(
-        lora_files=b.lora_files,
-        lora_stored=stored,
-        lora=b.lora,
-        lora_float16=2 * lora_numbers(records) + b.carried,
-        basis=b.basis,
-        coefficients=b.coefficients,
-        carried=b.carried,
-        heads=b.heads,
-        ratio=b.ratio,
-        limit=b.ratio_without_basis,
-        break_even=costs.break_even(lora, b.basis, each),
-        over_n=costs.over_n(lora, b.basis, each, len(records)),
+        lora_files=summary.lora_files,
+        lora_stored=lora_stored,
+        lora=summary.lora,
+        lora_float16=2 * lora_numbers(records) + summary.carried,
+        basis=summary.basis,
+        coefficients=summary.coefficients,
+        carried=summary.carried,
+        heads=summary.heads,
+        ratio=summary.ratio,
+        limit=summary.ratio_without_basis,
+        break_even=costs.break_even(lora, summary.basis, each),
+        over_n=costs.over_n(lora, summary.basis, each, len(records)),
     )
 
 
-def _rank(one: PackedAdapter, coefficients: Coefficients) -> int:
-    """The rank that an adapter had in a module. Diagonal cores have more: then at most that, by all its modules."""
-    return min(coefficients.rank, max(one.record.ranks))
+def _lora_rank(adapter: PackedAdapter, coefficients: Coefficients) -> int:
+    """Return the rank that the original adapter had in a module.
+
+    Diagonal cores have a larger rank. The largest rank of the adapter is then an upper bound.
+    """
+    return min(coefficients.rank, max(adapter.record.ranks))
 
 
 def sizes(
-    pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | None, twins: set[str]
+    pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | None, copies: set[str]
 ) -> list[SizePoint]:
-    """The same collection at other k, with coefficients of the adapters' ranks. twins: those with a copy in the fit, in
-    which they would not be left out."""
+    """Return errors and bytes of the collection with other numbers of components; copies: as in `left_out`."""
     if measured is None or not measured.fitted:
         return []
     total = measured.total[measured.fitted]
-    names = [measured.names[place] for place in measured.fitted]
-    bases = [
-        (module, dimension, side.most)
-        for module, pair in pack.subspace.modules.items()
-        for dimension, side in zip(reversed(pair.shape), measured.sides[module], strict=True)
-    ]
-    ranks: dict[str, int] = dict.fromkeys(pack.info.modules, 0)
-    for one in packed.values():
-        for own, coefficients in one.coefficients.items():
-            ranks[one.places[own]] += _rank(one, coefficients)
-    b = pack.summary.bytes
-    fixed = b.carried + sum(
-        basis.singular_values.nbytes + 4 * basis.n_extra
-        for pair in pack.subspace.modules.values()
-        for basis in (pair.down, pair.up)
-    )
-    of_basis, of_own = (storage_by_name(name).number_bytes for name in (pack.storage, pack.coefficient_storage))
-    alone = _alone(measured, twins)
-    found = []
-    for index, k in enumerate(measured.grid):
-        errors = dict(zip(names, spreads.relative(total - measured.by_k[:, index], total), strict=True))
-        spread = spreads.of(errors)
+    names = [measured.names[index] for index in measured.fitted]
+    rows = _without_copies(measured, copies)
+    lora_bytes, stored_bytes = pack.summary.bytes.lora, _bytes_by_size(pack, packed, measured)
+    points = []
+    for column, k in enumerate(measured.grid):
+        spread = spreads.of(dict(zip(names, spreads.relative(total - measured.by_k[:, column], total), strict=True)))
         assert spread is not None
-        left, random, sharing = _left_out_at(measured, alone, index)
-        by_chance = chance.relative(measured.null.by_k[:, :, index], total).mean(1)
-        stored = fixed + round(
-            sum(min(k, most) * (dimension * of_basis + ranks[module] * of_own) for module, dimension, most in bases)
-        )
-        found.append(
+        mean_left_out, random, sharing = _left_out_at(measured, rows, column)
+        null_errors = chance.relative(measured.null.by_k[:, :, column], total).mean(1)
+        points.append(
             SizePoint(
                 k=k,
                 mean=spread.mean,
                 worst=spread.worst,
-                null=float(by_chance.mean()),
-                null_spread=measured.null.spread(by_chance),
-                left_out=left,
+                null=float(null_errors.mean()),
+                null_spread=measured.null.spread(null_errors),
+                left_out=mean_left_out,
                 random=random,
-                stored_bytes=stored,
-                ratio=b.lora / stored if stored else 1.0,
+                stored_bytes=stored_bytes[column],
+                ratio=lora_bytes / stored_bytes[column] if stored_bytes[column] else 1.0,
                 sharing=sharing,
             )
         )
-    return found
+    return points
 
 
-def _left_out_at(measured: Measured, alone: Sequence[int], index: int) -> tuple[float | None, float, list[str]]:
-    """At one of the sizes, the mean error of adapters that were left out, that of the same ones in as many random
-    directions, and those that share a subspace. Where nobody was left out: None, and all in random directions."""
-    rows = [row for row in alone if not bool(measured.left_out_by_k[row, index].isnan())]
+def _bytes_by_size(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured) -> list[int]:
+    """Return the bytes of the pack at each size of the grid, with coefficients of the adapters' own ranks."""
+    ranks: dict[str, int] = dict.fromkeys(pack.info.modules, 0)
+    for adapter in packed.values():
+        for own, coefficients in adapter.coefficients.items():
+            ranks[adapter.places[own]] += _lora_rank(adapter, coefficients)
+    sides = [
+        (module, dimension, side.most)
+        for module, bases in pack.subspace.modules.items()
+        for dimension, side in zip(reversed(bases.shape), measured.sides[module], strict=True)
+    ]
+    fixed = pack.summary.bytes.carried + sum(
+        basis.singular_values.nbytes + 4 * basis.n_extra
+        for bases in pack.subspace.modules.values()
+        for basis in (bases.down, bases.up)
+    )
+    basis_width, coefficient_width = (
+        storage_by_name(name).number_bytes for name in (pack.storage, pack.coefficient_storage)
+    )
+    return [
+        fixed
+        + round(
+            sum(
+                min(k, most) * (dimension * basis_width + ranks[module] * coefficient_width)
+                for module, dimension, most in sides
+            )
+        )
+        for k in measured.grid
+    ]
+
+
+def _left_out_at(measured: Measured, rows: Sequence[int], column: int) -> tuple[float | None, float, list[str]]:
+    """Return figures at one size of the grid: the mean error of adapters left out, of the same in as many random
+    directions, and the names of those that share a subspace.
+
+    If none was left out at this size: None, and the mean error of all adapters in random directions.
+    """
+    rows = [row for row in rows if not bool(measured.left_out_by_k[row, column].isnan())]
     if not rows:
         total = measured.total[measured.fitted]
-        return None, statistics.fmean(spreads.relative(total - measured.random_by_k[:, index], total)), []
-    places = [measured.fitted[measured.chosen[row]] for row in rows]
+        return None, statistics.fmean(spreads.relative(total - measured.random_by_k[:, column], total)), []
+    indices = [measured.fitted[measured.chosen[row]] for row in rows]
     total, kept, expected = (
-        measured.total[places],
-        measured.left_out_by_k[rows, index],
-        measured.chance_by_k[rows, index],
+        measured.total[indices],
+        measured.left_out_by_k[rows, column],
+        measured.chance_by_k[rows, column],
     )
-    shared = chance.sharing(kept, expected, measured.null.left_out_by_k[:, rows, index], total, measured.null)
+    shared = chance.sharing(kept, expected, measured.null.left_out_by_k[:, rows, column], total, measured.null)
     return (
         statistics.fmean(spreads.relative(total - kept, total)),
         statistics.fmean(spreads.relative(total - expected, total)),
-        [measured.names[place] for place, shares in zip(places, shared, strict=True) if shares],
+        [measured.names[index] for index, shares in zip(indices, shared, strict=True) if shares],
     )

@@ -1,8 +1,8 @@
-"""From a pack, and the adapters that it was made of, to a report."""
+"""Make a report of a pack and of the adapters that it was fitted on."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..version import __version__
 from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
 from .analysis import groups
 from .analysis.pairs import cosines
-from .data import Collection, Evaluation, Frontier, TaskFrontier, Verdict
+from .data import AdapterFigures, Collection, Evaluation, Similarity, TaskFrontier, Verdict
 from .files import Report
 from .measure import Measured
 from .originals import Originals
@@ -32,13 +32,21 @@ def report(
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
-    """Does this collection share a subspace, and what did recycling cost?
+    """Measure whether the adapters of a pack share a subspace, and what the pack loses of them.
 
-    pack: or the folder or Hub id of one. adapters: what it was made of, in any form that `fit` takes; they are
-    recognised by their content. Without them, the report has what a pack alone can tell. left_out: how many adapters
-    to leave out of the fit in turn; by default all, or a sample: 32 at most, and as many as can be done in a quarter of
-    a minute. seed: of that sample, of random directions and of the division into halves. options: those of
-    `read_adapter`.
+    Args:
+        pack: The pack, or its folder or Hub id.
+        adapters: The original adapters, in any form that `fit` takes. They are recognised by their content. Without
+            them, the report contains only what the pack itself tells.
+        left_out: Number of adapters to leave out of the fit in turn. Default: all, or a random sample of at most 32
+            that takes about a quarter of a minute.
+        seed: Seed of that sample, of random directions and of the division into halves, from 0 to 2**63 - 1.
+        progress: Called as `progress(stage, done, total)`.
+        **options: Options of `read_adapter`, such as `allow_pickle`.
+
+    Raises:
+        OptionError: If an option is out of range, or an adapter of the fit is not among `adapters`.
+        TypeError: If an option is unknown.
     """
     originals.check_options(options)
     seed = to_int("seed", seed)
@@ -49,87 +57,130 @@ def report(
     if adapters is None and left_out is not None:
         raise OptionError("left_out needs the original adapters: give them too, as `adapters`.")
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
-    adapters = None if adapters is None else originals.listed(adapters)
     say = progress or (lambda stage, done, total: None)
-    found: Originals | None
-    if adapters is None or isinstance(adapters, Originals):
-        found = adapters
-    else:
-        found = originals.find(pack, adapters, say, **options)
+    matched = None
+    if adapters is not None:
+        listed = originals.listed(adapters)
+        matched = listed if isinstance(listed, Originals) else originals.find(pack, listed, say, **options)
     packed = {name: pack.packed(name) for name in pack.names}
     with threads.suited_to(measure.largest(pack, packed)):
-        measured = measure.measure(pack, packed, found, seed, left_out, say) if found is not None else None
-        beside = frontier.frontier(pack, packed, found, say) if found is not None else None
-        return _assembled(pack, packed, found, measured, beside, seed, say)
+        measured = measure.measure(pack, packed, matched, seed, left_out, say) if matched is not None else None
+        return _assemble(_Sources(pack, packed, matched, measured, seed, say))
 
 
-def _assembled(
-    pack: Pack,
-    packed: Mapping[str, PackedAdapter],
-    found: Originals | None,
-    measured: Measured | None,
-    beside: Frontier | None,
-    seed: int,
-    say: Progress,
-) -> Report:
-    trained = [name for name, one in packed.items() if not one.record.untrained]
-    members = [packed[name] for name in trained]
-    if measured is not None:
-        names, pairs = measured.names, measured.pairs
-        recycled = measure.products_as_packed(pack, members, say)
-    else:
-        names, pairs = trained, measure.as_packed(pack, members, say)
-        recycled = pairs.delta
-    places, map_share = groups.on_a_map(cosines(recycled))
-    copies = groups.duplicates(pairs)
-    twins = {names[place] for group in copies for place in group}
-    similarity, outlying, cosine, shared = relations.similarity(measured, pairs, names, copies, map_share)
-    clusters = {name: number for number, one in enumerate(similarity.clusters) for name in one.adapters}
-    alone = relations.neighbours(names, cosine, shared)
-    if measured is not None:
-        alone = {name: {**alone[name], **values} for name, values in rows.measured_of(pack, measured).items()}
-    width, on_map = spreads.width(pack), dict(zip(trained, places.tolist(), strict=True))
-    lines = [
-        rows.adapter(name, one.record, width, alone.get(name, {}), clusters.get(name), on_map.get(name))
-        for name, one in packed.items()
-    ]
-    lines.sort(key=lambda row: (-row.delta_error, row.name))
-    owners = Counter(place for one in packed.values() for place in one.places.values())
-    modules = [rows.module(pack, measured, name, owners[name]) for name in pack.info.modules]
-    by_chance = alternatives.null(measured, pack, seed)
-    empty = Report(
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """What the figures are computed from. originals, measured: None for a report of the pack alone."""
+
+    pack: Pack
+    packed: Mapping[str, PackedAdapter]
+    originals: Originals | None
+    measured: Measured | None
+    seed: int
+    progress: Progress
+
+
+def _assemble(sources: _Sources) -> Report:
+    pack, packed, matched, measured = sources.pack, sources.packed, sources.originals, sources.measured
+    related = _related(sources)
+    figures = _adapter_figures(sources, related)
+    users = Counter(module for adapter in packed.values() for module in adapter.places.values())
+    modules = [rows.module(pack, measured, name, users[name]) for name in pack.info.modules]
+    null = alternatives.null(measured, pack, sources.seed)
+    trained = {name: record for name, record in pack.records.items() if not record.untrained}
+    report = Report(
         eigenlorax_version=__version__,
         collection=_collection(pack, measured is not None),
         verdict=Verdict("", []),
-        adapters=lines,
+        adapters=figures,
         modules=modules,
-        module_errors=rows.module_errors(lines, measured, [module.name for module in modules]),
-        in_fit=spreads.of({n: r.delta_error for n, r in pack.records.items() if r.in_fit and not r.untrained}),
-        projected=spreads.of({n: r.delta_error for n, r in pack.records.items() if not r.in_fit and not r.untrained}),
-        left_out=alternatives.left_out(measured, pack, seed, twins),
-        null=by_chance,
-        baselines=alternatives.baselines(pack, packed, lines, measured, by_chance),
-        frontier=beside,
-        starts=relations.starts(pack, packed, found, measured, seed, say),
-        similarity=similarity,
-        duplicates=[[names[place] for place in group] for group in copies],
-        outliers=outlying,
+        module_errors=rows.module_errors(figures, measured, [module.name for module in modules]),
+        in_fit=spreads.of({name: record.delta_error for name, record in trained.items() if record.in_fit}),
+        projected=spreads.of({name: record.delta_error for name, record in trained.items() if not record.in_fit}),
+        left_out=alternatives.left_out(measured, pack, sources.seed, related.copies),
+        null=null,
+        baselines=alternatives.baselines(pack, packed, figures, measured, null),
+        frontier=frontier.frontier(pack, packed, matched, sources.progress) if matched is not None else None,
+        starts=relations.starts(pack, packed, matched, measured, sources.seed, sources.progress),
+        similarity=related.similarity,
+        duplicates=related.duplicates,
+        outliers=related.outliers,
         untrained=[name for name, record in pack.records.items() if record.untrained],
-        bytes=alternatives.weights(pack, packed, found),
-        sizes=alternatives.sizes(pack, packed, measured, twins),
+        bytes=alternatives.weights(pack, packed, matched),
+        sizes=alternatives.sizes(pack, packed, measured, related.copies),
         evaluations=[],
         task_frontiers=[],
-        notes=_notes(pack, found, measured),
+        notes=_notes(pack, matched, measured),
     )
-    return replace(empty, verdict=verdict.of(empty))
+    return replace(report, verdict=verdict.of(report))
+
+
+@dataclass(frozen=True, slots=True)
+class _Related:
+    """How the trained adapters are related.
+
+    duplicates: groups of equal updates. neighbours: fields of `AdapterFigures` by adapter. positions: on the map.
+    """
+
+    similarity: Similarity
+    outliers: list[str]
+    duplicates: list[list[str]]
+    neighbours: Mapping[str, Mapping[str, Any]]
+    positions: Mapping[str, Sequence[float]]
+
+    @property
+    def copies(self) -> set[str]:
+        """The adapters that have a copy in the collection."""
+        return {name for group in self.duplicates for name in group}
+
+
+def _related(sources: _Sources) -> _Related:
+    pack, measured = sources.pack, sources.measured
+    trained = [name for name, adapter in sources.packed.items() if not adapter.record.untrained]
+    members = [sources.packed[name] for name in trained]
+    if measured is not None:
+        names, pairs = measured.names, measured.pairs
+        reconstructed = measure.products_as_packed(pack, members, sources.progress)
+    else:
+        names, pairs = trained, measure.as_packed(pack, members, sources.progress)
+        reconstructed = pairs.delta
+    positions, map_share = groups.on_a_map(cosines(reconstructed))
+    copies = groups.duplicates(pairs)
+    similarity, outliers, cosine, overlap = relations.similarity(measured, pairs, names, copies, map_share)
+    return _Related(
+        similarity=similarity,
+        outliers=outliers,
+        duplicates=[[names[index] for index in group] for group in copies],
+        neighbours=relations.neighbours(names, cosine, overlap),
+        positions=dict(zip(trained, positions.tolist(), strict=True)),
+    )
+
+
+def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigures]:
+    """Return the figures of every adapter, the largest delta error first."""
+    measured = {} if sources.measured is None else rows.measured_of(sources.pack, sources.measured)
+    clusters = {name: number for number, cluster in enumerate(related.similarity.clusters) for name in cluster.adapters}
+    lora_width = spreads.width(sources.pack)
+    figures = [
+        rows.adapter(
+            name,
+            adapter.record,
+            lora_width,
+            {**related.neighbours.get(name, {}), **measured.get(name, {})},
+            clusters.get(name),
+            related.positions.get(name),
+        )
+        for name, adapter in sources.packed.items()
+    ]
+    return sorted(figures, key=lambda figures: (-figures.delta_error, figures.name))
 
 
 def with_evaluations(
-    one: Report, evaluations: Sequence[Evaluation], task_frontiers: Sequence[TaskFrontier] = ()
+    report: Report, evaluations: Sequence[Evaluation], task_frontiers: Sequence[TaskFrontier] = ()
 ) -> Report:
-    """The report with what became of the task, and a verdict that knows it."""
-    more = replace(one, evaluations=list(evaluations), task_frontiers=list(task_frontiers))
-    return replace(more, verdict=verdict.of(more))
+    """Return the report with scores on tasks, and with a verdict that takes them into account."""
+    evaluated = replace(report, evaluations=list(evaluations), task_frontiers=list(task_frontiers))
+    return replace(evaluated, verdict=verdict.of(evaluated))
 
 
 def _collection(pack: Pack, with_originals: bool) -> Collection:
@@ -153,16 +204,16 @@ def _collection(pack: Pack, with_originals: bool) -> Collection:
     )
 
 
-def _notes(pack: Pack, found: Originals | None, measured: Measured | None) -> list[str]:
+def _notes(pack: Pack, matched: Originals | None, measured: Measured | None) -> list[str]:
     notes = []
     if measured is None:
         notes.append(
             "Made from the pack alone: similarity, clusters and the map are of the adapters as they come back, and "
             "what needs the original adapters was not measured. `eigenlorax report PACK --adapters ADAPTER…` does."
         )
-    if found is not None and found.missing:
+    if matched is not None and matched.missing:
         notes.append(
-            f"No original was given of {', '.join(found.missing)}, which were projected: only what the pack knows of "
+            f"No original was given of {', '.join(matched.missing)}, which were projected: only what the pack knows of "
             "them is here."
         )
     if measured is not None and measured.chosen and len(measured.chosen) < len(measured.fitted):

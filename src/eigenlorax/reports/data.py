@@ -1,7 +1,8 @@
-"""A report as data: every figure of the page, and its JSON. Nothing is computed here; docs/report.md has the meanings.
+"""A report as data: the figures of the page, and the schema of its JSON. docs/report.md describes each field.
 
-Errors are relative, √(lost / total) of squared norms; energies and overlaps are shares, 0 to 1; angles are in degrees.
-None stands for what was not measured: for want of the original adapters, or because there is nothing to measure.
+Errors are relative Frobenius errors: the root of a squared error over a squared norm. Energies and overlaps are shares
+from 0 to 1. Angles are in degrees. None means not measured: the original adapters were not given, or do not allow it.
+The names of fields are those of the JSON; renaming one changes the schema.
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ SCHEMA_VERSION = 4
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What the report is about: the pack, and how its subspace was fitted.
+    """The pack that the report describes, and how its subspace was fitted.
 
-    size: how k was chosen, in words, such as "at most 32 components". with_originals: whether the adapters were read as
-    they were before they came into the pack; without them, most figures cannot be measured.
+    size: how the number of components was chosen, in words, such as "at most 32 components".
+    with_originals: whether the original adapters were given; without them, most figures cannot be measured.
     """
 
     base_model: str | None
@@ -36,10 +37,14 @@ class Collection:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the figures say. kind: "shared", "not-shared", "partly-shared", "unknown" (the answer to the main
-    question, first in the list), "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss",
-    "bytes", "baseline", "rounding", "cores". text: one or two plain sentences. advice: what to do about it, or "".
-    good: True where it speaks for the pack, False against it, None neither. adapters: whom it is about.
+    """One conclusion from the figures.
+
+    kind: "shared", "not-shared", "partly-shared" or "unknown" for the answer to the main question, which is the first
+        finding; then "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss", "bytes",
+        "baseline", "rounding", "cores".
+    text: one or two sentences. advice: what to do about it, or "".
+    good: True if it speaks for the pack, False if against it, None if neither.
+    adapters: the names of the adapters that it concerns.
     """
 
     kind: str
@@ -51,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer in plain words. headline: one sentence, with its figures. findings: the most important first."""
+    """The conclusions in plain words. headline: one sentence with figures. findings: the most important first."""
 
     headline: str
     findings: list[Finding]
@@ -61,12 +66,15 @@ class Verdict:
 class AdapterFigures:
     """One adapter.
 
-    norm: ‖D‖ over its modules in the subspace. energy_kept: 1 − delta_error². factor_error_*: of A and of B alone.
-    left_out_error: delta error in the subspace of all the others. mean_error: of the mean adapter in its place;
-    mean_scaled_error: of the best multiple of it. random_error: in random bases of equal k. truncated_error: the
-    adapter alone, cut by SVD to the bytes that it costs here; int8_error, int4_error: its factors rounded.
-    nearest: the adapter with the largest |cosine| to it. overlap: how much of its directions the others have, on
-    average. cluster: its number in `Similarity.clusters`, None if it is alone. x, y: its place on the map.
+    norm: Frobenius norm of the update over its modules in the subspace. energy_kept: 1 − delta_error².
+    factor_error_down, factor_error_up: errors of A and of B alone.
+    left_out_error: delta error in the subspace of all other adapters.
+    mean_error: delta error of the mean adapter in its place; mean_scaled_error: of the best multiple of that mean.
+    random_error: delta error in random bases with the same number of components.
+    truncated_error: delta error of the adapter truncated by SVD to the bytes that it takes in the pack.
+    int8_error, int4_error: delta errors of its factors rounded to so many bits.
+    nearest: the adapter with the largest absolute cosine. overlap: mean overlap of its directions with the others'.
+    cluster: index in `Similarity.clusters`, None if it is in none. x, y: its position on the map.
     """
 
     name: str
@@ -104,10 +112,11 @@ class AdapterFigures:
 class SideFigures:
     """One side of one module.
 
-    rank: directions in the stack, numerically. energy: share of the stack's squared norm in the span of the k kept.
-    spectrum: σ²/Σσ² of the first stack, descending, at most `SPECTRUM` of them. angles: principal angles between the
-    subspaces of two random halves of the collection, ascending, degrees; halves_overlap: mean of their squared cosines.
-    null, null_energy, null_angles, null_halves_overlap: the same of the null model (`Null`).
+    rank: numerical rank of the stacked updates. energy: share of their squared norm in the k components.
+    spectrum: σ²/Σσ² of the stacked updates before sweeps, descending, at most `SPECTRUM` values.
+    angles: principal angles between the subspaces of two random halves of the collection, ascending, in degrees;
+    halves_overlap: mean of their squared cosines.
+    null, null_energy, null_angles, null_halves_overlap: the same for the null model (`Null`).
     """
 
     dimension: int
@@ -124,17 +133,17 @@ class SideFigures:
 
 
 SPECTRUM = 256
-"""Values of a spectrum that a report has at most."""
+"""Maximum number of values in a spectrum."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleFigures:
     """One module of the subspace.
 
-    layer: the first number in its name; kind: the name without the numbers, "encoder.layer.*.attention.self.query".
-    delta_error: √(Σ w²·lost / Σ w²·total) over the adapters of the fit that have it, w² = 1/‖D‖² of the whole adapter;
-    factor_error_*: of A and of B, √ of the mean of lost / total over those adapters; energy_kept: 1 − delta_error²;
-    worst: the adapter with the largest error there.
+    layer: the first number in the name. kind: the name with numbers replaced, "encoder.layer.*.attention.self.query".
+    delta_error: √(Σ w²·lost / Σ w²·total) over the adapters of the fit that have the module, with w = 1/‖D‖ of the
+        whole adapter. factor_error_down, factor_error_up: the root mean square over those adapters, of A and of B.
+    energy_kept: 1 − delta_error². worst: the adapter with the largest error in this module.
     """
 
     name: str
@@ -153,7 +162,7 @@ class ModuleFigures:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of a group of adapters: how many, the mean, √ of the mean square, and the worst with its name."""
+    """Errors of several adapters. rms: root mean square. worst_adapter: the name of the one with the largest error."""
 
     adapters: int
     mean: float
@@ -164,12 +173,14 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Adapters in the subspace that was fitted without them. sampled: how many of `of`; standard_error: of the mean.
-    method: in words. in_fit: the same adapters in the subspace with them.
+    """Adapters in the subspace of a fit without them.
 
-    chance: their mean error in as many random directions. kept: the share of their squared norm that is kept, of what
-    random directions do not keep; kept_spread: its standard deviation if they share nothing. sharing: those that keep
-    half of theirs and more so, and more than chance scatters.
+    sampled: number of adapters left out in turn, of `of`. method: how, in words.
+    standard_error: of errors.mean. in_fit: errors of the same adapters in the subspace of all.
+    chance: their mean error in as many random directions.
+    kept: share of the squared norm that is kept, of what random directions do not keep; kept_spread: its standard
+        deviation if the adapters share nothing.
+    sharing: adapters that keep at least half of that, and more than chance scatters.
     """
 
     sampled: int
@@ -187,8 +198,10 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class SideEnergy:
-    """Share of energy in the first k directions of one side, without sweeps, the mean over the modules: of the
-    collection, and of the null model with its standard deviation."""
+    """Share of energy in the first k directions of one side without sweeps, the mean over modules.
+
+    null: the same for the null model; spread: its standard deviation.
+    """
 
     energy: float
     null: float
@@ -197,12 +210,12 @@ class SideEnergy:
 
 @dataclass(frozen=True, slots=True)
 class Null:
-    """The same adapters if they shared nothing: each keeps its singular values in every module, and with them its norm
-    and its rank, and has its directions drawn at random.
+    """The null model: the same adapters if they shared nothing.
 
-    draws: of each module; seed: of these. errors: delta errors of the adapters in a fit like the pack's, before
-    rounding, means over random collections. spread: the standard deviation of errors.mean from one collection to the
-    next. down, up: energies.
+    Each adapter keeps its singular values in every module, and so its norm and rank; its singular vectors are random.
+
+    draws: random draws of each module. errors: delta errors in a fit like the pack's, before rounding, means over
+    random collections. spread: standard deviation of errors.mean between random collections.
     """
 
     draws: int
@@ -215,9 +228,11 @@ class Null:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What else could be done with the same adapters. key: "pack", "left-out", "mean", "mean-scaled", "random", "null",
-    "truncated", "int8", "int4". label: for a table. errors over the adapters of the fit. stored_bytes: of all of them
-    together, heads and carried tensors aside (None where that is no way to store them)."""
+    """Another method for the same adapters.
+
+    key: "pack", "left-out", "mean", "mean-scaled", "random", "null", "truncated", "int8" or "int4". label: for a table.
+    stored_bytes: of all adapters of the fit, without heads and carried tensors; None if the method stores nothing.
+    """
 
     key: str
     label: str
@@ -227,8 +242,11 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """One way of storing the adapters. way: "pack", or one of `analysis.rivals`. settings: by what it was tuned, in
-    words, or "". stored_bytes: heads and carried tensors aside. worst, mean: delta errors."""
+    """One method of storing the adapters, at one setting.
+
+    way: "pack", or a key of `frontier.METHODS`. settings: what the method was tuned to, in words, or "".
+    stored_bytes: without heads and carried tensors. worst, mean: delta errors.
+    """
 
     way: str
     settings: str
@@ -239,10 +257,10 @@ class FrontierPoint:
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Bytes against the worst error, the pack first, then each way from few bytes to many.
+    """Bytes against the worst error: the pack first, then each method by bytes.
 
-    adapters: those whose originals are at hand. modules: on how many of `of` the ways were tried; their bytes are then
-    in proportion. lora_float16: of the factors, two bytes a number.
+    adapters: those whose originals were given. modules: number of modules, of `of`, on which the methods were measured;
+    their bytes are scaled to all modules. lora_float16: bytes of the factors at two bytes per number.
     """
 
     adapters: int
@@ -256,7 +274,7 @@ class Frontier:
 class StartGroup:
     """Adapters whose A began as the same random numbers.
 
-    cosine_down, cosine_up: mean cosine of their A, and of their B, between pairs.
+    cosine_down, cosine_up: mean cosine of their A, and of their B, over pairs.
     """
 
     adapters: list[str]
@@ -266,10 +284,12 @@ class StartGroup:
 
 @dataclass(frozen=True, slots=True)
 class StartEnergy:
-    """Energy that k directions keep of some of the adapters, means over modules. who: "all", "group 1", …, "others".
-    k: the highest rank among all of them, so many directions as one start has. factors_*: of the stacked A, and B, as
-    the paper stacks them, each adapter of equal norm; null_*: of the same in random directions; delta_*: of the
-    updates."""
+    """Share of energy that k directions keep of a group of adapters, means over modules.
+
+    who: "all", "group 1", …, "others". k: the largest rank of all adapters, as many directions as one start has.
+    factors_down, factors_up: of the stacked A, and B, each adapter at equal norm; null_down, null_up: of the same with
+    random directions; delta_down, delta_up: of the updates.
+    """
 
     who: str
     adapters: int
@@ -284,7 +304,7 @@ class StartEnergy:
 
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """Random starts that adapters share. energies: empty where there is no group."""
+    """Random starts that adapters share. energies: empty without groups."""
 
     groups: list[StartGroup]
     energies: list[StartEnergy]
@@ -292,7 +312,7 @@ class Starts:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Adapters that share directions with each other more than with the rest; mean overlaps."""
+    """Adapters whose directions overlap with each other more than with the remaining ones; mean overlaps."""
 
     adapters: list[str]
     overlap: float
@@ -301,15 +321,16 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """How the adapters lie to one another.
+    """Similarity between the adapters.
 
-    of: "originals", or "pack" where those were not at hand. names: the trained ones, in the order of the dendrogram's
-    leaves. cosine: of the updates, row by row in that order; overlap: how much of their directions two adapters share,
-    0 to 1; chance_overlap: what that is in random directions, the mean over pairs. JSON leaves both matrices empty
-    where there are more than `MATRIX` adapters. tree: scipy's linkage of 1 − overlap by average, over the places in
-    `names`; of the overlap beyond chance, (overlap − chance) / (1 − chance). map_share: the share of squared distance
-    that the map shows. mean_cosine: between pairs; mean_energy: the share of an update that the mean of the others
-    explains, on average.
+    of: "originals", or "pack" if those were not given.
+    names: the trained adapters, in the order of the dendrogram's leaves.
+    cosine, overlap: matrices in that order, of the updates and of their directions; empty in the JSON of more than
+        `MATRIX` adapters. chance_overlap: mean overlap over pairs in random directions.
+    tree: SciPy's linkage by average over the indices of `names`; distances are 1 minus the overlap beyond chance,
+        (overlap − chance) / (1 − chance).
+    map_share: share of the squared distances that the map shows. mean_cosine: over pairs.
+    mean_energy: mean share of an update's squared norm that the mean of the others explains.
     """
 
     of: str
@@ -326,18 +347,18 @@ class Similarity:
 
 
 MATRIX = 200
-"""Adapters up to which a report's JSON has their matrices."""
+"""Number of adapters up to which the JSON contains their matrices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Tensor bytes of the collection, heads aside.
+    """Tensor bytes of the collection, without heads.
 
-    lora_files: weights files. lora_stored: the factors in the dtypes they came in; lora: at the pack's (narrower)
-    dtype, which ratios are taken of; lora_float16: two bytes a number. All three with what is carried; all four without
-    untrained adapters. ratio = lora ÷
-    (basis + coefficients + carried); limit: of endlessly many such adapters; break_even: adapters from which on the
-    pack is smaller, None if never. over_n: (N, ratio).
+    lora_files: weights files, with all their tensors. lora_stored: the factors in their own dtypes; lora: at the pack's
+    narrower dtype, from which ratios are computed; lora_float16: at two bytes per number. These three include carried
+    tensors; all four leave out untrained adapters.
+    ratio: lora ÷ (basis + coefficients + carried). limit: the ratio for an unlimited number of such adapters.
+    break_even: number of adapters from which on the pack is smaller, None if never. over_n: pairs (adapters, ratio).
     """
 
     lora_files: int
@@ -356,11 +377,11 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class SizePoint:
-    """The collection at another k, one for all sides, bases without sweeps.
+    """The collection with k components on every side, bases without sweeps.
 
-    Errors as in `Spread`; null: mean of the null model, fitted alike, and null_spread as in `Null`. left_out: mean of
-    the adapters left out of the fit; random: of the same ones in as many random directions. sharing: as in `LeftOut`.
-    stored_bytes: basis, coefficients and carried.
+    mean, worst: delta errors; null: mean error of the null model, fitted alike; null_spread: as `Null.spread`.
+    left_out: mean error of the adapters left out of the fit; random: of the same ones in as many random directions.
+    sharing: as in `LeftOut`. stored_bytes: basis, coefficients and carried tensors.
     """
 
     k: int
@@ -377,11 +398,12 @@ class SizePoint:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One adapter on a file of rows, as it was, and as it comes back.
+    """One adapter on a file of rows: the original, and the one reconstructed from the pack ("recycled").
 
-    task: "text-classification" or "causal-lm". Accuracies only of labelled rows. agreement: share of rows (of predicted
-    tokens) on which both predict the same. kl: mean KL divergence of the recycled from the original prediction, nats a
-    row or token. without_*: with the head but no update.
+    task: "text-classification" or "causal-lm". Accuracies only for labelled rows, perplexities for language models.
+    agreement: share of rows, or of predicted tokens, with equal predictions.
+    kl: mean KL divergence of the recycled from the original prediction, in nats per row or token.
+    without_*: the base model with the adapter's head but no update.
     """
 
     name: str
@@ -416,11 +438,12 @@ class TaskRun:
 
 @dataclass(frozen=True, slots=True)
 class TaskPoint:
-    """One way of storing the adapters, on their task. way: "pack", "fit" (anew, at a ratio), or one of
-    `analysis.rivals`. ratio: the one that was asked for; of a rival, that of the fit whose bytes it has at most.
+    """One method of storing the adapters, measured on their task.
 
-    stored_bytes: of all adapters, with what is carried, heads aside. worst, mean: delta errors. accuracy, agreement,
-    kl: means of `runs`, accuracy of those that have one; perplexity: the exponential of the mean loss.
+    way: "pack", "fit" (a new fit at a ratio), or a key of `frontier.TASK_METHODS`. ratio: the requested one; for a
+        baseline, that of the fit whose bytes it takes at most.
+    stored_bytes: of all adapters, with carried tensors, without heads. worst, mean: delta errors.
+    accuracy, agreement, kl: means of `runs`, accuracy of those that have one. perplexity: exponential of the mean loss.
     """
 
     way: str
@@ -437,10 +460,11 @@ class TaskPoint:
 
 @dataclass(frozen=True, slots=True)
 class TaskFrontier:
-    """Bytes against what becomes of a task: the pack first, then, by ratio, a fit and its rival.
+    """Bytes against scores on a task: the pack first, then by ratio a fit and its baseline.
 
-    adapters: those whose bytes are counted; lora_float16: of their factors, two bytes a number, and what is carried.
-    original_*: of the adapters as they were; without_*: with their heads but no update; means as in `TaskPoint`.
+    adapters: those whose bytes are counted. lora_float16: of their factors at two bytes per number, and what is
+    carried. original_*: scores of the original adapters; without_*: with their heads but no update. Means as in
+    `TaskPoint`.
     """
 
     task: str
@@ -456,11 +480,10 @@ class TaskFrontier:
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """All figures.
+    """All figures of a report.
 
-    adapters: the worst delta error first. module_errors: adapter by adapter, in the order of `adapters`, the delta
-    error in each of `modules`; None where it has no update there. notes: what was not measured, or only of a sample,
-    and why.
+    adapters: the largest delta error first. module_errors: for each adapter, in that order, the delta error in each of
+    `modules`; None where it has no update. notes: what was not measured, or only on a sample, and why.
     """
 
     eigenlorax_version: str
