@@ -1,4 +1,4 @@
-"""The figures of a whole collection, gathered module by module: what is in memory is one module of all adapters."""
+"""Measurements of a whole collection, module by module: one module of all adapters is in memory at a time."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,34 +20,46 @@ from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import refits
 from .analysis import crowded, losses, null, per_adapter
+from .analysis.left_out import Kept
 from .analysis.pairs import Pairs, products
 from .chance import NullSums
 from .originals import Originals
-from .refits import Asked, Members, Side
+from .refits import Members, RefitOptions, Side
 
 LEFT_OUT_WORK = 1.2e12
-"""Work that is put into fits without an adapter, in multiplications: a quarter of a minute on one core."""
+"""Multiplications to spend on fits without an adapter: a quarter of a minute on one core."""
 LEFT_OUT_LEAST = 8
-"""Adapters that are left out at least, however much work each of them is."""
+"""Minimum number of adapters that are left out, however much work each of them is."""
 LEFT_OUT_ENOUGH = 32
-"""And at most, unless more are asked for: the standard error of the mean is small by then."""
+"""Maximum number, unless the caller asks for more: the standard error of the mean is small by then."""
 NULL_WORK = LEFT_OUT_WORK / 16
-"""Likewise, work that is put into fits of the null model."""
-MULTIPLICATIONS = 2.5e10
-"""A second's, all in all."""
+"""Multiplications to spend on fits of the null model."""
+MULTIPLICATIONS_PER_SECOND = 2.5e10
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Numbers of components at which errors are measured, as far as the collection has so many."""
 
 CHUNK = 2**20
-"""Numbers of adapters that are looked at together: more would not stay in a cache."""
+"""Numbers of factors that are measured at a time; larger batches leave the cache and are slower."""
+
+_EIGEN_COST = 15.0
+"""Multiplications of a symmetric eigenproblem of size n, divided by n³."""
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(slots=True)
 class Measured:
-    """Sums over modules, one number an adapter, in the order of `names`; filled by `measure`.
+    """Sums of squared norms over modules, one per adapter in the order of `names`; `measure` adds each module.
 
-    fitted: places in `names` of the adapters of the fit. chosen: places in `fitted` of those that were left out of it.
-    grid: sizes of `by_k`, `random_by_k` and `left_out_by_k`. chance, chance_by_k: what is to be expected of those that
-    were left out in as many random directions.
+    fitted: indices in `names` of the adapters of the fit. chosen: indices in `fitted` of those that are left out of it.
+    total: ‖D‖². random: what random bases keep of it. by_k, random_by_k: what the fit and random bases of each size in
+        `grid` keep of the adapters of the fit.
+    left_out_kept, left_out_by_k: what the bases of the others keep of the adapters that are left out; chance,
+        chance_by_k: the expectation for as many random directions.
+    down_lost, up_lost: squared errors of A and of B; down_total, up_total: their squared norms.
+    rounded: squared errors of factors rounded to so many bits.
+    errors: by module, the delta error of each adapter. weighted: by module, the weighted delta error of the fit.
+    singular: for each module the bytes of a component over its width, and squared singular values.
+    exact: whether adapters were left out with sweeps in every module.
     """
 
     names: list[str]
@@ -78,8 +90,8 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What all modules have in common."""
+class _Collection:
+    """What the measurements of all modules have in common. weights: of the adapters in the fit, 1 / ‖D‖."""
 
     pack: Pack
     packed: Mapping[str, PackedAdapter]
@@ -87,6 +99,22 @@ class Setting:
     options: FitOptions
     weights: list[float]
     seed: int
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.originals.adapters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """One module of all adapters. squares: ‖D‖² of each adapter. lost: squared error of each in the pack."""
+
+    name: str
+    bases: ModuleBases
+    factors: Sequence[LoRAFactors | None]
+    batch: ModuleBatch
+    squares: Tensor
+    lost: Tensor
 
 
 def measure(
@@ -97,47 +125,54 @@ def measure(
     sample: int | None,
     progress: Progress,
 ) -> Measured:
-    """Everything that needs the originals. sample: adapters to leave out; by `LEFT_OUT_WORK` where it is None."""
-    names = list(originals.adapters)
-    fitted = [place for place, name in enumerate(names) if packed[name].record.in_fit]
+    """Measure everything that needs the original adapters.
+
+    sample: number of adapters to leave out of the fit; None chooses it by `LEFT_OUT_WORK`.
+    """
     totals = [
-        math.fsum(originals.scans[name].delta_squares[module] for module in packed[name].places) for name in names
+        math.fsum(scan.delta_squares[module] for module in packed[name].places)
+        for name, scan in ((name, originals.scans[name]) for name in originals.adapters)
     ]
-    options = options_of(pack)
-    setting = Setting(pack, packed, originals, options, [t**-0.5 if t > 0 else 0.0 for t in totals], seed)
-    found = _empty(setting, names, fitted, sample)
+    weights = [total**-0.5 if total > 0 else 0.0 for total in totals]
+    collection = _Collection(pack, packed, originals, options_of(pack), weights, seed)
+    measured = _empty(collection, sample)
     modules = list(pack.subspace.modules.items())
     for done, (module, bases) in enumerate(modules):
         progress("measuring modules", done, len(modules))
-        _add(found, setting, module, bases, done)
+        # each module has a generator of its own, so that its figures do not depend on the others
+        _add_module(measured, collection, module, bases, torch.Generator().manual_seed(seed + 1 + done))
     progress("measuring modules", len(modules), len(modules))
-    return found
+    return measured
 
 
 def options_of(pack: Pack) -> FitOptions:
-    """How the pack was fitted."""
+    """Return the options with which the pack was fitted."""
     return FitOptions(**{field.name: getattr(pack.fit_info, field.name) for field in fields(FitOptions)})
 
 
-def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | None) -> Measured:
-    pack = setting.pack
-    rows = _rows(setting, [names[place] for place in fitted])
+def _empty(collection: _Collection, sample: int | None) -> Measured:
+    """Return zeros for every sum, with the sizes and the adapters to leave out chosen."""
+    pack, names = collection.pack, collection.names
+    fitted = [index for index, name in enumerate(names) if collection.packed[name].record.in_fit]
+    rows = _trained_rows(collection, [names[index] for index in fitted])
     most = max((min(n, *pack.subspace.modules[module].shape) for module, n in rows.items()), default=1)
-    sizes = {basis.n_fitted for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)}
-    grid = sorted({k for k in GRID if k < most} | {most} | {k for k in (max(sizes, default=0),) if 0 < k <= most})
-    work = sum(_work(n, pack.subspace.modules[module].shape, max(sizes, default=0)) for module, n in rows.items())
+    largest_k = max(
+        (basis.n_fitted for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)), default=0
+    )
+    grid = sorted({k for k in GRID if k < most} | {most} | ({largest_k} if 0 < largest_k <= most else set()))
     if sample is None:
+        work = sum(_left_out_work(n, pack.subspace.modules[module].shape, largest_k) for module, n in rows.items())
         sample = min(max(LEFT_OUT_LEAST, int(LEFT_OUT_WORK / max(work, 1))), LEFT_OUT_ENOUGH)
-    generator = torch.Generator().manual_seed(setting.seed)
-    # a collection of one has no others
+    generator = torch.Generator().manual_seed(collection.seed)
+    # a collection of one adapter has no others
     count = min(sample, len(fitted)) if len(fitted) > 1 else 0
     chosen = sorted(torch.randperm(len(fitted), generator=generator)[:count].tolist())
+    draws = null.draws(sum(bool(n) for n in rows.values()), NULL_WORK / max(_fit_work(rows, pack), 1))
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64)
 
-    n, own, g = len(names), len(fitted), len(grid)
-    draws = null.draws(sum(bool(n) for n in rows.values()), NULL_WORK / max(_null_work(rows, pack), 1))
+    n, n_fitted, n_sizes = len(names), len(fitted), len(grid)
     return Measured(
         names=names,
         fitted=fitted,
@@ -149,219 +184,214 @@ def _empty(setting: Setting, names: list[str], fitted: list[int], sample: int | 
         down_total=zeros(n),
         up_lost=zeros(n),
         up_total=zeros(n),
-        null=NullSums.of(draws, own, count, g),
+        null=NullSums.of(draws, n_fitted, count, n_sizes),
         left_out_kept=zeros(count),
-        left_out_by_k=zeros(count, g),
+        left_out_by_k=zeros(count, n_sizes),
         chance=zeros(count),
-        chance_by_k=zeros(count, g),
-        by_k=zeros(own, g),
-        random_by_k=zeros(own, g),
+        chance_by_k=zeros(count, n_sizes),
+        by_k=zeros(n_fitted, n_sizes),
+        random_by_k=zeros(n_fitted, n_sizes),
         rounded={8: zeros(n), 4: zeros(n)},
         pairs=Pairs.of(n),
     )
 
 
-def _rows(setting: Setting, names: Sequence[str]) -> dict[str, int]:
-    """Rows of each module's stack, by its name in the subspace."""
-    rows = dict.fromkeys(setting.pack.subspace.modules, 0)
+def _trained_rows(collection: _Collection, names: Sequence[str]) -> dict[str, int]:
+    """Return by module of the subspace the summed ranks of the adapters that changed it."""
+    rows = dict.fromkeys(collection.pack.subspace.modules, 0)
     for name in names:
-        for module, place in setting.packed[name].places.items():
-            if setting.originals.scans[name].delta_squares[module] > 0:
-                rows[place] += setting.originals.adapters[name].specs[module].rank
+        for own, module in collection.packed[name].places.items():
+            if collection.originals.scans[name].delta_squares[own] > 0:
+                rows[module] += collection.originals.adapters[name].specs[own].rank
     return rows
 
 
-def _work(rows: int, shape: tuple[int, int], k: int) -> float:
-    """Multiplications, roughly, of leaving one adapter out of one module: an eigenproblem a side, or three."""
+def _left_out_work(rows: int, shape: tuple[int, int], k: int) -> float:
+    """Estimate the multiplications of leaving one adapter out of a module."""
     if crowded.is_crowded(rows):
-        return 2 * 15.0 * min(rows, *shape, crowded.most(max(refits.LEFT_OUT_MOST, k))) ** 3
-    return 6 * 15.0 * min(rows, *shape) ** 3
+        # one eigenproblem per side
+        return 2 * _EIGEN_COST * min(rows, *shape, crowded.most(max(refits.LEFT_OUT_MOST, k))) ** 3
+    # the first bases and two sweeps
+    return 6 * _EIGEN_COST * min(rows, *shape) ** 3
 
 
-def _null_work(rows: Mapping[str, int], pack: Pack) -> float:
-    """The same of a fit of all modules."""
-    return sum(6 * 15.0 * min(n, *pack.subspace.modules[module].shape) ** 3 for module, n in rows.items())
+def _fit_work(rows: Mapping[str, int], pack: Pack) -> float:
+    """Estimate the multiplications of a fit of all modules."""
+    return sum(6 * _EIGEN_COST * min(n, *pack.subspace.modules[module].shape) ** 3 for module, n in rows.items())
 
 
 def _module_rows(pack: Pack, packed: Mapping[str, PackedAdapter]) -> dict[str, int]:
-    """The ranks of all adapters of each module, summed."""
+    """Return the summed ranks of all adapters by module of the subspace."""
     rows = dict.fromkeys(pack.subspace.modules, 0)
-    for one in packed.values():
-        for own, coefficients in one.coefficients.items():
-            rows[one.places[own]] += coefficients.rank
+    for adapter in packed.values():
+        for own, coefficients in adapter.coefficients.items():
+            rows[adapter.places[own]] += coefficients.rank
     return rows
 
 
 def largest(pack: Pack, packed: Mapping[str, PackedAdapter]) -> int:
-    """The most numbers that the factors of all adapters have in one module."""
+    """Return the largest count of numbers that the factors of all adapters have in one module."""
     rows = _module_rows(pack, packed)
     return max((rows[module] * sum(bases.shape) for module, bases in pack.subspace.modules.items()), default=0)
 
 
 def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
-    """How long `measure` will take on one core of a laptop; roughly."""
+    """Estimate how long `measure` will take on one core of a laptop."""
     rows = _module_rows(pack, packed)
     work = 0.0
     for module, bases in pack.subspace.modules.items():
         n = rows[module]
         for d in bases.shape:
             work += n**2 * d / 2 + 2 * n * d**2 + 60.0 * min(n, d) ** 3
-    return work / MULTIPLICATIONS
+    return work / MULTIPLICATIONS_PER_SECOND
 
 
-def _add(found: Measured, setting: Setting, module: str, bases: ModuleBases, number: int) -> None:
-    factors = [_factors(setting, name, module) for name in found.names]
-    coefficients = [coefficients_at(setting.packed[name], module, bases) for name in found.names]
-    n_out, n_in = bases.shape
-    one = pad_factors(factors, n_in, n_out)
-    square = delta_squares(one)
-    found.total += square
-    lost, singular, factor_lost = [], [], []
-    step = max(1, CHUNK // max(1, one.down.shape[1] * (n_in + n_out)))
-    for start in range(0, len(one), step):
-        some = slice(start, start + step)
-        part = one.select(range(len(one))[some])
-        stored = losses.stored(part, factors[some], coefficients[some], bases)
-        found.down_lost[some] += stored.down
-        found.down_total[some] += stored.down_total
-        found.up_lost[some] += stored.up
-        found.up_total[some] += stored.up_total
-        balanced = per_adapter.balanced(part)
-        for bits, sums in found.rounded.items():
-            sums[some] += losses.rounded_squares(balanced, bits)
-        lost.append(stored.delta)
-        tiny = torch.finfo(torch.float64).tiny
-        shares = stored.down / stored.down_total.clamp_min(tiny), stored.up / stored.up_total.clamp_min(tiny)
-        factor_lost.append(torch.stack(shares, dim=1))
-        singular.append(losses.singular_squares(part))
-    delta = torch.cat(lost)
-    found.singular.append((n_in + n_out, torch.cat(singular)))
-    in_fit = [place for place in found.fitted if factors[place] is not None]
-    if in_fit and storage_by_name(setting.pack.coefficient_storage).keeps_factors:
-        down, up = torch.cat(factor_lost)[in_fit].mean(0).sqrt().tolist()
-        found.factor_errors[module] = (down, up)
-    relative = torch.where(square > 0, (delta / square.clamp_min(tiny)).sqrt(), math.nan)
-    found.errors[module] = [None if math.isnan(value) else value for value in relative.tolist()]
-    found.pairs.add(one)
-    generator = torch.Generator().manual_seed(setting.seed + 1 + number)
-    random = (losses.random_rows(side.n_fitted, side.dimension, generator) for side in (bases.down, bases.up))
-    found.random += losses.kept(one, *random)
-    _add_fit(found, setting, module, bases, one, factors, square, delta, generator)
-
-
-def _add_fit(
-    found: Measured,
-    setting: Setting,
-    module: str,
-    bases: ModuleBases,
-    one: ModuleBatch,
-    factors: Sequence[LoRAFactors | None],
-    square: Tensor,
-    lost: Tensor,
-    generator: torch.Generator,
+def _add_module(
+    measured: Measured, collection: _Collection, name: str, bases: ModuleBases, generator: torch.Generator
 ) -> None:
-    """What is about the adapters of the fit alone. square, lost: ‖D‖² of all adapters, and what is lost of it."""
-    # places in `fitted` of the adapters that have trained the module, and in `names`
-    members = [place for place, at in enumerate(found.fitted) if square[at] > 0]
-    there = [found.fitted[place] for place in members]
-    k = (bases.down.n_fitted, bases.up.n_fitted)
-    # of an update in two bases, one of which has no row, nothing is left
-    k = k if all(k) else (0, 0)
+    factors = [_factors(collection, adapter, name) for adapter in measured.names]
+    coefficients = [coefficients_at(collection.packed[adapter], name, bases) for adapter in measured.names]
+    n_out, n_in = bases.shape
+    batch = pad_factors(factors, n_in, n_out)
+    squares = delta_squares(batch)
+    lost, singular, factor_shares = [], [], []
+    step = max(1, CHUNK // max(1, batch.down.shape[1] * (n_in + n_out)))
+    for start in range(0, len(batch), step):
+        chunk = slice(start, start + step)
+        part = batch.select(range(len(batch))[chunk])
+        stored = losses.stored(part, factors[chunk], coefficients[chunk], bases)
+        measured.down_lost[chunk] += stored.down
+        measured.down_total[chunk] += stored.down_total
+        measured.up_lost[chunk] += stored.up
+        measured.up_total[chunk] += stored.up_total
+        balanced = per_adapter.balanced(part)
+        for bits, sums in measured.rounded.items():
+            sums[chunk] += losses.rounded_squares(balanced, bits)
+        lost.append(stored.delta)
+        shares = stored.down / stored.down_total.clamp_min(_TINY), stored.up / stored.up_total.clamp_min(_TINY)
+        factor_shares.append(torch.stack(shares, dim=1))
+        singular.append(losses.singular_squares(part))
+    measured.total += squares
+    measured.singular.append((n_in + n_out, torch.cat(singular)))
+    in_fit = [index for index in measured.fitted if factors[index] is not None]
+    if in_fit and storage_by_name(collection.pack.coefficient_storage).keeps_factors:
+        down, up = torch.cat(factor_shares)[in_fit].mean(0).sqrt().tolist()
+        measured.factor_errors[name] = (down, up)
+    module = _Module(name, bases, factors, batch, squares, torch.cat(lost))
+    relative = torch.where(squares > 0, (module.lost / squares.clamp_min(_TINY)).sqrt(), math.nan)
+    measured.errors[name] = [None if math.isnan(error) else error for error in relative.tolist()]
+    measured.pairs.add(batch)
+    random = (losses.random_rows(side.n_fitted, side.dimension, generator) for side in (bases.down, bases.up))
+    measured.random += losses.kept(batch, *random)
+    _add_fit(measured, collection, module, generator)
+
+
+def _add_fit(measured: Measured, collection: _Collection, module: _Module, generator: torch.Generator) -> None:
+    """Add what concerns the adapters of the fit that have trained the module: other sizes, left out, the null model."""
+    # members: indices in `fitted`; indices: the same adapters in `names`
+    members = [member for member, index in enumerate(measured.fitted) if module.squares[index] > 0]
     if not members:
-        nothing = Side()
-        found.sides[module] = (nothing, nothing)
+        measured.sides[module.name] = (Side(), Side())
         return
-    weights = torch.tensor([setting.weights[at] for at in there], dtype=torch.float64)
-    shares = weights.square() * lost[there], weights.square() * square[there]
-    found.weighted[module] = float((shares[0].sum() / shares[1].sum()).sqrt())
-    rank = {place: row for row, place in enumerate(members)}
-    asked = [place for place in found.chosen if place in rank]
-    trained = Members([f for f in (factors[at] for at in there) if f is not None], one.select(there), weights)
+    indices = [measured.fitted[member] for member in members]
+    weights = torch.tensor([collection.weights[index] for index in indices], dtype=torch.float64)
+    lost, total = (weights.square() * squares[indices] for squares in (module.lost, module.squares))
+    measured.weighted[module.name] = float((lost.sum() / total.sum()).sqrt())
+    row_of_member = {member: row for row, member in enumerate(members)}
+    chosen = [member for member in measured.chosen if member in row_of_member]
+    trained = Members(
+        [factors for index in indices if (factors := module.factors[index]) is not None],
+        module.batch.select(indices),
+        weights,
+    )
+    k = (module.bases.down.n_fitted, module.bases.up.n_fitted)
+    # an update in two bases, one of which has no row, is lost entirely
+    k = k if all(k) else (0, 0)
+    options = collection.options
     refit = refits.of(
         trained,
-        Asked(
-            setting.options,
+        RefitOptions(
+            options,
             k,
-            # else an adapter's bound or budget would have to be met anew without it
-            fixed=(setting.options.n_components, setting.options.energy) == (None, None) or k == (0, 0),
-            grid=found.grid,
-            chosen=[rank[place] for place in asked],
-            draws=found.null.draws,
+            # an error bound or a size would otherwise be met anew without the adapter
+            fixed=(options.n_components, options.energy) == (None, None) or k == (0, 0),
+            grid=measured.grid,
+            chosen=[row_of_member[member] for member in chosen],
+            draws=measured.null.draws,
         ),
         generator,
     )
-    found.by_k[members] += refit.by_k
-    found.sides[module] = refit.sides
-    # of independent random directions, so many of so many
-    sides = bases.down, bases.up
-    chance = [math.prod(min(k, side.dimension) / side.dimension for side in sides) for k in found.grid]
-    found.random_by_k[members] += square[there][:, None] * torch.tensor(chance, dtype=torch.float64)
-    rows = [found.chosen.index(place) for place in asked]
-    kept, dimensions = refit.left_out, (bases.down.dimension, bases.up.dimension)
-    found.left_out_kept[rows] += kept.fitted
-    found.left_out_by_k[rows] += kept.by_k
-    asked_squares = square[[found.fitted[place] for place in asked]]
-    found.chance[rows] += null.expected(asked_squares, kept.sizes, dimensions)
-    for column, k_column in enumerate(found.grid):
-        sizes = [(min(k_column, down), min(k_column, up)) for down, up in kept.most]
-        found.chance_by_k[rows, column] += null.expected(asked_squares, sizes, dimensions)
-    found.null.add(refit.null, members, rows, generator)
-    found.exact &= not trained.crowded
+    measured.by_k[members] += refit.by_k
+    measured.sides[module.name] = refit.sides
+    # expected share of the squared norm in k independent random directions of each side
+    shares = [math.prod(min(k, dimension) / dimension for dimension in module.bases.shape) for k in measured.grid]
+    measured.random_by_k[members] += module.squares[indices][:, None] * torch.tensor(shares, dtype=torch.float64)
+    rows = [measured.chosen.index(member) for member in chosen]
+    _add_left_out(measured, refit.left_out, rows, module)
+    measured.null.add(refit.null, members, rows, generator)
+    measured.exact &= not trained.crowded
 
 
-def _factors(setting: Setting, name: str, module: str) -> LoRAFactors | None:
-    own = own_name(setting.packed[name], module)
-    return setting.originals.adapters[name].modules[own] if own is not None else None
+def _add_left_out(measured: Measured, kept: Kept, rows: Sequence[int], module: _Module) -> None:
+    """Add what the others keep of adapters that were left out. rows: their indices in `chosen`."""
+    squares = module.squares[[measured.fitted[measured.chosen[row]] for row in rows]]
+    dimensions = module.bases.down.dimension, module.bases.up.dimension
+    measured.left_out_kept[rows] += kept.fitted
+    measured.left_out_by_k[rows] += kept.by_k
+    measured.chance[rows] += null.expected(squares, kept.sizes, dimensions)
+    for column, k in enumerate(measured.grid):
+        sizes = [(min(k, down), min(k, up)) for down, up in kept.most]
+        measured.chance_by_k[rows, column] += null.expected(squares, sizes, dimensions)
+
+
+def _factors(collection: _Collection, adapter: str, module: str) -> LoRAFactors | None:
+    own = own_name(collection.packed[adapter], module)
+    return collection.originals.adapters[adapter].modules[own] if own is not None else None
 
 
 def own_name(packed: PackedAdapter, module: str) -> str | None:
-    """What an adapter calls a module of the subspace; None if it has none there."""
+    """Return the adapter's own name for a module of the subspace; None if it does not have the module."""
     if packed.places.get(module) == module:
         return module
-    return next((own for own, place in packed.places.items() if place == module), None)
+    return next((own for own, in_subspace in packed.places.items() if in_subspace == module), None)
 
 
 def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> Coefficients | None:
-    """An adapter's coefficients in a module of the subspace, as wide as its bases are now."""
+    """Return an adapter's coefficients in a module of the subspace, padded to the current size of its bases."""
     own = own_name(packed, module)
     return widen_coefficients(packed.coefficients[own], bases) if own is not None else None
 
 
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
-    """All pairs of adapters as they come back, from their coefficients alone where there is no rest."""
-    found = Pairs.of(len(packed))
-    for one, dimensions in _coefficients(pack, packed, progress):
-        found.add(one, dimensions)
-    return found
+    """Compare all pairs of reconstructed adapters, by their coefficients alone where there is no residual."""
+    pairs = Pairs.of(len(packed))
+    for batch, dimensions in _reconstructed(pack, packed, progress):
+        pairs.add(batch, dimensions)
+    return pairs
 
 
 def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Tensor:
-    """Inner products of their updates alone, (n, n)."""
-    found = torch.zeros(len(packed), len(packed), dtype=torch.float64)
-    for one, _ in _coefficients(pack, packed, progress):
-        found += products(one)
-    return found
+    """Return the inner products of the reconstructed updates, (n, n)."""
+    sums = torch.zeros(len(packed), len(packed), dtype=torch.float64)
+    for batch, _ in _reconstructed(pack, packed, progress):
+        sums += products(batch)
+    return sums
 
 
-def _coefficients(
+def _reconstructed(
     pack: Pack, packed: Sequence[PackedAdapter], progress: Progress
 ) -> Iterator[tuple[ModuleBatch, tuple[int, int]]]:
-    """Of every module, the adapters as they come back, and the dimensions (down, up) of the spaces they may lie in."""
+    """Yield each module of the reconstructed adapters, and the dimensions (down, up) of the spaces they lie in."""
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
-        found = [coefficients_at(one, module, bases) for one in packed]
-        paired = pack.cores == "diagonal"
-        if paired or bases.down.payload is not None or any(one is not None and one.has_residual for one in found):
-            # rows that go in pairs, or were rounded to integers, are not orthonormal, and rests are not in a basis
+        coefficients = [coefficients_at(adapter, module, bases) for adapter in packed]
+        has_residual = any(c is not None and c.has_residual for c in coefficients)
+        # paired rows, and rows rounded to integers, are not orthonormal; residuals are not in the span of a basis
+        if has_residual or pack.cores == "diagonal" or bases.down.payload is not None:
             n_out, n_in = bases.shape
-            has_residual = any(one is not None and one.has_residual for one in found)
+            factors = [None if c is None else projection.reconstruct(c, bases) for c in coefficients]
             dimensions = (n_in, n_out) if has_residual else (bases.down.k, bases.up.k)
-            yield (
-                pad_factors(
-                    [None if one is None else projection.reconstruct(one, bases) for one in found], n_in, n_out
-                ),
-                dimensions,
-            )
+            yield pad_factors(factors, n_in, n_out), dimensions
         else:
-            yield coefficients_as_batch(found, bases.down.k, bases.up.k), (bases.down.k, bases.up.k)
+            yield coefficients_as_batch(coefficients, bases.down.k, bases.up.k), (bases.down.k, bases.up.k)
     progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))

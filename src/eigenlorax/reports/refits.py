@@ -1,4 +1,4 @@
-"""One module of the adapters of the fit: other sizes, halves, each left out in turn; and the same of the null model."""
+"""Fits of one module again: with other sizes, of two halves, without an adapter; and the same for the null model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .data import SPECTRUM
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What was measured of one side of one module; see `SideFigures`. most: components that a fit finds at most."""
+    """Measurements of one side of one module; see `SideFigures`. most: maximum number of components of a fit."""
 
     most: int = 0
     null: Sequence[float] = ()
@@ -34,25 +34,27 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """The adapters that have trained a module: their factors, the same as a stack, and their weights in the fit."""
+    """The adapters that have trained a module: their factors, the same as a batch, and their weights in the fit."""
 
     factors: list[LoRAFactors]
-    one: ModuleBatch
+    batch: ModuleBatch
     weights: Tensor
 
     @property
     def crowded(self) -> bool:
-        """Whether they have too many rows to fit the module again for each of them."""
-        return crowded.is_crowded(sum(self.one.ranks))
+        """Whether they have too many rows to fit the module again without each of them."""
+        return crowded.is_crowded(sum(self.batch.ranks))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of every module. k: components (down, up) of its bases. fixed: whether they are the same in a fit
-    without an adapter. grid: other sizes, ascending. chosen: the members to leave out in turn. draws: of the null
-    model."""
+class RefitOptions:
+    """Options of the fits of every module.
 
-    options: FitOptions
+    k: components (down, up) of the pack's bases. fixed: whether a fit without an adapter has as many.
+    grid: other sizes, ascending. chosen: indices of the members to leave out in turn. draws: of the null model.
+    """
+
+    fit: FitOptions
     k: tuple[int, int]
     fixed: bool
     grid: Sequence[int]
@@ -61,22 +63,28 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """Adapters in their own fit: squared norms that are kept of each, (n,), and without sweeps by size, (n, g); the
-    share of energy in its directions, (down, up), and in as many without sweeps; and the spectra of both sides."""
+class NullFit:
+    """The null model in a fit of its own.
+
+    kept: squared norm that is kept of each adapter, (n,); by_k: without sweeps, by size, (n, g).
+    energies: share of energy in the components (down, up); first_energies: in as many without sweeps.
+    spectra: shares of the squared singular values of both sides.
+    """
 
     kept: Tensor
     by_k: Tensor
     energies: tuple[float, float]
     first_energies: tuple[float, float]
-    shares: tuple[list[float], list[float]]
+    spectra: tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class NullKept:
-    """Squared norms that are kept of the null model by draw, (r, …): of all in their fit, and by size; of those to be
-    left out, in as many random directions as the others have, and by size. energies: (r, 2), shares in the first k
-    directions of both sides."""
+    """Squared norms that are kept of the null model, by draw, (r, …).
+
+    fitted, by_k: of all adapters in their own fit. left_out, left_out_by_k: of those to leave out, in as many random
+    directions as the bases of the others have. energies: shares in the first k directions of both sides, (r, 2).
+    """
 
     fitted: Tensor
     by_k: Tensor
@@ -87,8 +95,10 @@ class NullKept:
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """Squared norms kept of each member by size, (n, g); what was kept of those that were left out, by size NaN where
-    that was not measured; the same for the null model."""
+    """Squared norms that are kept of each member by size, (n, g), and of those left out; the same for the null model.
+
+    Sizes at which nobody was left out are NaN.
+    """
 
     by_k: Tensor
     left_out: Kept
@@ -96,143 +106,137 @@ class Refit:
     sides: tuple[Side, Side]
 
 
-def of(members: Members, asked: Asked, generator: torch.Generator) -> Refit:
-    """All of it for one module."""
-    order = torch.randperm(len(members.one), generator=generator).tolist()
-    half = len(order) // 2
-    halves = sorted(order[:half]), sorted(order[half:])
-    if members.crowded:
-        by_k, kept, most, between = _crowded(members, asked, halves)
-    else:
-        by_k, kept, most, between = _again(members, asked, halves)
-    model = NullModel.of(members.one)
-    fitted, without = [], []
-    for _ in range(asked.draws):
+def of(members: Members, options: RefitOptions, generator: torch.Generator) -> Refit:
+    """Fit one module again in every way."""
+    order = torch.randperm(len(members.batch), generator=generator).tolist()
+    middle = len(order) // 2
+    halves = sorted(order[:middle]), sorted(order[middle:])
+    real = (_crowded_refit if members.crowded else _refit)(members, options, halves)
+    model = NullModel.of(members.batch)
+    fits, strangers = [], []
+    for _ in range(options.draws):
         drawn = model.draw(generator)
-        # the crowded adapters go the same way in both
-        like = Members([] if members.crowded else null.factors(drawn), drawn, members.weights)
-        fitted.append((_crowded_fit if members.crowded else _fit)(like, asked))
-        without.append(_strangers(drawn.select(asked.chosen), kept, asked.grid))
-    sides = [
-        _side(
-            most[side],
-            [one.shares[side] for one in fitted],
-            [one.energies[side] for one in fitted],
-            between[side],
-            model.dimensions[side],
-            generator,
+        # the null model of crowded members is fitted in the same way as they are
+        factors = [] if members.crowded else null.factors(drawn)
+        fits.append(
+            (_crowded_null_fit if members.crowded else _null_fit)(Members(factors, drawn, members.weights), options)
         )
-        for side in (0, 1)
-    ]
+        strangers.append(_kept_of_strangers(drawn.select(options.chosen), real.left_out, options.grid))
+    down, up = (_side(side, real, fits, model.dimensions[side], generator) for side in (0, 1))
     return Refit(
-        by_k=by_k,
-        left_out=kept,
+        by_k=real.by_k,
+        left_out=real.left_out,
         null=NullKept(
-            fitted=torch.stack([one.kept for one in fitted]),
-            by_k=torch.stack([one.by_k for one in fitted]),
-            left_out=torch.stack([one for one, _ in without]),
-            left_out_by_k=torch.stack([by_k for _, by_k in without]),
-            energies=torch.tensor([one.first_energies for one in fitted], dtype=torch.float64),
+            fitted=torch.stack([fit.kept for fit in fits]),
+            by_k=torch.stack([fit.by_k for fit in fits]),
+            left_out=torch.stack([kept for kept, _ in strangers]),
+            left_out_by_k=torch.stack([by_k for _, by_k in strangers]),
+            energies=torch.tensor([fit.first_energies for fit in fits], dtype=torch.float64),
         ),
-        sides=(sides[0], sides[1]),
+        sides=(down, up),
     )
 
 
-Measured = tuple[Tensor, Kept, tuple[int, int], tuple[Halves, Halves]]
-"""Of real adapters: kept by size, kept of those left out, directions that there are, and halves."""
+@dataclass(frozen=True, slots=True)
+class _RealFit:
+    """Squared norms kept of the real adapters. most: components (down, up) of a fit that keeps everything."""
+
+    by_k: Tensor
+    left_out: Kept
+    most: tuple[int, int]
+    halves: tuple[Halves, Halves]
 
 
-def _again(members: Members, asked: Asked, halves: tuple[list[int], list[int]]) -> Measured:
-    """By fits like the pack's own."""
+def _refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
+    """Measure by fits like the pack's own."""
     weighted = members.factors, members.weights.tolist()
-    first = ExactFit(*weighted, asked.options).leading(component_rule(asked.grid[-1], None))
-    size = asked.k if asked.fixed else None
-    return (
-        losses.kept_by_k(members.one, first[0].components(), first[1].components(), asked.grid),
-        left_out(weighted, members.one, asked.chosen, asked.options, size, asked.grid),
-        (first[0].k, first[1].k),
-        spectra.halves(weighted, *halves, asked.k),
+    down, up = ExactFit(*weighted, options.fit).leading(component_rule(options.grid[-1], None))
+    size = options.k if options.fixed else None
+    return _RealFit(
+        by_k=losses.kept_by_k(members.batch, down.components(), up.components(), options.grid),
+        left_out=left_out(weighted, members.batch, options.chosen, options.fit, size, options.grid),
+        most=(down.k, up.k),
+        halves=spectra.halves(weighted, *halves, options.k),
     )
 
 
-def _fit(members: Members, asked: Asked) -> Fitted:
-    """A fit like the pack's own, and those of other sizes."""
-    everyone = ExactFit(members.factors, members.weights.tolist(), asked.options)
-    first = everyone.leading(component_rule(max(asked.grid[-1], *asked.k), None))
-    bases = everyone.fit(first, asked.k)
+def _null_fit(members: Members, options: RefitOptions) -> NullFit:
+    """Fit the null model like the pack, and with other sizes."""
+    fit = ExactFit(members.factors, members.weights.tolist(), options.fit)
+    first = fit.leading(component_rule(max(options.grid[-1], *options.k), None))
+    bases = fit.fit(first, options.k)
     down, up = (spectra.shares(leading.singular_values, SPECTRUM) for leading in first)
-    return Fitted(
-        kept=losses.kept(members.one, bases.down.components, bases.up.components),
-        by_k=losses.kept_by_k(members.one, first[0].components(), first[1].components(), asked.grid),
+    return NullFit(
+        kept=losses.kept(members.batch, bases.down.components, bases.up.components),
+        by_k=losses.kept_by_k(members.batch, first[0].components(), first[1].components(), options.grid),
         energies=(bases.down.energy, bases.up.energy),
-        first_energies=_leading((first[0].singular_values, first[1].singular_values), asked.k),
-        shares=(down, up),
+        first_energies=_leading_energies((first[0].singular_values, first[1].singular_values), options.k),
+        spectra=(down, up),
     )
 
 
 LEFT_OUT_MOST = 128
-"""The largest size at which adapters are left out of a crowded module."""
+"""Maximum number of components at which adapters are left out of a crowded module."""
 
 SWEPT = 2048
-"""Rows up to which the bases of the null model are swept. Beyond, chance gains nothing by it."""
+"""Rows up to which the null model's bases of a crowded module are swept. Beyond, sweeps change nothing for it."""
 
 
-def _crowded(members: Members, asked: Asked, halves: tuple[list[int], list[int]]) -> Measured:
-    """By spectra that are found once, without sweeps."""
-    one = members.one
-    first = crowded.weighted(one, members.weights, asked.options.weighting)
-    (down, *down_halves), (up, *up_halves) = (crowded.Spectrum.with_halves(rows, halves) for rows in first)
+def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
+    """Measure by spectra that are computed once, without sweeps."""
+    batch = members.batch
+    rows = crowded.weighted(batch, members.weights, options.fit.weighting)
+    (down, *down_halves), (up, *up_halves) = (crowded.Spectrum.with_halves(side, halves) for side in rows)
     between = [
-        Halves.of(half.vectors[:k], other.vectors[:k])
-        for (half, other), k in zip((down_halves, up_halves), asked.k, strict=True)
+        Halves.of(first.vectors[:k], second.vectors[:k])
+        for (first, second), k in zip((down_halves, up_halves), options.k, strict=True)
     ]
-    grid = [k for k in asked.grid if k <= LEFT_OUT_MOST]
-    kept = torch.zeros(len(asked.chosen), dtype=torch.float64)
-    by_k = torch.full((len(asked.chosen), len(asked.grid)), torch.nan, dtype=torch.float64)
-    sizes, there = [], []
-    for row, place in enumerate(asked.chosen):
-        alone = one.select([place])
+    grid = [k for k in options.grid if k <= LEFT_OUT_MOST]
+    kept = torch.zeros(len(options.chosen), dtype=torch.float64)
+    by_k = torch.full((len(options.chosen), len(options.grid)), torch.nan, dtype=torch.float64)
+    sizes, most = [], []
+    for row, member in enumerate(options.chosen):
+        alone = batch.select([member])
         others = [
-            side.without(rows[place], max(k, *grid)) for side, rows, k in zip((down, up), first, asked.k, strict=True)
+            spectrum.without(side[member], max(k, *grid))
+            for spectrum, side, k in zip((down, up), rows, options.k, strict=True)
         ]
-        fitted = [side[:k] for side, k in zip(others, asked.k, strict=True)]
-        kept[row] = losses.kept(alone, fitted[0], fitted[1])
+        bases = [vectors[:k] for vectors, k in zip(others, options.k, strict=True)]
+        kept[row] = losses.kept(alone, bases[0], bases[1])
         by_k[row, : len(grid)] = losses.kept_by_k(alone, others[0], others[1], grid)
-        sizes.append((len(fitted[0]), len(fitted[1])))
-        there.append((len(others[0]), len(others[1])))
-    return (
-        losses.kept_by_k(one, down.vectors, up.vectors, asked.grid),
-        Kept(kept, by_k, sizes, there),
-        (len(down.values), len(up.values)),
-        (between[0], between[1]),
+        sizes.append((len(bases[0]), len(bases[1])))
+        most.append((len(others[0]), len(others[1])))
+    return _RealFit(
+        by_k=losses.kept_by_k(batch, down.vectors, up.vectors, options.grid),
+        left_out=Kept(kept, by_k, sizes, most),
+        most=(len(down.values), len(up.values)),
+        halves=(between[0], between[1]),
     )
 
 
-def _crowded_fit(members: Members, asked: Asked) -> Fitted:
-    """The same of a fit, swept where rows are not very many."""
-    one, options = members.one, asked.options
-    rows = crowded.weighted(one, members.weights, options.weighting)
-    sides = [crowded.Spectrum.of(side) for side in rows]
-    bases = sides[0].vectors[: asked.k[0]], sides[1].vectors[: asked.k[1]]
-    if options.weighting == "delta" and sum(one.ranks) <= SWEPT and all(asked.k):
-        bases = crowded.swept(one, members.weights, bases, options.sweeps)
-    down, up = (
+def _crowded_null_fit(members: Members, options: RefitOptions) -> NullFit:
+    """Fit the null model by spectra, with sweeps where there are not very many rows."""
+    batch, fit = members.batch, options.fit
+    rows = crowded.weighted(batch, members.weights, fit.weighting)
+    down, up = (crowded.Spectrum.of(side) for side in rows)
+    bases = down.vectors[: options.k[0]], up.vectors[: options.k[1]]
+    if fit.weighting == "delta" and sum(batch.ranks) <= SWEPT and all(options.k):
+        bases = crowded.swept(batch, members.weights, bases, fit.sweeps)
+    down_energy, up_energy = (
         float((side @ basis.mT).square().sum() / side.square().sum()) for side, basis in zip(rows, bases, strict=True)
     )
-    return Fitted(
-        kept=losses.kept(one, *bases),
-        by_k=losses.kept_by_k(one, sides[0].vectors, sides[1].vectors, asked.grid),
-        energies=(down, up),
-        first_energies=_leading((sides[0].values.sqrt(), sides[1].values.sqrt()), asked.k),
-        shares=(
-            spectra.shares(sides[0].values.sqrt(), SPECTRUM),
-            spectra.shares(sides[1].values.sqrt(), SPECTRUM),
-        ),
+    sigmas = down.values.sqrt(), up.values.sqrt()
+    return NullFit(
+        kept=losses.kept(batch, *bases),
+        by_k=losses.kept_by_k(batch, down.vectors, up.vectors, options.grid),
+        energies=(down_energy, up_energy),
+        first_energies=_leading_energies(sigmas, options.k),
+        spectra=(spectra.shares(sigmas[0], SPECTRUM), spectra.shares(sigmas[1], SPECTRUM)),
     )
 
 
-def _leading(singular_values: tuple[Tensor, Tensor], k: tuple[int, int]) -> tuple[float, float]:
-    """Shares of energy in the first k directions of both sides."""
+def _leading_energies(singular_values: tuple[Tensor, Tensor], k: tuple[int, int]) -> tuple[float, float]:
+    """Return the shares of energy in the first k directions of both sides."""
     down, up = (
         float(values[:size].square().sum() / values.square().sum())
         for values, size in zip(singular_values, k, strict=True)
@@ -240,43 +244,39 @@ def _leading(singular_values: tuple[Tensor, Tensor], k: tuple[int, int]) -> tupl
     return down, up
 
 
-def _strangers(drawn: ModuleBatch, real: Kept, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What is kept of adapters in random directions by bases that know nothing of them: in the first coordinates, as
-    many as the bases of the real adapters have that were left out; and by size."""
+def _kept_of_strangers(drawn: ModuleBatch, real: Kept, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return what bases that know nothing of random adapters keep of them: at the pack's size, and by size.
+
+    The bases have as many directions as those of the others had when the real adapters were left out. Since the
+    adapters are random, the first coordinates serve as well as any other directions.
+    """
+    down_sizes, up_sizes = [down for down, _ in real.sizes], [up for _, up in real.sizes]
+    down_most, up_most = [down for down, _ in real.most], [up for _, up in real.most]
     return (
-        captured_squares(
-            _first(drawn.down, [down for down, _ in real.sizes]), _first(drawn.up, [up for _, up in real.sizes])
-        ),
-        losses.captured_by_k(
-            _first(drawn.down, [down for down, _ in real.most]), _first(drawn.up, [up for _, up in real.most]), grid
-        ),
+        captured_squares(_first_coordinates(drawn.down, down_sizes), _first_coordinates(drawn.up, up_sizes)),
+        losses.captured_by_k(_first_coordinates(drawn.down, down_most), _first_coordinates(drawn.up, up_most), grid),
     )
 
 
-def _first(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """The first coordinates of each adapter's rows, as many as are counted for it; zero beyond."""
+def _first_coordinates(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the first coordinates of each adapter's rows, as many as its count; zeros beyond."""
     most = max(counts, default=0)
-    there = torch.arange(most)[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None]
-    return rows[:, :, :most] * there[:, None, :]
+    mask = torch.arange(most)[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None]
+    return rows[:, :, :most] * mask[:, None, :]
 
 
-def _side(
-    most: int,
-    shares: Sequence[list[float]],
-    energies: Sequence[float],
-    halves: Halves,
-    dimension: int,
-    generator: torch.Generator,
-) -> Side:
-    """shares, energies: of the null model, by draw."""
+def _side(side: int, real: _RealFit, fits: Sequence[NullFit], dimension: int, generator: torch.Generator) -> Side:
+    """Collect the measurements of one side, 0 for down or 1 for up."""
+    halves = real.halves[side]
     by_chance = null.cosines(*halves.sizes, dimension, generator)
-    known = len(halves.cosines) > 0
+    is_known = len(halves.cosines) > 0
+    null_spectra = [torch.tensor(fit.spectra[side], dtype=torch.float64) for fit in fits]
     return Side(
-        most=most,
-        null=pad_sequence([torch.tensor(one, dtype=torch.float64) for one in shares]).mean(1).tolist(),
-        null_energy=sum(energies) / len(energies),
+        most=real.most[side],
+        null=pad_sequence(null_spectra).mean(1).tolist(),
+        null_energy=sum(fit.energies[side] for fit in fits) / len(fits),
         angles=spectra.degrees(halves.cosines),
-        null_angles=spectra.degrees(by_chance) if known else [],
-        halves_overlap=float(halves.cosines.square().mean()) if known else None,
-        null_halves_overlap=max(halves.sizes) / dimension if known else None,
+        null_angles=spectra.degrees(by_chance) if is_known else [],
+        halves_overlap=float(halves.cosines.square().mean()) if is_known else None,
+        null_halves_overlap=max(halves.sizes) / dimension if is_known else None,
     )

@@ -150,8 +150,8 @@ def fitted(one, k, weights=None, sweeps=2):
     """Squared norms that a fit with k components keeps, and one of k without sweeps."""
     weights = delta_squares(one).rsqrt() if weights is None else weights
     options = FitOptions(n_components=k, sweeps=sweeps)
-    asked = refits.Asked(options, (k, k), fixed=True, grid=[k], chosen=[], draws=2)
-    return refits._fit(refits.Members(null.factors(one), one, weights), asked)
+    asked = refits.RefitOptions(options, (k, k), fixed=True, grid=[k], chosen=[], draws=2)
+    return refits._null_fit(refits.Members(null.factors(one), one, weights), asked)
 
 
 class TestTheory:
@@ -205,7 +205,7 @@ class TestRefits:
         weights = torch.tensor([delta_square(f) ** -0.5 for f in factors], dtype=torch.float64)
         one = pad_factors(factors, N_IN, N_OUT)
         options = FitOptions(n_components=6, weighting=weighting, sweeps=sweeps)
-        asked = refits.Asked(options, self.K, fixed=True, grid=self.GRID, chosen=[0, 2], draws=self.DRAWS)
+        asked = refits.RefitOptions(options, self.K, fixed=True, grid=self.GRID, chosen=[0, 2], draws=self.DRAWS)
         found = refits.of(refits.Members(factors, one, weights), asked, generator(8))
         # the division into halves is drawn first
         again = generator(8)
@@ -275,9 +275,9 @@ class TestRefits:
         """They are one more draw of the model."""
         factors = [of_spectrum([1.0, 0.5, 0.05], N_OUT, N_IN, seed=50 * i) for i in range(9)]
         one, weights = pad_factors(factors, N_IN, N_OUT), torch.ones(9).double()
-        asked = refits.Asked(FitOptions(n_components=6), (6, 6), fixed=True, grid=[2, 6], chosen=[], draws=60)
+        asked = refits.RefitOptions(FitOptions(n_components=6), (6, 6), fixed=True, grid=[2, 6], chosen=[], draws=60)
         found = refits.of(refits.Members(factors, one, weights), asked, generator(3))
-        real = refits._fit(refits.Members(factors, one, weights), asked)
+        real = refits._null_fit(refits.Members(factors, one, weights), asked)
         drawn = found.null.fitted.mean(1)
         assert abs(float(real.kept.mean() - drawn.mean())) < 4 * float(drawn.std())
         energies = found.null.energies
