@@ -62,6 +62,7 @@ class _BasisHeader:
 
     @classmethod
     def read(cls, data: bytes) -> "_BasisHeader":
+        """Read the header; `FormatError` where the bytes are shorter than it says."""
         blocks = (
             tuple(np.frombuffer(data[1 : 1 + 2 * min(data[0], (len(data) - 1) // 2)], "<u2").tolist())
             if len(data) > 2

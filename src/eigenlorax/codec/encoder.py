@@ -339,6 +339,7 @@ def _cheapest_pair(
 
 
 def _energies(updates: SvdBatch, norms: Tensor, bases: BasisPair) -> Energies:
+    """Return the energies of one cluster of a module. norms: of its adapters over all modules, (n,)."""
     relative = updates.s / norms[:, None]
     inside = []
     for side, basis in zip(("down", "up"), bases, strict=True):
@@ -346,6 +347,7 @@ def _energies(updates: SvdBatch, norms: Tensor, bases: BasisPair) -> Energies:
             inside.append(0.0)
             continue
         coefficients = updates.rows(side) @ linalg.dual_rows(basis.rows.double()).mT
+        # norms of unit rows in the span, weighted by singular values
         inside.append(float((coefficients * relative[..., None]).square().sum()))
     return float(relative.square().sum()), inside[0], inside[1]
 

@@ -78,25 +78,6 @@ def class_table(number: int) -> ClassTable:
     return ClassTable(raw_bits, -reach, np.array([*bounds, symbols + shared, _TOTAL], dtype=np.int64))
 
 
-@cache
-def _symbol_bits(number: int) -> tuple[np.ndarray, float]:
-    """Return the bits of each symbol of a class, the escape last, and their mean over the distribution."""
-    table = class_table(number)
-    bits = PRECISION - np.log2(np.diff(table.bounds).astype(np.float64)) + table.raw_bits
-    # an escaped integer is written in full, after the others
-    bits[-1] += 32 - table.raw_bits
-    probabilities = np.diff(table.bounds) / _TOTAL
-    return bits, float((probabilities[:-1] * bits[:-1]).sum())
-
-
-def bits_in_class(integers: np.ndarray, number: int) -> float:
-    """Return about how many bits some integers take if all of them are of class `number`."""
-    table, (bits, _) = class_table(number), _symbol_bits(number)
-    symbols = (integers >> table.raw_bits) - table.first
-    escaped = (symbols < 0) | (symbols >= table.escape)
-    return float(bits[np.where(escaped, table.escape, symbols)].sum())
-
-
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
     """Encode streams, each of integers (n,) and their classes (n,), as bytes of its own.
 
@@ -337,8 +318,11 @@ def _lane_count(classes: np.ndarray) -> int:
 
 @cache
 def _hundredths_of_bits(number: int) -> int:
-    """Return what an integer of a class takes on average, in whole hundredths of a bit."""
-    return round(100 * _symbol_bits(number)[1])
+    """Return what an integer of a class takes on average, in whole hundredths of a bit, without escapes."""
+    table = class_table(number)
+    frequencies = np.diff(table.bounds)[:-1]
+    bits = PRECISION - np.log2(frequencies.astype(np.float64)) + table.raw_bits
+    return round(100 * float((frequencies / _TOTAL * bits).sum()))
 
 
 def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

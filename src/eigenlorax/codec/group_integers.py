@@ -130,6 +130,7 @@ def _pack_halves(codes: Tensor) -> Tensor:
 
 
 def _unpack_halves(packed: Tensor) -> Tensor:
+    """Return the codes of 4 bits in bytes, without the filling of an odd width; `ValueError` for a half byte of 0."""
     halves = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
     # encoded halves are 1 to 15: a column of zeros is the filling of an odd width
     odd = halves.numel() > 0 and not bool(halves[..., -1].any())

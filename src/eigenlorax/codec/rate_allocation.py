@@ -7,7 +7,7 @@ everywhere, in coefficients, residuals and components alike. docs/method.md, "By
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -124,130 +124,152 @@ def estimate_rate(module: ModuleStatistics, step_size: float) -> RateEstimate:
 
     step_size: of every adapter, relative to the adapter's norm.
     """
-    lengths = module.lengths / step_size
-    sides = (_SideCosts(module.down, lengths), _SideCosts(module.up, lengths))
-    at = _best_counts(sides, lengths)
-    bits, errors = _component_costs(module, sides, at, lengths)
-    best = RateEstimate(_counts(sides, at), _basis_bits(sides, at), bits, errors)
-    for down, k in enumerate(sides[0].counts):
+    costs = _ModuleCosts.of(module, step_size)
+    best = costs.with_components(costs.best_counts())
+    for down, k in enumerate(costs.down.counts):
         # equally many components on both sides: all pairs of counts would take the square of the time
-        if k and k in sides[1].counts and k <= MAX_CORE_RANKS * module.rank:
-            candidate = _estimate_with_cores(module, sides, (down, sides[1].counts.index(k)), lengths)
+        if k and k in costs.up.counts and k <= MAX_CORE_RANKS * module.rank:
+            candidate = costs.with_cores((down, costs.up.counts.index(k)))
             if candidate.cost < best.cost:
                 best = candidate
-    return RateEstimate(best.k, best.basis_bits, best.bits, best.squared_errors * step_size**2)
+    return replace(best, squared_errors=best.squared_errors * step_size**2)
 
 
-def _best_counts(sides: "tuple[_SideCosts, _SideCosts]", lengths: np.ndarray) -> tuple[int, int]:
-    """Return which of `counts` is best on each side: one side after the other, the first one twice."""
-    # a singular component that costs more than its squared error is worth is left out
-    limit = BITS_PER_SQUARED_ERROR * lengths**2
-    # what is best on one side depends little on the other: all pairs of counts are not compared
-    best = [0, 0]
-    for turn in (0, 1, 0):
-        opposite = sides[1 - turn]
-        costs = np.minimum(sides[turn].costs + opposite.costs[:, [best[1 - turn]]] + OVERHEAD, limit[:, None]).sum(0)
-        best[turn] = int((costs + sides[turn].basis_bits).argmin())
-    return best[0], best[1]
-
-
-def _counts(sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int]) -> tuple[int, int]:
-    return sides[0].counts[at[0]], sides[1].counts[at[1]]
-
-
-def _basis_bits(sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int]) -> float:
-    return float(sum(side.basis_bits[index] for side, index in zip(sides, at, strict=True)))
-
-
-def _component_costs(
-    module: ModuleStatistics, sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int], lengths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return bits and squared error of each adapter by singular components."""
-    bits = sum(side.bits[:, index] for side, index in zip(sides, at, strict=True)) + OVERHEAD
-    errors = sum(side.squared_errors[:, index] for side, index in zip(sides, at, strict=True))
-    pays = bits + BITS_PER_SQUARED_ERROR * errors < BITS_PER_SQUARED_ERROR * lengths**2
-    return (
-        np.bincount(module.owners, np.where(pays, bits, 0.0), module.n),
-        np.bincount(module.owners, np.where(pays, errors, lengths**2), module.n),
-    )
-
-
-def _estimate_with_cores(
-    module: ModuleStatistics, sides: "tuple[_SideCosts, _SideCosts]", at: tuple[int, int], lengths: np.ndarray
-) -> RateEstimate:
-    """Estimate the cost if each adapter for which that is better has a core between the bases, and no components."""
-    squares = lengths**2
-    # the square of a rank-1 term within both spans is the product of its shares on the two sides
-    represented = squares
-    for side, index in zip(sides, at, strict=True):
-        represented = represented * side.inside[:, index]
-    represented = np.bincount(module.owners, represented, module.n)
-    # the numbers of a core are taken as Gaussian, with variances in proportion to the energies of their components
-    shares = []
-    for side, k in zip(sides, _counts(sides, at), strict=True):
-        shares.append(side.energy[:k] / max(float(side.energy[:k].sum()), 1e-300))
-    spread = np.sqrt(np.outer(*shares)).flatten()
-    bits, errors = (each.sum(1) for each in dead_zone.gaussian_cost(np.sqrt(represented)[:, None] * spread[None]))
-    bits, errors = bits + OVERHEAD, errors + np.bincount(module.owners, squares, module.n) - represented
-    component_bits, component_errors = _component_costs(module, sides, at, lengths)
-    with_core = bits + BITS_PER_SQUARED_ERROR * errors < component_bits + BITS_PER_SQUARED_ERROR * component_errors
-    return RateEstimate(
-        _counts(sides, at),
-        _basis_bits(sides, at),
-        np.where(with_core, bits, component_bits),
-        np.where(with_core, errors, component_errors),
-    )
-
-
+@dataclass(frozen=True, slots=True)
 class _SideCosts:
-    """Costs of one side's rows for every number of components in `counts`.
+    """Costs of one side's rows for every number of components in `counts`, in bits and squared step sizes.
 
-    bits, squared_errors, costs: of each row, (rows, counts). inside: the share of each row's square in the leading
-    components, as they will be quantised. energy: the mean square of the rows on each component.
+    costs: rate–distortion costs. inside: the share of each row's square in the leading components, as they will be
+    quantised. energy: the mean square of the rows on each component, (k,).
     """
 
-    def __init__(self, side: SideStatistics, lengths: np.ndarray) -> None:
-        self.counts = component_counts(side.energies.shape[1])
+    counts: list[int]
+    basis_bits: Float[np.ndarray, " counts"]
+    bits: Float[np.ndarray, "rows counts"]
+    squared_errors: Float[np.ndarray, "rows counts"]
+    costs: Float[np.ndarray, "rows counts"]
+    inside: Float[np.ndarray, "rows counts"]
+    energy: Float[np.ndarray, " k"]
+
+    @classmethod
+    def of(cls, side: SideStatistics, lengths: np.ndarray) -> "_SideCosts":
+        """Estimate the costs of rows of these lengths, in step sizes."""
+        counts = component_counts(side.energies.shape[1])
         squares = lengths**2
         weighted = side.energies * squares[:, None]
         importance = np.sqrt(weighted.sum(0))
         # the step size of a row is the inverse of its importance (`quantise_basis`), so that its d numbers, of a unit
         # row, have this standard deviation in step sizes
         basis_bits, basis_errors = dead_zone.gaussian_cost(importance / side.dimension**0.5)
-        # prefix sums over the components give the costs of all counts at once, here and below
-        self.basis_bits = side.dimension * np.concatenate([[0.0], basis_bits.cumsum()])[self.counts]
-        self.energy = weighted.mean(0)
         # the share of a component that its own quantisation loses is lost for its coefficients too
         noise = np.minimum(side.dimension * basis_errors / np.maximum(importance**2, 1e-300), 1.0)
-        bits, errors = self._coefficient_costs(weighted)
-        inside = np.concatenate([np.zeros((len(lengths), 1)), (side.energies * (1 - noise)).cumsum(1)], axis=1)
-        self.inside = inside[:, self.counts]
-        residuals = squares[:, None] * np.maximum(1 - self.inside, 0.0)
+        energy = weighted.mean(0)
+        bits, errors = _coefficient_costs(weighted, energy, counts)
+        inside = _sums_of_leading(side.energies * (1 - noise), counts)
+        residuals = squares[:, None] * np.maximum(1 - inside, 0.0)
         # a residual is taken as d Gaussian numbers of one variance
         residual_bits, residual_errors = dead_zone.gaussian_cost(np.sqrt(residuals / side.dimension))
         residual_bits, residual_errors = residual_bits * side.dimension, residual_errors * side.dimension
         # the encoder leaves residuals out that cost more than their squared error is worth
         pays = residual_bits + BITS_PER_SQUARED_ERROR * residual_errors < BITS_PER_SQUARED_ERROR * residuals
-        self.bits = bits + np.where(pays, residual_bits, 0.0)
-        self.squared_errors = errors + np.where(pays, residual_errors, residuals)
-        self.costs = self.bits + BITS_PER_SQUARED_ERROR * self.squared_errors
+        bits = bits + np.where(pays, residual_bits, 0.0)
+        errors = errors + np.where(pays, residual_errors, residuals)
+        costs = bits + BITS_PER_SQUARED_ERROR * errors
+        return cls(
+            counts, side.dimension * _sums_of_leading(basis_bits[None], counts)[0], bits, errors, costs, inside, energy
+        )
 
-    def _coefficient_costs(self, weighted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return bits and squared error of the coefficients of each row, (rows, counts).
 
-        weighted: squared coefficients, (rows, k). Each row is taken to have the mean distribution of energy over the
-        components, so that rows of about one norm cost the same and are looked up once.
-        """
-        if not len(self.energy):
-            return np.zeros((len(weighted), 1)), np.zeros((len(weighted), 1))
-        norm = np.sqrt(weighted.sum(1) / self.energy.sum())
-        bins, bin_of_row = np.unique(np.round(BINS * np.log2(np.maximum(norm, 1e-6))), return_inverse=True)
-        bits, errors = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(self.energy)[None])
-        return self._by_count(bits)[bin_of_row], self._by_count(errors)[bin_of_row]
+def _coefficient_costs(
+    weighted: np.ndarray, energy: np.ndarray, counts: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return bits and squared error of the coefficients of each row, (rows, counts).
 
-    def _by_count(self, costs: np.ndarray) -> np.ndarray:
-        """Sum costs of single coefficients, (bins, k), over the leading components of each count."""
-        return np.concatenate([np.zeros((len(costs), 1)), costs.cumsum(1)], axis=1)[:, self.counts]
+    weighted: squared coefficients, (rows, k); energy: their means over the rows. Each row is taken to have the mean
+    distribution of energy over the components, so that rows of about one norm cost the same and are looked up once.
+    """
+    if not len(energy):
+        return np.zeros((len(weighted), 1)), np.zeros((len(weighted), 1))
+    norm = np.sqrt(weighted.sum(1) / energy.sum())
+    bins, bin_of_row = np.unique(np.round(BINS * np.log2(np.maximum(norm, 1e-6))), return_inverse=True)
+    bits, errors = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(energy)[None])
+    return _sums_of_leading(bits, counts)[bin_of_row], _sums_of_leading(errors, counts)[bin_of_row]
+
+
+def _sums_of_leading(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Sum costs per component, (…, k), over the leading components of each count, (…, counts)."""
+    return np.concatenate([np.zeros((len(costs), 1)), costs.cumsum(1)], axis=1)[:, counts]
+
+
+@dataclass(frozen=True, slots=True)
+class _ModuleCosts:
+    """Costs of both sides of a module at one step size. lengths: of all singular components, in step sizes.
+
+    Methods take which of the `counts` of either side is meant, (down, up), and return squared errors in squared step
+    sizes.
+    """
+
+    module: ModuleStatistics
+    lengths: Float[np.ndarray, " rows"]
+    down: _SideCosts
+    up: _SideCosts
+
+    @classmethod
+    def of(cls, module: ModuleStatistics, step_size: float) -> "_ModuleCosts":
+        """Estimate the costs of all singular components."""
+        lengths = module.lengths / step_size
+        return cls(module, lengths, _SideCosts.of(module.down, lengths), _SideCosts.of(module.up, lengths))
+
+    def best_counts(self) -> tuple[int, int]:
+        """Return the best count of each side, without cores."""
+        # a singular component that costs more than its squared error is worth is left out
+        limit = BITS_PER_SQUARED_ERROR * self.lengths**2
+        sides, best = (self.down, self.up), [0, 0]
+        # what is best on one side depends little on the other: all pairs of counts are not compared
+        for turn in (0, 1, 0):
+            opposite = sides[1 - turn].costs[:, [best[1 - turn]]]
+            costs = np.minimum(sides[turn].costs + opposite + OVERHEAD, limit[:, None]).sum(0)
+            best[turn] = int((costs + sides[turn].basis_bits).argmin())
+        return best[0], best[1]
+
+    def with_components(self, at: tuple[int, int]) -> RateEstimate:
+        """Estimate the cost if all adapters are written as singular components."""
+        down, up = at
+        bits = self.down.bits[:, down] + self.up.bits[:, up] + OVERHEAD
+        errors = self.down.squared_errors[:, down] + self.up.squared_errors[:, up]
+        squares = self.lengths**2
+        pays = bits + BITS_PER_SQUARED_ERROR * errors < BITS_PER_SQUARED_ERROR * squares
+        return RateEstimate(
+            (self.down.counts[down], self.up.counts[up]),
+            float(self.down.basis_bits[down] + self.up.basis_bits[up]),
+            self._by_adapter(np.where(pays, bits, 0.0)),
+            self._by_adapter(np.where(pays, errors, squares)),
+        )
+
+    def with_cores(self, at: tuple[int, int]) -> RateEstimate:
+        """Estimate the cost if each adapter for which that is better has a core between the bases."""
+        components = self.with_components(at)
+        squares = self.lengths**2
+        # the square of a rank-1 term within both spans is the product of its shares on the two sides
+        represented = self._by_adapter(squares * self.down.inside[:, at[0]] * self.up.inside[:, at[1]])
+        # the numbers of a core are taken as Gaussian, with variances in proportion to the energies of their components
+        shares = []
+        for side, k in zip((self.down, self.up), components.k, strict=True):
+            shares.append(side.energy[:k] / max(float(side.energy[:k].sum()), 1e-300))
+        spread = np.sqrt(np.outer(*shares)).flatten()
+        bits, errors = (each.sum(1) for each in dead_zone.gaussian_cost(np.sqrt(represented)[:, None] * spread[None]))
+        bits, errors = bits + OVERHEAD, errors + self._by_adapter(squares) - represented
+        costs = bits + BITS_PER_SQUARED_ERROR * errors
+        with_core = costs < components.bits + BITS_PER_SQUARED_ERROR * components.squared_errors
+        return replace(
+            components,
+            bits=np.where(with_core, bits, components.bits),
+            squared_errors=np.where(with_core, errors, components.squared_errors),
+        )
+
+    def _by_adapter(self, costs: np.ndarray) -> np.ndarray:
+        """Sum costs of singular components over those of each adapter."""
+        return np.bincount(self.module.owners, costs, self.module.n)
 
 
 @dataclass(frozen=True, slots=True)

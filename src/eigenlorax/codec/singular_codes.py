@@ -95,7 +95,11 @@ def rate_distortion_cost(bits: Tensor, squared_errors: Tensor, step_sizes: Tenso
 def encode_updates(
     updates: SvdBatch, step_sizes: Float[Tensor, " n"], down: QuantisedBasis, up: QuantisedBasis
 ) -> UpdateCodes:
-    """Encode updates with these quantisation step sizes, each in the form that costs less: components or a core."""
+    """Encode updates, each in the form that costs less: singular components, or a core between the bases.
+
+    step_sizes: quantisation step size of each update, absolute. down, up: the bases of the updates' cluster, possibly
+    without a row.
+    """
     codes = _encode_components(updates, step_sizes, down, up)
     # a core with many more numbers than the components cannot pay, and would take much memory
     if not 0 < down.k * up.k <= 2 * updates.rank * (down.k + up.k):
@@ -128,6 +132,7 @@ def measure_updates(
 
 
 def _encode_components(updates: SvdBatch, step_sizes: Tensor, down: QuantisedBasis, up: QuantisedBasis) -> UpdateCodes:
+    """Encode updates by their singular components, as many of each as pay."""
     lengths = updates.s / step_sizes[:, None]
     scales = (SCALES * lengths.clamp_min(1).log2()).round().clamp(0, MAX_SCALE)
     rounded_lengths = torch.exp2(scales / SCALES)

@@ -158,8 +158,9 @@ class CodedCoefficients(LazyMapping[Coefficients]):
     ) -> None:
         self._codes, self._slots = codes, slots
 
-        def read(module: str) -> Coefficients:
+        def decode(module: str) -> Coefficients:
             slot = slots[module]
+            # decoded on access, long after the file was checked: what is wrong is damage of the pack still
             with damaged_on_error(f"module {module} of a coded adapter"):
                 coefficients = dequantise_module(
                     codes.modules[slot.subspace_module],
@@ -172,7 +173,7 @@ class CodedCoefficients(LazyMapping[Coefficients]):
                 check_finite({module: slot.check(module, coefficients)})
                 return coefficients
 
-        super().__init__(dict(sorted(slots.items())), read)
+        super().__init__(dict(sorted(slots.items())), decode)
 
     @property
     def metadata(self) -> dict[str, CoefficientMetadata]:

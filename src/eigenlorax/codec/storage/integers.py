@@ -60,6 +60,7 @@ class IntegerStorage(Storage):
         return basis_rows.extend(basis, *self._encode_rows(rows))
 
     def _encode_rows(self, rows: Tensor) -> tuple[Tensor, Payload]:
+        """Round rows; return them as they will be read again, and their payload."""
         payload = group_integers.without_zero_exponent(group_integers.encode(rows.cpu(), self.bits))
         # an empty payload of 4 bits does not tell an odd width from an even one
         return group_integers.decode(payload) if len(rows) else rows.to(self.dtype), payload
@@ -87,6 +88,7 @@ class IntegerStorage(Storage):
         return [fitted, *extensions]
 
     def _read_rows(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> StoredRows:
+        """Decode rows of a shape (n, d); `ValueError` where the payload has others."""
         n, dimension = shape
         payload = payload_of(tensors, name)
         rows = self._decode(payload, name)
@@ -96,6 +98,7 @@ class IntegerStorage(Storage):
         return rows, payload
 
     def _decode(self, payload: Payload, name: str) -> Tensor:
+        """Decode a payload of this storage's bits; `ValueError`, with the name of the matrix, for any other."""
         codes_dtype = torch.int8 if self.bits == 8 else torch.uint8
         if payload[group_integers.CODES].dtype != codes_dtype:
             raise ValueError(
