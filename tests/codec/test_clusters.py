@@ -13,19 +13,19 @@ from planted import MODULES, random_collection
 NOTE = "The adapters fall into {} groups, each with bases of its own."
 
 
-def likeness(adapters):
-    """Over all modules, with the adapters that are compared."""
-    chosen = clusters.sample_adapters(len(adapters))
-    alike = torch.zeros(len(adapters), len(chosen), dtype=torch.float64)
+def similarity_of(adapters):
+    """The similarity over all modules, and the adapters that were sampled."""
+    sampled = clusters.sample_adapters(len(adapters))
+    similarity = torch.zeros(len(adapters), len(sampled), dtype=torch.float64)
     for module in MODULES:
-        wide = SvdBatch.of([one.modules[module] for one in adapters])
-        alike += clusters.similarities(wide, 1 / wide.s.square().sum(1).sqrt(), chosen)
-    return alike, chosen
+        updates = SvdBatch.of([adapter.modules[module] for adapter in adapters])
+        similarity += clusters.similarities(updates, 1 / updates.s.square().sum(1).sqrt(), sampled)
+    return similarity, sampled
 
 
-def test_likenesses_are_those_of_dense_matrices():
+def test_similarities_are_those_of_dense_matrices():
     adapters = of_ranks([2, 3, 1, 2])
-    alike, chosen = likeness(adapters)
+    similarity, sampled = similarity_of(adapters)
     wanted = torch.zeros(4, 4, dtype=torch.float64)
     for module in MODULES:
         dense = [f.scaling * f.up.double() @ f.down.double() for f in (one.modules[module] for one in adapters)]
@@ -36,32 +36,32 @@ def test_likenesses_are_those_of_dense_matrices():
                 other_left, t, other_right = torch.linalg.svd(other, full_matrices=False)
                 wanted[i, j] += ((left * s).mT @ (other_left * t)).square().sum()
                 wanted[i, j] += ((right * s[:, None]) @ (other_right * t[:, None]).mT).square().sum()
-    assert chosen == [0, 1, 2, 3]
-    torch.testing.assert_close(alike, wanted)
+    assert sampled == [0, 1, 2, 3]
+    torch.testing.assert_close(similarity, wanted)
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4])
 def test_planted_groups_are_found(groups):
     adapters = grouped(groups, 6, noise=0.05)
-    found = clusters.candidate_groupings(*likeness(adapters))
+    found = clusters.candidate_groupings(*similarity_of(adapters))
     assert [number // 6 for number in range(6 * groups)] in found
 
 
-def test_none_are_found_where_there_are_none():
+def test_no_groups_are_found_where_there_are_none():
     for adapters in (shared(12), random_collection(12), of_ranks([3] * 12, noise=0.2)):
-        for labels in clusters.candidate_groupings(*likeness(adapters)):
+        for labels in clusters.candidate_groupings(*similarity_of(adapters)):
             assert max(labels) < 12 // clusters.MIN_GROUP
         assert ex.fit(adapters, max_error=0.2).notes == []
 
 
-def test_many_are_compared_with_some():
+def test_many_adapters_are_compared_with_a_sample():
     assert clusters.sample_adapters(1000) == sorted(set(clusters.sample_adapters(1000)))
     assert len(clusters.sample_adapters(1000)) == clusters.MAX_SAMPLE
     assert clusters.sample_adapters(3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("groups", "options"), [(4, {"max_error": 0.05}), (3, {"ratio": 6.0})])
-def test_they_save_bytes(monkeypatch, groups, options):
+def test_clusters_save_bytes(monkeypatch, groups, options):
     adapters = grouped(groups, 6, noise=0.02)
     apart = ex.fit(adapters, **options)
     assert apart.notes == [NOTE.format(groups)]

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 import eigenlorax as ex
 from coded_collections import COLLECTIONS, changed, of_ranks, shared, true_errors
-from eigenlorax.codec.step_sizes import search_step_sizes
 from eigenlorax.errors import NonFiniteError, OptionError
 from planted import random_collection, tree
 
@@ -116,27 +115,6 @@ def test_cores_have_the_rank_that_comes_back():
 
 def codes_of(pack, name):
     return pack.packed(name).coefficients._codes
-
-
-def test_steps_are_found_where_errors_jump():
-    """An error that hardly changes for long and then falls at once, well below the bound or just below it."""
-
-    def measured(steps, which):
-        return torch.where(steps > edges, 0.5001 + 0.0001 * steps, lower * steps / edges)
-
-    edges = torch.tensor([0.7, 1e-3, 1e-6, 40.0], dtype=torch.float64)
-    lower = torch.tensor([0.1, 0.4999, 0.3, 0.49], dtype=torch.float64)
-    start = torch.ones(4, dtype=torch.float64)
-    steps, errors = search_step_sizes(measured, start, measured(start, None), 0.5)
-    torch.testing.assert_close(errors, measured(steps, None))
-    assert bool((errors <= 0.5).all())
-    assert bool((steps > 0.5 * edges).all())
-
-
-def test_steps_that_no_number_of_bits_would_do_are_refused():
-    start = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(OptionError, match="32 bits"):
-        search_step_sizes(lambda steps, which: torch.full_like(steps, 0.6), start, 0.6 * start, 0.5)
 
 
 def test_errors_are_near_what_was_asked_for():

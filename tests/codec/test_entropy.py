@@ -20,7 +20,7 @@ def integers(n: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 def bits_in_class(values: np.ndarray, number: int) -> float:
-    """What the distribution of a class says that integers take."""
+    """Return the bits that integers take by the distribution of a class."""
     table = entropy.class_table(number)
     bits = entropy.PRECISION - np.log2(np.diff(table.bounds)) + table.raw_bits
     bits[-1] += 32 - table.raw_bits
@@ -80,17 +80,17 @@ def test_zeros_are_nearly_free() -> None:
 
 @pytest.mark.parametrize("number", [0, 9, 16, 24, 31, 60, 127])
 def test_tables_are_the_logistic_distribution(number: int) -> None:
-    one = entropy.class_table(number)
-    assert one.bounds[0] == 0
-    assert one.bounds[-1] == 1 << entropy.PRECISION
-    assert (np.diff(one.bounds) >= 1).all()
+    table = entropy.class_table(number)
+    assert table.bounds[0] == 0
+    assert table.bounds[-1] == 1 << entropy.PRECISION
+    assert (np.diff(table.bounds) >= 1).all()
     with localcontext() as context:
         context.prec = 40
         scale = Decimal(2) ** (Decimal(number) / 4 - 4)
         # what is below the integers whose first bits are one more than 0's
-        edge = (Decimal(2**one.raw_bits) - Decimal("0.5")) / scale
+        edge = (Decimal(2**table.raw_bits) - Decimal("0.5")) / scale
         below = 1 / (1 + (-edge).exp())
-    assert one.bounds[1 - one.first] / (1 << entropy.PRECISION) == pytest.approx(float(below), abs=0.01)
+    assert table.bounds[1 - table.first] / (1 << entropy.PRECISION) == pytest.approx(float(below), abs=0.01)
 
 
 @pytest.mark.parametrize("number", [3, 61])
@@ -116,7 +116,7 @@ def test_broken_bytes_are_refused() -> None:
             entropy.decode([(broken, classes)])
 
 
-def test_what_cannot_be_coded_is_refused() -> None:
+def test_integers_and_classes_out_of_range_are_refused() -> None:
     with pytest.raises(FormatError, match="beyond 32 bits"):
         entropy.encode([(np.array([2**31]), np.array([127]))])
     with pytest.raises(FormatError, match="classes are 0 to 127"):

@@ -1,4 +1,4 @@
-"""What is chosen before anything is coded: estimates against what coding then takes, and against everything else."""
+"""The rate allocation: estimates against the bytes that packs then take, and packs against tuned baselines."""
 
 import sys
 from itertools import pairwise
@@ -23,9 +23,9 @@ from tuned_baselines import KINDS, fewest, least
 WIDE = {"layer.0": (96, 120)}
 
 
-def view_of(factors):
-    wide = SvdBatch.of(factors)
-    return ModuleStatistics.of(wide, 1 / wide.s.square().sum(1).sqrt())
+def statistics_of(factors):
+    updates = SvdBatch.of(factors)
+    return ModuleStatistics.of(updates, 1 / updates.s.square().sum(1).sqrt())
 
 
 def many(n, *, k=6, noise=0.0, rank=4):
@@ -35,33 +35,33 @@ def many(n, *, k=6, noise=0.0, rank=4):
     return [factors_in(bases, rank, seed=50 + 10 * i, noise=noise) for i in range(n)]
 
 
-def test_a_view_has_all_of_what_is_in_few_directions():
-    one = view_of(many(12))
-    assert [side.components.shape for side in (one.down, one.up)] == [(6, 120), (6, 96)]
-    assert (one.n, one.rank) == (12, 4)
-    for side in (one.down, one.up):
+def test_statistics_have_all_energy_in_few_components():
+    module = statistics_of(many(12))
+    assert [side.components.shape for side in (module.down, module.up)] == [(6, 120), (6, 96)]
+    assert (module.n, module.rank) == (12, 4)
+    for side in (module.down, module.up):
         np.testing.assert_allclose(side.energies.sum(1), 1.0, atol=1e-9)
-    np.testing.assert_allclose(np.bincount(one.owners, one.lengths**2), 1.0)
+    np.testing.assert_allclose(np.bincount(module.owners, module.lengths**2), 1.0)
 
 
-def test_directions_that_are_shared_are_chosen():
-    for step in (0.1, 0.03, 0.01):
-        assert estimate_rate(view_of(many(40)), step).k == (6, 6)
+def test_shared_components_are_chosen():
+    for step_size in (0.1, 0.03, 0.01):
+        assert estimate_rate(statistics_of(many(40)), step_size).k == (6, 6)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_finer_steps_lose_less_and_take_more(noise):
-    one = view_of(many(12, noise=noise))
-    found = [estimate_rate(one, step) for step in (0.3, 0.1, 0.03, 0.01, 0.003)]
-    bits = [guess.basis_bits + guess.bits.sum() for guess in found]
-    lost = [guess.squared_errors.sum() for guess in found]
+def test_smaller_step_sizes_lose_less_and_take_more_bits(noise):
+    module = statistics_of(many(12, noise=noise))
+    estimates = [estimate_rate(module, step_size) for step_size in (0.3, 0.1, 0.03, 0.01, 0.003)]
+    bits = [estimate.basis_bits + estimate.bits.sum() for estimate in estimates]
+    squared_errors = [estimate.squared_errors.sum() for estimate in estimates]
     assert bits == sorted(bits)
-    assert lost == sorted(lost, reverse=True)
+    assert squared_errors == sorted(squared_errors, reverse=True)
 
 
 @pytest.mark.parametrize("error", [0.05, 0.4])
 @pytest.mark.parametrize("name", ["shared", "unshared", "shared, with noise"])
-def test_estimates_are_near_what_coding_takes(name, error):
+def test_estimates_are_near_the_bytes_of_the_pack(name, error):
     pack = ex.fit(COLLECTIONS[name](), max_error=error)
     (own,) = (point for point in pack.frontier if point.error == max(r.delta_error for r in pack.records.values()))
     assert own.bytes == size(pack)
@@ -89,7 +89,7 @@ def adapters_shapes(adapters):
     return {m: (s.out_features, s.in_features) for one in adapters for m, s in one.specs.items()}
 
 
-class TestEverythingElse:
+class TestBaselines:
     """Never more bytes than a baseline of `benchmarks/tuned_baselines.py` with the same error bound."""
 
     @pytest.mark.parametrize("error", [0.02, 0.3])

@@ -1,4 +1,4 @@
-"""Updates in whole numbers: against dense matrices in float64, and against what Gaussian numbers must cost."""
+"""Updates as integers: against dense matrices in float64, and against what Gaussian numbers must cost."""
 
 import math
 from decimal import Context, Decimal
@@ -11,6 +11,7 @@ from torch import Tensor
 from eigenlorax.codec import bitstream, dead_zone, singular_codes
 from eigenlorax.codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout, dequantise_module
 from eigenlorax.codec.quantised_basis import QuantisedBasis, quantise_basis
+from eigenlorax.codec.step_sizes import as_written
 from eigenlorax.codec.svd_batch import SvdBatch
 from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.core.basis import Basis
@@ -29,12 +30,12 @@ def factors(seed: int, rank: int = 4, scaling: float = 1.5, shape: tuple[int, in
     return LoRAFactors(decay * random(rank, shape[1], seed=seed), random(shape[0], rank, seed=seed + 500), scaling)
 
 
-def delta(one: LoRAFactors) -> Tensor:
-    return one.scaling * one.up.double() @ one.down.double()
+def delta(update: LoRAFactors) -> Tensor:
+    return update.scaling * update.up.double() @ update.down.double()
 
 
 def shared(n: int, k: int, noise: float, rank: int = 4) -> list[LoRAFactors]:
-    """Updates within k directions on either side, but for some noise."""
+    """Updates in the span of k components on either side, apart from some noise."""
     v, u = (torch.linalg.qr(random(d, k, seed=seed)).Q for d, seed in ((SHAPE[1], 1), (SHAPE[0], 2)))
     return [
         LoRAFactors(
@@ -46,65 +47,65 @@ def shared(n: int, k: int, noise: float, rank: int = 4) -> list[LoRAFactors]:
     ]
 
 
-def none() -> tuple[QuantisedBasis, QuantisedBasis]:
+def empty_bases() -> tuple[QuantisedBasis, QuantisedBasis]:
     return QuantisedBasis.empty(SHAPE[1]), QuantisedBasis.empty(SHAPE[0])
 
 
-def basis_of(many: list[LoRAFactors], k: int, fineness: float) -> tuple[QuantisedBasis, QuantisedBasis]:
-    wide = SvdBatch.of(many)
-    found = []
+def basis_of(updates: list[LoRAFactors], k: int, fineness: float) -> tuple[QuantisedBasis, QuantisedBasis]:
+    batch = SvdBatch.of(updates)
+    bases = []
     for side in ("down", "up"):
-        rows = (wide.rows(side) * wide.s[..., None]).flatten(0, 1)
-        directions = torch.linalg.svd(rows, full_matrices=False).Vh[:k]
-        energy = (rows @ directions.mT).square().mean(0)
-        found.append(quantise_basis(directions, torch.full((k,), fineness, dtype=torch.float64), energy))
-    return found[0], found[1]
+        rows = (batch.rows(side) * batch.s[..., None]).flatten(0, 1)
+        components = torch.linalg.svd(rows, full_matrices=False).Vh[:k]
+        energy = (rows @ components.mT).square().mean(0)
+        bases.append(quantise_basis(components, torch.full((k,), fineness, dtype=torch.float64), energy))
+    return bases[0], bases[1]
 
 
 def dense(codes: singular_codes.UpdateCodes, bases: tuple[QuantisedBasis, QuantisedBasis], row: int) -> Tensor:
-    """An update from its codes, by loops."""
-    down, up = (one.rows.double() for one in bases)
-    step, found = float(codes.step_sizes[row]), torch.zeros(SHAPE, dtype=torch.float64)
+    """Decode an update by loops."""
+    down, up = (basis.rows.double() for basis in bases)
+    step_size, update = float(codes.step_sizes[row]), torch.zeros(SHAPE, dtype=torch.float64)
     if codes.core_levels[row]:
         u, s, v = torch.linalg.svd(codes.cores[row].double())
         rank = min(codes.scales.shape[1], len(s))
-        return step * up.mT @ (u[:, :rank] * s[:rank]) @ v[:rank] @ down
+        return step_size * up.mT @ (u[:, :rank] * s[:rank]) @ v[:rank] @ down
     for j in range(int(codes.counts[row])):
         right = codes.down.coefficients[row, j].double() @ down + codes.down.residuals[row, j].double()
         left = codes.up.coefficients[row, j].double() @ up + codes.up.residuals[row, j].double()
-        found += step * 2.0 ** (-float(codes.scales[row, j]) / 8) * torch.outer(left, right)
-    return found
+        update += step_size * 2.0 ** (-float(codes.scales[row, j]) / 8) * torch.outer(left, right)
+    return update
 
 
 def test_components_are_the_singular_ones_of_every_rank() -> None:
-    many = [factors(1), factors(2, rank=2, scaling=-0.7), factors(3, rank=6)]
-    wide = SvdBatch.of(many)
-    for row, one in enumerate(many):
-        sigma = torch.linalg.svdvals(delta(one))
-        assert torch.allclose(wide.s[row], sigma[:6].where(sigma[:6] > 1e-9, torch.zeros(6).double()), atol=1e-9)
-        again = (wide.u[row] * wide.s[row][:, None]).mT @ wide.v[row]
-        assert torch.allclose(again, delta(one), atol=1e-9)
+    updates = [factors(1), factors(2, rank=2, scaling=-0.7), factors(3, rank=6)]
+    batch = SvdBatch.of(updates)
+    for row, update in enumerate(updates):
+        sigma = torch.linalg.svdvals(delta(update))
+        assert torch.allclose(batch.s[row], sigma[:6].where(sigma[:6] > 1e-9, torch.zeros(6).double()), atol=1e-9)
+        again = (batch.u[row] * batch.s[row][:, None]).mT @ batch.v[row]
+        assert torch.allclose(again, delta(update), atol=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.2])
 @pytest.mark.parametrize("k", [0, 3, 9])
-def test_losses_are_those_of_dense_matrices(k: int, share: float) -> None:
-    many = shared(6, 3, 0.2)
-    bases = basis_of(many, k, 200.0) if k else none()
-    steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *bases)
-    for row, one in enumerate(many):
-        exact = float((delta(one) - dense(codes, bases, row)).square().sum())
+def test_squared_errors_are_those_of_dense_matrices(k: int, share: float) -> None:
+    updates = shared(6, 3, 0.2)
+    bases = basis_of(updates, k, 200.0) if k else empty_bases()
+    step_sizes = torch.tensor([share * float(delta(update).norm()) for update in updates], dtype=torch.float64)
+    codes = singular_codes.encode_updates(SvdBatch.of(updates), step_sizes, *bases)
+    for row, update in enumerate(updates):
+        exact = float((delta(update) - dense(codes, bases, row)).square().sum())
         assert float(codes.squared_errors[row]) == pytest.approx(
-            exact, rel=1e-6, abs=1e-12 * float(delta(one).square().sum())
+            exact, rel=1e-6, abs=1e-12 * float(delta(update).square().sum())
         )
 
 
 def test_without_a_basis_the_error_is_that_of_a_uniform_quantiser() -> None:
-    one = factors(5, rank=4, shape=(300, 400))
-    step = 1e-4 * float(delta(one).norm())
+    update = factors(5, rank=4, shape=(300, 400))
+    step = 1e-4 * float(delta(update).norm())
     codes = singular_codes.encode_updates(
-        SvdBatch.of([one]), torch.tensor([step]).double(), QuantisedBasis.empty(400), QuantisedBasis.empty(300)
+        SvdBatch.of([update]), torch.tensor([step]).double(), QuantisedBasis.empty(400), QuantisedBasis.empty(300)
     )
     # each of the numbers of the down side is off by a uniform share of a step and the dead zone's; of the up side too,
     # but for what it makes up for
@@ -114,35 +115,35 @@ def test_without_a_basis_the_error_is_that_of_a_uniform_quantiser() -> None:
 
 
 def test_a_core_is_taken_where_it_has_fewer_numbers() -> None:
-    many = shared(12, 4, 0.0)
-    bases = basis_of(many, 4, 3000.0)
-    steps = torch.tensor([0.004 * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *bases)
+    updates = shared(12, 4, 0.0)
+    bases = basis_of(updates, 4, 3000.0)
+    step_sizes = torch.tensor([0.004 * float(delta(update).norm()) for update in updates], dtype=torch.float64)
+    codes = singular_codes.encode_updates(SvdBatch.of(updates), step_sizes, *bases)
     assert (codes.core_levels > 0).all()
-    alone = singular_codes.encode_updates(SvdBatch.of(many), steps, *none())
+    alone = singular_codes.encode_updates(SvdBatch.of(updates), step_sizes, *empty_bases())
     assert float(codes.bits.sum()) < 0.2 * float(alone.bits.sum())
 
 
-def test_what_a_basis_does_not_hold_is_kept_beside_it() -> None:
-    many = shared(6, 3, 0.3)
-    bases = basis_of(many, 3, 100.0)
-    steps = torch.tensor([0.002 * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *bases)
+def test_residuals_are_kept_beside_the_coefficients() -> None:
+    updates = shared(6, 3, 0.3)
+    bases = basis_of(updates, 3, 100.0)
+    step_sizes = torch.tensor([0.002 * float(delta(update).norm()) for update in updates], dtype=torch.float64)
+    codes = singular_codes.encode_updates(SvdBatch.of(updates), step_sizes, *bases)
     assert (codes.down.residual_levels > 0).any()
     assert (codes.down.coefficient_levels > 0).any()
-    errors = codes.squared_errors.sqrt() / torch.tensor([float(delta(one).norm()) for one in many]).double()
+    errors = codes.squared_errors.sqrt() / torch.tensor([float(delta(update).norm()) for update in updates]).double()
     assert float(errors.max()) < 0.02
 
 
-def test_rounded_rows_are_as_fine_as_they_are_important() -> None:
-    directions = torch.linalg.qr(random(60, 3, seed=1)).Q.mT
-    found = quantise_basis(directions, torch.tensor([1000.0, 100.0, 0.5]).double(), torch.ones(3).double())
-    assert found.k == 2
-    off = (found.rows.double() - directions[:2]).square().mean(1).sqrt()
+def test_rows_are_quantised_as_finely_as_they_are_important() -> None:
+    components = torch.linalg.qr(random(60, 3, seed=1)).Q.mT
+    basis = quantise_basis(components, torch.tensor([1000.0, 100.0, 0.5]).double(), torch.ones(3).double())
+    assert basis.k == 2
+    off = (basis.rows.double() - components[:2]).square().mean(1).sqrt()
     assert off.tolist() == pytest.approx([1e-3 / math.sqrt(12), 1e-2 / math.sqrt(12)], rel=0.2)
 
 
-def test_rows_are_those_of_the_nearest_steps_to_the_bit() -> None:
+def test_rows_are_exact_products_of_codes_and_step_sizes() -> None:
     fineness = np.arange(256)
     codes = torch.arange(1, 257)[:, None] * 77_777
     basis = QuantisedBasis(codes, fineness, np.zeros(256, dtype=np.int64))
@@ -165,32 +166,34 @@ def test_gaussian_numbers_cost_what_their_entropy_says() -> None:
 @pytest.mark.parametrize("clusters", [1, 3])
 @pytest.mark.parametrize("share", [0.0005, 0.02, 0.3])
 def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
-    many = shared(5, 3, 0.2)
-    pairs = [basis_of(many, k, 200.0) for k in (3, 0, 5)[:clusters]]
+    updates = shared(5, 3, 0.2)
+    pairs = [basis_of(updates, k, 200.0) for k in (3, 0, 5)[:clusters]]
     joined = tuple(QuantisedBasis.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     data = bitstream.encode_bases(joined)
-    shapes = [(one.k, width) for one, width in zip(joined, (SHAPE[1], SHAPE[0]), strict=True)]
+    shapes = [(basis.k, width) for basis, width in zip(joined, (SHAPE[1], SHAPE[0]), strict=True)]
     read = list(bitstream.decode_bases(list(zip(data, shapes, strict=True))))
-    for one, other in zip(joined, read, strict=True):
-        assert torch.equal(one.rows, other.rows)
-        assert (one.profile == other.profile).all()
-        assert one.blocks == other.blocks
+    for basis, decoded in zip(joined, read, strict=True):
+        assert torch.equal(basis.rows, decoded.rows)
+        assert (basis.profile == decoded.profile).all()
+        assert basis.blocks == decoded.blocks
     cluster = clusters - 1
-    place = ModuleLayout.of((read[0], read[1]), cluster)
-    steps = torch.tensor([share * float(delta(one).norm()) for one in many], dtype=torch.float64)
-    steps = ((bitstream.STEP_SIZES_PER_OCTAVE * steps.log2()).round() / bitstream.STEP_SIZES_PER_OCTAVE).exp2()
-    codes = singular_codes.encode_updates(SvdBatch.of(many), steps, *pairs[cluster])
+    layout = ModuleLayout.of((read[0], read[1]), cluster)
+    step_sizes = torch.tensor([share * float(delta(update).norm()) for update in updates], dtype=torch.float64)
+    step_sizes = as_written(step_sizes)
+    codes = singular_codes.encode_updates(SvdBatch.of(updates), step_sizes, *pairs[cluster])
     adapters = [
-        AdapterCodes(float(steps[row]), cluster, {"a": ModuleCodes.of(codes, row), "b": UNTRAINED})
-        for row in range(len(many))
+        AdapterCodes(float(step_sizes[row]), cluster, {"a": ModuleCodes.of(codes, row), "b": UNTRAINED})
+        for row in range(len(updates))
     ]
-    blobs = bitstream.encode_adapters([(one, {"a": place, "b": place}) for one in adapters])
-    whole = ModuleBases(*(Basis(one.rows, torch.zeros(0), 1.0) for one in read))
-    for row, (one, blob) in enumerate(zip(many, blobs, strict=True)):
+    blobs = bitstream.encode_adapters([(codes, {"a": layout, "b": layout}) for codes in adapters])
+    all_bases = ModuleBases(*(Basis(basis.rows, torch.zeros(0), 1.0) for basis in read))
+    for row, (update, blob) in enumerate(zip(updates, blobs, strict=True)):
         assert bitstream.read_cluster(blob) == cluster
-        again = bitstream.decode_adapter(blob, {"a": place, "b": place}, {"a": 4, "b": 4})
+        decoded = bitstream.decode_adapter(blob, {"a": layout, "b": layout}, {"a": 4, "b": 4})
         for module, wanted in (("a", dense(codes, pairs[cluster], row)), ("b", torch.zeros(SHAPE).double())):
-            found = dequantise_module(again.modules[module], again.step_size, place, rank=4, scaling=one.scaling)
-            assert found.rank == 4
-            got = delta(reconstruct(found, whole))
-            assert torch.allclose(got, wanted, rtol=0, atol=1e-6 * float(delta(one).norm()))
+            coefficients = dequantise_module(
+                decoded.modules[module], decoded.step_size, layout, rank=4, scaling=update.scaling
+            )
+            assert coefficients.rank == 4
+            got = delta(reconstruct(coefficients, all_bases))
+            assert torch.allclose(got, wanted, rtol=0, atol=1e-6 * float(delta(update).norm()))
