@@ -1,6 +1,6 @@
-"""EigenLoRAx: the principal subspace that LoRA adapters share, found, stored and trained in.
+"""EigenLoRAx: find the principal subspace that LoRA adapters share, store adapters in it, and train new ones in it.
 
-Importing this package loads neither torch nor peft; a name is looked up when it is first used.
+Importing this package imports neither torch nor PEFT. Public names are imported when they are first used.
 """
 
 import warnings
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .serving.diffusers import load_into
     from .tuner import EigenLoraxConfig, EigenLoraxModel
 
-_HOME = {
+# the module that defines each public name
+_DEFINED_IN = {
     "Adapter": "core.adapter",
     "AdapterBank": "serving.bank",
     "EigenLoraxConfig": "tuner",
@@ -72,15 +73,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    attribute = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
+    # found without this function from now on
+    globals()[name] = attribute
+    return attribute
 
 
 def _register_with_peft() -> None:
-    """Make PEFT know the method. An `import peft` of a program that wants something else does not fail for our sake."""
+    """Register the method with PEFT, or warn: `import peft` must not fail in programs that do not need us."""
     try:
         from .tuner import registration
 
@@ -89,7 +91,7 @@ def _register_with_peft() -> None:
         warnings.warn(str(error), RegistrationWarning, stacklevel=2)
 
 
-# `import eigenlorax` anywhere is enough for PEFT to load our adapters, in whatever order the two are imported
+# so that PEFT loads our adapters after `import eigenlorax`, in whatever order the two packages are imported
 import_hook.call_after_import("peft", _register_with_peft)
 
 

@@ -1,45 +1,49 @@
-"""The exception tree, and the warnings. Every error that a user can cause is one of these; none of them imports torch.
+"""Exceptions and warnings. Every error that a user can cause is one of these; importing them does not import torch.
 
     EigenloraxError
-    ├── FormatError           a file is not what it should be: truncated, wrong JSON, a pickle, an unknown tensor
-    ├── ShapeError            tensors that must agree in shape do not
+    ├── FormatError           a file is truncated, malformed, a pickle, or has unknown tensors
+    ├── ShapeError            tensors whose shapes must agree do not
     ├── BaseModelError        adapters of different base models
-    ├── NonFiniteError        NaN or Inf in an adapter, or a dtype that has no room for its numbers
-    ├── AdapterNameError      a name that is not allowed, not there, or there twice
-    ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of them
+    ├── NonFiniteError        NaN or infinity in an adapter, or a dtype too narrow for its numbers
+    ├── AdapterNameError      an adapter name that is invalid, unknown, or used twice
+    ├── ModuleNameError       a module that the subspace lacks, or a name that fits two of its modules
     ├── OptionError           an option outside its range
     ├── BaselineError         a trained adapter that is no better than its baseline, and was not added
-    ├── HubError              a repository or file that could not be had from the Hub
+    ├── HubError              a repository or file that could not be read from the Hub
     ├── UrlError              a folder or file behind a URL that could not be read
     ├── MissingExtraError     an optional dependency is not installed
-    ├── EngineError           workers that are not there, or were killed again and again
-    ├── ServingError          an adapter that cannot be served as the server runs
-    ├── CacheFullError        no room for one more adapter in the cache of a server
+    ├── EngineError           worker processes that could not be started, or were killed repeatedly
+    ├── ServingError          an adapter that cannot be served
+    ├── CacheFullError        a server's cache has no room for one more adapter
     └── PackError
-        ├── PackMissingError  no pack there
-        ├── PackExistsError   something is there already
-        ├── PackDamagedError  bytes that are not the ones that were written
+        ├── PackMissingError  there is no pack at the path
+        ├── PackExistsError   the path is in use
+        ├── PackDamagedError  a pack differs from what was written
         ├── PackVersionError  a pack of a newer format
-        └── PackBusyError     another process writes, or wrote in the meantime
+        ├── LossError         an adapter's relative error is larger than the pack says
+        └── PackBusyError     another process is writing, or has written in the meantime
 
-Each class carries the exit code that the command line leaves with (docs/cli.md).
+Each class carries the exit code of the command line (docs/cli.md).
 """
 
 _START, _END = 2000, 1000
-"""Characters of a long message that are kept: it begins with what is wrong and where, and ends with what to do."""
+"""Characters of a long message that remain: its start says what is wrong and where, its end what to do."""
 MAX_MESSAGE = _START + _END + 40
-"""Characters of a message, with what says how many were left out."""
+"""Longest text of an error, including the note on how many characters were left out."""
 
 
 def shortened(message: str) -> str:
-    """Return a message, without its middle where that quotes what no one would read to the end."""
+    """Return the message, without its middle if it is longer than `MAX_MESSAGE`.
+
+    Messages quote names and values from files, which may be of any length.
+    """
     if len(message) <= MAX_MESSAGE:
         return message
     return f"{message[:_START]} … ({len(message) - _START - _END:,} characters left out) … {message[-_END:]}"
 
 
 class EigenloraxError(Exception):
-    """Base of every error this package raises on purpose. Its text is never longer than a few thousand characters."""
+    """Base class of all errors that this package raises on purpose. Their text is at most `MAX_MESSAGE` long."""
 
     exit_code = 3
 
@@ -48,11 +52,11 @@ class EigenloraxError(Exception):
 
 
 class FormatError(EigenloraxError, ValueError):
-    """A file is not what it should be."""
+    """A file is truncated or malformed, or holds something unknown."""
 
 
 class ShapeError(EigenloraxError, ValueError):
-    """Tensors that must agree in shape do not."""
+    """Tensors whose shapes must agree do not."""
 
 
 class BaseModelError(EigenloraxError, ValueError):
@@ -60,11 +64,11 @@ class BaseModelError(EigenloraxError, ValueError):
 
 
 class NonFiniteError(EigenloraxError, ValueError):
-    """NaN or Inf in an adapter, or a dtype that has no room for its numbers: too large for it, or too small."""
+    """NaN or infinity in an adapter, or numbers that are too large or too small for a dtype."""
 
 
 class AdapterNameError(EigenloraxError, ValueError):
-    """An adapter name that is not allowed, not there, or there twice."""
+    """An adapter name that is invalid, unknown, or used twice."""
 
 
 class ModuleNameError(EigenloraxError, ValueError):
@@ -76,11 +80,11 @@ class OptionError(EigenloraxError, ValueError):
 
 
 class BaselineError(EigenloraxError, ValueError):
-    """A trained adapter that is no better than what needs no training, and so was not added to the pack."""
+    """A trained adapter that is no better than its untrained baseline, and was therefore not added to the pack."""
 
 
 class HubError(EigenloraxError, OSError):
-    """A repository or file that could not be had from the Hub."""
+    """A repository or file that could not be read from the Hub."""
 
 
 class UrlError(EigenloraxError, OSError):
@@ -92,33 +96,33 @@ class MissingExtraError(EigenloraxError, ImportError):
 
 
 class EngineError(EigenloraxError, RuntimeError):
-    """Workers that are not there, or were killed again and again."""
+    """Worker processes that could not be started, or were killed repeatedly."""
 
 
 class ServingError(EigenloraxError, ValueError):
-    """An adapter that cannot be served: because of its kind, or because the server holds another subspace."""
+    """An adapter that cannot be served, because of its kind or because the server has another subspace."""
 
 
 class CacheFullError(EigenloraxError, OSError):
-    """No room for one more adapter in the cache of a server."""
+    """The cache of a server has no room for one more adapter."""
 
 
 class PackError(EigenloraxError):
-    """Base of what can be wrong with a pack."""
+    """Base class of errors about a pack."""
 
     exit_code = 4
 
 
 class PackMissingError(PackError, FileNotFoundError):
-    """No pack there."""
+    """There is no pack at the path."""
 
 
 class PackExistsError(PackError, FileExistsError):
-    """Something is there already."""
+    """The path is in use."""
 
 
 class PackDamagedError(PackError, ValueError):
-    """Bytes that are not the ones that were written."""
+    """A pack differs from what was written."""
 
 
 class PackVersionError(PackError, ValueError):
@@ -126,90 +130,90 @@ class PackVersionError(PackError, ValueError):
 
 
 class LossError(PackError, ValueError):
-    """An adapter of a pack has lost more than the pack says."""
+    """The relative error of an adapter is larger than the pack says."""
 
 
 class PackBusyError(PackError, RuntimeError):
-    """Another process writes to the pack, or wrote to it since it was opened."""
+    """Another process is writing to the pack, or has written to it since it was opened."""
 
     exit_code = 5
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library's exception says, or its class where it says nothing."""
+    """Return the first line of another library's exception, or the name of its class if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class EigenloraxWarning(UserWarning):
-    """Base of every warning: surprising, but fine. Its text is as short as that of an error."""
+    """Base class of all warnings. Their text is at most `MAX_MESSAGE` long."""
 
     def __str__(self) -> str:
         return shortened(super().__str__())
 
 
 class SkippedAdapterWarning(EigenloraxWarning):
-    """An adapter or folder was left out, because the caller said that it may be."""
+    """An adapter or folder was skipped, as the caller allowed."""
 
 
 class SourceWarning(EigenloraxWarning):
-    """Something in an adapter's file that could be read in several ways, and in which it was."""
+    """A part of an adapter file is ambiguous; the warning says how it was read."""
 
 
 class NothingSharedWarning(EigenloraxWarning):
-    """Adapters that have no module in common with the others, so that nothing is shared between them."""
+    """Adapters without a module in common with the others, so that they share no basis."""
 
 
 class RoundingWarning(EigenloraxWarning):
-    """Rounding to a narrower dtype changes an adapter's update by more than rounding should."""
+    """Rounding to a narrower dtype changes an adapter's update unusually much."""
 
 
 class RowsWarning(EigenloraxWarning):
-    """Rows of a file were cut or left out, or some class has none."""
+    """Rows of a data file were truncated or skipped, or a class has no rows."""
 
 
 class UntrainedAdapterWarning(EigenloraxWarning):
-    """An adapter whose delta weight is zero: kept in the pack, left out of the fit."""
+    """An adapter whose delta weight is zero. It is stored in the pack but takes no part in the fit."""
 
 
 class RegistrationWarning(EigenloraxWarning):
-    """PEFT could not be told of our method: it is too old, say."""
+    """The method could not be registered with PEFT, for example because PEFT is too old."""
 
 
 class MissingPartWarning(EigenloraxWarning):
-    """A model that a pipeline was made without, and that adapters have coefficients for."""
+    """Adapters have coefficients for a model that the pipeline lacks."""
 
 
 class WrappedModelWarning(EigenloraxWarning):
-    """A model that `torch.compile` has wrapped, so that diffusers does not know it for one with adapters."""
+    """A model is wrapped by `torch.compile`, so that diffusers does not find its adapters."""
 
 
 class RankWarning(EigenloraxWarning):
-    """A rank above the number of components: the update's rank is at most the latter."""
+    """A rank above the number of components, which bounds the rank of the update."""
 
 
 class BaseModelWarning(EigenloraxWarning):
-    """A subspace on a model that has another name than the one it was found for."""
+    """A subspace is used on a model with another name than the one it was fitted for."""
 
 
 class ProjectionWarning(EigenloraxWarning):
-    """A part of an adapter lies outside the subspace it was put into, and is lost."""
+    """A part of an adapter lies outside of the subspace, and is lost by projection."""
 
 
 class LossWarning(EigenloraxWarning):
-    """Adapters of which the pack keeps less than the caller wants to hear nothing of."""
+    """Adapters whose relative error in the pack is above the limit for warnings."""
 
 
 WARN_ABOVE = 0.5
-"""The delta error above which a `LossWarning` is given, unless told otherwise."""
+"""Default limit of the relative error above which a `LossWarning` is given."""
 
 
 class BaselineWarning(EigenloraxWarning):
-    """A trained adapter that is no better than the most frequent class, or than the base model."""
+    """A trained adapter is no better than predicting the most frequent class, or than the base model."""
 
 
 class StaleReportWarning(EigenloraxWarning):
-    """A report that a pack was given is not about what the pack holds now."""
+    """A report that is stored with a pack describes an earlier state of it."""
 
 
 class UnknownBaseWarning(EigenloraxWarning):

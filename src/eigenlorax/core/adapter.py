@@ -77,7 +77,7 @@ class LoRAFactors:
             raise ShapeError(
                 f"a kernel of {self.kernel} does not fit a down of {down}: its rows are channels · kernel."
             )
-        # also accepts NumPy's and torch's numbers
+        # frozen dataclass: `object` sets the field; also accepts NumPy's and torch's numbers
         object.__setattr__(self, "scaling", to_float("scaling", self.scaling))
 
     @property

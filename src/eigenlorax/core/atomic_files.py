@@ -26,8 +26,8 @@ from .exchange import exchange
 Files = Mapping[str, bytes]
 
 STAGING_PREFIX = staging.PREFIX
+# Folders to be flushed at the end of a `defer_folder_syncs` block; None outside of one
 _deferred: ContextVar[set[Path] | None] = ContextVar("_deferred", default=None)
-"""Folders to be flushed at the end of a `defer_folder_syncs` block; None outside of one."""
 
 
 def digest(data: bytes) -> str:
@@ -109,8 +109,8 @@ def _with_filename(path: Path) -> Iterator[None]:
 def stage_file(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
     """Write `data` beside `path`, and yield a function that puts it in the place of `path` in one step.
 
-    The disk can be full before the block, but not within it. If the function is not called, or fails, the staged file
-    is removed after an error.
+    All bytes are on the disk when the block starts, so that it cannot fail for lack of room. After an error in the
+    block, the staged file is removed unless it was put in place.
     """
     with staging.claim(path, staging.create_file) as staged:
 
@@ -132,8 +132,10 @@ def write_file(path: Path, data: bytes) -> None:
 @contextmanager
 def ensure_folder(folder: Path) -> Iterator[None]:
     """Create `folder` and its parents; after an error in the block, remove the new ones that are empty."""
+    # from the folder up to the first ancestor that exists
     missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
+    # a new folder is lost in a power cut unless the entry in its parent is on the disk
     for path in missing:
         sync_folder(path.parent)
     try:
@@ -246,6 +248,7 @@ def recover(path: Path) -> None:
 
     The old folder is restored if nothing is at `path`, and removed if the new one is.
     """
+    # a link with that name is not ours
     old = staging.replaced_folder_path(path)
     if old.is_symlink() or not old.is_dir():
         return

@@ -53,6 +53,7 @@ class Basis:
     components: Float[Tensor, "k d"]
     singular_values: Float[Tensor, " n"]
     energy: float
+    # defaults of an exact fit that has not grown
     growth: tuple[Growth, ...] = ()
     shortfall: float = 0.0
     tail: float = 0.0
@@ -186,6 +187,7 @@ def fit(
     """
     if not bool(rows.any()):
         raise OptionError(f"every row is zero: a {tuple(rows.shape)} matrix without a direction cannot be fitted.")
+    # one block, so that its weight is the only one
     identity = torch.eye(rows.shape[0], dtype=torch.float64)
     leading = linalg.RowBlocks([rows]).leading([identity], component_rule(n_components, energy))
     total = leading.singular_values.square().sum()
@@ -218,6 +220,7 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
             f"{label}: {basis.k} components and {n_extra} extra ones are more than its {basis.dimension} dimensions; "
             f"at most n_extra={basis.dimension - basis.k} fits."
         )
+    # Gaussian rows, so that every direction outside the present rows is equally likely
     rows = torch.from_numpy(seeded_normal_rows(n_extra, basis.dimension, seed, label))
     extra = linalg.orthogonal_complement_rows(rows, basis.components.to(torch.float64))
     return replace(
@@ -248,6 +251,7 @@ def seeded_normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndar
     NumPy guarantees Philox's raw stream across releases, but not its normal distribution; so the Box–Muller transform
     is made here.
     """
+    # 128 bits, the size of a Philox key; little-endian, so that all machines read the same two words
     key = np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest()[:16], dtype="<u8")
     stream, rows = np.random.Philox(key=key), np.empty((n, dimension))
     # about a million numbers at a time: each takes some fifty bytes of temporary arrays
@@ -256,6 +260,7 @@ def seeded_normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndar
         chunk = rows[start : start + rows_per_chunk]
         # 53 bits and a half: uniform in the open interval (0, 1), so that the logarithm is finite
         uniform = ((stream.random_raw(2 * chunk.size) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        # Box–Muller gives two normal numbers per pair; only the cosine is used, and packs depend on that by now
         radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
         chunk[:] = (radius * np.cos(angle)).reshape(chunk.shape)
     return rows
@@ -263,6 +268,7 @@ def seeded_normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndar
 
 def augmentation_checksums(basis: Basis) -> Float[Tensor, " n_extra"]:
     """Return the sum of each augmented row, float32, by which a reader verifies the rows that it has rebuilt."""
+    # float32 drops the last bits, in which machines may differ
     return basis.augmented.to(torch.float64).sum(dim=1).float()
 
 

@@ -147,6 +147,7 @@ def coefficients_as_batch(coefficients: Sequence[Coefficients | None], k_down: i
 
 
 def _pad(pairs: Sequence[tuple[Tensor, Tensor, float] | None], n_in: int, n_out: int) -> ModuleBatch:
+    # rank 0 marks an adapter without the module; its rows stay zero and add nothing to any sum
     ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
     n, largest_rank = len(ranks), max(ranks, default=0)
     down = torch.zeros(n, largest_rank, n_in, dtype=torch.float64)
@@ -173,6 +174,7 @@ def scaled_batch(
 
 def svd_balanced(batch: ModuleBatch) -> ModuleBatch:
     """Return the same updates in factors made of their singular vectors, float64 (`linalg.svd_factors`)."""
+    # the scaling stays outside: it is part of neither factor
     down, up = svd_factors(batch.down.to(torch.float64), batch.up.to(torch.float64))
     return ModuleBatch(down, up, batch.scaling, batch.weights, batch.ranks, batch.applied_scaling)
 
@@ -206,6 +208,7 @@ def captured_squares(down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"]) -
     Given coordinates in orthonormal bases, A·Vᵀ and (U·B)ᵀ, that is ‖P_U D P_V‖²: how much of the update the two
     bases capture.
     """
+    # ‖BA‖² = tr(BᵀB · AAᵀ), the sum of the products of the entries; rounding may leave it slightly negative
     return (gram_matrices(down) * gram_matrices(up)).sum((1, 2)).clamp_min(0)
 
 
@@ -238,6 +241,7 @@ def gather_rows(
 ) -> Float[Tensor, "d b"]:
     """Return Σ rows[i]ᵀ · inner[i] · projected[i]: the second half of `multiply_gram`."""
     flat = batch.rows(side).to(projected.dtype).flatten(0, 1)
+    # r × r products first: they are much smaller than those with the rows
     weighted = (inner.to(projected.dtype) @ projected).flatten(0, 1)
     # the order follows the memory layout, as in `project_rows`
     return (weighted.mT @ flat).mT if flat.is_contiguous() else flat.mT @ weighted

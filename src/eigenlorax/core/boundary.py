@@ -19,30 +19,34 @@ from safetensors import SafetensorError
 
 from ..errors import EigenloraxError, FormatError, PackDamagedError, PackError, reason
 
+# Largest width of a row that is read: ten times that of the widest linear layers in use, those over vocabularies.
 MAX_DIMENSION = 1 << 22
-"""Largest width of a row that is read: ten times that of the widest linear layers in use, those over vocabularies."""
+# Largest rank of a module that is narrower than that. A wider one may have a rank up to `out + in`.
 MAX_RANK = 1 << 10
-"""Largest rank of a module that is narrower than that. A wider one may have a rank up to `out + in`."""
+# Largest number of components per side of a coded core. The encoder writes half of it at most.
 MAX_CORE = 1 << 10
-"""Largest number of components per side of a coded core. The encoder writes half of it at most."""
+# Largest size of a JSON file of an adapter
 MAX_JSON_BYTES = 1 << 26
-"""Largest size of a JSON file of an adapter."""
+# Largest depth of nested lists and objects in JSON. Python parses ten times that depth, but cannot write it again.
 MAX_DEPTH = 100
-"""Largest depth of nested lists and objects in JSON. Python parses ten times that depth, but cannot write it again."""
+# Largest size of a manifest
 MAX_MANIFEST_BYTES = 1 << 30
-"""Largest size of a manifest."""
+# Largest size of a report
 MAX_REPORT_BYTES = 1 << 28
-"""Largest size of a report."""
+# Largest header of a safetensors file, by that format
 MAX_HEADER_BYTES = 100_000_000
-"""Largest header of a safetensors file, by that format."""
+# Bytes of memory that reading may take in addition to what the size of the files explains
 MEMORY_ALLOWANCE = 200_000_000
-"""Bytes of memory that reading may take in addition to what the size of the files explains."""
+# Largest ratio of bytes in memory to bytes in a file. Useful coded rows take at least about one bit per number, and
+# become float32.
 MAX_EXPANSION = 64
-"""Largest ratio of bytes in memory to bytes in a file. Useful coded rows take at least about one bit per number, and
-become float32."""
+# Bytes per entry of an adapter's factors while they are built: in float64, in the final dtype, and in a file
 FACTOR_BYTES = 16
-"""Bytes per entry of an adapter's factors while they are built: in float64, in the final dtype, and in a file."""
 
+# Exceptions that Python, NumPy, torch and safetensors raise for values that they cannot use.
+#
+# RuntimeError covers RecursionError, and torch's errors of shapes and decompositions. OSError is not one of them: an
+# unreadable disk says nothing about what is on it.
 PARSE_FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -54,11 +58,6 @@ PARSE_FAILURES = (
     SafetensorError,
     zlib.error,
 )
-"""Exceptions that Python, NumPy, torch and safetensors raise for values that they cannot use.
-
-RuntimeError covers RecursionError, and torch's errors of shapes and decompositions. OSError is not one of them: an
-unreadable disk says nothing about what is on it.
-"""
 # systems report ELOOP or EMLINK for a link that is not followed
 _MISSING_ERRNOS = {ENOENT, ENOTDIR, EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENXIO}
 
@@ -94,6 +93,7 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
         FileNotFoundError: There is no file, but nothing, a folder, a broken link, or any link if `follow_links` is
             false.
     """
+    # without O_NONBLOCK, opening a pipe waits for its writer; flags that a system lacks are left out
     names = ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC", *(() if follow_links else ("O_NOFOLLOW",)))
     try:
         descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, name, 0) for name in names))
@@ -102,6 +102,7 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
             raise _missing(path) from error
         raise
     try:
+        # of the open file, not of the path, which somebody may exchange in between
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise _missing(path)

@@ -103,6 +103,7 @@ def pad_coefficients(coefficients: Coefficients, k_down: int, k_up: int) -> Coef
             f"coefficients of {coefficients.down.shape[1]} and {coefficients.up.shape[0]} components are wider than "
             f"their bases, which have {k_down} and {k_up}."
         )
+    # `down` grows by columns and `up` by rows: their component axes
     return replace(
         coefficients,
         down=torch.nn.functional.pad(coefficients.down, (0, more_down)),

@@ -30,8 +30,8 @@ ENGINES = ("serial", "processes", "ray")
 ATTEMPTS = 3
 """Number of times that a call is tried while worker processes are killed."""
 
+# Shared values that this process has fetched, by key
 _received: dict[str, Any] = {}
-"""Shared values that this process has fetched, by key."""
 
 
 class SharedValue(Generic[T]):
@@ -108,8 +108,8 @@ class _SerialEngine(_SharingEngine):
         return self._track(SharedValue(secrets.token_hex(8), lambda: value))
 
 
+# A pickled call, the future of its result, and the pool that runs it
 _Submitted = tuple[bytes, "Future[bytes]", ProcessPoolExecutor]
-"""A pickled call, the future of its result, and the pool that runs it."""
 
 
 class _ProcessEngine(_SharingEngine):

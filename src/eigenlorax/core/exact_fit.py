@@ -61,10 +61,12 @@ class ExactFit:
         self.scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
         self._sweeps = options.sweeps if options.weighting == "delta" else 0
         if options.weighting == "factors":
+            # unit weights: the paper stacks the factors as they are
             identities = [torch.eye(f.down.shape[0], dtype=torch.float64, device=f.down.device) for f in factors]
             self.down_roots = self.up_roots = identities
         else:
             grams = [factor_grams(f) for f in factors]
+            # each side is weighted by the root of the *opposite* factor's Gram matrix
             self.down_roots = [s * psd_root(up_gram) for s, (_, up_gram) in zip(self.scales, grams, strict=True)]
             self.up_roots = [s * psd_root(down_gram) for s, (down_gram, _) in zip(self.scales, grams, strict=True)]
 
@@ -114,8 +116,10 @@ class ExactFit:
         Σ w²‖U D Vᵀ‖² never decreases (docs/method.md, "Both sides").
         """
         down, up = first
+        # the number of components was chosen on the first spectrum; a sweep may only lower it, where rank is missing
         down_rule, up_rule = component_rule(down.k, None), component_rule(up.k, None)
         for _ in range(self._sweeps):
+            # `down` first, then `up` from the new `down`: each half maximises the kept norm in one argument
             down = self.down.leading(_projected_roots(up, self.up.blocks, self.scales), down_rule)
             up = self.up.leading(_projected_roots(down, self.down.blocks, self.scales), up_rule)
         return ModuleBases(
@@ -154,6 +158,7 @@ def _as_basis(first: LeadingVectors, last: LeadingVectors, roots: Sequence[Tenso
     The spectrum and the energy are those of the *first* stack, weighted by `roots`: the stack of a sweep changes with
     the other side, so its spectrum says little about the adapters.
     """
+    # ‖W·R·Vᵀ‖², from the projections R·Vᵀ that the sweep has computed anyway
     kept_square = sum(
         float((root @ last.projection[block]).square().sum()) for root, block in zip(roots, blocks.blocks, strict=True)
     )

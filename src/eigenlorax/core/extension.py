@@ -64,6 +64,7 @@ def extend_for(
         square = sum(new.delta_squares[module] for module in new.places)
         for module, name in new.places.items():
             if new.delta_squares[module] > 0:
+                # relative to the norm over all modules, so that each adapter counts alike
                 updates_by_module.setdefault(name, []).append((new.adapter, module, square**-0.5))
     rows = {}
     for done, (name, updates) in enumerate(sorted(updates_by_module.items())):
@@ -160,6 +161,7 @@ class _Side:
         roots = [scale * linalg.psd_root(gram) for scale, gram in zip(self.scales, opposite_grams, strict=True)]
         inside = sum(float((root @ rows).square().sum()) for root, rows in zip(roots, self.inside, strict=True))
         outside = float(self.outside.weighted(roots).square().sum())
+        # relative to the whole stack: what lies inside the basis was rounded too
         floor = self.eps * (inside + outside) ** 0.5
 
         def rule(singular_values: Tensor, shape: tuple[int, int]) -> int:

@@ -29,6 +29,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.package:
             return None
+        # removed first, so that the search below does not end here again
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(self.package)
         if spec is not None and spec.loader is not None:
@@ -49,6 +50,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
+        # the module looks as if the hook had never been there, also when it is reloaded
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         self._function()

@@ -12,10 +12,10 @@ from ..errors import OptionError
 
 LEVELS = 127
 """Largest absolute value of an integer."""
+# Entries of a row that are tried before all of them, to find out whether it is already on a grid
 _SAMPLE = 64
-"""Entries of a row that are tried before all of them, to find out whether it is already on a grid."""
+# Distance from the nearest integer, below which float32 rounding explains it
 _ON_GRID = 1e-3
-"""Distance from the nearest integer, below which float32 rounding explains it."""
 
 
 @dataclass(frozen=True, slots=True)

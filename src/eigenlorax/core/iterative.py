@@ -37,8 +37,8 @@ MIN_GAIN = 1e-3
 """Fraction of the energy that a sweep's step has to gain for a search to continue from it."""
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Eigenvalues below this fraction of the largest one are rounding noise, by dtype of the products."""
+# Squared norms whose products float32 represents
 _SAFE_SQUARES = (1e-20, 1e20)
-"""Squared norms whose products float32 represents."""
 
 LoadBatch = Callable[[], ModuleBatch]
 """Returns a batch that is held in memory, or reads it anew."""
@@ -61,6 +61,7 @@ def is_suitable(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
         return False
     spectrum_size = max(min(rows, n_in), min(rows, n_out))
     is_small = spectrum_size <= LARGEST_SIDE and rows * max(n_in, n_out) <= LARGEST_STACK
+    # a search pays only if its space is a small part of the stack
     is_narrow = 4 * (options.n_components + BLOCK) <= min(rows, n_in, n_out)
     return is_narrow and not is_small
 
@@ -137,6 +138,7 @@ def _batch_weights(load: LoadBatch, weighting: str, dtype: torch.dtype) -> _Batc
     square_norms = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in grams.values()])
     low, high = _SAFE_SQUARES
     is_safe = (square_norms > low) & (square_norms < high)
+    # zero rows count as unsafe here: in float64, the result is the same
     if dtype != torch.float64 and not bool(is_safe.all()):
         return _batch_weights(load, weighting, torch.float64)
     if weighting == "factors":
@@ -206,6 +208,7 @@ def fit(
     # relative to the total energy, float32 has room for the matrices whatever the norms of the factors are
     inner = {name: [batch.inner[name] / total[name] for batch in weights] for name in sides}
     search_dtype = torch.float32 if all(batch.fits_float32 for batch in weights) else torch.float64
+    # each side alone, as the first step of the exact fit
     first = {name: _search(side, inner[name], k, f"{label}.{name}", search_dtype) for name, side in sides.items()}
     last = dict(first)
     sweeps = options.sweeps if options.weighting == "delta" else 0
@@ -215,6 +218,7 @@ def fit(
             last = {name: components.to(dtype) for name, components in last.items()}
         for name, opposite in (("down", "up"), ("up", "down")):
             last[name] = _sweep(sides[name], _projected_inner(last[opposite], weights, total[name]), last[name])
+    # the search ran in float32; without sweeps, one step in float64 makes up for that
     if sweeps == 0 and dtype == torch.float64:
         last = {name: _iterate(sides[name], inner[name], components.to(dtype)) for name, components in last.items()}
     down, up = (_as_basis(first[name], last[name], inner[name], total[name]) for name in ("down", "up"))
@@ -229,6 +233,7 @@ def _search(
     batch = side.loaders[0]()
     dimension, device = batch.rows(side.name).shape[2], batch.down.device
     start = _random_columns(dimension, block, label).to(device, dtype)
+    # `inner` is relative to the total energy, so that the trace of G is 1
     ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
     if block < k and _has_equal_values(ritz.values[:k], block):
         # a search finds at most `block` of several equal eigenvalues, and here may be more of them
@@ -246,6 +251,7 @@ def _has_equal_values(values: Tensor, n: int) -> bool:
 
 
 def _random_columns(dimension: int, n: int, label: str) -> Tensor:
+    # a cryptographic hash, because `hash()` differs from one process to the next; 7 bytes fit a torch seed
     seed = int.from_bytes(sha256(label.encode()).digest()[:7], "big")
     return torch.randn(dimension, n, generator=torch.Generator().manual_seed(seed))
 
@@ -276,6 +282,7 @@ def _sweep(side: _Side, inner: list[Tensor], current: _Components) -> _Component
 
 def _iterate(side: _Side, inner: list[Tensor], current: _Components) -> _Components:
     """Take one step of subspace iteration, V ← orth(G·V), which keeps at least as much energy as before."""
+    # G·V from the projections that are known: half of a multiplication
     columns = krylov.orthonormal_columns(side.gather(inner, current.projected))
     projected = side.project(columns)
     # rotate to the Ritz vectors, so that columns are sorted by their energy
@@ -297,6 +304,7 @@ def _as_basis(first: _Components, last: _Components, inner: list[Tensor], total:
     return Basis(
         components=linalg.orthonormal_rows(last.columns.to(torch.float64).mT).cpu(),
         singular_values=squares.sqrt().float().cpu(),
+        # a sum over all adapters, not an estimate
         energy=min(float(_kept_energy(inner, last.projected).trace()), 1.0),
         shortfall=first.shortfall,
         tail=max(total - float(squares.sum()), 0.0),

@@ -8,57 +8,65 @@ from enum import Enum
 from ..errors import AdapterNameError, FormatError
 from .options import suggestion
 
+# Newest pack format that is read and written (docs/pack-format.md)
 FORMAT_VERSION = 5
 PEFT_TYPE = "EIGENLORAX"
+# `peft_type` in the adapters of the authors' own code
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
-"""`peft_type` in the adapters of the authors' own code."""
+# Path from an adapter's folder in a pack to the pack, by which its config refers to the subspace
 INSIDE_PACK = "../.."
-"""Path from an adapter's folder in a pack to the pack, by which its config refers to the subspace."""
 
+# Files and folders of a pack
 MANIFEST = "subspace_config.json"
 ADAPTERS = "adapters"
 CARD = "README.md"
 REPORT_FIGURES = "report.json"
 REPORT_PAGE = "report.html"
+# Files that `fit` writes into a pack's folder and the manifest does not list
 REPORTS = (REPORT_FIGURES, REPORT_PAGE)
-"""Files that `fit` writes into a pack's folder and the manifest does not list."""
 REPORT_SCHEMA = "eigenlorax-report"
 LOCK = ".lock"
+# Files of an adapter: PEFT's own names first
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 SOURCE_CONFIG = "source_config.json"
+# Format and metadata of the single file that an adapter was read from (`adapter.Origin`)
 SOURCE_FILE = "source_file.json"
-"""Format and metadata of the single file that an adapter was read from (`adapter.Origin`)."""
+# Name of the LoRA file in diffusers' folders and repositories
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""Name of the LoRA file in diffusers' folders and repositories."""
 LORA_SUFFIX = ".safetensors"
 CARRIED = "carried.safetensors"
 
 MODEL_PREFIX = "base_model.model."
 SIDES = ("down", "up")
+# Tensors of an adapter in a pack of floats or group integers
 COEFFICIENTS = {"down": "eigenlorax_down", "up": "eigenlorax_up"}
+# Tensor of an adapter that was trained with a core between its coefficients
 CORE = "eigenlorax_core"
+# Tensors in place of coefficients, in packs with cores
 CORES = {"full": "eigenlorax_core_full", "diagonal": "eigenlorax_core_diagonal"}
-"""Tensors in place of coefficients, in packs with cores."""
+# Tensor with all modules of an adapter, in coded packs
 CODED = "eigenlorax_coded"
-"""Tensor with all modules of an adapter, in coded packs."""
+# Residuals beside the coefficients; either may be missing. On disk they are called rests.
 RESIDUALS = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
-"""Residuals beside the coefficients; either may be missing. On disk they are called rests, since format 4."""
+# Config field: the sides that have a residual, by module
 RESIDUAL_SIDES = "rests"
-"""Config field: the sides that have a residual, by module."""
+# Config field: the storage of the coefficients in a pack, where that is not a float dtype
 COEFFICIENT_DTYPE = "coefficient_dtype"
-"""Config field: the storage of the coefficients in a pack, where that is not a float dtype."""
+# Config field: kernel sizes of convolutions, by module
 KERNELS = "kernels"
-"""Config field: kernel sizes of convolutions, by module."""
+# Bases within an adapter's own file, for adapters that are saved without a pack
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
+# The authors' own code keeps components and coefficients ("loadings") as parameters of one layer per side
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
+# Longest tensor name that is read. Real names have some two hundred characters.
 MAX_CHARACTERS = 1024
-"""Longest tensor name that is read. Real names have some two hundred characters."""
 
+# Names of adapters are names of folders, on every system
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 # `adapter` is the name that the adapter had in the model it was saved from, such as `default`. PEFT leaves it out of
@@ -66,10 +74,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.(?P<adapter>[^.]+))?\.weight")
 _CARRIED = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta)"
-    r"(\.(?!weight$)(?P<adapter>[^.]+))?(?P<rest>\.weight)?"
+    r"(\.(?!weight$)(?P<adapter>[^.]+))?(?P<tail>\.weight)?"
 )
-_FACTOR_BIAS = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.(?P<adapter>[^.]+))?(?P<rest>\.bias)")
-_HEAD = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
+_FACTOR_BIAS = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.(?P<adapter>[^.]+))?(?P<tail>\.bias)")
+_HEAD = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<tail>.+)")
 _OFFICIAL = re.compile(
     r"(?P<module>.+)\.(?P<side>eigenlora_A|eigenlora_B)(\.[^.]+)?\.(?P<part>components|loadings)(\.[^.]+)?"
 )
@@ -132,11 +140,11 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
         return TensorName(kind, match["module"], lora_key(match["module"], kind.value))
     if match := _CARRIED.fullmatch(key) or _FACTOR_BIAS.fullmatch(key):
         return TensorName(
-            Kind.CARRIED, match["module"], f"{MODEL_PREFIX}{match['module']}.{match['part']}{match['rest'] or ''}"
+            Kind.CARRIED, match["module"], f"{MODEL_PREFIX}{match['module']}.{match['part']}{match['tail'] or ''}"
         )
     if match := _HEAD.fullmatch(key):
         return TensorName(
-            Kind.HEAD, match["module"], f"{MODEL_PREFIX}{match['module']}.{_without_adapter(match['rest'])}"
+            Kind.HEAD, match["module"], f"{MODEL_PREFIX}{match['module']}.{_without_adapter(match['tail'])}"
         )
     if _FOREIGN.search(key) and not any(f".{module}." in f".{key}" for module in modules_to_save):
         raise FormatError(

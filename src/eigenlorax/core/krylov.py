@@ -60,10 +60,13 @@ def leading_eigenvectors(
     projected = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
     sums: list[float] = []
     while True:
+        # only the newest block is multiplied: the images of the others are known to lie in the basis
         image = multiply(basis[:, -block:])
         projected = _append_border(projected, basis.mT @ image)
+        # Rayleigh–Ritz: eigenpairs of the matrix, projected on the search space
         values, combination = descending_eigh(projected)
         sums.append(float(values[:k].clamp_min(0).sum()))
+        # twice against the whole basis: without full reorthogonalisation, Lanczos finds converged vectors again
         outside = _orthogonal_part(image, basis)
         negligible = _NEGLIGIBLE[start.dtype] * float(values[0])
         is_invariant = float(torch.linalg.matrix_norm(outside)) <= negligible
@@ -72,6 +75,7 @@ def leading_eigenvectors(
             # the remaining eigenvectors have no part in the columns so far: G will never lead there from here
             is_invariant, sums = False, []
             outside = _orthogonal_part(_random_like(start, seed=len(values)), basis)
+        # the trace bounds the estimate, because no eigenvalue is negative
         shortfall = 0.0 if is_invariant else min(estimate_missing(sums), missing_trace)
         has_converged = len(values) >= k and shortfall <= tolerance
         if is_invariant or has_converged or len(values) + block > len(start):

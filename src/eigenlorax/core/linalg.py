@@ -52,6 +52,7 @@ class RowBlocks:
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         self.rows = torch.cat([block.to(torch.float64) for block in blocks])
+        # row numbers at which blocks start and stop
         boundaries = torch.tensor([0, *(block.shape[0] for block in blocks)]).cumsum(0).tolist()
         self.blocks = [slice(start, stop) for start, stop in pairwise(boundaries)]
         is_wide = self.rows.shape[0] <= self.rows.shape[1]
@@ -84,6 +85,7 @@ class RowBlocks:
         shape = (self.rows.shape[0], self.rows.shape[1])
         if self.gram is None:
             stack = self.weighted(weights)
+            # eigenvectors of the d × d matrix are the right singular vectors themselves
             squares, vectors = descending_eigh(stack.mT @ stack)
         else:
             # W·G·Wᵀ is the Gram matrix of the weighted rows W·R, without the rows themselves
@@ -165,6 +167,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     q, _ = torch.linalg.qr(rows.mT)
     rows = q.mT.contiguous()
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    # not `sign()`: it is 0 for a zero entry
     signs = torch.where(largest < 0, -torch.ones_like(largest), torch.ones_like(largest))
     return rows * signs
 
@@ -190,6 +193,7 @@ def dual_rows(components: Tensor) -> Tensor:
     P equals the components where these are exactly orthonormal. Rounding to a stored dtype leaves them slightly off,
     and the dual rows correct for that: P = (V Vᵀ)⁻¹ V. Where rows are linearly dependent, P is the pseudoinverse.
     """
+    # rows that are linearly dependent have no Cholesky factor; `_ex` reports that instead of raising
     cholesky, failed = torch.linalg.cholesky_ex(components @ components.mT)
     if bool(failed):
         pseudoinverse: Tensor = torch.linalg.pinv(components, rtol=1e-6).mT
@@ -223,11 +227,13 @@ def mixing_matrix(r: int) -> Tensor:
     """
     # the largest power of two that divides r
     power = r & -r
+    # Sylvester's construction doubles the matrix at each step
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < power:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], dim=1), torch.cat([hadamard, -hadamard], dim=1)])
     positions = torch.arange(r // power, dtype=torch.float64)
     angles = torch.outer(positions, positions) * (2 * math.pi / len(positions))
+    # cos + sin: the Hartley transform is a real, symmetric Fourier transform
     return torch.kron(hadamard, angles.cos() + angles.sin()) / math.sqrt(r)
 
 
@@ -264,4 +270,5 @@ def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_rig
 
 def _inner_product(left: Tensor, other_left: Tensor, right: Tensor, other_right: Tensor) -> Tensor:
     """Return ⟨left @ right, other_left @ other_right⟩, float64, through r × r matrices."""
+    # tr(Rᵀ·Lᵀ·L'·R') = tr(Lᵀ·L' · R'·Rᵀ); products in the dtype of the factors, their sum in float64
     return ((left.mT @ other_left).to(torch.float64) * (right @ other_right.mT).to(torch.float64)).sum((-2, -1))

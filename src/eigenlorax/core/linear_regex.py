@@ -116,11 +116,13 @@ class LinearRegex:
                 return True
             if not states:
                 return False
+            # the anchors that hold are part of the key: `$` may lead on at one position and not at another
             ends = self._end_anchors(text, position)
             key = (states, character, ends)
             following = self._moves.get(key)
             if following is None:
                 following = self._move(*key)
+                # an adversarial pattern can make new state sets without end
                 if len(self._moves) >= _MAX_CACHED_MOVES:
                     self._moves.clear()
                 self._moves[key] = following
@@ -175,12 +177,14 @@ class LinearRegex:
         if isinstance(node, _Anchor):
             return self._state((after,), None, node.position)
         if isinstance(node, _Sequence):
+            # from the end, because each part needs to know where to continue
             for part in reversed(node.parts):
                 after = self._build(part, after)
             return after
         if isinstance(node, _Choice):
             return self._state(tuple(self._build(option, after) for option in node.options), None)
         if node.maximum is None:
+            # made first and filled in later, because the part leads back to it
             loop = self._state((), None)
             self._following[loop] = (self._build(node.part, loop), after)
             after = loop

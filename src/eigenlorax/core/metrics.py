@@ -64,6 +64,7 @@ def unrounded_bases(exact: ModuleBases, stored: ModuleBases) -> UnroundedBases:
 
     def gram(side: str) -> Tensor:
         rows, rounded = (bases.side(side).components.to(torch.float64) for bases in (exact, stored))
+        # rounded rows = rows − errors, so this Gram matrix gives all inner products of rows before and after rounding
         rows_and_errors = torch.cat([rows, rows - rounded])
         return rows_and_errors @ rows_and_errors.mT
 
@@ -125,6 +126,7 @@ def module_errors(
         exact: The bases before rounding; as for `module_error`.
         before: The coefficients before rounding, where these are not the projections on the unrounded bases.
     """
+    # storages may keep coefficients of another rank than the factors, and products need one rank
     rank, dtype = max(batch.down.shape[1], coefficients.down.shape[1]), batch.down.dtype
     down, up = _pad_rank(batch.down, batch.up.mT, rank)
     stored_down, stored_up = _pad_rank(coefficients.down, coefficients.up, rank)
@@ -140,6 +142,7 @@ def module_errors(
     rounding = _rounding_square(
         (exact_down.double(), exact_up.double()), (stored_down.double(), stored_up.double()), exact
     )
+    # the scaling is known exactly, so it enters the squares alone
     squares = (
         scaling_square * linalg.product_square(up, down),
         scaling_square * linalg.difference_square(up, down, rebuilt_up, rebuilt_down),
@@ -157,6 +160,7 @@ def _rounding_square(before: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor
     that; and as in `linalg.difference_square`, no two large numbers are subtracted.
     """
     (e_down, e_up), (c_down, c_up) = before, stored
+    # (E_up − C_up)·E_down + C_up·(E_down − C_down), each factor followed by its part along the rows' rounding errors
     left = torch.cat([torch.cat([e_up - c_up, c_up], dim=2), torch.cat([c_up, -c_up], dim=2)], dim=1)
     right = torch.cat(
         [

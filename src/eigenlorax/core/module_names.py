@@ -37,6 +37,7 @@ def canonical_names(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
     Raises:
         ModuleNameError: A short name fits two longer ones, or two modules of one adapter would become one.
     """
+    # a set of sets, because most adapters of a collection have the same modules
     name_sets = {frozenset(names) for names in adapters}
     longest = _longest_forms(name_sets)
     longest_sets = {frozenset(longest[name] for name in names) for names in name_sets}
@@ -63,6 +64,7 @@ def _longest_forms(name_sets: Collection[frozenset[str]]) -> dict[str, str]:
     parents: dict[str, list[str]] = {}
     for name in sorted(all_names):
         short = without_first_component(name)
+        # two modules of one adapter are different modules, however similar their names are
         if short in all_names and not any(name in names and short in names for names in name_sets):
             parents.setdefault(short, []).append(name)
     for short, longer in parents.items():
@@ -77,6 +79,7 @@ def _longest_forms(name_sets: Collection[frozenset[str]]) -> dict[str, str]:
 
     forms = {name: longest(name) for name in all_names}
     for names in name_sets:
+        # via the names of third adapters, two modules of one adapter may still have ended as one
         if len({forms[name] for name in names}) < len(names):
             clash = next(name for name in sorted(names) if forms[name] != name and forms[name] in names)
             raise ModuleNameError(
@@ -121,6 +124,7 @@ def resolve_all(names: Iterable[str], modules: Iterable[str]) -> dict[str, str |
     resolved: dict[str, str | None] = dict.fromkeys(names)
     resolved |= {name: name for name in names if name in free}
     for normalise in (_unchanged, newest_name):
+        # a module that is taken by a closer name does not compete any more
         free -= {module for module in resolved.values() if module is not None}
         index = _SuffixIndex(free, normalise)
         matched = {name: index.find(name) for name, module in resolved.items() if module is None}

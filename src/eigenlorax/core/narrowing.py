@@ -44,11 +44,13 @@ def balance(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
     """
     info = torch.finfo(dtype)
     down, up = factors.down.to(torch.float64), factors.up.to(torch.float64)
+    # per row of `down` and matching column of `up`, since each pair can be scaled by itself
     rms = torch.stack([down.square().mean(1), up.square().mean(0)]).sqrt()
     largest = torch.maximum(down.abs().amax(1), up.abs().amax(0))
     is_out_of_range = (rms > 0).all(0) & ((rms.amin(0) < info.tiny) | (largest > info.max))
     if not bool(is_out_of_range.any()):
         return factors
+    # equal root mean squares on both sides, up to the rounding to a power of two
     powers = torch.where(is_out_of_range, (rms[1] / rms[0]).log2() / 2, 0.0).round().exp2()
     balanced = replace(factors, down=down * powers[:, None], up=up / powers)
     plain, scaled = round_factors(factors, dtype), round_factors(balanced, dtype)

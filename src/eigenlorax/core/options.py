@@ -14,8 +14,8 @@ MAX_BYTES = 2**63 - 1
 
 _SIZE = re.compile(r"(?P<number>\d{1,30}(\.\d{1,30})?)\s*(?P<unit>([kmgt]i?)?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+# Integers with more bits are described by their size: Python itself refuses to print very large ones
 _MAX_PRINTED_BITS = 128
-"""Integers with more bits are described by their size: Python itself refuses to print very large ones."""
 
 
 def format_value(value: Any) -> str:

@@ -15,11 +15,11 @@ from .subspace import ModuleBases
 
 DualComponents = tuple[Float[Tensor, "k_down n_in"], Float[Tensor, "k_up n_out"]]
 """Rows (down, up) that factors are multiplied with to project them (`basis.dual_components`)."""
+# Least ratio of a factor's norm to a dtype's smallest normal number. It leaves entries a thousand times smaller than
+# the largest one all their digits.
 _DIGIT_HEADROOM = 2.0**20
-"""Least ratio of a factor's norm to a dtype's smallest normal number. It leaves entries a thousand times smaller than
-the largest one all their digits."""
+# Norms whose squares, and fourth powers, float32 represents
 _SQUARE_SAFE = (1e-8, 1e8)
-"""Norms whose squares, and fourth powers, float32 represents."""
 
 
 def dual_components(bases: ModuleBases) -> DualComponents:
@@ -45,6 +45,7 @@ def project(
         ShapeError: The factors have another width than the bases.
         NonFiniteError: `dtype` cannot represent the coefficients.
     """
+    # a batch of one, so that there is one implementation; the weight matters in a fit alone
     batch = balance_batch(stack_factors([factors], [0.0]), dtype)
     projected = project_batch(batch, bases, dtype, dual)
     return Coefficients(projected.down[0], projected.up[0], factors.scaling, factors.kernel)
@@ -82,6 +83,7 @@ def check_rounding(exact: Float[Tensor, "n a b"], rounded: Float[Tensor, "n a b"
     exact_norm, rounded_norm = (
         torch.linalg.vector_norm(matrices, dim=(1, 2), dtype=torch.float64) for matrices in (exact, rounded)
     )
+    # NaN and infinity fail this test and are caught by the next one
     vanished = (exact_norm > 0) & (rounded_norm < exact_norm / 2)
     if bool(vanished.any()):
         raise NonFiniteError(
@@ -111,6 +113,7 @@ def balance_batch(batch: ModuleBatch, dtype: torch.dtype, products: torch.dtype 
     if products == torch.float32 and not _has_safe_squares(wide):
         wide = batch.to(torch.float64)
     powers = balance_exponents(wide, dtype).exp2().to(wide.down.dtype)[:, None, None]
+    # usual case: saves two copies of the factors
     if bool((powers == 1).all()):
         return wide
     return replace(wide, down=wide.down / powers, up=wide.up * powers)
@@ -135,6 +138,7 @@ def balance_exponents(batch: ModuleBatch, dtype: torch.dtype) -> Float[Tensor, "
     info = torch.finfo(dtype)
     down, up = (factor_norms(batch, side) for side in ("down", "up"))
     fits = [(info.tiny * _DIGIT_HEADROOM < norm) & (norm < info.max / 2) for norm in (down, up)]
+    # √(‖A‖ / ‖B‖), rounded to a power of two in the exponent
     return torch.where((fits[0] & fits[1]) | (down == 0) | (up == 0), 1.0, down / up).log2().div(2).round()
 
 

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from .subspace import Subspace
 
 _holders: dict[str, Callable[[], Any]] = {}
+# weak: a subspace is freed when nobody uses it, and read again from its pack when it is wanted
 _alive: WeakValueDictionary[str, Subspace] = WeakValueDictionary()
 
 

@@ -19,8 +19,8 @@ if sys.platform != "win32":
     import fcntl
 
 PREFIX = ".writing-"
+# Number of names that are tried. Some folders, such as those of `/proc`, report every new file as missing.
 _ATTEMPTS = 100
-"""Number of names that are tried. Some folders, such as those of `/proc`, report every new file as missing."""
 _STAGING_NAME = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{8}}-\d+")
 
 

@@ -110,6 +110,7 @@ class Subspace:
         for name, bases in sorted(self.modules.items()):
             for side in ("down", "up"):
                 _hash_rows(digest, name, side, bases.side(side).fitted)
+        # one running digest: each state's fingerprint covers the states before it
         fingerprints = [digest.hexdigest()]
         for step, seed in enumerate(self.seeds):
             if seed is not None:
@@ -126,6 +127,7 @@ class Subspace:
 
     def at(self, fingerprint: str) -> "Subspace | None":
         """Return the state with this fingerprint as a view of this subspace; None if it never had that."""
+        # computed once: it hashes all components
         lineage = self.lineage
         if fingerprint not in lineage:
             return None
@@ -145,6 +147,7 @@ def _hash_rows(digest: Any, name: str, side: str, rows: Tensor) -> None:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor of any dtype, without a copy if it is contiguous."""
+    # viewed as bytes, because NumPy has no bfloat16
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -186,6 +189,7 @@ def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
         ShapeError: A basis would have more components than dimensions.
     """
     n_extra, seed = to_int("n_extra", n_extra), to_int("seed", seed)
+    # the same seed would give the rows again, and orthogonalisation would leave only their rounding errors
     if any(seed == earlier.seed for earlier in subspace.augmentations):
         raise OptionError(
             f"the subspace already has directions from seed {seed}; those it would give again. Choose another seed."
