@@ -1,4 +1,4 @@
-"""The null model beside a collection: what is kept of it, summed over modules, and how that scatters."""
+"""Statistics of the null model over modules: what is kept of it, and how that scatters between random collections."""
 
 import math
 from collections.abc import Sequence
@@ -15,25 +15,27 @@ from .data import Null, SideEnergy
 from .refits import NullKept
 
 HALF = 0.5
-"""The share that an adapter keeps in the subspace of the others, beyond chance, if it is one of those that share it."""
+"""Share of squared norm beyond chance from which on an adapter counts as sharing the subspace of the others."""
 SIGMAS = 4.0
-"""Standard deviations of the null model from which on a figure is not its."""
+"""Standard deviations of the null model from which on a figure is significant."""
 _ROUNDING = 1e-4
-"""A difference of errors, or of shares, that is none."""
+"""Differences of errors or shares up to this size may be rounding."""
 _NOTHING = 1e-12
-"""A share, or a deviation, that is but rounding."""
+"""Shares and deviations up to this size are rounding of zero."""
 _TOGETHER = 1.75
-"""By how much more the mean of adapters left out scatters than that of as many which know nothing of one another: what
-two of them share by chance counts in the directions of either. It was 1.3 to 1.7 in random collections of many kinds.
+"""Ratio between the scatter of the mean over adapters left out and that of independent ones.
+
+Two adapters that share directions by chance each keep more in the directions of the other. The ratio was 1.3 to 1.7 in
+random collections of many kinds.
 """
 
 
 @dataclass(slots=True)
 class NullSums:
-    """Sums over modules of what is kept of the null model in random collections, one row each; filled by `add`.
+    """Sums over modules of squared norms that are kept of the null model, a row for each random collection.
 
     draws: of each module. fitted, by_k: of the adapters of the fit, and by size. left_out, left_out_by_k: of those that
-    were left out. energies: shares in the first directions, (down, up), of all `modules` modules.
+    are left out. energies: shares in the first directions, (down, up). modules: number of modules added.
     """
 
     draws: int
@@ -46,7 +48,7 @@ class NullSums:
 
     @classmethod
     def of(cls, draws: int, fitted: int, left_out: int, sizes: int) -> "NullSums":
-        """Nothing added yet."""
+        """Return sums without any module."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
@@ -61,7 +63,7 @@ class NullSums:
         )
 
     def add(self, kept: NullKept, members: Sequence[int], rows: Sequence[int], generator: torch.Generator) -> None:
-        """Add a module that these members have trained, `rows` of those that were left out among them."""
+        """Add one module. members: its adapters in the fit. rows: those of them that were left out."""
         dealt = null.dealt(self.draws, generator)
         self.fitted[:, list(members)] += kept.fitted[dealt]
         self.by_k[:, list(members)] += kept.by_k[dealt]
@@ -71,13 +73,13 @@ class NullSums:
         self.modules += 1
 
     def spread(self, values: Tensor) -> float:
-        """Standard deviation of a figure from one random collection to the next, from those of all of them."""
-        found = float(null.spread(values, self.draws))
-        return found if found > _NOTHING else 0.0
+        """Return the standard deviation of a figure between random collections. values: one per collection."""
+        deviation = float(null.spread(values, self.draws))
+        return deviation if deviation > _NOTHING else 0.0
 
 
 def figures(sums: NullSums, total: dict[str, float], sides: tuple[Sequence[Basis], Sequence[Basis]], seed: int) -> Null:
-    """The null model's figures beside those of the collection.
+    """Return the figures of the null model.
 
     total: ‖D‖² of each adapter of the fit, by name. sides: the bases (down, up) of all trained modules.
     """
@@ -96,36 +98,38 @@ def figures(sums: NullSums, total: dict[str, float], sides: tuple[Sequence[Basis
 
 
 def _energy(basis: Basis) -> float:
-    """The share of a stack's squared norm in its first directions, as many as the basis has."""
+    """Return the share of energy in as many first singular directions as the basis has components."""
     return float(basis.singular_values[: basis.n_fitted].double().square().sum()) / basis.square
 
 
 def is_above(value: float, by_chance: float, spread: float) -> bool:
-    """Whether a figure is higher than it is by chance, by more than chance scatters and rounding makes."""
+    """Return whether a figure exceeds chance by more than its scatter and rounding explain."""
     return value > by_chance + max(SIGMAS * spread, _ROUNDING)
 
 
 def relative(kept: Tensor, total: Tensor) -> Tensor:
-    """√(1 − kept / total) of adapters, collection by collection."""
+    """Return √(1 − kept / total) of each adapter in each random collection."""
     lost = 1 - kept / total
     return lost.where(lost > _NOTHING, torch.zeros_like(lost)).sqrt()
 
 
 def kept_by_strangers(sums: NullSums, rows: Sequence[int], expected: Tensor, total: Tensor) -> float:
-    """Standard deviation by chance of the share of squared norm that is kept beyond chance of some of the adapters that
-    were left out. expected: what is kept by chance of each; total: their ‖D‖²."""
+    """Return the standard deviation by chance of `LeftOut.kept`.
+
+    rows: adapters that were left out. expected: squared norm of each that is kept by chance. total: their ‖D‖².
+    """
     share = (sums.left_out[:, list(rows)] / total).mean(1)
     room = float((1 - expected / total).mean())
     return _TOGETHER * sums.spread(share) / room if room > _NOTHING else 0.0
 
 
 def sharing(kept: Tensor, expected: Tensor, by_chance: Tensor, total: Tensor, sums: NullSums) -> list[bool]:
-    """Which adapters keep half of their squared norm and more beyond chance, and more than chance scatters.
+    """Return for each adapter whether it keeps at least half of its squared norm beyond chance, and significantly so.
 
-    kept, expected: of each adapter that was left out, what the others' directions keep, and as many random ones in
-    expectation; NaN where that was not measured. by_chance: the latter in random collections, one row each.
+    kept: squared norm that the directions of the others keep; NaN where that was not measured. expected: what as many
+    random directions keep. by_chance: the latter in random collections, a row for each.
     """
     share = (kept - expected) / (total - expected).clamp_min(torch.finfo(total.dtype).tiny)
     scatter = null.spread(by_chance, sums.draws)
-    found: list[bool] = ((share >= HALF) & (kept - expected > SIGMAS * scatter)).tolist()
-    return found
+    shares_subspace: list[bool] = ((share >= HALF) & (kept - expected > SIGMAS * scatter)).tolist()
+    return shares_subspace

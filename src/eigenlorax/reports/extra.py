@@ -1,4 +1,4 @@
-"""Whether what a report needs beside our own requirements is installed."""
+"""Check for the packages of the extra `report`."""
 
 from importlib.util import find_spec
 
@@ -6,5 +6,5 @@ HOW = "A report needs matplotlib and scikit-learn: pip install 'eigenlorax[repor
 
 
 def is_installed() -> bool:
-    """Without importing them, which takes a second."""
+    """Return whether the packages are installed, without importing them, which takes a second."""
     return all(find_spec(name) is not None for name in ("matplotlib", "scipy", "sklearn"))

@@ -1,4 +1,4 @@
-"""From what a user points at to the adapters that a pack was made of, recognised by their content."""
+"""The original adapters of a pack, recognised by their content among what a user names."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -17,28 +17,31 @@ from ..formats.sources import Sources
 from ..pack.pack import Pack
 
 EXACT = 1e-4
-"""The delta error up to which what comes back from a pack is taken for what went in: of adapters trained in it, say."""
+"""Delta error up to which a reconstructed adapter serves as its own original, as of one trained on coefficients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Originals:
-    """Trained adapters as they were, under their names in the pack, and the norms of their updates. missing: projected
-    adapters that were not found."""
+    """The original trained adapters of a pack by their names in it, with the norms of their updates.
+
+    missing: adapters that were projected into the pack and whose originals were not found.
+    """
 
     adapters: Mapping[str, Adapter]
     scans: Mapping[str, Scan]
     missing: list[str]
 
 
-def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Originals:
-    """The trained adapters of the pack among those given. Others are left out, and said.
+def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Originals:
+    """Find the originals of the pack's trained adapters among the sources; others are passed over with a warning.
 
-    An adapter that comes back from the pack as it was needs no original. What cannot be read, or holds NaN, is passed
-    over, and said: `fit` may have left it out. `OptionError` names one of the fit that is not there.
+    An adapter that the pack reconstructs exactly needs no original. A source that cannot be read or contains NaN is
+    passed over with a warning, because `fit` may have left it out. `OptionError` if the original of an adapter of the
+    fit is missing.
     """
-    found = recognise(pack, given, progress, options, 4)
-    adapters = {name: one for name, one in found.adapters.items() if not pack.records[name].untrained}
-    scans = dict(found.scans)
+    matches = recognise(pack, sources, progress, options, 4)
+    adapters = {name: adapter for name, adapter in matches.adapters.items() if not pack.records[name].untrained}
+    scans = dict(matches.scans)
     missing = []
     for name, record in pack.records.items():
         if record.untrained or name in adapters:
@@ -47,33 +50,38 @@ def find(pack: Pack, given: Sources, progress: Progress, **options: Any) -> Orig
             adapters[name] = pack.adapter(name)
             scans[name] = checks.scan(adapters[name])
         elif record.in_fit:
+            unread = f" Passed over: {', '.join(matches.unread)}." if matches.unread else ""
             raise OptionError(
-                f"the original of {name!r}, which is in the fit, is not among the adapters given ({found.given} of "
+                f"the original of {name!r}, which is in the fit, is not among the adapters given ({matches.given} of "
                 "them; they are recognised by their content). Give all that the pack was fitted on, or none, for a "
-                "report of the pack alone." + f" Passed over: {', '.join(found.unread)}." * bool(found.unread)
+                f"report of the pack alone.{unread}"
             )
         else:
             missing.append(name)
     return Originals(dict(sorted(adapters.items())), scans, missing)
 
 
-def listed(given: Any) -> Sources | Originals:
-    """What stands for adapters, as it is, or what may be gone through once as a list. `OptionError` for others."""
-    if isinstance(given, str | Path | Adapter | Originals):
-        return given
-    several = given if isinstance(given, Mapping) else list(given) if isinstance(given, Iterable) else [given]
-    for one in several.values() if isinstance(several, Mapping) else several:
-        if not isinstance(one, str | Path | Adapter):
+def listed(adapters: Any) -> Sources | Originals:
+    """Return the argument `adapters` of `report` with iterators as lists. `OptionError` for other types."""
+    if isinstance(adapters, str | Path | Adapter | Originals):
+        return adapters
+    sources: Mapping[str, Any] | list[Any]
+    if isinstance(adapters, Mapping):
+        sources = adapters
+    else:
+        sources = list(adapters) if isinstance(adapters, Iterable) else [adapters]
+    for source in sources.values() if isinstance(sources, Mapping) else sources:
+        if not isinstance(source, str | Path | Adapter):
             raise OptionError(
                 f"adapters must be folders, Hub ids or `Adapter`s, one or several, or a mapping from names to those; "
-                f"got {one!r}. For example report(pack, 'adapters/')."
+                f"got {source!r}. For example report(pack, 'adapters/')."
             )
-    return several
+    return sources
 
 
 def check_options(options: Iterable[str]) -> None:
-    """`TypeError`, as of any function, unless all are options of a reader."""
-    readers = [inspect.signature(one.read).parameters for one in formats.FORMATS.values()]
+    """Raise `TypeError`, as for any function, unless all are options of a reader of adapters."""
+    readers = [inspect.signature(adapter_format.read).parameters for adapter_format in formats.FORMATS.values()]
     known = {"format"}.union(*readers) - {"source", "name", "options"}
     for name in options:
         if name not in known:

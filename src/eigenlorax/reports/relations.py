@@ -1,13 +1,15 @@
-"""How the adapters are related: neighbours, random starts, clusters."""
+"""Relations between the adapters: nearest neighbours, shared random starts, clusters and outliers."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.batch import delta_squares, pad_factors
+from ..core.adapter import LoRAFactors
+from ..core.batch import ModuleBatch, delta_squares, pad_factors
 from ..fitting.fit import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
@@ -21,133 +23,139 @@ from .originals import Originals
 
 
 def neighbours(names: Sequence[str], cosine: Tensor, shared: Tensor) -> dict[str, dict[str, Any]]:
-    """Of each adapter, who is nearest to it, and how much the others have of its directions."""
+    """Return the fields of `AdapterFigures` on the nearest adapter and the mean overlap, by adapter.
+
+    cosine, shared: of the updates and of their directions, (n, n).
+    """
     n = len(names)
     if n < 2:
         return {name: {} for name in names}
     others = cosine.clone().fill_diagonal_(0.0)
-    # an adapter is not its own neighbour, also where it has nothing in common with anybody
+    # −1 on the diagonal: an adapter is not its own neighbour, even if it has nothing in common with any other
     nearest = others.abs().fill_diagonal_(-1.0).argmax(1).tolist()
-    common = ((shared.sum(1) - shared.diagonal()) / (n - 1)).tolist()
+    overlaps = ((shared.sum(1) - shared.diagonal()) / (n - 1)).tolist()
     return {
-        name: {"nearest": names[near], "nearest_cosine": float(others[place, near]), "overlap": common[place]}
-        for place, (name, near) in enumerate(zip(names, nearest, strict=True))
+        name: {"nearest": names[near], "nearest_cosine": float(others[index, near]), "overlap": overlaps[index]}
+        for index, (name, near) in enumerate(zip(names, nearest, strict=True))
     }
 
 
 def starts(
     pack: Pack,
     packed: Mapping[str, PackedAdapter],
-    found: Originals | None,
+    originals: Originals | None,
     measured: Measured | None,
     seed: int,
-    say: Progress,
+    progress: Progress,
 ) -> Starts | None:
-    """Groups with one random start, and how much of the energy that makes."""
-    if found is None or measured is None:
+    """Return groups of adapters with one random start, and the energy that they have for that reason alone."""
+    if originals is None or measured is None:
         return None
     names, pairs = measured.names, measured.pairs
     members = groups.same_start(pairs)
     if not members:
         return Starts([], [])
     down, up = cosines(pairs.down), cosines(pairs.up)
-    described = [
+    start_groups = [
         StartGroup([names[i] for i in group], groups.within(down, group), groups.within(up, group)) for group in members
     ]
-    inside = {name for group in described for name in group.adapters}
-    sets = {f"group {number}": group.adapters for number, group in enumerate(described, 1)}
-    others = [name for name in names if name not in inside]
-    if others:
-        sets = {"all": names, **sets, "others": others}
+    grouped = {name for group in start_groups for name in group.adapters}
+    sets = {f"group {number}": group.adapters for number, group in enumerate(start_groups, 1)}
+    remaining = [name for name in names if name not in grouped]
+    if remaining:
+        sets = {"all": names, **sets, "others": remaining}
+    # one start has as many directions as the rank
     k = max(max(packed[name].record.ranks) for name in names)
-    rows = energies(pack, packed, found, sets, (k, seed), say)
-    return Starts(described, [StartEnergy(who, len(sets[who]), k, *values) for who, values in rows.items()])
-
-
-def energies(
-    pack: Pack,
-    packed: Mapping[str, PackedAdapter],
-    originals: Originals,
-    members: Mapping[str, Sequence[str]],
-    asked: tuple[int, int],
-    progress: Progress,
-) -> dict[str, list[float]]:
-    """Energy that k directions keep of some of the adapters: of A and of B, of the same in random directions, and of
-    both sides of the updates; means over the modules. asked: k, and the seed of random directions."""
-    k, seed = asked
-    sums: dict[str, list[list[float]]] = {who: [] for who in members}
-    everybody = sorted({name for names in members.values() for name in names})
-    for done, (module, bases) in enumerate(pack.subspace.modules.items()):
+    progress("weighing shared starts", 0, len(pack.info.modules))
+    sums: dict[str, list[list[float]]] = {who: [] for who in sets}
+    for done, (module, bases) in enumerate(pack.subspace.modules.items(), start=1):
+        factors = _trained_factors(packed, originals, module)
+        generator = torch.Generator().manual_seed(seed + done)
+        for who, members_of in sets.items():
+            trained = [factors[name] for name in members_of if name in factors]
+            if trained:
+                batch = pad_factors(trained, *reversed(bases.shape))
+                sums[who].append(_start_energies(batch, k, generator))
         progress("weighing shared starts", done, len(pack.info.modules))
-        generator = torch.Generator().manual_seed(seed + 1 + done)
-        factors = {}
-        for name in everybody:
-            own = measure.own_name(packed[name], module)
-            if own is not None and originals.scans[name].delta_squares[own] > 0:
-                factors[name] = originals.adapters[name].modules[own]
-        for who, names in members.items():
-            there = [factors[name] for name in names if name in factors]
-            if there:
-                one = pad_factors(there, *reversed(bases.shape))
-                weights = delta_squares(one).rsqrt()
-                drawn = NullModel.of(one).draw(generator)
-                sums[who].append(
-                    [
-                        *spectra.energy(one, weights, (k, k), "factors"),
-                        *spectra.energy(drawn, weights, (k, k), "factors"),
-                        *spectra.energy(one, weights, (k, k), "delta"),
-                    ]
-                )
-    progress("weighing shared starts", len(pack.info.modules), len(pack.info.modules))
-    return {who: [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)] for who, rows in sums.items()}
+    means = {who: [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)] for who, rows in sums.items()}
+    return Starts(start_groups, [StartEnergy(who, len(sets[who]), k, *values) for who, values in means.items()])
+
+
+def _trained_factors(packed: Mapping[str, PackedAdapter], originals: Originals, module: str) -> dict[str, LoRAFactors]:
+    """Return the original factors in a module of the subspace of the adapters that changed it."""
+    factors = {}
+    for name in sorted(originals.adapters):
+        own = measure.own_name(packed[name], module)
+        if own is not None and originals.scans[name].delta_squares[own] > 0:
+            factors[name] = originals.adapters[name].modules[own]
+    return factors
+
+
+def _start_energies(batch: ModuleBatch, k: int, generator: torch.Generator) -> list[float]:
+    """Return the energies of `StartEnergy` in one module: factors, factors of the null model, and updates."""
+    weights = delta_squares(batch).rsqrt()
+    drawn = NullModel.of(batch).draw(generator)
+    return [
+        *spectra.energy(batch, weights, (k, k), "factors"),
+        *spectra.energy(drawn, weights, (k, k), "factors"),
+        *spectra.energy(batch, weights, (k, k), "delta"),
+    ]
 
 
 def similarity(
     measured: Measured | None, pairs: Pairs, names: list[str], copies: list[list[int]], map_share: float
 ) -> tuple[Similarity, list[str], Tensor, Tensor]:
-    """Similarity in the order of the dendrogram, and outliers; and cosines and overlaps in the order of `names`.
+    """Return the similarity in the order of the dendrogram, outliers, and cosines and overlaps in the order of `names`.
 
-    copies: groups of the same update, each of which counts once where clusters, outliers and the mean are found.
+    copies: groups of indices with equal updates. Each group counts once in clusters, outliers and the mean.
     """
     cosine, shared = cosines(pairs.delta), overlap(pairs)
     beyond, deviation = beyond_chance(pairs)
-    found = groups.clustering(beyond, deviation)
-    order = found.order
-    off = len(names) * (len(names) - 1)
-    first = {place: group[0] for group in copies for place in group}
-    once = [place for place in range(len(names)) if first.get(place, place) == place]
-    apart, apart_beyond = (matrix[once][:, once] for matrix in (shared, beyond))
-    divided = groups.clustering(apart_beyond, deviation[once][:, once]) if copies else found
-    outlying = groups.outliers(apart_beyond, [place for cluster in divided.clusters for place in cluster])
-    explained = groups.mean_losses(pairs.of_some(once))[2]
+    everyone = groups.clustering(beyond, deviation)
+    first_copy = {index: group[0] for group in copies for index in group}
+    distinct = [index for index in range(len(names)) if first_copy.get(index, index) == index]
+    distinct_shared, distinct_beyond = (matrix[distinct][:, distinct] for matrix in (shared, beyond))
+    divided = groups.clustering(distinct_beyond, deviation[distinct][:, distinct]) if copies else everyone
+    outliers = groups.outliers(distinct_beyond, [index for cluster in divided.clusters for index in cluster])
+    explained = groups.mean_losses(pairs.of_some(distinct))[2]
 
-    def those(places: Sequence[int]) -> list[str]:
-        """The adapters of some places in `once`, and their copies."""
-        chosen = {once[place] for place in places}
-        return [name for place, name in enumerate(names) if first.get(place, place) in chosen]
+    def with_copies(indices: Sequence[int]) -> list[str]:
+        """Return the names of distinct adapters and of their copies."""
+        chosen = {distinct[index] for index in indices}
+        return [name for index, name in enumerate(names) if first_copy.get(index, index) in chosen]
 
-    # the order of leaves is that of the rows and columns: the tree speaks of places in it
-    rank = {leaf: place for place, leaf in enumerate(order)}
-    tree = [
-        [*(float(rank.get(int(one), int(one))) for one in row[:2]), float(row[2]), float(row[3])] for row in found.tree
-    ]
+    order = everyone.order
+    pairs_count = len(names) * (len(names) - 1)
     return (
         Similarity(
             of="originals" if measured is not None else "pack",
             names=[names[leaf] for leaf in order],
             cosine=cosine[order][:, order].tolist(),
             overlap=shared[order][:, order].tolist(),
-            tree=tree,
+            tree=_in_order(everyone.tree, order),
             clusters=[
-                Cluster(those(one), groups.within(apart, one), groups.between(apart, one)) for one in divided.clusters
+                Cluster(
+                    with_copies(cluster),
+                    groups.within(distinct_shared, cluster),
+                    groups.between(distinct_shared, cluster),
+                )
+                for cluster in divided.clusters
             ],
             silhouette=divided.silhouette,
             map_share=map_share if len(names) > 1 else None,
-            chance_overlap=float(overlap_by_chance(pairs)[0].sum()) / off if off else None,
-            mean_cosine=float((cosine.sum() - len(names)) / off) if off else None,
-            mean_energy=float(explained.mean()) if len(once) > 1 else None,
+            chance_overlap=float(overlap_by_chance(pairs)[0].sum()) / pairs_count if pairs_count else None,
+            mean_cosine=float((cosine.sum() - len(names)) / pairs_count) if pairs_count else None,
+            mean_energy=float(explained.mean()) if len(distinct) > 1 else None,
         ),
-        those(outlying),
+        with_copies(outliers),
         cosine,
         shared,
     )
+
+
+def _in_order(tree: np.ndarray, order: Sequence[int]) -> list[list[float]]:
+    """Return SciPy's linkage with leaves numbered by their position in `order`, as the matrices are."""
+    position = {leaf: index for index, leaf in enumerate(order)}
+    return [
+        [*(float(position.get(int(node), int(node))) for node in row[:2]), float(row[2]), float(row[3])] for row in tree
+    ]

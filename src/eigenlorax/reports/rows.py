@@ -1,4 +1,4 @@
-"""The figures of each adapter, and of each module."""
+"""Figures of each adapter and of each module, from measurements and the pack's records."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..codec.storage.table import storage_by_name
 from ..pack.pack import Pack
@@ -13,72 +14,79 @@ from ..pack.packed_adapter import Record
 from ..pack.summary import lora_numbers
 from . import spreads
 from .analysis import groups, losses
-from .analysis.pairs import Pairs
 from .data import SPECTRUM, AdapterFigures, ModuleFigures, SideFigures
 from .measure import Measured
 from .refits import Side
 
 
 def measured_of(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
-    """What is measured of each adapter with its original, by its name and the fields of `AdapterFigures`."""
-    total, names, pairs = measured.total, measured.names, measured.pairs
-    random = spreads.relative(total - measured.random, total)
+    """Return the fields of `AdapterFigures` that need the originals, by adapter."""
+    total, fitted = measured.total, measured.fitted
+    keeps_factors = storage_by_name(pack.coefficient_storage).keeps_factors
     down = spreads.relative(measured.down_lost, measured.down_total)
     up = spreads.relative(measured.up_lost, measured.up_total)
-    own = storage_by_name(pack.coefficient_storage).keeps_factors
-    eight, four = (spreads.relative(measured.rounded[bits], total) for bits in (8, 4))
-    cut = _truncated(pack, measured)
-    plain, scaled = [math.nan] * len(names), [math.nan] * len(names)
-    if measured.fitted:
-        for place, a, b in zip(measured.fitted, *_of_the_mean(pairs, measured.fitted), strict=True):
-            plain[place], scaled[place] = a, b
-    at = [measured.fitted[place] for place in measured.chosen]
-    others = dict(zip(at, spreads.relative(total[at] - measured.left_out_kept, total[at]), strict=True))
-    found = {}
-    for place, name in enumerate(names):
-        found[name] = {
-            "norm": math.sqrt(float(total[place])),
-            "factor_error_down": down[place] if own else None,
-            "factor_error_up": up[place] if own else None,
-            "left_out_error": others.get(place),
-            "mean_error": _number(plain[place]),
-            "mean_scaled_error": _number(scaled[place]),
-            "random_error": random[place],
-            "truncated_error": cut[place],
-            "int8_error": eight[place],
-            "int4_error": four[place],
+    random = spreads.relative(total - measured.random, total)
+    rounded = {bits: spreads.relative(lost, total) for bits, lost in measured.rounded.items()}
+    truncated = _truncated(pack, measured)
+    mean_errors: dict[int, tuple[float | None, float | None]] = {}
+    if fitted:
+        plain, scaled, _ = groups.mean_losses(measured.pairs.of_some(fitted))
+        pairs = zip(_without_nan(plain), _without_nan(scaled), strict=True)
+        mean_errors = dict(zip(fitted, pairs, strict=True))
+    chosen = [fitted[row] for row in measured.chosen]
+    left_out = dict(zip(chosen, spreads.relative(total[chosen] - measured.left_out_kept, total[chosen]), strict=True))
+    figures = {}
+    for index, name in enumerate(measured.names):
+        mean_error, mean_scaled_error = mean_errors.get(index, (None, None))
+        figures[name] = {
+            "norm": math.sqrt(float(total[index])),
+            "factor_error_down": down[index] if keeps_factors else None,
+            "factor_error_up": up[index] if keeps_factors else None,
+            "left_out_error": left_out.get(index),
+            "mean_error": mean_error,
+            "mean_scaled_error": mean_scaled_error,
+            "random_error": random[index],
+            "truncated_error": truncated[index],
+            "int8_error": rounded[8][index],
+            "int4_error": rounded[4][index],
         }
-    return found
+    return figures
 
 
-def _of_the_mean(pairs: Pairs, fitted: list[int]) -> tuple[list[float], list[float]]:
-    plain, scaled, _ = groups.mean_losses(pairs.of_some(fitted))
-    return plain.tolist(), scaled.tolist()
+def _without_nan(errors: Tensor) -> list[float | None]:
+    return [None if math.isnan(error) else error for error in errors.tolist()]
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+_MEASURED = (
+    "norm",
+    "factor_error_down",
+    "factor_error_up",
+    "left_out_error",
+    "mean_error",
+    "mean_scaled_error",
+    "random_error",
+    "truncated_error",
+    "int8_error",
+    "int4_error",
+    "nearest",
+    "nearest_cosine",
+    "overlap",
+)
+"""Fields of `AdapterFigures` that are None unless they were measured."""
 
 
 def adapter(
-    name: str, record: Record, width: int, alone: Mapping[str, Any], cluster: int | None, place: Sequence[float] | None
+    name: str,
+    record: Record,
+    lora_width: int,
+    measured: Mapping[str, Any],
+    cluster: int | None,
+    position: Sequence[float] | None,
 ) -> AdapterFigures:
-    """One adapter's line. alone: what was measured of it; place: where it is on the map."""
-    unknown = {
-        "norm": None,
-        "factor_error_down": None,
-        "factor_error_up": None,
-        "left_out_error": None,
-        "mean_error": None,
-        "mean_scaled_error": None,
-        "random_error": None,
-        "truncated_error": None,
-        "int8_error": None,
-        "int4_error": None,
-        "nearest": None,
-        "nearest_cosine": None,
-        "overlap": None,
-    }
+    """Return the figures of one adapter.
+
+    lora_width: bytes per number of its factors. measured: the fields that were measured, by name. position: on the map.
+    """
     return AdapterFigures(
         name=name,
         in_fit=record.in_fit,
@@ -89,76 +97,56 @@ def adapter(
         rounding_error=record.rounding_error,
         energy_kept=1 - record.delta_error**2,
         cluster=cluster,
-        x=place[0] if place is not None else None,
-        y=place[1] if place is not None else None,
-        lora_bytes=width * record.lora_numbers,
+        x=position[0] if position is not None else None,
+        y=position[1] if position is not None else None,
+        lora_bytes=lora_width * record.lora_numbers,
         file_bytes=record.source_file_bytes,
         coefficient_bytes=record.coefficient_bytes,
         carried_bytes=record.carried_bytes,
         head_bytes=record.head_bytes,
-        **{**unknown, **alone},
+        **{field: measured.get(field) for field in _MEASURED},
     )
 
 
 def _truncated(pack: Pack, measured: Measured) -> list[float]:
-    """Errors of the adapters cut by SVD, each to its share of the pack's bytes."""
+    """Return the errors of the adapters truncated by SVD, each to its share of the pack's bytes."""
     records = pack.records
     spent = pack.info.stored_bytes + sum(record.coefficient_bytes for record in records.values())
-    numbers = lora_numbers(records)
-    width = spreads.width(pack)
+    numbers, lora_width = lora_numbers(records), spreads.width(pack)
+    costs = [lora_width * numbers_per_component for numbers_per_component, _ in measured.singular]
     kept = []
-    for place, name in enumerate(measured.names):
+    for index, name in enumerate(measured.names):
         budget = spent * records[name].lora_numbers / numbers
-        values = [squares[place] for _, squares in measured.singular]
-        kept.append(losses.truncated(values, [width * cost for cost, _ in measured.singular], budget))
+        kept.append(losses.truncated([squares[index] for _, squares in measured.singular], costs, budget))
     return spreads.relative(measured.total - torch.tensor(kept, dtype=torch.float64), measured.total)
 
 
+# a number between dots, as in "layers.3.attention"
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
 def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> ModuleFigures:
-    """One module's line. adapters: how many have it."""
-    bases, info = pack.subspace.modules[name], pack.info.modules[name]
-    sides = {}
-    for index, side in enumerate(("down", "up")):
-        basis = bases.side(side)
-        values = basis.singular_values.to(torch.float64)
-        other = measured.sides[name][index] if measured is not None else Side()
-        total = basis.square
-        sides[side] = SideFigures(
-            dimension=basis.dimension,
-            k=basis.n_fitted,
-            rank=spreads.rank(basis),
-            energy=info[side].energy,
-            spectrum=(values.square()[:SPECTRUM] / total).tolist() if total > 0 else [],
-            null=list(other.null),
-            null_energy=other.null_energy,
-            angles=list(other.angles),
-            null_angles=list(other.null_angles),
-            halves_overlap=other.halves_overlap,
-            null_halves_overlap=other.null_halves_overlap,
-        )
+    """Return the figures of one module. adapters: the number of adapters that have it."""
     layer = _NUMBER.search(name)
-    errors = {}
+    errors: dict[str, float] = {}
+    error: float | None = None
+    factor_errors: tuple[float | None, float | None] = None, None
     if measured is not None:
-        errors = {
-            adapter: error
-            for adapter, error in zip(measured.names, measured.errors[name], strict=True)
-            if error is not None
-        }
-    lost = measured.weighted.get(name) if measured is not None else None
-    factor_errors = measured.factor_errors.get(name, (None, None)) if measured is not None else (None, None)
+        by_adapter = zip(measured.names, measured.errors[name], strict=True)
+        errors = {adapter: error for adapter, error in by_adapter if error is not None}
+        error = measured.weighted.get(name)
+        factor_errors = measured.factor_errors.get(name, (None, None))
     worst = max(errors, key=lambda adapter: (errors[adapter], adapter)) if errors else None
+    down, up = (_side(pack, measured, name, side) for side in ("down", "up"))
     return ModuleFigures(
         name=name,
         layer=int(layer[0]) if layer else None,
         kind=_NUMBER.sub("*", name),
         adapters=adapters,
-        down=sides["down"],
-        up=sides["up"],
-        delta_error=lost,
-        energy_kept=1 - lost**2 if lost is not None else None,
+        down=down,
+        up=up,
+        delta_error=error,
+        energy_kept=1 - error**2 if error is not None else None,
         factor_error_down=factor_errors[0],
         factor_error_up=factor_errors[1],
         worst=worst,
@@ -166,14 +154,33 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
     )
 
 
+def _side(pack: Pack, measured: Measured | None, module: str, side: str) -> SideFigures:
+    basis = pack.subspace.modules[module].side(side)
+    refit = measured.sides[module][("down", "up").index(side)] if measured is not None else Side()
+    sigmas, total = basis.singular_values.to(torch.float64), basis.square
+    return SideFigures(
+        dimension=basis.dimension,
+        k=basis.n_fitted,
+        rank=spreads.rank(basis),
+        energy=pack.info.modules[module][side].energy,
+        spectrum=(sigmas.square()[:SPECTRUM] / total).tolist() if total > 0 else [],
+        null=list(refit.null),
+        null_energy=refit.null_energy,
+        angles=list(refit.angles),
+        null_angles=list(refit.null_angles),
+        halves_overlap=refit.halves_overlap,
+        null_halves_overlap=refit.null_halves_overlap,
+    )
+
+
 def module_errors(
-    rows: Sequence[AdapterFigures], measured: Measured | None, modules: Sequence[str]
+    adapters: Sequence[AdapterFigures], measured: Measured | None, modules: Sequence[str]
 ) -> list[list[float | None]]:
-    """The delta error of each adapter in each module."""
+    """Return the delta error of each adapter in each module; no rows if nothing was measured."""
     if measured is None:
         return []
-    places = {name: place for place, name in enumerate(measured.names)}
+    indices = {name: index for index, name in enumerate(measured.names)}
     return [
-        [measured.errors[module][places[row.name]] if row.name in places else None for module in modules]
-        for row in rows
+        [measured.errors[module][indices[adapter.name]] if adapter.name in indices else None for module in modules]
+        for adapter in adapters
     ]

@@ -1,4 +1,4 @@
-"""Errors from squared norms, and errors of a group of adapters as one line."""
+"""Relative errors from squared norms, and their statistics over several adapters."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ from .data import Spread
 
 
 def of(errors: Mapping[str, float]) -> Spread | None:
-    """Of adapters by name; None of nobody."""
+    """Summarise errors by adapter name; None if there are none."""
     if not errors:
         return None
     values = list(errors.values())
@@ -25,25 +25,30 @@ def of(errors: Mapping[str, float]) -> Spread | None:
 
 
 def relative(lost: Tensor, total: Tensor) -> list[float]:
-    """√(lost / total) of each."""
+    """Return √(lost / total) of each adapter."""
     tiny = torch.finfo(total.dtype).tiny
-    found: list[float] = (lost.clamp_min(0) / total.clamp_min(tiny)).sqrt().tolist()
-    return found
+    errors: list[float] = (lost.clamp_min(0) / total.clamp_min(tiny)).sqrt().tolist()
+    return errors
 
 
 def beyond_chance(lost: float, chance: float) -> float:
-    """The share of squared norm that is kept, of what random bases of equal k do not keep anyway: from their errors."""
+    """Return the share of squared norm that is kept, of what random bases of equal size do not keep.
+
+    lost, chance: relative errors in the bases and in random ones.
+    """
     return 1 - lost**2 / chance**2 if chance > 0 else 0.0
 
 
 def width(pack: Pack) -> int:
-    """Bytes of a number of the LoRAs that ratios are taken of: the pack's narrower dtype, 16 bits for integers."""
+    """Return the bytes per number of the LoRAs that ratios refer to: the pack's narrower dtype, 2 for integers."""
     return min(storage_by_name(name).lora_itemsize for name in (pack.storage, pack.coefficient_storage))
 
 
 def rank(basis: Basis) -> int:
-    """Directions of the stack that was fitted, whose spectrum is kept in float32; at least so many where it does not go
-    on to the end."""
+    """Return the numerical rank of the stack that was fitted, from its stored float32 spectrum.
+
+    If the spectrum is cut off, this is a lower bound.
+    """
     values = basis.singular_values
     if basis.tail:
         return len(values)
