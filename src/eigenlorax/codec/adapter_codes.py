@@ -17,10 +17,13 @@ _INTEGER_DTYPES = (np.int8, np.int16, np.int32, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class SideCodes:
-    """The singular components of one update on one side: codes row by row, in the narrowest integer dtype.
+    """Singular components of one update on one side, as integers of the narrowest dtype.
 
-    coefficient_levels, residual_levels: as in `singular_codes.BatchSideCodes`, (r,). coefficients: (rows, k), of the
-    components that have a coefficient level; residuals: (rows, d), of those that have a residual level.
+    Attributes:
+        coefficient_levels: Levels as in `singular_codes.BatchSideCodes`, (r,).
+        coefficients: Codes (rows, k) of the components that have a coefficient level, in order.
+        residual_levels: Levels of the residuals, (r,).
+        residuals: Codes (rows, d) of the components that have a residual level, in order.
     """
 
     coefficient_levels: np.ndarray
@@ -46,7 +49,15 @@ class SideCodes:
 
 @dataclass(frozen=True, slots=True)
 class ModuleCodes:
-    """One update as integers. scales: of its components, (r,). core: (k_up, k_down), empty where core_level is 0."""
+    """One update as integers.
+
+    Attributes:
+        scales: Scales of its singular components, (r,), as in `singular_codes.UpdateCodes`.
+        down: Codes of the components on the down side.
+        up: Codes of the components on the up side.
+        core_level: Level of the core, or 0 if the update is written as components.
+        core: Codes of the core, (k_up, k_down); empty if `core_level` is 0.
+    """
 
     scales: np.ndarray
     down: SideCodes
@@ -79,7 +90,13 @@ UNTRAINED = ModuleCodes(NO_INTEGERS, _NO_SIDE, _NO_SIDE, 0, NO_INTEGERS)
 
 @dataclass(frozen=True, slots=True)
 class AdapterCodes:
-    """One adapter as integers of its quantisation step size, by module. cluster: of the bases that it uses."""
+    """One adapter as integers.
+
+    Attributes:
+        step_size: Quantisation step size of the adapter, absolute.
+        cluster: Cluster whose bases the adapter uses.
+        modules: Codes of its updates, by the modules' names in the subspace.
+    """
 
     step_size: float
     cluster: int
@@ -88,10 +105,13 @@ class AdapterCodes:
 
 @dataclass(frozen=True, slots=True)
 class ModuleLayout:
-    """Sizes and profiles of a module's bases that the codes of an adapter in one cluster are read with.
+    """Sizes and profiles of a module's bases, with which the codes of an adapter in one cluster are read.
 
-    profiles: `QuantisedBasis.profile` of the cluster's bases, (down, up). shape: of the update, (out, in). widths:
-    numbers of rows, (down, up), of the bases of all clusters together; offsets: where the rows of this cluster begin.
+    Attributes:
+        profiles: `QuantisedBasis.profile` of the cluster's bases, (down, up).
+        shape: Shape of the update, (out, in).
+        widths: Numbers of rows, (down, up), of the bases of all clusters together.
+        offsets: First rows, (down, up), of this cluster's bases among those of all clusters.
     """
 
     profiles: tuple[np.ndarray, np.ndarray]
@@ -101,7 +121,7 @@ class ModuleLayout:
 
     @classmethod
     def of(cls, bases: tuple[QuantisedBasis, QuantisedBasis], cluster: int) -> "ModuleLayout":
-        """Return the layout of a cluster. bases: (down, up), of all clusters."""
+        """Return the layout of a cluster, from the bases (down, up) of all clusters."""
         down, up = bases
         return cls(
             (down.block(cluster).profile, up.block(cluster).profile),
@@ -132,7 +152,13 @@ def dequantise_module(
 ) -> Coefficients:
     """Return the coefficients and residuals that codes stand for, float32.
 
-    rank: that of the adapter, which rows of zeros fill up. scaling: of the adapter; the result is divided by it.
+    Args:
+        codes: Codes of one update.
+        step_size: Quantisation step size of the adapter.
+        layout: Layout of the module for the adapter's cluster.
+        rank: Rank of the adapter's factors; rows of zeros fill the coefficients up to it.
+        scaling: Scaling of the adapter, by which the up side is divided.
+        kernel: (height, width) of a convolution.
     """
     # encoded updates contain the scaling; an adapter whose scaling is 0 has the update 0, whatever it is divided by
     up_divisor = scaling or 1.0

@@ -53,7 +53,14 @@ def _code_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _BasisHeader:
-    """Header of a basis, and the entropy-coded stream that follows it. blocks: empty where there is one cluster."""
+    """Header of a basis, and the entropy-coded stream that follows it.
+
+    Attributes:
+        blocks: Number of rows of each cluster; empty if there is one cluster.
+        fineness: As in `QuantisedBasis`, (k,).
+        profile: As in `QuantisedBasis`, (k,).
+        stream: Entropy-coded codes of the rows.
+    """
 
     blocks: tuple[int, ...]
     fineness: np.ndarray
@@ -222,8 +229,14 @@ def _as_classes(numbers: np.ndarray) -> np.ndarray:
 def decode_adapter(data: bytes, layouts: Mapping[str, ModuleLayout], ranks: Mapping[str, int]) -> AdapterCodes:
     """Return the codes of an adapter.
 
-    layouts: of all its modules, each for the adapter's cluster. ranks: of its modules. `FormatError` where the bytes
-    have more components than a rank allows, before any of their numbers is decoded.
+    Args:
+        data: What `encode_adapters` returned.
+        layouts: Layouts of all its modules for the adapter's cluster.
+        ranks: Ranks of the adapter in these modules.
+
+    Raises:
+        FormatError: If the bytes are damaged, or have more components than a rank allows. The latter is checked before
+            any of their numbers is decoded.
     """
     for name, layout in layouts.items():
         check_rank(ranks[name], layout.shape)
@@ -266,7 +279,14 @@ def read_cluster(data: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AdapterHeader:
-    """Header of an adapter, and the entropy-coded stream that follows it. levels: by module, codes without integers."""
+    """Header of an adapter, and the entropy-coded stream that follows it.
+
+    Attributes:
+        step_size: Quantisation step size of the adapter.
+        cluster: Cluster whose bases the adapter uses.
+        levels: Scales and levels by module, as codes without integers.
+        stream: Entropy-coded integers of all modules.
+    """
 
     step_size: float
     cluster: int
@@ -277,8 +297,11 @@ class AdapterHeader:
 def read_header(data: bytes, names: Sequence[str], max_components: int) -> AdapterHeader:
     """Read the header of an adapter.
 
-    names: of its modules in the subspace, sorted. max_components: of all modules together, which bounds the memory that
-    deflated levels may take.
+    Args:
+        data: What `encode_adapters` returned.
+        names: Names of the adapter's modules in the subspace, sorted.
+        max_components: Number of singular components of all modules together, at most. It bounds the memory that
+            deflated levels may take.
     """
     flags, at = _decode_varint(data, _STEP_BYTES)
     wide = bool(flags & _WIDE_COUNTS)
@@ -332,7 +355,14 @@ def _decode_levels(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCod
 def _with_codes(
     levels: ModuleCodes, core: np.ndarray, sides: Sequence[np.ndarray], layout: ModuleLayout
 ) -> ModuleCodes:
-    """Return a module's levels with its codes. sides: as in `_code_arrays`, without the core, flat."""
+    """Return a module's levels with its codes.
+
+    Args:
+        levels: Scales and levels, without integers.
+        core: Codes of the core, flat.
+        sides: The other arrays of `_code_arrays`, flat.
+        layout: Layout of the module.
+    """
     k = [len(profile) for profile in layout.profiles]
     filled = []
     for side, side_levels in enumerate((levels.down, levels.up)):

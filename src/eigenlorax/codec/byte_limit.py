@@ -22,10 +22,17 @@ def encode_within(
 ) -> EncodedCollection:
     """Return the collection encoded with the smallest common error bound whose bytes are at most `limit`.
 
-    Each turn encodes the collection for an error bound and measures its bytes; bisection on the logarithm, since bytes
-    fall as the error bound grows.
+    Each turn encodes the collection for an error bound and measures its bytes. The search bisects on the logarithm,
+    since bytes fall as the error bound grows.
 
-    refusal: the message of the `OptionError` if the limit is out of reach, from the fewest bytes that were reached.
+    Args:
+        collection: The surveyed collection.
+        limit: Largest number of bytes.
+        measure_bytes: Returns the bytes of an encoded collection.
+        refusal: Returns the message of the error, from the fewest bytes that were reached.
+
+    Raises:
+        OptionError: If no error bound has so few bytes.
     """
     best: EncodedCollection | None = None
     # the nearest error bounds with which there are too many bytes, and not too many
@@ -61,7 +68,7 @@ def encode_within(
 
 
 def _beyond(collection: CollectionEncoder, point: RatePoint, target: float, turn: int, *, grow: bool) -> float:
-    """Return an error bound beyond all that were tried. grow: bytes are too many still, so the bound must grow."""
+    """Return an error bound beyond all that were tried: larger if `grow`, else smaller."""
     # as far from the estimate as the last turn was, and further each time
     push: float = 1.02 ** (2.0**turn)
     # the estimate is off by about the same factor at the next bound as at the last one

@@ -29,8 +29,13 @@ _CHUNK = 64
 def similarities(updates: SvdBatch, weights: Float[Tensor, " n"], sampled: Sequence[int]) -> Float[Tensor, "n s"]:
     """Return the similarity of every adapter of a module with the sampled ones.
 
-    That is Σ over both sides of ‖X_i · X_jᵀ‖², where the rows of X are singular vectors times singular values.
-    weights: of the adapters, 1 / ‖update‖ over all modules.
+    The similarity of adapters i and j is Σ ‖X_i · X_jᵀ‖² over both sides. The rows of X are singular vectors times
+    singular values.
+
+    Args:
+        updates: Updates of n adapters in one module.
+        weights: 1 / ‖update‖ over all modules, of each adapter.
+        sampled: Indices of the s adapters to compare with.
     """
     at = torch.tensor(list(sampled), dtype=torch.int64)
     similarity = torch.zeros(len(updates), len(at), dtype=torch.float64)
@@ -52,9 +57,14 @@ def sample_adapters(n: int) -> list[int]:
 
 
 def candidate_groupings(similarity: Float[Tensor, "n s"], sampled: Sequence[int]) -> list[list[int]]:
-    """Return a group for each adapter, numbered by first appearance, for every number of groups that separates them.
+    """Return groupings of all adapters, for every number of groups that separates them.
 
-    similarity: of every adapter with the sampled ones, which are among them.
+    Args:
+        similarity: Similarity of n adapters with the s sampled ones.
+        sampled: Indices of the sampled adapters among the n.
+
+    Returns:
+        For each grouping, the group of every adapter. Groups are numbered by first appearance.
     """
     among_sampled = similarity[list(sampled)]
     norm = among_sampled.diagonal().clamp_min(1e-300).sqrt()

@@ -55,7 +55,12 @@ Energies = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class UpdateSource:
-    """The update of one adapter in a module. index: of the adapter in the collection; read: returns its factors."""
+    """The update of one adapter in a module, not read yet.
+
+    Attributes:
+        index: Index of the adapter in the collection.
+        read: Returns the factors of the update.
+    """
 
     index: int
     read: Callable[[], LoRAFactors]
@@ -63,9 +68,14 @@ class UpdateSource:
 
 @dataclass(frozen=True, slots=True)
 class ModuleUpdates:
-    """The updates of one module that are not 0, or of those of one cluster that has bases of its own.
+    """The updates of one module that are not 0, or those of one cluster that has bases of its own.
 
-    shape: (out, in). numbers: of all factors together.
+    Attributes:
+        name: Name of the module in the subspace.
+        shape: Shape of the updates, (out, in).
+        sources: The updates, by adapter.
+        numbers: Number of elements of all factors together.
+        cluster: Cluster of the adapters.
     """
 
     name: str
@@ -96,10 +106,13 @@ class ModuleUpdates:
 
 @dataclass(frozen=True, slots=True)
 class EncodedCollection:
-    """An encoded collection. Adapters lack modules that they have not trained.
+    """An encoded collection.
 
-    bases: by module, those of all clusters concatenated. energies: by module. adapters, errors: in the order of the
-    collection; errors are relative Frobenius errors over all modules.
+    Attributes:
+        bases: Bases (down, up) by module, those of all clusters concatenated.
+        energies: Energies by module.
+        adapters: Codes of each adapter, without the modules that it has not trained.
+        errors: Relative Frobenius error of each adapter over all modules.
     """
 
     bases: Mapping[str, BasisPair]
@@ -110,9 +123,14 @@ class EncodedCollection:
 
 @dataclass(frozen=True, slots=True)
 class _QuantisedPlan:
-    """Quantised bases, by module and cluster, and the largest step sizes within the error bound.
+    """Quantised bases, and the largest step sizes within the error bound.
 
-    reach: geometric mean of the step sizes relative to the planned ones.
+    Attributes:
+        bases: Bases (down, up) by module and cluster.
+        energies: Energies by module.
+        step_sizes: Quantisation step size of each adapter, absolute.
+        errors: Relative error of each adapter.
+        reach: Geometric mean of the step sizes relative to the planned ones.
     """
 
     bases: Mapping[tuple[str, int], BasisPair]
@@ -133,9 +151,13 @@ class RatePoint:
 class CollectionEncoder:
     """The modules of a collection, surveyed once, that can then be encoded for any error bound.
 
-    norms: of the n adapters over all modules, none of which is 0. step_sizes: to survey, relative to the norms. groups:
-    the cluster of each adapter; one cluster by default. whole: the same collection in one cluster, whose singular
-    components are used again where it holds them.
+    Args:
+        modules: Updates of all modules.
+        norms: Norm of each adapter over all modules, none of which is 0.
+        step_sizes: Step sizes to survey, relative to the norms.
+        progress: Called while modules are worked on.
+        groups: Cluster of each adapter. One cluster by default.
+        whole: The same collection in one cluster, whose singular components are used again if it holds them.
     """
 
     def __init__(
@@ -339,7 +361,7 @@ def _cheapest_pair(
 
 
 def _energies(updates: SvdBatch, norms: Tensor, bases: BasisPair) -> Energies:
-    """Return the energies of one cluster of a module. norms: of its adapters over all modules, (n,)."""
+    """Return the energies of a module's updates, given the norms (n,) of their adapters over all modules."""
     relative = updates.s / norms[:, None]
     inside = []
     for side, basis in zip(("down", "up"), bases, strict=True):
@@ -355,9 +377,15 @@ def _energies(updates: SvdBatch, norms: Tensor, bases: BasisPair) -> Energies:
 def encode_adapter(
     updates: Mapping[str, tuple[LoRAFactors, BasisPair]], cluster: int, error: float
 ) -> tuple[AdapterCodes, float]:
-    """Encode one adapter in the existing bases of a cluster; return also its delta error, at most `error`.
+    """Encode one adapter in existing bases.
 
-    updates: by module, none of them 0, with the bases of the cluster.
+    Args:
+        updates: Factors and the cluster's bases by module, without updates that are 0.
+        cluster: Cluster that the bases are of.
+        error: Bound on the adapter's relative error.
+
+    Returns:
+        The codes, and the relative error of the adapter, at most `error`.
     """
     batches = {name: SvdBatch.of([factors]) for name, (factors, _) in updates.items()}
     norm = math.sqrt(sum(float(batch.s.square().sum()) for batch in batches.values()))

@@ -39,10 +39,13 @@ _DECIMALS = Context(prec=30)
 
 @dataclass(frozen=True, slots=True)
 class ClassTable:
-    """The distribution of a class, over the symbols that are left of integers without their `raw_bits` low bits.
+    """The distribution of a class, over the symbols that are left of integers without their low bits.
 
-    first: the smallest symbol. bounds: cumulated frequencies, (symbols + 2,): the last interval is that of the escape,
-    which stands for all integers beyond the table.
+    Attributes:
+        raw_bits: Number of low bits that are written as they are.
+        first: The smallest symbol.
+        bounds: Cumulated frequencies, (symbols + 2,). The last interval is that of the escape, which stands for all
+            integers beyond the table.
     """
 
     raw_bits: int
@@ -159,10 +162,20 @@ def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
 def _decode_symbols(
     states: np.ndarray, words: np.ndarray, first_words: np.ndarray, tables: "_StreamTables", lanes: "_Lanes"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the symbol of every integer, and the index of the first word of each stream that was not read.
+    """Decode the symbols of all streams.
 
-    states: of the lanes, changed in place. `FormatError` where the words are too few or do not lead back to the first
-    states.
+    Args:
+        states: Last states of the lanes, changed in place.
+        words: Words of all streams.
+        first_words: Index of the first word of each stream.
+        tables: Tables of all integers.
+        lanes: Division of the streams into lanes.
+
+    Returns:
+        The symbol of every integer, and the index of the first word of each stream that was not read.
+
+    Raises:
+        FormatError: If the words are too few or do not lead back to the first states.
     """
     next_words = first_words.copy()
     # no table has more than 256 symbols
@@ -257,9 +270,15 @@ class _StreamTables:
 
 @dataclass(frozen=True, slots=True)
 class _Lanes:
-    """The division of streams into lanes: lane l of the n of a stream has every n-th of its integers from the l-th on.
+    """Division of streams into lanes: lane l of n has every n-th integer of its stream, from the l-th on.
 
-    stream, start, stride, length: by lane. slices: the integers of each stream; counts: how many lanes it has.
+    Attributes:
+        stream: Stream of each lane, ascending.
+        start: First integer of each lane, counted over all streams.
+        stride: Distance between the integers of each lane.
+        length: Number of integers of each lane.
+        slices: The integers of each stream.
+        counts: Number of lanes of each stream.
     """
 
     stream: np.ndarray

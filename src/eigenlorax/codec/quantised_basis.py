@@ -22,8 +22,12 @@ _QUARTER_OCTAVES = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.68179
 class QuantisedBasis:
     """Rows of a basis as integers: row a is codes[a] · 2^(−fineness[a] / 4).
 
-    profile: by how many classes coefficients on each row are smaller than on the row where they are largest, 0 or less.
-    blocks: the number of rows of each cluster, where there are several; the rows of one cluster are nearly orthonormal.
+    Attributes:
+        codes: Integers of the rows.
+        fineness: Step size of each row, in quarters of an octave below 1.
+        profile: Number of classes, 0 or less, by which coefficients on each row are smaller than on the row where they
+            are largest.
+        blocks: Number of rows of each cluster; empty if there is one. The rows of one cluster are nearly orthonormal.
     """
 
     codes: Int[Tensor, "k d"]
@@ -97,12 +101,16 @@ def quantise_basis(
 ) -> QuantisedBasis:
     """Quantise orthonormal rows, each with a step size that is the inverse of its importance.
 
-    An error in a row is an error of every update, in proportion to the coefficients on that row: with these step sizes
-    a code of a basis costs as much squared error as a code of an adapter. Rows all of whose codes would be 0 are left
-    out.
+    An error in a row is an error of every update, in proportion to the coefficients on that row. With these step sizes,
+    a code of a basis costs as much squared error as a code of an adapter.
 
-    importance: the norm of all adapters' coefficients on each row, in units of their step sizes. energy: the mean
-    square of the coefficients on each row, up to a common factor.
+    Args:
+        rows: Orthonormal rows.
+        importance: Norm of all adapters' coefficients on each row, in units of their step sizes.
+        energy: Mean square of the coefficients on each row, up to a common factor.
+
+    Returns:
+        The basis, without rows all of whose codes would be 0.
     """
     # a number of a unit row is about d^(−½): below 0.4 of a step size, nearly all of them round to 0
     survives = importance > 0.4 * rows.shape[1] ** 0.5

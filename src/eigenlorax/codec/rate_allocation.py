@@ -37,9 +37,12 @@ _COMPONENT_COUNTS = (
 
 @dataclass(frozen=True, slots=True)
 class SideStatistics:
-    """The leading common components of one side of a module, and what its rows have on each.
+    """The leading common components of one side of a module, and how much of each row lies along them.
 
-    components: orthonormal. energies: squared coordinates of the unit rows of all adapters.
+    Attributes:
+        components: Orthonormal rows.
+        energies: Squared coordinates of the unit singular vectors of all adapters.
+        dimension: Width d of the side.
     """
 
     components: Float[Tensor, "k d"]
@@ -49,10 +52,14 @@ class SideStatistics:
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatistics:
-    """Everything that the rate allocation knows of a module.
+    """Summary of a module's updates, all that the rate allocation needs.
 
-    lengths: singular values of all adapters' components, relative to the norms of their adapters over all modules.
-    owners: the adapter of each. n: the number of adapters.
+    Attributes:
+        down: Statistics of the down side.
+        up: Statistics of the up side.
+        lengths: Singular values, relative to the norms of their adapters over all modules.
+        owners: Adapter of each singular value.
+        n: Number of adapters.
     """
 
     down: SideStatistics
@@ -63,7 +70,7 @@ class ModuleStatistics:
 
     @classmethod
     def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"]) -> "ModuleStatistics":
-        """Summarise the updates of a module. weights: of its adapters, 1 / ‖update‖ over all modules."""
+        """Summarise the updates of a module, given the weights 1 / ‖update‖ of their adapters over all modules."""
         lengths = updates.s * weights[:, None]
         n, rank = lengths.shape
         down, up = (_side_statistics(updates.rows(side), lengths) for side in ("down", "up"))
@@ -98,9 +105,12 @@ def _leading_components(rows: Tensor) -> Tensor:
 class RateEstimate:
     """The estimated cost of a module at one step size.
 
-    k: numbers of components (k_down, k_up). bits: of each adapter; basis_bits: of both bases. squared_errors: of each
-    adapter; in units of the squared step size where `estimate_rate` compares them, relative to its squared norm in the
-    end.
+    Attributes:
+        k: Numbers of components, (k_down, k_up).
+        basis_bits: Bits of both bases.
+        bits: Bits of each adapter.
+        squared_errors: Squared error of each adapter. While estimates are compared, in units of the squared step size;
+            as `estimate_rate` returns it, relative to the squared norm of the adapter.
     """
 
     k: tuple[int, int]
@@ -122,7 +132,9 @@ def component_counts(most: int) -> list[int]:
 def estimate_rate(module: ModuleStatistics, step_size: float) -> RateEstimate:
     """Estimate the cost of a module with the best numbers of components.
 
-    step_size: of every adapter, relative to the adapter's norm.
+    Args:
+        module: Statistics of the module.
+        step_size: Step size of every adapter, relative to the adapter's norm.
     """
     costs = _ModuleCosts.of(module, step_size)
     best = costs.with_components(costs.best_counts())
@@ -137,10 +149,16 @@ def estimate_rate(module: ModuleStatistics, step_size: float) -> RateEstimate:
 
 @dataclass(frozen=True, slots=True)
 class _SideCosts:
-    """Costs of one side's rows for every number of components in `counts`, in bits and squared step sizes.
+    """Costs of one side's rows for every number of components in `counts`.
 
-    costs: rate–distortion costs. inside: the share of each row's square in the leading components, as they will be
-    quantised. energy: the mean square of the rows on each component, (k,).
+    Attributes:
+        counts: Numbers of components, ascending.
+        basis_bits: Bits of the basis.
+        bits: Bits of each row.
+        squared_errors: Squared error of each row, in squared step sizes.
+        costs: Rate–distortion cost of each row, in bits.
+        inside: Share of each row's square in the leading components, as they will be quantised.
+        energy: Mean square of the rows on each component.
     """
 
     counts: list[int]
@@ -185,8 +203,13 @@ def _coefficient_costs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return bits and squared error of the coefficients of each row, (rows, counts).
 
-    weighted: squared coefficients, (rows, k); energy: their means over the rows. Each row is taken to have the mean
-    distribution of energy over the components, so that rows of about one norm cost the same and are looked up once.
+    Each row is taken to have the mean distribution of energy over the components, so that rows of about one norm cost
+    the same and are looked up once.
+
+    Args:
+        weighted: Squared coefficients, (rows, k).
+        energy: Their means over the rows, (k,).
+        counts: Numbers of components.
     """
     if not len(energy):
         return np.zeros((len(weighted), 1)), np.zeros((len(weighted), 1))
@@ -203,10 +226,16 @@ def _sums_of_leading(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _ModuleCosts:
-    """Costs of both sides of a module at one step size. lengths: of all singular components, in step sizes.
+    """Costs of both sides of a module at one step size.
 
-    Methods take which of the `counts` of either side is meant, (down, up), and return squared errors in squared step
-    sizes.
+    Methods take the indices, (down, up), of numbers of components in `counts`, and return squared errors in squared
+    step sizes.
+
+    Attributes:
+        module: Statistics of the module.
+        lengths: Singular values in step sizes.
+        down: Costs of the down side.
+        up: Costs of the up side.
     """
 
     module: ModuleStatistics
@@ -274,10 +303,13 @@ class _ModuleCosts:
 
 @dataclass(frozen=True, slots=True)
 class RatePlan:
-    """Step sizes and numbers of components for an error. bits: about how many the whole collection takes.
+    """Step sizes and numbers of components for an error.
 
-    step_sizes: of each adapter, relative to its norm, (n,). k: of each module, candidates for (k_down, k_up): those of
-    the nearest surveyed step size, and of the next smaller and larger one.
+    Attributes:
+        step_sizes: Step size of each adapter, relative to its norm, (n,).
+        k: Candidates for (k_down, k_up) of each module: those of the surveyed step size next to the adapters' mean, and
+            of the next smaller and larger one.
+        bits: Bits of the whole collection, estimated.
     """
 
     step_sizes: np.ndarray
@@ -288,7 +320,11 @@ class RatePlan:
 class RateSurvey:
     """Estimates of all modules at a grid of step sizes, from which a plan for any error is interpolated.
 
-    n: the number of adapters. step_sizes: relative to their norms. Each module is added once.
+    Each module is added once.
+
+    Args:
+        n: Number of adapters.
+        step_sizes: Step sizes of the grid, relative to the norms of the adapters.
     """
 
     def __init__(self, n: int, step_sizes: Sequence[float]) -> None:
@@ -299,7 +335,7 @@ class RateSurvey:
         self._members: list[list[int]] = []
 
     def add(self, module: ModuleStatistics, members: Sequence[int]) -> None:
-        """Add the estimates of a module. members: the indices of its adapters in the collection."""
+        """Add the estimates of a module, whose adapters have the indices `members` in the collection."""
         estimates = [estimate_rate(module, float(step_size)) for step_size in self.step_sizes]
         for row, estimate in enumerate(estimates):
             self._bits[row, list(members)] += estimate.bits

@@ -39,9 +39,13 @@ OVERHEAD = 16.0
 
 @dataclass(frozen=True, slots=True)
 class BatchSideCodes:
-    """One side of the components of several updates. A level is a class plus 1, or 0 where all codes are 0.
+    """One side of the singular components of several updates. A level is a class plus 1, or 0 if all codes are 0.
 
-    coefficients: of class level − 1 + profile of the basis; residuals: of class level − 1.
+    Attributes:
+        coefficients: Codes of class level − 1 + profile of the basis.
+        coefficient_levels: Level of each vector's coefficients.
+        residuals: Codes of class level − 1.
+        residual_levels: Level of each vector's residual.
     """
 
     coefficients: Int[Tensor, "n r k"]
@@ -67,9 +71,16 @@ class BatchSideCodes:
 class UpdateCodes:
     """Several updates as integers: of singular components, or of a core between the bases in their place.
 
-    scales: of each component, in eighths of an octave of step sizes; counts: how many components each update keeps.
-    cores: of class level − 1 + both profiles. bits: about what each update takes in a file. squared_errors: of each
-    update, absolute.
+    Attributes:
+        down: Components on the down side.
+        up: Components on the up side.
+        scales: Scale of each component, in eighths of an octave of step sizes.
+        counts: Number of components that each update keeps.
+        cores: Codes of class level − 1 + the profiles of both bases; 0 for updates that have components.
+        core_levels: Level of each core; 0 for updates that have components.
+        step_sizes: Quantisation step size of each update, absolute.
+        bits: Bits of each update in a file, estimated.
+        squared_errors: Squared error of each update, absolute.
     """
 
     down: BatchSideCodes
@@ -97,8 +108,11 @@ def encode_updates(
 ) -> UpdateCodes:
     """Encode updates, each in the form that costs less: singular components, or a core between the bases.
 
-    step_sizes: quantisation step size of each update, absolute. down, up: the bases of the updates' cluster, possibly
-    without a row.
+    Args:
+        updates: Updates of one module.
+        step_sizes: Quantisation step size of each update, absolute.
+        down: Basis of the down side, possibly without a row.
+        up: Basis of the up side, possibly without a row.
     """
     codes = _encode_components(updates, step_sizes, down, up)
     # a core with many more numbers than the components cannot pay, and would take much memory
@@ -252,9 +266,12 @@ def _encode_side(rows: Tensor, basis: QuantisedBasis) -> tuple[BatchSideCodes, T
 
 
 def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for vectors of codes (…, d), the level that takes fewest bits of a few, and those bits.
+    """Return the cheapest level of each vector, of a few that are tried, and its bits.
 
-    scaled: the numbers before rounding, scaled to one spread throughout the vector.
+    Args:
+        codes: Integers, (…, d).
+        scaled: The numbers before rounding, (…, d), scaled to one spread throughout the vector.
+        profile: Classes that are added to the level for each number, (d,).
     """
     # by the mean absolute value and not the square, so that a few large numbers do not make all others dear; and lower
     # still, for vectors that are nearly zero apart from these
@@ -268,9 +285,15 @@ def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Te
 
 
 def dequantise(codes: UpdateCodes, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors that codes of components stand for, (n, r, in) and (n, r, out), float64.
+    """Return the factors that codes of components stand for.
 
-    down, up: the rows of the bases. Update i is the product of factors i, up transposed.
+    Args:
+        codes: Codes of n updates, all of components.
+        down: Rows of the basis of the down side, (k_down, in).
+        up: Rows of the basis of the up side, (k_up, out).
+
+    Returns:
+        Factors (n, r, in) and (n, r, out), float64. An update is the product of the second, transposed, with the first.
     """
     weight = (codes.step_sizes[:, None] * torch.exp2(-codes.scales.to(torch.float64) / SCALES)).sqrt()[..., None]
     return codes.down.rows(down) * weight, codes.up.rows(up) * weight

@@ -41,13 +41,23 @@ def strict_bound(error: float) -> float:
 def search_step_sizes(
     measure: MeasureErrors, step_sizes: Tensor, errors: Tensor, bound: float
 ) -> tuple[Tensor, Tensor]:
-    """Find the largest step size of each adapter whose error stays below `bound`; return the errors with them, too.
-
-    step_sizes, errors: where the search starts, (n,). `OptionError` if no step size is small enough.
+    """Find the largest quantisation step size of each adapter whose error stays below `bound`.
 
     All adapters are searched together, since a round decodes all modules. For each, the search keeps the largest step
     size that is good and the smallest that is bad. It interpolates and bisects between them, and does not rely on
     slopes: errors grow with the step size, but they jump where whole components vanish.
+
+    Args:
+        measure: Returns the errors of adapters from their step sizes.
+        step_sizes: Step sizes to start from, (n,), as they can be written.
+        errors: Errors with these step sizes, (n,).
+        bound: Bound on the error of each adapter.
+
+    Returns:
+        The step sizes and the errors with them.
+
+    Raises:
+        OptionError: If no step size is small enough.
     """
     good, good_errors = torch.zeros_like(step_sizes), torch.zeros_like(errors)
     bad, bad_errors = torch.full_like(step_sizes, math.inf), torch.full_like(errors, math.inf)
@@ -89,8 +99,12 @@ def as_written(step_sizes: Tensor) -> Tensor:
 def step_size_grid(error: float, numbers: int) -> list[float]:
     """Return step sizes to survey for an error bound, relative to the norm of an adapter, half an octave apart.
 
-    numbers: of an adapter's factors, at most. The smallest step size is that of an adapter each of whose numbers is
-    encoded; the largest is that of one that loses whole components.
+    The smallest step size is that of an adapter each of whose numbers is encoded. The largest is that of one that loses
+    whole components.
+
+    Args:
+        error: The error bound.
+        numbers: Number of elements of an adapter's factors, at most.
     """
     # a rounding error is about 0.1 of the squared step size: 1/12, and the dead zone's
     smallest, largest = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, SURVEY_RANGE[1])

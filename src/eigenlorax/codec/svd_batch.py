@@ -17,8 +17,11 @@ BATCH_NUMBERS = 2**23
 class SvdBatch:
     """Updates of one module by their singular components: update i is Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ.
 
-    Components are sorted by singular value, the largest first; those that an update lacks are 0. ranks: of the factors
-    of each update, which an encoded update has again when it is decoded.
+    Attributes:
+        u: Left singular vectors, as rows; 0 for components that an update lacks.
+        s: Singular values, the largest first.
+        v: Right singular vectors, as rows.
+        ranks: Rank of each update's factors, which an encoded update has again when it is decoded.
     """
 
     u: Float[Tensor, "n r n_out"]

@@ -43,8 +43,12 @@ class ModuleSizes:
 class ModuleSlot:
     """Metadata of one module of an adapter, which a reader needs beside the tensors of its coefficients.
 
-    subspace_module: the module's name in the subspace. kernel: (height, width) of a convolution, empty for a linear
-    module. sizes: what the tensors must fit; None where the caller checks that.
+    Attributes:
+        subspace_module: Name of the module in the subspace.
+        rank: Rank of the adapter in this module.
+        scaling: Scaling of the adapter in this module.
+        kernel: (height, width) of a convolution; empty for a linear module.
+        sizes: Sizes that the tensors must have; None if the caller checks them.
     """
 
     subspace_module: str
@@ -78,10 +82,14 @@ class ModuleSlot:
 
 @dataclass(frozen=True, slots=True)
 class Storage(ABC):
-    """One way to store components, coefficients, or both. dtype: of the numbers in memory.
+    """One way to store components, coefficients, or both.
 
-    A storage that cannot hold components raises `OptionError` from the methods about bases, and one that is not made
-    by projection raises it from `prepare` and `project`.
+    A storage that cannot hold components raises `OptionError` from the methods about bases, and one that is not made by
+    projection raises it from `prepare` and `project`.
+
+    Attributes:
+        name: Name that users and manifests write.
+        dtype: Dtype of the numbers in memory.
     """
 
     name: str
@@ -119,8 +127,7 @@ class Storage(ABC):
 
     @property
     def pairs_components(self) -> bool:
-        """True if component j of the down side goes with component j of the up side alone, so that both sides need
-        equally many."""
+        """True if component j of the down side goes with component j of the up side alone."""
         return False
 
     @property
@@ -160,15 +167,19 @@ class Storage(ABC):
     def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
         """Return the tensors of a basis's stored rows by their names in the subspace's file.
 
-        key: the name that a plain float tensor has; other storages append a suffix.
+        Args:
+            basis: The basis.
+            key: Name of the tensor if it is plain floats; other storages append a suffix.
         """
 
     def decode_bases(
         self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
     ) -> Mapping[str, Tensor]:
-        """Decode a subspace's file as a whole, where that is cheaper than basis by basis, for `read_components`.
+        """Decode a subspace's file as a whole for `read_components`, where that is cheaper than basis by basis.
 
-        shapes: (k, d) of the fitted rows of each basis, by its key.
+        Args:
+            tensors: Tensors of the file.
+            shapes: Shape (k, d) of the fitted rows of each basis, by its key.
         """
         return tensors
 
@@ -176,17 +187,30 @@ class Storage(ABC):
     def read_components(
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
     ) -> list[StoredRows]:
-        """Read what `basis_tensors` wrote: the fitted rows, then the rows of each stored extension.
+        """Read what `basis_tensors` wrote.
 
-        grown: number of rows of each extension, by its index in the growth of the subspace. `KeyError` or `ValueError`
-        where the tensors do not have these sizes.
+        Args:
+            tensors: Tensors of the subspace's file, as `decode_bases` returned them.
+            key: Key that the basis was written with.
+            n_fitted: Number of rows that the fit has found.
+            grown: Number of stored rows of each extension, by its index in the growth of the subspace.
+            dimension: Width of the rows.
+
+        Returns:
+            The fitted rows, then the rows of each extension.
+
+        Raises:
+            KeyError: If a tensor is missing.
+            ValueError: If a tensor has another shape or dtype.
         """
 
     @abstractmethod
     def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         """Return the same updates in the factors whose coefficients lose least by rounding to this storage.
 
-        products: dtype of large products, as for `subspace.balanced`.
+        Args:
+            batch: Updates of one module.
+            products: Dtype of large products, as for `projection.balance_batch`.
         """
 
     @abstractmethod
@@ -205,10 +229,20 @@ class Storage(ABC):
     def read_adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
     ) -> tuple[Mapping[str, Coefficients], Payload | None]:
-        """Read what `adapter_tensors` wrote, and the payload. Removes both from the file's `tensors`.
+        """Read what `adapter_tensors` wrote, or the payload in its place.
 
-        subspace: returns the pack's subspace at the time when the adapter was written; called only where it is needed.
-        `KeyError` or `ValueError` where the tensors do not fit `slots`.
+        Args:
+            tensors: Tensors of the adapter's file; those that are read are removed.
+            slots: Metadata of the adapter's modules.
+            subspace: Returns the pack's subspace at the time when the adapter was written. Called only where it is
+                needed.
+
+        Returns:
+            The coefficients by the adapter's own module names, and the payload.
+
+        Raises:
+            KeyError: If a tensor is missing.
+            ValueError: If a tensor does not fit `slots`.
         """
 
 

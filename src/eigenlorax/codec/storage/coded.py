@@ -134,7 +134,14 @@ def basis_bytes(basis: Basis) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class CoefficientMetadata:
-    """Metadata of one module's coefficients, known without their numbers. residual_sides: those that have one."""
+    """Metadata of one module's coefficients, known without their numbers.
+
+    Attributes:
+        rank: Rank of the adapter in this module.
+        scaling: Scaling of the adapter in this module.
+        kernel: (height, width) of a convolution; empty for a linear module.
+        residual_sides: The sides that have a residual.
+    """
 
     rank: int
     scaling: float
@@ -145,7 +152,12 @@ class CoefficientMetadata:
 class CodedCoefficients(LazyMapping[Coefficients]):
     """The coefficients of a coded adapter by the adapter's own module names, decoded to floats at each access.
 
-    The floats take many times the memory of the codes. layouts: by the modules' names in the subspace, as the codes.
+    The floats take many times the memory of the codes.
+
+    Args:
+        codes: Codes of the adapter.
+        layouts: Layouts of its modules, by their names in the subspace.
+        slots: Metadata of its modules, by the adapter's own names.
     """
 
     __slots__ = ("_codes", "_slots")

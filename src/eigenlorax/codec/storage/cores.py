@@ -32,7 +32,9 @@ NOT_PAIRED = (
 class CoreStorage(Storage):
     """Cores of one kind in files; in memory an adapter has coefficients whose product is the core.
 
-    kind: of `keys.CORES`. stored: the dtype of cores in the file.
+    Attributes:
+        kind: Kind of the cores, of `keys.CORES`.
+        stored: Dtype of the cores in the file.
     """
 
     kind: str

@@ -74,10 +74,15 @@ def adapter_payload(batch: CoefficientBatch, row: int, module: str) -> dict[str,
 def as_float_tensors(
     tensors: Mapping[str, Tensor], slots: Callable[[], Mapping[str, ModuleSlot]], subspace: Callable[[], Subspace]
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file as a float storage has them; `FormatError` if they cannot be decoded.
+    """Return the tensors of an adapter's file as a float storage has them.
 
-    slots: returns the metadata of the adapter's modules; subspace: returns its subspace. Both are called only where
-    the adapter's storage needs them.
+    Args:
+        tensors: Tensors of the file.
+        slots: Returns the metadata of the adapter's modules. Called only where the adapter's storage needs it.
+        subspace: Returns the adapter's subspace. Called only where the adapter's storage needs it.
+
+    Raises:
+        FormatError: If the coefficients cannot be decoded.
     """
     try:
         kind = next((kind for kind, name in keys.CORES.items() if any(k.endswith(f".{name}") for k in tensors)), None)
