@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigenlorax.codec import entropy, logistic
+from eigenlorax.codec import class_tables, entropy, logistic
 from eigenlorax.errors import FormatError
 
 
@@ -21,8 +21,8 @@ def integers(n: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 def bits_in_class(values: np.ndarray, number: int) -> float:
     """Return the bits that integers take by the distribution of a class."""
-    table = entropy.class_table(number)
-    bits = entropy.PRECISION - np.log2(np.diff(table.bounds)) + table.raw_bits
+    table = class_tables.class_table(number)
+    bits = class_tables.PRECISION - np.log2(np.diff(table.bounds)) + table.raw_bits
     bits[-1] += 32 - table.raw_bits
     symbols = (values >> table.raw_bits) - table.first
     escaped = (symbols < 0) | (symbols >= table.escape)
@@ -80,9 +80,9 @@ def test_zeros_are_nearly_free() -> None:
 
 @pytest.mark.parametrize("number", [0, 9, 16, 24, 31, 60, 127])
 def test_tables_are_the_logistic_distribution(number: int) -> None:
-    table = entropy.class_table(number)
+    table = class_tables.class_table(number)
     assert table.bounds[0] == 0
-    assert table.bounds[-1] == 1 << entropy.PRECISION
+    assert table.bounds[-1] == 1 << class_tables.PRECISION
     assert (np.diff(table.bounds) >= 1).all()
     with localcontext() as context:
         context.prec = 40
@@ -90,21 +90,21 @@ def test_tables_are_the_logistic_distribution(number: int) -> None:
         # what is below the integers whose first bits are one more than 0's
         edge = (Decimal(2**table.raw_bits) - Decimal("0.5")) / scale
         below = 1 / (1 + (-edge).exp())
-    assert table.bounds[1 - table.first] / (1 << entropy.PRECISION) == pytest.approx(float(below), abs=0.01)
+    assert table.bounds[1 - table.first] / (1 << class_tables.PRECISION) == pytest.approx(float(below), abs=0.01)
 
 
 @pytest.mark.parametrize("number", [3, 61])
 def test_tables_do_not_depend_on_what_a_program_does_with_decimals(number: int) -> None:
-    wanted = entropy.class_table(number).bounds.tolist()
+    wanted = class_tables.class_table(number).bounds.tolist()
     with localcontext() as context:
         context.prec = 3
-        assert entropy.class_table.__wrapped__(number).bounds.tolist() == wanted
+        assert class_tables.class_table.__wrapped__(number).bounds.tolist() == wanted
 
 
 def test_the_class_of_a_spread_is_the_cheapest_or_next_to_it() -> None:
     for spread in (0.3, 1.0, 3.0, 20.0, 500.0):
         values, _ = integers(20_000, spread)
-        costs = [bits_in_class(values, number) for number in range(entropy.CLASSES)]
+        costs = [bits_in_class(values, number) for number in range(class_tables.CLASSES)]
         assert abs(int(np.argmin(costs)) - class_of(spread)) <= 2
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import eigenlorax as ex
 from adapters import MODULES, change_tensors, factors, make_adapter, make_adapters
-from eigenlorax.codec import entropy
+from eigenlorax.codec import class_tables, entropy
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning, UntrainedAdapterWarning
 from planted import factors_in, orthonormal, shared_collection
@@ -307,7 +307,7 @@ class TestCoded:
 
     def test_lanes_and_numbers_of_every_class(self):
         random = np.random.default_rng(1)
-        classes = np.sort(random.integers(0, entropy.CLASSES, 40_000))
+        classes = np.sort(random.integers(0, class_tables.CLASSES, 40_000))
         values = (
             np.rint(random.logistic(size=40_000) * 2.0 ** (classes / 4 - 4)).clip(-(2**31), 2**31 - 1).astype(np.int64)
         )
@@ -315,8 +315,8 @@ class TestCoded:
         assert (read_pack.decoded(data, classes) == values).all()
 
     def test_tables_of_every_class(self):
-        for number in range(entropy.CLASSES):
-            one = entropy.class_table(number)
+        for number in range(class_tables.CLASSES):
+            one = class_tables.class_table(number)
             assert read_pack.table(number) == (one.raw_bits, one.first, one.bounds.tolist())
 
     def test_bytes_that_are_no_stream_are_noticed(self):

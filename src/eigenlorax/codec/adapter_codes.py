@@ -37,6 +37,7 @@ class SideCodes:
         levels, residual_levels = batch.coefficient_levels[row, :count], batch.residual_levels[row, :count]
         return cls(
             levels.numpy(),
+            # rows of zeros are neither written nor kept
             narrow(batch.coefficients[row, :count][levels > 0].numpy()),
             residual_levels.numpy(),
             narrow(batch.residuals[row, :count][residual_levels > 0].numpy()),
@@ -163,6 +164,7 @@ def dequantise_module(
     # encoded updates contain the scaling; an adapter whose scaling is 0 has the update 0, whatever it is divided by
     up_divisor = scaling or 1.0
     if codes.core_level:
+        # the factors of a core are its truncated SVD, which the encoder has measured its error with
         core = torch.from_numpy(codes.core.astype(np.float64))[None]
         step_sizes = torch.tensor([step_size], dtype=torch.float64)
         left, right = singular_codes.core_factors(core, step_sizes, torch.tensor([rank]))

@@ -17,6 +17,7 @@ from ..core.boundary import MAX_CORE, MAX_RANK
 from ..errors import FormatError
 from . import entropy, singular_codes
 from .adapter_codes import NO_INTEGERS, AdapterCodes, ModuleCodes, ModuleLayout, SideCodes, narrow
+from .class_tables import CLASSES
 from .quantised_basis import QuantisedBasis, row_classes
 
 BASIS_PART = "coded"
@@ -40,6 +41,7 @@ def encode_bases(bases: Sequence[QuantisedBasis]) -> list[bytes]:
         bytes([max(len(basis.blocks), 1)])
         + np.array(basis.blocks or [basis.k], "<u2").tobytes()
         + basis.fineness.astype("u1").tobytes()
+        # profiles are 0 or less
         + (-basis.profile).astype("u1").tobytes()
         + stream
         for basis, stream in zip(bases, streams, strict=True)
@@ -132,6 +134,7 @@ def encode_adapters(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLa
     """Return the bytes of each adapter, from its codes and the layouts of its modules."""
     headers, streams = [], []
     for codes, layouts in adapters:
+        # a reader knows the names of the modules from the adapter's config, and needs an order of them
         names = sorted(codes.modules)
         modules = [codes.modules[name] for name in names]
         headers.append(_encode_header(codes, modules))
@@ -220,8 +223,8 @@ def _class_arrays(module: ModuleCodes, layout: ModuleLayout) -> list[np.ndarray]
 
 def _as_classes(numbers: np.ndarray) -> np.ndarray:
     """Return level − 1 + profile as classes; negative numbers stand for class 0."""
-    if numbers.size and numbers.max() >= entropy.CLASSES:
-        raise FormatError(f"a level stands for class {numbers.max()}; classes end at {entropy.CLASSES - 1}.")
+    if numbers.size and numbers.max() >= CLASSES:
+        raise FormatError(f"a level stands for class {numbers.max()}; classes end at {CLASSES - 1}.")
     classes: np.ndarray = np.maximum(numbers, 0).astype(np.uint8).ravel()
     return classes
 

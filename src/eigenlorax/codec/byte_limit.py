@@ -58,6 +58,7 @@ def encode_within(
         if over is None or under is None:
             bound = _beyond(collection, point, target, turn, grow=under is None)
         elif under.error < 1.002 * over.error:
+            # bytes jump between two error bounds that are nearly equal
             break
         else:
             bound = _between(over, under, target, turn)

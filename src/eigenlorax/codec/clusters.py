@@ -67,6 +67,7 @@ def candidate_groupings(similarity: Float[Tensor, "n s"], sampled: Sequence[int]
         For each grouping, the group of every adapter. Groups are numbered by first appearance.
     """
     among_sampled = similarity[list(sampled)]
+    # as a cosine: an update with few components is not less similar to others
     norm = among_sampled.diagonal().clamp_min(1e-300).sqrt()
     affinity = (among_sampled / norm[:, None] / norm[None]).clamp(0, 1)
     # without the diagonal, as Ng et al.: an adapter's similarity to itself says nothing of groups

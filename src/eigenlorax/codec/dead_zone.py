@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from torch import Tensor
 
-from .entropy import PRECISION
+from .class_tables import PRECISION
 
 DEAD_ZONE = 0.1
 """A number is rounded away from zero only from 1/2 + DEAD_ZONE on. The smaller integer takes fewer bits, and among

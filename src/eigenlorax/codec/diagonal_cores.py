@@ -20,6 +20,7 @@ def normal_equations(
 
     Update i is up[i].mT @ down[i]; term j is the outer product of row j of both factors.
     """
+    # the inner product of rank-1 matrices is the product of those of their vectors: no out × in matrix is formed
     with_terms = ((down @ rows[0].mT) * (up @ rows[1].mT)).sum(1)
     return with_terms, (rows[0] @ rows[0].mT) * (rows[1] @ rows[1].mT)
 

@@ -21,8 +21,7 @@ from . import clusters, singular_codes
 from .adapter_codes import AdapterCodes, ModuleCodes
 from .quantised_basis import QuantisedBasis, quantise_basis
 from .rate_allocation import ModuleStatistics, RatePlan, RateSurvey
-from .singular_codes import UpdateCodes
-from .step_sizes import MIN_ERROR_BOUND, as_written, search_step_sizes, strict_bound
+from .step_sizes import as_written, search_step_sizes, strict_bound
 from .svd_batch import SvdBatch
 
 SURVEY, BASES, STEP_SIZES, WRITING = (
@@ -173,6 +172,7 @@ class CollectionEncoder:
         self.modules = [updates for module in modules for updates in module.split(self.groups)]
         self.norms = norms
         self._progress = progress
+        # singular components have about as many numbers as the factors, in float64
         size = 8 * sum(module.numbers for module in modules)
         # an SVD of every module in every round would take most of the time
         self._held: dict[tuple[str, int], SvdBatch] | None = {} if size <= MAX_HELD_BYTES else None
@@ -207,6 +207,7 @@ class CollectionEncoder:
         if self._whole is None or self._whole._held is None or (module.name, 0) not in self._whole._held:
             return None
         (unclustered,) = (candidate for candidate in self._whole.modules if candidate.name == module.name)
+        # the SVD of an update does not depend on its cluster
         rows = {source.index: row for row, source in enumerate(unclustered.sources)}
         return self._whole._held[module.name, 0].select([rows[source.index] for source in module.sources])
 
@@ -279,6 +280,7 @@ class CollectionEncoder:
         """Return the bases of each module, those of its clusters one after the other."""
         n_clusters, concatenated = max(self.groups) + 1, {}
         for name, shape in {module.name: module.shape for module in self.modules}.items():
+            # a cluster none of whose adapters has trained the module keeps its place, by an empty basis
             pairs = [bases.get((name, cluster), _empty_pair(shape)) for cluster in range(n_clusters)]
             down, up = (QuantisedBasis.concatenate(list(side)) for side in zip(*pairs, strict=True))
             concatenated[name] = down, up
@@ -374,38 +376,6 @@ def _energies(updates: SvdBatch, norms: Tensor, bases: BasisPair) -> Energies:
     return float(relative.square().sum()), inside[0], inside[1]
 
 
-def encode_adapter(
-    updates: Mapping[str, tuple[LoRAFactors, BasisPair]], cluster: int, error: float
-) -> tuple[AdapterCodes, float]:
-    """Encode one adapter in existing bases.
-
-    Args:
-        updates: Factors and the cluster's bases by module, without updates that are 0.
-        cluster: Cluster that the bases are of.
-        error: Bound on the adapter's relative error.
-
-    Returns:
-        The codes, and the relative error of the adapter, at most `error`.
-    """
-    batches = {name: SvdBatch.of([factors]) for name, (factors, _) in updates.items()}
-    norm = math.sqrt(sum(float(batch.s.square().sum()) for batch in batches.values()))
-    numbers = sum(factors.spec.numbers for factors, _ in updates.values())
-    bound = strict_bound(max(error, MIN_ERROR_BOUND))
-
-    def encode(step_sizes: Tensor) -> dict[str, UpdateCodes]:
-        return {name: singular_codes.encode_updates(batches[name], step_sizes, *updates[name][1]) for name in updates}
-
-    # each round encodes the whole adapter; unlike a collection's, its singular components fit in memory
-    def measure(step_sizes: Tensor, _: Tensor | None = None) -> Tensor:
-        return torch.stack([codes.squared_errors for codes in encode(step_sizes).values()]).sum(0).sqrt() / norm
-
-    # start from the step size at which the rounding errors of all numbers, each about 0.1 of its square, add up
-    step_sizes = as_written(torch.tensor([bound * norm / math.sqrt(0.1 * numbers)], dtype=torch.float64))
-    step_sizes, errors = search_step_sizes(measure, step_sizes, measure(step_sizes), bound)
-    modules = {name: ModuleCodes.of(codes, 0) for name, codes in encode(step_sizes).items()}
-    return AdapterCodes(float(step_sizes[0]), cluster, modules), float(errors[0])
-
-
 def split_into_clusters(
     whole: CollectionEncoder, modules: Sequence[ModuleUpdates], error: float, progress: Progress
 ) -> CollectionEncoder:
@@ -417,6 +387,7 @@ def split_into_clusters(
         return whole
     sampled = clusters.sample_adapters(n)
     similarity = torch.zeros(n, len(sampled), dtype=torch.float64)
+    # a few modules, evenly spaced over the depth of the model, tell groups apart
     for at in np.unique(np.linspace(0, len(compared) - 1, COMPARED_MODULES).round().astype(int)).tolist():
         similarity += clusters.similarities(whole.svd_batch(compared[at]), 1 / whole.norms, sampled)
     candidates = clusters.candidate_groupings(similarity, sampled)
@@ -430,6 +401,7 @@ def split_into_clusters(
     def estimated_bits(groups: list[int] | None) -> float:
         return CollectionEncoder(modules, whole.norms, near, progress, groups, whole).survey.plan(error).bits
 
+    # one cluster is estimated with the same few step sizes, so that the estimates compare
     best, limit = None, MIN_SAVING * estimated_bits(None)
     for groups in candidates:
         if (bits := estimated_bits(groups)) < limit:

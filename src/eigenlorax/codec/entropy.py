@@ -11,74 +11,21 @@ rANS is sequential: each integer needs the state that the one before has left. A
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal, localcontext
 from functools import cache
 from itertools import pairwise
 
 import numpy as np
 
 from ..errors import FormatError
+from .class_tables import CLASSES, PRECISION, TOTAL, class_table
 
-CLASSES = 128
-PRECISION = 15
-"""Bits of a probability."""
 LANE_BYTES = 512
 """Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
 LANE_INTEGERS = 1 << 14
 """Integers of a lane, at most about so many, however few bytes they take: this bounds the steps in Python."""
 MAX_LANES = 1 << 14
-_TOTAL = 1 << PRECISION
 _MIN_STATE = 1 << 16
 """States lie in [2^16, 2^32) between integers, so that one 16-bit word at most is moved for each of them."""
-_FIRST_RAW_CLASS = 24
-"""From this class on, the low bits of an integer are nearly uniform and are written as they are, without a model. One
-bit more every fourth class keeps the tables of all wide classes equally small."""
-# far more digits than an integer bound needs, so that no two machines round it differently
-_DECIMALS = Context(prec=30)
-
-
-@dataclass(frozen=True, slots=True)
-class ClassTable:
-    """The distribution of a class, over the symbols that are left of integers without their low bits.
-
-    Attributes:
-        raw_bits: Number of low bits that are written as they are.
-        first: The smallest symbol.
-        bounds: Cumulated frequencies, (symbols + 2,). The last interval is that of the escape, which stands for all
-            integers beyond the table.
-    """
-
-    raw_bits: int
-    first: int
-    bounds: np.ndarray
-
-    @property
-    def escape(self) -> int:
-        """The index of the escape."""
-        return len(self.bounds) - 2
-
-
-@cache
-def class_table(number: int) -> ClassTable:
-    """Return the table of a class.
-
-    It is part of the format. Decimal arithmetic makes it the same on every machine; `exp` of floats is not.
-    """
-    raw_bits = max(0, (number - _FIRST_RAW_CLASS) // 4 + 1)
-    # the program that calls may have set another precision
-    with localcontext(_DECIMALS):
-        scale = Decimal(2) ** (Decimal(number) / 4 - 4)
-        # beyond 16 scales, the logistic distribution has less than one span in 2^23
-        reach = int(16 * scale / 2**raw_bits) + 2
-        symbols = 2 * reach + 1
-        # every symbol and the escape get one count, so that none is impossible; the distribution shares the others
-        shared = _TOTAL - symbols - 1
-        bounds = [0]
-        for index in range(1, symbols):
-            # symbols are intervals of integers, and these lie between halves
-            edge = (Decimal((index - reach) * 2**raw_bits) - Decimal("0.5")) / scale
-            bounds.append(index + int(shared / (1 + (-edge).exp()) + Decimal("0.5")))
-    return ClassTable(raw_bits, -reach, np.array([*bounds, symbols + shared, _TOTAL], dtype=np.int64))
 
 
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
@@ -185,7 +132,7 @@ def _decode_symbols(
         at = lanes.start[active] + step * lanes.stride[active]
         state = states[active]
         # the low bits of a state lie in the interval of the symbol that was encoded last
-        slot = (state & np.uint64(_TOTAL - 1)).astype(np.int64)
+        slot = (state & np.uint64(TOTAL - 1)).astype(np.int64)
         symbol = tables.symbol_at(at, slot)
         symbols[at] = symbol
         low, high = tables.interval(at, symbol)
@@ -216,7 +163,7 @@ class _StreamTables:
         widest = max((len(table.bounds) for table in tables), default=2)
         self._rows = rows
         # shorter tables are filled up with empty intervals, which no slot falls into
-        self._bounds = np.full((len(tables), widest), _TOTAL, dtype=np.int64)
+        self._bounds = np.full((len(tables), widest), TOTAL, dtype=np.int64)
         for row, table in enumerate(tables):
             self._bounds[row, : len(table.bounds)] = table.bounds
         self._first = np.array([table.first for table in tables], dtype=np.int64)
@@ -341,7 +288,7 @@ def _hundredths_of_bits(number: int) -> int:
     table = class_table(number)
     frequencies = np.diff(table.bounds)[:-1]
     bits = PRECISION - np.log2(frequencies.astype(np.float64)) + table.raw_bits
-    return round(100 * float((frequencies / _TOTAL * bits).sum()))
+    return round(100 * float((frequencies / TOTAL * bits).sum()))
 
 
 def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import entropy
+from .class_tables import CLASSES
 from .logistic import code_bits
 
 HEADER_BITS = 16
@@ -92,7 +92,7 @@ def row_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
     """Return the class of the codes of each row, which follows from its step size: its numbers are of a unit row."""
     # a number of a unit row has the standard deviation d^(−½)
     unit_class = round(16 + 4 * math.log2(math.sqrt(3) / math.pi) - 2 * math.log2(dimension))
-    classes: np.ndarray = np.clip(fineness + unit_class, 0, entropy.CLASSES - 1)
+    classes: np.ndarray = np.clip(fineness + unit_class, 0, CLASSES - 1)
     return classes
 
 

@@ -71,6 +71,7 @@ class ModuleStatistics:
     @classmethod
     def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"]) -> "ModuleStatistics":
         """Summarise the updates of a module, given the weights 1 / ‖update‖ of their adapters over all modules."""
+        # relative to the adapter's norm: then one step size means about the same error for all adapters
         lengths = updates.s * weights[:, None]
         n, rank = lengths.shape
         down, up = (_side_statistics(updates.rows(side), lengths) for side in ("down", "up"))

@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..codec import bitstream, encoder
+from ..codec import bitstream
 from ..codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleLayout
+from ..codec.adapter_encoder import encode_adapter
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.storage import coded
 from ..codec.storage.base import Storage
@@ -152,7 +153,7 @@ def code(
                 one.places[name]: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()
             }
             with threads.suited_to(max(factors.spec.numbers for factors, _ in updates.values())):
-                found, lost = encoder.encode_adapter(updates, cluster, error)
+                found, lost = encode_adapter(updates, cluster, error)
         whole = replace(found, modules={at: found.modules.get(at, UNTRAINED) for at in one.places.values()})
         places = {
             at: coded.with_grown_widths(ModuleLayout.of(bases[at], cluster), subspace.modules[at])

@@ -69,6 +69,7 @@ class CodedStorage(Storage):
         # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
         blobs = {key: f"{key}.{bitstream.BASIS_PART}" for key in shapes if f"{key}.{bitstream.BASIS_PART}" in tensors}
         coded_bases = [(_to_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
+        # a small file may claim rows that take all memory: refused before anything is decoded
         numbers = sum(k * dimension for _, (k, dimension) in coded_bases)
         check_coded_count(numbers, sum(len(data) for data, _ in coded_bases), "the rows of the bases")
         return {
@@ -101,6 +102,7 @@ class CodedStorage(Storage):
     def read_adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
     ) -> tuple[Mapping[str, Coefficients], Payload | None]:
+        # codes are by the modules' names in the subspace, which the adapter's own may differ from
         payload = {keys.CODED: tensors.pop(keys.CODED)}
         data, modules = _to_bytes(payload, keys.CODED), subspace().modules
         layouts = _adapter_layouts(data, {name: modules[name] for name in (s.subspace_module for s in slots.values())})

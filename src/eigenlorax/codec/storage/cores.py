@@ -148,6 +148,7 @@ class FullCoreStorage(CoreStorage):
         return k[1], k[0]
 
     def _best_cores(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> Tensor:
+        # for orthonormal components, the best core is the product of the best coefficients
         exact = projection.project_batch(batch, bases, torch.float64, dual)
         return exact.up @ exact.down
 
@@ -187,6 +188,7 @@ class DiagonalCoreStorage(CoreStorage):
         return diagonal_cores.solve(*equations, self.ridge)
 
     def _factors(self, cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        # half of each number on either side, and its sign on one
         exact = cores.to(torch.float64)
         down, up = torch.diag_embed(exact.abs().sqrt()), torch.diag_embed(exact.sign() * exact.abs().sqrt())
         return _pad_rank(down, up, max(1 - exact.shape[1], 0))
