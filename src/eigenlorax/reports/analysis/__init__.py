@@ -1,1 +1,1 @@
-"""What the figures of a collection say: pure functions of factors and bases. No files, no words, no out × in matrix."""
+"""Measurements of a collection: pure functions of factors and bases, without files, text, or out × in matrices."""

@@ -1,4 +1,4 @@
-"""Who belongs together, out of matrices of all pairs: shared starts, clusters, duplicates, outliers, and a map."""
+"""Groups of adapters from matrices of all pairs: shared starts, clusters, duplicates, outliers, and a map."""
 
 import math
 from collections.abc import Sequence
@@ -13,36 +13,38 @@ from ...errors import MissingExtraError
 from .pairs import Pairs, cosines
 
 DUPLICATE = 0.9999
-"""The cosine of two updates from which on they are called the same."""
+"""Cosine of two updates from which on they count as equal."""
 _START_COSINE, _START_SIGMAS, _SAME_START = 0.1, 6.0, 0.95
+"""Cosine of two A from which on they may share a start, in standard deviations too; and from which on they do."""
 _MOST_CLUSTERS = 10
 _SILHOUETTE = 0.1
-_IN_COMMON = 0.1
+_MEDIAN_OVERLAP = 0.1
+"""Median overlap beyond chance below which there are no outliers."""
 _CLUSTER_SIGMAS = 6.0
 _NOTHING = 1e-5
-"""Squared norm up to which a sum of unit vectors is what rounding leaves where they cancel."""
+"""Squared norm of a sum of unit vectors up to which it is rounding of zero."""
 
 
 def linked(related: Bool[Tensor, "n n"]) -> list[list[int]]:
-    """Groups of two and more that are related to one another, if need be by others; in order."""
-    left, groups = set(range(len(related))), []
-    while left:
-        found, new = set(), {min(left)}
+    """Return the connected components of two and more members, in ascending order."""
+    remaining, groups = set(range(len(related))), []
+    while remaining:
+        component, new = set(), {min(remaining)}
         while new:
-            found |= new
-            new = set(related[sorted(new)].any(0).nonzero().flatten().tolist()) - found
-        left -= found
-        if len(found) > 1:
-            groups.append(sorted(found))
+            component |= new
+            new = set(related[sorted(new)].any(0).nonzero().flatten().tolist()) - component
+        remaining -= component
+        if len(component) > 1:
+            groups.append(sorted(component))
     return groups
 
 
 def same_start(pairs: Pairs) -> list[list[int]]:
-    """Groups of adapters whose A began as the same random numbers.
+    """Return groups of adapters whose A began as the same random numbers.
 
-    The rows of two such A are alike one by one, r with r, more than r with s is by chance, and B, which began as zeros,
-    is not alike as A is: where A was trained far, neither is the whole update (what training found in both is a common
-    mean, and no start); where it was hardly trained, B differs by twice as much as A at least.
+    Two such A are alike row by row, r with r more than r with s ≠ r by chance. B began as zeros and is less alike than
+    A. If A was trained far, the whole update is less alike than A too; otherwise the likeness is a common mean that
+    training found, and no start. If A was hardly trained, B differs by at least twice as much as A.
     """
     down, up, delta = cosines(pairs.down), cosines(pairs.up).abs(), cosines(pairs.delta).abs()
     norms = pairs.down.diagonal().sqrt()
@@ -54,14 +56,18 @@ def same_start(pairs: Pairs) -> list[list[int]]:
 
 
 def duplicates(pairs: Pairs) -> list[list[int]]:
-    """Groups of adapters with the same update, whatever factors it is made of."""
+    """Return groups of adapters with equal updates, whatever their factors are."""
     return linked((cosines(pairs.delta) >= DUPLICATE).fill_diagonal_(False))
 
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """tree: scipy's linkage of 1 − overlap beyond chance, by average. order: of its leaves. clusters: of two adapters
-    and more, the largest first; none where there are not two of them. silhouette: of that division."""
+    """A hierarchical clustering.
+
+    tree: SciPy's linkage of 1 − overlap beyond chance, by average. order: of its leaves.
+    clusters: groups of two adapters and more, the largest first; empty unless there are two such groups.
+    silhouette: of that division; None if none was tried.
+    """
 
     tree: Float[np.ndarray, "m 4"]
     order: list[int]
@@ -70,14 +76,14 @@ class Clustering:
 
 
 def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) -> Clustering:
-    """Adapters grouped by the directions that they share.
+    """Group adapters by the directions that they share.
 
-    beyond: overlaps beyond chance, and `deviation` their standard deviation by chance (`pairs.beyond_chance`).
+    beyond: overlaps beyond chance. deviation: their standard deviation by chance (`pairs.beyond_chance`).
 
-    The number of clusters is the one of the best mean silhouette (Rousseeuw, 1987). They count as clusters only if that
-    is above 0.1 and the adapters of each share twice as much with each other as with the rest, and more by far than
-    chance makes a pair share. A silhouette of 0.25, which is usual, is out of reach: adapters of one subspace of 2r
-    directions have an overlap of about 0.25 themselves.
+    The number of clusters is the one with the best mean silhouette (Rousseeuw, 1987). Clusters are accepted only if the
+    silhouette is above 0.1 and the adapters of each overlap twice as much with each other as with the others, and
+    significantly more. The usual threshold of 0.25 is out of reach: adapters of one subspace of 2r directions have an
+    overlap of about 0.25 themselves.
     """
     try:
         from scipy.cluster import hierarchy
@@ -111,67 +117,70 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
 
 
 def _most_by_chance(deviation: Float[Tensor, "n n"], group: Sequence[int]) -> float:
-    """By how much the pairs of a group may share more than others by chance, though it was chosen for that.
+    """Return how much more than others the pairs of a group may overlap by chance, given that it was selected for that.
 
-    Of all groups of m among n adapters, the best one has about 2·√((1 + log n/m) / m) standard deviations of a pair.
+    The best of all groups of m among n adapters has about 2·√((1 + log n/m) / m) standard deviations of a pair.
     """
     return _CLUSTER_SIGMAS * within(deviation, group) / math.sqrt(len(group) - 1)
 
 
 def within(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
-    """Mean over the pairs of a group."""
+    """Return the mean over the pairs within a group."""
     block = matrix[list(group)][:, list(group)]
     return float((block.sum() - block.diagonal().sum()) / (len(group) * (len(group) - 1)))
 
 
 def between(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
-    """Mean over the pairs of one in a group and one outside; 0 if nobody is."""
+    """Return the mean over the pairs of one adapter inside and one outside of a group; 0 if none is outside."""
     outside = sorted(set(range(len(matrix))) - set(group))
     return float(matrix[list(group)][:, outside].mean()) if outside else 0.0
 
 
 def outliers(beyond: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
-    """Adapters that share less than half as much with the others as the median adapter does, and less by far than that
-    scatters (four robust standard deviations of its logarithm); of four and more, of which the median has an overlap of
-    0.1 at least: where little is shared, nobody stands out.
+    """Return the adapters that overlap with the others far less than the median adapter does.
 
-    beyond: overlaps beyond chance. grouped: those that are in a cluster.
+    An outlier has less than half of the median's mean overlap, and lies four robust standard deviations below it on a
+    logarithmic scale. There are none among fewer than four adapters, or if the median is below 0.1.
+
+    beyond: overlaps beyond chance. grouped: adapters in a cluster, which are no outliers.
     """
     n = len(beyond)
     if n < 4:
         return []
     mean = (beyond.sum(1) - beyond.diagonal()) / (n - 1)
     median = mean.median()
-    if median < _IN_COMMON:
+    if median < _MEDIAN_OVERLAP:
         return []
     below = (median / mean.clamp_min(torch.finfo(mean.dtype).tiny)).log()
     spread = 1.4826 * below.abs().median()
-    found = (mean < median / 2) & (below > 4 * spread)
-    return sorted(set(found.nonzero().flatten().tolist()) - set(grouped))
+    is_outlier = (mean < median / 2) & (below > 4 * spread)
+    return sorted(set(is_outlier.nonzero().flatten().tolist()) - set(grouped))
 
 
 def on_a_map(cosine: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n 2"], float]:
-    """Places in the plane whose distances are nearest those of the updates at equal norms (principal coordinates:
-    classical scaling), and the share of squared distance that they show."""
+    """Return positions in the plane by classical scaling of the cosines, and the share of squared distance they show.
+
+    Distances approximate those of the updates at equal norms.
+    """
     n = len(cosine)
     if n < 2:
         return torch.zeros(n, 2, dtype=torch.float64), 1.0
     centred = cosine - cosine.mean(0) - cosine.mean(1)[:, None] + cosine.mean()
     values, vectors = torch.linalg.eigh(centred)
     total = float(values.clamp_min(0).sum())
-    places = vectors.flip(1)[:, :2] * values.flip(0)[:2].clamp_min(0).sqrt()
-    # as signs of components are fixed, so that a map does not flip from machine to machine
-    largest = places.gather(0, places.abs().argmax(0, keepdim=True))
-    places = places * torch.where(largest < 0, -1.0, 1.0)
-    return places, float(values.flip(0)[:2].clamp_min(0).sum()) / total if total > 0 else 1.0
+    positions = vectors.flip(1)[:, :2] * values.flip(0)[:2].clamp_min(0).sqrt()
+    # eigenvectors have no sign: fix it, so that the map is the same on all machines
+    largest = positions.gather(0, positions.abs().argmax(0, keepdim=True))
+    positions = positions * torch.where(largest < 0, -1.0, 1.0)
+    return positions, float(values.flip(0)[:2].clamp_min(0).sum()) / total if total > 0 else 1.0
 
 
 def mean_losses(pairs: Pairs) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Relative errors of each adapter if the mean stands for it, and what others' mean says of it.
+    """Return the errors of each adapter with the mean in its place, and the share that the mean of the others explains.
 
-    The mean of the updates as they are; the best multiple of the mean of the updates at equal norms; and the share of
-    an update's squared norm that the mean of the *others*, at equal norms, explains; 0 where it points the other way.
-    An update that is zero has no part in means at equal norms; its errors are NaN, and its share is 0.
+    First the error of the plain mean of the updates; then that of the best multiple of the mean at equal norms; then
+    the share of an update's squared norm that the mean of the *other* adapters at equal norms explains, 0 where it
+    points away. An update of zero does not count in means at equal norms: its errors are NaN, its share is 0.
     """
     square = pairs.delta.diagonal()
     trained = (square > 0).double()

@@ -1,7 +1,7 @@
-"""An adapter in the subspace of all the others: what is left of it in a fit that has not seen it. One module at a time.
+"""Adapters in the subspace of all the others, by a fit without them. One module at a time.
 
-Its rows and columns are taken out of the Gram matrix that all share, and the fit is done again from there, sweeps and
-all. `crowded` is for modules with too many rows for that.
+The rows of the adapter are taken out of the Gram matrix of all, and the fit continues from there, with sweeps.
+`crowded` is for modules with too many rows for that.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from .spectra import Weighted
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """‖P_U D P_V‖² of each adapter that was left out: in bases of the size asked for, and by k, without sweeps.
+    """‖P_U D P_V‖² of each adapter that was left out: in bases of the requested size, and by k without sweeps.
 
-    sizes: components (down, up) of these bases for each adapter; most: those of the bases by k, with the largest k.
+    sizes: components (down, up) of the bases of each adapter. most: those of the bases by k, at the largest k.
     """
 
     fitted: Float[Tensor, " s"]
@@ -34,18 +34,19 @@ class Kept:
 
 def left_out(
     members: Weighted,
-    one: ModuleBatch,
+    batch: ModuleBatch,
     chosen: Sequence[int],
     options: FitOptions,
     k: tuple[int, int] | None,
     grid: Sequence[int],
 ) -> Kept:
-    """What the others' bases keep of each of `chosen`, places in `members`, of which `one` is the stack.
+    """Return what the bases of the others keep of each adapter in `chosen`; 0 if no other has the module.
 
-    Nothing, of an adapter that alone has the module. k: components (down, up) of the others' bases, or as many as there
-    are; by the options, from the others' spectrum, where it is None. grid: the sizes of `by_k`, ascending.
+    members: factors and weights of the adapters; batch: the same factors. chosen: indices of members.
+    k: components (down, up) of the bases, or as many as there are; None chooses them from the spectrum of the others,
+    by the options. grid: the sizes of `by_k`, ascending.
     """
-    if len(one) < 2 or not chosen:
+    if len(batch) < 2 or not chosen:
         nothing = [(0, 0)] * len(chosen)
         return Kept(
             torch.zeros(len(chosen), dtype=torch.float64),
@@ -54,16 +55,16 @@ def left_out(
             nothing,
         )
     everyone = ExactFit(*members, options)
-    fitted, by_k, sizes, there = [], [], [], []
+    fitted, by_k, sizes, most_sizes = [], [], [], []
     for index in chosen:
         others = everyone.without(index)
         most = max(grid[-1], *(k or (0, 0)), options.n_components or 0)
         first = others.leading(component_rule(None, 1.0) if options.energy is not None else component_rule(most, None))
         size = k or others.count_components(first, options)
-        found = others.fit(first, size)
-        alone = one.select([index])
-        fitted.append(kept(alone, found.down.components, found.up.components))
+        bases = others.fit(first, size)
+        alone = batch.select([index])
+        fitted.append(kept(alone, bases.down.components, bases.up.components))
         by_k.append(kept_by_k(alone, first[0].components(), first[1].components(), grid))
-        sizes.append((found.down.k, found.up.k))
-        there.append((first[0].k, first[1].k))
-    return Kept(torch.cat(fitted), torch.cat(by_k), sizes, there)
+        sizes.append((bases.down.k, bases.up.k))
+        most_sizes.append((first[0].k, first[1].k))
+    return Kept(torch.cat(fitted), torch.cat(by_k), sizes, most_sizes)

@@ -1,4 +1,4 @@
-"""What each adapter of a module loses: in the pack, in other bases, and when it is stored in another way."""
+"""Squared errors of each adapter in one module: in the pack, in other bases, truncated, and rounded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +15,16 @@ from ...core.coefficients import Coefficients
 from ...core.subspace import ModuleBases
 
 BLOCK = 64
-"""Numbers that share one scale where LoRA factors are rounded to few bits."""
+"""Numbers that share one scale when LoRA factors are rounded to few bits."""
 SCALE_BYTES = 2
 _SHORTER = (1.0, 0.95, 0.9, 0.85, 0.8)
 _CLIPS = {2: (1.0, 0.8, 0.7, 0.6, 0.5), 3: _SHORTER, 4: _SHORTER, 5: _SHORTER}
-"""Shares of a block's largest number that its scale may stop at, by bits; all of it with more of them."""
+"""Shares of a block's largest number at which its scale may clip, by bits; with more bits nothing is clipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Squared norms of each adapter in one module: of what the pack loses of D, of A and of B, and of A and B."""
+    """Squared errors of D, A and B of each adapter in one module of the pack, and the squared norms of A and B."""
 
     delta: Tensor
     down: Tensor
@@ -34,94 +34,96 @@ class Stored:
 
 
 def stored(
-    one: ModuleBatch,
+    batch: ModuleBatch,
     factors: Sequence[LoRAFactors | None],
     coefficients: Sequence[Coefficients | None],
     bases: ModuleBases,
 ) -> Stored:
-    """What comes back from stored coefficients and bases beside what was there. `one` is the stack of `factors`.
+    """Compare the adapters reconstructed from stored coefficients and bases with the originals.
 
-    What is lost of A and of B alone means something where coefficients are of the adapters' own factors.
+    batch: the padded `factors`. The errors of A and of B alone are meaningful only for storages that keep the factors.
     """
-    # what comes back between paired rows has a rank of its own
-    more = max([0, *(c.rank - one.down.shape[1] for c in coefficients if c is not None)])
-    one = replace(one, down=pad(one.down, (0, 0, 0, more)), up=pad(one.up, (0, 0, 0, more)))
-    down, up = torch.zeros_like(one.down), torch.zeros_like(one.up)
-    for index, (original, found) in enumerate(zip(factors, coefficients, strict=True)):
-        if original is None or found is None:
+    # diagonal cores have a larger rank than the original
+    more = max([0, *(c.rank - batch.down.shape[1] for c in coefficients if c is not None)])
+    batch = replace(batch, down=pad(batch.down, (0, 0, 0, more)), up=pad(batch.up, (0, 0, 0, more)))
+    down, up = torch.zeros_like(batch.down), torch.zeros_like(batch.up)
+    for index, (original, stored_coefficients) in enumerate(zip(factors, coefficients, strict=True)):
+        if original is None or stored_coefficients is None:
             continue
-        # what `project` moved from one factor to the other comes back
+        # `project` moves a power of two from one factor to the other
         shift = float(
-            projection.balance_exponents(stack_factors([original], [0.0]).to(torch.float64), found.down.dtype)
+            projection.balance_exponents(
+                stack_factors([original], [0.0]).to(torch.float64), stored_coefficients.down.dtype
+            )
         )
-        rank = found.rank
-        plain = projection.reconstruct(found, bases)
+        rank = stored_coefficients.rank
+        plain = projection.reconstruct(stored_coefficients, bases)
         down[index, :rank] = plain.down * 2.0**shift
-        up[index, :rank] = plain.up.mT * (2.0**-shift * found.scaling)
-    unscaled = torch.where(one.applied_scaling == 0, 0.0, one.applied_scaling.square().reciprocal())
+        up[index, :rank] = plain.up.mT * (2.0**-shift * stored_coefficients.scaling)
+    unscaled = torch.where(batch.applied_scaling == 0, 0.0, batch.applied_scaling.square().reciprocal())
     return Stored(
-        delta=difference_squares(one, down, up),
-        down=(one.down - down).square().sum((1, 2)),
-        up=(one.up - up).square().sum((1, 2)) * unscaled,
-        down_total=one.down.square().sum((1, 2)),
-        up_total=one.up.square().sum((1, 2)) * unscaled,
+        delta=difference_squares(batch, down, up),
+        down=(batch.down - down).square().sum((1, 2)),
+        up=(batch.up - up).square().sum((1, 2)) * unscaled,
+        down_total=batch.down.square().sum((1, 2)),
+        up_total=batch.up.square().sum((1, 2)) * unscaled,
     )
 
 
 def kept(
-    one: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"]
+    batch: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"]
 ) -> Float[Tensor, " n"]:
-    """‖P_U D P_V‖² of each adapter in orthonormal bases."""
-    return captured_squares(one.down @ down_basis.mT, one.up @ up_basis.mT)
+    """Return ‖P_U D P_V‖² of each adapter in orthonormal bases."""
+    return captured_squares(batch.down @ down_basis.mT, batch.up @ up_basis.mT)
 
 
 def kept_by_k(
-    one: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
+    batch: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
-    """The same in the first k rows of both bases, for each k of an ascending grid; in all of a basis that has fewer."""
-    return captured_by_k(one.down @ down_basis.mT, one.up @ up_basis.mT, grid)
+    """Return `kept` in the first k rows of both bases, or in all there are, for each k of an ascending grid."""
+    return captured_by_k(batch.down @ down_basis.mT, batch.up @ up_basis.mT, grid)
 
 
 def captured_by_k(
     down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
-    """The same from the rows' coordinates in the bases."""
-    found, start = [], 0
+    """Return `kept_by_k` from the coordinates of the rows in the bases."""
+    squares, start = [], 0
     down_gram = torch.zeros(len(down), down.shape[1], down.shape[1], dtype=torch.float64)
     up_gram = torch.zeros_like(down_gram)
     for k in grid:
         down_gram = down_gram + gram_matrices(down[:, :, start:k])
         up_gram = up_gram + gram_matrices(up[:, :, start:k])
-        found.append((down_gram * up_gram).sum((1, 2)).clamp_min(0))
+        squares.append((down_gram * up_gram).sum((1, 2)).clamp_min(0))
         start = k
-    return torch.stack(found, dim=1)
+    return torch.stack(squares, dim=1)
 
 
 def random_rows(k: int, dimension: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
-    """Orthonormal rows of a random subspace."""
+    """Return orthonormal rows of a random subspace."""
     rows, _ = torch.linalg.qr(torch.randn(dimension, k, generator=generator, dtype=torch.float64))
     orthonormal: Tensor = rows.mT
     return orthonormal
 
 
-def singular_squares(one: ModuleBatch) -> Float[Tensor, "n r"]:
-    """Squared singular values of each update, descending: the eigenvalues of an r × r matrix."""
-    root = gram_roots(one.down)
-    found: Tensor = torch.linalg.eigvalsh(root @ gram_matrices(one.up) @ root)
-    return found.flip(1).clamp_min(0)
+def singular_squares(batch: ModuleBatch) -> Float[Tensor, "n r"]:
+    """Return the squared singular values of each update, descending, as eigenvalues of an r × r matrix."""
+    root = gram_roots(batch.down)
+    squares: Tensor = torch.linalg.eigvalsh(root @ gram_matrices(batch.up) @ root)
+    return squares.flip(1).clamp_min(0)
 
 
-def rounded_squares(one: ModuleBatch, bits: int) -> Float[Tensor, " n"]:
-    """‖D − D'‖² where both factors are rounded to `bits` bits, each block of `BLOCK` numbers of a row to one scale."""
-    return difference_squares(one, rounded_rows(one.down, bits), rounded_rows(one.up, bits))
+def rounded_squares(batch: ModuleBatch, bits: int) -> Float[Tensor, " n"]:
+    """Return ‖D − D'‖² with both factors rounded by `rounded_rows`."""
+    return difference_squares(batch, rounded_rows(batch.down, bits), rounded_rows(batch.up, bits))
 
 
 def rounded_rows(rows: Float[Tensor, "n r d"], bits: int) -> Float[Tensor, "n r d"]:
-    """Rows of whole adapters rounded so: to float16 by 16 bits, to whole steps of each block by 2 to 8.
+    """Round the rows of each adapter: to float16 with 16 bits, to whole multiples of a scale per block with 2 to 8.
 
-    A block's largest number takes the one code that has no counterpart of the other sign, and its scale, a float16 with
-    a sign, is the best of that and some shorter ones: with 2 bits, the steps lie at halves. Each adapter's rows are
-    brought to a size near 1 first, by a power of two.
+    A block is `BLOCK` numbers of a row. Its largest number gets the code that has no counterpart of opposite sign, so
+    that the scale, a float16, has a sign. The best of the full scale and some clipped ones is chosen. With 2 bits, the
+    codes lie at halves. Rows are first brought to a size near 1 by a power of two.
     """
     size = torch.exp2(rows.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny).log2().floor())
     rows = rows / size
@@ -136,35 +138,35 @@ def rounded_rows(rows: Float[Tensor, "n r d"], bits: int) -> Float[Tensor, "n r 
     for clip in _CLIPS.get(bits, (1.0,)):
         scale = (clip * largest).to(torch.float16).to(rows.dtype)
         steps = (blocks / scale.where(scale != 0, torch.ones_like(scale)) - half).round_().clamp_(-most, most - 1)
-        tried = (steps + half) * scale
-        lost = (tried - blocks).square().sum(3, keepdim=True)
-        best, least = torch.where(lost < least, tried, best), torch.minimum(lost, least)
-    found: Tensor = best.reshape(n, r, -1)[:, :, :d] * size
-    return found
+        candidate = (steps + half) * scale
+        lost = (candidate - blocks).square().sum(3, keepdim=True)
+        best, least = torch.where(lost < least, candidate, best), torch.minimum(lost, least)
+    reconstructed: Tensor = best.reshape(n, r, -1)[:, :, :d] * size
+    return reconstructed
 
 
 def rounded_bytes(rank: int, n_out: int, n_in: int, bits: int) -> int:
-    """Bytes of one module's factors so rounded, scales with them."""
+    """Return the bytes of one module's rounded factors with their scales."""
     return rank * pair_bytes(n_out, n_in, bits)
 
 
 def pair_bytes(n_out: int, n_in: int, bits: int) -> int:
-    """Those of one row of either factor."""
+    """Return the bytes of one component: one rounded row of either factor."""
     scales = 0 if bits == 16 else -(-n_in // BLOCK) + -(-n_out // BLOCK)
     return (bits * (n_in + n_out) + 7) // 8 + SCALE_BYTES * scales
 
 
 def truncated(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> float:
-    """Squared norm that is kept of one adapter cut by SVD to a number of bytes.
+    """Return the squared norm that is kept of one adapter truncated by SVD to a number of bytes.
 
-    values: squared singular values of each module; costs: bytes of one singular direction in each. The directions that
-    keep most for a byte are taken first, as long as they fit.
+    values: squared singular values of each module. costs: bytes of one component in each. Components with the largest
+    squared norm per byte are taken first, as long as they fit.
     """
-    found = [
+    candidates = [
         (float(value) / cost, float(value), cost) for row, cost in zip(values, costs, strict=True) for value in row
     ]
     total = 0.0
-    for _, value, cost in sorted(found, reverse=True):
+    for _, value, cost in sorted(candidates, reverse=True):
         if value > 0 and cost <= budget:
             total += value
             budget -= cost

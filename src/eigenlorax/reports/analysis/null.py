@@ -18,43 +18,41 @@ from ...core.batch import ModuleBatch, scaled_batch
 from ...core.linalg import triangular_factor
 
 COLLECTIONS = 48
-"""Random collections that a figure's spread is taken over."""
+"""Number of random collections from which the spread of a figure is estimated."""
 _DRAWS = (2, 3, 4, 6, 8, 12, 16, 24)
-"""Numbers of draws of which every one is in equally many of the collections."""
+"""Possible numbers of draws: divisors of `COLLECTIONS`, so that each draw is in equally many collections."""
 _ENOUGH, _OF_EACH = 24, 4
-"""Draws of all modules together from which on a standard deviation is known well enough; and draws of each with which a
-mean is."""
+"""Draws of all modules together that suffice for a standard deviation, and draws of each module for a mean."""
 _DEGREES = 3
-"""Degrees of freedom that it has at least, however much work a draw is."""
+"""Minimum degrees of freedom of the standard deviation, however much work a draw is."""
 
 
 def draws(modules: int, affordable: float) -> int:
-    """How often each module is drawn: as often as is enough, or as is affordable."""
+    """Return how often to draw each module: as often as suffices, or as is affordable."""
     least = next(n for n in _DRAWS if max(modules, 1) * (n - 1) >= _DEGREES)
     wanted = next(n for n in _DRAWS if n >= _OF_EACH and max(modules, 1) * n >= _ENOUGH)
     return max(least, *(n for n in _DRAWS if n <= max(_DRAWS[0], min(wanted, affordable))))
 
 
 def dealt(draws: int, generator: torch.Generator) -> list[int]:
-    """Which of a module's draws each of the collections has: all equally often, in random order.
+    """Return the draw of a module that each collection contains: all equally often, in random order.
 
-    Modules are independent of one another. So a few draws of each make many random collections, and the spread of a
-    figure over these is known from all modules together.
+    Modules are independent. A few draws of each therefore combine to many random collections.
     """
-    found: list[int] = (torch.randperm(COLLECTIONS, generator=generator) % draws).tolist()
-    return found
+    order: list[int] = (torch.randperm(COLLECTIONS, generator=generator) % draws).tolist()
+    return order
 
 
 def spread(figures: Float[Tensor, "c ..."], draws: int) -> Float[Tensor, "..."]:
-    """Standard deviation of a figure from one random collection to the next, from its values in `COLLECTIONS`."""
-    # the draws' own mean, about which they scatter, has a part of their variance
+    """Return the standard deviation of a figure between random collections, from one value per collection."""
+    # values scatter about the mean of the draws, which has a part of their variance itself
     return figures.std(0, correction=0) * math.sqrt(draws / (draws - 1))
 
 
 def turned(triangles: Float[Tensor, "n r k"], d: int, generator: torch.Generator) -> Float[Tensor, "n r d"]:
-    """Each matrix times k orthonormal rows of d numbers, which are drawn uniformly for it."""
+    """Multiply each matrix by k orthonormal rows of length d, drawn uniformly for it."""
     n, _, k = triangles.shape
-    # their precision is not that of what is measured in them
+    # float32 draws are precise enough: only their distribution matters
     drawn = torch.randn(n, k, d, generator=generator).to(torch.float64)
     if 2 * k <= d:
         # drawn = lower triangle · uniform rows, and a Gram matrix is far from singular here
@@ -70,7 +68,7 @@ def turned(triangles: Float[Tensor, "n r k"], d: int, generator: torch.Generator
 
 @dataclass(frozen=True, slots=True)
 class NullModel:
-    """All that the adapters of a module have without their directions.
+    """The adapters of a module without their directions.
 
     down, up: triangular factors of their rows, (n, r, min(r, d)): rows = triangular factor · orthonormal rows.
     """
@@ -82,37 +80,40 @@ class NullModel:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, one: ModuleBatch) -> "NullModel":
-        """That of a stack of adapters."""
-        down, up = (triangular_factor(rows.mT).mT for rows in (one.down, one.up))
-        return cls(down, up, (one.down.shape[2], one.up.shape[2]), one.applied_scaling, one.ranks)
+    def of(cls, batch: ModuleBatch) -> "NullModel":
+        """Return the null model of a batch of adapters."""
+        down, up = (triangular_factor(rows.mT).mT for rows in (batch.down, batch.up))
+        return cls(down, up, (batch.down.shape[2], batch.up.shape[2]), batch.applied_scaling, batch.ranks)
 
     def draw(self, generator: torch.Generator) -> ModuleBatch:
-        """As many adapters, each in random directions."""
+        """Draw as many adapters, each with random directions."""
         down, up = (turned(own, d, generator) for own, d in zip((self.down, self.up), self.dimensions, strict=True))
         return scaled_batch(down, up, self.scaling, self.ranks)
 
 
-def factors(one: ModuleBatch) -> list[LoRAFactors]:
-    """The factors of a stack in which everyone has the module."""
+def factors(batch: ModuleBatch) -> list[LoRAFactors]:
+    """Return the factors of a batch in which every adapter has the module."""
     return [
-        LoRAFactors(one.down[place, :rank], (one.up[place, :rank] / scaling).mT, scaling)
-        for place, (rank, scaling) in enumerate(zip(one.ranks, one.applied_scaling.tolist(), strict=True))
+        LoRAFactors(batch.down[index, :rank], (batch.up[index, :rank] / scaling).mT, scaling)
+        for index, (rank, scaling) in enumerate(zip(batch.ranks, batch.applied_scaling.tolist(), strict=True))
     ]
 
 
 def expected(square: Float[Tensor, " n"], sizes: Sequence[tuple[int, int]], dimensions: tuple[int, int]) -> Tensor:
-    """‖U D Vᵀ‖² to be expected of each update of squared norm ‖D‖² in so many random directions (down, up)."""
+    """Return the expectation of ‖U D Vᵀ‖² for each update in random directions.
+
+    square: ‖D‖² of each. sizes: numbers of directions (down, up) for each. dimensions: of the sides (down, up).
+    """
     shares = [math.prod(min(k, d) / d for k, d in zip(pair, dimensions, strict=True)) for pair in sizes]
     return square * torch.tensor(shares, dtype=torch.float64)
 
 
 def cosines(k: int, j: int, d: int, generator: torch.Generator) -> Float[Tensor, " s"]:
-    """Cosines of the principal angles, descending, between random subspaces of k and j of d dimensions."""
+    """Return the cosines of the principal angles, descending, between random k- and j-dimensional subspaces."""
     k, j = sorted((min(k, d), min(j, d)))
     if k == 0:
         return torch.zeros(0, dtype=torch.float64)
-    # one may as well be spanned by the first coordinates
+    # one of the subspaces may be spanned by the first coordinates without loss of generality
     rows = turned(torch.eye(k, dtype=torch.float64)[None], d, generator)[0]
-    found: Tensor = torch.linalg.svdvals(rows[:, :j])
-    return found.clamp(0, 1)
+    cosines_of_angles: Tensor = torch.linalg.svdvals(rows[:, :j])
+    return cosines_of_angles.clamp(0, 1)

@@ -1,6 +1,6 @@
-"""Every adapter with every other: inner products of updates and of factors, and the directions that they share.
+"""Similarity of all pairs of adapters: inner products of updates and of factors, and overlaps of their directions.
 
-Sums over modules. Two adapters meet in r × r blocks of inner products of their rows.
+All quantities are sums over modules, from r × r blocks of inner products between the rows of two adapters.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,15 @@ FLOAT64_ROWS = 2048
 """Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""
 _CHUNK_NUMBERS = 2**22
 _NO_ROOM = 1e-9
-"""Overlap that is left beyond chance, up to which nothing is said of it."""
+"""Room above the overlap by chance up to which the overlap beyond chance is set to 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evenness:
-    """Of one side of a module, what chance makes adapters share depends on: tr DᵀD and ‖DᵀD‖² of each, which are the
-    same on both sides, and the dimension."""
+    """What the overlap by chance on one side of a module depends on.
+
+    traces, squares: tr DᵀD and ‖DᵀD‖² of each adapter, which are the same on both sides. dimension: of the side.
+    """
 
     traces: Float[Tensor, " n"]
     squares: Float[Tensor, " n"]
@@ -33,10 +35,11 @@ class Evenness:
 class Pairs:
     """Sums over the modules that were added, (n, n) float64 each.
 
-    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r. down_cross: what ⟨A_i, A_j⟩² would be by
-    chance, from the squared inner products of A's rows r and s ≠ r, or in random directions, if that is more.
+    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r.
+    down_cross: ⟨A_i, A_j⟩² to be expected by chance: from the squared inner products of A's rows r and s ≠ r, or in
+        random directions, whichever is larger.
     down_shared, up_shared: ‖D_i D_jᵀ‖² and ‖D_iᵀ D_j‖². same_ranks: whether i and j have equal ranks in every module.
-    sides: both of every module.
+    sides: both sides of every module.
     """
 
     delta: Tensor
@@ -50,7 +53,7 @@ class Pairs:
 
     @classmethod
     def of(cls, n: int) -> "Pairs":
-        """Nothing added yet."""
+        """Return sums of n adapters without any module."""
         zeros = {name: torch.zeros(n, n, dtype=torch.float64) for name in cls._sums()}
         return cls(**zeros, same_ranks=torch.ones(n, n, dtype=torch.bool), sides=[])
 
@@ -59,44 +62,44 @@ class Pairs:
         return [field.name for field in fields(cls) if field.name not in ("same_ranks", "sides")]
 
     def of_some(self, chosen: Sequence[int]) -> "Pairs":
-        """The pairs of some of the adapters."""
-        places = list(chosen)
-        sums = {name: getattr(self, name)[places][:, places] for name in self._sums()}
-        sides = [Evenness(side.traces[places], side.squares[places], side.dimension) for side in self.sides]
-        return Pairs(**sums, same_ranks=self.same_ranks[places][:, places], sides=sides)
+        """Return the pairs of the adapters with these indices."""
+        indices = list(chosen)
+        sums = {name: getattr(self, name)[indices][:, indices] for name in self._sums()}
+        sides = [Evenness(side.traces[indices], side.squares[indices], side.dimension) for side in self.sides]
+        return Pairs(**sums, same_ranks=self.same_ranks[indices][:, indices], sides=sides)
 
-    def add(self, one: ModuleBatch, dimensions: tuple[int, int] | None = None) -> None:
+    def add(self, batch: ModuleBatch, dimensions: tuple[int, int] | None = None) -> None:
         """Add a module.
 
-        dimensions: of the spaces (down, up) in which directions could be random; by default those of the rows.
+        dimensions: of the spaces (down, up) in which directions are random by chance. Default: those of the rows.
         """
-        n, r = one.down.shape[:2]
-        dimensions = dimensions or (one.down.shape[2], one.up.shape[2])
+        n, r = batch.down.shape[:2]
+        dimensions = dimensions or (batch.down.shape[2], batch.up.shape[2])
         if 0 in (r, *dimensions):
             return
-        ranks = torch.tensor(one.ranks)
+        ranks = torch.tensor(batch.ranks)
         self.same_ranks.logical_and_(ranks[:, None] == ranks[None, :])
-        (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
+        (down, down_size), (up, up_size) = _of_unit_norm(batch.down), _of_unit_norm(batch.up)
         down_root, up_root = gram_roots(down.double()).to(down.dtype), gram_roots(up.double()).to(up.dtype)
         unscaled = (
-            torch.where(one.applied_scaling == 0, 0.0, one.applied_scaling.abs().reciprocal())
-            * one.applied_scaling.sign()
+            torch.where(batch.applied_scaling == 0, 0.0, batch.applied_scaling.abs().reciprocal())
+            * batch.applied_scaling.sign()
         )
-        both = down_size * up_size
+        norms = down_size * up_size
         aligned_rows = torch.minimum(ranks[:, None], ranks[None, :]).double()
         crossed_rows = ranks[:, None] * ranks[None, :] - aligned_rows
         share = torch.where(crossed_rows > 0, aligned_rows / crossed_rows, 0.0)
         by_chance = _aligned_by_chance(down, dimensions[0])
         self.sides.extend(
-            _evenness(down_root @ gram_matrices(up.double()).to(down.dtype) @ down_root, both.square(), dimensions)
+            _evenness(down_root @ gram_matrices(up.double()).to(down.dtype) @ down_root, norms.square(), dimensions)
         )
         step = max(1, _CHUNK_NUMBERS // (n * r * r))
         for start in range(0, n, step):
             stop = min(start + step, n)
             here, later = slice(start, stop), slice(start, n)
             down_blocks, up_blocks = _blocks(down, here, later), _blocks(up, here, later)
-            found = (down_blocks * up_blocks).sum((1, 3)).double()
-            self._fill("delta", here, later, found * both[here, None] * both[None, later])
+            blocks_product = (down_blocks * up_blocks).sum((1, 3)).double()
+            self._fill("delta", here, later, blocks_product * norms[here, None] * norms[None, later])
             aligned = torch.diagonal(down_blocks, dim1=1, dim2=3).sum(-1).double()
             crossed = (down_blocks.square().sum((1, 3)) - _diagonal_squares(down_blocks)).double()
             self._fill("down", here, later, aligned * down_size[here, None] * down_size[None, later])
@@ -107,7 +110,7 @@ class Pairs:
             aligned = torch.diagonal(up_blocks, dim1=1, dim2=3).sum(-1).double()
             scale = up_size * unscaled
             self._fill("up", here, later, aligned * scale[here, None] * scale[None, later])
-            fourth = both.square()
+            fourth = norms.square()
             for name, blocks, root in (("down_shared", down_blocks, up_root), ("up_shared", up_blocks, down_root)):
                 shared = _weighed(blocks, root[here], root[later]).square().sum((1, 3)).double()
                 self._fill(name, here, later, shared * fourth[here, None] * fourth[None, later])
@@ -120,36 +123,37 @@ class Pairs:
         target[beyond, here] += values[:, here.stop - here.start :].mT
 
 
-def products(one: ModuleBatch) -> Float[Tensor, "n n"]:
-    """⟨D_i, D_j⟩ of one module."""
-    n, r = one.down.shape[:2]
-    (down, down_size), (up, up_size) = _of_unit_norm(one.down), _of_unit_norm(one.up)
-    found = torch.zeros(n, n, dtype=torch.float64)
+def products(batch: ModuleBatch) -> Float[Tensor, "n n"]:
+    """Return the inner products of all updates in one module."""
+    n, r = batch.down.shape[:2]
+    (down, down_size), (up, up_size) = _of_unit_norm(batch.down), _of_unit_norm(batch.up)
+    sums = torch.zeros(n, n, dtype=torch.float64)
     step = max(1, _CHUNK_NUMBERS // max(1, n * r * r))
     for start in range(0, n, step):
         here, later = slice(start, start + step), slice(start, n)
-        found[here, later] = (_blocks(down, here, later) * _blocks(up, here, later)).sum((1, 3)).double()
-    upper = found.triu()
-    both = down_size * up_size
-    return (upper + upper.triu(1).mT) * both[:, None] * both[None, :]
+        sums[here, later] = (_blocks(down, here, later) * _blocks(up, here, later)).sum((1, 3)).double()
+    upper = sums.triu()
+    norms = down_size * up_size
+    return (upper + upper.triu(1).mT) * norms[:, None] * norms[None, :]
 
 
 def _of_unit_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Every adapter's rows at norm 1, so that float32, where it is used, has room for any size; and the norms."""
+    """Return each adapter's rows divided by their norm, and the norms, so that float32 neither over- nor underflows."""
     size = torch.linalg.vector_norm(rows, dim=(1, 2))
     dtype = torch.float64 if rows.shape[0] * rows.shape[1] <= FLOAT64_ROWS else torch.float32
     return (rows / size.where(size > 0, torch.ones_like(size))[:, None, None]).to(dtype), size
 
 
 def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:
-    """Inner products of rows, (here, r, later, r)."""
+    """Return inner products of rows, (here, r, later, r)."""
     r, d = rows.shape[1:]
-    one, other = rows[here], rows[later]
-    return (one.reshape(len(one) * r, d) @ other.reshape(len(other) * r, d).mT).reshape(len(one), r, len(other), r)
+    left, right = rows[here], rows[later]
+    products = left.reshape(len(left) * r, d) @ right.reshape(len(right) * r, d).mT
+    return products.reshape(len(left), r, len(right), r)
 
 
 def _evenness(grams: Float[Tensor, "n r r"], scale: Float[Tensor, " n"], dimensions: tuple[int, int]) -> list[Evenness]:
-    """Of both sides of a module. grams · scale: similar to each DᵀD."""
+    """Return the evenness of both sides of a module. grams · scale: matrices similar to each DᵀD."""
     grams = grams.double()
     traces = grams.diagonal(dim1=1, dim2=2).sum(1) * scale
     squares = grams.square().sum((1, 2)) * scale.square()
@@ -157,10 +161,10 @@ def _evenness(grams: Float[Tensor, "n r r"], scale: Float[Tensor, " n"], dimensi
 
 
 def _aligned_by_chance(rows: Float[Tensor, "n r d"], dimension: int) -> Float[Tensor, "n n"]:
-    """E⟨A_i, A_j⟩² in random directions, ⟨A_iA_iᵀ, A_jA_jᵀ⟩ / dimension."""
+    """Return E⟨A_i, A_j⟩² in random directions, ⟨A_iA_iᵀ, A_jA_jᵀ⟩ / dimension."""
     grams = (rows @ rows.mT).double().flatten(1)
-    found: Tensor = grams @ grams.mT / dimension
-    return found
+    expected: Tensor = grams @ grams.mT / dimension
+    return expected
 
 
 def _diagonal_squares(blocks: Tensor) -> Tensor:
@@ -168,34 +172,38 @@ def _diagonal_squares(blocks: Tensor) -> Tensor:
 
 
 def _weighed(blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left_i @ block_ij @ right_j."""
+    """Return left_i @ block_ij @ right_j."""
     n, r, m, _ = blocks.shape
     half = (left @ blocks.reshape(n, r, m * r)).reshape(n, r, m, r)
     return (half.permute(2, 0, 1, 3).reshape(m, n * r, r) @ right).reshape(m, n, r, r).permute(1, 2, 0, 3)
 
 
 def _inverse(norms: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 / norm; 0 where that is 0."""
+    """Return 1 / norm, and 0 where the norm is 0."""
     return torch.where(norms > 0, norms.reciprocal(), 0.0)
 
 
 def cosines(products: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Inner products divided by norms, exactly 1 on the diagonal; 0 where a norm is 0."""
+    """Return inner products divided by norms: exactly 1 on the diagonal, 0 where a norm is 0."""
     inverse = _inverse(products.diagonal().clamp_min(0).sqrt())
-    found = (products * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
-    found.fill_diagonal_(1.0)
-    return found
+    matrix = (products * inverse[:, None] * inverse[None, :]).clamp(-1, 1)
+    matrix.fill_diagonal_(1.0)
+    return matrix
 
 
 def overlap(pairs: Pairs) -> Float[Tensor, "n n"]:
-    """How much of their directions two adapters share, 0 to 1: the mean over both sides of the cosine of D_iᵀD_i and
-    D_jᵀD_j, and of D_iD_iᵀ and D_jD_jᵀ. 1 where they are equal; of unrelated ones `overlap_by_chance`."""
+    """Return the overlap of the directions of two adapters, 0 to 1.
+
+    It is the mean over both sides of the cosine of D_iᵀD_i and D_jᵀD_j, and of D_iD_iᵀ and D_jD_jᵀ: 1 for equal
+    updates, `overlap_by_chance` for unrelated ones.
+    """
     return (cosines(pairs.down_shared) + cosines(pairs.up_shared)) / 2
 
 
 def overlap_by_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
-    """Mean and standard deviation of the overlap of two adapters with these singular values in random directions: r /
-    dimension where all are equal, less where few are large; 0 on the diagonal.
+    """Return mean and standard deviation of the overlap of adapters with these singular values in random directions.
+
+    The mean is rank / dimension if all singular values are equal, less if few are large; 0 on the diagonal.
 
     For symmetric X, Y and a random rotation R, ⟨X, RYRᵀ⟩ has the mean tr X · tr Y / d, and the variance
     ‖X₀‖²‖Y₀‖² / ((d − 1)(d + 2) / 2), where X₀ and Y₀ have their traces removed: symmetric matrices without a trace are
@@ -213,8 +221,11 @@ def overlap_by_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor,
 
 
 def beyond_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
-    """The overlap of two adapters beyond what it is by chance, 1 where they are equal and about 0 where they are
-    unrelated; and its standard deviation if they are. 0 where directions say nothing: all of a space, evenly."""
+    """Return the overlap of two adapters beyond chance, and its standard deviation if they are unrelated.
+
+    It is 1 for equal updates and about 0 for unrelated ones. It is 0 where the overlap says nothing, because the
+    updates fill the whole space evenly.
+    """
     mean, deviation = overlap_by_chance(pairs)
     room = 1 - mean
     some = room > _NO_ROOM
