@@ -114,7 +114,7 @@ def converted(spec: Json) -> Path:
 
 @functools.cache
 def tokenizer() -> Any:
-    return models.tokenizer_of(str(BASE), None)
+    return models.load_tokenizer(str(BASE), None)
 
 
 def new_base() -> Any:

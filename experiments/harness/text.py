@@ -81,7 +81,7 @@ def base_model() -> Path:
 
 @functools.cache
 def tokenizer() -> Any:
-    return models.tokenizer_of(str(base_model()), None)
+    return models.load_tokenizer(str(base_model()), None)
 
 
 def encoded(rows: Rows, max_length: int) -> Rows:

@@ -106,7 +106,7 @@ class TestATrainingAndItsEvaluation:
     def test_what_is_cut_is_noted(self, cli, place):
         done = succeeded(cli(*CLASSIFY, "--max-length", 4, "--epochs", 1, "--no-add", "--json"))
         json.loads(done.out)
-        assert re.match(r"note: \d+ of 192 rows of \S*train.jsonl were cut after 4 tokens; .*\n", done.err)
+        assert re.match(r"note: \d+ of 192 rows of \S*train.jsonl were cut after 4 tokens. .*\n", done.err)
 
     @pytest.mark.parametrize(
         ("options", "code", "added"), [([], 3, False), (["--force"], 0, True), (["--no-add"], 0, False)]
@@ -119,7 +119,8 @@ class TestATrainingAndItsEvaluation:
         assert found["baseline"]["baseline"] == found["figures"]["majority"]
         assert ("out" in ex.Pack.open("pack").names) is added
         note = re.search(
-            r"note: the accuracy on the 57 rows for evaluation is (0\.\d{4}), and the most frequent .* no use", done.err
+            r"note: the accuracy on the 57 evaluation rows is (0\.\d{4}), and the most frequent .* is not better",
+            done.err,
         )
         assert float(note[1]) == pytest.approx(found["figures"]["accuracy"], abs=1e-4)
         assert ("error: the adapter was not added to pack" in done.err) is (code == 3)
@@ -183,7 +184,7 @@ BAD = {
     "no such rows": (f"{TRAIN} --train gone.jsonl", 3, "gone.jsonl does not exist"),
     "rows of another kind": (f"{TRAIN} --train odd.txt", 3, "rows are read from JSON lines"),
     "no such column": (f"{TRAIN} --label-column gold", 3, "no column 'gold'. It has: text, label"),
-    "classes that were not trained": (f"{TRAIN} --eval odd.jsonl", 3, "'odd' is none of the 2 classes"),
+    "classes that were not trained": (f"{TRAIN} --eval odd.jsonl", 3, "'odd' is not one of the 2 classes"),
     "no such model": (f"{TRAIN} --model no/such", 3, "the model no/such is no folder here"),
     "a folder without a model": (f"{TRAIN} --model empty", 3, "empty is not a model"),
     "no such start": (f"{TRAIN} --start nope", 3, "start='nope' is neither"),
@@ -194,7 +195,7 @@ BAD = {
     "no such options": (f"{TRAIN} --trainer-options gone.yaml", 3, "gone.yaml does not exist"),
     "options that are no YAML": (f"{TRAIN} --trainer-options broken.yaml", 3, "broken.yaml, line 2, is not YAML"),
     "options that are a list": (f"{TRAIN} --trainer-options list.yaml", 3, "list.yaml is not a mapping"),
-    "options that there are not": (f"{TRAIN} --trainer-options typo.yaml", 3, "'weigth_decay' is no field"),
+    "options that there are not": (f"{TRAIN} --trainer-options typo.yaml", 3, "'weigth_decay' is not a field"),
     "an option that is given twice": (f"{TRAIN} --trainer-options twice.yaml", 3, "learning_rate was given too"),
     "evaluating what is not there": ("evaluate pack gone --data eval.jsonl", 3, "no adapter named 'gone'"),
     "evaluating in no pack": ("evaluate nowhere a1 --data eval.jsonl", 4, "nowhere is not a pack"),

@@ -54,7 +54,7 @@ def test_the_binomial_test(right, rows, rate):
 def figures(pairs):
     """Of (class, answer)."""
     wanted, answers = zip(*pairs, strict=True)
-    return evaluate._classified(list(wanted), list(answers), 1.0, Labels(("a", "b", "c")))
+    return evaluate._classification_figures(list(wanted), list(answers), 1.0, Labels(("a", "b", "c")))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def figures(pairs):
 )
 def test_an_accuracy_is_better_where_chance_does_not_explain_it(pairs, better):
     random.Random(0).shuffle(pairs)
-    found = baselines.classified(figures(pairs), trained_on=False)
+    found = baselines.classification_baseline(figures(pairs), trained_on=False)
     assert found.better is better
     assert found.score == pytest.approx(sum(one == other for one, other in pairs) / len(pairs))
     assert f"{found.score:.4f}, and the most frequent class alone would reach {found.baseline:.4f}" in found.sentence
@@ -87,16 +87,16 @@ def test_an_accuracy_is_better_where_chance_does_not_explain_it(pairs, better):
 @pytest.mark.parametrize(
     ("losses", "better", "said"),
     [
-        ((2.0, 3.0), True, "7.389, and .* 20.09: .* helps"),
-        ((3.0, 3.0), False, "no use"),
-        ((2.9999, 3.0), False, "no use"),
-        ((3.1, 3.0), False, "no use"),
-        ((800.0, 900.0), True, "too large for a number.* helps"),
+        ((2.0, 3.0), True, "7.389, and .* 20.09: .* is better"),
+        ((3.0, 3.0), False, "is not better"),
+        ((2.9999, 3.0), False, "is not better"),
+        ((3.1, 3.0), False, "is not better"),
+        ((800.0, 900.0), True, "too large to represent.* is better"),
     ],
 )
 def test_a_perplexity_is_better_where_it_is_lower(losses, better, said):
-    mine, base = (evaluate.Modelled(5, 90, loss, evaluate.perplexity(loss)) for loss in losses)
-    found = baselines.modelled(mine, base, trained_on=True)
+    mine, base = (evaluate.LanguageModelFigures(5, 90, loss, evaluate.perplexity(loss)) for loss in losses)
+    found = baselines.language_model_baseline(mine, base, trained_on=True)
     assert found.better is better
     assert found.trained_on
     assert re.search(said, found.sentence)
@@ -176,7 +176,7 @@ class TestAnAdapterOfNoUse:
     def test_is_saved_and_not_added(self, place):
         before = ex.Pack.open(place / "pack").names
         with pytest.warns(
-            BaselineWarning, match=r"accuracy on the 57 rows for evaluation is 0.\d+, and the most .* no use"
+            BaselineWarning, match=r"accuracy on the 57 evaluation rows is 0.\d+, and the most .* is not better"
         ):
             found = train(place / "pack", classify(place, evaluation=place / "eval.jsonl", **IDLE), place / "out")
         assert (found.added, found.delta_error, found.baseline.better) == (False, None, False)
@@ -187,7 +187,7 @@ class TestAnAdapterOfNoUse:
             assert pack.add(place / "out", name="even-so").delta_error < 1e-6
 
     def test_is_added_by_force(self, place):
-        with pytest.warns(BaselineWarning, match="no use"):
+        with pytest.warns(BaselineWarning, match="is not better"):
             found = train(
                 place / "pack", classify(place, evaluation=place / "eval.jsonl", **IDLE), place / "out", force=True
             )
@@ -196,7 +196,7 @@ class TestAnAdapterOfNoUse:
         assert json.loads((place / "out" / RECORD).read_text())["result"]["added"] is True
 
     def test_is_known_by_the_rows_of_the_training_where_there_are_no_others(self, place):
-        with pytest.warns(BaselineWarning, match="accuracy on the 192 rows of the training is"):
+        with pytest.warns(BaselineWarning, match="accuracy on the 192 training rows is"):
             found = train(place / "pack", classify(place, **IDLE), place / "out")
         assert (found.figures, found.baseline.trained_on, found.baseline.rows) == (None, True, 192)
         assert not found.added
@@ -208,20 +208,20 @@ class TestAnAdapterOfNoUse:
         training = classify(
             place, train=trainable.write_jsonl(place / "noise.jsonl", rows), evaluation=place / "eval.jsonl", **QUICK
         )
-        with pytest.warns(BaselineWarning, match="the 57 rows for evaluation"):
+        with pytest.warns(BaselineWarning, match="the 57 evaluation rows"):
             assert not train(place / "pack", training, place / "out").added
 
     def test_is_a_language_model_no_better_than_the_base_model(self, place):
         training = model_language(place, evaluation=place / "lm-eval.jsonl", **IDLE)
-        with pytest.warns(BaselineWarning, match="perplexity on the 29 rows for evaluation is .* without the adapter"):
+        with pytest.warns(BaselineWarning, match="perplexity on the 29 evaluation rows is .* without the adapter"):
             found = train(place / "lm-pack", training, place / "out", add=False)
         assert found.baseline.baseline == pytest.approx(found.figures.perplexity, rel=1e-4)
 
     def test_may_be_added_when_the_training_has_ended(self, place):
-        with pytest.warns(BaselineWarning, match="no use"):
+        with pytest.warns(BaselineWarning, match="is not better"):
             first = train(place / "pack", classify(place, **IDLE), place / "out")
         stages = []
-        with pytest.warns(BaselineWarning, match="no use"):
+        with pytest.warns(BaselineWarning, match="is not better"):
             again = train(
                 place / "pack",
                 classify(place, **IDLE),
@@ -242,9 +242,9 @@ def test_a_language_model_is_measured_beside_the_base_model(place):
     # an oracle: the base model by itself
     opened = ex.Pack.open(place / "lm-pack")
     with models.quiet():
-        tokenizer = models.tokenizer_of(opened.base_model, None)
-        base = models.load(opened.base_model, None, None, tokenizer)
-        rows = examples.modelling(data.read(place / "lm-eval.jsonl"), Columns(), tokenizer, 32)
+        tokenizer = models.load_tokenizer(opened.base_model, None)
+        base = models.load_model(opened.base_model, None, None, tokenizer)
+        rows = examples.encode_language_model(data.read(place / "lm-eval.jsonl"), Columns(), tokenizer, 32)
         alone = evaluate.measure(base, rows, examples.collator("causal-lm", tokenizer), None, 7)
     assert found.baseline.baseline == pytest.approx(alone.perplexity, rel=1e-5)
     assert found.baseline.score == found.figures.perplexity
@@ -302,7 +302,7 @@ class TestWhatIsLeft:
                     pack.add(replace(pack.adapter("a1"), base_model=pack.base_model), name="out")
 
         training = classify(place, **QUICK, epochs=2.0)
-        with pytest.raises(ex.EigenloraxError, match="itself is in"):
+        with pytest.raises(ex.EigenloraxError, match="trained adapter is in"):
             train(place / "pack", training, place / "out", progress=rival)
         assert not (place / "out" / CHECKPOINTS).exists()
         assert train(place / "pack", training, place / "out", name="mine", resume=True).added

@@ -79,7 +79,7 @@ class TestClassification:
         names = ["good", "bad", "ugly"]
         named = trainable.write_jsonl(place / "named.jsonl", [{**row, "label": names[row["label"]]} for row in rows])
         with pytest.raises(
-            OptionError, match="labels such as 'good', and a pack keeps no names .* adapter's 3 .*--labels"
+            OptionError, match="labels such as 'good', and a pack does not store .* adapter's 3 .*--labels"
         ):
             evaluate(classifier, "c", named, task="text-classification")
         got = evaluate(classifier, "c", named, task="text-classification", labels=names).figures
@@ -89,8 +89,8 @@ class TestClassification:
         assert got.confusion == numbers.confusion
         for labels, match in (
             (["good", "bad"], "2 labels are named, and the adapter's head has 3"),
-            (["good", "bad", "bad"], "good, bad, bad are not the names of classes: 'bad' is there twice"),
-            (["good", "", "bad"], "are not the names of classes: one of them is empty"),
+            (["good", "bad", "bad"], "good, bad, bad are not names of classes: 'bad' is there twice"),
+            (["good", "", "bad"], "are not names of classes: one of them is empty"),
         ):
             with pytest.raises(OptionError, match=match):
                 evaluate(classifier, "c", named, task="text-classification", labels=labels)
@@ -109,7 +109,7 @@ class TestClassification:
         ("name", "options", "error", "match"),
         [
             ("gone", {}, AdapterNameError, "no adapter named 'gone' in the pack. It has: a0, a1, a2, a3, c"),
-            ("c", {}, OptionError, "adapter 'c' has the task type None; name one of text-classification, causal-lm"),
+            ("c", {}, OptionError, "adapter 'c' has the task type None. Pass one of text-classification, causal-lm"),
             ("c", {"task": "chess"}, OptionError, "no task 'chess'"),
             ("c", {"batch_size": 0}, OptionError, "batch_size must be at least 1"),
             ("c", {"max_length": 0}, OptionError, "max_length must be at least 2, got 0"),
@@ -121,7 +121,7 @@ class TestClassification:
             ),
             ("a1", {"task": "text-classification"}, AdapterNameError, "adapter 'a1' has no head"),
             ("c", {"task": "text-classification", "rows": "lm-eval.jsonl"}, OptionError, "no column 'label'"),
-            ("c", {"task": "text-classification", "rows": "high.jsonl"}, FormatError, "label 3 is none of the 3 cl"),
+            ("c", {"task": "text-classification", "rows": "high.jsonl"}, FormatError, "label 3 is not one of the 3 cl"),
             ("c", {"task": "text-classification", "max_length": 90}, OptionError, "more than the 32 tokens"),
         ],
     )
@@ -182,5 +182,5 @@ class TestLanguageModelling:
                 name: type(one)(one.down * 1e18, one.up * 1e18, one.scaling) for name, one in lora.modules.items()
             }
             edited.add(ex.from_factors("wild", modules, base_model=edited.base_model))
-        with pytest.raises(NonFiniteError, match="loss on these rows is not a number"):
+        with pytest.raises(NonFiniteError, match="loss on these rows is NaN or Inf"):
             evaluate(place / "lm-pack", "wild", place / "lm-eval.jsonl", task="causal-lm")

@@ -202,9 +202,9 @@ class TestRows:
         return Table(Path("rows"), rows, [f"line {n}" for n in range(len(rows))])
 
     def divide(self, place, asked, counts, test=None):
-        tokenizer = models.tokenizer_of(str(ex.Pack.open(place / "pack").base_model), None)
+        tokenizer = models.load_tokenizer(str(ex.Pack.open(place / "pack").base_model), None)
         tables = self.table(counts), self.table(test or counts)
-        tables = [replace(one, where=place / name) for one, name in zip(tables, ("a", "b"), strict=True)]
+        tables = [replace(one, path=place / name) for one, name in zip(tables, ("a", "b"), strict=True)]
         return row_split.split_rows(asked, *tables, Labels(tuple(sorted(counts))), tokenizer, 32)
 
     def test_a_fifth_of_each_class_is_held_out(self, place, asked):
@@ -262,7 +262,7 @@ class TestSizes:
     def test_every_method_fits_the_model_and_small_ones_are_no_larger_than_factors(self, place):
         pack = ex.Pack.open(place / "pack")
         numbers = {}
-        with models.quiet(), models.own_random_numbers():
+        with models.quiet(), models.preserved_random_state():
             made = method_presets.make_presets(pack, list(LEARNING_RATES), [], RANK, tiny.make_bert)
             for name, entry in made.items():
                 model = entry.apply(tiny.make_bert())

@@ -169,14 +169,14 @@ class TestOnRows:
         assert frontier.points[1].kl < 0.01 < frontier.points[3].kl
 
     def test_what_originals_predict_is_found_once(self, originals, asked, versions, monkeypatch):
-        calls, load = [], models.load
+        calls, load = [], models.load_model
 
         def counted(*given):
             network = load(*given)
             network.register_forward_hook(lambda *_: calls.append(1))
             return network
 
-        monkeypatch.setattr(models, "load", counted)
+        monkeypatch.setattr(models, "load_model", counted)
         seen = []
         one = replace(asked, jobs=asked.jobs[:1])
         ratios.run(originals, one, versions, lambda *step: seen.append(step))

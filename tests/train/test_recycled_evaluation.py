@@ -134,13 +134,13 @@ class TestClassification:
 
     def test_one_base_model_for_each_number_of_classes(self, tmp_path, pack, originals, rows, monkeypatch):
         loaded = []
-        load = models.load
+        load = models.load_model
 
         def counted(model, revision, labels, tokenizer):
             loaded.append(len(labels.names))
             return load(model, revision, labels, tokenizer)
 
-        monkeypatch.setattr(models, "load", counted)
+        monkeypatch.setattr(models, "load_model", counted)
         file = tmp_path / "rows.jsonl"
         found = compare(pack, originals, [(None, file), ("d", file), ("a", file)])
         assert loaded == [2, 3, 5]
@@ -190,7 +190,7 @@ class TestClassification:
         (tmp_path / "out" / "training.json").write_text('{"labels": null}')
         with pytest.raises(SystemExit, match="^3$"):
             main(line)
-        assert "out is of a training without classes" in capsys.readouterr().err
+        assert "out is a training without classes" in capsys.readouterr().err
 
     def test_progress_counts_rows(self, tmp_path, pack, originals, rows):
         seen = []

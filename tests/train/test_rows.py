@@ -34,8 +34,8 @@ class TestReading:
             writer.writerows(ROWS)
         for name in ("a.jsonl", "b.csv"):
             table = data.read(tmp_path / name)
-            assert data.texts(table, "text") == [row["text"] for row in ROWS]
-            assert data.labels_of(table, COLUMNS).names == ("no", "yes")
+            assert data.column_texts(table, "text") == [row["text"] for row in ROWS]
+            assert data.infer_labels(table, COLUMNS).names == ("no", "yes")
 
     def test_a_folder_of_datasets(self, tmp_path):
         datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -52,7 +52,7 @@ class TestReading:
         rows.save_to_disk(tmp_path / "one")
         table = data.read(tmp_path / "one")
         with pytest.warns(RowsWarning, match="no rows of class y"):
-            labels = data.labels_of(table, COLUMNS)
+            labels = data.infer_labels(table, COLUMNS)
         assert (labels.names, labels.encode(table, COLUMNS)) == (("z", "y", "x"), [2, 0])
         datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
         with pytest.raises(FormatError, match=f"It holds {tmp_path}/splits/train: name one"):
@@ -65,9 +65,9 @@ class TestReading:
 
     def test_blank_lines_are_none(self, tmp_path):
         path = written(tmp_path, "a.jsonl", '\n{"text": "x"}\n\n{"text": "y"}\n')
-        assert data.read(path).places == ["line 2", "line 4"]
+        assert data.read(path).locations == ["line 2", "line 4"]
         path = written(tmp_path, "a.csv", "text\nx\n\ny\n")
-        assert data.read(path).places == ["line 2", "line 4"]
+        assert data.read(path).locations == ["line 2", "line 4"]
 
     @pytest.mark.parametrize(
         ("name", "content", "match"),
@@ -94,17 +94,21 @@ class TestReading:
 
     def test_columns(self, tmp_path):
         table = jsonl(tmp_path, {"text": "x", "other": 1}, {"text": "y"}, {"text": None})
-        with pytest.raises(OptionError, match=r"no column 'body'. It has: text, other. --text-column names another"):
-            data.texts(table, "body", "--text-column")
+        with pytest.raises(
+            OptionError, match=r"no column 'body'. It has: text, other. Name another one with --text-column"
+        ):
+            data.column_texts(table, "body", "--text-column")
         with pytest.raises(FormatError, match="line 2 has no 'other', which other rows have"):
-            data.texts(jsonl(tmp_path, {"text": "x", "other": "z"}, {"text": "y"}), "other")
+            data.column_texts(jsonl(tmp_path, {"text": "x", "other": "z"}, {"text": "y"}), "other")
         with pytest.raises(FormatError, match="line 3: 'text' is None; a text was expected"):
-            data.texts(table, "text")
+            data.column_texts(table, "text")
 
     def test_a_digest_is_of_the_rows_alone(self, tmp_path):
         one = data.read(trainable.write_jsonl(tmp_path / "one.jsonl", ROWS))
-        assert data.digest(data.read(trainable.write_jsonl(tmp_path / "two.jsonl", ROWS))) == data.digest(one)
-        assert data.digest(data.read(trainable.write_jsonl(tmp_path / "two.jsonl", ROWS[::-1]))) != data.digest(one)
+        assert data.rows_sha256(data.read(trainable.write_jsonl(tmp_path / "two.jsonl", ROWS))) == data.rows_sha256(one)
+        assert data.rows_sha256(
+            data.read(trainable.write_jsonl(tmp_path / "two.jsonl", ROWS[::-1]))
+        ) != data.rows_sha256(one)
 
 
 def of_labels(folder, *labels):
@@ -122,20 +126,20 @@ class TestLabels:
     )
     def test_numbers_and_names(self, tmp_path, labels, names, numbers):
         table = of_labels(tmp_path, *labels)
-        found = data.labels_of(table, COLUMNS)
+        found = data.infer_labels(table, COLUMNS)
         assert found.names == names
         assert found.encode(table, COLUMNS) == numbers
 
     def test_integers_of_a_csv_file_are_integers(self, tmp_path):
         table = data.read(written(tmp_path, "a.csv", "text,label\nx,1\ny,0\nz,2\n"))
-        found = data.labels_of(table, COLUMNS)
+        found = data.infer_labels(table, COLUMNS)
         assert found.names == ("0", "1", "2")
         assert found.encode(table, COLUMNS) == [1, 0, 2]
         assert found.encode(of_labels(tmp_path, 2, "1"), COLUMNS) == [2, 1]
 
     def test_a_class_without_rows_is_said(self, tmp_path):
         with pytest.warns(RowsWarning, match="no rows of class 1"):
-            data.labels_of(of_labels(tmp_path, 0, 2, 2), COLUMNS)
+            data.infer_labels(of_labels(tmp_path, 0, 2, 2), COLUMNS)
 
     @pytest.mark.parametrize(
         ("labels", "match"),
@@ -154,14 +158,14 @@ class TestLabels:
     )
     def test_what_cannot_be_classes(self, tmp_path, labels, match):
         with pytest.raises(FormatError, match=re.escape(match)):
-            data.labels_of(of_labels(tmp_path, *labels), COLUMNS)
+            data.infer_labels(of_labels(tmp_path, *labels), COLUMNS)
 
     @pytest.mark.parametrize(
         ("names", "label", "match"),
         [
-            (("a", "b"), "c", "line 1: label 'c' is none of the 2 classes: a, b"),
-            (("a", "b"), 2, "label 2 is none of the 2 classes"),
-            (("0", "1"), -1, "label -1 is none of the 2 classes"),
+            (("a", "b"), "c", "line 1: label 'c' is not one of the 2 classes: a, b"),
+            (("a", "b"), 2, "label 2 is not one of the 2 classes"),
+            (("0", "1"), -1, "label -1 is not one of the 2 classes"),
             (("1", "2"), 1, "label 1 is an integer, but the classes are texts: 1, 2"),
         ],
     )
@@ -182,7 +186,7 @@ class TestExamples:
 
     def test_a_classification(self, tmp_path):
         table = jsonl(tmp_path, {"text": "good a", "label": 1}, {"text": "b", "label": 0})
-        one, two = examples.classification(table, data.numbered(2), COLUMNS, self.bert, 9)
+        one, two = examples.encode_classification(table, data.numbered_labels(2), COLUMNS, self.bert, 9)
         assert one["input_ids"] == [1, WORD["good"], WORD["a"], 2]
         assert (one["labels"], two["labels"]) == (1, 0)
         examples.prepare_tokenizer(self.bert)
@@ -193,28 +197,28 @@ class TestExamples:
 
     def test_a_pair(self, tmp_path):
         table = jsonl(tmp_path, {"text": "a", "other": "b c", "label": 1})
-        (one,) = examples.classification(table, data.numbered(2), Columns(pair="other"), self.bert, 9)
+        (one,) = examples.encode_classification(table, data.numbered_labels(2), Columns(pair="other"), self.bert, 9)
         assert one["input_ids"] == [1, WORD["a"], 2, WORD["b"], WORD["c"], 2]
         assert one["token_type_ids"] == [0, 0, 0, 1, 1, 1]
 
     def test_what_is_cut_is_said(self, tmp_path):
         table = jsonl(tmp_path, {"text": "a b c d e", "label": 1}, {"text": "b c", "label": 0})
         with pytest.warns(RowsWarning, match=r"1 of 2 rows of .* were cut after 4 tokens"):
-            one, _ = examples.classification(table, data.numbered(2), COLUMNS, self.bert, 4)
+            one, _ = examples.encode_classification(table, data.numbered_labels(2), COLUMNS, self.bert, 4)
         assert one["input_ids"] == [1, WORD["a"], WORD["b"], 2]
         with pytest.warns(RowsWarning, match=r"1 of 2 rows of .* were cut after 4 tokens"):
-            one, _ = examples.modelling(table, COLUMNS, self.gpt2, 4)
+            one, _ = examples.encode_language_model(table, COLUMNS, self.gpt2, 4)
         assert one["input_ids"] == [WORD[letter] for letter in "abcd"]
 
     def test_a_text(self, tmp_path):
-        (one,) = examples.modelling(jsonl(tmp_path, {"text": "a b"}), COLUMNS, self.gpt2, 9)
+        (one,) = examples.encode_language_model(jsonl(tmp_path, {"text": "a b"}), COLUMNS, self.gpt2, 9)
         assert one["input_ids"] == [WORD["a"], WORD["b"], WORD["[SEP]"]]
         # nothing predicts the first one
         assert one["labels"] == [-100, WORD["b"], WORD["[SEP]"]]
 
     def test_the_loss_is_on_the_completion_alone(self, tmp_path):
         rows = {"prompt": "a b", "completion": "c d"}, {"prompt": "", "completion": "e f"}
-        one, two = examples.modelling(jsonl(tmp_path, *rows), COLUMNS, self.gpt2, 9)
+        one, two = examples.encode_language_model(jsonl(tmp_path, *rows), COLUMNS, self.gpt2, 9)
         assert one["input_ids"] == [*(WORD[letter] for letter in "abcd"), 2]
         assert one["labels"] == [-100, -100, WORD["c"], WORD["d"], 2]
         assert two["labels"] == [-100, WORD["f"], 2]
@@ -231,26 +235,28 @@ class TestExamples:
                 ids = [[WORD[word] for word in text.split()] for text in texts]
                 return {"input_ids": [[1, *one, 2] if add_special_tokens else one for one in ids]}
 
-        (one,) = examples.modelling(jsonl(tmp_path, {"prompt": "a", "completion": "b"}), COLUMNS, Ending(), 9)
+        (one,) = examples.encode_language_model(
+            jsonl(tmp_path, {"prompt": "a", "completion": "b"}), COLUMNS, Ending(), 9
+        )
         assert one["input_ids"] == [1, WORD["a"], WORD["b"], 2]
-        (one,) = examples.modelling(jsonl(tmp_path, {"text": "a"}), COLUMNS, Ending(), 9)
+        (one,) = examples.encode_language_model(jsonl(tmp_path, {"text": "a"}), COLUMNS, Ending(), 9)
         assert one["input_ids"] == [1, WORD["a"], 2]
 
     def test_rows_without_anything_to_predict_are_left_out_and_said(self, tmp_path):
         table = jsonl(tmp_path, {"text": "a b"}, {"text": ""}, {"text": "c"})
         with pytest.warns(RowsWarning, match="1 of 3 rows of .* have no token to predict within 9"):
-            found = examples.modelling(table, COLUMNS, self.gpt2, 9)
+            found = examples.encode_language_model(table, COLUMNS, self.gpt2, 9)
         assert [len(one["input_ids"]) for one in found] == [3, 2]
         table = jsonl(tmp_path, {"prompt": "a b c", "completion": "d"})
         with pytest.raises(FormatError, match="no row has a token to predict within 3"):
-            examples.modelling(table, COLUMNS, self.gpt2, 3)
+            examples.encode_language_model(table, COLUMNS, self.gpt2, 3)
 
     @pytest.mark.parametrize(("asked", "found"), [(None, 32), (7, 7), (32, 32)])
     def test_the_length_is_at_most_the_model_s(self, asked, found):
         config = type("Config", (), {"max_position_embeddings": 40})()
-        assert examples.length("causal-lm", asked, self.gpt2, config) == found
+        assert examples.max_tokens("causal-lm", asked, self.gpt2, config) == found
         with pytest.raises(OptionError, match="max_length 33 is more than the 32 tokens"):
-            examples.length("causal-lm", 33, self.gpt2, config)
+            examples.max_tokens("causal-lm", 33, self.gpt2, config)
 
     def test_a_tokenizer_that_cannot_pad(self):
         tokenizer = trainable.make_tokenizer(end="[SEP]")

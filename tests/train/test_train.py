@@ -151,7 +151,7 @@ class TestClassification:
         # whatever a test before has left
         set_seed(4)
         before = states()
-        with models.own_random_numbers():
+        with models.preserved_random_state():
             set_seed(3)
             assert all(one != other for one, other in zip(states(), before, strict=True))
         assert states() == before
@@ -435,16 +435,16 @@ class TestTheTrainersOptions:
         [
             (
                 {"weigth_decay": 0.1},
-                "'weigth_decay' is no field of transformers' TrainingArguments. Did you mean 'weight_decay'?",
+                "'weigth_decay' is not a field of transformers' TrainingArguments. Did you mean 'weight_decay'?",
             ),
-            ({"output_dir": "x"}, "output_dir is not for the Trainer's options: the command sets it"),
+            ({"output_dir": "x"}, "output_dir is set by eigenlorax. Remove it"),
             ({"weight_decay": "much"}, "the Trainer's weight_decay must be float, got 'much'"),
             ({"max_steps": 1.5}, "the Trainer's max_steps must be int, got 1.5"),
             ({"use_cpu": 1}, "the Trainer's use_cpu must be bool, got 1"),
-            ({"lr_scheduler_type": "zigzag"}, "the Trainer does not take its options: zigzag is not a valid"),
-            ({"eval_strategy": "steps"}, "there are no rows for them: evaluation= (--eval)"),
-            ({"adam_beta2": 1.5}, "the Trainer does not take its options: betas must be two numbers"),
-            ({"learning_rate": 0.1}, "learning_rate stands among the Trainer's options, and learning_rate was given"),
+            ({"lr_scheduler_type": "zigzag"}, "the Trainer rejects its options: zigzag is not a valid"),
+            ({"eval_strategy": "steps"}, "needs evaluation rows, and there are none. Pass evaluation= (--eval)"),
+            ({"adam_beta2": 1.5}, "the Trainer rejects its options: betas must be two numbers"),
+            ({"learning_rate": 0.1}, "learning_rate is among the Trainer's options, and learning_rate was passed"),
         ],
     )
     def test_what_is_none_is_said_before_anything_is_done(self, place, options, match):
@@ -464,7 +464,7 @@ class TestWhatCannotBe:
             (
                 {"output": "full"},
                 PackExistsError,
-                "full exists and is not empty. Choose another folder, or go on with resume=True (--resume)",
+                "full exists and is not empty. Choose another folder, or continue with resume=True (--resume)",
             ),
             ({"output": "pack/adapters/x"}, PackExistsError, "lies in the pack"),
             ({"name": "A0"}, AdapterNameError, "already has an adapter named 'A0'"),
@@ -487,7 +487,7 @@ class TestWhatCannotBe:
 
     def test_labels_of_the_evaluation_that_are_not_in_the_training(self, place):
         trainable.write_jsonl(place / "odd.jsonl", [{"text": "x", "label": "odd"}])
-        with pytest.raises(FormatError, match=r"odd.jsonl, line 1: label 'odd' is none of the 2 classes: bad, good"):
+        with pytest.raises(FormatError, match=r"odd.jsonl, line 1: label 'odd' is not one of the 2 classes: bad, good"):
             train(place / "pack", classify(place, evaluation=place / "odd.jsonl"), place / "out")
         assert not (place / "out").exists()
 
@@ -499,7 +499,7 @@ class TestWhatCannotBe:
             ({"head_learning_rate": 0.0}, "head_learning_rate must be a number above 0"),
             (
                 {"head_learning_rate": 0.1, "trainer_options": {"optim": "sgd"}},
-                "it has one rate, and head_learning_rate is for the default one",
+                "a single learning rate, and head_learning_rate belongs to the default",
             ),
             ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
             ({"alpha": -1.0}, "alpha must be"),
@@ -526,7 +526,9 @@ class TestWhatCannotBe:
                 with ex.Pack.edit(place / "pack") as opened:
                     opened.add(lora, name="out")
 
-        with pytest.raises(AdapterNameError, match=r"itself is in .*/out: `eigenlorax add .*/pack out=.*/out` adds it"):
+        with pytest.raises(
+            AdapterNameError, match=r"trained adapter is in .*/out. To add it: `eigenlorax add .*/pack out="
+        ):
             train(place / "pack", classify(place), place / "out", progress=rival)
         with ex.Pack.edit(place / "pack") as opened:
             assert opened.add(place / "out", name="mine").delta_error < 1e-6
@@ -537,11 +539,11 @@ class TestWhatCannotBe:
             train(place / "pack", classify(place), place / "out")
 
     def test_a_record_that_is_none(self, place):
-        with pytest.raises(FormatError, match=r"has no training.json: it is not a folder"):
+        with pytest.raises(FormatError, match=r"has no training.json: it was not written"):
             read_record(place)
         (place / RECORD).write_text("{")
         with pytest.raises(FormatError, match="is not JSON"):
             read_record(place)
         (place / RECORD).write_text("[]")
-        with pytest.raises(FormatError, match="is not what `eigenlorax train` writes"):
+        with pytest.raises(FormatError, match="is not a record of `eigenlorax train`"):
             read_record(place)

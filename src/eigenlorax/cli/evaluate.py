@@ -97,9 +97,9 @@ def class_names(argument: str) -> Sequence[str]:
 
 def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
     """Return the table rows of an adapter's figures."""
-    from ..train.evaluate import Classified
+    from ..train.evaluate import ClassificationFigures
 
-    if isinstance(figures, Classified):
+    if isinstance(figures, ClassificationFigures):
         return [
             ("evaluated rows", f"{figures.rows:,}"),
             ("accuracy", f"{figures.accuracy:.4f}"),
@@ -116,8 +116,8 @@ def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
 
 def print_confusion(figures: "Figures") -> None:
     """Print the confusion matrix of a classification with few classes."""
-    from ..train.evaluate import Classified
+    from ..train.evaluate import ClassificationFigures
 
-    if isinstance(figures, Classified) and figures.confusion is not None:
+    if isinstance(figures, ClassificationFigures) and figures.confusion is not None:
         rows = [[label, *map(str, row)] for label, row in zip(figures.labels, figures.confusion, strict=True)]
         console.print_table("", ["class \\ prediction", *figures.labels], rows, numbers=range(1, len(rows) + 1))

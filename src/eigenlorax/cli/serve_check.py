@@ -57,7 +57,7 @@ def serve_check(
     settings = Asked(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=revision)
-        base, base_revision = models.of_pack(opened, model)
+        base, base_revision = models.base_model_of(opened, model)
         source = f"{pack}@{revision}" if revision else pack
         checked = check(
             opened, source, shapes.shapes_of(base, base_revision), settings, revision=base_revision, progress=progress

@@ -12,7 +12,7 @@ from . import arguments, console
 from .evaluate import figure_rows, print_confusion
 
 if TYPE_CHECKING:
-    from ..train.train import Trained
+    from ..train.train import TrainingResult
 
 EPILOG = """Examples:
 
@@ -161,7 +161,7 @@ def train(
         )
 
 
-def _rows(trained: "Trained") -> list[tuple[str, str]]:
+def _rows(trained: "TrainingResult") -> list[tuple[str, str]]:
     added = "not added to the pack"
     if trained.delta_error is not None:
         added = f"added to the pack; delta error {console.format_error(trained.delta_error)}"
@@ -179,7 +179,7 @@ def _rows(trained: "Trained") -> list[tuple[str, str]]:
     ]
 
 
-def _baseline_rows(trained: "Trained") -> list[tuple[str, str]]:
+def _baseline_rows(trained: "TrainingResult") -> list[tuple[str, str]]:
     """Return the rows of the baseline that `figure_rows` does not contain."""
     baseline = trained.baseline
     is_accuracy = baseline.metric == "accuracy"

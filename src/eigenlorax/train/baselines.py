@@ -1,35 +1,32 @@
-"""What a trained adapter is worth beside what needs no training: the most frequent class, or the base model."""
+"""Baselines of a trained adapter that need no training: the most frequent class, or the base model."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..fitting.fit import Progress
-from . import evaluate
-from .data import Labels
-from .evaluate import Classified, Figures, Modelled
-from .examples import Collate, Example
+from .evaluate import ClassificationFigures, Figures, LanguageModelFigures
+from .examples import Example
 
 T = TypeVar("T")
 
 SIGNIFICANT = 0.05
-"""The highest p-value at which an accuracy above that of the most frequent class is not taken for chance."""
+"""Maximum p-value at which an accuracy above that of the most frequent class counts as better."""
 MARGIN = 1e-3
-"""By how many nats a token's loss has to be below the base model's: a thousandth of the perplexity. An adapter that has
-learned nothing is off by its rounding."""
+"""Minimum difference to the base model's loss per token, in nats: a thousandth of the perplexity. An adapter that has
+learned nothing differs by rounding."""
 TRAINED_ROWS = 1000
-"""Rows of the training that are measured, at most, where there are none for evaluation."""
+"""Maximum number of training rows that are measured if there are no evaluation rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A result beside its baseline.
+    """Comparison of a trained adapter with its baseline.
 
-    metric: "accuracy", whose baseline is that of the most frequent class of these rows; or "perplexity", whose baseline
-    is that of the base model (None where it is no longer a number). rows: how many both were measured on; trained_on:
-    whether these were rows of the training. p_value: of accuracies, by a binomial test. better: whether the result is
-    better than the baseline, by more than chance where it is an accuracy.
+    metric: "accuracy", with the most frequent class as baseline, or "perplexity", with the base model. rows: number of
+    rows that were measured. trained_on: whether these are training rows. score, baseline: the metric of the adapter and
+    of the baseline; None for a perplexity that overflows. p_value: of a binomial test, for accuracies. better: whether
+    the adapter is better than the baseline, for accuracies by more than chance.
     """
 
     metric: str
@@ -42,59 +39,63 @@ class Baseline:
 
     @property
     def sentence(self) -> str:
-        """What this says of the result."""
-        where = f"the {self.rows:,} rows {'of the training' if self.trained_on else 'for evaluation'}"
+        """The comparison in words."""
+        rows = f"the {self.rows:,} {'training' if self.trained_on else 'evaluation'} rows"
         if self.metric == "perplexity":
             return (
-                f"the perplexity on {where} is {_number(self.score)}, and that of the base model without the adapter "
-                f"{_number(self.baseline)}: the adapter {'helps' if self.better else 'is of no use'}."
+                f"the perplexity on {rows} is {_number(self.score)}, and that of the base model without the adapter "
+                f"{_number(self.baseline)}: the adapter {'is better' if self.better else 'is not better'}."
             )
-        said = (
-            f"the accuracy on {where} is {self.score:.4f}, and the most frequent class alone would reach "
+        accuracies = (
+            f"the accuracy on {rows} is {self.score:.4f}, and the most frequent class alone would reach "
             f"{self.baseline:.4f}"
         )
         if self.better:
-            return f"{said}: the adapter helps."
+            return f"{accuracies}: the adapter is better."
         if self.score is None or self.baseline is None or self.score <= self.baseline:
-            return f"{said}: the adapter is of no use."
-        return f"{said}: on so few rows, that may be chance (p = {self.p_value:.2g}, {SIGNIFICANT} at most was wanted)."
+            return f"{accuracies}: the adapter is not better."
+        return (
+            f"{accuracies}: with so few rows, that may be chance (p = {self.p_value:.2g}; at most {SIGNIFICANT} counts "
+            "as better)."
+        )
 
 
 def _number(perplexity: float | None) -> str:
-    return "too large for a number" if perplexity is None else f"{perplexity:,.4g}"
+    return "too large to represent" if perplexity is None else f"{perplexity:,.4g}"
 
 
-def of_trained(
+def compare_with_baseline(
     model: Any,
     rows: Sequence[Example],
     figures: Figures | None,
-    evaluation: Sequence[Example] | None,
-    collate: Collate,
-    labels: Labels | None,
-    batch_size: int,
-    progress: Progress | None = None,
+    measure: Callable[[Any, Sequence[Example]], Figures],
+    *,
+    trained_on: bool,
 ) -> Baseline:
-    """Measure a trained model's baseline on the rows for evaluation, which gave `figures`; without them, both on rows
-    of the training, at most `TRAINED_ROWS` of them.
+    """Compare a trained PEFT model with its baseline.
+
+    Args:
+        rows: Evaluation rows; training rows, of which at most `TRAINED_ROWS` are measured, if `trained_on`.
+        figures: Figures of the model on these rows, if they are known.
+        measure: Function (model, rows) that returns figures.
     """
-    trained_on = evaluation is None
-    measured = sample(rows, TRAINED_ROWS) if evaluation is None else evaluation
-    found = figures or evaluate.measure(model, measured, collate, labels, batch_size, progress)
-    if isinstance(found, Classified):
-        return classified(found, trained_on=trained_on)
+    measured = sample(rows, TRAINED_ROWS) if trained_on else rows
+    figures = figures or measure(model, measured)
+    if isinstance(figures, ClassificationFigures):
+        return classification_baseline(figures, trained_on=trained_on)
     with model.disable_adapter():
-        base = evaluate.measure(model, measured, collate, labels, batch_size, progress)
-    assert isinstance(base, Modelled)
-    return modelled(found, base, trained_on=trained_on)
+        base_figures = measure(model, measured)
+    assert isinstance(base_figures, LanguageModelFigures)
+    return language_model_baseline(figures, base_figures, trained_on=trained_on)
 
 
-def sample(rows: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of the rows, the same ones each time."""
-    return random.Random(0).sample(rows, most) if len(rows) > most else rows  # noqa: S311
+def sample(rows: Sequence[T], maximum: int) -> Sequence[T]:
+    """Return at most `maximum` of the rows, always the same ones."""
+    return random.Random(0).sample(rows, maximum) if len(rows) > maximum else rows  # noqa: S311
 
 
-def classified(figures: Classified, *, trained_on: bool) -> Baseline:
-    """A classification beside the most frequent class."""
+def classification_baseline(figures: ClassificationFigures, *, trained_on: bool) -> Baseline:
+    """Compare a classification with the most frequent class."""
     return Baseline(
         metric="accuracy",
         rows=figures.rows,
@@ -106,9 +107,11 @@ def classified(figures: Classified, *, trained_on: bool) -> Baseline:
     )
 
 
-def modelled(figures: Modelled, base: Modelled, *, trained_on: bool) -> Baseline:
-    """A language model beside the base model. Both predict the same tokens, so that chance has little part in it, and
-    a small margin is enough."""
+def language_model_baseline(figures: LanguageModelFigures, base: LanguageModelFigures, *, trained_on: bool) -> Baseline:
+    """Compare a language model with the base model.
+
+    Both predict the same tokens, so that chance plays little part, and a small margin is enough.
+    """
     return Baseline(
         metric="perplexity",
         rows=figures.rows,
@@ -116,6 +119,6 @@ def modelled(figures: Modelled, base: Modelled, *, trained_on: bool) -> Baseline
         score=figures.perplexity,
         baseline=base.perplexity,
         p_value=None,
-        # losses are there where the perplexity is no longer a number
+        # compare losses, because perplexities may overflow
         better=figures.loss < base.loss - MARGIN,
     )

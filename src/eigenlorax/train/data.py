@@ -1,4 +1,4 @@
-"""Rows of text out of JSON lines, CSV or a folder of `datasets`; labels as numbers. Nothing here knows a tokenizer."""
+"""Rows of text from JSON lines, CSV or a `datasets` folder, and their labels as class numbers."""
 
 import csv
 import json
@@ -20,12 +20,15 @@ _JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of one file, and where each of them stands in it. `classes`: a label column's names, where the file
-    itself has them (a `ClassLabel` of datasets)."""
+    """The rows of one file.
 
-    where: Path
+    locations: for each row, where it is in the file, such as "line 3", for messages. classes: names of the label
+    column's classes, if the file has them (a `ClassLabel` of datasets).
+    """
+
+    path: Path
     rows: list[dict[str, Any]]
-    places: list[str]
+    locations: list[str]
     classes: list[str] | None = None
 
     @property
@@ -34,7 +37,7 @@ class Table:
 
 
 def read(path: Path, label_column: str = "label") -> Table:
-    """All rows of a file. `FormatError` says which line is not what it should be."""
+    """Read all rows of a file. Raises `FormatError`, which names the line that is wrong."""
     if path.is_dir():
         return _read_datasets(path, label_column)
     if not path.is_file():
@@ -44,18 +47,18 @@ def read(path: Path, label_column: str = "label") -> Table:
             f"{path}: rows are read from JSON lines ({', '.join(_JSON_LINES)}), .csv, or a folder saved by datasets."
         )
     if path.stat().st_size > boundary.machine_memory():
-        # one line of a sparse file may be longer than that
+        # checked first, because a single line of a sparse file may fill the memory
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for its rows.")
     read_lines = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
-        # what a spreadsheet saves begins with a mark
+        # utf-8-sig, because spreadsheets write a byte order mark
         with open(path, encoding="utf-8-sig", newline="") as file:
-            found = list(read_lines(file, path))
+            numbered_rows = list(read_lines(file, path))
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not text in UTF-8: {reason(error)}.") from error
-    if not found:
+    if not numbered_rows:
         raise FormatError(f"{path} has no rows.")
-    return Table(path, [row for _, row in found], [f"line {line}" for line, _ in found])
+    return Table(path, [row for _, row in numbered_rows], [f"line {line}" for line, _ in numbered_rows])
 
 
 def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -63,12 +66,12 @@ def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            # a line that ends too early ends where it does, and not on the next one
+            # without the line break, the column of an error is that of the truncated line's end
             row = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
-            said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
             raise FormatError(
-                f"{path}, line {number} is not JSON: {said}. Each line has to be one JSON object."
+                f"{path}, line {number} is not JSON: {problem}. Each line has to be one JSON object."
             ) from error
         if not isinstance(row, dict):
             raise FormatError(f"{path}, line {number} is a JSON {type(row).__name__}; an object was expected.")
@@ -81,8 +84,8 @@ def _csv_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         header = next(reader, None)
         if not header or len(set(header)) < len(header):
-            said = f"{', '.join(header)}" if header else "empty"
-            raise FormatError(f"{path}: the first line has to name the columns, each once; it is {said}.")
+            content = ", ".join(header) if header else "empty"
+            raise FormatError(f"{path}: the first line has to name the columns, each once; it is {content}.")
         for row in reader:
             if row and len(row) != len(header):
                 raise FormatError(
@@ -101,44 +104,44 @@ def _read_datasets(path: Path, label_column: str) -> Table:
         raise MissingExtraError(f"{path} is a folder; to read one saved by datasets: pip install datasets.") from error
     if not (path / "state.json").is_file():
         splits = ", ".join(sorted(str(child.parent) for child in path.glob("*/state.json")))
-        hint = f" It holds {splits}: name one." if splits else ""
-        raise FormatError(f"{path} is not a split that `Dataset.save_to_disk` has written.{hint}")
+        hint = f" It contains {splits}: pass one of them." if splits else ""
+        raise FormatError(f"{path} is not a split written by `Dataset.save_to_disk`.{hint}")
     try:
-        found = datasets.load_from_disk(str(path))
-        rows = [dict(row) for row in found]
+        dataset = datasets.load_from_disk(str(path))
+        rows = [dict(row) for row in dataset]
     except (OSError, *boundary.PARSE_FAILURES) as error:
         raise FormatError(f"{path} cannot be read by datasets: {reason(error)}.") from error
     if not rows:
         raise FormatError(f"{path} has no rows.")
-    feature = found.features.get(label_column)
+    feature = dataset.features.get(label_column)
     classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return Table(path, rows, [f"row {number}" for number in range(1, len(rows) + 1)], classes)
 
 
-def texts(table: Table, column: str, option: str | None = None) -> list[str]:
-    """The texts of a column. `option` is what names the column in the command."""
-    found = []
-    for value, place in _column(table, column, option):
+def column_texts(table: Table, column: str, option: str | None = None) -> list[str]:
+    """Return the texts of a column. option: option that names the column, for messages."""
+    texts = []
+    for value, location in _column(table, column, option):
         if not isinstance(value, str):
-            raise FormatError(f"{table.where}, {place}: {column!r} is {value!r}; a text was expected.")
-        found.append(value)
-    return found
+            raise FormatError(f"{table.path}, {location}: {column!r} is {value!r}; a text was expected.")
+        texts.append(value)
+    return texts
 
 
 def has_columns(table: Table, *columns: str) -> bool:
-    """Whether the first row has them all."""
+    """Return whether the first row has all these columns."""
     return set(columns) <= set(table.columns)
 
 
 def _column(table: Table, column: str, option: str | None) -> Iterator[tuple[Any, str]]:
     if column not in table.columns:
-        hint = f" {option} names another one." if option else ""
-        near = suggestion(column, table.columns)
-        raise OptionError(f"{table.where} has no column {column!r}.{near} It has: {', '.join(table.columns)}.{hint}")
-    for row, place in zip(table.rows, table.places, strict=True):
+        remedy = f" Name another one with {option}." if option else ""
+        hint = suggestion(column, table.columns)
+        raise OptionError(f"{table.path} has no column {column!r}.{hint} It has: {', '.join(table.columns)}.{remedy}")
+    for row, location in zip(table.rows, table.locations, strict=True):
         if column not in row:
-            raise FormatError(f"{table.where}, {place} has no {column!r}, which other rows have.")
-        yield row[column], place
+            raise FormatError(f"{table.path}, {location} has no {column!r}, which other rows have.")
+        yield row[column], location
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,86 +152,93 @@ class Labels:
 
     @property
     def numbered(self) -> bool:
-        """Whether the classes have no names but their numbers."""
+        """Whether the classes are named by their numbers."""
         return self.names == tuple(map(str, range(len(self.names))))
 
     def encode(self, table: Table, columns: Columns) -> list[int]:
-        """The labels of a file as class numbers. A text is looked up among the names; an integer is a number."""
+        """Return the labels of a file as class numbers. A text is the name of a class, an integer its number.
+
+        Raises `FormatError` for a label that is no class.
+        """
         known = {name: number for number, name in enumerate(self.names)}
-        # names such as "1", "2", "3" were texts: which of them an integer 1 means, nobody can say
-        unclear = not self.numbered and any(_is_number(name) for name in self.names)
+        # with names such as "1", "2", "3", an integer 1 could be the name or the number of a class
+        is_ambiguous = not self.numbered and any(_is_number(name) for name in self.names)
         encoded = []
-        for value, place in _label_column(table, columns):
-            at = f"{table.where}, {place}: label {value!r}"
+        for value, location in _label_column(table, columns):
+            label = f"{table.path}, {location}: label {value!r}"
             if isinstance(value, int):
-                if unclear:
-                    raise FormatError(f"{at} is an integer, but the classes are texts: {self._listing()}.")
+                if is_ambiguous:
+                    raise FormatError(f"{label} is an integer, but the classes are texts: {self._listing()}.")
                 if not 0 <= value < len(self.names):
-                    raise FormatError(f"{at} is none of the {len(self.names)} classes: {self._listing()}.")
+                    raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.")
                 encoded.append(value)
             elif value in known:
                 encoded.append(known[value])
             else:
-                near = suggestion(value, self.names)
-                raise FormatError(f"{at} is none of the {len(self.names)} classes: {self._listing()}.{near}")
+                hint = suggestion(value, self.names)
+                raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.{hint}")
         return encoded
 
     def _listing(self) -> str:
         return ", ".join(self.names[:12]) + (" …" if len(self.names) > 12 else "")
 
 
-def labels_of(table: Table, columns: Columns) -> Labels:
-    """The classes of a training file: those it names itself; integers as they are; texts in sorted order."""
+def infer_labels(table: Table, columns: Columns) -> Labels:
+    """Return the classes of a training file: those of its `ClassLabel`, integers up to the highest, or sorted texts.
+
+    Warns with `RowsWarning` if a class has no rows. Raises `FormatError` if there is one class only, or labels are
+    mixed.
+    """
     values = [value for value, _ in _label_column(table, columns)]
     if table.classes is not None:
         labels = Labels(tuple(table.classes))
     elif all(isinstance(value, int) or _is_csv_number(table, value) for value in values):
-        labels = _numbered(table, [int(value) for value in values])
+        labels = _labels_from_integers(table, [int(value) for value in values])
     elif all(isinstance(value, str) for value in values):
         labels = Labels(tuple(sorted({str(value) for value in values})))
     else:
-        raise FormatError(f"{table.where}: some labels are integers and some are texts. Make them one or the other.")
+        raise FormatError(f"{table.path}: some labels are integers and some are texts. Use one type for all.")
     if len(labels.names) < 2:
-        raise FormatError(f"{table.where} has one class only, {labels.names[0]!r}: there is nothing to learn.")
+        raise FormatError(f"{table.path} has one class only, {labels.names[0]!r}: there is nothing to learn.")
     counts = Counter(labels.encode(table, columns))
     missing = [name for number, name in enumerate(labels.names) if not counts[number]]
     if missing:
-        warnings.warn(f"{table.where} has no rows of class {', '.join(missing)}.", RowsWarning, stacklevel=2)
+        warnings.warn(f"{table.path} has no rows of class {', '.join(missing)}.", RowsWarning, stacklevel=2)
     return labels
 
 
-def named_label(table: Table, columns: Columns) -> str | None:
-    """The first label that is a name, and no number."""
+def first_name(table: Table, columns: Columns) -> str | None:
+    """Return the first label that is a text and not a number."""
     names = (value for value, _ in _label_column(table, columns) if isinstance(value, str) and not _is_number(value))
     return next(names, None)
 
 
-def numbered(n: int) -> Labels:
-    """Classes that have no names."""
+def numbered_labels(n: int) -> Labels:
+    """Return n classes that are named by their numbers."""
     return Labels(tuple(map(str, range(n))))
 
 
-def _numbered(table: Table, numbers: Sequence[int]) -> Labels:
+def _labels_from_integers(table: Table, numbers: Sequence[int]) -> Labels:
     highest = max(numbers)
     if min(numbers) < 0 or highest >= max(len(numbers), 2):
-        worst = min(numbers) if min(numbers) < 0 else highest
+        invalid = min(numbers) if min(numbers) < 0 else highest
         raise FormatError(
-            f"{table.where}: label {worst} among {len(numbers)} rows. Integers are class numbers from 0 on; write "
-            "classes that have other names as texts."
+            f"{table.path}: label {invalid} among {len(numbers)} rows. Integers are class numbers from 0 on; write "
+            "other names of classes as texts."
         )
-    return numbered(highest + 1)
+    return numbered_labels(highest + 1)
 
 
 def _label_column(table: Table, columns: Columns) -> Iterator[tuple[int | str, str]]:
-    for value, place in _column(table, columns.label, "Columns.label (--label-column)"):
+    for value, location in _column(table, columns.label, "Columns.label (--label-column)"):
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise FormatError(
-                f"{table.where}, {place}: label {value!r}; an integer or a text was expected. Classes alone are "
-                "learned, no numbers."
+                f"{table.path}, {location}: label {value!r}; an integer or a text was expected. Regression is not "
+                "supported."
             )
         if isinstance(value, str) and not value.strip():
-            raise FormatError(f"{table.where}, {place}: the label is empty. Leave the row out, or label it.")
-        yield value, place
+            raise FormatError(f"{table.path}, {location}: the label is empty. Remove the row, or label it.")
+        yield value, location
 
 
 def _is_number(text: str) -> bool:
@@ -236,11 +246,11 @@ def _is_number(text: str) -> bool:
 
 
 def _is_csv_number(table: Table, value: Any) -> bool:
-    """In CSV all is text: where every label is an integer, that is what is meant."""
-    return table.where.suffix.lower() == ".csv" and isinstance(value, str) and _is_number(value)
+    """Return whether a value is an integer in a CSV file, where every value is read as text."""
+    return table.path.suffix.lower() == ".csv" and isinstance(value, str) and _is_number(value)
 
 
-def digest(table: Table) -> str:
-    """sha256 of the rows, whatever their file is called."""
+def rows_sha256(table: Table) -> str:
+    """Return the sha256 of the rows, which does not depend on the name or the format of their file."""
     text = json.dumps([table.rows, table.classes], sort_keys=True, default=str)
     return sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()

@@ -1,8 +1,7 @@
-"""The whole story on real weights: sixteen shipped LoRA adapters of a MiniLM, recycled, put to work by PEFT, and the
-basis for a task that none of them knows.
+"""The demo: sixteen shipped LoRA adapters of a MiniLM are packed, exported and evaluated, and a new task is trained.
 
-Some adapters are left out of the fit and only projected on the subspace of the others; each adapter classifies the same
-sentences as it was, as it came back, and with its update taken away, so that it shows what the update is worth at all.
+Some adapters are left out of the fit and only projected on the subspace of the others. Each adapter classifies the same
+sentences as the original, as exported from the pack, and without its update, which shows what the update contributes.
 """
 
 import json
@@ -25,16 +24,16 @@ from .new_task import Attempt
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# one of a kind that the others have too, one of a domain that none of them has, one whose task has two twins in the fit
+# one task with related tasks in the fit, one of a domain of its own, and one with two other adapters of it in the fit
 HELD_OUT = ("acl-arc-b", "clinc-travel", "banking77-c")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One adapter on the demo's sentences. Accuracies and agreement are shares, 0 to 1.
+    """Result of one adapter on the demo's sentences. Accuracies and agreement are fractions.
 
-    agreement: sentences on which the recycled adapter predicts what the original does. without_update: accuracy of the
-    adapter's head on the bare model, its LoRA scaled to zero.
+    agreement: fraction of sentences for which the recycled adapter predicts the same as the original. without_update:
+    accuracy of the adapter's head with its LoRA disabled.
     """
 
     name: str
@@ -50,8 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What the demo found: the pack's figures, every adapter's outcome, those of the fit first, and how a new task was
-    learned."""
+    """Result of the demo. outcomes: one per adapter, those in the fit first. attempts: methods on the new task."""
 
     pack: Path
     summary: Summary
@@ -61,33 +59,33 @@ class Demo:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A sentence written for the demo, and the label a person gave it."""
+    """A sentence written for the demo, with its label."""
 
     text: str
     label: int
 
 
 def data() -> Path:
-    """The folder of the shipped adapters, their descriptions and the sentences."""
+    """Return the folder of the shipped adapters, their descriptions and the sentences."""
     return Path(str(files("eigenlorax.train") / "demo_data"))
 
 
 @cache
 def descriptions() -> dict[str, dict[str, Any]]:
-    """By adapter: its task, labels, licence, attribution and test accuracy."""
-    found: dict[str, dict[str, Any]] = json.loads((data() / "adapters.json").read_text("utf-8"))
-    return found
+    """Return, by adapter, its task, labels, licence, attribution and test accuracy."""
+    by_adapter: dict[str, dict[str, Any]] = json.loads((data() / "adapters.json").read_text("utf-8"))
+    return by_adapter
 
 
 @cache
 def sentences(task: str) -> list[Sentence]:
-    """The demo's sentences of a task."""
-    found = json.loads((data() / "sentences.json").read_text("utf-8"))[task]
-    return [Sentence(one["text"], one["label"]) for one in found]
+    """Return the demo's sentences of a task."""
+    rows = json.loads((data() / "sentences.json").read_text("utf-8"))[task]
+    return [Sentence(row["text"], row["label"]) for row in rows]
 
 
 def shipped() -> dict[str, Path]:
-    """The demo's adapters, by name."""
+    """Return the folders of the demo's adapters by name."""
     return {name: data() / "adapters" / name for name in descriptions()}
 
 
@@ -99,9 +97,12 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Demo:
-    """Fit, project, save, export and compare; the pack and the exported LoRAs are left in `directory`.
+    """Fit, project, save, export and evaluate. The pack and the exported LoRAs are written to `directory`.
 
-    training: learn the new task too, which takes most of the time.
+    Args:
+        n_components: Maximum number of components per module and side.
+        training: Train the new task too, which takes most of the time.
+        overwrite: Replace a pack and LoRAs that are there.
     """
     model_folder = _model_folder()
     report = progress or (lambda stage, done, total: None)
@@ -122,39 +123,28 @@ def run(
             report("classifying sentences", done, len(order))
             task = descriptions()[name]["task"]
             record = pack.records[name]
-            predicted = _predict(model_folder, adapters[name], exported[name], name)
-            outcomes.append(_outcome(name, task, sentences(task), record.in_fit, record.delta_error, *predicted))
+            predictions = _predict(model_folder, adapters[name], exported[name], name)
+            labels = [sentence.label for sentence in sentences(task)]
+            outcomes.append(
+                Outcome(
+                    name=name,
+                    task=task,
+                    in_fit=record.in_fit,
+                    sentences=len(labels),
+                    delta_error=record.delta_error,
+                    original=_agreement(predictions.original, labels),
+                    recycled=_agreement(predictions.recycled, labels),
+                    agreement=_agreement(predictions.recycled, predictions.original),
+                    without_update=_agreement(predictions.without_update, labels),
+                )
+            )
         report("classifying sentences", len(order), len(order))
         attempts = new_task.run(pack, model_folder, report) if training else []
     return Demo(directory / "pack", pack.summary, outcomes, attempts)
 
 
-def _outcome(
-    name: str,
-    task: str,
-    asked: Sequence[Sentence],
-    in_fit: bool,
-    delta_error: float,
-    original: list[int],
-    recycled: list[int],
-    without: list[int],
-) -> Outcome:
-    labels = [sentence.label for sentence in asked]
-    return Outcome(
-        name=name,
-        task=task,
-        in_fit=in_fit,
-        sentences=len(asked),
-        delta_error=delta_error,
-        original=_share(original, labels),
-        recycled=_share(recycled, labels),
-        agreement=_share(recycled, original),
-        without_update=_share(without, labels),
-    )
-
-
-def _share(one: Sequence[int], other: Sequence[int]) -> float:
-    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+def _agreement(predictions: Sequence[int], references: Sequence[int]) -> float:
+    return sum(a == b for a, b in zip(predictions, references, strict=True)) / len(predictions)
 
 
 def _model_folder() -> Path:
@@ -169,26 +159,34 @@ def _model_folder() -> Path:
     return Path(get_model_path())
 
 
-def _predict(model_folder: Path, original: Path, recycled: Path, name: str) -> tuple[list[int], list[int], list[int]]:
-    """Predicted labels of the original, the recycled and the removed update, each loaded by PEFT on the MiniLM."""
+@dataclass(frozen=True, slots=True)
+class _Predictions:
+    """Predicted labels of one adapter's versions on its task's sentences."""
+
+    original: list[int]
+    recycled: list[int]
+    without_update: list[int]
+
+
+def _predict(model_folder: Path, original: Path, recycled: Path, name: str) -> _Predictions:
+    """Load the original and the recycled adapter with PEFT, and predict the labels of its task's sentences."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    about = descriptions()[name]
+    description = descriptions()[name]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=len(about["labels"]))
-    texts = [sentence.text for sentence in sentences(about["task"])]
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=len(description["labels"]))
+    texts = [sentence.text for sentence in sentences(description["task"])]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
     model = PeftModel.from_pretrained(base, original, adapter_name="original").eval()
     model.load_adapter(recycled, adapter_name="recycled")
-    found = []
-    for adapter in ("original", "recycled"):
-        model.set_adapter(adapter)
-        found.append(_labels(model, batch))
+    labels = {}
+    for version in ("original", "recycled"):
+        model.set_adapter(version)
+        labels[version] = _labels(model, batch)
     model.set_adapter("original")
     with without_updates(model):
-        bare = _labels(model, batch)
-    return found[0], found[1], bare
+        return _Predictions(**labels, without_update=_labels(model, batch))
 
 
 def _labels(model: "PeftModel", batch: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""An adapter of a pack on a file of rows: accuracy or perplexity, each row counted once."""
+"""Evaluation of an adapter of a pack on a file of rows: accuracy or perplexity."""
 
 import copy
 import json
@@ -25,14 +25,16 @@ from .examples import IGNORED, Collate, Example
 from .options import EVALUATION_BATCH, TASKS, Columns, check_task
 
 CONFUSION_CLASSES = 20
-"""The most classes that a table of confusions is made for."""
+"""Maximum number of classes for which a confusion matrix is computed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Classified:
-    """Figures of a classification. loss is the mean cross-entropy of a row, in nats; majority the share of the most
-    frequent class among these rows. p_value: the probability of so high an accuracy where the true one is that share.
-    confusion[i][j]: rows of class i that were taken for j, where classes are few.
+class ClassificationFigures:
+    """Figures of a classification.
+
+    loss: mean cross-entropy per row, in nats. majority: fraction of the most frequent class among the rows. p_value: of
+    a one-sided binomial test of the accuracy against `majority`. confusion: number of rows of class i that were
+    predicted as j, at [i][j]; None for more than `CONFUSION_CLASSES` classes.
     """
 
     rows: int
@@ -45,9 +47,12 @@ class Classified:
 
 
 @dataclass(frozen=True, slots=True)
-class Modelled:
-    """Figures of a language model. loss is the mean cross-entropy of a predicted token, in nats, over all tokens of all
-    rows; perplexity is its exponential (None where that is no longer a number)."""
+class LanguageModelFigures:
+    """Figures of a language model.
+
+    loss: mean cross-entropy per predicted token of all rows, in nats. perplexity: exponential of the loss, None if that
+    overflows.
+    """
 
     rows: int
     tokens: int
@@ -55,12 +60,12 @@ class Modelled:
     perplexity: float | None
 
 
-Figures = Classified | Modelled
+Figures = ClassificationFigures | LanguageModelFigures
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
-    """An adapter's figures on a file; seconds with the loading of the model."""
+class EvaluationResult:
+    """Figures of an adapter on a file of rows. seconds: duration, including loading the model."""
 
     name: str
     task: str
@@ -82,93 +87,108 @@ def evaluate(
     batch_size: int = EVALUATION_BATCH,
     max_length: int | None = None,
     progress: Progress | None = None,
-) -> Evaluated:
-    """Load an adapter with PEFT on the base model, and count.
+) -> EvaluationResult:
+    """Load an adapter of a pack with PEFT, and evaluate it on a file of rows.
 
-    task: the adapter's own where it is not given. labels: the names of the head's classes in their order, for files
-    whose labels are texts.
+    Args:
+        name: Name of the adapter in the pack.
+        rows: File of rows: JSON lines, CSV, or a folder saved by `datasets`.
+        model: Base model. Default: the pack's.
+        task: "text-classification" or "causal-lm". Default: the adapter's task type.
+        labels: Class names in the order of the head. Needed if the file's labels are texts.
+        batch_size: Rows per batch, at least 1.
+        max_length: Maximum number of tokens per row. Default: 128 for classification, 512 for language models.
+
+    Raises `OptionError`, `FormatError` or `AdapterNameError` if adapter, rows and options do not fit together.
     """
     started, columns = time.perf_counter(), columns or Columns()
     check_sizes(batch_size, max_length)
     if labels is not None:
-        check_labels(labels)
+        check_label_names(labels)
     opened = Pack.open(pack)
     adapter, folder = opened.packed(name), opened.adapter_folder(name)
     task = task_of(adapter, task)
     table = data.read(rows, columns.label)
     models.check_installed()
     with models.quiet():
-        base, revision = models.of_pack(opened, model)
-        config = models.config_of(base, revision)
-        tokenizer = models.tokenizer_of(base, revision)
-        most = examples.length(task, max_length, tokenizer, config)
+        base, revision = models.base_model_of(opened, model)
+        config = models.load_config(base, revision)
+        tokenizer = models.load_tokenizer(base, revision)
+        token_limit = examples.max_tokens(task, max_length, tokenizer, config)
         classes = None
         if task == "text-classification":
-            classes = classes_of(classes_of_head(adapter, config), labels, table, columns)
-            found = examples.classification(table, classes, columns, tokenizer, most)
+            classes = label_names(count_head_classes(adapter, config), labels, table, columns)
+            encoded = examples.encode_classification(table, classes, columns, tokenizer, token_limit)
         else:
-            check_modelled(adapter, config)
-            found = examples.modelling(table, columns, tokenizer, most)
+            check_language_model(adapter, config)
+            encoded = examples.encode_language_model(table, columns, tokenizer, token_limit)
         from peft import PeftModel
 
-        network = PeftModel.from_pretrained(models.load(base, revision, classes, tokenizer), folder)
-        network.to(device())
-        figures = measure(network, found, examples.collator(task, tokenizer), classes, batch_size, progress)
-    return Evaluated(name, task, base, rows, figures, time.perf_counter() - started)
+        peft_model = PeftModel.from_pretrained(models.load_model(base, revision, classes, tokenizer), folder)
+        peft_model.to(device())
+        figures = measure(peft_model, encoded, examples.collator(task, tokenizer), classes, batch_size, progress)
+    return EvaluationResult(name, task, base, rows, figures, time.perf_counter() - started)
 
 
 def check_sizes(batch_size: int, max_length: int | None) -> None:
-    """`OptionError` unless there is room for a row, and in it for a token and what it is predicted from."""
+    """Raise `OptionError` unless a batch has at least one row, and a row at least two tokens."""
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
     if max_length is not None and max_length < 2:
         raise OptionError(f"max_length must be at least 2, got {max_length}.")
 
 
-def check_labels(names: Sequence[str]) -> None:
-    """`OptionError` unless every class has a name of its own."""
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice or not all(names):
-        wrong = f"{twice[0]!r} is there twice" if twice else "one of them is empty"
-        raise OptionError(f"the labels {', '.join(names)} are not the names of classes: {wrong}. Name each class once.")
+def check_label_names(names: Sequence[str]) -> None:
+    """Raise `OptionError` unless all class names are different and not empty."""
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates or not all(names):
+        problem = f"{duplicates[0]!r} is there twice" if duplicates else "one of them is empty"
+        raise OptionError(f"the labels {', '.join(names)} are not names of classes: {problem}. Name each class once.")
 
 
-def task_of(adapter: PackedAdapter, asked: str | None) -> str:
-    """The task that was asked for, unless the adapter says that it is for another one, or what it says."""
-    kind = json.loads(adapter.source_config).get("task_type")
-    if asked is not None:
-        check_task(asked)
-        if kind in TASKS.values() and kind != TASKS[asked]:
-            raise OptionError(f"adapter {adapter.name!r} has the task type {kind!r}: it is not for {asked}.")
-        return asked
-    found = [task for task, theirs in TASKS.items() if theirs == kind]
-    if not found:
-        raise OptionError(
-            f"adapter {adapter.name!r} has the task type {kind!r}; name one of {', '.join(TASKS)} with task= (--task)."
-        )
-    return found[0]
+def task_of(adapter: PackedAdapter, task: str | None) -> str:
+    """Return `task`, or the task of the adapter's config if that is None.
+
+    Raises `OptionError` if the adapter's config names another task, or none.
+    """
+    task_type = json.loads(adapter.source_config).get("task_type")
+    if task is not None:
+        check_task(task)
+        if task_type in TASKS.values() and task_type != TASKS[task]:
+            raise OptionError(f"adapter {adapter.name!r} has the task type {task_type!r}: it is not for {task}.")
+        return task
+    for name, peft_type in TASKS.items():
+        if peft_type == task_type:
+            return name
+    raise OptionError(
+        f"adapter {adapter.name!r} has the task type {task_type!r}. Pass one of {', '.join(TASKS)} as task= (--task)."
+    )
 
 
-def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
-    """How many classes an adapter's head tells apart: the number with which the model's head has its shapes."""
+def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
+    """Return the number of classes of an adapter's head.
+
+    It is found by building the model, without memory for weights, with each number of classes that the head's shapes
+    allow. Raises `AdapterNameError` if the adapter has no head, and `FormatError` if the head does not fit the model.
+    """
     from transformers import AutoModelForSequenceClassification
 
     shapes = {
         name: tuple(tensor.shape) for key, tensor in adapter.heads.items() if (name := _name_in_model(key)) is not None
     }
     if not shapes:
-        raise AdapterNameError(f"adapter {adapter.name!r} has no head: there is nothing that tells classes apart.")
+        raise AdapterNameError(f"adapter {adapter.name!r} has no head, so that it cannot classify.")
     config = copy.deepcopy(config)
 
     def fits(n: int) -> bool:
         config.num_labels = n
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
-        theirs = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        return all(theirs.get(key) == shape for key, shape in shapes.items())
+        model_shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+        return all(model_shapes.get(key) == shape for key, shape in shapes.items())
 
     for n in sorted({shape[0] for shape in shapes.values()}):
-        # trained biases fit whatever the number of classes is
+        # a number that fits by chance, such as that of trained biases, also fits with one class more
         if fits(n) and not fits(n + 1):
             return n
     first = min(shapes)
@@ -178,20 +198,20 @@ def classes_of_head(adapter: PackedAdapter, config: Any) -> int:
     )
 
 
-def check_modelled(adapter: PackedAdapter, config: Any) -> None:
-    """`OptionError` where an adapter has a head that the language model does not."""
+def check_language_model(adapter: PackedAdapter, config: Any) -> None:
+    """Raise `OptionError` if the adapter has a head that the language model lacks."""
     if not adapter.heads:
         return
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            theirs = AutoModelForCausalLM.from_config(config).state_dict().keys()
+            model_keys = AutoModelForCausalLM.from_config(config).state_dict().keys()
     except ValueError as error:
         raise OptionError(f"there is no {config.model_type} model for causal-lm: {reason(error)}") from error
     for key in sorted(adapter.heads):
         name = _name_in_model(key)
-        if name is not None and name not in theirs:
+        if name is not None and name not in model_keys:
             raise OptionError(
                 f"adapter {adapter.name!r} has a head, {name}, that a {config.model_type} model for causal-lm does not "
                 "have: it is for another task, such as text-classification."
@@ -199,32 +219,37 @@ def check_modelled(adapter: PackedAdapter, config: Any) -> None:
 
 
 def _name_in_model(key: str) -> str | None:
-    """What a parameter of an adapter's is called in the model. With trained biases, PEFT writes some under the names of
-    what it wraps modules in, those of a head twice: None for the second."""
+    """Return the model's name of a parameter in an adapter's file.
+
+    With trained biases, PEFT also writes parameters under the names of its wrappers, and those of a head twice. None
+    for such a duplicate.
+    """
     if {"modules_to_save", "original_module"} & set(key.split(".")):
         return None
     return key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
 
 
-def classes_of(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
-    """The n classes of a head: those named, else those that the file itself names, else numbers."""
+def label_names(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
+    """Return the n classes of a head: the given names, or those of the file's `ClassLabel`, or numbers.
+
+    Raises `OptionError` if the labels are texts and no names are given, or their number is not n.
+    """
     names = names or table.classes
     if names is None:
-        name = data.named_label(table, columns)
+        name = data.first_name(table, columns)
         if name is not None:
             raise OptionError(
-                f"{table.where} has labels such as {name!r}, and a pack keeps no names of classes: give the adapter's "
-                f"{n} in the order of its head with labels= (--labels), or the folder that `eigenlorax train` has "
-                "written."
+                f"{table.path} has labels such as {name!r}, and a pack does not store class names. Pass the adapter's "
+                f"{n} names in the order of its head as labels= (--labels), or the folder of `eigenlorax train`."
             )
-        return data.numbered(n)
+        return data.numbered_labels(n)
     if len(names) != n:
         raise OptionError(f"{len(names)} labels are named, and the adapter's head has {n}: {', '.join(names)}.")
     return Labels(tuple(names))
 
 
 def device() -> torch.device:
-    """Where models are run: on the accelerator, if there is one."""
+    """Return the accelerator if there is one, and otherwise the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -238,81 +263,107 @@ def measure(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Figures:
-    """The figures of a model that is loaded, wherever it is: of a classification if there are labels."""
+    """Evaluate a loaded model on its device: as a classifier if there are labels, otherwise as a language model.
+
+    Raises `NonFiniteError` if the loss is NaN or Inf.
+    """
     model.eval()
-    loss, tokens, answers, done = 0.0, 0, [], 0
-    for inputs, wanted in batches(model, rows, collate, batch_size):
+    loss, tokens, predictions, done = 0.0, 0, [], 0
+    for inputs, targets in batches(model, rows, collate, batch_size):
         if progress is not None:
             progress("evaluating", done, len(rows))
-        done += len(wanted)
+        done += len(targets)
         with torch.inference_mode():
             logits = model(**inputs).logits
         if labels is None:
-            logits, wanted = predicted(logits, wanted)
-            tokens += len(wanted)
+            logits, targets = next_token_logits(logits, targets)
+            tokens += len(targets)
         else:
-            answers += logits.argmax(dim=-1).tolist()
-        logits = exact(logits)
-        loss += float(cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
+            predictions += logits.argmax(dim=-1).tolist()
+        logits = to_float64(logits)
+        loss += float(cross_entropy(logits, targets.to(logits.device), reduction="sum"))
     if progress is not None:
         progress("evaluating", len(rows), len(rows))
     if not math.isfinite(loss):
-        raise NonFiniteError("the model's loss on these rows is not a number: its weights are damaged, or diverged.")
+        raise NonFiniteError(
+            "the model's loss on these rows is NaN or Inf: its weights are damaged, or its training diverged."
+        )
     if labels is None:
-        return Modelled(len(rows), tokens, loss / tokens, perplexity(loss / tokens))
-    return _classified([row["labels"] for row in rows], answers, loss / len(rows), labels)
+        return LanguageModelFigures(len(rows), tokens, loss / tokens, perplexity(loss / tokens))
+    return _classification_figures([row["labels"] for row in rows], predictions, loss / len(rows), labels)
 
 
 def batches(
     model: Any, rows: Sequence[Example], collate: Collate, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """What a model is given, where it is, and what it should say: its labels."""
-    where = next(model.parameters()).device
+    """Yield inputs on the model's device, and their labels."""
+    model_device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
-        inputs = dict(collate([dict(row) for row in rows[start : start + batch_size]]).to(where))
+        inputs = dict(collate([dict(row) for row in rows[start : start + batch_size]]).to(model_device))
         yield inputs, inputs.pop("labels")
 
 
-def predicted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the tokens that count, a row each, and these tokens: each is predicted from what is before it."""
-    counts = labels[:, 1:] != IGNORED
-    return logits[:, :-1][counts], labels[:, 1:][counts]
+def next_token_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (tokens × vocabulary) and targets (tokens) of all tokens that are not `IGNORED`.
+
+    The logits at one position predict the token at the next.
+    """
+    is_target = labels[:, 1:] != IGNORED
+    return logits[:, :-1][is_target], labels[:, 1:][is_target]
 
 
-def exact(logits: Tensor) -> Tensor:
-    """In float64; on the CPU where the accelerator has no such numbers."""
+def to_float64(logits: Tensor) -> Tensor:
+    """Return the logits in float64; on the CPU if they are on MPS, which has no float64."""
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
 def perplexity(loss: float) -> float | None:
-    """The exponential of a mean loss, None where that is no longer a number."""
+    """Return the exponential of a mean loss, or None if it would overflow."""
+    # exp(709.8) is the largest float
     return math.exp(loss) if loss < 700 else None
 
 
-def binomial_test(right: int, rows: int, rate: float) -> float:
-    """The probability that at least so many of the rows are right, where each is with the probability `rate`.
+def binomial_test(correct: int, rows: int, rate: float) -> float:
+    """Return the p-value of a one-sided binomial test: P(X ≥ correct) for X ~ Binomial(rows, rate).
 
-    Of the rate of the most frequent class it is the test of an accuracy against the no-information rate.
+    With the rate of the most frequent class, it tests an accuracy against the no-information rate.
     """
-    if right == 0 or rate == 1:
+    if correct == 0 or rate == 1:
         return 1.0
-    log, other = math.log(rate), math.log1p(-rate)
-    whole = math.lgamma(rows + 1)
-    ways = (whole - math.lgamma(one + 1) - math.lgamma(rows - one + 1) for one in range(right, rows + 1))
-    return min(1.0, math.fsum(math.exp(way + one * log + (rows - one) * other) for one, way in enumerate(ways, right)))
+    log_rate, log_complement = math.log(rate), math.log1p(-rate)
+    # binomial coefficients of thousands of rows overflow, so they are summed as logarithms
+    log_factorial = math.lgamma(rows + 1)
+    return min(
+        1.0,
+        math.fsum(
+            math.exp(
+                log_factorial
+                - math.lgamma(k + 1)
+                - math.lgamma(rows - k + 1)
+                + k * log_rate
+                + (rows - k) * log_complement
+            )
+            for k in range(correct, rows + 1)
+        ),
+    )
 
 
-def _classified(wanted: list[int], answers: list[int], loss: float, labels: Labels) -> Classified:
-    pairs = Counter(zip(wanted, answers, strict=True))
-    n, classes = len(wanted), range(len(labels.names))
-    majority = max(Counter(wanted).values()) / n
-    right = sum(pairs[one, one] for one in classes)
-    return Classified(
+def _classification_figures(
+    targets: list[int], predictions: list[int], loss: float, labels: Labels
+) -> ClassificationFigures:
+    counts = Counter(zip(targets, predictions, strict=True))
+    n, classes = len(targets), range(len(labels.names))
+    majority = max(Counter(targets).values()) / n
+    correct = sum(counts[number, number] for number in classes)
+    confusion = None
+    if len(classes) <= CONFUSION_CLASSES:
+        confusion = [[counts[target, prediction] for prediction in classes] for target in classes]
+    return ClassificationFigures(
         rows=n,
         loss=loss,
-        accuracy=right / n,
+        accuracy=correct / n,
         majority=majority,
-        p_value=binomial_test(right, n, majority),
+        p_value=binomial_test(correct, n, majority),
         labels=list(labels.names),
-        confusion=[[pairs[i, j] for j in classes] for i in classes] if len(classes) <= CONFUSION_CLASSES else None,
+        confusion=confusion,
     )

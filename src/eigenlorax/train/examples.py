@@ -1,4 +1,4 @@
-"""From rows to what a model is fed with: token ids, and the labels that the loss is taken on."""
+"""Encoding of rows for a model: token ids, and the labels of the loss."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,23 +10,26 @@ from .data import Labels, Table
 from .options import MAX_LENGTH, Columns
 
 IGNORED = -100
-"""The label of a token on which no loss is taken, in torch and transformers."""
+"""Label of tokens that the loss ignores, in torch and transformers."""
 
 Example = dict[str, Any]
 Collate = Callable[[list[Example]], Any]
 
 
-def length(task: str, asked: int | None, tokenizer: Any, model_config: Any) -> int:
-    """The most tokens of a row: as asked, or the default; never more than the model has positions for."""
+def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: Any) -> int:
+    """Return the maximum number of tokens per row: `max_length`, or the task's default within the model's limit.
+
+    Raises `OptionError` if `max_length` exceeds the limit.
+    """
     limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
-    room = min(limit for limit in limits if limit)
-    if asked is not None and asked > room:
-        raise OptionError(f"max_length {asked} is more than the {room} tokens that the model has positions for.")
-    return asked or min(MAX_LENGTH[task], room)
+    model_limit = min(limit for limit in limits if limit)
+    if max_length is not None and max_length > model_limit:
+        raise OptionError(f"max_length {max_length} is more than the {model_limit} tokens that the model supports.")
+    return max_length or min(MAX_LENGTH[task], model_limit)
 
 
 def prepare_tokenizer(tokenizer: Any) -> None:
-    """Let it pad on the right; with the end of a text, where it has no token to pad with."""
+    """Set the tokenizer to pad on the right, with the end-of-text token if it has no padding token."""
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -34,55 +37,61 @@ def prepare_tokenizer(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def classification(table: Table, labels: Labels, columns: Columns, tokenizer: Any, most: int) -> list[Example]:
-    """One example a row."""
+def encode_classification(
+    table: Table, labels: Labels, columns: Columns, tokenizer: Any, max_length: int
+) -> list[Example]:
+    """Return one example per row, with the number of its class."""
     numbers = labels.encode(table, columns)
-    return labelled(unlabelled(table, columns, tokenizer, most), numbers)
+    return with_labels(encode_texts(table, columns, tokenizer, max_length), numbers)
 
 
-def labelled(rows: list[Example], numbers: Sequence[int]) -> list[Example]:
-    """The same rows with the numbers of their classes."""
+def with_labels(rows: list[Example], numbers: Sequence[int]) -> list[Example]:
+    """Return the examples with the numbers of their classes."""
     return [{**row, "labels": number} for row, number in zip(rows, numbers, strict=True)]
 
 
-def unlabelled(table: Table, columns: Columns, tokenizer: Any, most: int) -> list[Example]:
-    """One example a row, whatever its class is."""
-    texts = data.texts(table, columns.text, "Columns.text (--text-column)")
-    pairs = data.texts(table, columns.pair, "Columns.pair (--pair-column)") if columns.pair else None
-    whole = tokenizer(texts, pairs)["input_ids"]
-    _say_cut(table, sum(len(row) > most for row in whole), most)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=most)
+def encode_texts(table: Table, columns: Columns, tokenizer: Any, max_length: int) -> list[Example]:
+    """Return one example per row, without labels. Warns with `RowsWarning` if rows are truncated."""
+    texts = data.column_texts(table, columns.text, "Columns.text (--text-column)")
+    pairs = data.column_texts(table, columns.pair, "Columns.pair (--pair-column)") if columns.pair else None
+    untruncated = tokenizer(texts, pairs)["input_ids"]
+    _warn_truncated(table, sum(len(ids) > max_length for ids in untruncated), max_length)
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     return [{name: encoded[name][index] for name in encoded} for index in range(len(texts))]
 
 
-def modelling(table: Table, columns: Columns, tokenizer: Any, most: int) -> list[Example]:
-    """One example a row, up to and with the end-of-text token. Of a prompt and a completion, the loss is taken on the
-    latter. Rows without a token to predict are left out, and said."""
+def encode_language_model(table: Table, columns: Columns, tokenizer: Any, max_length: int) -> list[Example]:
+    """Return one example per row, with the end-of-text token.
+
+    If rows have a prompt and a completion, the loss ignores the prompt. Rows without a token to predict are skipped.
+    Warns with `RowsWarning` about skipped and truncated rows, and raises `FormatError` if all are skipped.
+    """
     if not data.has_columns(table, columns.text) and data.has_columns(table, "prompt", "completion"):
-        prompts, texts = data.texts(table, "prompt"), data.texts(table, "completion")
+        prompts, texts = data.column_texts(table, "prompt"), data.column_texts(table, "completion")
     else:
-        prompts, texts = [], data.texts(table, columns.text, "Columns.text (--text-column)")
+        prompts, texts = [], data.column_texts(table, columns.text, "Columns.text (--text-column)")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # what a tokenizer puts around a text stands before the prompt where there is one
+    # special tokens at the start belong before the prompt, if there is one
     bodies = [_without_end(ids, end) for ids in tokenizer(texts, add_special_tokens=not prompts)["input_ids"]]
     heads = [_without_end(ids, end) for ids in tokenizer(prompts)["input_ids"]] if prompts else [[] for _ in texts]
-    examples, cut = [], 0
+    examples, truncated = [], 0
     for head, body in zip(heads, bodies, strict=True):
         ids = [*head, *body, *end]
-        cut += len(ids) > most
-        # the first token has nothing before it that it could be predicted from; the Trainer would count it as if it had
+        truncated += len(ids) > max_length
+        # nothing precedes the first token, so it cannot be predicted; without this the Trainer's means would count it
         unpredicted = max(len(head), 1)
-        labels = [IGNORED] * unpredicted + ids[unpredicted:]
-        if any(label != IGNORED for label in labels[:most]):
-            examples.append({"input_ids": ids[:most], "attention_mask": [1] * len(ids[:most]), "labels": labels[:most]})
-    left_out = len(bodies) - len(examples)
+        labels = ([IGNORED] * unpredicted + ids[unpredicted:])[:max_length]
+        ids = ids[:max_length]
+        if any(label != IGNORED for label in labels):
+            examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    skipped = len(bodies) - len(examples)
     if not examples:
-        raise FormatError(f"{table.where}: no row has a token to predict within {most} tokens.")
-    _say_cut(table, cut, most)
-    if left_out:
+        raise FormatError(f"{table.path}: no row has a token to predict within {max_length} tokens.")
+    _warn_truncated(table, truncated, max_length)
+    if skipped:
         warnings.warn(
-            f"{left_out} of {len(bodies)} rows of {table.where} have no token to predict within {most} tokens, and "
-            "were left out.",
+            f"{skipped} of {len(bodies)} rows of {table.path} have no token to predict within {max_length} tokens, "
+            "and were left out.",
             RowsWarning,
             stacklevel=2,
         )
@@ -93,23 +102,23 @@ def _without_end(ids: Sequence[int], end: list[int]) -> list[int]:
     return list(ids[:-1]) if end and ids and ids[-1] == end[0] else list(ids)
 
 
-def _say_cut(table: Table, cut: int, most: int) -> None:
-    if cut:
+def _warn_truncated(table: Table, truncated: int, max_length: int) -> None:
+    if truncated:
         warnings.warn(
-            f"{cut} of {len(table.rows)} rows of {table.where} were cut after {most} tokens; max_length= "
-            "(--max-length) says how many are taken.",
+            f"{truncated} of {len(table.rows)} rows of {table.path} were cut after {max_length} tokens. Pass a larger "
+            "max_length= (--max-length) to use more.",
             RowsWarning,
             stacklevel=3,
         )
 
 
 def collator(task: str, tokenizer: Any) -> Collate:
-    """From examples to a padded batch."""
+    """Return a function that makes a padded batch of examples."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if task == "causal-lm":
-        # named after the models that it was made for; it pads labels
-        modelling: Collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-        return modelling
-    padding: Collate = DataCollatorWithPadding(tokenizer)
-    return padding
+        # despite its name, it also fits decoders: it pads the labels too
+        pad_with_labels: Collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        return pad_with_labels
+    pad: Collate = DataCollatorWithPadding(tokenizer)
+    return pad

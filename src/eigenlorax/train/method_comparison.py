@@ -132,17 +132,17 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
     results_file.check_output(output, resume)
     train, test = (data.read(path, options.columns.label) for path in (options.train, options.evaluation))
     models.check_installed()
-    with models.quiet(), models.own_random_numbers():
-        base_model, revision = models.of_pack(opened, options.model)
-        tokenizer = models.tokenizer_of(base_model, revision)
-        model_config = models.config_of(base_model, revision)
-        max_length = examples.length(options.task, options.max_length, tokenizer, model_config)
-        labels = data.labels_of(train, options.columns)
+    with models.quiet(), models.preserved_random_state():
+        base_model, revision = models.base_model_of(opened, options.model)
+        tokenizer = models.load_tokenizer(base_model, revision)
+        model_config = models.load_config(base_model, revision)
+        max_length = examples.max_tokens(options.task, options.max_length, tokenizer, model_config)
+        labels = data.infer_labels(train, options.columns)
         rows = row_split.split_rows(options, train, test, labels, tokenizer, max_length)
         settings = {
             "task": options.task,
-            "train": data.digest(train),
-            "evaluation": data.digest(test),
+            "train": data.rows_sha256(train),
+            "evaluation": data.rows_sha256(test),
             "columns": asdict(options.columns),
             "model": base_model,
             "revision": revision,
@@ -158,7 +158,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
             options.methods,
             unfinished,
             options.rank,
-            lambda: models.load(base_model, revision, labels, tokenizer),
+            lambda: models.load_model(base_model, revision, labels, tokenizer),
         )
     results_file.write(output, settings, finished.values(), None)
     return PreparedComparison(
@@ -184,7 +184,7 @@ def run(prepared: PreparedComparison, progress: Progress | None = None) -> Compa
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
     runs, runs_left = dict(prepared.finished), prepared.runs_left
     trained = 0
-    with models.quiet(), models.own_random_numbers(), warnings.catch_warnings():
+    with models.quiet(), models.preserved_random_state(), warnings.catch_warnings():
         # `prepare` has shown the warnings about the pack and the rank
         warnings.simplefilter("ignore", EigenloraxWarning)
         for method in prepared.options.methods:
@@ -258,7 +258,7 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
     searching = key.seed is None
     seed = row_split.SEARCH_SEED if key.seed is None else key.seed
     torch.manual_seed(seed)
-    base = models.load(prepared.base_model, prepared.revision, prepared.labels, prepared.tokenizer)
+    base = models.load_model(prepared.base_model, prepared.revision, prepared.labels, prepared.tokenizer)
     model = preset.apply(base)
     run_data = RunData(
         train=rows.search_train if searching else rows.train,

@@ -1,4 +1,4 @@
-"""Base models and their tokenizers, as transformers loads them; what it says by the way is kept quiet."""
+"""Loading of base models and tokenizers with transformers, without its messages."""
 
 import os
 import random
@@ -17,130 +17,133 @@ from ..pack.pack import Pack
 from . import examples
 from .data import Labels
 
-_GET = "pip install 'eigenlorax[train]'"
+_INSTALL = "pip install 'eigenlorax[train]'"
 
 
 def check_installed() -> None:
-    """`MissingExtraError` unless all that training needs is installed."""
+    """Raise `MissingExtraError` unless the packages that training needs are installed."""
     try:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f"this needs {error.name}, which is not installed: {_GET}.") from error
+        raise MissingExtraError(f"this needs {error.name}, which is not installed: {_INSTALL}.") from error
 
 
-def of_pack(pack: Pack, model: str | None) -> tuple[str, str | None]:
-    """The base model to load, a folder or a repository, and its revision: the pack's, unless another one is named."""
+def base_model_of(pack: Pack, model: str | None) -> tuple[str, str | None]:
+    """Return the base model to load and its revision: `model`, or the one that the pack names.
+
+    Raises `OptionError` if there is neither.
+    """
     if model is not None:
         return model, None
     if not pack.base_model:
-        raise OptionError("the pack does not say which base model it belongs to: name it with model= (--model).")
+        raise OptionError("the pack does not say which base model it belongs to. Pass model= (--model).")
     return pack.base_model, pack.revision
 
 
-def tokenizer_of(model: str, revision: str | None) -> Any:
-    """The model's tokenizer, made ready to pad."""
+def load_tokenizer(model: str, revision: str | None) -> Any:
+    """Load the model's tokenizer, set to pad on the right."""
     from transformers import AutoTokenizer
 
-    with _loading(model) as how:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **how)
+    with _loading(model) as network:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **network)
     examples.prepare_tokenizer(tokenizer)
     return tokenizer
 
 
-def config_of(model: str, revision: str | None) -> Any:
-    """The model's config."""
+def load_config(model: str, revision: str | None) -> Any:
+    """Load the model's config."""
     from transformers import AutoConfig
 
-    with _loading(model) as how:
-        return AutoConfig.from_pretrained(model, revision=revision, **how)
+    with _loading(model) as network:
+        return AutoConfig.from_pretrained(model, revision=revision, **network)
 
 
-def load(model: str, revision: str | None, labels: Labels | None, tokenizer: Any) -> Any:
-    """The model with a new head for these classes, or, without any, the language model."""
+def load_model(model: str, revision: str | None, labels: Labels | None, tokenizer: Any) -> Any:
+    """Load the model with a new head for these classes, or, if labels is None, as a language model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    with _loading(model) as how:
+    with _loading(model) as network:
         if labels is None:
-            found = AutoModelForCausalLM.from_pretrained(model, revision=revision, adapter_kwargs=how, **how)
+            loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, adapter_kwargs=network, **network)
         else:
-            found = AutoModelForSequenceClassification.from_pretrained(
+            loaded = AutoModelForSequenceClassification.from_pretrained(
                 model,
                 revision=revision,
                 id2label=dict(enumerate(labels.names)),
                 label2id={name: number for number, name in enumerate(labels.names)},
-                # a head that was there for other classes gives way
+                # replace an existing head for other classes
                 ignore_mismatched_sizes=True,
-                # it looks for an adapter among the model's files, and tells that search nothing of its own options
-                adapter_kwargs=how,
-                **how,
+                # from_pretrained searches the repository for an adapter, and does not pass its own options on
+                adapter_kwargs=network,
+                **network,
             )
-    if found.config.pad_token_id is None:
-        # without it, decoders do not see where a padded row ends
-        found.config.pad_token_id = tokenizer.pad_token_id
-    return found
+    if loaded.config.pad_token_id is None:
+        # decoders for classification use it to find the last token of a padded row
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    return loaded
 
 
 @contextmanager
 def _loading(model: str) -> Iterator[dict[str, bool]]:
-    """Give what transformers is told of the network, and raise our errors in the place of its own.
+    """Yield keyword arguments that allow or forbid network access, and replace transformers' errors by ours.
 
-    A folder is read without a request, and so is the Hub's cache where the Hub does not answer: transformers would
-    repeat each of its requests for 23 s.
+    Folders are read without requests. So is the Hub's cache if the Hub does not answer, because transformers would
+    repeat each request for 23 s.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     is_local = Path(model).exists()
-    unasked = hub.unreachable() if not is_local and hub.may_be_model(model) else None
-    local_only = is_local or unasked is not None
+    unreachable = hub.unreachable() if not is_local and hub.may_be_model(model) else None
+    local_only = is_local or unreachable is not None
     try:
-        # not all that transformers asks for goes by its argument
+        # some of transformers' requests ignore local_files_only
         with hub.offline() if local_only else nullcontext():
             yield {"local_files_only": local_only}
     except StrictDataclassError as error:
-        # its first line only says in which field
-        said = " ".join(str(error).split())
-        raise FormatError(f"{model} is not a model that transformers can load: {said}") from error
+        # the first line only names the field, so join all lines
+        message = " ".join(str(error).split())
+        raise FormatError(f"{model} is not a model that transformers can load: {message}") from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         if is_local:
             raise FormatError(f"{model} is not a model that transformers can load: {reason(error)}") from error
-        why = reason(error)
-        if unasked is not None:
-            why = f"it is not in the cache, or not all of it, and the Hub cannot be asked ({unasked})."
+        cause = reason(error)
+        if unreachable is not None:
+            cause = f"it is not in the cache, or not completely, and the Hub cannot be reached ({unreachable})."
         raise HubError(
-            f"the model {model} is no folder here, and could not be had from the Hub: {why} model= (--model) "
-            "names a folder or another repository."
+            f"the model {model} is no folder here, and could not be loaded from the Hub: {cause} Pass a folder or "
+            "another repository with model= (--model)."
         ) from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and its kin say a lot that would drown the figures; TRANSFORMERS_VERBOSITY lets them speak."""
+    """Suppress messages and warnings of transformers and PEFT, unless TRANSFORMERS_VERBOSITY is set."""
     from transformers.utils import logging
 
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         yield
         return
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\.")
-            # the tuner sets it right by itself
+            # PEFT corrects the option itself, so the warning helps nobody
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
             yield
     finally:
-        logging.set_verbosity(before)
-        if bars:
+        logging.set_verbosity(verbosity)
+        if has_bars:
             logging.enable_progress_bar()
 
 
 @contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """A block in which seeds may be set: the states of random, NumPy and torch are put back at its end."""
+def preserved_random_state() -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and torch after the block, which may set seeds."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng():

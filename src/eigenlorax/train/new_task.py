@@ -1,5 +1,4 @@
-"""The second half of the demo: a task that no shipped adapter knows, trained on coefficients, beside a LoRA and
-coefficients over a random basis of equal size."""
+"""The new task of the demo: trained with coefficients, with a LoRA, and with coefficients over a random basis."""
 
 import json
 import random
@@ -21,14 +20,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 EPOCHS, BATCH, MAX_LENGTH, SEED = 8, 16, 48, 0
-# chosen on a quarter of the training messages: the best of three each (experiments/LOG.md)
+# each the best of three on a quarter of the training messages (experiments/LOG.md)
 RATES = {"LoRA": 4e-3, "coefficients": 2e-2}
 HEAD_RATE = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One way to train the task: numbers trained besides the head, and the share of test sentences it has right."""
+    """Result of one method on the task. trained_numbers: trained parameters without the head."""
 
     method: str
     trained_numbers: int
@@ -38,7 +37,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """Messages to a shop and what their writers want, written for the demo; rows are (text, label)."""
+    """Messages to a shop, labelled with what their writers want; rows are (text, label)."""
 
     labels: list[str]
     train: list[tuple[str, int]]
@@ -46,37 +45,37 @@ class NewTask:
 
 
 def read() -> NewTask:
-    """The task, out of the package."""
+    """Read the task's rows, which are part of the package."""
     path = files("eigenlorax.train") / "demo_data" / "new_task.json"
-    found = json.loads(path.read_text("utf-8"))
-    rows = {split: [(one["text"], one["label"]) for one in found[split]] for split in ("train", "test")}
-    return NewTask(found["labels"], rows["train"], rows["test"])
+    document = json.loads(path.read_text("utf-8"))
+    rows = {split: [(row["text"], row["label"]) for row in document[split]] for split in ("train", "test")}
+    return NewTask(document["labels"], rows["train"], rows["test"])
 
 
 def run(pack: Pack, model_folder: Path, progress: Progress) -> list[Attempt]:
-    """Train the task in each way, from one seed, and test it."""
+    """Train and test the task with each method, from the same seed."""
     from peft import LoraConfig
 
     from ..tuner import EigenLoraxConfig
 
     task = read()
     targets = sorted({name.rpartition(".")[2] for name in pack.info.modules})
-    at_random = methods.random_basis(pack, seed=SEED)
-    ways: dict[str, tuple[str, Callable[[], Any]]] = {
+    random_pack = methods.random_basis(pack, seed=SEED)
+    configs: dict[str, tuple[str, Callable[[], Any]]] = {
         "coefficients": ("coefficients", lambda: EigenLoraxConfig(subspace=pack, r=8, task_type="SEQ_CLS")),
         "core": ("coefficients", lambda: EigenLoraxConfig(subspace=pack, r=8, core=True, task_type="SEQ_CLS")),
         "coefficients, random basis": (
             "coefficients",
-            lambda: EigenLoraxConfig(subspace=at_random, r=8, task_type="SEQ_CLS"),
+            lambda: EigenLoraxConfig(subspace=random_pack, r=8, task_type="SEQ_CLS"),
         ),
         "LoRA r=8": ("LoRA", lambda: LoraConfig(r=8, target_modules=targets, task_type="SEQ_CLS")),
     }
     attempts = []
-    for done, (method, (kind, config)) in enumerate(ways.items()):
-        progress("training a new task", done, len(ways))
+    for done, (method, (kind, config)) in enumerate(configs.items()):
+        progress("training a new task", done, len(configs))
         recipe = Recipe(RATES[kind], "adamw" if kind == "LoRA" else "soap", HEAD_RATE)
         attempts.append(_attempt(method, config(), recipe, task, model_folder))
-    progress("training a new task", len(ways), len(ways))
+    progress("training a new task", len(configs), len(configs))
     return attempts
 
 
@@ -97,7 +96,7 @@ def _attempt(method: str, config: Any, recipe: Recipe, task: NewTask, model_fold
 
 
 def _train(model: "PeftModel", recipe: Recipe, tokenizer: Any, rows: list[tuple[str, int]]) -> None:
-    """A linear decay; the head learns at a rate of its own, whatever the method."""
+    """Train with a linear decay. The head has the same learning rate for all methods."""
     optimizer = training_run.make_optimizer(model, recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = EPOCHS * -(-len(rows) // BATCH)
@@ -105,13 +104,13 @@ def _train(model: "PeftModel", recipe: Recipe, tokenizer: Any, rows: list[tuple[
     order = random.Random(SEED)  # noqa: S311
     model.train()
     for _ in range(EPOCHS):
-        # rows of like length meet in a batch, which halves the padding
+        # batches of rows of similar length halve the padding
         sorted_rows = sorted(order.sample(rows, len(rows)), key=lambda row: len(row[0]) // 40)
         starts = list(range(0, len(rows), BATCH))
         for start in order.sample(starts, len(starts)):
-            chosen = sorted_rows[start : start + BATCH]
-            labels = torch.tensor([label for _, label in chosen])
-            loss = model(**_encoded(tokenizer, chosen), labels=labels).loss
+            batch = sorted_rows[start : start + BATCH]
+            labels = torch.tensor([label for _, label in batch])
+            loss = model(**_encode(tokenizer, batch), labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -121,10 +120,10 @@ def _train(model: "PeftModel", recipe: Recipe, tokenizer: Any, rows: list[tuple[
 
 def _accuracy(model: "PeftModel", tokenizer: Any, rows: list[tuple[str, int]]) -> float:
     with torch.inference_mode():
-        predicted: list[int] = model(**_encoded(tokenizer, rows)).logits.argmax(dim=-1).tolist()
-    return sum(one == label for one, (_, label) in zip(predicted, rows, strict=True)) / len(rows)
+        predicted: list[int] = model(**_encode(tokenizer, rows)).logits.argmax(dim=-1).tolist()
+    return sum(prediction == label for prediction, (_, label) in zip(predicted, rows, strict=True)) / len(rows)
 
 
-def _encoded(tokenizer: Any, rows: list[tuple[str, int]]) -> Any:
+def _encode(tokenizer: Any, rows: list[tuple[str, int]]) -> Any:
     texts = [text for text, _ in rows]
     return tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")

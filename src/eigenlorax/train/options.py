@@ -1,4 +1,4 @@
-"""What a training is asked for, and its defaults. Nothing here imports torch: the command's help reads it."""
+"""Options of a training and their defaults. Imports no torch, because the help of the command line reads it."""
 
 import math
 from collections.abc import Mapping
@@ -10,35 +10,37 @@ from ..core.options import suggestion
 from ..errors import OptionError
 
 TASKS = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-"""The tasks, and PEFT's names of them."""
+"""Task → PEFT's task type."""
 
 MAX_LENGTH = {"text-classification": 128, "causal-lm": 512}
-"""Tokens of a row, where nothing else is said and the model has room for them."""
+"""Default maximum number of tokens per row, if the model has so many positions."""
 
 EVALUATION_BATCH = 64
 
 DEFAULTS = {"num_train_epochs": 3.0, "learning_rate": 2e-2, "per_device_train_batch_size": 16, "seed": 0}
-"""What is ours of transformers' `TrainingArguments` and has an option of its own. Coefficients want a learning rate
-that is an order of magnitude above that of a LoRA."""
+"""Defaults of fields of transformers' `TrainingArguments` that have an option of their own. Coefficients need a
+learning rate about ten times that of a LoRA."""
 
 MIN_STEPS = 150
-"""Steps of the optimizer that the default number of epochs comes to, at least. Three epochs of 200 rows are 39 steps,
-after which accuracies were 5 to 47 points below what 150 steps reach; 300 brought no more (experiments/LOG.md)."""
+"""Minimum number of optimizer steps with the default number of epochs. Three epochs of 200 rows are 39 steps, after
+which accuracies were 5 to 47 points below those after 150 steps; 300 steps were not better (experiments/LOG.md)."""
 
 MAX_POINTS = 12
-"""Checkpoints and evaluations on the way, at most, where the default number of epochs is a larger one."""
+"""Maximum number of checkpoints and evaluations during a training whose default number of epochs is larger."""
 
 HEAD_LEARNING_RATE = 5e-3
-"""Of what is trained beside coefficients."""
+"""Default learning rate of parameters that are not coefficients."""
 
 OWN_OPTIONS = dict(zip(("epochs", "learning_rate", "batch_size", "seed"), DEFAULTS, strict=True))
-"""Those options, by field of `Training`."""
+"""Field of `Training` → field of `TrainingArguments` with a default in `DEFAULTS`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of columns. `pair` is the second text of tasks on two texts. Language modelling takes `prompt` and
-    `completion` where there is no column `text`."""
+    """Names of columns. pair: column of the second text, for tasks on pairs of texts.
+
+    Language modelling uses the columns `prompt` and `completion` if there is no text column.
+    """
 
     text: str = "text"
     label: str = "label"
@@ -47,12 +49,27 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training. None stands for a default: `DEFAULTS`, `MAX_LENGTH`, `HEAD_LEARNING_RATE`; the pack's base model;
-    an alpha of twice the rank, which scales the update by 2.
+    """Options of one training, checked when built. None stands for the default.
 
-    epochs: 3 by default, or as many as come to `MIN_STEPS` steps. learning_rate: of coefficients, which are trained
-    with `tuner.SOAP`, unless trainer_options name an `optim`; that one then trains all at this rate. trainer_options:
-    any other fields of `TrainingArguments`; with a `save_total_limit`, so many checkpoints stay in the end.
+    Args:
+        task: "text-classification" or "causal-lm".
+        train: File of training rows.
+        evaluation: File of evaluation rows.
+        model: Base model. Default: the pack's.
+        rank: Rank of the update.
+        alpha: The update is scaled by alpha / rank. Default: twice the rank.
+        core: Train one k × k matrix per module instead of two factors.
+        start: Initial update: "zero", "mean", the name of an adapter in the pack, or the path of a LoRA.
+        n_extra, extra_seed: Number and seed of additional random components per side.
+        epochs: Default: 3, or as many as give `MIN_STEPS` steps.
+        learning_rate: Of the coefficients, which are trained with `tuner.SOAP`. If trainer_options contain an `optim`,
+            that optimizer trains everything at this rate.
+        head_learning_rate: Of other parameters, such as a classification head.
+        max_length: Maximum number of tokens per row. Default: `MAX_LENGTH`.
+        trainer_options: Other fields of `TrainingArguments`. With a `save_total_limit`, so many checkpoints stay after
+            the training; without it, none.
+
+    Raises `OptionError` for values out of range and options that contradict each other.
     """
 
     task: str
@@ -80,33 +97,33 @@ class Training:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise OptionError(f"{name} must be a number above 0, got {value!r}.")
-        for name, least in (("batch_size", 1), ("max_length", 2), ("seed", 0)):
+        for name, minimum in (("batch_size", 1), ("max_length", 2), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError(f"{name} must be at least {least}, got {value!r}.")
-        for option, field_ in OWN_OPTIONS.items():
-            if getattr(self, option) is not None and field_ in self.trainer_options:
+            if value is not None and value < minimum:
+                raise OptionError(f"{name} must be at least {minimum}, got {value!r}.")
+        for option, trainer_field in OWN_OPTIONS.items():
+            if getattr(self, option) is not None and trainer_field in self.trainer_options:
                 raise OptionError(
-                    f"{field_} stands among the Trainer's options, and {option} was given too. Give one of them."
+                    f"{trainer_field} is among the Trainer's options, and {option} was passed too. Pass one of them."
                 )
-        if self.head_learning_rate is not None and not self.own_optimizer:
+        if self.head_learning_rate is not None and not self.uses_soap:
             raise OptionError(
-                "an optimizer stands among the Trainer's options (optim): it has one rate, and head_learning_rate is "
-                "for the default one. Give one of them."
+                "an optimizer is among the Trainer's options (optim). It has a single learning rate, and "
+                "head_learning_rate belongs to the default optimizer. Pass one of them."
             )
 
     @property
     def keeps_checkpoints(self) -> bool:
-        """Whether checkpoints stay when the training has ended: where a number of them is asked for."""
+        """Whether checkpoints are kept after the training."""
         return "save_total_limit" in self.trainer_options
 
     @property
-    def own_optimizer(self) -> bool:
-        """Whether coefficients get `tuner.SOAP`, rather than an optimizer of the Trainer's."""
+    def uses_soap(self) -> bool:
+        """Whether coefficients are trained with `tuner.SOAP`, and not with an optimizer of the Trainer."""
         return not {"optim", "optim_args", "optim_target_modules"} & set(self.trainer_options)
 
 
 def check_task(task: str) -> None:
-    """`OptionError` unless it is one of `TASKS`."""
+    """Raise `OptionError` unless the task is one of `TASKS`."""
     if task not in TASKS:
         raise OptionError(f"there is no task {task!r}.{suggestion(task, TASKS)} There are: {', '.join(TASKS)}.")

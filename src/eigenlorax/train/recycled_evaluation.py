@@ -122,8 +122,8 @@ def prepare(
     tables = [data.read(file, row_options.columns.label) for _, file in files]
     models.check_installed()
     with models.quiet():
-        name, revision = models.of_pack(pack, model)
-        base = _BaseModel(name, revision, models.config_of(name, revision), models.tokenizer_of(name, revision))
+        name, revision = models.base_model_of(pack, model)
+        base = _BaseModel(name, revision, models.load_config(name, revision), models.load_tokenizer(name, revision))
         jobs: list[EvaluationJob] = []
         for (adapter, _), table, adapters in zip(files, tables, adapters_by_file, strict=True):
             jobs += _jobs_for_file(table, adapters, tasks, row_options, base, is_for_all=adapter is None)
@@ -147,19 +147,19 @@ def _jobs_for_file(
     for adapter in adapters:
         task = tasks[adapter.name]
         if task not in encoded:
-            encode = examples.unlabelled if task == "text-classification" else examples.modelling
-            max_length = examples.length(task, options.max_length, base.tokenizer, base.config)
+            encode = examples.encode_texts if task == "text-classification" else examples.encode_language_model
+            max_length = examples.max_tokens(task, options.max_length, base.tokenizer, base.config)
             encoded[task] = encode(table, options.columns, base.tokenizer, max_length)
         rows, classes = encoded[task], None
         if task == "text-classification":
-            classes = evaluate.classes_of_head(adapter, base.config)
+            classes = evaluate.count_head_classes(adapter, base.config)
             numbers = [IGNORED] * len(rows)
             if labelled:
                 numbers = _class_numbers(adapter.name, classes, table, options, is_for_all=is_for_all)
-            rows = examples.labelled(rows, numbers)
+            rows = examples.with_labels(rows, numbers)
         else:
-            evaluate.check_modelled(adapter, base.config)
-        jobs.append(EvaluationJob(adapter.name, table.where, classes, labelled and classes is not None, rows))
+            evaluate.check_language_model(adapter, base.config)
+        jobs.append(EvaluationJob(adapter.name, table.path, classes, labelled and classes is not None, rows))
     return jobs
 
 
@@ -181,9 +181,9 @@ def _check_label_names(labels: LabelNames | None, pack: Pack) -> None:
         for name in labels:
             keys.check_known(name, pack.names, "the pack, though labels name it")
         for names in labels.values():
-            evaluate.check_labels(names)
+            evaluate.check_label_names(names)
     elif labels is not None:
-        evaluate.check_labels(labels)
+        evaluate.check_label_names(labels)
 
 
 def _task_of(adapter: PackedAdapter, task: str | None) -> str:
@@ -196,14 +196,14 @@ def _task_of(adapter: PackedAdapter, task: str | None) -> str:
 def _class_numbers(adapter: str, classes: int, table: Table, options: _RowOptions, *, is_for_all: bool) -> list[int]:
     """Return the class number of each row."""
     try:
-        labels = evaluate.classes_of(classes, options.names_of(adapter), table, options.columns)
+        labels = evaluate.label_names(classes, options.names_of(adapter), table, options.columns)
         return labels.encode(table, options.columns)
     except (FormatError, OptionError) as error:
         if not is_for_all:
             raise
         raise OptionError(
-            f"the labels of {table.where} do not fit adapter {adapter!r}: {error} If the file is for some adapters "
-            f"only, name each: NAME={table.where}."
+            f"the labels of {table.path} do not fit adapter {adapter!r}: {error} If the file is for some adapters "
+            f"only, name each: NAME={table.path}."
         ) from error
 
 
@@ -215,7 +215,7 @@ def _has_labels(table: Table, columns: Columns) -> bool:
     has_label = [columns.label in row for row in table.rows]
     if any(has_label) and not all(has_label):
         raise FormatError(
-            f"{table.where}, {table.places[has_label.index(False)]} has no {columns.label!r}, which {sum(has_label)} "
+            f"{table.path}, {table.locations[has_label.index(False)]} has no {columns.label!r}, which {sum(has_label)} "
             f"of {len(has_label)} rows have. Label all rows, or none."
         )
     # a column that the user named must exist: reading it raises the error
@@ -223,7 +223,7 @@ def _has_labels(table: Table, columns: Columns) -> bool:
         return True
     if columns.text in table.columns and set(table.columns) - {columns.text, columns.pair}:
         warnings.warn(
-            f"{table.where} has no column {columns.label!r}: agreement is measured, but no accuracy. It has: "
+            f"{table.path} has no column {columns.label!r}: agreement is measured, but no accuracy. It has: "
             f"{', '.join(table.columns)}. Name the column with Columns(label=...) (--label-column).",
             RowsWarning,
             stacklevel=5,
@@ -303,8 +303,8 @@ def score_versions(
 
 
 def _load_base(plan: EvaluationPlan, classes: int | None) -> Any:
-    labels = None if classes is None else data.numbered(classes)
-    return models.load(plan.base, plan.revision, labels, plan.tokenizer)
+    labels = None if classes is None else data.numbered_labels(classes)
+    return models.load_model(plan.base, plan.revision, labels, plan.tokenizer)
 
 
 def _score(
@@ -323,7 +323,7 @@ def _score(
             with torch.inference_mode():
                 logits = model(**inputs).logits
             if job.classes is None:
-                logits, targets = evaluate.predicted(logits, labels)
+                logits, targets = evaluate.next_token_logits(logits, labels)
             if not bool(logits.isfinite().all()):
                 raise NonFiniteError(
                     f"the predictions of adapter {job.name!r} ({version}) on {job.file} are NaN or Inf: its weights "
@@ -335,7 +335,7 @@ def _score(
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
                 sums[index] += _score_sums(
-                    evaluate.exact(original_logits[part]), evaluate.exact(logits[part]), targets[part]
+                    evaluate.to_float64(original_logits[part]), evaluate.to_float64(logits[part]), targets[part]
                 )
         n += len(targets)
         # progress counts neither the original nor the head alone

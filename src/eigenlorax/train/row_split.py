@@ -45,14 +45,14 @@ def split_rows(
     if the rows held out have fewer than two classes, and a learning rate is to be chosen.
     """
     train_rows, test_rows = (
-        examples.classification(table, labels, options.columns, tokenizer, max_length) for table in (train, test)
+        examples.encode_classification(table, labels, options.columns, tokenizer, max_length) for table in (train, test)
     )
     _warn_about_duplicates(train, test, train_rows, test_rows)
     held_out = _held_out_indices([row["labels"] for row in train_rows])
     if any(options.searches(method) for method in options.methods):
         if len({train_rows[index]["labels"] for index in held_out}) < 2:
             raise FormatError(
-                f"{train.where} has hardly more than one row per class. Learning rates are chosen on rows held out, "
+                f"{train.path} has hardly more than one row per class. Learning rates are chosen on rows held out, "
                 "which need two classes. Add rows, or pass one rate per method (rates=, --learning-rates METHOD=A)."
             )
         if len(held_out) < _FEW_ROWS:
@@ -81,7 +81,7 @@ def _warn_about_duplicates(
     duplicates = sum(tuple(row["input_ids"]) in train_texts for row in test_rows)
     if duplicates:
         warnings.warn(
-            f"{duplicates} of {len(test_rows)} rows of {test.where} are in {train.where} too: accuracies include "
+            f"{duplicates} of {len(test_rows)} rows of {test.path} are in {train.path} too: accuracies include "
             "memorised rows. Remove them from one of the files.",
             RowsWarning,
             stacklevel=4,

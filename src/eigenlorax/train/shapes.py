@@ -1,4 +1,4 @@
-"""The layers of a base model by name, from its config alone: no weight is read, and none is made."""
+"""Shapes of a base model's layers, from its config alone: no weights are read or allocated."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,13 +13,13 @@ from . import models
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "wk", "wv")
-"""Last parts of the names of projections that have as many heads as keys and values have."""
+"""Last name parts of projections whose number of heads is that of keys and values."""
 
 
 def shapes_of(model: str, revision: str | None = None) -> Shapes:
-    """The shapes of a folder's model or of one on the Hub, quantised or not.
+    """Return the shapes of a model in a folder or on the Hub, quantised or not.
 
-    `HubError` where it cannot be had, `FormatError` where transformers knows no such model.
+    Raises `HubError` if its config cannot be loaded, and `FormatError` if transformers does not support the model.
     """
     try:
         import transformers  # noqa: F401
@@ -28,20 +28,23 @@ def shapes_of(model: str, revision: str | None = None) -> Shapes:
             f"the shapes of a model need {error.name}, which is not installed: pip install 'eigenlorax[peft]'."
         ) from error
     with models.quiet():
-        config = models.config_of(model, revision)
+        config = models.load_config(model, revision)
         return of_config(config, model)
 
 
 def of_config(config: Any, model: str) -> Shapes:
-    """The shapes of a config's model, which is called `model`."""
-    empty = _empty(config, model)
+    """Return the shapes of a config's model. model: its name, for messages."""
+    empty_model = _build_empty(config, model)
     text = config.get_text_config()
-    plan = {re.compile(name.replace(".", r"\.").replace("*", r"[^.]+")): how for name, how in _tp_plan(empty).items()}
+    plan = {
+        re.compile(name.replace(".", r"\.").replace("*", r"[^.]+")): split
+        for name, split in _tp_plan(empty_model).items()
+    }
     kv_heads = getattr(text, "num_key_value_heads", None)
-    head = empty.get_output_embeddings()
-    modules = dict(empty.named_modules())
+    head = empty_model.get_output_embeddings()
+    modules = dict(empty_model.named_modules())
     layers = {}
-    for name in _of_language(modules, multimodal=text is not config):
+    for name in _language_modules(modules, multimodal=text is not config):
         sizes = _sizes(modules[name])
         if sizes is None:
             continue
@@ -51,9 +54,9 @@ def of_config(config: Any, model: str) -> Shapes:
         elif modules[name] is head:
             layers[name] = Layer(out, n_in, HEAD)
         else:
-            how = next((how for pattern, how in plan.items() if pattern.fullmatch(name)), None)
+            split = next((split for pattern, split in plan.items() if pattern.fullmatch(name)), None)
             repeated = name.rpartition(".")[2] in _KEYS_AND_VALUES and kv_heads is not None
-            layers[name] = Layer(out, n_in, LINEAR, _split(how), kv_heads if repeated else None)
+            layers[name] = Layer(out, n_in, LINEAR, _tensor_parallel_split(split), kv_heads if repeated else None)
     return Shapes(
         model=model,
         dtype=_dtype(config, text),
@@ -64,43 +67,45 @@ def of_config(config: Any, model: str) -> Shapes:
     )
 
 
-def _empty(config: Any, model: str) -> Any:
-    """The model without memory for its weights, of the class whose checkpoints it has."""
+def _build_empty(config: Any, model: str) -> Any:
+    """Build the model on the meta device, with the class that the config names, or one of the auto classes."""
     import transformers
 
-    # quantised weights have other shapes, LoRAs for them have not
+    # quantised weights have other shapes, but LoRAs are for the original ones
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     named = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
-    last: Exception | None = None
+    first_error: Exception | None = None
     for name in [*named[:1], *_AUTO]:
-        kind = getattr(transformers, name)
+        model_class = getattr(transformers, name)
         try:
             with torch.device("meta"):
-                built = kind.from_config(config) if name in _AUTO else kind(config)
+                built = model_class.from_config(config) if name in _AUTO else model_class(config)
         except (ValueError, ImportError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
-            last = last or error
+            first_error = first_error or error
         else:
             return built
-    assert last is not None
+    assert first_error is not None
     raise FormatError(
-        f"transformers cannot make a model of the config of {model}: {reason(last)} Its shapes are needed to say what "
-        "a server takes."
-    ) from last
+        f"transformers cannot make a model of the config of {model}: {reason(first_error)} Its shapes are needed to "
+        "compute memory."
+    ) from first_error
 
 
 def _tp_plan(model: Any) -> Mapping[str, str]:
-    """How transformers would cut each layer among GPUs, which is how vLLM does it: parts of names may be `*`."""
-    found = getattr(model, "tp_plan", None)
-    return found if isinstance(found, Mapping) else {}
+    """Return how transformers splits layers among GPUs, as vLLM does it. Parts of names may be `*`."""
+    plan = getattr(model, "tp_plan", None)
+    return plan if isinstance(plan, Mapping) else {}
 
 
-def _split(how: str | None) -> str | None:
-    return None if how is None else COLUMN if "colwise" in how else ROW if "rowwise" in how else None
+def _tensor_parallel_split(style: str | None) -> str | None:
+    if style is None:
+        return None
+    return COLUMN if "colwise" in style else ROW if "rowwise" in style else None
 
 
-def _of_language(modules: Iterable[str], *, multimodal: bool) -> list[str]:
-    """The modules that vLLM's LoRAs may be for. Where a model has towers for images or sounds, they are not."""
+def _language_modules(modules: Iterable[str], *, multimodal: bool) -> list[str]:
+    """Return the modules that vLLM supports LoRAs for: not those of image or audio encoders."""
     names = list(modules)
     if not multimodal or not any("language_model" in name.split(".") for name in names):
         return names
@@ -108,7 +113,7 @@ def _of_language(modules: Iterable[str], *, multimodal: bool) -> list[str]:
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a layer that LoRAs may be for; None for one of another kind."""
+    """Return (out, in) of a layer that can have a LoRA, or None for another kind of layer."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
@@ -122,10 +127,10 @@ def _sizes(module: Any) -> tuple[int, int] | None:
 
 
 def _dtype(*configs: Any) -> str:
-    """vLLM's `--dtype auto`: half precision, of the kind that the config says."""
+    """Return the dtype of vLLM's `--dtype auto`: float16 if the config says so, otherwise bfloat16."""
     for config in configs:
-        # its name before transformers 4.56
-        found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-        if found is not None:
-            return "float16" if str(found).removeprefix("torch.") == "float16" else "bfloat16"
+        # torch_dtype is the name before transformers 4.56
+        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        if dtype is not None:
+            return "float16" if str(dtype).removeprefix("torch.") == "float16" else "bfloat16"
     return "bfloat16"
