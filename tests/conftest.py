@@ -1,27 +1,44 @@
+"""Settings of every test run, and the fixtures that several packages use. CONTRIBUTING.md says how to run the tests."""
+
 import os
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-# a shared core may be away for longer than any deadline; and main stays as green as it was
-hypothesis.settings.register_profile("here", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("here")
+# No deadline, since a shared core may be away for longer than any. The same examples in each run, so that a commit
+# that passes keeps passing.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# two threads on cores that are shared spin: set before torch is imported, here and in every process the tests start
+# Two threads on a shared core spin. Set before torch is imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run on all cores, unless one file is named or `-n` says otherwise.
+
+    Not by `addopts`: with `-n` there, `-p no:xdist` would be an error. Tests of a file stay together, since they share
+    fixtures that are slow to make.
+    """
+    files = {argument.partition("::")[0] for argument in config.args}
+    one_file = len(files) == 1 and files.pop().endswith(".py")
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not one_file:
+        config.option.numprocesses = config.hook.pytest_xdist_auto_num_workers(config=config)
+        config.option.dist = "loadfile"
 
 
 def pytest_configure(config):
     # not in pyproject.toml: there pytest would import the package before its annotations can be checked
     config.addinivalue_line("filterwarnings", "error::eigenlorax.errors.EigenloraxWarning")
-    # random collections share nothing, and tests keep little of them
+    # random collections share no subspace, so tests would warn of large errors everywhere
     config.addinivalue_line("filterwarnings", "ignore::eigenlorax.errors.LossWarning")
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of real data and adapters beside the repository, which is no part of it."""
+    """Return the folder of real data and adapters beside the checkout. It is not part of the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not (folder / "zoo").is_dir():
         pytest.skip("../shared/zoo, adapters by strangers, is not beside this checkout")
@@ -30,7 +47,7 @@ def shared():
 
 @pytest.fixture
 def online(hub, tmp_path, monkeypatch):
-    """Run something where `hub` is the Hub, its cache is empty at first, and the current folder has nothing."""
+    """Run commands with the fixture `hub` as the Hub, an empty cache, and an empty current folder."""
     from fake_hub import client
 
     (tmp_path / "here").mkdir()

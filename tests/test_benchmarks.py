@@ -21,6 +21,8 @@ import collection  # noqa: E402
 import growth  # noqa: E402
 import measured  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 N, D, R, K = 5, 23, 3, 7
 
 

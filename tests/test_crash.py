@@ -10,7 +10,7 @@ from crashes import NOT_KILLED, VERBS, Crashes
 from eigenlorax.cli.main import app
 
 CASES, SEED = 60, 19
-pytestmark = needs_fork
+pytestmark = [pytest.mark.slow, needs_fork]
 
 
 @pytest.fixture(autouse=True)

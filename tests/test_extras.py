@@ -6,6 +6,8 @@ import pytest
 
 from children import python
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, sys
 from pathlib import Path

@@ -20,7 +20,10 @@ from fuzz.targets import TARGETS, Target, WrongError
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz"
 CASES = Path(__file__).parent / "fuzz" / "cases.jsonl"
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux does")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux does"),
+]
 
 
 def test_none_fails_of_two_thousand_new_cases_and_of_those_that_have_failed_once():

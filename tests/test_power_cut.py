@@ -14,7 +14,7 @@ from eigenlorax.errors import PackMissingError
 from outcomes import contents, succeeded
 from powercuts import cuts, record
 
-pytestmark = needs_fork
+pytestmark = [pytest.mark.slow, needs_fork]
 
 MANIFEST = keys.MANIFEST
 PACKS = {

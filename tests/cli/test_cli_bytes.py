@@ -13,6 +13,8 @@ from fake_hub import FakeHub, client, running
 from outcomes import assert_refused, contents, json_of, succeeded
 from signing import signed_again
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["alpha", "beta", "gamma"]
 
 

@@ -16,6 +16,8 @@ from children import needs_fork, run  # noqa: E402
 from eigenlorax.cli import compare, main  # noqa: E402
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROWS = "compare pack --train few.jsonl --eval eval.jsonl -o out.json"
 QUICK = f"{ROWS} --methods head --seeds 1 --epochs 1 --learning-rates 0.1"
 NUMBERS = {"lora": 4 * 4 * 2 * 24, "core": 4 * 9 * 9}

@@ -90,6 +90,7 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
 ALONE = [verb for verb in VERBS if verb not in ("demo", "train", "evaluate", "compare", "push", "serve-check")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example",
     [example for verb in ALONE for example in EXAMPLES[verb] if "--evaluate" not in example and "://" not in example],
@@ -158,6 +159,7 @@ def test_nothing_at_all_is_answered_with_help():
 HEAVY = ["torch", "peft", "transformers", "numpy", "safetensors", "huggingface_hub"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -188,6 +190,7 @@ def shell(line, cwd, **env):
     return ran.returncode, ran.stdout.decode("utf-8", "replace"), ran.stderr.decode("utf-8", "replace")
 
 
+@pytest.mark.slow
 class TestStreams:
     def test_a_reader_that_has_left(self, pack):
         code, out, err = shell("eigenlorax inspect pack | true", pack.parent)

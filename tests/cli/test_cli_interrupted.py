@@ -11,6 +11,8 @@ from eigenlorax.fitting import jobs
 from eigenlorax.pack.pack import Pack
 from outcomes import assert_refused, contents, json_of, succeeded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path):

@@ -17,6 +17,8 @@ from children import needs_fork, run  # noqa: E402
 from eigenlorax.cli import evaluate, main, train  # noqa: E402
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "train pack --task text-classification --train train.jsonl --learning-rate 0.1 --rank 4 -o out"
 CLASSIFY = shlex.split(TRAIN)
 

@@ -10,6 +10,8 @@ from eigenlorax.codec import clusters, encoder
 from eigenlorax.codec.svd_batch import SvdBatch
 from planted import MODULES, random_collection
 
+pytestmark = pytest.mark.slow
+
 NOTE = "The adapters fall into {} groups, each with bases of its own."
 
 

@@ -33,6 +33,7 @@ def size(pack):
     return figures.basis + figures.coefficients + figures.carried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "error"), CASES)
 def test_every_adapter_is_within_the_error(tmp_path, name, error):
     originals = COLLECTIONS[name]()
@@ -68,6 +69,7 @@ def test_updates_that_are_orders_smaller_than_an_adapters_others_are_left_out():
         assert not pack.packed(one.name).coefficients["encoder.0.query"].down.any()
 
 
+@pytest.mark.slow
 def test_it_is_the_same_bytes_each_time_and_in_any_order(tmp_path):
     originals = COLLECTIONS["three groups"]()
     trees = []
@@ -76,6 +78,7 @@ def test_it_is_the_same_bytes_each_time_and_in_any_order(tmp_path):
     assert trees[1:] == trees[:1] * 2
 
 
+@pytest.mark.slow
 def test_a_pack_that_was_opened_is_saved_elsewhere_as_the_same_bytes(tmp_path):
     for name in ("shared", "three groups", "convolutions", "an untrained one", "modules that some lack"):
         first = ex.fit(COLLECTIONS[name](), max_error=0.2).save(tmp_path / name / "first")
@@ -83,6 +86,7 @@ def test_a_pack_that_was_opened_is_saved_elsewhere_as_the_same_bytes(tmp_path):
         assert tree(second) == tree(first)
 
 
+@pytest.mark.slow
 def test_a_larger_error_takes_fewer_bytes():
     for name in ("shared", "unshared"):
         sizes = [size(ex.fit(COLLECTIONS[name](), max_error=error)) for error in (0.001, 0.1, 0.3, 0.9)]

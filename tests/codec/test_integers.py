@@ -22,6 +22,8 @@ from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from outcomes import contents
 from planted import normal, random_adapter, random_collection, shared_collection
 
+pytestmark = pytest.mark.slow
+
 QUERY = "encoder.layer.0.query"
 KINDS = [("int8", None), ("int4", "int4"), ("float32", "int8")]
 SHARE = {"int8": 0.02, "int4": 0.25}

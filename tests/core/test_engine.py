@@ -13,6 +13,8 @@ import calls
 from eigenlorax.core import engine
 from eigenlorax.errors import EngineError, OptionError
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["serial", "processes"]
 
 

@@ -33,10 +33,13 @@ SMALL = {
     "pack": {"k": [3, 5], "weighting": "delta", "rival": 5},
 }
 
-pytestmark = pytest.mark.skipif(
-    not (Path(__file__).resolve().parents[2].parent / "shared" / "data" / "images").is_dir(),
-    reason="../shared/data/images is not beside this checkout",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(__file__).resolve().parents[2].parent / "shared" / "data" / "images").is_dir(),
+        reason="../shared/data/images is not beside this checkout",
+    ),
+]
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 from harness import language, record  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tomllib.loads((EXPERIMENTS / "configs" / "language.toml").read_text("utf-8"))
 BLOCKS, LENGTH, VOCABULARY = 5, 7, 11
 

@@ -18,10 +18,13 @@ CONFIG = tomllib.loads((EXPERIMENTS / "configs" / "vision.toml").read_text("utf-
 ROLES = ("source", "development", "target")
 TINY = {**CONFIG["model"], "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
 
-pytestmark = pytest.mark.skipif(
-    not (Path(__file__).resolve().parents[2].parent / "shared" / "data" / "images").is_dir(),
-    reason="../shared/data/images is not beside this checkout",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(__file__).resolve().parents[2].parent / "shared" / "data" / "images").is_dir(),
+        reason="../shared/data/images is not beside this checkout",
+    ),
+]
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from eigenlorax.core import engine
 from eigenlorax.errors import OptionError
 from planted import shared_collection
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 

@@ -19,6 +19,8 @@ from eigenlorax.errors import NonFiniteError, OptionError
 from eigenlorax.fitting import jobs
 from planted import factors_in, orthonormal, tree
 
+pytestmark = pytest.mark.slow
+
 N, K = 110, 8
 SHAPES = {"layers.0.q": (400, 410), "layers.0.v": (396, 410), "layers.1.q": (400, 410)}  # (out, in)
 STRENGTHS = torch.arange(1, 41, dtype=torch.float64)[:, None] ** -0.7

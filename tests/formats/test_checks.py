@@ -90,6 +90,7 @@ class TestAdaptersInMemory:
         heads = {"base_model.model.m.lora_A.weight": torch.ones(2, 3)}
         self.refused(one(heads=heads), FormatError, "lora_A.weight' has the name of a LoRA tensor")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("arguments", "error"), NO_FACTORS.items())
     def test_factors_that_are_none(self, said_of_factors, arguments, error):
         assert said_of_factors[arguments].startswith(f"{error}: ")

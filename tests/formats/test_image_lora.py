@@ -81,6 +81,7 @@ def folder(truth, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 class TestThroughAPack:
     @pytest.mark.parametrize("dialect", lora_files.DIALECTS)
     def test_read_as_they_were_written(self, folder, truth, dialect):
@@ -198,6 +199,7 @@ class TestThroughAPack:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "out"), [*(("xl", one) for one in OUT[:3]), *(("flux", one) for one in OUT[1:3])])
 def test_other_models_as_diffusers_loads_them(tmp_path, kind, out):
     pipe = image_models.tiny_pipeline(kind)

@@ -49,6 +49,7 @@ def layers_of(modules, dialect, spelling=None):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dialect", "spelling"),
     [

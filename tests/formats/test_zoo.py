@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 import eigenlorax as ex
 import reference
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "gpt2": {},
     "bert-base-uncased": {},

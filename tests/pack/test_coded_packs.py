@@ -19,7 +19,7 @@ from make_reference_packs import PACKS
 from planted import MODULES, random_adapter, random_collection, tree
 from signing import signed_again
 
-pytestmark = pytest.mark.filterwarnings("ignore::eigenlorax.errors.UntrainedAdapterWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::eigenlorax.errors.UntrainedAdapterWarning")]
 QUERY = "encoder.0.query"
 
 

@@ -13,6 +13,8 @@ from adapters import MODULES, change_config, change_tensors, make_adapter, make_
 from eigenlorax.errors import FormatError, NonFiniteError, ShapeError, SkippedAdapterWarning
 from outcomes import contents
 
+pytestmark = pytest.mark.slow
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = [f"task-{i:02}" for i in range(20)]
 BROKEN = "task-07"

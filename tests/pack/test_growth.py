@@ -92,6 +92,7 @@ class TestWhatStays:
         more = ex.Pack.open(saved).augment(3, seed=1).save(tmp_path / "more")
         assert contents(more / "adapters") == contents(saved / "adapters")
 
+    @pytest.mark.slow
     @given(seed=st.integers(0, 10**6), n=st.integers(1, 3), extend=st.integers(1, 9))
     @settings(max_examples=15, deadline=None)
     def test_whatever_is_added(self, seed, n, extend):

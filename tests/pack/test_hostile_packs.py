@@ -32,6 +32,8 @@ from hostile import (
     tensors,
 )
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"encoder.0.query": (41, 53), "encoder.0.value": (29, 37)}
 CONFIG = "adapter_config.json"
 SOURCE = "source_config.json"

@@ -17,7 +17,7 @@ from eigenlorax.errors import OptionError
 from fake_hub import FakeHub, running
 from outcomes import contents, json_of, succeeded
 
-pytestmark = needs_fork
+pytestmark = [pytest.mark.slow, needs_fork]
 MANIFEST, CARD = "subspace_config.json", "README.md"
 QUERY = "encoder.layer.0.query"
 ONE = ("adapter_config.json", "adapter_model.safetensors", "source_config.json")

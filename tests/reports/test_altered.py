@@ -14,6 +14,8 @@ from eigenlorax.reports import files
 from eigenlorax.reports.render import markdown, page
 from planted import shared_collection
 
+pytestmark = pytest.mark.slow
+
 # a page takes a second to draw
 CASES, PAGES, ALTERATIONS = 1000, 2, 40
 

@@ -10,9 +10,13 @@ from synthetic import bare, even, hostile_names, report, wide
 from eigenlorax.reports.render import page
 
 CHROMIUM = chromium.find() if os.name == "posix" else None
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason=f"needs Chromium: CHROME names it, or one of {', '.join(chromium.NAMES)} is on the PATH"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason=f"needs Chromium: CHROME names it, or one of {', '.join(chromium.NAMES)} is on the PATH",
+    ),
+]
 
 NAMES = [f"adapter-{n:02d}" for n in range(30)]
 PAGES = {

@@ -21,6 +21,8 @@ from eigenlorax.train import demo
 from made import WIDE, of_one_subspace, one_start, random
 from planted import normal, of_spectrum, orthonormal
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
 
 EVEN, STEEP = [1.0, 1.0, 1.0], [1.0, 0.2, 0.05, 0.01]

@@ -308,6 +308,7 @@ class TestArguments:
             ex.report(pack, [nan, *adapters[1:]])
 
 
+@pytest.mark.slow
 class TestOfIntegers:
     """A report of a pack whose coefficients are not those of the adapters' own factors."""
 

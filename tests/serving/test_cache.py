@@ -17,7 +17,7 @@ from eigenlorax.errors import CacheFullError, OptionError
 from eigenlorax.serving.vllm import cache
 from eigenlorax.serving.vllm.cache import Cache, prepare
 
-pytestmark = needs_fork
+pytestmark = [pytest.mark.slow, needs_fork]
 FILES = {"a.bin": b"12345", "b.bin": b"678"}
 SERVER = """
 import sys, time

@@ -9,6 +9,8 @@ import eigenlorax
 from families import FAMILIES, made_adapters
 from offline import in_worker, slots, with_engine
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 5
 
 

@@ -12,6 +12,8 @@ import eigenlorax
 from families import FAMILIES, made_adapters
 from offline import printed_by
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 

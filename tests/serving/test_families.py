@@ -14,6 +14,8 @@ from eigenlorax.errors import ServingError
 from families import FAMILIES, made_adapters
 from offline import greedy, peft_greedy, slots, with_engine
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(8)]
 
 

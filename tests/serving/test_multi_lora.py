@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install '.[vllm]'")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "multi_lora.py"

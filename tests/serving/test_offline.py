@@ -15,6 +15,8 @@ from families import _SHARED, FAMILIES, Family, made_adapters
 from offline import greedy, peft_greedy, with_engine
 from rests import with_rests
 
+pytestmark = pytest.mark.slow
+
 FAMILY = FAMILIES["llama"]
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(3)]
 

@@ -12,6 +12,8 @@ import eigenlorax
 from families import FAMILIES, Family, made_adapters
 from offline import peft_greedy, printed_by
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(4)]
 

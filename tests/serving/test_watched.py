@@ -18,7 +18,7 @@ from eigenlorax.serving.vllm.settings import Settings
 from fake_hub import FakeHub, running
 from outcomes import json_of
 
-pytestmark = needs_fork
+pytestmark = [pytest.mark.slow, needs_fork]
 FILES = ("adapter_config.json", "adapter_model.safetensors", "source_config.json")
 
 

@@ -13,6 +13,8 @@ from eigenlorax.reports import stored
 from eigenlorax.train import demo, methods, new_task, recycled_evaluation
 from outcomes import json_of
 
+pytestmark = pytest.mark.slow
+
 FULL_RANK = 104  # 13 fitted adapters of rank 8
 
 

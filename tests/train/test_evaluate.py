@@ -15,6 +15,8 @@ import trainable
 from eigenlorax.errors import AdapterNameError, FormatError, NonFiniteError, OptionError, PackMissingError
 from eigenlorax.train.evaluate import evaluate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def classifier(place):

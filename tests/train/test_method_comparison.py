@@ -17,6 +17,8 @@ from eigenlorax.train.data import Labels, Table
 from eigenlorax.train.method_presets import TargetModule
 from eigenlorax.train.search_space import LEARNING_RATES, ComparisonOptions, parse_rates
 
+pytestmark = pytest.mark.slow
+
 K, RANK, MODULES = 9, 4, len(tiny.BERT)
 FACTORS = MODULES * RANK * 2 * K
 

@@ -11,6 +11,8 @@ from eigenlorax.train import methods
 from eigenlorax.train.methods import CommonConfig, Method
 from planted import random_factors
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "bert.encoder.layer.0.attention.self.query": (tiny.IN, tiny.IN),
     "bert.encoder.layer.1.intermediate.dense": (tiny.INNER, tiny.IN),

@@ -22,6 +22,8 @@ from eigenlorax.train.options import Columns
 from eigenlorax.train.recycled_evaluation import prepare, run
 from planted import normal, random_factors
 
+pytestmark = pytest.mark.slow
+
 FULL_RANK = 4 * tiny.RANK
 CLASSES = {"a": 3, "b": 2, "c": 3, "d": 5}
 

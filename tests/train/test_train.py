@@ -37,7 +37,7 @@ from eigenlorax.train.train import train as train_or_warn
 from eigenlorax.tuner import optim
 
 # what is tested here ends before much is learned: test_baselines.py has what becomes of that
-pytestmark = pytest.mark.filterwarnings("ignore::eigenlorax.errors.BaselineWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::eigenlorax.errors.BaselineWarning")]
 K, RANK = 9, 4
 QUICK = {"learning_rate": 0.1, "head_learning_rate": 0.1, "rank": RANK}
 

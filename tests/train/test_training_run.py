@@ -13,6 +13,8 @@ from eigenlorax.train import examples, methods, training_run
 from eigenlorax.train.methods import CommonConfig, Method
 from eigenlorax.train.training_run import Recipe, RunData
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"learning_rate": 0.02, "head_learning_rate": 0.02, "epochs": 2.0, "batch_size": 8, "evaluations": 3}
 LABELS = ("bad", "good", "odd")
 

@@ -15,6 +15,8 @@ import trainable
 from adapters import make_adapters
 from trainable import write_jsonl
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import contextlib, io, json, sys
 from eigenlorax import hub

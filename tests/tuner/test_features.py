@@ -8,6 +8,8 @@ from transformers import T5Config, T5ForConditionalGeneration, Trainer, Training
 import eigenlorax as ex
 from tiny import BERT, IN, make_bert, make_gpt2, make_pack, shake
 
+pytestmark = pytest.mark.slow
+
 
 def model_of(pack, **fields):
     return shake(

@@ -17,6 +17,8 @@ from loaders import LOADERS, base, load
 from planted import random_factors
 from tiny import BERT, IN, shake
 
+pytestmark = pytest.mark.slow
+
 # float32 sums over more numbers, of which the further ones are zero: what they may differ by
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 

@@ -14,6 +14,8 @@ import eigenlorax as ex
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from tiny import BERT, make_bert, make_gpt2, make_pack, shake
 
+pytestmark = pytest.mark.slow
+
 
 def tokenizer():
     tokenizers = pytest.importorskip("tokenizers")

@@ -16,6 +16,8 @@ from eigenlorax.tuner.layer import EigenLoraxLayer
 from renamed_vit import NAMES, SHAPES, dense, lora, make_vit, pictures
 from tiny import shake
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 

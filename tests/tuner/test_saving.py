@@ -21,6 +21,8 @@ from loaders import LOADERS, base, load
 from planted import random_factors
 from tiny import BERT, IN, RANK, make_pack, shake
 
+pytestmark = pytest.mark.slow
+
 
 def trained(folder, pack, **fields):
     config = ex.EigenLoraxConfig(subspace=pack, task_type="SEQ_CLS", **{"r": 4, "lora_alpha": 9, **fields})

@@ -12,6 +12,8 @@ from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
 from tiny import BERT, GPT2, IN, RANK, make_bert, make_pack, shake
 
+pytestmark = pytest.mark.slow
+
 
 def layers(model):
     return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, EigenLoraxLayer)}

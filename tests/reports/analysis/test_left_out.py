@@ -20,6 +20,8 @@ from made import gauged, pairs_of
 from planted import MODULES, factors_in, orthonormal, random_factors
 from reference import dense, fit_delta, projected
 
+pytestmark = pytest.mark.slow
+
 QUERY, DENSE = MODULES
 
 

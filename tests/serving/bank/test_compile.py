@@ -9,6 +9,8 @@ from planted import normal
 from served import BASE, write_adapter
 from tiny import IN
 
+pytestmark = pytest.mark.slow
+
 
 def logits(model, inputs):
     with torch.no_grad():

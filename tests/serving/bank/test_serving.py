@@ -15,6 +15,8 @@ from planted import random_factors
 from served import BASE
 from tiny import BERT, IN, make_bert
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def one(served):

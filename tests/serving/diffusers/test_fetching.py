@@ -11,7 +11,7 @@ from children import load_command, needs_fork
 from fake_hub import FakeHub, running
 from outcomes import json_of
 
-pytestmark = needs_fork
+pytestmark = [pytest.mark.slow, needs_fork]
 
 
 @pytest.fixture(scope="module", autouse=True)

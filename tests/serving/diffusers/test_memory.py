@@ -14,6 +14,8 @@ from tinypipes import picture, style
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 import styles
 
+pytestmark = pytest.mark.slow
+
 RANK, K, STYLES = 3, 5, 14
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "diffusion.md"
 

@@ -7,6 +7,8 @@ import eigenlorax as ex
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from tinypipes import picture, style, with_loras
 
+pytestmark = pytest.mark.slow
+
 BLENDS = [
     (["toy"], [1.0]),
     (["ink_v2"], [0.5]),

@@ -7,6 +7,8 @@ import eigenlorax as ex
 from eigenlorax.errors import WrappedModelWarning
 from tinypipes import picture, with_loras
 
+pytestmark = pytest.mark.slow
+
 FIRST = ["toy", "clay"]
 LATER = [(["ink_v2"], [0.5]), (["clay", "toy", "ink_v2"], [0.2, 0.9, -0.4]), (["toy"], [1.0])]
 

@@ -11,6 +11,8 @@ from eigenlorax.tuner.layer import EigenLoraxLayer
 from rests import with_rests
 from tinypipes import picture, style, with_loras
 
+pytestmark = pytest.mark.slow
+
 SIDES = {"toy": ["both"], "clay": ["none", "down", "up"]}
 PARTS = ["unet", "text_encoder"]
 

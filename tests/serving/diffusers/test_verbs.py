@@ -7,6 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 import eigenlorax as ex
 from tinypipes import picture, style, with_loras
 
+pytestmark = pytest.mark.slow
+
 PARTS = ["unet", "text_encoder"]
 
 
