@@ -1,7 +1,4 @@
-"""The report's curves: spectra, principal angles, errors and bytes over k, the ratio over the number of adapters.
-
-Each function takes the report, and gives an `<svg>`.
-"""
+"""Curves: spectra, principal angles, errors and bytes over k, the ratio over the number of adapters, and frontiers."""
 
 import statistics
 from collections.abc import Sequence
@@ -23,20 +20,20 @@ MOST_KINDS = 8
 _RANDOM = "random directions"
 
 _LEAST_ERROR = 1e-4
-"""The smallest error that is drawn beside others."""
+"""Smallest error on a logarithmic axis."""
 
 _FLOOR = 1e-6
-"""The smallest share of energy that is drawn, in units of the largest."""
+"""Smallest share of energy that is drawn, relative to the largest."""
 
 
 def scree(report: ReportData, side: str) -> str:
-    """One side's spectrum, its mean over the modules of a kind, and that of the null model; logarithmic."""
+    """Draw the spectrum of one side on a logarithmic scale: means over the modules of a kind, and the null model."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         _curves(axis, spectra(report, side))
         axis.set_yscale("log")
-        # both sides on one scale; what is smaller is rounding
+        # both sides have the same scale; smaller values are rounding
         shown = np.concatenate([curve for each in SIDES for curve in spectra(report, each).values()])
         axis.set_ylim(shown[shown >= _FLOOR * shown.max()].min() / 1.5, shown.max() * 1.5)
         axis.yaxis.set_major_formatter(_plain)
@@ -51,7 +48,7 @@ def scree(report: ReportData, side: str) -> str:
 
 
 def cumulative(report: ReportData, side: str) -> str:
-    """The energy that the first directions keep, likewise."""
+    """Draw the cumulative energy of one side by number of directions, as in `scree`."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -59,28 +56,25 @@ def cumulative(report: ReportData, side: str) -> str:
         axis.set(title=SIDES[side], xlabel="directions kept", ylabel="energy kept", ylim=(0, 1.02))
         axis.margins(x=0.01)
         _count_along(axis)
-        _mark_k(axis, [getattr(module, side) for module in report.modules], at=0.08)
+        _mark_k(axis, [getattr(module, side) for module in report.modules], height=0.08)
         figure.legend(loc="outside lower left", ncols=3)
 
     return svg.draw(f"cumulative-{side}", (HALF, 330), f"{SIDES[side]}: energy kept by the first directions", paint)
 
 
 def angles(report: ReportData) -> str:
-    """Principal angles between the subspaces of two halves of the collection, sorted, their mean over modules."""
+    """Draw the principal angles between the subspaces of two halves of the collection, means over modules."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         for number, (side, title) in enumerate(SIDES.items()):
-            found = [getattr(module, side).angles for module in report.modules if getattr(module, side).angles]
-            if found:
-                mean = _mean(found, np.nan)
-                axis.plot(np.arange(1, len(mean) + 1), mean, marker=_dot(mean), color=series(number), label=title)
-            by_chance = [
-                getattr(module, side).null_angles for module in report.modules if getattr(module, side).null_angles
-            ]
-            if by_chance:
-                mean = _mean(by_chance, np.nan)
-                axis.plot(np.arange(1, len(mean) + 1), mean, "--", color=series(number), linewidth=1.2)
+            sides = [getattr(module, side) for module in report.modules]
+            for field, style in (("angles", {"label": title}), ("null_angles", {"linestyle": "--", "linewidth": 1.2})):
+                curves = [getattr(figures, field) for figures in sides if getattr(figures, field)]
+                if curves:
+                    mean = _mean(curves, np.nan)
+                    marker = _marker(mean) if field == "angles" else ""
+                    axis.plot(np.arange(1, len(mean) + 1), mean, marker=marker, color=series(number), **style)
         axis.set(ylim=(0, 92), yticks=[0, 30, 60, 90], xlabel="principal angle, in order", ylabel="degrees")
         _count_along(axis)
         axis.legend(loc="lower right")
@@ -89,8 +83,8 @@ def angles(report: ReportData) -> str:
 
 
 def ratio(report: ReportData) -> str:
-    """The compression ratio over the number of adapters, the basis counted."""
-    counted, found = zip(*report.bytes.over_n, strict=True)
+    """Draw the compression ratio over the number of adapters, with the bytes of the basis."""
+    counts, ratios = zip(*report.bytes.over_n, strict=True)
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -98,7 +92,7 @@ def ratio(report: ReportData) -> str:
             report.bytes.limit, color=ink("muted"), linestyle="--", linewidth=1.2, label="limit: the basis is free"
         )
         axis.axhline(1, color=ink("bad"), linestyle=":", linewidth=1.4, label="as large as the LoRAs")
-        axis.plot(counted, found, color=series(0))
+        axis.plot(counts, ratios, color=series(0))
         if report.bytes.break_even is not None:
             axis.plot(
                 [report.bytes.break_even], [1], "o", color=ink("bad"), label=f"break-even: {report.bytes.break_even:,}"
@@ -121,29 +115,32 @@ def ratio(report: ReportData) -> str:
 
 
 def frontier(report: ReportData) -> str:
-    """Bytes over the worst error, both logarithmic: a line for each way, and the pack as a point."""
-    found = report.frontier
-    assert found is not None
-    pack, *others = found.points
-    ways = list(dict.fromkeys(point.way for point in others))
-    stored = [point.stored_bytes for point in found.points if point.stored_bytes]
-    unit, name = _unit(max(*stored, found.lora_float16))
+    """Draw bytes over the worst error, both logarithmic: a line for each baseline, and the pack as a star."""
+    measured = report.frontier
+    assert measured is not None
+    pack, *baselines = measured.points
+    methods = list(dict.fromkeys(point.way for point in baselines))
+    stored = [point.stored_bytes for point in measured.points if point.stored_bytes]
+    unit, unit_name = _unit(max(*stored, measured.lora_float16))
 
     def paint(figure: Any) -> None:
         from matplotlib.ticker import LogLocator
 
         axis = figure.subplots()
-        axis.axhline(found.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits")
-        for way in ways:
-            line = [point for point in others if point.way == way and point.worst > 0 and point.stored_bytes]
+        axis.axhline(
+            measured.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits"
+        )
+        for number, method in enumerate(methods, start=1):
+            # a logarithmic scale has no place for zero
+            points = [point for point in baselines if point.way == method and point.worst > 0 and point.stored_bytes]
             axis.plot(
-                [point.worst for point in line],
-                [point.stored_bytes / unit for point in line],
-                "--" if way in SHARING_METHODS else "-",
+                [point.worst for point in points],
+                [point.stored_bytes / unit for point in points],
+                "--" if method in SHARING_METHODS else "-",
                 marker="o",
                 markersize=3.5,
-                color=series(1 + ways.index(way)),
-                label=METHODS[way],
+                color=series(number),
+                label=METHODS[method],
             )
         if pack.stored_bytes:
             axis.plot(
@@ -156,57 +153,61 @@ def frontier(report: ReportData) -> str:
             )
         axis.set_xscale("log")
         axis.set_yscale("log")
-        for each in (axis.xaxis, axis.yaxis):
-            each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            each.set_major_formatter(_plain)
+        for coordinate in (axis.xaxis, axis.yaxis):
+            coordinate.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            coordinate.set_major_formatter(_plain)
         axis.minorticks_off()
-        axis.set(xlabel="delta error of the worst adapter", ylabel=name)
+        axis.set(xlabel="delta error of the worst adapter", ylabel=unit_name)
         figure.legend(loc="outside upper left", ncols=2)
 
     return svg.draw("frontier", (WIDE, 430), "Bytes over the worst adapter's error, by every way", paint)
 
 
-def task_frontier(found: TaskFrontier, measure: str, name: str) -> str:
-    """What becomes of a task over the bytes of all adapters, on a logarithmic scale: fits at several ratios and what
-    stands alone in their bytes as lines, the pack as a point, the originals as a line across.
+def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
+    """Draw a score over the bytes of all adapters, on a logarithmic scale.
 
-    measure: "accuracy", "perplexity" or "kl", of which the points have one. name: unlike that of any other picture.
+    New fits and truncated LoRAs are lines, the pack is a star, and the original adapters are a horizontal line.
+
+    measure: "accuracy", "perplexity" or "kl", of which the points have one. name: unique among the page's figures.
     """
-    words = {"accuracy": "accuracy", "perplexity": "perplexity", "kl": "KL from the originals, nats"}[measure]
-    unit, of_bytes = _unit(max(found.lora_float16, *(point.stored_bytes for point in found.points)))
-    original = 0.0 if measure == "kl" else getattr(found, f"original_{measure}")
-    bare = getattr(found, f"without_{measure}")
+    label = {"accuracy": "accuracy", "perplexity": "perplexity", "kl": "KL from the originals, nats"}[measure]
+    unit, unit_name = _unit(max(measured.lora_float16, *(point.stored_bytes for point in measured.points)))
+    original = 0.0 if measure == "kl" else getattr(measured, f"original_{measure}")
+    without = getattr(measured, f"without_{measure}")
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         if original is not None:
             axis.axhline(original, color=ink("muted"), linestyle="--", linewidth=1.2, label="the originals")
-        if bare is not None:
-            axis.axhline(bare, color=ink("bad"), linestyle=":", linewidth=1.4, label="no update")
-        for number, (way, label) in enumerate(TASK_METHODS.items()):
-            there = [(point.stored_bytes / unit, getattr(point, measure)) for point in found.points if point.way == way]
-            # a logarithmic scale has no place for nothing
-            line = [(stored, value) for stored, value in there if stored and value is not None]
-            mark = {"marker": "*", "markersize": 13} if way == "pack" else {"marker": "o", "markersize": 3.5}
-            if line:
-                axis.plot(*zip(*line, strict=True), **mark, color=series(number), label=label)
+        if without is not None:
+            axis.axhline(without, color=ink("bad"), linestyle=":", linewidth=1.4, label="no update")
+        for number, (method, method_label) in enumerate(TASK_METHODS.items()):
+            points = [
+                (point.stored_bytes / unit, score)
+                for point in measured.points
+                # a logarithmic scale has no place for zero
+                if point.way == method and point.stored_bytes and (score := getattr(point, measure)) is not None
+            ]
+            style = {"marker": "*", "markersize": 13} if method == "pack" else {"marker": "o", "markersize": 3.5}
+            if points:
+                axis.plot(*zip(*points, strict=True), **style, color=series(number), label=method_label)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(_plain)
         axis.minorticks_off()
-        axis.set(xlabel=of_bytes, ylabel=words)
+        axis.set(xlabel=unit_name, ylabel=label)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return svg.draw(name, (HALF, 330), f"{found.task}: {words} over bytes", paint)
+    return svg.draw(name, (HALF, 330), f"{measured.task}: {label} over bytes", paint)
 
 
-def _unit(most: int) -> tuple[int, str]:
-    """The decimal unit in which so many bytes are shown."""
-    return next(((10**p, n) for p, n in ((9, "GB"), (6, "MB"), (3, "kB")) if most >= 10**p), (1, "bytes"))
+def _unit(largest: int) -> tuple[int, str]:
+    """Return the decimal unit for numbers of bytes up to the largest one, and its name."""
+    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+    return next(((size, name) for size, name in units if largest >= size), (1, "bytes"))
 
 
 def sizes(report: ReportData) -> str:
-    """Errors over k."""
-    k = [point.k for point in report.sizes]
+    """Draw errors over k."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -219,12 +220,11 @@ def sizes(report: ReportData) -> str:
                 ("null", "random directions, mean"),
             )
         ):
-            found = [(at, getattr(point, field)) for at, point in zip(k, report.sizes, strict=True)]
-            found = [pair for pair in found if pair[1] is not None]
-            if found:
+            points = [(point.k, error) for point in report.sizes if (error := getattr(point, field)) is not None]
+            if points:
                 dash = "--" if field in ("random", "null") else "-"
                 axis.plot(
-                    *zip(*found, strict=True), dash, marker="o", markersize=3.5, color=series(number), label=label
+                    *zip(*points, strict=True), dash, marker="o", markersize=3.5, color=series(number), label=label
                 )
         axis.set(xlabel="k", ylabel="delta error")
         _count_along(axis)
@@ -236,11 +236,11 @@ def sizes(report: ReportData) -> str:
 
 
 def size_bytes(report: ReportData) -> str:
-    """Bytes over k, and where they exceed those of the LoRAs."""
+    """Draw bytes over k, and where they exceed those of the LoRAs."""
     k = [point.k for point in report.sizes]
     stored = [point.stored_bytes for point in report.sizes]
     top = max(*stored, report.bytes.lora)
-    unit, name = _unit(top)
+    unit, unit_name = _unit(top)
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -256,7 +256,7 @@ def size_bytes(report: ReportData) -> str:
         crossing = _crossing(k, stored, report.bytes.lora)
         if crossing is not None:
             axis.axvspan(crossing, k[-1], color=ink("bad"), alpha=0.1, linewidth=0, label="larger than the LoRAs")
-        axis.set(xlabel="k", ylabel=name)
+        axis.set(xlabel="k", ylabel=unit_name)
         _count_along(axis)
         axis.set_ylim(0, 1.18 * top / unit)
         _mark_k(axis, _all_sides(report))
@@ -266,39 +266,39 @@ def size_bytes(report: ReportData) -> str:
 
 
 def spectra(report: ReportData, side: str) -> dict[str, np.ndarray]:
-    """One side's mean spectrum of each kind of module, by its label, and that of the null model."""
+    """Return the mean spectrum of one side for each kind of module, by its label, and that of the null model."""
     groups = module_labels.grouped(report.modules, MOST_KINDS)
-    found = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
-    found[_RANDOM] = [getattr(module, side).null for module in report.modules]
-    curves = {label: [curve for curve in group if curve] for label, group in found.items()}
-    return {label: _mean(group, 0.0) for label, group in curves.items() if group}
+    by_label = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
+    by_label[_RANDOM] = [getattr(module, side).null for module in report.modules]
+    measured = {label: [spectrum for spectrum in group if spectrum] for label, group in by_label.items()}
+    return {label: _mean(group, 0.0) for label, group in measured.items() if group}
 
 
 def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
     for number, (label, curve) in enumerate(lines.items()):
-        shape: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
+        style: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
         if label == _RANDOM:
-            shape = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}
+            style = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}
         axis.plot(
-            range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), marker=_dot(curve), label=label, **shape
+            range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), marker=_marker(curve), label=label, **style
         )
 
 
-def _dot(curve: np.ndarray) -> str:
-    """matplotlib's marker for the curve's points: none, unless there is but one, of which a line shows nothing."""
+def _marker(curve: np.ndarray) -> str:
+    """Return a marker for a curve of a single point, of which a line would show nothing."""
     return "o" if len(curve) == 1 else ""
 
 
 def _count_along(axis: Any) -> None:
-    """Has whole numbers alone on the x axis, be they few."""
+    """Label the x axis with whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
-    # two ticks, its least otherwise, may need fractions
+    # the default minimum of two ticks may need fractions
     axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:
-    """Their mean, place by place. beyond: what a curve has after its end; NaN where it then no longer counts."""
+    """Return the mean of curves of different lengths. beyond: value after the end of a curve; NaN to leave it out."""
     table = np.full((len(curves), max(map(len, curves))), beyond)
     for row, curve in zip(table, curves, strict=True):
         row[: len(curve)] = curve
@@ -309,16 +309,16 @@ def _all_sides(report: ReportData) -> list[SideFigures]:
     return [side for module in report.modules for side in (module.down, module.up)]
 
 
-def _mark_k(axis: Any, sides: list[SideFigures], at: float = 1.0) -> None:
-    """A line where most sides are cut, a band from the least to the most; its words at this height of the axes."""
-    found = [side.k for side in sides]
-    middle = statistics.median_low(found)
-    if min(found) < max(found):
-        axis.axvspan(min(found), max(found), color=ink("accent"), alpha=0.1, linewidth=0)
+def _mark_k(axis: Any, sides: list[SideFigures], height: float = 1.0) -> None:
+    """Mark the pack's number of components, with a band if it varies. height: of the text, in axes coordinates."""
+    sizes = [side.k for side in sides]
+    smallest, middle, largest = min(sizes), statistics.median_low(sizes), max(sizes)
+    if smallest < largest:
+        axis.axvspan(smallest, largest, color=ink("accent"), alpha=0.1, linewidth=0)
     axis.axvline(middle, color=ink("accent"), linewidth=1.2)
     axis.annotate(
-        f"k = {middle}" if min(found) == max(found) else f"k = {min(found)}–{max(found)}",
-        (middle, at),
+        f"k = {middle}" if smallest == largest else f"k = {smallest}–{largest}",
+        (middle, height),
         xycoords=("data", "axes fraction"),
         xytext=(4, -2),
         textcoords="offset points",
@@ -329,12 +329,13 @@ def _mark_k(axis: Any, sides: list[SideFigures], at: float = 1.0) -> None:
 
 
 def _crossing(k: list[int], stored: list[int], limit: int) -> float | None:
+    """Return the interpolated k at which the bytes exceed the limit; None if they never do."""
     for (left, low), (right, high) in pairwise(zip(k, stored, strict=True)):
         if low <= limit < high:
             return left + (right - left) * (limit - low) / (high - low)
     return float(k[0]) if stored[0] > limit else None
 
 
-def _plain(value: float, _place: int) -> str:
-    """Without an exponent, which not everybody reads."""
+def _plain(value: float, _position: int) -> str:
+    """Format a tick without an exponent."""
     return f"{value:,.10f}".rstrip("0").rstrip(".")

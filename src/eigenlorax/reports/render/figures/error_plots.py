@@ -1,4 +1,4 @@
-"""The report's pictures of errors: by layer, by adapter and module, and how they are spread. Each gives an `<svg>`."""
+"""Figures of errors: by layer, by adapter and module, and their distribution."""
 
 import statistics
 from typing import Any
@@ -11,38 +11,38 @@ from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
 
 MOST_NAMES = 40
-"""Rows up to which each has its name."""
+"""Number of rows up to which each is labelled."""
 
 LEAST_STARRED = 0.005
-"""The error from which on the worst module has a star: less is printed as 0.00."""
+"""Error from which on the worst module gets a star; smaller ones are printed as 0.00."""
 
 _BINS = 40
 
 _LEAST_TOP = 0.1
-"""A colour scale ends no lower: an error of nearly nothing shall look like nothing."""
+"""Smallest end of a colour scale, so that negligible errors look negligible."""
 
 
 def has_grid(report: ReportData) -> bool:
-    """Whether modules have layers and kinds enough for a heat map."""
+    """Return whether there are several layers and kinds of modules for a heat map."""
     layers = {module.layer for module in report.modules}
     return None not in layers and len(layers) > 1 and len({module.kind for module in report.modules}) > 1
 
 
 def layers(report: ReportData) -> str:
-    """The error of each module, by layer and kind; a star on the worst, where anything is lost."""
+    """Draw the error of each module by layer and kind, with a star on the worst."""
     names = module_labels.labels(module.kind for module in report.modules)
     rows = list(dict.fromkeys(names[module.kind] for module in report.modules))
     columns = sorted({module.layer for module in report.modules if module.layer is not None})
     table = np.full((len(rows), len(columns)), np.nan)
     for row, label in enumerate(rows):
         for column, layer in enumerate(columns):
-            found = [
+            errors = [
                 module.delta_error
                 for module in report.modules
                 if names[module.kind] == label and module.layer == layer and module.delta_error is not None
             ]
-            if found:
-                table[row, column] = statistics.fmean(found)
+            if errors:
+                table[row, column] = statistics.fmean(errors)
     worst = float(np.nanmax(table))
     top = max(worst, _LEAST_TOP)
     mark = "★" if worst >= LEAST_STARRED else ""
@@ -54,27 +54,27 @@ def layers(report: ReportData) -> str:
         axis.set_yticks(range(len(rows)), [numbers.shortened(row, 32) for row in rows])
         step = max(1, -(-len(columns) // 24))
         axis.set_xticks(range(0, len(columns), step), columns[::step])
-        _without_lines(axis)
+        _hide_lines(axis)
         axis.set_xlabel("layer")
         row, column = np.unravel_index(np.nanargmax(table), table.shape)
         if len(columns) <= 16:
             for (y, x), value in np.ndenumerate(table):
                 if np.isfinite(value):
-                    said = f"{value:.2f} {mark if (y, x) == (row, column) else ''}".strip()
-                    shade = _over(colours(value / top))
-                    axis.text(x, y, said, ha="center", va="center", fontsize=11, color=shade)
+                    text = f"{value:.2f} {mark if (y, x) == (row, column) else ''}".strip()
+                    shade = _text_colour(colours(value / top))
+                    axis.text(x, y, text, ha="center", va="center", fontsize=11, color=shade)
         elif mark:
-            axis.text(column, row, mark, ha="center", va="center", color=_over(colours(worst / top)))
-        _bar(figure, axis, image)
+            axis.text(column, row, mark, ha="center", va="center", color=_text_colour(colours(worst / top)))
+        _add_colour_bar(figure, axis, image)
 
     return svg.draw("layers", (WIDE, 90 + 30 * len(rows)), "Delta error by layer and kind of module", paint)
 
 
 def grid(report: ReportData) -> str:
-    """Delta error of each adapter, a row, in each module, a column."""
+    """Draw the delta error of each adapter (row) in each module (column)."""
     table = np.array([[np.nan if v is None else v for v in row] for row in report.module_errors], dtype=float)
-    names = [one.name for one in report.adapters]
-    few = len(names) <= MOST_NAMES
+    names = [adapter.name for adapter in report.adapters]
+    is_labelled = len(names) <= MOST_NAMES
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -82,20 +82,23 @@ def grid(report: ReportData) -> str:
         colours = svg.colour_map(svg.SEQUENTIAL, steps=65)
         top = max(float(np.nanmax(table)), _LEAST_TOP)
         image = axis.imshow(table, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="none")
-        axis.set_yticks(
-            range(len(names)) if few else [], [numbers.shortened(name, 32) for name in names] if few else []
-        )
-        axis.set(xlabel="module, in the order of the model", ylabel="" if few else "adapters, the worst first")
-        _without_lines(axis)
-        _bar(figure, axis, image)
+        labels = [numbers.shortened(name, 32) for name in names] if is_labelled else []
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set(xlabel="module, in the order of the model", ylabel="" if is_labelled else "adapters, the worst first")
+        _hide_lines(axis)
+        _add_colour_bar(figure, axis, image)
 
-    height = 90 + 19 * len(names) if few else 480
+    height = 90 + 19 * len(names) if is_labelled else 480
     return svg.draw("grid", (WIDE, height), "Delta error of each adapter in each module", paint)
 
 
 def newcomers(report: ReportData) -> str:
-    """How many adapters have which error, in the fit and left out; as lines, what random bases and the mean do."""
-    pairs = [(one.delta_error, one.left_out_error) for one in report.adapters if one.left_out_error is not None]
+    """Draw histograms of errors in the fit and left out, with the means of random bases and of the mean adapter."""
+    pairs = [
+        (adapter.delta_error, adapter.left_out_error)
+        for adapter in report.adapters
+        if adapter.left_out_error is not None
+    ]
     end = max(1.0, *(value for pair in pairs for value in pair)) * 1.04
 
     def paint(figure: Any) -> None:
@@ -108,9 +111,9 @@ def newcomers(report: ReportData) -> str:
             ("random_error", "--", "random bases, mean"),
             ("mean_scaled_error", ":", "mean adapter, mean"),
         ):
-            found = [getattr(one, field) for one in report.adapters if getattr(one, field) is not None]
-            if found:
-                axis.axvline(statistics.fmean(found), color=ink("text"), linestyle=dash, linewidth=1.4, label=label)
+            errors = [error for adapter in report.adapters if (error := getattr(adapter, field)) is not None]
+            if errors:
+                axis.axvline(statistics.fmean(errors), color=ink("text"), linestyle=dash, linewidth=1.4, label=label)
         axis.set(xlim=(0, end), xlabel="delta error", ylabel="adapters")
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.grid(visible=False, axis="x")
@@ -119,20 +122,20 @@ def newcomers(report: ReportData) -> str:
     return svg.draw("newcomers", (HALF, 330), "Errors of adapters in the fit, and of those left out of it", paint)
 
 
-def _bar(figure: Any, axis: Any, image: Any) -> None:
+def _add_colour_bar(figure: Any, axis: Any, image: Any) -> None:
     bar = figure.colorbar(image, ax=axis, label="delta error", pad=0.01, fraction=0.03)
     bar.outline.set_visible(False)
     bar.ax.locator_params(nbins=4)
 
 
-def _without_lines(axis: Any) -> None:
+def _hide_lines(axis: Any) -> None:
     axis.grid(visible=False)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 
 
-def _over(colour: tuple[float, float, float, float]) -> str:
-    """Black or white, whichever is read more easily on this colour, in either theme."""
-    red, green, blue = (part**2.2 for part in colour[:3])
-    # of this luminance, both have the same contrast
+def _text_colour(background: tuple[float, float, float, float]) -> str:
+    """Return black or white, whichever has more contrast with the background."""
+    red, green, blue = (channel**2.2 for channel in background[:3])
+    # at this luminance, both have the same contrast
     return "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.18 else "#101216"

@@ -1,6 +1,7 @@
-"""The report's pictures of how adapters lie to one another: matrices with their dendrogram, and a map."""
+"""Figures of similarity: matrices with their dendrogram, and a map."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,31 @@ from . import svg
 from .svg import WIDE, ink, series
 
 MOST_NAMES = 40
-"""Adapters up to which each has its name in a picture."""
+"""Number of adapters up to which each is labelled."""
 
 PIXELS = 500
-"""Rows and columns of a matrix's picture, at most."""
+"""Maximum number of rows and columns in the image of a matrix."""
 
 LEAST_COSINE, LEAST_OVERLAP = 0.2, 0.3
-"""Where the colour scales end at the soonest: what unrelated adapters have in common shall look like nothing."""
+"""Smallest ends of the colour scales, so that unrelated adapters look unrelated."""
 
 _LEAST_HEIGHT = 0.1
-"""Where the dendrogram's axis ends at the soonest."""
+"""Smallest end of the dendrogram's axis."""
 
+_MOST_TOOLTIPS = 1000
 _NAMED_WORST, _NAMED_OUTLIERS = 5, 20
-_SIZE, _CHARACTER, _LINE = 11, 0.6, 1.25
-"""Of a name on the map: its size in pixels, and the width and height of a character in it."""
+"""Maximum numbers of adapters that are labelled in a large map."""
+_FONT_SIZE, _CHARACTER_WIDTH, _LINE_HEIGHT = 11, 0.6, 1.25
+"""Font of labels on the map, in pixels; width and height of a character relative to it."""
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right and top, in pixels."""
 
 
 def matrices(similarity: Similarity) -> str:
-    """Cosines and overlaps in the order of the dendrogram, which is at their left; names where they are few."""
+    """Draw cosines and overlaps in the order of the dendrogram at their left, with names if there are few."""
     names = similarity.names
-    few = len(names) <= MOST_NAMES
+    is_labelled = len(names) <= MOST_NAMES
     tables = [("cosine of the updates", similarity.cosine), ("overlap of directions", similarity.overlap)]
 
     def paint(figure: Any) -> None:
@@ -40,21 +46,21 @@ def matrices(similarity: Similarity) -> str:
         for axis, (title, rows) in zip(axes[1:], tables, strict=True):
             _matrix(figure, axis, np.array(rows), title)
         axes[0].set_ylim(len(names) - 0.5, -0.5)
-        axes[-1].tick_params(labelleft=False, labelright=few)
-        if few:
+        axes[-1].tick_params(labelleft=False, labelright=is_labelled)
+        if is_labelled:
             axes[-1].set_yticks(range(len(names)), [numbers.shortened(name, 28) for name in names])
             axes[-1].tick_params(axis="y", labelcolor=ink("text"), labelsize=11)
 
     return svg.draw(
         "matrices",
-        (WIDE, max(410, 130 + 14 * len(names)) if few else 520),
+        (WIDE, max(410, 130 + 14 * len(names)) if is_labelled else 520),
         f"Similarity of {numbers.plural(len(names), 'adapter')}, with their dendrogram",
         paint,
     )
 
 
 def downsampled(matrix: Float[np.ndarray, "n n"], most: int) -> Float[np.ndarray, "m m"]:
-    """The matrix with neighbours averaged until it has at most `most` rows."""
+    """Average neighbouring rows and columns until the matrix has at most `most` of each."""
     if len(matrix) <= most:
         return np.asarray(matrix, dtype=np.float64)
     starts = np.arange(most) * len(matrix) // most
@@ -64,9 +70,9 @@ def downsampled(matrix: Float[np.ndarray, "n n"], most: int) -> Float[np.ndarray
 
 
 def points(report: ReportData) -> str:
-    """The map: a point for each adapter that has a place, coloured by cluster."""
-    shown = [one for one in report.adapters if one.x is not None and one.y is not None]
-    places = np.array([(one.x, one.y) for one in shown], dtype=float)
+    """Draw the map: a point for each adapter that has a position, coloured by cluster."""
+    shown = [adapter for adapter in report.adapters if adapter.x is not None and adapter.y is not None]
+    positions = np.array([(adapter.x, adapter.y) for adapter in shown], dtype=float)
     outliers = set(report.outliers)
     size = (WIDE, 520)
 
@@ -77,64 +83,69 @@ def points(report: ReportData) -> str:
         axis.set_axis_off()
         axis.margins(0.09)
         radius = 4.5 if len(shown) <= 200 else 3.2
-        colours = [ink("muted") if one.cluster is None else series(one.cluster) for one in shown]
+        colours = [ink("muted") if adapter.cluster is None else series(adapter.cluster) for adapter in shown]
         axis.scatter(
-            *places.T, s=(2 * radius) ** 2, c=colours, edgecolors=ink("card"), linewidths=1, gid="points-marks"
+            *positions.T, s=(2 * radius) ** 2, c=colours, edgecolors=ink("card"), linewidths=1, gid="points-marks"
         )
-        ringed = places[[one.name in outliers for one in shown]]
+        ringed = positions[[adapter.name in outliers for adapter in shown]]
         axis.scatter(*ringed.T, s=(2 * radius + 7) ** 2, facecolors="none", edgecolors=ink("bad"), linewidths=1.6)
+        # labels are placed in pixels, which are known after a first drawing
         figure.draw_without_rendering()
-        pixels = axis.transData.transform(places) * 72 / figure.dpi
-        for number, (at, anchor, name) in enumerate(_labels(pixels, _named(report, shown), shown, radius, size)):
+        pixels = axis.transData.transform(positions) * 72 / figure.dpi
+        texts = [numbers.shortened(adapter.name, 26) for adapter in shown]
+        labels = _labels(_Canvas(pixels, texts, radius, size), _by_importance(report, shown))
+        for number, label in enumerate(labels):
             axis.annotate(
-                name,
-                at,
+                texts[label.index],
+                label.anchor,
                 xycoords="figure pixels",
-                fontsize=_SIZE,
-                ha=anchor,
+                fontsize=_FONT_SIZE,
+                ha=label.alignment,
                 va="center",
                 gid=f"points-name-{number}",
-                color=ink("bad") if name in outliers else ink("text"),
+                color=ink("bad") if shown[label.index].name in outliers else ink("text"),
             )
 
     drawn = svg.draw(
         "points", size, f"Map of {numbers.plural(len(shown), 'adapter')}: near ones have similar updates", paint
     )
-    return svg.titled(drawn, "points-marks", [_tooltip(one) for one in shown]) if len(shown) <= 1000 else drawn
+    if len(shown) > _MOST_TOOLTIPS:
+        return drawn
+    return svg.titled(drawn, "points-marks", [_tooltip(adapter) for adapter in shown])
 
 
 def _matrix(figure: Any, axis: Any, table: np.ndarray, title: str) -> None:
-    """Cosines from −top to top, overlaps from 0; top is the largest off the diagonal, which says nothing, or more."""
+    """Draw one matrix. The scale ends at the largest value off the diagonal, and begins at its negative for cosines."""
     n = len(table)
     table = downsampled(table, PIXELS)
-    others = table[~np.eye(len(table), dtype=bool)]
-    signed = "cosine" in title
-    top = float(np.abs(others).max(initial=LEAST_COSINE if signed else LEAST_OVERLAP))
+    off_diagonal = table[~np.eye(len(table), dtype=bool)]
+    is_signed = "cosine" in title
+    top = float(np.abs(off_diagonal).max(initial=LEAST_COSINE if is_signed else LEAST_OVERLAP))
     # few colours make a small image
-    colours = svg.colour_map(svg.DIVERGING if signed else svg.SEQUENTIAL, steps=65)
+    colours = svg.colour_map(svg.DIVERGING if is_signed else svg.SEQUENTIAL, steps=65)
     edges = (-0.5, n - 0.5, n - 0.5, -0.5)
-    image = axis.imshow(
-        table, cmap=colours, vmin=-top if signed else 0, vmax=top, interpolation="none", aspect="auto", extent=edges
-    )
+    bottom = -top if is_signed else 0
+    image = axis.imshow(table, cmap=colours, vmin=bottom, vmax=top, interpolation="none", aspect="auto", extent=edges)
     axis.set_title(title)
     axis.grid(visible=False)
     axis.tick_params(length=0, labelbottom=False, labelleft=False)
     axis.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axis, orientation="horizontal", fraction=0.05, pad=0.02, shrink=0.7, extend="max")
     bar.outline.set_visible(False)
-    bar.set_ticks([-top, 0, top] if signed else [0, top / 2, top])
+    bar.set_ticks([bottom, (bottom + top) / 2, top])
     bar.ax.set_xticklabels([f"{value:.2f}".replace("-", "−") for value in bar.get_ticks()])
 
 
 def _dendrogram(axis: Any, tree: Sequence[Sequence[float]], leaves: int) -> None:
     from matplotlib.collections import LineCollection
 
-    places = [(float(leaf), 0.0) for leaf in range(leaves)]
+    # (y, x) of every leaf, then of every node in the order of the tree
+    nodes = [(float(leaf), 0.0) for leaf in range(leaves)]
     lines = []
     for first, second, height, _ in tree:
-        (y, x), (other_y, other_x) = places[int(first)], places[int(second)]
-        lines.append([(x, y), (height, y), (height, other_y), (other_x, other_y)])
-        places.append(((y + other_y) / 2, height))
+        (first_y, first_x), (second_y, second_x) = nodes[int(first)], nodes[int(second)]
+        lines.append([(first_x, first_y), (height, first_y), (height, second_y), (second_x, second_y)])
+        nodes.append(((first_y + second_y) / 2, height))
     axis.add_collection(LineCollection(lines, colors=ink("muted"), linewidths=1.1))
     # duplicates join at 0, and an axis needs a length
     top = max([_LEAST_HEIGHT, *(row[2] for row in tree)])
@@ -145,50 +156,73 @@ def _dendrogram(axis: Any, tree: Sequence[Sequence[float]], leaves: int) -> None
     axis.spines[:].set_visible(False)
 
 
-def _named(report: ReportData, shown: list[AdapterFigures]) -> list[int]:
-    """Places in `shown` of those that are named, the most important first."""
-    outliers = [one.name for one in shown if one.name in set(report.outliers)][:_NAMED_OUTLIERS]
-    first = dict.fromkeys([*outliers, *(one.name for one in shown[:_NAMED_WORST])])
-    if len(shown) <= MOST_NAMES:
-        first |= dict.fromkeys(one.name for one in shown)
-    where = {one.name: place for place, one in enumerate(shown)}
-    return [where[name] for name in first]
+def _by_importance(report: ReportData, shown: list[AdapterFigures]) -> list[int]:
+    """Return the indices in `shown` of the adapters to label, the most important first."""
+    outliers = set(report.outliers)
+    indices = [index for index, adapter in enumerate(shown) if adapter.name in outliers][:_NAMED_OUTLIERS]
+    # adapters are sorted by error
+    indices += range(min(len(shown), len(shown) if len(shown) <= MOST_NAMES else _NAMED_WORST))
+    return list(dict.fromkeys(indices))
 
 
-def _labels(
-    pixels: np.ndarray, named: list[int], shown: list[AdapterFigures], radius: float, size: tuple[int, int]
-) -> Iterator[tuple[tuple[float, float], str, str]]:
-    """Where each name goes: beside its point, where it hides no other name and, if possible, no point.
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """A label on the map. index: of the adapter. anchor: position in pixels. alignment: "left" or "right"."""
 
-    A name that has no room is left out: the point's tooltip has it.
+    index: int
+    anchor: tuple[float, float]
+    alignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Canvas:
+    """The map in pixels: positions of the points, (n, 2), their labels and radius, and the size of the figure."""
+
+    points: np.ndarray
+    texts: Sequence[str]
+    radius: float
+    size: tuple[int, int]
+
+    def contains(self, box: Box) -> bool:
+        return box[0] >= 4 and box[2] <= self.size[0] - 4 and box[1] >= 4 and box[3] <= self.size[1] - 4
+
+    def hidden_points(self, box: Box) -> int:
+        """Count the points that a label in this box would cover."""
+        x, y = self.points.T
+        inside = (x > box[0] - self.radius) & (x < box[2] + self.radius)
+        inside &= (y > box[1] - self.radius) & (y < box[3] + self.radius)
+        return int(inside.sum())
+
+
+def _labels(canvas: _Canvas, indices: Sequence[int]) -> Iterator[_Label]:
+    """Place labels beside their points, where they cover no other label and as few points as possible.
+
+    An adapter without room for its label is left out; the tooltip of its point has the name.
     """
-    taken: list[tuple[float, float, float, float]] = []
-    for place in named:
-        name = numbers.shortened(shown[place].name, 26)
-        width, height = len(name) * _SIZE * _CHARACTER, _SIZE * _LINE
-        best = None
+    taken: list[Box] = []
+    for index in indices:
+        width = len(canvas.texts[index]) * _FONT_SIZE * _CHARACTER_WIDTH
+        height = _FONT_SIZE * _LINE_HEIGHT
+        best: tuple[int, Box, _Label] | None = None
         for dx, dy in ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, 2), (1, -2), (-1, 2), (-1, -2)):
-            x = float(pixels[place][0]) + dx * (radius + 7)
-            y = float(pixels[place][1]) + dy * (height * 0.75)
+            x = float(canvas.points[index][0]) + dx * (canvas.radius + 7)
+            y = float(canvas.points[index][1]) + dy * (height * 0.75)
             box = (x if dx > 0 else x - width, y - height / 2, x + width if dx > 0 else x, y + height / 2)
-            if box[0] < 4 or box[2] > size[0] - 4 or box[1] < 4 or box[3] > size[1] - 4:
+            if not canvas.contains(box) or any(_overlap(box, label_box) for label_box in taken):
                 continue
-            if any(_overlap(box, other) for other in taken):
-                continue
-            inside = (pixels[:, 0] > box[0] - radius) & (pixels[:, 0] < box[2] + radius)
-            inside &= (pixels[:, 1] > box[1] - radius) & (pixels[:, 1] < box[3] + radius)
-            hidden = int(inside.sum())
+            hidden = canvas.hidden_points(box)
             if best is None or hidden < best[0]:
-                best = (hidden, box, (x, y), "left" if dx > 0 else "right")
-        if best is not None and (best[0] == 0 or len(shown) <= MOST_NAMES or place < _NAMED_WORST):
+                best = hidden, box, _Label(index, (x, y), "left" if dx > 0 else "right")
+        # in a large map, only the worst adapters may cover points
+        if best is not None and (best[0] == 0 or len(canvas.points) <= MOST_NAMES or index < _NAMED_WORST):
             taken.append(best[1])
-            yield best[2], best[3], name
+            yield best[2]
 
 
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(first: Box, second: Box) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
 
 
-def _tooltip(one: AdapterFigures) -> str:
-    cluster = "in no cluster" if one.cluster is None else f"cluster {one.cluster + 1}"
-    return f"{one.name}: delta error {numbers.error(one.delta_error)}, {cluster}"
+def _tooltip(adapter: AdapterFigures) -> str:
+    cluster = "in no cluster" if adapter.cluster is None else f"cluster {adapter.cluster + 1}"
+    return f"{adapter.name}: delta error {numbers.error(adapter.delta_error)}, {cluster}"

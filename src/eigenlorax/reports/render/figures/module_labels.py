@@ -1,4 +1,4 @@
-"""Kinds of modules under short names: what rows and legends call them."""
+"""Short labels of kinds of modules, for rows and legends."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,16 +6,15 @@ from ...data import ModuleFigures
 
 
 def labels(kinds: Iterable[str]) -> dict[str, str]:
-    """For each kind its last components, as many as tell it from the others: "query", "output.dense"."""
-    found = list(dict.fromkeys(kinds))
-    parts = {kind: [part for part in kind.split(".") if part != "*"] or [kind] for kind in found}
-    deepest = max((len(part) for part in parts.values()), default=0)
+    """Return for each kind its shortest unique suffix, such as "query" or "output.dense"."""
+    components = {kind: [name for name in kind.split(".") if name != "*"] or [kind] for kind in dict.fromkeys(kinds)}
+    deepest = max((len(names) for names in components.values()), default=0)
     short: dict[str, str] = {}
-    for kind in found:
+    for kind, names in components.items():
         for length in range(1, deepest + 1):
-            label = parts[kind][-length:]
-            if all(parts[other][-length:] != label for other in found if other != kind):
-                short[kind] = ".".join(label)
+            suffix = names[-length:]
+            if sum(candidate[-length:] == suffix for candidate in components.values()) == 1:
+                short[kind] = ".".join(suffix)
                 break
         else:
             short[kind] = kind
@@ -23,14 +22,16 @@ def labels(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def grouped(modules: Sequence[ModuleFigures], most: int) -> dict[str, list[ModuleFigures]]:
-    """Modules by the label of their kind, in order of appearance; beyond `most`, the last ones are one group."""
+    """Group modules by the label of their kind, in order of appearance.
+
+    most: maximum number of groups; the last kinds form one group if there are more.
+    """
     names = labels(module.kind for module in modules)
     groups: dict[str, list[ModuleFigures]] = {}
     for module in modules:
         groups.setdefault(names[module.kind], []).append(module)
     if len(groups) <= most:
         return groups
-    kept = dict(list(groups.items())[: most - 1])
-    rest = [label for label in groups if label not in kept]
-    kept[f"{len(rest)} others"] = [module for label in rest for module in groups[label]]
-    return kept
+    first, last = list(groups)[: most - 1], list(groups)[most - 1 :]
+    merged = [module for label in last for module in groups[label]]
+    return {**{label: groups[label] for label in first}, f"{len(last)} others": merged}

@@ -1,7 +1,7 @@
-"""Pictures as inline SVG: drawn by matplotlib, coloured by the page. Nothing here knows what is shown.
+"""Figures as inline SVG, drawn by matplotlib and coloured by CSS variables of the page, for its light and dark themes.
 
-Colours are drawn as stand-ins and come out as CSS variables, `--ink-…`, so that the page's light and dark themes are
-the picture's too. Text stays text, in the page's font. The same picture gives the same bytes.
+Matplotlib draws each colour as a stand-in, which is replaced by a variable `--ink-…`. Text stays text, in the page's
+font. The same figure gives the same bytes.
 """
 
 import html
@@ -14,42 +14,43 @@ from typing import Any
 from ....errors import MissingExtraError
 
 WIDE, HALF = 1000, 492
-"""Widths in pixels: of the page, and of one of two pictures side by side."""
+"""Widths in pixels: of the page, and of one of two figures side by side."""
 
 SERIES = 8
-"""Colours that can be told apart, `series(0)` to `series(SERIES - 1)`."""
+"""Number of colours that can be told apart, `series(0)` to `series(SERIES - 1)`."""
 
 _NAMES = ("text", "muted", "grid", "card", "accent", "bad", *(f"series-{n}" for n in range(SERIES)))
 _STAND_INS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES, start=1)}
 
 SEQUENTIAL = ("#27306b", "#2f6f9f", "#35a59b", "#8fd07a", "#f3e055")
-"""From nothing to much; each readable on white and on black."""
+"""Colours from small to large values, each readable on white and on black."""
 
 DIVERGING = ("#123f8c", "#4d84c9", "#b9bdc5", "#dd8d45", "#9c3f06")
-"""From −1 over 0 to 1: blue, grey, orange, which the colour-blind tell apart."""
+"""Colours from −1 over 0 to 1: blue, grey, orange, which colour-blind readers can tell apart."""
 
 
 def ink(name: str) -> str:
-    """The colour that the page calls `--ink-{name}`."""
+    """Return the stand-in of the CSS variable `--ink-{name}`."""
     return _STAND_INS[name]
 
 
 def series(number: int) -> str:
-    """The colour of the n-th of several things; they repeat after `SERIES`."""
+    """Return the colour of the n-th series; colours repeat after `SERIES`."""
     return _STAND_INS[f"series-{number % SERIES}"]
 
 
 def colour_map(stops: Sequence[str], steps: int = 256) -> Any:
-    """matplotlib's map of numbers to colours, from the first stop to the last: call it within `paint`."""
+    """Return matplotlib's colour map through these colours; call it within `paint`."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("stops", stops, N=steps)
 
 
 def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], None]) -> str:
-    """An `<svg>`, `size` wide and high in CSS pixels, on which `paint` draws by matplotlib's `Figure`.
+    """Return an `<svg>` with what `paint` draws on matplotlib's `Figure`.
 
-    name: unlike that of any other picture in the page. label: what who cannot see the picture is told.
+    name: unique in the page, since ids begin with it. size: width and height in CSS pixels. label: description for
+    screen readers. `MissingExtraError` where matplotlib is not installed.
     """
     try:
         from matplotlib import style
@@ -61,7 +62,7 @@ def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], No
         ) from e
 
     with style.context(["default", _style(name)]), warnings.catch_warnings():
-        # matplotlib's font, which lacks some scripts, only measures the text: the browser has fonts of its own
+        # matplotlib's font lacks some scripts, but it only measures the text: the browser draws it with its own fonts
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         paint(figure)
@@ -71,7 +72,7 @@ def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], No
 
 
 def titled(svg: str, gid: str, titles: Sequence[str]) -> str:
-    """The picture with a tooltip on each mark of the group that was drawn with this gid."""
+    """Return the figure with a tooltip on each mark of the group that was drawn with this gid."""
     start = svg.index(f'<g id="{gid}">')
     end = svg.index("</g></g>" if "<use" in svg[start : svg.index("</g>", start)] else "</g>", start)
     queue = iter(titles)
@@ -81,7 +82,7 @@ def titled(svg: str, gid: str, titles: Sequence[str]) -> str:
         definitions, marks = marks[:cut], marks[cut:]
     marked = re.sub(
         r"<(path|use)\b([^>]*)/>",
-        lambda found: f"<{found[1]}{found[2]}><title>{html.escape(next(queue))}</title></{found[1]}>",
+        lambda mark: f"<{mark[1]}{mark[2]}><title>{html.escape(next(queue))}</title></{mark[1]}>",
         marks,
     )
     return svg[:start] + definitions + marked + svg[end:]
@@ -91,7 +92,7 @@ def _style(name: str) -> dict[str, Any]:
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
-        # a `$` in a name is a dollar
+        # a `$` in a name does not begin a formula
         "text.parse_math": False,
         "font.size": 12,
         "axes.titlesize": 12.5,
@@ -120,13 +121,13 @@ def _style(name: str) -> dict[str, Any]:
 
 def _inline(svg: str, name: str, size: tuple[int, int], label: str) -> str:
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    # the style would apply to the whole page; the page has one of its own
+    # the style element would apply to the whole page
     body = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
-    body = re.sub(r' (d|x|y)="([^"]*)"', lambda found: f' {found[1]}="{_rounded(found[2])}"', body)
-    body = re.sub(r'style="[^"]*"', lambda found: _themed(found[0]), body)
+    body = re.sub(r' (d|x|y)="([^"]*)"', lambda match: f' {match[1]}="{_rounded(match[2])}"', body)
+    body = re.sub(r'style="[^"]*"', lambda match: _themed(match[0]), body)
     body = body.replace("xlink:href=", "href=").replace("data:image/png;base64,\n", "data:image/png;base64,")
-    body = _own_ids(body, name)
-    # whitespace between marks is nothing; that in a text may be
+    body = _unique_ids(body, name)
+    # whitespace between elements is not drawn; within a text it may be
     body = re.sub(r">\s+<", "><", body)
     width, height = size
     return (
@@ -136,7 +137,8 @@ def _inline(svg: str, name: str, size: tuple[int, int], label: str) -> str:
 
 
 def _rounded(numbers: str) -> str:
-    shorter = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), numbers)
+    """Round coordinates to hundredths of a pixel, which makes a page much smaller."""
+    shorter = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), numbers)
     return " ".join(shorter.split())
 
 
@@ -147,14 +149,14 @@ def _themed(style: str) -> str:
     return style
 
 
-def _own_ids(body: str, name: str) -> str:
-    """Ids that nothing refers to are left out, but those that were given as a gid; the others begin with the name."""
+def _unique_ids(body: str, name: str) -> str:
+    """Prefix ids with the figure's name, and remove those that nothing refers to, except gids that begin with it."""
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
 
-    def renamed(found: re.Match[str]) -> str:
-        if found[1] in used:
-            return f' id="{name}-{found[1]}"'
-        return found[0] if found[1].startswith(f"{name}-") else ""
+    def renamed(match: re.Match[str]) -> str:
+        if match[1] in used:
+            return f' id="{name}-{match[1]}"'
+        return match[0] if match[1].startswith(f"{name}-") else ""
 
     body = re.sub(r' id="([^"]*)"', renamed, body)
     return re.sub(r'(url\(#|href="#)', rf"\1{name}-", body)
