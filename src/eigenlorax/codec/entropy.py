@@ -38,7 +38,9 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
         return []
     integers = np.concatenate([np.asarray(numbers, dtype=np.int64) for numbers, _ in streams])
     if len(integers) and (integers.max() >= 2**31 or integers.min() < -(2**31)):
-        raise FormatError("integers beyond 32 bits cannot be coded: ask for a larger error.")
+        raise FormatError(
+            f"integers from {integers.min():,} to {integers.max():,} are beyond 32 bits: ask for a larger max_error."
+        )
     classes = [np.asarray(stream_classes, dtype=np.int64) for _, stream_classes in streams]
     tables = _StreamTables.of(np.concatenate(classes))
     symbols, escaped = tables.symbols(integers)

@@ -23,7 +23,10 @@ from ..group_integers import Payload
 StoredRows = tuple[Tensor, Payload | None]
 """Components in memory, and their payload where the file holds something else."""
 
-CHANGED_BY_HAND = "the coefficients of an adapter of this pack were changed by hand: add the adapter instead."
+CHANGED_IN_MEMORY = (
+    "the coefficients of an adapter of this pack were changed in memory, and its storage cannot write them without "
+    "their codes: add the changed adapter to the pack instead."
+)
 
 
 @dataclass(frozen=True, slots=True)

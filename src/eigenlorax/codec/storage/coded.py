@@ -18,11 +18,14 @@ from ...errors import OptionError
 from .. import bitstream
 from ..adapter_codes import AdapterCodes, ModuleLayout, dequantise_module
 from ..group_integers import Payload
-from .base import CHANGED_BY_HAND, ModuleSlot, Storage, StoredRows, check_finite, check_rows
+from .base import CHANGED_IN_MEMORY, ModuleSlot, Storage, StoredRows, check_finite, check_rows
 
-NEEDS_TARGET = "dtype 'coded' goes with max_error, max_bytes or ratio, which say how exact its numbers are."
+NEEDS_TARGET = (
+    "dtype 'coded' goes with max_error, max_bytes or ratio, which set the precision of its numbers: pass one of these, "
+    "or another dtype."
+)
 NOT_EXTENDED = (
-    "the subspace of this pack is not extended: what it misses of an adapter is kept beside its coefficients. "
+    "the subspace of this pack is not extended: the residual of an adapter is stored beside its coefficients. "
     "Add the adapter without extend."
 )
 
@@ -57,7 +60,7 @@ class CodedStorage(Storage):
         return NOT_EXTENDED
 
     def round_bases(self, bases: ModuleBases) -> ModuleBases:
-        raise OptionError(f"{NEEDS_TARGET} Leave dtype away, or give a float dtype, int8 or int4.")
+        raise OptionError(NEEDS_TARGET)
 
     def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
         raise OptionError(NOT_EXTENDED)
@@ -81,7 +84,7 @@ class CodedStorage(Storage):
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
     ) -> list[StoredRows]:
         if any(grown.values()):
-            raise ValueError(f"{key} has stored rows of a later time, which no coded basis has")
+            raise ValueError(f"{key} has rows that were appended after the fit, which no coded basis has")
         # seeds rebuild augmented rows; there are no other ones beside the fitted
         empty: StoredRows = torch.zeros(0, dimension), None
         if not n_fitted:
@@ -97,7 +100,7 @@ class CodedStorage(Storage):
         raise OptionError(NEEDS_TARGET)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
-        raise OptionError(CHANGED_BY_HAND)
+        raise OptionError(CHANGED_IN_MEMORY)
 
     def read_adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]

@@ -19,7 +19,7 @@ from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
 from .. import bitstream, diagonal_cores, singular_codes
 from ..group_integers import Payload
-from .base import CHANGED_BY_HAND, ModuleSizes, ModuleSlot, Storage, StoredRows, describe_tensor
+from .base import CHANGED_IN_MEMORY, ModuleSizes, ModuleSlot, Storage, StoredRows, describe_tensor
 from .floats import FloatStorage
 
 NOT_PAIRED = (
@@ -80,7 +80,7 @@ class CoreStorage(Storage):
 
     @property
     def _not_for_bases(self) -> str:
-        return f"{self.name} is how coefficients are stored: say cores={self.kind!r}, dtype={dtypes.name(self.stored)}."
+        return f"{self.name} stores cores, and no components: pass dtype={self.basis_storage.name!r}."
 
     def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
         # as near to the factors of a core as there are any: else the error of an update is a difference of large
@@ -99,7 +99,7 @@ class CoreStorage(Storage):
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         if coefficients:
-            raise OptionError(CHANGED_BY_HAND)
+            raise OptionError(CHANGED_IN_MEMORY)
         return {}
 
     def read_adapter(

@@ -53,11 +53,6 @@ def parse_storage(dtype: str | torch.dtype | None) -> Storage | None:
     return storage_by_name(dtype if isinstance(dtype, str) else dtypes.name(dtype))
 
 
-def core_storage(kind: str, floats: Storage) -> Storage:
-    """Return the storage of cores of one kind, in the dtype of a float storage."""
-    return STORAGES[f"{kind}-{floats.name}"]
-
-
 def adapter_payload(batch: CoefficientBatch, row: int, module: str) -> dict[str, Tensor]:
     """Return the payload of one adapter of a batch, by the names in the adapter's file; empty where there is none."""
     payload = {}
@@ -90,7 +85,7 @@ def as_float_tensors(
             modules = slots()
             # a file has cores of one dtype; `read_adapter` refuses any other
             stored = {tensors[key].dtype for key in (keys.core_key(module, kind) for module in modules)}
-            storage = core_storage(kind, storage_by_name(dtypes.name(stored.pop())))
+            storage = STORAGES[f"{kind}-{dtypes.name(stored.pop())}"]
             return _decode(storage, tensors, modules, subspace)
         if keys.CODED in tensors:
             return _decode(CODED, tensors, slots(), subspace)
