@@ -22,6 +22,9 @@ def pytest_cmdline_main(config):
     Not by `addopts`: with `-n` there, `-p no:xdist` would be an error. Tests of a file stay together, since they share
     fixtures that are slow to make.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # a worker of xdist runs this hook too, and would start workers of its own
+        return
     files = {argument.partition("::")[0] for argument in config.args}
     one_file = len(files) == 1 and files.pop().endswith(".py")
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not one_file:
