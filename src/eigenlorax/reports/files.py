@@ -1,4 +1,4 @@
-"""A report as files: JSON, which is read again, Markdown, and the page."""
+"""Files of a report: JSON, which can be read again, Markdown, and the HTML page."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from ..core.boundary import MAX_REPORT_BYTES, read_file
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import folder
-from . import coherence
+from . import validation
 from .data import MATRIX, SCHEMA_VERSION, ReportData
 from .render import markdown, page
 
@@ -34,7 +34,7 @@ class Report(ReportData):
 
 
 def to_json(report: ReportData) -> str:
-    """The report's JSON (docs/report.md), with the matrices of similarity where they are small."""
+    """Return the report's JSON (docs/report.md), without the similarity matrices of more than `MATRIX` adapters."""
     if report.similarity is not None and len(report.similarity.names) > MATRIX:
         report = replace(report, similarity=replace(report.similarity, cosine=[], overlap=[]))
     body = {"schema": keys.REPORT_SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(report)}
@@ -42,7 +42,7 @@ def to_json(report: ReportData) -> str:
 
 
 def read(path: str | Path) -> Report:
-    """The report of a JSON file. `FormatError` if it is none, or of a newer schema."""
+    """Return the report of a JSON file. `FormatError` if it is no report, or of another schema version."""
     try:
         body = json.loads(read_file(Path(path), MAX_REPORT_BYTES), parse_constant=reject_constant)
     except FormatError:
@@ -60,11 +60,11 @@ def read(path: str | Path) -> Report:
                 f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make "
                 "the report again."
             )
-        found: Report = from_json(Report, body, "report")
-        coherence.check(found)
+        report: Report = from_json(Report, body, "report")
+        validation.check(report)
     except JsonTypeError as error:
         raise FormatError(f"{path} is not as the schema of reports asks: {error} Make the report again.") from error
-    return found
+    return report
 
 
 KINDS: dict[str, Callable[[ReportData], str]] = {
@@ -76,11 +76,11 @@ KINDS: dict[str, Callable[[ReportData], str]] = {
 
 
 RESERVED = {keys.MANIFEST, keys.ADAPTER_CONFIG, keys.SOURCE_CONFIG}
-"""Names that make a folder a pack, or an adapter."""
+"""Names of files that make a folder a pack or an adapter."""
 
 
 def check(path: Path) -> None:
-    """`OptionError` unless a report may be written there; `PackExistsError` where something else is there already."""
+    """Raise `OptionError` unless a report may have this path; `PackExistsError` if another file exists there."""
     if path.suffix.lower() not in KINDS:
         raise OptionError(
             f"{path}: a report is written as .html (a page), .json or .md, and its name says which. "
@@ -101,7 +101,7 @@ def check(path: Path) -> None:
 
 
 def write(report: ReportData, path: str | Path) -> None:
-    """Write the report to `path` in one step, as its suffix says, in the place of a report that is there."""
+    """Write the report atomically, in the format that the suffix names. A report that exists there is replaced."""
     target = Path(path)
     check(target)
     data = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")

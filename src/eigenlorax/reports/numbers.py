@@ -1,13 +1,13 @@
-"""Numbers as text, the same on the page and in Markdown. Nothing here knows what is counted."""
+"""Formats of numbers and names, the same on the page and in Markdown."""
 
 MISSING = "–"
-"""Stands where nothing was measured."""
+"""Text for a value that was not measured."""
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def error(value: float | None) -> str:
-    """Three decimals; below a thousandth two digits and an exponent: what is small shall not look like nothing."""
+    """Format an error with three decimals; below 0.001 with two digits and an exponent."""
     if value is None:
         return MISSING
     if value == 0:
@@ -16,46 +16,46 @@ def error(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share, 0 to 1. What only rounding would make whole is not called whole."""
+    """Format a share from 0 to 1 with three decimals; ">0.999" where rounding would give 1."""
     if value is not None and 0.9995 <= value < 1:
         return ">0.999"
     return MISSING if value is None else f"{value:.3f}"
 
 
 def cosine(value: float | None) -> str:
-    """Three decimals with a sign."""
+    """Format a cosine with three decimals and a sign."""
     return MISSING if value is None else f"{value:+.3f}".replace("-", "−")
 
 
 def angle(value: float | None) -> str:
-    """Degrees."""
+    """Format an angle in degrees."""
     return MISSING if value is None else f"{value:.1f}°"
 
 
 def count(value: int | None) -> str:
-    """A whole number, thousands apart."""
+    """Format a whole number with thousands separators."""
     return MISSING if value is None else f"{value:,}"
 
 
 def norm(value: float | None) -> str:
-    """Three digits that count."""
+    """Format a norm with three significant digits."""
     return MISSING if value is None else f"{value:.3g}"
 
 
 def plain(value: float | None) -> str:
-    """A figure of any size, with at most four digits: perplexities, say."""
+    """Format a number of any size with at most four significant digits, such as a perplexity."""
     return MISSING if value is None else f"{value:.4g}"
 
 
 def ratio(value: float | None) -> str:
-    """How many times as large."""
+    """Format a ratio with three significant digits, such as "12.3×"."""
     if value is None:
         return MISSING
     return f"{value:,.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
 
 
 def size(value: int | None) -> str:
-    """Bytes in decimal units, such as 1.2 MB."""
+    """Format bytes in decimal units, such as "1.2 MB"."""
     if value is None:
         return MISSING
     scaled, unit = float(value), 0
@@ -66,18 +66,18 @@ def size(value: int | None) -> str:
 
 
 def exact(value: int) -> str:
-    """Bytes to the last one."""
+    """Format bytes exactly."""
     return f"{value:,} bytes"
 
 
 def some(names: list[str], most: int = 8) -> tuple[list[str], list[str]]:
-    """The first names, and the rest. One more than `most` is not worth folding."""
+    """Split names into the first ones and the remaining ones. A single remaining name is added to the first."""
     cut = len(names) if len(names) <= most + 1 else most
     return names[:cut], names[cut:]
 
 
 def shortened(name: str, most: int) -> str:
-    """The name on one line, its middle left out where it is longer than `most` characters."""
+    """Return the name on one line, with its middle left out if it is longer than `most` characters."""
     name = " ".join(name.split())
     if len(name) <= most:
         return name
@@ -86,5 +86,5 @@ def shortened(name: str, most: int) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Such as "1 adapter", "1,000 adapters"."""
+    """Return a count with its noun, such as "1 adapter" or "1,000 adapters"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The report's tables as data: what the page and Markdown both print. Columns without a single figure are left out."""
+"""The tables of a report as data, for Markdown and the page. Columns without any value are left out."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is printed, and the exact value where that is more."""
+    """One cell. text: what is printed. exact: the exact value, or "" if the text is exact."""
 
     text: str
     exact: str = ""
@@ -35,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading, what it means where the words do not say, and whether its cells are numbers."""
+    """One column. label: the heading. meaning: its explanation, or "". numeric: whether the cells are numbers."""
 
     label: str
     meaning: str = ""
@@ -44,7 +44,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """caption: what the rows are. rows: as long as `columns`."""
+    """A table. caption: describes the rows. rows: one cell for each of `columns`."""
 
     caption: str
     columns: list[Column]
@@ -53,6 +53,11 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class _Field(Generic[T]):
+    """A column and how to fill it from a row.
+
+    value: None where nothing was measured. exact: whether cells are bytes whose exact number is a tooltip.
+    """
+
     label: str
     value: Callable[[T], Any]
     show: Callable[[Any], str] = str
@@ -62,7 +67,7 @@ class _Field(Generic[T]):
 
 
 def adapters(report: ReportData, most: int | None = None) -> Table:
-    """Errors of every adapter, the worst first, and whom it is like; or those of the first `most`."""
+    """Return errors and nearest neighbours of every adapter, the worst first, or of the first `most`."""
     fields: list[_Field[AdapterFigures]] = [
         _Field("adapter", lambda a: a.name, numeric=False),
         _Field("delta error", lambda a: None if a.untrained else a.delta_error, numbers.error, "‖D − D̂‖ / ‖D‖"),
@@ -86,7 +91,7 @@ def adapters(report: ReportData, most: int | None = None) -> Table:
 
 
 def weights(report: ReportData, most: int | None = None) -> Table:
-    """Bytes, norms and factors of the same adapters, in the same order."""
+    """Return bytes, norms and errors of factors of the same adapters, in the same order."""
     fields: list[_Field[AdapterFigures]] = [
         _Field("adapter", lambda a: a.name, numeric=False),
         _Field("LoRA", lambda a: a.lora_bytes, numbers.size, "tensor bytes of its factors", exact=True),
@@ -106,7 +111,7 @@ def weights(report: ReportData, most: int | None = None) -> Table:
 
 
 def modules(report: ReportData) -> Table:
-    """What is lost in every module, in the model's order."""
+    """Return the errors in every module, in the order of the model."""
     fields: list[_Field[ModuleFigures]] = [
         _Field("module", lambda m: m.name, numeric=False),
         _Field("delta error", lambda m: m.delta_error, numbers.error),
@@ -120,25 +125,42 @@ def modules(report: ReportData) -> Table:
 
 
 def sides(report: ReportData) -> Table:
-    """The directions of every module, by side, in the same order."""
+    """Return sizes, energies and overlaps of both sides of every module, in the same order."""
     fields: list[_Field[ModuleFigures]] = [_Field("module", lambda m: m.name, numeric=False)]
     for side, label in (("down", "down"), ("up", "up")):
         fields += [
-            _Field(f"k, {label}", _of(side, "k"), numbers.count),
+            _Field(f"k, {label}", _side_field(side, "k"), numbers.count),
             _Field(
-                f"rank, {label}", _of(side, "rank"), numbers.count, "directions that the adapters have, numerically"
+                f"rank, {label}",
+                _side_field(side, "rank"),
+                numbers.count,
+                "directions that the adapters have, numerically",
             ),
-            _Field(f"of, {label}", _of(side, "dimension"), numbers.count, "dimension"),
-            _Field(f"energy, {label}", _of(side, "energy"), numbers.share, "share of squared norm that the k keep"),
-            _Field(f"chance, {label}", _of(side, "null_energy"), numbers.share, "the same in random directions"),
-            _Field(f"halves, {label}", _of(side, "halves_overlap"), numbers.share, "overlap of two halves' subspaces"),
-            _Field(f"random, {label}", _of(side, "null_halves_overlap"), numbers.share, "overlap of random subspaces"),
+            _Field(f"of, {label}", _side_field(side, "dimension"), numbers.count, "dimension"),
+            _Field(
+                f"energy, {label}", _side_field(side, "energy"), numbers.share, "share of squared norm that the k keep"
+            ),
+            _Field(
+                f"chance, {label}", _side_field(side, "null_energy"), numbers.share, "the same in random directions"
+            ),
+            _Field(
+                f"halves, {label}",
+                _side_field(side, "halves_overlap"),
+                numbers.share,
+                "overlap of two halves' subspaces",
+            ),
+            _Field(
+                f"random, {label}",
+                _side_field(side, "null_halves_overlap"),
+                numbers.share,
+                "overlap of random subspaces",
+            ),
         ]
     return _table("Directions of all modules", fields, report.modules)
 
 
 def baselines(report: ReportData) -> Table:
-    """What else could be done with the same adapters."""
+    """Return errors and bytes of the pack and of its baselines."""
     lora = report.bytes.lora
     fields: list[_Field[Baseline]] = [
         _Field("instead", lambda b: b.label, numeric=False),
@@ -154,7 +176,7 @@ def baselines(report: ReportData) -> Table:
 
 
 def frontier(report: ReportData) -> Table:
-    """Bytes and errors of everything that could be done, tuned."""
+    """Return bytes and errors of the pack and of the tuned baselines."""
     lora = report.frontier.lora_float16 if report.frontier is not None else 0
     fields: list[_Field[FrontierPoint]] = [
         _Field("way", lambda p: METHODS[p.way], numeric=False),
@@ -174,7 +196,7 @@ def frontier(report: ReportData) -> Table:
 
 
 def bytes_(report: ReportData) -> Table:
-    """What the collection weighs, as LoRAs and here."""
+    """Return the bytes of the collection as LoRAs and as a pack."""
     b: Bytes = report.bytes
     stored = b.basis + b.coefficients + b.carried
     rows: list[tuple[str, int | None, float | None]] = [
@@ -197,7 +219,7 @@ def bytes_(report: ReportData) -> Table:
 
 
 def sizes(report: ReportData) -> Table:
-    """The collection at other k."""
+    """Return errors and bytes of the collection with other numbers of components."""
     fields: list[_Field[SizePoint]] = [
         _Field("k", lambda p: p.k, numbers.count),
         _Field("mean error", lambda p: p.mean, numbers.error),
@@ -217,19 +239,19 @@ def sizes(report: ReportData) -> Table:
 
 
 def evaluations(report: ReportData) -> dict[str, Table]:
-    """By task, the adapters on it: as they were, as they come back, and without an update."""
-    return {task: _evaluated(group) for task, group in by_task(report).items()}
+    """Return by task the scores of the original and reconstructed adapters, and without an update."""
+    return {task: _scores(group) for task, group in by_task(report).items()}
 
 
 def by_task(report: ReportData) -> dict[str, list[Evaluation]]:
-    """The evaluations by their task, in order of appearance."""
+    """Group the evaluations by task, in order of appearance."""
     groups: dict[str, list[Evaluation]] = {}
-    for one in report.evaluations:
-        groups.setdefault(one.task, []).append(one)
+    for evaluation in report.evaluations:
+        groups.setdefault(evaluation.task, []).append(evaluation)
     return groups
 
 
-def _evaluated(found: Sequence[Evaluation]) -> Table:
+def _scores(evaluations: Sequence[Evaluation]) -> Table:
     fields: list[_Field[Evaluation]] = [
         _Field("adapter", lambda e: e.name, numeric=False),
         _Field("rows from", lambda e: e.data, numeric=False),
@@ -253,14 +275,14 @@ def _evaluated(found: Sequence[Evaluation]) -> Table:
         _Field("KL", lambda e: e.kl, numbers.error, "of the recycled from the original, nats a row or token"),
         _Field("KL: no update", lambda e: e.without_kl, numbers.error, "the same, original and no update"),
     ]
-    return _table("Adapters on their task", fields, found)
+    return _table("Adapters on their task", fields, evaluations)
 
 
 @dataclass(frozen=True, slots=True)
-class _OnTask:
-    """A row of the frontier on a task: a way of storing, or what there is without one."""
+class _TaskRow:
+    """A row of the frontier on a task: a method of storing, the original adapters, or no update."""
 
-    what: str
+    method: str
     stored_bytes: int
     accuracy: float | None
     perplexity: float | None
@@ -271,29 +293,29 @@ class _OnTask:
     agreement: float | None = None
 
 
-def task_frontier(found: TaskFrontier) -> Table:
-    """Bytes and what becomes of the task, of every way, between the originals and no update at all."""
-    lora = found.lora_float16
+def task_frontier(frontier: TaskFrontier) -> Table:
+    """Return bytes and scores of every method, between those of the original adapters and of no update."""
+    lora = frontier.lora_float16
     rows = [
-        _OnTask("the originals, 16 bits", lora, found.original_accuracy, found.original_perplexity, 0.0),
+        _TaskRow("the originals, 16 bits", lora, frontier.original_accuracy, frontier.original_perplexity, 0.0),
         *(
-            _OnTask(
-                TASK_METHODS[one.way],
-                one.stored_bytes,
-                one.accuracy,
-                one.perplexity,
-                one.kl,
-                one.ratio,
-                one.worst,
-                one.mean,
-                one.agreement,
+            _TaskRow(
+                TASK_METHODS[point.way],
+                point.stored_bytes,
+                point.accuracy,
+                point.perplexity,
+                point.kl,
+                point.ratio,
+                point.worst,
+                point.mean,
+                point.agreement,
             )
-            for one in found.points
+            for point in frontier.points
         ),
-        _OnTask("no update", 0, found.without_accuracy, found.without_perplexity, found.without_kl),
+        _TaskRow("no update", 0, frontier.without_accuracy, frontier.without_perplexity, frontier.without_kl),
     ]
-    fields: list[_Field[_OnTask]] = [
-        _Field("way", lambda row: row.what, numeric=False),
+    fields: list[_Field[_TaskRow]] = [
+        _Field("way", lambda row: row.method, numeric=False),
         _Field("ratio", lambda row: row.ratio, numbers.plain, "that was asked for; alone, in the bytes of that fit"),
         _Field("bytes", lambda row: row.stored_bytes, numbers.size, "of all adapters together", exact=True),
         _Field(
@@ -312,34 +334,36 @@ def task_frontier(found: TaskFrontier) -> Table:
     return _table("Bytes, and what becomes of the task", fields, rows)
 
 
-def task_runs(found: TaskFrontier, measure: str, most: int | None = None) -> Table:
-    """Every adapter in every version: its "kl", "accuracy" or "perplexity". Those of the first `most`, the largest KL
-    in the pack first; no rows where none has that figure."""
+def task_runs(frontier: TaskFrontier, measure: str, most: int | None = None) -> Table:
+    """Return the "kl", "accuracy" or "perplexity" of every adapter with every method, the largest KL in the pack first.
+
+    most: maximum number of rows. No rows if no adapter has that score.
+    """
     shows = {"kl": ("KL", numbers.error), "accuracy": ("Accuracy", numbers.share)}
     title, show = shows.get(measure, ("Perplexity", numbers.plain))
-    rows = list(zip(*(point.runs for point in found.points), strict=True))
+    rows = list(zip(*(point.runs for point in frontier.points), strict=True))
     rows = [row for row in rows if getattr(row[0], measure) is not None]
     rows.sort(key=lambda row: -row[0].kl)
     fields: list[_Field[tuple[TaskRun, ...]]] = [
         _Field("adapter", lambda row: row[0].name, numeric=False),
         _Field("rows from", lambda row: row[0].data, numeric=False),
-        *(_Field(_version(point), _of_version(place, measure), show) for place, point in enumerate(found.points)),
+        *(_Field(_method_label(point), _score_at(index, measure), show) for index, point in enumerate(frontier.points)),
     ]
     return _table(f"{title} of every adapter", fields, rows[:most])
 
 
-def _version(point: TaskPoint) -> str:
+def _method_label(point: TaskPoint) -> str:
     if point.ratio is None:
         return TASK_METHODS[point.way]
     return f"ratio {point.ratio:g}" + ", cut and rounded" * (point.way != FIT)
 
 
-def _of_version(place: int, measure: str) -> Callable[[tuple[TaskRun, ...]], Any]:
-    return lambda row: getattr(row[place], measure)
+def _score_at(index: int, measure: str) -> Callable[[tuple[TaskRun, ...]], Any]:
+    return lambda row: getattr(row[index], measure)
 
 
 def start_groups(groups: list[StartGroup]) -> Table:
-    """Adapters that began alike."""
+    """Return the groups of adapters that share a random start."""
     numbered = list(enumerate(groups, start=1))
     fields: list[_Field[tuple[int, StartGroup]]] = [
         _Field("group", lambda row: f"group {row[0]}", numeric=False),
@@ -351,7 +375,7 @@ def start_groups(groups: list[StartGroup]) -> Table:
 
 
 def start_energies(energies: list[StartEnergy]) -> Table:
-    """What a shared start does to the energy that k directions keep."""
+    """Return the energy that k directions keep, with and without adapters that share a start."""
     fields: list[_Field[StartEnergy]] = [
         _Field("of", lambda e: e.who, numeric=False),
         _Field("adapters", lambda e: e.adapters, numbers.count),
@@ -365,18 +389,20 @@ def start_energies(energies: list[StartEnergy]) -> Table:
     return _table("Energy that k directions keep", fields, energies)
 
 
-def _of(side: str, field: str) -> Callable[[ModuleFigures], Any]:
+def _side_field(side: str, field: str) -> Callable[[ModuleFigures], Any]:
     return lambda module: getattr(getattr(module, side), field)
 
 
-def _state(one: AdapterFigures) -> str:
-    return "untrained" if one.untrained else "in the fit" if one.in_fit else "projected"
+def _state(adapter: AdapterFigures) -> str:
+    if adapter.untrained:
+        return "untrained"
+    return "in the fit" if adapter.in_fit else "projected"
 
 
 def _table(caption: str, fields: Iterable[_Field[T]], rows: Sequence[T]) -> Table:
-    kept = [field for field in fields if any(field.value(row) is not None for row in rows)]
-    columns = [Column(field.label, field.meaning, field.numeric) for field in kept]
-    return Table(caption, columns, [[_cell(field, field.value(row)) for field in kept] for row in rows])
+    shown = [field for field in fields if any(field.value(row) is not None for row in rows)]
+    columns = [Column(field.label, field.meaning, field.numeric) for field in shown]
+    return Table(caption, columns, [[_cell(field, field.value(row)) for field in shown] for row in rows])
 
 
 def _cell(field: _Field[Any], value: Any) -> Cell:
