@@ -180,7 +180,7 @@ def test_what_a_mistaken_tool_wrote_and_signed_is_named(cli, pack, pattern, mist
     signed_again(pack)
     before = contents(pack.parent)
     place = path if path.parent == pack else path.parent
-    assert_refused(cli("export", pack, "beta", "-o", pack.parent / "out"), 4, place, "Make the pack again")
+    assert_refused(cli("export", pack, "beta", "-o", pack.parent / "out"), 4, place, "Write the pack again")
     assert contents(pack.parent) == before
 
 

@@ -430,7 +430,7 @@ class TestOptions:
             (["--energy", 1.5], ["energy", "at most 1", "1.5"]),
             (["--energy", 0], ["energy", "above 0", "0.0"]),
             (["--energy", "nan"], ["energy", "nan"]),
-            (["--energy", 0.9, "-k", 4], ["give one of n_components, energy", "n_components=4, energy=0.9"]),
+            (["--energy", 0.9, "-k", 4], ["pass exactly one of n_components, energy", "n_components=4, energy=0.9"]),
             (["--max-error", 1], ["max_error", "above 0 and below 1", "1.0"]),
             (["--max-error", 0.3, "--energy", 0.9], ["energy=0.9, max_error=0.3"]),
             (["--max-error", 1e-9], ["max_error=1e-09 is less than numbers in float32 can keep", "--dtype float64"]),

@@ -105,7 +105,7 @@ class TestAPack:
         del body["digest"], body["fit"]
         text = json.dumps(body, indent=1, sort_keys=True) + "\n"
         path.write_text(json.dumps({**body, "digest": hashlib.sha256(text.encode()).hexdigest()}))
-        assert_refused(cli("inspect", pack), 4, path, "fit is null", "not written as the format asks")
+        assert_refused(cli("inspect", pack), 4, path, "fit is null", "does not follow the pack format")
 
 
 class TestAnAdapter:

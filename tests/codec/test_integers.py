@@ -496,7 +496,7 @@ class TestDamage:
     def test_in_a_basis(self, saved, fault):
         change, message = FAULTS[fault]
         pack = changed(saved, "subspace-*.safetensors", change(BASIS, 5))
-        with pytest.raises(PackDamagedError, match=f"not written as the format asks.*{message}"):
+        with pytest.raises(PackDamagedError, match=f"does not follow the pack format.*{message}"):
             pack.subspace  # noqa: B018
         with pytest.raises(PackDamagedError):
             pack.adapter("a")

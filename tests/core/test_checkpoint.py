@@ -209,7 +209,7 @@ def test_a_link_to_a_folder_is_refused(sources, stopped, tmp_path):
     shutil.copytree(there, tmp_path / "there")
     (tmp_path / "kept").symlink_to("there")
     before = contents(tmp_path)
-    with pytest.raises(OptionError, match="kept is a link, and a checkpoint of a fit is none. Name the folder itself"):
+    with pytest.raises(OptionError, match="kept is a link; a checkpoint has to be a folder. Pass the folder itself"):
         ex.fit(sources, n_components=5, checkpoint=tmp_path / "kept")
     assert contents(tmp_path) == before
 

@@ -96,7 +96,7 @@ def test_a_file_that_is_not_there_is_said_as_it_would_be_here(opened, tmp_path):
 def test_a_call_that_kills_every_process_ends_with_an_error():
     with (
         engine.open_engine("processes", 2) as found,
-        pytest.raises(EngineError, match=r"ended 3 times.*workers=1 \(--workers\)"),
+        pytest.raises(EngineError, match=r"killed 3 times.*workers=1 \(--workers\)"),
     ):
         list(found.run([calls.die]))
 

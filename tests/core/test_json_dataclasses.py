@@ -37,13 +37,13 @@ def test_every_field_becomes_what_its_annotation_says():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"found": 1}, "tree.found is 1, where bool belongs"),
-        ({"many": [1, True]}, r"tree.many\[1\] is true, where int belongs"),
+        ({"found": 1}, "tree.found is 1; bool was expected"),
+        ({"many": [1, True]}, r"tree.many\[1\] is true; int was expected"),
         ({"pairs": [[1, 2.5, 3]]}, r"tree.pairs\[0\] has 3 items, not 2"),
-        ({"pairs": [[1.0, 2.5]]}, r"tree.pairs\[0\]\[0\] is 1.0, where int belongs"),
+        ({"pairs": [[1.0, 2.5]]}, r"tree.pairs\[0\]\[0\] is 1.0; int was expected"),
         ({"leaves": [{"name": "a"}]}, r"tree.leaves\[0\] has the fields \['name'\], not \['name', 'size'\]"),
-        ({"leaves": {"a": LEAF}}, "tree.leaves is .* where list belongs"),
-        ({"by_name": {"a": {"name": None, "size": None}}}, "tree.by_name.a.name is null, where str belongs"),
+        ({"leaves": {"a": LEAF}}, "tree.leaves is .* list was expected"),
+        ({"by_name": {"a": {"name": None, "size": None}}}, "tree.by_name.a.name is null; str was expected"),
         ({"more": 1}, "tree has the fields .*more"),
     ],
 )
@@ -58,5 +58,5 @@ def test_none_where_it_may_be():
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_constants_that_json_lacks(constant):
-    with pytest.raises(ValueError, match=f"{constant} is not a number of JSON"):
+    with pytest.raises(ValueError, match=f"{constant} is not a JSON number"):
         json.loads(f"[{constant}]", parse_constant=reject_constant)

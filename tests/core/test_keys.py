@@ -51,7 +51,7 @@ def test_every_tensor_of_a_lora_file_has_its_place(raw, kind, module, key):
     ],
 )
 def test_what_is_not_understood_is_an_error_that_names_it(raw):
-    with pytest.raises(FormatError, match=f"tensor '{raw}' is not one of a PEFT LoRA"):
+    with pytest.raises(FormatError, match=f"tensor '{raw}' is not part of a PEFT LoRA"):
         keys.parse_peft_key(raw)
 
 

@@ -97,7 +97,7 @@ def test_what_is_no_expression_is_refused(expression):
     "expression", ["(?=a)", "(?!a)b", "(?<=a)b", r"(a)\1", "(?i:a)", r"\ba", "a*+", "(?>a)", "(?#a)b", r"\x41"]
 )
 def test_what_an_automaton_cannot_do_is_refused(expression):
-    with pytest.raises(PatternError, match="not taken here|is repeated at"):
+    with pytest.raises(PatternError, match="not supported|is repeated at"):
         LinearRegex(expression, StepBudget())
 
 
@@ -164,7 +164,7 @@ def test_an_error_names_the_config_the_key_and_what_to_do(field):
         FormatError, match=r"adapters/one: the key '\(\?=x\)' of rank_pattern or alpha_pattern cannot be"
     ):
         Numbers(config, "adapters/one").of("encoder.query")
-    with pytest.raises(FormatError, match=r"takes too many steps. Write whole names of modules, such as \^encoder"):
+    with pytest.raises(FormatError, match=r"takes too many steps. Write full names of modules, such as \^encoder"):
         Numbers({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", StepBudget(999)).of("a." * 200)
 
 

@@ -49,7 +49,7 @@ class TestCoefficients:
 
     def test_an_update_too_large_for_the_dtype_is_an_error(self):
         factors = random_factors(3, OUT, IN, seed=5, size=1e6)
-        with pytest.raises(NonFiniteError, match=r"do not fit torch.float16, which ends at 6.6e\+04"):
+        with pytest.raises(NonFiniteError, match=r"exceed torch.float16, whose largest number is 6.6e\+04"):
             projection.project(factors, fitted([factors], n_components=8), torch.float16)
 
     def test_a_zero_update_stays_zero(self):

@@ -37,5 +37,5 @@ class TestSubspace:
         assert abs(float(one @ two)) < 0.9
 
     def test_a_seed_cannot_be_used_twice(self):
-        with pytest.raises(OptionError, match="already has directions from seed 1"):
+        with pytest.raises(OptionError, match="already has components from seed 1"):
             subspace.augment(subspace.augment(self.make(), 2, seed=1), 3, seed=1)

@@ -33,7 +33,7 @@ CONFIGS = {
     "null": (lambda path: written(path, None), "holds a JSON NoneType; an object was expected"),
     "not text": (lambda path: path.write_bytes(b'{"r": "\xff"}'), "is not valid JSON"),
     "deeper than Python reads": (lambda path: path.write_text("[" * 100_000), "is not valid JSON"),
-    "deeper than Python writes": (lambda path: written(path, {"a": DEEP}), "more than 100 lists and objects"),
+    "deeper than Python writes": (lambda path: written(path, {"a": DEEP}), "nests lists and objects more than 100 deep"),
     "larger than any": (lambda path: os.truncate(path, 1 << 42), "has 4,398,046,511,104 bytes; at most 67,108,864"),
     "a revision that is a number": (
         lambda path: change_config(path.parent, revision=3),
@@ -108,10 +108,10 @@ class TestCoefficients:
     @pytest.mark.parametrize(
         ("fields", "said"),
         [
-            ({"subspace_modules": 3}, "subspace_modules is 3, where dict belongs"),
-            ({"subspace_modules": {"encoder.0.query": 3}}, "subspace_modules.encoder.0.query is 3, where str belongs"),
-            ({"target_modules": [None]}, r"target_modules\[0\] is null, where str belongs"),
-            ({"kernels": {"encoder.0.query": [2.5]}}, r"kernels.encoder.0.query\[0\] is 2.5, where int belongs"),
+            ({"subspace_modules": 3}, "subspace_modules is 3; dict was expected"),
+            ({"subspace_modules": {"encoder.0.query": 3}}, "subspace_modules.encoder.0.query is 3; str was expected"),
+            ({"target_modules": [None]}, r"target_modules\[0\] is null; str was expected"),
+            ({"kernels": {"encoder.0.query": [2.5]}}, r"kernels.encoder.0.query\[0\] is 2.5; int was expected"),
             ({"r": 2**62}, "eigenlorax_down is .* where floats of .* go with its rank"),
             ({"r": 1}, "eigenlorax_down is .* where floats of .* go with its rank"),
         ],
@@ -142,7 +142,7 @@ class TestCoefficients:
             (lambda found, key: found.update({f"{key}_rest": torch.ones(2, 3)}), r"eigenlorax_up_rest is \(2, 3\)"),
             (
                 lambda found, key: found.update({"x.lora_C.weight": torch.ones(2)}),
-                "tensor 'x.lora_C.weight' is not one of a PEFT LoRA",
+                "tensor 'x.lora_C.weight' is not part of a PEFT LoRA",
             ),
             (
                 lambda found, key: found.update({"x.lora_A.weight": torch.ones(2, 3)}),

@@ -281,7 +281,7 @@ class TestWhatIsRefused:
 
     def test_one_of_theirs_in_a_lora_is_no_head(self, tmp_path):
         folder = make_adapter(tmp_path / "one", seed=1, tensors={"x.eigenlora_loading_A": torch.ones(4)})
-        with pytest.raises(FormatError, match=r"tensor 'x.eigenlora_loading_A' is not one of a PEFT LoRA"):
+        with pytest.raises(FormatError, match=r"tensor 'x.eigenlora_loading_A' is not part of a PEFT LoRA"):
             ex.read_adapter(folder)
 
     def test_two_spellings_of_one(self, tmp_path):

@@ -321,13 +321,13 @@ class TestDamage:
         changed(path, "adapters/adapter-2/*.safetensors", replaced(keys.CODED, CHANGES[case]))
         pack = ex.Pack.open(path)
         assert pack.packed("adapter-1").name == "adapter-1"
-        with pytest.raises(PackDamagedError, match=f"{path / 'adapters' / 'adapter-2'}.*Make the pack again"):
+        with pytest.raises(PackDamagedError, match=f"{path / 'adapters' / 'adapter-2'}.*Write the pack again"):
             pack.packed("adapter-2")
 
     @pytest.mark.parametrize("case", CHANGES)
     def test_a_basis_is_named(self, path, case):
         file = changed(path, "subspace-*", replaced(f"{QUERY}.down.components.coded", CHANGES[case]))
-        with pytest.raises(PackDamagedError, match=f"{file}.*Make the pack again"):
+        with pytest.raises(PackDamagedError, match=f"{file}.*Write the pack again"):
             _ = ex.Pack.open(path).packed("adapter-2").coefficients[QUERY].down
 
     def test_what_is_missing_is_named(self, path, made):

@@ -82,7 +82,7 @@ def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
 )
 def test_of_an_earlier_version_what_does_not_belong_there_is_refused(data, version, path, value, message):
     change = (lambda holder, key: holder.pop(key)) if value is ... else put(value)
-    with pytest.raises(PackDamagedError, match=f"{PATH} was not written as the format asks: .*{message}"):
+    with pytest.raises(PackDamagedError, match=f"{PATH} does not follow the pack format: .*{message}"):
         manifest.parse(changed(signed(older(json.loads(data), version)), path, change), PATH)
 
 
@@ -133,7 +133,7 @@ def test_a_cut_anywhere_is_noticed(data):
         (b'{"format_version": true}', "is not the manifest of a pack"),
         (b'{"format_version": "1"}', "is not the manifest of a pack"),
         (b'{"format_version": 1}', "digest does not fit"),
-        (b'{"format_version": 1, "fit": NaN}', "NaN is not a number"),
+        (b'{"format_version": 1, "fit": NaN}', "NaN is not a JSON number"),
         (b'{"format_version": 1, "fit": 1e999}', "holds what no manifest does"),
         (b'{"format_version": 1, "fit": ' + b"[" * 600 + b"]" * 600 + b"}", "digest does not fit|holds what no"),
     ],
@@ -239,7 +239,7 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
     ],
 )
 def test_a_value_out_of_range_is_refused_though_the_digest_fits(data, path, value, message):
-    with pytest.raises(PackDamagedError, match=f"{PATH} was not written as the format asks: .*{message}"):
+    with pytest.raises(PackDamagedError, match=f"{PATH} does not follow the pack format: .*{message}"):
         manifest.parse(changed(data, path, put(value)), PATH)
 
 

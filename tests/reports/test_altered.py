@@ -100,7 +100,7 @@ def changed(document, path, value):
         (["modules", 0, "worst"], "nobody", "report.modules names 'nobody'"),
         (["in_fit", "worst_adapter"], "nobody", "report.in_fit names 'nobody'"),
         (["adapters", 0, "cluster"], 99, r"report.adapters\[0\].cluster is 99, of \d clusters"),
-        (["adapters", 0], lambda _: None, r"report.adapters\[0\] is null, where dict belongs"),
+        (["adapters", 0], lambda _: None, r"report.adapters\[0\] is null; dict was expected"),
         (["adapters"], lambda rows: [*rows[1:], rows[1]], "report.adapters has .* 2 times"),
         (["collection", "adapters"], 6, "report.collection.adapters is 6, and report.adapters has 5 items"),
         (["modules", 0, "down", "dimension"], 0, r"report.modules\[0\].down.dimension is 0"),
@@ -109,8 +109,8 @@ def changed(document, path, value):
         (["left_out", "seed"], -1, "report.left_out.seed is -1, where a whole number"),
         (["bytes", "heads"], 2**63, "report.bytes.heads is 9223372036854775808, where a whole number"),
         (["left_out", "standard_error"], 1e200, r"report.left_out.standard_error is 1e\+200, where a number"),
-        (["schema_version"], [[]], "schema_version is an array, where int belongs"),
-        (["notes"], json.loads("[" * 900 + "]" * 900), r"report.notes\[0\] is an array, where str belongs"),
+        (["schema_version"], [[]], "schema_version is an array; int was expected"),
+        (["notes"], json.loads("[" * 900 + "]" * 900), r"report.notes\[0\] is an array; str was expected"),
     ],
 )
 def test_what_does_not_fit_together_is_named(documents, tmp_path, path, value, message):

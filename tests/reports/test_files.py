@@ -99,7 +99,7 @@ class TestJson:
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
             (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6", where int'),
-            (lambda text: text.replace('"seed": 0', '"seed": NaN'), "NaN is not a number"),
+            (lambda text: text.replace('"seed": 0', '"seed": NaN'), "NaN is not a JSON number"),
         ],
     )
     def test_what_is_no_report(self, report, tmp_path, change, message):

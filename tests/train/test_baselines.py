@@ -311,8 +311,8 @@ class TestWhatIsLeft:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            (lambda result: result.update(steps="many"), 'result.steps is "many", where int belongs'),
-            (lambda result: result.pop("baseline"), "result.baseline is missing, where dict belongs"),
+            (lambda result: result.update(steps="many"), 'result.steps is "many"; int was expected'),
+            (lambda result: result.pop("baseline"), "result.baseline is missing; dict was expected"),
             (lambda result: result["baseline"].update(more=1), "result.baseline has the fields"),
         ],
     )

@@ -75,7 +75,7 @@ class LoRAFactors:
             )
         if not is_valid_kernel(self.kernel, down[1]):
             raise ShapeError(
-                f"a kernel of {self.kernel} does not fit a down of {down}: its rows are channels · kernel."
+                f"the kernel size {self.kernel} does not fit down of shape {down}: its rows are channels · kernel wide."
             )
         # frozen dataclass: `object` sets the field; also accepts NumPy's and torch's numbers
         object.__setattr__(self, "scaling", to_float("scaling", self.scaling))

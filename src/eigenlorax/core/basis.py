@@ -159,7 +159,7 @@ def check_size(n_components: int | None, energy: float | None) -> None:
     """Raise `OptionError` unless exactly one of the two is given, and in its range."""
     if (n_components is None) == (energy is None):
         raise OptionError(
-            f"give either n_components or energy, not both or neither: got {n_components=}, {energy=}. "
+            f"pass either n_components or energy, not both or neither: got {n_components=}, {energy=}. "
             "For example n_components=32, or energy=0.9."
         )
     if n_components is not None and n_components < 1:
@@ -186,7 +186,9 @@ def fit(
         dtype: Dtype of the stored components; that of the rows by default.
     """
     if not bool(rows.any()):
-        raise OptionError(f"every row is zero: a {tuple(rows.shape)} matrix without a direction cannot be fitted.")
+        raise OptionError(
+            f"every row of the {tuple(rows.shape)} matrix is zero, so no component can be fitted. Leave it out."
+        )
     # one block, so that its weight is the only one
     identity = torch.eye(rows.shape[0], dtype=torch.float64)
     leading = linalg.RowBlocks([rows]).leading([identity], component_rule(n_components, energy))
@@ -217,8 +219,8 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
         raise OptionError(f"n_extra must be at least 1, got {n_extra}.")
     if basis.k + n_extra > basis.dimension:
         raise ShapeError(
-            f"{label}: {basis.k} components and {n_extra} extra ones are more than its {basis.dimension} dimensions; "
-            f"at most n_extra={basis.dimension - basis.k} fits."
+            f"{label}: {basis.k} components and {n_extra} extra ones exceed its {basis.dimension} dimensions; "
+            f"n_extra can be at most {basis.dimension - basis.k}."
         )
     # Gaussian rows, so that every direction outside the present rows is equally likely
     rows = torch.from_numpy(seeded_normal_rows(n_extra, basis.dimension, seed, label))
@@ -308,5 +310,5 @@ def reconstruct(coefficients: Float[Tensor, "n j"], basis: Basis) -> Float[Tenso
     """
     width = coefficients.shape[1]
     if width > basis.k:
-        raise ShapeError(f"{width} coefficients a row do not fit a basis of {basis.k} components.")
+        raise ShapeError(f"{width} coefficients per row exceed the {basis.k} components of the basis.")
     return coefficients.to(torch.float64) @ basis.components[:width].to(torch.float64)

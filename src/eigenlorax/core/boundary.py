@@ -76,11 +76,11 @@ def damaged_on_error(where: Path | str) -> Iterator[None]:
     except PackError:
         raise
     except MemoryError as error:
-        raise PackError(f"{where} cannot be read: it takes more memory than there is.") from error
+        raise PackError(f"{where} cannot be read: this machine has too little memory for it.") from error
     except PARSE_FAILURES as error:
         kind = "" if isinstance(error, EigenloraxError) else f"{type(error).__name__}: "
         raise PackDamagedError(
-            f"{where} was not written as the format asks: {kind}{reason(error).rstrip('.')}. Make the pack again, with "
+            f"{where} does not follow the pack format: {kind}{reason(error).rstrip('.')}. Write the pack again, with "
             "another tool or release."
         ) from error
 
@@ -149,7 +149,7 @@ def check_depth(value: Any, where: str) -> None:
         if not containers:
             return
         level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
-    raise FormatError(f"{where} has more than {MAX_DEPTH} lists and objects in one another.")
+    raise FormatError(f"{where} nests lists and objects more than {MAX_DEPTH} deep.")
 
 
 @cache
@@ -190,9 +190,7 @@ def check_coded_count(numbers: int, size: int, what: str) -> None:
     """
     most = max(MAX_EXPANSION * size // 4, MEMORY_ALLOWANCE // 20)
     if numbers > most:
-        raise ValueError(
-            f"{what} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} are read of these"
-        )
+        raise ValueError(f"{what} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} were expected")
 
 
 def check_factor_memory(numbers: int, what: str) -> None:

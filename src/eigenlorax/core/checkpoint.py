@@ -149,7 +149,7 @@ def _check_is_checkpoint(folder: Path) -> None:
     """Raise `OptionError` if the folder is a link, or holds anything else, which would be lost."""
     atomic_files.check_is_folder(folder)
     if folder.is_symlink():
-        raise OptionError(f"{folder} is a link, and a checkpoint of a fit is none. Name the folder itself.")
+        raise OptionError(f"{folder} is a link; a checkpoint has to be a folder. Pass the folder itself.")
     if not folder.exists():
         return
     entries = [path for path in folder.iterdir() if not path.name.startswith(atomic_files.STAGING_PREFIX)]
@@ -160,5 +160,5 @@ def _check_is_checkpoint(folder: Path) -> None:
     ]
     if unknown:
         raise OptionError(
-            f"{folder} is no checkpoint of a fit: it holds {min(unknown)!r}. Choose a folder that is empty or new."
+            f"{folder} is no checkpoint of a fit: it holds {min(unknown)!r}. Choose an empty or new folder."
         )

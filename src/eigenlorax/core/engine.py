@@ -151,7 +151,7 @@ class _ProcessEngine(_SharingEngine):
                     self._pool = self._new_pool()
                 submitted = self._submit_pickled(pickled)
         raise EngineError(
-            f"worker processes ended {ATTEMPTS} times in a row. If memory was short, take fewer: "
+            f"worker processes were killed {ATTEMPTS} times in a row. If memory was short, use fewer: "
             f"workers={max(self.workers // 2, 1)} (--workers), or engine='serial'. In a script, the call has to be "
             "under `if __name__ == '__main__':`, since each worker imports the script."
         )
@@ -220,7 +220,7 @@ class _RayEngine(_SharingEngine):
         try:
             return _unpickle_result(self._ray.get(submitted))
         except self._ray.exceptions.RayError as error:
-            raise EngineError(f"a worker of the Ray cluster could not do its part: {reason(error)}") from error
+            raise EngineError(f"a task of the Ray cluster failed: {reason(error)}") from error
 
     def share(self, value: T) -> SharedValue[T]:
         # in a list: Ray would replace a bare reference among a task's arguments by the value itself

@@ -50,7 +50,7 @@ class FitOptions:
         if sum(value is not None for value in sizes.values()) != 1:
             passed = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None) or "none of them"
             raise OptionError(
-                f"give one of {', '.join(SIZE_OPTIONS[:-1])} and {SIZE_OPTIONS[-1]}: got {passed}. "
+                f"pass exactly one of {', '.join(SIZE_OPTIONS[:-1])} and {SIZE_OPTIONS[-1]}: got {passed}. "
                 "For example n_components=32, energy=0.9, max_error=0.3, or ratio=18."
             )
         if self.n_components is not None or self.energy is not None:
@@ -58,7 +58,9 @@ class FitOptions:
         elif self.max_error is not None and not 0 < self.max_error < 1:
             raise OptionError(f"max_error is a relative error, above 0 and below 1, got {self.max_error}.")
         elif self.ratio is not None and not 1 <= self.ratio < math.inf:
-            raise OptionError(f"ratio is by how much smaller the pack is, a number from 1 on, got {self.ratio}.")
+            raise OptionError(
+                f"ratio is the size of the adapters divided by that of the pack, at least 1, got {self.ratio}."
+            )
         check_choice("weighting", self.weighting, WEIGHTINGS)
         if self.sweeps < 0:
             raise OptionError(f"sweeps must be 0 or more, got {self.sweeps}.")

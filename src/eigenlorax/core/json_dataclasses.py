@@ -40,7 +40,7 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < LARGEST_EXACT_INTEGER else value
     # not isinstance: True is an int to Python, and not to JSON
     if type(value) is not kind:
-        raise JsonTypeError(f"{where} is {_describe(value)}, where {kind.__name__} belongs.")
+        raise JsonTypeError(f"{where} is {_describe(value)}; {kind.__name__} was expected.")
     return value
 
 
@@ -82,4 +82,4 @@ def reject_constant(name: str) -> None:
 
     To be passed as `json.loads(parse_constant=reject_constant)`.
     """
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

@@ -120,7 +120,7 @@ def check_tensor_names(names: Iterable[str], where: str) -> None:
         if len(name) > MAX_CHARACTERS:
             raise FormatError(
                 f"{where}: the name of tensor {name[:40]!r}… has {len(name):,} characters; at most {MAX_CHARACTERS:,} "
-                "are read."
+                "were expected."
             )
 
 
@@ -148,7 +148,7 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
         )
     if _FOREIGN.search(key) and not any(f".{module}." in f".{key}" for module in modules_to_save):
         raise FormatError(
-            f"tensor {raw!r} is not one of a PEFT LoRA: known are lora_A, lora_B, lora_embedding_A/B, "
+            f"tensor {raw!r} is not part of a PEFT LoRA: known are lora_A, lora_B, lora_embedding_A/B, "
             "lora_magnitude_vector, trained biases and modules_to_save. It would be lost, so nothing was read."
         )
     return TensorName(Kind.HEAD, key.rpartition(".")[0], f"{MODEL_PREFIX}{key}")
@@ -224,7 +224,7 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise AdapterNameError(
             f"adapter name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
-            "or digit and not ending with '.'. Give one with NAME=PATH."
+            "or digit and not ending with '.'. Choose one with NAME=PATH."
         )
     return name
 

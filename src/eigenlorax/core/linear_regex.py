@@ -38,8 +38,8 @@ class StepBudget:
         self._left -= steps
         if self._left < 0:
             raise PatternError(
-                "to match all of them with all modules takes too many steps. Write whole names of modules, such as "
-                r"^encoder\.layer\.0\.query$, in place of expressions"
+                "matching all expressions with all modules takes too many steps. Write full names of modules, such as "
+                r"^encoder\.layer\.0\.query$, instead of expressions"
             )
 
 
@@ -216,7 +216,7 @@ class _Parser:
         """Parse the whole expression."""
         node = self._choice()
         if self._at < len(self._text):
-            raise PatternError(f"it has a ')' too many at {self._at}")
+            raise PatternError(f"it has an unmatched ')' at {self._at}")
         return node
 
     def _next(self) -> str:
@@ -245,7 +245,7 @@ class _Parser:
         if character == "\\":
             return self._escape()
         if self._repetition() is not None:
-            raise PatternError(f"nothing is there to be repeated before {self._at}")
+            raise PatternError(f"there is nothing to repeat before {self._at}")
         self._at += 1
         if character in _ANCHORS:
             return _Anchor(_ANCHORS[character])
@@ -254,7 +254,7 @@ class _Parser:
     def _group(self) -> _Node:
         opened = _OPENED.match(self._text, self._at)
         if opened is None:
-            raise PatternError(f"look-around, flags and other '(?…' are not taken here, as at {self._at}")
+            raise PatternError(f"look-around, flags and other '(?…' are not supported, as at {self._at}")
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise PatternError(f"its groups are nested more than {MAX_DEPTH} deep")
@@ -282,7 +282,7 @@ class _Parser:
         if escape in _ANCHORS:
             return _Anchor(_ANCHORS[escape])
         if len(escape) < 2 or (escape[1].isascii() and escape[1].isalnum() and escape[1] not in "dDsSwWafnrtv"):
-            raise PatternError(f"{escape} is not taken here")
+            raise PatternError(f"{escape} is not supported")
         return self._character(escape)
 
     def _character(self, single: str) -> _Node:
@@ -302,7 +302,7 @@ class _Parser:
         if counts is None:
             return node
         if isinstance(node, _Anchor):
-            raise PatternError(f"nothing is there to be repeated before {self._at}")
+            raise PatternError(f"there is nothing to repeat before {self._at}")
         # a lazy repetition matches the same texts
         self._at += self._next() == "?"
         if self._repetition() is not None:
@@ -320,7 +320,7 @@ class _Parser:
         minimum = _parse_count(match["minimum"], 0)
         maximum = _parse_count(match["maximum"], None) if match["comma"] else minimum
         if maximum is not None and minimum is not None and maximum < minimum:
-            raise PatternError(f"{match[0]} is at least more than at most")
+            raise PatternError(f"the minimum of {match[0]} is above its maximum")
         return minimum or 0, maximum
 
 

@@ -49,8 +49,8 @@ def canonical_names(adapters: Iterable[Iterable[str]]) -> dict[str, str]:
         for same_module in renamed:
             if len(clash := [name for name in same_module if name in names]) > 1:
                 raise ModuleNameError(
-                    f"modules {clash[0]!r} and {clash[1]!r} of one adapter could be one, by the names that "
-                    "transformers has given it. Fit the adapters apart, or leave the module out with "
+                    f"modules {clash[0]!r} and {clash[1]!r} of one adapter could be the same module, which "
+                    "transformers has renamed. Fit the adapters separately, or leave the module out with "
                     f"exclude_modules=[{clash[1]!r}] (--exclude-module {clash[1]})."
                 )
     # a renaming may bring names together that differ by a leading component, so prefixes are compared once more
@@ -71,7 +71,7 @@ def _longest_forms(name_sets: Collection[frozenset[str]]) -> dict[str, str]:
         if len(longer) > 1:
             raise ModuleNameError(
                 f"module {short!r} of one adapter could be {longer[0]!r} or {longer[1]!r} of others. Fit the adapters "
-                f"apart, or leave the module out with exclude_modules=[{short!r}] (--exclude-module {short})."
+                f"separately, or leave the module out with exclude_modules=[{short!r}] (--exclude-module {short})."
             )
 
     def longest(name: str) -> str:
@@ -83,9 +83,9 @@ def _longest_forms(name_sets: Collection[frozenset[str]]) -> dict[str, str]:
         if len({forms[name] for name in names}) < len(names):
             clash = next(name for name in sorted(names) if forms[name] != name and forms[name] in names)
             raise ModuleNameError(
-                f"modules {clash!r} and {forms[clash]!r} of one adapter could be one, by the names other adapters have "
-                f"for them. Fit the adapters apart, or leave the module out with exclude_modules=[{clash!r}] "
-                f"(--exclude-module {clash})."
+                f"modules {clash!r} and {forms[clash]!r} of one adapter are one module by the names that other "
+                "adapters have for them. Fit the adapters separately, or leave the module out with "
+                f"exclude_modules=[{clash!r}] (--exclude-module {clash})."
             )
     return forms
 

@@ -92,7 +92,7 @@ def check_rounding(exact: Float[Tensor, "n a b"], rounded: Float[Tensor, "n a b"
         )
     if not bool(rounded.isfinite().all()):
         raise NonFiniteError(
-            f"coefficients up to {float(exact.abs().max()):.1e} do not fit {rounded.dtype}, which ends at "
+            f"coefficients up to {float(exact.abs().max()):.1e} exceed {rounded.dtype}, whose largest number is "
             f"{torch.finfo(rounded.dtype).max:.1e}. {wider}"
         )
 

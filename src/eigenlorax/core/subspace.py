@@ -64,7 +64,10 @@ class Subspace:
     def __post_init__(self) -> None:
         histories = {tuple(growth.seed for growth in side.growth) for side in self._sides()}
         if len(histories) > 1:
-            raise OptionError(f"the sides of a subspace grow together; here are some of {len(histories)} histories.")
+            raise OptionError(
+                f"all bases of a subspace must have grown by the same steps; here they have {len(histories)} different "
+                "histories."
+            )
 
     def _sides(self) -> Iterator[Basis]:
         return (module.side(side) for module in self.modules.values() for side in ("down", "up"))
@@ -192,7 +195,7 @@ def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
     # the same seed would give the rows again, and orthogonalisation would leave only their rounding errors
     if any(seed == earlier.seed for earlier in subspace.augmentations):
         raise OptionError(
-            f"the subspace already has directions from seed {seed}; those it would give again. Choose another seed."
+            f"the subspace already has components from seed {seed}, which would give them again. Choose another seed."
         )
     modules = {
         name: ModuleBases(
@@ -221,7 +224,7 @@ def extend(
         OptionError: There is no row.
     """
     if not any(len(side) for pair in rows.values() for side in pair):
-        raise OptionError("no direction was given to extend the subspace by.")
+        raise OptionError("no component was passed to extend the subspace with.")
     modules = {}
     for name, bases in subspace.modules.items():
         # every basis takes part in every growth step, with no rows if need be

@@ -224,7 +224,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         return _manifest(body)
     except (JsonTypeError, AdapterNameError) as error:
         raise PackDamagedError(
-            f"{path} was not written as the format asks: {error} Make the pack again, with another tool or release."
+            f"{path} does not follow the pack format: {error} Write the pack again, with another tool or release."
         ) from error
 
 
