@@ -33,7 +33,10 @@ CONFIGS = {
     "null": (lambda path: written(path, None), "holds a JSON NoneType; an object was expected"),
     "not text": (lambda path: path.write_bytes(b'{"r": "\xff"}'), "is not valid JSON"),
     "deeper than Python reads": (lambda path: path.write_text("[" * 100_000), "is not valid JSON"),
-    "deeper than Python writes": (lambda path: written(path, {"a": DEEP}), "nests lists and objects more than 100 deep"),
+    "deeper than Python writes": (
+        lambda path: written(path, {"a": DEEP}),
+        "nests lists and objects more than 100 deep",
+    ),
     "larger than any": (lambda path: os.truncate(path, 1 << 42), "has 4,398,046,511,104 bytes; at most 67,108,864"),
     "a revision that is a number": (
         lambda path: change_config(path.parent, revision=3),

@@ -98,7 +98,7 @@ class TestJson:
                 "of version 3 .* make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
-            (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6", where int'),
+            (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6"; int'),
             (lambda text: text.replace('"seed": 0', '"seed": NaN'), "NaN is not a JSON number"),
         ],
     )
