@@ -118,10 +118,10 @@ def _widths(columns: Sequence[_Column], width: int | None) -> list[int] | None:
 def _row(cells: Sequence[Sequence[str]], columns: Sequence[_Column], widths: Sequence[int]) -> list[str]:
     """Return the lines of a row whose cells have several lines."""
     lines = []
-    for parts in zip_longest(*cells, fillvalue=""):
+    for line_of_cells in zip_longest(*cells, fillvalue=""):
         padded = [
-            _padded(part, column_width, right=column.is_number)
-            for part, column, column_width in zip(parts, columns, widths, strict=True)
+            _padded(text, column_width, right=column.is_number)
+            for text, column, column_width in zip(line_of_cells, columns, widths, strict=True)
         ]
         lines.append((MARGIN + GAP.join(padded)).rstrip(" "))
     return lines

@@ -236,8 +236,8 @@ def _check_unused(is_given: Mapping[str, bool], needed: str) -> None:
     """Raise `OptionError` if one of these options was given, because each needs another option."""
     from ..errors import OptionError
 
-    for option, given in is_given.items():
-        if given:
+    for option, was_given in is_given.items():
+        if was_given:
             raise OptionError(f"{option} needs {needed}. Pass that too, or remove {option}.")
 
 

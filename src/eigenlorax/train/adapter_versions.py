@@ -64,9 +64,9 @@ class VersionLoader:
 
         Raises `FormatError` if PEFT cannot load the adapter on this base model.
         """
-        others = [version for version in versions if version != ORIGINAL]
+        compared = [version for version in versions if version != ORIGINAL]
         shares_base = _leaves_base_unchanged(versions[ORIGINAL])
-        for group in [others] if shares_base else [[version] for version in others]:
+        for group in [compared] if shares_base else [[version] for version in compared]:
             with tempfile.TemporaryDirectory() as temporary:
                 folders = {
                     version: formats.write_adapter(versions[version], Path(temporary) / str(index))

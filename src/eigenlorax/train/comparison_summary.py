@@ -47,7 +47,7 @@ class Difference:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval contains zero."""
+        """True if the interval contains zero."""
         return self.low <= 0 <= self.high
 
 
@@ -78,7 +78,7 @@ class MethodSummary:
 
     @property
     def rate_is_at_edge(self) -> bool:
-        """Whether the chosen learning rate is the lowest or the highest of several."""
+        """True if the chosen learning rate is the lowest or the highest of several."""
         rates = [float(rate) for rate in self.rates]
         return len(rates) > 1 and self.learning_rate in (min(rates), max(rates))
 
@@ -216,9 +216,9 @@ def _random_basis_finding(advantage: Difference) -> str:
     return f"random basis: {effect}; factors are {_describe(advantage, 'factors over random components')}."
 
 
-def join_words(parts: Sequence[str]) -> str:
-    """Join parts with commas and "and"."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def join_words(phrases: Sequence[str]) -> str:
+    """Join phrases with commas and "and"."""
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 def plural(number: int | float, noun: str) -> str:

@@ -152,7 +152,7 @@ class Labels:
 
     @property
     def numbered(self) -> bool:
-        """Whether the classes are named by their numbers."""
+        """True if the classes are named by their numbers."""
         return self.names == tuple(map(str, range(len(self.names))))
 
     def encode(self, table: Table, columns: Columns) -> list[int]:
@@ -160,7 +160,7 @@ class Labels:
 
         Raises `FormatError` for a label that is no class.
         """
-        known = {name: number for number, name in enumerate(self.names)}
+        numbers_by_name = {name: number for number, name in enumerate(self.names)}
         # with names such as "1", "2", "3", an integer 1 could be the name or the number of a class
         is_ambiguous = not self.numbered and any(_is_number(name) for name in self.names)
         encoded = []
@@ -172,8 +172,8 @@ class Labels:
                 if not 0 <= value < len(self.names):
                     raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.")
                 encoded.append(value)
-            elif value in known:
-                encoded.append(known[value])
+            elif value in numbers_by_name:
+                encoded.append(numbers_by_name[value])
             else:
                 hint = suggestion(value, self.names)
                 raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.{hint}")

@@ -114,12 +114,12 @@ class Training:
 
     @property
     def keeps_checkpoints(self) -> bool:
-        """Whether checkpoints are kept after the training."""
+        """True if checkpoints are kept after the training."""
         return "save_total_limit" in self.trainer_options
 
     @property
     def uses_soap(self) -> bool:
-        """Whether coefficients are trained with `tuner.SOAP`, and not with an optimizer of the Trainer."""
+        """True if coefficients are trained with `tuner.SOAP`, and not with an optimizer of the Trainer."""
         return not {"optim", "optim_args", "optim_target_modules"} & set(self.trainer_options)
 
 

@@ -87,13 +87,15 @@ def prepare(
     ratios = check(ratios)
     report = progress or (lambda stage, done, total: None)
     stage = _describe_work(plan.jobs, len(ratios))
-    named = [replace(adapter, name=name) for name, adapter in originals.items()]
-    excluded = _excluded_patterns(pack, named)
+    adapters = [replace(adapter, name=name) for name, adapter in originals.items()]
+    excluded = _excluded_patterns(pack, adapters)
     packs: list[Pack] = []
     for done, ratio in enumerate(ratios):
         report(stage, done, len(ratios))
         packs.append(
-            fitting.fit(named, ratio=ratio, exclude_modules=excluded, same_base=True, warn_above=1.0, progress=report)
+            fitting.fit(
+                adapters, ratio=ratio, exclude_modules=excluded, same_base=True, warn_above=1.0, progress=report
+            )
         )
     report(stage, len(ratios), len(ratios))
     own = _version_of_pack("pack", None, pack, list(originals))
@@ -102,7 +104,7 @@ def prepare(
     carried = sum(record.carried_bytes for record in records.values())
     lora_float16 = 2 * lora_numbers(records) + carried
     truncated = _truncated_versions(originals, packs[0], fits, carried, report)
-    return StoredVersions(len(named), lora_float16, [own, *chain.from_iterable(zip(fits, truncated, strict=True))])
+    return StoredVersions(len(adapters), lora_float16, [own, *chain.from_iterable(zip(fits, truncated, strict=True))])
 
 
 def run(

@@ -333,9 +333,9 @@ def _score(
             original_logits = logits if original_logits is None else original_logits
             chunk = max(1, _MAX_FLOAT64_LOGITS // logits.shape[-1])
             for start in range(0, len(targets), chunk):
-                part = slice(start, start + chunk)
+                rows = slice(start, start + chunk)
                 sums[index] += _score_sums(
-                    evaluate.to_float64(original_logits[part]), evaluate.to_float64(logits[part]), targets[part]
+                    evaluate.to_float64(original_logits[rows]), evaluate.to_float64(logits[rows]), targets[rows]
                 )
         n += len(targets)
         # progress counts neither the original nor the head alone
