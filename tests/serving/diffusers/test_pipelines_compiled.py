@@ -61,7 +61,7 @@ def test_a_model_wrapped_by_torch_compile(make, packs, plain):
     path, _ = packs["flux"]
     ours, theirs = make("flux"), plain("flux")
     ours.transformer = torch.compile(ours.transformer, backend="eager")
-    with pytest.warns(WrappedModelWarning, match=r"passes it by. Compile in place, pipe.transformer.compile\(\)"):
+    with pytest.warns(WrappedModelWarning, match=r"ignores it. Compile in place, pipe.transformer.compile\(\)"):
         ex.load_into(ours, path)
     picture(ours)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -166,7 +166,9 @@ def test_an_adapter_of_the_missing_text_encoder_alone(pipe):
 
 def test_saving_from_the_pipeline(pipe, small, tmp_path):
     ex.load_into(pipe, small)
-    with pytest.raises(OptionError, match="'toy' is in a model to run there, .*`eigenlorax export` writes a LoRA"):
+    with pytest.raises(
+        OptionError, match="'toy' was loaded from a pack for inference, .*`eigenlorax export` writes a LoRA"
+    ):
         pipe.unet.save_lora_adapter(tmp_path / "lora", adapter_name="toy")
     assert not (tmp_path / "lora").exists()
 

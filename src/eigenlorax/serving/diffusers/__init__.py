@@ -1,6 +1,6 @@
-"""A pack's adapters in the image pipelines of diffusers, which is not loaded by importing this."""
+"""`load_into`: adapters of a pack in the image pipelines of diffusers. Importing this does not load diffusers."""
 
-# without PEFT it says so, and what to install, before a module of ours asks for PEFT's own
+# raises an error that says what to install if PEFT is missing
 from ... import tuner  # noqa: F401
 from .loading import load_into
 
