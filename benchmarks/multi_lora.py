@@ -230,8 +230,8 @@ def measure(plan: Plan) -> Json:
             loras = {way: [str(folder / way / name) for name in names[:n]] for way in ("loras", "cores")}
             ordinary = Engine({**asked, "loras": loras["loras"]}, {})
             engines[f"lora {n}"] = running.enter_context(ordinary)
-            on_cores = Engine({**asked, "loras": loras["cores"], "targets": None}, shared)
-            engines[f"shared {n}"] = running.enter_context(on_cores)
+            lora_on_cores = Engine({**asked, "loras": loras["cores"], "targets": None}, shared)
+            engines[f"shared {n}"] = running.enter_context(lora_on_cores)
             say(f"engines for {n} adapters are there")
         runs = in_turn(engines, plan.rounds)
         held = {name: one.bytes for name, one in engines.items()}
@@ -259,7 +259,7 @@ def make(plan: Plan, folder: Path) -> Sequence[str]:
 
     import bank
     from eigenlorax.formats import peft
-    from eigenlorax.serving.vllm.cores import on_cores
+    from eigenlorax.serving.vllm.cores import lora_on_cores
 
     bank.K, bank.RANK = K, RANK
     model = plan.model
@@ -279,7 +279,7 @@ def make(plan: Plan, folder: Path) -> Sequence[str]:
     pack.save(folder / "pack")
     pack.export(folder / "loras")
     for name in pack.names:
-        peft.write(on_cores(pack.packed(name), pack.info), folder / "cores" / name)
+        peft.write(lora_on_cores(pack.packed(name), pack.info), folder / "cores" / name)
     return pack.names
 
 

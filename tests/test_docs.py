@@ -129,10 +129,10 @@ class TestCommandLine:
             (comparison_summary.Difference, "`eigenlorax compare`"),
             (comparison_summary.MethodRun, "`eigenlorax compare`"),
             (checking.Check, "`eigenlorax serve-check`"),
-            (checking.Way, "`eigenlorax serve-check`"),
+            (checking.ServingMode, "`eigenlorax serve-check`"),
             (plan.Plan, "`eigenlorax serve-check`"),
             (plan.Choices, "`eigenlorax serve-check`"),
-            (plan.Tier, "`eigenlorax serve-check`"),
+            (plan.MemoryUse, "`eigenlorax serve-check`"),
         ],
         ids=lambda value: getattr(value, "__name__", ""),
     )

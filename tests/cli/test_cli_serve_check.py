@@ -245,7 +245,7 @@ class TestWhatIsNotServed:
         run = succeeded(cli("serve-check", pack, "--model", model))
         (line,) = (line for line in run.out.splitlines() if line.startswith("Not served with a shared basis: "))
         assert "3 adapters (a, b, c): the model has no linear layer" in line
-        assert "for 1 of the 5 modules of the subspace, as 'lm_head'" in line
+        assert "for 1 of the 5 modules of the subspace, such as 'lm_head'" in line
         assert "(eigenlorax fit … --exclude-module lm_head)" in line
         assert "EIGENLORAX_SHARED_BASIS" not in run.out
 
@@ -302,7 +302,7 @@ class TestWhatIsNotServed:
         found = json_of(cli("serve-check", fitting, "--model", model, "--json"))
         assert "lack the first part of the model's names" in found["expanded"]["refused"]["short"]
         with pytest.raises(ServingError, match="lack the first part of the model's names"):
-            AdapterFolders(Settings(str(fitting), False, tmp_path / "cache")).asked("short").result(timeout=60)
+            AdapterFolders(Settings(str(fitting), False, tmp_path / "cache")).request("short").result(timeout=60)
 
     def test_an_empty_pack(self, cli, fitting, model):
         succeeded(cli("remove", fitting, "a", "b", "c"))
@@ -316,7 +316,7 @@ class TestWhatIsNotServed:
         make_adapter(tmp_path / "in" / "large", seed=5, rank=9, modules=modules(), base=None)
         run = succeeded(cli("serve-check", make_pack_of(tmp_path), "--model", model))
         assert "slots are as large as 'large' needs, of rank 9" in run.err
-        assert "--max-lora-rank 8 would do" in run.err
+        assert "--max-lora-rank 8 is enough" in run.err
 
 
 def make_pack_of(place, **options):

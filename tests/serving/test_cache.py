@@ -331,4 +331,4 @@ def test_by_default_it_is_in_memory_where_there_is_enough(tmp_path, monkeypatch)
         monkeypatch.setattr(cache, "_is_memory", lambda path, found=is_memory: found)
         monkeypatch.setattr(cache.os, "access", lambda path, mode: True)
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda path, n=free: cache.shutil._ntuple_diskusage(n, 0, n))
-        assert cache.place() == wanted / name
+        assert cache.default_root() == wanted / name

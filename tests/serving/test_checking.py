@@ -5,7 +5,7 @@ import pytest
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError
-from eigenlorax.serving.vllm.checking import Asked, check
+from eigenlorax.serving.vllm.checking import ServerOptions, check
 from eigenlorax.serving.vllm.plan import EMBEDDING, Layer, Shapes
 from planted import random_factors
 from rests import with_rests
@@ -44,19 +44,20 @@ def test_experts_are_served_expanded_alone_and_count_as_the_pack_has_them():
     assert found.target_modules == ["experts", "q_proj"]
     assert found.plan.expanded.slot_numbers == 8 * (17 + 11 + 13 + 11)
     assert found.notes == [
-        "experts count as the pack has them; vLLM makes room for all experts of a layer, so that a slot can be larger."
+        "only experts that the pack has are counted; vLLM makes room for all experts of a layer, so that a slot can be "
+        "larger."
     ]
 
 
 def test_experts_where_the_model_has_none():
-    with pytest.raises(ModuleNameError, match="org/base lacks 1 of the 2 modules of the pack, as .*experts"):
+    with pytest.raises(ModuleNameError, match="org/base lacks 1 of the 2 modules of the pack, such as .*experts"):
         check(make_pack({Q: (17, 11), GATE: (13, 11)}), "pack", shapes())
 
 
 def test_layers_of_which_nobody_knows_how_they_are_cut():
-    asked = Asked(tensor_parallel_size=2)
+    asked = ServerOptions(tensor_parallel_size=2)
     (note,) = check(make_pack({Q: (17, 11)}), "pack", shapes(whole=True), asked).notes
-    assert "does not say how its layers are cut among GPUs" in note
+    assert "does not say how its layers are divided among GPUs" in note
     assert check(make_pack({Q: (17, 11)}), "pack", shapes(whole=True)).notes == []
 
 
@@ -73,13 +74,13 @@ def test_the_revision_of_the_model_is_in_the_commands():
 
 def test_memory_for_a_hundred_adapters_at_most(monkeypatch):
     monkeypatch.setattr("eigenlorax.serving.vllm.checking.MOST_IN_MEMORY", 2)
-    assert check(make_pack({Q: (17, 11)}), "pack", shapes(), Asked(max_loras=1)).plan.choices.max_cpu_loras == 2
+    assert check(make_pack({Q: (17, 11)}), "pack", shapes(), ServerOptions(max_loras=1)).plan.choices.max_cpu_loras == 2
 
 
 @pytest.mark.parametrize("fields", [{"max_loras": True}, {"max_cpu_loras": 9.5}, {"adapters": "1"}])
 def test_numbers_are_integers(fields):
     with pytest.raises(OptionError, match=f"{next(iter(fields))} must be an integer"):
-        Asked(**fields)
+        ServerOptions(**fields)
 
 
 def test_names_that_are_not_the_model_s_own_are_said():

@@ -38,7 +38,7 @@ def serve(pack, tmp_path):
 
 
 def path_of(folders, name):
-    return folders.asked(name).result(timeout=60).path
+    return folders.request(name).result(timeout=60).path
 
 
 def test_without_a_shared_basis_it_is_what_is_exported(serve, pack, tmp_path):
@@ -56,7 +56,7 @@ def test_a_rest_is_in_what_is_expanded_and_refused_between_shared_bases(serve, p
     for module, factors in wanted.adapter("alpha").modules.items():
         assert torch.equal(served.modules[module].down, factors.down)
         assert torch.equal(served.modules[module].up, factors.up)
-    with pytest.raises(ServingError, match="'alpha' cannot be served: it has a rest beside its coefficients"):
+    with pytest.raises(ServingError, match="'alpha' cannot be served: it has a residual"):
         path_of(serve(shared=True), "alpha")
 
 
@@ -68,7 +68,7 @@ def test_bytes_that_were_chosen_are_expanded(serve, pack, tmp_path):
         for module, factors in wanted.adapter(name).modules.items():
             assert torch.equal(served.modules[module].down, factors.down)
             assert torch.equal(served.modules[module].up, factors.up)
-    with pytest.raises(ServingError, match="'alpha' cannot be served: it has a rest beside its coefficients"):
+    with pytest.raises(ServingError, match="'alpha' cannot be served: it has a residual"):
         path_of(serve(shared=True), "alpha")
 
 
@@ -318,7 +318,7 @@ def test_the_threads_of_torch_stay_as_many_as_they_were(serve, monkeypatch):
     try:
         folders = serve()
         path_of(folders, "alpha")
-        folders._thread.submit(note).result()
+        folders._executor.submit(note).result()
         in_a_new_thread()
         note()
     finally:

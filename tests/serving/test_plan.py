@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from eigenlorax.errors import OptionError
 from eigenlorax.serving.vllm import plan as plans
-from eigenlorax.serving.vllm.plan import COLUMN, EMBEDDING, HEAD, ROW, Choices, Core, Layer, Served, Shapes
+from eigenlorax.serving.vllm.plan import COLUMN, EMBEDDING, HEAD, ROW, Choices, CoreSize, Layer, ServedAdapters, Shapes
 from eigenlorax.train.shapes import of_config
 
 HIDDEN, FFN, KV, VOCABULARY, DEPTH = 4096, 14336, 1024, 128256, 32
@@ -38,15 +38,15 @@ def linear(shapes):
 def planned(shapes, *, rank=16, k=64, max_loras=8, gpus=1, n=1000):
     """Every linear layer has a LoRA of `rank`, and k components a side."""
     layers = linear(shapes)
-    cores = {name: Core(k, k) for name in layers}
+    cores = {name: CoreSize(k, k) for name in layers}
     numbers = rank * sum(layer.out + layer.input for layer in layers.values())
     return plans.plan(
         shapes.layers,
         cores,
-        plans.targets(layers),
+        plans.target_modules(layers),
         Choices(max_loras=max_loras, max_cpu_loras=100, many=n, itemsize=2, gpus=gpus),
-        expanded=Served(10, rank, 10 * numbers),
-        shared=Served(10, rank, 10 * rank * 2 * k * len(layers)),
+        expanded=ServedAdapters(10, rank, 10 * numbers),
+        shared=ServedAdapters(10, rank, 10 * rank * 2 * k * len(layers)),
     )
 
 
@@ -96,7 +96,7 @@ class TestLlama3:
     def test_embeddings_and_the_head(self, llama):
         assert llama.layers["lm_head"] == Layer(VOCABULARY, HIDDEN, HEAD)
         assert llama.layers["model.embed_tokens"] == Layer(HIDDEN, VOCABULARY, EMBEDDING)
-        room = plans.with_room(llama.layers, ["lm_head", "embed_tokens"])
+        room = plans.layers_in_slot(llama.layers, ["lm_head", "embed_tokens"])
         assert plans.expanded_slot(room, 16, 4) == 2 * 16 * (VOCABULARY + HIDDEN)
 
     def test_two_gpus_share_what_vllm_cuts(self, llama):
@@ -127,19 +127,19 @@ class TestLlama3:
 
 class TestWhatHasRoom:
     def test_projections_that_are_fused_have_room_together(self, llama):
-        room = plans.with_room(llama.layers, ["v_proj", "down_proj"])
+        room = plans.layers_in_slot(llama.layers, ["v_proj", "down_proj"])
         assert {name.rpartition(".")[2] for name in room} == {"q_proj", "k_proj", "v_proj", "down_proj"}
         assert len(room) == 4 * DEPTH
 
     def test_modules_are_named_by_their_last_part(self):
         names = ["model.layers.0.self_attn.q_proj", "model.layers.7.self_attn.q_proj", "lm_head"]
-        assert plans.targets(names) == ("lm_head", "q_proj")
+        assert plans.target_modules(names) == ("lm_head", "q_proj")
 
     def test_experts_are_one_layer(self):
         names = ["model.layers.0.mlp.experts.3.gate_proj", "model.layers.0.mlp.experts.0.down_proj", "a.q_proj"]
-        assert plans.targets(names) == ("experts", "q_proj")
+        assert plans.target_modules(names) == ("experts", "q_proj")
         layers = {name: Layer(2, 3) for name in names} | {"a.mlp.gate_proj": Layer(5, 7)}
-        assert set(plans.with_room(layers, ["experts"])) == set(names[:2])
+        assert set(plans.layers_in_slot(layers, ["experts"])) == set(names[:2])
 
     def test_without_a_restriction_every_linear_layer_has_room(self, llama):
         layers = linear(llama)
@@ -147,10 +147,10 @@ class TestWhatHasRoom:
         plan = plans.plan(
             llama.layers,
             {},
-            plans.targets(few),
+            plans.target_modules(few),
             Choices(1, 1, 1, 2),
-            expanded=Served(1, 16, 1),
-            shared=Served(0, 0, 0),
+            expanded=ServedAdapters(1, 16, 1),
+            shared=ServedAdapters(0, 0, 0),
         )
         assert plan.expanded.slot_numbers == DEPTH * 16 * 2 * HIDDEN
         assert plan.unrestricted_slot_bytes == 83_886_080
@@ -171,7 +171,7 @@ class TestRanks:
 
 def test_components_may_differ_by_module_and_side():
     layers = {"a.x": Layer(7, 5), "a.y": Layer(13, 11)}
-    cores = {"a.x": Core(2, 3), "a.y": Core(4, 6)}
+    cores = {"a.x": CoreSize(2, 3), "a.y": CoreSize(4, 6)}
     assert plans.shared_slot(cores.values(), 8) == 8 * (2 + 3 + 4 + 6)
     assert plans.basis(layers, cores, 1) == 2 * 5 + 7 * 3 + 4 * 11 + 13 * 6
     cut = {"a.x": replace(layers["a.x"], out=8, split=COLUMN), "a.y": replace(layers["a.y"], input=12, split=ROW)}

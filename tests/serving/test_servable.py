@@ -9,7 +9,7 @@ import torch
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from eigenlorax.errors import ServingError
-from eigenlorax.serving.vllm.cores import on_cores
+from eigenlorax.serving.vllm.cores import lora_on_cores
 from eigenlorax.serving.vllm.plan import RANKS
 from eigenlorax.serving.vllm.servable import expanded_rank, refusal, shared_rank
 from rests import with_rests
@@ -173,7 +173,7 @@ def test_a_rest_has_no_place_between_shared_bases(plain):
     found = replace(plain, coefficients=wide)
     assert refusal(found, shared=False) is None
     assert refusal(found, shared=True) == (
-        f"adapter 'alpha' cannot be served: it has a rest beside its coefficients in {module!r} and 1 more modules, "
+        f"adapter 'alpha' cannot be served: it has a residual in {module!r} and 1 more modules, "
         "which the cores of a shared basis cannot hold; without a shared basis it can be served."
     )
 
@@ -181,6 +181,6 @@ def test_a_rest_has_no_place_between_shared_bases(plain):
 def test_one_that_has_a_rest_is_no_lora_of_cores(tmp_path):
     make_adapters(tmp_path / "in", "a0 a1")
     pack = with_rests(ex.fit(tmp_path / "in", n_components=4), {"a0": ["both"]})
-    on_cores(pack.packed("a1"), pack.info)
-    with pytest.raises(ServingError, match="adapter 'a0' has a rest beside its coefficients in 'encoder"):
-        on_cores(pack.packed("a0"), pack.info)
+    lora_on_cores(pack.packed("a1"), pack.info)
+    with pytest.raises(ServingError, match="adapter 'a0' has a residual in 'encoder"):
+        lora_on_cores(pack.packed("a0"), pack.info)

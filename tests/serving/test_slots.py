@@ -14,8 +14,8 @@ import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.formats import write_adapter
 from eigenlorax.serving.vllm import plan as plans
-from eigenlorax.serving.vllm.checking import Asked, check
-from eigenlorax.serving.vllm.cores import on_cores
+from eigenlorax.serving.vllm.checking import ServerOptions, check
+from eigenlorax.serving.vllm.cores import lora_on_cores
 from eigenlorax.train.shapes import shapes_of
 from offline import in_worker, printed_by, slots, with_engine
 from planted import random_factors
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 LAYERS, SLOTS, RANK = 2, 3, 5
 SHAPES = {"q_proj": (128, 48), "v_proj": (64, 48), "o_proj": (48, 128), "down_proj": (48, 88)}
-ASKED = Asked(max_loras=SLOTS, max_cpu_loras=4, dtype="float32")
+ASKED = ServerOptions(max_loras=SLOTS, max_cpu_loras=4, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def measured(made, *, shared, **flags):
     from vllm.lora.request import LoRARequest
 
     pack = ex.Pack.open(made / "pack")
-    given = on_cores(pack.packed("a1"), pack.info) if shared else pack.adapter("a1")
+    given = lora_on_cores(pack.packed("a1"), pack.info) if shared else pack.adapter("a1")
     folder = write_adapter(given, made / f"a1-{shared}", overwrite=True)
 
     def measure(llm):
@@ -107,7 +107,7 @@ def test_slots_and_adapters_of_expanded_ones(vllm, made, checked):
 def test_slots_where_modules_are_not_restricted(vllm, made, checked):
     layers = shapes_of(str(made / "model")).layers
     found = measured(made, shared=False, max_lora_rank=checked.plan.expanded.max_lora_rank)
-    everything = plans.with_room(layers, plans.targets(layers))
+    everything = plans.layers_in_slot(layers, plans.target_modules(layers))
     assert found["slots"] == 4 * SLOTS * plans.expanded_slot(everything, checked.plan.expanded.max_lora_rank, 1)
     # Llama's models have embeddings and a head for LoRAs beside the linear layers
     assert found["slots"] > SLOTS * checked.plan.unrestricted_slot_bytes
@@ -145,7 +145,7 @@ def test_vllm_reads_the_commands(vllm, made):
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    asked = Asked(max_loras=2, max_cpu_loras=5, dtype="float32", tensor_parallel_size=2)
+    asked = ServerOptions(max_loras=2, max_cpu_loras=5, dtype="float32", tensor_parallel_size=2)
     shapes = shapes_of(str(made / "model"))
     found = check(ex.Pack.open(made / "pack"), str(made / "pack"), shapes, asked, revision="abc")
     for way, named in ((found.expanded, found.target_modules), (found.shared, None)):

@@ -62,7 +62,7 @@ def folders_of(tmp_path, source="org/pack", **options):
 
 
 def content(folders, name):
-    path = folders.asked(name).result(timeout=60).path
+    path = folders.request(name).result(timeout=60).path
     return {file.name: digest(file.read_bytes()) for file in path.iterdir()}
 
 
@@ -88,7 +88,7 @@ def test_a_flood_of_unknown_names_does_not_reach_the_hub(hub, ask, tmp_path, sec
         folders = folders_of(tmp_path)
         for i in range(20):
             with pytest.raises(AdapterNameError, match="no adapter named"):
-                folders.asked(f"name{i}").result(timeout=60)
+                folders.request(f"name{i}").result(timeout=60)
 
     def requests_of(call):
         before = len(hub.requests)
@@ -165,9 +165,9 @@ def test_one_that_is_no_pack_is_an_error_at_once(hub, ask, tmp_path):
 
 def test_a_local_pack_is_read_again_only_where_it_has_changed(hub, tmp_path):
     one = watched.WatchedPack(tmp_path / "pack")
-    before = one.now()
-    assert one.now() is before
+    before = one.current()
+    assert one.current() is before
     with ex.Pack.edit(tmp_path / "pack") as pack:
         pack.add(make_adapter(tmp_path / "gamma", seed=7))
-    assert one.now().names == ["alpha", "beta", "gamma"]
-    assert one.now() is not before
+    assert one.current().names == ["alpha", "beta", "gamma"]
+    assert one.current() is not before

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..serving.vllm.checking import Check
-    from ..serving.vllm.plan import Plan, Tier
+    from ..serving.vllm.plan import MemoryUse, Plan
 
 EPILOG = """Examples:
 
@@ -51,10 +51,10 @@ def serve_check(
 ) -> None:
     """Check which adapters of a pack vLLM can serve, with which flags and how much memory. Does not need vLLM."""
     from ..pack.pack import Pack
-    from ..serving.vllm.checking import Asked, check
+    from ..serving.vllm.checking import ServerOptions, check
     from ..train import models, shapes
 
-    settings = Asked(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
+    settings = ServerOptions(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=revision)
         base, base_revision = models.base_model_of(opened, model)
@@ -127,7 +127,7 @@ def _print_plan(plan: "Plan") -> None:
         console.say(sentence)
 
 
-def _bytes(tier: "Tier | None", name: str) -> str:
+def _bytes(tier: "MemoryUse | None", name: str) -> str:
     return f"{getattr(tier, name):,}" if tier is not None else "–"
 
 

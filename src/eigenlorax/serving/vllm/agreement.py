@@ -1,7 +1,7 @@
-"""Whether the adapters of a pack are for the model that vLLM has loaded, and whether it applies all of an adapter.
+"""Checks that the adapters of a pack fit the model that vLLM has loaded, and that vLLM applies all of an adapter.
 
-vLLM loads adapters of a narrower model, and of one with more layers, and answers something else; it looks at no names
-but the last, and at no sizes. Of an adapter it leaves out what it has no slot for, and does not say so.
+vLLM compares neither sizes nor full names: it loads adapters of a narrower or a deeper model and gives wrong answers.
+It also silently ignores modules of an adapter that it has no slot for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,47 +10,49 @@ from torch import nn
 
 from ...errors import ModuleNameError, ServingError
 from ...pack.manifest import SubspaceInfo
-from .placing import check_shape, lora_names, names_in, places
+from .install import check_shape, lora_names, names_in, projections_of
 
 
 def check_fits(model: nn.Module, info: SubspaceInfo) -> None:
-    """`ShapeError` or `ModuleNameError` if modules of a subspace are not those of a loaded model.
+    """Raise `ShapeError` or `ModuleNameError` if modules of a subspace are not those of a loaded model.
 
-    Modules of a kind that is no linear layer there (experts, embeddings) are left to vLLM, which refuses those that it
-    does not know.
+    Modules that are not linear layers in vLLM (experts, embeddings) are not checked: vLLM refuses unknown ones itself.
     """
-    known, names = places(model), names_in(model, info.modules)
-    kinds = {name.rpartition(".")[2] for name in known}
-    missing = [module for module, name in names.items() if name not in known and _is_layer(name, kinds)]
+    projections, names = projections_of(model), names_in(model, info.modules)
+    kinds = {name.rpartition(".")[2] for name in projections}
+    missing = [module for module, name in names.items() if name not in projections and _is_layer(name, kinds)]
     if missing:
         raise ModuleNameError(
             f"{type(model).__name__} has no linear layer for {len(missing)} of the {len(names)} modules of the pack's "
-            f"subspace, as {missing[0]!r}. Serve the base model that the pack's adapters are for."
+            f"subspace, such as {missing[0]!r}. Serve the base model that the pack's adapters are for."
         )
     for module, name in names.items():
-        if name in known:
+        if name in projections:
             sides = info.modules[module]
-            check_shape(module, (sides["up"].dimension, sides["down"].dimension), known[name])
+            check_shape(module, (sides["up"].dimension, sides["down"].dimension), projections[name])
 
 
 def check_all_have_slots(
     modules: Iterable[str], slots: Iterable[str], fused: Mapping[str, Sequence[str]], targets: Sequence[str] | None
 ) -> None:
-    """`ServingError` if modules of an adapter that vLLM has read have no slot, so that it would leave them out.
+    """Raise `ServingError` if modules of an adapter have no slot in vLLM, which would ignore them.
 
-    slots: the layers that have some, by vLLM's names. fused: what each kind of layer was made of. targets: what vLLM
-    was asked to make slots for; None for all that it can.
+    Args:
+        modules: The modules of the adapter.
+        slots: vLLM's names of the layers that have slots.
+        fused: vLLM's table of the projections that each kind of layer is made of.
+        targets: `--lora-target-modules`; None for all layers.
     """
-    served = {name for path in slots for name in lora_names(path, fused)}
-    every = sorted(modules)
-    # those of experts have one name in the adapter and another one in the model
-    left_out = [module for module in every if module not in served and "experts" not in module.split(".")]
-    if left_out:
-        only = f", which has slots for {', '.join(sorted(targets))} alone (--lora-target-modules)" if targets else ""
+    with_slot = {name for path in slots for name in lora_names(path, fused)}
+    all_modules = sorted(modules)
+    # modules of experts have other names in the model than in the adapter
+    ignored = [module for module in all_modules if module not in with_slot and "experts" not in module.split(".")]
+    if ignored:
+        only = f", which has slots for {', '.join(sorted(targets))} only (--lora-target-modules)" if targets else ""
         raise ServingError(
-            f"{len(left_out)} of {len(every)} modules of an adapter would be left out by this server, as "
-            f"{left_out[0]!r}{only}. `eigenlorax serve-check` prints the flags for a pack as it is now; a model that "
-            "holds a pack's bases takes that pack's adapters alone."
+            f"{len(ignored)} of {len(all_modules)} modules of an adapter would be ignored by this server, such as "
+            f"{ignored[0]!r}{only}. `eigenlorax serve-check` prints the flags for a pack in its current state; a model "
+            "that holds a pack's bases takes that pack's adapters only."
         )
 
 

@@ -1,7 +1,7 @@
-"""Rows without an adapter, on CPUs: there vLLM (0.32) gives them the adapter in its last slot.
+"""A workaround for vLLM 0.32 on CPUs, where rows without an adapter get the adapter in the last slot.
 
-Its kernels in plain torch index the slots with −1 for "none" (vllm-project/vllm, pull requests 48421 and 49656); those
-for GPUs skip such rows.
+Its kernels in plain torch use −1, "no adapter", as an index of slots (vllm-project/vllm, pull requests 48421 and
+49656); those for GPUs skip such rows.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 
 class WithBaseRows(PunicaWrapperCPU):
-    """The products of adapters on CPUs, zero for rows without one."""
+    """vLLM's LoRA products on CPUs, with zeros for rows without an adapter."""
 
     def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
         super()._apply_shrink(y, x, w_t_all, scale)
@@ -27,12 +27,12 @@ class WithBaseRows(PunicaWrapperCPU):
 
 
 def _without_base_rows(rows: Tensor, slots: Tensor) -> Tensor:
-    """Zeros in the rows that have no slot."""
+    """Return `rows` with zeros in the rows that have no slot."""
     return rows.masked_fill((slots[: rows.shape[0]] < 0).unsqueeze(1), 0)
 
 
 def register() -> None:
-    """Let vLLM on this process's CPU multiply so."""
+    """Make vLLM use `WithBaseRows` if its platform is a CPU."""
     if current_platform.is_cpu():
         name = f"{WithBaseRows.__module__}.{WithBaseRows.__qualname__}"
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)

@@ -1,7 +1,7 @@
-"""A bounded cache of folders, one for each process that writes to it. Nothing here knows what is in them.
+"""A bounded cache of folders. Each process that writes to it has its own.
 
-A folder that was given out is there until its process ends, because whoever has its path may read it again. When the
-cache is full, there is no new one. What processes that were killed have left goes when the next one begins.
+A folder exists until its process ends, because a client with its path may read it again; if the cache is full, new
+folders are refused. Folders of processes that were killed are removed when the next process starts.
 """
 
 import atexit
@@ -27,18 +27,18 @@ from .settings import CACHE, CACHE_BYTES
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 (what is made in it is checked)
 _ROOM_IN_MEMORY = 10**9
-"""Free bytes from which memory is preferred to a disk: containers often have 64 MB of it."""
+"""Free bytes from which memory is preferred to a disk. Containers often have 64 MB, which is too little."""
 _PREFIX, _LOCK = "eigenlorax-server-", ".lock"
-# of what is swept: others may have files with names alike
-_OURS = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}{re.escape(_LOCK)}")
+# names of lock files; anything else in the folder is left alone
+_LOCK_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}{re.escape(_LOCK)}")
 _LINKS = 40
-"""On the way to a folder; a system follows about as many."""
+"""Maximum number of links in a path, about as many as Linux follows."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def place() -> Path:
-    """Where caches of this user are by default: in memory where there is a file system for that with a gigabyte free,
-    else among the temporary files."""
+def default_root() -> Path:
+    """Return the default folder for caches of this user: in /dev/shm if it has a gigabyte free, else in the temporary
+    directory."""
     name = f"eigenlorax-{os.geteuid()}"
     if _is_memory(_MEMORY) and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_IN_MEMORY:
         return _MEMORY / name
@@ -54,117 +54,121 @@ def _is_memory(path: Path) -> bool:
 
 
 def prepare(root: Path) -> None:
-    """Make the folder in which caches are, or see that nobody else can change what we will put in it; remove what dead
-    processes have left there. `OptionError` where it cannot be used."""
+    """Create the folder for caches if it is missing, check that only this user can write there, and clean it up.
+
+    Folders of processes that have ended are removed. Raises `OptionError` if the folder cannot be used.
+    """
     try:
         missing = list(takewhile(lambda path: not os.path.lexists(path), (root, *root.parents)))
         for path in reversed(missing):
-            # of another process that has come first; what is there is looked at below
+            # another process may create it at the same time; it is checked below
             with suppress(FileExistsError):
                 path.mkdir(mode=0o700)
-        # of the place itself: a link may have been put there by somebody else
-        why = _unusable(root, root.lstat()) or _replaceable(root)
+        # lstat, because somebody else may have put a link there
+        problem = _unusable_reason(root, root.lstat()) or _replaceable_reason(root)
     except OSError as error:
         raise OptionError(f"{root} cannot be a cache: {reason(error)}. Choose another folder with {CACHE}.") from error
-    if why is not None:
+    if problem is not None:
         raise OptionError(
-            f"{root} cannot be a cache: {why}. Choose another folder with {CACHE}; one that is not there is made."
+            f"{root} cannot be a cache: {problem}. Choose another folder with {CACHE}; a missing one is created."
         )
     _sweep(root)
 
 
-def _unusable(root: Path, found: os.stat_result) -> str | None:
-    """Why a place must not be a cache, if it must not."""
-    if stat.S_ISLNK(found.st_mode):
+def _unusable_reason(root: Path, status: os.stat_result) -> str | None:
+    """Return why a folder must not be a cache; None if it can be one."""
+    if stat.S_ISLNK(status.st_mode):
         return "it is a link"
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         return "it is not a folder"
-    if found.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()):
         return "it belongs to another user"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        return f"other users can write to it (its mode is {stat.S_IMODE(found.st_mode):o})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+        return f"other users can write to it (its mode is {stat.S_IMODE(status.st_mode):o})"
     if not os.access(root, os.W_OK | os.X_OK):
         return "this user cannot write to it"
     return None
 
 
-def _replaceable(root: Path) -> str | None:
-    """Return why others could put another folder in the place of the cache, from which a server would load; or None."""
-    for path, found in _on_the_way(root):
-        if found.st_uid not in (0, os.geteuid()):
+def _replaceable_reason(root: Path) -> str | None:
+    """Return why other users could replace the cache by another folder, from which a server would load; or None."""
+    for path, status in _parents(root):
+        if status.st_uid not in (0, os.geteuid()):
             return f"{path}, on the way to it, belongs to another user"
-        written_by_others = not stat.S_ISLNK(found.st_mode) and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if written_by_others and not found.st_mode & stat.S_ISVTX and not _is_of_us_alone(found):
+        written_by_others = not stat.S_ISLNK(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if written_by_others and not status.st_mode & stat.S_ISVTX and not _has_private_group(status):
             return (
                 f"other users can rename what is in {path}, on the way to it (its mode is "
-                f"{stat.S_IMODE(found.st_mode):o}; chmod go-w, or +t, would do)"
+                f"{stat.S_IMODE(status.st_mode):o}; chmod go-w, or +t, would do)"
             )
     return None
 
 
-def _on_the_way(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield every folder and link that is passed on the way to a folder, from the top; not the folder itself."""
-    # `..` as the system takes it: of where a link leads
-    place, ahead, links = Path("/"), list(reversed(Path(root).absolute().parts[1:-1])), 0
-    yield place, place.lstat()
-    while ahead:
-        name = ahead.pop()
-        path = place.parent if name == ".." else place / name
-        found = path.lstat()
-        yield path, found
-        if not stat.S_ISLNK(found.st_mode):
-            place = path
+def _parents(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield every folder and link on the path to a folder, from the top, without the folder itself."""
+    # `..` is relative to the target of a link, as in the system's own resolution
+    folder, parts, links = Path("/"), list(reversed(Path(root).absolute().parts[1:-1])), 0
+    yield folder, folder.lstat()
+    while parts:
+        name = parts.pop()
+        path = folder.parent if name == ".." else folder / name
+        status = path.lstat()
+        yield path, status
+        if not stat.S_ISLNK(status.st_mode):
+            folder = path
             continue
         links += 1
         if links > _LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(root))
         target = path.readlink()
-        ahead.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
-        place = Path("/") if target.is_absolute() else place
+        parts.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+        folder = Path("/") if target.is_absolute() else folder
 
 
-def _is_of_us_alone(found: os.stat_result) -> bool:
-    """Return whether nobody else is in the group that can write to a folder: many systems give each user a group."""
+def _has_private_group(status: os.stat_result) -> bool:
+    """Return whether only this user is in the group that can write to a folder. Many systems give each user a group."""
     import grp
     import pwd
 
-    if found.st_mode & stat.S_IWOTH:
+    if status.st_mode & stat.S_IWOTH:
         return False
     try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(found.st_gid)
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
     except KeyError:
         return False
     return user.pw_gid == group.gr_gid and user.pw_name == group.gr_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _sweep(root: Path) -> None:
-    """Remove what is of processes that have ended: their locks are free."""
-    for path in (one for one in root.iterdir() if _OURS.fullmatch(one.name)):
-        # of another user, or in use, or gone
+    """Remove folders of processes that have ended, which are those whose lock is free."""
+    for path in (entry for entry in root.iterdir() if _LOCK_NAME.fullmatch(entry.name)):
+        # the lock may be in use, removed already, or belong to another user
         with suppress(OSError, filelock.Timeout):
-            found = path.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
                 with _lock(path):
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                     path.unlink()
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:
-    # held by the process, whichever of its threads has taken it
+    # not per thread: any thread of the process may release it
     return filelock.FileLock(path, timeout=0, thread_local=False, mode=0o600)
 
 
 class Cache:
-    """The folders of this process in `root`, which is prepared.
+    """The folders of this process in a root folder.
 
-    limit: how many bytes of files they may have in all; half of what is free now where it is not given.
+    Args:
+        root: The folder for caches, after `prepare`.
+        limit: Maximum size of all files in bytes; by default half of the free space.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.limit = limit if limit is not None else shutil.disk_usage(root).free // 2
         self._process = os.getpid()
-        # taken before there is a folder: what has a free lock may be swept
-        self._lock = _taken(root)
+        # before the folder is created, because other processes remove folders whose lock is free
+        self._lock = _acquire_new_lock(root)
         self._folder = Path(self._lock.lock_file).with_suffix("")
         self._folder.mkdir(mode=0o700)
         self._writing = threading.Lock()
@@ -172,14 +176,19 @@ class Cache:
         self._bytes = 0
         atexit.register(self._end)
 
-    def folder(self, name: str, at_least: int, make: Callable[[], Files]) -> Path:
-        """The folder of that name, whose files `make` gives if it is not there yet; one call at a time.
+    def folder(self, name: str, min_bytes: int, make: Callable[[], Files]) -> Path:
+        """Return the folder of a name. If it does not exist, write the files that `make` returns.
 
-        name: decides the content. at_least: bytes that it will certainly have. `CacheFullError` if there is no room.
+        Args:
+            name: Name of the folder, which determines its content.
+            min_bytes: Lower bound of its size, which is checked before `make` is called.
+            make: Returns the files. Calls are serialised.
+
+        Raises `CacheFullError` if there is no room.
         """
         with self._writing:
             if name not in self._known:
-                self._check_room(name, at_least)
+                self._check_room(name, min_bytes)
                 files = make()
                 n = sum(map(len, files.values()))
                 self._check_room(name, n)
@@ -208,7 +217,7 @@ class Cache:
             ) from error
 
     def _end(self) -> None:
-        # a fork of the process has not made it
+        # a forked child also runs this at its end
         if os.getpid() == self._process:
             shutil.rmtree(self._folder, ignore_errors=True)
             with suppress(OSError):
@@ -216,12 +225,12 @@ class Cache:
             self._lock.release()
 
 
-def _taken(root: Path) -> filelock.BaseFileLock:
-    """A new lock, held."""
+def _acquire_new_lock(root: Path) -> filelock.BaseFileLock:
+    """Create a lock file with a random name and acquire it."""
     while True:
         path = root / f"{_PREFIX}{secrets.token_hex(8)}{_LOCK}"
         lock = _lock(path)
-        # a sweeper may have come between, and have taken or removed it
+        # another process may have acquired or removed it in between
         with suppress(filelock.Timeout):
             lock.acquire()
             if path.exists():

@@ -1,6 +1,6 @@
-"""What a server will make of a pack: which adapters it serves in which way, with which flags, and what that takes.
+"""The check behind `eigenlorax serve-check`: which adapters of a pack vLLM can serve, with which flags and memory.
 
-Nothing here imports vLLM: a server is planned where there is none.
+Nothing here imports vLLM, so that a server can be planned on a machine without it.
 """
 
 import shlex
@@ -19,20 +19,25 @@ from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
 from . import plan as plans
 from . import servable
-from .commands import Start
-from .plan import Choices, Core, Layer, Plan, Served, Shapes
+from .commands import ServeCommand
+from .plan import Choices, CoreSize, Layer, Plan, ServedAdapters, Shapes
 
 DTYPES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
-"""What vLLM may run a model in, and the bytes of a number; `auto` is half precision."""
+"""Bytes per entry of the dtypes that vLLM runs models in; `auto` is half precision."""
 MOST_IN_MEMORY = 100
-"""Adapters in a worker's memory, where no number is asked for."""
+"""Maximum of the default for `max_cpu_loras`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The flags of a server that a user chooses. max_cpu_loras: None for as many as the pack has, up to a hundred.
+class ServerOptions:
+    """The options of a server that a user chooses.
 
-    adapters: how many there may be one day, for the figures that depend on it.
+    Args:
+        max_loras: vLLM's `--max-loras`.
+        max_cpu_loras: vLLM's `--max-cpu-loras`; None for the number of adapters in the pack, up to 100.
+        dtype: vLLM's `--dtype`.
+        tensor_parallel_size: vLLM's `--tensor-parallel-size`.
+        adapters: Number of adapters that memory is extrapolated to.
     """
 
     max_loras: int = 8
@@ -54,10 +59,13 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to serve: how many adapters; why not the others, a reason each by name; the command that starts it.
+class ServingMode:
+    """The result for one serving mode: expanded adapters, or a shared basis.
 
-    command: None where nothing is served.
+    Args:
+        served: Number of adapters that can be served.
+        refused: The reason why each other adapter cannot be served, by name.
+        command: The command that starts the server; None if no adapter can be served.
     """
 
     served: int
@@ -67,19 +75,28 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a server will make of a pack.
+    """The result of a check. `serve-check --json` prints these fields.
 
-    not_held: modules of the subspace that a model cannot have bases for; where there are any, nothing is served with a
-    shared basis. target_modules: what `--lora-target-modules` names for expanded adapters. notes: what else there is to
-    know, in sentences.
+    Args:
+        pack: The pack.
+        model: The base model.
+        dtype: Dtype of the model.
+        adapters: Number of adapters in the pack.
+        expanded: The result for expanded adapters.
+        shared: The result for a shared basis.
+        not_held: Modules of the subspace that are not linear layers in vLLM. If there are any, no adapter can be served
+            with a shared basis.
+        target_modules: `--lora-target-modules` for expanded adapters.
+        plan: The memory of both modes.
+        notes: Further sentences for the user.
     """
 
     pack: str
     model: str
     dtype: str
     adapters: int
-    expanded: Way
-    shared: Way
+    expanded: ServingMode
+    shared: ServingMode
     not_held: list[str]
     target_modules: list[str]
     plan: Plan
@@ -90,95 +107,115 @@ def check(
     pack: Pack,
     source: str,
     shapes: Shapes,
-    asked: Asked | None = None,
+    options: ServerOptions | None = None,
     *,
     revision: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Check:
-    """Compare a pack, which a server will find at `source`, with a model's shapes, and plan its serving.
+    """Check which adapters of a pack vLLM can serve on a model, and compute the memory that they need.
 
-    Every byte that a server reads is read. revision: of the model. `PackDamagedError` where the pack is,
-    `ModuleNameError` and `ShapeError` where it is not for this model.
+    Everything that a server would read is read, so that a damaged pack is noticed.
+
+    Args:
+        pack: The pack.
+        source: The folder or repository where the server will find the pack.
+        shapes: The layers of the model.
+        options: The options of the server.
+        revision: Revision of the model.
+        progress: Called with a stage, the number of steps that are done, and their total.
+
+    Raises `PackDamagedError` for a damaged pack, `ModuleNameError` or `ShapeError` if it is for another model.
     """
-    asked = asked or Asked()
-    plans.check_gpus(shapes, asked.tensor_parallel_size)
+    options = options or ServerOptions()
+    plans.check_gpus(shapes, options.tensor_parallel_size)
     checks.warn_of_other_model(pack.base_model, shapes.model)
-    match = _matched(pack, shapes)
-    read = _read(pack, match, progress or (lambda stage, done, total: None))
-    targets = plans.targets([*match.cores, *read.carried] if read.expanded.ranks else [])
+    match = _match_modules(pack, shapes)
+    totals = _read_adapters(pack, match, progress or (lambda stage, done, total: None))
+    targets = plans.target_modules([*match.cores, *totals.carried] if totals.expanded.ranks else [])
     plan = plans.plan(
         match.layers,
         match.cores,
         targets,
-        _choices(asked, len(pack)),
-        expanded=read.expanded.served,
-        shared=read.shared.served,
+        _choices(options, len(pack)),
+        expanded=totals.expanded.adapters,
+        shared=totals.shared.adapters,
     )
-    start = Start(source, shapes.model, revision, asked.dtype, plan.choices)
+    command = ServeCommand(source, shapes.model, revision, options.dtype, plan.choices)
     return Check(
         pack=source,
         model=shapes.model,
-        dtype=shapes.dtype if asked.dtype == "auto" else asked.dtype,
+        dtype=shapes.dtype if options.dtype == "auto" else options.dtype,
         adapters=len(pack),
-        expanded=read.expanded.way(start.expanded(plan.expanded, targets)),
-        shared=read.shared.way(start.shared(plan.shared)),
+        expanded=totals.expanded.mode(command.expanded(plan.expanded, targets)),
+        shared=totals.shared.mode(command.shared(plan.shared)),
         not_held=match.not_held,
         target_modules=list(targets),
         plan=plan,
-        notes=[*_note_of_names(pack, shapes, match), *_notes(shapes, match, read, asked)],
+        notes=[*_name_notes(pack, shapes, match), *_notes(shapes, match, totals, options)],
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Match:
-    """A pack's modules in a model. layers: the model's, and experts as the pack has them. cores: by the model's names.
+class _ModuleMatch:
+    """The modules of a pack in a model.
 
-    not_held: modules of the pack that only expanded adapters can serve.
+    Args:
+        layers: The layers of the model by name, and the experts that only the pack names.
+        cores: The number of components of each module of the pack, by the same names.
+        not_held: Modules of the pack that only expanded adapters can serve.
     """
 
     layers: dict[str, Layer]
-    cores: dict[str, Core]
+    cores: dict[str, CoreSize]
     not_held: list[str]
 
 
-def _matched(pack: Pack, shapes: Shapes) -> _Match:
+def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
     layers, cores, not_held = dict(shapes.layers), {}, []
-    # the manifest says the sizes too; but the server reads the bases, and refuses to start where they are damaged
+    # sizes are in the manifest too, but a server reads the bases, and does not start if they are damaged
     modules = pack.subspace.modules
     names = module_names.resolve_all(modules, shapes.layers)
-    missing = [name for name, found in names.items() if found is None and not _of_experts(name, shapes)]
+    missing = [name for name, layer in names.items() if layer is None and not _is_expert(name, shapes)]
     remedy = "Name the base model that the pack's adapters are for: model= (--model)" + (
         f"; the pack says {pack.base_model!r}." if pack.base_model else "."
     )
     if missing:
         raise ModuleNameError(
-            f"{shapes.model} lacks {len(missing)} of the {len(names)} modules of the pack, as {missing[0]!r}. {remedy}"
+            f"{shapes.model} lacks {len(missing)} of the {len(names)} modules of the pack, such as {missing[0]!r}. "
+            f"{remedy}"
         )
-    for name, place in names.items():
+    for name, layer_name in names.items():
         bases = modules[name]
-        if place is None:
-            place = name
+        if layer_name is None:
+            layer_name = name
             layers[name] = Layer(*bases.shape)
-        layer = layers[place]
+        layer = layers[layer_name]
         if (layer.out, layer.input) != bases.shape:
             raise ShapeError(
                 f"module {name} of the pack has a weight of {bases.shape[0]} × {bases.shape[1]}, that of "
                 f"{shapes.model} is {layer.out} × {layer.input}. {remedy}"
             )
-        if layer.kind != plans.LINEAR or plans.in_experts(place):
+        if layer.kind != plans.LINEAR or plans.in_experts(layer_name):
             not_held.append(name)
-        cores[place] = Core(bases.down.k, bases.up.k)
-    return _Match(layers, cores, not_held)
+        cores[layer_name] = CoreSize(bases.down.k, bases.up.k)
+    return _ModuleMatch(layers, cores, not_held)
 
 
-def _of_experts(name: str, shapes: Shapes) -> bool:
-    """Whether a module can be one of experts, whose weights transformers has in one tensor."""
+def _is_expert(name: str, shapes: Shapes) -> bool:
+    """Return whether a module can belong to experts, whose weights are one tensor in transformers."""
     return bool(shapes.experts) and plans.in_experts(name)
 
 
 @dataclass(slots=True)
-class _Served:
-    """Adapters served in one way, as they are read: their ranks, and what all of them hold."""
+class _ModeTotals:
+    """Sums over the adapters that are served in one mode.
+
+    Args:
+        file_itemsize: Bytes per entry in the files that vLLM reads.
+        ranks: Rank of each adapter.
+        refused: The reason why each other adapter cannot be served.
+        numbers: Number of entries of all adapters together.
+    """
 
     file_itemsize: int
     ranks: dict[str, int] = field(default_factory=dict)
@@ -186,127 +223,138 @@ class _Served:
     numbers: int = 0
 
     @property
-    def served(self) -> Served:
-        return Served(len(self.ranks), max(self.ranks.values(), default=0), self.numbers, self.file_itemsize)
+    def adapters(self) -> ServedAdapters:
+        return ServedAdapters(len(self.ranks), max(self.ranks.values(), default=0), self.numbers, self.file_itemsize)
 
-    def way(self, command: str | None) -> Way:
-        return Way(len(self.ranks), self.refused, command)
+    def mode(self, command: str | None) -> ServingMode:
+        return ServingMode(len(self.ranks), self.refused, command)
 
 
 @dataclass(slots=True)
-class _Read:
-    """Both ways. carried: modules of the model for which adapters have LoRAs outside the subspace."""
+class _Totals:
+    """Sums over the adapters of both modes.
 
-    expanded: _Served
-    shared: _Served
+    Args:
+        expanded: Sums of expanded adapters.
+        shared: Sums of adapters with a shared basis.
+        carried: Modules of the model for which adapters have LoRAs outside the subspace.
+    """
+
+    expanded: _ModeTotals
+    shared: _ModeTotals
     carried: set[str] = field(default_factory=set)
 
 
-def _read(pack: Pack, match: _Match, progress: Callable[[str, int, int], None]) -> _Read:
-    # as `Pack.adapter` and `on_cores` have them
+def _read_adapters(pack: Pack, match: _ModuleMatch, progress: Callable[[str, int, int], None]) -> _Totals:
+    # the dtypes of `Pack.adapter` and `lora_on_cores`
     widest = torch.promote_types(torch.promote_types(pack.dtype, pack.coefficient_dtype), torch.float32)
-    read = _Read(_Served(widest.itemsize), _Served(torch.float32.itemsize))
+    totals = _Totals(_ModeTotals(widest.itemsize), _ModeTotals(torch.float32.itemsize))
     for done, name in enumerate(pack.names):
         progress("reading adapters", done, len(pack))
-        found = pack.packed(name)
+        packed = pack.packed(name)
         carried = module_names.resolve_all(
-            sorted({keys.parse_peft_key(key).module for key in found.carried}), match.layers
+            sorted({keys.parse_peft_key(key).module for key in packed.carried}), match.layers
         )
-        _read_expanded(read, found, carried)
-        _read_shared(read.shared, found, pack.info, match)
-    return read
+        _add_expanded(totals, packed, carried)
+        _add_shared(totals.shared, packed, pack.info, match)
+    return totals
 
 
-def _read_expanded(read: _Read, found: PackedAdapter, carried: Mapping[str, str | None]) -> None:
-    why = servable.reason_against(found, shared=False)
-    lacking = [module for module, place in carried.items() if place is None]
-    if why is None and lacking:
-        why = f"the model lacks its module {lacking[0]!r}"
-    if why is not None:
-        read.expanded.refused[found.name] = why
+def _add_expanded(totals: _Totals, packed: PackedAdapter, carried: Mapping[str, str | None]) -> None:
+    """Add an adapter to the sums of expanded ones, or to the refused ones.
+
+    carried: The model's name of each module for which the adapter has a LoRA outside the subspace.
+    """
+    reason = servable.refusal_reason(packed, shared=False)
+    missing = [module for module, layer_name in carried.items() if layer_name is None]
+    if reason is None and missing:
+        reason = f"the model lacks its module {missing[0]!r}"
+    if reason is not None:
+        totals.expanded.refused[packed.name] = reason
         return
-    read.expanded.ranks[found.name] = servable.expanded_rank(found)
-    read.expanded.numbers += found.record.lora_numbers + sum(tensor.numel() for tensor in found.carried.values())
-    read.carried.update(place for place in carried.values() if place is not None)
+    totals.expanded.ranks[packed.name] = servable.expanded_rank(packed)
+    totals.expanded.numbers += packed.record.lora_numbers + sum(tensor.numel() for tensor in packed.carried.values())
+    totals.carried.update(layer_name for layer_name in carried.values() if layer_name is not None)
 
 
-def _read_shared(served: _Served, found: PackedAdapter, info: SubspaceInfo, match: _Match) -> None:
-    # its own reason first: fitting again does not help then
-    why = servable.reason_against(found, shared=True) or _without_place(match)
-    if why is not None:
-        served.refused[found.name] = why
+def _add_shared(shared: _ModeTotals, packed: PackedAdapter, info: SubspaceInfo, match: _ModuleMatch) -> None:
+    """Add an adapter to the sums with a shared basis, or to the refused ones."""
+    # the adapter's own reason comes first, because fitting the pack again would not help then
+    reason = servable.refusal_reason(packed, shared=True) or _shared_basis_reason(match)
+    if reason is not None:
+        shared.refused[packed.name] = reason
         return
-    served.ranks[found.name] = servable.shared_rank(found)
-    for module, coefficients in found.coefficients.items():
-        k_down, k_up = (info.modules[found.places[module]][side].k for side in keys.SIDES)
-        served.numbers += min(coefficients.rank, k_down, k_up) * (k_down + k_up)
+    shared.ranks[packed.name] = servable.shared_rank(packed)
+    for module, coefficients in packed.coefficients.items():
+        k_down, k_up = (info.modules[packed.places[module]][side].k for side in keys.SIDES)
+        shared.numbers += min(coefficients.rank, k_down, k_up) * (k_down + k_up)
 
 
-def _without_place(match: _Match) -> str | None:
-    """Why a server with a shared basis would not start, whatever the adapter, and what to do."""
+def _shared_basis_reason(match: _ModuleMatch) -> str | None:
+    """Return why a server with a shared basis would not start, with a remedy; None if it would."""
     if not match.not_held:
         return None
-    # of a mixture there are thousands
+    # one pattern for all experts, of which there are thousands
     patterns = sorted({"*experts.*" if plans.in_experts(name) else name for name in match.not_held})
     options = shlex.join(word for pattern in patterns for word in ("--exclude-module", pattern))
     return (
         f"the model has no linear layer, which bases could be put into, for {len(match.not_held)} of the "
-        f"{len(match.cores)} modules of the subspace, as {match.not_held[0]!r}; leave them out when fitting "
+        f"{len(match.cores)} modules of the subspace, such as {match.not_held[0]!r}; exclude them when fitting "
         f"(eigenlorax fit … {options}), and adapters that have no LoRA there will be served"
     )
 
 
-def _choices(asked: Asked, adapters: int) -> Choices:
+def _choices(options: ServerOptions, adapters: int) -> Choices:
     return Choices(
-        max_loras=asked.max_loras,
-        max_cpu_loras=asked.max_cpu_loras or max(asked.max_loras, min(adapters, MOST_IN_MEMORY)),
-        many=asked.adapters,
-        itemsize=DTYPES[asked.dtype],
-        gpus=asked.tensor_parallel_size,
+        max_loras=options.max_loras,
+        max_cpu_loras=options.max_cpu_loras or max(options.max_loras, min(adapters, MOST_IN_MEMORY)),
+        many=options.adapters,
+        itemsize=DTYPES[options.dtype],
+        gpus=options.tensor_parallel_size,
     )
 
 
-def _note_of_names(pack: Pack, shapes: Shapes, match: _Match) -> list[str]:
-    """Names are matched here as everywhere, by their ends; vLLM wants them whole."""
-    other = [name for name in pack.info.modules if name not in match.cores]
-    if not other:
+def _name_notes(pack: Pack, shapes: Shapes, match: _ModuleMatch) -> list[str]:
+    """Return a note if names differ from the model's. Suffixes are compared here, but vLLM needs full names."""
+    renamed = [name for name in pack.info.modules if name not in match.cores]
+    if not renamed:
         return []
     return [
-        f"{other[0]!r} and {len(other) - 1} more modules of the pack have other names in {shapes.model}: vLLM's own "
-        "tables rename those of some models; with others the server says so and does not start."
+        f"{renamed[0]!r} and {len(renamed) - 1} more modules of the pack have other names in {shapes.model}: vLLM's "
+        "own tables rename those of some models; with others the server says so and does not start."
     ]
 
 
-def _notes(shapes: Shapes, match: _Match, read: _Read, asked: Asked) -> list[str]:
+def _notes(shapes: Shapes, match: _ModuleMatch, totals: _Totals, options: ServerOptions) -> list[str]:
     notes = []
-    if not read.expanded.ranks and not read.shared.ranks:
+    if not totals.expanded.ranks and not totals.shared.ranks:
         notes.append("nothing of the pack can be served.")
-    if shapes.whole and asked.tensor_parallel_size > 1:
+    if shapes.whole and options.tensor_parallel_size > 1:
         notes.append(
-            f"the config of {shapes.model} does not say how its layers are cut among GPUs: each counts as whole on "
-            "each of them, which is the most that it can take."
+            f"the config of {shapes.model} does not say how its layers are divided among GPUs: each counts as whole "
+            "on each of them, which is an upper bound."
         )
     if any(plans.in_experts(name) for name in match.cores):
         notes.append(
-            "experts count as the pack has them; vLLM makes room for all experts of a layer, so that a slot can be "
-            "larger."
+            "only experts that the pack has are counted; vLLM makes room for all experts of a layer, so that a slot "
+            "can be larger."
         )
-    for way, served in (("expanded", read.expanded), ("with a shared basis", read.shared)):
-        note = _note_of_rank(way, served.ranks)
+    for mode, sums in (("expanded", totals.expanded), ("with a shared basis", totals.shared)):
+        note = _rank_note(mode, sums.ranks)
         notes += [note] if note else []
     return notes
 
 
-def _note_of_rank(way: str, ranks: Mapping[str, int]) -> str | None:
-    """One adapter of a large rank makes every slot larger."""
+def _rank_note(mode: str, ranks: Mapping[str, int]) -> str | None:
+    """Return a note if few adapters of a large rank make all slots larger."""
     if not ranks:
         return None
-    usual = plans.max_lora_rank(median_low(ranks.values()))
-    large = [name for name, rank in ranks.items() if plans.max_lora_rank(rank) > usual]
+    typical = plans.max_lora_rank(median_low(ranks.values()))
+    large = [name for name, rank in ranks.items() if plans.max_lora_rank(rank) > typical]
     if not large:
         return None
     more = f" and {len(large) - 1} more" if len(large) > 1 else ""
     return (
-        f"{way}, slots are as large as {max(ranks, key=lambda name: ranks[name])!r} needs, of rank "
-        f"{max(ranks.values())}; without {large[0]!r}{more}, --max-lora-rank {usual} would do."
+        f"{mode}, slots are as large as {max(ranks, key=lambda name: ranks[name])!r} needs, of rank "
+        f"{max(ranks.values())}; without {large[0]!r}{more}, --max-lora-rank {typical} is enough."
     )

@@ -18,38 +18,38 @@ from ...pack.packed_adapter import PackedAdapter
 
 
 def core_name(fingerprint: str) -> str:
-    """The last part of the cores' names. It names the subspace, so that coefficients in another one never fit."""
+    """Return the last part of the cores' names. It includes the subspace, so that adapters of another never fit."""
     return f"eigen_core_{fingerprint[:12]}"
 
 
-def on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
-    """An adapter's coefficients as a LoRA of the cores of a model that holds the subspace `served`.
+def lora_on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
+    """Return an adapter's coefficients as a LoRA of the cores of a model that holds the subspace `served`.
 
-    Scalings are in B, so that one config holds for all modules. A rank above the number of components that the
-    coefficients are on is cut to it, exactly. `ServingError` for one with a rest, for which cores have no place.
+    Scalings are multiplied into B, so that one config holds for all modules. A rank above the number of components is
+    reduced to it, without an error. Raises `ServingError` for an adapter with residuals.
     """
     core = core_name(served.fingerprint)
     modules = {}
     for module, coefficients in packed.coefficients.items():
         if coefficients.has_residual:
             raise ServingError(
-                f"adapter {packed.name!r} has a rest beside its coefficients in {module!r}, which cores cannot hold. "
+                f"adapter {packed.name!r} has a residual in {module!r}, which cores cannot hold. "
                 "Serve it expanded, as Pack.adapter gives it."
             )
-        place = packed.places[module]
-        sizes = served.modules[place]
-        modules[f"{place}.{core}"] = _on_core(coefficients, sizes["down"].k, sizes["up"].k)
-    source = json.loads(packed.source_config)
-    found = from_factors(packed.name, modules, base_model=source.get("base_model_name_or_path"), heads=packed.heads)
-    return replace(found, source_config=lora_config.derived(found, source))
+        subspace_name = packed.places[module]
+        sizes = served.modules[subspace_name]
+        modules[f"{subspace_name}.{core}"] = _on_core(coefficients, sizes["down"].k, sizes["up"].k)
+    config = json.loads(packed.source_config)
+    lora = from_factors(packed.name, modules, base_model=config.get("base_model_name_or_path"), heads=packed.heads)
+    return replace(lora, source_config=lora_config.derived(lora, config))
 
 
 def _on_core(coefficients: Coefficients, k_down: int, k_up: int) -> LoRAFactors:
-    """One module's coefficients in bases of these sizes, which may have grown since: zeros on the later directions."""
+    """Return one module's coefficients as LoRA factors, with zeros on components by which the bases have grown."""
     down, up = coefficients.down.float(), coefficients.up.float() * coefficients.scaling
-    own_down, own_up = down.shape[1], up.shape[0]
-    if coefficients.rank > min(own_down, own_up):
+    n_down, n_up = down.shape[1], up.shape[0]
+    if coefficients.rank > min(n_down, n_up):
         product = (up.double() @ down.double()).float()
-        down, up = (torch.eye(own_down), product) if own_down <= own_up else (product, torch.eye(own_up))
+        down, up = (torch.eye(n_down), product) if n_down <= n_up else (product, torch.eye(n_up))
     wide = pad_coefficients(Coefficients(down, up, 1.0), k_down, k_up)
     return LoRAFactors(wide.down, wide.up, wide.scaling)

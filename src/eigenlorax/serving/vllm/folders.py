@@ -1,8 +1,8 @@
-"""From an adapter's name to a folder that vLLM loads, in either way of serving. Nothing here imports vLLM.
+"""Folders from which vLLM loads the adapters of a pack. Nothing here imports vLLM.
 
-Without a shared basis it is the adapter as `Pack.export` writes it, in the export's own dtype: vLLM rounds it to the
-model's, once. With one it is a LoRA of the cores. The folder's name says all that decides its content, so that what is
-kept by name and path is never of other weights.
+Without a shared basis a folder holds the adapter as `Pack.export` writes it, in the export's own dtype, so that vLLM
+rounds it only once. With a shared basis it holds a LoRA of the cores. The folder's name includes a digest of everything
+that determines its content, because vLLM caches adapters by name and path.
 """
 
 from collections.abc import Mapping
@@ -18,132 +18,144 @@ from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
 from . import cache, threads
-from .cores import on_cores
+from .cores import lora_on_cores
 from .servable import BASE_WEIGHTS, expanded_rank, refusal, shared_rank
 from .settings import Settings
 from .watched import WatchedPack
 
 _FORMAT = 1
-"""Raised by whoever changes what is written for the same pack."""
+"""Version of the files' content. Increase it when the same pack gives other files."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """Where an adapter is written. digest: of all that decides its content."""
+    """The folder of an adapter.
+
+    Args:
+        path: The folder.
+        digest: Digest of everything that determines its content.
+    """
 
     path: Path
     digest: str
 
 
 class AdapterFolders:
-    """The folders of a pack's adapters, each written when it is first asked for, one at a time in a thread of its own.
+    """The folders of a pack's adapters. A folder is written when it is first requested, in a thread for that purpose.
 
-    `OptionError`, `PackError` or `HubError` at once if the pack or the cache cannot be used.
+    Args:
+        settings: The pack and the cache.
+        max_lora_rank: The engine's `max_lora_rank`; None if it is not known.
+
+    Raises `OptionError`, `PackError` or `HubError` if the pack or the cache cannot be used.
     """
 
     def __init__(self, settings: Settings, max_lora_rank: int | None = None) -> None:
         self.shared = settings.shared_basis
         self._max_lora_rank = max_lora_rank
         self._watched = WatchedPack(settings.pack)
-        self.base_model = self._watched.now().base_model
-        # what models that are loaded now hold, whatever becomes of the pack
-        self.served: SubspaceInfo = self._watched.now().info
-        self._root, self._limit = settings.cache or cache.place(), settings.cache_bytes
+        self.base_model = self._watched.current().base_model
+        # the subspace that loaded models hold, even if the pack changes
+        self.served: SubspaceInfo = self._watched.current().info
+        self._root, self._limit = settings.cache or cache.default_root(), settings.cache_bytes
         cache.prepare(self._root)
         self._cache: cache.Cache | None = None
         self._refused: dict[str, ServingError] = {}
-        self._thread = threads.single("eigenlorax")
+        self._executor = threads.single_threaded_executor("eigenlorax")
 
     @property
     def pack(self) -> Pack:
-        """The pack as it is now."""
-        return self._watched.now()
+        """The pack in its current state."""
+        return self._watched.current()
 
-    def asked(self, name: str) -> "Future[AdapterFolder]":
-        """The folder of an adapter, to be waited for. It is there as long as this process.
+    def request(self, name: str) -> "Future[AdapterFolder]":
+        """Return a future of an adapter's folder, which exists until the process ends.
 
-        `AdapterNameError` if there is none of that name, `ServingError` if it cannot be served, `CacheFullError`, or
-        what is wrong with the pack.
+        The future raises `AdapterNameError` if the pack has no adapter of that name, `ServingError` if it cannot be
+        served, `CacheFullError`, or `PackError` or `HubError` of the pack.
         """
-        return self._thread.submit(self._find, name)
+        return self._executor.submit(self._checked_folder, name)
 
-    def _find(self, name: str) -> AdapterFolder:
-        # names are what clients send
+    def _checked_folder(self, name: str) -> AdapterFolder:
+        # names come from clients
         if not keys.is_valid_name(name):
             raise AdapterNameError(f"{name[:100]!r} is not the name of an adapter.")
         try:
             return self._folder(name)
         except PackBusyError:
-            # replaced between two reads: now it is another one
+            # the pack was replaced between two reads; the second attempt reads the new one
             return self._folder(name)
 
     def _folder(self, name: str) -> AdapterFolder:
-        pack = self._watched.now()
+        pack = self._watched.current()
         keys.check_known(name, pack.names, f"the pack {self._watched.source}")
         digest = self._digest(pack, name)
         if digest in self._refused:
             raise self._refused[digest]
-        at_least = 0 if self.shared else pack.records[name].lora_numbers * 4
+        min_bytes = 0 if self.shared else pack.records[name].lora_numbers * 4
         if self._cache is None:
-            # by the process that is asked: others only look whether it could be
+            # created on demand: the other processes of a server are never asked for adapters
             self._cache = cache.Cache(self._root, self._limit)
-        path = self._cache.folder(f"{name}-{digest[:32]}", at_least, lambda: self._files(name, digest))
+        path = self._cache.folder(f"{name}-{digest[:32]}", min_bytes, lambda: self._files(name, digest))
         return AdapterFolder(path, digest)
 
     def _digest(self, pack: Pack, name: str) -> str:
-        way = f"cores of {self.served.fingerprint}" if self.shared else "expanded"
-        return atomic_files.digest(f"{_FORMAT}, {name}, {pack.digest(name)}, {way}".encode())
+        mode = f"cores of {self.served.fingerprint}" if self.shared else "expanded"
+        return atomic_files.digest(f"{_FORMAT}, {name}, {pack.digest(name)}, {mode}".encode())
 
     def _files(self, name: str, digest: str) -> atomic_files.Files:
-        pack = self._watched.having(name)
+        pack = self._watched.with_adapter(name)
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
-        found = pack.packed(name)
-        why = refusal(found, shared=self.shared) or self._changed(found, pack.info) or self._too_large(found)
-        if why is not None:
-            self._refused[digest] = ServingError(why)
+        packed = pack.packed(name)
+        message = refusal(packed, shared=self.shared) or self._changed(packed, pack.info) or self._too_large(packed)
+        if message is not None:
+            self._refused[digest] = ServingError(message)
             raise self._refused[digest]
-        made = on_cores(found, self.served) if self.shared else _at_places(pack.adapter(name), found.places)
-        return peft.to_files(_without_base_weights(made))
+        if self.shared:
+            lora = lora_on_cores(packed, self.served)
+        else:
+            lora = _with_subspace_names(pack.adapter(name), packed.places)
+        return peft.to_files(_without_base_weights(lora))
 
-    def _too_large(self, found: PackedAdapter) -> str | None:
-        """Why an adapter has no room in a slot, where that is known here."""
-        needed = (shared_rank if self.shared else expanded_rank)(found)
-        if self._max_lora_rank is None or needed <= self._max_lora_rank:
+    def _too_large(self, packed: PackedAdapter) -> str | None:
+        """Return a message if the rank of an adapter is larger than that of a slot, as far as that is known."""
+        rank = (shared_rank if self.shared else expanded_rank)(packed)
+        if self._max_lora_rank is None or rank <= self._max_lora_rank:
             return None
         limit = f"max_lora_rank is {self._max_lora_rank}"
-        return f"adapter {found.name!r} cannot be served: its rank is {needed}, and {limit}."
+        return f"adapter {packed.name!r} cannot be served: its rank is {rank}, and {limit}."
 
-    def _changed(self, found: PackedAdapter, now: SubspaceInfo) -> str | None:
-        """Why an adapter does not go with what was loaded, or compared with the model, when the server started."""
+    def _changed(self, packed: PackedAdapter, info: SubspaceInfo) -> str | None:
+        """Return a message if an adapter does not fit the subspace that the pack had when the server started."""
         if self.shared:
-            fits, what = found.subspace in self.served.lineage, "its coefficients are in another subspace"
+            fits, problem = packed.subspace in self.served.lineage, "its coefficients are in another subspace"
         else:
-            fits, what = _sizes(found, now) == _sizes(found, self.served), "it has modules or sizes of another model"
+            fits = _sizes(packed, info) == _sizes(packed, self.served)
+            problem = "it has modules or sizes of another model"
         if fits:
             return None
         return (
-            f"adapter {found.name!r} cannot be served: {what} than the pack had when the server started. Restart the "
-            "server."
+            f"adapter {packed.name!r} cannot be served: {problem} than the pack had when the server started. Restart "
+            "the server."
         )
 
 
-def _sizes(found: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:
-    """(out, in) of each module of an adapter, as a subspace has it."""
-    sides = [info.modules.get(place) for place in found.places.values()]
+def _sizes(packed: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:
+    """Return (out, in) of each module of an adapter in a subspace."""
+    sides = [info.modules.get(subspace_name) for subspace_name in packed.places.values()]
     return [(pair["up"].dimension, pair["down"].dimension) if pair is not None else None for pair in sides]
 
 
-def _at_places(adapter: Adapter, places: Mapping[str, str]) -> Adapter:
-    """The adapter with the subspace's names of its modules, where it lacks their first part: such names lead nowhere in
-    vLLM, which does not say so."""
-    if all(module == place for module, place in places.items()):
+def _with_subspace_names(adapter: Adapter, subspace_names: Mapping[str, str]) -> Adapter:
+    """Return an adapter with the subspace's full names of its modules, since vLLM silently ignores shorter names."""
+    if all(module == subspace_name for module, subspace_name in subspace_names.items()):
         return adapter
-    modules = {places[module]: adapter.modules[module] for module in adapter.modules}
+    modules = {subspace_names[module]: adapter.modules[module] for module in adapter.modules}
     renamed = from_factors(adapter.name, modules, base_model=adapter.base_model, heads=adapter.heads)
     return replace(renamed, source_config=lora_config.derived(renamed, adapter.config))
 
 
 def _without_base_weights(adapter: Adapter) -> Adapter:
-    """Without what vLLM would read and not use: whole embeddings of the base model."""
+    """Return an adapter without embeddings of the base model, which vLLM would read and not use."""
     return replace(adapter, heads={key: adapter.heads[key] for key in adapter.heads if not key.endswith(BASE_WEIGHTS)})

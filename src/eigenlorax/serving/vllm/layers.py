@@ -1,9 +1,9 @@
-"""Linear layers of a vLLM model that add a subspace's part to what they compute: `up @ core(down @ x)`.
+"""Linear layers of a vLLM model that add `up @ core(down @ x)` to their output, with the bases of a subspace.
 
-The bases are buffers, one copy for all adapters. The core between them is a linear layer whose weight is zero, so that
-the model computes what it computed before; what vLLM's own LoRA adds to a core is an adapter. It all happens where a
-layer multiplies with its weight, quantised or not. The gathers and sums of tensor parallelism come after that and are
-linear, so each rank needs its slices of the bases and nothing else.
+The bases are buffers, one copy for all adapters. The core between them is a linear layer whose weight is zero, so the
+output of the model does not change until vLLM's LoRA adds an adapter to the core. The product is added where a layer
+multiplies with its weight, quantised or not. The gathers and sums of tensor parallelism follow later and are linear, so
+each rank needs only its slices of the bases.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,13 @@ _DOWN, _UP = "eigen_down", "eigen_up"
 
 @dataclass(frozen=True)
 class Part:
-    """What one module of the subspace adds to a layer: to all of its output, or to one of the projections fused in it.
+    """The part of a layer's output that one module of the subspace adds to.
 
-    owner: the module that has the core, by this name, and the up basis, rows × k_up.
-    columns: its share of the products with the layer's down bases. rows: its share of the layer's output.
+    Args:
+        owner: The module that has the core and the up basis (rows, k_up).
+        core: The core's name in `owner`.
+        columns: Its columns of the input's product with the layer's down bases.
+        rows: Its rows of the layer's output: all of them, or those of one fused projection.
     """
 
     owner: nn.Module
@@ -32,32 +35,39 @@ class Part:
 
 
 def attach(layer: LinearBase, parts: Sequence[Part], down: Tensor, ups: Sequence[Tensor]) -> None:
-    """Make a layer add these parts. down: (Σ k_down, input), this rank's. ups: (rows, k_up) of each part."""
+    """Make a layer add the parts of a subspace to its output.
+
+    Args:
+        layer: The layer.
+        parts: The parts.
+        down: (Σ k_down, input), the down bases of all parts, for this rank's input.
+        ups: (rows, k_up), the up basis of each part.
+    """
     layer.register_buffer(_DOWN, down, persistent=False)
     for part, up in zip(parts, ups, strict=True):
         part.owner.register_buffer(_UP, up, persistent=False)
         k_down = part.columns.stop - part.columns.start
         part.owner.add_module(part.core, _core(k_down, up.shape[1], up))
     layer.quant_method = SharedBasisMethod(layer.quant_method, tuple(parts))
-    # the bases multiply the input as it is, whatever the layer's own kernel would take
+    # the bases multiply the input before the layer's own kernel quantises it
     layer.requires_unquantized_input = True
 
 
 def _core(k_down: int, k_up: int, like: Tensor) -> ReplicatedLinear:
-    """A linear layer whose weight is zero: it computes zeros, without a weight."""
+    """Return a linear layer that computes zeros and stores no weight."""
     core = ReplicatedLinear(k_down, k_up, bias=False, params_dtype=like.dtype, disable_tp=True, return_bias=False)
     core.quant_method = ZeroMethod()
     del core.weight
-    # by which vLLM finds the device
+    # vLLM reads the device from the weight
     core.register_buffer("weight", like.new_empty(0), persistent=False)
     return core
 
 
 class ZeroMethod(LinearMethodBase):
-    """How a core multiplies."""
+    """The linear method of a core: zeros, without a weight."""
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """There are none."""
+        """Create no weights."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         assert isinstance(layer, ReplicatedLinear)
@@ -65,14 +75,14 @@ class ZeroMethod(LinearMethodBase):
 
 
 class SharedBasisMethod(LinearMethodBase):
-    """How a layer multiplies: as it did, and with its parts of the subspace."""
+    """A layer's own linear method, followed by the products of its parts of the subspace."""
 
     def __init__(self, base: Any, parts: tuple[Part, ...]) -> None:
         self.base = base
         self.parts = parts
 
     def __getattr__(self, name: str) -> Any:
-        # vLLM asks methods for what only some of them have
+        # vLLM reads attributes that only some linear methods have
         if name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)

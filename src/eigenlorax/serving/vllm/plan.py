@@ -1,8 +1,8 @@
-"""What vLLM takes for a pack's adapters, expanded or with the basis in the model: arithmetic on shapes, without I/O.
+"""The memory that vLLM needs for a pack's adapters, expanded or with a shared basis: arithmetic on shapes, without I/O.
 
-It counts what vLLM 0.32 allocates. A *slot* has room for one adapter of rank `--max-lora-rank` in every layer that may
-have a LoRA, used or not; there are `--max-loras` of them on each GPU. `--max-cpu-loras` adapters, as large as they are,
-stay in the memory of each worker.
+The counts are those of vLLM 0.32. A *slot* has room for one adapter of rank `--max-lora-rank` in every layer that can
+have a LoRA, used or not; there are `--max-loras` slots on each GPU. `--max-cpu-loras` adapters, at their own size, stay
+in the CPU memory of each worker.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...errors import OptionError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for `--max-lora-rank`."""
+"""Values that vLLM accepts for `--max-lora-rank`."""
 LINEAR, HEAD, EMBEDDING = "linear", "head", "embedding"
 COLUMN, ROW = "column", "row"
 FUSED = (
@@ -25,16 +25,20 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
-"""Projections that vLLM's models have as one layer: a slot has room for all of them as soon as one has a LoRA."""
+"""Projections that vLLM fuses into one layer: a slot has room for all of them if one of them has a LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of a base model, whose weight is out × input.
+    """A layer of a base model.
 
-    kind: one of LINEAR, HEAD (over the vocabulary) and EMBEDDING. split: by COLUMN, which is out, or by ROW, which is
-    input, among the GPUs of tensor parallelism; None where each has all of it. parts: into how many at most; there are
-    no more where further GPUs hold the same heads again.
+    Args:
+        out: Rows of the weight.
+        input: Columns of the weight.
+        kind: LINEAR, HEAD (over the vocabulary) or EMBEDDING.
+        split: The dimension that tensor parallelism divides among GPUs: COLUMN is `out`, ROW is `input`. None if each
+            GPU has the whole layer.
+        parts: Maximum number of parts; further GPUs repeat the same heads of keys and values.
     """
 
     out: int
@@ -44,18 +48,22 @@ class Layer:
     parts: int | None = None
 
     def share(self, gpus: int) -> tuple[int, int]:
-        """(out, input) of what one of so many GPUs has of the layer; whole numbers, by `check_gpus`."""
+        """Return (out, input) of the layer's part on one GPU. `check_gpus` ensures that the division is exact."""
         n = min(gpus, self.parts or gpus)
         return self.out // (n if self.split == COLUMN else 1), self.input // (n if self.split == ROW else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The layers of a base model by name.
+    """The layers of a base model.
 
-    dtype: the one that vLLM runs it in by itself. heads: of attention, by which tensor parallelism cuts; None if
-    unknown. whole: whether nothing is known of how the layers are cut, so that all count as whole on each GPU.
-    experts: names of the modules that hold a mixture's experts.
+    Args:
+        model: Name of the model.
+        dtype: Dtype that vLLM chooses for it.
+        layers: The layers by name.
+        heads: Number of attention heads, which tensor parallelism divides; None if unknown.
+        whole: Whether the division of the layers is unknown, so that each counts as whole on each GPU.
+        experts: Names of the modules that hold a mixture's experts.
     """
 
     model: str
@@ -67,19 +75,22 @@ class Shapes:
 
 
 @dataclass(frozen=True, slots=True)
-class Core:
-    """Components that the subspace has for a layer."""
+class CoreSize:
+    """Number of components that the subspace has for a layer."""
 
     k_down: int
     k_up: int
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """The adapters that are served in one way.
+class ServedAdapters:
+    """The adapters that are served in one mode, expanded or with a shared basis.
 
-    rank: the largest. numbers: of all of them together, as they are in a worker's memory. file_itemsize: bytes of a
-    number in the files that vLLM reads them from.
+    Args:
+        adapters: Number of adapters.
+        rank: Largest rank.
+        numbers: Number of entries of all adapters together in a worker's memory.
+        file_itemsize: Bytes per entry in the files that vLLM reads.
     """
 
     adapters: int
@@ -90,7 +101,15 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What is asked of a server. many: how many adapters the figures at the end are for. itemsize: bytes a number."""
+    """The flags of a server.
+
+    Args:
+        max_loras: vLLM's `--max-loras`.
+        max_cpu_loras: vLLM's `--max-cpu-loras`.
+        many: Number of adapters that memory is extrapolated to.
+        itemsize: Bytes per entry on the GPU.
+        gpus: vLLM's `--tensor-parallel-size`.
+    """
 
     max_loras: int
     max_cpu_loras: int
@@ -100,13 +119,22 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True)
-class Tier:
-    """One way to serve, in bytes: on each GPU, and in the memory of each worker.
+class MemoryUse:
+    """Memory of one serving mode, on each GPU and in the CPU memory of each worker. Reports have these field names.
 
-    slot_bytes: one slot, of `slot_numbers` numbers. slots_bytes: `max_loras` of them. basis_bytes: once, whatever is
-    served. gpu_bytes: slots and basis. many_slots_bytes: as many slots as `many`, and the basis. adapter_bytes: an
-    adapter in a worker's memory, in the mean. host_bytes: `max_cpu_loras` of them. many_host_bytes: `many` of them.
-    many_cached_bytes: `many` of them in the files that vLLM reads.
+    Args:
+        adapters: Number of adapters.
+        max_lora_rank: vLLM's `--max-lora-rank`.
+        slot_numbers: Entries of one slot.
+        slot_bytes: Bytes of one slot.
+        slots_bytes: Bytes of `max_loras` slots.
+        basis_bytes: Bytes of the bases; 0 for expanded adapters.
+        gpu_bytes: Bytes of the slots and the bases.
+        many_slots_bytes: Bytes of `many` slots and the bases.
+        adapter_bytes: Mean bytes of an adapter in a worker's memory.
+        host_bytes: Bytes of `max_cpu_loras` adapters there.
+        many_host_bytes: Bytes of `many` adapters there.
+        many_cached_bytes: Bytes of `many` adapters in the files that vLLM reads.
     """
 
     adapters: int
@@ -125,30 +153,35 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Both ways to serve a pack beside each other; None for the one in which nothing is served.
+    """The memory of both serving modes.
 
-    from_slots: with so many slots or more, the basis in the model takes less of a GPU than expanded adapters; None
-    where it never does, or where there is nothing to compare. unrestricted_slot_bytes: what a slot of expanded adapters
-    takes without `--lora-target-modules`, and more where vLLM makes room for embeddings and heads of the model too.
+    Args:
+        choices: The flags of the server.
+        expanded: Memory of expanded adapters; None if none is served.
+        shared: Memory with a shared basis; None if no adapter is served.
+        from_slots: Number of slots from which a shared basis needs less GPU memory; None if it never does or one mode
+            is missing.
+        unrestricted_slot_bytes: Bytes of a slot of expanded adapters without `--lora-target-modules`. vLLM may add
+            embeddings and heads of the model.
     """
 
     choices: Choices
-    expanded: Tier | None
-    shared: Tier | None
+    expanded: MemoryUse | None
+    shared: MemoryUse | None
     from_slots: int | None
     unrestricted_slot_bytes: int | None
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` that allows a rank."""
-    for found in RANKS:
-        if rank <= found:
-            return found
+    """Return the smallest `--max-lora-rank` that allows a rank; raise `OptionError` if there is none."""
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
     raise OptionError(f"vLLM serves LoRAs up to rank {RANKS[-1]}, not {rank}.")
 
 
 def check_gpus(shapes: Shapes, gpus: int) -> None:
-    """`OptionError` unless vLLM can cut the model into so many parts."""
+    """Raise `OptionError` unless vLLM can divide the model among this number of GPUs."""
     if shapes.heads is not None and shapes.heads % gpus:
         raise OptionError(
             f"{shapes.model} has {shapes.heads} attention heads, which {gpus} GPUs cannot share evenly. "
@@ -164,99 +197,104 @@ def check_gpus(shapes: Shapes, gpus: int) -> None:
             )
 
 
-def targets(modules: Iterable[str]) -> tuple[str, ...]:
-    """What `--lora-target-modules` has to name, so that LoRAs for these modules take effect: their last parts, and
-    `experts` for those of a mixture."""
+def target_modules(modules: Iterable[str]) -> tuple[str, ...]:
+    """Return `--lora-target-modules` for LoRAs of modules: the last parts of their names, `experts` for experts."""
     return tuple(sorted({"experts" if in_experts(name) else name.rpartition(".")[2] for name in modules}))
 
 
 def in_experts(name: str) -> bool:
-    """Whether a module belongs to the experts of a mixture, which vLLM has in one layer of another kind."""
+    """Return whether a module belongs to the experts of a mixture, which are one layer of another kind in vLLM."""
     return "experts" in name.split(".")
 
 
-def with_room(layers: Mapping[str, Layer], named: Collection[str]) -> dict[str, Layer]:
-    """The layers for which a slot has room if `--lora-target-modules` names these."""
-    wanted = set(named)
+def layers_in_slot(layers: Mapping[str, Layer], named: Collection[str]) -> dict[str, Layer]:
+    """Return the layers that a slot has room for if `--lora-target-modules` is `named`."""
+    targets = set(named)
     for group in FUSED:
-        if wanted.intersection(group):
-            wanted.update(group)
+        if targets.intersection(group):
+            targets.update(group)
     return {
         name: layer
         for name, layer in layers.items()
-        if ("experts" if in_experts(name) else name.rpartition(".")[2]) in wanted
+        if ("experts" if in_experts(name) else name.rpartition(".")[2]) in targets
     }
 
 
 def expanded_slot(layers: Mapping[str, Layer], rank: int, gpus: int) -> int:
-    """Numbers of a slot with room for A (rank, input) and B (out, rank) of each layer, on one of so many GPUs."""
-    # of vocabularies, each GPU has all
+    """Return the entries of a slot with A (rank, input) and B (out, rank) of each layer, on each GPU."""
+    # layers over the vocabulary are not divided
     return sum(rank * sum(layer.share(gpus if layer.kind == LINEAR else 1)) for layer in layers.values())
 
 
-def shared_slot(cores: Iterable[Core], rank: int) -> int:
-    """Numbers of a slot with room for A (rank, k_down) and B (k_up, rank) of each core; each GPU has all of them."""
+def shared_slot(cores: Iterable[CoreSize], rank: int) -> int:
+    """Return the entries of a slot with A (rank, k_down) and B (k_up, rank) of each core. Cores are not divided."""
     return sum(rank * (core.k_down + core.k_up) for core in cores)
 
 
-def basis(layers: Mapping[str, Layer], cores: Mapping[str, Core], gpus: int) -> int:
-    """Numbers of the bases (k_down, input) and (out, k_up) of each layer that the subspace has, on one of the GPUs."""
-    found = 0
+def basis(layers: Mapping[str, Layer], cores: Mapping[str, CoreSize], gpus: int) -> int:
+    """Return the entries of the bases (k_down, input) and (out, k_up) of all layers with a core, on each GPU."""
+    entries = 0
     for name, core in cores.items():
         out, n_in = layers[name].share(gpus)
-        found += core.k_down * n_in + out * core.k_up
-    return found
+        entries += core.k_down * n_in + out * core.k_up
+    return entries
 
 
 def plan(
     layers: Mapping[str, Layer],
-    cores: Mapping[str, Core],
+    cores: Mapping[str, CoreSize],
     named: Collection[str],
     choices: Choices,
     *,
-    expanded: Served,
-    shared: Served,
+    expanded: ServedAdapters,
+    shared: ServedAdapters,
 ) -> Plan:
-    """What serving takes in both ways.
+    """Return the memory of both serving modes.
 
-    layers: all of the model. cores: what the subspace has for some of them, by the same names. named: what
-    `--lora-target-modules` names (`targets`).
+    Args:
+        layers: All layers of the model.
+        cores: The size of the core of each layer that the subspace has, by the same names.
+        named: The value of `--lora-target-modules` (`target_modules`).
+        choices: The flags of the server.
+        expanded: The adapters that are served expanded.
+        shared: The adapters that are served with a shared basis.
     """
-    one = two = unrestricted = None
+    expanded_use = shared_use = unrestricted = None
     if expanded.adapters:
-        room, rank = with_room(layers, named), max_lora_rank(expanded.rank)
-        one = _tier(expanded, rank, expanded_slot(room, rank, choices.gpus), 0, choices)
-        linear = {name: layer for name, layer in layers.items() if layer.kind == LINEAR or name in room}
+        in_slot, rank = layers_in_slot(layers, named), max_lora_rank(expanded.rank)
+        expanded_use = _memory_use(expanded, rank, expanded_slot(in_slot, rank, choices.gpus), 0, choices)
+        linear = {name: layer for name, layer in layers.items() if layer.kind == LINEAR or name in in_slot}
         unrestricted = expanded_slot(linear, rank, choices.gpus) * choices.itemsize
     if shared.adapters:
         rank = max_lora_rank(shared.rank)
         slot = shared_slot(cores.values(), rank)
-        two = _tier(shared, rank, slot, basis(layers, cores, choices.gpus), choices)
-    return Plan(choices, one, two, _from_slots(one, two), unrestricted)
+        shared_use = _memory_use(shared, rank, slot, basis(layers, cores, choices.gpus), choices)
+    return Plan(choices, expanded_use, shared_use, _from_slots(expanded_use, shared_use), unrestricted)
 
 
-def _tier(served: Served, rank: int, slot: int, basis_numbers: int, choices: Choices) -> Tier:
-    size = choices.itemsize
-    held = basis_numbers * size
-    numbers = round(served.numbers / served.adapters)
-    adapter = numbers * size
-    return Tier(
+def _memory_use(served: ServedAdapters, rank: int, slot: int, basis_numbers: int, choices: Choices) -> MemoryUse:
+    itemsize = choices.itemsize
+    basis_bytes = basis_numbers * itemsize
+    adapter_numbers = round(served.numbers / served.adapters)
+    adapter_bytes = adapter_numbers * itemsize
+    return MemoryUse(
         adapters=served.adapters,
         max_lora_rank=rank,
         slot_numbers=slot,
-        slot_bytes=slot * size,
-        slots_bytes=slot * size * choices.max_loras,
-        basis_bytes=held,
-        gpu_bytes=slot * size * choices.max_loras + held,
-        many_slots_bytes=slot * size * choices.many + held,
-        adapter_bytes=adapter,
-        host_bytes=adapter * choices.max_cpu_loras,
-        many_host_bytes=adapter * choices.many,
-        many_cached_bytes=numbers * served.file_itemsize * choices.many,
+        slot_bytes=slot * itemsize,
+        slots_bytes=slot * itemsize * choices.max_loras,
+        basis_bytes=basis_bytes,
+        gpu_bytes=slot * itemsize * choices.max_loras + basis_bytes,
+        many_slots_bytes=slot * itemsize * choices.many + basis_bytes,
+        adapter_bytes=adapter_bytes,
+        host_bytes=adapter_bytes * choices.max_cpu_loras,
+        many_host_bytes=adapter_bytes * choices.many,
+        many_cached_bytes=adapter_numbers * served.file_itemsize * choices.many,
     )
 
 
-def _from_slots(expanded: Tier | None, shared: Tier | None) -> int | None:
+def _from_slots(expanded: MemoryUse | None, shared: MemoryUse | None) -> int | None:
+    """Return the smallest number of slots with which a shared basis needs less memory than expanded adapters."""
     if expanded is None or shared is None or shared.slot_bytes >= expanded.slot_bytes:
         return None
     return shared.basis_bytes // (expanded.slot_bytes - shared.slot_bytes) + 1

@@ -4,12 +4,12 @@ from . import settings
 
 
 def register() -> None:
-    """Make vLLM serve the pack of the environment, if there is one. Errors end the process that vLLM is starting."""
-    found = settings.read()
-    if found is None:
+    """Make vLLM serve the pack of the environment, if it names one. Errors end the process that vLLM is starting."""
+    environment = settings.read()
+    if environment is None:
         return
     from . import base_rows, loading, resolver
 
-    resolver.register(found)
+    resolver.register(environment)
     base_rows.register()
     loading.register()

@@ -1,6 +1,6 @@
-"""vLLM's question for an adapter that it does not know, answered from a pack. It is asked in the process of the server.
+"""vLLM's resolver for adapters that it does not know, which finds them in a pack. It runs in the server's process.
 
-Names are what clients send: whatever is asked for, the answer is a folder or None, and the server goes on.
+Names come from clients. Whatever they send, the result is a folder or None, and the server keeps running.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ from .folders import AdapterFolders
 from .settings import Settings
 
 NAME = "eigenlorax"
-_REMEMBERED = 1000
-"""Of how many refusals it is known that they were said already."""
+_MAX_LOGGED = 1000
+"""Number of messages that are remembered, so that each is logged once."""
 
-# vLLM shows what its own loggers say
+# a child of vLLM's logger, because vLLM shows only messages of its own loggers
 _log = init_logger("vllm.plugins.eigenlorax")
 
 
 def register(settings: Settings) -> None:
-    """Let vLLM ask for the adapters of a pack.
+    """Register a resolver for the adapters of a pack in vLLM.
 
-    Each process of a server does it. The first one looks whether the pack and the cache can be used, so that a server
-    that could not serve does not start; the others are never asked.
+    Every process of a server does this. Only the first one is asked for adapters. It opens the pack and the cache at
+    once, so that a server that cannot use them does not start.
     """
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         resolver = PackResolver(settings)
@@ -44,45 +44,49 @@ class PackResolver(LoRAResolver):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folders: AdapterFolders | None = None
-        self._said: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._logged: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def open(self) -> AdapterFolders:
-        """The folders of the pack, which is looked at when they are first wanted."""
+        """Return the folders of the pack's adapters, and open the pack on the first call."""
         if self._folders is None:
             self._folders = AdapterFolders(self._settings)
         return self._folders
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """The adapter of that name as vLLM loads it; None, and a line in the log, if it cannot be served."""
+        """Return the adapter of a name as vLLM loads it; None, and a line in the log, if it cannot be served."""
         try:
             folders = self.open()
-            found = await asyncio.wrap_future(folders.asked(lora_name))
-            self._compare(folders.base_model, base_model_name)
+            folder = await asyncio.wrap_future(folders.request(lora_name))
+            self._compare_base_models(folders.base_model, base_model_name)
         except AdapterNameError as error:
-            self._say_once(logging.INFO, lora_name, str(error))
+            self._log_once(logging.INFO, lora_name, str(error))
         except EigenloraxError as error:
-            self._say_once(logging.WARNING, lora_name, str(error))
-        # one request must not end all others
+            self._log_once(logging.WARNING, lora_name, str(error))
+        # an error in one request must not end the server
         except Exception as error:  # noqa: BLE001
-            self._say_once(logging.ERROR, lora_name, f"{type(error).__name__}: {error}")
+            self._log_once(logging.ERROR, lora_name, f"{type(error).__name__}: {error}")
         else:
-            # the id is replaced by the server's own count
-            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(found.path))
+            # the server replaces the id by its own
+            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder.path))
         return None
 
-    def _compare(self, wanted: str | None, served: str) -> None:
-        """Say it if the model's name is not the one that the pack's adapters are for: a copy may be called as it likes,
-        and what has other sizes is refused by vLLM."""
-        if wanted is not None and PurePath(wanted).name.casefold() != PurePath(served).name.casefold():
-            self._say_once(
-                logging.WARNING, "", f"the pack's adapters are for the base model {wanted}; the served one is {served}."
+    def _compare_base_models(self, expected: str | None, served: str) -> None:
+        """Warn if the served model has another name than the pack's base model.
+
+        It is not an error, because a copy of a model may have any name. vLLM refuses adapters of other sizes.
+        """
+        if expected is not None and PurePath(expected).name.casefold() != PurePath(served).name.casefold():
+            self._log_once(
+                logging.WARNING,
+                "",
+                f"the pack's adapters are for the base model {expected}; the served one is {served}.",
             )
 
-    def _say_once(self, level: int, name: str, text: str) -> None:
-        """One line for a name and what is wrong with it, as long as there are not too many of them."""
+    def _log_once(self, level: int, name: str, text: str) -> None:
+        """Log a message once per adapter name."""
         key = name[:100], text
-        if key not in self._said:
+        if key not in self._logged:
             _log.log(level, "eigenlorax: %s", text)
-            self._said[key] = None
-            if len(self._said) > _REMEMBERED:
-                self._said.popitem(last=False)
+            self._logged[key] = None
+            if len(self._logged) > _MAX_LOGGED:
+                self._logged.popitem(last=False)

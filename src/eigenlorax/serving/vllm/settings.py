@@ -1,4 +1,4 @@
-"""What the environment asks of the plugin. Every process of a server reads the same."""
+"""Settings of the plugin, from environment variables that every process of a server reads."""
 
 import os
 from collections.abc import Mapping
@@ -16,11 +16,13 @@ CACHE_BYTES = "EIGENLORAX_CACHE_BYTES"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is served, and how.
+    """Settings of the plugin.
 
-    pack: a folder, or a repository on the Hub (`org/name`, `org/name@revision`). shared_basis: whether the model holds
-    the subspace itself. cache, cache_bytes: where adapters are written for vLLM, and how much of them; None: as
-    `cache.place` finds it.
+    Args:
+        pack: A folder, or a repository on the Hub (`org/name`, `org/name@revision`).
+        shared_basis: Whether the model holds the subspace, and adapters are served as LoRAs of its cores.
+        cache: Folder in which adapters are written for vLLM; None for `cache.default_root`.
+        cache_bytes: Maximum size of the cache; None for half of the free space.
     """
 
     pack: str
@@ -30,17 +32,17 @@ class Settings:
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Settings | None:
-    """What is asked for; None where no pack is. `OptionError` for a value that is not one."""
+    """Return the settings, or None if the environment names no pack; raise `OptionError` for an invalid value."""
     pack, shared = environment.get(PACK, "").strip(), shared_basis(environment)
     if pack:
         return Settings(pack, shared, cache(environment), cache_bytes(environment))
     if shared:
-        raise OptionError(f"{SHARED_BASIS}=1 needs the pack whose bases the model is to hold: set {PACK} too.")
+        raise OptionError(f"{SHARED_BASIS}=1 needs the pack whose bases the model holds: set {PACK} too.")
     return None
 
 
 def shared_basis(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the model is to hold the subspace itself."""
+    """Return whether the model holds the subspace."""
     value = environment.get(SHARED_BASIS, "").strip() or "0"
     if value not in ("0", "1"):
         raise OptionError(f"{SHARED_BASIS} is {value!r}; it must be 1, for the bases in the model, or 0.")
@@ -48,7 +50,7 @@ def shared_basis(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def cache(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The folder in which caches are to be made, if one is asked for."""
+    """Return the folder for caches, or None for the default."""
     value = environment.get(CACHE, "").strip()
     if value and not os.path.isabs(value):
         raise OptionError(f"{CACHE} is {value!r}; it must be an absolute path.")
@@ -56,6 +58,6 @@ def cache(environment: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def cache_bytes(environment: Mapping[str, str] = os.environ) -> int | None:
-    """How many bytes a cache may have, if that is asked for. `8GB` is 8 · 10⁹, `8GiB` 8 · 2³⁰."""
+    """Return the maximum size of the cache in bytes, or None for the default. `8GB` is 8 · 10⁹, `8GiB` 8 · 2³⁰."""
     value = environment.get(CACHE_BYTES, "").strip()
     return parse_byte_count(CACHE_BYTES, value) if value else None

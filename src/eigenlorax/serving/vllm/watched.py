@@ -1,4 +1,4 @@
-"""The pack of a server as it is now: looked at again when it may have changed. Nothing here imports vLLM."""
+"""The pack of a server, opened again when it has changed. Nothing here imports vLLM."""
 
 import os
 import threading
@@ -12,67 +12,69 @@ from ...pack import hub as remote
 from ...pack.pack import Pack
 
 HUB_SECONDS = 30.0
-"""How long the Hub is not asked again, whatever names requests have."""
+"""Minimum time between two requests to the Hub."""
 
 Stamp = tuple[int, int, int]
 
 
 class WatchedPack:
-    """A pack in a local folder or in a repository on the Hub, whose adapters may be replaced and become more.
+    """A pack in a local folder or on the Hub whose adapters may change while a server runs. It is thread-safe.
 
-    It is opened at once: `PackError` or `HubError` where that fails. Any thread may ask it.
+    Raises `PackError` or `HubError` at once if the pack cannot be opened.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         self.source = os.fspath(source)
         self._repository = hub.parsed(self.source) if not Path(self.source).exists() else None
         self._lock = threading.Lock()
-        self._asked = time.monotonic()
+        self._last_request = time.monotonic()
         self._opened: tuple[Path, Stamp, Pack] | None = None
         self._open(remote.fetch(self.source, []))
 
-    def now(self) -> Pack:
-        """The pack as it is now, or, one on the Hub, as it was less than `HUB_SECONDS` ago; the one before while the
-        Hub cannot be asked. The same object until it changes, so that its bases are read once. On the Hub, not all of
-        its adapters have to be there: `having` fetches one."""
-        with self._lock:
-            return self._now()
+    def current(self) -> Pack:
+        """Return the pack in its current state. The object is the same until the pack changes.
 
-    def having(self, name: str) -> Pack:
-        """The same, with the files of one adapter there; `AdapterNameError` if the pack has none of that name."""
+        A pack on the Hub may be `HUB_SECONDS` old, or older while the Hub is unreachable, and not all of its adapters
+        are downloaded.
+        """
         with self._lock:
-            pack = self._now()
+            return self._current()
+
+    def with_adapter(self, name: str) -> Pack:
+        """Return the current pack with the files of one adapter downloaded; raise `AdapterNameError` if it has none."""
+        with self._lock:
+            pack = self._current()
             keys.check_known(name, pack.names, f"the pack {self.source}")
             if self._repository is not None:
                 assert pack.path is not None
-                # from the commit that the manifest is of, whatever has been pushed since
+                # from the commit of the manifest, which may not be the latest
                 remote.fetch(self._repository[0], [name], revision=pack.path.name)
             return pack
 
-    def _now(self) -> Pack:
+    def _current(self) -> Pack:
         assert self._opened is not None
-        place, _, pack = self._opened
-        if self._repository is not None and time.monotonic() - self._asked >= HUB_SECONDS:
-            self._asked = time.monotonic()
+        folder, _, pack = self._opened
+        if self._repository is not None and time.monotonic() - self._last_request >= HUB_SECONDS:
+            self._last_request = time.monotonic()
             try:
-                place = remote.fetch(self.source, [])
+                folder = remote.fetch(self.source, [])
             except HubError:
                 return pack
-        return self._open(place)
+        return self._open(folder)
 
-    def _open(self, place: Path) -> Pack:
-        """The pack in a folder; the one that is open already if it is that and has not changed."""
-        # before it is read: what is written in between is seen the next time
-        stamp = _stamp(place)
-        if self._opened is None or self._opened[:2] != (place, stamp):
-            self._opened = place, stamp, Pack.open(place)
+    def _open(self, folder: Path) -> Pack:
+        """Return the pack in a folder, and open it only if it has changed."""
+        # taken before the pack is read, so that a change in between is noticed the next time
+        stamp = _stamp(folder)
+        if self._opened is None or self._opened[:2] != (folder, stamp):
+            self._opened = folder, stamp, Pack.open(folder)
         return self._opened[2]
 
 
-def _stamp(place: Path) -> Stamp:
-    """What changes with a pack's manifest, which is replaced and never changed."""
+def _stamp(folder: Path) -> Stamp:
+    """Return inode, time and size of a pack's manifest, which every change of the pack replaces by a new file."""
     try:
-        found = (place / keys.MANIFEST).stat()
+        status = (folder / keys.MANIFEST).stat()
     except OSError:
         return (0, 0, 0)
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size
