@@ -1,9 +1,6 @@
-"""Adapters that have little in common, in joint bases of their own: as many clusters as are asked for.
+"""Clusters of adapters, each with shared factors of its own. Everything is deterministic, and float64."""
 
-Everything is deterministic, and float64.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +11,20 @@ from torch import Tensor
 from eigenlorax.core.batch import ModuleBatch, captured_squares, delta_squares
 from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
 
-_NOTHING = 1e-14
+_RELATIVE_ZERO = 1e-14
+_TINY = torch.finfo(torch.float64).tiny
+
+Fit = Callable[..., Joint]
+"""`joint.full` or `joint.diagonal`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """members: the adapters of each cluster, ascending; together all of them. modules: of each cluster, its bases by
-    module, with the cores of its members. lost: Σ over modules of ‖D_i − D̂_i‖², of all adapters, without weights."""
+    """A division of the adapters.
+
+    members: ascending indices of the adapters of each cluster. modules: for each cluster its factors by module, with
+    the cores of its members. lost: Σ over modules of ‖D_i − D̂_i‖² of all adapters, without weights.
+    """
 
     members: tuple[tuple[int, ...], ...]
     modules: tuple[Mapping[str, Joint], ...]
@@ -32,71 +36,63 @@ def clustered(
     weights: Float[Tensor, " n"],
     k: int,
     clusters: int,
-    fit: Callable[..., Joint] = full,
+    fit: Fit = full,
     *,
     rounds: int = 20,
     **options: float,
 ) -> Clusters:
-    """Adapters in so many clusters at most, over all modules at once, each in the bases that lose least of it.
+    """Divide the adapters into at most `clusters` clusters, over all modules at once.
 
-    Alternates between the adapters' choice of a cluster and the clusters' bases, which go on from where they were, so
-    that no round makes the weighted sum of what is lost larger. The first division is by the directions of adapters
-    that are far from each other. fit: `full` or `diagonal`; options: theirs.
+    Alternates between the choice of a cluster for each adapter and the factors of each cluster, which start from those
+    of the round before, so that the weighted squared error never grows. The first division is by the directions of
+    adapters that are far from each other. options: of `fit`.
     """
     n = len(weights)
     labels = _first_labels(modules, weights, k, clusters)
-    bases_of: list[dict[str, Rows]] = [{} for _ in range(clusters)]
+    factors: list[dict[str, Rows]] = [{} for _ in range(clusters)]
     for _ in range(rounds):
         lost = torch.zeros(n, clusters, dtype=torch.float64)
         for name in modules:
-            one = modules[name]
+            # each access may read the module from files
+            module = modules[name]
             for cluster in range(clusters):
                 members = _members(labels, cluster)
                 if members:
-                    found = fit(one.select(members), weights[members], k, start=bases_of[cluster].get(name), **options)
-                    bases_of[cluster][name] = found.down, found.up
-                if bases_of[cluster]:
-                    lost[:, cluster] += _lost_in(one, bases_of[cluster][name], fit)
+                    start = factors[cluster].get(name)
+                    fitted = fit(module.select(members), weights[members], k, start=start, **options)
+                    factors[cluster][name] = fitted.down, fitted.up
+                if factors[cluster]:
+                    lost[:, cluster] += _lost(module, factors[cluster][name], fit)
                 else:
                     lost[:, cluster] = torch.inf
-        # who loses as little where it is stays there
-        own = lost.gather(1, labels[:, None])[:, 0]
-        best, chosen = lost.min(1)
-        after = torch.where(best < own * (1 - 1e-9), chosen, labels)
-        if torch.equal(after, labels):
+        # an adapter moves only if it gains, so that rounding cannot make the rounds cycle
+        lost_here = lost.gather(1, labels[:, None])[:, 0]
+        best, nearest = lost.min(1)
+        moved = torch.where(best < lost_here * (1 - 1e-9), nearest, labels)
+        if torch.equal(moved, labels):
             break
-        labels = after
-    return _finished(modules, labels, clusters, bases_of, fit)
+        labels = moved
+    return _finished(modules, labels, factors, fit)
 
 
-def _finished(
-    modules: Mapping[str, ModuleBatch],
-    labels: Tensor,
-    clusters: int,
-    bases_of: Sequence[Mapping[str, Rows]],
-    fit: Callable[..., Joint],
-) -> Clusters:
-    groups = [(cluster, _members(labels, cluster)) for cluster in range(clusters)]
-    groups = sorted(((cluster, members) for cluster, members in groups if members), key=lambda group: group[1])
-    found: list[dict[str, Joint]] = [{} for _ in groups]
+def _finished(modules: Mapping[str, ModuleBatch], labels: Tensor, factors: list[dict[str, Rows]], fit: Fit) -> Clusters:
+    nonempty = [(members, rows) for cluster, rows in enumerate(factors) if (members := _members(labels, cluster))]
+    nonempty.sort(key=lambda cluster: cluster[0])
+    by_cluster: list[dict[str, Joint]] = [{} for _ in nonempty]
     lost = torch.zeros(len(labels), dtype=torch.float64)
     for name in modules:
-        one = modules[name]
-        for place, (cluster, members) in enumerate(groups):
-            found[place][name] = _in(one.select(members), bases_of[cluster][name], fit)
-            lost[members] += found[place][name].lost
-    return Clusters(tuple(tuple(members) for _, members in groups), tuple(found), lost)
+        module = modules[name]
+        for fitted, (members, rows) in zip(by_cluster, nonempty, strict=True):
+            selected = module.select(members)
+            fitted[name] = in_diagonal(selected, rows[name]) if fit is diagonal else in_full(selected, rows[name])
+            lost[members] += fitted[name].lost
+    return Clusters(tuple(tuple(members) for members, _ in nonempty), tuple(by_cluster), lost)
 
 
-def _in(one: ModuleBatch, rows: Rows, fit: Callable[..., Joint]) -> Joint:
-    """The best cores of the kind that `fit` has between given factors."""
-    return in_diagonal(one, rows) if fit is diagonal else in_full(one, rows)
-
-
-def _lost_in(one: ModuleBatch, rows: Rows, fit: Callable[..., Joint]) -> Float[Tensor, " n"]:
+def _lost(module: ModuleBatch, rows: Rows, fit: Fit) -> Float[Tensor, " n"]:
     if fit is diagonal:
-        return in_diagonal(one, rows).lost
-    return delta_squares(one) - captured_squares(one.down @ rows[0].mT, one.up @ rows[1].mT)
+        return in_diagonal(module, rows).lost
+    return delta_squares(module) - captured_squares(module.down @ rows[0].mT, module.up @ rows[1].mT)
 
 
 def _members(labels: Tensor, cluster: int) -> list[int]:
@@ -105,38 +101,38 @@ def _members(labels: Tensor, cluster: int) -> list[int]:
 
 
 def _first_labels(modules: Mapping[str, ModuleBatch], weights: Tensor, k: int, clusters: int) -> Tensor:
-    """Each adapter with the nearest of `clusters` adapters, by what it keeps in that one's directions.
+    """Label each adapter with the nearest of `clusters` seed adapters, by what the seed's directions keep of it.
 
-    The first of them is the one that is most in the directions of all, each next one the farthest from all before.
+    The first seed is the adapter that the directions of all keep best, each next one is farthest from those before.
     """
     n = len(weights)
     if clusters == 1:
         return torch.zeros(n, dtype=torch.long)
     total, kept = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     for name in modules:
-        one = modules[name]
-        down, up = bases(one, weights, k, rounds=0)
-        kept += captured_squares(one.down @ down.mT, one.up @ up.mT)
-        total += delta_squares(one)
-    norms = total.clamp_min(torch.finfo(torch.float64).tiny)
+        module = modules[name]
+        down, up = bases(module, weights, k, rounds=0)
+        kept += captured_squares(module.down @ down.mT, module.up @ up.mT)
+        total += delta_squares(module)
+    norms = total.clamp_min(_TINY)
     seeds = [int((kept / norms).argmax())]
     shares = torch.zeros(n, 0, dtype=torch.float64)
     while True:
-        share = torch.zeros(n, dtype=torch.float64)
+        kept_by_seed = torch.zeros(n, dtype=torch.float64)
         for name in modules:
-            one = modules[name]
-            down, up = (orthonormal_rows(_spanning(rows[seeds[-1]])) for rows in (one.down, one.up))
-            share += captured_squares(one.down @ down.mT, one.up @ up.mT)
-        shares = torch.cat([shares, (share / norms)[:, None]], dim=1)
+            module = modules[name]
+            down, up = (orthonormal_rows(_row_span(rows[seeds[-1]])) for rows in (module.down, module.up))
+            kept_by_seed += captured_squares(module.down @ down.mT, module.up @ up.mT)
+        shares = torch.cat([shares, (kept_by_seed / norms)[:, None]], dim=1)
         if len(seeds) == min(clusters, n):
             return shares.argmax(1)
-        nearest = shares.amax(1).masked_fill(total == 0, torch.inf)
-        seeds.append(int(nearest.argmin()))
+        # an update of zero is no seed
+        seeds.append(int(shares.amax(1).masked_fill(total == 0, torch.inf).argmin()))
 
 
-def _spanning(rows: Float[Tensor, "r d"]) -> Float[Tensor, "s d"]:
-    """Rows without those that add nothing, in the directions of their singular vectors."""
+def _row_span(rows: Float[Tensor, "r d"]) -> Float[Tensor, "s d"]:
+    """Return orthogonal rows with the span of these."""
     values, vectors = descending_eigh(rows @ rows.mT)
-    some = values > _NOTHING * values[:1].clamp_min(torch.finfo(torch.float64).tiny)
-    found: Tensor = (vectors[:, some] / values[some].sqrt()).mT @ rows
-    return found
+    nonzero = values > _RELATIVE_ZERO * values[:1].clamp_min(_TINY)
+    spanning: Tensor = (vectors[:, nonzero] / values[nonzero].sqrt()).mT @ rows
+    return spanning

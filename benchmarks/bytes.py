@@ -40,32 +40,32 @@ from eigenlorax.reports.analysis.per_adapter import Point
 RESULTS = Path(__file__).with_name("results") / "bytes.json"
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 PACKAGES = {"lorashare": 100, "vlora": 100}
-"""Rivals that are installed, and up to how many adapters each is tried: each fit of theirs reads all files anew."""
+"""Installed packages, and the largest number of adapters for each: every fit of theirs reads all files again."""
 WIDEST = 1024
-"""Up to which width lorashare is tried: it finds all eigenvectors of d × d matrices, for each number of components."""
+"""Largest width for lorashare, which finds all eigenvectors of d × d matrices for each number of components."""
 WIDE = "16 bits"
-"""Rivals whose shared factors, and cores, are in 16 bits: as papers and packages have them."""
+"""Key of baselines whose shared factors and cores are in 16 bits, as in papers and packages."""
 TOGETHER = {"rivals": COMBINATIONS, WIDE: ((16, 16),)}
 WHO = ("ours", *TOGETHER, *PACKAGES)
 Json = dict[str, Any]
 
 
 def main() -> int:
-    given = arguments()
+    options = arguments()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    output = given.output or (None if given.quick else RESULTS)
-    result = opened(output, given)
+    output = options.output or (None if options.quick else RESULTS)
+    result = opened(output, options)
     with tempfile.TemporaryDirectory() as temporary:
-        scratch = given.scratch or Path(temporary)
-        for one in collections(given.zoo, given.adapters, given.quick):
-            if given.collections and not any(part in one.name for part in given.collections):
+        scratch = options.scratch or Path(temporary)
+        for collection in collections(options.zoo, options.adapters, options.quick):
+            if options.collections and not any(part in collection.name for part in options.collections):
                 continue
-            if one.absent:
-                result["notes"][one.name] = one.absent
-                say(f"{one.name}: {one.absent}")
+            if collection.absent:
+                result["notes"][collection.name] = collection.absent
+                say(f"{collection.name}: {collection.absent}")
                 continue
-            for key, cell in cells(one, given, scratch, result["cells"]):
+            for key, cell in cells(collection, options, scratch, result["cells"]):
                 result["cells"][key] = cell
                 say(f"{key}: {cell['seconds']:.1f} s")
                 if output is not None:
@@ -85,14 +85,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--beyond", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--clusters", nargs="+", type=int, default=CLUSTERS, help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=WHO, default=WHO, help="(default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="measure the packs again, and no rival that is there")
+    parser.add_argument(
+        "--again", action="store_true", help="measure the packs again, and no baseline that was measured"
+    )
     parser.add_argument("--output", type=Path, help="the result's file, read first (default: results/bytes.json)")
     parser.add_argument("--scratch", type=Path, help="where planted adapters are made, or found again")
     return parser.parse_args()
 
 
-def opened(output: Path | None, given: argparse.Namespace) -> Json:
-    """The result so far, with this run added."""
+def opened(output: Path | None, options: argparse.Namespace) -> Json:
+    """Return the result so far, with this run added."""
     words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
     run = {
         "command": " ".join(["python", "benchmarks/bytes.py", *words]),
@@ -101,68 +103,68 @@ def opened(output: Path | None, given: argparse.Namespace) -> Json:
         "environment": collect(),
         "versions": methods.versions(),
     }
-    there = output is not None and output.is_file()
-    result: Json = json.loads(output.read_text("utf-8")) if there else {"runs": [], "cells": {}, "notes": {}}  # type: ignore[union-attr]
+    exists = output is not None and output.is_file()
+    result: Json = json.loads(output.read_text("utf-8")) if exists else {"runs": [], "cells": {}, "notes": {}}  # type: ignore[union-attr]
     result["runs"].append(run)
-    if given.again:
+    if options.again:
         result["cells"] = {key: cell for key, cell in result["cells"].items() if cell["who"] != "ours"}
     return result
 
 
-def cells(one: Collection, given: argparse.Namespace, scratch: Path, there: Mapping[str, Json]) -> Any:
-    """Of each cell that is not in the result yet, its key and what was found."""
-    errors = sorted(given.errors)
+def cells(collection: Collection, options: argparse.Namespace, scratch: Path, known: Mapping[str, Json]) -> Any:
+    """Yield key and content of each cell that is not in the result yet."""
+    errors = sorted(options.errors)
     todo: dict[str, Callable[[Folders, Sequence[Adapter]], Json]] = {}
     missing = {
-        who: [error for error in errors if f"{one.name} | {who} | {error:g}" not in there]
+        who: [error for error in errors if f"{collection.name} | {who} | {error:g}" not in known]
         for who in TOGETHER
-        if who in given.only
+        if who in options.only
     }
-    for error in errors if "ours" in given.only else ():
-        todo[f"{one.name} | ours | {error:g}"] = lambda folders, adapters, error=error: ours_cell(
+    for error in errors if "ours" in options.only else ():
+        todo[f"{collection.name} | ours | {error:g}"] = lambda folders, adapters, error=error: ours_cell(
             folders, adapters, error
         )
     for package, most in PACKAGES.items():
-        if package in given.only and methods.is_here(package):
-            todo[f"{one.name} | {package}"] = lambda folders, adapters, package=package, most=most: package_cell(
+        if package in options.only and methods.is_here(package):
+            todo[f"{collection.name} | {package}"] = lambda folders, adapters, package=package, most=most: package_cell(
                 package, folders, adapters, errors, most
             )
-    todo = {key: measure for key, measure in todo.items() if key not in there}
+    todo = {key: measure for key, measure in todo.items() if key not in known}
     if not todo and not any(missing.values()):
         return
-    folders = one.folders(scratch)
+    folders = collection.folders(scratch)
     adapters = [ex.read_adapter(folder, name=name, allow_pickle=True) for name, folder in folders.items()]
     shape = {"adapters": len(adapters), "lora_bytes": lora_bytes(adapters)}
     for who, absent in missing.items():
         if not absent:
             continue
         started = time.perf_counter()
-        found = least(
-            stacks(adapters), absent, clusters=given.clusters, combinations=TOGETHER[who], beyond=given.beyond
+        points_by_method = least(
+            stacks(adapters), absent, clusters=options.clusters, combinations=TOGETHER[who], beyond=options.beyond
         )
         seconds = (time.perf_counter() - started) / len(absent)
-        for place, error in enumerate(absent):
-            ways = {way: as_json(points[place]) for way, points in found.items()}
-            own = {"who": who, "error": error, "beyond": given.beyond, "ways": ways, "seconds": seconds}
-            yield f"{one.name} | {who} | {error:g}", {"collection": one.name, **shape, **own}
+        for index, error in enumerate(absent):
+            points = {method: as_json(by_error[index]) for method, by_error in points_by_method.items()}
+            cell = {"who": who, "error": error, "beyond": options.beyond, "ways": points, "seconds": seconds}
+            yield f"{collection.name} | {who} | {error:g}", {"collection": collection.name, **shape, **cell}
     for key, measure in todo.items():
         started = time.perf_counter()
-        found_here = measure(folders, adapters)
-        yield key, {"collection": one.name, **shape, **found_here, "seconds": time.perf_counter() - started}
+        measured = measure(folders, adapters)
+        yield key, {"collection": collection.name, **shape, **measured, "seconds": time.perf_counter() - started}
 
 
 def lora_bytes(adapters: Sequence[Adapter]) -> int:
-    """Of the factors in 16 bits."""
-    return 2 * sum(spec.numbers for one in adapters for spec in one.specs.values())
+    """Return the bytes of all factors in 16 bits."""
+    return 2 * sum(spec.numbers for adapter in adapters for spec in adapter.specs.values())
 
 
 def stacks(adapters: Sequence[Adapter]) -> Mapping[str, ModuleBatch]:
-    """Of each module, read anew at each access where they are many."""
-    specs = {module: spec for one in adapters for module, spec in one.specs.items()}
+    """Return the adapters by module; with many adapters, each access reads the module again."""
+    specs = {module: spec for adapter in adapters for module, spec in adapter.specs.items()}
 
     def read(module: str) -> ModuleBatch:
-        made: list[LoRAFactors | None] = [one.modules.get(module) for one in adapters]
-        return pad_factors(made, specs[module].in_features, specs[module].out_features)
+        factors: list[LoRAFactors | None] = [adapter.modules.get(module) for adapter in adapters]
+        return pad_factors(factors, specs[module].in_features, specs[module].out_features)
 
     return LazyMapping(specs, read) if len(adapters) > 200 else {module: read(module) for module in specs}
 
@@ -179,7 +181,7 @@ def as_json(point: Point | None) -> Json | None:
 
 
 def ours(folders: Folders, error: float, target: Path) -> int:
-    """Write a pack in which no adapter loses more; its bytes."""
+    """Write a pack with this error bound to `target`, and return its bytes."""
     pack = ex.fit(
         {name: str(folder) for name, folder in folders.items()},
         max_error=error,
@@ -188,31 +190,31 @@ def ours(folders: Folders, error: float, target: Path) -> int:
         allow_pickle=True,
     )
     pack.save(target)
-    found = ex.Pack.from_pretrained(target).summary.bytes
-    return found.basis + found.coefficients
+    written = ex.Pack.from_pretrained(target).summary.bytes
+    return written.basis + written.coefficients
 
 
 def ours_cell(folders: Folders, adapters: Sequence[Adapter], error: float) -> Json:
-    """Ours, and what each adapter loses by the files on disk."""
+    """Measure the bytes of a pack, and the error of each adapter by the files on disk."""
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / "pack"
         try:
             stored = ours(folders, error, target)
-        except ex.EigenLoraxError as refused:
-            return {"who": "ours", "error": error, "refused": str(refused)}
-        opened = ex.Pack.from_pretrained(target)
-        lost = [whole_error(one, opened.adapter(one.name).modules) for one in adapters]
+        except ex.EigenLoraxError as refusal:
+            return {"who": "ours", "error": error, "refused": str(refusal)}
+        pack = ex.Pack.from_pretrained(target)
+        errors = [whole_error(adapter, pack.adapter(adapter.name).modules) for adapter in adapters]
         files = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    found = {"who": "ours", "error": error, "bytes": stored, "file_bytes": files}
-    return {**found, "worst": max(lost), "mean": sum(lost) / len(lost)}
+    written = {"who": "ours", "error": error, "bytes": stored, "file_bytes": files}
+    return {**written, "worst": max(errors), "mean": sum(errors) / len(errors)}
 
 
-def whole_error(one: Adapter, back: Mapping[str, LoRAFactors]) -> float:
-    """√(Σ‖D − D̂‖² / Σ‖D‖²), of whole matrices in float64; 0 for an update that is zero."""
+def whole_error(adapter: Adapter, reconstructed: Mapping[str, LoRAFactors]) -> float:
+    """Return √(Σ‖D − D̂‖² / Σ‖D‖²) by out × in matrices in float64; 0 for an update of zero."""
     lost = total = 0.0
-    for module, factors in one.modules.items():
-        update, other = (f.scaling * f.up.double() @ f.down.double() for f in (factors, back[module]))
-        lost += float((update - other).square().sum())
+    for module, factors in adapter.modules.items():
+        update, approximation = (f.scaling * f.up.double() @ f.down.double() for f in (factors, reconstructed[module]))
+        lost += float((update - approximation).square().sum())
         total += float(update.square().sum())
     return math.sqrt(lost / total) if total else 0.0
 
@@ -220,25 +222,25 @@ def whole_error(one: Adapter, back: Mapping[str, LoRAFactors]) -> float:
 def package_cell(
     package: str, folders: Folders, adapters: Sequence[Adapter], errors: Sequence[float], most: int
 ) -> Json:
-    """The fewest bytes of an installed package for each error, by halves over its number of components."""
+    """Find the fewest bytes of an installed package for each error, by bisection over its number of components."""
     head = {"who": package, "errors": list(errors)}
-    widths = [max(spec.in_features, spec.out_features) for one in adapters for spec in one.specs.values()]
+    widths = [max(spec.in_features, spec.out_features) for adapter in adapters for spec in adapter.specs.values()]
     if package == "lorashare" and max(widths) > WIDEST:
         return {**head, "skipped": f"{max(widths)} wide: all eigenvectors of a matrix of that width, again and again"}
     if not 1 < len(folders) <= most:
         return {**head, "skipped": f"{len(folders)} adapters; it is tried on 2 to {most}"}
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            tried = Package(package, folders, Path(temporary))
-            found = {f"{error:g}": tried.least(error) for error in sorted(errors, reverse=True)}
-        # what a package refuses, it refuses in its own ways
-        except Exception as refused:  # noqa: BLE001
-            return {**head, "skipped": f"{type(refused).__name__}: {refused}"[:300]}
-    return {**head, "points": found}
+            measured = Package(package, folders, Path(temporary))
+            points = {f"{error:g}": measured.least(error) for error in sorted(errors, reverse=True)}
+        # other packages raise errors of their own
+        except Exception as failure:  # noqa: BLE001
+            return {**head, "skipped": f"{type(failure).__name__}: {failure}"[:300]}
+    return {**head, "points": points}
 
 
 class Package:
-    """An installed package on one collection, by numbers of components that were tried."""
+    """An installed package on one collection; each number of components is fitted once."""
 
     def __init__(self, package: str, folders: Folders, scratch: Path) -> None:
         links = scratch / "links"
@@ -250,27 +252,29 @@ class Package:
         self.scratch = scratch
         widths = [max(down.shape[1], up.shape[0]) for down, up in self.sources[0].modules.values()]
         ranks = [down.shape[0] for down, _ in self.sources[0].modules.values()]
-        own = len(self.sources) if package == "vlora" else len(self.sources) * max(ranks)
-        self.most = min(own, max(widths)) if package != "vlora" else own
+        # vlora has one component for each adapter at most
+        n = len(self.sources)
+        self.most = n if package == "vlora" else min(n * max(ranks), max(widths))
         self.known: dict[int, Json] = {}
 
     def least(self, error: float) -> Json | None:
+        """Return the point with the fewest components within the error; None if there is none."""
         low = max([0, *(k for k, point in self.known.items() if point["worst"] > error)])
         high = min([self.most + 1, *(k for k, point in self.known.items() if point["worst"] <= error)])
         if high > self.most:
-            if low >= self.most or self.tried(self.most)["worst"] > error:
+            if low >= self.most or self.measure(self.most)["worst"] > error:
                 return None
             high = self.most
         while high - low > 1:
             middle = (low + high) // 2
-            if self.tried(middle)["worst"] <= error:
+            if self.measure(middle)["worst"] <= error:
                 high = middle
             else:
                 low = middle
-        return self.tried(high)
+        return self.measure(high)
 
-    def tried(self, k: int) -> Json:
-        """With k components; its numbers as if in 16 bits, which costs no error here."""
+    def measure(self, k: int) -> Json:
+        """Return size and errors with k components, counting its numbers in 16 bits, which costs no error here."""
         if k not in self.known:
             fitted = self.fit({source.name: source.path for source in self.sources}, k)
             lost = [delta_error(source, fitted.reconstruct(source.name)) for source in self.sources]

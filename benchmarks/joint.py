@@ -19,9 +19,9 @@ from eigenlorax.core.batch import (
     delta_squares,
     difference_squares,
     gram_matrices,
-    gram_roots,
 )
 from eigenlorax.core.linalg import descending_eigh, orthonormal_rows
+from eigenlorax.reports.analysis.per_adapter import singular_rows
 
 ROUNDS = 200
 TOLERANCE = 1e-6
@@ -258,26 +258,9 @@ def _of_length_one(rows: Tensor) -> Tensor:
 
 def _own_directions(one: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:
     """The k largest pairs of singular vectors of all adapters."""
-    down, up, sigma = singular(one)
+    down, up, sigma = singular_rows(one)
     largest = sigma.flatten().argsort(descending=True, stable=True)[:k]
     return down.flatten(0, 1)[largest], up.flatten(0, 1)[largest]
-
-
-def singular(one: ModuleBatch) -> tuple[Float[Tensor, "n r n_in"], Float[Tensor, "n r n_out"], Float[Tensor, "n r"]]:
-    """Each update's singular vectors as rows, right and left, and its singular values, descending.
-
-    Rows beside a singular value of 0, or one that is nothing beside the first, are 0.
-    """
-    # down = R₁Q₁ and up = R₂Q₂ through roots of Gram matrices: R₂ᵀR₁ has the singular values of the update
-    down_root, up_root = gram_roots(one.down), gram_roots(one.up)
-    left, sigma, right = torch.linalg.svd(up_root @ down_root)
-    floor = 1e-7 * sigma[:, :1]
-    some = (sigma > floor) & (sigma > 0)
-    inverse = torch.where(some, 1 / sigma.where(some, torch.ones_like(sigma)), 0.0)[:, :, None]
-    # v = Dᵀu / σ, u = Dv / σ, with u and v in the coordinates of the factors' rows
-    rows_down = inverse * ((left.mT @ up_root) @ one.down)
-    rows_up = inverse * ((right @ down_root) @ one.up)
-    return rows_down, rows_up, sigma * some
 
 
 def _diagonalised(one: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,7 @@ class TestDiagonal:
 
 def test_singular_directions_are_those_of_dense_svds():
     made = [one.get(QUERY) for one in awkward()]
-    down, up, sigma = joint.singular(pad_factors(made, N_IN, N_OUT))
+    down, up, sigma = joint.singular_rows(pad_factors(made, N_IN, N_OUT))
     for i, factors in enumerate(made):
         update = dense(factors) if factors is not None else np.zeros((N_OUT, N_IN))
         expected = np.linalg.svd(update, compute_uv=False)[: sigma.shape[1]]

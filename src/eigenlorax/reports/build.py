@@ -70,7 +70,7 @@ def report(
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """What the figures are computed from. originals, measured: None for a report of the pack alone."""
+    """Inputs of all figures. originals, measured: None for a report of the pack alone."""
 
     pack: Pack
     packed: Mapping[str, PackedAdapter]
@@ -117,7 +117,7 @@ def _assemble(sources: _Sources) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class _Related:
-    """How the trained adapters are related.
+    """Relations between the trained adapters.
 
     duplicates: groups of equal updates. neighbours: fields of `AdapterFigures` by adapter. positions: on the map.
     """

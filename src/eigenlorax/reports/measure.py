@@ -91,7 +91,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Collection:
-    """What the measurements of all modules have in common. weights: of the adapters in the fit, 1 / ‖D‖."""
+    """Inputs that the measurements of all modules share. weights: of the adapters in the fit, 1 / ‖D‖."""
 
     pack: Pack
     packed: Mapping[str, PackedAdapter]

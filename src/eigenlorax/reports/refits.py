@@ -42,7 +42,7 @@ class Members:
 
     @property
     def crowded(self) -> bool:
-        """Whether they have too many rows to fit the module again without each of them."""
+        """True if they have too many rows to fit the module again without each of them."""
         return crowded.is_crowded(sum(self.batch.ranks))
 
 

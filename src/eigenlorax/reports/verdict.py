@@ -33,7 +33,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Evidence:
-    """What the answer is based on: adapters in the fit, and adapters left out of it."""
+    """The basis of the answer: errors of adapters in the fit, and of adapters left out of it."""
 
     report: ReportData
     in_fit: Spread

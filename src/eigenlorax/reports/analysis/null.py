@@ -30,8 +30,8 @@ _DEGREES = 3
 def draws(modules: int, affordable: float) -> int:
     """Return how often to draw each module: as often as suffices, or as is affordable."""
     least = next(n for n in _DRAWS if max(modules, 1) * (n - 1) >= _DEGREES)
-    wanted = next(n for n in _DRAWS if n >= _OF_EACH and max(modules, 1) * n >= _ENOUGH)
-    return max(least, *(n for n in _DRAWS if n <= max(_DRAWS[0], min(wanted, affordable))))
+    sufficient = next(n for n in _DRAWS if n >= _OF_EACH and max(modules, 1) * n >= _ENOUGH)
+    return max(least, *(n for n in _DRAWS if n <= max(_DRAWS[0], min(sufficient, affordable))))
 
 
 def dealt(draws: int, generator: torch.Generator) -> list[int]:

@@ -21,7 +21,7 @@ _NO_ROOM = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Evenness:
-    """What the overlap by chance on one side of a module depends on.
+    """Quantities of one side of a module that determine the overlap by chance.
 
     traces, squares: tr DᵀD and ‖DᵀD‖² of each adapter, which are the same on both sides. dimension: of the side.
     """
