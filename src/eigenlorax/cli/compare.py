@@ -68,7 +68,9 @@ def compare(
     seeds: Annotated[
         int, typer.Option(metavar="N", help="Number of trainings per method, at the chosen learning rate.")
     ] = SEEDS,
-    rank: Annotated[int, typer.Option(help="Rank of lora, init and factors.")] = 8,
+    rank: Annotated[
+        int, typer.Option(help="Rank of lora, init and factors. Small methods get as many parameters as factors.")
+    ] = 8,
     epochs: Annotated[float, typer.Option(help="Number of epochs.")] = float(DEFAULTS["num_train_epochs"]),
     batch_size: Annotated[int, typer.Option(help="Rows per training step.")] = int(
         DEFAULTS["per_device_train_batch_size"]

@@ -62,8 +62,8 @@ def fit(
             "--n-components",
             "-k",
             metavar="K|auto",
-            help="Maximum number of components per module and side (default: 32). auto: choose K by cross-validation "
-            "over the adapters.",
+            help="Maximum number of components per module and side (default: 32). More components give smaller errors "
+            "and a larger pack. auto: choose K by cross-validation over the adapters.",
             parser=arguments.number_or_auto,
         ),
     ] = None,
@@ -136,12 +136,15 @@ def fit(
     solver: Annotated[
         str,
         typer.Option(
-            help="exact: full decompositions. auto: an iterative solver for large modules, which is faster and misses "
-            "less than 1e-4 of the energy."
+            help="auto: an iterative solver for large modules, which is faster and misses less than 1e-4 of the "
+            "energy. exact: full decompositions, to check that."
         ),
     ] = "auto",
     engine: Annotated[
-        str, typer.Option(help="Where modules are fitted: serial, processes (on this machine) or ray (on a cluster).")
+        str,
+        typer.Option(
+            help="Where modules are fitted: serial, processes (for many modules on this machine) or ray (on a cluster)."
+        ),
     ] = "serial",
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Number of processes for --engine processes (default: all cores).")

@@ -55,12 +55,15 @@ def train(
     ] = None,
     model: arguments.Model = None,
     name: Annotated[str | None, typer.Option(help="Name of the adapter in the pack (default: that of OUT).")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the update.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the update. A higher rank trains more parameters.")] = 8,
     alpha: Annotated[
         float | None, typer.Option(help="LoRA alpha: the update is scaled by alpha / rank (default: 2 × rank).")
     ] = None,
     core: Annotated[
-        bool, typer.Option("--core", help="Train one k × k matrix per module instead of two factors.")
+        bool,
+        typer.Option(
+            "--core", help="Train one k × k matrix per module instead of two factors: fewer parameters if k is small."
+        ),
     ] = False,
     start: Annotated[
         str,
@@ -84,7 +87,8 @@ def train(
         float | None, typer.Option(help=f"Learning rate of the coefficients (default: {DEFAULTS['learning_rate']:g}).")
     ] = None,
     head_learning_rate: Annotated[
-        float | None, typer.Option(help=f"Learning rate of the classification head (default: {HEAD_LEARNING_RATE:g}).")
+        float | None,
+        typer.Option(help=f"Learning rate of the head (default: {HEAD_LEARNING_RATE:g}). Try 0.02 for many classes."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help=f"Rows per training step (default: {DEFAULTS['per_device_train_batch_size']}).")

@@ -140,12 +140,3 @@ def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, l
         seen.append(method)
         rates_by_method |= {method: rates} if equals else dict.fromkeys(methods, rates)
     return rates_by_method
-
-
-def lowest_near_best(scores: Mapping[float, float], tolerance: float) -> float:
-    """Return the lowest learning rate whose score is at most `tolerance` below the best.
-
-    Among rates that differ by chance only, the lower one is more stable on other tasks.
-    """
-    best = max(scores.values())
-    return min(rate for rate, score in scores.items() if score >= best - tolerance)
