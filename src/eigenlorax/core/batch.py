@@ -168,8 +168,8 @@ def scaled_batch(
     ranks: tuple[int, ...],
 ) -> ModuleBatch:
     """Return a batch of updates whose scaling is part of `up`: delta_weight[i] = up[i].mT @ down[i]."""
-    ones = torch.ones(len(down), dtype=torch.float64)
-    return ModuleBatch(down, up, scaling=ones, weights=ones, ranks=ranks, applied_scaling=applied_scaling)
+    unit = torch.ones(len(down), dtype=torch.float64)
+    return ModuleBatch(down, up, scaling=unit, weights=unit, ranks=ranks, applied_scaling=applied_scaling)
 
 
 def svd_balanced(batch: ModuleBatch) -> ModuleBatch:

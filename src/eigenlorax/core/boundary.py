@@ -165,19 +165,19 @@ def _missing(path: Path) -> FileNotFoundError:
     return FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path))
 
 
-def check_expansion(needed: int, size: int, what: str) -> None:
+def check_expansion(needed: int, size: int, subject: str) -> None:
     """Raise `ValueError` if rows would take more memory than the bytes that they are read from explain.
 
     Args:
         needed: Bytes in memory.
         size: Bytes in the file.
-        what: The rows, for the message.
+        subject: The rows, for the message.
     """
     if needed > MAX_EXPANSION * size + MEMORY_ALLOWANCE:
-        raise ValueError(f"{what} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
+        raise ValueError(f"{subject} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
 
 
-def check_coded_count(numbers: int, size: int, what: str) -> None:
+def check_coded_count(numbers: int, size: int, subject: str) -> None:
     """Raise `ValueError` if coded bytes would decode to more 32-bit numbers than they can usefully represent.
 
     Numbers that are certain to be zero take a hundredth of a bit each, so few bytes may stand for many of them.
@@ -186,14 +186,16 @@ def check_coded_count(numbers: int, size: int, what: str) -> None:
     Args:
         numbers: Number of decoded numbers.
         size: Bytes in the file.
-        what: The numbers, for the message.
+        subject: The numbers, for the message.
     """
     most = max(MAX_EXPANSION * size // 4, MEMORY_ALLOWANCE // 20)
     if numbers > most:
-        raise ValueError(f"{what} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} were expected")
+        raise ValueError(
+            f"{subject} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} were expected"
+        )
 
 
-def check_factor_memory(numbers: int, what: str) -> None:
+def check_factor_memory(numbers: int, subject: str) -> None:
     """Raise `ValueError` if factors with this many entries do not fit in the machine's memory.
 
     Reconstructed factors are as large as rank times width, however few components they are made of, so that a small
@@ -201,8 +203,8 @@ def check_factor_memory(numbers: int, what: str) -> None:
 
     Args:
         numbers: Number of entries.
-        what: The factors, for the message.
+        subject: The factors, for the message.
     """
     needed = FACTOR_BYTES * numbers
     if needed > machine_memory():
-        raise ValueError(f"{what} would take {needed:,} bytes of memory, more than this machine has")
+        raise ValueError(f"{subject} would take {needed:,} bytes of memory, more than this machine has")

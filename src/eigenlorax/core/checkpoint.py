@@ -87,6 +87,7 @@ def open_checkpoint(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
         atomic_files.sync_folder(folder.parent)
         try:
             with atomic_files.lock(folder / _LOCK, timeout=0.0):
+                # the key is written last, so that a killed process leaves no parts of another fit under this key
                 if atomic_files.read_regular_file(folder / _KEY, len(encoded_key)) != encoded_key:
                     for path in _parts(folder):
                         path.unlink()

@@ -38,9 +38,9 @@ def row_sizes(module: Convolution) -> tuple[int, int]:
     return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
 
 
-def kernels_match(kernel: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def kernels_match(left: tuple[int, ...], right: tuple[int, ...]) -> bool:
     """Return whether modules with these kernels have rows of the same layout. A linear module has a kernel of ones."""
-    return kernel == other or set(kernel) | set(other) <= {1}
+    return left == right or set(left) | set(right) <= {1}
 
 
 def convolve(module: Convolution, images: Tensor, rows: Tensor) -> Tensor:

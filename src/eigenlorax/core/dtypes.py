@@ -15,11 +15,10 @@ def name(dtype: torch.dtype) -> str:
 
 def by_name(name_: str) -> torch.dtype:
     """Return `torch.float16` for `float16`; raise `OptionError` for anything that is not in `STORED`."""
-    for known in STORED:
-        if name(known) == name_:
-            return known
-    known_names = [name(known) for known in STORED]
-    raise OptionError(f"dtype must be one of {', '.join(known_names)}, got {name_}.{suggestion(name_, known_names)}")
+    dtypes = {name(dtype): dtype for dtype in STORED}
+    if name_ not in dtypes:
+        raise OptionError(f"dtype must be one of {', '.join(dtypes)}, got {name_}.{suggestion(name_, dtypes)}")
+    return dtypes[name_]
 
 
 def parse(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -207,6 +207,7 @@ class _RayEngine(_SharingEngine):
     def __init__(self, ray: Any) -> None:
         super().__init__()
         self._ray = ray
+        # of the whole cluster; at least 1, also where a cluster reports no CPU
         self.workers = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         self._task = ray.remote(num_cpus=1, max_retries=10)(_run_pickled)
 

@@ -195,10 +195,10 @@ def module_of_key(key: str) -> str | None:
 
     Known are coefficients, cores, residuals, embedded bases, and trained biases.
     """
-    module, _, part = key.removeprefix(MODEL_PREFIX).rpartition(".")
-    if part in (*COEFFICIENTS.values(), CORE, *RESIDUALS.values(), *EMBEDDED.values()):
+    module, _, parameter = key.removeprefix(MODEL_PREFIX).rpartition(".")
+    if parameter in (*COEFFICIENTS.values(), CORE, *RESIDUALS.values(), *EMBEDDED.values()):
         return module
-    return module.removesuffix(".base_layer") if part == "bias" and module.endswith(".base_layer") else None
+    return module.removesuffix(".base_layer") if parameter == "bias" and module.endswith(".base_layer") else None
 
 
 def components_key(module: str, side: str) -> str:
@@ -229,9 +229,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_known(name: str, known: Iterable[str], where: str = "the pack") -> None:
+def check_known(name: str, adapters: Iterable[str], where: str = "the pack") -> None:
     """Raise `AdapterNameError`, with the closest name, unless `name` is one of the known adapters."""
-    names = sorted(known)
+    names = sorted(adapters)
     if name not in names:
         listing = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
         raise AdapterNameError(

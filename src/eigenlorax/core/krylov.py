@@ -78,6 +78,7 @@ def leading_eigenvectors(
         # the trace bounds the estimate, because no eigenvalue is negative
         shortfall = 0.0 if is_invariant else min(estimate_missing(sums), missing_trace)
         has_converged = len(values) >= k and shortfall <= tolerance
+        # the last case: no further block fits into d dimensions
         if is_invariant or has_converged or len(values) + block > len(start):
             vectors = orthonormal_columns(basis @ combination[:, :k].to(basis.dtype))
             return RitzPairs(values.clamp_min(0), vectors, shortfall)

@@ -40,7 +40,7 @@ _MAX_PADDING = 1.5
 
 @dataclass(frozen=True, slots=True)
 class LayerResidual:
-    """What the bases do not represent of one adapter's two factors.
+    """The part of one adapter's two factors that the bases do not represent.
 
     Args:
         down: (r, in), or None if it is zero.

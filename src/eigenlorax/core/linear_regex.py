@@ -178,8 +178,8 @@ class LinearRegex:
             return self._state((after,), None, node.position)
         if isinstance(node, _Sequence):
             # from the end, because each part needs to know where to continue
-            for part in reversed(node.parts):
-                after = self._build(part, after)
+            for element in reversed(node.parts):
+                after = self._build(element, after)
             return after
         if isinstance(node, _Choice):
             return self._state(tuple(self._build(option, after) for option in node.options), None)
@@ -189,6 +189,7 @@ class LinearRegex:
             self._following[loop] = (self._build(node.part, loop), after)
             after = loop
         else:
+            # optional repetitions: each may also skip to the end
             end = after
             for _ in range(node.maximum - node.minimum):
                 after = self._state((self._build(node.part, after), end), None)
@@ -230,10 +231,10 @@ class _Parser:
         return options[0] if len(options) == 1 else _Choice(options)
 
     def _sequence(self) -> _Node:
-        parts = []
+        elements = []
         while self._next() not in ("", "|", ")"):
-            parts.append(self._repeated(self._atom()))
-        return _Sequence(parts)
+            elements.append(self._repeated(self._atom()))
+        return _Sequence(elements)
 
     def _atom(self) -> _Node:
         """Parse a character, a class, an anchor or a group."""

@@ -86,6 +86,7 @@ def module_error(
         # with a residual nothing lies outside the stored parts, so all of the error is rounding
         squared_error = _update_difference_square(factors, projection.reconstruct(coefficients, bases))
         return ModuleError(delta_square(factors), squared_error, squared_error)
+    # zero rows change no product, and both sides of a comparison need one rank
     down, up = _pad_rank(coefficients.down, coefficients.up, factors.spec.rank)
     stored = CoefficientBatch(down[None], up[None], torch.ones(1, dtype=torch.float64))
     factor_down, factor_up = _pad_rank(factors.down, factors.up, down.shape[0])

@@ -67,6 +67,7 @@ def _longest_forms(name_sets: Collection[frozenset[str]]) -> dict[str, str]:
         # two modules of one adapter are different modules, however similar their names are
         if short in all_names and not any(name in names and short in names for names in name_sets):
             parents.setdefault(short, []).append(name)
+    # chains of prefixes are followed to the end, so each name may have a single longer form
     for short, longer in parents.items():
         if len(longer) > 1:
             raise ModuleNameError(

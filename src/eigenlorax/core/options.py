@@ -35,6 +35,7 @@ def to_int(name: str, value: Any) -> int:
         value: What the caller passed.
     """
     try:
+        # a bool is an int to Python, and most likely a misplaced argument
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
@@ -78,16 +79,17 @@ def parse_byte_count(name: str, text: str) -> int:
     return n_bytes
 
 
-def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raise `OptionError` unless `value` is one of the names in `known`."""
-    choices = list(known)
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise `OptionError` unless `value` is one of the names in `allowed`."""
+    choices = list(allowed)
     if value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{suggestion(value, choices)}")
 
 
-def suggestion(value: Any, known: Iterable[str]) -> str:
-    """Return " Did you mean …?" with the name in `known` that is spelled most like `value`; "" where none is close."""
-    folded = {name.casefold(): name for name in known}
+def suggestion(value: Any, names: Iterable[str]) -> str:
+    """Return " Did you mean …?" with the name in `names` that is spelled most like `value`; "" where none is close."""
+    # the case of letters should not hide the intended name
+    folded = {name.casefold(): name for name in names}
     closest = difflib.get_close_matches(str(value).casefold(), folded, n=1)
     return f" Did you mean {folded[closest[0]]!r}?" if closest else ""
 

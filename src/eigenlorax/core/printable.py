@@ -25,12 +25,13 @@ def markdown_code(text: str) -> str:
     Nothing in it is interpreted as a link, an image, HTML, or the end of a table cell.
     """
     # a bar ends a table cell even within code, so it is written as an entity between two pieces of code
-    return "&#124;".join(_code_span(part) for part in one_line(text).split("|"))
+    return "&#124;".join(_code_span(piece) for piece in one_line(text).split("|"))
 
 
 def _code_span(text: str) -> str:
     if not text.strip(" "):
         return text
+    # a fence of more backticks than any run in the text, as CommonMark asks
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     # Markdown strips one space from both ends of code, and a backtick at an end would join the fence
     pad = " " if "`" in (text[0], text[-1]) or text[0] == text[-1] == " " else ""

@@ -153,6 +153,7 @@ def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dty
         down = down + coefficients.down_residual
     if coefficients.up_residual is not None:
         up = up + coefficients.up_residual
+    # `up` was computed as rows, and safetensors stores contiguous tensors only
     return LoRAFactors(down.to(dtype), up.to(dtype).contiguous(), coefficients.scaling, coefficients.kernel)
 
 
