@@ -64,6 +64,9 @@ class LayerResidual:
         return replace(self, down=down, up=up, rows=None if self.rows is None else self.rows.to(device))
 
 
+_NO_RESIDUAL = LayerResidual(None, None)
+
+
 class FoldedProducts:
     """The products of one adapter's coefficients with the bases, made once the adapter has seen enough tokens."""
 
@@ -79,6 +82,7 @@ class FoldedProducts:
         """Count `tokens` and return the factors (r, in) and (r, out), or None as long as folding does not pay."""
         if self._factors is None:
             self._tokens += tokens
+            # both sides are folded at the same time, so the smaller basis, where folding saves less, decides
             k, rank = min(len(down_basis), len(up_basis)), len(coefficients.down)
             if is_folding_cheaper(self._tokens, rank, k, FOLD_ALONE, has_residual=bool(coefficients.residuals)):
                 with without_autograd(down_basis.device):
@@ -124,6 +128,7 @@ class LayerCoefficients:
 @contextmanager
 def without_autograd(device: torch.device) -> Iterator[None]:
     """Compute tensors that are kept and later used under any mode of autograd, inference or autocast."""
+    # a tensor made in inference mode could not be saved for a backward pass, one made under autocast would be rounded
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -184,6 +189,7 @@ def group_rows(owners: Sequence[int]) -> tuple[list[int], RowGroups]:
     for group, rows in enumerate(rows_of.values()):
         for position, row in enumerate(rows):
             inverse[row] = group * width + position
+        # padding by a row of the group needs no mask: `inverse` never points to the repeated rows
         index += rows + rows[:1] * (width - len(rows))
     return list(rows_of), RowGroups(len(rows_of), len(owners), torch.tensor(index), torch.tensor(inverse))
 
@@ -224,7 +230,7 @@ def add_update(
     if folded is not None:
         down, up = folded
         return add_product(output, project(x, down, convolution), up, coefficients.scaling, in_place, convolution)
-    (residual,) = coefficients.residuals or (LayerResidual(None, None),)
+    (residual,) = coefficients.residuals or (_NO_RESIDUAL,)
     hidden, residual_update = apply_coefficients(
         project(x, as_float(down_basis, dtype), convolution),
         x,
@@ -260,6 +266,7 @@ def add_grouped_update(
     per_group, per_row = positions // groups.groups, positions // groups.rows
     # a convolution of each group with its own rows cannot be written as a batched matrix product
     if convolution is None and is_folding_cheaper(per_group, rank, len(down_basis), FOLD_MIXED):
+        # one product of all groups' coefficients with the basis, as one matrix of groups · r rows
         folded = coefficients.down.reshape(-1, len(down_basis)) @ as_float(down_basis, dtype)
         x_by_group = groups.gather(x.reshape(groups.rows, per_row, x.shape[-1]))
         hidden = torch.bmm(x_by_group, folded.view(groups.groups, rank, -1).mT)
@@ -268,6 +275,7 @@ def add_grouped_update(
         by_row = projected.reshape(groups.rows, per_row, len(down_basis))
         hidden = torch.bmm(groups.gather(by_row), coefficients.down.mT)
     if coefficients.residuals:
+        # residuals belong to adapters, not to groups: several groups can have the same adapter
         by_row = groups.scatter(hidden)
         x_by_row = x.reshape(groups.rows, -1, *x.shape[1:])
         by_row, residual_update = _apply_residuals(by_row, x_by_row, up_basis.shape[1], coefficients, convolution)
@@ -288,6 +296,7 @@ def project(x: Tensor, rows: Tensor, convolution: Convolution | None = None) -> 
     """
     if convolution is None:
         return linear(x, rows)
+    # the negative index also holds for a single image without a batch dimension
     return convolve(convolution, x, rows).flatten(-len(convolution.kernel_size)).mT
 
 
@@ -368,6 +377,7 @@ def add_product(
     """`output` (…, out) + scaling · hidden (…, k) @ basis (k, out), in the dtype of the output."""
     if convolution is not None or output.dtype != hidden.dtype:
         return _add_scaled(output, hidden @ basis, scaling, in_place, convolution)
+    # addmm multiplies and adds in one pass over the output. It takes matrices of one dtype
     hidden = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     flat = output.view(-1, output.shape[-1]) if in_place else output.reshape(-1, output.shape[-1])
     total = flat.addmm_(hidden, basis, alpha=scaling) if in_place else torch.addmm(flat, hidden, basis, alpha=scaling)

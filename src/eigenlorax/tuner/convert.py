@@ -379,7 +379,7 @@ def _config(model: nn.Module, adapter_name: str) -> EigenLoraxConfig:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if not isinstance(config, EigenLoraxConfig):
-        names = [name for name, other in configs.items() if isinstance(other, EigenLoraxConfig)]
+        names = [name for name in configs if isinstance(configs[name], EigenLoraxConfig)]
         raise AdapterNameError(
             f"the model has no EigenLoRAx adapter {adapter_name!r}.{suggestion(adapter_name, names)} It has: "
             f"{', '.join(sorted(names)) or 'none'}."

@@ -103,11 +103,11 @@ def initial_core(config: EigenLoraxConfig, resolved: ResolvedSubspace | Embedded
     if Path(config.start).is_dir():
         return _projected_core(formats.read_adapter(config.start), resolved, config)
     names = pack.names if pack is not None else []
-    known = ", ".join(names[:12]) if pack is not None else "none: no pack is at hand"
+    available = ", ".join(names[:12]) if pack is not None else "none: no pack is at hand"
     near = suggestion(config.start, [*names, "zero", "mean", "uniform"])
     raise OptionError(
         f"start={config.start!r} is neither 'zero', 'mean' nor 'uniform', nor the folder of a LoRA, nor an adapter of "
-        f"the pack.{near} Those are: {known}."
+        f"the pack.{near} Those are: {available}."
     )
 
 

@@ -102,7 +102,6 @@ class EigenLoraxLayer(BaseTunerLayer):
         r: int,
         lora_alpha: float,
         residual_sides: Collection[str] = (),
-        inference_mode: bool = False,
     ) -> None:
         """
         Add an adapter with its initial coefficients, and its bases unless the layer has them already.
@@ -122,8 +121,6 @@ class EigenLoraxLayer(BaseTunerLayer):
                 Rank and alpha of this layer.
             residual_sides (`Collection[str]`):
                 The sides, "down" or "up", on which the adapter has a residual. It is zero until it is loaded.
-            inference_mode (`bool`):
-                Whether the adapter is frozen.
         """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -149,7 +146,7 @@ class EigenLoraxLayer(BaseTunerLayer):
             if "up" in residual_sides:
                 self.eigenlorax_up_rest[adapter_name] = torch.zeros(self.out_features, r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if adapter_name in self.active_adapters or self.bases_key(adapter_name)[0] not in self.eigenlorax_blend:
             self.blend()
 

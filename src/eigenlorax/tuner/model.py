@@ -192,7 +192,6 @@ class EigenLoraxModel(BaseTuner):
             r=module_patterns.ModulePatterns(ranks).value(current_key, peft_config.r),
             lora_alpha=module_patterns.ModulePatterns(alphas).value(current_key, peft_config.lora_alpha),
             residual_sides=peft_config.rests.get(current_key, ()),
-            inference_mode=peft_config.inference_mode,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -332,9 +331,9 @@ def _check_residuals(
 
     PEFT would ignore a residual that no layer expects, and leave one that is missing at zero.
     """
-    sides = {part: side for side, part in keys.RESIDUALS.items()}
+    sides = {suffix: side for side, suffix in keys.RESIDUALS.items()}
     in_file = {
-        (keys.module_of_key(key), sides[part]) for key in state_dict if (part := key.rpartition(".")[2]) in sides
+        (keys.module_of_key(key), sides[suffix]) for key in state_dict if (suffix := key.rpartition(".")[2]) in sides
     }
     in_config = {(name, side) for name, layer in layers.items() for side in layer.residual_sides(adapter_name)}
     for module, side in sorted(in_file ^ in_config, key=str):

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ...core import convolution, int8_rows, keys, module_names
+from ...core import convolution, int8_rows, keys
 from ...core.coefficients import pad_coefficients
 from ...core.layer_update import without_autograd
 from ...core.options import name_list
 from ...core.subspace import Subspace
-from ...errors import WARN_ABOVE, AdapterNameError, ModuleNameError, OptionError, ShapeError
+from ...errors import WARN_ABOVE, AdapterNameError, OptionError, ShapeError
 from ...formats import checks
 from ...formats.sources import Source
 from ...pack.pack import Pack
@@ -26,7 +25,8 @@ from ...pack.packed_adapter import PackedAdapter, Record
 from . import requests
 from .bank_adapter import BankAdapter, BankStorage, check_none_carried, check_not_carried
 from .heads import Heads, make_heads, tensor_names
-from .hooks import HeadHook, UpdateHook, check_not_compiled, module_sizes
+from .hooks import HeadHook, UpdateHook
+from .modules import check_not_compiled, match_modules
 from .requests import RequestPlan, RunningPlan, current_plan
 
 BASE = "__base__"
@@ -78,7 +78,7 @@ class AdapterBank:
             subspace = self._subspace()
         self._tensor_names = tensor_names(model) if heads else None
         self._dtype = torch.promote_types(subspace.dtype, torch.float32)
-        self._model_names = _match_modules(model, self.pack)
+        self._model_names = match_modules(model, self.pack)
         self._lock = threading.RLock()
         self._adapters: dict[str, BankAdapter] = {}
         self._head_hooks: dict[str, HeadHook] = {}
@@ -383,30 +383,3 @@ def _open(pack: Pack | str | PathLike[str], adapters: list[str] | None) -> Pack:
     if isinstance(pack, Pack):
         return pack
     return Pack.open(pack) if Path(pack).exists() else Pack.from_pretrained(pack, adapters=adapters)
-
-
-def _match_modules(model: nn.Module, pack: Pack) -> dict[str, str]:
-    """Return the model's name of each module of the subspace that the model has."""
-    sizes = module_sizes(model)
-    subspace_names = module_names.resolve_all(sizes, pack.info.modules)
-    model_names = {subspace_name: name for name, subspace_name in subspace_names.items() if subspace_name is not None}
-    if not model_names:
-        raise ModuleNameError(
-            f"the model has none of the {len(pack.info.modules)} modules of the pack, such as "
-            f"{min(pack.info.modules)!r}. It is a different base model; the pack is for {pack.base_model!r}."
-        )
-    for subspace_name, name in sorted(model_names.items()):
-        sides = pack.info.modules[subspace_name]
-        expected = sides["up"].dimension, sides["down"].dimension
-        if sizes[name] != expected:
-            raise ShapeError(
-                f"module {name}: (out, in) is {sizes[name]} in the model and {expected} in the pack. It belongs to a "
-                "different base model."
-            )
-        check_not_compiled(model, name)
-        if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
-            raise ModuleNameError(
-                f"module {name} is a part of nn.MultiheadAttention, which uses its weight without calling it: "
-                "the bank cannot serve it. Load exported adapters with PEFT (`eigenlorax export`)."
-            )
-    return model_names

@@ -82,8 +82,10 @@ class BankAdapter:
         """Return the coefficients by module name in the subspace, in `dtype`."""
         flat = self.flat.to(dtype)
         return {
-            part.module: LayerCoefficients(*part.factors(flat), scaling, self._residual(part.module, dtype))
-            for part, scaling in zip(self.layout.slices, self.scalings, strict=True)
+            module_slice.module: LayerCoefficients(
+                *module_slice.factors(flat), scaling, self._residual(module_slice.module, dtype)
+            )
+            for module_slice, scaling in zip(self.layout.slices, self.scalings, strict=True)
         }
 
     def _residual(self, module: str, dtype: torch.dtype) -> tuple[LayerResidual, ...]:
@@ -121,11 +123,11 @@ class BankStorage:
         slices, factors, start = [], [], 0
         residuals, scalings = {}, []
         for module, coefficients in sorted(by_module.items()):
-            part = self._slice(packed.name, module, start, coefficients)
-            slices.append(part)
+            module_slice = self._slice(packed.name, module, start, coefficients)
+            slices.append(module_slice)
             factors += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
             scalings.append(coefficients.scaling)
-            start = part.end
+            start = module_slice.end
             if coefficients.has_residual:
                 down, up = (coefficients.residual(side) for side in keys.SIDES)
                 residuals[module] = LayerResidual(
@@ -171,14 +173,14 @@ def check_none_carried(pack: Pack) -> None:
     carrying = [name for name, record in pack.records.items() if record.carried_bytes]
     if not carrying:
         return
-    named, others = ", ".join(map(repr, carrying)), [name for name in pack.names if name not in carrying]
-    if not others:
+    listed, servable = ", ".join(map(repr, carrying)), [name for name in pack.names if name not in carrying]
+    if not servable:
         remedy = "`eigenlorax export` gives each as an ordinary LoRA"
-    elif len(others) <= LISTED:
-        remedy = f"AdapterBank(model, pack, adapters={others!r}) serves the others"
+    elif len(servable) <= LISTED:
+        remedy = f"AdapterBank(model, pack, adapters={servable!r}) serves the others"
     else:
         remedy = (
-            f"AdapterBank(model, pack, adapters=[name for name in pack.names if name not in {{{named}}}]) serves the "
+            f"AdapterBank(model, pack, adapters=[name for name in pack.names if name not in {{{listed}}}]) serves the "
             "others, with pack a `Pack`"
         )
-    raise OptionError(f"coefficients cannot express all tensors of {named} {CARRIED}. {remedy}.")
+    raise OptionError(f"coefficients cannot express all tensors of {listed} {CARRIED}. {remedy}.")

@@ -189,37 +189,6 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
 _changed.register_autograd(_backward, setup_context=_inputs)
 
 
-def module_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of the modules that can be served: linear and quantised ones, Conv1D, convolutions of one group.
-
-    The input size of a convolution is channels · kernel.
-    """
-    sizes = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if convolution.is_supported(module):
-            sizes[name] = convolution.row_sizes(module)[::-1]
-        elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
-            sizes[name] = (weight.shape[1], weight.shape[0])
-        else:
-            out_features, in_features = (getattr(module, field, None) for field in ("out_features", "in_features"))
-            if isinstance(out_features, int) and isinstance(in_features, int):
-                sizes[name] = (out_features, in_features)
-    return sizes
-
-
-def check_not_compiled(model: nn.Module, name: str) -> None:
-    """Raise `OptionError` if a module is inside one that is compiled by itself, whose graph would ignore a new hook."""
-    parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        outer = ".".join(parts[:depth])
-        if model.get_submodule(outer)._compiled_call_impl is not None:
-            raise OptionError(
-                f"module {outer} is compiled already, and would ignore what the bank does in {name}. Make the "
-                "bank, with an adapter that has such a module of its own, and then compile."
-            )
-
-
 def _to_rows(components: Tensor, dtype: torch.dtype, device: torch.device) -> BasisRows:
     return int8_rows.quantise_rows(components).to(device) if dtype == torch.int8 else components.to(device, dtype)
 

@@ -201,9 +201,9 @@ def _stack_coefficients(groups: Sequence[BankAdapter | None], dtype: torch.dtype
     ranks: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for batch in batches:
-        for part in batch.layout.slices:
-            ranks[part.module] = max(part.rank, ranks.get(part.module, 0))
-            sizes[part.module] = part.k_down, part.k_up
+        for module_slice in batch.layout.slices:
+            ranks[module_slice.module] = max(module_slice.rank, ranks.get(module_slice.module, 0))
+            sizes[module_slice.module] = module_slice.k_down, module_slice.k_up
     device = batches[0].flat.device
     stacked = {}
     for module, rank in ranks.items():
@@ -212,10 +212,10 @@ def _stack_coefficients(groups: Sequence[BankAdapter | None], dtype: torch.dtype
         ups = torch.zeros(len(groups), k_up, rank, dtype=dtype, device=device)
         stacked[module] = downs, ups
     for batch in batches:
-        for part in batch.layout.slices:
-            (downs, ups), (down, up) = stacked[part.module], part.factors(batch.flat)
-            downs[batch.members, : part.rank] = down
-            ups[batch.members, :, : part.rank] = up
+        for module_slice in batch.layout.slices:
+            (downs, ups), (down, up) = stacked[module_slice.module], module_slice.factors(batch.flat)
+            downs[batch.members, : module_slice.rank] = down
+            ups[batch.members, :, : module_slice.rank] = up
     return {module: LayerCoefficients(downs, ups, 1.0) for module, (downs, ups) in stacked.items()}
 
 
@@ -230,10 +230,10 @@ def _residuals_by_module(
     by_module: dict[str, tuple[LayerResidual, ...]] = {}
     for adapter, rows in rows_of.items():
         indices = torch.tensor(rows, device=device)
-        for part, scaling in zip(adapter.layout.slices, adapter.scalings, strict=True):
-            if (residual := adapter.residuals.get(part.module)) is not None:
+        for module_slice, scaling in zip(adapter.layout.slices, adapter.scalings, strict=True):
+            if (residual := adapter.residuals.get(module_slice.module)) is not None:
                 in_batch = replace(residual.to(dtype=dtype), rows=indices, scaling=scaling)
-                by_module[part.module] = (*by_module.get(part.module, ()), in_batch)
+                by_module[module_slice.module] = (*by_module.get(module_slice.module, ()), in_batch)
     return by_module
 
 
@@ -262,8 +262,8 @@ class _LayoutBatch:
         scalings = [adapter.scalings for adapter in by_group.values()]
         if any(scaling != 1 for row in scalings for scaling in row):
             factors = torch.tensor(scalings, dtype=dtype, device=flat.device)
-            for number, part in enumerate(layout.slices):
-                flat[:, part.middle : part.end] *= factors[:, number, None]
+            for number, module_slice in enumerate(layout.slices):
+                flat[:, module_slice.middle : module_slice.end] *= factors[:, number, None]
         return cls(layout, list(by_group), flat, len(groups))
 
     def coefficients(self) -> dict[str, LayerCoefficients]:
@@ -272,4 +272,7 @@ class _LayoutBatch:
         if len(self.members) < self.n_groups:
             flat = flat.new_zeros(self.n_groups, flat.shape[1])
             flat[self.members] = self.flat
-        return {part.module: LayerCoefficients(*part.factors(flat), 1.0) for part in self.layout.slices}
+        return {
+            module_slice.module: LayerCoefficients(*module_slice.factors(flat), 1.0)
+            for module_slice in self.layout.slices
+        }

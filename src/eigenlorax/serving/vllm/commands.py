@@ -11,7 +11,7 @@ from .settings import PACK, SHARED_BASIS
 
 @dataclass(frozen=True, slots=True)
 class ServeCommand:
-    """What the commands of both serving modes have in common.
+    """Options that the commands of both serving modes share.
 
     Args:
         pack: The pack.

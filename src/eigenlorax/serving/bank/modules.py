@@ -1,0 +1,66 @@
+"""The modules of a model that a bank can serve, and their names in the pack."""
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ...core import convolution, module_names
+from ...errors import ModuleNameError, OptionError, ShapeError
+from ...pack.pack import Pack
+
+
+def match_modules(model: nn.Module, pack: Pack) -> dict[str, str]:
+    """Return the model's name of each module of the subspace that the model has."""
+    sizes = module_sizes(model)
+    subspace_names = module_names.resolve_all(sizes, pack.info.modules)
+    model_names = {subspace_name: name for name, subspace_name in subspace_names.items() if subspace_name is not None}
+    if not model_names:
+        raise ModuleNameError(
+            f"the model has none of the {len(pack.info.modules)} modules of the pack, such as "
+            f"{min(pack.info.modules)!r}. It is a different base model; the pack is for {pack.base_model!r}."
+        )
+    for subspace_name, name in sorted(model_names.items()):
+        sides = pack.info.modules[subspace_name]
+        expected = sides["up"].dimension, sides["down"].dimension
+        if sizes[name] != expected:
+            raise ShapeError(
+                f"module {name}: (out, in) is {sizes[name]} in the model and {expected} in the pack. It belongs to a "
+                "different base model."
+            )
+        check_not_compiled(model, name)
+        if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
+            raise ModuleNameError(
+                f"module {name} is a part of nn.MultiheadAttention, which uses its weight without calling it: "
+                "the bank cannot serve it. Load exported adapters with PEFT (`eigenlorax export`)."
+            )
+    return model_names
+
+
+def module_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of the modules that can be served: linear and quantised ones, Conv1D, convolutions of one group.
+
+    The input size of a convolution is channels · kernel.
+    """
+    sizes = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if convolution.is_supported(module):
+            sizes[name] = convolution.row_sizes(module)[::-1]
+        elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+            sizes[name] = (weight.shape[1], weight.shape[0])
+        else:
+            out_features, in_features = (getattr(module, field, None) for field in ("out_features", "in_features"))
+            if isinstance(out_features, int) and isinstance(in_features, int):
+                sizes[name] = (out_features, in_features)
+    return sizes
+
+
+def check_not_compiled(model: nn.Module, name: str) -> None:
+    """Raise `OptionError` if a module is inside one that is compiled by itself, whose graph would ignore a new hook."""
+    path = name.split(".")
+    for depth in range(1, len(path) + 1):
+        outer = ".".join(path[:depth])
+        if model.get_submodule(outer)._compiled_call_impl is not None:
+            raise OptionError(
+                f"module {outer} is compiled already, and would ignore what the bank does in {name}. Make the "
+                "bank, with an adapter that has such a module of its own, and then compile."
+            )
