@@ -114,7 +114,7 @@ class TestModulesThatTheSubspaceLacks:
         other = make_adapter(pack.parent / "other", seed=4, modules={"decoder.dense": (37, 41)})
         assert_refused(cli("add", pack, other), 3, "1 of 1 modules", "'decoder.dense'")
         done = cli("add", pack, other, "--carry-missing", "--json")
-        assert "adapter 'other' has no module in common with the pack, such as 'encoder.layer.0.query'" in done.err
+        assert "Adapter 'other' has no module in common with the pack, such as 'encoder.layer.0.query'" in done.err
         found = json_of(done)["added"]["other"]
         assert (found["modules"], found["coefficient_bytes"], found["untrained"]) == (0, 0, False)
 
@@ -228,6 +228,6 @@ def test_losses_are_noted_together_above_the_share_that_was_asked_for(cli, pack)
     assert min(errors.values()) > 0.1
     worst, other = sorted(errors, key=errors.get, reverse=True)
     named = f"{worst} ({errors[worst]:.2f}), {other} ({errors[other]:.2f})."
-    assert done.err.startswith(f"note: more than 0.1 of the update is lost (delta error) of {named} Fit the pack again")
+    assert done.err.startswith(f"note: The delta error is above 0.1 for {named} Fit the pack again")
     done = succeeded(cli("add", pack, f"three={pack.parent / 'new'}", "--warn-above", 1))
     assert done.err == ""

@@ -158,7 +158,7 @@ class TestABrokenAdapter:
         for name in ("alpha", "beta"):
             cut(pair / name, 5)
         before = contents(pair.parent)
-        assert_refused(cli("fit", pair, "-o", pair.parent / "pack", "--skip-bad"), 3, "no adapter is left to fit")
+        assert_refused(cli("fit", pair, "-o", pair.parent / "pack", "--skip-bad"), 3, "No adapter is left to fit")
         assert contents(pair.parent) == before
 
     def test_without_a_config_it_is_passed_over_by_name(self, cli, pair):
@@ -437,7 +437,7 @@ class TestOptions:
             (["-k", "auto"], ["n_components='auto'", "needs at least 3 trained ones, got 2"]),
             (
                 ["-k", "auto", "--max-error", 0.3],
-                ["n_components='auto' finds a number itself, as max_error=0.3 would: give one of them."],
+                ["n_components='auto' chooses a number by itself, and so does max_error=0.3. Pass one of them."],
             ),
             (["-k", 4, "--warn-above", 2], ["warn_above", "0 to 1", "2.0"]),
             (["-k", 4, "--weighting", "pca"], ["weighting", "delta, factors", "'pca'"]),
@@ -484,12 +484,12 @@ class TestOptions:
         done = succeeded(cli("fit", pair, "-o", pair.parent / "pack", "-k", 2))
         worst = max(record.delta_error for record in ex.Pack.open(pair.parent / "pack").records.values())
         assert worst > 0.5
-        assert re.fullmatch(r"note: more than 0\.5 of the update is lost .*\. About -k \d+ .*\.\n", done.err)
+        assert re.fullmatch(r"note: The delta error is above 0\.5 for .*\. About -k \d+ .*\.\n", done.err)
         for share, noted in ((worst + 1e-6, False), (worst - 1e-6, True)):
             done = succeeded(
                 cli("fit", pair, "-o", pair.parent / "pack", "-k", 2, "--warn-above", share, "--overwrite")
             )
-            assert ("of the update is lost" in done.err) is noted
+            assert ("delta error is above" in done.err) is noted
 
     def test_that_are_missing(self, cli, pair):
         assert_usage_error(cli("fit", "-o", pair.parent / "pack"), "ADAPTER")

@@ -26,13 +26,13 @@ def interrupt(*_args, **_options):
 
 def interrupted_at(monkeypatch, call):
     """Modules are fitted until the one of this number, from 0."""
-    do, done = jobs.do, []
+    do, done = jobs.fit_loaded, []
 
     def until(loaded, *rest):
         done.append(loaded)
         return interrupt() if len(done) > call else do(loaded, *rest)
 
-    monkeypatch.setattr(jobs, "do", until)
+    monkeypatch.setattr(jobs, "fit_loaded", until)
 
 
 def assert_says(done, said):

@@ -419,7 +419,7 @@ class TestVerbs:
 class TestRefused:
     @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"coefficient_dtype": "int4"}])
     def test_sizes_by_error(self, sources, options):
-        with pytest.raises(OptionError, match=r"max_error=0.1 finds by itself how .* dtype int\d away"):
+        with pytest.raises(OptionError, match=r"max_error=0.1 chooses by itself how .* dtype int\d was"):
             ex.fit(sources, max_error=0.1, **options)
 
     @pytest.mark.parametrize("dtype", ["int2", torch.int32, "uint8"])

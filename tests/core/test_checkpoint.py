@@ -167,11 +167,11 @@ def test_what_another_fit_has_kept_is_not_there(resumed, stopped):
 @pytest.fixture(scope="module")
 def done(sources):
     """The first job of a fit of each kind, and what became of it."""
-    found, do = {}, jobs.do
+    found, do = {}, jobs.fit_loaded
     for kind, options in KINDS.items():
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(
-                jobs, "do", lambda one, *rest, kind=kind: found.setdefault(kind, (one.job, do(one, *rest)))[1]
+                jobs, "fit_loaded", lambda one, *rest, kind=kind: found.setdefault(kind, (one.job, do(one, *rest)))[1]
             )
             with pytest.raises(StoppedError):
                 ex.fit(sources, progress=stop_after_one, **options)
@@ -186,7 +186,7 @@ def test_a_module_comes_back_from_its_bytes_and_from_those_of_no_other_job(done,
     assert fitted_module.to_bytes(fitted_module.from_bytes(data, job)) == data
     narrower = [replace(place, spec=replace(place.spec, in_features=10)) for place in job.places]
     others = [replace(job, places=tuple(places)) for places in (job.places[:2], narrower)]
-    others += [other for other, _ in done.values() if other.setting.storage.dtype != job.setting.storage.dtype]
+    others += [other for other, _ in done.values() if other.fitter.storage.dtype != job.fitter.storage.dtype]
     assert [fitted_module.from_bytes(data, other) for other in others] == [None] * len(others)
     assert fitted_module.from_bytes(data[:-1], job) is None
 

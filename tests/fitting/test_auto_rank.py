@@ -13,7 +13,7 @@ from eigenlorax.core.adapter import LoRAFactors, ModuleSpec, from_factors
 from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.errors import OptionError, UntrainedAdapterWarning
 from eigenlorax.fitting import auto_rank
-from eigenlorax.fitting.sizes import Member, Setting
+from eigenlorax.fitting.module_fitter import ModuleFitter, ModuleUpdate
 from planted import factors_in, orthonormal, random_adapter, tree
 
 MODULES = {"m.0": (97, 89), "m.1": (101, 83), "m.2": (79, 107)}  # (out, in)
@@ -48,7 +48,7 @@ def fitted(adapters, **options):
 
 def choice(adapters, **options):
     """What `fit` chooses from."""
-    setting = Setting(
+    fitter = ModuleFitter(
         FitOptions(n_components=1, **options),
         {a.name: sum(np.square(reference.dense(f)).sum() for f in a.modules.values()) ** -0.5 for a in adapters},
         storage_by_name("float64"),
@@ -58,14 +58,14 @@ def choice(adapters, **options):
     modules = sorted({name for a in adapters for name in a.modules})
 
     def reading(name):
-        return lambda: [Member(a.name, a.modules[name], True) for a in adapters if name in a.modules]
+        return lambda: [ModuleUpdate(a.name, a.modules[name], True) for a in adapters if name in a.modules]
 
     reads = {name: reading(name) for name in modules}
     outlines = {
-        name: auto_rank.Outline([m.factors.spec for m in read()], [m.adapter for m in read()])
+        name: auto_rank.ModuleOutline([m.factors.spec for m in read()], [m.adapter for m in read()])
         for name, read in reads.items()
     }
-    return auto_rank.choose(reads, outlines, setting, lambda *step: None)
+    return auto_rank.choose(reads, outlines, fitter, lambda *step: None)
 
 
 class TestChosen:
@@ -89,7 +89,7 @@ class TestChosen:
     def test_something_shared_is_not_nothing(self):
         (note,) = fitted(planted(14, 6, 0.3)).notes
         assert "nothing" not in note
-        assert "further directions keep little more of them than random ones would" in note
+        assert "further components keep little more of them than random ones would" in note
 
     def test_why_is_said_in_numbers_that_are_true(self):
         adapters = planted(14, 6, 0.1)
@@ -116,7 +116,7 @@ class TestChosen:
         assert pack.summary.bytes.ratio > 1
         assert ex.fit(adapters, n_components=k + 1, warn_above=1.0).summary.bytes.ratio <= 1
         assert "which is the most with which the pack is smaller than the LoRAs" in pack.notes[0]
-        assert "further directions would keep still more of them" in pack.notes[0]
+        assert "further components would keep still more of them" in pack.notes[0]
 
     def test_where_no_pack_is_smaller(self):
         adapters = [random_adapter(f"a{i}", 90 * i, rank=1, modules={"m.0": (3, 2)}) for i in range(3)]
@@ -175,7 +175,7 @@ class TestChosen:
 class TestRefused:
     @pytest.mark.parametrize("n", [1, 2])
     def test_too_few_adapters(self, n):
-        with pytest.raises(OptionError, match=rf"needs at least 3 trained ones, got {n}\. Give a number"):
+        with pytest.raises(OptionError, match=rf"needs at least 3 trained ones, got {n}\. Pass a number"):
             fitted(planted(n, 4, 0.1))
 
     def test_an_untrained_adapter_does_not_count(self):
@@ -189,7 +189,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("other", [{"energy": 0.5}, {"max_error": 0.5}])
     def test_another_size_beside_it(self, other):
-        with pytest.raises(OptionError, match=r"n_components='auto' finds a number itself.*give one of them"):
+        with pytest.raises(OptionError, match=r"n_components='auto' chooses a number by itself.*Pass one of them"):
             fitted(planted(3, 4, 0.1), **other)
 
     def test_another_word(self):
@@ -240,16 +240,17 @@ def test_random_directions_leave_what_is_outside_as_dense_as_it_was():
 class TestSamples:
     def sampled(self, adapters, modules, *, rank=8, width=768, sweeps=2):
         names = [f"a{i:03d}" for i in range(adapters)]
-        outline = auto_rank.Outline([ModuleSpec(rank, width, width + 1, 1.0, torch.float32)] * adapters, names)
+        outline = auto_rank.ModuleOutline([ModuleSpec(rank, width, width + 1, 1.0, torch.float32)] * adapters, names)
         outlines = {f"m.{j:02d}": outline for j in range(modules)}
-        setting = Setting(
+        fitter = ModuleFitter(
             FitOptions(n_components=1, sweeps=sweeps),
             dict.fromkeys(names, 1.0),
             storage_by_name("float32"),
             storage_by_name("float32"),
             torch.device("cpu"),
         )
-        return outlines, auto_rank._samples(outlines, setting)
+        sample = auto_rank._sample(outlines, fitter)
+        return outlines, (sample.modules, sample.adapters)
 
     def test_all_where_that_is_little_work(self):
         all_modules, (modules, adapters) = self.sampled(17, 12, rank=4, width=384)

@@ -133,7 +133,7 @@ class TestUntrained:
     def test_alone_it_cannot_be_fitted(self):
         with (
             pytest.warns(UntrainedAdapterWarning),
-            pytest.raises(OptionError, match="no adapter has a trained update"),
+            pytest.raises(OptionError, match="No adapter has a trained update"),
         ):
             ex.fit([untrained()])
 
@@ -229,7 +229,7 @@ class TestModules:
             ex.fit(random_collection(), exclude_modules=["key"])
 
     def test_none_may_be_left(self):
-        with pytest.raises(OptionError, match="no module is left to fit"):
+        with pytest.raises(OptionError, match="No module is left to fit"):
             ex.fit(random_collection(), exclude_modules=["*"])
 
     def test_names_that_differ_by_a_leading_component_are_one(self):
@@ -282,7 +282,7 @@ class TestBadNumbers:
             ex.fit([adapter])
 
     def test_a_coefficient_that_does_not_fit_the_dtype_is_named(self):
-        with pytest.raises(NonFiniteError, match=r"adapter 'loud', module encoder.0.dense: .* float32"):
+        with pytest.raises(NonFiniteError, match=r"Adapter 'loud', module encoder.0.dense: .* float32"):
             ex.fit([random_adapter("loud", 1, size=1e6)], dtype="float16")
 
 
@@ -291,9 +291,9 @@ class TestSizes:
         ("options", "message"),
         [
             ({"n_components": 0}, "at least 1, got 0"),
-            ({"n_components": 54}, "n_components=54 exceeds every dimension of every module; the largest is 53"),
+            ({"n_components": 54}, "n_components=54 exceeds every dimension of every module. Pass 53"),
             ({"energy": 1.5}, "at most 1, got 1.5"),
-            ({"n_components": 3, "energy": 0.5}, "give one of .* n_components=3, energy=0.5"),
+            ({"n_components": 3, "energy": 0.5}, "pass exactly one of .* n_components=3, energy=0.5"),
             (
                 {"dtype": "int3"},
                 "dtype must be one of float64, float32, float16, bfloat16, int8, int4, coded, got int3",

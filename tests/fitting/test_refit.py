@@ -224,7 +224,7 @@ class TestBounds:
             assert real[name] <= change.error_after < min(by_norms[name], 1)
         assert max(by_norms.values()) > 1.2
         (message,) = (str(warning.message) for warning in noted)
-        assert "of the update may be lost, since the pack was fitted again without the originals" in message
+        assert "may be above 0.5, since the pack was refitted without the originals" in message
         assert f"a0 (at most {found.changes['a0'].error_after:.2f})" in message
         assert "is lost" not in message
 
@@ -232,8 +232,8 @@ class TestBounds:
         record = ex.fit(random_collection(2), n_components=3).records["a0"]
         records = {"a": replace(record, bound=True, delta_error=1.29), "b": replace(record, delta_error=0.7)}
         said = summary.losses(records, 0.5)
-        assert "is lost (delta error) of b (0.70). " in said
-        assert said.endswith("is known, of a (perhaps all of it).")
+        assert "is above 0.5 for b (0.70). " in said
+        assert said.endswith("is known, for a (perhaps all of it).")
         assert "1.29" not in said
 
 

@@ -174,8 +174,10 @@ def kept(stopped, tmp_path):
 
 class TestInterrupted:
     def test_a_fit_goes_on_where_it_was(self, pack, folder, kept, tmp_path, monkeypatch):
-        done, do = [], jobs.do
-        monkeypatch.setattr(jobs, "do", lambda loaded, *rest: done.append(loaded.job.module) or do(loaded, *rest))
+        done, do = [], jobs.fit_loaded
+        monkeypatch.setattr(
+            jobs, "fit_loaded", lambda loaded, *rest: done.append(loaded.job.module) or do(loaded, *rest)
+        )
         again = eigenlorax.fit(folder, n_components=K, checkpoint=kept, warn_above=1.0)
         assert done == ["layers.1.q"]
         assert any("2 of 3 modules" in note for note in again.notes)

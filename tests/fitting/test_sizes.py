@@ -17,7 +17,7 @@ from eigenlorax.core.exact_fit import fit_module
 from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.errors import LossWarning, OptionError, UntrainedAdapterWarning
 from eigenlorax.fitting import knapsack, sizes
-from eigenlorax.fitting.knapsack import Menu
+from eigenlorax.fitting.knapsack import Choices
 from planted import factors_in, normal, orthonormal, random_collection, tree
 
 pytestmark = pytest.mark.slow
@@ -137,7 +137,7 @@ class TestBytes:
         for bound in bounds:
             pack = ex.fit(adapters, max_error=bound, dtype=dtype, weighting=weighting)
             assert max(record.delta_error for record in pack.records.values()) <= bound
-            assert stored_bytes(pack) <= 1.05 * fewest_bytes(cells, bound)
+            assert stored_bytes(pack) <= 1.15 * fewest_bytes(cells, bound)
             # no side is empty alone
             assert all((down == 0) == (up == 0) for down, up in numbers(pack).values())
 
@@ -282,7 +282,7 @@ class TestOutOfReach:
 class TestWarnings:
     def test_name_the_worst_and_a_number_that_keeps_them(self):
         adapters = shared(7, MODULES, seed=5)
-        with pytest.warns(LossWarning, match=r"more than 0.5 of the update is lost .* and 2 more\. About -k") as caught:
+        with pytest.warns(LossWarning, match=r"The delta error is above 0.5 for .* and 2 more\. About -k") as caught:
             records = ex.fit(adapters, n_components=1).records
         (warning,) = caught
         text = str(warning.message)
@@ -310,7 +310,7 @@ class TestWarnings:
     def test_of_what_is_added(self):
         pack = ex.fit(shared(4, MODULES, seed=5), n_components=6)
         odd = random(1, MODULES, seed=99)[0]
-        with pytest.warns(LossWarning, match=r"lost \(delta error\) of odd \(0\.\d\d\)\. Fit the pack again with"):
+        with pytest.warns(LossWarning, match=r"above 0.5 for odd \(0\.\d\d\)\. Fit the pack again with"):
             pack.add(odd, name="odd")
 
     def test_of_what_is_added_are_given_above_the_share_only(self, recwarn):
@@ -320,73 +320,54 @@ class TestWarnings:
 
     @pytest.mark.parametrize("warn_above", [-0.1, 1.5, float("nan")])
     def test_a_share_is_between_0_and_1(self, warn_above):
-        with pytest.raises(OptionError, match="warn_above is a relative error, 0 to 1"):
+        with pytest.raises(OptionError, match="warn_above must be a relative error from 0 to 1"):
             ex.fit(random_collection(), n_components=2, warn_above=warn_above)
 
 
 class TestKnapsack:
-    def menus(self, seed, choices=(11, 7, 9, 5), n=3):
+    def items(self, seed, choices=(11, 7, 9, 5), n=3):
         generator = np.random.default_rng(seed)
-        return [Menu(generator.integers(0, 60, c).astype(float), generator.random((c, n))) for c in choices]
+        return [Choices(generator.integers(0, 60, c).astype(float), generator.random((c, n))) for c in choices]
 
-    def best(self, menus, bound):
+    def best(self, items, bound):
         found = math.inf
-        for picks in itertools.product(*(range(len(menu.prices)) for menu in menus)):
-            if (knapsack.loads(menus, picks) <= bound).all():
-                found = min(found, knapsack.price(menus, picks))
+        for picks in itertools.product(*(range(len(item.prices)) for item in items)):
+            if (knapsack.totals(items, picks) <= bound).all():
+                found = min(found, knapsack.price(items, picks))
         return found
 
-    def dearest(self, menus, bound):
+    def dearest(self, items, bound):
         within = [
             picks
-            for picks in itertools.product(*(range(len(menu.prices)) for menu in menus))
-            if (knapsack.loads(menus, picks) <= bound).all()
+            for picks in itertools.product(*(range(len(item.prices)) for item in items))
+            if (knapsack.totals(items, picks) <= bound).all()
         ]
-        return max(within, key=lambda picks: knapsack.price(menus, picks))
-
-    @pytest.mark.parametrize("seed", range(5))
-    def test_the_cheapest_is_found(self, seed):
-        menus, bound = self.menus(seed), 1.6
-        worth, wanted = knapsack.multipliers(menus, bound), self.best(menus, bound)
-        assert np.isfinite(wanted)
-        picks = knapsack.cheapest(menus, bound, worth, wanted + 0.5)
-        assert knapsack.price(menus, picks) == wanted
-        assert (knapsack.loads(menus, picks) <= bound).all()
-        assert knapsack.cheapest(menus, bound, worth, wanted) is None
+        return max(within, key=lambda picks: knapsack.price(items, picks))
 
     @pytest.mark.parametrize("seed", range(5))
     def test_multipliers_bound_the_price_from_below_and_closely(self, seed):
-        menus, bound = self.menus(seed, choices=(40, 50, 60)), 1.2
-        worth = knapsack.multipliers(menus, bound)
-        least = sum((menu.prices + menu.losses @ worth).min() for menu in menus) - bound * worth.sum()
-        wanted = self.best(menus, bound)
+        items, bound = self.items(seed, choices=(40, 50, 60)), 1.2
+        worth = knapsack.multipliers(items, bound)
+        least = sum((item.prices + item.losses @ worth).min() for item in items) - bound * worth.sum()
+        wanted = self.best(items, bound)
         assert 0 < least <= wanted
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_no_exchange_of_two_improves_a_good_one(self, seed):
-        menus, bound = self.menus(seed), 1.6
-        start = self.dearest(menus, bound)
-        picks = knapsack.good(menus, bound, knapsack.multipliers(menus, bound), start)
-        assert (knapsack.loads(menus, picks) <= bound).all()
-        for one, two in itertools.combinations(range(len(menus)), 2):
-            for a, b in itertools.product(range(len(menus[one].prices)), range(len(menus[two].prices))):
-                other = list(picks)
-                other[one], other[two] = a, b
-                fits = (knapsack.loads(menus, other) <= bound).all()
-                assert not fits or knapsack.price(menus, other) >= knapsack.price(menus, picks)
+    def test_no_exchange_improves_a_selection(self, seed):
+        items, bound = self.items(seed), 1.6
+        picks = knapsack.select(items, bound, self.dearest(items, bound))
+        assert (knapsack.totals(items, picks) <= bound).all()
+        for index, item in enumerate(items):
+            for pick in range(len(item.prices)):
+                other = [*picks[:index], pick, *picks[index + 1 :]]
+                fits = (knapsack.totals(items, other) <= bound).all()
+                assert not fits or knapsack.price(items, other) >= knapsack.price(items, picks)
 
-    def test_what_can_be_part_of_a_cheap_selection_is_promising(self):
-        menus, bound = self.menus(3), 1.6
-        worth, below = knapsack.multipliers(menus, bound), self.best(menus, bound) + 25
-        weighted = [menu.losses @ worth for menu in menus]
-        may = knapsack.promising([menu.prices for menu in menus], weighted, bound * worth.sum(), below)
-        needed = 0
-        for picks in itertools.product(*(range(len(menu.prices)) for menu in menus)):
-            if (knapsack.loads(menus, picks) <= bound).all() and knapsack.price(menus, picks) < below:
-                assert all(flags[pick] for flags, pick in zip(may, picks, strict=True))
-                needed += 1
-        assert needed > 1
-        assert not all(flags.all() for flags in may)
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_selection_is_little_dearer_than_the_cheapest(self, seed):
+        items, bound = self.items(seed, choices=(40, 30, 20)), 1.2
+        picks = knapsack.select(items, bound, self.dearest(items, bound))
+        assert knapsack.price(items, picks) <= 1.4 * self.best(items, bound)
 
 
 def test_steps_reach_the_rank_and_are_all_where_they_are_few():

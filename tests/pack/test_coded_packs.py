@@ -88,25 +88,25 @@ class TestASize:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_bytes": 1}, r"max_bytes=1 cannot be reached: with next to nothing kept, there are \d+ bytes"),
-            ({"ratio": 1e6}, r"ratio=1e\+06, which is 0 bytes, cannot be reached: with next to nothing kept"),
-            ({"ratio": float("inf")}, "a number from 1 on, got inf"),
-            ({"ratio": float("nan")}, "a number from 1 on, got nan"),
-            ({"ratio": 0.5}, "a number from 1 on, got 0.5"),
+            ({"max_bytes": 1}, r"max_bytes=1 cannot be reached: with the largest possible errors, there are \d+ bytes"),
+            ({"ratio": 1e6}, r"ratio=1e\+06, which is 0 bytes, cannot be reached: with the largest possible errors"),
+            ({"ratio": float("inf")}, "at least 1, got inf"),
+            ({"ratio": float("nan")}, "at least 1, got nan"),
+            ({"ratio": 0.5}, "at least 1, got 0.5"),
             ({"max_bytes": 0}, "at least 1, got 0"),
             (
                 {"max_bytes": 900, "dtype": "float16"},
-                "max_bytes=900 finds by itself how numbers are stored: leave dtype",
+                "max_bytes=900 chooses by itself how numbers are stored, but dtype",
             ),
-            ({"ratio": 3.0, "dtype": "int8"}, "ratio=3 finds by itself how numbers are stored: leave dtype int8 away"),
-            ({"max_error": 0.1, "dtype": "int4"}, "leave dtype int4 away, or give a float dtype"),
-            ({"max_error": 0.1, "dtype": "coded", "coefficient_dtype": "float16"}, "leave dtype coded away"),
+            ({"ratio": 3.0, "dtype": "int8"}, "ratio=3 chooses by itself how numbers are stored, but dtype int8 was"),
+            ({"max_error": 0.1, "dtype": "int4"}, "but dtype int4 was passed. Remove it, or pass a float dtype"),
+            ({"max_error": 0.1, "dtype": "coded", "coefficient_dtype": "float16"}, "but dtype coded was passed"),
             ({"n_components": 3, "dtype": "coded"}, "dtype 'coded' goes with max_error, max_bytes or ratio"),
-            ({"ratio": 3.0, "n_components": 3}, "give one of .*: got n_components=3, ratio=3.0"),
-            ({"max_bytes": 900, "energy": 0.9}, "give one of .*: got energy=0.9, max_bytes=900"),
-            ({"max_bytes": 900, "max_error": 0.1}, "give one of .*: got max_error=0.1, max_bytes=900"),
-            ({"ratio": 3.0, "n_components": "auto"}, "'auto' finds a number itself, as ratio=3 would"),
-            ({"ratio": 3.0, "weighting": "factors"}, "ratio=3 goes with weighting 'delta', got 'factors'"),
+            ({"ratio": 3.0, "n_components": 3}, "pass exactly one of .*: got n_components=3, ratio=3.0"),
+            ({"max_bytes": 900, "energy": 0.9}, "pass exactly one of .*: got energy=0.9, max_bytes=900"),
+            ({"max_bytes": 900, "max_error": 0.1}, "pass exactly one of .*: got max_error=0.1, max_bytes=900"),
+            ({"ratio": 3.0, "n_components": "auto"}, "'auto' chooses a number by itself, and so does ratio=3"),
+            ({"ratio": 3.0, "weighting": "factors"}, "ratio=3 needs weighting='delta', got 'factors'"),
         ],
     )
     def test_that_cannot_be_is_one_sentence(self, options, message):
@@ -217,7 +217,7 @@ class TestGrowth:
         pack.remove("a0", "a1")
         assert pack.add(random_adapter("newer", 10)).delta_error <= first.delta_error
         pack.remove("new", "newer")
-        with pytest.raises(OptionError, match="fitted for a size, and none of its adapters is left to say"):
+        with pytest.raises(OptionError, match="fitted for a size, and no adapter is left in it"):
             pack.add(random_adapter("newest", 11))
 
 
@@ -360,10 +360,10 @@ class TestOptionsThatMeanNothing:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"ratio": 9.0, "sweeps": 2}, "sweeps=2 means nothing to ratio=9, which chooses bytes.* Leave it away.$"),
-            ({"max_bytes": 900, "solver": "exact"}, "solver='exact' means nothing to max_bytes=900"),
-            ({"max_error": 0.3, "checkpoint": "kept"}, "checkpoint='kept' means nothing to max_error=0.3"),
-            ({"max_error": 0.3, "sweeps": 0}, "sweeps=0 means .* Or give a float dtype: then sizes alone are chosen"),
+            ({"ratio": 9.0, "sweeps": 2}, "sweeps=2 has no effect with ratio=9, which chooses bytes.* Remove it.$"),
+            ({"max_bytes": 900, "solver": "exact"}, "solver='exact' has no effect with max_bytes=900"),
+            ({"max_error": 0.3, "checkpoint": "kept"}, "checkpoint='kept' has no effect with max_error=0.3"),
+            ({"max_error": 0.3, "sweeps": 0}, "sweeps=0 has .* Or pass a float dtype: then only"),
             ({"ratio": 9.0, "workers": 2}, "workers=2 goes with engine='processes'"),
         ],
     )
@@ -386,7 +386,7 @@ class TestOptionsThatMeanNothing:
         assert ex.refit(pack, n_components=3).pack.fit_info.sweeps == 1
         assert ex.refit(pack, max_error=0.5, dtype="float32").pack.fit_info.sweeps == 1
         assert ex.refit(coded).pack.is_coded
-        with pytest.raises(OptionError, match="sweeps=1 means nothing to max_error=0.1"):
+        with pytest.raises(OptionError, match="sweeps=1 has no effect with max_error=0.1"):
             ex.refit(coded, sweeps=1)
 
 
@@ -395,13 +395,13 @@ class TestOptionsThatMeanNothing:
     [
         (
             {"weighting": "factors"},
-            "Numbers are float32, with weighting 'factors', and sizes alone were chosen for the error: with weighting "
-            "'delta' and without a dtype they take fewer bytes.",
+            "Numbers are float32, with weighting 'factors', so only numbers of components were chosen for the error "
+            "bound: with weighting 'delta' and without a dtype the pack takes fewer bytes.",
         ),
         (
             {"dtype": "float16", "coefficient_dtype": "float32"},
-            "Numbers are float16 and float32, as asked, and sizes alone were chosen for the error: without a dtype "
-            "they take fewer bytes.",
+            "Numbers are float16 and float32, as asked, so only numbers of components were chosen for the error bound: "
+            "without a dtype the pack takes fewer bytes.",
         ),
     ],
 )

@@ -198,7 +198,7 @@ class TestWhatIsGained:
         with warnings.catch_warnings():
             warnings.simplefilter("error", LossWarning)
             pack.add(random_adapter("new", 77, rank=3), extend=3)
-        with pytest.warns(LossWarning, match="of the update is lost.* of other"):
+        with pytest.warns(LossWarning, match="above 0.5 for other"):
             pack.add(random_adapter("other", 78, rank=5), extend=1)
 
 
@@ -398,9 +398,9 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("extend", "message"),
         [
-            (0, r"extend=0: at least 1 direction a side, and at most 53"),
-            (-3, "extend=-3: at least 1"),
-            (54, "extend=54: .* at most 53, the largest dimension"),
+            (0, r"extend=0: the number of components .* must be from 1 to 53"),
+            (-3, "extend=-3: .* from 1 to 53"),
+            (54, "extend=54: .* from 1 to 53, the largest dimension"),
             (True, "extend must be an integer, got True"),
         ],
     )

@@ -118,7 +118,7 @@ class TestAdd:
         assert torch.equal(back.down, new.modules["encoder.0.value"].down)
         assert torch.equal(back.up, new.modules["encoder.0.value"].up)
         lost = {"new": replace(ex.Pack.open(saved).records["new"], delta_error=0.9)}
-        assert "of new (0.90 of what is not carried)." in summary.losses(lost, 0.5)
+        assert "for new (0.90 of what is not carried)." in summary.losses(lost, 0.5)
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -154,7 +154,7 @@ class TestAdd:
             ex.Pack.open(saved).add(bad)
         assert "--" not in str(caught.value)
         assert "skip_bad" not in str(caught.value)
-        with pytest.raises(NonFiniteError, match=r"exclude_adapters=\['new'\] \(--exclude-adapter new\), or ev.*skip"):
+        with pytest.raises(NonFiniteError, match=r"exclude_adapters=\['new'\] \(--exclude-adapter new\), or all.*skip"):
             ex.fit([bad, random_adapter("other", 901)])
 
 
@@ -266,7 +266,7 @@ class TestAugment:
         real = basis.seeded_normal_rows
         monkeypatch.setattr(basis, "seeded_normal_rows", lambda *args: real(*args)[:, ::-1].copy())
         with pytest.raises(
-            PackDamagedError, match="rebuilds the augmented directions of encoder.0.dense.down differently"
+            PackDamagedError, match="rebuilds the random components of encoder.0.dense.down differently"
         ):
             ex.Pack.open(tmp_path / "more").subspace.modules  # noqa: B018
 

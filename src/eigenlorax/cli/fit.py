@@ -12,7 +12,7 @@ from ..errors import WARN_ABOVE, reason
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..fitting.fit import Progress
+    from ..fitting.options import Progress
     from ..pack.pack import Pack
 
 EPILOG = """Examples:
@@ -157,8 +157,8 @@ def fit(
 ) -> None:
     """Fit a subspace to LoRA adapters, and write a pack: the shared components, and each adapter as coefficients."""
     from ..core import checkpoint, keys
-    from ..fitting.fit import chooses_bytes
     from ..fitting.fit import fit as fit_adapters
+    from ..fitting.options import is_entropy_coded
     from ..pack import folder
 
     started = time.perf_counter()
@@ -167,7 +167,7 @@ def fit(
     byte_budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
     targets = {"max_error": max_error, "max_bytes": byte_budget, "ratio": ratio}
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
-    can_resume = not chooses_bytes(targets, weighting, dtype, coefficient_dtype)
+    can_resume = not is_entropy_coded(targets, weighting, dtype, coefficient_dtype)
     headline = None
     with (
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),

@@ -125,9 +125,9 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
 
 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:
-    from ..pack.summary import kept_exactly
+    from ..pack.summary import uncompressed_note
 
-    if (note := kept_exactly(pack.summary.bytes)) is not None:
+    if (note := uncompressed_note(pack.summary.bytes)) is not None:
         console.note(note)
     if json:
         console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records)})

@@ -1,12 +1,9 @@
-"""A fit for an error or a size: the subspace of a collection, and each adapter in as few bytes as that takes.
-
-The mathematics is in `coding`; here are adapters, with their names and what they carry.
-"""
+"""A fit for an error bound or a size: shared bases and all adapters, entropy-coded by `codec.encoder`."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -17,229 +14,243 @@ from ..codec.encoder import CollectionEncoder, EncodedCollection, ModuleUpdates,
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.step_sizes import check_error_bound, step_size_grid, wide_step_size_grid
 from ..codec.storage import coded
+from ..codec.storage.table import CODED
 from ..core import threads
 from ..core.adapter import ModuleSpec
 from ..core.basis import Basis
 from ..core.fit_options import FitOptions
 from ..core.subspace import ModuleBases
 from ..errors import OptionError
-from ..pack.packed_adapter import Packing
+from ..pack.encoding import encoded_by_codes
+from .collection import AdapterModule, Collection
+from .component_fit import FittedCollection
+from .options import Execution, Progress, Target
 
 BATCH = 64
-"""Adapters whose bytes are made together."""
-FAINT, COARSE = 1e-5, 0.7
-"""The smallest and the largest of them: beyond, estimates are poor."""
-AROUND = (0.5, 0.7, 1.0, 1.4, 2.0)
-"""Errors of the frontier that are told, beside the one that was chosen."""
-
-ByModule = Sequence[tuple[str, Sequence[tuple[Packing, str]]]]
-"""The modules of the subspace, each with its adapters and the name it has there."""
+"""Adapters that are encoded to bytes together."""
+MIN_FRONTIER_ERROR, MAX_FRONTIER_ERROR = 1e-5, 0.7
+"""Errors between which the estimated bytes are good enough to be reported."""
+FRONTIER_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)
+"""Errors of the frontier, relative to that of the pack."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compact:
-    """Bases by module; errors and about the bytes that they take, around what was chosen; and what there is to say."""
+class EncodedBytes:
+    """An encoded collection as bytes.
 
-    modules: Mapping[str, ModuleBases]
-    frontier: list[RatePoint]
-    notes: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """Adapters by name: codes, places of their modules, and bytes."""
+    codes, layouts, adapters: by adapter; layouts by module, too. bases: by module and side (0: down, 1: up), of those
+    with components.
+    """
 
     codes: Mapping[str, AdapterCodes]
-    places: Mapping[str, Mapping[str, ModuleLayout]]
-    data: Mapping[str, bytes]
+    layouts: Mapping[str, Mapping[str, ModuleLayout]]
+    adapters: Mapping[str, bytes]
+    bases: Mapping[tuple[str, int], bytes]
+
+    @property
+    def size(self) -> int:
+        """Bytes of bases and adapters together."""
+        return sum(map(len, self.adapters.values())) + sum(map(len, self.bases.values()))
 
 
-def fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: encoder.Progress) -> Compact:
-    """Bases for all modules; every packing gets its coefficients.
+@dataclass(frozen=True, slots=True)
+class ByteLimit:
+    """The size that a pack may have, in bytes.
 
-    weights: of the adapters that are fitted, 1 / ‖update‖. options: `max_error`, `max_bytes` or `ratio`.
+    carried: of tensors that no fit changes. lora: of the LoRAs, if a ratio was passed. name: the option, as passed.
     """
-    with threads.suited_to(max(_numbers(members) for _, members in by_module)):
-        return _fit(by_module, weights, options, report)
+
+    total: float
+    carried: int
+    lora: int | None
+    name: str
+
+    @property
+    def available(self) -> float:
+        """Bytes for bases and coefficients."""
+        return self.total - self.carried
+
+    def check(self) -> None:
+        """Raise `OptionError` if carried tensors alone exceed the limit."""
+        if self.total <= self.carried:
+            possible = f" Pass a ratio below {self.lora / self.carried:.3g}." if self.lora is not None else ""
+            raise OptionError(
+                f"{self.name} cannot be reached: {self.carried:,} bytes are carried as they are, whatever the fit does."
+                f"{possible}"
+            )
+
+    def message(self, least: int) -> str:
+        """Return the error message for a collection that takes at least `least` bytes for bases and coefficients."""
+        total = least + self.carried
+        largest = f"; the largest is about {_round_down(self.lora / total)}" if self.lora is not None else ""
+        return f"{self.name} cannot be reached: with the largest possible errors, there are {total:,} bytes{largest}."
 
 
-def _numbers(members: Sequence[tuple[Packing, str]]) -> int:
-    """Of all adapters of one module: its largest tensors have at most so many."""
-    return sum(packing.adapter.specs[module].numbers for packing, module in members)
+def encode_collection(collection: Collection, target: Target, execution: Execution) -> FittedCollection:
+    """Fit bases and encode all adapters in as few bytes as the target allows.
 
-
-def _fit(by_module: ByModule, weights: Mapping[str, float], options: FitOptions, report: encoder.Progress) -> Compact:
-    packings = {packing.adapter.name: packing for _, members in by_module for packing, _ in members}
-    modules, shapes = _modules(by_module, list(weights)), _shapes(by_module)
-    norms = torch.tensor([1 / weight for weight in weights.values()], dtype=torch.float64)
-    numbers = max(sum(one.numbers for one in packing.adapter.specs.values()) for packing in packings.values())
-    error = options.max_error
-    if error is not None:
-        check_error_bound(error)
-    steps = step_size_grid(error, numbers) if error is not None else wide_step_size_grid()
-    collection = CollectionEncoder(modules, norms, steps, report)
-    carried = _carried(packings, by_module)
-    if error is None:
-        limit, refused = _limit(by_module, options, carried)
-        collection = encoder.split_into_clusters(
-            collection, modules, collection.error_for_bytes(limit - carried), report
+    All of it runs in this process on its CPU. `OptionError` if the target cannot be reached.
+    """
+    started = time.perf_counter()
+    # the largest tensors have as many numbers as all adapters of one module together
+    with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
+        collection_encoder, encoded, carried = _encode(collection, target.options, execution.progress)
+        written = _to_bytes(encoded, collection)
+        bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
+    errors = dict(zip(collection.weights, encoded.errors, strict=True))
+    adapters = {
+        each.name: encoded_by_codes(
+            each,
+            written.codes[each.name],
+            written.layouts[each.name],
+            written.adapters[each.name],
+            errors.get(each.name, 0.0),
         )
-        found = encode_within(
-            collection, limit - carried, lambda one: _size(one, by_module, packings, list(weights)), refused
-        )
-    else:
-        collection = encoder.split_into_clusters(collection, modules, error, report)
-        found = collection.encode(error)
-    written = _written(found, by_module, packings, list(weights))
-    blobs = _basis_blobs(found)
-    bases = {name: _bases(name, found, shapes[name], blobs) for name, _ in by_module}
-    errors = dict(zip(weights, found.errors, strict=True))
-    for place, members in by_module:
-        for packing, module in members:
-            packing.places[module] = place
-    for name, packing in packings.items():
-        packing.take_codes(written.codes[name], written.places[name], written.data[name], errors.get(name, 0.0))
-    size = sum(map(len, written.data.values())) + sum(map(len, blobs.values())) + carried
-    clusters = max(collection.groups) + 1
-    notes = [f"The adapters fall into {clusters} groups, each with bases of its own."] if clusters > 1 else []
-    return Compact(bases, _frontier(collection, max(found.errors), size, carried), notes)
-
-
-def _modules(by_module: ByModule, names: Sequence[str]) -> list[ModuleUpdates]:
-    index = {name: place for place, name in enumerate(names)}
-    found = []
-    for name, members in by_module:
-        trained = tuple(
-            UpdateSource(index[packing.adapter.name], partial(packing.adapter.modules.__getitem__, module))
-            for packing, module in members
-            if packing.scan.delta_squares[module] > 0
-        )
-        if trained:
-            spec = _spec(members)
-            found.append(ModuleUpdates(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
-    return found
-
-
-def _spec(members: Sequence[tuple[Packing, str]]) -> ModuleSpec:
-    packing, module = members[0]
-    return packing.adapter.specs[module]
-
-
-def _shapes(by_module: ByModule) -> dict[str, tuple[int, int]]:
-    return {
-        name: (spec.out_features, spec.in_features) for name, spec in ((n, _spec(members)) for n, members in by_module)
+        for each in collection.scanned
     }
+    return FittedCollection(
+        modules=bases,
+        encoded=adapters,
+        options=target.options,
+        storage=CODED,
+        coefficient_storage=CODED,
+        notes=_notes(collection_encoder, execution),
+        seconds={"coding": time.perf_counter() - started},
+        frontier=_frontier(collection_encoder, max(encoded.errors), written.size, carried),
+    )
 
 
-def _carried(packings: Mapping[str, Packing], by_module: ByModule) -> int:
-    """Bytes of what adapters keep as it is: modules that are kept out of the subspace, and what is no LoRA."""
-    inside = {(packing.adapter.name, module) for _, members in by_module for packing, module in members}
-    found = 0
-    for name, packing in packings.items():
-        found += sum(tensor.nbytes for tensor in packing.adapter.carried.values())
-        specs = [spec for module, spec in packing.adapter.specs.items() if (name, module) not in inside]
-        found += sum(spec.numbers * spec.dtype.itemsize for spec in specs)
-    return found
+def _encode(
+    collection: Collection, options: FitOptions, progress: Progress
+) -> tuple[CollectionEncoder, EncodedCollection, int]:
+    """Return the encoder, what it encoded within the target, and the bytes of carried tensors."""
+    modules = _module_updates(collection)
+    norms = torch.tensor([1 / weight for weight in collection.weights.values()], dtype=torch.float64)
+    carried = _carried_bytes(collection)
+    if options.max_error is not None:
+        check_error_bound(options.max_error)
+        numbers = max(sum(spec.numbers for spec in each.adapter.specs.values()) for each in collection.scanned)
+        whole = CollectionEncoder(modules, norms, step_size_grid(options.max_error, numbers), progress)
+        clustered = encoder.split_into_clusters(whole, modules, options.max_error, progress)
+        return clustered, clustered.encode(options.max_error), carried
+    limit = _byte_limit(collection, options, carried)
+    limit.check()
+    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), progress)
+    clustered = encoder.split_into_clusters(whole, modules, whole.error_for_bytes(limit.available), progress)
+    encoded = encode_within(
+        clustered, limit.available, lambda candidate: _to_bytes(candidate, collection).size, limit.message
+    )
+    return clustered, encoded, carried
 
 
-def _limit(by_module: ByModule, options: FitOptions, carried: int) -> tuple[float, Callable[[int], str]]:
-    """The bytes that are allowed, and what is said where so many are needed beside those that are carried."""
+def _notes(collection_encoder: CollectionEncoder, execution: Execution) -> list[str]:
+    notes = []
+    n_clusters = max(collection_encoder.groups) + 1
+    if n_clusters > 1:
+        notes.append(f"The adapters fall into {n_clusters} groups, each with bases of its own.")
+    options = {"engine": execution.engine, "device": str(execution.device)}
+    unused = [f"{name} {value}" for name, value in options.items() if value not in ("serial", "cpu")]
+    if unused:
+        notes.append(f"Bytes were chosen in this process, on its CPU, in spite of {' and '.join(unused)}.")
+    return notes
+
+
+def _numbers(members: Sequence[AdapterModule]) -> int:
+    return sum(member.spec.numbers for member in members)
+
+
+def _module_updates(collection: Collection) -> list[ModuleUpdates]:
+    """Return the trained updates of every module that has some, for the encoder."""
+    index = {name: number for number, name in enumerate(collection.weights)}
+    modules = []
+    for name, members in collection.modules.items():
+        trained = tuple(UpdateSource(index[member.name], member.read) for member in members if member.is_trained)
+        if trained:
+            spec = members[0].spec
+            modules.append(ModuleUpdates(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
+    return modules
+
+
+def _carried_bytes(collection: Collection) -> int:
+    """Return the bytes of modules outside the subspace and of tensors that are no LoRA factors."""
+    carried = 0
+    for each in collection.scanned:
+        carried += sum(tensor.nbytes for tensor in each.adapter.carried.values())
+        outside = [spec for module, spec in each.adapter.specs.items() if module not in each.subspace_modules]
+        carried += sum(spec.numbers * spec.dtype.itemsize for spec in outside)
+    return carried
+
+
+def _byte_limit(collection: Collection, options: FitOptions, carried: int) -> ByteLimit:
     if options.max_bytes is not None:
-        lora, limit, asked = None, float(options.max_bytes), f"max_bytes={options.max_bytes} cannot be reached"
-    else:
-        assert options.ratio is not None
-        # factors of an adapter that changes nothing are worth no byte
-        lora = carried + 2 * sum(
-            packing.adapter.specs[module].numbers
-            for _, members in by_module
-            for packing, module in members
-            if not packing.untrained
-        )
-        limit = lora / options.ratio
-        asked = f"ratio={options.ratio:g}, which is {limit:,.0f} bytes, cannot be reached"
-
-    if limit <= carried:
-        below = f", so that a ratio is below {lora / carried:.3g}" if lora is not None else ""
-        raise OptionError(f"{asked}: {carried:,} bytes are carried as they are{below}.")
-
-    def refused(least: int) -> str:
-        whole = least + carried
-        largest = f"; the largest is about {_rounded_down(lora / whole)}" if lora is not None else ""
-        return f"{asked}: with next to nothing kept, there are {whole:,} bytes{largest}."
-
-    return limit, refused
+        return ByteLimit(float(options.max_bytes), carried, None, f"max_bytes={options.max_bytes}")
+    assert options.ratio is not None
+    # untrained adapters could be left out for nothing, so their factors do not count in a ratio
+    members = [member for members in collection.modules.values() for member in members]
+    lora = carried + 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
+    total = lora / options.ratio
+    return ByteLimit(total, carried, lora, f"ratio={options.ratio:g}, which is {total:,.0f} bytes,")
 
 
-def _rounded_down(ratio: float) -> str:
-    """To three digits, so that it can be asked for."""
+def _round_down(ratio: float) -> str:
+    """Return a ratio with three digits that can be asked for."""
     unit = 10.0 ** (math.floor(math.log10(ratio)) - 2)
     return f"{math.floor(ratio / unit) * unit:.10g}"
 
 
-def _size(found: EncodedCollection, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]) -> int:
-    written = _written(found, by_module, packings, names)
-    return sum(map(len, written.data.values())) + sum(map(len, _basis_blobs(found).values()))
-
-
-def _written(
-    found: EncodedCollection, by_module: ByModule, packings: Mapping[str, Packing], names: Sequence[str]
-) -> _Written:
-    """All adapters, those that are untrained too."""
-    fitted = dict(zip(names, found.adapters, strict=True))
-    codes = {name: fitted.get(name, AdapterCodes(1.0, 0, {})) for name in packings}
-    own: dict[str, dict[str, ModuleCodes]] = {name: {} for name in packings}
-    places: dict[str, dict[str, ModuleLayout]] = {name: {} for name in packings}
-    for place, members in by_module:
-        spec = _spec(members)
-        none = QuantisedBasis.empty(spec.in_features), QuantisedBasis.empty(spec.out_features)
-        clusters: dict[int, ModuleLayout] = {}
-        for packing, _ in members:
-            name = packing.adapter.name
-            number = codes[name].cluster
-            if number not in clusters:
-                clusters[number] = ModuleLayout.of(found.bases.get(place, none), number)
-            own[name][place] = codes[name].modules.get(place, UNTRAINED)
-            places[name][place] = clusters[number]
-    whole = {name: AdapterCodes(one.step_size, one.cluster, own[name]) for name, one in codes.items()}
+def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedBytes:
+    """Return bases and all adapters as bytes; those that were not fitted are encoded as zero."""
+    fitted = dict(zip(collection.weights, encoded.adapters, strict=True))
+    own = {each.name: fitted.get(each.name, AdapterCodes(1.0, 0, {})) for each in collection.scanned}
+    modules: dict[str, dict[str, ModuleCodes]] = {name: {} for name in own}
+    layouts: dict[str, dict[str, ModuleLayout]] = {name: {} for name in own}
+    for place, members in collection.modules.items():
+        spec = members[0].spec
+        empty = QuantisedBasis.empty(spec.in_features), QuantisedBasis.empty(spec.out_features)
+        by_cluster: dict[int, ModuleLayout] = {}
+        for member in members:
+            codes = own[member.name]
+            if codes.cluster not in by_cluster:
+                by_cluster[codes.cluster] = ModuleLayout.of(encoded.bases.get(place, empty), codes.cluster)
+            modules[member.name][place] = codes.modules.get(place, UNTRAINED)
+            layouts[member.name][place] = by_cluster[codes.cluster]
+    complete = {name: AdapterCodes(codes.step_size, codes.cluster, modules[name]) for name, codes in own.items()}
     data: dict[str, bytes] = {}
-    for start in range(0, len(whole), BATCH):
-        batch = list(whole)[start : start + BATCH]
-        blobs = bitstream.encode_adapters([(whole[name], places[name]) for name in batch])
-        data |= dict(zip(batch, blobs, strict=True))
-    return _Written(whole, places, data)
+    for start in range(0, len(complete), BATCH):
+        names = list(complete)[start : start + BATCH]
+        data |= dict(zip(names, bitstream.encode_adapters([(complete[n], layouts[n]) for n in names]), strict=True))
+    sides = [(name, side) for name, pair in encoded.bases.items() for side in (0, 1) if pair[side].k]
+    bases = bitstream.encode_bases([encoded.bases[name][side] for name, side in sides])
+    return EncodedBytes(complete, layouts, data, dict(zip(sides, bases, strict=True)))
 
 
-def _basis_blobs(found: EncodedCollection) -> dict[tuple[str, int], bytes]:
-    """By module and side, of those that have rows."""
-    sides = [(name, side) for name, pair in found.bases.items() for side in (0, 1) if pair[side].k]
-    return dict(zip(sides, bitstream.encode_bases([found.bases[name][side] for name, side in sides]), strict=True))
+def _bases(name: str, encoded: EncodedCollection, spec: ModuleSpec, written: EncodedBytes) -> ModuleBases:
+    """Return the bases of a module as a reader of their bytes decodes them."""
+    if name not in encoded.bases:
+        widths = (spec.in_features, spec.out_features)
+        return ModuleBases(*(Basis(torch.zeros(0, d), torch.zeros(0), 1.0, payload={}) for d in widths))
+    square, *captured = encoded.energies[name]
+
+    def basis(side: int) -> Basis:
+        quantised = encoded.bases[name][side]
+        payload = {bitstream.BASIS_PART: coded.blob(written.bases[name, side])} if quantised.k else {}
+        energy = min(captured[side] / square, 1.0)
+        return Basis(quantised.rows, torch.zeros(0), energy, tail=square, payload=payload)
+
+    return ModuleBases(basis(0), basis(1))
 
 
-def _bases(
-    name: str, found: EncodedCollection, shape: tuple[int, int], blobs: Mapping[tuple[str, int], bytes]
-) -> ModuleBases:
-    """The bases of a module as a reader of their bytes has them."""
-    if name not in found.bases:
-        return ModuleBases(*(Basis(torch.zeros(0, d), torch.zeros(0), 1.0, payload={}) for d in reversed(shape)))
-    square, *inside = found.energies[name]
-
-    def side(number: int, one: QuantisedBasis) -> Basis:
-        payload = {bitstream.BASIS_PART: coded.blob(blobs[name, number])} if one.k else {}
-        energy = min(inside[number] / square, 1.0)
-        return Basis(one.rows, torch.zeros(0), energy, tail=square, payload=payload)
-
-    down, up = found.bases[name]
-    return ModuleBases(side(0, down), side(1, up))
-
-
-def _frontier(collection: CollectionEncoder, error: float, size: int, carried: int) -> list[RatePoint]:
-    """About the bytes that other errors take, beside those that this one does; of those that were surveyed."""
-    errors = sorted({around * error for around in AROUND if FAINT <= around * error <= COARSE} | {error})
-    guessed = {point.error: point.bytes for point in collection.frontier(errors)}
-    factor = (size - carried) / max(guessed[error], 1.0)
-    found = [RatePoint(one, round(carried + factor * guess)) for one, guess in guessed.items()]
+def _frontier(collection_encoder: CollectionEncoder, error: float, size: int, carried: int) -> list[RatePoint]:
+    """Return the estimated bytes at errors around `error`, at which the pack has `size` bytes beside carried ones."""
+    errors = {factor * error for factor in FRONTIER_FACTORS}
+    errors = {each for each in errors if MIN_FRONTIER_ERROR <= each <= MAX_FRONTIER_ERROR} | {error}
+    estimates = {point.error: point.bytes for point in collection_encoder.frontier(sorted(errors))}
+    # the survey is off by about the same factor everywhere
+    correction = size / max(estimates[error], 1.0)
+    points = [RatePoint(each, round(carried + correction * estimate)) for each, estimate in estimates.items()]
     return [
         point
-        for place, point in enumerate(found)
-        if point.error == error or all(point.bytes != other.bytes for other in found[place + 1 :])
+        for number, point in enumerate(points)
+        # of errors that take the same bytes, the largest is the limit of the survey
+        if point.error == error or all(point.bytes != later.bytes for later in points[number + 1 :])
     ]

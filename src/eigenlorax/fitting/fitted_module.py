@@ -1,4 +1,4 @@
-"""One fitted module of a fit as bytes, for a checkpoint, and back."""
+"""A fitted module as bytes, for a checkpoint, and back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from ..core.coefficients import CoefficientBatch
 from ..core.metrics import ModuleError
 from ..core.subspace import ModuleBases
 from . import jobs
-from .jobs import Fitted, Job
+from .jobs import FitJob, FittedModule
 
 _ABOUT, _ERRORS = "about", "errors"
 _FIELDS = ("energy", "shortfall", "tail")
 
 
-def to_bytes(fitted: Fitted) -> bytes:
-    """Return a module as the bytes of a safetensors file; `from_bytes` makes the same module of them."""
+def to_bytes(fitted: FittedModule) -> bytes:
+    """Return a fitted module as a safetensors file, which `from_bytes` reads."""
     tensors = {}
     for side in keys.SIDES:
         basis = fitted.bases.side(side)
         tensors[f"{side}.components"], tensors[f"{side}.singular_values"] = basis.components, basis.singular_values
-        tensors |= _under(f"{side}.payload", basis.payload)
-    for index, chunk in enumerate(fitted.coefficients):
-        tensors |= {f"{index}.down": chunk.down, f"{index}.up": chunk.up, f"{index}.scaling": chunk.scaling}
-        tensors |= _under(f"{index}.payload", chunk.payload)
+        tensors |= _prefixed(f"{side}.payload", basis.payload)
+    for index, batch in enumerate(fitted.coefficients):
+        tensors |= {f"{index}.down": batch.down, f"{index}.up": batch.up, f"{index}.scaling": batch.scaling}
+        tensors |= _prefixed(f"{index}.payload", batch.payload)
     tensors[_ERRORS] = torch.tensor(
         [[error.square, error.squared_error, error.squared_rounding] for error in fitted.errors], dtype=torch.float64
     )
@@ -44,21 +44,21 @@ def to_bytes(fitted: Fitted) -> bytes:
     return to_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def most_bytes(job: Job) -> int:
-    """Return more bytes than `to_bytes` gives for any result of this job."""
-    asked, spec = job.setting.options.n_components, job.places[0].spec
+def most_bytes(job: FitJob) -> int:
+    """Return an upper bound of the size of `to_bytes` for any result of this job."""
+    n_components, spec = job.fitter.options.n_components, job.updates[0].spec
     sides = (spec.in_features, spec.out_features)
-    down, up = (dimension if asked is None else min(asked, dimension) for dimension in sides)
-    # each number at most once in float64, and once more as what is stored in its place
+    down, up = (dimension if n_components is None else min(n_components, dimension) for dimension in sides)
+    # each number at most twice: in float64, and as the payload that is stored in its place
     bases = 16 * (down * sides[0] + up * sides[1]) + 8 * sum(sides)
-    each = [16 * place.spec.rank * (down + up) for place in job.places]
-    return bases + sum(each) + 4096 * len(job.places) + 2**20
+    each = [16 * update.spec.rank * (down + up) for update in job.updates]
+    return bases + sum(each) + 4096 * len(job.updates) + 2**20
 
 
-def from_bytes(data: bytes, job: Job) -> Fitted | None:
-    """Return the result of `job` that `to_bytes` has written; None for bytes that are no result of that job.
+def from_bytes(data: bytes, job: FitJob) -> FittedModule | None:
+    """Return the result of `job` that `to_bytes` wrote; None for other bytes.
 
-    Bytes with a right digest may be of another build of the same version.
+    Their digest was checked, but another build of the same version may have written them.
     """
     try:
         tensors = from_safetensors(data)
@@ -69,9 +69,9 @@ def from_bytes(data: bytes, job: Job) -> Fitted | None:
         return None
 
 
-def _is_of(tensors: Mapping[str, Tensor], members: tuple[tuple[int, ...], ...], job: Job) -> bool:
-    """Return whether tensors have the shapes, and numbers the dtype, that a result of the job has."""
-    spec, dtype = job.places[0].spec, job.setting.storage.dtype
+def _is_of(tensors: Mapping[str, Tensor], members: tuple[tuple[int, ...], ...], job: FitJob) -> bool:
+    """Return whether tensors have the shapes and dtypes of a result of the job."""
+    spec, dtype = job.updates[0].spec, job.fitter.storage.dtype
     down, up = tensors["down.components"], tensors["up.components"]
     if members != jobs.unread(job).members or (down.dtype, up.dtype) != (dtype, dtype):
         return False
@@ -80,29 +80,31 @@ def _is_of(tensors: Mapping[str, Tensor], members: tuple[tuple[int, ...], ...], 
         "up.components": (len(up), spec.out_features),
         "down.singular_values": (tensors["down.singular_values"].numel(),),
         "up.singular_values": (tensors["up.singular_values"].numel(),),
-        _ERRORS: (len(job.places), 3),
+        _ERRORS: (len(job.updates), 3),
     }
-    for index, chunk in enumerate(members):
+    for index, batch in enumerate(members):
         rank = tensors[f"{index}.down"].shape[1:2]
         shapes |= {
-            f"{index}.down": (len(chunk), *rank, len(down)),
-            f"{index}.up": (len(chunk), len(up), *rank),
-            f"{index}.scaling": (len(chunk),),
+            f"{index}.down": (len(batch), *rank, len(down)),
+            f"{index}.up": (len(batch), len(up), *rank),
+            f"{index}.scaling": (len(batch),),
         }
     return all(tuple(tensors[name].shape) == tuple(shape) for name, shape in shapes.items())
 
 
-def _under(name: str, payload: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _prefixed(name: str, payload: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in (payload or {}).items()}
 
 
 def _payload(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
-    """Return the inverse of `_under`."""
+    """Return the inverse of `_prefixed`."""
     start = f"{name}."
     return {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)} or None
 
 
-def _fitted(tensors: Mapping[str, Tensor], about: Mapping[str, Any], members: tuple[tuple[int, ...], ...]) -> Fitted:
+def _fitted(
+    tensors: Mapping[str, Tensor], about: Mapping[str, Any], members: tuple[tuple[int, ...], ...]
+) -> FittedModule:
     down, up = (
         Basis(
             tensors[f"{side}.components"],
@@ -112,7 +114,7 @@ def _fitted(tensors: Mapping[str, Tensor], about: Mapping[str, Any], members: tu
         )
         for side in keys.SIDES
     )
-    return Fitted(
+    return FittedModule(
         bases=ModuleBases(down, up),
         members=members,
         coefficients=tuple(

@@ -1,6 +1,6 @@
-"""One module of a fit as a job that any process can do: read its factors, find its bases, round them, project on them.
+"""One module of a fit as a job that any process can do: read its factors, fit and round its bases, and project on them.
 
-What is in memory is one module, or, where that is too much, a part of it that is read anew when it is needed.
+One module is in memory at a time, or, where it is too large for that, batches of it that are read again when needed.
 """
 
 import time
@@ -23,17 +23,17 @@ from ..core.iterative import LoadBatch
 from ..core.metrics import ModuleError
 from ..core.subspace import ModuleBases
 from ..errors import NonFiniteError
-from .sizes import Cell, Member, Setting
+from .module_fitter import ComponentCounts, ModuleFitter, ModuleUpdate
 
 HELD_BYTES = 2**28
-"""The factors of one module that may be in memory; of a larger one, chunks are read anew in every round."""
-PROJECTED = 8
-"""Adapters that are projected at a time: each needs some twenty times its factors, in float64."""
+"""Size of a module's factors up to which they stay in memory; larger ones are read again in every round."""
+PROJECTED_AT_ONCE = 8
+"""Adapters that are projected together: each needs some twenty times its factors, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One adapter in a module. index: among the adapters of the fit. trained: whether its update there is not zero."""
+class JobUpdate:
+    """Where to read one adapter's update of a module. index: of the adapter in the fit. trained: it is not zero."""
 
     index: int
     module: str
@@ -42,48 +42,52 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One module, by its name in the subspace.
+class FitJob:
+    """One module of a fit, by its name in the subspace.
 
-    by_iteration: whether its bases are found by rounds over chunks, rather than by whole spectra.
-    k: the components of its sides where they were chosen before.
+    adapters: all adapters of the fit. by_iteration: whether bases are found by subspace iteration over batches, rather
+    than by full decompositions. counts: of components, where they were chosen before.
     """
 
     module: str
-    places: tuple[Place, ...]
-    setting: Setting
+    updates: tuple[JobUpdate, ...]
+    fitter: ModuleFitter
     adapters: SharedValue[Sequence[Adapter]]
     by_iteration: bool = False
-    k: Cell | None = None
+    counts: ComponentCounts | None = None
 
     @property
-    def products(self) -> torch.dtype:
-        """The dtype of large products: float32 holds what is narrower than it."""
-        wide = any(place.spec.dtype.itemsize > 2 for place in self.places)
-        return torch.float64 if wide else torch.float32
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of large products: float32 is enough for factors in 16 bits."""
+        is_wide = any(update.spec.dtype.itemsize > 2 for update in self.updates)
+        return torch.float64 if is_wide else torch.float32
 
     @property
-    def measured(self) -> torch.dtype:
-        """The dtype in which adapters are projected, and their losses measured."""
-        stored = (self.setting.storage, self.setting.coefficient_storage)
-        return torch.float64 if any(one.dtype.itemsize > 2 for one in stored) else self.products
+    def projection_dtype(self) -> torch.dtype:
+        """The dtype in which adapters are projected and their errors measured."""
+        storages = (self.fitter.storage, self.fitter.coefficient_storage)
+        return torch.float64 if any(each.dtype.itemsize > 2 for each in storages) else self.product_dtype
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A job with its factors, or with how to read them. members: of each chunk, indices into the job's places."""
+class LoadedJob:
+    """A job with its factors, or with functions that read them.
 
-    job: Job
+    members: of each batch, indices into the updates of the job. batches: return one batch each.
+    seconds: that reading took.
+    """
+
+    job: FitJob
     members: tuple[tuple[int, ...], ...]
-    held: tuple[LoadBatch, ...]
+    batches: tuple[LoadBatch, ...]
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """What became of a job: the bases as they are stored, coefficients by chunk, and errors place by place.
+class FittedModule:
+    """The result of a job: bases as they are stored, coefficients by batch, and the error of each update.
 
-    seconds: by what they were spent on.
+    members: of each batch, indices into the updates of the job. seconds: by stage.
     """
 
     bases: ModuleBases
@@ -94,162 +98,165 @@ class Fitted:
     seconds: Mapping[str, float]
 
 
-def suits_iteration(places: Sequence[Place], options: FitOptions) -> bool:
-    """Whether the stack of a module is so large, beside the components that are wanted, that rounds are for it."""
-    spec, rows = places[0].spec, sum(place.spec.rank for place in places if place.trained)
+def suits_iteration(updates: Sequence[JobUpdate], options: FitOptions) -> bool:
+    """Return whether subspace iteration is faster for a module than full decompositions."""
+    spec, rows = updates[0].spec, sum(update.spec.rank for update in updates if update.trained)
     return iterative.is_suitable(rows, spec.in_features, spec.out_features, options)
 
 
-def run(jobs: Sequence[Job], engine: Engine) -> Iterator[Fitted]:
-    """The results, in the order of the jobs.
+def run(jobs: Sequence[FitJob], engine: Engine) -> Iterator[FittedModule]:
+    """Do all jobs, and yield the results in their order.
 
-    Here, the next module is read while one is fitted. Workers are given whole modules, or, where there are fewer of
-    those than workers, the chunks of each round of a module in turn.
+    A single process reads the next module while it fits one. Several workers get whole modules, or, where there are
+    more workers than modules, the batches of one module after the other.
     """
     if engine.workers == 1:
-        return _reading_ahead(jobs)
+        return _run_reading_ahead(jobs)
     if len(jobs) < engine.workers and all(job.by_iteration for job in jobs):
-        return (do(unread(job), engine.run) for job in jobs)
-    return engine.run(partial(load_and_do, job) for job in jobs)
+        return (fit_loaded(unread(job), engine.run) for job in jobs)
+    return engine.run(partial(load_and_fit, job) for job in jobs)
 
 
-def _reading_ahead(jobs: Sequence[Job]) -> Iterator[Fitted]:
+def _run_reading_ahead(jobs: Sequence[FitJob]) -> Iterator[FittedModule]:
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(load, job) for job in jobs[:1]]
+        pending = [reader.submit(load, job) for job in jobs[:1]]
         for index in range(len(jobs)):
             started = time.perf_counter()
-            loaded = coming.pop().result()
+            loaded = pending.pop().result()
             waited = time.perf_counter() - started
-            coming.extend(reader.submit(load, job) for job in jobs[index + 1 : index + 2])
-            fitted = do(loaded)
+            pending.extend(reader.submit(load, job) for job in jobs[index + 1 : index + 2])
+            fitted = fit_loaded(loaded)
+            # two modules in memory, not three, when the next one is taken
             del loaded
             yield replace(fitted, seconds={**fitted.seconds, "waiting": waited})
 
 
-def unread(job: Job) -> Loaded:
-    """A job whose chunks are read when they are asked for, each time anew."""
+def unread(job: FitJob) -> LoadedJob:
+    """Return a job whose batches are read each time they are asked for. A batch has adapters of one rank."""
     by_rank: dict[int, list[int]] = {}
-    for index, place in enumerate(job.places):
-        by_rank.setdefault(place.spec.rank, []).append(index)
+    for index, update in enumerate(job.updates):
+        by_rank.setdefault(update.spec.rank, []).append(index)
     members = tuple(
         tuple(indices[start : start + BATCH_SIZE])
         for _, indices in sorted(by_rank.items())
         for start in range(0, len(indices), BATCH_SIZE)
     )
-    return Loaded(job, members, tuple(partial(read, job, chunk) for chunk in members), 0.0)
+    return LoadedJob(job, members, tuple(partial(read_batch, job, batch) for batch in members), 0.0)
 
 
-def load(job: Job) -> Loaded:
-    """Read a job's factors; what is narrower than float32 becomes that where rounds will need it, and memory allows."""
+def load(job: FitJob) -> LoadedJob:
+    """Read the factors of a job, unless they are too large to stay in memory.
+
+    For subspace iteration, 16-bit factors are converted to float32 once, if memory allows.
+    """
     started = time.perf_counter()
     loaded = unread(job)
-    numbers = sum(place.spec.numbers for place in job.places)
-    stored = sum(place.spec.numbers * place.spec.dtype.itemsize for place in job.places)
+    numbers = sum(update.spec.numbers for update in job.updates)
+    stored = sum(update.spec.numbers * update.spec.dtype.itemsize for update in job.updates)
     if job.by_iteration and stored > HELD_BYTES:
         return loaded
-    narrow = job.products == torch.float32
-    widened = job.by_iteration and narrow and numbers * torch.float32.itemsize <= HELD_BYTES
-    held = tuple(partial(_at_hand, one().to(torch.float32) if widened else one()) for one in loaded.held)
-    return replace(loaded, held=held, seconds=time.perf_counter() - started)
+    is_narrow = job.product_dtype == torch.float32
+    widen = job.by_iteration and is_narrow and numbers * torch.float32.itemsize <= HELD_BYTES
+    batches = tuple(partial(_same, read().to(torch.float32) if widen else read()) for read in loaded.batches)
+    return replace(loaded, batches=batches, seconds=time.perf_counter() - started)
 
 
-def read(job: Job, members: Sequence[int]) -> ModuleBatch:
-    """Some of a job's adapters, as they are stored, on the device of the fit."""
+def read_batch(job: FitJob, members: Sequence[int]) -> ModuleBatch:
+    """Read some updates of a job as they are stored, to the device of the fit. members: their indices."""
     adapters = job.adapters.get()
-    places = [job.places[index] for index in members]
-    found = stack_factors(
-        [adapters[place.index].modules[place.module] for place in places],
-        [job.setting.weights[adapters[place.index].name] if place.trained else 0.0 for place in places],
+    updates = [job.updates[index] for index in members]
+    batch = stack_factors(
+        [adapters[update.index].modules[update.module] for update in updates],
+        [job.fitter.weights[adapters[update.index].name] if update.trained else 0.0 for update in updates],
     )
-    return found if job.setting.device.type == "cpu" else found.to(found.down.dtype, job.setting.device)
+    return batch if job.fitter.device.type == "cpu" else batch.to(batch.down.dtype, job.fitter.device)
 
 
-def _at_hand(one: ModuleBatch) -> ModuleBatch:
-    return one
+def _same(batch: ModuleBatch) -> ModuleBatch:
+    return batch
 
 
-def do(loaded: Loaded, rounds: iterative.RunCalls = run_serially) -> Fitted:
-    """The bases and coefficients of a job. rounds: who makes the calls of rounds over chunks."""
-    job, setting = loaded.job, loaded.job.setting
+def fit_loaded(loaded: LoadedJob, run_calls: iterative.RunCalls = run_serially) -> FittedModule:
+    """Fit a module's bases, round them, and project all adapters. run_calls: runs the calls over batches."""
+    job = loaded.job
     seconds = {"reading": loaded.seconds}
     with _timed(seconds, "solving"):
-        exact = _bases(loaded, rounds)
+        exact = _fit_bases(loaded, run_calls)
     with _timed(seconds, "projecting"):
-        stored = setting.storage.round_bases(exact)
-        on_device = [spaces.to_device(bases, setting.device) for bases in (exact, stored)]
-        before, dual = metrics.unrounded_bases(*on_device), projection.dual_components(on_device[1])
-        coefficients: list[CoefficientBatch] = []
-        errors: dict[int, ModuleError] = {}
-        for members, held in zip(loaded.members, loaded.held, strict=True):
-            parts = []
-            for start, narrow in _parts(held()):
-                part = setting.coefficient_storage.prepare(narrow, job.measured)
-                found = _projected(job, members[start : start + len(part)], part, on_device[1], dual)
-                unrounded = setting.coefficient_storage.exact_coefficients(part, on_device[0])
-                lost = metrics.module_errors(part, found, on_device[1], before, unrounded)
-                errors.update(zip(members[start : start + len(part)], lost, strict=True))
-                parts.append(found.to(torch.device("cpu")))
-            coefficients.append(join_batches(parts))
-    return Fitted(
-        bases=stored,
-        members=loaded.members,
-        coefficients=tuple(coefficients),
-        errors=tuple(errors[index] for index in range(len(job.places))),
-        by_iteration=job.by_iteration,
-        seconds=seconds,
-    )
+        stored = job.fitter.storage.round_bases(exact)
+        coefficients, errors = _project_all(loaded, exact, stored)
+    return FittedModule(stored, loaded.members, coefficients, errors, job.by_iteration, seconds)
 
 
-def load_and_do(job: Job) -> Fitted:
-    """A job from its beginning to its end."""
-    return do(load(job))
+def load_and_fit(job: FitJob) -> FittedModule:
+    """Read and fit a module."""
+    return fit_loaded(load(job))
 
 
-def _bases(loaded: Loaded, rounds: iterative.RunCalls) -> ModuleBases:
-    job, setting = loaded.job, loaded.job.setting
-    if not any(place.trained for place in job.places):
-        spec = job.places[0].spec
+def _fit_bases(loaded: LoadedJob, run_calls: iterative.RunCalls) -> ModuleBases:
+    job, fitter = loaded.job, loaded.job.fitter
+    if not any(update.trained for update in job.updates):
+        spec = job.updates[0].spec
         return spaces.empty_bases(spec.in_features, spec.out_features, torch.float64)
     if job.by_iteration:
-        return iterative.fit(loaded.held, setting.options, job.module, dtype=job.products, run=rounds)
-    return setting.fit(_members(loaded), job.k)
+        return iterative.fit(loaded.batches, fitter.options, job.module, dtype=job.product_dtype, run=run_calls)
+    return fitter.fit(_read_updates(loaded), job.counts)
 
 
-def _members(loaded: Loaded) -> list[Member]:
-    """The adapters one by one, in the order of the job's places."""
+def _read_updates(loaded: LoadedJob) -> list[ModuleUpdate]:
+    """Return the updates one by one, in the order of the job."""
     job, adapters = loaded.job, loaded.job.adapters.get()
-    found: dict[int, Member] = {}
-    for indices, held in zip(loaded.members, loaded.held, strict=True):
-        one = held()
-        for row, index in enumerate(indices):
-            place = job.places[index]
-            found[index] = Member(adapters[place.index].name, one.factors(row), place.trained)
-    return [found[index] for index in range(len(job.places))]
+    by_index: dict[int, ModuleUpdate] = {}
+    for members, read in zip(loaded.members, loaded.batches, strict=True):
+        batch = read()
+        for row, index in enumerate(members):
+            update = job.updates[index]
+            by_index[index] = ModuleUpdate(adapters[update.index].name, batch.factors(row), update.trained)
+    return [by_index[index] for index in range(len(job.updates))]
 
 
-def _parts(one: ModuleBatch) -> Iterator[tuple[int, ModuleBatch]]:
-    return ((start, one.span(start, start + PROJECTED)) for start in range(0, len(one), PROJECTED))
+def _project_all(
+    loaded: LoadedJob, exact: ModuleBases, stored: ModuleBases
+) -> tuple[tuple[CoefficientBatch, ...], tuple[ModuleError, ...]]:
+    """Project all adapters on the stored bases, and measure errors. exact: the bases before rounding."""
+    job, storage = loaded.job, loaded.job.fitter.coefficient_storage
+    exact, stored = (spaces.to_device(bases, job.fitter.device) for bases in (exact, stored))
+    unrounded, dual = metrics.unrounded_bases(exact, stored), projection.dual_components(stored)
+    coefficients: list[CoefficientBatch] = []
+    errors: dict[int, ModuleError] = {}
+    for members, read in zip(loaded.members, loaded.batches, strict=True):
+        batch, parts = read(), []
+        for start in range(0, len(batch), PROJECTED_AT_ONCE):
+            part = storage.prepare(batch.span(start, start + PROJECTED_AT_ONCE), job.projection_dtype)
+            indices = members[start : start + len(part)]
+            projected = _project(job, indices, part, stored, dual)
+            exact_coefficients = storage.exact_coefficients(part, exact)
+            measured = metrics.module_errors(part, projected, stored, unrounded, exact_coefficients)
+            errors.update(zip(indices, measured, strict=True))
+            parts.append(projected.to(torch.device("cpu")))
+        coefficients.append(join_batches(parts))
+    return tuple(coefficients), tuple(errors[index] for index in range(len(job.updates)))
 
 
-def _projected(
-    job: Job, members: Sequence[int], part: ModuleBatch, bases: ModuleBases, dual: projection.DualComponents
+def _project(
+    job: FitJob, members: Sequence[int], batch: ModuleBatch, bases: ModuleBases, dual: projection.DualComponents
 ) -> CoefficientBatch:
-    """Coefficients of several adapters; an error says which of them it is about."""
-    storage = job.setting.coefficient_storage
+    """Project several adapters; an error names the one that caused it."""
+    storage = job.fitter.coefficient_storage
     try:
-        return storage.project(part, bases, dual)
+        return storage.project(batch, bases, dual)
     except NonFiniteError:
         for row, index in enumerate(members):
             try:
-                storage.project(part.span(row, row + 1), bases, dual)
+                storage.project(batch.span(row, row + 1), bases, dual)
             except NonFiniteError as error:
-                name = job.adapters.get()[job.places[index].index].name
-                raise NonFiniteError(f"adapter {name!r}, module {job.module}: {error}") from error
+                name = job.adapters.get()[job.updates[index].index].name
+                raise NonFiniteError(f"Adapter {name!r}, module {job.module}: {error}") from error
         raise
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[what] = time.perf_counter() - started
+    seconds[stage] = time.perf_counter() - started

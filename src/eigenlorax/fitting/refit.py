@@ -20,8 +20,9 @@ from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
 from ..pack.pack import Pack, check_warn_above, warn_of_losses
 from ..pack.packed_adapter import PackedAdapter, Record
-from . import fit
+from .fit import fit
 from .match_sources import recognise
+from .options import is_entropy_coded
 
 NOTICEABLE = 1e-6
 """A rise of a delta error up to which an adapter is not said to have got worse: rounding."""
@@ -130,9 +131,9 @@ def refit(
     dtype = stored[0] if dtype is None else dtype
     coefficient_dtype = stored[1] if coefficient_dtype is None else coefficient_dtype
     aims = {name: sizes[name] for name in BYTE_TARGETS}
-    if sweeps is None and not fit.chooses_bytes(aims, weighting, dtype, coefficient_dtype):
+    if sweeps is None and not is_entropy_coded(aims, weighting, dtype, coefficient_dtype):
         sweeps = old.sweeps
-    found = fit.fit(
+    found = fit(
         given,
         **sizes,
         weighting=weighting,

@@ -1,4 +1,4 @@
-"""New adapters on their way into a pack: read, checked against its subspace, each module with its place there."""
+"""New adapters for a pack: read, compared with its subspace, and encoded in it."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from ..codec.adapter_encoder import encode_adapter
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.storage import coded
 from ..codec.storage.base import Storage
-from ..core import extension, keys, module_names, threads
+from ..core import extension, keys, module_names, projection, threads
 from ..core.adapter import Adapter
 from ..core.extension import NewAdapter, Progress
 from ..core.options import to_int
@@ -19,148 +19,223 @@ from ..core.subspace import Subspace
 from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks
 from ..formats.sources import AdapterSource
+from .encoding import (
+    EncodedAdapter,
+    ScannedAdapter,
+    encoded_by_codes,
+    pack_adapter,
+    project_module,
+)
 from .manifest import SubspaceInfo
-from .packed_adapter import Packing
+from .packed_adapter import PackedAdapter
+
+QuantisedBases = Mapping[str, tuple[QuantisedBasis, QuantisedBasis]]
+"""The bases (down, up) of an entropy-coded subspace as integers, by module."""
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
-    """What a pack asks of a new adapter. names: of those that are in it."""
+class AddOptions:
+    """Options of `Pack.add`. reading: those of `read_adapter`."""
+
+    extend: int | None
+    carry_missing: bool
+    same_base: bool
+    reading: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PackContext:
+    """The pack that adapters are added to.
+
+    names: of the adapters in it. error_bound: the delta error that an adapter of an entropy-coded pack may have.
+    """
 
     info: SubspaceInfo
     names: Collection[str]
     base_model: str | None
     revision: str | None
+    storage: Storage
+    coefficient_storage: Storage
+    error_bound: float
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
-    """A new adapter, and the names that its modules have in the subspace, but for those that the subspace lacks."""
+class Addition:
+    """New adapters by name, and the subspace that they are in, which may have been extended."""
 
-    packing: Packing
-    places: Mapping[str, str]
-
-    @property
-    def adapter(self) -> Adapter:
-        return self.packing.adapter
+    adapters: Mapping[str, PackedAdapter]
+    subspace: Subspace
+    base_model: str | None
+    revision: str | None
 
 
-def read(
-    found: Sequence[AdapterSource], host: Host, *, carry_missing: bool, same_base: bool, options: Mapping[str, Any]
-) -> list[Joining]:
-    """Every adapter, in the order given. An error names the first that the pack does not take.
-
-    options: those of `read_adapter`.
-    """
-    joining = [_read(one, host, carry_missing, same_base, options) for one in found]
-    checks.check_names([*host.names, *(one.adapter.name for one in joining)])
-    return joining
-
-
-def _read(
-    found: AdapterSource, host: Host, carry_missing: bool, same_base: bool, options: Mapping[str, Any]
-) -> Joining:
-    adapter = checks.read_source(found, options)
-    adapter = replace(adapter, name=keys.check_name(adapter.name if found.name is None else found.name))
-    if adapter.name.lower() in {name.lower() for name in host.names}:
-        raise AdapterNameError(
-            f"the pack already has an adapter named {adapter.name!r}. Give the new one another name "
-            "(NAME=PATH, name=), or remove the old one first."
-        )
-    if adapter.subspace is None or adapter.subspace not in host.info.lineage:
-        this = Adapter("the pack", {}, {}, base_model=host.base_model, revision=host.revision)
-        checks.check_one_base([this, adapter], same_base)
-    checks.check_family(adapter, ((module, sides["down"].dimension) for module, sides in host.info.modules.items()))
-    places = _places(adapter, host.info, carry_missing)
-    return Joining(Packing(adapter, checks.scan(adapter)), places)
-
-
-def _places(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[str, str]:
-    places = module_names.resolve_all(adapter.specs, info.modules)
-    missing = [module for module, place in places.items() if place is None]
-    if missing and not carry_missing:
-        raise ModuleNameError(
-            f"adapter {adapter.name!r} has {len(missing)} of {len(places)} modules that the subspace lacks, "
-            f"such as {missing[0]!r}. carry_missing=True (--carry-missing) keeps them as they are; or fit the pack "
-            "again with it."
-        )
-    found = {module: place for module, place in places.items() if place is not None}
-    if missing and not found:
-        warnings.warn(
-            f"adapter {adapter.name!r} has no module in common with the pack, such as {min(info.modules)!r}: all of it "
-            "is kept as it is, and nothing is shared. If it belongs to another model, fit it in a pack of its own.",
-            NothingSharedWarning,
-            stacklevel=6,
-        )
-    for module, place in found.items():
-        sides, spec = info.modules[place], adapter.specs[module]
-        wanted = sides["up"].dimension, sides["down"].dimension
-        if (spec.out_features, spec.in_features) != wanted:
-            raise ShapeError(
-                f"module {module}: (out, in) is {(spec.out_features, spec.in_features)} in adapter "
-                f"{adapter.name!r} and {wanted} in the pack. It belongs to a different base model."
-            )
-    return found
-
-
-def check_extend(extend: int, info: SubspaceInfo, coefficients: Storage) -> int:
-    """`extend` as a number of directions that the widest side could take. coefficients: how the pack stores them."""
+def check_extend(extend: int, context: PackContext) -> int:
+    """Return `extend` as an integer that the widest side has room for."""
     extend = to_int("extend", extend)
-    largest = max((side.dimension for pair in info.modules.values() for side in pair.values()), default=0)
-    if coefficients.extension_error is not None:
-        raise OptionError(coefficients.extension_error)
+    largest = max((side.dimension for pair in context.info.modules.values() for side in pair.values()), default=0)
+    if context.coefficient_storage.extension_error is not None:
+        raise OptionError(context.coefficient_storage.extension_error)
     if not 1 <= extend <= largest:
         raise OptionError(
-            f"extend={extend}: at least 1 direction a side, and at most {largest}, the largest dimension of a "
-            "module. Leave it away to project on the subspace as it is."
+            f"extend={extend}: the number of components to add per side must be from 1 to {largest}, the largest "
+            "dimension of a module. Remove extend to project on the subspace as it is."
         )
     return extend
 
 
-def extended(
-    subspace: Subspace, storage: Storage, joining: Sequence[Joining], most: int, progress: Progress
-) -> Subspace:
-    """The subspace with at most `most` more directions a side, whatever order the adapters were given in; itself if it
-    misses nothing of them. storage: of the subspace."""
-    ordered = sorted(joining, key=lambda one: (one.packing.scan.content_hash, one.adapter.name))
-    newcomers = [NewAdapter(one.adapter, one.packing.scan.delta_squares, one.places) for one in ordered]
-    return extension.extend_for(subspace, newcomers, most, progress, storage.extend_basis)
+def read_new(sources: Sequence[AdapterSource], context: PackContext, options: AddOptions) -> list[ScannedAdapter]:
+    """Read adapters in the given order, and check that each belongs to the pack.
 
-
-def rounded_bases(subspace: Subspace) -> dict[str, tuple[QuantisedBasis, QuantisedBasis]]:
-    """The bases (down, up) of a coded subspace in whole numbers, by module."""
-    sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
-    found = bitstream.decode_bases([(coded.basis_bytes(one), (one.n_fitted, one.dimension)) for one in sides])
-    return {name: (next(found), next(found)) for name in subspace.modules}
-
-
-def code(
-    one: Joining, subspace: Subspace, bases: Mapping[str, tuple[QuantisedBasis, QuantisedBasis]], error: float
-) -> None:
-    """Give a new adapter its coefficients, and what is beside them, in the cluster in which it takes fewest bytes.
-
-    bases: `rounded_bases` of the subspace. error: the delta error that it must not exceed.
+    `AdapterNameError`, `BaseModelError`, `ModuleNameError` or `ShapeError` for the first that does not.
     """
-    packing = one.packing
-    packing.places.update(one.places)
-    trained = [module for module in one.places if packing.scan.delta_squares[module] > 0]
+    adapters = []
+    for source in sources:
+        adapter = _read(source, context, options)
+        adapters.append(adapter)
+    checks.check_names([*context.names, *(adapter.name for adapter in adapters)])
+    return adapters
+
+
+def _read(source: AdapterSource, context: PackContext, options: AddOptions) -> ScannedAdapter:
+    adapter = checks.read_source(source, options.reading)
+    adapter = replace(adapter, name=keys.check_name(adapter.name if source.name is None else source.name))
+    if adapter.name.lower() in {name.lower() for name in context.names}:
+        raise AdapterNameError(
+            f"The pack already has an adapter named {adapter.name!r}. Give the new one another name "
+            "(NAME=PATH, name=), or remove the old one first."
+        )
+    if adapter.subspace is None or adapter.subspace not in context.info.lineage:
+        pack = Adapter("the pack", {}, {}, base_model=context.base_model, revision=context.revision)
+        checks.check_one_base([pack, adapter], options.same_base)
+    widths = ((module, sides["down"].dimension) for module, sides in context.info.modules.items())
+    checks.check_family(adapter, widths)
+    places = _match_modules(adapter, context.info, options.carry_missing)
+    return ScannedAdapter(adapter, checks.scan(adapter), places)
+
+
+def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[str, str]:
+    """Return the name in the subspace of each module of an adapter, without those that the subspace lacks."""
+    matches = module_names.resolve_all(adapter.specs, info.modules)
+    missing = [module for module, place in matches.items() if place is None]
+    if missing and not carry_missing:
+        raise ModuleNameError(
+            f"Adapter {adapter.name!r} has {len(missing)} of {len(matches)} modules that the subspace lacks, "
+            f"such as {missing[0]!r}. Pass carry_missing=True (--carry-missing) to store them as they are, or fit the "
+            "pack again with this adapter among the sources."
+        )
+    places = {module: place for module, place in matches.items() if place is not None}
+    if missing and not places:
+        warnings.warn(
+            f"Adapter {adapter.name!r} has no module in common with the pack, such as {min(info.modules)!r}. All of it "
+            "is stored as it is. If it belongs to another base model, fit it in a pack of its own.",
+            NothingSharedWarning,
+            stacklevel=7,
+        )
+    for module, place in places.items():
+        sides, spec = info.modules[place], adapter.specs[module]
+        expected = sides["up"].dimension, sides["down"].dimension
+        if (spec.out_features, spec.in_features) != expected:
+            raise ShapeError(
+                f"Module {module} has shape (out, in) = {(spec.out_features, spec.in_features)} in adapter "
+                f"{adapter.name!r} and {expected} in the pack. The adapter belongs to a different base model: fit it "
+                "in a pack of its own."
+            )
+    return places
+
+
+def add_adapters(
+    sources: Sequence[AdapterSource],
+    context: PackContext,
+    options: AddOptions,
+    subspace: Subspace,
+    progress: Progress,
+) -> Addition:
+    """Read and encode new adapters, all or none of them, after extending the subspace if that is asked for."""
+    new = read_new(sources, context, options)
+    if options.extend is not None:
+        subspace = extend_subspace(subspace, context.storage, new, options.extend, progress)
+    is_coded = context.coefficient_storage.is_coded
+    if is_coded and not context.error_bound:
+        raise OptionError(
+            "This pack was fitted for a size, and no adapter is left in it whose error could be the bound for new "
+            "ones. Fit a pack again (max_error, max_bytes or ratio), with the new adapters among the sources."
+        )
+    bases = quantised_bases(subspace) if is_coded else {}
+    packed = {}
+    for done, scanned in enumerate(new):
+        progress("projecting adapters", done, len(new))
+        if is_coded:
+            encoded = encode_alone(scanned, subspace, bases, context.error_bound)
+        else:
+            encoded = project_adapter(scanned, subspace, context.coefficient_storage)
+        packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
+    progress("projecting adapters", len(new), len(new))
+    return Addition(
+        packed,
+        subspace,
+        base_model=next((s.adapter.base_model for s in new if s.adapter.base_model), None),
+        revision=next((s.adapter.revision for s in new if s.adapter.revision), None),
+    )
+
+
+def extend_subspace(
+    subspace: Subspace, storage: Storage, new: Sequence[ScannedAdapter], n_components: int, progress: Progress
+) -> Subspace:
+    """Append at most `n_components` components per side, those that the subspace lacks most for the new adapters.
+
+    The result does not depend on their order. The subspace itself is returned if it lacks nothing.
+    storage: of the subspace.
+    """
+    ordered = sorted(new, key=lambda scanned: (scanned.scan.content_hash, scanned.name))
+    members = [NewAdapter(scanned.adapter, scanned.scan.delta_squares, scanned.subspace_modules) for scanned in ordered]
+    return extension.extend_for(subspace, members, n_components, progress, storage.extend_basis)
+
+
+def project_adapter(scanned: ScannedAdapter, subspace: Subspace, storage: Storage) -> EncodedAdapter:
+    """Project all modules of an adapter on their bases. storage: of the coefficients."""
+    modules = {}
+    for module, place in scanned.subspace_modules.items():
+        bases = subspace.modules[place]
+        factors = scanned.adapter.modules[module]
+        modules[module] = project_module(module, factors, bases, storage, projection.dual_components(bases))
+    return EncodedAdapter.of(modules)
+
+
+def quantised_bases(subspace: Subspace) -> QuantisedBases:
+    """Return the bases of an entropy-coded subspace as integers."""
+    sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
+    decoded = bitstream.decode_bases([(coded.basis_bytes(side), (side.n_fitted, side.dimension)) for side in sides])
+    return {name: (next(decoded), next(decoded)) for name in subspace.modules}
+
+
+def encode_alone(
+    scanned: ScannedAdapter, subspace: Subspace, bases: QuantisedBases, error_bound: float
+) -> EncodedAdapter:
+    """Encode one adapter against the bases of an entropy-coded pack, in the cluster where it takes fewest bytes.
+
+    bases: `quantised_bases` of the subspace. error_bound: the delta error that must not be exceeded.
+    """
+    places = scanned.subspace_modules
+    trained = [module for module in places if scanned.is_trained(module)]
+    n_clusters = max(len(side.blocks) or 1 for pair in bases.values() for side in pair)
     best: tuple[AdapterCodes, dict[str, ModuleLayout], bytes, float] | None = None
-    for cluster in range(max(len(side.blocks) or 1 for pair in bases.values() for side in pair)):
-        found, lost = AdapterCodes(1.0, cluster, {}), 0.0
+    for cluster in range(n_clusters):
+        codes, error = AdapterCodes(1.0, cluster, {}), 0.0
         if trained:
-            blocks = {name: [side.block(cluster) for side in bases[one.places[name]]] for name in trained}
-            updates = {
-                one.places[name]: (one.adapter.modules[name], (pair[0], pair[1])) for name, pair in blocks.items()
-            }
+            updates = {}
+            for module in trained:
+                down, up = bases[places[module]]
+                updates[places[module]] = scanned.adapter.modules[module], (down.block(cluster), up.block(cluster))
             with threads.suited_to(max(factors.spec.numbers for factors, _ in updates.values())):
-                found, lost = encode_adapter(updates, cluster, error)
-        whole = replace(found, modules={at: found.modules.get(at, UNTRAINED) for at in one.places.values()})
-        places = {
-            at: coded.with_grown_widths(ModuleLayout.of(bases[at], cluster), subspace.modules[at])
-            for at in one.places.values()
+                codes, error = encode_adapter(updates, cluster, error_bound)
+        modules = {place: codes.modules.get(place, UNTRAINED) for place in places.values()}
+        codes = replace(codes, modules=modules)
+        layouts = {
+            place: coded.with_grown_widths(ModuleLayout.of(bases[place], cluster), subspace.modules[place])
+            for place in places.values()
         }
-        (data,) = bitstream.encode_adapters([(whole, places)])
+        (data,) = bitstream.encode_adapters([(codes, layouts)])
         if best is None or len(data) < len(best[2]):
-            best = whole, places, data, lost
+            best = codes, layouts, data, error
     assert best is not None
-    packing.take_codes(*best)
+    return encoded_by_codes(scanned, *best)

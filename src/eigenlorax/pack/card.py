@@ -1,4 +1,4 @@
-"""The model card of a pack: a README.md that the Hub shows. A function of the manifest, and of where the pack is."""
+"""The model card of a pack: the README.md that the Hub shows, made from the manifest."""
 
 import json
 
@@ -10,34 +10,36 @@ from .manifest import Manifest
 from .summary import Errors, Summary
 
 
-def render(found: Manifest, repo_id: str | None = None) -> str:
-    """The card's text: front matter, what is in the pack and what was lost, how to load it from the repository, or from
-    the folder that it is in."""
+def render(listed: Manifest, repo_id: str | None = None) -> str:
+    """Return the card: front matter, contents and errors of the pack, and code that loads it.
+
+    repo_id: the repository that the code loads from; None: the folder that the card is in.
+    """
     figures = summary.summarize(
-        {name: entry.record for name, entry in found.adapters.items()},
-        found.subspace,
-        found.fit,
-        found.coefficient_dtype,
-        base_model=found.base_model,
-        revision=found.revision,
+        {name: entry.record for name, entry in listed.adapters.items()},
+        listed.subspace,
+        listed.fit,
+        listed.coefficient_dtype,
+        base_model=listed.base_model,
+        revision=listed.revision,
     )
-    how = _how_in_pipelines(found, repo_id) if figures.family else _how(found, repo_id)
+    how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
     form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
-    lines = [*_front_matter(found, figures.family), *_what(figures), *_adapters(found), *how, "", form]
+    lines = [*_front_matter(listed, figures.family), *_figures(figures), *_adapters(listed), *how_to_use, "", form]
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(found: Manifest, family: str | None) -> list[str]:
+def _front_matter(listed: Manifest, family: str | None) -> list[str]:
     kinds = ["diffusers", "text-to-image"] if family else ["peft"]
     lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
     # the Hub refuses a card with a path there
-    if found.base_model and hub.may_be_model(found.base_model):
-        # JSON strings are YAML strings, whatever is in them
-        lines.append(f"base_model: {json.dumps(found.base_model)}")
+    if listed.base_model and hub.may_be_model(listed.base_model):
+        # every JSON string is a YAML string, whatever characters it has
+        lines.append(f"base_model: {json.dumps(listed.base_model)}")
     return [*lines, "---", ""]
 
 
-def _what(figures: Summary) -> list[str]:
+def _figures(figures: Summary) -> list[str]:
     b = figures.bytes
     base = figures.family or "a base model its adapters do not name"
     if figures.base_model:
@@ -53,11 +55,11 @@ def _what(figures: Summary) -> list[str]:
         f"| weighting | {markdown_code(figures.fit.weighting)} |",
         f"| asked for | {figures.fit.size} |",
     ]
-    for side, found in (("down", figures.down), ("up", figures.up)):
-        capped = f", {len(found.capped)} capped" if found.capped else ""
+    for side, components in (("down", figures.down), ("up", figures.up)):
+        capped = f", {len(components.capped)} capped" if components.capped else ""
         lines.append(
-            f"| components, {summary.SIDE_NAMES[side]} | {found.min} / {found.median:g} / {found.max} (min / median / "
-            f"max){capped}; energy {found.energy:.4f} |"
+            f"| components, {summary.SIDE_NAMES[side]} | {components.min} / {components.median:g} / {components.max} "
+            f"(min / median / max){capped}; energy {components.energy:.4f} |"
         )
     for group, errors in (("fitted", figures.in_fit), ("projected afterwards", figures.projected)):
         lines += [_error_row(group, errors, is_bound=bool(figures.bounds))] if errors is not None else []
@@ -79,25 +81,25 @@ def _error_row(group: str, errors: Errors, *, is_bound: bool) -> str:
     )
 
 
-def _adapters(found: Manifest) -> list[str]:
+def _adapters(listed: Manifest) -> list[str]:
     lines = [
         "`delta_error` is ‖D − D̂‖ / ‖D‖ of an adapter's weight updates, after rounding to the stored dtype.",
         "",
         "| adapter | ranks | modules | delta_error | in the fit |",
         "|---|---|---|---|---|",
     ]
-    for name, entry in found.adapters.items():
-        one = entry.record
-        error = "untrained" if one.untrained else f"{'≤ ' * one.bound}{one.delta_error:.4f}"
-        ranks = ", ".join(map(str, one.ranks))
-        lines.append(f"| {markdown_code(name)} | {ranks} | {one.modules} | {error} | {'yes' if one.in_fit else 'no'} |")
-    for name, reason in found.fit.skipped.items():
+    for name, entry in listed.adapters.items():
+        record = entry.record
+        error = "untrained" if record.untrained else f"{'≤ ' * record.bound}{record.delta_error:.4f}"
+        ranks, in_fit = ", ".join(map(str, record.ranks)), "yes" if record.in_fit else "no"
+        lines.append(f"| {markdown_code(name)} | {ranks} | {record.modules} | {error} | {in_fit} |")
+    for name, reason in listed.fit.skipped.items():
         lines.append(f"| {markdown_code(name)} | | | left out: {markdown_code(reason)} | no |")
     return [*lines, ""]
 
 
-def _how(found: Manifest, repo_id: str | None) -> list[str]:
-    name = next(iter(found.adapters), "NAME")
+def _use(listed: Manifest, repo_id: str | None) -> list[str]:
+    name = next(iter(listed.adapters), "NAME")
     opened = f'ex.Pack.from_pretrained("{repo_id}")' if repo_id else 'ex.Pack.open(".")'
     return [
         "## Use",
@@ -118,8 +120,8 @@ def _how(found: Manifest, repo_id: str | None) -> list[str]:
     ]
 
 
-def _how_in_pipelines(found: Manifest, repo_id: str | None) -> list[str]:
-    name = next(iter(found.adapters), "NAME")
+def _use_in_pipelines(listed: Manifest, repo_id: str | None) -> list[str]:
+    name = next(iter(listed.adapters), "NAME")
     where = repo_id or "."
     return [
         "## Use",

@@ -1,4 +1,4 @@
-"""A pack in a repository of the Hub: which of its files are fetched, and which files a push replaces."""
+"""A pack in a repository on the Hub: which files a download needs, and which files a push replaces."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.SOURCE_FILE, keys.CARRIED)
 
 
-def chosen(found: Manifest, names: Sequence[str] | None) -> Manifest:
-    """A manifest with these adapters alone; `AdapterNameError` for one that it lacks. None: all of them."""
+def select_adapters(listed: Manifest, names: Sequence[str] | None) -> Manifest:
+    """Return a manifest with only these adapters; None: all. `AdapterNameError` for an unknown name."""
     if names is None:
-        return found
+        return listed
     for name in names:
-        keys.check_known(name, found.adapters)
-    return replace(found, adapters={name: entry for name, entry in found.adapters.items() if name in names})
+        keys.check_known(name, listed.adapters)
+    return replace(listed, adapters={name: entry for name, entry in listed.adapters.items() if name in names})
 
 
 def fetch(
@@ -35,41 +35,42 @@ def fetch(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of a pack: a local one as it is, else that in the Hub's cache, with these adapters at least.
+    """Return the folder of a pack: a local folder as it is, else the Hub's cache with at least these adapters.
 
-    The manifest is fetched first; it says which files there have to be.
+    source: a path, `org/name` or `org/name@revision`. The manifest is downloaded first, then the files that it lists.
+    `PackMissingError` if the repository holds no pack, `PackDamagedError` if it lacks a file of the pack.
     """
     repository = hub.parsed(source, revision)
     if Path(source).exists() or repository is None:
         return Path(source)
-    place = _fetch_manifest(*repository, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    path = _fetch_manifest(*repository, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     repo_id = repository[0]
-    opened = folder.read_manifest(place)
+    opened = folder.read_manifest(path)
     if opened is None:
         raise PackMissingError(f"{repo_id} is not a pack: it has no {keys.MANIFEST} at that revision on the Hub.")
-    wanted = chosen(opened.manifest, adapters)
-    missing = _missing(place, wanted)
+    wanted = select_adapters(opened.manifest, adapters)
+    missing = _missing(path, wanted)
     if missing:
         hub.download(
             repo_id,
-            # all of it from the commit that the manifest is from
-            place.name,
+            # the commit that the manifest is from, even if the branch has moved since
+            path.name,
             [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.adapters)],
             required=missing[0],
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        missing = _missing(place, wanted)
+        missing = _missing(path, wanted)
     if missing:
         raise PackDamagedError(
             f"{repo_id} has no {missing[0]} on the Hub, though its {keys.MANIFEST} lists it. Push the pack again."
         )
-    return place
+    return path
 
 
 def is_pack(source: str | Path, *, revision: str | None = None) -> bool:
-    """Whether there is a pack in a local folder, or else in a repository on the Hub."""
+    """Return whether there is a pack in a local folder, or else in a repository on the Hub."""
     repository = hub.parsed(source, revision)
     if Path(source).exists() or repository is None:
         return (Path(source) / keys.MANIFEST).is_file()
@@ -94,16 +95,16 @@ def _fetch_manifest(
     )
 
 
-def _missing(place: Path, wanted: Manifest) -> list[str]:
-    """The files of a pack that are not in its folder. Whether the bytes of the others are right is seen on reading."""
-    files = [place / wanted.subspace_file]
+def _missing(path: Path, wanted: Manifest) -> list[str]:
+    """Return the files of a pack that are not in its folder. The bytes of the others are checked when they are read."""
+    files = [path / wanted.subspace_file]
     for name, entry in wanted.adapters.items():
-        files += [folder.place(place, name, entry) / file for file in entry.files]
-    return [path.relative_to(place).as_posix() for path in files if not path.is_file()]
+        files += [folder.adapter_folder(path, name, entry) / file for file in entry.files]
+    return [file.relative_to(path).as_posix() for file in files if not file.is_file()]
 
 
 def push(
-    place: Path,
+    path: Path,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -112,23 +113,23 @@ def push(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> "CommitInfo":
-    """Make the pack of a repository the one in the folder `place`, in one commit.
+    """Upload the pack in the folder `path` in one commit.
 
-    Of the files that are there, those of a pack that this one does not list are deleted; others stay.
+    Files of a previous pack that this one does not list are deleted; other files stay.
     """
-    found = folder.open_manifest(place).manifest
-    files = [keys.MANIFEST, found.subspace_file]
-    files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in found.adapters.items() for file in entry.files]
+    listed = folder.open_manifest(path).manifest
+    files = [keys.MANIFEST, listed.subspace_file]
+    files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in listed.adapters.items() for file in entry.files]
 
     def contents(repo: str) -> dict[str, Path | bytes]:
-        text = card.render(found, repo).encode("utf-8", errors="replace")
-        return {**{file: place / file for file in files}, keys.CARD: text}
+        text = card.render(listed, repo).encode("utf-8", errors="replace")
+        return {**{file: path / file for file in files}, keys.CARD: text}
 
     return hub.commit(
         repo_id,
         contents,
-        lambda there: _stale(there, files),
-        message=message or f"Upload a pack of {len(found.adapters)} adapters",
+        lambda existing: _outdated(existing, files),
+        message=message or f"Upload a pack of {len(listed.adapters)} adapters",
         private=private,
         revision=revision,
         token=token,
@@ -136,11 +137,13 @@ def push(
     )
 
 
-def _stale(there: Sequence[str], files: Sequence[str]) -> Iterable[str]:
-    """Bases and adapters of a pack before. A folder is taken for an adapter's if it keeps its source's config, as only
-    those of packs do: `adapters` may hold somebody's LoRAs."""
-    packed = {path.removesuffix(keys.SOURCE_CONFIG) for path in there if path.endswith(f"/{keys.SOURCE_CONFIG}")}
-    for path in there:
+def _outdated(existing: Sequence[str], files: Sequence[str]) -> Iterable[str]:
+    """Yield bases and adapters of a previous pack among the files of a repository.
+
+    Only folders with a source's config are taken for packed adapters, since `adapters` may contain ordinary LoRAs.
+    """
+    packed = {path.removesuffix(keys.SOURCE_CONFIG) for path in existing if path.endswith(f"/{keys.SOURCE_CONFIG}")}
+    for path in existing:
         parent, _, file = path.rpartition("/")
         adapter = f"{parent}/" in packed and parent.rpartition("/")[0] == keys.ADAPTERS and file in _ADAPTER_FILES
         if path not in files and (adapter or manifest.SUBSPACE_FILE.fullmatch(path)):

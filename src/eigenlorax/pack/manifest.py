@@ -1,8 +1,8 @@
-"""`subspace_config.json`: what a pack holds, as data, and as bytes that notice a change. docs/pack-format.md."""
+"""The manifest of a pack, `subspace_config.json`, as data and as JSON with a digest. docs/pack-format.md."""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,12 +21,12 @@ from .packed_adapter import Record
 
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ONE = 1.000001
-"""The largest energy, a quotient of two sums, that rounding gives."""
-_MOST = 2**63
-"""Beyond all figures, seeds aside, which may be any integer."""
-_NUMBERS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
-"""The figures of an adapter."""
+_MAX_ENERGY = 1.000001
+"""1, and the rounding of a quotient of two sums."""
+_MAX_FIGURE = 2**63
+"""Upper limit of all numbers but seeds, which may be any integer."""
+_NUMERIC_FIELDS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
+"""Fields of an adapter's record that are numbers."""
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 _FORMAT = "eigenlorax-pack"
 _SINCE: dict[int, dict[str, Any]] = {
@@ -34,18 +34,18 @@ _SINCE: dict[int, dict[str, Any]] = {
     3: {"solver": "exact"},
     5: {"max_bytes": None, "ratio": None},
 }
-"""Fields of `fit` that versions before this one lack, and what stands for them there."""
+"""Fields of `fit` by the format version that introduced them, with their values in older packs."""
 SOLVERS = ("exact", "iterative")
-"""How bases may have been found: by decompositions, or by iterations that end close to them."""
+"""How the bases were computed: by full decompositions, or by subspace iteration (docs/method.md)."""
 _REMEDY = "Restore the pack from a copy, or fit it again."
 
 
 @dataclass(frozen=True, slots=True)
 class FitInfo:
-    """How the subspace was fitted. `skipped`: adapters left out by request, with the reason.
+    """How the subspace was fitted.
 
-    One of n_components, energy, max_error, max_bytes and ratio was given; auto: whether n_components was found rather
-    than given. solver: one of `SOLVERS`.
+    Exactly one of n_components, energy, max_error, max_bytes and ratio is not None. auto: whether n_components was
+    chosen by leaving adapters out. skipped: adapters that could not be read, with the reason. solver: of `SOLVERS`.
     """
 
     n_components: int | None
@@ -62,7 +62,7 @@ class FitInfo:
 
     @property
     def size(self) -> str:
-        """What decided how many components are kept, in words."""
+        """The target of the fit, in words."""
         if self.max_error is not None:
             return f"every adapter's delta error at most {self.max_error:g}"
         if self.max_bytes is not None:
@@ -76,12 +76,12 @@ class FitInfo:
 
 @dataclass(frozen=True, slots=True)
 class SideInfo:
-    """One side of one module: dimension, components kept (those that came after the fit included), and the share of
-    energy that the fitted ones keep.
+    """One side of one module.
 
-    square: the squared norm of the stack that was fitted, by which shares of several modules are averaged.
-    shortfall: what the search for the first components, before sweeps, is estimated to have missed, as a share of it.
-    grown: how many components each step of the subspace's growth has appended.
+    k: number of components, including those appended after the fit. energy: fraction of the squared norm that the
+    fitted components keep. square: squared norm of the fitted stack, the weight of `energy` in averages.
+    shortfall: estimated fraction of `square` that subspace iteration missed, before sweeps; 0 for exact bases.
+    grown: number of components that each step of growth appended.
     """
 
     dimension: int
@@ -94,10 +94,10 @@ class SideInfo:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a subspace's growth.
+    """One step of a subspace's growth: an augmentation by random components, or an extension by missing ones.
 
-    fingerprint: the subspace's before the step; None where it was not noted. seed: of an augmentation, which appends as
-    many directions to every side; None for an extension.
+    fingerprint: of the subspace before the step; None in packs of formats that did not store it. seed: of an
+    augmentation, which appends equally many components to every side; None for an extension.
     """
 
     fingerprint: str | None
@@ -106,7 +106,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SubspaceInfo:
-    """What is known of a subspace without its tensors. dtype: the name of its storage (`codec.storage`)."""
+    """A subspace without its tensors. dtype: the name of its storage (`codec.storage`)."""
 
     dtype: str
     fingerprint: str
@@ -116,27 +116,27 @@ class SubspaceInfo:
 
     @property
     def lineage(self) -> tuple[str | None, ...]:
-        """The fingerprints by which adapters may refer to it, from its fit on; the last one is its own."""
+        """Fingerprints since the fit, by which adapters may refer to it; the last one is the current one."""
         return (*(step.fingerprint for step in self.growth), self.fingerprint)
 
     @property
     def n_extra(self) -> int:
-        """How many of each side's components are augmented ones."""
+        """Number of random components per side, over all augmentations."""
         side = next((sides["down"] for sides in self.modules.values()), None)
         return self._sum(side, lambda step: step.seed is not None) if side is not None else 0
 
     @property
     def n_extended(self) -> int:
-        """How many components extensions have appended, over all sides of all modules."""
+        """Number of components that extensions appended, over all sides of all modules."""
         return sum(
             self._sum(side, lambda step: step.seed is None) for pair in self.modules.values() for side in pair.values()
         )
 
-    def _sum(self, side: SideInfo, which: Callable[[Step], bool]) -> int:
-        return sum(n for n, step in zip(side.grown, self.growth, strict=True) if which(step))
+    def _sum(self, side: SideInfo, includes: Callable[[Step], bool]) -> int:
+        return sum(n for n, step in zip(side.grown, self.growth, strict=True) if includes(step))
 
     def sizes(self, fingerprint: str, module: str) -> ModuleSizes:
-        """The sizes of a module's bases when the subspace had that fingerprint, one of its lineage."""
+        """Return the sizes of a module's bases when the subspace had this fingerprint, one of its lineage."""
         if module not in self.modules:
             raise JsonTypeError(f"module {module!r} is not in the subspace.")
         step = self.lineage.index(fingerprint)
@@ -146,25 +146,25 @@ class SubspaceInfo:
 
 
 def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
-    """The info of a subspace in memory. storage: how it is stored; as the floats that it is by default."""
+    """Return the info of a subspace in memory. storage: of its components; by default floats of their dtype."""
     modules = {
         name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
         for name, bases in sorted(subspace.modules.items())
     }
-    *before, fingerprint = subspace.lineage
-    growth = tuple(Step(one, seed) for one, seed in zip(before, subspace.seeds, strict=True))
+    *earlier, fingerprint = subspace.lineage
+    growth = tuple(Step(previous, seed) for previous, seed in zip(earlier, subspace.seeds, strict=True))
     dtype = storage.name if storage is not None else dtypes.name(subspace.dtype)
     return SubspaceInfo(dtype, fingerprint, growth, subspace.stored_bytes, modules)
 
 
 def _side_info(basis: Basis) -> SideInfo:
-    grown = tuple(one.n for one in basis.growth)
+    grown = tuple(step.n for step in basis.growth)
     return SideInfo(basis.dimension, basis.k, basis.energy, basis.square, basis.shortfall, grown)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One adapter: its figures, and the sha256 of each of its files."""
+    """One adapter in the manifest: its figures, and the sha256 of each of its files."""
 
     record: Record
     files: dict[str, str]
@@ -172,7 +172,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything about a pack but its tensors."""
+    """A pack without its tensors."""
 
     base_model: str | None
     revision: str | None
@@ -184,7 +184,7 @@ class Manifest:
     adapters: dict[str, Entry]
 
     def to_bytes(self) -> bytes:
-        """The manifest's file: JSON with sorted keys, and a digest of all of it but the digest."""
+        """Return the manifest's file: JSON with sorted keys, including a digest of the rest."""
         body: dict[str, Any] = {
             "format": _FORMAT,
             "format_version": keys.FORMAT_VERSION,
@@ -200,7 +200,7 @@ class Manifest:
 
 
 def parse(data: bytes, path: Path) -> Manifest:
-    """The manifest from its file's bytes; `PackVersionError` or `PackDamagedError` where they cannot be trusted."""
+    """Return the manifest in a file's bytes; `PackVersionError` for a newer format, else `PackDamagedError`."""
     try:
         body = json.loads(data, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
@@ -217,7 +217,7 @@ def parse(data: bytes, path: Path) -> Manifest:
     try:
         intact = digest == atomic_files.digest(_dump(body))
     except (ValueError, RecursionError) as error:
-        raise PackDamagedError(f"{path} holds what no manifest does: {error}. {_REMEDY}") from error
+        raise PackDamagedError(f"{path} has values that no manifest can have: {error}. {_REMEDY}") from error
     if not intact:
         raise PackDamagedError(f"{path} was changed after it was written: its digest does not fit. {_REMEDY}")
     try:
@@ -233,7 +233,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
     fit = from_json(FitInfo, _fit(body), "fit")
     subspace, entries = dict(_subspace(body)), dict(from_json(dict, body.get("adapters"), "adapters"))
-    found = Manifest(
+    listed = Manifest(
         base_model=from_json(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
         revision=from_json(str | None, body.get("revision", ...), "revision"),
         fit=fit,
@@ -246,12 +246,12 @@ def _manifest(body: dict[str, Any]) -> Manifest:
             for name, fields in entries.items()
         },
     )
-    _check(found, body["format_version"])
-    return found
+    _check(listed, body["format_version"])
+    return listed
 
 
 def _fit(body: dict[str, Any]) -> Any:
-    """`fit`, with what an older version lacks."""
+    """Return `fit` with the fields that an older format lacks."""
     version, fit = body["format_version"], body.get("fit")
     if not isinstance(fit, dict):
         return fit
@@ -263,20 +263,20 @@ def _fit(body: dict[str, Any]) -> Any:
 
 
 def _subspace(body: dict[str, Any]) -> dict[str, Any]:
-    """`subspace`, with what an older version lacks: it grew by augmentations alone, and adapters with it."""
-    found = dict(from_json(dict, body.get("subspace"), "subspace"))
+    """Return `subspace` with the fields that formats 1 and 2 lack, whose subspaces grew by augmentations only."""
+    fields = dict(from_json(dict, body.get("subspace"), "subspace"))
     if body["format_version"] >= 3:
-        return found
-    steps = from_json(tuple[Augmentation, ...], found.pop("augmentations", ...), "subspace.augmentations")
-    modules = from_json(dict[str, dict[str, _EarlySide]], found.get("modules"), "subspace.modules")
-    if "growth" in found:
+        return fields
+    steps = from_json(tuple[Augmentation, ...], fields.pop("augmentations", ...), "subspace.augmentations")
+    modules = from_json(dict[str, dict[str, _EarlySide]], fields.get("modules"), "subspace.modules")
+    if "growth" in fields:
         raise JsonTypeError(f"subspace has the field growth, which version {body['format_version']} lacks.")
     grown = [step.n_extra for step in steps]
     return {
-        **found,
+        **fields,
         "growth": [{"fingerprint": None, "seed": step.seed} for step in steps],
         "modules": {
-            name: {side: {**asdict(one), "shortfall": 0.0, "grown": grown} for side, one in pair.items()}
+            name: {side: {**asdict(info), "shortfall": 0.0, "grown": grown} for side, info in pair.items()}
             for name, pair in modules.items()
         },
     }
@@ -284,7 +284,7 @@ def _subspace(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _EarlySide:
-    """A side as versions 1 and 2 have it."""
+    """A side in formats 1 and 2."""
 
     dimension: int
     k: int
@@ -302,82 +302,119 @@ def _entry(value: Any, where: str, version: int) -> Entry:
     return Entry(from_json(Record, fields, where), files)
 
 
-def _check(found: Manifest, version: int) -> None:
-    """What types do not say. Names of files lead nowhere else than into the pack."""
-    fit, subspace = found.fit, found.subspace
-    seeds = [step.seed for step in subspace.growth if step.seed is not None]
-    sides = [side for pair in subspace.modules.values() for side in pair.values()]
-    steps = [(step, [side.grown[i : i + 1] for side in sides]) for i, step in enumerate(subspace.growth)]
-    names = [name.lower() for name in found.adapters]
-    entries = list(found.adapters.values())
-    files = [set(entry.files) for entry in entries]
-    digests = [subspace.fingerprint, found.subspace_sha256, *(one for one in subspace.lineage if one is not None)]
-    digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
-    sizes = [getattr(fit, name) for name in SIZE_OPTIONS]
+def _check(listed: Manifest, version: int) -> None:
+    """Raise `JsonTypeError` for values that have the right type and cannot be true.
+
+    File names are among them: none may lead out of the pack.
+    """
+    if not SUBSPACE_FILE.fullmatch(listed.subspace_file):
+        raise JsonTypeError(f"subspace.file is {listed.subspace_file!r}.")
+    _check_storages(listed, version)
+    _check_fit(listed.fit)
+    _check_sides(listed.subspace)
+    _check_growth(listed.subspace)
+    _check_adapters(listed)
+
+
+def _check_all(checks: Iterable[tuple[object, str]]) -> None:
+    """Raise `JsonTypeError` with the text of the first check that is false."""
+    for is_right, text in checks:
+        if not is_right:
+            raise JsonTypeError(f"{text}.")
+
+
+def _check_storages(listed: Manifest, version: int) -> None:
+    subspace = listed.subspace
     known = STORAGES.keys() if version >= 5 else FLOAT_STORAGES.keys()
-    components, coefficients = STORAGES.get(subspace.dtype), STORAGES.get(found.coefficient_dtype)
-    for right, what in (
-        (SUBSPACE_FILE.fullmatch(found.subspace_file), f"subspace.file is {found.subspace_file!r}"),
-        ({subspace.dtype, found.coefficient_dtype} <= known, "a dtype is not known"),
-        (components is None or components.holds_components, "subspace.dtype is one of cores"),
-        (
-            coefficients is None or coefficients.core_kind is None or subspace.dtype in FLOAT_STORAGES,
-            "cores are between rows of no float dtype",
-        ),
-        (
-            coefficients is None
-            or not coefficients.pairs_components
-            or all(len({(side.k, side.grown) for side in pair.values()}) == 1 for pair in subspace.modules.values()),
-            "cores are diagonal, and the two sides of a module differ",
-        ),
-        (
-            sizes.count(None) == len(SIZE_OPTIONS) - 1,
-            f"fit must have one of {', '.join(SIZE_OPTIONS[:-1])} and {SIZE_OPTIONS[-1]}",
-        ),
-        (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
-        (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
-        (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
-        (0 <= fit.sweeps < _MOST, "fit.sweeps is out of range"),
-        (all(value is None or 0 < value < _MOST for value in sizes), "the size in fit is out of range"),
-        (
-            (subspace.dtype == CODED.name) == (found.coefficient_dtype == CODED.name),
-            "one dtype is coded, and the other is not",
-        ),
-        (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
-        (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
-        (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),
-        (all(sum(side.grown) <= side.k <= side.dimension for side in sides), "a k is out of range"),
-        (all(0 < side.dimension <= MAX_DIMENSION for side in sides), f"a dimension is not 1 to {MAX_DIMENSION:,}"),
-        (all(0 <= side.energy <= _ONE for side in sides), "an energy is not 0 to 1"),
-        (all(side.square >= 0 for side in sides), "a square is negative"),
-        (all(side.shortfall >= 0 for side in sides), "a shortfall is negative"),
-        (all(max(grown, default=(0,)) > (0,) for _, grown in steps), "a step of growth appends nothing"),
-        (
-            all(len(set(grown)) == 1 for step, grown in steps if step.seed is not None),
-            "an augmentation appends to some sides more than to others",
-        ),
-        (len(set(seeds)) == len(seeds), "two augmentations have one seed"),
-        (
-            len(set(subspace.lineage) - {None}) == len(subspace.lineage) - subspace.lineage.count(None),
-            "two times of the subspace have one fingerprint",
-        ),
-        (len(set(names)) == len(names), "two adapters differ by case alone"),
-        (all(_FILES <= one <= {*_FILES, keys.CARRIED, keys.SOURCE_FILE} for one in files), "an adapter's files"),
-        (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
-        (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
-        (
-            subspace.stored_bytes >= 0 and all(_is_counted(entry.record) for entry in entries),
-            "a figure of an adapter",
-        ),
-    ):
-        if not right:
-            raise JsonTypeError(f"{what}.")
+    components, coefficients = STORAGES.get(subspace.dtype), STORAGES.get(listed.coefficient_dtype)
+    has_cores = coefficients is not None and coefficients.core_kind is not None
+    is_paired = coefficients is not None and coefficients.pairs_components
+    equal_sides = all(len({(side.k, side.grown) for side in pair.values()}) == 1 for pair in subspace.modules.values())
+    is_coded = {subspace.dtype == CODED.name, listed.coefficient_dtype == CODED.name}
+    _check_all(
+        [
+            ({subspace.dtype, listed.coefficient_dtype} <= known, "a dtype is not known"),
+            (components is None or components.holds_components, "subspace.dtype is one of cores"),
+            (not has_cores or subspace.dtype in FLOAT_STORAGES, "cores are between rows of no float dtype"),
+            (not is_paired or equal_sides, "cores are diagonal, and the two sides of a module differ"),
+            (len(is_coded) == 1, "one dtype is coded, and the other is not"),
+        ]
+    )
 
 
-def _is_counted(record: Record) -> bool:
-    """Whether no figure of an adapter is negative, or so large that sums of squares overflow."""
-    return all(0 < rank < _MOST for rank in record.ranks) and all(
-        0 <= getattr(record, name) < _MOST for name in _NUMBERS
+def _check_fit(fit: FitInfo) -> None:
+    sizes = [getattr(fit, name) for name in SIZE_OPTIONS]
+    one_size = sizes.count(None) == len(SIZE_OPTIONS) - 1
+    _check_all(
+        [
+            (one_size, f"fit must have one of {', '.join(SIZE_OPTIONS[:-1])} and {SIZE_OPTIONS[-1]}"),
+            (not fit.auto or fit.n_components is not None, "fit.auto goes with n_components"),
+            (fit.solver in SOLVERS, f"fit.solver is {fit.solver!r}"),
+            (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
+            (0 <= fit.sweeps < _MAX_FIGURE, "fit.sweeps is out of range"),
+            (all(value is None or 0 < value < _MAX_FIGURE for value in sizes), "the size in fit is out of range"),
+        ]
+    )
+
+
+def _check_sides(subspace: SubspaceInfo) -> None:
+    sides = [side for pair in subspace.modules.values() for side in pair.values()]
+    _check_all(
+        [
+            (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
+            (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
+            (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),
+            (all(sum(side.grown) <= side.k <= side.dimension for side in sides), "a k is out of range"),
+            (all(0 < side.dimension <= MAX_DIMENSION for side in sides), f"a dimension is not 1 to {MAX_DIMENSION:,}"),
+            (all(0 <= side.energy <= _MAX_ENERGY for side in sides), "an energy is not 0 to 1"),
+            (all(side.square >= 0 for side in sides), "a square is negative"),
+            (all(side.shortfall >= 0 for side in sides), "a shortfall is negative"),
+        ]
+    )
+
+
+def _check_growth(subspace: SubspaceInfo) -> None:
+    sides = [side for pair in subspace.modules.values() for side in pair.values()]
+    by_step = [(step, [side.grown[i] for side in sides]) for i, step in enumerate(subspace.growth)]
+    seeds = [step.seed for step in subspace.growth if step.seed is not None]
+    fingerprints = [fingerprint for fingerprint in subspace.lineage if fingerprint is not None]
+    _check_all(
+        [
+            (all(max(grown, default=0) > 0 for _, grown in by_step), "a step of growth appends nothing"),
+            (
+                all(len(set(grown)) == 1 for step, grown in by_step if step.seed is not None),
+                "an augmentation appends to some sides more than to others",
+            ),
+            (len(set(seeds)) == len(seeds), "two augmentations have one seed"),
+            (len(set(fingerprints)) == len(fingerprints), "two times of the subspace have one fingerprint"),
+        ]
+    )
+
+
+def _check_adapters(listed: Manifest) -> None:
+    names = {name.lower() for name in listed.adapters}
+    entries, subspace = list(listed.adapters.values()), listed.subspace
+    allowed = {*_FILES, keys.CARRIED, keys.SOURCE_FILE}
+    digests = [listed.subspace_sha256, *(each for each in subspace.lineage if each is not None)]
+    digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
+    _check_all(
+        [
+            (len(names) == len(listed.adapters), "two adapters differ by case alone"),
+            (all(_FILES <= set(entry.files) <= allowed for entry in entries), "an adapter's files"),
+            (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
+            (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
+            (
+                subspace.stored_bytes >= 0 and all(_has_valid_figures(entry.record) for entry in entries),
+                "a figure of an adapter",
+            ),
+        ]
+    )
+
+
+def _has_valid_figures(record: Record) -> bool:
+    """Return whether no figure is negative, or so large that sums of squares overflow."""
+    return all(0 < rank < _MAX_FIGURE for rank in record.ranks) and all(
+        0 <= getattr(record, name) < _MAX_FIGURE for name in _NUMERIC_FIELDS
     )
 
 

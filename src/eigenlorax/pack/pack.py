@@ -1,4 +1,4 @@
-"""The pack: one subspace, and any number of adapters in its terms."""
+"""`Pack`: a subspace, and any number of adapters as coefficients in it."""
 
 import json
 import os
@@ -16,12 +16,11 @@ import torch
 from .. import formats
 from ..codec.encoder import RatePoint
 from ..codec.storage.table import parse_storage, storage_by_name
-from ..core import atomic_files, dtypes, keys, metrics, narrowing, projection, registry, staging
+from ..core import atomic_files, dtypes, keys, registry
 from ..core import subspace as spaces
-from ..core.adapter import Adapter, LazyMapping, LoRAFactors
+from ..core.adapter import Adapter, LazyMapping
 from ..core.extension import Progress
-from ..core.options import name_list as listed
-from ..core.options import to_float
+from ..core.options import name_list, to_float
 from ..core.subspace import Subspace
 from ..errors import (
     WARN_ABOVE,
@@ -32,14 +31,14 @@ from ..errors import (
     PackVersionError,
     UntrainedAdapterWarning,
 )
-from ..formats import hub, sources
-from . import add as joining
-from . import folder, manifest
-from . import hub as remote
-from . import packed_adapter as packed
-from .add import Host
+from ..formats import hub as hub_client
+from ..formats import sources
+from . import adapter_files, add, export, folder, hub, manifest
+from .adapter_files import SubspaceHistory
+from .add import AddOptions, PackContext
+from .export import ExportPlan
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
-from .packed_adapter import PackedAdapter, Record, References
+from .packed_adapter import PackedAdapter, Record, unpack
 from .summary import Summary, losses, lossy, summarize
 
 if TYPE_CHECKING:
@@ -47,13 +46,15 @@ if TYPE_CHECKING:
 
 
 class Pack:
-    """One subspace and the adapters that are kept in its terms.
+    """A subspace, and adapters as coefficients in it.
 
-    `add`, `add_all` and `remove` change this object alone; `save` writes it. An opened pack reads its tensors from disk
-    when they are asked for, and checks their bytes against the manifest.
+    `add`, `add_all` and `remove` change only this object; `save` writes it. A pack that was opened reads its tensors
+    from disk when they are used, and checks their bytes against the manifest.
 
-    notes: what the fit has to say of its choices, in sentences. seconds: what it spent them on. frontier: where bytes
-    were chosen, about how many other errors take. None of them is saved.
+    Attributes that a fit sets, and `save` does not write:
+
+    notes: sentences about what the fit chose, and why. seconds: time by stage. frontier: for a fit to an error bound or
+    a size, the estimated bytes at other errors.
     """
 
     def __init__(
@@ -71,32 +72,35 @@ class Pack:
         self.fit_info = fit_info
         self.base_model = base_model
         self.revision = revision
-        found = parse_storage(coefficient_dtype)
-        assert found is not None
-        self._storage, self._coefficients = storage_by_name(info.dtype), found
+        coefficient_storage = parse_storage(coefficient_dtype)
+        assert coefficient_storage is not None
+        self._storage, self._coefficient_storage = storage_by_name(info.dtype), coefficient_storage
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self.frontier: list[RatePoint] = []
         self.path: Path | None = None
-        self._opened: folder.Opened | None = None
+        self._opened: folder.OpenedManifest | None = None
         self._partial = False
         self._subspace = subspace
         self._adapters = dict(adapters)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Pack":
-        """The pack in the folder `path`."""
+        """Open the pack in the folder `path`. Only its manifest is read.
+
+        `PackMissingError` where there is no pack, `PackDamagedError` or `PackVersionError` where it cannot be read.
+        """
         path = Path(path)
         opened = folder.open_manifest(path)
-        found = opened.manifest
+        listed = opened.manifest
         pack = cls(
-            partial(folder.read_subspace, path, found),
-            found.subspace,
-            found.adapters,
-            found.fit,
-            base_model=found.base_model,
-            revision=found.revision,
-            coefficient_dtype=found.coefficient_dtype,
+            partial(folder.read_subspace, path, listed),
+            listed.subspace,
+            listed.adapters,
+            listed.fit,
+            base_model=listed.base_model,
+            revision=listed.revision,
+            coefficient_dtype=listed.coefficient_dtype,
         )
         pack.path, pack._opened = path, opened
         pack.remember()
@@ -113,37 +117,40 @@ class Pack:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> "Pack":
-        """The pack in a local folder, or in a repository on the Hub (`org/name`, `org/name@revision`).
+        """Open the pack in a local folder, or in a repository on the Hub (`org/name`, `org/name@revision`).
 
-        adapters: the only ones to have in it, or to fetch; none of them for the subspace alone. All by default.
+        adapters: names of the adapters to download and open; all by default, and `[]` for the subspace only.
+        revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
         """
         source = os.fspath(source)
-        adapters = listed(adapters) if adapters is not None else None
-        place = remote.fetch(
+        adapters = name_list(adapters) if adapters is not None else None
+        path = hub.fetch(
             source, adapters, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        pack = cls.open(place)
+        pack = cls.open(path)
         if adapters is not None:
             assert pack._opened is not None
-            found = remote.chosen(pack._opened.manifest, adapters)
-            pack._opened, pack._adapters = folder.Opened(found, pack._opened.digest), dict(found.adapters)
+            listed = hub.select_adapters(pack._opened.manifest, adapters)
+            pack._opened, pack._adapters = folder.OpenedManifest(listed, pack._opened.digest), dict(listed.adapters)
             pack._partial = True
         return pack
 
     def remember(self) -> None:
-        """Let the tuner find this subspace by its fingerprint, and by those it had before it grew, for as long as the
-        process lasts."""
-        holder = partial(Pack.open, self.path.absolute()) if self.path is not None else lambda: self
+        """Register the subspace for the tuner, which looks it up by fingerprint, until the process ends.
+
+        It is found by the fingerprints that it had before it grew, too.
+        """
+        reopen = partial(Pack.open, self.path.absolute()) if self.path is not None else lambda: self
         for fingerprint in self.info.lineage:
             if fingerprint is not None:
-                registry.register(fingerprint, holder)
+                registry.register(fingerprint, reopen)
 
     @classmethod
     @contextmanager
     def edit(cls, path: str | os.PathLike[str]) -> Iterator["Pack"]:
-        """The pack in `path` for changes: saved at the end of the block, with no other writer in between.
+        """Open the pack in `path` for changes, under its lock, and save it at the end of the block.
 
-        An error in the block leaves the pack on disk as it was.
+        An error in the block leaves the pack on disk unchanged.
         """
         folder.open_manifest(Path(path))
         _check_no_cache(Path(path))
@@ -177,38 +184,40 @@ class Pack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the components in memory: the one they are stored in, or float32 of integers."""
+        """The dtype of the components in memory: their storage dtype, or float32 for integers."""
         return self._storage.dtype
 
     @property
     def coefficient_dtype(self) -> torch.dtype:
-        """The same of the coefficients."""
-        return self._coefficients.dtype
+        """The dtype of the coefficients in memory."""
+        return self._coefficient_storage.dtype
 
     @property
     def storage(self) -> str:
-        """What the components are stored in, as `fit` takes it: `float16`, `int8`."""
+        """The storage of the components, by the name that `fit` takes: `float16`, `int8`, `coded`."""
         return self._storage.name
 
     @property
     def coefficient_storage(self) -> str:
-        """The same of the coefficients."""
-        return self._coefficients.name
+        """The storage of the coefficients, by name."""
+        return self._coefficient_storage.name
 
     @property
     def is_coded(self) -> bool:
-        """Whether its bytes were chosen for an error or a size."""
-        return self._coefficients.is_coded
+        """Whether it was fitted to an error bound or a size, and is entropy-coded."""
+        return self._coefficient_storage.is_coded
 
     @property
     def cores(self) -> str | None:
         """The kind of cores in place of coefficients, "full" or "diagonal"; None for coefficients."""
-        return self._coefficients.core_kind
+        return self._coefficient_storage.core_kind
 
     @property
     def aim(self) -> float:
-        """The delta error that no adapter of the fit exceeds: the one that was asked for, or the worst there is, of
-        those that were added since where no other is left; 0 if there is none."""
+        """The error bound of the pack: the one it was fitted for, else the largest delta error of a fitted adapter.
+
+        If no fitted adapter is left, the largest of those that were added; 0.0 for a pack without adapters.
+        """
         if self.fit_info.max_error is not None:
             return self.fit_info.max_error
         records = self.records.values()
@@ -217,12 +226,12 @@ class Pack:
 
     @property
     def records(self) -> dict[str, Record]:
-        """The figures of every adapter, by name."""
+        """Figures of every adapter, by name."""
         return {name: self._adapters[name].record for name in self.names}
 
     @property
     def summary(self) -> Summary:
-        """What the pack holds, costs and lost."""
+        """Figures of the whole pack: contents, bytes and errors."""
         return summarize(
             self.records,
             self.info,
@@ -233,48 +242,53 @@ class Pack:
         )
 
     def packed(self, name: str) -> PackedAdapter:
-        """One adapter as coefficients."""
+        """Return one adapter as coefficients, read from disk if it is there.
+
+        `AdapterNameError` for an unknown name, `PackDamagedError` if its files were changed.
+        """
         self._check_has(name)
-        found = self._adapters[name]
-        if isinstance(found, Entry):
+        adapter = self._adapters[name]
+        if isinstance(adapter, Entry):
             assert self.path is not None
-            references = References(self.info.lineage, self.info.sizes, self._subspace_at)
-            found = folder.read_adapter(self.path, name, found, self._coefficients, references)
-        return found
+            history = SubspaceHistory(self.info.lineage, self.info.sizes, self._subspace_at)
+            adapter = folder.read_adapter(self.path, name, adapter, self._coefficient_storage, history)
+        return adapter
 
     def _subspace_at(self, fingerprint: str) -> Subspace:
-        """The subspace when it had a fingerprint of its lineage, which was compared with its rows when it was read."""
+        """Return the subspace at the time when it had a fingerprint of its lineage."""
         return self.subspace.before(self.info.lineage.index(fingerprint))
 
     def adapter_folder(self, name: str) -> Path:
-        """Where an adapter of a pack on disk is now, for PEFT to load. `packed` checks its bytes."""
-        self._check_has(name)
-        found = self._adapters[name]
-        if self.path is None or not isinstance(found, Entry):
-            raise OptionError(f"adapter {name!r} is not on disk yet: save the pack first.")
-        return folder.place(self.path, name, found)
+        """Return the folder of an adapter on disk, for PEFT to load. Its bytes are not checked; `packed` does that."""
+        entry = self._entry(name)
+        assert self.path is not None
+        return folder.adapter_folder(self.path, name, entry)
 
     def digest(self, name: str) -> str:
-        """sha256 over all that decides what an adapter of a pack on disk is; nothing is read for it.
+        """Return a sha256 of everything that an adapter on disk depends on, from the manifest alone.
 
-        The same adapter in a subspace that has grown since has another one.
+        It changes when the subspace grows.
         """
-        self._check_has(name)
-        found = self._adapters[name]
-        if self._opened is None or not isinstance(found, Entry):
-            raise OptionError(f"adapter {name!r} is not on disk yet: save the pack first.")
+        entry = self._entry(name)
+        assert self._opened is not None
         listed = self._opened.manifest
-        content = [listed.subspace_sha256, self.info.fingerprint, listed.coefficient_dtype, sorted(found.files.items())]
+        content = [listed.subspace_sha256, self.info.fingerprint, listed.coefficient_dtype, sorted(entry.files.items())]
         return atomic_files.digest(json.dumps(content).encode())
 
-    def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
-        """An ordinary LoRA again. Its factors are in `dtype`, by default float32 or the pack's own if that is wider, so
-        that nothing is rounded a second time."""
-        return packed.unpacked(self.packed(name), self.subspace, dtype or self._widest)
+    def _entry(self, name: str) -> Entry:
+        """Return an adapter's entry in the manifest; `OptionError` if it was not saved yet."""
+        self._check_has(name)
+        adapter = self._adapters[name]
+        if self._opened is None or not isinstance(adapter, Entry):
+            raise OptionError(f"Adapter {name!r} is not on disk yet: save the pack first.")
+        return adapter
 
-    @property
-    def _widest(self) -> torch.dtype:
-        return torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
+    def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
+        """Return an adapter as an ordinary LoRA.
+
+        dtype: of its factors; by default float32, or the pack's own if that is wider, so that nothing is rounded again.
+        """
+        return unpack(self.packed(name), self.subspace, dtype or export.lossless_dtype(self))
 
     def export(
         self,
@@ -284,79 +298,45 @@ class Pack:
         format: str | None = None,
         dtype: str | torch.dtype | None = None,
         overwrite: bool = False,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Path]:
-        """Write adapters as ordinary LoRAs; where each is, by name. All of them by default.
+        """Write adapters as ordinary LoRAs, and return the path of each by name.
 
-        One that came as a PEFT folder becomes the folder `directory`/NAME, one that came as a single file becomes
-        `directory`/NAME.safetensors, in the dialect it had. format: the one for all of them, whatever they came in.
-        Names, what is there, what the format has names for, what the dtype has room for, and the pack's bytes are
-        checked before the first one is written.
+        An adapter that came as a PEFT folder becomes the folder `directory`/NAME; one that came as a single file
+        becomes `directory`/NAME.safetensors in the same format.
+
+        names: adapters to export; all by default. format: "peft", "kohya" or "diffusers", for all of them. dtype: of
+        the factors; by default as in `adapter`. overwrite: replace what is there. progress(stage, done, total): called
+        before each adapter.
+
+        Nothing is written if one of the adapters cannot be: unknown names, paths that are taken, modules that the
+        format has no names for, and numbers outside the dtype's range raise an error first.
         """
-        wanted = list(dict.fromkeys(listed(names))) if names is not None else self.names
+        wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
         if format is not None:
             formats.writable(format)
         for name in wanted:
             self._check_has(name)
-        chosen = {name: format or self._format(name) for name in wanted}
-        targets = {name: Path(directory) / (name + formats.writable(chosen[name]).suffix) for name in wanted}
-        for name, target in targets.items():
-            folder.check_outside(target)
-            atomic_files.recover(target)
-            if formats.writable(chosen[name]).suffix:
-                atomic_files.check_file_free(target, overwrite)
-            else:
-                atomic_files.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), overwrite)
-        checked: PackedAdapter | None = None
-        for name in wanted:
-            checked = self._check_writable(name, chosen[name], parsed)
-        if Path(directory).is_dir():
-            staging.remove_abandoned(Path(directory))
-        with atomic_files.defer_folder_syncs():
-            for done, (name, target) in enumerate(targets.items()):
-                if progress is not None:
-                    progress("exporting adapters", done, len(targets))
-                # a single adapter is decoded once; of several, only one at a time is in memory
-                stored = checked if checked is not None and len(wanted) == 1 else self.packed(name)
-                adapter = packed.unpacked(stored, self.subspace, parsed or self._widest)
-                formats.write_adapter(adapter, target, format=chosen[name], overwrite=overwrite)
-        return targets
+        plan = ExportPlan(Path(directory), {name: format or self._format(name) for name in wanted}, parsed, overwrite)
+        return export.export_adapters(self, plan, progress)
 
     def _format(self, name: str) -> str:
-        """The format an adapter came in; most packs say it by the names of their files."""
-        found = self._adapters[name]
-        if isinstance(found, Entry) and keys.SOURCE_FILE not in found.files:
+        """Return the format that an adapter came in, from the manifest where that is enough."""
+        adapter = self._adapters[name]
+        if isinstance(adapter, Entry) and keys.SOURCE_FILE not in adapter.files:
             return formats.PEFT
         return formats.format_of(self.packed(name).origin)
 
     def export_rounding(self, name: str, dtype: str | torch.dtype | None = None) -> float:
-        """What rounding the factors to `dtype` on export changes of an adapter's update, relative to its norm.
+        """Return the relative error of an adapter's update that rounding to `dtype` on export causes.
 
-        It comes on top of the `delta_error` of the adapter's record, which is that of the pack.
+        It adds to the `delta_error` of the adapter's record, which is the error of the pack.
         """
-        narrow, found = dtypes.parse(dtype) or self._widest, self.packed(name)
-        exact, kept = (packed.unpacked(found, self.subspace, one).modules for one in (torch.float64, narrow))
-        # a difference is exact between factors of one gauge alone
-
-        def of_same_gauge(module: str) -> LoRAFactors:
-            return narrowing.balance(exact[module], narrow) if module in found.places else exact[module]
-
-        return metrics.rounding_error(LazyMapping(exact, of_same_gauge), kept)
-
-    def _check_writable(self, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
-        """Return the stored adapter, if a format has names for all it has, and if its factors fit in a dtype that was
-        asked for: the one that they have otherwise is as wide as what is stored."""
-        found = self.packed(name)
-        if dtype is not None:
-            exact = packed.unpacked(found, self.subspace, torch.float64).modules
-            for _ in narrowing.narrow_adapter(name, LazyMapping(found.places, exact.__getitem__), dtype):
-                pass
-        formats.check_writable(packed.unpacked(found, self.subspace, dtype or self._widest), format)
-        return found
+        return export.rounding_error(self, name, dtypes.parse(dtype) or export.lossless_dtype(self))
 
     def verify(self) -> None:
-        """Read every byte of an opened pack; `PackDamagedError` names the first file that is not what was written."""
+        """Read every byte of a pack on disk; `PackDamagedError` names the first file that was changed."""
         if self.path is not None and self._opened is not None:
             folder.verify(self.path, self._opened.manifest)
 
@@ -371,16 +351,22 @@ class Pack:
         warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
-        """Project one more adapter on the subspace; the record says how much of it was lost.
+        """Add one adapter, projected on the subspace, and return its record, which says how large its error is.
 
-        extend: let the subspace grow by at most so many directions on each side of each module, those that it misses
-            most of the adapter. What is in the pack stays as it is.
-        carry_missing: keep modules that the subspace lacks as they are, rather than refuse the adapter.
-        warn_above: the delta error above which is warned of it; 1 for never.
+        source: a folder, file, URL, Hub id or `Adapter`. name: of the adapter in the pack; by default its own.
+        extend: append at most this many components to each side of each module, those that the subspace lacks most for
+            the adapter. Adapters in the pack do not change.
+        carry_missing: store modules that the subspace lacks as they are, instead of raising `ModuleNameError`.
+        same_base: accept an adapter that names another base model.
+        warn_above: delta error, 0 to 1, above which a `LossWarning` is issued; 1: never.
         options: those of `read_adapter`.
         """
-        one = sources.AdapterSource(name, source)
-        (record,) = self._add([one], extend, carry_missing, same_base, warn_above, options).values()
+        (record,) = self._add(
+            [sources.AdapterSource(name, source)],
+            AddOptions(extend, carry_missing, same_base, options),
+            check_warn_above(warn_above),
+            lambda stage, done, total: None,
+        ).values()
         return record
 
     def add_all(
@@ -394,73 +380,60 @@ class Pack:
         progress: Progress | None = None,
         **options: Any,
     ) -> dict[str, Record]:
-        """Project several adapters, as `fit` takes them, or none of them if one is refused; their records by name.
+        """Add several adapters, given as for `fit`, and return their records by name. If one fails, none is added.
 
-        extend: as in `add`, by what the subspace misses of all of them together. progress(stage, done, total) is called
-        as work goes on.
+        extend: as in `add`, for all of them together. progress(stage, done, total): called as work goes on. Other
+        arguments are those of `add`.
         """
-        found = sources.find_adapters(adapters, **options)
-        return self._add(found, extend, carry_missing, same_base, warn_above, options, progress)
+        adapter_sources = sources.find_adapters(adapters, **options)
+        report = progress or (lambda stage, done, total: None)
+        return self._add(
+            adapter_sources, AddOptions(extend, carry_missing, same_base, options), check_warn_above(warn_above), report
+        )
 
     def _add(
         self,
-        found: Sequence[sources.AdapterSource],
-        extend: int | None,
-        carry_missing: bool,
-        same_base: bool,
+        adapter_sources: Sequence[sources.AdapterSource],
+        options: AddOptions,
         warn_above: float,
-        options: dict[str, Any],
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> dict[str, Record]:
-        report, warn_above = progress or (lambda stage, done, total: None), check_warn_above(warn_above)
-        extend = joining.check_extend(extend, self.info, self._coefficients) if extend is not None else None
-        host = Host(self.info, self.names, self.base_model, self.revision)
-        new = joining.read(found, host, carry_missing=carry_missing, same_base=same_base, options=options)
-        subspace = self.subspace
-        if extend is not None:
-            subspace = joining.extended(subspace, self._storage, new, extend, report)
-        if self.is_coded and not self.aim:
-            raise OptionError(
-                "this pack was fitted for a size, and none of its adapters is left to say with which error. Fit a pack "
-                "again (max_error, max_bytes or ratio), with the new adapters among the sources."
-            )
-        added = {}
-        whole = joining.rounded_bases(subspace) if self.is_coded else {}
-        for done, one in enumerate(new):
-            report("projecting adapters", done, len(new))
-            if self.is_coded:
-                joining.code(one, subspace, whole, self.aim)
-            for module, place in one.places.items() if not self.is_coded else ():
-                bases, factors = subspace.modules[place], one.adapter.modules[module]
-                one.packing.project(
-                    module, place, factors, bases, self._coefficients, projection.dual_components(bases)
-                )
-            added[one.adapter.name] = one.packing.packed(in_fit=False)
-        report("projecting adapters", len(new), len(new))
-        records = {name: one.record for name, one in added.items()}
+        context = PackContext(
+            self.info,
+            self.names,
+            self.base_model,
+            self.revision,
+            self._storage,
+            self._coefficient_storage,
+            error_bound=self.aim if self.is_coded else 0.0,
+        )
+        if options.extend is not None:
+            options = replace(options, extend=add.check_extend(options.extend, context))
+        addition = add.add_adapters(adapter_sources, context, options, self.subspace, progress)
+        records = {name: packed.record for name, packed in addition.adapters.items()}
         untrained = [name for name, record in records.items() if record.untrained]
         if untrained:
             warnings.warn(
-                f"untrained (every update is zero): {', '.join(untrained)}. "
-                f"{'They are' if len(untrained) > 1 else 'It is'} kept in the pack.",
+                f"Untrained (every update is zero): {', '.join(untrained)}. "
+                f"{'They are' if len(untrained) > 1 else 'It is'} added to the pack.",
                 UntrainedAdapterWarning,
                 stacklevel=3,
             )
         warn_of_losses(records, warn_above, stacklevel=4)
-        if subspace is not self.subspace:
-            # what is in memory alone refers to the subspace as it was until now
+        if addition.subspace is not self.subspace:
+            # adapters that are only in memory refer to the subspace as it was until now
             self._adapters = {
-                name: kept if isinstance(kept, Entry) else self._of_now(name) for name, kept in self._adapters.items()
+                name: adapter if isinstance(adapter, Entry) else self._with_fingerprint(name)
+                for name, adapter in self._adapters.items()
             }
-            self._subspace, self.info = subspace, manifest.describe(subspace, self._storage)
-        self._adapters |= added
-        for one in new:
-            self.base_model = self.base_model or one.adapter.base_model
-            self.revision = self.revision or one.adapter.revision
+            self._subspace, self.info = addition.subspace, manifest.describe(addition.subspace, self._storage)
+        self._adapters |= addition.adapters
+        self.base_model = self.base_model or addition.base_model
+        self.revision = self.revision or addition.revision
         return records
 
     def remove(self, *names: str) -> None:
-        """Forget adapters, all of them or, if one is not there, none. The subspace stays as it was fitted."""
+        """Remove adapters; `AdapterNameError`, and no change, if one of them is unknown. The subspace stays."""
         for name in names:
             self._check_has(name)
         for name in dict.fromkeys(names):
@@ -470,55 +443,58 @@ class Pack:
         keys.check_known(name, self._adapters)
 
     def augment(self, n_extra: int, seed: int) -> "Pack":
-        """A pack with `n_extra` more directions from `seed` on every side; every adapter's update stays what it was."""
+        """Return a pack whose bases have `n_extra` more random components per side, drawn from `seed`.
+
+        The components are orthonormal to the others, for training new tasks. Updates of its adapters do not change.
+        """
         subspace = spaces.augment(self.subspace, n_extra, seed)
         return Pack(
             subspace,
             manifest.describe(subspace, self._storage),
-            {name: self._of_now(name) for name in self.names},
+            {name: self._with_fingerprint(name) for name in self.names},
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
             coefficient_dtype=self.coefficient_storage,
         )
 
-    def _of_now(self, name: str) -> PackedAdapter:
-        """An adapter that stays what it is where the subspace grows: it refers to the one of now."""
-        found = self.packed(name)
-        return replace(found, subspace=found.subspace or self.info.fingerprint)
+    def _with_fingerprint(self, name: str) -> PackedAdapter:
+        """Return an adapter that refers to its subspace by fingerprint, so that it is unchanged when that grows."""
+        packed = self.packed(name)
+        return replace(packed, subspace=packed.subspace or self.info.fingerprint)
 
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
-        """Write the pack to the folder `path` (by default the one it was opened from), whole or not at all.
+        """Write the pack to the folder `path`, completely or not at all, and return the folder.
 
-        Another pack there is refused unless it may be overwritten; so is this pack's own folder if another process has
-        changed it since it was opened.
+        path: by default the folder that it was opened from. overwrite: replace another pack that is there, instead of
+        raising `PackExistsError`. `PackBusyError` if another process changed this pack since it was opened.
         """
         target = Path(path) if path is not None else self.path
         if target is None:
-            raise OptionError("this pack is not on disk yet: save it with a path, pack.save('pack/').")
+            raise OptionError("This pack is not on disk yet: pass a path, pack.save('pack/').")
         _check_no_cache(target)
         if self._partial and self._is_at(target):
             raise OptionError(
-                f"this is a part of the pack in {target}, which would lose its other adapters: save it with another "
-                "path, or open all of it."
+                f"This is a part of the pack in {target}, which would lose its other adapters. Save it to another "
+                "path, or open the whole pack."
             )
         folder.check_free(target, overwrite or self._is_at(target))
         with folder.created(target), folder.locked(target):
-            before = self._before(target, overwrite)
-            self._write(target, before.manifest if before else None)
+            previous = self._previous(target, overwrite)
+            self._write(target, previous.manifest if previous else None)
         return target
 
-    def _before(self, target: Path, overwrite: bool) -> folder.Opened | None:
-        """What is in `target` and may be changed; None where nothing is there, or nothing that can be read."""
+    def _previous(self, target: Path, overwrite: bool) -> folder.OpenedManifest | None:
+        """Return the manifest in `target` that will be replaced; None where there is none that can be read."""
         if not (target / keys.MANIFEST).exists():
             return None
         if self._is_at(target):
-            before = folder.open_manifest(target)
-            if before != self._opened:
+            current = folder.open_manifest(target)
+            if current != self._opened:
                 raise PackBusyError(
                     f"{target} was changed by another process since it was opened. Open it again and repeat."
                 )
-            return before
+            return current
         folder.check_free(target, overwrite)
         try:
             return folder.read_manifest(target)
@@ -528,22 +504,22 @@ class Pack:
     def _is_at(self, target: Path) -> bool:
         return self.path is not None and self.path.exists() and self.path.resolve() == target.resolve()
 
-    def _write(self, target: Path, before: Manifest | None) -> None:
-        here = self._is_at(target)
+    def _write(self, target: Path, previous: Manifest | None) -> None:
+        in_place = self._is_at(target)
         loaded = {
-            name: found if isinstance(found, PackedAdapter) else self.packed(name)
-            for name, found in self._adapters.items()
-            if not (here and isinstance(found, Entry))
+            name: adapter if isinstance(adapter, PackedAdapter) else self.packed(name)
+            for name, adapter in self._adapters.items()
+            if not (in_place and isinstance(adapter, Entry))
         }
-        # made when they are asked for: all at once, they would be the pack in memory once more
+        # made one at a time: all files together would double the memory
         files = LazyMapping(
             dict(sorted(loaded.items())),
-            lambda name: packed.to_files(loaded[name], self.info.fingerprint, self._coefficients),
+            lambda name: adapter_files.to_files(loaded[name], self.info.fingerprint, self._coefficient_storage),
         )
-        entries = {name: found for name, found in self._adapters.items() if isinstance(found, Entry)}
+        entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
         entries |= folder.entries(loaded, files)
-        if here and before is not None and before.subspace == self.info:
-            data, file, sha256 = None, before.subspace_file, before.subspace_sha256
+        if in_place and previous is not None and previous.subspace == self.info:
+            data, file, sha256 = None, previous.subspace_file, previous.subspace_sha256
         else:
             data = folder.subspace_bytes(self.subspace, self._storage)
             file, sha256 = folder.subspace_name(data)
@@ -557,8 +533,8 @@ class Pack:
             coefficient_dtype=self.coefficient_storage,
             adapters=dict(sorted(entries.items())),
         )
-        digest = folder.write(target, before, new, data, files)
-        self.path, self._opened, self._partial = target, folder.Opened(new, digest), False
+        digest = folder.write(target, previous, new, data, files)
+        self.path, self._opened, self._partial = target, folder.OpenedManifest(new, digest), False
         self._adapters = dict(new.adapters)
 
     def push_to_hub(
@@ -572,15 +548,17 @@ class Pack:
         token: str | bool | None = None,
         create_pr: bool = False,
     ) -> "CommitInfo":
-        """Make the pack of a repository on the Hub this one, in one commit, and return that.
+        """Upload the pack to a repository on the Hub in one commit, and return the commit.
 
-        Changes that were not saved are pushed too. A pack that is there is replaced: adapters that this one lacks are
-        deleted, and the model card is written anew. Files of other kinds stay.
-        adapters: the only ones to push with the subspace; all by default.
-        private: whether a repository that is made for it is private. One that is there and public is refused then.
-        revision: a branch, which is made if it is not there. create_pr: as a pull request, to the main branch.
+        A pack that is there is replaced: adapters that this one lacks are deleted, and the model card is written again.
+        Other files stay. Changes that were not saved are uploaded too.
+
+        repo_id: `org/name`; the repository is created if it does not exist. adapters: names to upload; all by default.
+        private: create a private repository; an existing public one raises an error. revision: a branch, created if it
+        does not exist. commit_message: by default the number of adapters. create_pr: open a pull request to the main
+        branch instead of committing to it.
         """
-        names = self.names if adapters is None else sorted(set(listed(adapters)))
+        names = self.names if adapters is None else sorted(set(name_list(adapters)))
         for name in names:
             self._check_has(name)
         pushed = Pack(
@@ -593,7 +571,7 @@ class Pack:
             coefficient_dtype=self.coefficient_storage,
         )
         with tempfile.TemporaryDirectory() as temporary:
-            return remote.push(
+            return hub.push(
                 pushed.save(Path(temporary) / "pack"),
                 repo_id,
                 private=private,
@@ -605,11 +583,11 @@ class Pack:
 
 
 def check_warn_above(value: float) -> float:
-    """`value` as a number from 0 to 1."""
-    found = to_float("warn_above", value)
-    if not 0 <= found <= 1:
-        raise OptionError(f"warn_above is a relative error, 0 to 1 (1: never warn), got {value}.")
-    return found
+    """Return `value` as a number from 0 to 1; `OptionError` if it is none."""
+    share = to_float("warn_above", value)
+    if not 0 <= share <= 1:
+        raise OptionError(f"warn_above must be a relative error from 0 to 1 (1: never warn), got {value}.")
+    return share
 
 
 def warn_of_losses(
@@ -618,16 +596,16 @@ def warn_of_losses(
     remedy: str = "Fit the pack again with such adapters among the sources, or keep the LoRAs themselves.",
     stacklevel: int = 3,
 ) -> None:
-    """`LossWarning` of the trained adapters whose delta error is above that; 1 for never."""
+    """Issue a `LossWarning` that names the trained adapters with a delta error above `above`; 1: never."""
     if lossy(records, above):
         warnings.warn(f"{losses(records, above)} {remedy}", LossWarning, stacklevel=stacklevel)
 
 
 def _check_no_cache(target: Path) -> None:
-    """The Hub's cache is for reading: what is changed in it is taken for what the Hub has."""
-    repo_id = hub.cached_repo(target)
+    """Raise `OptionError` for a folder in the Hub's cache: later downloads would take a changed file for the Hub's."""
+    repo_id = hub_client.cached_repo(target)
     if repo_id is not None:
         raise OptionError(
-            f"{target} is the copy of {repo_id} in the Hub's cache, and is not changed. Save the pack with another "
-            f"path, pack.save('pack/'), or get it by `eigenlorax pull {repo_id} -o pack/`."
+            f"{target} is the copy of {repo_id} in the Hub's cache, which must not be changed. Save the pack to "
+            f"another path, pack.save('pack/'), or download it with `eigenlorax pull {repo_id} -o pack/`."
         )

@@ -1,4 +1,4 @@
-"""What a pack holds, costs and lost: the figures of tables, JSON and the model card. Nothing is printed here."""
+"""Figures of a whole pack (contents, bytes, errors), for tables, JSON and the model card."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,11 @@ from .packed_adapter import Record
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """Numbers of components on one side over the modules, and the share of energy that the fitted ones keep.
+    """Numbers of components on one side over all modules.
 
-    capped: the modules with fewer than were asked for, because their stack has no more directions.
-    energy: Σ of squared norm kept ÷ Σ of squared norm, over the modules; of the fitted collection.
-    shortfall: the most that the search for a module's first directions is estimated to have missed; 0 where all are
-        exact.
+    capped: modules with fewer components than `n_components`, because their stack has no higher rank.
+    energy: fraction of the squared norm of the fitted collection that the fitted components keep, over all modules.
+    shortfall: largest estimated fraction that subspace iteration missed in a module; 0 if all bases are exact.
     """
 
     min: int
@@ -31,7 +30,7 @@ class Components:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Delta errors over a group of adapters. `rounding_*`: what storing in a narrower dtype alone changes."""
+    """Delta errors over a group of adapters. rounding_mean, rounding_worst: the part that rounding causes."""
 
     adapters: int
     mean: float
@@ -44,12 +43,12 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Tensor bytes; heads are kept aside on both sides.
+    """Tensor bytes, without heads unless they are named.
 
-    lora: the LoRAs' factors at the pack's narrower dtype, in 16 bits where that is integers, and what is carried;
-    lora_files: the adapters' files as they were; both without untrained adapters, whose factors are worth no byte.
-    basis, coefficients, carried: what the pack keeps instead, of all adapters. ratio: lora ÷ all three;
-    ratio_without_basis: as if the basis were free.
+    lora: of the LoRAs' factors in the pack's narrower dtype, or in 16 bits for integers, and of carried tensors.
+    lora_files: of the adapters' files. Both exclude untrained adapters, whose factors could be left out for nothing.
+    basis, coefficients, carried: of the pack. ratio: lora ÷ the sum of these three; ratio_without_basis: lora ÷ the
+    sum of the last two.
     """
 
     lora: int
@@ -64,10 +63,12 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The figures of a pack. Errors are None where there is no trained adapter of that group.
+    """Figures of a pack.
 
-    family: of an image model, what the names and widths of its modules tell; None of others. n_extended: directions
-    that extensions have appended, over all sides. bounds: adapters whose delta error is an upper bound.
+    family: of an image model, by the names and widths of its modules; None for other models. n_extra: random components
+    per side. n_extended: components that extensions appended, over all sides. in_fit, projected: errors of trained
+    adapters that were fitted, or added later; None if there are none. bounds: number of adapters whose delta error is
+    an upper bound.
     """
 
     base_model: str | None
@@ -100,7 +101,7 @@ def summarize(
     base_model: str | None,
     revision: str | None,
 ) -> Summary:
-    """The figures of a pack with these adapters in this subspace."""
+    """Return the figures of a pack with these adapters in this subspace."""
     trained = {name: record for name, record in records.items() if not record.untrained}
     return Summary(
         base_model=base_model,
@@ -131,16 +132,16 @@ def _widths(info: SubspaceInfo) -> list[tuple[str, int]]:
 
 def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
     sides = [sides[side] for sides in info.modules.values()]
-    numbers = [one.k for one in sides]
-    total = sum(one.square for one in sides)
+    counts = [info.k for info in sides]
+    total = sum(info.square for info in sides)
     wanted = fit.n_components or 0
     return Components(
-        min=min(numbers, default=0),
-        median=float(statistics.median(numbers or [0])),
-        max=max(numbers, default=0),
+        min=min(counts, default=0),
+        median=float(statistics.median(counts or [0])),
+        max=max(counts, default=0),
         capped=[name for name, sides in info.modules.items() if _fitted(sides[side]) < wanted],
-        energy=sum(one.energy * one.square for one in sides) / total if total else 1.0,
-        shortfall=max((one.shortfall for one in sides), default=0.0),
+        energy=sum(info.energy * info.square for info in sides) / total if total else 1.0,
+        shortfall=max((info.shortfall for info in sides), default=0.0),
     )
 
 
@@ -165,12 +166,12 @@ def _errors(records: Mapping[str, Record]) -> Errors | None:
 
 
 def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str) -> Bytes:
-    # the narrower of the two, lest a ratio gain from LoRAs counted wider than the pack itself
+    # the narrower of the two: a ratio must not gain from LoRAs that are wider than the pack
     width = min(storage_by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     coefficients = sum(record.coefficient_bytes for record in records.values())
     lora = width * lora_numbers(records) + carried
-    ours = coefficients + carried
+    per_adapter = coefficients + carried
     return Bytes(
         lora=lora,
         lora_files=sum(record.source_file_bytes for record in records.values() if not record.untrained),
@@ -178,66 +179,68 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
         coefficients=coefficients,
         carried=carried,
         heads=sum(record.head_bytes for record in records.values()),
-        ratio=lora / (info.stored_bytes + ours) if info.stored_bytes + ours else 1.0,
-        ratio_without_basis=lora / ours if ours else 1.0,
+        ratio=lora / (info.stored_bytes + per_adapter) if info.stored_bytes + per_adapter else 1.0,
+        ratio_without_basis=lora / per_adapter if per_adapter else 1.0,
     )
 
 
-def kept_exactly(found: Bytes) -> str | None:
-    """What heads and carried tensors take, in words, where that is most of a pack; None elsewhere."""
-    exact = found.heads + found.carried
-    total = found.basis + found.coefficients + exact
+def uncompressed_note(sizes: Bytes) -> str | None:
+    """Return a sentence about heads and carried tensors if they are more than half of a pack, else None."""
+    exact = sizes.heads + sizes.carried
+    total = sizes.basis + sizes.coefficients + exact
     if exact <= total / 2:
         return None
     kinds = {
-        "of heads (modules_to_save, trained biases, resized embeddings)": found.heads,
-        "of carried tensors (modules outside the subspace, DoRA magnitudes)": found.carried,
+        "of heads (modules_to_save, trained biases, resized embeddings)": sizes.heads,
+        "of carried tensors (modules outside the subspace, DoRA magnitudes)": sizes.carried,
     }
     listed = " and ".join(f"{size:,} {kind}" for kind, size in kinds.items() if size)
     return (
         f"{exact / total:.1%} of the pack's {total:,} bytes are kept as they came, whatever the fit does: {listed}. "
-        "Saved in 16 bits before the fit, they take half of what they take in 32; what was saved with the adapters and "
-        "not trained can be left out of their files."
+        "Tensors in 32 bits take half as much if they are converted to 16 bits before the fit; tensors that were saved "
+        "with the adapters and not trained can be removed."
     )
 
 
 def lora_numbers(records: Mapping[str, Record]) -> int:
-    """Numbers in the LoRA factors that ratios are taken of: those of untrained adapters come for nothing."""
+    """Return how many numbers the LoRAs' factors have; those of untrained adapters do not count in ratios."""
     return sum(record.lora_numbers for record in records.values() if not record.untrained)
 
 
 def lossy(records: Mapping[str, Record], share: float) -> list[str]:
-    """The trained adapters whose delta error is above `share`, the worst first; none of them where that is 1."""
+    """Return the trained adapters with a delta error above `share`, the largest first; none of them if that is 1."""
     if share >= 1:
         return []
-    found = [name for name, record in records.items() if not record.untrained and record.delta_error > share]
-    return sorted(found, key=lambda name: (-records[name].delta_error, name))
+    names = [name for name, record in records.items() if not record.untrained and record.delta_error > share]
+    return sorted(names, key=lambda name: (-records[name].delta_error, name))
 
 
 def losses(records: Mapping[str, Record], share: float) -> str:
-    """What is lost of the adapters that `lossy` names, in words: five of them, and how many more there are. Of those
-    with a bound in the place of an error, what may be lost."""
-    found = lossy(records, share)
-    measured, bounded = ([name for name in found if records[name].bound == bound] for bound in (False, True))
+    """Return sentences that name up to five adapters of `lossy` with their errors, and how many more there are.
+
+    Adapters with an upper bound in place of a measured error have a sentence of their own.
+    """
+    names = lossy(records, share)
+    measured, bounded = ([name for name in names if records[name].bound == bound] for bound in (False, True))
     sentences = []
     if measured:
-        sentences.append(f"more than {share:g} of the update is lost (delta error) of {_named(records, measured)}.")
+        sentences.append(f"The delta error is above {share:g} for {_named(records, measured)}.")
     if bounded:
         sentences.append(
-            f"more than {share:g} of the update may be lost, since the pack was fitted again without the originals and "
-            f"only a bound of the delta error is known, of {_named(records, bounded)}."
+            f"The delta error may be above {share:g}, since the pack was refitted without the originals and only an "
+            f"upper bound is known, for {_named(records, bounded)}."
         )
     return " ".join(sentences)
 
 
-def _named(records: Mapping[str, Record], found: Sequence[str]) -> str:
-    named = ", ".join(f"{name} ({_loss(records[name])})" for name in found[:5])
-    return named + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+def _named(records: Mapping[str, Record], names: Sequence[str]) -> str:
+    listed = ", ".join(f"{name} ({_error_text(records[name])})" for name in names[:5])
+    return listed + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _loss(record: Record) -> str:
+def _error_text(record: Record) -> str:
     if record.bound and record.delta_error >= 1:
-        # no adapter at all has an error of 1
+        # a bound of 1 or more excludes nothing: an empty adapter has an error of 1
         error = "perhaps all of it"
     else:
         error = f"at most {record.delta_error:.2f}" if record.bound else f"{record.delta_error:.2f}"

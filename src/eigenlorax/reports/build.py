@@ -9,7 +9,7 @@ from typing import Any
 from ..core import threads
 from ..core.options import to_int
 from ..errors import OptionError
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..formats.sources import Sources
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter

@@ -15,7 +15,7 @@ from ..core.coefficients import Coefficients
 from ..core.fit_options import FitOptions
 from ..core.projection import widen_coefficients
 from ..core.subspace import ModuleBases
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import refits

@@ -9,8 +9,8 @@ from typing import Any
 from .. import formats
 from ..core.adapter import Adapter
 from ..errors import OptionError
-from ..fitting.fit import Progress
 from ..fitting.match_sources import recognise
+from ..fitting.options import Progress
 from ..formats import checks
 from ..formats.checks import Scan
 from ..formats.sources import Sources

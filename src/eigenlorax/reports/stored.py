@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core import keys
 from ..errors import EigenloraxWarning, FormatError, StaleReportWarning
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..formats import sources
 from ..formats.sources import Sources
 from ..pack.pack import Pack

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core import keys
 from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, reason
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import data, examples, models

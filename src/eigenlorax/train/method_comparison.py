@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..errors import EigenloraxWarning, NonFiniteError, OptionError
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..pack.pack import Pack
 from . import (
     comparison_summary,

@@ -15,7 +15,7 @@ from ..core.batch import ModuleBatch, pad_factors
 from ..core.options import to_float
 from ..errors import OptionError
 from ..fitting import fit as fitting
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.summary import lora_numbers
 from ..reports.analysis import per_adapter

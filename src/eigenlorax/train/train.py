@@ -25,7 +25,7 @@ from ..errors import (
     PackExistsError,
     reason,
 )
-from ..fitting.fit import Progress
+from ..fitting.options import Progress
 from ..pack import folder
 from ..pack.pack import Pack
 from ..version import __version__

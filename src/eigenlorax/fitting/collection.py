@@ -1,0 +1,251 @@
+"""The adapters of a fit: found, read, checked against each other, and scanned once."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from pathlib import Path
+
+import torch
+
+from .. import formats
+from ..core import keys, module_names
+from ..core.adapter import Adapter, LoRAFactors, ModuleSpec
+from ..core.engine import Engine, SharedValue
+from ..errors import (
+    EigenloraxError,
+    FormatError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    SkippedAdapterWarning,
+    UntrainedAdapterWarning,
+)
+from ..formats import checks, sources
+from ..formats.sources import AdapterSource, Sources
+from ..pack.encoding import ScannedAdapter
+from .auto_rank import ModuleOutline
+from .module_fitter import ModuleUpdate, ReadModule
+from .options import Progress, ReadOptions
+
+NONE_LEFT = "No adapter is left to fit: all of them were left out (exclude_adapters, skip_bad)."
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCollection:
+    """Adapters whose headers were read and agree with each other; their tensors were not read yet.
+
+    subspace_modules: name in the subspace of each module, without the excluded ones. skipped: adapters that could not
+    be read, with the reason.
+    """
+
+    adapters: Sequence[Adapter]
+    subspace_modules: Mapping[str, str]
+    excluded_modules: frozenset[str]
+    skipped: Mapping[str, str]
+    base_model: str | None
+    revision: str | None
+    shapes: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """One module of one adapter. name: of the adapter. module: its own name for it."""
+
+    scanned: ScannedAdapter
+    module: str
+
+    @property
+    def name(self) -> str:
+        return self.scanned.name
+
+    @property
+    def spec(self) -> ModuleSpec:
+        return self.scanned.adapter.specs[self.module]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its update is not zero."""
+        return self.scanned.is_trained(self.module)
+
+    def read(self) -> LoRAFactors:
+        """Read its factors."""
+        return self.scanned.adapter.modules[self.module]
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Adapters whose tensors were read once, sorted by content, so that the order of arguments does not matter.
+
+    modules: of the subspace in sorted order, each with its adapters. weights: 1 / ‖update‖ over the subspace's modules,
+    by name, of the adapters that are fitted: those with a trained update. adapters: all that were read, for workers;
+    index: positions in it by name. skipped: adapters that were left out, with the reason. seconds: that reading took.
+    """
+
+    scanned: Sequence[ScannedAdapter]
+    modules: Mapping[str, Sequence[AdapterModule]]
+    weights: Mapping[str, float]
+    adapters: SharedValue[Sequence[Adapter]]
+    index: Mapping[str, int]
+    skipped: Mapping[str, str]
+    seconds: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds the factors of all adapters."""
+        dtypes = (spec.dtype for scanned in self.scanned for spec in scanned.adapter.specs.values())
+        return reduce(torch.promote_types, dtypes)
+
+    @property
+    def reads(self) -> dict[str, ReadModule]:
+        """Functions that read all updates of a module, of the modules that some adapter has trained."""
+        return {
+            name: partial(_read_updates, members)
+            for name, members in self.modules.items()
+            if any(member.is_trained for member in members)
+        }
+
+    @property
+    def outlines(self) -> dict[str, ModuleOutline]:
+        """The modules without their tensors."""
+        return {
+            name: ModuleOutline(
+                [member.spec for member in members], [member.name for member in members if member.is_trained]
+            )
+            for name, members in self.modules.items()
+        }
+
+
+def _read_updates(members: Sequence[AdapterModule]) -> list[ModuleUpdate]:
+    return [ModuleUpdate(member.name, member.read(), member.is_trained) for member in members]
+
+
+def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
+    """Find adapters, read their configs and headers, and check that they belong together.
+
+    Names, ranks, shapes, base models and model families are compared before a tensor is read.
+    """
+    found = sources.find_adapters(adapters, **options.reading)
+    names = [sources.default_name(source) for source in found]
+    for name in options.exclude_adapters:
+        keys.check_known(name, names, "the sources (exclude_adapters, --exclude-adapter)")
+    skipped: dict[str, str] = {}
+    read = []
+    for source, name in zip(found, names, strict=True):
+        if name not in options.exclude_adapters and (adapter := _read_source(source, options, skipped)) is not None:
+            read.append(adapter)
+    checks.check_names(adapter.name for adapter in read)
+    if not read:
+        raise OptionError(NONE_LEFT)
+    base_model, revision = checks.check_one_base(read, options.same_base)
+    checks.check_one_family(read)
+    subspace_modules = module_names.canonical_names(adapter.specs for adapter in read)
+    excluded = checks.excluded(subspace_modules.values(), options.exclude_modules)
+    subspace_modules = {module: name for module, name in subspace_modules.items() if name not in excluded}
+    checks.warn_of_nothing_shared(
+        {adapter.name: {subspace_modules[m] for m in adapter.specs if m in subspace_modules} for adapter in read}
+    )
+    shapes = checks.check_one_shape(read, subspace_modules)
+    return ReadCollection(read, subspace_modules, excluded, skipped, base_model, revision, shapes)
+
+
+def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str, str]) -> Adapter | None:
+    """Return an adapter without its tensors; None, and a warning, if it is broken and may be skipped."""
+    if isinstance(source.source, Adapter):
+        checks.check_made(source.source)
+        return replace(source.source, name=keys.check_name(source.name or source.source.name))
+    try:
+        return formats.read_adapter(source.source, name=source.name, **options.reading)
+    except (FormatError, ShapeError, NonFiniteError) as error:
+        name = sources.default_name(source)
+        if not options.skip_bad:
+            raise type(error)(f"{error} {_how_to_skip(name)}") from error
+        _skip(name, error, source.source, skipped, stacklevel=5)
+        return None
+
+
+def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progress: Progress) -> Collection:
+    """Read the tensors of every adapter once: look for NaN and Inf, hash them, and compute norms of updates."""
+    started = time.perf_counter()
+    adapters, skipped = tuple(collection.adapters), dict(collection.skipped)
+    shared: SharedValue[Sequence[Adapter]] = engine.share(adapters)
+    scanned = []
+    scans = engine.run(partial(_scan_adapter, shared, index) for index in range(len(adapters)))
+    for done, adapter in enumerate(adapters):
+        progress("reading adapters", done, len(adapters))
+        result = next(scans)
+        if isinstance(result, NonFiniteError):
+            if not options.skip_bad:
+                raise NonFiniteError(f"{result} {_how_to_skip(adapter.name)}") from result
+            _skip(adapter.name, result, None, skipped, stacklevel=4)
+        else:
+            names = collection.subspace_modules
+            places = {module: names[module] for module in adapter.specs if module in names}
+            scanned.append(ScannedAdapter(adapter, result, places))
+    progress("reading adapters", len(adapters), len(adapters))
+    if not scanned:
+        raise OptionError(NONE_LEFT)
+    scanned.sort(key=lambda each: (each.scan.content_hash, each.name))
+    return Collection(
+        scanned=scanned,
+        modules=_by_module(scanned),
+        weights=_weights(scanned),
+        adapters=shared,
+        index={adapter.name: index for index, adapter in enumerate(adapters)},
+        skipped=skipped,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _scan_adapter(adapters: SharedValue[Sequence[Adapter]], index: int) -> checks.Scan | NonFiniteError:
+    """Return the scan of one adapter, or the error in its numbers, which must not end the other workers."""
+    try:
+        return checks.scan(adapters.get()[index])
+    except NonFiniteError as error:
+        return error
+
+
+def _how_to_skip(name: str) -> str:
+    """Return a sentence on how to fit without an adapter."""
+    return (
+        f"Leave it out with exclude_adapters=[{name!r}] (--exclude-adapter {name}), or all broken adapters with "
+        "skip_bad=True (--skip-bad)."
+    )
+
+
+def _skip(
+    name: str, error: EigenloraxError, source: str | Path | None, skipped: dict[str, str], stacklevel: int
+) -> None:
+    """Note an adapter that is left out, and warn. stacklevel: of the caller of `fit`."""
+    # adapters in several folders may have the same name
+    same = sum(other.partition(" (")[0] == name for other in skipped)
+    skipped[f"{name} ({same + 1})" if same else name] = sources.without_folders(str(error), source)
+    warnings.warn(f"left out {name}: {error}", SkippedAdapterWarning, stacklevel=stacklevel)
+
+
+def _weights(scanned: Sequence[ScannedAdapter]) -> dict[str, float]:
+    """Return the weights of the adapters that are fitted, and warn of untrained ones."""
+    weights = {}
+    for each in scanned:
+        square = sum(value for module, value in each.scan.delta_squares.items() if module in each.subspace_modules)
+        if square > 0:
+            weights[each.name] = square**-0.5
+    untrained = sorted(each.name for each in scanned if each.is_untrained)
+    if untrained:
+        warnings.warn(
+            f"untrained (every update is zero), so kept in the pack but left out of the fit: {', '.join(untrained)}.",
+            UntrainedAdapterWarning,
+            stacklevel=4,
+        )
+    if not weights:
+        raise OptionError("No adapter has a trained update in the modules to fit, so there is no subspace to find.")
+    return weights
+
+
+def _by_module(scanned: Sequence[ScannedAdapter]) -> dict[str, list[AdapterModule]]:
+    members: dict[str, list[AdapterModule]] = {}
+    for each in scanned:
+        for module, name in each.subspace_modules.items():
+            members.setdefault(name, []).append(AdapterModule(each, module))
+    return dict(sorted(members.items()))

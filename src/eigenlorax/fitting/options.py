@@ -1,0 +1,204 @@
+"""Options of a fit, checked and bundled: which adapters to read and how, what the pack must keep, and how to work."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..codec.storage.base import Storage
+from ..codec.storage.coded import NEEDS_TARGET
+from ..codec.storage.table import parse_storage
+from ..core import engine as engines
+from ..core.fit_options import BYTE_TARGETS, SWEEPS, FitOptions
+from ..core.options import check_choice, format_value
+from ..errors import OptionError, reason
+
+DEFAULT_COMPONENTS = 32
+AUTO = "auto"
+"""The value of `n_components` for a number that is chosen by leaving adapters out."""
+SOLVERS = ("auto", "exact")
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total)."""
+Dtype = str | torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """Which adapters and modules to read, and how. reading: options of `read_adapter`."""
+
+    exclude_adapters: Sequence[str]
+    exclude_modules: Sequence[str]
+    same_base: bool
+    skip_bad: bool
+    reading: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How large or how exact a pack is to be, and how it is stored.
+
+    is_auto: whether the number of components is chosen by leaving adapters out; `options` has 1 until then.
+    n_components: the number that the caller passed, or None. storage, coefficient_storage: None for the default.
+    is_coded: whether the pack is entropy-coded for an error bound or a size, rather than fitted by components.
+    """
+
+    options: FitOptions
+    is_auto: bool
+    n_components: int | None
+    storage: Storage | None
+    coefficient_storage: Storage | None
+    is_coded: bool
+
+    @classmethod
+    def of(
+        cls, sizes: Mapping[str, Any], weighting: str, sweeps: int | None, dtype: Dtype, coefficient_dtype: Dtype
+    ) -> "Target":
+        """Check the options of `fit`. sizes: n_components, energy, max_error, max_bytes and ratio."""
+        is_auto = sizes["n_components"] == AUTO
+        number = _component_number(sizes)
+        fit_options = FitOptions(
+            **{**sizes, "n_components": number}, weighting=weighting, sweeps=SWEEPS if sweeps is None else sweeps
+        )
+        storage, coefficient_storage = parse_storage(dtype), parse_storage(coefficient_dtype)
+        _refuse_cores(dtype=storage, coefficient_dtype=coefficient_storage)
+        bounds = {name: sizes[name] for name in BYTE_TARGETS}
+        return cls(
+            options=fit_options,
+            is_auto=is_auto,
+            n_components=None if is_auto or sizes["n_components"] is None else number,
+            storage=storage,
+            coefficient_storage=coefficient_storage,
+            is_coded=is_entropy_coded(bounds, weighting, dtype, coefficient_dtype),
+        )
+
+    def refuse_unused(self, **options: Any) -> None:
+        """Raise `OptionError` for the first option that is not None, if the fit is entropy-coded and ignores it."""
+        if not self.is_coded:
+            return
+        bound = _first_given({name: getattr(self.options, name) for name in BYTE_TARGETS})
+        floats = " Or pass a float dtype: then only numbers of components are chosen, and it is used."
+        for name, value in options.items():
+            if value is not None:
+                text = value if isinstance(value, int) else repr(str(value))
+                raise OptionError(
+                    f"{name}={text} has no effect with {bound}, which chooses bytes without sweeps, solvers or "
+                    f"checkpoints. Remove it.{floats if self.options.max_error is not None else ''}"
+                )
+
+    def check_dimensions(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `OptionError` if no module is left, or none is as wide as `n_components`. shapes: by module."""
+        if not shapes:
+            raise OptionError(
+                "No module is left to fit: every LoRA module is excluded (exclude_modules, --exclude-module), or of a "
+                "kind that is carried as it is."
+            )
+        largest = max(max(shape) for shape in shapes.values())
+        if self.n_components is not None and self.n_components > largest:
+            raise OptionError(
+                f"n_components={self.n_components} exceeds every dimension of every module. Pass {largest}, the "
+                "largest dimension, or less."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How to do the work of a fit. checkpoint: a folder for modules that are done; None: nothing is kept."""
+
+    device: torch.device
+    solver: str
+    engine: str
+    workers: int | None
+    checkpoint: Path | None
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
+        device: str | torch.device,
+        solver: str,
+        engine: str,
+        workers: int | None,
+        checkpoint: str | Path | None,
+        progress: Progress | None,
+    ) -> "Execution":
+        """Check the options of `fit`."""
+        engines.check_engine(engine, workers)
+        check_choice("solver", solver, SOLVERS)
+        return cls(
+            _check_device(device),
+            solver,
+            engine,
+            workers,
+            Path(checkpoint) if checkpoint is not None else None,
+            progress or (lambda stage, done, total: None),
+        )
+
+
+def is_entropy_coded(
+    bounds: Mapping[str, float | None], weighting: str, dtype: Dtype, coefficient_dtype: Dtype
+) -> bool:
+    """Return whether a fit with these options is entropy-coded; `OptionError` if they contradict each other.
+
+    bounds: max_error, max_bytes and ratio, of which at most one is not None.
+    """
+    storages = [storage for storage in (parse_storage(dtype), parse_storage(coefficient_dtype)) if storage is not None]
+    bound = _first_given(bounds)
+    if bound is None:
+        if any(storage.is_coded for storage in storages):
+            raise OptionError(NEEDS_TARGET)
+        return False
+    allows_floats = bounds["max_error"] is not None
+    if weighting == "delta" and all(storage.is_coded for storage in storages):
+        return True
+    if allows_floats and all(storage.is_float for storage in storages):
+        return False
+    if storages:
+        conflicting = next((storage for storage in storages if not storage.is_float), storages[0])
+        raise OptionError(
+            f"{bound} chooses by itself how numbers are stored, but dtype {conflicting.name} was passed. Remove it"
+            + (", or pass a float dtype." if allows_floats else ".")
+        )
+    raise OptionError(f"{bound} needs weighting='delta', got {weighting!r}. Remove weighting, or pass n_components.")
+
+
+def _first_given(options: Mapping[str, Any]) -> str | None:
+    """Return the first option that is not None, as it was written."""
+    return next((f"{name}={format_value(value)}" for name, value in options.items() if value is not None), None)
+
+
+def _refuse_cores(**storages: Storage | None) -> None:
+    """Raise `OptionError` for a storage of cores: such packs are read, but not written."""
+    for option, storage in storages.items():
+        if storage is not None and storage.core_kind is not None:
+            raise OptionError(
+                f"{option} {storage.name} is the storage of an older pack with cores, which fit does not write. "
+                f"Pass {option}={storage.basis_storage.name!r}."
+            )
+
+
+def _component_number(sizes: Mapping[str, Any]) -> int | None:
+    """Return the number for `FitOptions`: the default if no size was passed, and 1 until "auto" has chosen one."""
+    n_components = sizes["n_components"]
+    others = {name: value for name, value in sizes.items() if name != "n_components"}
+    if n_components == AUTO:
+        given = " and ".join(f"{name}={format_value(value)}" for name, value in others.items() if value is not None)
+        if given:
+            raise OptionError(f"n_components='auto' chooses a number by itself, and so does {given}. Pass one of them.")
+        return 1
+    if isinstance(n_components, str):
+        raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")
+    is_default = n_components is None and all(value is None for value in others.values())
+    return DEFAULT_COMPONENTS if is_default else n_components
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    """Return the device; `OptionError` unless it exists and computes in float64."""
+    try:
+        checked = torch.device(device)
+        torch.zeros(1, dtype=torch.float64, device=checked).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise OptionError(f"device {str(device)!r} cannot be used to fit in float64 here: {reason(error)}") from error
+    return checked

@@ -1,0 +1,210 @@
+"""The files of one adapter's folder in a pack, which is a PEFT adapter of our own type: docs/pack-format.md."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from ..codec import bitstream
+from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
+from ..codec.storage.coded import coefficient_metadata
+from ..core import boundary, keys
+from ..core.adapter import Origin, is_valid_kernel
+from ..core.json_dataclasses import from_json
+from ..core.subspace import Subspace
+from ..formats import files as lora_files
+from ..formats import lora_config, peft, safetensors_file
+from .packed_adapter import PackedAdapter, Record
+
+KEPT_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "modules_to_save",
+)
+"""Fields of a LoRA's config that hold for its coefficients too."""
+
+
+def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, bytes]:
+    """Return the files of an adapter's folder by name.
+
+    fingerprint: of the current subspace, for adapters that do not refer to an earlier one. storage: of the pack's
+    coefficients.
+    """
+    fingerprint = packed.subspace or fingerprint
+    stored = packed.payload if packed.payload is not None else storage.adapter_tensors(packed.coefficients)
+    files = {
+        keys.ADAPTER_CONFIG: _to_json(adapter_config(packed, fingerprint, storage)),
+        keys.ADAPTER_WEIGHTS: _to_safetensors({**packed.heads, **stored}),
+        keys.SOURCE_CONFIG: packed.source_config.encode("utf-8"),
+    }
+    if packed.carried:
+        files[keys.CARRIED] = _to_safetensors(packed.carried)
+    if packed.origin is not None:
+        files[keys.SOURCE_FILE] = _to_json(asdict(packed.origin))
+    return files
+
+
+def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, Any]:
+    """Return the config of our PEFT type: fields of the source that still hold, and the reference to the subspace."""
+    source = json.loads(packed.source_config)
+    metadata = coefficient_metadata(packed.coefficients)
+    kernels = {module: list(each.kernel) for module, each in metadata.items() if each.kernel}
+    residuals = {module: list(each.residual_sides) for module, each in metadata.items() if each.residual_sides}
+    return {
+        **{field: source[field] for field in KEPT_FIELDS if field in source},
+        **({keys.KERNELS: kernels} if kernels else {}),
+        **({keys.RESIDUAL_SIDES: residuals} if residuals else {}),
+        **({} if storage.is_float else {keys.COEFFICIENT_DTYPE: storage.name}),
+        "peft_type": keys.PEFT_TYPE,
+        "inference_mode": True,
+        "target_modules": sorted(packed.coefficients),
+        "subspace_modules": {module: place for module, place in packed.places.items() if module != place},
+        "subspace": keys.INSIDE_PACK,
+        "subspace_fingerprint": fingerprint,
+        "carried": bool(packed.carried),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceHistory:
+    """The subspaces that an adapter of a pack may refer to by fingerprint: the current one and those it grew from.
+
+    sizes(fingerprint, module): sizes of a module's bases then; module: its name in the subspace. at(fingerprint): the
+    subspace then, whose tensors are read when this is called.
+    """
+
+    lineage: tuple[str | None, ...]
+    sizes: Callable[[str, str], ModuleSizes]
+    at: Callable[[str], Subspace]
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """The fields of an adapter's config that its tensors are read by."""
+
+    target_modules: list[str]
+    subspace_modules: dict[str, str]
+    subspace_fingerprint: str
+    kernels: dict[str, list[int]]
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Name in the subspace of each module; `ValueError` if two modules have the same."""
+        places = {module: self.subspace_modules.get(module, module) for module in self.target_modules}
+        if len(set(places.values())) < len(places):
+            raise ValueError("two modules of the adapter are in one place of the subspace")
+        return places
+
+
+def from_files(
+    name: str, files: Mapping[str, bytes], record: Record, storage: Storage, history: SubspaceHistory
+) -> PackedAdapter:
+    """Read what `to_files` wrote, whose digests were checked before.
+
+    Errors of parsers are not translated here: call it within `boundary.damaged_on_error`.
+    """
+    tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
+    carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
+    source_config, source = boundary.parse_json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
+    lora_files.check_config(source, keys.SOURCE_CONFIG)
+    config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
+    _check_names(config.target_modules, [*tensors, *carried])
+    places, fingerprint = config.places, config.subspace_fingerprint
+    if fingerprint not in history.lineage:
+        raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
+    slots = _module_slots(config, lora_config.Numbers(source, name), history)
+    if storage.pads_rank:
+        _check_padding(record, list(slots.values()))
+    factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
+    boundary.check_factor_memory(sum(factors), "the factors of the adapter")
+    # takes the coefficients out of `tensors`, so that the heads are left
+    coefficients, payload = storage.read_adapter(tensors, slots, lambda: history.at(fingerprint))
+    origin = None
+    if keys.SOURCE_FILE in files:
+        _, fields = boundary.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
+        origin = from_json(Origin, fields, keys.SOURCE_FILE)
+    return PackedAdapter(
+        name=name,
+        coefficients=coefficients,
+        places=places,
+        heads=tensors,
+        carried=carried,
+        source_config=source_config,
+        record=record,
+        subspace=fingerprint,
+        origin=origin,
+        payload=payload,
+    )
+
+
+def _module_slots(config: _Config, numbers: lora_config.Numbers, history: SubspaceHistory) -> dict[str, ModuleSlot]:
+    """Return rank, scaling, kernel and sizes of every module; `ValueError` for what cannot be.
+
+    numbers: ranks and scalings by the source's config.
+    """
+    slots = {}
+    for module, place in config.places.items():
+        rank, scaling = numbers.of(module)
+        sizes = history.sizes(config.subspace_fingerprint, place)
+        n_in, n_out = sizes.widths
+        kernel = tuple(config.kernels.get(module, ()))
+        bitstream.check_rank(rank, (n_out, n_in))
+        if not is_valid_kernel(kernel, n_in):
+            raise ValueError(f"the kernel of module {module} is {kernel}, which its {n_in} inputs do not fit")
+        slots[module] = ModuleSlot(place, rank, scaling, kernel, sizes)
+    return slots
+
+
+def _read_fields(data: bytes) -> dict[str, Any]:
+    """Return the fields of `_Config` in an adapter's config; the others are PEFT's."""
+    config = {keys.KERNELS: {}, **boundary.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
+    return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
+
+
+def _check_padding(record: Record, slots: Sequence[ModuleSlot]) -> None:
+    """Raise `ValueError` unless ranks and widths agree with the manifest.
+
+    A module without components takes no byte of a file, so that only the manifest limits how large its factors are.
+    """
+    ranks = {slot.rank for slot in slots}
+    if not ranks <= set(record.ranks):
+        raise ValueError(f"ranks are {record.ranks} in the manifest and {sorted(ranks)} in {keys.SOURCE_CONFIG}")
+    widths = [(slot.rank, *slot.sizes.widths) for slot in slots if slot.sizes is not None]
+    # modules may share a down factor, which counts once
+    least = sum(rank * (n_in // len(widths) + n_out) for rank, n_in, n_out in widths)
+    most = sum(rank * (n_in + n_out) for rank, n_in, n_out in widths)
+    if not least <= record.lora_numbers <= most:
+        raise ValueError(f"lora_numbers is {record.lora_numbers} in the manifest; the modules have {least} to {most}")
+
+
+def _check_names(modules: Iterable[str], stored: Iterable[str]) -> None:
+    """Raise `ValueError` for a name that no tensor of a LoRA's file can have: its export could not be read.
+
+    stored: names of tensors that are exported as they are.
+    """
+    factors = {module: keys.lora_key(module, "down") for module in modules}
+    keys.check_tensor_names([*factors.values(), *stored], "the adapter")
+    for module, key in factors.items():
+        if keys.parse_peft_key(key).module != module:
+            raise ValueError(f"{module!r} is no name of a module")
+
+
+def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return to_safetensors({key: peft.owned(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"})
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("utf-8")

@@ -1,0 +1,182 @@
+"""From an adapter to what a pack stores of it: coefficients in the bases of a subspace, projected or entropy-coded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..codec.adapter_codes import AdapterCodes, ModuleLayout
+from ..codec.group_integers import Payload
+from ..codec.storage import coded
+from ..codec.storage.base import ModuleSlot, Storage
+from ..codec.storage.coded import CodedCoefficients, coefficient_metadata
+from ..codec.storage.table import adapter_payload
+from ..core import keys, metrics
+from ..core.adapter import Adapter, LoRAFactors
+from ..core.batch import stack_factors
+from ..core.coefficients import CoefficientBatch, Coefficients
+from ..core.metrics import AdapterError, ModuleError
+from ..core.projection import DualComponents
+from ..core.subspace import ModuleBases
+from ..errors import NonFiniteError
+from ..formats import lora_config
+from ..formats.checks import Scan
+from .packed_adapter import PackedAdapter, Record, coefficient_bytes
+
+FLOAT32_RANGE = 1e-36, 1e37
+"""Sizes of factors whose products and norms float32 holds, with room for rows that are smaller or larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedAdapter:
+    """An adapter whose tensors were read once, and the modules of it that a subspace holds.
+
+    subspace_modules: name in the subspace of each such module, by the adapter's own name. The others are carried.
+    """
+
+    adapter: Adapter
+    scan: Scan
+    subspace_modules: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the adapter changes no weight: every update is zero, and nothing else is carried."""
+        return not any(self.scan.delta_squares.values()) and not self.adapter.carried
+
+    def is_trained(self, module: str) -> bool:
+        """Return whether the adapter's update of this module is not zero."""
+        return self.scan.delta_squares[module] > 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedModule:
+    """One module of an adapter as stored. payload: its tensors in the file where these are not the coefficients."""
+
+    coefficients: Coefficients
+    payload: Payload
+    error: ModuleError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedAdapter:
+    """All projected modules of an adapter as stored, by the adapter's own names, and the error of them together."""
+
+    coefficients: Mapping[str, Coefficients]
+    payload: Payload | None
+    error: AdapterError
+
+    @classmethod
+    def of(cls, modules: Mapping[str, EncodedModule]) -> "EncodedAdapter":
+        """Join modules that were encoded one by one."""
+        payload: dict[str, Tensor] = {}
+        for module in modules.values():
+            payload |= module.payload
+        return cls(
+            coefficients={name: module.coefficients for name, module in sorted(modules.items())},
+            payload=payload or None,
+            error=metrics.adapter_error(module.error for module in modules.values()),
+        )
+
+
+def project_module(
+    module: str, factors: LoRAFactors, bases: ModuleBases, storage: Storage, dual: DualComponents | None = None
+) -> EncodedModule:
+    """Project one update on its bases, rounded to `storage`, and measure the error.
+
+    dual: `projection.dual_components` of the bases, if they are at hand.
+    """
+    prepared = storage.prepare(stack_factors([factors], [0.0]))
+    projected = storage.project(prepared, bases, dual)
+    (error,) = metrics.module_errors(prepared, projected, bases, None, storage.exact_coefficients(prepared, bases))
+    return encoded_row(module, projected, 0, factors.kernel, error)
+
+
+def encoded_row(
+    module: str, batch: CoefficientBatch, row: int, kernel: tuple[int, ...], error: ModuleError
+) -> EncodedModule:
+    """Return one row of a batch of projected adapters as a module of its adapter."""
+    coefficients = Coefficients(batch.down[row], batch.up[row], float(batch.scaling[row]), kernel)
+    return EncodedModule(coefficients, adapter_payload(batch, row, module), error)
+
+
+def encoded_by_codes(
+    scanned: ScannedAdapter, codes: AdapterCodes, layouts: Mapping[str, ModuleLayout], data: bytes, error: float
+) -> EncodedAdapter:
+    """Return an entropy-coded adapter as stored; its coefficients are decoded when they are asked for.
+
+    layouts: of its modules, by their names in the subspace. data: `codes` as bytes. error: the relative error of all
+    modules together. `NonFiniteError` where float32 cannot hold the decoded factors.
+    """
+    specs, squares, names = scanned.adapter.specs, scanned.scan.delta_squares, scanned.subspace_modules
+    # factors of equal norms have the fourth root of the update's squared norm each
+    size = sum(squares[module] for module in names) ** 0.25
+    smallest, largest = FLOAT32_RANGE
+    for module in names:
+        scaling = abs(specs[module].scaling)
+        if squares[module] and not (size / max(1.0, scaling) > smallest and size / min(1.0, scaling) < largest):
+            raise NonFiniteError(
+                f"Adapter {scanned.name!r}, module {module}: decoded factors would be outside the range of float32. "
+                "Leave the adapter out, or fit with max_error and dtype float64."
+            )
+    slots = {
+        module: ModuleSlot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
+        for module, place in names.items()
+    }
+    return EncodedAdapter(
+        coefficients=CodedCoefficients(codes, layouts, slots),
+        payload={keys.CODED: coded.blob(data)},
+        # residuals are coded too, so that rounding is the only cause of an error
+        error=AdapterError(delta_error=error, rounding_error=error),
+    )
+
+
+def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bool) -> PackedAdapter:
+    """Return the adapter as a pack holds it; modules that were not projected are carried as they are.
+
+    in_fit: whether the subspace was fitted to it.
+    """
+    adapter, coefficients = scanned.adapter, encoded.coefficients
+    carried = {key: adapter.carried[key] for key in adapter.carried}
+    for module in adapter.modules:
+        if module not in coefficients:
+            for side, weight in zip(keys.SIDES, adapter.modules[module].weights, strict=True):
+                carried[keys.lora_key(module, side)] = weight
+    heads = {key: adapter.heads[key] for key in adapter.heads}
+    record = Record(
+        delta_error=encoded.error.delta_error,
+        rounding_error=encoded.error.rounding_error,
+        in_fit=in_fit,
+        untrained=scanned.is_untrained,
+        ranks=list(adapter.ranks),
+        modules=len(coefficients),
+        lora_numbers=sum(adapter.specs[module].numbers for module in coefficients),
+        coefficient_bytes=coefficient_bytes(coefficients, encoded.payload),
+        carried_bytes=sum(tensor.nbytes for tensor in carried.values()),
+        head_bytes=sum(tensor.nbytes for tensor in heads.values()),
+        source_sha256=scanned.scan.content_hash,
+        source_file_bytes=adapter.file_bytes,
+    )
+    return PackedAdapter(
+        name=adapter.name,
+        coefficients=coefficients,
+        places={module: scanned.subspace_modules[module] for module in sorted(coefficients)},
+        heads=heads,
+        carried=carried,
+        source_config=_source_config(adapter, coefficients),
+        record=record,
+        origin=adapter.origin,
+        payload=encoded.payload,
+    )
+
+
+def _source_config(adapter: Adapter, coefficients: Mapping[str, Coefficients]) -> str:
+    """Return the adapter's config, with the ranks that it comes back with where they are not its own."""
+    config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
+    ranks = {module: metadata.rank for module, metadata in coefficient_metadata(coefficients).items()}
+    if any(rank != adapter.specs[module].rank for module, rank in ranks.items()):
+        return lora_config.of_ranks(config, adapter, ranks)
+    return config

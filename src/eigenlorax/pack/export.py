@@ -1,0 +1,91 @@
+"""Adapters of a pack written as ordinary LoRAs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import formats
+from ..core import atomic_files, keys, metrics, narrowing, staging
+from ..core.adapter import LazyMapping, LoRAFactors
+from ..core.extension import Progress
+from . import folder
+from .packed_adapter import PackedAdapter, unpack
+
+if TYPE_CHECKING:
+    from .pack import Pack
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """The adapters to export, each with its format, and where to. dtype: of the factors; None: as wide as stored."""
+
+    directory: Path
+    formats: Mapping[str, str]
+    dtype: torch.dtype | None
+    overwrite: bool
+
+    @property
+    def targets(self) -> dict[str, Path]:
+        """The folder or file of each adapter."""
+        suffixes = {name: formats.writable(target_format).suffix for name, target_format in self.formats.items()}
+        return {name: self.directory / (name + suffix) for name, suffix in suffixes.items()}
+
+
+def lossless_dtype(pack: "Pack") -> torch.dtype:
+    """Return a dtype for factors in which they are not rounded again: the pack's, and float32 at least."""
+    return torch.promote_types(torch.promote_types(pack.dtype, pack.coefficient_dtype), torch.float32)
+
+
+def export_adapters(pack: "Pack", plan: ExportPlan, progress: Progress | None) -> dict[str, Path]:
+    """Write adapters, and return where each is.
+
+    Targets, names of modules, dtypes and the pack's bytes are checked for all adapters before the first is written.
+    """
+    targets = plan.targets
+    for name, target in targets.items():
+        folder.check_outside(target)
+        atomic_files.recover(target)
+        if formats.writable(plan.formats[name]).suffix:
+            atomic_files.check_file_free(target, plan.overwrite)
+        else:
+            atomic_files.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), plan.overwrite)
+    checked: PackedAdapter | None = None
+    for name, target_format in plan.formats.items():
+        checked = _check_writable(pack, name, target_format, plan.dtype)
+    if plan.directory.is_dir():
+        staging.remove_abandoned(plan.directory)
+    with atomic_files.defer_folder_syncs():
+        for done, (name, target) in enumerate(targets.items()):
+            if progress is not None:
+                progress("exporting adapters", done, len(targets))
+            # a single adapter is decoded once; of several, only one at a time is in memory
+            packed = checked if checked is not None and len(targets) == 1 else pack.packed(name)
+            adapter = unpack(packed, pack.subspace, plan.dtype or lossless_dtype(pack))
+            formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
+    return targets
+
+
+def _check_writable(pack: "Pack", name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
+    """Return an adapter as stored, after checking that the format has names for all of it and the dtype its range."""
+    packed = pack.packed(name)
+    if dtype is not None:
+        exact = unpack(packed, pack.subspace, torch.float64).modules
+        for _ in narrowing.narrow_adapter(name, LazyMapping(packed.places, exact.__getitem__), dtype):
+            pass
+    formats.check_writable(unpack(packed, pack.subspace, dtype or lossless_dtype(pack)), format)
+    return packed
+
+
+def rounding_error(pack: "Pack", name: str, dtype: torch.dtype) -> float:
+    """Return the relative error of an adapter's update that rounding its exported factors to `dtype` causes."""
+    packed = pack.packed(name)
+    exact, rounded = (unpack(packed, pack.subspace, each).modules for each in (torch.float64, dtype))
+
+    # a difference of updates is exact only between factors that were scaled alike
+    def in_the_same_scale(module: str) -> LoRAFactors:
+        return narrowing.balance(exact[module], dtype) if module in packed.places else exact[module]
+
+    return metrics.rounding_error(LazyMapping(exact, in_the_same_scale), rounded)
