@@ -57,15 +57,15 @@ def report(
     if adapters is None and left_out is not None:
         raise OptionError("left_out needs the original adapters: give them too, as `adapters`.")
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
-    say = progress or (lambda stage, done, total: None)
+    progress = progress or (lambda stage, done, total: None)
     matched = None
     if adapters is not None:
         listed = originals.listed(adapters)
-        matched = listed if isinstance(listed, Originals) else originals.find(pack, listed, say, **options)
+        matched = listed if isinstance(listed, Originals) else originals.find(pack, listed, progress, **options)
     packed = {name: pack.packed(name) for name in pack.names}
     with threads.suited_to(measure.largest(pack, packed)):
-        measured = measure.measure(pack, packed, matched, seed, left_out, say) if matched is not None else None
-        return _assemble(_Sources(pack, packed, matched, measured, seed, say))
+        measured = measure.measure(pack, packed, matched, seed, left_out, progress) if matched is not None else None
+        return _assemble(_Sources(pack, packed, matched, measured, seed, progress))
 
 
 @dataclass(frozen=True, slots=True)

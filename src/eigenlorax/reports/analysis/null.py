@@ -39,8 +39,8 @@ def dealt(draws: int, generator: torch.Generator) -> list[int]:
 
     Modules are independent. A few draws of each therefore combine to many random collections.
     """
-    order: list[int] = (torch.randperm(COLLECTIONS, generator=generator) % draws).tolist()
-    return order
+    draw_of_collection: list[int] = (torch.randperm(COLLECTIONS, generator=generator) % draws).tolist()
+    return draw_of_collection
 
 
 def spread(figures: Float[Tensor, "c ..."], draws: int) -> Float[Tensor, "..."]:
@@ -115,5 +115,5 @@ def cosines(k: int, j: int, d: int, generator: torch.Generator) -> Float[Tensor,
         return torch.zeros(0, dtype=torch.float64)
     # one of the subspaces may be spanned by the first coordinates without loss of generality
     rows = turned(torch.eye(k, dtype=torch.float64)[None], d, generator)[0]
-    cosines_of_angles: Tensor = torch.linalg.svdvals(rows[:, :j])
-    return cosines_of_angles.clamp(0, 1)
+    sigmas: Tensor = torch.linalg.svdvals(rows[:, :j])
+    return sigmas.clamp(0, 1)

@@ -22,8 +22,8 @@ def shares(singular_values: Float[Tensor, " n"], most: int) -> list[float]:
     """Return the first `most` of σ²/Σσ²."""
     squares = singular_values.double().square()
     total = squares.sum()
-    energies: list[float] = (squares[:most] / total if total > 0 else squares[:most]).tolist()
-    return energies
+    leading: list[float] = (squares[:most] / total if total > 0 else squares[:most]).tolist()
+    return leading
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Halves:
     sizes: tuple[int, int]
 
     @classmethod
-    def of(cls, rows: Float[Tensor, "k d"], second: Float[Tensor, "j d"]) -> "Halves":
+    def of(cls, first: Float[Tensor, "k d"], second: Float[Tensor, "j d"]) -> "Halves":
         """Compare the spans of orthonormal rows."""
-        return cls(cosines(rows, second), (len(rows), len(second)))
+        return cls(cosines(first, second), (len(first), len(second)))
 
 
 def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tuple[int, int]) -> tuple[Halves, Halves]:
@@ -46,28 +46,28 @@ def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tu
     """
     options = FitOptions(n_components=max(*k, 1), weighting="delta", sweeps=0)
     sides = []
-    for chosen in (first, second):
-        if not chosen:
+    for half in (first, second):
+        if not half:
             return Halves(torch.zeros(0), (0, 0)), Halves(torch.zeros(0), (0, 0))
-        factors, weights = [members[0][i] for i in chosen], [members[1][i] for i in chosen]
+        factors, weights = [members[0][i] for i in half], [members[1][i] for i in half]
         leading = ExactFit(factors, weights, options).leading(component_rule(options.n_components, None))
         sides.append([side.components()[:size] for side, size in zip(leading, k, strict=True)])
-    (down, up), (other_down, other_up) = sides
-    return Halves.of(down, other_down), Halves.of(up, other_up)
+    (first_down, first_up), (second_down, second_up) = sides
+    return Halves.of(first_down, second_down), Halves.of(first_up, second_up)
 
 
-def cosines(rows: Float[Tensor, "k d"], second: Float[Tensor, "j d"]) -> Tensor:
+def cosines(first: Float[Tensor, "k d"], second: Float[Tensor, "j d"]) -> Tensor:
     """Return the cosines of the principal angles, descending, between the spans of orthonormal rows."""
-    if 0 in (rows.shape[0], second.shape[0]):
+    if 0 in (first.shape[0], second.shape[0]):
         return torch.zeros(0)
-    values: Tensor = torch.linalg.svdvals(rows @ second.mT)
-    return values.clamp(0, 1)
+    sigmas: Tensor = torch.linalg.svdvals(first @ second.mT)
+    return sigmas.clamp(0, 1)
 
 
 def degrees(descending: Float[Tensor, " n"]) -> list[float]:
     """Convert descending cosines to ascending angles in degrees."""
-    values: list[float] = torch.rad2deg(torch.arccos(descending.double().clamp(-1, 1))).tolist()
-    return values
+    angles: list[float] = torch.rad2deg(torch.arccos(descending.double().clamp(-1, 1))).tolist()
+    return angles
 
 
 def energy(batch: ModuleBatch, weights: Float[Tensor, " n"], k: tuple[int, int], weighting: str) -> tuple[float, float]:

@@ -46,7 +46,8 @@ _FEW = 2
 
 def render(report: ReportData) -> str:
     """Return the document. `MissingExtraError` where matplotlib is not installed."""
-    contents = {name: section(name, report) for name in SECTIONS}
+    context = _context(report)
+    contents = {name: _compact(f"sections/{name}.html", **context) for name in SECTIONS}
     about, script = report.collection, _asset("page.js")
     title = f"{numbers.plural(about.adapters, 'LoRA adapter')} of {about.base_model or 'an unnamed base model'}"
     body = _compact(
