@@ -1,8 +1,8 @@
 """Quantised bases and adapters as bytes: docs/pack-format.md, "Coded".
 
 A basis is one run of bytes, and an adapter is another, which is read with the layouts of its modules alone. Step sizes,
-counts and levels come first, as plain or deflated bytes; they tell the class of every integer of the entropy-coded
-stream that follows.
+counts and levels come first, as plain or deflated bytes. They determine the class of every integer of the
+entropy-coded stream that follows.
 """
 
 import math
@@ -23,7 +23,7 @@ from .quantised_basis import QuantisedBasis, row_classes
 BASIS_PART = "coded"
 """Suffix of the name of a coded basis in a subspace's file."""
 STEP_SIZES_PER_OCTAVE = 2**14
-"""Resolution of an adapter's quantisation step size: so fine that an error bound is missed by little."""
+"""Resolution of an adapter's quantisation step size, far finer than the search for it (`step_sizes.CLOSE`)."""
 EMPTY_BASIS = bytes([1, 0, 0])
 """Bytes of a basis without a row."""
 _STEP_BYTES = 3
@@ -145,13 +145,13 @@ def encode_adapters(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLa
 
 
 def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes:
-    """Return step size, cluster and all levels, as planes: first one property of all modules, then the next."""
+    """Return the header of an adapter: step size, cluster, and levels plane by plane."""
     counts = np.array([module.count for module in modules], dtype=np.int64)
     scales = np.concatenate([NO_INTEGERS, *(module.scales for module in modules)])
     levels = [np.concatenate([NO_INTEGERS, *arrays]) for arrays in zip(*(_levels(m) for m in modules), strict=True)]
     nonzero = [level > 0 for level in levels] or [np.zeros(0, dtype=bool)] * 4
     wide = bool((counts > 255).any())
-    # plane by plane, so that deflate meets similar bytes side by side
+    # plane by plane: deflate compresses similar bytes better side by side
     planes = [
         counts & 255,
         *([counts >> 8] if wide else []),
@@ -170,9 +170,9 @@ def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes
     flags = _WIDE_COUNTS * wide + _DEFLATED * (len(deflated) < len(body)) + _CLUSTER * codes.cluster
     # adapters of few modules are shorter without
     body = min(body, deflated, key=len)
-    # what is beyond float32, which a caller refuses with its name, may be beyond these three bytes too
-    step = min(max(round(STEP_SIZES_PER_OCTAVE * math.log2(codes.step_size)), -(2**23)), 2**23 - 1)
-    return step.to_bytes(_STEP_BYTES, "little", signed=True) + _encode_varint(flags) + body
+    # a step size beyond float32, which a caller refuses with the adapter's name, may be beyond these three bytes too
+    logarithm = min(max(round(STEP_SIZES_PER_OCTAVE * math.log2(codes.step_size)), -(2**23)), 2**23 - 1)
+    return logarithm.to_bytes(_STEP_BYTES, "little", signed=True) + _encode_varint(flags) + body
 
 
 def _encode_varint(number: int) -> bytes:
@@ -313,7 +313,7 @@ def read_header(data: bytes, names: Sequence[str], max_components: int) -> Adapt
     try:
         if flags & _DEFLATED:
             size, at = _decode_varint(data, at)
-            # one byte more than there may be tells a body that is too long
+            # one byte more than allowed, so that a body that is too long is noticed
             body, at = zlib.decompressobj(-15).decompress(data[at : at + size], most + 1), at + size
         else:
             body = data[at : at + most]

@@ -70,7 +70,7 @@ def candidate_groupings(similarity: Float[Tensor, "n s"], sampled: Sequence[int]
     # as a cosine: an update with few components is not less similar to others
     norm = among_sampled.diagonal().clamp_min(1e-300).sqrt()
     affinity = (among_sampled / norm[:, None] / norm[None]).clamp(0, 1)
-    # without the diagonal, as Ng et al.: an adapter's similarity to itself says nothing of groups
+    # without the diagonal, as Ng et al.: an adapter's similarity to itself is no sign of a group
     affinity.fill_diagonal_(0.0)
     # the normalised affinity has an eigenvalue near 1 for each group that is connected to itself alone
     degree = affinity.sum(1).clamp_min(1e-12).rsqrt()

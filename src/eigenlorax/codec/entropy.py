@@ -1,9 +1,9 @@
 """An entropy coder for integers that are mostly near zero.
 
-Each integer has a *class*, which encoder and decoder know beforehand and which says how far from zero it is likely to
-be: class c stands for a logistic distribution of scale 2^(c/4 − 4). Likely integers take few bits, down to a hundredth
+Each integer has a *class*, known to encoder and decoder beforehand: a logistic distribution of scale 2^(c/4 − 4) for
+class c. Likely integers take few bits, down to a hundredth
 of one. The coder is rANS (Duda 2013, arXiv 1311.2540) with 32-bit states, 16-bit words and probabilities of 15 bits.
-docs/pack-format.md says what each byte is.
+docs/pack-format.md describes each byte.
 
 rANS is sequential: each integer needs the state that the one before has left. A stream is therefore dealt to several
 *lanes*, each with a state of its own, and NumPy advances all lanes of all streams by one integer at a time.
@@ -286,7 +286,7 @@ def _lane_count(classes: np.ndarray) -> int:
 
 @cache
 def _hundredths_of_bits(number: int) -> int:
-    """Return what an integer of a class takes on average, in whole hundredths of a bit, without escapes."""
+    """Return the mean bits of an integer of a class, in whole hundredths, without escapes."""
     table = class_table(number)
     frequencies = np.diff(table.bounds)[:-1]
     bits = PRECISION - np.log2(frequencies.astype(np.float64)) + table.raw_bits
@@ -294,7 +294,7 @@ def _hundredths_of_bits(number: int) -> int:
 
 
 def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the last states of the lanes, what may be words, stream after stream, and where each stream begins.
+    """Return the last states of the lanes, all that may be words, and the first of these of each stream.
 
     Only decoding tells where the words of a stream end, and its raw bits begin.
     """

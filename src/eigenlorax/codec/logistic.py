@@ -1,7 +1,7 @@
 """Classes of integers and their bits in closed form, for decisions before anything is encoded.
 
 `entropy` encodes an integer of class c with the logistic distribution of scale 2^(c/4 − 4). Its tables are exact but
-slow to look up; here the bits come from the distribution itself, for whole tensors.
+slow to look up; here the bits of whole tensors come from the distribution itself.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A basis as integers: each row has a quantisation step size of its own, as fine as the adapters' use of it asks."""
+"""A basis as integers, with a quantisation step size for each row."""
 
 import math
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ class QuantisedBasis:
 
 
 def row_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
-    """Return the class of the codes of each row, which follows from its step size: its numbers are of a unit row."""
+    """Return the class of the codes of each row, from its step size and the spread of numbers in a unit row."""
     # a number of a unit row has the standard deviation d^(−½)
     unit_class = round(16 + 4 * math.log2(math.sqrt(3) / math.pi) - 2 * math.log2(dimension))
     classes: np.ndarray = np.clip(fineness + unit_class, 0, CLASSES - 1)

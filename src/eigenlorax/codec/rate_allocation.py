@@ -255,7 +255,7 @@ class _ModuleCosts:
         # a singular component that costs more than its squared error is worth is left out
         limit = BITS_PER_SQUARED_ERROR * self.lengths**2
         sides, best = (self.down, self.up), [0, 0]
-        # what is best on one side depends little on the other: all pairs of counts are not compared
+        # the best count of one side depends little on the other's: not all pairs of counts are compared
         for turn in (0, 1, 0):
             opposite = sides[1 - turn].costs[:, [best[1 - turn]]]
             costs = np.minimum(sides[turn].costs + opposite + OVERHEAD, limit[:, None]).sum(0)
@@ -348,13 +348,13 @@ class RateSurvey:
     def plan(self, error: float) -> RatePlan:
         """Choose step sizes and numbers of components for a delta error of every adapter."""
         logs = np.log2(self.step_sizes)
-        # an estimate may fall with the step size, by another number of components; interpolation needs an order
+        # an error may fall as the step size grows, where the number of components changes; `np.interp` needs an order
         errors = np.maximum.accumulate(np.log2(np.maximum(self._squared_errors, 1e-300)), axis=0)
-        # of the squared error: 2 · log(error); each adapter gets the step size for its own curve
+        # each adapter by its own curve; the curves are of squared errors, whose logarithm is 2 · log(error)
         chosen = np.array([np.interp(2 * np.log2(error), column, logs) for column in errors.T])
         bits = sum(float(np.interp(x, logs, column)) for x, column in zip(chosen, self._bits.T, strict=True))
         basis_bits = float(np.interp(float(chosen.mean()), logs, self._basis_bits))
-        # the numbers of components are shared: they are those for the mean step size of a module's adapters
+        # all adapters of a module share its components: their number is that for the mean of their step sizes
         nearest = [int(np.abs(logs - chosen[members].mean()).argmin()) for members in self._members]
         k = [counts[max(index - 1, 0) : index + 2] for counts, index in zip(self._k, nearest, strict=True)]
         return RatePlan(2.0**chosen, k, bits + basis_bits)

@@ -53,8 +53,8 @@ class BatchSideCodes:
     residuals: Int[Tensor, "n r d"]
     residual_levels: Int[Tensor, "n r"]
 
-    def rows(self, basis: Tensor) -> Float[Tensor, "n r d"]:
-        """Return the vectors that the codes stand for, in step sizes, float64. basis: (k, d)."""
+    def rows(self, basis: Float[Tensor, "k d"]) -> Float[Tensor, "n r d"]:
+        """Return the vectors that the codes stand for, in step sizes, float64, given the rows of the basis."""
         return self.coefficients.to(torch.float64) @ basis.to(torch.float64) + self.residuals.to(torch.float64)
 
     def mask(self, keep: Tensor) -> "BatchSideCodes":
@@ -99,7 +99,7 @@ class UpdateCodes:
 
 
 def rate_distortion_cost(bits: Tensor, squared_errors: Tensor, step_sizes: Tensor) -> Float[Tensor, " n"]:
-    """Return bits plus the bits that the squared errors are worth at these step sizes."""
+    """Return bits plus squared errors, converted to bits at the price `BITS_PER_SQUARED_ERROR` for these step sizes."""
     return bits + BITS_PER_SQUARED_ERROR * squared_errors / step_sizes.square()
 
 
@@ -273,8 +273,8 @@ def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Te
         scaled: The numbers before rounding, (…, d), scaled to one spread throughout the vector.
         profile: Classes that are added to the level for each number, (d,).
     """
-    # by the mean absolute value and not the square, so that a few large numbers do not make all others dear; and lower
-    # still, for vectors that are nearly zero apart from these
+    # the mean absolute value depends less on a few large numbers than the mean square does; lower classes are tried
+    # for vectors that are nearly zero apart from a few numbers
     first = classes_of_spread(scaled.abs().mean(-1) * MEAN_TO_SPREAD)
     candidates = [(first - lower).clamp_min(0) for lower in LOWER_CLASSES]
     bits = torch.stack(

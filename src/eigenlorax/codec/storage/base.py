@@ -1,4 +1,4 @@
-"""The interface of a storage, and what its implementations share.
+"""The interface of a storage, and helpers of its implementations.
 
 Whatever the storage, numbers in memory are ordinary floats. Where the file holds something that a cast of these floats
 does not give, the tensors of the file travel along as a *payload*, so that a pack that was read is written again
