@@ -74,7 +74,7 @@ def test_a_pack_is_whole_before_its_report_is_made(cli_with_reports, place, monk
     pytest.importorskip("matplotlib")
     from eigenlorax.reports import stored
 
-    monkeypatch.setattr(stored, "leave", interrupt)
+    monkeypatch.setattr(stored, "write", interrupt)
     done = cli_with_reports("fit", place / "in", "-o", place / "pack", "-k", 6)
     assert_says(done, f"{place / 'pack'} is written and complete, except perhaps for its report.")
     assert json_of(cli_with_reports("inspect", place / "pack", "--json"))["adapters"] == 3

@@ -244,13 +244,13 @@ class TestTheVerdictKnowsHowChanceScatters:
         [(0.8, 0.1, "shared"), (0.8, 0.3, "not-shared"), (0.4, 0.05, "partly-shared"), (0.4, 0.2, "not-shared")],
     )
     def test_what_chance_may_have_kept_is_not_shared(self, kept, spread, kind):
-        assert verdict.of(self.report(kept=kept, kept_spread=spread)).findings[0].kind == kind
+        assert verdict.conclude(self.report(kept=kept, kept_spread=spread)).findings[0].kind == kind
 
     @pytest.mark.parametrize(
         ("spread", "said"), [(0.01, "0.100 of its squared norm: they share a little"), (0.04, "no more than chance")]
     )
     def test_a_little_is_shared_where_it_is_more_than_that(self, spread, said):
-        assert said in verdict.of(self.report(kept=0.1, kept_spread=spread)).findings[0].text
+        assert said in verdict.conclude(self.report(kept=0.1, kept_spread=spread)).findings[0].text
 
 
 class TestForms:

@@ -40,7 +40,7 @@ def report(pack, adapters):
 def with_a_report(adapters, tmp_path_factory):
     own, folder = ex.fit(adapters, n_components=6), tmp_path_factory.mktemp("made") / "pack"
     own.save(folder)
-    stored.leave(own, adapters, folder, lambda stage, done, total: None)
+    stored.write(own, adapters, folder, lambda stage, done, total: None)
     return folder
 
 
@@ -187,7 +187,7 @@ class TestInAPack:
         return Path(shutil.copytree(with_a_report, tmp_path / "pack"))
 
     def test_is_read_again(self, place, report):
-        assert stored.of(ex.Pack.open(place)) == report
+        assert stored.load(ex.Pack.open(place)) == report
 
     def test_is_no_part_of_the_pack(self, place):
         ex.Pack.open(place).verify()
@@ -196,7 +196,7 @@ class TestInAPack:
 
     def test_there_is_none(self, own, tmp_path, recwarn):
         own.save(tmp_path / "pack")
-        assert stored.of(ex.Pack.open(tmp_path / "pack")) is None
+        assert stored.load(ex.Pack.open(tmp_path / "pack")) is None
         assert not recwarn.list
 
     def test_one_of_another_state_is_not_used(self, place):
@@ -206,7 +206,7 @@ class TestInAPack:
         # as one that was copied there, or left by a writer that was killed
         (place / keys.REPORT_FIGURES).write_bytes(figures)
         with pytest.warns(StaleReportWarning, match=r"is not used: .* \(1 adapters? of it"):
-            assert stored.of(ex.Pack.open(place)) is None
+            assert stored.load(ex.Pack.open(place)) is None
 
     @pytest.mark.parametrize(
         "change",
@@ -233,14 +233,14 @@ class TestInAPack:
         with ex.Pack.edit(place) as pack:
             pack.base_model = "org/renamed"
         assert ex.Pack.open(place).base_model == "org/renamed"
-        assert stored.of(ex.Pack.open(place)) == report
+        assert stored.load(ex.Pack.open(place)) == report
 
     def test_is_not_left_in_the_place_of_somebody_elses(self, own, adapters, tmp_path, monkeypatch):
         own.save(tmp_path / "pack")
         (tmp_path / "pack" / keys.REPORT_PAGE).write_text("somebody's own")
         monkeypatch.setattr("eigenlorax.reports.build.report", None)
         with pytest.raises(PackExistsError, match="report.html exists and is no report"):
-            stored.leave(own, adapters, tmp_path / "pack", lambda stage, done, total: None)
+            stored.write(own, adapters, tmp_path / "pack", lambda stage, done, total: None)
         assert not (tmp_path / "pack" / keys.REPORT_FIGURES).exists()
 
     def test_the_card_is_not_replaced(self, place, report):
@@ -262,7 +262,7 @@ class TestInAPack:
     def test_a_damaged_one_is_not_used(self, place):
         (place / keys.REPORT_FIGURES).write_text("{")
         with pytest.warns(StaleReportWarning, match="the report in the pack is not used: .* is not valid JSON"):
-            assert stored.of(ex.Pack.open(place)) is None
+            assert stored.load(ex.Pack.open(place)) is None
 
 
 class TestArguments:

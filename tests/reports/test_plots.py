@@ -58,8 +58,8 @@ def test_names_are_shortened_in_the_middle_and_on_one_line():
     assert numbers.shortened("abcdefghij", 10) == "abcdefghij"
     assert numbers.shortened("abcdefghijk", 10) == "abcd…ghijk"
     assert numbers.shortened("a\n b", 10) == "a b"
-    assert numbers.some(list("abcd"), 3) == (list("abcd"), [])
-    assert numbers.some(list("abcde"), 3) == (list("abc"), list("de"))
+    assert numbers.split_names(list("abcd"), 3) == (list("abcd"), [])
+    assert numbers.split_names(list("abcde"), 3) == (list("abc"), list("de"))
 
 
 @given(st.floats(min_value=1e-8, max_value=1e8))

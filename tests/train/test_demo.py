@@ -157,7 +157,7 @@ class TestTheCommand:
         assert found["new_task"] == []
         assert ex.Pack.open(folder / "pack").names == sorted(demo.descriptions())
         assert len(list((folder / "loras").iterdir())) == len(demo.descriptions())
-        report = stored.of(ex.Pack.open(folder / "pack"))
+        report = stored.load(ex.Pack.open(folder / "pack"))
         assert (report.in_fit.adapters, report.projected.adapters) == (13, 3)
         again = command("demo", "--keep", folder)
         assert again.code == 4

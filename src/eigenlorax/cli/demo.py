@@ -69,7 +69,7 @@ def demo(
         )
         if keep is not None and extra.is_installed():
             pack = keep / "pack"
-            stored.leave(Pack.open(pack), demonstration.shipped(), pack, progress)
+            stored.write(Pack.open(pack), demonstration.shipped(), pack, progress)
     seconds = time.perf_counter() - started
     if json:
         console.print_json(

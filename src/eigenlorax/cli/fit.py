@@ -279,7 +279,7 @@ def _write_report(pack: "Pack", adapters: list[str], folder: Path, progress: "Pr
         )
         return None
     try:
-        return stored.leave(pack, adapters, folder, progress, **reading).verdict.headline
+        return stored.write(pack, adapters, folder, progress, **reading).verdict.headline
     except OSError as error:
         # the pack itself is complete, so that this is a note and no error
         console.note(f"no report was written: {reason(error).rstrip('.')}.")

@@ -175,7 +175,7 @@ def report(
             measure = _MeasureOptions(adapters, reading, left_out_count, seed)
             result = _report_on_originals(opened, measure, evaluation, progress)
         else:
-            result = stored.of(opened) or make_report(opened, seed=seed, progress=progress)
+            result = stored.load(opened) or make_report(opened, seed=seed, progress=progress)
         for path in output or ():
             files.write(result, path)
     if json:

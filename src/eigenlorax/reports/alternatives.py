@@ -31,8 +31,11 @@ def left_out(measured: Measured | None, pack: Pack, seed: int, copies: set[str])
     total = measured.total[[measured.fitted[measured.chosen[row]] for row in rows]]
     kept, expected = measured.left_out_kept[rows], measured.chance[rows]
     errors = dict(zip(names, spreads.relative(total - kept, total), strict=True))
-    spread, in_fit = spreads.of(errors), spreads.of({name: pack.records[name].delta_error for name in errors})
-    by_chance = spreads.of(dict(zip(names, spreads.relative(total - expected, total), strict=True)))
+    spread, in_fit = (
+        spreads.summarise(errors),
+        spreads.summarise({name: pack.records[name].delta_error for name in errors}),
+    )
+    by_chance = spreads.summarise(dict(zip(names, spreads.relative(total - expected, total), strict=True)))
     assert spread is not None
     assert in_fit is not None
     assert by_chance is not None
@@ -108,7 +111,7 @@ def baselines(
             errors = null_model.errors if null_model is not None else None
         else:
             known = {adapter.name: getattr(adapter, field) for adapter in fitted}
-            errors = spreads.of({name: error for name, error in known.items() if error is not None})
+            errors = spreads.summarise({name: error for name, error in known.items() if error is not None})
         if errors is not None:
             results.append(Baseline(key, label, errors, stored_bytes))
     return results
@@ -174,7 +177,9 @@ def sizes(
     lora_bytes, stored_bytes = pack.summary.bytes.lora, _bytes_by_size(pack, packed, measured)
     points = []
     for column, k in enumerate(measured.grid):
-        spread = spreads.of(dict(zip(names, spreads.relative(total - measured.by_k[:, column], total), strict=True)))
+        spread = spreads.summarise(
+            dict(zip(names, spreads.relative(total - measured.by_k[:, column], total), strict=True))
+        )
         assert spread is not None
         mean_left_out, random, sharing = _left_out_at(measured, rows, column)
         null_errors = chance.relative(measured.null.by_k[:, :, column], total).mean(1)

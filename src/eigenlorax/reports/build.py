@@ -95,8 +95,10 @@ def _assemble(sources: _Sources) -> Report:
         adapters=figures,
         modules=modules,
         module_errors=rows.module_errors(figures, measured, [module.name for module in modules]),
-        in_fit=spreads.of({name: record.delta_error for name, record in trained.items() if record.in_fit}),
-        projected=spreads.of({name: record.delta_error for name, record in trained.items() if not record.in_fit}),
+        in_fit=spreads.summarise({name: record.delta_error for name, record in trained.items() if record.in_fit}),
+        projected=spreads.summarise(
+            {name: record.delta_error for name, record in trained.items() if not record.in_fit}
+        ),
         left_out=alternatives.left_out(measured, pack, sources.seed, related.copies),
         null=null,
         baselines=alternatives.baselines(pack, packed, figures, measured, null),
@@ -112,7 +114,7 @@ def _assemble(sources: _Sources) -> Report:
         task_frontiers=[],
         notes=_notes(pack, matched, measured),
     )
-    return replace(report, verdict=verdict.of(report))
+    return replace(report, verdict=verdict.conclude(report))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def with_evaluations(
 ) -> Report:
     """Return the report with scores on tasks, and with a verdict that takes them into account."""
     evaluated = replace(report, evaluations=list(evaluations), task_frontiers=list(task_frontiers))
-    return replace(evaluated, verdict=verdict.of(evaluated))
+    return replace(evaluated, verdict=verdict.conclude(evaluated))
 
 
 def _collection(pack: Pack, with_originals: bool) -> Collection:

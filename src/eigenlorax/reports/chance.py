@@ -84,7 +84,7 @@ def figures(sums: NullSums, total: dict[str, float], sides: tuple[Sequence[Basis
     total: ‖D‖² of each adapter of the fit, by name. sides: the bases (down, up) of all trained modules.
     """
     errors = relative(sums.fitted, torch.tensor(list(total.values()), dtype=torch.float64))
-    spread = spreads.of(dict(zip(total, errors.mean(0).tolist(), strict=True)))
+    spread = spreads.summarise(dict(zip(total, errors.mean(0).tolist(), strict=True)))
     assert spread is not None
     energies = [
         SideEnergy(

@@ -308,7 +308,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
     # an update in two bases, one of which has no row, is lost entirely
     k = k if all(k) else (0, 0)
     options = collection.options
-    refit = refits.of(
+    refit = refits.refit_module(
         trained,
         RefitOptions(
             options,

@@ -70,7 +70,7 @@ def exact(value: int) -> str:
     return f"{value:,} bytes"
 
 
-def some(names: list[str], most: int = 8) -> tuple[list[str], list[str]]:
+def split_names(names: list[str], most: int = 8) -> tuple[list[str], list[str]]:
     """Split names into the first ones and the remaining ones. A single remaining name is added to the first."""
     cut = len(names) if len(names) <= most + 1 else most
     return names[:cut], names[cut:]

@@ -106,7 +106,7 @@ class Refit:
     sides: tuple[Side, Side]
 
 
-def of(members: Members, options: RefitOptions, generator: torch.Generator) -> Refit:
+def refit_module(members: Members, options: RefitOptions, generator: torch.Generator) -> Refit:
     """Fit one module again in every way."""
     order = torch.randperm(len(members.batch), generator=generator).tolist()
     middle = len(order) // 2

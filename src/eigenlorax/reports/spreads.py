@@ -14,7 +14,7 @@ from ..pack.pack import Pack
 from .data import Spread
 
 
-def of(errors: Mapping[str, float]) -> Spread | None:
+def summarise(errors: Mapping[str, float]) -> Spread | None:
     """Summarise errors by adapter name; None if there are none."""
     if not errors:
         return None

@@ -17,7 +17,7 @@ PATIENCE = 300.0
 """Seconds that a report may take if the user did not ask for it."""
 
 
-def leave(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **options: Any) -> Report:
+def write(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **options: Any) -> Report:
     """Write the report of a pack that was just saved to `folder` into it, as a page and as JSON.
 
     adapters, options: as they were passed to `fit`, which has already warned about some of them.
@@ -39,7 +39,7 @@ def seconds(pack: Pack) -> float:
     return measure.seconds(pack, {name: pack.packed(name) for name in pack.names})
 
 
-def of(pack: Pack) -> Report | None:
+def load(pack: Pack) -> Report | None:
     """Return the report in a pack's folder, or None.
 
     `StaleReportWarning` if there is one that cannot be read, or that describes an earlier state of the pack.

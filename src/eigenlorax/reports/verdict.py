@@ -75,7 +75,7 @@ class _Evidence:
         return self.left_out.sampled < self.left_out.of
 
 
-def of(report: ReportData) -> Verdict:
+def conclude(report: ReportData) -> Verdict:
     """Return the verdict on a report's figures."""
     answer = _answer(report)
     return Verdict(answer.headline, [answer.finding, *findings.collect(report, answer.finding)])

@@ -27,7 +27,7 @@ def markdown_environment() -> "Environment":
     """Return the environment of `report.md`, in which printed values are escaped as Markdown."""
     environment = _environment(finalize=_markdown_value)
     environment.filters |= {"prose": markdown_prose, **_NUMBER_FILTERS}
-    environment.globals |= {"some": numbers.some}
+    environment.globals |= {"split_names": numbers.split_names}
     return environment
 
 
@@ -37,7 +37,7 @@ def html_environment() -> "Environment":
     environment = _environment()
     environment.filters |= {**_NUMBER_FILTERS, "prose": html_prose, "text": unbroken_numbers}
     environment.filters["error"] = lambda value: unbroken_numbers(numbers.error(value))
-    environment.globals |= {"some": numbers.some, "MISSING": numbers.MISSING}
+    environment.globals |= {"split_names": numbers.split_names, "MISSING": numbers.MISSING}
     return environment
 
 
