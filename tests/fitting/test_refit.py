@@ -10,7 +10,7 @@ import reference
 from adapters import MODULES, make_adapter, make_adapters
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import LossWarning, OptionError, SkippedAdapterWarning
-from eigenlorax.fitting import refit
+from eigenlorax.fitting import refit_errors
 from eigenlorax.pack import summary
 from outcomes import contents
 from planted import MODULES as PLANTED
@@ -206,7 +206,7 @@ class TestBounds:
             assert torch.allclose((originals - before).norm(dim=1), error * originals.norm(dim=1))
             lost = (originals - after).square().sum(1) + squares[4]
             found.append(float((lost / (originals.square().sum(1) + squares[3])).max()) ** 0.5)
-        bound = refit.worst_error(error, refit.Squares(*squares))
+        bound = refit_errors.worst_error(error, refit_errors.UpdateSquares(*squares))
         assert bound == pytest.approx(found[0], rel=1e-6)
         assert found[1] <= bound
 
@@ -241,7 +241,7 @@ class TestWhatIsRefused:
     def test_a_pack_without_adapters(self):
         pack = ex.fit([random_adapter("a", 1)], n_components=2)
         pack.remove("a")
-        with pytest.raises(OptionError, match="has no adapter.*eigenlorax add"):
+        with pytest.raises(OptionError, match="has no adapter to fit.*eigenlorax add"):
             ex.refit(pack)
 
     def test_options_of_reading_without_anything_to_read(self):

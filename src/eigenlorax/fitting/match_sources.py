@@ -1,7 +1,7 @@
-"""Which adapters of a pack somebody's files are, by the hash of their content."""
+"""Matching files of a user with the adapters of a pack, by the hash of their content."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,46 +11,50 @@ from ..formats import checks, sources
 from ..formats.checks import Scan
 from ..formats.sources import Sources
 from ..pack.pack import Pack
+from .options import Progress
 
 
 @dataclass(frozen=True, slots=True)
-class Recognised:
-    """Adapters as they were, under the names they have in a pack, and what was read of them.
+class MatchedAdapters:
+    """Originals of a pack's adapters, and their scans, by their names in the pack.
 
-    given: how many there were to look at; unread: those that could not be read, with the reason.
+    n_sources: number of adapters that were passed. unread: those that could not be read, with the reason.
     """
 
     adapters: Mapping[str, Adapter]
     scans: Mapping[str, Scan]
-    given: int
+    n_sources: int
     unread: Mapping[str, str]
 
 
-def recognise(
-    pack: Pack, given: Sources, progress: Callable[[str, int, int], None], options: Mapping[str, Any], stacklevel: int
-) -> Recognised:
-    """The adapters of the pack among those given. Others are left out, and said; so is what cannot be read, or holds
-    NaN: a fit may have left it out. options: those of `read_adapter`."""
-    hashes: dict[str, list[str]] = {}
+def match_adapters(
+    pack: Pack, adapter_sources: Sources, progress: Progress, options: Mapping[str, Any], stacklevel: int
+) -> MatchedAdapters:
+    """Find the originals of the pack's adapters among some sources.
+
+    Sources that are not in the pack, or cannot be read, are left out with a warning: a fit may have skipped them.
+    options: those of `read_adapter`. stacklevel: of the warnings.
+    """
+    names_by_hash: dict[str, list[str]] = {}
     for name, record in pack.records.items():
-        hashes.setdefault(record.source_sha256, []).append(name)
+        names_by_hash.setdefault(record.source_sha256, []).append(name)
     adapters: dict[str, Adapter] = {}
     scans, strangers, unread = {}, [], {}
-    found = sources.find_adapters(given, **options)
-    for done, one in enumerate(found):
+    found = sources.find_adapters(adapter_sources, **options)
+    for done, source in enumerate(found):
         progress("reading originals", done, len(found))
         try:
-            adapter = checks.read_source(one, options)
+            adapter = checks.read_source(source, options)
             scan = checks.scan(adapter)
         except (FormatError, ShapeError) as error:
-            unread[sources.default_name(one)] = str(error)
+            unread[sources.default_name(source)] = str(error)
             continue
         except NonFiniteError:
-            unread[sources.default_name(one)] = "it holds NaN or Inf, or numbers beyond float64."
+            unread[sources.default_name(source)] = "it holds NaN or Inf, or numbers beyond float64."
             continue
-        names = hashes.get(scan.content_hash, [])
+        names = names_by_hash.get(scan.content_hash, [])
         if not names:
-            strangers.append(one.name or adapter.name)
+            strangers.append(source.name or adapter.name)
         for name in names:
             adapters[name], scans[name] = replace(adapter, name=name), scan
     progress("reading originals", len(found), len(found))
@@ -62,4 +66,4 @@ def recognise(
             SkippedAdapterWarning,
             stacklevel=stacklevel,
         )
-    return Recognised(adapters, scans, len(found), unread)
+    return MatchedAdapters(adapters, scans, len(found), unread)

@@ -1,6 +1,6 @@
-"""What a pack has really lost: every adapter from the files on disk beside its original, in float64."""
+"""The errors of a pack, measured again from its files and the originals, in float64 and without code of the fit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,22 @@ from ..core.adapter import Adapter, LoRAFactors
 from ..errors import FormatError
 from ..formats.sources import Sources
 from ..pack.pack import Pack
-from .match_sources import recognise
+from .match_sources import match_adapters
+from .options import Progress
 
-TOLERANCE = 1e-4
-"""How far a figure may be off, as a share of itself: rounding of sums."""
-FLOOR = 2e-7
-"""And at least: what float32 rounds off."""
+RELATIVE_TOLERANCE = 1e-4
+"""Relative difference from a recorded error that rounding of sums explains."""
+ABSOLUTE_TOLERANCE = 2e-7
+"""Error that rounding to float32 alone explains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """One adapter. delta_error: as measured now, against the original; recorded: as the pack has it, and bound: what it
-    may be at most, where the pack was fitted for an error."""
+    """One adapter.
+
+    delta_error: as measured now, against the original. recorded: as the pack has it. bound: the error bound that it was
+    encoded for; None if there was none.
+    """
 
     delta_error: float
     recorded: float
@@ -30,75 +34,76 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether no more is lost than the pack says, and than was asked for."""
+        """Whether the error is no larger than recorded, and than the bound."""
         most = min(self.recorded, self.bound if self.bound is not None else self.recorded)
-        return self.delta_error <= most * (1 + TOLERANCE) + FLOOR
+        return self.delta_error <= most * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """All adapters whose originals were given, by name; and those whose were not."""
+    """Measured errors by name. unknown: adapters whose originals were not passed."""
 
     adapters: Mapping[str, Verified]
     unknown: list[str]
 
     @property
     def holds(self) -> bool:
-        """Whether every adapter that was looked at loses no more than it should."""
-        return all(one.holds for one in self.adapters.values())
+        """Whether no measured error is larger than it should be."""
+        return all(adapter.holds for adapter in self.adapters.values())
 
 
-def verify(
-    pack: Pack,
-    adapters: Sources,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-    **options: Any,
-) -> Verification:
-    """Measure each adapter of a pack again, from its bytes on disk and its original, which is recognised by content.
+def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, **options: Any) -> Verification:
+    """Measure the errors of a pack's adapters again, from its bytes on disk and the originals.
 
-    adapters: as `fit` takes them. options: those of `read_adapter`. Nothing of the fit is used: updates are formed from
-    what the pack gives back, and subtracted.
+    Updates are computed from what the pack reconstructs, and subtracted; nothing of the fit is used.
+
+    Args:
+        pack: A pack on disk or in memory.
+        adapters: Originals, in any form that `fit` takes, matched by content.
+        progress: Called as (stage, done, total).
+        options: Those of `read_adapter`.
+
+    Raises:
+        FormatError: None of the adapters is in the pack.
+        PackDamagedError: A file of the pack was changed.
     """
     report = progress or (lambda stage, done, total: None)
     pack.verify()
-    originals = recognise(pack, adapters, report, options, 3).adapters
+    originals = match_adapters(pack, adapters, report, options, 3).adapters
     if not originals:
         raise FormatError(
             "none of the adapters given is in the pack, by its content. Give the files that the pack was fitted from."
         )
-    bound, found = pack.fit_info.max_error, {}
+    verified = {}
     for done, (name, original) in enumerate(sorted(originals.items())):
         report("measuring adapters", done, len(originals))
         record = pack.records[name]
-        # what was fitted again without its original was given the error beside what it was by then
-        asked = bound if (record.in_fit or pack.is_coded) and not record.bound else None
-        found[name] = Verified(
-            _error(original, pack.adapter(name, torch.float64), pack, name), record.delta_error, asked
-        )
+        # a refit without the original bounds the error to what was refitted, not to the original
+        is_bound = (record.in_fit or pack.is_coded) and not record.bound
+        error = _measure(original, pack.adapter(name, torch.float64), list(pack.packed(name).places))
+        verified[name] = Verified(error, record.delta_error, pack.fit_info.max_error if is_bound else None)
     report("measuring adapters", len(originals), len(originals))
-    return Verification(found, sorted(set(pack.names) - set(originals)))
+    return Verification(verified, sorted(set(pack.names) - set(originals)))
 
 
-def _error(original: Adapter, kept: Adapter, pack: Pack, name: str) -> float:
-    """√(Σ‖D − D̂‖² / Σ‖D‖²) over the modules that the subspace holds."""
+def _measure(original: Adapter, reconstructed: Adapter, modules: list[str]) -> float:
+    """Return √(Σ‖D − D̂‖² / Σ‖D‖²) over some modules."""
     lost = total = 0.0
-    for module in pack.packed(name).places:
-        one, other = original.modules[module], kept.modules[module]
-        total += _square(one)
-        lost += _square_of_difference(one, other)
+    for module in modules:
+        total += _square(original.modules[module])
+        lost += _square_of_difference(original.modules[module], reconstructed.modules[module])
     return (lost / total) ** 0.5 if total else 0.0
 
 
-def _square(one: LoRAFactors) -> float:
-    return _product_square(one.scaling * one.up.double(), one.down.double())
+def _square(factors: LoRAFactors) -> float:
+    return _product_square(factors.scaling * factors.up.double(), factors.down.double())
 
 
-def _square_of_difference(one: LoRAFactors, other: LoRAFactors) -> float:
-    left = torch.cat([one.scaling * one.up.double(), -other.scaling * other.up.double()], dim=1)
-    return _product_square(left, torch.cat([one.down.double(), other.down.double()]))
+def _square_of_difference(first: LoRAFactors, second: LoRAFactors) -> float:
+    up = torch.cat([first.scaling * first.up.double(), -second.scaling * second.up.double()], dim=1)
+    return _product_square(up, torch.cat([first.down.double(), second.down.double()]))
 
 
 def _product_square(left: torch.Tensor, right: torch.Tensor) -> float:
-    """‖left · right‖² by triangular factors: no two large numbers are subtracted."""
+    """Return ‖left · right‖² from triangular factors, so that no two large numbers are subtracted."""
     return float((linalg.triangular_factor(left) @ linalg.triangular_factor(right.mT).mT).square().sum())

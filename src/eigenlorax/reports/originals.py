@@ -9,7 +9,7 @@ from typing import Any
 from .. import formats
 from ..core.adapter import Adapter
 from ..errors import OptionError
-from ..fitting.match_sources import recognise
+from ..fitting.match_sources import match_adapters
 from ..fitting.options import Progress
 from ..formats import checks
 from ..formats.checks import Scan
@@ -39,7 +39,7 @@ def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Or
     passed over with a warning, because `fit` may have left it out. `OptionError` if the original of an adapter of the
     fit is missing.
     """
-    matches = recognise(pack, sources, progress, options, 4)
+    matches = match_adapters(pack, sources, progress, options, 4)
     adapters = {name: adapter for name, adapter in matches.adapters.items() if not pack.records[name].untrained}
     scans = dict(matches.scans)
     missing = []
@@ -52,9 +52,9 @@ def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Or
         elif record.in_fit:
             unread = f" Passed over: {', '.join(matches.unread)}." if matches.unread else ""
             raise OptionError(
-                f"the original of {name!r}, which is in the fit, is not among the adapters given ({matches.given} of "
-                "them; they are recognised by their content). Give all that the pack was fitted on, or none, for a "
-                f"report of the pack alone.{unread}"
+                f"the original of {name!r}, which is in the fit, is not among the adapters given "
+                f"({matches.n_sources} of them; they are recognised by their content). Give all that the pack was "
+                f"fitted on, or none, for a report of the pack alone.{unread}"
             )
         else:
             missing.append(name)

@@ -1,0 +1,120 @@
+"""Delta errors of adapters that were refitted without their originals: exact where that is possible, else bounds."""
+
+import math
+from dataclasses import astuple, dataclass, replace
+
+import torch
+
+from ..core import linalg
+from ..core.adapter import Adapter, LoRAFactors, delta_square
+from ..pack.packed_adapter import PackedAdapter, Record
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSquares:
+    """Squared norms of one adapter's update, before and after a refit, and of the difference (moved).
+
+    before, after, moved: over the modules of its subspace. outside, moved_outside: over its other modules, which the
+    pack carried as they were.
+    """
+
+    before: float
+    after: float
+    moved: float
+    outside: float
+    moved_outside: float
+
+
+def compare_updates(before: Adapter, after: Adapter, packed: PackedAdapter) -> UpdateSquares:
+    """Compare what the old pack (before) and the new one (after) reconstruct. packed: the adapter in the old pack."""
+    inside, outside = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    for module, factors in before.modules.items():
+        refitted = after.modules[module]
+        squares = delta_square(factors), delta_square(refitted), _difference_square(factors, refitted)
+        sums = inside if module in packed.places else outside
+        sums[:] = [total + square for total, square in zip(sums, squares, strict=True)]
+    return UpdateSquares(inside[0], inside[1], inside[2], outside[0], outside[2])
+
+
+def _difference_square(first: LoRAFactors, second: LoRAFactors) -> float:
+    """Return ‖D − D'‖² of factors of any ranks and scales, as exact as the larger of the two norms allows."""
+    up = torch.cat([first.scaling * first.up.double(), -second.scaling * second.up.double()], dim=1)
+    return max(float(linalg.product_square(up, torch.cat([first.down.double(), second.down.double()]))), 0.0)
+
+
+def follow_record(before: Record, after: Record, squares: UpdateSquares, *, alone: bool, projected: bool) -> Record:
+    """Return the record of an adapter that was refitted from what the old pack reconstructs.
+
+    Its error against the original follows from the old error and from what has changed since.
+
+    alone: every adapter of the refit lay in the components that this one was projected on. Then the old error is
+        orthogonal to the change, and their squares add up; otherwise the result is an upper bound.
+    projected: the old error is orthogonal to the reconstruction, except for rounding.
+    """
+    old_error = before.delta_error
+    is_lost = old_error >= 1 and (alone or projected)
+    if squares.outside == 0 and (squares.before == 0 or is_lost):
+        error = old_error
+    elif alone:
+        error = _orthogonal_error(old_error, squares)
+    elif projected and not before.bound and old_error < 1:
+        error = _worst_projected_error(old_error, squares) + before.rounding_error
+    else:
+        error = worst_error(old_error, squares)
+    return replace(
+        after,
+        delta_error=error,
+        bound=before.bound or not alone,
+        untrained=before.untrained,
+        source_sha256=before.source_sha256,
+        source_file_bytes=before.source_file_bytes,
+    )
+
+
+def _orthogonal_error(error: float, squares: UpdateSquares) -> float:
+    """Return the error if the old error is orthogonal to the old update and to the change."""
+    original = squares.before / (1 - error**2) if error < 1 else 0.0
+    return math.sqrt((original * error**2 + squares.moved + squares.moved_outside) / (original + squares.outside))
+
+
+def _worst_projected_error(error: float, squares: UpdateSquares) -> float:
+    """Return the largest error for an original D = D̂ + E, where E is orthogonal to D̂.
+
+    In the worst case E has the direction of that part of the change which is orthogonal to D̂.
+    """
+    lost = squares.before * error**2 / (1 - error**2)
+    along = (squares.before - squares.after + squares.moved) ** 2 / (4 * squares.before) if squares.before else 0.0
+    across = max(squares.moved - along, 0.0)
+    worst = along + (math.sqrt(across) + math.sqrt(lost)) ** 2 + squares.moved_outside
+    return math.sqrt(worst / (squares.before + lost + squares.outside))
+
+
+def worst_error(error: float, squares: UpdateSquares) -> float:
+    """Return the largest delta error for any original D with ‖D − D̂‖ = error · ‖D‖, where D̂ is the old update.
+
+    Such originals are a sphere with centre c = D̂ / (1 − error²) and radius ρ = error · ‖c‖. With D̃ for the new update,
+    D = c + ρu for a unit vector u, and squares of modules outside added on both sides,
+
+        ‖D − D̃‖² / ‖D‖² = (A + ⟨B, u⟩) / (C + ⟨G, u⟩),  A = ‖c − D̃‖² + ρ², B = 2ρ (c − D̃), C = ‖c‖² + ρ², G = 2ρ c.
+
+    Its maximum λ over u has A − λC + ‖B − λG‖ = 0, whose square is quadratic in λ. The triangle inequality alone would
+    take the smallest original for the farthest one, which it is not.
+    """
+    # in units of the total, so that the fourth powers below neither overflow nor vanish
+    total = squares.before + squares.outside
+    before, after, moved, outside, moved_outside = (square / total for square in astuple(squares))
+    if error >= 1:
+        # there is no sphere: the original may have any norm, so take the worst one
+        change, smallest = math.sqrt(moved + moved_outside), math.sqrt(before) / (1 + error)
+        size = max(error * outside / change, smallest) if change else math.inf
+        return (error + change / size) / math.sqrt(1 + outside / size**2)
+    inner = (before + after - moved) / 2
+    shrink = 1 - error**2
+    centre = before / shrink**2
+    radius = error**2 * centre
+    apart = max(centre - 2 * inner / shrink + after, 0.0)
+    a, c = apart + radius + moved_outside, centre + radius + outside
+    b_square, g_square, b_g = 4 * radius * apart, 4 * radius * centre, 4 * radius * (centre - inner / shrink)
+    half, leading = a * c - b_g, c**2 - g_square
+    root = math.sqrt(max(half**2 - leading * (a**2 - b_square), 0.0))
+    return math.sqrt(max((half + root) / leading, 0.0))
