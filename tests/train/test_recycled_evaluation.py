@@ -295,9 +295,14 @@ class TestWhatCannotBeCompared:
         [
             ([("e", "rows")], {}, AdapterNameError, "no adapter named 'e' in the pack. It has: a, b, c, d"),
             ([("d", "rows")], {}, OptionError, "adapter 'd' cannot be compared without its original"),
-            ([(None, "three")], {}, OptionError, r"do not fit adapter 'b': .*label 2 is none of the 2 .*NAME=\S+three"),
-            ([("b", "three")], {}, FormatError, "^[^N]*label 2 is none of the 2 classes: 0, 1.$"),
-            ([("b", "named")], {}, OptionError, "labels such as 'good', and a pack keeps no names of classes"),
+            (
+                [(None, "three")],
+                {},
+                OptionError,
+                r"do not fit adapter 'b': .*label 2 is not one of the 2 .*NAME=\S+three",
+            ),
+            ([("b", "three")], {}, FormatError, "^[^N]*label 2 is not one of the 2 classes: 0, 1.$"),
+            ([("b", "named")], {}, OptionError, "labels such as 'good', and a pack does not store class names"),
             ([(None, "named")], {"labels": ["bad", "good"]}, OptionError, "do not fit adapter 'a': 2 labels are named"),
             ([("a", "rows")], {"columns": Columns(label="gold")}, OptionError, "no column 'gold'. .*--label-column"),
             (
@@ -323,7 +328,7 @@ class TestWhatCannotBeCompared:
                 [("a", "named")],
                 {"labels": ["x", "y", "bad"]},
                 FormatError,
-                "label 'good' is none of the 3 classes: x, y, bad",
+                "label 'good' is not one of the 3 classes: x, y, bad",
             ),
             ([("a", "nowhere")], {}, FormatError, "nowhere.jsonl does not exist. Rows are read from .jsonl, .csv"),
             ([("a", "empty")], {}, FormatError, "empty.jsonl has no rows"),

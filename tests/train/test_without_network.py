@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import contextlib, io, json, sys
-from eigenlorax import hub
+from eigenlorax.formats import hub
 from eigenlorax.cli import main
 
 for line in sys.stdin:
