@@ -97,7 +97,11 @@ BAD = {
     "no rows to train on": (f"{QUICK} --train gone.csv", 3, "gone.csv does not exist"),
     "no rows for evaluation": (f"{QUICK} --eval gone.csv", 3, "gone.csv does not exist"),
     "one class": (f"{QUICK} --train one.jsonl", 3, "one.jsonl has one class only, 'good'"),
-    "a class that was not trained": (f"{QUICK} --eval odd.jsonl", 3, "odd.jsonl, line 1: label 'odd' is none of the 2"),
+    "a class that was not trained": (
+        f"{QUICK} --eval odd.jsonl",
+        3,
+        "odd.jsonl, line 1: label 'odd' is not one of the 2",
+    ),
     "no such column": (f"{QUICK} --label-column gold", 3, "no column 'gold'. It has: text, label"),
     "no such method": (f"{QUICK} --methods lora,magic", 3, "no method 'magic'. There are: lora, "),
     "a method twice": (f"{QUICK} --methods head,head", 3, "the method 'head' is named twice"),
