@@ -432,7 +432,7 @@ class TestPush:
 
     def test_a_pull_request_to_a_branch(self, push, hub):
         done = push(create_pr=True, revision="v2")
-        assert "OptionError: a pull request goes to main: leave the revision (v2) away, or create_pr." in done.err
+        assert "OptionError: a pull request goes to main: remove the revision (v2), or create_pr." in done.err
         assert hub.requests == []
 
     def test_a_private_repository(self, push, hub):

@@ -153,7 +153,7 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
 def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str, str]) -> Adapter | None:
     """Return an adapter without its tensors; None, and a warning, if it is broken and may be skipped."""
     if isinstance(source.source, Adapter):
-        checks.check_made(source.source)
+        checks.check_in_memory(source.source)
         return replace(source.source, name=keys.check_name(source.name or source.source.name))
     try:
         return formats.read_adapter(source.source, name=source.name, **options.reading)

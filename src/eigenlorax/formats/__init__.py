@@ -1,4 +1,4 @@
-"""Adapters in and out. One table of formats; `read_adapter` and `write_adapter` are all that the rest calls."""
+"""Adapters as files: the table of formats, `read_adapter` and `write_adapter`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .image import diffusers, kohya, names, reader, writer
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How adapters of one format come in, and go out where they may. dialect: of a format of single files."""
+    """An adapter format: its reader, its writer if it can be written, and the dialect of a format of single files."""
 
     read: Callable[..., Adapter]
     write: Callable[..., Path] | None = None
@@ -42,11 +42,18 @@ _LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files
 
 
 def read_adapter(source: str | Path, *, format: str | None = None, **options: Any) -> Adapter:
-    """An adapter from a folder, a single file, a URL or a Hub id; its tensors are read when they are asked for, and it
-    may be pickled.
+    """Read an adapter. Its tensors are read when they are asked for, also after it has been pickled.
 
-    format: by default, what the files say: a folder with `adapter_config.json` is PEFT's, and a single file says it by
-        the names of its tensors. Options: the reader's own.
+    Args:
+        source: a folder, a safetensors file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`, `org/name@revision`).
+        format: a name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", and a single
+            file by the names of its tensors.
+        options: those of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
+
+    Raises:
+        FormatError: the source is no adapter, is damaged, or has a tensor that is not understood.
+        HubError, UrlError: the source cannot be reached.
+        OptionError: the format is not known.
     """
     if format is not None:
         return _format(format).read(source, **options)
@@ -55,22 +62,29 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
 
 
 def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = None, **options: Any) -> Path:
-    """Write an adapter, whole or not at all: as the folder `path`, or, in the formats of single files, as that file.
+    """Write an adapter, completely or not at all, and return the path.
 
-    format: by default, the one that it came in. Options: the writer's own.
+    Args:
+        path: a folder for "peft", a file for the formats of single files.
+        format: a name in `FORMATS`; by default the format that the adapter was read from.
+        options: those of the writer: `dtype` of the factors, and `overwrite`.
+
+    Raises:
+        OptionError: the format cannot be written, or has no place for something in the adapter.
+        PackExistsError: `path` exists, and `overwrite` is not set.
     """
-    chosen = format if format is not None else format_of(adapter.origin)
-    write = writable(chosen).write
+    target = format if format is not None else format_of(adapter.origin)
+    write = writable(target).write
     assert write is not None
     if urls.is_url(path):
         raise OptionError(f"{path} is a URL; adapters are read from those, and written to folders of this machine.")
-    if chosen == PEFT and format_of(adapter.origin) != PEFT:
+    if target == PEFT and format_of(adapter.origin) != PEFT:
         adapter = writer.for_peft(adapter)
     return write(adapter, Path(path), **options)
 
 
 def check_writable(adapter: Adapter, format: str) -> None:
-    """Raise the error that writing an adapter in a format would raise, without writing it."""
+    """Raise the errors that writing an adapter in a format would raise, without writing it."""
     dialect = writable(format).dialect
     if dialect is not None:
         writer.check(adapter, dialect)
@@ -79,20 +93,20 @@ def check_writable(adapter: Adapter, format: str) -> None:
 
 
 def format_of(origin: Origin | None) -> str:
-    """The format that an adapter of that origin came in."""
+    """Return the format that an adapter of this origin was read from; "peft" without an origin."""
     return origin.format if origin is not None else PEFT
 
 
 def writable(name: str) -> Format:
-    """The format of that name, if it is written and not only read."""
-    found = FORMATS.get(name)
-    if found is None or found.write is None:
-        known = [name for name, one in FORMATS.items() if one.write is not None]
+    """Return a format by name. Raises `OptionError` if it is not known or can only be read."""
+    chosen = FORMATS.get(name)
+    if chosen is None or chosen.write is None:
+        candidates = [name for name, candidate in FORMATS.items() if candidate.write is not None]
         raise OptionError(
-            f"format {name!r} is {'not known' if found is None else 'read, not written'}.{suggestion(name, known)} "
-            f"Written are: {', '.join(known)}."
+            f"format {name!r} is {'not known' if chosen is None else 'read, not written'}."
+            f"{suggestion(name, candidates)} Written are: {', '.join(candidates)}."
         )
-    return found
+    return chosen
 
 
 def _format(name: str) -> Format:

@@ -1,4 +1,4 @@
-"""Do these adapters belong together, and is each of them sound? Reads and compares; changes nothing."""
+"""Checks of adapters: finite numbers, names, and whether they belong to one base model with one set of shapes."""
 
 import fnmatch
 import json
@@ -38,10 +38,10 @@ from .sources import AdapterSource
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one reading of an adapter tells.
+    """Content hash and norms of an adapter, from one pass over its tensors.
 
-    content_hash: sha256 of its tensors and scalings, in an order that does not depend on the file's.
-    delta_squares: ‖delta weight‖² of each module.
+    content_hash: sha256 of tensors and scalings, independent of their order in the file.
+    delta_squares: squared Frobenius norm of the update of each module.
     """
 
     content_hash: str
@@ -49,7 +49,11 @@ class Scan:
 
 
 def scan(adapter: Adapter) -> Scan:
-    """Read an adapter once, one module at a time; `NonFiniteError` names the first tensor with NaN or Inf."""
+    """Read an adapter once, one module at a time.
+
+    Raises:
+        NonFiniteError: a tensor has NaN or Inf, or the norm of the update overflows float64.
+    """
     digest = sha256()
     squares: dict[str, float] = {}
     for module in sorted(adapter.modules):
@@ -58,7 +62,7 @@ def scan(adapter: Adapter) -> Scan:
         if factors.kernel:
             digest.update(f"{module}\0{factors.kernel}\0".encode())
         for side, tensor in (("down", factors.down), ("up", factors.up)):
-            # one number that is none makes none of the norm
+            # NaN and Inf reach the norm, so only a norm that is not finite makes a search necessary
             if not math.isfinite(squares[module]):
                 _check_finite(adapter, f"{module} ({side})", tensor)
             digest.update(f"{module}\0{side}\0{tuple(tensor.shape)}\0{tensor.dtype}\0{factors.scaling!r}\0".encode())
@@ -78,29 +82,29 @@ def scan(adapter: Adapter) -> Scan:
     return Scan(digest.hexdigest(), squares)
 
 
-def _check_finite(adapter: Adapter, what: str, tensor: Tensor) -> None:
+def _check_finite(adapter: Adapter, name: str, tensor: Tensor) -> None:
     if tensor.dtype.itemsize == 1 and dtypes.name(tensor.dtype).startswith("float4_"):
-        # these have no NaN and no Inf, and torch makes no wider floats of them
+        # four-bit floats have neither NaN nor Inf, and torch cannot convert them
         return
     wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
     bad = int((~wide.isfinite()).sum())
     if bad:
         raise NonFiniteError(
-            f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {what} are NaN or Inf. Its training "
+            f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {name} are NaN or Inf. Its training "
             "has diverged, or the file is damaged: take an earlier checkpoint, or another copy."
         )
 
 
-def read_source(found: AdapterSource, options: Mapping[str, Any]) -> Adapter:
-    """The adapter of a source: read, or, where it was made in memory, checked. options: those of `read_adapter`."""
-    if isinstance(found.source, Adapter):
-        check_made(found.source)
-        return found.source
-    return formats.read_adapter(found.source, name=found.name, **options)
+def read_source(source: AdapterSource, options: Mapping[str, Any]) -> Adapter:
+    """Read the adapter of a source, or check one that is in memory already. options: those of `read_adapter`."""
+    if isinstance(source.source, Adapter):
+        check_in_memory(source.source)
+        return source.source
+    return formats.read_adapter(source.source, name=source.name, **options)
 
 
-def check_made(adapter: Adapter) -> None:
-    """What a reader would have refused is refused of an adapter that was made in memory."""
+def check_in_memory(adapter: Adapter) -> None:
+    """Raise the errors that reading would raise, for an adapter that was made in memory."""
     for module in adapter.specs:
         if not module.isprintable() or " " in module or not module.strip(".") or module.startswith(keys.MODEL_PREFIX):
             raise ModuleNameError(
@@ -133,29 +137,34 @@ def _config(adapter: Adapter) -> dict[str, Any] | None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """`AdapterNameError` where two names differ by case at most: they would be one folder on many machines."""
+    """Raise `AdapterNameError` if two names differ by case at most: they would be one folder on many file systems."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.get(name.lower())
-        if other is not None:
+        earlier = seen.get(name.lower())
+        if earlier is not None:
             raise AdapterNameError(
                 f"two adapters go by the name {name!r}"
-                + (f" (and {other!r}: case does not count)" if other != name else "")
+                + (f" (and {earlier!r}: case does not count)" if earlier != name else "")
                 + ". Give one of them another name with NAME=PATH."
             )
         seen[name.lower()] = name
 
 
 def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tuple[str | None, str | None]:
-    """The base model, and its revision, that all adapters were trained on.
+    """Return the base model that all adapters were trained on, and its revision.
 
-    A base or a revision that is not stated equals any; the first is warned of. Two that are stated and differ are an
-    error, unless `same_base` says that they are one under two names; then the commonest stands for all.
+    An adapter that states none is taken to belong to the base model of the others, with a warning.
+
+    Args:
+        same_base: accept several base models or revisions, as names of one model. The most common one is returned.
+
+    Raises:
+        BaseModelError: two adapters state different base models or revisions.
     """
-    silent = [adapter.name for adapter in adapters if adapter.base_model is None]
-    if silent and len(silent) < len(adapters):
+    without_base = [adapter.name for adapter in adapters if adapter.base_model is None]
+    if without_base and len(without_base) < len(adapters):
         warnings.warn(
-            f"no base model is stated by {_listing(silent)}; taken to be that of the others.",
+            f"no base model is stated by {_listing(without_base)}; taken to be that of the others.",
             UnknownBaseWarning,
             stacklevel=3,
         )
@@ -163,66 +172,70 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
         stated = [(getattr(adapter, field), adapter.name) for adapter in adapters if getattr(adapter, field)]
         for value, name in stated:
             if value != stated[0][0] and not same_base:
-                what = "base model" if field == "base_model" else "revision of the base model"
+                label = "base model" if field == "base_model" else "revision of the base model"
                 raise BaseModelError(
-                    f"adapters of two bases: the {what} of {stated[0][1]!r} is {stated[0][0]!r}, that of {name!r} is "
+                    f"adapters of two bases: the {label} of {stated[0][1]!r} is {stated[0][0]!r}, that of {name!r} is "
                     f"{value!r}. Fit them apart; if both names stand for one model, pass same_base=True "
                     "(--same-base)."
                 )
-    return _commonest(a.base_model for a in adapters), _commonest(a.revision for a in adapters)
+    return _most_common(a.base_model for a in adapters), _most_common(a.revision for a in adapters)
 
 
 def family(adapter: Adapter) -> str | None:
-    """The model that an adapter of an image model is for, in words, as far as its modules tell; None for others."""
-    return families.called(_family(adapter)) or None
+    """Return the image models that an adapter may belong to, in words; None if its modules do not tell."""
+    return families.describe(_families(adapter)) or None
 
 
-def _family(adapter: Adapter) -> frozenset[str]:
+def _families(adapter: Adapter) -> frozenset[str]:
     return families.families((name, spec.channels) for name, spec in adapter.specs.items())
 
 
 def check_one_family(adapters: Sequence[Adapter]) -> None:
-    """`BaseModelError` where two adapters are of different image models, by the names and widths of their modules: they
-    may have no module in common, so that no shape would tell."""
-    known = {adapter.name: own for adapter in adapters if (own := _family(adapter))}
-    for family in dict.fromkeys(known.values()):
-        others = [name for name, own in known.items() if not own & family]
-        if not others:
+    """Raise `BaseModelError` if two adapters belong to different image models, by names and widths of their modules.
+
+    Such adapters may have no module in common, so comparing shapes would not find it.
+    """
+    families_of = {adapter.name: models for adapter in adapters if (models := _families(adapter))}
+    for family in dict.fromkeys(families_of.values()):
+        outside = [name for name, models in families_of.items() if not models & family]
+        if not outside:
             continue
-        these = [name for name, own in known.items() if own & family]
-        few = min(these, others, key=len)
-        more = " …" if len(few) > 12 else ""
-        leave_out = (
-            f"exclude_adapters={few[:12]}{more} ({' '.join(f'--exclude-adapter {name}' for name in few[:12])}{more})"
-        )
+        inside = [name for name, models in families_of.items() if models & family]
+        minority = min(inside, outside, key=len)
+        more = " …" if len(minority) > 12 else ""
+        flags = " ".join(f"--exclude-adapter {name}" for name in minority[:12])
         raise BaseModelError(
-            f"adapters of two models: {these[0]!r} is for {families.called(known[these[0]])}, and {others[0]!r} is for "
-            f"{families.called(known[others[0]])}, by the names and widths of their modules. Fit them apart; without "
-            f"the {len(few)} that are not of the others' model: {leave_out}."
+            f"adapters of two models: {inside[0]!r} is for {families.describe(families_of[inside[0]])}, and "
+            f"{outside[0]!r} is for {families.describe(families_of[outside[0]])}, by the names and widths of their "
+            f"modules. Fit them apart; without the {len(minority)} that are not of the others' model: "
+            f"exclude_adapters={minority[:12]}{more} ({flags}{more})."
         )
 
 
 def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
-    """Warn where adapters fall into groups that have no module in common.
+    """Warn if adapters fall into groups that have no module in common.
 
-    modules: of each adapter, by its name, the modules that it has in the subspace. Adapters with none do not count.
+    modules: name of an adapter → its modules in the subspace. Adapters without one are ignored.
     """
+    # adapter names and modules of each group; an adapter merges all groups with which it has a module in common
     groups: list[tuple[list[str], set[str]]] = []
-    for name, own in sorted(modules.items()):
-        joined, found = [name], set(own)
-        if not found:
+    for name, adapter_modules in sorted(modules.items()):
+        members, members_modules = [name], set(adapter_modules)
+        if not members_modules:
             continue
-        apart = []
+        separate = []
         for group in groups:
-            if found.isdisjoint(group[1]):
-                apart.append(group)
+            if members_modules.isdisjoint(group[1]):
+                separate.append(group)
             else:
-                joined, found = group[0] + joined, found | group[1]
-        groups = [*apart, (joined, found)]
+                members, members_modules = group[0] + members, members_modules | group[1]
+        groups = [*separate, (members, members_modules)]
     if len(groups) < 2:
         return
     groups.sort(key=lambda group: (-len(group[0]), group[0]))
-    listed = "; ".join(f"{_listing(sorted(names))}, with modules like {min(own)!r}" for names, own in groups[:5])
+    listed = "; ".join(
+        f"{_listing(sorted(names))}, with modules like {min(group_modules)!r}" for names, group_modules in groups[:5]
+    )
     more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
     warnings.warn(
         f"{len(groups)} groups of adapters have no module in common, so nothing is shared between them: {listed}{more}."
@@ -233,45 +246,56 @@ def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
 
 
 def check_family(adapter: Adapter, modules: Iterable[tuple[str, int]]) -> None:
-    """`BaseModelError` where an adapter is of another image model than a pack with these modules, each with the width
-    of its input."""
-    own, other = _family(adapter), families.families(modules)
-    if own and other and not own & other:
+    """Raise `BaseModelError` if an adapter belongs to another image model than a pack.
+
+    modules: name and input width of each module in the pack.
+    """
+    adapter_models, pack_models = _families(adapter), families.families(modules)
+    if adapter_models and pack_models and not adapter_models & pack_models:
         raise BaseModelError(
-            f"adapter {adapter.name!r} is for {families.called(own)}, and the pack is for {families.called(other)}, by "
-            "the names and widths of their modules. Fit it in a pack of its own model."
+            f"adapter {adapter.name!r} is for {families.describe(adapter_models)}, and the pack is for "
+            f"{families.describe(pack_models)}, by the names and widths of their modules. Fit it in a pack of its own "
+            "model."
         )
 
 
-def warn_of_other_model(wanted: str | None, model: object, stacklevel: int = 3) -> None:
-    """Warn where a pack names another base model than the one that it is put on, and shapes alone would not tell.
+def warn_of_other_model(pack_model: str | None, model: object, stacklevel: int = 3) -> None:
+    """Warn if a pack is loaded into another base model than its own, which shapes alone may not tell.
 
-    Local folders may hold any model, so only names of repositories are compared, by their last part: `gpt2` is
-    `openai-community/gpt2`.
+    Only names of repositories are compared, since a local folder may hold any model. The last part of the name counts:
+    `gpt2` equals `openai-community/gpt2`.
+
+    Args:
+        pack_model: base model of the pack.
+        model: `name_or_path` of the loaded model.
     """
-    if not isinstance(model, str) or not model or not wanted or Path(model).exists() or Path(wanted).exists():
+    if not isinstance(model, str) or not model or not pack_model or Path(model).exists() or Path(pack_model).exists():
         return
-    if model.rpartition("/")[2].lower() != wanted.rpartition("/")[2].lower():
+    if model.rpartition("/")[2].lower() != pack_model.rpartition("/")[2].lower():
         warnings.warn(
-            f"the subspace was found in adapters of {wanted!r}, and this model is {model!r}. If that is another one, "
-            "its modules mean something else: take a pack of its own adapters.",
+            f"the subspace was found in adapters of {pack_model!r}, and this model is {model!r}. If that is another "
+            "one, its modules mean something else: take a pack of its own adapters.",
             BaseModelWarning,
             stacklevel=stacklevel,
         )
 
 
-def _commonest(values: Iterable[str | None]) -> str | None:
-    counts = Counter(value for value in values if value)
-    # ties by name, so that the order of adapters does not matter
-    return min(counts, key=lambda value: (-counts[value], value)) if counts else None
+def _most_common(names: Iterable[str | None]) -> str | None:
+    counts = Counter(name for name in names if name)
+    # ties are broken by name, so that the order of adapters does not matter
+    return min(counts, key=lambda name: (-counts[name], name)) if counts else None
 
 
 def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every module by its name in the subspace; an error names both adapters.
+    """Return (out_features, in_features) of each module by its name in the subspace.
 
-    A linear layer and a convolution of kernel 1 are one: their rows mean the same.
+    A linear layer equals a convolution of kernel 1: their rows have the same meaning.
 
-    names: module name in an adapter → in the subspace; modules that are not in it are left out.
+    Args:
+        names: module name in an adapter → name in the subspace. Other modules are ignored.
+
+    Raises:
+        ShapeError: two adapters differ in shape or kernel of a module, or one is beyond the limits of a pack.
     """
     shapes: dict[str, tuple[int, int]] = {}
     kernels: dict[str, tuple[int, ...]] = {}
@@ -288,7 +312,7 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
                     f"{adapter.name!r}. They belong to different base models: fit them apart, or keep the module out "
                     f"of the subspace with exclude_modules=[{name!r}] (--exclude-module {name})."
                 )
-            if kernels.setdefault(name, _wide(spec.kernel)) != _wide(spec.kernel):
+            if kernels.setdefault(name, _effective_kernel(spec.kernel)) != _effective_kernel(spec.kernel):
                 raise ShapeError(
                     f"module {name}: its kernel is {kernels[name] or 1} in adapter {first[name]!r} and "
                     f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models: fit them apart, or "
@@ -299,38 +323,39 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
 
 
 def _check_limits(adapter: str, module: str, spec: ModuleSpec) -> None:
-    """`ShapeError` for a module that no pack may have: what is written beyond these limits is not read again."""
-    sizes, most = (spec.out_features, spec.in_features), boundary.MAX_DIMENSION
-    if min(sizes) < 1 or max(sizes) > most or spec.rank > max(sum(sizes), boundary.MAX_RANK):
+    """Raise `ShapeError` for a module beyond the limits that `Pack.open` enforces."""
+    sizes, limit = (spec.out_features, spec.in_features), boundary.MAX_DIMENSION
+    if min(sizes) < 1 or max(sizes) > limit or spec.rank > max(sum(sizes), boundary.MAX_RANK):
         raise ShapeError(
             f"module {module} of adapter {adapter!r} has the rank {spec.rank} and the shape {sizes}, (out, in). A pack "
-            f"has sizes from 1 to {most:,}, and ranks up to out + in, or {boundary.MAX_RANK:,} if that is more. Keep "
+            f"has sizes from 1 to {limit:,}, and ranks up to out + in, or {boundary.MAX_RANK:,} if that is more. Keep "
             f"the module out of the subspace with exclude_modules=[{module!r}] (--exclude-module {module})."
         )
 
 
-def _wide(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel that is more than one place wide; empty for others, and for linear layers."""
+def _effective_kernel(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the kernel of a convolution, or () for kernel 1 and for linear layers."""
     return () if set(kernel) <= {1} else kernel
 
 
 def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
-    """The module names that a shell-style pattern fits, as a whole or in their last components.
+    """Return the modules that match a shell-style pattern, as a whole or in their last components.
 
-    A pattern that fits none is an error: it is a slip, and what it should have kept out would be fitted.
+    Raises:
+        OptionError: a pattern matches no module. It is a typing error, and the module it means would be fitted.
     """
     modules = list(modules)
-    parts = {*modules, *(module.rpartition(".")[2] for module in modules)}
-    found: set[str] = set()
+    suggestions = {*modules, *(module.rpartition(".")[2] for module in modules)}
+    matches: set[str] = set()
     for pattern in patterns:
-        fits = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}")}
-        if not fits:
+        matched = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}")}
+        if not matched:
             raise OptionError(
-                f"{pattern!r} fits no module (exclude_modules, --exclude-module).{suggestion(pattern, parts)} Modules "
-                f"are named like {_listing(sorted(modules)[:2])}; shell wildcards (*, ?, [...]) may be used."
+                f"{pattern!r} fits no module (exclude_modules, --exclude-module).{suggestion(pattern, suggestions)} "
+                f"Modules are named like {_listing(sorted(modules)[:2])}; shell wildcards (*, ?, [...]) may be used."
             )
-        found |= fits
-    return frozenset(found)
+        matches |= matched
+    return frozenset(matches)
 
 
 def _listing(names: Sequence[str]) -> str:

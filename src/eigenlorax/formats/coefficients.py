@@ -1,6 +1,7 @@
-"""An adapter trained on coefficients, as the ordinary LoRA that it is in the terms of its subspace.
+"""Adapters trained on coefficients, as the equivalent ordinary LoRA.
 
-Nothing here reads a file: tensors come by PEFT's keys, and the subspace from `known` or from among the tensors.
+No file is read here: the caller passes the tensors by PEFT's keys. The subspace comes from `core.registry`, or is
+embedded in the tensors.
 """
 
 from collections.abc import Mapping
@@ -20,80 +21,115 @@ from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, ShapeError
 from . import lora_config
 
+Bases = tuple[Tensor, Tensor]
+"""Components (k, d) of a module's down side and of its up side."""
+
 
 def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
-    """The LoRA: A = C_A·V and B = Uᵀ·C_B, and a rest where there is one, exact, in the coefficients' dtype; heads word
-    for word.
+    """Return the LoRA of an adapter trained on coefficients: A = C_A·V and B = Uᵀ·C_B, plus residuals if it has any.
 
-    `where` stands before what is wrong with it.
+    The product is computed in float64 and rounded to the dtype of the coefficients. Heads are unchanged.
+
+    Args:
+        name: name of the adapter.
+        config: its `adapter_config.json`.
+        tensors: all tensors of its file, by PEFT's keys.
+        where: the file, for error messages.
+
+    Raises:
+        FormatError: the subspace is not loaded, or a tensor is missing or not understood.
+        ModuleNameError: the subspace lacks a module.
+        ShapeError: shapes do not fit the rank or the bases, or the factors do not fit in memory.
     """
     if config.get("carried"):
         raise FormatError(
             f"{where} is not all of the adapter: its pack holds more tensors of it. `eigenlorax export` gives all."
         )
-    parts = [*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()]
-    own: dict[str, dict[str, Tensor]] = {}
-    heads: dict[str, Tensor] = {}
-    fields = _fields(config, where)
-    for key, tensor in as_float_tensors(
-        tensors, lambda: slots(config, where), lambda: _of_then(_subspace(config, where), config)
-    ).items():
-        module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
-        if part in parts:
-            own.setdefault(module, {})[part] = tensor
-        else:
-            heads[_checked_head(key, config, where)] = tensor
-    if not own:
+    modules, heads = _classify(config, tensors, where)
+    if not modules:
         raise FormatError(
             f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. An adapter of a pack is given "
             "back by `eigenlorax export`."
         )
-    embedded = all(keys.EMBEDDED["down"] in found for found in own.values())
-    subspace = None if embedded else _subspace(config, where)
-    numbers, bases = lora_config.Numbers(config, where), {}
-    for module, found in own.items():
-        if subspace is None:
-            bases[module] = _embedded(found, f"{where}, module {module}")
-        else:
-            pair = subspace.modules[_place(module, fields, subspace, where)]
-            bases[module] = pair.down.components, pair.up.components
-        _check_sizes(found, numbers.of(module)[0], bases[module], f"{where}, module {module}")
-    _check_factors(own, bases, where)
-    modules = {}
-    for module, found in own.items():
+    fields = _parse_fields(config, where)
+    numbers = lora_config.Numbers(config, where)
+    bases = _bases(modules, fields, config, where)
+    for module, parts in modules.items():
+        _check_shapes(parts, numbers.of(module)[0], bases[module], f"{where}, module {module}")
+    _check_memory(modules, bases, where)
+    factors = {}
+    for module, parts in modules.items():
         _, scaling = numbers.of(module)
-        if keys.CORE in found:
-            plain = from_core(found[keys.CORE], *bases[module], scaling)
+        if keys.CORE in parts:
+            plain = from_core(parts[keys.CORE], *bases[module], scaling)
         else:
-            down, up = (found[keys.COEFFICIENTS[side]] for side in keys.SIDES)
-            rests = (found.get(keys.RESIDUALS[side]) for side in keys.SIDES)
-            plain = from_pair(down, up, *bases[module], scaling, *rests)
-        modules[module] = replace(plain, kernel=tuple(fields.kernels.get(module, ())))
-    return replace(lora(name, modules, heads, config), subspace=config.get("subspace_fingerprint"))
+            down, up = (parts[keys.COEFFICIENTS[side]] for side in keys.SIDES)
+            residuals = (parts.get(keys.RESIDUALS[side]) for side in keys.SIDES)
+            plain = from_pair(down, up, *bases[module], scaling, *residuals)
+        factors[module] = replace(plain, kernel=tuple(fields.kernels.get(module, ())))
+    return replace(lora(name, factors, heads, config), subspace=config.get("subspace_fingerprint"))
+
+
+def _classify(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the tensors of each module by part, as floats, and the heads by key."""
+    part_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()}
+    modules: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Tensor] = {}
+    float_tensors = as_float_tensors(
+        tensors, lambda: slots(config, where), lambda: _as_written(_subspace(config, where), config)
+    )
+    for key, tensor in float_tensors.items():
+        module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
+        if part in part_names:
+            modules.setdefault(module, {})[part] = tensor
+        else:
+            heads[_check_head(key, config, where)] = tensor
+    return modules, heads
+
+
+def _bases(
+    modules: Mapping[str, Mapping[str, Tensor]], fields: "_Fields", config: Mapping[str, Any], where: str
+) -> dict[str, Bases]:
+    """Return the bases of each module: embedded in the file if all are, otherwise those of the subspace."""
+    if all(keys.EMBEDDED["down"] in parts for parts in modules.values()):
+        return {module: _embedded_bases(parts, f"{where}, module {module}") for module, parts in modules.items()}
+    subspace = _subspace(config, where)
+    bases = {}
+    for module in modules:
+        pair = subspace.modules[_subspace_module(module, fields, subspace, where)]
+        bases[module] = pair.down.components, pair.up.components
+    return bases
 
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """What the config of an adapter says of its coefficients. places: names in the subspace that are others there."""
+    """Fields of an adapter's config.
+
+    modules: the adapted modules. subspace_modules: names in the subspace of modules that have another name there.
+    kernels: kernel size of each convolution.
+    """
 
     modules: list[str]
-    places: dict[str, str]
+    subspace_modules: dict[str, str]
     kernels: dict[str, list[int]]
 
 
-def _fields(config: Mapping[str, Any], where: str) -> _Fields:
-    """These fields, each of its type. `FormatError` where one is not."""
-    names = {"modules": "target_modules", "places": "subspace_modules", "kernels": keys.KERNELS}
-    hints = get_type_hints(_Fields)
+def _parse_fields(config: Mapping[str, Any], where: str) -> _Fields:
+    """Return the fields of a config. Raises `FormatError` if one has another type."""
+    names = {"modules": "target_modules", "subspace_modules": "subspace_modules", "kernels": keys.KERNELS}
+    types = get_type_hints(_Fields)
     try:
-        found = {field: from_json(hints[field], _given(config, name, field), name) for field, name in names.items()}
+        return _Fields(
+            **{field: from_json(types[field], _json_value(config, name, field), name) for field, name in names.items()}
+        )
     except JsonTypeError as error:
         raise FormatError(f"{where}: {error}") from error
-    return _Fields(**found)
 
 
-def _given(config: Mapping[str, Any], name: str, field: str) -> Any:
-    """A field of a config, empty where it is null or missing. PEFT may keep the modules as a set, or a text."""
+def _json_value(config: Mapping[str, Any], name: str, field: str) -> Any:
+    """Return a field of a config, empty if it is null or missing. PEFT may keep the modules as a set or a text."""
     value = config.get(name) or ([] if field == "modules" else {})
     if field == "modules" and isinstance(value, str | set):
         return sorted(value) if isinstance(value, set) else [value]
@@ -101,17 +137,18 @@ def _given(config: Mapping[str, Any], name: str, field: str) -> Any:
 
 
 def slots(config: Mapping[str, Any], where: str) -> dict[str, ModuleSlot]:
-    """What the config of an adapter of a pack says of its modules."""
-    numbers, fields, own = lora_config.Numbers(config, where), _fields(config, where), {}
+    """Return the slot of each module in the subspace, by the config of an adapter of a pack."""
+    numbers, fields = lora_config.Numbers(config, where), _parse_fields(config, where)
+    module_slots = {}
     for module in sorted(fields.modules):
         rank, scaling = numbers.of(module)
-        place = fields.places.get(module, module)
-        own[module] = ModuleSlot(place, rank, scaling, tuple(fields.kernels.get(module, ())))
-    return own
+        subspace_module = fields.subspace_modules.get(module, module)
+        module_slots[module] = ModuleSlot(subspace_module, rank, scaling, tuple(fields.kernels.get(module, ())))
+    return module_slots
 
 
-def _checked_head(key: str, config: Mapping[str, Any], where: str) -> str:
-    """`key`, if it is one that an ordinary LoRA may have for a head: a file of one is what the adapter becomes."""
+def _check_head(key: str, config: Mapping[str, Any], where: str) -> str:
+    """Return `key` if an ordinary LoRA file, which the adapter becomes, may have it for a head."""
     try:
         kind = keys.parse_peft_key(key, config.get("modules_to_save") or ()).kind
     except FormatError as error:
@@ -121,44 +158,40 @@ def _checked_head(key: str, config: Mapping[str, Any], where: str) -> str:
     return key
 
 
-def _embedded(found: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
-    """The bases that an adapter has of its own."""
-    down, up = (found[keys.EMBEDDED[side]] for side in keys.SIDES)
+def _embedded_bases(parts: Mapping[str, Tensor], where: str) -> Bases:
+    """Return the bases that an adapter's own file holds for a module."""
+    down, up = (parts[keys.EMBEDDED[side]] for side in keys.SIDES)
     for part, basis in zip(keys.EMBEDDED.values(), (down, up), strict=True):
         if basis.dim() != 2 or basis.dtype not in dtypes.STORED:
             raise ShapeError(f"{where}: {part} is {tuple(basis.shape)}, {basis.dtype}; rows of floats were expected.")
     return down, up
 
 
-Bases = tuple[Tensor, Tensor]
-"""Rows (k, d) of a module's down side and of its up side."""
-
-
-def _check_sizes(found: Mapping[str, Tensor], rank: int, bases: Bases, where: str) -> None:
-    """`FormatError` where a module lacks coefficients, `ShapeError` where they are not of its rank and bases."""
+def _check_shapes(parts: Mapping[str, Tensor], rank: int, bases: Bases, where: str) -> None:
+    """Raise `FormatError` if a module lacks coefficients, and `ShapeError` if they do not fit its rank and bases."""
     (k_down, n_in), (k_up, n_out) = (basis.shape for basis in bases)
-    if keys.CORE in found:
-        wanted = {keys.CORE: (k_up, k_down)}
+    if keys.CORE in parts:
+        expected = {keys.CORE: (k_up, k_down)}
     else:
-        wanted = {keys.COEFFICIENTS["down"]: (rank, k_down), keys.COEFFICIENTS["up"]: (k_up, rank)}
-        rests = {keys.RESIDUALS["down"]: (rank, n_in), keys.RESIDUALS["up"]: (n_out, rank)}
-        wanted |= {part: shape for part, shape in rests.items() if part in found}
-    for part, shape in wanted.items():
-        if part not in found:
+        expected = {keys.COEFFICIENTS["down"]: (rank, k_down), keys.COEFFICIENTS["up"]: (k_up, rank)}
+        residuals = {keys.RESIDUALS["down"]: (rank, n_in), keys.RESIDUALS["up"]: (n_out, rank)}
+        expected |= {part: shape for part, shape in residuals.items() if part in parts}
+    for part, shape in expected.items():
+        if part not in parts:
             raise FormatError(f"{where} has no {part}: the file is not complete.")
-        if tuple(found[part].shape) != shape or found[part].dtype not in dtypes.STORED:
+        if tuple(parts[part].shape) != shape or parts[part].dtype not in dtypes.STORED:
             raise ShapeError(
-                f"{where}: {part} is {tuple(found[part].shape)}, {found[part].dtype}, where floats of {shape} go with "
+                f"{where}: {part} is {tuple(parts[part].shape)}, {parts[part].dtype}, where floats of {shape} go with "
                 "its rank and its subspace. They are not of one adapter."
             )
 
 
-def _check_factors(own: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, Bases], where: str) -> None:
-    """`ShapeError` where products with the bases do not fit in this machine's memory."""
+def _check_memory(modules: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, Bases], where: str) -> None:
+    """Raise `ShapeError` if the factors, products with the bases, do not fit in this machine's memory."""
     numbers = sum(
-        found[keys.COEFFICIENTS["down"]].shape[0] * sum(basis.shape[1] for basis in bases[module])
-        for module, found in own.items()
-        if keys.CORE not in found
+        parts[keys.COEFFICIENTS["down"]].shape[0] * sum(basis.shape[1] for basis in bases[module])
+        for module, parts in modules.items()
+        if keys.CORE not in parts
     )
     try:
         boundary.check_factor_memory(numbers, "its factors")
@@ -166,8 +199,8 @@ def _check_factors(own: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, 
         raise ShapeError(f"{where}: {error}.") from error
 
 
-def _of_then(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:
-    """The subspace as it was when the adapter was written."""
+def _as_written(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:
+    """Return the subspace in the version that the adapter was written for: it may have been extended since."""
     return subspace.at(str(config.get("subspace_fingerprint"))) or subspace
 
 
@@ -180,17 +213,24 @@ def from_pair(
     down_residual: Tensor | None = None,
     up_residual: Tensor | None = None,
 ) -> LoRAFactors:
-    """The LoRA of coefficients, down (r, k_down) and up (k_up, r), and of what is beside them, (r, in) and (out, r)."""
-    wide_down, wide_up = down.double() @ down_basis.double(), up_basis.double().mT @ up.double()
+    """Return the LoRA of coefficients, computed in float64 and rounded to the dtype of the coefficients.
+
+    Args:
+        down, up: coefficients, (r, k_down) and (k_up, r).
+        down_basis, up_basis: components, (k_down, in) and (k_up, out).
+        scaling: lora_alpha / r.
+        down_residual, up_residual: added to the factors, (r, in) and (out, r).
+    """
+    full_down, full_up = down.double() @ down_basis.double(), up_basis.double().mT @ up.double()
     if down_residual is not None:
-        wide_down += down_residual
+        full_down += down_residual
     if up_residual is not None:
-        wide_up += up_residual
-    return LoRAFactors(wide_down.to(down.dtype), wide_up.to(up.dtype).contiguous(), scaling)
+        full_up += up_residual
+    return LoRAFactors(full_down.to(down.dtype), full_up.to(up.dtype).contiguous(), scaling)
 
 
 def from_core(core: Tensor, down_basis: Tensor, up_basis: Tensor, scaling: float) -> LoRAFactors:
-    """The LoRA of a core (k_up, k_down), of rank min(k_up, k_down)."""
+    """Return the LoRA of a core (k_up, k_down), with rank min(k_up, k_down). Bases and scaling as in `from_pair`."""
     k_up, k_down = core.shape
     if k_down <= k_up:
         down, up = down_basis.double(), up_basis.double().mT @ core.double()
@@ -202,31 +242,35 @@ def from_core(core: Tensor, down_basis: Tensor, up_basis: Tensor, scaling: float
 def lora(
     name: str, modules: Mapping[str, LoRAFactors], heads: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Adapter:
-    """An adapter with a LoRA's config: ranks and alphas of the modules, and what `config` has that still holds."""
-    found = from_factors(
+    """Return an adapter whose config states the ranks and alphas of `modules`.
+
+    Fields of `config` that hold for a LoRA too are kept.
+    """
+    adapter = from_factors(
         name,
         dict(sorted(modules.items())),
         heads=heads,
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
     )
-    return replace(found, source_config=lora_config.derived(found, config))
+    return replace(adapter, source_config=lora_config.derived(adapter, config))
 
 
 def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
     fingerprint = config.get("subspace_fingerprint")
-    found = registry.find(fingerprint) if isinstance(fingerprint, str) else None
-    if found is None:
+    subspace = registry.find(fingerprint) if isinstance(fingerprint, str) else None
+    if subspace is None:
         raise FormatError(
             f"{where} holds coefficients over the subspace {str(fingerprint)[:12]}…, which is not at hand. Open its "
             "pack (eigenlorax.Pack.open('pack/') in Python), or, if it is an adapter of a pack, `eigenlorax export` it."
         )
     n_extra = config.get("n_extra") or 0
-    return spaces.augment(found, n_extra, config.get("extra_seed") or 0) if n_extra else found
+    return spaces.augment(subspace, n_extra, config.get("extra_seed") or 0) if n_extra else subspace
 
 
-def _place(module: str, fields: _Fields, subspace: Subspace, where: str) -> str:
-    place = fields.places.get(module) or module_names.resolve(module, subspace.modules)
-    if place is None or place not in subspace.modules:
+def _subspace_module(module: str, fields: _Fields, subspace: Subspace, where: str) -> str:
+    """Return the name in the subspace of a module. Raises `ModuleNameError` if it is not there."""
+    name = fields.subspace_modules.get(module) or module_names.resolve(module, subspace.modules)
+    if name is None or name not in subspace.modules:
         raise ModuleNameError(f"{where}: module {module!r} is not in the subspace.")
-    return place
+    return name

@@ -1,6 +1,6 @@
-"""From the name of a repository to a local folder, and back, by huggingface_hub. Its cache, tokens and switches count.
+"""Repositories of the Hub: download to the cache, list, commit. A wrapper of huggingface_hub with our errors.
 
-What a pack is, and which files make one, is not known here.
+huggingface_hub's cache, tokens and environment variables apply. This module does not know what a pack consists of.
 """
 
 import os
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
 
 _DEFAULT_BRANCH = "main"
 ALWAYS_THERE = ".gitattributes"
-"""A small file of every repository: huggingface_hub warns where nothing that is asked for is found."""
+"""A small file that every repository has. Requested too, since huggingface_hub warns if no pattern matches."""
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
-SECONDS = 4.0
-"""The time for an answer to the first request, where HF_HUB_ETAG_TIMEOUT says nothing else."""
-_REMEMBERED = 60.0
+TIMEOUT = 4.0
+"""Seconds to wait for the first answer of the Hub, unless HF_HUB_ETAG_TIMEOUT is set."""
+_ANSWER_LIFETIME = 60.0
+"""Seconds for which the Hub counts as reachable or not after a request."""
 _answers: dict[str, tuple[float, str | None]] = {}
-"""Endpoint → when it was asked last, and why it could not be."""
+"""Endpoint → time of the last request, and why it failed."""
 
-# what `Path` makes of a URL
-_WAS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
+# a URL after `Path` has removed one of its slashes
+_URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def name_of(source: str | Path, subfolder: str | None = None) -> str:
-    """The adapter name that a folder, a file, a URL or a repository gives: its last part, or `org--name`."""
+    """Return the adapter name that a source gives: the last part of a path or URL, or `org--name` for a Hub id."""
     if isinstance(source, str) and urls.is_url(source):
         last = urls.name_of(source, subfolder)
         if subfolder is None and last.lower().endswith(keys.LORA_SUFFIX):
@@ -45,15 +46,14 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
         return last
     local = Path(source)
     if local.exists():
-        # not resolved: a link is called what it is called, not what it leads to
+        # not resolved: a link gives its own name, not that of its target
         whole = Path(os.path.abspath(local / subfolder if subfolder else local))
-        is_file = whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file()
-        if is_file:
+        if whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file():
             return keys.name_from_file(whole.name, whole.parent.name)
         # as diffusers saves a LoRA
         return keys.name_from_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
-    # where it is neither there nor on the Hub, its folders are nobody's business
+    # for a missing path, the last part only: the name may be printed or stored
     parts = [match["repo"] if match else local.name, *([subfolder.strip("/")] if subfolder else [])]
     return "--".join(parts).replace("/", "--")
 
@@ -68,7 +68,16 @@ def adapter_folder(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[Path, str]:
-    """The folder of an adapter, and the name it goes by: a local folder as it is, else the Hub's files in its cache."""
+    """Return the folder of an adapter and its name. Files of a repository are downloaded to the Hub's cache first.
+
+    Args:
+        source: a local folder or a Hub id.
+        allow_pickle: download `adapter_model.bin` too.
+
+    Raises:
+        FormatError: the source is neither a folder nor of the form of a Hub id.
+        HubError: the Hub does not have the repository, or cannot be reached.
+    """
     local = Path(source)
     if local.exists():
         folder = local / subfolder if subfolder else local
@@ -77,11 +86,11 @@ def adapter_folder(
         return folder, name_of(source, subfolder)
     repository = parsed(source, revision)
     if repository is None:
-        hint = " A URL is given as a text, not as a Path." if _WAS_URL.match(str(source)) else ""
+        hint = " A URL is given as a text, not as a Path." if _URL_AS_PATH.match(str(source)) else ""
         raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).{hint}")
     weights = [keys.ADAPTER_WEIGHTS, keys.LORA_FILE, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    # a pack's manifest is fetched so that a pack can be told from what is neither
+    # with a pack's manifest, an error can say that the repository is a pack
     folder = download(
         *repository,
         [*(prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)), ALWAYS_THERE],
@@ -93,8 +102,11 @@ def adapter_folder(
 
 
 def parsed(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
-    """The repository, and the revision of `org/name@revision` or the one given beside it, not both; None where
-    `source` has not the form of an id."""
+    """Return repository and revision of a Hub id (`org/name`, `org/name@revision`); None for any other text.
+
+    Raises:
+        FormatError: the id and the argument both give a revision.
+    """
     match = _REPO_ID.fullmatch(str(source))
     if match is None:
         return None
@@ -104,12 +116,12 @@ def parsed(source: str | Path, revision: str | None = None) -> tuple[str, str | 
 
 
 def may_be_model(text: str) -> bool:
-    """Whether the Hub would take a text for a model's id, as `base_model` in a card has to be one."""
+    """Return whether a text has the form of a model id, which `base_model` in a model card requires."""
     return _MODEL_ID.fullmatch(text) is not None
 
 
 def cached_repo(folder: Path) -> str | None:
-    """The repository that a folder is the snapshot of, if it is one in the Hub's cache."""
+    """Return the repository of a folder in the Hub's cache; None for any other folder."""
     snapshots = folder.absolute().parent
     if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--"):
         return None
@@ -117,47 +129,48 @@ def cached_repo(folder: Path) -> str | None:
 
 
 def unreachable() -> str | None:
-    """Return why the Hub cannot be asked, or None where it answers.
+    """Return why the Hub cannot be reached, or None if it answers.
 
-    One request without a retry says so, and holds for a minute. huggingface_hub repeats each of its own requests five
-    times, for 23 s, and transformers makes several of them for one model.
+    The answer of one request without retries holds for a minute. huggingface_hub repeats each of its own requests five
+    times, for 23 s, and transformers makes several for one model.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "offline: HF_HUB_OFFLINE is set"
     endpoint = constants.ENDPOINT
-    known = _answers.get(endpoint)
-    if known is None or time.monotonic() - known[0] >= _REMEMBERED:
-        seconds = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else SECONDS
-        known = _answers[endpoint] = _ask(endpoint, seconds)
-    return known[1]
+    answer = _answers.get(endpoint)
+    if answer is None or time.monotonic() - answer[0] >= _ANSWER_LIFETIME:
+        timeout = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else TIMEOUT
+        answer = _answers[endpoint] = _ask(endpoint, timeout)
+    return answer[1]
 
 
-def _ask(endpoint: str, seconds: float) -> tuple[float, str | None]:
+def _ask(endpoint: str, timeout: float) -> tuple[float, str | None]:
+    """Send one request. Returns the time of the answer, and why it failed or None."""
     from huggingface_hub import get_session
 
     failures = _connection_errors()
-    found: list[str | None] = []
+    answers: list[str | None] = []
 
     def request() -> None:
         try:
-            # whatever the status is, it is an answer
-            get_session().request("HEAD", endpoint, timeout=seconds)
-            found.append(None)
+            # an answer of any status means that the Hub is there
+            get_session().request("HEAD", endpoint, timeout=timeout)
+            answers.append(None)
         except failures as error:
-            found.append(f"{endpoint} does not answer: {reason(error)}")
+            answers.append(f"{endpoint} does not answer: {reason(error)}")
 
-    # a thread, since looking up the name of a host knows no timeout
+    # in a thread, since the lookup of a host name has no timeout
     thread = threading.Thread(target=request, daemon=True)
     thread.start()
-    thread.join(seconds + 1)
-    return time.monotonic(), found[0] if found else f"{endpoint} has not answered within {seconds:g} s"
+    thread.join(timeout + 1)
+    return time.monotonic(), answers[0] if answers else f"{endpoint} has not answered within {timeout:g} s"
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """A block in which huggingface_hub makes no request, as with HF_HUB_OFFLINE=1."""
+    """Keep huggingface_hub from making requests inside the block, as HF_HUB_OFFLINE=1 does."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -168,8 +181,10 @@ def offline() -> Iterator[None]:
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of a connection that fails: those of httpx or of requests, whichever huggingface_hub is built on,
-    and OSError."""
+    """Return the exceptions of failed connections: OSError, and those of httpx or requests.
+
+    Releases of huggingface_hub are built on one or the other; the bases of its HTTP error tell which.
+    """
     from huggingface_hub import errors as hub_errors
 
     return (*cast(tuple[type[Exception], ...], hub_errors.HfHubHTTPError.__bases__), OSError)
@@ -185,36 +200,42 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The snapshot in the Hub's cache, named by its commit, with those files (patterns, too) that the repository has.
+    """Download files of a repository, and return its folder in the cache, which is named by the commit.
 
-    required: a file without which the rest is of no use: an error where the Hub cannot be asked for it.
+    Args:
+        files: names or patterns. Those that the repository lacks are ignored.
+        required: a file that has to be in the cache if the Hub cannot be reached.
+
+    Raises:
+        HubError: the Hub does not have the repository or the revision, or cannot be reached and the cache lacks them.
     """
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
-    unasked = None if local_files_only else unreachable()
-    how: dict[str, Any] = {
+    obstacle = None if local_files_only else unreachable()
+    options: dict[str, Any] = {
         "token": token,
         "cache_dir": cache_dir,
-        "local_files_only": local_files_only or bool(unasked),
+        "local_files_only": local_files_only or bool(obstacle),
     }
     try:
-        with offline() if how["local_files_only"] else nullcontext():
-            place = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files, **how))
-            if required is not None and not (place / required).is_file():
-                # some releases of huggingface_hub give what part of a snapshot there is where the Hub cannot be asked
+        with offline() if options["local_files_only"] else nullcontext():
+            snapshot = Path(
+                huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files, **options)
+            )
+            if required is not None and not (snapshot / required).is_file():
+                # offline, some releases of huggingface_hub return an incomplete snapshot: ask for the file itself
                 try:
-                    huggingface_hub.hf_hub_download(repo_id, required, revision=revision, **how)
+                    huggingface_hub.hf_hub_download(repo_id, required, revision=revision, **options)
                 except hub_errors.LocalEntryNotFoundError:
                     raise
                 except hub_errors.EntryNotFoundError:
-                    # it could, and has no such file: the caller knows what that means
-                    return place
-            return place
+                    # the repository has no such file, which the caller has to judge
+                    return snapshot
+            return snapshot
     except hub_errors.LocalEntryNotFoundError as error:
-        # what it answered, if it did
         answer = error.__cause__
-        why, when = unasked or "offline, or no connection", "with a connection"
+        why, when = obstacle or "offline, or no connection", "with a connection"
         if isinstance(answer, hub_errors.HfHubHTTPError):
             why, when = reason(answer), "when it can"
         missing = f"{required} of {repo_id} is not" if required else f"{repo_id} is neither a local folder nor"
@@ -242,12 +263,12 @@ def files(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> list[str]:
-    """The files of a repository; where the Hub is not to be asked, those of it in the cache."""
+    """List the files of a repository, or those in the cache if the Hub cannot be reached."""
     import huggingface_hub
 
     if local_files_only or unreachable():
-        place = download(repo_id, revision, ["*"], cache_dir=cache_dir, local_files_only=True)
-        return sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+        snapshot = download(repo_id, revision, ["*"], cache_dir=cache_dir, local_files_only=True)
+        return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
     try:
         return sorted(huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision))
     except _connection_errors() as error:
@@ -265,24 +286,32 @@ def commit(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> "CommitInfo":
-    """Make one commit in a repository, which is made if it is not there.
+    """Make one commit in a repository, which is created if it does not exist.
 
-    One, so that whoever downloads meanwhile gets all of the old state or all of the new one. files: for the whole id
-    of the repository, what to put at which path in it. stale: which of the files that are there are to be deleted.
-    `PackBusyError` if there was another commit since it was asked.
+    A single commit, so that a download at the same time gets the old state or the new one.
+
+    Args:
+        files: returns the files to write by path, for the full id of the repository.
+        stale: returns the files to delete, for the list of files in the repository.
+        message: the first line of the commit.
+        private: visibility of a new repository.
+        revision: the branch; by default main.
+        create_pr: open a pull request instead of committing to main.
+
+    Raises:
+        PackBusyError: someone else has committed in the meantime.
+        HubError: the repository cannot be written, or is public although `private` is set.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     if create_pr and revision not in (None, _DEFAULT_BRANCH):
-        raise OptionError(
-            f"a pull request goes to {_DEFAULT_BRANCH}: leave the revision ({revision}) away, or create_pr."
-        )
+        raise OptionError(f"a pull request goes to {_DEFAULT_BRANCH}: remove the revision ({revision}), or create_pr.")
     api = huggingface_hub.HfApi(token=token, library_name="eigenlorax", library_version=__version__)
     why = unreachable()
     if why is not None:
         raise HubError(f"{repo_id} cannot be pushed to: {why}. Nothing was pushed; run it again with a connection.")
-    with _explained(repo_id):
+    with _push_errors(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -291,8 +320,8 @@ def commit(
             raise HubError(
                 f"{repo} is there already, and public: nothing was pushed. Make it private on the Hub first."
             )
-        there = list(api.list_repo_files(repo, revision=before.sha))
-        deleted = [CommitOperationDelete(path) for path in sorted(stale(there))]
+        existing = list(api.list_repo_files(repo, revision=before.sha))
+        deleted = [CommitOperationDelete(path) for path in sorted(stale(existing))]
         return api.create_commit(
             repo,
             [*deleted, *(CommitOperationAdd(path, data) for path, data in sorted(files(repo).items()))],
@@ -304,9 +333,9 @@ def commit(
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Our errors in the place of those that pushing to a repository ends in."""
-    # the latter two come from its parts for large files
+def _push_errors(repo_id: str) -> Iterator[None]:
+    """Turn the errors of a push into ours."""
+    # huggingface_hub's code for large files raises ValueError and RuntimeError
     causes: tuple[type[Exception], ...] = (*_connection_errors(), ValueError, RuntimeError)
     try:
         yield

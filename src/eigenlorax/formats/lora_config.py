@@ -1,4 +1,4 @@
-"""The numbers of a LoRA's `adapter_config.json`: read as PEFT reads them, and written for adapters that have none."""
+"""Ranks and scalings in a LoRA's `adapter_config.json`: read as PEFT reads them, and written."""
 
 import json
 import math
@@ -14,10 +14,10 @@ from ..errors import FormatError
 
 Number = TypeVar("Number", int, float)
 
-# PEFT's own defaults, for configs older than the field.
+# PEFT's defaults, for configs that are older than the field
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8
-# What the config of another method says that holds of a LoRA as well.
-_KEPT = (
+# fields in the config of another PEFT method that mean the same for a LoRA
+_COMMON_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -29,21 +29,33 @@ _KEPT = (
 
 
 class Numbers:
-    """Ranks and scalings by one config, as PEFT finds them: r and lora_alpha with their patterns; rsLoRA divides by √r.
+    """Ranks and scalings of modules by a config: `r` and `lora_alpha` with their patterns, as PEFT matches them.
 
-    where: stands before what is wrong with them. effort: what matching the patterns may take in all.
+    The scaling is lora_alpha / r, or lora_alpha / √r with rsLoRA.
+
+    Args:
+        config: the parsed `adapter_config.json`.
+        where: the file, for error messages.
+        budget: bounds the work of matching patterns. Configs of one file share a budget.
     """
 
-    def __init__(self, config: Mapping[str, Any], where: str, effort: StepBudget | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str, budget: StepBudget | None = None) -> None:
         self._config, self._where = config, where
         patterns = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
         if not all(isinstance(pattern, dict) for pattern in patterns):
             raise FormatError(f"{where}: rank_pattern and alpha_pattern must be JSON objects, got {patterns}.")
-        effort = effort or StepBudget()
-        self._ranks, self._alphas = (module_patterns.ModulePatterns(pattern, effort) for pattern in patterns)
+        budget = budget or StepBudget()
+        self._ranks, self._alphas = (module_patterns.ModulePatterns(pattern, budget) for pattern in patterns)
 
     def of(self, module: str, rank: int = _DEFAULT_RANK) -> tuple[int, float]:
-        """Rank and scaling of a module. rank: what it is where the config has none."""
+        """Return rank and scaling of a module.
+
+        Args:
+            rank: the rank if the config states none.
+
+        Raises:
+            FormatError: the config states numbers that give no finite scaling.
+        """
         config, where = self._config, self._where
         try:
             rank = self._ranks.value(module, config.get("r", rank))
@@ -55,7 +67,7 @@ class Numbers:
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if usable else math.nan
         except OverflowError:
             scaling = math.inf
-        # squared, it enters every norm of the update
+        # its square is part of every norm of the update
         if not math.isfinite(scaling * scaling):
             raise FormatError(
                 f"{where}: r={rank!r} and lora_alpha={alpha!r} of module {module} in {keys.ADAPTER_CONFIG} are not "
@@ -64,7 +76,7 @@ class Numbers:
         return rank, scaling
 
     def check(self, module: str, spec: ModuleSpec) -> None:
-        """`FormatError` where they are not those of a module's factors."""
+        """Raise `FormatError` if the config states another rank or scaling than a module has."""
         rank, scaling = self.of(module)
         if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
             raise FormatError(
@@ -74,10 +86,10 @@ class Numbers:
 
 
 def make(adapter: Adapter) -> str:
-    """An `adapter_config.json` for an adapter that was made in memory: ranks and scalings by module, nothing else."""
+    """Return an `adapter_config.json` with the ranks and scalings of an adapter that was made in memory."""
     ranks = {module: spec.rank for module, spec in adapter.specs.items()}
     alphas = {module: alpha_of(spec.rank, spec.scaling) for module, spec in adapter.specs.items()}
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base_model,
@@ -86,58 +98,75 @@ def make(adapter: Adapter) -> str:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {module_patterns.exact_pattern(m): one for m, one in ranks.items() if one != rank},
-        "alpha_pattern": {module_patterns.exact_pattern(m): one for m, one in alphas.items() if one != alpha},
+        "rank_pattern": {module_patterns.exact_pattern(m): value for m, value in ranks.items() if value != rank},
+        "alpha_pattern": {module_patterns.exact_pattern(m): value for m, value in alphas.items() if value != alpha},
         "target_modules": sorted(adapter.specs),
     }
     return json.dumps(config, indent=2, sort_keys=True)
 
 
 def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
-    """An adapter's `adapter_config.json` where some of its modules have other ranks, and the scalings that they had."""
+    """Return an adapter's `adapter_config.json` after the ranks of some modules have changed and no scaling has.
+
+    Args:
+        config: the config as it was.
+        ranks: new rank by module.
+    """
     fields = json.loads(config)
-    now = {module: ranks.get(module, spec.rank) for module, spec in adapter.specs.items()}
+    new_ranks = {module: ranks.get(module, spec.rank) for module, spec in adapter.specs.items()}
     alphas = {
-        module: spec.scaling * math.sqrt(now[module])
+        module: spec.scaling * math.sqrt(new_ranks[module])
         if fields.get("use_rslora")
-        else alpha_of(now[module], spec.scaling)
+        else alpha_of(new_ranks[module], spec.scaling)
         for module, spec in adapter.specs.items()
     }
-    usual: list[tuple[str, str, Mapping[str, int | float], Any]] = [
-        ("r", "rank_pattern", now, _DEFAULT_RANK),
+    settings: list[tuple[str, str, Mapping[str, int | float], Any]] = [
+        ("r", "rank_pattern", new_ranks, _DEFAULT_RANK),
         ("lora_alpha", "alpha_pattern", alphas, _DEFAULT_ALPHA),
     ]
-    for field, pattern, values, default in usual:
-        others: Mapping[str, Any] = {}
+    for field, pattern_field, values, default in settings:
+        old_patterns: Mapping[str, Any] = {}
         if adapter.carried:
-            # what is carried beside modules, such as embeddings, has its rank by what the config says now
-            most, others = fields.get(field, default), fields.get(pattern) or {}
+            # the config also states the rank of carried tensors, such as embeddings: what it says of them has to stay
+            usual, old_patterns = fields.get(field, default), fields.get(pattern_field) or {}
         else:
-            most = _commonest(values.values())
-        # a pattern that stays may fit any of them
-        own = {
-            module_patterns.exact_pattern(module): value for module, value in values.items() if value != most or others
+            usual = _most_common(values.values())
+        # any module may match an old pattern, so each needs its own beside those
+        patterns = {
+            module_patterns.exact_pattern(module): value
+            for module, value in values.items()
+            if value != usual or old_patterns
         }
-        fields[field], fields[pattern] = most, own | {key: value for key, value in others.items() if key not in own}
-    # the order of patterns counts: keys are not sorted
+        remaining = {pattern: value for pattern, value in old_patterns.items() if pattern not in patterns}
+        fields[field], fields[pattern_field] = usual, patterns | remaining
+    # keys are not sorted: PEFT takes the first pattern that matches
     return json.dumps(fields, indent=2)
 
 
 def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
-    """The same for an adapter that another method trained, with what that method's config has that still holds."""
-    # "eigenlorax_only" and its like: the biases of the modules that have an adapter
+    """Return an `adapter_config.json` for an adapter that another PEFT method trained.
+
+    Args:
+        adapter: the adapter as a LoRA.
+        config: the config of the other method. Fields that mean the same for a LoRA are kept.
+    """
+    # "eigenlorax_only" and the like mean the biases of the adapted modules
     stated = str(config.get("bias", "none"))
     bias = "lora_only" if re.fullmatch(r"\w+_only", stated) else stated
-    fields = {**json.loads(make(adapter)), **{key: config[key] for key in _KEPT if key in config}, "bias": bias}
+    fields = {
+        **json.loads(make(adapter)),
+        **{key: config[key] for key in _COMMON_FIELDS if key in config},
+        "bias": bias,
+    }
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
 def alpha_of(rank: int, scaling: float) -> float:
-    """The lora_alpha of a scaling: a whole number where one gives the same scaling."""
+    """Return the lora_alpha of a scaling: a whole number if one gives exactly that scaling."""
     alpha = float(scaling * rank)
     return float(round(alpha)) if round(alpha) / rank == scaling else alpha
 
 
-def _commonest(values: Iterable[Number]) -> Number:
-    """The value that is there most often; of several, the first: what differs from it has to be listed."""
+def _most_common(values: Iterable[Number]) -> Number:
+    """Return the most common value, the first of several: every other value needs a pattern in the config."""
     return Counter(values).most_common(1)[0][0]

@@ -1,9 +1,9 @@
-"""From what a user points at to adapters, one by one: folders and files, folders of some, URLs, Hub ids, NAME=PATH."""
+"""The adapters that sources of a user stand for: folders, files, parent folders, URLs, Hub ids, NAME=PATH."""
 
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ Source = str | Path | Adapter
 Sources = Source | Iterable[Source] | Mapping[str, Source]
 
 
-# a snapshot in the Hub's cache, and whatever else begins at the root of a disk
+# the path of a snapshot in the Hub's cache, and any other absolute path of a folder
 _SNAPSHOT = re.compile(r"(?:[A-Za-z]:)?[\\/](?:(?!: )[^'\"`])*?models--([^\\/]+)[\\/]snapshots[\\/][^\\/]+")
 _ABSOLUTE = re.compile(r"(?<![\w:/\\.~-])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"`:;,]+[\\/])+")
 
-_LOOKED_INTO = 10
-"""Folders of a parent in which adapters are looked for in order to say where some are."""
+_INSPECTED_CHILDREN = 10
+"""Number of subfolders in which an error message looks for adapters one level deeper."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """One adapter to read; `name` is None where the folder or repository gives it."""
+    """An adapter to read, or one in memory. `name` is None if the folder or repository gives the name."""
 
     name: str | None
     source: Source
@@ -37,23 +37,29 @@ class AdapterSource:
 def find_adapters(
     sources: Sources, *, revision: str | None = None, token: str | bool | None = None, **_: Any
 ) -> list[AdapterSource]:
-    """Every adapter that the sources stand for, in their order; a parent folder gives its children by name.
+    """Return the adapters that `sources` stand for, in their order. A parent folder gives its children by name.
 
-    revision, token: of the Hub, where it is looked into (`hf://…`); other options of `read_adapter` change nothing.
+    Args:
+        sources: one source, several, or a mapping of names to sources. A text may be NAME=PATH.
+        revision, token: of the Hub, for `hf://` folders. Other options of `read_adapter` are ignored.
+
+    Raises:
+        OptionError: there is no source, or one name stands for a folder of several adapters.
+        FormatError: a folder has no adapter.
     """
     if isinstance(sources, Mapping):
         pairs: list[tuple[str | None, Source]] = list(sources.items())
     else:
-        several = [sources] if isinstance(sources, str | Path | Adapter) else list(sources)
-        pairs = [_split(source) for source in several]
-    found = [item for name, source in pairs for item in _expand(name, source, revision, token)]
-    if not found:
+        listed = [sources] if isinstance(sources, str | Path | Adapter) else list(sources)
+        pairs = [_split(source) for source in listed]
+    adapters = [adapter for name, source in pairs for adapter in _expand(name, source, revision, token)]
+    if not adapters:
         raise OptionError("no adapter was given: name one folder, a parent folder of some, or a Hub id, at least.")
-    return found
+    return adapters
 
 
 def _split(source: Source) -> tuple[str | None, Source]:
-    """`NAME=PATH` in its two parts; anything else as it is."""
+    """Split NAME=PATH. Any other source is returned unchanged, without a name."""
     if not isinstance(source, str) or "=" not in source or urls.is_url(source) or Path(source).exists():
         return None, source
     name, _, path = source.partition("=")
@@ -66,10 +72,11 @@ def _split(source: Source) -> tuple[str | None, Source]:
 
 
 def _expand(name: str | None, source: Source, revision: str | None, token: str | bool | None) -> list[AdapterSource]:
+    """Return the adapter of a source, or those in a parent folder."""
     if isinstance(source, Adapter):
         return [AdapterSource(name, source)]
     if not str(source).strip():
-        # as a path it would be the current folder
+        # as a path, an empty text means the current folder
         raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
     source = folders.local_source(source)
     folder = _folder(source, revision, token)
@@ -80,14 +87,7 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     files = [file for file in folder.files() if folders.is_file_name(file) and not file.startswith(".")]
     loras = [file for file in files if folders.is_lora(folder, file)]
     if not adapters and not loras:
-        deeper = [child for child in children[:_LOOKED_INTO] if any(map(folders.is_adapter, child.folders()))]
-        hint = f" There are some one level deeper: try {deeper[0]}." if deeper else ""
-        none = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
-        raise FormatError(
-            f"{folder} has neither {keys.ADAPTER_CONFIG} nor a LoRA in one file ({keys.LORA_SUFFIX}, as kohya or "
-            "diffusers write it), and neither has any folder in it: no adapter was found."
-            f"{none}{hint}"
-        )
+        raise _no_adapter(folder, children, files)
     if name is not None:
         raise OptionError(
             f"{name}={folder} names one adapter, but {folder} is a folder of {len(adapters) + len(loras)}."
@@ -96,10 +96,8 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         if file not in loras:
             warnings.warn(f"{folder.at(file)} was passed over: it is no LoRA.", SkippedAdapterWarning, stacklevel=2)
     for child in children:
-        if child in adapters:
-            continue
         weights = [file for file in child.files() if file.endswith((".safetensors", ".bin"))]
-        if weights:
+        if weights and child not in adapters:
             reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"
             warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
     return [AdapterSource(None, child.source) for child in adapters] + [
@@ -107,8 +105,19 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     ]
 
 
+def _no_adapter(folder: Folder, children: Sequence[Folder], files: Sequence[str]) -> FormatError:
+    """Return the error for a folder without an adapter. files: its safetensors files, none of which is a LoRA."""
+    deeper = [child for child in children[:_INSPECTED_CHILDREN] if any(map(folders.is_adapter, child.folders()))]
+    hint = f" There are some one level deeper: try {deeper[0]}." if deeper else ""
+    no_lora = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
+    return FormatError(
+        f"{folder} has neither {keys.ADAPTER_CONFIG} nor a LoRA in one file ({keys.LORA_SUFFIX}, as kohya or diffusers "
+        f"write it), and neither has any folder in it: no adapter was found.{no_lora}{hint}"
+    )
+
+
 def _folder(source: str | Path, revision: str | None, token: str | bool | None) -> Folder | None:
-    """The folder that a source names, to look into; None for files and the Hub's ids, and for what is not there."""
+    """Return the existing folder that a source names; None for files, Hub ids and missing paths."""
     if folders.is_file_name(source) and not Path(source).is_dir():
         return None
     if isinstance(source, str) and urls.is_url(source):
@@ -118,24 +127,25 @@ def _folder(source: str | Path, revision: str | None, token: str | bool | None) 
     return LocalFolder(Path(source)) if Path(source).is_dir() else None
 
 
-def default_name(found: AdapterSource) -> str:
-    """The name an adapter goes by unless its reading fails before it has one."""
-    if found.name is not None:
-        return found.name
-    if isinstance(found.source, Adapter):
-        return found.source.name
-    return hub.name_of(found.source)
+def default_name(source: AdapterSource) -> str:
+    """Return the name of an adapter without reading it."""
+    if source.name is not None:
+        return source.name
+    if isinstance(source.source, Adapter):
+        return source.source.name
+    return hub.name_of(source.source)
 
 
 def without_folders(message: str, source: str | Path | None) -> str:
-    """What an error says of a source, with the names of its folder and files, but not where these are.
+    """Return an error message without absolute paths: names of folders and files stay.
 
-    What is kept in a pack is for those who have other disks.
+    A pack records why a source was skipped, and is read on other machines.
     """
     if source is not None:
         path = Path(source)
+        spellings = {str(source), str(path), os.path.abspath(path), os.path.realpath(path)}
         # the longest first: one may be the end of another
-        for place in sorted({str(source), str(path), os.path.abspath(path), os.path.realpath(path)}, key=len)[::-1]:
-            if place != path.name:
-                message = message.replace(place, path.name)
+        for spelling in sorted(spellings, key=len, reverse=True):
+            if spelling != path.name:
+                message = message.replace(spelling, path.name)
     return _ABSOLUTE.sub("", _SNAPSHOT.sub(r"\1", message))

@@ -105,7 +105,7 @@ def summarize(
     trained = {name: record for name, record in records.items() if not record.untrained}
     return Summary(
         base_model=base_model,
-        family=families.called(families.families(_widths(info))) or None,
+        family=families.describe(families.families(_widths(info))) or None,
         revision=revision,
         fit=fit,
         dtype=info.dtype,

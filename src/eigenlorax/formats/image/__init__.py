@@ -1,1 +1,1 @@
-"""LoRA files of image models: the dialects of kohya and diffusers, and the names of their modules."""
+"""LoRA files of image models in the dialects of kohya and diffusers, and the names of their modules."""

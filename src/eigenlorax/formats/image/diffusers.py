@@ -1,5 +1,8 @@
-"""diffusers' dialects: that of now, `unet.….lora_A.weight`, and the older ones, `unet.….lora.down.weight` or
-`….processor.to_q_lora.down.weight`; and that with ComfyUI's prefix, `diffusion_model.`, over the authors' names."""
+"""The dialects of diffusers, as a reader and a writer each.
+
+diffusers: `unet.….lora_A.weight`. diffusers-old: `unet.….lora.down.weight` or `….processor.to_q_lora.down.weight`.
+diffusion-model: ComfyUI's prefix `diffusion_model.` before the names that the model's authors use.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,30 +12,30 @@ from . import names, reader, writer
 
 
 def read(source: Any, **options: Any) -> Adapter:
-    """A single file as diffusers writes it now. Options: those of format "peft"."""
+    """Read a file as current diffusers writes it. Options: those of format "peft"."""
     return reader.read(source, names.DIFFUSERS, **options)
 
 
 def write(adapter: Adapter, path: Path, **options: Any) -> Path:
-    """A single file that `load_lora_weights` reads; alphas are in its metadata."""
+    """Write a file that `load_lora_weights` reads, with alphas in its metadata. Options: `dtype` and `overwrite`."""
     return writer.write(adapter, path, names.DIFFUSERS, **options)
 
 
 def read_old(source: Any, **options: Any) -> Adapter:
-    """A single file as diffusers wrote it before it had PEFT. Options: those of format "peft"."""
+    """Read a file as diffusers wrote it before it used PEFT. Options: those of format "peft"."""
     return reader.read(source, names.OLD, **options)
 
 
 def write_old(adapter: Adapter, path: Path, **options: Any) -> Path:
-    """A single file that early releases of diffusers read too: scalings are multiplied into the second factors."""
+    """Write a file for early releases of diffusers, which read no alphas: the up factors contain the scalings."""
     return writer.write(adapter, path, names.OLD, **options)
 
 
 def read_diffusion_model(source: Any, **options: Any) -> Adapter:
-    """A single file with `diffusion_model.` before the authors' names. Options: those of format "peft"."""
+    """Read a file with `diffusion_model.` before the authors' names. Options: those of format "peft"."""
     return reader.read(source, names.DIFFUSION_MODEL, **options)
 
 
 def write_diffusion_model(adapter: Adapter, path: Path, **options: Any) -> Path:
-    """A single file as ComfyUI calls the modules."""
+    """Write a file with the module names of ComfyUI. Options: `dtype` and `overwrite`."""
     return writer.write(adapter, path, names.DIFFUSION_MODEL, **options)

@@ -1,6 +1,6 @@
-"""The two ways to name FLUX's modules: by diffusers, and by its authors, who have one module for query, key and value.
+"""FLUX's modules under the names of diffusers and of its authors, who have one module for query, key and value.
 
-One of theirs that stands for several of diffusers' has the same input; each of diffusers' is a part of its rows.
+A module of the authors may be several of diffusers: they have the same input, and each is some of its rows.
 """
 
 import re
@@ -9,21 +9,21 @@ from enum import Enum
 
 
 class Rows(Enum):
-    """Which rows of a module of the authors' are diffusers'."""
+    """Rows of an authors' module that are one module of diffusers."""
 
     ALL = "all"
     THIRD = "third"
     """One of three equal parts."""
     FIRST_THREE = "first three"
-    """One of three parts as tall as the input is wide, with the rest behind them."""
+    """One of three parts with as many rows as the input is wide. `REST` follows them."""
     REST = "rest"
     SWAPPED = "swapped"
-    """The second half before the first: scale and shift."""
+    """All rows with the halves exchanged: scale and shift are in the opposite order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A module by diffusers' name, as rows of a module of the authors'. index: which of the three."""
+    """A module by diffusers' name, as rows of an authors' module. index: which of three parts, from the top."""
 
     module: str
     rows: Rows = Rows.ALL
@@ -61,7 +61,7 @@ _SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
 HEADS = frozenset({"double_blocks", "single_blocks", _SWAPPED[0].partition(".")[0]}) | {
     name.partition(".")[0] for name in _ENDS
 }
-"""With what the authors' names begin."""
+"""First components of the authors' names."""
 
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 _DIFFUSERS_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
@@ -72,7 +72,7 @@ _BACK_ENDS = {back: name for name, back in _ENDS.items()}
 
 
 def to_diffusers(name: str) -> list[Part]:
-    """The modules that one of the authors' stands for; none for what is no module of FLUX."""
+    """Return the modules of diffusers that an authors' module consists of; empty if it is no module of FLUX."""
     if name in _ENDS:
         return [Part(_ENDS[name])]
     if name == _SWAPPED[0]:
@@ -80,34 +80,38 @@ def to_diffusers(name: str) -> list[Part]:
     match = _BLOCK.fullmatch(name)
     if match is None:
         return []
-    kind, block, rest = match.groups()
+    kind, block, path = match.groups()
     if kind == "double":
-        place = f"transformer_blocks.{block}"
-        if rest in _QKV:
-            return [Part(f"{place}.{part}", Rows.THIRD, i) for i, part in enumerate(_QKV[rest])]
-        return [Part(f"{place}.{_DOUBLE[rest]}")] if rest in _DOUBLE else []
-    place = f"single_transformer_blocks.{block}"
-    if rest == "linear1":
-        first = [Part(f"{place}.attn.to_{one}", Rows.FIRST_THREE, i) for i, one in enumerate("qkv")]
-        return [*first, Part(f"{place}.proj_mlp", Rows.REST)]
-    return [Part(f"{place}.{_SINGLE[rest]}")] if rest in _SINGLE else []
+        prefix = f"transformer_blocks.{block}"
+        if path in _QKV:
+            return [Part(f"{prefix}.{name}", Rows.THIRD, i) for i, name in enumerate(_QKV[path])]
+        return [Part(f"{prefix}.{_DOUBLE[path]}")] if path in _DOUBLE else []
+    prefix = f"single_transformer_blocks.{block}"
+    if path == "linear1":
+        qkv = [Part(f"{prefix}.attn.to_{letter}", Rows.FIRST_THREE, i) for i, letter in enumerate("qkv")]
+        return [*qkv, Part(f"{prefix}.proj_mlp", Rows.REST)]
+    return [Part(f"{prefix}.{_SINGLE[path]}")] if path in _SINGLE else []
 
 
-def of_xlabs(kind: str, block: str, what: str, which: str | None) -> list[Part]:
-    """The modules of a layer of XLabs' trainer, which has attention alone: `double_blocks.0.processor.qkv_lora1`.
+def of_xlabs(kind: str, block: str, layer: str, stream: str | None) -> list[Part]:
+    """Return the modules of a layer of XLabs' trainer, such as `double_blocks.0.processor.qkv_lora1`: attention only.
 
-    which: 1 for the image's part of a double block, 2 for the text's.
+    Args:
+        kind: "double" or "single".
+        block: number of the block.
+        layer: "qkv" or "proj".
+        stream: in a double block, "1" for the image and "2" for the text.
     """
     if kind == "double":
-        return to_diffusers(f"double_blocks.{block}.{'txt' if which == '2' else 'img'}_attn.{what}")
-    place = f"single_transformer_blocks.{block}"
-    if what == "qkv":
-        return [Part(f"{place}.attn.to_{one}", Rows.THIRD, i) for i, one in enumerate("qkv")]
-    return [Part(f"{place}.proj_out")]
+        return to_diffusers(f"double_blocks.{block}.{'txt' if stream == '2' else 'img'}_attn.{layer}")
+    prefix = f"single_transformer_blocks.{block}"
+    if layer == "qkv":
+        return [Part(f"{prefix}.attn.to_{letter}", Rows.THIRD, i) for i, letter in enumerate("qkv")]
+    return [Part(f"{prefix}.proj_out")]
 
 
 def to_authors(module: str) -> str | None:
-    """The authors' module that diffusers' is one of the parts of; None for what is no module of FLUX."""
+    """Return the authors' module that contains a module of diffusers; None if it is no module of FLUX."""
     if module in _BACK_ENDS:
         return _BACK_ENDS[module]
     if module == _SWAPPED[1]:
@@ -115,18 +119,20 @@ def to_authors(module: str) -> str | None:
     match = _DIFFUSERS_BLOCK.fullmatch(module)
     if match is None:
         return None
-    single, block, rest = match.groups()
+    single, block, path = match.groups()
     if single:
-        if rest == "proj_mlp" or re.fullmatch(r"attn\.to_[qkv]", rest):
+        if path == "proj_mlp" or re.fullmatch(r"attn\.to_[qkv]", path):
             return f"single_blocks.{block}.linear1"
-        return f"single_blocks.{block}.{_BACK_SINGLE[rest]}" if rest in _BACK_SINGLE else None
-    stem = _FUSED[rest][0] if rest in _FUSED else _BACK_DOUBLE.get(rest)
+        return f"single_blocks.{block}.{_BACK_SINGLE[path]}" if path in _BACK_SINGLE else None
+    stem = _FUSED[path][0] if path in _FUSED else _BACK_DOUBLE.get(path)
     return f"double_blocks.{block}.{stem}" if stem is not None else None
 
 
 def span(part: Part, n_out: int, n_in: int) -> tuple[int, int] | None:
-    """From which row to before which a part goes, of a module (n_out, n_in) of the authors'; None where these rows
-    are none of FLUX's. `SWAPPED` is all of them, in another order."""
+    """Return the rows (begin, end) of a part in an authors' module of shape (n_out, n_in).
+
+    None if FLUX has no such module of that shape. `SWAPPED` covers all rows.
+    """
     match part.rows:
         case Rows.THIRD if n_out % 3 == 0:
             return part.index * n_out // 3, (part.index + 1) * n_out // 3

@@ -1,6 +1,6 @@
-"""Which layers a LoRA file of an image model has, by the dialect: their names, and the modules each stands for.
+"""Layers of a LoRA file to be written: their names in a dialect, and the modules that each layer contains.
 
-One module by diffusers' name is one layer, but for those of FLUX that are parts of one of its authors'.
+A layer is one module of diffusers, except where FLUX's authors have one module for several of diffusers'.
 """
 
 import re
@@ -24,174 +24,184 @@ _DOWN_UP = {
 }
 
 Members = list[tuple[str, Part]]
-"""The modules that one layer stands for, by their own names, each with the part it is."""
+"""The modules of a layer: name in the adapter, and part of the layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What decides how an adapter's modules are called: the dialect, its spelling, and which model they are of.
+class Naming:
+    """Everything that determines the names of an adapter's layers in a file.
 
-    named: the adapter's own name of each module → diffusers' component and path.
+    dialect, spelling: of `names.DIALECTS` and `names.SPELLINGS`. family: image models that the adapter may belong to.
+    canonical: module name in the adapter → diffusers' component and path.
     """
 
     dialect: str
     spelling: frozenset[str]
     family: frozenset[str]
-    named: Mapping[str, str]
+    canonical: Mapping[str, str]
 
     @property
     def components(self) -> frozenset[str]:
-        """Those that have modules."""
-        return frozenset(module.partition(".")[0] for module in self.named.values())
+        """The components of the pipeline that the adapter changes: unet, text_encoder, …"""
+        return frozenset(module.partition(".")[0] for module in self.canonical.values())
 
     @property
     def is_xl(self) -> bool:
-        return self.family == {families.XL} or families.is_like_xl(self.named.values())
+        return self.family == {families.XL} or families.is_like_xl(self.canonical.values())
 
     @property
     def is_flux(self) -> bool:
         return "transformer" in self.components
 
 
-def kind(adapter: Adapter, dialect: str) -> Kind:
-    """How the modules of an adapter are called in a dialect; as they were, where it came in this one. `OptionError` for
-    one that is of no image model."""
-    named = _canonical(adapter)
-    family = families.families((module, adapter.specs[own].channels) for own, module in named.items())
-    found = Kind(dialect, frozenset(), family, named)
+def naming(adapter: Adapter, dialect: str) -> Naming:
+    """Return the naming of an adapter in a dialect: that of its file, if it was read in this dialect.
+
+    Raises:
+        FormatError: the adapter has no module.
+        OptionError: the adapter belongs to no image model, or has heads.
+    """
+    canonical = _canonical_names(adapter)
+    family = families.families((path, adapter.specs[module].channels) for module, path in canonical.items())
+    names_of = Naming(dialect, frozenset(), family, canonical)
     if adapter.origin is not None and adapter.origin.format == dialect:
-        found = replace(found, spelling=frozenset(adapter.origin.spelling))
+        names_of = replace(names_of, spelling=frozenset(adapter.origin.spelling))
     elif dialect == DIFFUSION_MODEL:
-        found = replace(found, spelling=frozenset({FIRST_NAMES, LORA_DOWN}))
-    elif dialect == KOHYA and found.is_xl:
-        found = replace(found, spelling=frozenset({FIRST_NAMES}))
-    unet = [module.partition(".")[2] for module in named.values() if module.startswith("unet.")]
-    if any(unets.to_first(name, xl=found.is_xl) is None for name in unet):
-        # programs take a file for one of these or of diffusers' names, not for a mixture
-        found = replace(found, spelling=found.spelling - {FIRST_NAMES})
-    return found
+        names_of = replace(names_of, spelling=frozenset({FIRST_NAMES, LORA_DOWN}))
+    elif dialect == KOHYA and names_of.is_xl:
+        names_of = replace(names_of, spelling=frozenset({FIRST_NAMES}))
+    unet = [path.partition(".")[2] for path in canonical.values() if path.startswith("unet.")]
+    if any(unets.to_first(path, xl=names_of.is_xl) is None for path in unet):
+        # programs expect original names or diffusers' in a file, not a mixture
+        names_of = replace(names_of, spelling=names_of.spelling - {FIRST_NAMES})
+    return names_of
 
 
-def _canonical(adapter: Adapter) -> dict[str, str]:
-    """The adapter's own name of each module → diffusers' component and path."""
+def _canonical_names(adapter: Adapter) -> dict[str, str]:
+    """Return module name in the adapter → diffusers' component and path."""
     if not adapter.specs:
         raise FormatError(f"adapter {adapter.name!r} has no LoRA of a module, so there is nothing to write to a file.")
-    found = {}
+    canonical = {}
     for module in adapter.specs:
         layer = names.layer(module, "lora_A", has_flux=False)
         if layer is None or len(layer.parts) != 1 or layer.dialect != DIFFUSERS:
-            raise _of_no_image_model(adapter, module)
-        found[module] = layer.parts[0].module
-    came_so = adapter.origin is not None and adapter.origin.format in names.DIALECTS
-    # what came in a file of an image model goes out as it came, whichever model it is of
-    if not came_so and not any(map(names.is_of_image_model, found.values())):
-        raise _of_no_image_model(adapter, min(found))
+            raise _no_image_model(adapter, module)
+        canonical[module] = layer.parts[0].module
+    from_image_file = adapter.origin is not None and adapter.origin.format in names.DIALECTS
+    # an adapter from such a file can be written to one again, also if the model is not known
+    if not from_image_file and not any(map(names.is_of_image_model, canonical.values())):
+        raise _no_image_model(adapter, min(canonical))
     if adapter.heads:
         raise OptionError(
             f"adapter {adapter.name!r} has tensors beside its LoRA, such as {next(iter(adapter.heads))!r}, for which "
             "single files have no place. Export it in the format 'peft'."
         )
-    return found
+    return canonical
 
 
-def _of_no_image_model(adapter: Adapter, module: str) -> OptionError:
+def _no_image_model(adapter: Adapter, module: str) -> OptionError:
     return OptionError(
         f"adapter {adapter.name!r} is not of an image model: its module {module!r} has no name in the files of "
         "kohya's and diffusers' programs. Export it in the format 'peft'."
     )
 
 
-def layers(adapter: Adapter, kind: Kind) -> dict[str, Members]:
-    """The layers of the file by name."""
-    found: dict[str, Members] = {}
-    for own, module in sorted(kind.named.items()):
-        stem, part = _stem(module, kind)
+def layers(adapter: Adapter, naming: Naming) -> dict[str, Members]:
+    """Return the layers of the file by name.
+
+    Raises:
+        OptionError: a module has no name in the dialect, or two have the same.
+    """
+    members_of: dict[str, Members] = {}
+    for module, path in sorted(naming.canonical.items()):
+        stem, part = _stem(path, naming)
         if stem is None:
             raise OptionError(
-                f"adapter {adapter.name!r}: module {module!r} has no name in the dialect {kind.dialect!r}. Export it "
+                f"adapter {adapter.name!r}: module {path!r} has no name in the dialect {naming.dialect!r}. Export it "
                 "in the format 'diffusers' or 'peft'."
             )
-        found.setdefault(stem, []).append((own, part))
-    for stem, members in found.items():
+        members_of.setdefault(stem, []).append((module, part))
+    for stem, members in members_of.items():
         if len(members) > 1 and any(part.rows is Rows.ALL for _, part in members):
             raise OptionError(
                 f"adapter {adapter.name!r}: modules {members[0][0]!r} and {members[1][0]!r} have one name in the "
-                f"dialect {kind.dialect!r}, {stem!r}."
+                f"dialect {naming.dialect!r}, {stem!r}."
             )
-    return found
+    return members_of
 
 
-def _stem(module: str, kind: Kind) -> tuple[str | None, Part]:
-    """What a module's layer is called, and which part of it the module is."""
-    component, _, name = module.partition(".")
-    whole = Part(module)
-    if kind.dialect in (DIFFUSERS, OLD):
-        return _dotted_stem(component, name, kind), whole
+def _stem(path: str, naming: Naming) -> tuple[str | None, Part]:
+    """Return the name of a module's layer, None if it has none, and the part of the layer that the module is."""
+    component, _, name = path.partition(".")
+    whole = Part(path)
+    if naming.dialect in (DIFFUSERS, OLD):
+        return _dotted_stem(component, name, naming), whole
     if component == "unet":
-        found = unets.to_first(name, xl=kind.is_xl) if FIRST_NAMES in kind.spelling else name
-        return _prefixed(found, "lora_unet_", kind), whole
+        unet_name = unets.to_first(name, xl=naming.is_xl) if FIRST_NAMES in naming.spelling else name
+        return _prefixed(unet_name, "lora_unet_", naming), whole
     if component == "transformer":
-        if TRANSFORMER in kind.spelling:
-            return _prefixed(name, "lora_transformer_", kind), whole
+        if TRANSFORMER in naming.spelling:
+            return _prefixed(name, "lora_transformer_", naming), whole
         authors = flux.to_authors(name)
         parts = flux.to_diffusers(authors) if authors is not None else []
-        part = next((one for one in parts if one.module == name), whole)
-        return _prefixed(authors, "lora_unet_", kind), part
-    if kind.dialect == DIFFUSION_MODEL:
-        encoder = "t5xxl" if component == "text_encoder_2" and kind.is_flux else _ENCODERS.get(component)
+        part = next((part for part in parts if part.module == name), whole)
+        return _prefixed(authors, "lora_unet_", naming), part
+    if naming.dialect == DIFFUSION_MODEL:
+        encoder = "t5xxl" if component == "text_encoder_2" and naming.is_flux else _ENCODERS.get(component)
         return (f"text_encoders.{encoder}.transformer.{name}" if encoder is not None else None), whole
     number = component.removeprefix("text_encoder").removeprefix("_")
     if not number:
-        several = kind.is_xl or kind.is_flux or "text_encoder_2" in kind.components or names.TE1 in kind.spelling
+        several = (
+            naming.is_xl or naming.is_flux or "text_encoder_2" in naming.components or names.TE1 in naming.spelling
+        )
         number = "1" if several else ""
-    elif kind.is_flux and number == "2":
+    elif naming.is_flux and number == "2":
         number = "3"
-    return _prefixed(name, f"lora_te{number}_", kind), whole
+    return _prefixed(name, f"lora_te{number}_", naming), whole
 
 
-def _prefixed(name: str | None, prefix: str, kind: Kind) -> str | None:
+def _prefixed(name: str | None, prefix: str, naming: Naming) -> str | None:
     if name is None:
         return None
-    if kind.dialect == DIFFUSION_MODEL:
+    if naming.dialect == DIFFUSION_MODEL:
         return f"diffusion_model.{name}"
-    # what does not come back would be another module's
+    # a name that `dotted` does not restore could be read as another module
     return prefix + underscored(name) if dotted(underscored(name)) == name else None
 
 
-def _dotted_stem(component: str, name: str, kind: Kind) -> str:
-    if kind.dialect == OLD and PROCESSORS in kind.spelling:
+def _dotted_stem(component: str, name: str, naming: Naming) -> str:
+    if naming.dialect == OLD and PROCESSORS in naming.spelling:
         if match := re.fullmatch(r"(.+\.attn\d?)\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj)", name):
             if component in ("unet", "transformer"):
                 name = f"{match[1]}.processor.{match[2].removesuffix('.0')}_lora"
         elif component.startswith("text_encoder") and (match := re.fullmatch(r"(.+\.self_attn)\.(\w+)", name)):
             name = f"{match[1]}.{_TEXT_PROJECTIONS.get(match[2], match[2])}_lora"
-    # also where a file came without a component: no `load_lora_weights` reads it so any more
+    # with the component also if the source had none: current `load_lora_weights` requires it
     return f"{component}.{name}"
 
 
-def factor_keys(stem: str, kind: Kind) -> tuple[str, str]:
-    """The keys of a layer's two factors, down and up."""
-    if kind.dialect == OLD:
+def factor_keys(stem: str, naming: Naming) -> tuple[str, str]:
+    """Return the keys of a layer's factors, down and up."""
+    if naming.dialect == OLD:
         if stem.endswith("_lora"):
             return f"{stem}.down.weight", f"{stem}.up.weight"
         style = "lora_linear_layer" if stem.startswith("text_") else "lora.down"
     else:
-        style = "lora_down" if kind.dialect == KOHYA or LORA_DOWN in kind.spelling else "lora_A"
+        style = "lora_down" if naming.dialect == KOHYA or LORA_DOWN in naming.spelling else "lora_A"
     down, up = _DOWN_UP[style]
     return f"{stem}.{down}", f"{stem}.{up}"
 
 
-def place(part: Part) -> int:
-    """Which of the parts of a layer it is, from above."""
+def row_block(part: Part) -> int:
+    """Return the position of a part among the row blocks of its layer, from the top."""
     return 3 if part.rows is Rows.REST else part.index
 
 
 def heights(adapter: Adapter, members: Members) -> list[int]:
-    """How many rows each part of a layer has, those that the adapter lacks included."""
-    known = {place(part): adapter.specs[own].out_features for own, part in members}
+    """Return the number of rows of each part of a layer, including parts that the adapter lacks."""
+    heights_of = {row_block(part): adapter.specs[module].out_features for module, part in members}
     n_in = adapter.specs[members[0][0]].in_features
-    thirds = members[0][1].rows is Rows.THIRD
-    if thirds:
-        return [next(iter(known.values()))] * 3
-    # FLUX's hidden layers are four times as wide as its model
-    return [n_in, n_in, n_in, known.get(3, 4 * n_in)]
+    if members[0][1].rows is Rows.THIRD:
+        return [next(iter(heights_of.values()))] * 3
+    # the feed-forward layers of FLUX are four times as wide as its input
+    return [n_in, n_in, n_in, heights_of.get(3, 4 * n_in)]

@@ -1,7 +1,7 @@
-"""What a tensor's key in a LoRA file of an image model stands for: whose module it is of, and which part of its LoRA.
+"""Tensor keys in LoRA files of image models: the module that a key belongs to, and the part of its LoRA.
 
-A module has one name in every dialect: diffusers' component and path, `unet.mid_block.attentions.0.proj_in`.
-No tensor is looked at here.
+In memory a module has the same name whatever its dialect: diffusers' component and path, such as
+`unet.mid_block.attentions.0.proj_in`.
 """
 
 import re
@@ -24,13 +24,15 @@ diffusion-model: `diffusion_model.….lora_A.weight`, as ComfyUI and others writ
 FIRST_NAMES, PROCESSORS, LORA_DOWN = "first-names", "processors", "lora-down"
 TRANSFORMER, TE1 = "transformer", "te1"
 SPELLINGS = (FIRST_NAMES, PROCESSORS, LORA_DOWN, TRANSFORMER, TE1)
-"""Where a dialect has two ways. first-names: a UNet's modules by the first code's names; processors:
-`.processor.to_q_lora`; lora-down: `lora_down.weight` in the place of `lora_A.weight`;
-transformer: `lora_transformer_` before FLUX's modules in diffusers' names; te1: `lora_te1_` before the first text
-encoder's."""
+"""Variants within a dialect.
+
+first-names: modules of a UNet by the names of the original code. processors: `.processor.to_q_lora`. lora-down:
+`lora_down.weight` instead of `lora_A.weight`. transformer: `lora_transformer_` before diffusers' names of FLUX. te1:
+`lora_te1_` before modules of the first text encoder.
+"""
 
 _TAILS = (
-    # style, part by what the tail says, and the tail
+    # style of the factors, and the end of the key with the part
     ("lora_down", re.compile(r"(?P<stem>.+)\.lora_(?P<part>down|up|mid)(\.weight)?")),
     ("lora_A", re.compile(r"(?P<stem>.+)\.lora_(?P<part>[AB])(\.(?!bias$|weight$)[^.]+)?(\.weight)?")),
     ("lora.down", re.compile(r"(?P<stem>.+)\.lora(_linear_layer)?\.(?P<part>down|up)\.weight")),
@@ -43,8 +45,8 @@ _TAILS = (
 )
 _PARTS = {"A": DOWN, "B": UP, "dora_scale": MAGNITUDE, "lora_magnitude_vector": MAGNITUDE}
 
-# What is no LoRA, by something in a key; the first that fits is what the file is called.
-_OTHERS = (
+# Other kinds of files by a pattern in a key. The first match gives the name in the error message.
+_OTHER_KINDS = (
     ("a LoHa (LyCORIS), whose update is a product of two low-rank matrices entry by entry", r"\.hada_"),
     ("a LoKr (LyCORIS), whose update is a Kronecker product", r"\.lokr_"),
     ("a GLoRA (LyCORIS)", r"\.[ab][12]\.weight$"),
@@ -69,14 +71,14 @@ _OTHERS = (
         r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.|^conditioner\.embedders\.",
     ),
 )
-_OTHER = tuple((what, re.compile(pattern)) for what, pattern in _OTHERS)
+_OTHER_PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _OTHER_KINDS)
 
 _KOHYA = re.compile(r"lora_(?P<which>unet|transformer|te[123]?)[_.](?P<name>.+)")
 _COMFY_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_2"}
 _COMFY = re.compile(r"text_encoders\.(?P<which>clip_l|clip_g|t5xxl)\.transformer\.(?P<name>.+)")
 _XLABS = re.compile(
-    r"(diffusion_model\.)?(?P<kind>double|single)_blocks\.(?P<block>\d+)\.processor\.(?P<what>qkv|proj)"
-    r"(_lora(?P<which>[12]))?"
+    r"(diffusion_model\.)?(?P<kind>double|single)_blocks\.(?P<block>\d+)\.processor\.(?P<layer>qkv|proj)"
+    r"(_lora(?P<stream>[12]))?"
 )
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("unet", "transformer", *_TEXT_ENCODERS)
@@ -90,8 +92,8 @@ _IMAGE_MODULES = {
     "unet": re.compile(
         rf"({'|'.join(sorted(unets.DIFFUSERS_HEADS))}|encoder_hid_proj|class_embedding|transformer_in)(\..+)?"
     ),
-    # diffusers spells the projections of attention and the feed-forward layers alike in all of its transformers, and
-    # GPT-2, Falcon, MPT and others, whose modules also begin with `transformer.`, spell them in other ways
+    # All transformers of diffusers use the same names for attention projections and feed-forward layers. GPT-2, Falcon,
+    # MPT and others, whose modules start with `transformer.` too, use different ones.
     "transformer": re.compile(
         rf"(({'|'.join(sorted(_TRANSFORMER_HEADS))}|joint_transformer_blocks|context_refiner|noise_refiner)(\..+)?"
         r"|.+\.(to_[qkv]|to_qkv\w*|to_out(\.0)?|to_add_out|add_[qkv]_proj|ff\w*\.net\.\d+(\.proj)?))"
@@ -102,54 +104,56 @@ _IMAGE_MODULES = {
         r"|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention|DenseReluDense)\..+"
     ),
 }
-"""Paths that modules of diffusers' models have below a component."""
-# the oldest files call the projections of a text encoder like those of a UNet
+"""Patterns of module paths in diffusers' models, by component."""
+# the oldest files name the projections of a text encoder like those of a UNet
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key: the layer of the file it is of, its part there, and how the part is spelled."""
+    """A parsed key: the layer of the file, the part of its LoRA, and the style in which the part is spelled."""
 
     stem: str
     part: str
     style: str
 
 
-def key(raw: str) -> Key | None:
-    """The layer and the part that a key names; None for what is no part of a LoRA."""
+def key(name: str) -> Key | None:
+    """Parse the name of a tensor. Returns None for a tensor that is no part of a LoRA."""
     for style, tail in _TAILS:
-        if match := tail.fullmatch(raw):
+        if match := tail.fullmatch(name):
             part = BIAS if match["part"].endswith(".bias") else _PARTS.get(match["part"], match["part"])
             return Key(match["stem"], part, style)
     return None
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether a file with tensors of these names may be a LoRA, or another adapter that is refused by its name: it is
-    not one if no name is that of an adapter's part."""
+    """Return whether a file with tensors of these names is an adapter.
+
+    Adapters of other kinds count too, so that reading them raises the error that names the kind.
+    """
     names = list(names)
-    checkpoint, *_ = (pattern for what, pattern in _OTHER if "checkpoint" in what)
+    checkpoint = next(pattern for kind, pattern in _OTHER_PATTERNS if "checkpoint" in kind)
     if any(checkpoint.search(name) for name in names):
         return False
-    return any((found := key(name)) is not None and found.part in (DOWN, UP) for name in names) or any(
+    return any((parsed := key(name)) is not None and parsed.part in (DOWN, UP) for name in names) or any(
         re.search(r"\.(hada|lokr|oft|ia3)_", name) for name in names
     )
 
 
 def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
-    """What a file is in the place of a LoRA, and the name of a tensor that says so; None where nothing does."""
+    """Return what a file is instead of a LoRA, and the tensor that shows it; None if no pattern matches."""
     names = list(names)
-    for what, pattern in _OTHER:
+    for kind, pattern in _OTHER_PATTERNS:
         for name in names:
             if pattern.search(name):
-                return what, name
+                return kind, name
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a file: the modules it stands for, the dialect that its name is of, and how it is spelled there."""
+    """A layer of a file: the modules it stands for, the dialect of its name, and the variants used in the name."""
 
     parts: list[Part]
     dialect: str
@@ -157,16 +161,19 @@ class Layer:
 
 
 def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
-    """What a layer is, by its name and the spelling of its factors; None for a name of none of the models known.
+    """Resolve the name of a layer. Returns None if no known model has it.
 
-    has_flux: whether the file has modules of FLUX, whose second text encoder is kohya's third.
+    Args:
+        stem: the key without the part of the LoRA.
+        style: spelling of the factors, as in `Key`.
+        has_flux: the file has modules of FLUX. kohya numbers its second text encoder as the third.
     """
     if match := _KOHYA.fullmatch(stem):
         name = match["name"] if "." in match["name"] else dotted(match["name"])
         return _kohya(match["which"], name, has_flux) if name is not None else None
     if match := _XLABS.fullmatch(stem):
-        parts = flux.of_xlabs(match["kind"], match["block"], match["what"], match["which"])
-        return Layer([replace(one, module=f"transformer.{one.module}") for one in parts], DIFFUSERS)
+        parts = flux.of_xlabs(match["kind"], match["block"], match["layer"], match["stream"])
+        return Layer([replace(part, module=f"transformer.{part.module}") for part in parts], DIFFUSERS)
     spelling = {LORA_DOWN} if style == "lora_down" else set()
     if stem.startswith("diffusion_model."):
         return _diffusion_model(stem.removeprefix("diffusion_model."), spelling)
@@ -180,9 +187,9 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
         if implied is None:
             return _diffusion_model(name, spelling)
         component = implied
-    # some save what PEFT has wrapped
+    # some programs save a model that PEFT has wrapped
     name = name.removeprefix(keys.MODEL_PREFIX)
-    # diffusers itself spells no factor so
+    # `lora_down.weight` is kohya's spelling, and never diffusers'
     spelling.discard(LORA_DOWN)
     if not name:
         return None
@@ -212,7 +219,7 @@ def is_of_image_model(module: str) -> bool:
 
 
 def _component(head: str) -> str | None:
-    """The component that diffusers' names beginning so are of, where a file does not say it."""
+    """Return the component of a diffusers name without one, by the start of the name."""
     if head in unets.DIFFUSERS_HEADS:
         return "unet"
     if head in _TEXT_HEADS:
@@ -220,48 +227,46 @@ def _component(head: str) -> str | None:
     return "transformer" if head in _TRANSFORMER_HEADS else None
 
 
-def _kohya(which: str, name: str, has_flux: bool) -> Layer | None:
+def _kohya(prefix: str, name: str, has_flux: bool) -> Layer | None:
+    """Resolve a dotted name after kohya's prefix: unet, transformer, te, te1, te2 or te3."""
     head = name.partition(".")[0]
-    if which.startswith("te"):
-        index = which.removeprefix("te") or "1"
+    if prefix.startswith("te"):
+        index = prefix.removeprefix("te") or "1"
         if head not in _TEXT_HEADS | _T5_HEADS:
             return None
         if index == "3" and has_flux:
             index = "2"
         component = "text_encoder" if index == "1" else f"text_encoder_{index}"
-        return Layer([Part(f"{component}.{name}")], KOHYA, frozenset({TE1} if which == "te1" else ()))
-    if which == "transformer":
-        return Layer([Part(f"transformer.{name}")], KOHYA, frozenset({TRANSFORMER})) if _known(head) else None
-    return _original(name, KOHYA, frozenset())
-
-
-def _known(head: str) -> bool:
-    return head in _TRANSFORMER_HEADS
+        return Layer([Part(f"{component}.{name}")], KOHYA, frozenset({TE1} if prefix == "te1" else ()))
+    if prefix == "transformer":
+        is_known = head in _TRANSFORMER_HEADS
+        return Layer([Part(f"transformer.{name}")], KOHYA, frozenset({TRANSFORMER})) if is_known else None
+    return _denoiser(name, KOHYA, frozenset())
 
 
 def _diffusion_model(name: str, spelling: Iterable[str]) -> Layer | None:
-    return _original(name, DIFFUSION_MODEL, frozenset(spelling))
+    return _denoiser(name, DIFFUSION_MODEL, frozenset(spelling))
 
 
-def _original(name: str, dialect: str, spelling: frozenset[str]) -> Layer | None:
-    """A module of the denoising model, by diffusers' name or that of the model's authors."""
+def _denoiser(name: str, dialect: str, spelling: frozenset[str]) -> Layer | None:
+    """Resolve a module of the UNet or transformer, by its original name or by diffusers'."""
     head = name.partition(".")[0]
     if head in unets.HEADS:
-        found = unets.to_diffusers(name)
-        return Layer([Part(f"unet.{found}")], dialect, spelling | {FIRST_NAMES}) if found is not None else None
+        module = unets.to_diffusers(name)
+        return Layer([Part(f"unet.{module}")], dialect, spelling | {FIRST_NAMES}) if module is not None else None
     if head in flux.HEADS:
-        parts = [Part(f"transformer.{one.module}", one.rows, one.index) for one in flux.to_diffusers(name)]
+        parts = [replace(part, module=f"transformer.{part.module}") for part in flux.to_diffusers(name)]
         return Layer(parts, dialect, spelling) if parts else None
     if head in unets.DIFFUSERS_HEADS:
         return Layer([Part(f"unet.{name}")], dialect, spelling)
-    if _known(head):
+    if head in _TRANSFORMER_HEADS:
         return Layer([Part(f"transformer.{name}")], dialect, spelling | {TRANSFORMER})
     return None
 
 
-def refused(where: str, what: str, example: str) -> FormatError:
-    """The error for a file that is something else than a LoRA."""
+def refused(path: str, kind: str, example: str) -> FormatError:
+    """Return the error for a file of another kind than a LoRA. example: the tensor that shows it."""
     return FormatError(
-        f"{where} is {what} (tensor {example!r}). Only LoRAs and LoCons, with lora_down and lora_up or lora_A and "
+        f"{path} is {kind} (tensor {example!r}). Only LoRAs and LoCons, with lora_down and lora_up or lora_A and "
         "lora_B for each module, share a subspace: leave the file out."
     )

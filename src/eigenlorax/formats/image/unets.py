@@ -1,13 +1,13 @@
-"""The two ways to name the modules of Stable Diffusion's UNets: by diffusers, and by the first code, whose names
-kohya's trainer takes for SDXL (`input_blocks.4.1`).
+"""Modules of Stable Diffusion's UNets under the names of diffusers and of the original code (`input_blocks.4.1`).
 
-Both count the same layers: every UNet of Stable Diffusion 1, 2 and XL has two a block, and three on the way up.
+kohya's trainer uses the original names for SDXL. Every UNet of Stable Diffusion 1, 2 and XL has two layers per block on
+the way down and three on the way up.
 """
 
 import re
 
 LAYERS = 2
-"""A block's layers on the way down."""
+"""Layers of a block on the way down."""
 
 _ENDS = {
     "input_blocks.0.0": "conv_in",
@@ -33,54 +33,59 @@ _DIFFUSERS = re.compile(
 )
 
 HEADS = frozenset({"input_blocks", "middle_block", "output_blocks", "out", "time_embed", "label_emb"})
-"""With what names of the first code begin."""
+"""First components of the original names."""
 DIFFUSERS_HEADS = frozenset(
     {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding"}
 )
 
 
 def to_diffusers(name: str) -> str | None:
-    """`input_blocks.4.1.proj_in` → `down_blocks.1.attentions.0.proj_in`; None for what is no module of such a UNet."""
+    """Return the diffusers name of a module of the original code; None if no such UNet has it.
+
+    `input_blocks.4.1.proj_in` becomes `down_blocks.1.attentions.0.proj_in`.
+    """
     if name in _ENDS:
         return _ENDS[name]
     match = _FIRST.fullmatch(name)
     if match is None:
         return None
-    part, block, rest = match["part"], int(match["block"]), match["rest"]
-    if part == "middle_block":
-        # its blocks are a sequence: what stands second is their own
-        inner = f"{match['inner']}.{rest}" if match["inner"] else rest
+    section, block, path = match["part"], int(match["block"]), match["rest"]
+    if section == "middle_block":
+        # its blocks are no sequences, so a second number belongs to the path inside the block
+        inner = f"{match['inner']}.{path}" if match["inner"] else path
         if block == 1:
             return f"mid_block.attentions.0.{inner}"
         return f"mid_block.resnets.{block // 2}.{_RESNET[inner]}" if block in (0, 2) and inner in _RESNET else None
     if match["inner"] is None:
         return None
-    down = part == "input_blocks"
+    down = section == "input_blocks"
     level, layer = divmod(block - 1, LAYERS + 1) if down else divmod(block, LAYERS + 1)
     if level < 0:
         return None
-    place = f"{'down' if down else 'up'}_blocks.{level}"
-    if down and rest == "op":
-        return f"{place}.downsamplers.0.conv"
-    if not down and rest == "conv":
-        return f"{place}.upsamplers.0.conv"
+    prefix = f"{'down' if down else 'up'}_blocks.{level}"
+    if down and path == "op":
+        return f"{prefix}.downsamplers.0.conv"
+    if not down and path == "conv":
+        return f"{prefix}.upsamplers.0.conv"
     if match["inner"] == "0":
-        return f"{place}.resnets.{layer}.{_RESNET[rest]}" if rest in _RESNET else None
-    return f"{place}.attentions.{layer}.{rest}"
+        return f"{prefix}.resnets.{layer}.{_RESNET[path]}" if path in _RESNET else None
+    return f"{prefix}.attentions.{layer}.{path}"
 
 
 def to_first(name: str, *, xl: bool = True) -> str | None:
-    """The inverse of `to_diffusers`; None for what has no name there.
+    """Return the original name of a module of diffusers, the inverse of `to_diffusers`; None if it has none.
 
-    xl: of Stable Diffusion XL, whose first level on the way up has attention, before its upsampler.
+    Args:
+        xl: the UNet is SDXL's. Its first level on the way up has attention before the upsampler, which changes the
+            number of the upsampler.
     """
     if name in _BACK:
         return _BACK[name]
     match = _DIFFUSERS.fullmatch(name)
     if match is None:
         return None
-    kind, layer, rest = match["kind"], int(match["layer"]), match["rest"]
-    inner = _BACK.get(rest) if kind == "resnets" else rest
+    kind, layer, path = match["kind"], int(match["layer"]), match["rest"]
+    inner = _BACK.get(path) if kind == "resnets" else path
     if inner is None:
         return None
     if match["part"] == "mid_block":

@@ -1,7 +1,6 @@
-"""Names of modules with underscores in the place of dots, as kohya's trainers write them, and back.
+"""Module names with underscores instead of dots, as kohya's trainers write them, and back.
 
-A name of several words (`to_q`, `down_blocks`) has underscores of its own, so that dots come back by a list of words.
-What the modules are is not known here.
+Some components contain underscores themselves (`to_q`, `down_blocks`), so a list of these restores the dots.
 """
 
 from functools import cache
@@ -21,26 +20,29 @@ guidance_embedder norm norm_out proj_mlp norm1_context ff_context
 block layer SelfAttention DenseReluDense q k v o wi wi_0 wi_1 wo
 """
 
-_PARTS = {tuple(word.split("_")) for word in _WORDS.split()}
-_LONGEST = max(map(len, _PARTS))
+_COMPONENTS = {tuple(word.split("_")) for word in _WORDS.split()}
+_LONGEST = max(map(len, _COMPONENTS))
 
 
 @cache
 def dotted(name: str) -> str | None:
-    """`down_blocks_0_attentions_1` → `down_blocks.0.attentions.1`; None where a word is not on the list."""
-    parts, at, found = name.split("_"), 0, []
-    while at < len(parts):
-        for size in range(min(_LONGEST, len(parts) - at), 0, -1):
-            word = tuple(parts[at : at + size])
-            if word in _PARTS or (size == 1 and word[0].isdecimal()):
+    """Return `down_blocks.0.attentions.1` for `down_blocks_0_attentions_1`; None if a component is not on the list.
+
+    The longest component that matches is taken at each position.
+    """
+    words, position, components = name.split("_"), 0, []
+    while position < len(words):
+        for size in range(min(_LONGEST, len(words) - position), 0, -1):
+            candidate = tuple(words[position : position + size])
+            if candidate in _COMPONENTS or (size == 1 and candidate[0].isdecimal()):
                 break
         else:
             return None
-        found.append("_".join(word))
-        at += size
-    return ".".join(found)
+        components.append("_".join(candidate))
+        position += size
+    return ".".join(components)
 
 
 def underscored(name: str) -> str:
-    """The inverse of `dotted`."""
+    """Return the name with underscores instead of dots, the inverse of `dotted`."""
     return name.replace(".", "_")

@@ -1,7 +1,7 @@
-"""LoRA files of image models, written: the factors of each layer, what goes with them, and the bytes of the file.
+"""Write LoRA files of image models.
 
-Modules of FLUX that are parts of one layer become one LoRA whose rank is the sum of theirs, or theirs where their
-inputs are weighed alike.
+Modules of FLUX that are parts of one layer become one LoRA. Its rank is the sum of their ranks, or their common rank if
+they have the same down factor.
 """
 
 import json
@@ -24,21 +24,33 @@ from .. import lora_config, safetensors_file
 from ..peft import finite, owned
 from . import layers, names
 from .flux import Rows
-from .layers import Kind, Members
+from .layers import Members, Naming
 from .names import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
 from .reader import METADATA, metadata_matches
 
 _HASHES = re.compile(r"(sshs_(model|legacy)_hash|modelspec\.hash_sha256)")
-"""What is true of the bytes of one file alone."""
+"""Metadata keys that hold for the bytes of one file only."""
 _MODEL_HASH = "sshs_model_hash"
-_ALIKE = 1e-6
-"""How much inputs that are weighed alike may differ, relative to their norm: what is lost by rounding to float32."""
+_SAME_FACTOR = 1e-6
+"""Relative difference up to which two down factors count as the same: the error of rounding to float32."""
 
 
 def write(
     adapter: Adapter, path: Path, dialect: str, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> Path:
-    """One safetensors file; an existing one is refused unless it may be replaced."""
+    """Write an adapter as one safetensors file, and return its path.
+
+    Args:
+        path: the file; the suffix is added if it is missing.
+        dialect: one of `names.DIALECTS`.
+        dtype: dtype of the factors; by default the adapter's own.
+        overwrite: replace an existing file.
+
+    Raises:
+        OptionError: the adapter is not of an image model, or the dialect has no place for something in it.
+        ShapeError: a convolution has one or three dimensions.
+        NonFiniteError: a factor has NaN or Inf, or overflows `dtype`.
+    """
     path = path if path.name.lower().endswith(keys.LORA_SUFFIX) else path.with_name(path.name + keys.LORA_SUFFIX)
     atomic_files.check_file_free(path, overwrite)
     data = to_bytes(adapter, dialect, dtype=dtype)
@@ -48,50 +60,51 @@ def write(
 
 
 def check(adapter: Adapter, dialect: str) -> None:
-    """Raise the error that writing an adapter in a dialect would raise."""
-    _tensors(adapter, layers.kind(adapter, dialect), _one_alpha(adapter, dialect), None)
+    """Raise the errors that writing an adapter in a dialect would raise."""
+    _tensors(adapter, layers.naming(adapter, dialect), _common_alpha(adapter, dialect), None)
 
 
 def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) -> bytes:
-    """The file of an adapter in a dialect: factors, alphas where they are tensors, DoRA's magnitudes, and metadata."""
-    kind, alpha = layers.kind(adapter, dialect), _one_alpha(adapter, dialect)
+    """Return the file as bytes: factors, alphas if the dialect stores them as tensors, DoRA magnitudes and metadata."""
+    naming, alpha = layers.naming(adapter, dialect), _common_alpha(adapter, dialect)
     if dialect == KOHYA and (alpha is None or adapter.carried):
-        _warn_of_misreading(adapter, kind.named)
-    tensors = _tensors(adapter, kind, alpha, dtype)
-    metadata = _metadata(adapter, kind)
+        _warn_of_misreading(adapter, naming.canonical)
+    tensors = _tensors(adapter, naming, alpha, dtype)
+    metadata = _metadata(adapter, naming)
     data = safetensors_file.to_bytes(tensors, metadata)
     if adapter.origin is not None and _MODEL_HASH in adapter.origin.metadata:
+        # kohya's programs hash the tensors without the header
         body = data[8 + int.from_bytes(data[:8], "little") :]
         data = safetensors_file.to_bytes(tensors, {**metadata, _MODEL_HASH: sha256(body).hexdigest()})
     return data
 
 
-def _tensors(adapter: Adapter, kind: Kind, alpha: float | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors of the file. alpha: that of all layers, where it is one."""
+def _tensors(adapter: Adapter, naming: Naming, alpha: float | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the tensors of the file. alpha: a common alpha for all layers, or None to keep their own."""
     _check_kernels(adapter)
-    carried = _carried(adapter, kind)
+    carried = _carried(adapter, naming)
     tensors: dict[str, Tensor] = {}
-    members_of = layers.layers(adapter, kind)
+    members_of = layers.layers(adapter, naming)
 
-    def factors(stem: str) -> LoRAFactors:
-        whole = _whole(adapter, members_of[stem])
-        if kind.dialect == OLD:
-            # no program reads an alpha there
-            return _rescaled(adapter, whole, 1.0, stem)
-        return whole if alpha is None else _rescaled(adapter, whole, alpha / len(whole.down), stem)
+    def factors_of(stem: str) -> LoRAFactors:
+        factors = _layer_factors(adapter, members_of[stem])
+        if naming.dialect == OLD:
+            # programs that read this dialect read no alpha
+            return _rescale(adapter, factors, 1.0, stem)
+        return factors if alpha is None else _rescale(adapter, factors, alpha / len(factors.down), stem)
 
-    exact = LazyMapping(members_of, factors)
-    for stem, kept in exact.items() if dtype is None else narrowing.narrow_adapter(adapter.name, exact, dtype):
-        for key, tensor in zip(layers.factor_keys(stem, kind), kept.weights, strict=True):
+    exact = LazyMapping(members_of, factors_of)
+    for stem, factors in exact.items() if dtype is None else narrowing.narrow_adapter(adapter.name, exact, dtype):
+        for key, tensor in zip(layers.factor_keys(stem, naming), factors.weights, strict=True):
             tensors[key] = finite(tensor, f"{adapter.name!r}, module {members_of[stem][0][0]}")
-        if kind.dialect in (KOHYA, DIFFUSION_MODEL):
-            tensors[f"{stem}.alpha"] = torch.tensor(lora_config.alpha_of(len(kept.down), kept.scaling))
-        tensors |= _magnitude(adapter, stem, kind, members_of[stem], carried)
+        if naming.dialect in (KOHYA, DIFFUSION_MODEL):
+            tensors[f"{stem}.alpha"] = torch.tensor(lora_config.alpha_of(len(factors.down), factors.scaling))
+        tensors |= _magnitude(adapter, stem, naming, members_of[stem], carried)
     return tensors
 
 
 def _check_kernels(adapter: Adapter) -> None:
-    """Raise `ShapeError` for a convolution of one or three dimensions, which no program reads from such a file."""
+    """Raise `ShapeError` for convolutions of one or three dimensions, which no program reads from such a file."""
     for module, spec in adapter.specs.items():
         if len(spec.kernel) not in (0, 2):
             raise ShapeError(
@@ -101,9 +114,12 @@ def _check_kernels(adapter: Adapter) -> None:
             )
 
 
-def _one_alpha(adapter: Adapter, dialect: str) -> float | None:
-    """The alpha that all layers of a kohya file get where the adapter came otherwise and has several: diffusers gives
-    one to all attention layers of such a file. Alphas that came in this dialect stay what they are."""
+def _common_alpha(adapter: Adapter, dialect: str) -> float | None:
+    """Return the alpha that all layers of a kohya file get, or None to keep the alpha of each.
+
+    diffusers applies one alpha to all attention layers of a kohya file, so an adapter with several gets its most common
+    one and rescaled factors. The alphas of an adapter that was read in this dialect are kept.
+    """
     if dialect != KOHYA or (adapter.origin is not None and adapter.origin.format == KOHYA):
         return None
     alphas = Counter(lora_config.alpha_of(spec.rank, spec.scaling) for spec in adapter.specs.values())
@@ -111,9 +127,11 @@ def _one_alpha(adapter: Adapter, dialect: str) -> float | None:
     return common if len(alphas) > 1 and common else None
 
 
-def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
-    """Say what of a kohya file diffusers does not read as it is: magnitudes; and alphas of attention layers of a UNet,
-    and of text encoders, that are not the commonest of their model."""
+def _warn_of_misreading(adapter: Adapter, canonical: Mapping[str, str]) -> None:
+    """Warn of what diffusers ignores in a kohya file.
+
+    These are DoRA magnitudes, and alphas of a text encoder or of a UNet's attention that are not the most common ones.
+    """
     if adapter.carried:
         warnings.warn(
             f"{adapter.name}: its DoRA magnitudes are written as kohya's programs and ComfyUI read them. diffusers "
@@ -122,12 +140,16 @@ def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
             SourceWarning,
             stacklevel=6,
         )
-    alphas = {own: lora_config.alpha_of(adapter.specs[own].rank, adapter.specs[own].scaling) for own in named}
+    alphas = {
+        module: lora_config.alpha_of(adapter.specs[module].rank, adapter.specs[module].scaling) for module in canonical
+    }
     misread: list[str] = []
-    for component in {module.partition(".")[0] for module in named.values()} - {"transformer"}:
-        inside = [own for own, module in named.items() if module.partition(".")[0] == component]
-        common = Counter(alphas[own] for own in inside).most_common(1)[0][0]
-        misread += [own for own in inside if alphas[own] != common and (component != "unet" or ".attn" in own)]
+    for component in {path.partition(".")[0] for path in canonical.values()} - {"transformer"}:
+        modules = [module for module, path in canonical.items() if path.partition(".")[0] == component]
+        common = Counter(alphas[module] for module in modules).most_common(1)[0][0]
+        misread += [
+            module for module in modules if alphas[module] != common and (component != "unet" or ".attn" in module)
+        ]
     if misread:
         warnings.warn(
             f"{adapter.name}: its alphas are written as they came, key by key. {len(misread)} of them, such as that of "
@@ -138,62 +160,65 @@ def _warn_of_misreading(adapter: Adapter, named: Mapping[str, str]) -> None:
         )
 
 
-def _rescaled(adapter: Adapter, factors: LoRAFactors, scaling: float, module: str) -> LoRAFactors:
-    """The same update with another scaling."""
+def _rescale(adapter: Adapter, factors: LoRAFactors, scaling: float, module: str) -> LoRAFactors:
+    """Return the same update with another scaling; the up factor takes the difference."""
     if factors.scaling == scaling:
         return factors
     exact = replace(factors, up=factors.up.double() * (factors.scaling / scaling), scaling=scaling)
     return narrowing.narrow_checked(exact, factors.spec.dtype, f"{adapter.name!r}, module {module}").factors
 
 
-def _whole(adapter: Adapter, members: Members) -> LoRAFactors:
-    """The LoRA of a layer."""
-    if members[0][1].rows is Rows.ALL:
-        return adapter.modules[members[0][0]]
-    if members[0][1].rows is Rows.SWAPPED:
-        found = adapter.modules[members[0][0]]
-        return replace(found, up=torch.cat(tuple(reversed(found.up.chunk(2)))))
-    scaling = adapter.specs[members[0][0]].scaling or 1.0
-    factors = {own: _rescaled(adapter, adapter.modules[own], scaling, own) for own, _ in members}
+def _layer_factors(adapter: Adapter, members: Members) -> LoRAFactors:
+    """Return the LoRA of a layer, whose modules are blocks of rows in the up factor."""
+    module, part = members[0]
+    if part.rows is Rows.ALL:
+        return adapter.modules[module]
+    if part.rows is Rows.SWAPPED:
+        swapped = adapter.modules[module]
+        return replace(swapped, up=torch.cat(tuple(reversed(swapped.up.chunk(2)))))
+    scaling = adapter.specs[module].scaling or 1.0
+    factors = {module: _rescale(adapter, adapter.modules[module], scaling, module) for module, _ in members}
     heights = layers.heights(adapter, members)
-    first = next(iter(factors.values())).down
-    alike = all(
-        one.down.shape == first.shape
-        and torch.linalg.norm(one.down.double() - first.double()) <= _ALIKE * torch.linalg.norm(first.double())
-        for one in factors.values()
+    first = factors[module].down
+    tolerance = _SAME_FACTOR * torch.linalg.norm(first.double())
+    # with one down factor, the up factors are stacked; with several, they are the blocks of a diagonal
+    share_down = all(
+        lora.down.shape == first.shape and torch.linalg.norm(lora.down.double() - first.double()) <= tolerance
+        for lora in factors.values()
     )
-    downs = [first] if alike else [one.down for one in factors.values()]
-    rank = sum(map(len, downs))
-    up = torch.zeros(sum(heights), rank, dtype=first.dtype)
+    downs = [first] if share_down else [lora.down for lora in factors.values()]
+    up = torch.zeros(sum(heights), sum(map(len, downs)), dtype=first.dtype)
     column = 0
-    for own, part in members:
-        row = sum(heights[: layers.place(part)])
-        part_up = factors[own].up
-        width = part_up.shape[1]
-        up[row : row + len(part_up), column : column + width] = part_up
-        column += 0 if alike else width
-    # alpha / rank is the scaling, whatever the rank is
+    for module, part in members:
+        row = sum(heights[: layers.row_block(part)])
+        block = factors[module].up
+        up[row : row + len(block), column : column + block.shape[1]] = block
+        column += 0 if share_down else block.shape[1]
+    # the alpha is computed from the scaling and the new rank later
     return LoRAFactors(torch.cat(downs), up, scaling)
 
 
-def _carried(adapter: Adapter, kind: Kind) -> dict[str, Tensor]:
-    """DoRA's magnitudes by module; an error for anything else that is carried."""
-    found = {}
+def _carried(adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
+    """Return DoRA magnitudes by module. Raises `OptionError` for any other carried tensor."""
+    magnitudes = {}
     for key in adapter.carried:
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
-        if part != "lora_magnitude_vector" or module not in kind.named:
+        if part != "lora_magnitude_vector" or module not in naming.canonical:
             raise OptionError(
-                f"adapter {adapter.name!r} has {key!r}, for which the dialect {kind.dialect!r} has no place. Export it "
-                "in the format 'peft'."
+                f"adapter {adapter.name!r} has {key!r}, for which the dialect {naming.dialect!r} has no place. Export "
+                "it in the format 'peft'."
             )
-        found[module] = adapter.carried[key]
-    return found
+        magnitudes[module] = adapter.carried[key]
+    return magnitudes
 
 
 def _magnitude(
-    adapter: Adapter, stem: str, kind: Kind, members: Members, carried: Mapping[str, Tensor]
+    adapter: Adapter, stem: str, naming: Naming, members: Members, carried: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The magnitudes of a layer, under the key and in the shape of its dialect; empty where it has none."""
+    """Return the DoRA magnitude of a layer in the key and shape of its dialect, by key; empty if it has none.
+
+    carried: magnitudes of all modules.
+    """
     magnitudes = [carried[module] for module, _ in members if module in carried]
     if not magnitudes:
         return {}
@@ -202,30 +227,30 @@ def _magnitude(
         raise OptionError(f"adapter {where}: only some of the parts of {stem!r} have a DoRA magnitude.")
     spec, rows = adapter.specs[members[0][0]], members[0][1].rows
     n_out = spec.out_features if rows in (Rows.ALL, Rows.SWAPPED) else sum(layers.heights(adapter, members))
-    by_output = all(is_by_output(one) for one in magnitudes)
-    if kind.dialect in (KOHYA, DIFFUSION_MODEL):
+    by_output = all(map(is_by_output, magnitudes))
+    if naming.dialect in (KOHYA, DIFFUSION_MODEL):
         if not by_output:
             return {f"{stem}.dora_scale": owned(magnitudes[0])}
-        whole = torch.cat([one.reshape(-1) for one in magnitudes])
+        scale = torch.cat([magnitude.reshape(-1) for magnitude in magnitudes])
         if rows is Rows.SWAPPED:
-            whole = torch.cat(tuple(reversed(whole.chunk(2))))
-        if len(whole) != n_out:
-            raise OptionError(f"adapter {where}: its DoRA magnitude has {len(whole)} numbers, not {n_out}.")
-        return {f"{stem}.dora_scale": owned(whole.reshape(n_out, *[1] * max(1, 1 + len(spec.kernel))))}
-    # diffusers renames its own models' keys; those of text encoders go to transformers as they are
-    tail = ".weight" if stem.startswith("text_encoder") else ""
-    return {f"{stem}.lora_magnitude_vector{tail}": owned(as_peft(magnitudes[0], spec.kernel, where))}
+            scale = torch.cat(tuple(reversed(scale.chunk(2))))
+        if len(scale) != n_out:
+            raise OptionError(f"adapter {where}: its DoRA magnitude has {len(scale)} numbers, not {n_out}.")
+        return {f"{stem}.dora_scale": owned(scale.reshape(n_out, *[1] * max(1, 1 + len(spec.kernel))))}
+    # diffusers renames keys of its own models only; transformers reads those of text encoders, with PEFT's suffix
+    suffix = ".weight" if stem.startswith("text_encoder") else ""
+    return {f"{stem}.lora_magnitude_vector{suffix}": owned(as_peft(magnitudes[0], spec.kernel, where))}
 
 
 def is_by_output(magnitude: Tensor) -> bool:
-    """Whether a magnitude has a number for each output, as PEFT's have: LyCORIS has one for each input too."""
+    """Return whether a magnitude has one number per output, as in PEFT. LyCORIS also writes one per input."""
     if magnitude.ndim == 4 and magnitude.shape[0] == 1:
         return magnitude.numel() == magnitude.shape[1]
     return magnitude.ndim == 1 or magnitude.shape[0] == magnitude.numel()
 
 
 def as_peft(magnitude: Tensor, kernel: tuple[int, ...], where: str) -> Tensor:
-    """A magnitude in PEFT's shape: (out,), or (1, out, 1, 1) of a convolution."""
+    """Return a magnitude in PEFT's shape: (out,), or (1, out, 1, 1) for a convolution."""
     if not is_by_output(magnitude):
         raise OptionError(
             f"adapter {where}: its DoRA magnitude is {tuple(magnitude.shape)}, one number for each input, which only "
@@ -235,45 +260,50 @@ def as_peft(magnitude: Tensor, kernel: tuple[int, ...], where: str) -> Tensor:
     return flat.reshape(1, -1, *[1] * len(kernel)) if kernel else flat
 
 
-def _metadata(adapter: Adapter, kind: Kind) -> dict[str, str]:
-    """What the file says of itself: what its source said, as far as it is still true."""
-    given = dict(adapter.origin.metadata) if adapter.origin is not None else {}
-    text = given.pop(METADATA, None)
-    found = {key: value for key, value in given.items() if not _HASHES.fullmatch(key)}
-    found.setdefault("format", "pt")
-    if kind.dialect != DIFFUSERS:
-        return found
-    if text is not None and metadata_matches(text, {module: adapter.specs[own] for own, module in kind.named.items()}):
-        found[METADATA] = text
+def _metadata(adapter: Adapter, naming: Naming) -> dict[str, str]:
+    """Return the metadata of the file: those of its source, without what no longer holds."""
+    source = dict(adapter.origin.metadata) if adapter.origin is not None else {}
+    config_text = source.pop(METADATA, None)
+    metadata = {key: text for key, text in source.items() if not _HASHES.fullmatch(key)}
+    metadata.setdefault("format", "pt")
+    if naming.dialect != DIFFUSERS:
+        return metadata
+    specs = {path: adapter.specs[module] for module, path in naming.canonical.items()}
+    if config_text is not None and metadata_matches(config_text, specs):
+        metadata[METADATA] = config_text
     elif any(spec.scaling != 1 for spec in adapter.specs.values()) or adapter.carried:
-        found[METADATA] = json.dumps(_lora_metadata(adapter, kind.named), indent=2, sort_keys=True)
-    return found
+        metadata[METADATA] = json.dumps(_lora_metadata(adapter, naming.canonical), indent=2, sort_keys=True)
+    return metadata
 
 
-def _lora_metadata(adapter: Adapter, named: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's fields, with the component before each, as diffusers reads them for alphas."""
+def _lora_metadata(adapter: Adapter, canonical: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a PEFT config for each component, from which diffusers reads the alphas.
+
+    canonical: module name in the adapter → diffusers' component and path.
+    """
     fields: dict[str, Any] = {}
-    for component in sorted({module.partition(".")[0] for module in named.values()}):
-        modules = {own: module for own, module in named.items() if module.startswith(f"{component}.")}
-        specs = {own: adapter.specs[own] for own in modules}
+    for component in sorted({path.partition(".")[0] for path in canonical.values()}):
+        paths = {module: path for module, path in canonical.items() if path.startswith(f"{component}.")}
+        specs = {module: adapter.specs[module] for module in paths}
         config = json.loads(lora_config.make(replace(adapter, specs=specs)))
-        has_dora = any(key.removeprefix(keys.MODEL_PREFIX).rpartition(".")[0] in modules for key in adapter.carried)
-        short = {
-            own: module.removeprefix(f"{component}.").removeprefix("text_model.") for own, module in modules.items()
+        has_dora = any(key.removeprefix(keys.MODEL_PREFIX).rpartition(".")[0] in paths for key in adapter.carried)
+        short_names = {
+            module: path.removeprefix(f"{component}.").removeprefix("text_model.") for module, path in paths.items()
         }
-        own_of = {module_patterns.exact_pattern(own): own for own in modules}
-        for pattern in ("rank_pattern", "alpha_pattern"):
-            # not anchored in a text encoder: transformers has its modules with and without `text_model.`
-            config[pattern] = {
-                module_patterns.exact_pattern(short[own_of[key]])
+        module_of = {module_patterns.exact_pattern(module): module for module in paths}
+        for field in ("rank_pattern", "alpha_pattern"):
+            # not anchored in a text encoder: its modules have the prefix `text_model.` in some releases of transformers
+            config[field] = {
+                module_patterns.exact_pattern(short_names[module_of[pattern]])
                 if component in ("unet", "transformer")
-                else re.escape(short[own_of[key]]): value
-                for key, value in config[pattern].items()
+                else re.escape(short_names[module_of[pattern]]): value
+                for pattern, value in config[field].items()
             }
-        kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-        fields |= {f"{component}.{name}": config[name] for name in kept}
         fields |= {
-            f"{component}.target_modules": sorted(short.values()),
+            f"{component}.{field}": config[field] for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        }
+        fields |= {
+            f"{component}.target_modules": sorted(short_names.values()),
             f"{component}.lora_dropout": 0.0,
             f"{component}.bias": "none",
             f"{component}.use_dora": has_dora,
@@ -282,21 +312,25 @@ def _lora_metadata(adapter: Adapter, named: Mapping[str, str]) -> dict[str, Any]
 
 
 def for_peft(adapter: Adapter) -> Adapter:
-    """The adapter as a folder of PEFT's has it: for the model itself where it is of one component, with the components'
-    names otherwise; magnitudes in PEFT's shape."""
+    """Return an adapter of an image model for a PEFT folder.
+
+    If it changes one component, modules have their names in that model; otherwise names start with the component.
+    Magnitudes have PEFT's shape.
+    """
     components = {module.partition(".")[0] for module in adapter.specs}
-    alone = f"{next(iter(components))}." if len(components) == 1 and components <= set(names.COMPONENTS) else ""
-    specs = {module.removeprefix(alone): spec for module, spec in adapter.specs.items()}
-    modules = LazyMapping(specs, lambda name: adapter.modules[alone + name])
+    is_single = len(components) == 1 and components <= set(names.COMPONENTS)
+    prefix = f"{next(iter(components))}." if is_single else ""
+    specs = {module.removeprefix(prefix): spec for module, spec in adapter.specs.items()}
+    modules = LazyMapping(specs, lambda name: adapter.modules[prefix + name])
     carried = {}
     for key in adapter.carried:
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         tensor = adapter.carried[key]
         if part == "lora_magnitude_vector":
             tensor = as_peft(tensor, adapter.specs[module].kernel, f"{adapter.name!r}, module {module}")
-        carried[f"{keys.MODEL_PREFIX}{key.removeprefix(keys.MODEL_PREFIX).removeprefix(alone)}"] = tensor
-    found = replace(adapter, specs=specs, modules=modules, carried=carried, origin=None)
-    config = json.loads(lora_config.make(found))
+        carried[f"{keys.MODEL_PREFIX}{key.removeprefix(keys.MODEL_PREFIX).removeprefix(prefix)}"] = tensor
+    peft_adapter = replace(adapter, specs=specs, modules=modules, carried=carried, origin=None)
+    config = json.loads(lora_config.make(peft_adapter))
     uses_dora = any(key.endswith("lora_magnitude_vector") for key in carried)
     text = json.dumps({**config, **({"use_dora": True} if uses_dora else {})}, indent=2, sort_keys=True)
-    return replace(found, source_config=text)
+    return replace(peft_adapter, source_config=text)
