@@ -13,7 +13,7 @@ from adapters import make_adapter
 from eigenlorax.core import module_patterns
 from eigenlorax.core.linear_regex import MAX_DEPTH, LinearRegex, PatternError, StepBudget
 from eigenlorax.errors import FormatError
-from eigenlorax.formats.lora_config import Numbers
+from eigenlorax.formats.lora_config import ScalingConfig
 
 ATOMS = [
     "a",
@@ -163,9 +163,9 @@ def test_an_error_names_the_config_the_key_and_what_to_do(field):
     with pytest.raises(
         FormatError, match=r"adapters/one: the key '\(\?=x\)' of rank_pattern or alpha_pattern cannot be"
     ):
-        Numbers(config, "adapters/one").of("encoder.query")
+        ScalingConfig(config, "adapters/one").of("encoder.query")
     with pytest.raises(FormatError, match=r"takes too many steps. Write full names of modules, such as \^encoder"):
-        Numbers({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", StepBudget(999)).of("a." * 200)
+        ScalingConfig({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", StepBudget(999)).of("a." * 200)
 
 
 @pytest.mark.parametrize("part", [".lora_magnitude_vector", ".lora_A.x", "_lora.down.weight", ".alpha", "lora_unet_"])

@@ -40,7 +40,7 @@ def layers_of(modules, dialect, spelling=None):
     }
     origin = None if spelling is None else adapters.Origin(dialect, spelling)
     adapter = adapters.from_factors("all", tensors, origin=origin)
-    kind = layers.kind(adapter, dialect)
+    kind = layers.naming(adapter, dialect)
     found = {}
     for stem, members in layers.layers(adapter, kind).items():
         single = len(members) == 1 and members[0][1].rows in (flux.Rows.ALL, flux.Rows.SWAPPED)

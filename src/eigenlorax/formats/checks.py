@@ -112,7 +112,7 @@ def check_in_memory(adapter: Adapter) -> None:
                 f"without {keys.MODEL_PREFIX!r}."
             )
     config = _config(adapter)
-    numbers = lora_config.Numbers(config, adapter.name) if config is not None else None
+    numbers = lora_config.ScalingConfig(config, adapter.name) if config is not None else None
     for module, factors in adapter.modules.items():
         if factors.spec != adapter.specs[module]:
             raise ShapeError(

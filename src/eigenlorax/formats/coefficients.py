@@ -52,7 +52,7 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
             "back by `eigenlorax export`."
         )
     fields = _parse_fields(config, where)
-    numbers = lora_config.Numbers(config, where)
+    numbers = lora_config.ScalingConfig(config, where)
     bases = _bases(modules, fields, config, where)
     for module, parts in modules.items():
         _check_shapes(parts, numbers.of(module)[0], bases[module], f"{where}, module {module}")
@@ -138,7 +138,7 @@ def _json_value(config: Mapping[str, Any], name: str, field: str) -> Any:
 
 def slots(config: Mapping[str, Any], where: str) -> dict[str, ModuleSlot]:
     """Return the slot of each module in the subspace, by the config of an adapter of a pack."""
-    numbers, fields = lora_config.Numbers(config, where), _parse_fields(config, where)
+    numbers, fields = lora_config.ScalingConfig(config, where), _parse_fields(config, where)
     module_slots = {}
     for module in sorted(fields.modules):
         rank, scaling = numbers.of(module)

@@ -94,9 +94,7 @@ def open_folder(
     """
     location = folders.locate(source, allow_pickle=allow_pickle, **options)
     if location.file is not None:
-        raise FormatError(
-            f"{location} is a single file, not a folder with {keys.ADAPTER_CONFIG}. Leave the format away."
-        )
+        raise FormatError(f"{location} is a single file, not a folder with {keys.ADAPTER_CONFIG}. Remove the format.")
     text, config = _read_config(location.folder)
     name = keys.check_name(name if name is not None else location.name)
     return OpenedFolder(name, text, config, _open_weights(location.folder, allow_pickle))

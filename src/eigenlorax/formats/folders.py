@@ -104,7 +104,7 @@ def locate(
         if local_files_only:
             raise OptionError(
                 f"{source} is not on this machine, and local_files_only allows nothing else. Download it first, "
-                "or leave local_files_only away."
+                "or remove local_files_only."
             )
         return _locate_remote(source, revision, subfolder, token)
     if Path(source).is_file():

@@ -28,7 +28,7 @@ _COMMON_FIELDS = (
 )
 
 
-class Numbers:
+class ScalingConfig:
     """Ranks and scalings of modules by a config: `r` and `lora_alpha` with their patterns, as PEFT matches them.
 
     The scaling is lora_alpha / r, or lora_alpha / √r with rsLoRA.

@@ -102,7 +102,7 @@ def adapter(opened: OpenedFolder, lora_alpha: float | None = None, basis: Opened
     for module, tensors in modules.items():
         _check_complete(path, module, tensors)
     config = {**opened.config, "lora_alpha": _lora_alpha(opened, lora_alpha, modules)}
-    numbers = lora_config.Numbers(config, path)
+    numbers = lora_config.ScalingConfig(config, path)
     specs = {module: _spec(path, module, tensors, numbers) for module, tensors in sorted(modules.items())}
     try:
         boundary.check_factor_memory(sum(spec.numbers for spec in specs.values()), "its factors")
@@ -201,7 +201,7 @@ def _lora_alpha(opened: OpenedFolder, requested: float | None, modules: Mapping[
     return alpha
 
 
-def _spec(path: str, module: str, tensors: _ModuleTensors, numbers: lora_config.Numbers) -> ModuleSpec:
+def _spec(path: str, module: str, tensors: _ModuleTensors, numbers: lora_config.ScalingConfig) -> ModuleSpec:
     shapes, dtype = {}, torch.float32
     for side in keys.SIDES:
         components, coefficients = tensors[side, _COMPONENTS], tensors[side, _COEFFICIENTS]

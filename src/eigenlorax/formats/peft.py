@@ -22,7 +22,7 @@ from ..errors import FormatError, NonFiniteError, ShapeError
 from . import coefficients, files, lora_config, official, safetensors_file
 from .files import Header, Load, OpenedFolder, Weights
 from .folders import AdapterLocation
-from .lora_config import Numbers
+from .lora_config import ScalingConfig
 
 # Options of a LoraConfig under which the update is not lora_B @ lora_A. Their tensors are carried unchanged.
 _OTHER_PRODUCTS = ("use_qalora", "use_bdlora")
@@ -105,7 +105,7 @@ def assemble(opened: OpenedFolder) -> Adapter:
     tensors = _classify(opened)
     carried = dict(tensors.carried)
     specs: dict[str, ModuleSpec] = {}
-    numbers = Numbers(config, weights.path)
+    numbers = ScalingConfig(config, weights.path)
     for module, pair in tensors.factors.items():
         headers = _factor_headers(pair, weights)
         if _is_carried(module, config, headers):
@@ -211,7 +211,7 @@ def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
 
 
 def _spec(
-    module: str, pair: Mapping[str, str], headers: Mapping[str, Header], numbers: Numbers, where: str
+    module: str, pair: Mapping[str, str], headers: Mapping[str, Header], numbers: ScalingConfig, where: str
 ) -> ModuleSpec:
     """Return the spec of a module. pair: side → name of the tensor. Raises `ShapeError` if the ranks differ."""
     down, up = headers["down"], headers["up"]
@@ -261,7 +261,7 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, ove
 def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
     """Return the two files of a PEFT folder as bytes, by name. `dtype` as in `write`."""
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
-    numbers = Numbers(json.loads(text), adapter.name)
+    numbers = ScalingConfig(json.loads(text), adapter.name)
     tensors = {key: owned(tensor) for group in (adapter.heads, adapter.carried) for key, tensor in group.items()}
     modules = adapter.modules if dtype is None else dict(narrowing.narrow_adapter(adapter.name, adapter.modules, dtype))
     for module, factors in modules.items():

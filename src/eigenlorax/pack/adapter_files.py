@@ -125,7 +125,7 @@ def from_files(
     places, fingerprint = config.places, config.subspace_fingerprint
     if fingerprint not in history.lineage:
         raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
-    slots = _module_slots(config, lora_config.Numbers(source, name), history)
+    slots = _module_slots(config, lora_config.ScalingConfig(source, name), history)
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
@@ -150,7 +150,9 @@ def from_files(
     )
 
 
-def _module_slots(config: _Config, numbers: lora_config.Numbers, history: SubspaceHistory) -> dict[str, ModuleSlot]:
+def _module_slots(
+    config: _Config, numbers: lora_config.ScalingConfig, history: SubspaceHistory
+) -> dict[str, ModuleSlot]:
     """Return rank, scaling, kernel and sizes of every module; `ValueError` for what cannot be.
 
     numbers: ranks and scalings by the source's config.

@@ -151,10 +151,10 @@ def _stem(path: str, naming: Naming) -> tuple[str | None, Part]:
         return (f"text_encoders.{encoder}.transformer.{name}" if encoder is not None else None), whole
     number = component.removeprefix("text_encoder").removeprefix("_")
     if not number:
-        several = (
+        is_numbered = (
             naming.is_xl or naming.is_flux or "text_encoder_2" in naming.components or names.TE1 in naming.spelling
         )
-        number = "1" if several else ""
+        number = "1" if is_numbered else ""
     elif naming.is_flux and number == "2":
         number = "3"
     return _prefixed(name, f"lora_te{number}_", naming), whole

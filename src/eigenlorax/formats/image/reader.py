@@ -24,7 +24,7 @@ from ...errors import FormatError, NonFiniteError, ShapeError, SourceWarning
 from .. import files, lora_config
 from ..files import Header, OpenedFile
 from ..folders import AdapterLocation
-from ..lora_config import Numbers
+from ..lora_config import ScalingConfig
 from . import flux, names
 from .flux import Part, Rows
 from .names import ALPHA, BIAS, DOWN, MAGNITUDE, MID, UP, Layer
@@ -74,7 +74,7 @@ def adapter(opened: OpenedFile, dialect: str | None = None) -> Adapter:
     layers = _resolve_layers(tensors_of, path)
     origin = _origin(layers.values(), opened.weights.metadata)
     if dialect is not None and dialect != origin.format:
-        raise FormatError(f"{path} is a file in the dialect {origin.format!r}, not {dialect!r}. Leave the format away.")
+        raise FormatError(f"{path} is a file in the dialect {origin.format!r}, not {dialect!r}. Remove the format.")
     configs = _configs(opened)
     alphas = _alphas(opened, tensors_of)
     modules: dict[str, _ModuleRows] = {}
@@ -196,7 +196,7 @@ def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
     return Origin(dialect, ordered, dict(sorted(metadata.items())))
 
 
-def _configs(opened: OpenedFile) -> dict[str, Numbers]:
+def _configs(opened: OpenedFile) -> dict[str, ScalingConfig]:
     """Return the ranks and scalings by component that diffusers keeps in the metadata."""
     text = opened.weights.metadata.get(METADATA)
     return {} if text is None else _parse_configs(text, f"{opened.weights.path} ({METADATA})")
@@ -213,7 +213,7 @@ def metadata_matches(text: str, specs: Mapping[str, ModuleSpec]) -> bool:
     return True
 
 
-def _parse_configs(text: str, where: str) -> dict[str, Numbers]:
+def _parse_configs(text: str, where: str) -> dict[str, ScalingConfig]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -226,10 +226,10 @@ def _parse_configs(text: str, where: str) -> dict[str, Numbers]:
         configs.setdefault(component, {})[field] = setting
     # one budget for all components, so that a hostile file cannot multiply it
     budget = StepBudget()
-    return {component: Numbers(config, where, budget) for component, config in configs.items() if "r" in config}
+    return {component: ScalingConfig(config, where, budget) for component, config in configs.items() if "r" in config}
 
 
-def _configured_scaling(module: str, rank: int, numbers: Numbers, where: str) -> float:
+def _configured_scaling(module: str, rank: int, numbers: ScalingConfig, where: str) -> float:
     """Return the scaling of a module by its component's config. Raises `ShapeError` if that states another rank."""
     stated, scaling = _rank_and_scaling(module, numbers)
     if stated != rank:
@@ -239,7 +239,7 @@ def _configured_scaling(module: str, rank: int, numbers: Numbers, where: str) ->
     return scaling
 
 
-def _rank_and_scaling(module: str, numbers: Numbers) -> tuple[int, float]:
+def _rank_and_scaling(module: str, numbers: ScalingConfig) -> tuple[int, float]:
     """Return the rank and the scaling that a component's config states for one of its modules."""
     name = module.partition(".")[2]
     stated = numbers.of(name)
