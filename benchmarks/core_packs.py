@@ -69,7 +69,7 @@ def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, rid
     """Return bases of a module for diagonal cores, float64.
 
     Both sides have as many rows, at most k, of length 1: row j of one goes with row j of the other. Those that adapters
-    have most of come first. factors, weights: as for `subspace.fit_module`.
+    have most of come first. factors, weights: as for `exact_fit.fit_module`.
     """
     n_out, n_in = factors[0].up.shape[0], factors[0].down.shape[1]
     each = torch.tensor(weights, dtype=torch.float64)
@@ -77,7 +77,7 @@ def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, rid
     sizes = (each[:, None] * fitted.cores).square().sum(0)
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > NEGLIGIBLE * sizes.max()]
-    sides = ExactFit(factors, weights, FitOptions(n_components=k, sweeps=0))
+    sides = ExactFit.of(factors, weights, FitOptions(n_components=k, sweeps=0))
     alone = sides.refine(sides.leading(component_rule(k, None)))
     return ModuleBases(
         down=with_rows(alone.down, fitted.down[order], sides.down.weighted(sides.down_roots)),

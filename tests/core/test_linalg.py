@@ -20,7 +20,7 @@ def test_leading_directions_are_those_of_a_dense_svd(sizes, d):
     weights = [normal(size, size, seed=100 + size) for size in sizes]
     weighted = torch.cat([w @ b for w, b in zip(weights, blocks, strict=True)])
     _, sigma, right = torch.linalg.svd(weighted, full_matrices=False)
-    stack = linalg.RowBlocks(blocks)
+    stack = linalg.RowBlocks.stack(blocks)
     leading = stack.leading(weights, keep(4))
     torch.testing.assert_close(leading.singular_values[: len(sigma)], sigma, rtol=1e-6, atol=1e-9)
     assert_same_span(leading.components(), right[:4])
@@ -32,7 +32,7 @@ def test_leading_directions_are_those_of_a_dense_svd(sizes, d):
 def test_directions_that_a_gram_matrix_cannot_resolve_are_found_all_the_same(decades):
     n, d = 12, 29
     rows = decaying_rows(n, d, decades, seed=3)
-    leading = linalg.RowBlocks([rows]).leading(identity([rows]), keep(n))
+    leading = linalg.RowBlocks.stack([rows]).leading(identity([rows]), keep(n))
     components = leading.components()
     assert components.shape == (n, d)
     torch.testing.assert_close(components @ components.mT, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -43,7 +43,7 @@ def test_directions_that_a_gram_matrix_cannot_resolve_are_found_all_the_same(dec
 def test_no_direction_is_invented_beyond_the_rank():
     rank, n, d = 4, 15, 23
     rows = normal(n, rank, seed=1) @ normal(rank, d, seed=2)
-    leading = linalg.RowBlocks([rows]).leading(identity([rows]), keep(n))
+    leading = linalg.RowBlocks.stack([rows]).leading(identity([rows]), keep(n))
     assert leading.k == rank
     assert_same_span(leading.components(), torch.linalg.svd(rows)[2][:rank])
 
@@ -51,9 +51,9 @@ def test_no_direction_is_invented_beyond_the_rank():
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6, 1e12])
 def test_size_of_the_rows_does_not_matter(size):
     rows = decaying_rows(7, 19, 4, seed=5)
-    small = linalg.RowBlocks([rows * size]).leading(identity([rows]), keep(5)).components()
+    small = linalg.RowBlocks.stack([rows * size]).leading(identity([rows]), keep(5)).components()
     torch.testing.assert_close(
-        small, linalg.RowBlocks([rows]).leading(identity([rows]), keep(5)).components(), atol=1e-9, rtol=0
+        small, linalg.RowBlocks.stack([rows]).leading(identity([rows]), keep(5)).components(), atol=1e-9, rtol=0
     )
 
 

@@ -191,7 +191,7 @@ def fit(
         )
     # one block, so that its weight is the only one
     identity = torch.eye(rows.shape[0], dtype=torch.float64)
-    leading = linalg.RowBlocks([rows]).leading([identity], component_rule(n_components, energy))
+    leading = linalg.RowBlocks.stack([rows]).leading([identity], component_rule(n_components, energy))
     total = leading.singular_values.square().sum()
     return Basis(
         components=leading.components().to(dtype or rows.dtype),

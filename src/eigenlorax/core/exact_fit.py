@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,47 +39,62 @@ def fit_module(
     Returns:
         Bases before rounding to the dtype that is stored (`subspace.round_bases`).
     """
-    module_fit = ExactFit(factors, weights, options)
+    module_fit = ExactFit.of(factors, weights, options)
     if k is not None:
         return module_fit.fit(module_fit.full_spectrum(), k)
     return module_fit.refine(module_fit.leading(component_rule(options.n_components, options.energy)))
 
 
+@dataclass(frozen=True, slots=True)
 class ExactFit:
     """The stacked, weighted rows of one module, from which fits of several sizes start.
 
     Row block i of the down side is w·s·(BᵀB)^½ A of adapter i: with that weight, the error of the rows is the error of
     the update. The up side is alike, with the roles of A and B exchanged. Under the weighting "factors" the blocks are
     A and Bᵀ themselves.
+
+    Attributes:
+        down: Rows of the factors A, one block per adapter.
+        up: Rows of the factors Bᵀ, one block per adapter.
+        scales: w·s of each adapter.
+        down_roots: Weight of each block of `down`, (r, r).
+        up_roots: Weight of each block of `up`, (r, r).
+        sweeps: Number of alternating sweeps.
     """
 
-    __slots__ = ("_sweeps", "down", "down_roots", "scales", "up", "up_roots")
+    down: RowBlocks
+    up: RowBlocks
+    scales: list[float]
+    down_roots: list[Tensor]
+    up_roots: list[Tensor]
+    sweeps: int
 
-    def __init__(self, factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> None:
-        self.down = RowBlocks([f.down for f in factors])
-        self.up = RowBlocks([f.up.mT for f in factors])
-        self.scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
-        self._sweeps = options.sweeps if options.weighting == "delta" else 0
+    @classmethod
+    def of(cls, factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> "ExactFit":
+        """Stack and weight the factors of one module; arguments as for `fit_module`."""
+        down, up = RowBlocks.stack([f.down for f in factors]), RowBlocks.stack([f.up.mT for f in factors])
+        scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
         if options.weighting == "factors":
             # unit weights: the paper stacks the factors as they are
             identities = [torch.eye(f.down.shape[0], dtype=torch.float64, device=f.down.device) for f in factors]
-            self.down_roots = self.up_roots = identities
-        else:
-            grams = [factor_grams(f) for f in factors]
-            # each side is weighted by the root of the *opposite* factor's Gram matrix
-            self.down_roots = [s * psd_root(up_gram) for s, (_, up_gram) in zip(self.scales, grams, strict=True)]
-            self.up_roots = [s * psd_root(down_gram) for s, (down_gram, _) in zip(self.scales, grams, strict=True)]
+            # sweeps would weight the rows again
+            return cls(down, up, scales, identities, identities, sweeps=0)
+        grams = [factor_grams(f) for f in factors]
+        # each side is weighted by the root of the *opposite* factor's Gram matrix
+        down_roots = [scale * psd_root(up_gram) for scale, (_, up_gram) in zip(scales, grams, strict=True)]
+        up_roots = [scale * psd_root(down_gram) for scale, (down_gram, _) in zip(scales, grams, strict=True)]
+        return cls(down, up, scales, down_roots, up_roots, options.sweeps)
 
     def without(self, index: int) -> "ExactFit":
         """Return the fit without one adapter, reusing the Gram matrices of the others."""
-        # `__init__` would compute all Gram matrices again
-        reduced = object.__new__(ExactFit)
-        reduced.down, reduced.up = self.down.without(index), self.up.without(index)
-        for name in ("scales", "down_roots", "up_roots"):
-            per_adapter = getattr(self, name)
-            setattr(reduced, name, [*per_adapter[:index], *per_adapter[index + 1 :]])
-        reduced._sweeps = self._sweeps
-        return reduced
+        return ExactFit(
+            down=self.down.without(index),
+            up=self.up.without(index),
+            scales=[*self.scales[:index], *self.scales[index + 1 :]],
+            down_roots=[*self.down_roots[:index], *self.down_roots[index + 1 :]],
+            up_roots=[*self.up_roots[:index], *self.up_roots[index + 1 :]],
+            sweeps=self.sweeps,
+        )
 
     def count_components(self, spectrum: SidePair, options: FitOptions) -> tuple[int, int]:
         """Return the number of components (down, up) that the options ask for, given `full_spectrum`."""
@@ -118,7 +133,7 @@ class ExactFit:
         down, up = first
         # the number of components was chosen on the first spectrum; a sweep may only lower it, where rank is missing
         down_rule, up_rule = component_rule(down.k, None), component_rule(up.k, None)
-        for _ in range(self._sweeps):
+        for _ in range(self.sweeps):
             # `down` first, then `up` from the new `down`: each half maximises the kept norm in one argument
             down = self.down.leading(_projected_roots(up, self.up.blocks, self.scales), down_rule)
             up = self.up.leading(_projected_roots(down, self.down.blocks, self.scales), up_rule)

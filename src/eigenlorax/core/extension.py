@@ -32,12 +32,12 @@ class NewAdapter:
     Attributes:
         adapter: The adapter.
         delta_squares: Squared Frobenius norm of the update of each of its modules.
-        places: Name in the subspace of each of its modules, without modules that the subspace lacks.
+        subspace_modules: Name in the subspace of each of its modules, without modules that the subspace lacks.
     """
 
     adapter: Adapter
     delta_squares: Mapping[str, float]
-    places: Mapping[str, str]
+    subspace_modules: Mapping[str, str]
 
 
 def extend_for(
@@ -61,8 +61,8 @@ def extend_for(
     """
     updates_by_module: dict[str, list[tuple[Adapter, str, float]]] = {}
     for new in new_adapters:
-        square = sum(new.delta_squares[module] for module in new.places)
-        for module, name in new.places.items():
+        square = sum(new.delta_squares[module] for module in new.subspace_modules)
+        for module, name in new.subspace_modules.items():
             if new.delta_squares[module] > 0:
                 # relative to the norm over all modules, so that each adapter counts alike
                 updates_by_module.setdefault(name, []).append((new.adapter, module, square**-0.5))
@@ -138,7 +138,7 @@ class _Side:
         self.inside = [block @ exact.mT for block in rows]
         residuals = [block - coordinates @ exact for block, coordinates in zip(rows, self.inside, strict=True)]
         # Gram–Schmidt once more: a residual that is small beside its row has lost digits by cancellation
-        self.outside = RowBlocks([block - (block @ exact.mT) @ exact for block in residuals])
+        self.outside = RowBlocks.stack([block - (block @ exact.mT) @ exact for block in residuals])
         self.components, self.scales = exact, scales
         # float64 arithmetic leaves residuals of its own
         self.eps = max(eps, max(self.outside.rows.shape) * torch.finfo(torch.float64).eps)

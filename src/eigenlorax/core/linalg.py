@@ -39,6 +39,7 @@ class LeadingVectors:
         return self.projection.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
 class RowBlocks:
     """A stack of blocks of rows, (n, d), whose blocks can be weighted and decomposed again and again.
 
@@ -48,27 +49,28 @@ class RowBlocks:
         gram: rows @ rowsᵀ, (n, n), if n ≤ d; otherwise None.
     """
 
-    __slots__ = ("blocks", "gram", "rows")
+    rows: Tensor
+    blocks: list[slice]
+    gram: Tensor | None
 
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
-        self.rows = torch.cat([block.to(torch.float64) for block in blocks])
+    @classmethod
+    def stack(cls, blocks: Sequence[Tensor]) -> "RowBlocks":
+        """Stack blocks of rows, (n_i, d), and compute their Gram matrix if that is the smaller one."""
+        rows = torch.cat([block.to(torch.float64) for block in blocks])
         # row numbers at which blocks start and stop
         boundaries = torch.tensor([0, *(block.shape[0] for block in blocks)]).cumsum(0).tolist()
-        self.blocks = [slice(start, stop) for start, stop in pairwise(boundaries)]
-        is_wide = self.rows.shape[0] <= self.rows.shape[1]
-        self.gram = self.rows @ self.rows.mT if is_wide else None
+        slices = [slice(start, stop) for start, stop in pairwise(boundaries)]
+        is_wide = rows.shape[0] <= rows.shape[1]
+        return cls(rows, slices, rows @ rows.mT if is_wide else None)
 
     def without(self, index: int) -> "RowBlocks":
         """Return the stack without one block. The Gram matrix is cut, not computed again."""
         removed = self.blocks[index]
         size = removed.stop - removed.start
         remaining = torch.cat([torch.arange(removed.start), torch.arange(removed.stop, self.rows.shape[0])])
-        reduced = object.__new__(RowBlocks)
-        reduced.rows = self.rows[remaining]
-        reduced.gram = self.gram[remaining][:, remaining] if self.gram is not None else None
+        gram = self.gram[remaining][:, remaining] if self.gram is not None else None
         later = [slice(block.start - size, block.stop - size) for block in self.blocks[index + 1 :]]
-        reduced.blocks = [*self.blocks[:index], *later]
-        return reduced
+        return RowBlocks(self.rows[remaining], [*self.blocks[:index], *later], gram)
 
     def weighted(self, weights: Sequence[Tensor]) -> Tensor:
         """Return the rows with each block multiplied from the left by its own square matrix, (n, d)."""

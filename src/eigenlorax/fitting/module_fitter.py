@@ -50,7 +50,7 @@ class ModuleFitter:
 
     def stack(self, updates: Sequence[ModuleUpdate]) -> ExactFit:
         """Return the trained updates of a module, stacked as `fit` does it."""
-        return ExactFit(*self._trained(updates), self.options)
+        return ExactFit.of(*self._trained(updates), self.options)
 
     def component_bytes(self, specs: Sequence[ModuleSpec]) -> tuple[int, int]:
         """Return the bytes of one more component (down, up) of a module, with its coefficients in all adapters.
