@@ -468,3 +468,14 @@ def test_small_modules_are_coded_by_one_thread(monkeypatch, smallest, threads):
         torch.set_num_threads(before)
     assert threads in seen
     assert seen <= {3, threads}
+
+
+def test_bases_of_all_clusters_may_have_more_rows_than_columns(tmp_path):
+    """Such a pack could not be saved."""
+    originals = grouped(4, 6, noise=0.02)
+    pack = ex.fit(originals, max_error=0.05)
+    sides = [basis for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)]
+    assert any(basis.k > basis.dimension for basis in sides)
+    pack.save(tmp_path / "pack")
+    errors = true_errors(ex.Pack.open(tmp_path / "pack"), originals)
+    assert max(errors.values()) <= 0.05

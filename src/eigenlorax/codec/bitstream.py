@@ -24,6 +24,8 @@ BASIS_PART = "coded"
 """Suffix of the name of a coded basis in a subspace's file."""
 STEP_SIZES_PER_OCTAVE = 2**14
 """Resolution of an adapter's quantisation step size, far finer than the search for it (`step_sizes.CLOSE`)."""
+MAX_CLUSTERS = 255
+"""Largest number of clusters of a basis: it is one byte."""
 EMPTY_BASIS = bytes([1, 0, 0])
 """Bytes of a basis without a row."""
 _STEP_BYTES = 3

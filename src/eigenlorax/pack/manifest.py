@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ..codec.bitstream import MAX_CLUSTERS
 from ..codec.storage.base import ModuleSizes, Storage
 from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
 from ..core import atomic_files, dtypes, keys
@@ -359,12 +360,14 @@ def _check_fit(fit: FitInfo) -> None:
 
 def _check_sides(subspace: SubspaceInfo) -> None:
     sides = [side for pair in subspace.modules.values() for side in pair.values()]
+    # each cluster of a coded pack has a basis of its own
+    n_bases = MAX_CLUSTERS if subspace.dtype == CODED.name else 1
     _check_all(
         [
             (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),
             (all(len(side.grown) == len(subspace.growth) for side in sides), "a side lacks a step of growth"),
             (all(n >= 0 for side in sides for n in side.grown), "a side has grown by less than nothing"),
-            (all(sum(side.grown) <= side.k <= side.dimension for side in sides), "a k is out of range"),
+            (all(sum(side.grown) <= side.k <= n_bases * side.dimension for side in sides), "a k is out of range"),
             (all(0 < side.dimension <= MAX_DIMENSION for side in sides), f"a dimension is not 1 to {MAX_DIMENSION:,}"),
             (all(0 <= side.energy <= _MAX_ENERGY for side in sides), "an energy is not 0 to 1"),
             (all(side.square >= 0 for side in sides), "a square is negative"),
