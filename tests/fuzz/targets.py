@@ -253,12 +253,12 @@ def read_rows(folder: Path) -> int:
     """Read a file of rows as `train` and `evaluate` do."""
     (path,) = sorted(folder.iterdir()) or [folder / "rows.csv"]
     table = rows.read(path)
-    rows.digest(table)
+    rows.rows_sha256(table)
     columns = Columns("text", "label", None)
-    rows.texts(table, "text", "--text-column")
-    labels = rows.labels_of(table, columns)
+    rows.column_texts(table, "text", "--text-column")
+    labels = rows.infer_labels(table, columns)
     labels.encode(table, columns)
-    rows.named_label(table, columns)
+    rows.first_name(table, columns)
     return 0
 
 
