@@ -125,7 +125,7 @@ def errors() -> str:
 def _changed(pack: ex.Pack, name: str, rounded: Callable[[Tensor], Tensor]) -> float:
     packed, found = pack.packed(name), []
     for module, one in packed.coefficients.items():
-        bases = pack.subspace.modules[packed.places[module]]
+        bases = pack.subspace.modules[packed.subspace_names[module]]
         sides = (replace(side, components=rounded(side.components).float()) for side in (bases.down, bases.up))
         found.append(metrics.module_error(projection.reconstruct(one, bases), one, ModuleBases(*sides)))
     return metrics.adapter_error(found).delta_error

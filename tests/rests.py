@@ -31,7 +31,7 @@ def with_rests(pack, sides, seed=700):
         found = {
             module: with_rest(
                 coefficients,
-                pack.subspace.modules[packed.places[module]],
+                pack.subspace.modules[packed.subspace_names[module]],
                 wanted[place % len(wanted)],
                 seed + 100 * number + 2 * place,
             )

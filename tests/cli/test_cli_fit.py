@@ -294,7 +294,7 @@ class TestAdaptersThatDoNotBelongTogether:
         for name in ("alpha", "beta"):
             change_tensors(pair / name, lambda found: [v.zero_() for k, v in found.items() if "lora_B" in k])
         before = contents(pair.parent)
-        assert_refused(cli("fit", pair, "-o", pair.parent / "pack"), 3, "no adapter has a trained update")
+        assert_refused(cli("fit", pair, "-o", pair.parent / "pack"), 3, "No adapter has a trained update")
         assert contents(pair.parent) == before
 
     def test_one_alone_is_a_pack_that_loses_nothing(self, cli, pair):

@@ -184,8 +184,8 @@ def test_a_module_comes_back_from_its_bytes_and_from_those_of_no_other_job(done,
     data = fitted_module.to_bytes(fitted)
     assert len(data) <= fitted_module.most_bytes(job)
     assert fitted_module.to_bytes(fitted_module.from_bytes(data, job)) == data
-    narrower = [replace(place, spec=replace(place.spec, in_features=10)) for place in job.places]
-    others = [replace(job, places=tuple(places)) for places in (job.places[:2], narrower)]
+    narrower = [replace(update, spec=replace(update.spec, in_features=10)) for update in job.updates]
+    others = [replace(job, updates=tuple(updates)) for updates in (job.updates[:2], narrower)]
     others += [other for other, _ in done.values() if other.fitter.storage.dtype != job.fitter.storage.dtype]
     assert [fitted_module.from_bytes(data, other) for other in others] == [None] * len(others)
     assert fitted_module.from_bytes(data[:-1], job) is None

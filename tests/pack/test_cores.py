@@ -257,7 +257,7 @@ class TestWritten:
             (packed.payload[key].double(), r"torch.float64, and should be \(5.*\), torch.float"),
         ):
             tensors = {**packed.payload, key: wrong}
-            slots = {m: ModuleSlot(p, 3, 1.0, ()) for m, p in packed.places.items()}
+            slots = {m: ModuleSlot(p, 3, 1.0, ()) for m, p in packed.subspace_names.items()}
             with pytest.raises(ValueError, match=message):
                 storage_by_name(pack.coefficient_storage).read_adapter(tensors, slots, lambda: pack.subspace)
         change_tensors(path / "adapters" / "a", lambda tensors: tensors.update({key: packed.payload[key] + 1}))

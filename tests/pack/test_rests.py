@@ -29,7 +29,7 @@ def pack(plain):
 def oracle(pack, name, module):
     """The update in float64, from its definition."""
     packed = pack.packed(name)
-    one, bases = packed.coefficients[module], pack.subspace.modules[packed.places[module]]
+    one, bases = packed.coefficients[module], pack.subspace.modules[packed.subspace_names[module]]
     down = one.down.double() @ bases.down.components.double()
     up = bases.up.components.double().mT @ one.up.double()
     if one.down_residual is not None:

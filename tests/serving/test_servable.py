@@ -134,14 +134,14 @@ def test_coefficients_of_a_convolution_are_refused(plain, shared):
 
 
 def test_names_that_cannot_be_completed_are_refused(plain):
-    short = replace(plain, places={module: f"model.{place}" for module, place in plain.places.items()})
+    short = replace(plain, subspace_names={module: f"model.{place}" for module, place in plain.subspace_names.items()})
     assert refusal(short, shared=False) is None
     found = replace(short, carried={"base_model.model.words.lora_embedding_A": torch.ones(3, 43)})
     assert "its modules lack the first part of the model's names" in refusal(found, shared=False)
 
 
 def test_an_adapter_without_a_module_is_refused(plain):
-    assert "no LoRA module" in refusal(replace(plain, coefficients={}, places={}), shared=True)
+    assert "no LoRA module" in refusal(replace(plain, coefficients={}, subspace_names={}), shared=True)
 
 
 def test_the_rank_is_that_of_the_config_with_its_patterns(plain):

@@ -246,7 +246,7 @@ class TestTraining:
         packed = pack.packed("a0")
         own = {}
         for name, one in packed.coefficients.items():
-            bases = pack.subspace.modules[packed.places[name]]
+            bases = pack.subspace.modules[packed.subspace_names[name]]
             down, up = own[name] = [part.clone().requires_grad_() for part in (one.down, one.up)]
             whole = (
                 one.scaling

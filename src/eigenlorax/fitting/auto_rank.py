@@ -56,7 +56,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What is measured: numbers of components, modules, and adapters to leave out.
+    """The numbers of components to compare, and the modules and adapters to measure them on.
 
     is_capped: whether the largest number is limited by the LoRAs' bytes, rather than by the rank of the stacks.
     """

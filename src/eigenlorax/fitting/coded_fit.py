@@ -176,7 +176,7 @@ def _carried_bytes(collection: Collection) -> int:
     carried = 0
     for each in collection.scanned:
         carried += sum(tensor.nbytes for tensor in each.adapter.carried.values())
-        outside = [spec for module, spec in each.adapter.specs.items() if module not in each.subspace_modules]
+        outside = [spec for module, spec in each.adapter.specs.items() if module not in each.subspace_names]
         carried += sum(spec.numbers * spec.dtype.itemsize for spec in outside)
     return carried
 
@@ -201,20 +201,20 @@ def _round_down(ratio: float) -> str:
 def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedBytes:
     """Return bases and all adapters as bytes; those that were not fitted are encoded as zero."""
     fitted = dict(zip(collection.weights, encoded.adapters, strict=True))
-    own = {each.name: fitted.get(each.name, AdapterCodes(1.0, 0, {})) for each in collection.scanned}
-    modules: dict[str, dict[str, ModuleCodes]] = {name: {} for name in own}
-    layouts: dict[str, dict[str, ModuleLayout]] = {name: {} for name in own}
-    for place, members in collection.modules.items():
+    by_adapter = {each.name: fitted.get(each.name, AdapterCodes(1.0, 0, {})) for each in collection.scanned}
+    modules: dict[str, dict[str, ModuleCodes]] = {name: {} for name in by_adapter}
+    layouts: dict[str, dict[str, ModuleLayout]] = {name: {} for name in by_adapter}
+    for module, members in collection.modules.items():
         spec = members[0].spec
         empty = QuantisedBasis.empty(spec.in_features), QuantisedBasis.empty(spec.out_features)
         by_cluster: dict[int, ModuleLayout] = {}
         for member in members:
-            codes = own[member.name]
+            codes = by_adapter[member.name]
             if codes.cluster not in by_cluster:
-                by_cluster[codes.cluster] = ModuleLayout.of(encoded.bases.get(place, empty), codes.cluster)
-            modules[member.name][place] = codes.modules.get(place, UNTRAINED)
-            layouts[member.name][place] = by_cluster[codes.cluster]
-    complete = {name: AdapterCodes(codes.step_size, codes.cluster, modules[name]) for name, codes in own.items()}
+                by_cluster[codes.cluster] = ModuleLayout.of(encoded.bases.get(module, empty), codes.cluster)
+            modules[member.name][module] = codes.modules.get(module, UNTRAINED)
+            layouts[member.name][module] = by_cluster[codes.cluster]
+    complete = {name: AdapterCodes(codes.step_size, codes.cluster, modules[name]) for name, codes in by_adapter.items()}
     data: dict[str, bytes] = {}
     for start in range(0, len(complete), BATCH):
         names = list(complete)[start : start + BATCH]

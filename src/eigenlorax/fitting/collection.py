@@ -36,12 +36,12 @@ NONE_LEFT = "No adapter is left to fit: all of them were left out (exclude_adapt
 class ReadCollection:
     """Adapters whose headers were read and agree with each other; their tensors were not read yet.
 
-    subspace_modules: name in the subspace of each module, without the excluded ones. skipped: adapters that could not
+    subspace_names: name in the subspace of each module, without the excluded ones. skipped: adapters that could not
     be read, with the reason.
     """
 
     adapters: Sequence[Adapter]
-    subspace_modules: Mapping[str, str]
+    subspace_names: Mapping[str, str]
     excluded_modules: frozenset[str]
     skipped: Mapping[str, str]
     base_model: str | None
@@ -66,7 +66,7 @@ class AdapterModule:
 
     @property
     def is_trained(self) -> bool:
-        """Whether its update is not zero."""
+        """True if its update is not zero."""
         return self.scanned.is_trained(self.module)
 
     def read(self) -> LoRAFactors:
@@ -126,13 +126,13 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
 
     Names, ranks, shapes, base models and model families are compared before a tensor is read.
     """
-    found = sources.find_adapters(adapters, **options.reading)
-    names = [sources.default_name(source) for source in found]
+    adapter_sources = sources.find_adapters(adapters, **options.reading)
+    names = [sources.default_name(source) for source in adapter_sources]
     for name in options.exclude_adapters:
         keys.check_known(name, names, "the sources (exclude_adapters, --exclude-adapter)")
     skipped: dict[str, str] = {}
     read = []
-    for source, name in zip(found, names, strict=True):
+    for source, name in zip(adapter_sources, names, strict=True):
         if name not in options.exclude_adapters and (adapter := _read_source(source, options, skipped)) is not None:
             read.append(adapter)
     checks.check_names(adapter.name for adapter in read)
@@ -140,14 +140,14 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
         raise OptionError(NONE_LEFT)
     base_model, revision = checks.check_one_base(read, options.same_base)
     checks.check_one_family(read)
-    subspace_modules = module_names.canonical_names(adapter.specs for adapter in read)
-    excluded = checks.excluded(subspace_modules.values(), options.exclude_modules)
-    subspace_modules = {module: name for module, name in subspace_modules.items() if name not in excluded}
+    names_in_subspace = module_names.canonical_names(adapter.specs for adapter in read)
+    excluded = checks.excluded(names_in_subspace.values(), options.exclude_modules)
+    names_in_subspace = {module: name for module, name in names_in_subspace.items() if name not in excluded}
     checks.warn_of_nothing_shared(
-        {adapter.name: {subspace_modules[m] for m in adapter.specs if m in subspace_modules} for adapter in read}
+        {adapter.name: {names_in_subspace[m] for m in adapter.specs if m in names_in_subspace} for adapter in read}
     )
-    shapes = checks.check_one_shape(read, subspace_modules)
-    return ReadCollection(read, subspace_modules, excluded, skipped, base_model, revision, shapes)
+    shapes = checks.check_one_shape(read, names_in_subspace)
+    return ReadCollection(read, names_in_subspace, excluded, skipped, base_model, revision, shapes)
 
 
 def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str, str]) -> Adapter | None:
@@ -180,9 +180,9 @@ def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progr
                 raise NonFiniteError(f"{result} {_how_to_skip(adapter.name)}") from result
             _skip(adapter.name, result, None, skipped, stacklevel=4)
         else:
-            names = collection.subspace_modules
-            places = {module: names[module] for module in adapter.specs if module in names}
-            scanned.append(ScannedAdapter(adapter, result, places))
+            names = collection.subspace_names
+            own_names = {module: names[module] for module in adapter.specs if module in names}
+            scanned.append(ScannedAdapter(adapter, result, own_names))
     progress("reading adapters", len(adapters), len(adapters))
     if not scanned:
         raise OptionError(NONE_LEFT)
@@ -219,7 +219,7 @@ def _skip(
 ) -> None:
     """Note an adapter that is left out, and warn. stacklevel: of the caller of `fit`."""
     # adapters in several folders may have the same name
-    same = sum(other.partition(" (")[0] == name for other in skipped)
+    same = sum(known.partition(" (")[0] == name for known in skipped)
     skipped[f"{name} ({same + 1})" if same else name] = sources.without_folders(str(error), source)
     warnings.warn(f"left out {name}: {error}", SkippedAdapterWarning, stacklevel=stacklevel)
 
@@ -228,7 +228,7 @@ def _weights(scanned: Sequence[ScannedAdapter]) -> dict[str, float]:
     """Return the weights of the adapters that are fitted, and warn of untrained ones."""
     weights = {}
     for each in scanned:
-        square = sum(value for module, value in each.scan.delta_squares.items() if module in each.subspace_modules)
+        square = sum(value for module, value in each.scan.delta_squares.items() if module in each.subspace_names)
         if square > 0:
             weights[each.name] = square**-0.5
     untrained = sorted(each.name for each in scanned if each.is_untrained)
@@ -246,6 +246,6 @@ def _weights(scanned: Sequence[ScannedAdapter]) -> dict[str, float]:
 def _by_module(scanned: Sequence[ScannedAdapter]) -> dict[str, list[AdapterModule]]:
     members: dict[str, list[AdapterModule]] = {}
     for each in scanned:
-        for module, name in each.subspace_modules.items():
+        for module, name in each.subspace_names.items():
             members.setdefault(name, []).append(AdapterModule(each, module))
     return dict(sorted(members.items()))

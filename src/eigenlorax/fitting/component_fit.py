@@ -49,11 +49,11 @@ def fit_components(collection: Collection, target: Target, execution: Execution,
     fitter, counts, notes = _choose_sizes(collection, target, execution)
     todo = _make_jobs(collection, fitter, counts, execution.solver)
     with _open_checkpoint(collection, fitter, execution) as checkpoint:
-        kept = [_read_kept(checkpoint, number, job) for number, job in enumerate(todo)]
-        modules, encoded, seconds = _run_jobs(todo, kept, collection, engine, checkpoint, execution.progress)
-    n_kept = sum(module is not None for module in kept)
-    if n_kept:
-        notes.append(f"{n_kept} of {len(todo)} modules were there from a fit that was interrupted.")
+        resumed = [_read_kept(checkpoint, number, job) for number, job in enumerate(todo)]
+        modules, encoded, seconds = _run_jobs(todo, resumed, collection, engine, checkpoint, execution.progress)
+    n_resumed = sum(module is not None for module in resumed)
+    if n_resumed:
+        notes.append(f"{n_resumed} of {len(todo)} modules were there from a fit that was interrupted.")
     return FittedCollection(
         modules=modules,
         encoded=encoded,
@@ -118,7 +118,7 @@ def _open_checkpoint(
     """Open the checkpoint of this fit, if one is wanted. Its key has everything that the result depends on."""
     if execution.checkpoint is None:
         return nullcontext()
-    names = {module: name for each in collection.scanned for module, name in each.subspace_modules.items()}
+    names = {module: name for each in collection.scanned for module, name in each.subspace_names.items()}
     key = {
         "version": __version__,
         "options": asdict(fitter.options),
@@ -139,18 +139,18 @@ def _read_kept(checkpoint: Checkpoint | None, number: int, job: FitJob) -> Fitte
 
 def _run_jobs(
     todo: Sequence[FitJob],
-    kept: Sequence[FittedModule | None],
+    resumed: Sequence[FittedModule | None],
     collection: Collection,
     engine: Engine,
     checkpoint: Checkpoint | None,
     progress: Progress,
 ) -> tuple[dict[str, ModuleBases], dict[str, EncodedAdapter], dict[str, float]]:
-    """Do the jobs that were not kept, and return bases by module, adapters by name, and seconds by stage."""
+    """Do the jobs that have no result yet, and return bases by module, adapters by name, and seconds by stage."""
     modules: dict[str, ModuleBases] = {}
     encoded: dict[str, dict[str, EncodedModule]] = {each.name: {} for each in collection.scanned}
     seconds = Counter[str]()
-    results = jobs.run([job for job, result in zip(todo, kept, strict=True) if result is None], engine)
-    for number, (job, result) in enumerate(zip(todo, kept, strict=True)):
+    results = jobs.run([job for job, result in zip(todo, resumed, strict=True) if result is None], engine)
+    for number, (job, result) in enumerate(zip(todo, resumed, strict=True)):
         progress("fitting modules", number, len(todo))
         fitted = result if result is not None else next(results)
         if result is None and checkpoint is not None:

@@ -33,7 +33,10 @@ PROJECTED_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class JobUpdate:
-    """Where to read one adapter's update of a module. index: of the adapter in the fit. trained: it is not zero."""
+    """One adapter's update of a module, to be read by a worker.
+
+    index: of the adapter in the fit. module: the adapter's own name of it. trained: whether the update is not zero.
+    """
 
     index: int
     module: str

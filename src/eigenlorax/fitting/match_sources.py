@@ -40,9 +40,9 @@ def match_adapters(
         names_by_hash.setdefault(record.source_sha256, []).append(name)
     adapters: dict[str, Adapter] = {}
     scans, strangers, unread = {}, [], {}
-    found = sources.find_adapters(adapter_sources, **options)
-    for done, source in enumerate(found):
-        progress("reading originals", done, len(found))
+    originals = sources.find_adapters(adapter_sources, **options)
+    for done, source in enumerate(originals):
+        progress("reading originals", done, len(originals))
         try:
             adapter = checks.read_source(source, options)
             scan = checks.scan(adapter)
@@ -57,7 +57,7 @@ def match_adapters(
             strangers.append(source.name or adapter.name)
         for name in names:
             adapters[name], scans[name] = replace(adapter, name=name), scan
-    progress("reading originals", len(found), len(found))
+    progress("reading originals", len(originals), len(originals))
     for name, why in unread.items():
         warnings.warn(f"{name} was passed over: {why}", SkippedAdapterWarning, stacklevel=stacklevel)
     if strangers:
@@ -66,4 +66,4 @@ def match_adapters(
             SkippedAdapterWarning,
             stacklevel=stacklevel,
         )
-    return MatchedAdapters(adapters, scans, len(found), unread)
+    return MatchedAdapters(adapters, scans, len(originals), unread)

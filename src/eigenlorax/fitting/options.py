@@ -27,7 +27,7 @@ Dtype = str | torch.dtype | None
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """Which adapters and modules to read, and how. reading: options of `read_adapter`."""
+    """Adapters and modules to leave out, and options of reading. reading: options of `read_adapter`."""
 
     exclude_adapters: Sequence[str]
     exclude_modules: Sequence[str]
@@ -38,7 +38,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How large or how exact a pack is to be, and how it is stored.
+    """The size or error that a pack is to have, and its storage.
 
     is_auto: whether the number of components is chosen by leaving adapters out; `options` has 1 until then.
     n_components: the number that the caller passed, or None. storage, coefficient_storage: None for the default.
@@ -105,7 +105,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How to do the work of a fit. checkpoint: a folder for modules that are done; None: nothing is kept."""
+    """Device, solver and engine of a fit. checkpoint: a folder for modules that are done; None: nothing is kept."""
 
     device: torch.device
     solver: str

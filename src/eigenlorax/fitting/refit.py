@@ -31,7 +31,7 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a refit changed for one adapter.
+    """The changes of one adapter by a refit.
 
     from_original: whether it was fitted from its original, or from what the pack reconstructs. error_before,
     error_after: delta errors against the original; None if it is untrained. bound: whether error_after is an upper
@@ -49,7 +49,7 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """Whether its error is larger than before, or may be."""
+        """True if its error is larger than before, or may be."""
         if self.error_before is None or self.error_after is None:
             return False
         return self.error_after > self.error_before + ROUNDING

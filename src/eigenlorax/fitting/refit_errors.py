@@ -31,7 +31,7 @@ def compare_updates(before: Adapter, after: Adapter, packed: PackedAdapter) -> U
     for module, factors in before.modules.items():
         refitted = after.modules[module]
         squares = delta_square(factors), delta_square(refitted), _difference_square(factors, refitted)
-        sums = inside if module in packed.places else outside
+        sums = inside if module in packed.subspace_names else outside
         sums[:] = [total + square for total, square in zip(sums, squares, strict=True)]
     return UpdateSquares(inside[0], inside[1], inside[2], outside[0], outside[2])
 

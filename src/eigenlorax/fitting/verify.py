@@ -80,7 +80,7 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
         record = pack.records[name]
         # a refit without the original bounds the error to what was refitted, not to the original
         is_bound = (record.in_fit or pack.is_coded) and not record.bound
-        error = _measure(original, pack.adapter(name, torch.float64), list(pack.packed(name).places))
+        error = _measure(original, pack.adapter(name, torch.float64), list(pack.packed(name).subspace_names))
         verified[name] = Verified(error, record.delta_error, pack.fit_info.max_error if is_bound else None)
     report("measuring adapters", len(originals), len(originals))
     return Verification(verified, sorted(set(pack.names) - set(originals)))

@@ -71,7 +71,7 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
-        "subspace_modules": {module: place for module, place in packed.places.items() if module != place},
+        "subspace_modules": {module: name for module, name in packed.subspace_names.items() if module != name},
         "subspace": keys.INSIDE_PACK,
         "subspace_fingerprint": fingerprint,
         "carried": bool(packed.carried),
@@ -101,12 +101,12 @@ class _Config:
     kernels: dict[str, list[int]]
 
     @property
-    def places(self) -> dict[str, str]:
+    def subspace_names(self) -> dict[str, str]:
         """Name in the subspace of each module; `ValueError` if two modules have the same."""
-        places = {module: self.subspace_modules.get(module, module) for module in self.target_modules}
-        if len(set(places.values())) < len(places):
+        names = {module: self.subspace_modules.get(module, module) for module in self.target_modules}
+        if len(set(names.values())) < len(names):
             raise ValueError("two modules of the adapter are in one place of the subspace")
-        return places
+        return names
 
 
 def from_files(
@@ -122,7 +122,7 @@ def from_files(
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     _check_names(config.target_modules, [*tensors, *carried])
-    places, fingerprint = config.places, config.subspace_fingerprint
+    subspace_names, fingerprint = config.subspace_names, config.subspace_fingerprint
     if fingerprint not in history.lineage:
         raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
     slots = _module_slots(config, lora_config.ScalingConfig(source, name), history)
@@ -139,7 +139,7 @@ def from_files(
     return PackedAdapter(
         name=name,
         coefficients=coefficients,
-        places=places,
+        subspace_names=subspace_names,
         heads=tensors,
         carried=carried,
         source_config=source_config,
@@ -158,15 +158,15 @@ def _module_slots(
     numbers: ranks and scalings by the source's config.
     """
     slots = {}
-    for module, place in config.places.items():
+    for module, subspace_name in config.subspace_names.items():
         rank, scaling = numbers.of(module)
-        sizes = history.sizes(config.subspace_fingerprint, place)
+        sizes = history.sizes(config.subspace_fingerprint, subspace_name)
         n_in, n_out = sizes.widths
         kernel = tuple(config.kernels.get(module, ()))
         bitstream.check_rank(rank, (n_out, n_in))
         if not is_valid_kernel(kernel, n_in):
             raise ValueError(f"the kernel of module {module} is {kernel}, which its {n_in} inputs do not fit")
-        slots[module] = ModuleSlot(place, rank, scaling, kernel, sizes)
+        slots[module] = ModuleSlot(subspace_name, rank, scaling, kernel, sizes)
     return slots
 
 

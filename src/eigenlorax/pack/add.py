@@ -109,30 +109,30 @@ def _read(source: AdapterSource, context: PackContext, options: AddOptions) -> S
         checks.check_one_base([pack, adapter], options.same_base)
     widths = ((module, sides["down"].dimension) for module, sides in context.info.modules.items())
     checks.check_family(adapter, widths)
-    places = _match_modules(adapter, context.info, options.carry_missing)
-    return ScannedAdapter(adapter, checks.scan(adapter), places)
+    subspace_names = _match_modules(adapter, context.info, options.carry_missing)
+    return ScannedAdapter(adapter, checks.scan(adapter), subspace_names)
 
 
 def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[str, str]:
     """Return the name in the subspace of each module of an adapter, without those that the subspace lacks."""
     matches = module_names.resolve_all(adapter.specs, info.modules)
-    missing = [module for module, place in matches.items() if place is None]
+    missing = [module for module, name in matches.items() if name is None]
     if missing and not carry_missing:
         raise ModuleNameError(
             f"Adapter {adapter.name!r} has {len(missing)} of {len(matches)} modules that the subspace lacks, "
             f"such as {missing[0]!r}. Pass carry_missing=True (--carry-missing) to store them as they are, or fit the "
             "pack again with this adapter among the sources."
         )
-    places = {module: place for module, place in matches.items() if place is not None}
-    if missing and not places:
+    subspace_names = {module: name for module, name in matches.items() if name is not None}
+    if missing and not subspace_names:
         warnings.warn(
             f"Adapter {adapter.name!r} has no module in common with the pack, such as {min(info.modules)!r}. All of it "
             "is stored as it is. If it belongs to another base model, fit it in a pack of its own.",
             NothingSharedWarning,
             stacklevel=7,
         )
-    for module, place in places.items():
-        sides, spec = info.modules[place], adapter.specs[module]
+    for module, name in subspace_names.items():
+        sides, spec = info.modules[name], adapter.specs[module]
         expected = sides["up"].dimension, sides["down"].dimension
         if (spec.out_features, spec.in_features) != expected:
             raise ShapeError(
@@ -140,7 +140,7 @@ def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) ->
                 f"{adapter.name!r} and {expected} in the pack. The adapter belongs to a different base model: fit it "
                 "in a pack of its own."
             )
-    return places
+    return subspace_names
 
 
 def add_adapters(
@@ -187,15 +187,15 @@ def extend_subspace(
     storage: of the subspace.
     """
     ordered = sorted(new, key=lambda scanned: (scanned.scan.content_hash, scanned.name))
-    members = [NewAdapter(scanned.adapter, scanned.scan.delta_squares, scanned.subspace_modules) for scanned in ordered]
+    members = [NewAdapter(scanned.adapter, scanned.scan.delta_squares, scanned.subspace_names) for scanned in ordered]
     return extension.extend_for(subspace, members, n_components, progress, storage.extend_basis)
 
 
 def project_adapter(scanned: ScannedAdapter, subspace: Subspace, storage: Storage) -> EncodedAdapter:
     """Project all modules of an adapter on their bases. storage: of the coefficients."""
     modules = {}
-    for module, place in scanned.subspace_modules.items():
-        bases = subspace.modules[place]
+    for module, name in scanned.subspace_names.items():
+        bases = subspace.modules[name]
         factors = scanned.adapter.modules[module]
         modules[module] = project_module(module, factors, bases, storage, projection.dual_components(bases))
     return EncodedAdapter.of(modules)
@@ -215,8 +215,8 @@ def encode_alone(
 
     bases: `quantised_bases` of the subspace. error_bound: the delta error that must not be exceeded.
     """
-    places = scanned.subspace_modules
-    trained = [module for module in places if scanned.is_trained(module)]
+    names = scanned.subspace_names
+    trained = [module for module in names if scanned.is_trained(module)]
     n_clusters = max(len(side.blocks) or 1 for pair in bases.values() for side in pair)
     best: tuple[AdapterCodes, dict[str, ModuleLayout], bytes, float] | None = None
     for cluster in range(n_clusters):
@@ -224,15 +224,15 @@ def encode_alone(
         if trained:
             updates = {}
             for module in trained:
-                down, up = bases[places[module]]
-                updates[places[module]] = scanned.adapter.modules[module], (down.block(cluster), up.block(cluster))
+                down, up = bases[names[module]]
+                updates[names[module]] = scanned.adapter.modules[module], (down.block(cluster), up.block(cluster))
             with threads.suited_to(max(factors.spec.numbers for factors, _ in updates.values())):
                 codes, error = encode_adapter(updates, cluster, error_bound)
-        modules = {place: codes.modules.get(place, UNTRAINED) for place in places.values()}
+        modules = {name: codes.modules.get(name, UNTRAINED) for name in names.values()}
         codes = replace(codes, modules=modules)
         layouts = {
-            place: coded.with_grown_widths(ModuleLayout.of(bases[place], cluster), subspace.modules[place])
-            for place in places.values()
+            name: coded.with_grown_widths(ModuleLayout.of(bases[name], cluster), subspace.modules[name])
+            for name in names.values()
         }
         (data,) = bitstream.encode_adapters([(codes, layouts)])
         if best is None or len(data) < len(best[2]):

@@ -31,12 +31,12 @@ FLOAT32_RANGE = 1e-36, 1e37
 class ScannedAdapter:
     """An adapter whose tensors were read once, and the modules of it that a subspace holds.
 
-    subspace_modules: name in the subspace of each such module, by the adapter's own name. The others are carried.
+    subspace_names: name in the subspace of each such module, by the adapter's own name. The others are carried.
     """
 
     adapter: Adapter
     scan: Scan
-    subspace_modules: Mapping[str, str]
+    subspace_names: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class ScannedAdapter:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the adapter changes no weight: every update is zero, and nothing else is carried."""
+        """True if the adapter changes no weight: every update is zero, and it carries nothing else."""
         return not any(self.scan.delta_squares.values()) and not self.adapter.carried
 
     def is_trained(self, module: str) -> bool:
@@ -111,7 +111,7 @@ def encoded_by_codes(
     layouts: of its modules, by their names in the subspace. data: `codes` as bytes. error: the relative error of all
     modules together. `NonFiniteError` where float32 cannot hold the decoded factors.
     """
-    specs, squares, names = scanned.adapter.specs, scanned.scan.delta_squares, scanned.subspace_modules
+    specs, squares, names = scanned.adapter.specs, scanned.scan.delta_squares, scanned.subspace_names
     # factors of equal norms have the fourth root of the update's squared norm each
     size = sum(squares[module] for module in names) ** 0.25
     smallest, largest = FLOAT32_RANGE
@@ -123,8 +123,8 @@ def encoded_by_codes(
                 "Leave the adapter out, or fit with max_error and dtype float64."
             )
     slots = {
-        module: ModuleSlot(place, specs[module].rank, specs[module].scaling, specs[module].kernel)
-        for module, place in names.items()
+        module: ModuleSlot(name, specs[module].rank, specs[module].scaling, specs[module].kernel)
+        for module, name in names.items()
     }
     return EncodedAdapter(
         coefficients=CodedCoefficients(codes, layouts, slots),
@@ -163,7 +163,7 @@ def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bo
     return PackedAdapter(
         name=adapter.name,
         coefficients=coefficients,
-        places={module: scanned.subspace_modules[module] for module in sorted(coefficients)},
+        subspace_names={module: scanned.subspace_names[module] for module in sorted(coefficients)},
         heads=heads,
         carried=carried,
         source_config=_source_config(adapter, coefficients),

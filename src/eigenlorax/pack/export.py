@@ -73,7 +73,7 @@ def _check_writable(pack: "Pack", name: str, format: str, dtype: torch.dtype | N
     packed = pack.packed(name)
     if dtype is not None:
         exact = unpack(packed, pack.subspace, torch.float64).modules
-        for _ in narrowing.narrow_adapter(name, LazyMapping(packed.places, exact.__getitem__), dtype):
+        for _ in narrowing.narrow_adapter(name, LazyMapping(packed.subspace_names, exact.__getitem__), dtype):
             pass
     formats.check_writable(unpack(packed, pack.subspace, dtype or lossless_dtype(pack)), format)
     return packed
@@ -86,6 +86,6 @@ def rounding_error(pack: "Pack", name: str, dtype: torch.dtype) -> float:
 
     # a difference of updates is exact only between factors that were scaled alike
     def in_the_same_scale(module: str) -> LoRAFactors:
-        return narrowing.balance(exact[module], dtype) if module in packed.places else exact[module]
+        return narrowing.balance(exact[module], dtype) if module in packed.subspace_names else exact[module]
 
     return metrics.rounding_error(LazyMapping(exact, in_the_same_scale), rounded)

@@ -451,7 +451,9 @@ def _free_folder(folder: Path, name: str, entry: Entry, is_replaced: bool) -> Pa
     if not path.exists():
         return path
     if not (is_replaced or _is_packed(path)):
-        raise PackExistsError(f"{path} is not an adapter of the pack, and an adapter of that name is written: move it.")
+        raise PackExistsError(
+            f"{path} is in the way of a new adapter, and is not one of the pack: move it elsewhere first."
+        )
     return _spare_folder(folder, name, entry)
 
 

@@ -43,7 +43,7 @@ _REMEDY = "Restore the pack from a copy, or fit it again."
 
 @dataclass(frozen=True, slots=True)
 class FitInfo:
-    """How the subspace was fitted.
+    """Options of the fit, and adapters that were skipped.
 
     Exactly one of n_components, energy, max_error, max_bytes and ratio is not None. auto: whether n_components was
     chosen by leaving adapters out. skipped: adapters that could not be read, with the reason. solver: of `SOLVERS`.

@@ -204,7 +204,7 @@ class Pack:
 
     @property
     def is_coded(self) -> bool:
-        """Whether it was fitted to an error bound or a size, and is entropy-coded."""
+        """True if it was fitted to an error bound or a size, and is entropy-coded."""
         return self._coefficient_storage.is_coded
 
     @property

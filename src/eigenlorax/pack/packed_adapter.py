@@ -41,7 +41,7 @@ class Record:
 class PackedAdapter:
     """One adapter as coefficients in a subspace.
 
-    coefficients: by the adapter's own module names. places: name of each of these modules in the subspace.
+    coefficients: by the adapter's own module names. subspace_names: the names of these modules in the subspace.
     heads, carried: tensors that are stored as they came: task heads, and other tensors outside the subspace.
     source_config: the adapter's `adapter_config.json`. origin: the file it came in, for formats other than PEFT's.
     subspace: fingerprint of the subspace when the coefficients were computed, which has as many components as they
@@ -52,7 +52,7 @@ class PackedAdapter:
 
     name: str
     coefficients: Mapping[str, Coefficients]
-    places: Mapping[str, str]
+    subspace_names: Mapping[str, str]
     heads: Mapping[str, Tensor]
     carried: Mapping[str, Tensor]
     source_config: str
@@ -77,7 +77,7 @@ def unpack(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Ada
     carried = peft.from_tensors(
         packed.name, packed.source_config, {**packed.heads, **packed.carried}, where=packed.name
     )
-    bases = {module: subspace.modules[place] for module, place in packed.places.items()}
+    bases = {module: subspace.modules[name] for module, name in packed.subspace_names.items()}
 
     def factors(module: str) -> LoRAFactors:
         if module not in bases:

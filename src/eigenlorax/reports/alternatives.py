@@ -121,7 +121,7 @@ def _rounded_bytes(pack: Pack, packed: Mapping[str, PackedAdapter], bits: int) -
     """Return the bytes of all adapters' own factors, rounded to so many bits."""
     return sum(
         losses.rounded_bytes(
-            _lora_rank(adapter, coefficients), *pack.subspace.modules[adapter.places[module]].shape, bits
+            _lora_rank(adapter, coefficients), *pack.subspace.modules[adapter.subspace_names[module]].shape, bits
         )
         for adapter in packed.values()
         for module, coefficients in adapter.coefficients.items()
@@ -137,7 +137,7 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Original
         lora_stored = summary.carried + sum(
             adapter.specs[module].numbers * adapter.specs[module].dtype.itemsize
             for name, adapter in adapters.items()
-            for module in packed[name].places
+            for module in packed[name].subspace_names
         )
     n = max(len(records), 1)
     lora, each = summary.lora / n, (summary.coefficients + summary.carried) / n
@@ -205,7 +205,7 @@ def _bytes_by_size(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Me
     ranks: dict[str, int] = dict.fromkeys(pack.info.modules, 0)
     for adapter in packed.values():
         for own, coefficients in adapter.coefficients.items():
-            ranks[adapter.places[own]] += _lora_rank(adapter, coefficients)
+            ranks[adapter.subspace_names[own]] += _lora_rank(adapter, coefficients)
     sides = [
         (module, dimension, side.most)
         for module, bases in pack.subspace.modules.items()

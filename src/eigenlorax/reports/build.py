@@ -84,7 +84,7 @@ def _assemble(sources: _Sources) -> Report:
     pack, packed, matched, measured = sources.pack, sources.packed, sources.originals, sources.measured
     related = _related(sources)
     figures = _adapter_figures(sources, related)
-    users = Counter(module for adapter in packed.values() for module in adapter.places.values())
+    users = Counter(module for adapter in packed.values() for module in adapter.subspace_names.values())
     modules = [rows.module(pack, measured, name, users[name]) for name in pack.info.modules]
     null = alternatives.null(measured, pack, sources.seed)
     trained = {name: record for name, record in pack.records.items() if not record.untrained}

@@ -117,7 +117,7 @@ def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals
     """Count the numbers in the adapters' factors by module of the subspace."""
     sizes = dict.fromkeys(pack.subspace.modules, 0)
     for name, adapter in originals.adapters.items():
-        for own, module in packed[name].places.items():
+        for own, module in packed[name].subspace_names.items():
             sizes[module] += adapter.specs[own].numbers
     return sizes
 

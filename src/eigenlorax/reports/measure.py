@@ -130,7 +130,7 @@ def measure(
     sample: number of adapters to leave out of the fit; None chooses it by `LEFT_OUT_WORK`.
     """
     totals = [
-        math.fsum(scan.delta_squares[module] for module in packed[name].places)
+        math.fsum(scan.delta_squares[module] for module in packed[name].subspace_names)
         for name, scan in ((name, originals.scans[name]) for name in originals.adapters)
     ]
     weights = [total**-0.5 if total > 0 else 0.0 for total in totals]
@@ -200,7 +200,7 @@ def _trained_rows(collection: _Collection, names: Sequence[str]) -> dict[str, in
     """Return by module of the subspace the summed ranks of the adapters that changed it."""
     rows = dict.fromkeys(collection.pack.subspace.modules, 0)
     for name in names:
-        for own, module in collection.packed[name].places.items():
+        for own, module in collection.packed[name].subspace_names.items():
             if collection.originals.scans[name].delta_squares[own] > 0:
                 rows[module] += collection.originals.adapters[name].specs[own].rank
     return rows
@@ -225,7 +225,7 @@ def _module_rows(pack: Pack, packed: Mapping[str, PackedAdapter]) -> dict[str, i
     rows = dict.fromkeys(pack.subspace.modules, 0)
     for adapter in packed.values():
         for own, coefficients in adapter.coefficients.items():
-            rows[adapter.places[own]] += coefficients.rank
+            rows[adapter.subspace_names[own]] += coefficients.rank
     return rows
 
 
@@ -351,9 +351,9 @@ def _factors(collection: _Collection, adapter: str, module: str) -> LoRAFactors 
 
 def own_name(packed: PackedAdapter, module: str) -> str | None:
     """Return the adapter's own name for a module of the subspace; None if it does not have the module."""
-    if packed.places.get(module) == module:
+    if packed.subspace_names.get(module) == module:
         return module
-    return next((own for own, in_subspace in packed.places.items() if in_subspace == module), None)
+    return next((own for own, in_subspace in packed.subspace_names.items() if in_subspace == module), None)
 
 
 def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> Coefficients | None:

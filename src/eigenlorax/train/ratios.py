@@ -158,7 +158,7 @@ def _truncated_versions(
     stage = "cutting and rounding each adapter"
     report(stage, 0, len(fits))
     packed = {name: pack.packed(name) for name in originals}
-    module_names = {name: list(adapter.places.items()) for name, adapter in packed.items()}
+    module_names = {name: list(adapter.subspace_names.items()) for name, adapter in packed.items()}
 
     def stack_module(module: str) -> ModuleBatch:
         n_out, n_in = pack.subspace.modules[module].shape

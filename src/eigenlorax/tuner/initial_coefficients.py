@@ -127,7 +127,7 @@ def _packed_core(adapters: list[PackedAdapter], resolved: ResolvedSubspace, star
         total: Tensor | None = None
         for adapter in adapters:
             for module, coefficients in adapter.coefficients.items():
-                if adapter.places[module] == subspace_name:
+                if adapter.subspace_names[module] == subspace_name:
                     wide = _without_residual(widen_coefficients(coefficients, bases), bases)
                     adapter_core = coefficients.scaling * wide.up.double() @ wide.down.double()
                     total = adapter_core if total is None else total + adapter_core
@@ -165,7 +165,7 @@ def _error_without_residual(packed: PackedAdapter, resolved: ResolvedSubspace) -
     """Return the delta error of an adapter's projection on the bases."""
     errors = []
     for module, coefficients in packed.coefficients.items():
-        bases = resolved.subspace.modules[packed.places[module]]
+        bases = resolved.subspace.modules[packed.subspace_names[module]]
         factors = projection.reconstruct(coefficients, bases)
         errors.append(metrics.module_error(factors, projection.project(factors, bases), bases))
     return metrics.adapter_error(errors).delta_error

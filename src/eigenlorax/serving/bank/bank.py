@@ -332,7 +332,7 @@ class AdapterBank:
 
     def _check_kernels(self, packed: PackedAdapter) -> None:
         for module, coefficients in packed.coefficients.items():
-            name = self._model_names.get(packed.places[module])
+            name = self._model_names.get(packed.subspace_names[module])
             if name is None:
                 continue
             kernel = convolution.kernel_of(self.model.get_submodule(name))
@@ -354,7 +354,7 @@ class AdapterBank:
             )
         wide = {}
         for module, coefficients in packed.coefficients.items():
-            sides = self.pack.info.modules[packed.places[module]]
+            sides = self.pack.info.modules[packed.subspace_names[module]]
             wide[module] = pad_coefficients(coefficients, sides["down"].k, sides["up"].k)
         return replace(packed, coefficients=wide)
 

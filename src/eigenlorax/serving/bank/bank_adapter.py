@@ -113,7 +113,9 @@ class BankStorage:
     def store(self, packed: PackedAdapter, heads: Heads) -> BankAdapter:
         """Return an adapter of the bank; raise an error that names the adapter if the bank cannot serve it."""
         check_not_carried(packed)
-        by_module = {packed.places[module]: coefficients for module, coefficients in packed.coefficients.items()}
+        by_module = {
+            packed.subspace_names[module]: coefficients for module, coefficients in packed.coefficients.items()
+        }
         missing = sorted(by_module.keys() - self.modules)
         if missing:
             raise ModuleNameError(

@@ -58,7 +58,7 @@ def inject_adapters(
     for name, packed in adapters.items():
         modules_by_model: dict[str, dict[str, str]] = {}
         for module, coefficients in packed.coefficients.items():
-            subspace_name = packed.places[module]
+            subspace_name = packed.subspace_names[module]
             layer = layers.get(subspace_name)
             if layer is None:
                 continue
@@ -148,7 +148,7 @@ def _register(model: nn.Module, name: str, packed: PackedAdapter, modules: Mappi
         rank_pattern={layer: layer_rank for layer, layer_rank in ranks.items() if layer_rank != rank},
         alpha_pattern={layer: layer_alpha for layer, layer_alpha in alphas.items() if layer_alpha != alpha},
         target_modules=sorted(coefficients),
-        subspace_modules={layer: packed.places[module] for layer, module in modules.items()},
+        subspace_modules={layer: packed.subspace_names[module] for layer, module in modules.items()},
         kernels={layer: list(factors.kernel) for layer, factors in coefficients.items() if factors.kernel},
         inference_mode=True,
     )

@@ -61,7 +61,7 @@ def load_into(
     models = [model for model in pipeline_layers.models_of(pipe).values() if model is not None]
     _check_names(adapters, models)
     basis_dtype = torch.int8 if dtype in ("int8", torch.int8) else dtypes.parse(dtype)
-    modules = {subspace_name for packed in adapters.values() for subspace_name in packed.places.values()}
+    modules = {subspace_name for packed in adapters.values() for subspace_name in packed.subspace_names.values()}
     match = match_layers(modules, pipe)
     _check(adapters, match, opened, pipe)
     disabled = any(layer.disable_adapters for layer in inject.tuner_layers(models))
@@ -136,9 +136,9 @@ def _check(adapters: Mapping[str, PackedAdapter], match: LayerMatch, pack: Pack,
     pipeline = type(pipe).__name__
     for packed in adapters.values():
         for module, coefficients in packed.coefficients.items():
-            layer = match.layers.get(packed.places[module])
+            layer = match.layers.get(packed.subspace_names[module])
             if layer is not None:
-                sides = pack.info.modules[packed.places[module]]
+                sides = pack.info.modules[packed.subspace_names[module]]
                 shape = sides["up"].dimension, sides["down"].dimension
                 _check_layer(layer, shape, coefficients.kernel, pack, pipeline)
     if match.missing:
@@ -151,10 +151,10 @@ def _check(adapters: Mapping[str, PackedAdapter], match: LayerMatch, pack: Pack,
         )
     for name, packed in adapters.items():
         _check_unique_layers(name, packed, match)
-        if not any(subspace_name in match.layers for subspace_name in packed.places.values()):
+        if not any(subspace_name in match.layers for subspace_name in packed.subspace_names.values()):
             raise ModuleNameError(
-                f"adapter {name!r} has nothing for this {pipeline}: its {len(packed.places)} modules, such as "
-                f"{min(packed.places.values())}, are of models that are not here."
+                f"adapter {name!r} has nothing for this {pipeline}: its {len(packed.subspace_names)} modules, such as "
+                f"{min(packed.subspace_names.values())}, are of models that are not here."
             )
     if match.absent and not isinstance(pipe, nn.Module):
         missing = ", ".join(sorted({module.partition(".")[0] for module in match.absent}))
@@ -173,7 +173,7 @@ def _check(adapters: Mapping[str, PackedAdapter], match: LayerMatch, pack: Pack,
 def _check_unique_layers(name: str, packed: PackedAdapter, match: LayerMatch) -> None:
     """Raise `ModuleNameError` if two modules of an adapter are one layer, such as its old name and its new one."""
     owners: dict[str, str] = {}
-    for module, subspace_name in packed.places.items():
+    for module, subspace_name in packed.subspace_names.items():
         layer = match.layers.get(subspace_name)
         if layer is not None and owners.setdefault(layer.name, module) != module:
             raise ModuleNameError(

@@ -286,7 +286,7 @@ def _add_shared(shared: _ModeTotals, packed: PackedAdapter, info: SubspaceInfo, 
         return
     shared.ranks[packed.name] = servable.shared_rank(packed)
     for module, coefficients in packed.coefficients.items():
-        k_down, k_up = (info.modules[packed.places[module]][side].k for side in keys.SIDES)
+        k_down, k_up = (info.modules[packed.subspace_names[module]][side].k for side in keys.SIDES)
         shared.numbers += min(coefficients.rank, k_down, k_up) * (k_down + k_up)
 
 

@@ -36,7 +36,7 @@ def lora_on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
                 f"adapter {packed.name!r} has a residual in {module!r}, which cores cannot hold. "
                 "Serve it expanded, as Pack.adapter gives it."
             )
-        subspace_name = packed.places[module]
+        subspace_name = packed.subspace_names[module]
         sizes = served.modules[subspace_name]
         modules[f"{subspace_name}.{core}"] = _on_core(coefficients, sizes["down"].k, sizes["up"].k)
     config = json.loads(packed.source_config)

@@ -115,7 +115,7 @@ class AdapterFolders:
         if self.shared:
             lora = lora_on_cores(packed, self.served)
         else:
-            lora = _with_subspace_names(pack.adapter(name), packed.places)
+            lora = _with_subspace_names(pack.adapter(name), packed.subspace_names)
         return peft.to_files(_without_base_weights(lora))
 
     def _too_large(self, packed: PackedAdapter) -> str | None:
@@ -143,7 +143,7 @@ class AdapterFolders:
 
 def _sizes(packed: PackedAdapter, info: SubspaceInfo) -> list[tuple[int, int] | None]:
     """Return (out, in) of each module of an adapter in a subspace."""
-    sides = [info.modules.get(subspace_name) for subspace_name in packed.places.values()]
+    sides = [info.modules.get(subspace_name) for subspace_name in packed.subspace_names.values()]
     return [(pair["up"].dimension, pair["down"].dimension) if pair is not None else None for pair in sides]
 
 

@@ -58,7 +58,7 @@ def refusal_reason(packed: PackedAdapter, *, shared: bool) -> str | None:
         reason = "it has no LoRA module"
     if reason is None and (rank := shared_rank(packed) if shared else expanded_rank(packed)) > RANKS[-1]:
         reason = f"its rank is {rank}, and vLLM's largest {RANKS[-1]}"
-    if reason is None and packed.carried and any(module != name for module, name in packed.places.items()):
+    if reason is None and packed.carried and any(module != name for module, name in packed.subspace_names.items()):
         reason = (
             "its modules lack the first part of the model's names, and it has tensors outside the subspace, whose "
             "names are not known"
