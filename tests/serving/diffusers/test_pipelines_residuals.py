@@ -1,4 +1,4 @@
-"""Styles with a rest beside their coefficients, in a pipeline: pictures are those of the LoRAs that they are."""
+"""Styles with a residual, in a pipeline: pictures are those of the LoRAs that they are."""
 
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ def _fresh():
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """Three styles for a Stable Diffusion: one with rests everywhere, one here and there, one without."""
+    """Three styles for a Stable Diffusion: one with residuals everywhere, one here and there, one without."""
     from tinypipes import make_sd
 
     pipe = make_sd(tmp_path_factory.mktemp("sd"))
@@ -101,7 +101,7 @@ def test_disabled_deleted_and_unloaded(both, make):
 def test_switching_in_a_compiled_model(both):
     ours, _ = both
     ours.unet.compile(backend="eager", fullgraph=True)
-    # there is room for as many rests as are blended the first time
+    # there is room for as many residuals as are blended the first time
     ours.set_adapters(["toy", "clay"])
     picture(ours)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -117,8 +117,8 @@ def test_in_half_precision_a_rest_is_as_large_as_a_lora(make, pack):
     ex.load_into(pipe.unet, pack, ["toy"])
     ex.load_into(pipe.unet, pack, ["clay"], dtype=torch.float32)
     for name, dtype in (("toy", torch.float16), ("clay", torch.float32)):
-        rests = [rest for layer in layers(pipe) for rest in layer.residuals_of(name)]
-        assert {rest.dtype for rest in rests if rest is not None} == {dtype}
+        residuals = [residual for layer in layers(pipe) for residual in layer.residuals_of(name)]
+        assert {residual.dtype for residual in residuals if residual is not None} == {dtype}
 
 
 def test_of_a_coded_pack(make):
@@ -146,14 +146,14 @@ def test_bases_in_8_bits(make, pack, dtype):
     for layer in layers(ours):
         assert {basis.dtype for basis in layer.eigenlorax_basis_up.values()} == {torch.int8}
     for pipe in (ours, floats):
-        # what is active and has a rest is filled anew with the rounded bases
+        # what is active and has a residual is filled anew with the rounded bases
         pipe.set_adapters("ink")
         pipe.set_adapters(["toy", "ink"], [0.4, 0.7])
     torch.testing.assert_close(picture(ours), picture(floats), atol=1e-4, rtol=0)
 
 
 def test_a_pack_whose_bytes_were_chosen(make):
-    """Adapters of directions of their own: most of them is rests, and most bases have no row."""
+    """Adapters of directions of their own: most of each is a residual, and most bases have no row."""
     ours, plain = make("sd"), make("sd")
     adapters = [style(plain, "toy", 1, size=0.15), style(plain, "ink", 2, rank=2, parts=["unet"], size=0.15)]
     pack = ex.fit(adapters, max_error=0.2, warn_above=1.0)

@@ -1,4 +1,4 @@
-"""Adapters with a rest beside their coefficients, in the tuner: against PEFT's LoRA of the whole update."""
+"""Adapters with a residual, in the tuner: against PEFT's LoRA of the whole update."""
 
 import copy
 
@@ -75,7 +75,7 @@ class TestRun:
             assert_same(ours, theirs, ids)
 
     def test_a_rest_counts(self, path, pack, ours, ids):
-        """Nothing above is right because rests are small."""
+        """Nothing above is right because residuals are small."""
         plain, _ = make_pack(dict.fromkeys(BERT, (IN, IN)))
         other = get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=plain, start="a0", r=3))
         ours.set_adapter("a0")
@@ -126,10 +126,10 @@ class TestRun:
 
     def test_of_a_model_in_half_precision_rests_are_not_rounded(self, path, theirs, ids):
         model = several(lambda name: path / "adapters" / name, make_bert().to(torch.bfloat16), ["a0"])
-        rests = [rest for layer in layers(model) for rest in layer.residuals_of("a0")]
-        assert {rest.dtype for rest in rests} == {torch.float32}
+        residuals = [residual for layer in layers(model) for residual in layer.residuals_of("a0")]
+        assert {residual.dtype for residual in residuals} == {torch.float32}
         plain = ex.Pack.open(path).packed("a0").coefficients[BERT[0]]
-        assert any(torch.equal(rest, plain.down_residual) for rest in rests)
+        assert any(torch.equal(residual, plain.down_residual) for residual in residuals)
 
     def test_with_low_cpu_mem_usage(self, path, theirs, ids):
         model = PeftModel.from_pretrained(make_bert(), path / "adapters" / "a2", low_cpu_mem_usage=True).eval()
@@ -191,7 +191,7 @@ class TestServed:
         with ours.disable_adapter(), torch.no_grad():
             compiled(ids)
         assert counter.frame_count == first
-        # two with a rest at one time have more rows than any had: once, and from then on there is room
+        # two with a residual at one time have more rows than any had: once, and from then on there is room
         more = run("a0", "a1", "a2")
         assert more == first + 1
         assert run("a1", "a2", "a3") == run("a0", "a1") == run("a3") == more

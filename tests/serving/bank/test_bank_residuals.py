@@ -1,4 +1,4 @@
-"""Adapters with a rest beside their coefficients in the bank: every row as PEFT computes it, as an ordinary LoRA."""
+"""Adapters with a residual in the bank: every row as PEFT computes it, as an ordinary LoRA."""
 
 from dataclasses import replace
 
@@ -23,10 +23,10 @@ SIDES = {
 
 
 @pytest.fixture(scope="module")
-def with_their_rests(served, tmp_path_factory):
+def with_residuals(served, tmp_path_factory):
     made = {}
 
-    def one(kind):
+    def with_residuals_of(kind):
         if kind not in made:
             plain = served(kind)
             pack = with_rests(ex.Pack.open(plain.pack), SIDES)
@@ -34,12 +34,12 @@ def with_their_rests(served, tmp_path_factory):
             made[kind] = Served(plain.kind, pack.save(folder / "pack"), pack.export(folder / "loras"))
         return made[kind]
 
-    return one
+    return with_residuals_of
 
 
 @pytest.fixture(params=["bert", "llama", "t5"])
-def one(request, with_their_rests):
-    return with_their_rests(request.param)
+def case(request, with_residuals):
+    return with_residuals(request.param)
 
 
 def assert_rows(got, wanted):
@@ -49,10 +49,10 @@ def assert_rows(got, wanted):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 9, 30])
-def test_alone_before_and_after_folding(one, tokens):
-    bank, inputs = one.bank(), one.inputs(3, tokens)
-    for name in one.names:
-        wanted = one.wanted([name] * 3, inputs)
+def test_alone_before_and_after_folding(case, tokens):
+    bank, inputs = case.bank(), case.inputs(3, tokens)
+    for name in case.names:
+        wanted = case.wanted([name] * 3, inputs)
         with bank.using(name):
             for _ in range(2):
                 assert_rows(bank.model(**inputs).logits, wanted)
@@ -74,53 +74,53 @@ def test_alone_before_and_after_folding(one, tokens):
     ],
     ids=lambda names: "-".join(sorted(set(names))) if isinstance(names, list) else None,
 )
-def test_each_row_has_its_own(one, names, tokens):
-    bank, inputs = one.bank(), one.inputs(len(names), tokens)
-    assert_rows(bank(**inputs, adapter_names=names).logits, one.wanted(names, inputs))
+def test_each_row_has_its_own(case, names, tokens):
+    bank, inputs = case.bank(), case.inputs(len(names), tokens)
+    assert_rows(bank(**inputs, adapter_names=names).logits, case.wanted(names, inputs))
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_generation_with_beams(with_their_rests, kind):
-    one = with_their_rests(kind)
-    bank, names = one.bank(), ["plain-a", BASE, "wide", "scaled", "plain-a"]
-    ids = one.inputs(len(names), 7)["input_ids"]
+def test_generation_with_beams(with_residuals, kind):
+    case = with_residuals(kind)
+    bank, names = case.bank(), ["plain-a", BASE, "wide", "scaled", "plain-a"]
+    ids = case.inputs(len(names), 7)["input_ids"]
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     got = bank.generate(input_ids=ids, adapter_names=names, attention_mask=torch.ones_like(ids), **options)
     for row, name in enumerate(names):
         alone = ids[row : row + 1]
-        wanted = one.alone(name).generate(input_ids=alone, attention_mask=torch.ones_like(alone), **options)
+        wanted = case.alone(name).generate(input_ids=alone, attention_mask=torch.ones_like(alone), **options)
         assert torch.equal(got[row : row + 1], wanted)
 
 
 @torch.no_grad()
-def test_compiled_as_one_graph(with_their_rests):
-    one = with_their_rests("bert")
-    bank, inputs = one.bank(), one.inputs(3)
+def test_compiled_as_one_graph(with_residuals):
+    case = with_residuals("bert")
+    bank, inputs = case.bank(), case.inputs(3)
     compiled = torch.compile(bank.model, backend="aot_eager", fullgraph=True)
     for names in (["plain-c"] * 3, ["plain-a", "wide", BASE], ["plain-b"] * 3):
         with bank.using(names):
-            assert_rows(compiled(**inputs).logits, one.wanted(names, inputs))
+            assert_rows(compiled(**inputs).logits, case.wanted(names, inputs))
 
 
 @torch.no_grad()
-def test_replaced_added_and_removed(with_their_rests):
-    one = with_their_rests("bert")
-    bank, inputs = one.bank(), one.inputs(2)
+def test_replaced_added_and_removed(with_residuals):
+    case = with_residuals("bert")
+    bank, inputs = case.bank(), case.inputs(2)
     bank.set_adapter("plain-c")
     bank.replace("plain-c", "plain-a")
-    assert_rows(bank.model(**inputs).logits, one.wanted(["plain-a"] * 2, inputs))
+    assert_rows(bank.model(**inputs).logits, case.wanted(["plain-a"] * 2, inputs))
     bank.replace("plain-c", "plain-c")
-    assert_rows(bank.model(**inputs).logits, one.wanted(["plain-c"] * 2, inputs))
+    assert_rows(bank.model(**inputs).logits, case.wanted(["plain-c"] * 2, inputs))
     # as a LoRA it is projected, and what does not lie in the bases is lost: the record says so
-    record = bank.add("projected", one.loras["plain-a"], warn_above=1.0)
+    record = bank.add("projected", case.loras["plain-a"], warn_above=1.0)
     assert record.delta_error > 0.1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_dtype_of_the_model(with_their_rests, dtype):
-    one = with_their_rests("llama")
-    bank, inputs, names = one.bank(), one.inputs(3), ["plain-a", "wide", BASE]
+def test_another_dtype_of_the_model(with_residuals, dtype):
+    case = with_residuals("llama")
+    bank, inputs, names = case.bank(), case.inputs(3), ["plain-a", "wide", BASE]
     wanted = bank(**inputs, adapter_names=names).logits
     bank.model.to(dtype)
     got = bank(**inputs, adapter_names=names).logits
@@ -145,17 +145,17 @@ def test_convolutions(repeats):
                 torch.testing.assert_close(bank.model(x), dense(x), atol=1e-5, rtol=1e-5)
 
 
-def test_bytes_count_them(with_their_rests):
-    pack = ex.Pack.open(with_their_rests("bert").pack)
-    none = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[]).nbytes
+def test_bytes_count_them(with_residuals):
+    pack = ex.Pack.open(with_residuals("bert").pack)
+    none = ex.AdapterBank(with_residuals("bert").kind.model(), pack, adapters=[]).nbytes
     for name in ("plain-a", "scaled", "plain-c"):
-        bank = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[name], heads=False)
+        bank = ex.AdapterBank(with_residuals("bert").kind.model(), pack, adapters=[name], heads=False)
         assert bank.nbytes - none == pack.records[name].coefficient_bytes
 
 
-def test_one_that_would_be_rounded_is_refused(with_their_rests):
-    pack = ex.Pack.open(with_their_rests("bert").pack)
-    bank = ex.AdapterBank(with_their_rests("bert").kind.model(), pack, adapters=[])
+def test_one_that_would_be_rounded_is_refused(with_residuals):
+    pack = ex.Pack.open(with_residuals("bert").pack)
+    bank = ex.AdapterBank(with_residuals("bert").kind.model(), pack, adapters=[])
     packed = pack.packed("plain-a")
     fine = {m: replace(c, down_residual=c.down_residual.double() + 1e-12) for m, c in packed.coefficients.items()}
     with pytest.raises(OptionError, match=r"'x' is torch.float64, which the bank's torch.float32 would round"):
