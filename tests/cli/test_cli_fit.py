@@ -425,8 +425,8 @@ class TestOptions:
         [
             (["-k", 0], ["n_components must be at least 1, got 0"]),
             (["-k", -3], ["n_components must be at least 1, got -3"]),
-            (["-k", 30], ["n_components=30", "the largest is 29"]),
-            (["-k", 10**30], ["the largest is 29"]),
+            (["-k", 30], ["n_components=30", "Pass 29, the largest dimension"]),
+            (["-k", 10**30], ["Pass 29, the largest dimension"]),
             (["--energy", 1.5], ["energy", "at most 1", "1.5"]),
             (["--energy", 0], ["energy", "above 0", "0.0"]),
             (["--energy", "nan"], ["energy", "nan"]),
@@ -445,7 +445,7 @@ class TestOptions:
             (["-k", 4, "--dtype", "int3"], ["float64, float32, float16, bfloat16, int8, int4", "int3"]),
             (["-k", 4, "--coefficient-dtype", "half"], ["float16", "half"]),
             (["-k", 4, "--exclude-module", "key"], ["'key' fits no module (exclude_modules, --exclude-module)", QUERY]),
-            (["-k", 4, "--exclude-module", "*"], ["no module is left to fit"]),
+            (["-k", 4, "--exclude-module", "*"], ["No module is left to fit"]),
         ],
     )
     def test_out_of_range(self, cli, pair, options, parts):
