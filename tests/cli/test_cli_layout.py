@@ -192,6 +192,7 @@ def test_paths_in_errors_are_whole(place, line):
     assert_whole(lambda width: terminals.without_escapes(terminals.run(*arguments(line, place), columns=width).err))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", TRAINED)
 def test_figures_of_trainings_are_whole(trained, line):
     def shown(width):

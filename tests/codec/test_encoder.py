@@ -48,6 +48,7 @@ def test_every_adapter_is_within_the_error(tmp_path, name, error):
     assert (pack.is_coded, pack.aim) == (True, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_export_in_another_dtype_loses_what_it_says(tmp_path, dtype):
     originals = shared(5)

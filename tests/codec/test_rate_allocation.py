@@ -59,6 +59,7 @@ def test_smaller_step_sizes_lose_less_and_take_more_bits(noise):
     assert squared_errors == sorted(squared_errors, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [0.05, 0.4])
 @pytest.mark.parametrize("name", ["shared", "unshared", "shared, with noise"])
 def test_estimates_are_near_the_bytes_of_the_pack(name, error):
@@ -89,6 +90,7 @@ def adapters_shapes(adapters):
     return {m: (s.out_features, s.in_features) for one in adapters for m, s in one.specs.items()}
 
 
+@pytest.mark.slow
 class TestBaselines:
     """Never more bytes than a baseline of `benchmarks/tuned_baselines.py` with the same error bound."""
 
@@ -121,6 +123,7 @@ def variants(n, noise, *, rank=8):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "errors"), [(0.2, (0.3, 0.4, 0.45)), (0.05, (0.1, 0.14, 0.2))])
 def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, errors):
     adapters = variants(20, noise)

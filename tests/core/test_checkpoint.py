@@ -85,6 +85,7 @@ def test_what_was_kept_is_taken(resumed, kind):
     assert resumed(lambda kept: None, kind) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FLIPS)
 def test_a_flipped_bit_anywhere_never_changes_the_pack(resumed, kind):
     drawn = random.Random(0)

@@ -68,6 +68,7 @@ def choice(adapters, **options):
     return auto_rank.choose(reads, outlines, fitter, lambda *step: None)
 
 
+@pytest.mark.slow
 class TestChosen:
     @pytest.mark.parametrize("seed", [0, 50_000, 90_000])
     @pytest.mark.parametrize(("k", "noise"), [(6, 0.1), (6, 0.3), (11, 0.1), (11, 0.2)])

@@ -54,17 +54,17 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     fields = _parse_fields(config, where)
     numbers = lora_config.ScalingConfig(config, where)
     bases = _bases(modules, fields, config, where)
-    for module, parts in modules.items():
-        _check_shapes(parts, numbers.of(module)[0], bases[module], f"{where}, module {module}")
+    for module, module_tensors in modules.items():
+        _check_shapes(module_tensors, numbers.of(module)[0], bases[module], f"{where}, module {module}")
     _check_memory(modules, bases, where)
     factors = {}
-    for module, parts in modules.items():
+    for module, module_tensors in modules.items():
         _, scaling = numbers.of(module)
-        if keys.CORE in parts:
-            plain = from_core(parts[keys.CORE], *bases[module], scaling)
+        if keys.CORE in module_tensors:
+            plain = from_core(module_tensors[keys.CORE], *bases[module], scaling)
         else:
-            down, up = (parts[keys.COEFFICIENTS[side]] for side in keys.SIDES)
-            residuals = (parts.get(keys.RESIDUALS[side]) for side in keys.SIDES)
+            down, up = (module_tensors[keys.COEFFICIENTS[side]] for side in keys.SIDES)
+            residuals = (module_tensors.get(keys.RESIDUALS[side]) for side in keys.SIDES)
             plain = from_pair(down, up, *bases[module], scaling, *residuals)
         factors[module] = replace(plain, kernel=tuple(fields.kernels.get(module, ())))
     return replace(lora(name, factors, heads, config), subspace=config.get("subspace_fingerprint"))
@@ -73,17 +73,17 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
 def _classify(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Return the tensors of each module by part, as floats, and the heads by key."""
-    part_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()}
+    """Return the tensors of each module by name, as floats, and the heads by key."""
+    tensor_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()}
     modules: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
     float_tensors = as_float_tensors(
         tensors, lambda: slots(config, where), lambda: _as_written(_subspace(config, where), config)
     )
     for key, tensor in float_tensors.items():
-        module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
-        if part in part_names:
-            modules.setdefault(module, {})[part] = tensor
+        module, _, name = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
+        if name in tensor_names:
+            modules.setdefault(module, {})[name] = tensor
         else:
             heads[_check_head(key, config, where)] = tensor
     return modules, heads
@@ -93,8 +93,8 @@ def _bases(
     modules: Mapping[str, Mapping[str, Tensor]], fields: "_Fields", config: Mapping[str, Any], where: str
 ) -> dict[str, Bases]:
     """Return the bases of each module: embedded in the file if all are, otherwise those of the subspace."""
-    if all(keys.EMBEDDED["down"] in parts for parts in modules.values()):
-        return {module: _embedded_bases(parts, f"{where}, module {module}") for module, parts in modules.items()}
+    if all(keys.EMBEDDED["down"] in tensors for tensors in modules.values()):
+        return {module: _embedded_bases(tensors, f"{where}, module {module}") for module, tensors in modules.items()}
     subspace = _subspace(config, where)
     bases = {}
     for module in modules:
@@ -158,40 +158,41 @@ def _check_head(key: str, config: Mapping[str, Any], where: str) -> str:
     return key
 
 
-def _embedded_bases(parts: Mapping[str, Tensor], where: str) -> Bases:
+def _embedded_bases(tensors: Mapping[str, Tensor], where: str) -> Bases:
     """Return the bases that an adapter's own file holds for a module."""
-    down, up = (parts[keys.EMBEDDED[side]] for side in keys.SIDES)
-    for part, basis in zip(keys.EMBEDDED.values(), (down, up), strict=True):
+    down, up = (tensors[keys.EMBEDDED[side]] for side in keys.SIDES)
+    for name, basis in zip(keys.EMBEDDED.values(), (down, up), strict=True):
         if basis.dim() != 2 or basis.dtype not in dtypes.STORED:
-            raise ShapeError(f"{where}: {part} is {tuple(basis.shape)}, {basis.dtype}; rows of floats were expected.")
+            raise ShapeError(f"{where}: {name} is {tuple(basis.shape)}, {basis.dtype}; rows of floats were expected.")
     return down, up
 
 
-def _check_shapes(parts: Mapping[str, Tensor], rank: int, bases: Bases, where: str) -> None:
+def _check_shapes(tensors: Mapping[str, Tensor], rank: int, bases: Bases, where: str) -> None:
     """Raise `FormatError` if a module lacks coefficients, and `ShapeError` if they do not fit its rank and bases."""
     (k_down, n_in), (k_up, n_out) = (basis.shape for basis in bases)
-    if keys.CORE in parts:
+    if keys.CORE in tensors:
         expected = {keys.CORE: (k_up, k_down)}
     else:
         expected = {keys.COEFFICIENTS["down"]: (rank, k_down), keys.COEFFICIENTS["up"]: (k_up, rank)}
         residuals = {keys.RESIDUALS["down"]: (rank, n_in), keys.RESIDUALS["up"]: (n_out, rank)}
-        expected |= {part: shape for part, shape in residuals.items() if part in parts}
-    for part, shape in expected.items():
-        if part not in parts:
-            raise FormatError(f"{where} has no {part}: the file is not complete.")
-        if tuple(parts[part].shape) != shape or parts[part].dtype not in dtypes.STORED:
+        expected |= {name: shape for name, shape in residuals.items() if name in tensors}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise FormatError(f"{where} has no {name}: the file is not complete.")
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes.STORED:
             raise ShapeError(
-                f"{where}: {part} is {tuple(parts[part].shape)}, {parts[part].dtype}, where floats of {shape} go with "
-                "its rank and its subspace. They are not of one adapter."
+                f"{where}: {name} is {tuple(tensor.shape)}, {tensor.dtype}, where floats of {shape} go with its rank "
+                "and its subspace. They are not of one adapter."
             )
 
 
 def _check_memory(modules: Mapping[str, Mapping[str, Tensor]], bases: Mapping[str, Bases], where: str) -> None:
     """Raise `ShapeError` if the factors, products with the bases, do not fit in this machine's memory."""
     numbers = sum(
-        parts[keys.COEFFICIENTS["down"]].shape[0] * sum(basis.shape[1] for basis in bases[module])
-        for module, parts in modules.items()
-        if keys.CORE not in parts
+        tensors[keys.COEFFICIENTS["down"]].shape[0] * sum(basis.shape[1] for basis in bases[module])
+        for module, tensors in modules.items()
+        if keys.CORE not in tensors
     )
     try:
         boundary.check_factor_memory(numbers, "its factors")

@@ -54,8 +54,8 @@ def name_of(source: str | Path, subfolder: str | None = None) -> str:
         return keys.name_from_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
     match = _REPO_ID.fullmatch(str(source))
     # for a missing path, the last part only: the name may be printed or stored
-    parts = [match["repo"] if match else local.name, *([subfolder.strip("/")] if subfolder else [])]
-    return "--".join(parts).replace("/", "--")
+    segments = [match["repo"] if match else local.name, *([subfolder.strip("/")] if subfolder else [])]
+    return "--".join(segments).replace("/", "--")
 
 
 def adapter_folder(
