@@ -188,8 +188,8 @@ class TestNeither:
 @pytest.mark.parametrize(
     ("options", "kinds"),
     [
-        ({"head": (40, 310)}, "49,600 of heads (modules_to_save, trained biases, resized embeddings). Saved"),
-        ({"tensors": EMBEDDING}, "108,192 of carried tensors (modules outside the subspace, DoRA magnitudes). Saved"),
+        ({"head": (40, 310)}, "49,600 of heads (modules_to_save, trained biases, resized embeddings). Tensors"),
+        ({"tensors": EMBEDDING}, "108,192 of carried tensors (modules outside the subspace, DoRA magnitudes). Tensors"),
         ({"head": (2, 31)}, None),
     ],
 )
