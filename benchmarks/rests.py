@@ -115,7 +115,7 @@ def errors() -> str:
         pack = ex.fit(demo.data() / "adapters", n_components=k, warn_above=1.0)
         lost = [record.delta_error for record in pack.records.values()]
         found = [f"{k}", f"{sum(lost) / len(lost):.3f}"]
-        for rounded in (torch.Tensor.bfloat16, lambda rows: int8_rows.quantise_rows(rows).wide(torch.float32)):
+        for rounded in (torch.Tensor.bfloat16, lambda rows: int8_rows.quantise_rows(rows).dequantise(torch.float32)):
             changed = [_changed(pack, name, rounded) for name in pack.names]
             found += [f"{sum(changed) / len(changed):.4f}", f"{max(changed):.4f}"]
         rows.append(found)
