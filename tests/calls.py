@@ -1,4 +1,4 @@
-"""Calls that processes of their own make, in a module that they can import."""
+"""Functions that worker processes call, in a module that they can import."""
 
 import os
 import signal
@@ -15,8 +15,8 @@ def process():
     return os.getpid()
 
 
-def refuse(what):
-    raise OptionError(f"{what} is refused.")
+def refuse(name):
+    raise OptionError(f"{name} is refused.")
 
 
 def fail():
@@ -24,7 +24,7 @@ def fail():
 
 
 def die_once(marker, value):
-    """The value; but the first process that is asked is killed."""
+    """Return `value`, but kill the first process that is called. marker: a file that the first call creates."""
     if not Path(marker).exists():
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -40,5 +40,5 @@ def length_of(shared):
 
 
 def fetched(shared):
-    """Which object it is, and in which process."""
+    """Return the process and the identity of a shared object."""
     return os.getpid(), id(shared.get())
