@@ -9,6 +9,8 @@ from coded import SHARES, coded_pack
 from convnets import conv_pack, images, make_convnet, with_updates
 from tiny import BERT, IN, make_bert
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["a0", "__base__", "a2", "a1", "a0"]
 
 
