@@ -78,6 +78,7 @@ def test_convolutions():
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled(served):
     one = served("bert")

@@ -47,6 +47,7 @@ def assert_rows(got, wanted):
     torch.testing.assert_close(got, wanted, atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 9, 30])
 def test_alone_before_and_after_folding(case, tokens):
@@ -92,6 +93,7 @@ def test_generation_with_beams(with_residuals, kind):
         assert torch.equal(got[row : row + 1], wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_as_one_graph(with_residuals):
     case = with_residuals("bert")

@@ -49,6 +49,7 @@ def test_one_model_in_place_of_its_pipeline(make, named):
     torch.testing.assert_close(picture(ours), picture(plain), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_one_model_takes_its_own_part_of_a_style(make, packs):
     path, _ = packs["sd"]
     ours = make("sd")
