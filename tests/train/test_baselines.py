@@ -258,6 +258,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 class TestWhatIsLeft:
     @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
     def umask(self, request):

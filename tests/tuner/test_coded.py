@@ -73,6 +73,7 @@ def test_what_they_have_is_what_is_to_be_tried(path):
     assert any(basis.down.k for basis in pack.subspace.modules.values()) == kinds[0]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_alone_and_two_at_once(both, names, ids):
     for active in [*([name] for name in names), names[-2:]]:

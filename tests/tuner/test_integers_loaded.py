@@ -14,6 +14,8 @@ from eigenlorax.errors import FormatError, PackDamagedError
 from loaders import base, load
 from tiny import BERT, IN, make_pack, shake
 
+pytestmark = pytest.mark.slow
+
 KINDS = [("int8", None), ("int4", None), ("int4", "int4")]
 
 

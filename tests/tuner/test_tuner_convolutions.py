@@ -314,6 +314,7 @@ def test_patterns(pack_path):
     assert layers(model)["line"].scaling["default"] == pytest.approx(3 / 4)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(pack_path):
     model = model_of(pack_path)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

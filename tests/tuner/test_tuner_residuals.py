@@ -174,6 +174,7 @@ class TestServed:
         with torch.no_grad():
             assert torch.equal(ours(ids).logits, make_bert()(ids).logits)
 
+    @pytest.mark.slow
     def test_nothing_is_compiled_again(self, ours, theirs, ids):
         serve(ours)
         counter = CompileCounter()
