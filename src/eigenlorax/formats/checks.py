@@ -203,12 +203,13 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
         inside = [name for name, models in families_of.items() if models & family]
         minority = min(inside, outside, key=len)
         more = " …" if len(minority) > 12 else ""
-        excluded = " --exclude-adapter ".join(minority[:12])
+        option = "--exclude-adapter"
+        flags = " ".join(f"{option} {name}" for name in minority[:12])
         raise BaseModelError(
             f"adapters of two models: {inside[0]!r} is for {families.describe(families_of[inside[0]])}, and "
             f"{outside[0]!r} is for {families.describe(families_of[outside[0]])}, by the names and widths of their "
             f"modules. Fit them apart; without the {len(minority)} that are not of the others' model: "
-            f"exclude_adapters={minority[:12]}{more} (--exclude-adapter {excluded}{more})."
+            f"exclude_adapters={minority[:12]}{more} ({flags}{more})."
         )
 
 
