@@ -1,6 +1,7 @@
 import os
 from importlib.util import find_spec
 
+import jaxtyping
 import pytest
 
 if find_spec("vllm") is not None:
@@ -9,6 +10,12 @@ if find_spec("vllm") is not None:
     # read when vLLM is imported
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@pytest.fixture(autouse=True)
+def unchecked_shapes(monkeypatch):
+    """Check no shapes here: Dynamo cannot trace jaxtyping's checks. The tests of core and codec make them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Tiny models and their packs: what the tests of the tuner share."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -8,6 +9,12 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 from eigenlorax.core import registry
 from tiny import BERT, GPT2, IN, make_bert, make_gpt2, make_pack
+
+
+@pytest.fixture(autouse=True)
+def unchecked_shapes(monkeypatch):
+    """Check no shapes here: Dynamo cannot trace jaxtyping's checks. The tests of core and codec make them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

@@ -52,8 +52,13 @@ class Int8Rows:
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Return the rows as floats, (k, d)."""
-        # in float32 first: in half precision, a product with the bare codes would overflow
-        return (self.codes.float() * self.scales.float()).to(dtype)
+        return dequantise(self.codes, self.scales, dtype)
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return codes · scales in a float dtype, (k, d). codes: (k, d) int8. scales: (k, 1)."""
+    # in float32 first: in half precision, a product with the bare codes would overflow
+    return (codes.float() * scales.float()).to(dtype)
 
 
 BasisRows = Tensor | Int8Rows

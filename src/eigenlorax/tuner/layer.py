@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ..core import convolution, keys
 from ..core.coefficients import Coefficients
-from ..core.int8_rows import Int8Rows, quantise_rows
+from ..core.int8_rows import dequantise, quantise_rows
 from ..core.subspace import ModuleBases
 from ..errors import FormatError
 from .blend import Blend
@@ -224,8 +224,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
         if key in self.eigenlorax_scales_down:
             dtype = self.dtype or torch.float32
-            down = Int8Rows(down, self.eigenlorax_scales_down[key]).dequantise(dtype)
-            up = Int8Rows(up, self.eigenlorax_scales_up[key]).dequantise(dtype)
+            down = dequantise(down, self.eigenlorax_scales_down[key], dtype)
+            up = dequantise(up, self.eigenlorax_scales_up[key], dtype)
         return down, up
 
     @property
