@@ -135,7 +135,7 @@ def test_packs_that_share_a_folder_of_adapters_do_not_destroy_each_other(cli, pa
     shutil.rmtree(other / "adapters")
     (other / "adapters").symlink_to(pack / "adapters")
     before = contents(pack.parent)
-    assert_refused(cli("remove", other, "alpha"), 4, other / "adapters", "put a copy of that folder")
+    assert_refused(cli("remove", other, "alpha"), 4, other / "adapters", "replace the link by a copy of that folder")
     assert contents(pack.parent) == before
 
 

@@ -213,7 +213,7 @@ class TestInterrupted:
     def test_two_fits_do_not_share_one(self, tmp_path):
         other = (
             "from pathlib import Path; from eigenlorax.core import checkpoint; "
-            f"checkpoint.opened(Path({str(tmp_path)!r}), {{}}).__enter__()"
+            f"checkpoint.open_checkpoint(Path({str(tmp_path)!r}), {{}}).__enter__()"
         )
         with checkpoint.open_checkpoint(tmp_path, {}):
             refused = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)

@@ -409,7 +409,7 @@ def test_a_fit_does_not_write_them(option, storage):
 @pytest.mark.parametrize("kind", KINDS)
 def test_cores_that_a_dtype_has_no_room_for(kind):
     adapters = [changed(one, down=1e3, up=1e3) for one in random_collection(3)]
-    with pytest.raises(NonFiniteError, match="do not fit torch.float16, .* Store them as float32"):
+    with pytest.raises(NonFiniteError, match="exceed torch.float16, .* Store them as float32"):
         fit_with_cores(adapters, kind, n_components=3, dtype="float16")
 
 

@@ -236,7 +236,7 @@ class TestFetch:
 
         place = hub.repos["org/pack"]["main"]
         entry = folder.open_manifest(place).manifest.adapters["beta"]
-        (place / "adapters" / "beta").rename(folder._spare_place(place, "beta", entry))
+        (place / "adapters" / "beta").rename(folder._spare_folder(place, "beta", entry))
         succeeded(online(call=lambda: ex.Pack.from_pretrained("org/pack", adapters=["beta"]).verify()))
 
     def test_a_local_folder_goes_first(self, online, hub, local):
@@ -254,7 +254,7 @@ class TestTheCacheIsForReading:
             pack.remove("beta")
             for attempt in (pack.save, lambda: pack.save(pack.path, overwrite=True), ex.Pack.edit(pack.path).__enter__):
                 with pytest.raises(
-                    OptionError, match=r"copy of org/pack in the Hub's cache.*Save the pack with another"
+                    OptionError, match=r"copy of org/pack in the Hub's cache.*Save the pack to another"
                 ):
                     attempt()
             pack.save(tmp_path / "mine")

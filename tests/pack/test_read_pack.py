@@ -269,7 +269,7 @@ class TestCoded:
         for name in pack.names:
             for one in pack.packed(name).coefficients._codes.modules.values():
                 found.add("core" if one.core_level else "terms" if one.count else "zero")
-                found |= {"rest"} if (one.down.rest_levels > 0).any() and one.count else set()
+                found |= {"rest"} if (one.down.residual_levels > 0).any() and one.count else set()
         assert found >= forms
         assert assert_reads_what_the_library_reads(pack.save(tmp_path / "pack")) == 16
 

@@ -136,6 +136,9 @@ def open_tensors(file: File) -> TensorFile:
         _validate(file, first[:LENGTH_BYTES] + text)
     except (SafetensorError, ValueError) as error:
         raise invalid(name, reason(error)) from error
+    except MemoryError as error:
+        # a sparse file can state any size, and the library maps all of it
+        raise FormatError(f"{name} has {file.size:,} bytes, more than this process can map.") from error
     return TensorFile(file, *parse_header(text, name))
 
 
