@@ -421,9 +421,7 @@ class TestRatios:
         adapters = random_collection(2)
         carried = sum(4 * one.specs[QUERY].numbers for one in adapters)
         bound = carried + sum(2 * one.specs[name].numbers for one in adapters for name in one.specs if name != QUERY)
-        with pytest.raises(
-            OptionError, match=f"are carried as they are, .* Pass a ratio below {bound / carried:.3g}"
-        ):
+        with pytest.raises(OptionError, match=f"are carried as they are, .* Pass a ratio below {bound / carried:.3g}"):
             ex.fit(adapters, ratio=9.0, exclude_modules=QUERY)
 
     @pytest.mark.parametrize(

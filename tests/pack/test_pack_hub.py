@@ -253,9 +253,7 @@ class TestTheCacheIsForReading:
             pack = ex.Pack.from_pretrained("org/pack")
             pack.remove("beta")
             for attempt in (pack.save, lambda: pack.save(pack.path, overwrite=True), ex.Pack.edit(pack.path).__enter__):
-                with pytest.raises(
-                    OptionError, match=r"copy of org/pack in the Hub's cache.*Save the pack to another"
-                ):
+                with pytest.raises(OptionError, match=r"copy of org/pack in the Hub's cache.*Save the pack to another"):
                     attempt()
             pack.save(tmp_path / "mine")
             pack.remove("alpha")
