@@ -15,7 +15,7 @@ FEW = 500
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpectrum:
-    """What leading components keep of one module's updates, without sweeps or rounding, by their number on both sides.
+    """Energy of one module's updates in its leading components, for each number of them, without sweeps or rounding.
 
     ranks: of both sides. component_bytes: of one more component per side. lora_bytes: of the module as LoRAs.
     captured, totals: ‖P_U D P_V‖² by number of components, (k + 1, n), and ‖D‖², (n,), of each adapter, weighted.

@@ -34,7 +34,7 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether the error is no larger than recorded, and than the bound."""
+        """True if the error exceeds neither the recorded error nor the error bound."""
         most = min(self.recorded, self.bound if self.bound is not None else self.recorded)
         return self.delta_error <= most * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE
 
@@ -48,7 +48,7 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether no measured error is larger than it should be."""
+        """True if no adapter exceeds its recorded error or the error bound."""
         return all(adapter.holds for adapter in self.adapters.values())
 
 
