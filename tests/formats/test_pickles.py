@@ -52,7 +52,12 @@ def pickled(folder, key, tensor, **options):
 def test_what_is_no_plain_array_is_named(tmp_path, key, odd):
     make, message = ODD[odd]
     folder = pickled(tmp_path / "a", key, make())
-    with pytest.raises(FormatError, match=f"adapter_model.bin: tensor '{key}' {message}"):
+    named = f"adapter_model.bin: tensor '{key}' {message}"
+    if odd in ("nested", "jagged"):
+        # torch registers nested tensors as safe on their first use. Where that was inside of torch's `safe_globals`, as
+        # in a Trainer that resumes, it forgets them, and does not load them at all.
+        named += "|adapter_model.bin cannot be read as tensors alone"
+    with pytest.raises(FormatError, match=named):
         ex.read_adapter(folder, allow_pickle=True)
 
 
