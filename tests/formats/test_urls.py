@@ -326,7 +326,7 @@ class TestWhatFails:
         Disk.happen = break_
         # what may be well is not left out
         with pytest.raises(
-            UrlError, match=f"disk://.*beta(/{place})? could not be read: reset by peer \\(DriversOwnError\\)"
+            UrlError, match=f"disk://.*beta/{place} could not be read: reset by peer \\(DriversOwnError\\)"
         ):
             ex.fit(url(parent), n_components=2, skip_bad=skip_bad)
 

@@ -95,9 +95,10 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     for file in files:
         if file not in loras:
             warnings.warn(f"{folder.at(file)} was passed over: it is no LoRA.", SkippedAdapterWarning, stacklevel=2)
-    for child in children:
+    # an adapter's own folder is not listed: behind a URL, that is a request
+    for child in (child for child in children if child not in adapters):
         weights = [file for file in child.files() if file.endswith((".safetensors", ".bin"))]
-        if weights and child not in adapters:
+        if weights:
             reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"
             warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
     return [AdapterSource(None, child.source) for child in adapters] + [

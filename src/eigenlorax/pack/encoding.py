@@ -115,7 +115,7 @@ def encoded_by_codes(
     # factors of equal norms have the fourth root of the update's squared norm each
     size = sum(squares[module] for module in names) ** 0.25
     smallest, largest = FLOAT32_RANGE
-    for module in names:
+    for module in sorted(names):
         scaling = abs(specs[module].scaling)
         if squares[module] and not (size / max(1.0, scaling) > smallest and size / min(1.0, scaling) < largest):
             raise NonFiniteError(
