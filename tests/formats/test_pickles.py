@@ -4,6 +4,8 @@ import zipfile
 
 import pytest
 import torch
+from torch._dynamo.decorators import _DimRange
+from torch.nested._internal.nested_tensor import _rebuild_njt
 
 import eigenlorax as ex
 from adapters import factors, make_adapter
@@ -13,10 +15,6 @@ FACTOR, HEAD = "base_model.model.encoder.layer.0.query.lora_A.weight", "base_mod
 
 ODD = {
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), "is nested"),
-    "jagged": (
-        lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged),
-        "is a NestedTensor, where a plain tensor",
-    ),
     "of strides of zero": (lambda: torch.ones(1).expand(3, 10**11), "claims 300,000,000,000 numbers"),
     "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3, 11), 0.1, 0, torch.qint8), "is nested, quantised"),
     "meta": (lambda: torch.ones(3, 11, device="meta"), "has no numbers in the file"),
@@ -52,13 +50,29 @@ def pickled(folder, key, tensor, **options):
 def test_what_is_no_plain_array_is_named(tmp_path, key, odd):
     make, message = ODD[odd]
     folder = pickled(tmp_path / "a", key, make())
-    named = f"adapter_model.bin: tensor '{key}' {message}"
-    if odd in ("nested", "jagged"):
-        # torch registers nested tensors as safe on their first use. Where that was inside of torch's `safe_globals`, as
-        # in a Trainer that resumes, it forgets them, and does not load them at all.
-        named += "|adapter_model.bin cannot be read as tensors alone"
-    with pytest.raises(FormatError, match=named):
+    with pytest.raises(FormatError, match=f"adapter_model.bin: tensor '{key}' {message}"):
         ex.read_adapter(folder, allow_pickle=True)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("registered", [True, False])
+def test_jagged_tensors_are_refused_whether_or_not_torch_loads_them(tmp_path, registered):
+    # Making one imports `torch._dynamo`, which registers classes that torch needs to load it. A process that only reads
+    # has not imported that, and accelerate drops what was registered while it loaded a checkpoint.
+    jagged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    folder = pickled(tmp_path / "a", FACTOR, jagged)
+    registered_before = torch.serialization.get_safe_globals()
+    try:
+        if registered:
+            torch.serialization.add_safe_globals([type(jagged), _rebuild_njt, _DimRange])
+            assert type(torch.load(folder / "adapter_model.bin", weights_only=True)[FACTOR]) is type(jagged)
+        else:
+            torch.serialization.clear_safe_globals()
+        with pytest.raises(FormatError, match=r"adapter_model.bin cannot be read as plain tensors .* holds other"):
+            ex.read_adapter(folder, allow_pickle=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered_before)
 
 
 @pytest.mark.parametrize("kept", KEPT)

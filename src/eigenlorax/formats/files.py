@@ -194,6 +194,10 @@ def _open_pickle(path: Path) -> Weights:
     ):
         raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
     keys.check_tensor_names(state, str(path))
+    if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in state.values()):
+        # Jagged tensors, for example. torch loads them only if `torch._dynamo` has been imported, and refuses them
+        # otherwise. The error must not depend on that.
+        raise _unreadable_pickle(path)
     size = path.stat().st_size
     for key, tensor in state.items():
         flaw = _flaw(tensor, size)
@@ -206,8 +210,6 @@ def _open_pickle(path: Path) -> Weights:
 
 def _flaw(tensor: Tensor, file_bytes: int) -> str | None:
     """Return why a tensor of a pickle is not a plain array of the numbers in its file, or None if it is one."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
-        return f"is a {type(tensor).__name__}, where a plain tensor was expected"
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
         return "is nested, quantised or sparse, where a dense one was expected"
     if tensor.device.type != "cpu":
@@ -240,10 +242,14 @@ def _load_pickle(path: Path) -> Any:
     except Exception as error:
         # On bytes that are no pickle, torch's unpickler raises any exception. Its message advises weights_only=False,
         # so it is not shown.
-        raise FormatError(
-            f"{path} cannot be read as tensors alone (weights_only=True): it is broken, or holds something else "
-            f"({type(error).__name__})."
-        ) from error
+        raise _unreadable_pickle(path) from error
+
+
+def _unreadable_pickle(path: Path) -> FormatError:
+    return FormatError(
+        f"{path} cannot be read as plain tensors (weights_only=True): it is broken, or holds other objects. "
+        "Load the adapter with PEFT where it was made, and save it again: PEFT writes safetensors."
+    )
 
 
 def _check_not_compressed(path: Path) -> None:
