@@ -10,7 +10,7 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax.train import methods, training_run
-from eigenlorax.train.methods import CommonConfig, Method
+from eigenlorax.train.methods import CommonConfig
 from eigenlorax.train.training_run import Recipe, RunData, TrainingRun
 
 from . import record
@@ -33,7 +33,7 @@ def fit_pack(spec: Json, adapter_folder: Callable[[str], Path]) -> ex.Pack:
 def make_model(config: Json, load_base: Callable[[], Any], common: CommonConfig) -> Any:
     """Load the base model and add the config's method, both from the config's seed."""
     torch.manual_seed(config["seed"])
-    return methods.apply_method(Method(config["kind"], config["options"]), load_base(), common)
+    return methods.apply_method(config["kind"], config["options"], load_base(), common)
 
 
 def train(model: Any, rows: RunData, config: Json, **recipe: Any) -> TrainingRun:

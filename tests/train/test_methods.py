@@ -8,7 +8,7 @@ import tiny
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import OptionError
 from eigenlorax.train import methods
-from eigenlorax.train.methods import CommonConfig, Method
+from eigenlorax.train.methods import CommonConfig
 from planted import random_factors
 
 pytestmark = pytest.mark.slow
@@ -28,9 +28,7 @@ def pack():
 
 def applied(pack, kind, **options):
     torch.manual_seed(0)
-    return methods.apply_method(
-        Method(kind, options), tiny.make_bert(), CommonConfig(list(SHAPES), "SEQ_CLS", pack=pack)
-    )
+    return methods.apply_method(kind, options, tiny.make_bert(), CommonConfig(list(SHAPES), "SEQ_CLS", pack=pack))
 
 
 BY_HAND = {
@@ -109,6 +107,6 @@ class TestARandomBasis:
 
 def test_what_there_is_not(pack, tmp_path):
     with pytest.raises(OptionError, match="there is no method 'magic'. There are: head, full, lora"):
-        Method("magic")
+        applied(pack, "magic")
     with pytest.raises(OptionError, match="Pass a pack"):
         applied(None, "eigenlorax")

@@ -10,7 +10,7 @@ import tiny
 import trainable
 from eigenlorax.errors import NonFiniteError
 from eigenlorax.train import examples, methods, training_run
-from eigenlorax.train.methods import CommonConfig, Method
+from eigenlorax.train.methods import CommonConfig
 from eigenlorax.train.training_run import Recipe, RunData
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def run(encoded, tokenizer, seed=3, **changed):
     rows, test = encoded
     torch.manual_seed(seed)
     base = tiny.make_bert(len(LABELS))
-    model = methods.apply_method(Method("lora", {"r": 2}), base, CommonConfig(["query", "value"], "SEQ_CLS"))
+    model = methods.apply_method("lora", {"r": 2}, base, CommonConfig(["query", "value"], "SEQ_CLS"))
     recipe = Recipe(**{**QUICK, **changed})
     return model, training_run.run(
         model,

@@ -11,7 +11,7 @@ from ..core import keys
 from ..errors import EigenloraxError, EigenloraxWarning, OptionError, reason
 from ..pack.pack import Pack
 from . import methods
-from .methods import CommonConfig, Method
+from .methods import CommonConfig
 
 TASK_TYPE = "SEQ_CLS"
 SOAP = ("core", "factors", "random", "lora-soap")
@@ -22,15 +22,17 @@ _VBLORA_MAX = 256
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A method with options that fit one model. optimizer: as in `training_run.Recipe`."""
+    """A method with options that fit one model. kind, options: as in `methods.apply_method`. optimizer: as in
+    `training_run.Recipe`."""
 
-    method: Method
+    kind: str
+    options: Mapping[str, Any]
     common: CommonConfig
-    optimizer: str = "adamw"
+    optimizer: str
 
     def apply(self, base: Any) -> Any:
         """Return the base model with the method's parameters, ready to be trained."""
-        return methods.apply_method(self.method, base, self.common)
+        return methods.apply_method(self.kind, self.options, base, self.common)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,29 +108,30 @@ def _target_modules(pack: Pack, rank: int, base: Any) -> tuple[list[TargetModule
 
 def _preset(name: str, pack: Pack, rank: int, modules: Sequence[TargetModule], budget: int) -> Preset:
     """Return one preset. budget: number of parameters of factors, which small methods do not exceed."""
-    target_modules = [module.name for module in modules]
-    lora_options = {"r": rank, "lora_alpha": 2 * rank}
-    if name == "lora-small":
-        small_rank, target_modules = _small_lora(modules, budget)
-        method = Method("lora", {"r": small_rank, "lora_alpha": 2 * small_rank})
-        return Preset(method, CommonConfig(target_modules, TASK_TYPE))
+    small_rank, small_modules = _small_lora(modules, budget)
     kinds_and_options: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-        "lora": ("lora", lora_options),
-        "core": ("eigenlorax", {**lora_options, "core": True}),
-        "factors": ("eigenlorax", {**lora_options, "core": False}),
-        "random": ("eigenlorax", {**lora_options, "core": False}),
+        "lora": ("lora", _lora_options(rank)),
+        "lora-small": ("lora", _lora_options(small_rank)),
+        "core": ("eigenlorax", {**_lora_options(rank), "core": True}),
+        "factors": ("eigenlorax", _lora_options(rank)),
+        "random": ("eigenlorax", _lora_options(rank)),
         # VeRA's random matrices are made again from their seed: like a pack's basis, they are not in the file
         "vera": ("vera", {"save_projection": False}),
         "vblora": ("vblora", _vblora_options(modules, budget)),
         "lora-xs": ("lora_xs", {"r": _lora_xs_rank(modules, budget)}),
-        "init": ("init", lora_options),
-        "lora-soap": ("lora", lora_options),
+        "init": ("init", _lora_options(rank)),
+        "lora-soap": ("lora", _lora_options(rank)),
         "full": ("full", {}),
         "head": ("head", {}),
     }
     kind, options = kinds_and_options[name]
+    target_modules = small_modules if name == "lora-small" else [module.name for module in modules]
     common = CommonConfig(target_modules, TASK_TYPE, pack=pack)
-    return Preset(Method(kind, options), common, "soap" if name in SOAP else "adamw")
+    return Preset(kind, options, common, "soap" if name in SOAP else "adamw")
+
+
+def _lora_options(rank: int) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": 2 * rank}
 
 
 def _small_lora(modules: Sequence[TargetModule], budget: int) -> tuple[int, list[str]]:

@@ -2,7 +2,8 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,6 @@ HEAD = ("classifier", "score", "modules_to_save")
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """A training method: a name in `BUILDERS`, and fields of that method's PEFT config."""
-
-    kind: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.kind not in BUILDERS:
-            hint = suggestion(self.kind, BUILDERS)
-            raise OptionError(f"there is no method {self.kind!r}.{hint} There are: {', '.join(BUILDERS)}.")
-
-
-@dataclass(frozen=True, slots=True)
 class CommonConfig:
     """Config fields that all methods of a comparison share. pack: the subspace, for methods that train in one."""
 
@@ -45,8 +33,11 @@ class CommonConfig:
 
     def peft_fields(self) -> dict[str, Any]:
         """Return the fields that every PEFT config has."""
-        saved = None if self.modules_to_save is None else list(self.modules_to_save)
-        return {"target_modules": list(self.target_modules), "task_type": self.task_type, "modules_to_save": saved}
+        return {
+            "target_modules": list(self.target_modules),
+            "task_type": self.task_type,
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+        }
 
     def subspace(self) -> Pack:
         """Return the pack. Raises `OptionError` if there is none."""
@@ -55,12 +46,21 @@ class CommonConfig:
         return self.pack
 
 
-def apply_method(method: Method, base: Any, common: CommonConfig) -> Any:
-    """Return the base model with the method's parameters, ready to be trained.
+def apply_method(kind: str, options: Mapping[str, Any], base: Any, common: CommonConfig) -> Any:
+    """Return the base model with a method's parameters, ready to be trained.
 
     Random initial values come from torch's global generator, as in PEFT: seed it before.
+
+    Args:
+        kind: Key of `BUILDERS`.
+        options: Fields of the method's PEFT config.
+
+    Raises `OptionError` if there is no such method.
     """
-    return BUILDERS[method.kind](base, common, **method.options)
+    if kind not in BUILDERS:
+        hint = suggestion(kind, BUILDERS)
+        raise OptionError(f"there is no method {kind!r}.{hint} There are: {', '.join(BUILDERS)}.")
+    return BUILDERS[kind](base, common, **options)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def is_head(parameter_name: str) -> bool:
     """Return whether a parameter belongs to the task head."""
-    return any(part in HEAD for part in parameter_name.split("."))
+    return not set(HEAD).isdisjoint(parameter_name.split("."))
 
 
 def saved_bytes(model: Any) -> int:
@@ -102,8 +102,7 @@ def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
 
     modules = {name: random_factors(b.down.dimension, b.up.dimension) for name, b in pack.subspace.modules.items()}
     random_pack = fit([from_factors("random", modules)], n_components=rank)
-    sizes = {name: (bases.down.k, bases.up.k) for name, bases in pack.subspace.modules.items()}
-    return random_pack if all(k == (rank, rank) for k in sizes.values()) else _first_components(random_pack, sizes)
+    return _first_components(random_pack, {name: (b.down.k, b.up.k) for name, b in pack.subspace.modules.items()})
 
 
 def _first_components(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
@@ -134,9 +133,8 @@ def _cut_basis(basis: Basis, k: int) -> Basis:
 
 
 def _head_only(base: Any, common: CommonConfig) -> Any:
-    trained = [*HEAD, *(common.modules_to_save or ())]
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_(any(part in trained for part in name.split(".")))
+        parameter.requires_grad_(is_head(name))
     return base
 
 
@@ -144,33 +142,21 @@ def _full(base: Any, common: CommonConfig) -> Any:
     return base.requires_grad_(True)
 
 
-def _lora(base: Any, common: CommonConfig, **options: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _add_adapter(config_class: str, base: Any, common: CommonConfig, **options: Any) -> Any:
+    """Add an adapter of PEFT. config_class: name of its config class."""
+    import peft
 
-    return get_peft_model(base, LoraConfig(**common.peft_fields(), **options))
-
-
-def _vera(base: Any, common: CommonConfig, **options: Any) -> Any:
-    from peft import VeraConfig, get_peft_model
-
-    return get_peft_model(base, VeraConfig(**common.peft_fields(), **options))
+    config = getattr(peft, config_class)(**common.peft_fields(), **options)
+    return peft.get_peft_model(base, config)
 
 
-def _vblora(base: Any, common: CommonConfig, **options: Any) -> Any:
-    from peft import VBLoRAConfig, get_peft_model
-
-    return get_peft_model(base, VBLoRAConfig(**common.peft_fields(), **options))
-
-
-def _lora_xs(base: Any, common: CommonConfig, r: int, **options: Any) -> Any:
+def _lora_xs(base: Any, common: CommonConfig, r: int) -> Any:
     """Add LoRA-XS (arXiv 2405.17604): an r × r matrix between factors of the weight's SVD.
 
     PEFT has no LoRA-XS; its PSOFT without orthogonality and magnitudes computes the same.
     """
-    from peft import PsoftConfig, get_peft_model
-
     as_lora_xs = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"}
-    return get_peft_model(base, PsoftConfig(**common.peft_fields(), r=r, psoft_alpha=r, **as_lora_xs, **options))
+    return _add_adapter("PsoftConfig", base, common, r=r, psoft_alpha=r, **as_lora_xs)
 
 
 def _eigenlorax(base: Any, common: CommonConfig, **options: Any) -> Any:
@@ -191,9 +177,9 @@ def _init(base: Any, common: CommonConfig, **options: Any) -> Any:
 BUILDERS: Mapping[str, Callable[..., Any]] = {
     "head": _head_only,
     "full": _full,
-    "lora": _lora,
-    "vera": _vera,
-    "vblora": _vblora,
+    "lora": partial(_add_adapter, "LoraConfig"),
+    "vera": partial(_add_adapter, "VeraConfig"),
+    "vblora": partial(_add_adapter, "VBLoRAConfig"),
     "lora_xs": _lora_xs,
     "eigenlorax": _eigenlorax,
     "init": _init,

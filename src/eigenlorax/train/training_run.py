@@ -79,7 +79,6 @@ class Recipe:
     epochs: float = 4.0
     batch_size: int = 32
     warmup: float = 0.1
-    max_grad_norm: float = 1.0
     evaluations: int = 8
     bf16: bool = False
     by_length: bool = True
@@ -139,14 +138,14 @@ def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
     diverges.
     """
     parameters, head_parameters = methods.count_parameters(model)
-    started, cpu_started = time.perf_counter(), time.process_time()
+    cpu_started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         trainer, clock = _make_trainer(model, rows, recipe, seed, Path(scratch))
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-        cpu_seconds, total_seconds = time.process_time() - cpu_started, time.perf_counter() - started
-        checkpoints = _checkpoints(trainer.state.log_history, clock)
+        cpu_seconds = time.process_time() - cpu_started
+        checkpoints = _checkpoints(trainer.state.log_history, clock.seconds_at)
         predictions, score = _predict(trainer, rows, recipe)
     if not math.isfinite(checkpoints[-1].loss) or not np.isfinite(predictions).all():
         raise NonFiniteError("the training diverged: losses or predictions are NaN or Inf. Try a lower learning rate.")
@@ -156,14 +155,15 @@ def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoints=checkpoints,
         score=score,
-        seconds=checkpoints[-1].seconds if checkpoints else total_seconds,
+        seconds=checkpoints[-1].seconds,
         cpu_seconds=cpu_seconds,
         peak_bytes=_peak_bytes(),
         predictions=predictions,
     )
 
 
-def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch: Path) -> tuple[Any, "_TrainingClock"]:
+def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch: Path) -> tuple[Any, Any]:
+    """Return the Trainer of a run, and its clock, a callback of `_make_clock`."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     steps = math.ceil(recipe.epochs * math.ceil(len(rows.train) / recipe.batch_size))
@@ -172,7 +172,9 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=2 * recipe.batch_size,
-        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(recipe.warmup * steps),
+        max_grad_norm=1.0,
         train_sampling_strategy="group_by_length" if recipe.by_length else "random",
         eval_strategy="no",
         logging_strategy="no",
@@ -187,8 +189,7 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    optimizer = make_optimizer(model, recipe)
-    clock = _TrainingClock({math.ceil(steps * n / recipe.evaluations) for n in range(1, recipe.evaluations + 1)})
+    clock = _make_clock({math.ceil(steps * n / recipe.evaluations) for n in range(1, recipe.evaluations + 1)})
 
     class SequentialEvalTrainer(Trainer):  # type: ignore[misc]
         # group_by_length would shuffle the evaluated rows too, and predictions would be in another order than rows
@@ -204,8 +205,8 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
         data_collator=rows.collate,
         compute_metrics=lambda evaluated: {"score": metric(evaluated.predictions, evaluated.label_ids)},
         preprocess_logits_for_metrics=REDUCTIONS.get(rows.metric),
-        optimizers=(optimizer, _schedule(optimizer, steps, recipe.warmup)),
-        callbacks=[clock.callback()],
+        optimizers=(make_optimizer(model, recipe), None),
+        callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
@@ -216,8 +217,6 @@ def _predict(trainer: Any, rows: RunData, recipe: Recipe) -> tuple[np.ndarray, f
     order = list(range(len(rows.test)))
     if recipe.by_length:
         order.sort(key=lambda index: len(rows.test[index]["input_ids"]))
-    # the Trainer's prediction loop uses the sampling strategy of training: group_by_length differs from call to call
-    trainer.args.train_sampling_strategy = "random"
     output = trainer.predict([rows.test[index] for index in order])
     return output.predictions[np.argsort(order)], METRICS[rows.metric](output.predictions, output.label_ids)
 
@@ -243,49 +242,41 @@ def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     return SOAP(groups)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> Any:
-    from transformers import get_linear_schedule_with_warmup
+def _make_clock(evaluated_steps: set[int]) -> Any:
+    """Return a callback that evaluates after these steps.
 
-    return get_linear_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
+    Its `seconds_at` maps each of them to the seconds of training until then, without evaluations.
+    """
+    from transformers import TrainerCallback
 
+    class TrainingClock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seconds_at: dict[int, float] = {}
+            self._started = self._stopped = 0.0
 
-class _TrainingClock:
-    """Triggers an evaluation after given steps, and measures the seconds of training without evaluation."""
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self._started = time.perf_counter()
 
-    def __init__(self, evaluated_steps: set[int]) -> None:
-        self._evaluated_steps = evaluated_steps
-        self.seconds_at: dict[int, float] = {}
-        self._evaluation_seconds = 0.0
-        self._started = self._stopped = 0.0
+        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+            if state.global_step in evaluated_steps:
+                self._stopped = time.perf_counter()
+                self.seconds_at[state.global_step] = self._stopped - self._started
+                control.should_log = control.should_evaluate = True
 
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            # move the start by the duration of the evaluation, which leaves it out of later times
+            self._started += time.perf_counter() - self._stopped
 
-        clock = self
-
-        class ClockCallback(TrainerCallback):  # type: ignore[misc]
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clock._started = time.perf_counter()
-
-            def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-                if state.global_step in clock._evaluated_steps:
-                    clock._stopped = time.perf_counter()
-                    clock.seconds_at[state.global_step] = clock._stopped - clock._started - clock._evaluation_seconds
-                    control.should_log = control.should_evaluate = True
-
-            def on_evaluate(self, *_: Any, **__: Any) -> None:
-                clock._evaluation_seconds += time.perf_counter() - clock._stopped
-
-        return ClockCallback()
+    return TrainingClock()
 
 
-def _checkpoints(log_history: list[dict[str, Any]], clock: _TrainingClock) -> list[Checkpoint]:
+def _checkpoints(log_history: list[dict[str, Any]], seconds_at: dict[int, float]) -> list[Checkpoint]:
     losses = {entry["step"]: entry["loss"] for entry in log_history if "loss" in entry}
     return [
         Checkpoint(
             step=entry["step"],
             epoch=entry["epoch"],
-            seconds=clock.seconds_at[entry["step"]],
+            seconds=seconds_at[entry["step"]],
             loss=losses.get(entry["step"], math.nan),
             score=entry["eval_score"],
         )
