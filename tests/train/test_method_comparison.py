@@ -11,11 +11,12 @@ import pytest
 import eigenlorax as ex
 import tiny
 import trainable
+from eigenlorax.cli.compare import parse_rates
 from eigenlorax.errors import FormatError, NonFiniteError, OptionError, PackExistsError, RowsWarning
 from eigenlorax.train import method_comparison, method_presets, models, row_split
 from eigenlorax.train.data import Labels, Table
 from eigenlorax.train.method_presets import TargetModule
-from eigenlorax.train.search_space import LEARNING_RATES, ComparisonOptions, parse_rates
+from eigenlorax.train.search_space import LEARNING_RATES, ComparisonOptions
 
 pytestmark = pytest.mark.slow
 

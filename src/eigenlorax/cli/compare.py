@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import OptionError
 from ..train.options import DEFAULTS, Columns
-from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions, parse_rates
+from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions
 from . import arguments, console
 
 if TYPE_CHECKING:
@@ -118,6 +119,29 @@ def compare(
     _print_curves(result)
     for sentence in result.findings:
         console.say(f"· {sentence}")
+
+
+def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
+    """Parse values of `--learning-rates`: "METHOD=A,B,C" for one method, "A,B,C" for all that are not named.
+
+    Raises `OptionError` for a value that is not a list of numbers, or a method that is named twice.
+    """
+    rates_by_method: dict[str, list[float]] = {}
+    seen: list[str] = []
+    # values without a method come first, so that those of single methods replace them
+    for argument in sorted(arguments, key=lambda text: "=" in text):
+        before, equals, after = argument.partition("=")
+        method, numbers = (before, after) if equals else ("", argument)
+        try:
+            rates = [float(number) for number in numbers.split(",")]
+        except ValueError as error:
+            raise OptionError(f"{argument!r} are not learning rates. METHOD=A,B,C or A,B,C was expected.") from error
+        if method in seen:
+            target = f"of {method}" if equals else "of all"
+            raise OptionError(f"learning rates {target} are given twice. Give them once: A,B,C.")
+        seen.append(method)
+        rates_by_method |= {method: rates} if equals else dict.fromkeys(methods, rates)
+    return rates_by_method
 
 
 def _print_scores(result: "ComparisonResult") -> None:

@@ -7,8 +7,9 @@ at that rate. Every finished run is written to the results file, so that a compa
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from . import (
 )
 from .comparison_summary import MethodRun, MethodSummary, plural
 from .data import Labels
+from .examples import Collate
 from .method_presets import Preset
 from .row_split import RowSplit
 from .search_space import ComparisonOptions
@@ -52,17 +54,17 @@ Runs = Mapping[RunKey, MethodRun]
 class PreparedComparison:
     """A comparison, checked and ready to run.
 
-    settings: all that its runs depend on, as JSON. finished: runs that the results file already has.
+    settings: all that its runs depend on, as JSON. load_base: returns the base model with a new head. finished: runs
+    that the results file already has.
     """
 
     options: ComparisonOptions
     output: Path
     settings: dict[str, Any]
-    base_model: str
-    revision: str | None
     labels: Labels
-    tokenizer: Any
     rows: RowSplit
+    load_base: Callable[[], Any]
+    collate: Collate
     presets: Mapping[str, Preset]
     basis_bytes: int
     finished: Runs
@@ -70,22 +72,24 @@ class PreparedComparison:
     @property
     def runs_left(self) -> int:
         """Number of runs to do."""
-        return sum(_runs_left(self.options, method, self.finished) for method in self.options.methods)
+        return sum(_runs_left(self.options, name, self.finished) for name in self.options.methods)
 
     @property
     def plan(self) -> str:
         """One sentence that says which runs will be done."""
-        options = self.options
-        search_runs = sum(len(options.rates_of(name)) for name in options.methods if options.searches(name))
-        each = f" for each of {len(options.methods)} methods" if len(options.methods) > 1 else ""
-        final = f"{plural(options.seeds, 'seed')} on {len(self.rows.train):,} rows{each}"
-        search = f", and {search_runs} on {len(self.rows.search_train):,} of them, which choose learning rates"
-        total = search_runs + options.seeds * len(options.methods)
+        options, rows = self.options, self.rows
+        n_methods = len(options.methods)
+        search_runs = sum(len(_search_keys(options, name)) for name in options.methods)
+        total = search_runs + options.seeds * n_methods
         left = f"{self.runs_left} of " if self.finished else ""
-        return (
+        each = f" for each of {n_methods} methods" if n_methods > 1 else ""
+        plan = (
             f"{left}{plural(total, 'training')} of {plural(options.epochs, 'epoch')}: "
-            f"{final}{search if search_runs else ''}."
+            f"{plural(options.seeds, 'seed')} on {len(rows.train):,} rows{each}"
         )
+        if search_runs:
+            plan += f", and {search_runs} on {len(rows.search_train):,} of them, which choose learning rates"
+        return f"{plan}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,23 +157,17 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         stored = results_file.read_runs(output, settings) if resume else []
         finished = {RunKey(run.method, run.learning_rate, run.seed): run for run in stored}
         unfinished = [name for name in options.methods if _runs_left(options, name, finished)]
-        presets = method_presets.make_presets(
-            opened,
-            options.methods,
-            unfinished,
-            options.rank,
-            lambda: models.load_model(base_model, revision, labels, tokenizer),
-        )
+        load_base = partial(models.load_model, base_model, revision, labels, tokenizer)
+        presets = method_presets.make_presets(opened, options.methods, unfinished, options.rank, load_base)
     results_file.write(output, settings, finished.values(), None)
     return PreparedComparison(
         options=options,
         output=output,
         settings=settings,
-        base_model=base_model,
-        revision=revision,
         labels=labels,
-        tokenizer=tokenizer,
         rows=rows,
+        load_base=load_base,
+        collate=examples.collator(options.task, tokenizer),
         presets=presets,
         basis_bytes=opened.info.stored_bytes,
         finished=finished,
@@ -182,56 +180,58 @@ def run(prepared: PreparedComparison, progress: Progress | None = None) -> Compa
     Raises `NonFiniteError` if a method diverges at every learning rate, or with one of the seeds at the chosen rate.
     """
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
-    runs, runs_left = dict(prepared.finished), prepared.runs_left
-    trained = 0
+    options, runs, runs_left = prepared.options, dict(prepared.finished), prepared.runs_left
+
+    def train(key: RunKey) -> MethodRun:
+        if key not in runs:
+            report("training", len(runs) - len(prepared.finished), runs_left)
+            runs[key] = _train(prepared, key)
+            results_file.write(prepared.output, prepared.settings, runs.values(), None)
+        return runs[key]
+
     with models.quiet(), models.preserved_random_state(), warnings.catch_warnings():
         # `prepare` has shown the warnings about the pack and the rank
         warnings.simplefilter("ignore", EigenloraxWarning)
-        for method in prepared.options.methods:
-            for key in _keys(prepared.options, method, runs):
-                if key not in runs:
-                    report("training", trained, runs_left)
-                    runs[key] = _train(prepared, key)
-                    trained += 1
-                    results_file.write(prepared.output, prepared.settings, runs.values(), None)
-                if key.seed is not None and runs[key].score is None:
+        for method in options.methods:
+            for key in _search_keys(options, method):
+                train(key)
+            for key in _final_keys(options, method, runs):
+                if train(key).score is None:
                     raise NonFiniteError(
                         f"{method} diverged with seed {key.seed} at the learning rate {key.learning_rate:g}. Try lower "
                         f"rates (rates={{{method!r}: [A, B, C]}}, --learning-rates {method}=A,B,C); resume=True "
                         "(--resume) keeps the finished runs."
                     )
     report("training", runs_left, runs_left)
-    result = _summarise(prepared, runs, trained, time.perf_counter() - started)
+    result = _summarise(prepared, runs, time.perf_counter() - started)
     results_file.write(prepared.output, prepared.settings, runs.values(), asdict(result))
     return result
 
 
-def _keys(options: ComparisonOptions, method: str, runs: Runs) -> Iterator[RunKey]:
-    """Yield the runs of a method in their order. The chosen rate is read from `runs` after the search is done."""
-    if options.searches(method):
-        for rate in options.rates_of(method):
-            yield RunKey(method, rate, None)
-    best_rate = _chosen_rate(options, method, runs)
-    assert best_rate is not None
-    for seed in range(options.seeds):
-        yield RunKey(method, best_rate, seed)
+def _search_keys(options: ComparisonOptions, method: str) -> list[RunKey]:
+    """Return the runs that choose the method's learning rate; none if there is one rate only."""
+    if not options.searches(method):
+        return []
+    return [RunKey(method, rate, None) for rate in options.rates_of(method)]
 
 
-def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float | None:
+def _final_keys(options: ComparisonOptions, method: str, runs: Runs) -> list[RunKey]:
+    """Return the runs at the chosen rate, which is read from the finished search in `runs`."""
+    rate = _chosen_rate(options, method, runs)
+    return [RunKey(method, rate, seed) for seed in range(options.seeds)]
+
+
+def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
     """Return the rate with the highest accuracy on the rows held out; of equals, that with the lowest loss.
 
-    None if a rate has not been tried yet. Raises `NonFiniteError` if the method diverged at every rate.
+    Raises `NonFiniteError` if the method diverged at every rate.
     """
     rates = options.rates_of(method)
-    if len(rates) == 1:
+    if not options.searches(method):
         return rates[0]
-    tried = [runs.get(RunKey(method, rate, None)) for rate in rates]
-    if None in tried:
-        return None
+    tried = [runs[key] for key in _search_keys(options, method)]
     ranking = [
-        (-run.score, run.loss, run.learning_rate)
-        for run in tried
-        if run is not None and run.score is not None and run.loss is not None
+        (-run.score, run.loss, run.learning_rate) for run in tried if run.score is not None and run.loss is not None
     ]
     if not ranking:
         raise NonFiniteError(
@@ -243,35 +243,29 @@ def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float |
 
 
 def _runs_left(options: ComparisonOptions, method: str, runs: Runs) -> int:
-    search_left = 0
-    if options.searches(method):
-        search_left = sum(RunKey(method, rate, None) not in runs for rate in options.rates_of(method))
+    search_left = sum(key not in runs for key in _search_keys(options, method))
     if search_left:
         # the chosen rate may change, and with it all runs at that rate
         return search_left + options.seeds
-    return sum(key.seed is not None and key not in runs for key in _keys(options, method, runs))
+    return sum(key not in runs for key in _final_keys(options, method, runs))
 
 
 def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
     """Do one run. The base model is loaded anew, so that its head has the same initial values for every method."""
     options, rows, preset = prepared.options, prepared.rows, prepared.presets[key.method]
-    searching = key.seed is None
     seed = row_split.SEARCH_SEED if key.seed is None else key.seed
     torch.manual_seed(seed)
-    base = models.load_model(prepared.base_model, prepared.revision, prepared.labels, prepared.tokenizer)
-    model = preset.apply(base)
-    run_data = RunData(
-        train=rows.search_train if searching else rows.train,
-        validation=rows.held_out if searching else rows.validation,
-        test=rows.held_out if searching else rows.test,
-        collate=examples.collator(options.task, prepared.tokenizer),
-    )
+    model = preset.apply(prepared.load_base())
+    if key.seed is None:
+        run_data = RunData(rows.search_train, rows.held_out, rows.held_out, prepared.collate)
+    else:
+        run_data = RunData(rows.train, rows.validation, rows.test, prepared.collate)
     recipe = Recipe(
         learning_rate=key.learning_rate,
         optimizer=preset.optimizer,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        evaluations=1 if searching else max(1, round(2 * options.epochs)),
+        evaluations=1 if key.seed is None else max(1, round(2 * options.epochs)),
         bf16=options.bf16,
     )
     parameters, head_parameters = methods.count_parameters(model)
@@ -295,30 +289,28 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         diverged,
         score=training.score,
         loss=float(cross_entropy(logits, classes)),
-        right="" if searching else "".join(map(str, correct)),
+        right="" if key.seed is None else "".join(map(str, correct)),
         steps=[checkpoint.step for checkpoint in training.checkpoints],
         scores=[checkpoint.score for checkpoint in training.checkpoints],
         seconds=training.seconds,
     )
 
 
-def _summarise(prepared: PreparedComparison, runs: Runs, trained: int, seconds: float) -> ComparisonResult:
+def _summarise(prepared: PreparedComparison, runs: Runs, seconds: float) -> ComparisonResult:
     options, rows = prepared.options, prepared.rows
-    runs_by_method: dict[str, list[MethodRun]] = {}
-    search_scores: dict[str, dict[float, float | None]] = {}
-    for method in options.methods:
-        keys = list(_keys(options, method, runs))
-        runs_by_method[method] = [runs[key] for key in keys if key.seed is not None]
-        search_scores[method] = dict.fromkeys(options.rates_of(method)) | {
-            key.learning_rate: runs[key].score for key in keys if key.seed is None
-        }
-    steps_per_epoch = -(-len(rows.train) // options.batch_size)
+    runs_by_method = {name: [runs[key] for key in _final_keys(options, name, runs)] for name in options.methods}
+    search_scores = {
+        name: dict.fromkeys(options.rates_of(name))
+        | {key.learning_rate: runs[key].score for key in _search_keys(options, name)}
+        for name in options.methods
+    }
     summaries = comparison_summary.summarise(runs_by_method, search_scores, options.baseline)
     majority = max(Counter(row["labels"] for row in rows.test).values()) / len(rows.test)
     steps = runs_by_method[options.baseline][0].steps
+    steps_per_epoch = -(-len(rows.train) // options.batch_size)
     return ComparisonResult(
         task=options.task,
-        model=prepared.base_model,
+        model=prepared.settings["model"],
         labels=list(prepared.labels.names),
         majority=majority,
         rows=len(rows.train),
@@ -336,6 +328,6 @@ def _summarise(prepared: PreparedComparison, runs: Runs, trained: int, seconds: 
         findings=comparison_summary.findings(
             runs_by_method, summaries, options.baseline, majority, prepared.basis_bytes
         ),
-        trainings=trained,
+        trainings=len(runs) - len(prepared.finished),
         seconds=seconds,
     )

@@ -117,26 +117,3 @@ class ComparisonOptions:
     def searches(self, method: str) -> bool:
         """Return whether the method's learning rate is chosen among several."""
         return len(self.rates_of(method)) > 1
-
-
-def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
-    """Parse values of `--learning-rates`: "METHOD=A,B,C" for one method, "A,B,C" for all that are not named.
-
-    Raises `OptionError` for a value that is not a list of numbers, or a method that is named twice.
-    """
-    rates_by_method: dict[str, list[float]] = {}
-    seen: list[str] = []
-    # values without a method come first, so that those of single methods replace them
-    for argument in sorted(arguments, key=lambda text: "=" in text):
-        before, equals, after = argument.partition("=")
-        method, numbers = (before, after) if equals else ("", argument)
-        try:
-            rates = [float(number) for number in numbers.split(",")]
-        except ValueError as error:
-            raise OptionError(f"{argument!r} are not learning rates. METHOD=A,B,C or A,B,C was expected.") from error
-        if method in seen:
-            target = f"of {method}" if equals else "of all"
-            raise OptionError(f"learning rates {target} are given twice. Give them once: A,B,C.")
-        seen.append(method)
-        rates_by_method |= {method: rates} if equals else dict.fromkeys(methods, rates)
-    return rates_by_method
