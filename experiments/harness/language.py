@@ -20,13 +20,13 @@ import torch
 from filelock import FileLock
 
 import eigenlorax as ex
-from eigenlorax.train import models, training_run
+from eigenlorax.train import models
 from eigenlorax.train.examples import IGNORED
 from eigenlorax.train.methods import CommonConfig
 from eigenlorax.train.training_run import RunData
 
+from . import metrics, record, text, training
 from . import rates as learning
-from . import record, text, training
 from .jobs import Job
 
 Json = dict[str, Any]
@@ -132,7 +132,7 @@ def losses(model: Any, rows: Blocks, batch_size: int) -> np.ndarray:
         labels = inputs.pop("labels")
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs, use_cache=False).logits
-        found.append(training_run.row_losses(logits, labels))
+        found.append(metrics.row_losses(logits, labels))
     return torch.cat(found).numpy()
 
 
@@ -199,7 +199,8 @@ def trained(model: Any, config: Json) -> Json:
     recipe = config["recipe"]
     rows = blocks(config["task"], "train", recipe["blocks"], recipe["length"], config["seed"])
     test = unseen(config["task"], recipe)
-    run_data = RunData(rows, test[: recipe["blocks_on_the_way"]], test, collate, metric="likelihood")
+    way = test[: recipe["blocks_on_the_way"]]
+    run_data = RunData(rows, way, test, collate, metrics.mean_log_likelihood, metrics.row_losses)
     run = training.train(text.in_half(model), run_data, config)
     info = training.train_info(run, model, "perplexity", lambda likelihood: round(math.exp(-likelihood), 4))
     return {"train_info": info, "test": figures(run.predictions, test)}

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
-from eigenlorax.train import training_run
 
 from . import text
 from .jobs import Job
+from .metrics import METRICS
 
 MANY = 100
 
@@ -115,7 +115,7 @@ class Bench:
 
         self.model = PeftModel.from_pretrained(text.new_base(task, recipe), text.adapter_folder(name)).eval()
         self.test = sorted(test, key=text.length)
-        self.metric = training_run.METRICS[text.metric(task)]
+        self.metric = METRICS[text.metric(task)]
         self.wanted = torch.tensor([row["labels"] for row in self.test])
         self.first: Tensor | None = None
 

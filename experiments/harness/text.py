@@ -19,6 +19,7 @@ from eigenlorax.train.training_run import RunData
 from . import rates as learning
 from . import record, training
 from .jobs import Job
+from .metrics import METRICS
 
 Json = dict[str, Any]
 Rows = list[Json]
@@ -187,9 +188,9 @@ def trained(model: Any, rows: Rows, config: Json) -> Json:
         validation=sorted(test[: recipe["rows_on_the_way"]], key=length),
         test=sorted(test, key=length),
         collate=collate(),
-        metric=metric(task),
+        metric=METRICS[metric(task)],
     )
-    return training.recorded(training.train(in_half(model), run_data, config), model, run_data)
+    return training.recorded(training.train(in_half(model), run_data, config), model, run_data, metric(task))
 
 
 def length(row: Json) -> int:

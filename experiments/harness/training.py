@@ -1,6 +1,7 @@
 """Training runs of the experiments on `eigenlorax.train`: one method on one task, and what the record says of it."""
 
 import hashlib
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,16 @@ def train(model: Any, rows: RunData, config: Json, **recipe: Any) -> TrainingRun
     return training_run.run(model, rows, full, seed=config["seed"])
 
 
-def recorded(run: TrainingRun, model: Any, rows: RunData) -> Json:
-    """Return `train_info` and `test` of a run's record."""
+def recorded(run: TrainingRun, model: Any, rows: RunData, metric: str) -> Json:
+    """Return `train_info` and `test` of a run's record. metric: its name."""
     labels = np.array([row["labels"] for row in rows.test])
     return {
-        "train_info": train_info(run, model, rows.metric, lambda score: round(score, 5)),
+        "train_info": train_info(run, model, metric, lambda score: round(score, 5)),
         "test": {
-            "metric": rows.metric,
+            "metric": metric,
             "score": run.score,
             "rows": len(labels),
-            "resampled": record.resampled(training_run.METRICS[rows.metric], run.predictions, labels),
+            "resampled": record.resampled(rows.metric, run.predictions, labels),
         },
     }
 
@@ -63,11 +64,11 @@ def train_info(run: TrainingRun, model: Any, metric: str, shown: Callable[[float
         "status": "success",
         "train_time": round(run.seconds, 2),
         "cpu_time": round(run.cpu_seconds, 2),
-        "memory_max": run.peak_bytes,
+        "memory_max": peak_bytes(),
         "file_size": methods.saved_bytes(model),
         "num_trainable_params": run.parameters,
         "num_head_params": run.head_parameters,
-        "num_total_params": run.total_parameters,
+        "num_total_params": sum(parameter.numel() for parameter in model.parameters()),
         "metrics": [
             {
                 "step": checkpoint.step,
@@ -79,6 +80,13 @@ def train_info(run: TrainingRun, model: Any, metric: str, shown: Callable[[float
             for checkpoint in run.checkpoints
         ],
     }
+
+
+def peak_bytes() -> int:
+    """Return the highest memory use so far: of the accelerator, or of this process, which does one run."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def save_adapter(model: Any, folder: Path) -> str:

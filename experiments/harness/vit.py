@@ -8,9 +8,9 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
-from eigenlorax.train import methods, training_run
+from eigenlorax.train import methods
 from eigenlorax.train.methods import CommonConfig
-from eigenlorax.train.training_run import RunData
+from eigenlorax.train.training_run import RunData, accuracy
 
 from . import images, record, recycled, training
 from .images import Rows, Task
@@ -85,8 +85,8 @@ def train(config: Json) -> Json:
 
 def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
     """Train and test a model. Returns what the record says of it."""
-    run_data = RunData(rows, test, test, images.collate, METRIC)
-    return training.recorded(training.train(model, run_data, config, by_length=False), model, run_data)
+    run_data = RunData(rows, test, test, images.collate)
+    return training.recorded(training.train(model, run_data, config, by_length=False), model, run_data, METRIC)
 
 
 def recycle(config: Json) -> Json:
@@ -158,4 +158,4 @@ class Bench:
         if self.first is None:
             self.first = said
         same = (said.argmax(-1) == self.first.argmax(-1)).float().mean().item()
-        return {"score": training_run.METRICS[METRIC](said.numpy(), self.wanted.numpy()), "agreement": same}
+        return {"score": accuracy(said.numpy(), self.wanted.numpy()), "agreement": same}

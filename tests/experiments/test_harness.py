@@ -9,7 +9,7 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from harness import jobs, pages, record, records, recycled_tables, statistics, text, text_tables  # noqa: E402
+from harness import jobs, metrics, pages, record, records, recycled_tables, statistics, text, text_tables  # noqa: E402
 from harness.jobs import Job  # noqa: E402
 from harness.statistics import Run  # noqa: E402
 
@@ -269,3 +269,9 @@ class TestPages:
     def test_an_unknown_block_is_an_error(self):
         with pytest.raises(SystemExit, match="there is no block 'three'"):
             pages.filled("<!-- experiment:three -->\n<!-- /experiment -->", {"one": lambda: ""})
+
+
+def test_pearson():
+    wanted = np.array([1.0, 2.0, 4.0])
+    assert metrics.pearson(np.array([[3.0], [5.0], [9.0]]), wanted) == pytest.approx(1.0)
+    assert metrics.pearson(np.array([[2.0], [2.0], [2.0]]), wanted) == 0.0

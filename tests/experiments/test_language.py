@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eigenlorax.train import evaluate, training_run
+from eigenlorax.train import evaluate
 from eigenlorax.train.examples import IGNORED
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from harness import language, record  # noqa: E402
+from harness import language, metrics, record  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -124,8 +124,8 @@ def test_a_row_s_loss_leaves_out_what_is_ignored():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, LENGTH, VOCABULARY), torch.randint(VOCABULARY, (2, LENGTH))
     labels[0, 4:] = IGNORED
-    short = training_run.row_losses(logits[:1, :4], labels[:1, :4])
-    torch.testing.assert_close(training_run.row_losses(logits, labels)[:1], short)
+    short = metrics.row_losses(logits[:1, :4], labels[:1, :4])
+    torch.testing.assert_close(metrics.row_losses(logits, labels)[:1], short)
 
 
 def test_rates_are_chosen_without_the_target():

@@ -4,7 +4,6 @@ The verb `compare`, the demo and the experiments train with this module; `eigenl
 """
 
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..errors import NonFiniteError
 from . import methods
-from .examples import IGNORED
 from .options import HEAD_LEARNING_RATE
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -29,34 +26,6 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return the fraction of rows whose highest logit is that of the label."""
     return float((predictions.argmax(axis=-1) == labels).mean())
-
-
-def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return Pearson's correlation, or 0 if all predictions are equal."""
-    predictions = predictions.reshape(-1)
-    if predictions.std() == 0:
-        return 0.0
-    return float(np.corrcoef(predictions, labels)[0, 1])
-
-
-def mean_log_likelihood(losses: np.ndarray, _: np.ndarray) -> float:
-    """Return the mean log-likelihood of a row's tokens, in nats."""
-    return -float(losses.mean())
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean next-token loss of each row; tokens labelled `IGNORED` do not count."""
-    next_tokens = labels[:, 1:]
-    token_losses = cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), next_tokens.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return token_losses.view(next_tokens.shape).sum(-1) / (next_tokens != IGNORED).sum(-1)
-
-
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "pearson": pearson, "likelihood": mean_log_likelihood}
-
-REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"likelihood": row_losses}
-"""Metric → function that reduces a batch's logits at once, because the logits of all tokens would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +55,19 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Encoded rows of one run, and the name of its metric in `METRICS`.
+    """Encoded rows of one run, and how they are scored.
 
-    validation: rows that are scored during training. test: rows that are scored after it.
+    validation: rows that are scored during training. test: rows that are scored after it. metric: maps predictions and
+    labels to a score. reduce_logits: maps a batch's logits and labels to its predictions, for models whose logits of
+    all tokens would fill the memory. By default predictions are logits.
     """
 
     train: Sequence[Any]
     validation: Sequence[Any]
     test: Sequence[Any]
     collate: Callable[..., Any]
-    metric: str = "accuracy"
+    metric: Metric = accuracy
+    reduce_logits: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +87,16 @@ class TrainingRun:
     """Result of one run.
 
     parameters: number of the method's trained parameters. head_parameters: number of the head's. score: on the test
-    rows. seconds: of training, without evaluation. cpu_seconds: of training with evaluation. peak_bytes: highest memory
-    use of this process so far, or of the accelerator in this run. predictions: logits, one row each, or what
-    `REDUCTIONS` makes of them.
+    rows. seconds: of training, without evaluation. cpu_seconds: of training with evaluation. predictions: logits of the
+    test rows, or what `RunData.reduce_logits` makes of them.
     """
 
     parameters: int
     head_parameters: int
-    total_parameters: int
     checkpoints: list[Checkpoint]
     score: float
     seconds: float
     cpu_seconds: float
-    peak_bytes: int
     predictions: np.ndarray = field(repr=False)
 
 
@@ -141,8 +110,6 @@ def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
     cpu_started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         trainer, clock = _make_trainer(model, rows, recipe, seed, Path(scratch))
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         trainer.train()
         cpu_seconds = time.process_time() - cpu_started
         checkpoints = _checkpoints(trainer.state.log_history, clock.seconds_at)
@@ -152,12 +119,10 @@ def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
     return TrainingRun(
         parameters=parameters,
         head_parameters=head_parameters,
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoints=checkpoints,
         score=score,
         seconds=checkpoints[-1].seconds,
         cpu_seconds=cpu_seconds,
-        peak_bytes=_peak_bytes(),
         predictions=predictions,
     )
 
@@ -196,15 +161,14 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
             return torch.utils.data.SequentialSampler(eval_dataset)
 
-    metric = METRICS[rows.metric]
     trainer = SequentialEvalTrainer(
         model,
         arguments,
         train_dataset=rows.train,
         eval_dataset=rows.validation,
         data_collator=rows.collate,
-        compute_metrics=lambda evaluated: {"score": metric(evaluated.predictions, evaluated.label_ids)},
-        preprocess_logits_for_metrics=REDUCTIONS.get(rows.metric),
+        compute_metrics=lambda evaluated: {"score": rows.metric(evaluated.predictions, evaluated.label_ids)},
+        preprocess_logits_for_metrics=rows.reduce_logits,
         optimizers=(make_optimizer(model, recipe), None),
         callbacks=[clock],
     )
@@ -218,7 +182,7 @@ def _predict(trainer: Any, rows: RunData, recipe: Recipe) -> tuple[np.ndarray, f
     if recipe.by_length:
         order.sort(key=lambda index: len(rows.test[index]["input_ids"]))
     output = trainer.predict([rows.test[index] for index in order])
-    return output.predictions[np.argsort(order)], METRICS[rows.metric](output.predictions, output.label_ids)
+    return output.predictions[np.argsort(order)], rows.metric(output.predictions, output.label_ids)
 
 
 def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
@@ -283,9 +247,3 @@ def _checkpoints(log_history: list[dict[str, Any]], seconds_at: dict[int, float]
         for entry in log_history
         if "eval_score" in entry
     ]
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

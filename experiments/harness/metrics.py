@@ -1,0 +1,34 @@
+"""Metrics of runs: each maps predictions, one row each, and their labels to a score. Higher is better."""
+
+import numpy as np
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from eigenlorax.train.examples import IGNORED
+from eigenlorax.train.training_run import Metric, accuracy
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return Pearson's correlation, or 0 if all predictions are equal."""
+    predictions = predictions.reshape(-1)
+    if predictions.std() == 0:
+        return 0.0
+    return float(np.corrcoef(predictions, labels)[0, 1])
+
+
+def mean_log_likelihood(losses: np.ndarray, _: np.ndarray) -> float:
+    """Return the mean log-likelihood of a row's tokens, in nats."""
+    return -float(losses.mean())
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean next-token loss of each row; tokens labelled `IGNORED` do not count."""
+    next_tokens = labels[:, 1:]
+    token_losses = cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), next_tokens.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return token_losses.view(next_tokens.shape).sum(-1) / (next_tokens != IGNORED).sum(-1)
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "pearson": pearson}
+"""Name in records → metric of classifications and of regressions."""
