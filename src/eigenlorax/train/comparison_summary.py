@@ -173,7 +173,7 @@ def findings(
     for name in subspace_methods:
         if name != baseline:
             size = _size_ratio(by_name[name].numbers, by_name[baseline].numbers)
-            sentences.append(f"{name}: {_describe(by_name[name].difference, baseline)}{size}.")
+            sentences.append(f"{name}: {_describe(_method_difference(runs, name, baseline), baseline)}{size}.")
     if {"factors", "random"} <= by_name.keys():
         sentences.append(_random_basis_finding(_method_difference(runs, "factors", "random")))
     small_methods = [name for name in _SMALL_METHODS if name in by_name]
@@ -232,9 +232,8 @@ def format_points(change: Difference) -> str:
     return f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
-def _describe(change: Difference | None, baseline: str = "") -> str:
+def _describe(change: Difference, baseline: str = "") -> str:
     """Return a difference in words, such as "1.2 points below lora (-2.0 to -0.4)"."""
-    assert change is not None
     size = abs(100 * change.value)
     if size >= 0.05:
         position = f"{size:.1f} points {'below' if change.value < 0 else 'above'} {baseline}".rstrip()
