@@ -9,7 +9,7 @@ import eigenlorax as ex
 from children import needs_fork
 from eigenlorax.core import keys
 from eigenlorax.errors import PackExistsError
-from eigenlorax.pack import folder
+from eigenlorax.pack import report_files
 from outcomes import assert_refused, contents, succeeded
 
 pytestmark = needs_fork
@@ -165,7 +165,7 @@ def test_a_file_without_an_end_is_no_report(pack):
     for name in keys.REPORTS:
         (pack / name).touch()
         os.truncate(pack / name, 2**42)
-        assert not folder.is_report(pack / name)
+        assert not report_files.is_report(pack / name)
     with ex.Pack.edit(pack) as opened:
         opened.remove("beta")
     assert ex.Pack.open(pack).names == ["alpha", "gamma"]

@@ -11,7 +11,7 @@ from adapters import MODULES, make_adapter, make_adapters
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import LossWarning, OptionError, SkippedAdapterWarning
 from eigenlorax.fitting import refit_errors
-from eigenlorax.pack import summary
+from eigenlorax.pack import loss_warnings
 from outcomes import contents
 from planted import MODULES as PLANTED
 from planted import normal, random_adapter, random_collection, shared_collection
@@ -231,7 +231,7 @@ class TestBounds:
     def test_of_1_or_more_says_nothing(self):
         record = ex.fit(random_collection(2), n_components=3).records["a0"]
         records = {"a": replace(record, bound=True, delta_error=1.29), "b": replace(record, delta_error=0.7)}
-        said = summary.losses(records, 0.5)
+        said = loss_warnings.describe_losses(records, 0.5)
         assert "is above 0.5 for b (0.70). " in said
         assert said.endswith("is known, for a (perhaps all of it).")
         assert "1.29" not in said

@@ -13,8 +13,6 @@ from pathlib import Path
 from random import Random
 from unittest.mock import patch
 
-from safetensors.torch import load
-
 import eigenlorax as ex
 from eigenlorax.cli import main
 from eigenlorax.cli.report import print_verdict
@@ -22,8 +20,7 @@ from eigenlorax.core import atomic_files, keys
 from eigenlorax.core.subspace import Subspace
 from eigenlorax.errors import MAX_MESSAGE, EigenloraxError, PackError
 from eigenlorax.formats import checks
-from eigenlorax.pack import folder as folders
-from eigenlorax.pack import manifest as manifests
+from eigenlorax.pack import manifest_json, subspace_file
 from eigenlorax.reports import files as report_files
 from eigenlorax.train import data as rows
 from eigenlorax.train.options import Columns
@@ -120,8 +117,8 @@ def _with_fingerprints(tree: Tree, of_manifest: list[Change]) -> Tree:
         now = _with_digest(changed({MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)[MANIFEST])
         assert isinstance(now, bytes)
         assert isinstance(rows, bytes)
-        with patch.object(folders, "_check_lineage", lambda subspace, *_: found.append(subspace)):
-            folders._subspace(load(rows), manifests.parse(now, Path(MANIFEST)), Path(MANIFEST))
+        with patch.object(subspace_file, "_check_lineage", lambda subspace, *_: found.append(subspace)):
+            subspace_file.from_bytes(rows, manifest_json.parse(now, Path(MANIFEST)), Path(MANIFEST))
     except Exception:  # noqa: BLE001
         # what it is that is wrong is for the reader to say
         if not found:

@@ -14,7 +14,7 @@ from adapters import make_adapter, make_adapters
 from eigenlorax.core import printable
 from eigenlorax.errors import SkippedAdapterWarning
 from eigenlorax.formats import sources
-from eigenlorax.pack import card, manifest
+from eigenlorax.pack import card, manifest_json
 
 HOSTILE = [
     "org/base",
@@ -57,7 +57,7 @@ def plain(tmp_path_factory):
 
 def changed(pack, fit, **fields):
     """The manifest of a pack, saying something else."""
-    found = manifest.parse((pack / "subspace_config.json").read_bytes(), pack)
+    found = manifest_json.parse((pack / "subspace_config.json").read_bytes(), pack)
     return replace(found, fit=replace(found.fit, **fit), **fields)
 
 

@@ -21,7 +21,7 @@ from eigenlorax.codec.storage.table import storage_by_name
 from eigenlorax.core import keys
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
-from eigenlorax.pack import manifest
+from eigenlorax.pack import manifest_json
 from eigenlorax.reports import report
 from outcomes import contents
 from planted import MODULES, generator, normal, random_adapter, random_collection, shared_collection
@@ -285,7 +285,7 @@ class TestWritten:
             body["fit"] = {key: value for key, value in body["fit"].items() if key not in ("max_bytes", "ratio")}
         change(body)
         with pytest.raises(PackDamagedError, match=message):
-            manifest.parse(signed(body), file)
+            manifest_json.parse(signed(body), file)
 
     def test_order_does_not_matter(self, made, sources):
         pack, _ = made

@@ -369,10 +369,10 @@ class TestTwoAtOnce:
                 read()
 
     def test_so_is_one_of_the_command(self, place, fitted):
-        verify = folder.verify
+        verify = folder.PackFolder.verify
 
         def inspect() -> None:
-            folder.verify = lambda *arguments: [fitted.save(place, overwrite=True), verify(*arguments)]
+            folder.PackFolder.verify = lambda self: [fitted.save(place, overwrite=True), verify(self)]
             main(["inspect", str(place)])
 
         assert_refused(children.run(inspect), 5, f"{place} was changed by another process", "Open it again")

@@ -8,7 +8,7 @@ import pytest
 import eigenlorax as ex
 from eigenlorax.core import atomic_files, keys
 from eigenlorax.errors import PackDamagedError, PackVersionError
-from eigenlorax.pack import card, manifest
+from eigenlorax.pack import card, manifest_json
 from planted import random_collection
 from versions import older
 
@@ -60,11 +60,11 @@ def put(value):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
-    found = manifest.parse(signed(older(json.loads(data), version)), PATH)
+    found = manifest_json.parse(signed(older(json.loads(data), version)), PATH)
     assert (found.fit.auto, found.fit.max_error, found.fit.n_components) == (False, None, 4)
     assert (found.fit.solver, found.subspace.n_extra) == ("exact", 2)
     # what the fingerprint was before the augmentation was not noted then
-    assert found.to_bytes() == changed_canonically(data, ("subspace", "growth", 0, "fingerprint"), None)
+    assert manifest_json.to_bytes(found) == changed_canonically(data, ("subspace", "growth", 0, "fingerprint"), None)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,23 @@ def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
 def test_of_an_earlier_version_what_does_not_belong_there_is_refused(data, version, path, value, message):
     change = (lambda holder, key: holder.pop(key)) if value is ... else put(value)
     with pytest.raises(PackDamagedError, match=f"{PATH} does not follow the pack format: .*{message}"):
-        manifest.parse(changed(signed(older(json.loads(data), version)), path, change), PATH)
+        manifest_json.parse(changed(signed(older(json.loads(data), version)), path, change), PATH)
 
 
 def test_auto_goes_with_a_number_of_components(data):
-    assert manifest.parse(changed(data, ("fit", "auto"), put(True)), PATH).fit.size == "at most 4 components (auto)"
+    assert (
+        manifest_json.parse(changed(data, ("fit", "auto"), put(True)), PATH).fit.size == "at most 4 components (auto)"
+    )
     body = json.loads(data)
     body["fit"] |= {"auto": True, "n_components": None, "energy": 0.5}
     with pytest.raises(PackDamagedError, match="fit.auto goes with n_components"):
-        manifest.parse(signed(body), PATH)
+        manifest_json.parse(signed(body), PATH)
 
 
 def test_what_is_written_is_read(data):
-    found = manifest.parse(data, PATH)
-    assert found.to_bytes() == data
-    assert manifest.parse(signed(json.loads(data)), PATH) == found
+    found = manifest_json.parse(data, PATH)
+    assert manifest_json.to_bytes(found) == data
+    assert manifest_json.parse(signed(json.loads(data)), PATH) == found
 
 
 def test_a_flip_of_any_byte_is_noticed_unless_it_says_the_same(data):
@@ -106,12 +108,12 @@ def test_a_flip_of_any_byte_is_noticed_unless_it_says_the_same(data):
         flipped = bytearray(data)
         flipped[index] ^= 1
         try:
-            found = manifest.parse(bytes(flipped), PATH)
+            found = manifest_json.parse(bytes(flipped), PATH)
         except (PackDamagedError, PackVersionError) as error:
             assert str(error).startswith(str(PATH))  # noqa: PT017
         else:
             # the last digit of a float may be one of several that are read as the same number
-            assert found.to_bytes() == data
+            assert manifest_json.to_bytes(found) == data
             unnoticed += 1
     assert unnoticed < 10
 
@@ -120,7 +122,7 @@ def test_a_cut_anywhere_is_noticed(data):
     # without its last byte, a newline, it still says the same
     for end in range(0, len(data) - 1, 7):
         with pytest.raises(PackDamagedError, match=f"{PATH} is not valid JSON.*Restore the pack"):
-            manifest.parse(data[:end], PATH)
+            manifest_json.parse(data[:end], PATH)
 
 
 @pytest.mark.parametrize(
@@ -140,15 +142,15 @@ def test_a_cut_anywhere_is_noticed(data):
 )
 def test_what_is_no_manifest(text, message):
     with pytest.raises(PackDamagedError, match=f"{PATH}.*{message}"):
-        manifest.parse(text, PATH)
+        manifest_json.parse(text, PATH)
 
 
 def test_a_newer_format_is_refused_before_anything_else(data):
     newer = signed({"format_version": 6, "eigenlorax_version": "9.1", "anything": []})
     with pytest.raises(PackVersionError, match="pack format 6 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
-        manifest.parse(newer, PATH)
+        manifest_json.parse(newer, PATH)
     with pytest.raises(PackVersionError, match="pack format 6"):
-        manifest.parse(json.dumps({**json.loads(data), "format_version": 6}).encode(), PATH)
+        manifest_json.parse(json.dumps({**json.loads(data), "format_version": 6}).encode(), PATH)
 
 
 FREE = {("eigenlorax_version",), ("digest",)}
@@ -178,7 +180,7 @@ def test_a_field_of_another_type_is_refused_though_the_digest_fits(data):
             if fits or (path in OPTIONAL and None in (value, wrong)):
                 continue
             with pytest.raises((PackDamagedError, PackVersionError), match=str(PATH)):
-                manifest.parse(changed(data, path, put(wrong)), PATH)
+                manifest_json.parse(changed(data, path, put(wrong)), PATH)
             refused += 1
     assert refused > 500
 
@@ -189,7 +191,7 @@ def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(da
         optional = path in FREE or path[:-1] in {("adapters",), ("subspace", "modules"), ("fit", "skipped")}
         if not optional and isinstance(path[-1], str):
             with pytest.raises(PackDamagedError, match=str(PATH)):
-                manifest.parse(changed(data, path, lambda holder, key: holder.pop(key)), PATH)
+                manifest_json.parse(changed(data, path, lambda holder, key: holder.pop(key)), PATH)
     for path in (
         ("fit", "more"),
         ("subspace", "more"),
@@ -197,7 +199,7 @@ def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(da
         ("adapters", "a0", "files", "more"),
     ):
         with pytest.raises(PackDamagedError, match="more|files"):
-            manifest.parse(changed(data, path, put("text")), PATH)
+            manifest_json.parse(changed(data, path, put("text")), PATH)
 
 
 SIDE = ("subspace", "modules", "encoder.0.query", "down")
@@ -240,14 +242,14 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
 )
 def test_a_value_out_of_range_is_refused_though_the_digest_fits(data, path, value, message):
     with pytest.raises(PackDamagedError, match=f"{PATH} does not follow the pack format: .*{message}"):
-        manifest.parse(changed(data, path, put(value)), PATH)
+        manifest_json.parse(changed(data, path, put(value)), PATH)
 
 
 def test_two_names_that_differ_by_case_are_refused_though_the_digest_fits(data):
     body = json.loads(data)
     body["adapters"]["A0"] = body["adapters"]["a0"]
     with pytest.raises(PackDamagedError, match="differ by case alone"):
-        manifest.parse(signed(body), PATH)
+        manifest_json.parse(signed(body), PATH)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,6 @@ def test_two_names_that_differ_by_case_are_refused_though_the_digest_fits(data):
     ],
 )
 def test_what_else_may_be_there(data, path, value):
-    found = manifest.parse(changed(data, path, put(value)), PATH)
+    found = manifest_json.parse(changed(data, path, put(value)), PATH)
     assert card.render(found)
-    assert manifest.parse(found.to_bytes(), PATH) == found
+    assert manifest_json.parse(manifest_json.to_bytes(found), PATH) == found

@@ -18,7 +18,7 @@ from eigenlorax.errors import (
     PackMissingError,
     ShapeError,
 )
-from eigenlorax.pack import summary
+from eigenlorax.pack import loss_warnings
 from planted import MODULES, random_adapter, random_collection, tree
 
 
@@ -118,7 +118,7 @@ class TestAdd:
         assert torch.equal(back.down, new.modules["encoder.0.value"].down)
         assert torch.equal(back.up, new.modules["encoder.0.value"].up)
         lost = {"new": replace(ex.Pack.open(saved).records["new"], delta_error=0.9)}
-        assert "for new (0.90 of what is not carried)." in summary.losses(lost, 0.5)
+        assert "for new (0.90 of what is not carried)." in loss_warnings.describe_losses(lost, 0.5)
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),

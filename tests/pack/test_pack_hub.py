@@ -146,14 +146,14 @@ class TestFetch:
         def call():
             from eigenlorax.pack import hub as remote
 
-            real = remote.folder.read_manifest
+            real = remote.folder.find_pack
 
             def moved(place):
-                remote.folder.read_manifest = real
+                remote.folder.find_pack = real
                 ex.Pack.open(hub.repos["org/pack"]["v2"]).push_to_hub("org/pack", token=WRITER)
                 return real(place)
 
-            remote.folder.read_manifest = moved
+            remote.folder.find_pack = moved
             pack = ex.Pack.from_pretrained("org/pack")
             pack.verify()
             say(pack.names)
@@ -235,8 +235,8 @@ class TestFetch:
         from eigenlorax.pack import folder
 
         place = hub.repos["org/pack"]["main"]
-        entry = folder.open_manifest(place).manifest.adapters["beta"]
-        (place / "adapters" / "beta").rename(folder._spare_folder(place, "beta", entry))
+        beta = folder.open_pack(place).adapter("beta")
+        beta.own.rename(beta.spare)
         succeeded(online(call=lambda: ex.Pack.from_pretrained("org/pack", adapters=["beta"]).verify()))
 
     def test_a_local_folder_goes_first(self, online, hub, local):

@@ -33,12 +33,12 @@ def augment(
     json: arguments.Json = False,
 ) -> None:
     """Write a new pack with L random orthonormal components per module and side added. Adapters do not change."""
-    from ..pack import folder
+    from ..pack import writer
     from ..pack.pack import Pack
 
     started = time.perf_counter()
     opened = Pack.open(pack)
-    folder.check_free(output, overwrite)
+    writer.check_free(output, overwrite)
     with console.working():
         augmented = opened.augment(n_extra, seed)
         augmented.save(output, overwrite=overwrite)

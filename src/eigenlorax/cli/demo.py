@@ -47,7 +47,7 @@ def demo(
     import torch
 
     from ..core import atomic_files
-    from ..pack import folder
+    from ..pack import writer
     from ..pack.pack import Pack
     from ..reports import extra, stored
     from ..train import demo as demonstration
@@ -57,7 +57,7 @@ def demo(
         torch.set_num_threads(1)
     started = time.perf_counter()
     if keep is not None:
-        folder.check_free(keep / "pack", overwrite)
+        writer.check_free(keep / "pack", overwrite)
         atomic_files.check_free(keep / "loras", overwrite)
     with tempfile.TemporaryDirectory() as temporary, console.working() as progress:
         result = demonstration.run(

@@ -159,11 +159,11 @@ def fit(
     from ..core import checkpoint, keys
     from ..fitting.fit import fit as fit_adapters
     from ..fitting.options import is_entropy_coded
-    from ..pack import folder
+    from ..pack import writer
 
     started = time.perf_counter()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
-    folder.check_free(output, overwrite)
+    writer.check_free(output, overwrite)
     byte_budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
     targets = {"max_error": max_error, "max_bytes": byte_budget, "ratio": ratio}
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)

@@ -33,10 +33,10 @@ def pull(
     json: arguments.Json = False,
 ) -> None:
     """Download a pack from the Hub into a folder where it can be changed. Every byte is checked."""
-    from ..pack import folder
+    from ..pack import writer
     from ..pack.pack import Pack
 
-    folder.check_free(output, overwrite)
+    writer.check_free(output, overwrite)
     with console.working():
         pulled = Pack.from_pretrained(repo, adapters=adapter or None, revision=revision)
         pulled.save(output, overwrite=overwrite)

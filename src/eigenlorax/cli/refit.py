@@ -100,12 +100,12 @@ def refit(
 ) -> None:
     """Fit another subspace to a pack's adapters, from their originals if given, and show each adapter's new error."""
     from ..fitting.refit import refit as refit_adapters
-    from ..pack import folder
+    from ..pack import writer
     from ..pack.pack import Pack
 
     started = time.perf_counter()
     opened = Pack.open(pack)
-    folder.check_free(output, overwrite)
+    writer.check_free(output, overwrite)
     reading = {"allow_pickle": allow_pickle, "revision": revision} if adapters else {}
     with console.working() as progress:
         refitted = refit_adapters(

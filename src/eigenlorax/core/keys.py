@@ -26,6 +26,7 @@ REPORT_PAGE = "report.html"
 REPORTS = (REPORT_FIGURES, REPORT_PAGE)
 REPORT_SCHEMA = "eigenlorax-report"
 LOCK = ".lock"
+SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 # Files of an adapter: PEFT's own names first
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -109,6 +110,11 @@ class TensorName:
     kind: Kind
     module: str
     key: str
+
+
+def subspace_file(sha256: str) -> str:
+    """Return the name of a subspace's file, after the sha256 of its bytes."""
+    return f"subspace-{sha256[:8]}.safetensors"
 
 
 def check_tensor_names(names: Iterable[str], where: str) -> None:

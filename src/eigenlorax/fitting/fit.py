@@ -17,9 +17,10 @@ from ..errors import WARN_ABOVE
 from ..formats.sources import Sources
 from ..pack import manifest
 from ..pack.encoding import pack_adapter
+from ..pack.loss_warnings import check_warn_above, lossy, warn_of_losses
 from ..pack.manifest import FitInfo
-from ..pack.pack import Pack, check_warn_above, warn_of_losses
-from ..pack.summary import lossy, uncompressed_note
+from ..pack.pack import Pack
+from ..pack.summary import uncompressed_note
 from . import remedy
 from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan

@@ -18,7 +18,8 @@ from ..core.adapter import Adapter
 from ..core.fit_options import BYTE_TARGETS, SIZE_OPTIONS
 from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
-from ..pack.pack import Pack, check_warn_above, warn_of_losses
+from ..pack.loss_warnings import check_warn_above, warn_of_losses
+from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter, Record
 from .fit import fit
 from .match_sources import match_adapters

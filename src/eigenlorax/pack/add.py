@@ -1,7 +1,7 @@
 """New adapters for a pack: read, compared with its subspace, and encoded in it."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..codec.adapter_encoder import encode_adapter
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.storage import coded
 from ..codec.storage.base import Storage
+from ..codec.storage.table import storage_by_name
 from ..core import extension, keys, module_names, projection, threads
 from ..core.adapter import Adapter
 from ..core.extension import NewAdapter, Progress
@@ -19,6 +20,7 @@ from ..core.subspace import Subspace
 from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks
 from ..formats.sources import AdapterSource
+from .contents import PackContents
 from .encoding import (
     EncodedAdapter,
     ScannedAdapter,
@@ -44,22 +46,6 @@ class AddOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class PackContext:
-    """The pack that adapters are added to.
-
-    names: of the adapters in it. error_bound: the delta error that an adapter of an entropy-coded pack may have.
-    """
-
-    info: SubspaceInfo
-    names: Collection[str]
-    base_model: str | None
-    revision: str | None
-    storage: Storage
-    coefficient_storage: Storage
-    error_bound: float
-
-
-@dataclass(frozen=True, slots=True)
 class Addition:
     """New adapters by name, and the subspace that they are in, which may have been extended."""
 
@@ -69,12 +55,13 @@ class Addition:
     revision: str | None
 
 
-def check_extend(extend: int, context: PackContext) -> int:
+def check_extend(extend: int, pack: PackContents) -> int:
     """Return `extend` as an integer that the widest side has room for."""
     extend = to_int("extend", extend)
-    largest = max((side.dimension for pair in context.info.modules.values() for side in pair.values()), default=0)
-    if context.coefficient_storage.extension_error is not None:
-        raise OptionError(context.coefficient_storage.extension_error)
+    largest = max((side.dimension for pair in pack.info.modules.values() for side in pair.values()), default=0)
+    extension_error = storage_by_name(pack.coefficient_storage).extension_error
+    if extension_error is not None:
+        raise OptionError(extension_error)
     if not 1 <= extend <= largest:
         raise OptionError(
             f"extend={extend}: the number of components to add per side must be from 1 to {largest}, the largest "
@@ -83,33 +70,33 @@ def check_extend(extend: int, context: PackContext) -> int:
     return extend
 
 
-def read_new(sources: Sequence[AdapterSource], context: PackContext, options: AddOptions) -> list[ScannedAdapter]:
+def read_new(sources: Sequence[AdapterSource], pack: PackContents, options: AddOptions) -> list[ScannedAdapter]:
     """Read adapters in the given order, and check that each belongs to the pack.
 
     `AdapterNameError`, `BaseModelError`, `ModuleNameError` or `ShapeError` for the first that does not.
     """
     adapters = []
     for source in sources:
-        adapter = _read(source, context, options)
+        adapter = _read(source, pack, options)
         adapters.append(adapter)
-    checks.check_names([*context.names, *(adapter.name for adapter in adapters)])
+    checks.check_names([*pack.names, *(adapter.name for adapter in adapters)])
     return adapters
 
 
-def _read(source: AdapterSource, context: PackContext, options: AddOptions) -> ScannedAdapter:
+def _read(source: AdapterSource, pack: PackContents, options: AddOptions) -> ScannedAdapter:
     adapter = checks.read_source(source, options.reading)
     adapter = replace(adapter, name=keys.check_name(adapter.name if source.name is None else source.name))
-    if adapter.name.lower() in {name.lower() for name in context.names}:
+    if adapter.name.lower() in {name.lower() for name in pack.names}:
         raise AdapterNameError(
             f"The pack already has an adapter named {adapter.name!r}. Give the new one another name "
             "(NAME=PATH, name=), or remove the old one first."
         )
-    if adapter.subspace is None or adapter.subspace not in context.info.lineage:
-        pack = Adapter("the pack", {}, {}, base_model=context.base_model, revision=context.revision)
-        checks.check_one_base([pack, adapter], options.same_base)
-    widths = ((module, sides["down"].dimension) for module, sides in context.info.modules.items())
+    if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
+        present = Adapter("the pack", {}, {}, base_model=pack.base_model, revision=pack.revision)
+        checks.check_one_base([present, adapter], options.same_base)
+    widths = ((module, sides["down"].dimension) for module, sides in pack.info.modules.items())
     checks.check_family(adapter, widths)
-    subspace_names = _match_modules(adapter, context.info, options.carry_missing)
+    subspace_names = _match_modules(adapter, pack.info, options.carry_missing)
     return ScannedAdapter(adapter, checks.scan(adapter), subspace_names)
 
 
@@ -144,30 +131,27 @@ def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) ->
 
 
 def add_adapters(
-    sources: Sequence[AdapterSource],
-    context: PackContext,
-    options: AddOptions,
-    subspace: Subspace,
-    progress: Progress,
+    sources: Sequence[AdapterSource], pack: PackContents, options: AddOptions, progress: Progress
 ) -> Addition:
     """Read and encode new adapters, all or none of them, after extending the subspace if that is asked for."""
-    new = read_new(sources, context, options)
-    if options.extend is not None:
-        subspace = extend_subspace(subspace, context.storage, new, options.extend, progress)
-    is_coded = context.coefficient_storage.is_coded
-    if is_coded and not context.error_bound:
+    n_components = None if options.extend is None else check_extend(options.extend, pack)
+    new = read_new(sources, pack, options)
+    subspace = pack.subspace
+    if n_components is not None:
+        subspace = extend_subspace(subspace, storage_by_name(pack.storage), new, n_components, progress)
+    if pack.is_coded and not pack.aim:
         raise OptionError(
             "This pack was fitted for a size, and no adapter is left in it whose error could be the bound for new "
             "ones. Fit a pack again (max_error, max_bytes or ratio), with the new adapters among the sources."
         )
-    bases = quantised_bases(subspace) if is_coded else {}
+    bases = quantised_bases(subspace) if pack.is_coded else {}
     packed = {}
     for done, scanned in enumerate(new):
         progress("projecting adapters", done, len(new))
-        if is_coded:
-            encoded = encode_alone(scanned, subspace, bases, context.error_bound)
+        if pack.is_coded:
+            encoded = encode_alone(scanned, subspace, bases, pack.aim)
         else:
-            encoded = project_adapter(scanned, subspace, context.coefficient_storage)
+            encoded = project_adapter(scanned, subspace, storage_by_name(pack.coefficient_storage))
         packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
     progress("projecting adapters", len(new), len(new))
     return Addition(

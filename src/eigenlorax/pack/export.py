@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,11 +10,9 @@ from .. import formats
 from ..core import atomic_files, keys, metrics, narrowing, staging
 from ..core.adapter import LazyMapping, LoRAFactors
 from ..core.extension import Progress
-from . import folder
+from . import writer
+from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack
-
-if TYPE_CHECKING:
-    from .pack import Pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +31,14 @@ class ExportPlan:
         return {name: self.directory / (name + suffix) for name, suffix in suffixes.items()}
 
 
-def lossless_dtype(pack: "Pack") -> torch.dtype:
-    """Return a dtype for factors in which they are not rounded again: the pack's, and float32 at least."""
-    return torch.promote_types(torch.promote_types(pack.dtype, pack.coefficient_dtype), torch.float32)
-
-
-def export_adapters(pack: "Pack", plan: ExportPlan, progress: Progress | None) -> dict[str, Path]:
+def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | None) -> dict[str, Path]:
     """Write adapters, and return where each is.
 
     Targets, names of modules, dtypes and the pack's bytes are checked for all adapters before the first is written.
     """
     targets = plan.targets
     for name, target in targets.items():
-        folder.check_outside(target)
+        writer.check_outside(target)
         atomic_files.recover(target)
         if formats.writable(plan.formats[name]).suffix:
             atomic_files.check_file_free(target, plan.overwrite)
@@ -63,23 +55,23 @@ def export_adapters(pack: "Pack", plan: ExportPlan, progress: Progress | None) -
                 progress("exporting adapters", done, len(targets))
             # a single adapter is decoded once; of several, only one at a time is in memory
             packed = checked if checked is not None and len(targets) == 1 else pack.packed(name)
-            adapter = unpack(packed, pack.subspace, plan.dtype or lossless_dtype(pack))
+            adapter = unpack(packed, pack.subspace, plan.dtype or pack.lossless_dtype)
             formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
     return targets
 
 
-def _check_writable(pack: "Pack", name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
+def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
     """Return an adapter as stored, after checking that the format has names for all of it and the dtype its range."""
     packed = pack.packed(name)
     if dtype is not None:
         exact = unpack(packed, pack.subspace, torch.float64).modules
         for _ in narrowing.narrow_adapter(name, LazyMapping(packed.subspace_names, exact.__getitem__), dtype):
             pass
-    formats.check_writable(unpack(packed, pack.subspace, dtype or lossless_dtype(pack)), format)
+    formats.check_writable(unpack(packed, pack.subspace, dtype or pack.lossless_dtype), format)
     return packed
 
 
-def rounding_error(pack: "Pack", name: str, dtype: torch.dtype) -> float:
+def rounding_error(pack: PackContents, name: str, dtype: torch.dtype) -> float:
     """Return the relative error of an adapter's update that rounding its exported factors to `dtype` causes."""
     packed = pack.packed(name)
     exact, rounded = (unpack(packed, pack.subspace, each).modules for each in (torch.float64, dtype))

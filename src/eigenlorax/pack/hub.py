@@ -1,29 +1,19 @@
 """A pack in a repository on the Hub: which files a download needs, and which files a push replaces."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import keys
 from ..errors import PackDamagedError, PackMissingError
 from ..formats import hub
-from . import card, folder, manifest
-from .manifest import Manifest
+from . import card, folder
+from .folder import PackFolder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.SOURCE_FILE, keys.CARRIED)
-
-
-def select_adapters(listed: Manifest, names: Sequence[str] | None) -> Manifest:
-    """Return a manifest with only these adapters; None: all. `AdapterNameError` for an unknown name."""
-    if names is None:
-        return listed
-    for name in names:
-        keys.check_known(name, listed.adapters)
-    return replace(listed, adapters={name: entry for name, entry in listed.adapters.items() if name in names})
 
 
 def fetch(
@@ -45,23 +35,23 @@ def fetch(
         return Path(source)
     path = _fetch_manifest(*repository, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     repo_id = repository[0]
-    opened = folder.read_manifest(path)
+    opened = folder.find_pack(path)
     if opened is None:
         raise PackMissingError(f"{repo_id} is not a pack: it has no {keys.MANIFEST} at that revision on the Hub.")
-    wanted = select_adapters(opened.manifest, adapters)
-    missing = _missing(path, wanted)
+    wanted = opened if adapters is None else opened.select(adapters)
+    missing = _missing(wanted)
     if missing:
         hub.download(
             repo_id,
             # the commit that the manifest is from, even if the branch has moved since
             path.name,
-            [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.adapters)],
+            [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.manifest.adapters)],
             required=missing[0],
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        missing = _missing(path, wanted)
+        missing = _missing(wanted)
     if missing:
         raise PackDamagedError(
             f"{repo_id} has no {missing[0]} on the Hub, though its {keys.MANIFEST} lists it. Push the pack again."
@@ -95,12 +85,12 @@ def _fetch_manifest(
     )
 
 
-def _missing(path: Path, wanted: Manifest) -> list[str]:
+def _missing(wanted: PackFolder) -> list[str]:
     """Return the files of a pack that are not in its folder. The bytes of the others are checked when they are read."""
-    files = [path / wanted.subspace_file]
-    for name, entry in wanted.adapters.items():
-        files += [folder.adapter_folder(path, name, entry) / file for file in entry.files]
-    return [file.relative_to(path).as_posix() for file in files if not file.is_file()]
+    files = [wanted.path / wanted.manifest.subspace_file]
+    for name, entry in wanted.manifest.adapters.items():
+        files += [wanted.adapter(name).current / file for file in entry.files]
+    return [file.relative_to(wanted.path).as_posix() for file in files if not file.is_file()]
 
 
 def push(
@@ -117,7 +107,7 @@ def push(
 
     Files of a previous pack that this one does not list are deleted; other files stay.
     """
-    listed = folder.open_manifest(path).manifest
+    listed = folder.open_pack(path).manifest
     files = [keys.MANIFEST, listed.subspace_file]
     files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in listed.adapters.items() for file in entry.files]
 
@@ -146,5 +136,5 @@ def _outdated(existing: Sequence[str], files: Sequence[str]) -> Iterable[str]:
     for path in existing:
         parent, _, file = path.rpartition("/")
         adapter = f"{parent}/" in packed and parent.rpartition("/")[0] == keys.ADAPTERS and file in _ADAPTER_FILES
-        if path not in files and (adapter or manifest.SUBSPACE_FILE.fullmatch(path)):
+        if path not in files and (adapter or keys.SUBSPACE_FILE.fullmatch(path)):
             yield path

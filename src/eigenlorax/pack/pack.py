@@ -1,12 +1,10 @@
-"""`Pack`: a subspace, and any number of adapters as coefficients in it."""
+"""`Pack`: a subspace, and any number of adapters as coefficients in it. Opened, changed, exported, saved and shared."""
 
-import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,75 +12,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import formats
-from ..codec.encoder import RatePoint
-from ..codec.storage.table import parse_storage, storage_by_name
 from ..core import atomic_files, dtypes, keys, registry
 from ..core import subspace as spaces
-from ..core.adapter import Adapter, LazyMapping
+from ..core.adapter import LazyMapping
 from ..core.extension import Progress
-from ..core.options import name_list, to_float
-from ..core.subspace import Subspace
-from ..errors import (
-    WARN_ABOVE,
-    LossWarning,
-    OptionError,
-    PackBusyError,
-    PackDamagedError,
-    PackVersionError,
-    UntrainedAdapterWarning,
-)
-from ..formats import hub as hub_client
+from ..core.options import name_list
+from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
-from . import adapter_files, add, export, folder, hub, manifest
-from .adapter_files import SubspaceHistory
-from .add import AddOptions, PackContext
+from . import adapter_files, add, export, folder, hub, manifest, subspace_file, writer
+from .add import AddOptions
+from .contents import PackContents
 from .export import ExportPlan
-from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
-from .packed_adapter import PackedAdapter, Record, unpack
-from .summary import Summary, losses, lossy, summarize
+from .folder import PackFolder
+from .loss_warnings import check_warn_above, warn_of_losses
+from .manifest import Entry, Manifest
+from .packed_adapter import Record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 
-class Pack:
+class Pack(PackContents):
     """A subspace, and adapters as coefficients in it.
 
     `add`, `add_all` and `remove` change only this object; `save` writes it. A pack that was opened reads its tensors
     from disk when they are used, and checks their bytes against the manifest.
-
-    Attributes that a fit sets, and `save` does not write:
-
-    notes: sentences about what the fit chose, and why. seconds: time by stage. frontier: for a fit to an error bound or
-    a size, the estimated bytes at other errors.
     """
-
-    def __init__(
-        self,
-        subspace: Subspace | Callable[[], Subspace],
-        info: SubspaceInfo,
-        adapters: Mapping[str, PackedAdapter | Entry],
-        fit_info: FitInfo,
-        *,
-        base_model: str | None,
-        revision: str | None,
-        coefficient_dtype: str | torch.dtype,
-    ) -> None:
-        self.info = info
-        self.fit_info = fit_info
-        self.base_model = base_model
-        self.revision = revision
-        coefficient_storage = parse_storage(coefficient_dtype)
-        assert coefficient_storage is not None
-        self._storage, self._coefficient_storage = storage_by_name(info.dtype), coefficient_storage
-        self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.frontier: list[RatePoint] = []
-        self.path: Path | None = None
-        self._opened: folder.OpenedManifest | None = None
-        self._partial = False
-        self._subspace = subspace
-        self._adapters = dict(adapters)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Pack":
@@ -90,11 +45,13 @@ class Pack:
 
         `PackMissingError` where there is no pack, `PackDamagedError` or `PackVersionError` where it cannot be read.
         """
-        path = Path(path)
-        opened = folder.open_manifest(path)
+        return cls._from_folder(folder.open_pack(Path(path)))
+
+    @classmethod
+    def _from_folder(cls, opened: PackFolder) -> "Pack":
         listed = opened.manifest
         pack = cls(
-            partial(folder.read_subspace, path, listed),
+            opened.read_subspace,
             listed.subspace,
             listed.adapters,
             listed.fit,
@@ -102,7 +59,7 @@ class Pack:
             revision=listed.revision,
             coefficient_dtype=listed.coefficient_dtype,
         )
-        pack.path, pack._opened = path, opened
+        pack._folder = opened
         pack.remember()
         return pack
 
@@ -127,13 +84,8 @@ class Pack:
         path = hub.fetch(
             source, adapters, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        pack = cls.open(path)
-        if adapters is not None:
-            assert pack._opened is not None
-            listed = hub.select_adapters(pack._opened.manifest, adapters)
-            pack._opened, pack._adapters = folder.OpenedManifest(listed, pack._opened.digest), dict(listed.adapters)
-            pack._partial = True
-        return pack
+        opened = folder.open_pack(path)
+        return cls._from_folder(opened if adapters is None else opened.select(adapters))
 
     def remember(self) -> None:
         """Register the subspace for the tuner, which looks it up by fingerprint, until the process ends.
@@ -152,143 +104,17 @@ class Pack:
 
         An error in the block leaves the pack on disk unchanged.
         """
-        folder.open_manifest(Path(path))
-        _check_no_cache(Path(path))
+        folder.open_pack(Path(path))
+        writer.check_no_cache(Path(path))
         with folder.locked(Path(path)):
             pack = cls.open(path)
             yield pack
             pack.save()
 
-    def __len__(self) -> int:
-        return len(self._adapters)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._adapters
-
     def __repr__(self) -> str:
         where = f" in {str(self.path)!r}" if self.path is not None else ""
         base = self.base_model or "an unknown base model"
         return f"<Pack of {len(self)} adapters of {base}, {len(self.info.modules)} modules{where}>"
-
-    @property
-    def names(self) -> list[str]:
-        """The adapters' names, sorted."""
-        return sorted(self._adapters)
-
-    @property
-    def subspace(self) -> Subspace:
-        """The bases of every module."""
-        if not isinstance(self._subspace, Subspace):
-            self._subspace = self._subspace()
-        return self._subspace
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the components in memory: their storage dtype, or float32 for integers."""
-        return self._storage.dtype
-
-    @property
-    def coefficient_dtype(self) -> torch.dtype:
-        """The dtype of the coefficients in memory."""
-        return self._coefficient_storage.dtype
-
-    @property
-    def storage(self) -> str:
-        """The storage of the components, by the name that `fit` takes: `float16`, `int8`, `coded`."""
-        return self._storage.name
-
-    @property
-    def coefficient_storage(self) -> str:
-        """The storage of the coefficients, by name."""
-        return self._coefficient_storage.name
-
-    @property
-    def is_coded(self) -> bool:
-        """True if it was fitted to an error bound or a size, and is entropy-coded."""
-        return self._coefficient_storage.is_coded
-
-    @property
-    def cores(self) -> str | None:
-        """The kind of cores in place of coefficients, "full" or "diagonal"; None for coefficients."""
-        return self._coefficient_storage.core_kind
-
-    @property
-    def aim(self) -> float:
-        """The error bound of the pack: the one it was fitted for, else the largest delta error of a fitted adapter.
-
-        If no fitted adapter is left, the largest of those that were added; 0.0 for a pack without adapters.
-        """
-        if self.fit_info.max_error is not None:
-            return self.fit_info.max_error
-        records = self.records.values()
-        fitted = [record.delta_error for record in records if record.in_fit]
-        return max(fitted or [record.delta_error for record in records], default=0.0)
-
-    @property
-    def records(self) -> dict[str, Record]:
-        """Figures of every adapter, by name."""
-        return {name: self._adapters[name].record for name in self.names}
-
-    @property
-    def summary(self) -> Summary:
-        """Figures of the whole pack: contents, bytes and errors."""
-        return summarize(
-            self.records,
-            self.info,
-            self.fit_info,
-            self.coefficient_storage,
-            base_model=self.base_model,
-            revision=self.revision,
-        )
-
-    def packed(self, name: str) -> PackedAdapter:
-        """Return one adapter as coefficients, read from disk if it is there.
-
-        `AdapterNameError` for an unknown name, `PackDamagedError` if its files were changed.
-        """
-        self._check_has(name)
-        adapter = self._adapters[name]
-        if isinstance(adapter, Entry):
-            assert self.path is not None
-            history = SubspaceHistory(self.info.lineage, self.info.sizes, self._subspace_at)
-            adapter = folder.read_adapter(self.path, name, adapter, self._coefficient_storage, history)
-        return adapter
-
-    def _subspace_at(self, fingerprint: str) -> Subspace:
-        """Return the subspace at the time when it had a fingerprint of its lineage."""
-        return self.subspace.before(self.info.lineage.index(fingerprint))
-
-    def adapter_folder(self, name: str) -> Path:
-        """Return the folder of an adapter on disk, for PEFT to load. Its bytes are not checked; `packed` does that."""
-        entry = self._entry(name)
-        assert self.path is not None
-        return folder.adapter_folder(self.path, name, entry)
-
-    def digest(self, name: str) -> str:
-        """Return a sha256 of everything that an adapter on disk depends on, from the manifest alone.
-
-        It changes when the subspace grows.
-        """
-        entry = self._entry(name)
-        assert self._opened is not None
-        listed = self._opened.manifest
-        content = [listed.subspace_sha256, self.info.fingerprint, listed.coefficient_dtype, sorted(entry.files.items())]
-        return atomic_files.digest(json.dumps(content).encode())
-
-    def _entry(self, name: str) -> Entry:
-        """Return an adapter's entry in the manifest; `OptionError` if it was not saved yet."""
-        self._check_has(name)
-        adapter = self._adapters[name]
-        if self._opened is None or not isinstance(adapter, Entry):
-            raise OptionError(f"Adapter {name!r} is not on disk yet: save the pack first.")
-        return adapter
-
-    def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
-        """Return an adapter as an ordinary LoRA.
-
-        dtype: of its factors; by default float32, or the pack's own if that is wider, so that nothing is rounded again.
-        """
-        return unpack(self.packed(name), self.subspace, dtype or export.lossless_dtype(self))
 
     def export(
         self,
@@ -333,12 +159,7 @@ class Pack:
 
         It adds to the `delta_error` of the adapter's record, which is the error of the pack.
         """
-        return export.rounding_error(self, name, dtypes.parse(dtype) or export.lossless_dtype(self))
-
-    def verify(self) -> None:
-        """Read every byte of a pack on disk; `PackDamagedError` names the first file that was changed."""
-        if self.path is not None and self._opened is not None:
-            folder.verify(self.path, self._opened.manifest)
+        return export.rounding_error(self, name, dtypes.parse(dtype) or self.lossless_dtype)
 
     def add(
         self,
@@ -398,18 +219,7 @@ class Pack:
         warn_above: float,
         progress: Progress,
     ) -> dict[str, Record]:
-        context = PackContext(
-            self.info,
-            self.names,
-            self.base_model,
-            self.revision,
-            self._storage,
-            self._coefficient_storage,
-            error_bound=self.aim if self.is_coded else 0.0,
-        )
-        if options.extend is not None:
-            options = replace(options, extend=add.check_extend(options.extend, context))
-        addition = add.add_adapters(adapter_sources, context, options, self.subspace, progress)
+        addition = add.add_adapters(adapter_sources, self, options, progress)
         records = {name: packed.record for name, packed in addition.adapters.items()}
         untrained = [name for name, record in records.items() if record.untrained]
         if untrained:
@@ -439,9 +249,6 @@ class Pack:
         for name in dict.fromkeys(names):
             del self._adapters[name]
 
-    def _check_has(self, name: str) -> None:
-        keys.check_known(name, self._adapters)
-
     def augment(self, n_extra: int, seed: int) -> "Pack":
         """Return a pack whose bases have `n_extra` more random components per side, drawn from `seed`.
 
@@ -458,11 +265,6 @@ class Pack:
             coefficient_dtype=self.coefficient_storage,
         )
 
-    def _with_fingerprint(self, name: str) -> PackedAdapter:
-        """Return an adapter that refers to its subspace by fingerprint, so that it is unchanged when that grows."""
-        packed = self.packed(name)
-        return replace(packed, subspace=packed.subspace or self.info.fingerprint)
-
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
         """Write the pack to the folder `path`, completely or not at all, and return the folder.
 
@@ -472,42 +274,23 @@ class Pack:
         target = Path(path) if path is not None else self.path
         if target is None:
             raise OptionError("This pack is not on disk yet: pass a path, pack.save('pack/').")
-        _check_no_cache(target)
-        if self._partial and self._is_at(target):
+        writer.check_no_cache(target)
+        opened = self._folder if self._folder is not None and self._folder.is_at(target) else None
+        if opened is not None and opened.is_partial:
             raise OptionError(
                 f"This is a part of the pack in {target}, which would lose its other adapters. Save it to another "
                 "path, or open the whole pack."
             )
-        folder.check_free(target, overwrite or self._is_at(target))
-        with folder.created(target), folder.locked(target):
-            previous = self._previous(target, overwrite)
-            self._write(target, previous.manifest if previous else None)
+        writer.check_free(target, overwrite or opened is not None)
+        with writer.created(target), folder.locked(target):
+            previous = writer.replaced_manifest(target, opened, overwrite)
+            self._write(target, previous, in_place=opened is not None)
         return target
 
-    def _previous(self, target: Path, overwrite: bool) -> folder.OpenedManifest | None:
-        """Return the manifest in `target` that will be replaced; None where there is none that can be read."""
-        if not (target / keys.MANIFEST).exists():
-            return None
-        if self._is_at(target):
-            current = folder.open_manifest(target)
-            if current != self._opened:
-                raise PackBusyError(
-                    f"{target} was changed by another process since it was opened. Open it again and repeat."
-                )
-            return current
-        folder.check_free(target, overwrite)
-        try:
-            return folder.read_manifest(target)
-        except (PackDamagedError, PackVersionError):
-            return None
-
-    def _is_at(self, target: Path) -> bool:
-        return self.path is not None and self.path.exists() and self.path.resolve() == target.resolve()
-
-    def _write(self, target: Path, previous: Manifest | None) -> None:
-        in_place = self._is_at(target)
+    def _write(self, target: Path, previous: Manifest | None, in_place: bool) -> None:
+        """Write the pack. previous: the manifest in `target`. in_place: whether it is an earlier state of this pack."""
         loaded = {
-            name: adapter if isinstance(adapter, PackedAdapter) else self.packed(name)
+            name: self.packed(name)
             for name, adapter in self._adapters.items()
             if not (in_place and isinstance(adapter, Entry))
         }
@@ -517,12 +300,13 @@ class Pack:
             lambda name: adapter_files.to_files(loaded[name], self.info.fingerprint, self._coefficient_storage),
         )
         entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
-        entries |= folder.entries(loaded, files)
+        entries |= {name: Entry.of(loaded[name].record, content) for name, content in files.items()}
         if in_place and previous is not None and previous.subspace == self.info:
-            data, file, sha256 = None, previous.subspace_file, previous.subspace_sha256
+            subspace, file, sha256 = None, previous.subspace_file, previous.subspace_sha256
         else:
-            data = folder.subspace_bytes(self.subspace, self._storage)
-            file, sha256 = folder.subspace_name(data)
+            subspace = subspace_file.to_bytes(self.subspace, self._storage)
+            sha256 = atomic_files.digest(subspace)
+            file = keys.subspace_file(sha256)
         new = Manifest(
             base_model=self.base_model,
             revision=self.revision,
@@ -533,8 +317,7 @@ class Pack:
             coefficient_dtype=self.coefficient_storage,
             adapters=dict(sorted(entries.items())),
         )
-        digest = folder.write(target, previous, new, data, files)
-        self.path, self._opened, self._partial = target, folder.OpenedManifest(new, digest), False
+        self._folder = writer.write(target, previous, new, subspace, files)
         self._adapters = dict(new.adapters)
 
     def push_to_hub(
@@ -580,32 +363,3 @@ class Pack:
                 token=token,
                 create_pr=create_pr,
             )
-
-
-def check_warn_above(value: float) -> float:
-    """Return `value` as a number from 0 to 1; `OptionError` if it is none."""
-    share = to_float("warn_above", value)
-    if not 0 <= share <= 1:
-        raise OptionError(f"warn_above must be a relative error from 0 to 1 (1: never warn), got {value}.")
-    return share
-
-
-def warn_of_losses(
-    records: Mapping[str, Record],
-    above: float,
-    remedy: str = "Fit the pack again with such adapters among the sources, or keep the LoRAs themselves.",
-    stacklevel: int = 3,
-) -> None:
-    """Issue a `LossWarning` that names the trained adapters with a delta error above `above`; 1: never."""
-    if lossy(records, above):
-        warnings.warn(f"{losses(records, above)} {remedy}", LossWarning, stacklevel=stacklevel)
-
-
-def _check_no_cache(target: Path) -> None:
-    """Raise `OptionError` for a folder in the Hub's cache: later downloads would take a changed file for the Hub's."""
-    repo_id = hub_client.cached_repo(target)
-    if repo_id is not None:
-        raise OptionError(
-            f"{target} is the copy of {repo_id} in the Hub's cache, which must not be changed. Save the pack to "
-            f"another path, pack.save('pack/'), or download it with `eigenlorax pull {repo_id} -o pack/`."
-        )

@@ -1,7 +1,7 @@
 """Figures of a whole pack (contents, bytes, errors), for tables, JSON and the model card."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..codec.storage.table import storage_by_name
@@ -205,46 +205,6 @@ def uncompressed_note(sizes: Bytes) -> str | None:
 def lora_numbers(records: Mapping[str, Record]) -> int:
     """Return how many numbers the LoRAs' factors have; those of untrained adapters do not count in ratios."""
     return sum(record.lora_numbers for record in records.values() if not record.untrained)
-
-
-def lossy(records: Mapping[str, Record], share: float) -> list[str]:
-    """Return the trained adapters with a delta error above `share`, the largest first; none of them if that is 1."""
-    if share >= 1:
-        return []
-    names = [name for name, record in records.items() if not record.untrained and record.delta_error > share]
-    return sorted(names, key=lambda name: (-records[name].delta_error, name))
-
-
-def losses(records: Mapping[str, Record], share: float) -> str:
-    """Return sentences that name up to five adapters of `lossy` with their errors, and how many more there are.
-
-    Adapters with an upper bound in place of a measured error have a sentence of their own.
-    """
-    names = lossy(records, share)
-    measured, bounded = ([name for name in names if records[name].bound == bound] for bound in (False, True))
-    sentences = []
-    if measured:
-        sentences.append(f"The delta error is above {share:g} for {_named(records, measured)}.")
-    if bounded:
-        sentences.append(
-            f"The delta error may be above {share:g}, since the pack was refitted without the originals and only an "
-            f"upper bound is known, for {_named(records, bounded)}."
-        )
-    return " ".join(sentences)
-
-
-def _named(records: Mapping[str, Record], names: Sequence[str]) -> str:
-    listed = ", ".join(f"{name} ({_error_text(records[name])})" for name in names[:5])
-    return listed + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _error_text(record: Record) -> str:
-    if record.bound and record.delta_error >= 1:
-        # a bound of 1 or more excludes nothing: an empty adapter has an error of 1
-        error = "perhaps all of it"
-    else:
-        error = f"at most {record.delta_error:.2f}" if record.bound else f"{record.delta_error:.2f}"
-    return error + (" of what is not carried" if record.carried_bytes else "")
 
 
 SIDE_NAMES = {side: f"{side} ({keys.LORA_PARTS[side]})" for side in keys.SIDES}

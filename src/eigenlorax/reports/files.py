@@ -9,7 +9,7 @@ from ..core import atomic_files, keys
 from ..core.boundary import MAX_REPORT_BYTES, read_file
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import FormatError, OptionError, PackExistsError
-from ..pack import folder
+from ..pack import report_files
 from . import validation
 from .data import MATRIX, SCHEMA_VERSION, ReportData
 from .render import markdown, page
@@ -93,7 +93,7 @@ def check(path: Path) -> None:
         raise OptionError(f"{path}: {path.name} is a file of packs or adapters. Choose another name, such as {free}.")
     if path.name.lower() == keys.CARD.lower() and (path.parent / keys.MANIFEST).is_file():
         raise OptionError(f"{path} is the card of the pack, which describes it. Choose another name, such as {free}.")
-    if path.is_file() and path.stat().st_size and not folder.is_report(path):
+    if path.is_file() and path.stat().st_size and not report_files.is_report(path):
         raise PackExistsError(
             f"{path} exists and is no report that eigenlorax has written: it is not replaced. Choose another name, or "
             "remove it yourself."

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core import atomic_files, json_dataclasses
 from ..errors import FormatError, OptionError, PackExistsError
-from ..pack import folder
+from ..pack import writer
 from ..version import __version__
 from .comparison_summary import MethodRun
 
@@ -22,7 +22,7 @@ _HASHED_SETTINGS = {
 
 def check_output(output: Path, resume: bool) -> None:
     """Raise unless a new file can be written, or, with `resume`, an old one can be read."""
-    folder.check_outside(output)
+    writer.check_outside(output)
     atomic_files.check_is_folder(output.parent)
     if output.is_dir():
         raise OptionError(f"{output} is a folder. Name a file for the results, such as results.json.")

@@ -26,7 +26,7 @@ from ..errors import (
     reason,
 )
 from ..fitting.options import Progress
-from ..pack import folder
+from ..pack import writer
 from ..pack.pack import Pack
 from ..version import __version__
 from . import baselines, data, evaluate, examples, models, trainer
@@ -166,7 +166,7 @@ def _free_name(pack: Pack, name: str, add: bool) -> str:
 
 
 def _check_output(output: Path, resume: bool) -> None:
-    folder.check_outside(output)
+    writer.check_outside(output)
     atomic_files.check_is_folder(output)
     if resume and not (output / RECORD).is_file():
         raise OptionError(

@@ -1,0 +1,206 @@
+"""What a pack holds: a subspace, adapters as coefficients in it, in memory or on disk, and figures of both."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..codec.encoder import RatePoint
+from ..codec.storage.table import parse_storage, storage_by_name
+from ..core import atomic_files, keys
+from ..core.adapter import Adapter
+from ..core.subspace import Subspace
+from ..errors import OptionError
+from .adapter_files import SubspaceHistory
+from .folder import AdapterFolder, PackFolder
+from .manifest import Entry, FitInfo, SubspaceInfo
+from .packed_adapter import PackedAdapter, Record, unpack
+from .summary import Summary, summarize
+
+
+class PackContents:
+    """A subspace, and adapters as coefficients in it.
+
+    Tensors of a pack on disk are read when they are used, and their bytes are checked against the manifest.
+
+    Attributes that a fit sets, and that are not saved:
+
+    notes: sentences about what the fit chose, and why. seconds: time by stage. frontier: for a fit to an error bound or
+    a size, the estimated bytes at other errors.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace | Callable[[], Subspace],
+        info: SubspaceInfo,
+        adapters: Mapping[str, PackedAdapter | Entry],
+        fit_info: FitInfo,
+        *,
+        base_model: str | None,
+        revision: str | None,
+        coefficient_dtype: str | torch.dtype,
+    ) -> None:
+        self.info = info
+        self.fit_info = fit_info
+        self.base_model = base_model
+        self.revision = revision
+        coefficient_storage = parse_storage(coefficient_dtype)
+        assert coefficient_storage is not None
+        self._storage, self._coefficient_storage = storage_by_name(info.dtype), coefficient_storage
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.frontier: list[RatePoint] = []
+        self._folder: PackFolder | None = None
+        self._subspace = subspace
+        self._adapters = dict(adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    @property
+    def path(self) -> Path | None:
+        """The folder that the pack was opened from, or saved to last; None if it is in memory only."""
+        return self._folder.path if self._folder is not None else None
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names, sorted."""
+        return sorted(self._adapters)
+
+    @property
+    def subspace(self) -> Subspace:
+        """The bases of every module."""
+        if not isinstance(self._subspace, Subspace):
+            self._subspace = self._subspace()
+        return self._subspace
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the components in memory: their storage dtype, or float32 for integers."""
+        return self._storage.dtype
+
+    @property
+    def coefficient_dtype(self) -> torch.dtype:
+        """The dtype of the coefficients in memory."""
+        return self._coefficient_storage.dtype
+
+    @property
+    def storage(self) -> str:
+        """The storage of the components, by the name that `fit` takes: `float16`, `int8`, `coded`."""
+        return self._storage.name
+
+    @property
+    def coefficient_storage(self) -> str:
+        """The storage of the coefficients, by name."""
+        return self._coefficient_storage.name
+
+    @property
+    def is_coded(self) -> bool:
+        """True if it was fitted to an error bound or a size, and is entropy-coded."""
+        return self._coefficient_storage.is_coded
+
+    @property
+    def cores(self) -> str | None:
+        """The kind of cores in place of coefficients, "full" or "diagonal"; None for coefficients."""
+        return self._coefficient_storage.core_kind
+
+    @property
+    def aim(self) -> float:
+        """The error bound of the pack: the one it was fitted for, else the largest delta error of a fitted adapter.
+
+        If no fitted adapter is left, the largest of those that were added; 0.0 for a pack without adapters.
+        """
+        if self.fit_info.max_error is not None:
+            return self.fit_info.max_error
+        records = self.records.values()
+        fitted = [record.delta_error for record in records if record.in_fit]
+        return max(fitted or [record.delta_error for record in records], default=0.0)
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """Figures of every adapter, by name."""
+        return {name: self._adapters[name].record for name in self.names}
+
+    @property
+    def summary(self) -> Summary:
+        """Figures of the whole pack: contents, bytes and errors."""
+        return summarize(
+            self.records,
+            self.info,
+            self.fit_info,
+            self.coefficient_storage,
+            base_model=self.base_model,
+            revision=self.revision,
+        )
+
+    def packed(self, name: str) -> PackedAdapter:
+        """Return one adapter as coefficients, read from disk if it is there.
+
+        `AdapterNameError` for an unknown name, `PackDamagedError` if its files were changed.
+        """
+        self._check_has(name)
+        adapter = self._adapters[name]
+        if isinstance(adapter, Entry):
+            assert self._folder is not None
+            history = SubspaceHistory(self.info.lineage, self.info.sizes, self._subspace_at)
+            adapter = self._folder.read_adapter(name, history)
+        return adapter
+
+    def _subspace_at(self, fingerprint: str) -> Subspace:
+        """Return the subspace at the time when it had a fingerprint of its lineage."""
+        return self.subspace.before(self.info.lineage.index(fingerprint))
+
+    def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
+        """Return an adapter as an ordinary LoRA.
+
+        dtype: of its factors; by default float32, or the pack's own if that is wider, so that nothing is rounded again.
+        """
+        return unpack(self.packed(name), self.subspace, dtype or self.lossless_dtype)
+
+    @property
+    def lossless_dtype(self) -> torch.dtype:
+        """The dtype in which factors are not rounded again: the pack's, and float32 at least."""
+        return torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
+
+    def adapter_folder(self, name: str) -> Path:
+        """Return the folder of an adapter on disk, for PEFT to load. Its bytes are not checked; `packed` does that."""
+        return self._saved(name)[1].current
+
+    def digest(self, name: str) -> str:
+        """Return a sha256 of everything that an adapter on disk depends on, from the manifest alone.
+
+        It changes when the subspace grows.
+        """
+        folder, adapter = self._saved(name)
+        content = [
+            folder.manifest.subspace_sha256,
+            self.info.fingerprint,
+            folder.manifest.coefficient_dtype,
+            sorted(adapter.entry.files.items()),
+        ]
+        return atomic_files.digest(json.dumps(content).encode())
+
+    def _saved(self, name: str) -> tuple[PackFolder, AdapterFolder]:
+        """Return the pack on disk and the folder of an adapter in it; `OptionError` if it was not saved yet."""
+        self._check_has(name)
+        if self._folder is None or not isinstance(self._adapters[name], Entry):
+            raise OptionError(f"Adapter {name!r} is not on disk yet: save the pack first.")
+        return self._folder, self._folder.adapter(name)
+
+    def verify(self) -> None:
+        """Read every byte of a pack on disk; `PackDamagedError` names the first file that was changed."""
+        if self._folder is not None:
+            self._folder.verify()
+
+    def _with_fingerprint(self, name: str) -> PackedAdapter:
+        """Return an adapter that refers to its subspace by fingerprint, so that it is unchanged when that grows."""
+        packed = self.packed(name)
+        return replace(packed, subspace=packed.subspace or self.info.fingerprint)
+
+    def _check_has(self, name: str) -> None:
+        keys.check_known(name, self._adapters)

@@ -1,0 +1,67 @@
+"""Warnings about trained adapters that a pack does not hold closely: their relative errors in sentences."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from ..core.options import to_float
+from ..errors import LossWarning, OptionError
+from .packed_adapter import Record
+
+
+def check_warn_above(value: float) -> float:
+    """Return `value` as a number from 0 to 1; `OptionError` if it is none."""
+    share = to_float("warn_above", value)
+    if not 0 <= share <= 1:
+        raise OptionError(f"warn_above must be a relative error from 0 to 1 (1: never warn), got {value}.")
+    return share
+
+
+def warn_of_losses(
+    records: Mapping[str, Record],
+    above: float,
+    remedy: str = "Fit the pack again with such adapters among the sources, or keep the LoRAs themselves.",
+    stacklevel: int = 3,
+) -> None:
+    """Issue a `LossWarning` that names the trained adapters with a delta error above `above`; 1: never."""
+    if lossy(records, above):
+        warnings.warn(f"{describe_losses(records, above)} {remedy}", LossWarning, stacklevel=stacklevel)
+
+
+def lossy(records: Mapping[str, Record], share: float) -> list[str]:
+    """Return the trained adapters with a delta error above `share`, the largest first; none of them if that is 1."""
+    if share >= 1:
+        return []
+    names = [name for name, record in records.items() if not record.untrained and record.delta_error > share]
+    return sorted(names, key=lambda name: (-records[name].delta_error, name))
+
+
+def describe_losses(records: Mapping[str, Record], share: float) -> str:
+    """Return sentences that name up to five adapters of `lossy` with their errors, and how many more there are.
+
+    Adapters with an upper bound in place of a measured error have a sentence of their own.
+    """
+    names = lossy(records, share)
+    measured, bounded = ([name for name in names if records[name].bound == bound] for bound in (False, True))
+    sentences = []
+    if measured:
+        sentences.append(f"The delta error is above {share:g} for {_named(records, measured)}.")
+    if bounded:
+        sentences.append(
+            f"The delta error may be above {share:g}, since the pack was refitted without the originals and only an "
+            f"upper bound is known, for {_named(records, bounded)}."
+        )
+    return " ".join(sentences)
+
+
+def _named(records: Mapping[str, Record], names: Sequence[str]) -> str:
+    listed = ", ".join(f"{name} ({_error_text(records[name])})" for name in names[:5])
+    return listed + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _error_text(record: Record) -> str:
+    if record.bound and record.delta_error >= 1:
+        # a bound of 1 or more excludes nothing: an empty adapter has an error of 1
+        error = "perhaps all of it"
+    else:
+        error = f"at most {record.delta_error:.2f}" if record.bound else f"{record.delta_error:.2f}"
+    return error + (" of what is not carried" if record.carried_bytes else "")

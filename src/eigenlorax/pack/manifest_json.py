@@ -1,0 +1,155 @@
+"""The manifest of a pack as a file, `subspace_config.json`: JSON with a digest, read in every format version.
+
+docs/pack-format.md describes the fields.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core import atomic_files, keys
+from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
+from ..core.subspace import Augmentation
+from ..errors import AdapterNameError, PackDamagedError, PackVersionError
+from ..version import __version__
+from . import manifest_checks
+from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
+from .packed_adapter import Record
+
+_FORMAT = "eigenlorax-pack"
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {"max_error": None, "auto": False},
+    3: {"solver": "exact"},
+    5: {"max_bytes": None, "ratio": None},
+}
+"""Fields of `fit` by the format version that introduced them, with their values in older packs."""
+_REMEDY = "Restore the pack from a copy, or fit it again."
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """Return the manifest's file: JSON with sorted keys, including a digest of the rest."""
+    body: dict[str, Any] = {
+        "format": _FORMAT,
+        "format_version": keys.FORMAT_VERSION,
+        "eigenlorax_version": __version__,
+        "base_model_name_or_path": manifest.base_model,
+        "revision": manifest.revision,
+        "fit": asdict(manifest.fit),
+        "coefficient_dtype": manifest.coefficient_dtype,
+        "subspace": {
+            **asdict(manifest.subspace),
+            "file": manifest.subspace_file,
+            "sha256": manifest.subspace_sha256,
+        },
+        "adapters": {name: {**asdict(entry.record), "files": entry.files} for name, entry in manifest.adapters.items()},
+    }
+    return _dump({**body, "digest": atomic_files.digest(_dump(body))})
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """Return the manifest in a file's bytes; `PackVersionError` for a newer format, else `PackDamagedError`."""
+    try:
+        body = json.loads(data, parse_constant=reject_constant)
+    except (ValueError, RecursionError) as error:
+        raise PackDamagedError(f"{path} is not valid JSON: {error}. {_REMEDY}") from error
+    if not isinstance(body, dict) or type(body.get("format_version")) is not int:
+        raise PackDamagedError(f"{path} has no format_version: it is not the manifest of a pack. {_REMEDY}")
+    if body["format_version"] > keys.FORMAT_VERSION:
+        raise PackVersionError(
+            f"{path} is of pack format {body['format_version']} (written by eigenlorax "
+            f"{body.get('eigenlorax_version', '?')}); this is eigenlorax {__version__}, which reads "
+            f"up to format {keys.FORMAT_VERSION}: pip install --upgrade eigenlorax."
+        )
+    digest = body.pop("digest", None)
+    try:
+        intact = digest == atomic_files.digest(_dump(body))
+    except (ValueError, RecursionError) as error:
+        raise PackDamagedError(f"{path} has values that no manifest can have: {error}. {_REMEDY}") from error
+    if not intact:
+        raise PackDamagedError(f"{path} was changed after it was written: its digest does not fit. {_REMEDY}")
+    try:
+        return _manifest(body)
+    except (JsonTypeError, AdapterNameError) as error:
+        raise PackDamagedError(
+            f"{path} does not follow the pack format: {error} Write the pack again, with another tool or release."
+        ) from error
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    """Return the manifest of any format version; `JsonTypeError` or `AdapterNameError` for fields that are wrong."""
+    if body.get("format") != _FORMAT or body["format_version"] < 1:
+        raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
+    fit = from_json(FitInfo, _fit(body), "fit")
+    subspace, entries = dict(_subspace(body)), dict(from_json(dict, body.get("adapters"), "adapters"))
+    manifest = Manifest(
+        base_model=from_json(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
+        revision=from_json(str | None, body.get("revision", ...), "revision"),
+        fit=fit,
+        subspace_file=from_json(str, subspace.pop("file", None), "subspace.file"),
+        subspace_sha256=from_json(str, subspace.pop("sha256", None), "subspace.sha256"),
+        subspace=from_json(SubspaceInfo, subspace, "subspace"),
+        coefficient_dtype=from_json(str, body.get("coefficient_dtype"), "coefficient_dtype"),
+        adapters={
+            keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
+            for name, fields in entries.items()
+        },
+    )
+    manifest_checks.check(manifest, body["format_version"])
+    return manifest
+
+
+def _fit(body: dict[str, Any]) -> Any:
+    """Return `fit` with the fields that an older format lacks."""
+    version, fit = body["format_version"], body.get("fit")
+    if not isinstance(fit, dict):
+        return fit
+    lacking = {name: value for since, new in _SINCE.items() if version < since for name, value in new.items()}
+    early = sorted(lacking.keys() & fit.keys())
+    if early:
+        raise JsonTypeError(f"fit has the fields {early}, which version {version} lacks.")
+    return {**fit, **lacking}
+
+
+def _subspace(body: dict[str, Any]) -> dict[str, Any]:
+    """Return `subspace` with the fields that formats 1 and 2 lack, whose subspaces grew by augmentations only."""
+    fields = dict(from_json(dict, body.get("subspace"), "subspace"))
+    if body["format_version"] >= 3:
+        return fields
+    steps = from_json(tuple[Augmentation, ...], fields.pop("augmentations", ...), "subspace.augmentations")
+    modules = from_json(dict[str, dict[str, _EarlySide]], fields.get("modules"), "subspace.modules")
+    if "growth" in fields:
+        raise JsonTypeError(f"subspace has the field growth, which version {body['format_version']} lacks.")
+    grown = [step.n_extra for step in steps]
+    return {
+        **fields,
+        "growth": [{"fingerprint": None, "seed": step.seed} for step in steps],
+        "modules": {
+            name: {side: {**asdict(info), "shortfall": 0.0, "grown": grown} for side, info in pair.items()}
+            for name, pair in modules.items()
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlySide:
+    """A side in formats 1 and 2."""
+
+    dimension: int
+    k: int
+    energy: float
+    square: float
+
+
+def _entry(value: Any, where: str, version: int) -> Entry:
+    fields = dict(from_json(dict, value, where))
+    if version < 3:
+        if "bound" in fields:
+            raise JsonTypeError(f"{where} has the field bound, which version {version} lacks.")
+        fields["bound"] = False
+    files = from_json(dict[str, str], fields.pop("files", None), f"{where}.files")
+    return Entry(from_json(Record, fields, where), files)
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
