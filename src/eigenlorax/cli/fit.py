@@ -12,7 +12,7 @@ from ..errors import WARN_ABOVE, reason
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..fitting.options import Progress
+    from ..core.progress import Progress
     from ..pack.pack import Pack
 
 EPILOG = """Examples:

@@ -13,7 +13,7 @@ from . import arguments, console
 from .evaluate import class_names
 
 if TYPE_CHECKING:
-    from ..fitting.options import Progress
+    from ..core.progress import Progress
     from ..pack.pack import Pack
     from ..reports import Report
 

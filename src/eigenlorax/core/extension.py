@@ -3,78 +3,18 @@
 The present components stay as they are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import basis, linalg, subspace
-from .adapter import Adapter, LoRAFactors
-from .basis import Basis
+from . import linalg
+from .adapter import LoRAFactors
 from .linalg import LeadingVectors, RowBlocks
-from .subspace import ModuleBases, Subspace
+from .subspace import ModuleBases
 
 SWEEPS = 4
 """Number of alternating sweeps. No sweep lowers the squared norm that is kept of the updates."""
-
-
-Progress = Callable[[str, int, int], None]
-"""Reports progress: the stage in words, how many steps are done, and how many there are."""
-Append = Callable[[Basis, Tensor], Basis]
-"""Appends rows to a basis, rounded as they will be stored."""
-
-
-@dataclass(frozen=True, slots=True)
-class NewAdapter:
-    """An adapter that a subspace is extended for.
-
-    Attributes:
-        adapter: The adapter.
-        delta_squares: Squared Frobenius norm of the update of each of its modules.
-        subspace_modules: Name in the subspace of each of its modules, without modules that the subspace lacks.
-    """
-
-    adapter: Adapter
-    delta_squares: Mapping[str, float]
-    subspace_modules: Mapping[str, str]
-
-
-def extend_for(
-    base: Subspace,
-    new_adapters: Sequence[NewAdapter],
-    max_components: int,
-    progress: Progress,
-    append: Append = basis.extend,
-) -> Subspace:
-    """Extend a subspace by the components that it lacks for some adapters, each of which counts alike.
-
-    Args:
-        base: The subspace, which stays as it is.
-        new_adapters: The adapters.
-        max_components: Maximum number of new components per module and side.
-        progress: Called once per module.
-        append: Appends rows to a basis, rounded as they will be stored.
-
-    Returns:
-        The extended subspace, or `base` itself if it lacks nothing.
-    """
-    updates_by_module: dict[str, list[tuple[Adapter, str, float]]] = {}
-    for new in new_adapters:
-        square = sum(new.delta_squares[module] for module in new.subspace_modules)
-        for module, name in new.subspace_modules.items():
-            if new.delta_squares[module] > 0:
-                # relative to the norm over all modules, so that each adapter counts alike
-                updates_by_module.setdefault(name, []).append((new.adapter, module, square**-0.5))
-    rows = {}
-    for done, (name, updates) in enumerate(sorted(updates_by_module.items())):
-        progress("extending modules", done, len(updates_by_module))
-        factors = [adapter.modules[module] for adapter, module, _ in updates]
-        weights = [weight for _, _, weight in updates]
-        rows[name] = missing_components(factors, weights, base.modules[name], max_components)
-    progress("extending modules", len(updates_by_module), len(updates_by_module))
-    has_rows = any(len(side) for pair in rows.values() for side in pair)
-    return subspace.extend(base, rows, append) if has_rows else base
 
 
 def missing_components(

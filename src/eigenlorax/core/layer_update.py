@@ -67,6 +67,25 @@ class LayerResidual:
 _NO_RESIDUAL = LayerResidual(None, None)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerBases:
+    """The bases of one layer, ready to be multiplied.
+
+    Args:
+        down: (k_down, in).
+        up: (k_up, out).
+        convolution: The layer, if it is a convolution.
+    """
+
+    down: BasisRows
+    up: BasisRows
+    convolution: Convolution | None = None
+
+    def to(self, device: torch.device) -> "LayerBases":
+        """Return the bases on another device."""
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
+
+
 class FoldedProducts:
     """The products of one adapter's coefficients with the bases, made once the adapter has seen enough tokens."""
 
@@ -76,24 +95,22 @@ class FoldedProducts:
         self._tokens = 0
         self._factors: tuple[Tensor, Tensor] | None = None
 
-    def after(
-        self, tokens: int, coefficients: "LayerCoefficients", down_basis: BasisRows, up_basis: BasisRows
-    ) -> tuple[Tensor, Tensor] | None:
+    def after(self, tokens: int, coefficients: "LayerCoefficients", bases: LayerBases) -> tuple[Tensor, Tensor] | None:
         """Count `tokens` and return the factors (r, in) and (r, out), or None as long as folding does not pay."""
         if self._factors is None:
             self._tokens += tokens
             # both sides are folded at the same time, so the smaller basis, where folding saves less, decides
-            k, rank = min(len(down_basis), len(up_basis)), len(coefficients.down)
+            k, rank = min(len(bases.down), len(bases.up)), len(coefficients.down)
             if is_folding_cheaper(self._tokens, rank, k, FOLD_ALONE, has_residual=bool(coefficients.residuals)):
-                with without_autograd(down_basis.device):
-                    self._factors = _fold(coefficients, down_basis, up_basis)
+                with without_autograd(bases.down.device):
+                    self._factors = _fold(coefficients, bases)
         return self._factors
 
 
-def _fold(coefficients: "LayerCoefficients", down_basis: BasisRows, up_basis: BasisRows) -> tuple[Tensor, Tensor]:
+def _fold(coefficients: "LayerCoefficients", bases: LayerBases) -> tuple[Tensor, Tensor]:
     assert coefficients.up is not None
-    down = coefficients.down @ as_float(down_basis, coefficients.down.dtype)
-    up = coefficients.up.mT @ as_float(up_basis, coefficients.up.dtype)
+    down = coefficients.down @ as_float(bases.down, coefficients.down.dtype)
+    up = coefficients.up.mT @ as_float(bases.up, coefficients.up.dtype)
     for residual in coefficients.residuals:
         down = down if residual.down is None else down + residual.down
         up = up if residual.up is None else up + residual.up.mT
@@ -205,34 +222,31 @@ def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, has_res
 def add_update(
     output: Tensor,
     x: Tensor,
-    down_basis: BasisRows,
-    up_basis: BasisRows,
+    bases: LayerBases,
     coefficients: LayerCoefficients,
     *,
     in_place: bool = False,
-    convolution: Convolution | None = None,
 ) -> Tensor:
     """Add the update of one adapter to the output of a layer.
 
     Args:
         output: (…, out), what the layer computes without adapters; of a convolution (n, out, …).
         x: (…, in), the input of the layer; of a convolution (n, channels, …).
-        down_basis: (k_down, in).
-        up_basis: (k_up, out).
+        bases: Those of the layer.
         coefficients: Those of the adapter.
         in_place: Whether `output` may be written to. Not used for convolutions.
-        convolution: The layer, if it is a convolution.
     """
     dtype = coefficients.down.dtype
     x = x.to(dtype)
-    tokens = output.numel() // up_basis.shape[1]
-    folded = coefficients.folded.after(tokens, coefficients, down_basis, up_basis)
+    convolution = bases.convolution
+    tokens = output.numel() // bases.up.shape[1]
+    folded = coefficients.folded.after(tokens, coefficients, bases)
     if folded is not None:
         down, up = folded
         return add_product(output, project(x, down, convolution), up, coefficients.scaling, in_place, convolution)
     (residual,) = coefficients.residuals or (_NO_RESIDUAL,)
     hidden, residual_update = apply_coefficients(
-        project(x, as_float(down_basis, dtype), convolution),
+        project(x, as_float(bases.down, dtype), convolution),
         x,
         (coefficients.down, coefficients.up),
         (residual.down, residual.up),
@@ -240,19 +254,17 @@ def add_update(
     )
     if residual_update is not None:
         output = _add_scaled(output, residual_update, coefficients.scaling, in_place, convolution)
-    return add_product(output, hidden, as_float(up_basis, dtype), coefficients.scaling, in_place, convolution)
+    return add_product(output, hidden, as_float(bases.up, dtype), coefficients.scaling, in_place, convolution)
 
 
 def add_grouped_update(
     output: Tensor,
     x: Tensor,
-    down_basis: BasisRows,
-    up_basis: BasisRows,
+    bases: LayerBases,
     coefficients: LayerCoefficients,
     groups: RowGroups,
     *,
     in_place: bool = False,
-    convolution: Convolution | None = None,
 ) -> Tensor:
     """Add to each row of the output the update of its own adapter.
 
@@ -262,6 +274,7 @@ def add_grouped_update(
     dtype = coefficients.down.dtype
     x = x.to(dtype)
     rank, up = coefficients.down.shape[1], coefficients.up
+    down_basis, up_basis, convolution = bases.down, bases.up, bases.convolution
     positions = output.numel() // up_basis.shape[1]
     per_group, per_row = positions // groups.groups, positions // groups.rows
     # a convolution of each group with its own rows cannot be written as a batched matrix product

@@ -19,12 +19,13 @@ from ..core import threads
 from ..core.adapter import ModuleSpec
 from ..core.basis import Basis
 from ..core.fit_options import FitOptions
+from ..core.progress import Progress
 from ..core.subspace import ModuleBases
 from ..errors import OptionError
 from ..pack.encoding import encoded_by_codes
 from .collection import AdapterModule, Collection
 from .component_fit import FittedCollection
-from .options import Execution, Progress, Target
+from .options import Execution, Target
 
 BATCH = 64
 """Adapters that are encoded to bytes together."""

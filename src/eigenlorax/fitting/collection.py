@@ -13,6 +13,7 @@ from .. import formats
 from ..core import keys, module_names
 from ..core.adapter import Adapter, LoRAFactors, ModuleSpec
 from ..core.engine import Engine, SharedValue
+from ..core.progress import Progress
 from ..errors import (
     EigenloraxError,
     FormatError,
@@ -27,7 +28,7 @@ from ..formats.sources import AdapterSource, Sources
 from ..pack.encoding import ScannedAdapter
 from .auto_rank import ModuleOutline
 from .module_fitter import ModuleUpdate, ReadModule
-from .options import Progress, ReadOptions
+from .options import ReadOptions
 
 NONE_LEFT = "No adapter is left to fit: all of them were left out (exclude_adapters, skip_bad)."
 

@@ -13,6 +13,7 @@ from ..core import dtypes
 from ..core.checkpoint import Checkpoint
 from ..core.engine import Engine
 from ..core.fit_options import FitOptions
+from ..core.progress import Progress
 from ..core.subspace import ModuleBases
 from ..pack.encoding import EncodedAdapter, EncodedModule, encoded_row
 from ..version import __version__
@@ -20,7 +21,7 @@ from . import auto_rank, fitted_module, jobs, sizes
 from .collection import Collection
 from .jobs import FitJob, FittedModule, JobUpdate
 from .module_fitter import ComponentCounts, ModuleFitter
-from .options import Execution, Progress, Target
+from .options import Execution, Target
 
 
 @dataclass(frozen=True, slots=True)

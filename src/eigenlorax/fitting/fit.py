@@ -12,6 +12,7 @@ import torch
 
 from ..core import engine as engines
 from ..core.options import name_list
+from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE
 from ..formats.sources import Sources
@@ -25,7 +26,7 @@ from . import remedy
 from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan
 from .component_fit import FittedCollection, fit_components
-from .options import Execution, Progress, ReadOptions, Target
+from .options import Execution, ReadOptions, Target
 
 
 def fit(

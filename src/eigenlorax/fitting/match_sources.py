@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.adapter import Adapter
+from ..core.progress import Progress
 from ..errors import FormatError, NonFiniteError, ShapeError, SkippedAdapterWarning
 from ..formats import checks, sources
 from ..formats.checks import Scan
 from ..formats.sources import Sources
 from ..pack.pack import Pack
-from .options import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Options of a fit, checked and bundled: which adapters to read and how, what the pack must keep, and how to work."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..codec.storage.table import parse_storage
 from ..core import engine as engines
 from ..core.fit_options import BYTE_TARGETS, SWEEPS, FitOptions
 from ..core.options import check_choice, format_value
+from ..core.progress import Progress
 from ..errors import OptionError, reason
 
 DEFAULT_COMPONENTS = 32
@@ -20,8 +21,6 @@ AUTO = "auto"
 """The value of `n_components` for a number that is chosen by leaving adapters out."""
 SOLVERS = ("auto", "exact")
 
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
 Dtype = str | torch.dtype | None
 
 

@@ -16,6 +16,7 @@ from ..codec.storage.table import storage_by_name
 from ..core import dtypes, module_names
 from ..core.adapter import Adapter
 from ..core.fit_options import BYTE_TARGETS, SIZE_OPTIONS
+from ..core.progress import Progress
 from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
 from ..pack.loss_warnings import check_warn_above, warn_of_losses
@@ -23,7 +24,7 @@ from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter, Record
 from .fit import fit
 from .match_sources import match_adapters
-from .options import Dtype, Progress, is_entropy_coded
+from .options import Dtype, is_entropy_coded
 from .refit_errors import UpdateSquares, compare_updates, follow_record
 
 ROUNDING = 1e-6

@@ -8,11 +8,11 @@ import torch
 
 from ..core import linalg
 from ..core.adapter import Adapter, LoRAFactors
+from ..core.progress import Progress
 from ..errors import FormatError
 from ..formats.sources import Sources
 from ..pack.pack import Pack
 from .match_sources import match_adapters
-from .options import Progress
 
 RELATIVE_TOLERANCE = 1e-4
 """Relative difference from a recorded error that rounding of sums explains."""

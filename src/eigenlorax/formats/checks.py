@@ -203,8 +203,7 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
         inside = [name for name, models in families_of.items() if models & family]
         minority = min(inside, outside, key=len)
         more = " …" if len(minority) > 12 else ""
-        option = "--exclude-adapter"
-        flags = " ".join(f"{option} {name}" for name in minority[:12])
+        flags = " ".join(word for name in minority[:12] for word in ("--exclude-adapter", name))
         raise BaseModelError(
             f"adapters of two models: {inside[0]!r} is for {families.describe(families_of[inside[0]])}, and "
             f"{outside[0]!r} is for {families.describe(families_of[outside[0]])}, by the names and widths of their "

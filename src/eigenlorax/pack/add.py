@@ -13,9 +13,10 @@ from ..codec.storage import coded
 from ..codec.storage.base import Storage
 from ..codec.storage.table import storage_by_name
 from ..core import extension, keys, module_names, projection, threads
+from ..core import subspace as spaces
 from ..core.adapter import Adapter
-from ..core.extension import NewAdapter, Progress
 from ..core.options import to_int
+from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks
@@ -167,12 +168,25 @@ def extend_subspace(
 ) -> Subspace:
     """Append at most `n_components` components per side, those that the subspace lacks most for the new adapters.
 
-    The result does not depend on their order. The subspace itself is returned if it lacks nothing.
-    storage: of the subspace.
+    Each adapter counts alike, and the order of adapters does not matter. The subspace itself is returned if it lacks
+    nothing. storage: of the subspace.
     """
-    ordered = sorted(new, key=lambda scanned: (scanned.scan.content_hash, scanned.name))
-    members = [NewAdapter(scanned.adapter, scanned.scan.delta_squares, scanned.subspace_names) for scanned in ordered]
-    return extension.extend_for(subspace, members, n_components, progress, storage.extend_basis)
+    updates_by_module: dict[str, list[tuple[Adapter, str, float]]] = {}
+    for scanned in sorted(new, key=lambda scanned: (scanned.scan.content_hash, scanned.name)):
+        square = sum(scanned.scan.delta_squares[module] for module in scanned.subspace_names)
+        for module, name in scanned.subspace_names.items():
+            if scanned.is_trained(module):
+                # relative to the norm over all modules, so that each adapter counts alike
+                updates_by_module.setdefault(name, []).append((scanned.adapter, module, square**-0.5))
+    rows = {}
+    for done, (name, updates) in enumerate(sorted(updates_by_module.items())):
+        progress("extending modules", done, len(updates_by_module))
+        factors = [adapter.modules[module] for adapter, module, _ in updates]
+        weights = [weight for _, _, weight in updates]
+        rows[name] = extension.missing_components(factors, weights, subspace.modules[name], n_components)
+    progress("extending modules", len(updates_by_module), len(updates_by_module))
+    has_rows = any(len(side) for pair in rows.values() for side in pair)
+    return spaces.extend(subspace, rows, storage.extend_basis) if has_rows else subspace
 
 
 def project_adapter(scanned: ScannedAdapter, subspace: Subspace, storage: Storage) -> EncodedAdapter:

@@ -9,7 +9,7 @@ import torch
 from .. import formats
 from ..core import atomic_files, keys, metrics, narrowing, staging
 from ..core.adapter import LazyMapping, LoRAFactors
-from ..core.extension import Progress
+from ..core.progress import Progress
 from . import writer
 from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack

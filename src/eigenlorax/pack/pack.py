@@ -15,8 +15,8 @@ from .. import formats
 from ..core import atomic_files, dtypes, keys, registry
 from ..core import subspace as spaces
 from ..core.adapter import LazyMapping
-from ..core.extension import Progress
 from ..core.options import name_list
+from ..core.progress import Progress
 from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
 from . import adapter_files, add, export, folder, hub, manifest, subspace_file, writer

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..core import threads
 from ..core.options import to_int
+from ..core.progress import Progress
 from ..errors import OptionError
-from ..fitting.options import Progress
 from ..formats.sources import Sources
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter

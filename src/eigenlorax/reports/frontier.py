@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..core.adapter import LazyMapping
 from ..core.batch import ModuleBatch, pad_factors
-from ..fitting.options import Progress
+from ..core.progress import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import numbers

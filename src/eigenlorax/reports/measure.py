@@ -13,9 +13,9 @@ from ..core.adapter import LoRAFactors
 from ..core.batch import ModuleBatch, coefficients_as_batch, delta_squares, pad_factors
 from ..core.coefficients import Coefficients
 from ..core.fit_options import FitOptions
+from ..core.progress import Progress
 from ..core.projection import widen_coefficients
 from ..core.subspace import ModuleBases
-from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import refits

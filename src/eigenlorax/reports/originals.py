@@ -8,9 +8,9 @@ from typing import Any
 
 from .. import formats
 from ..core.adapter import Adapter
+from ..core.progress import Progress
 from ..errors import OptionError
 from ..fitting.match_sources import match_adapters
-from ..fitting.options import Progress
 from ..formats import checks
 from ..formats.checks import Scan
 from ..formats.sources import Sources

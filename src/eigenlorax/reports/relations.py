@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.adapter import LoRAFactors
 from ..core.batch import ModuleBatch, delta_squares, pad_factors
-from ..fitting.options import Progress
+from ..core.progress import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import measure

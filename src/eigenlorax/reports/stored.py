@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core import keys
+from ..core.progress import Progress
 from ..errors import EigenloraxWarning, FormatError, StaleReportWarning
-from ..fitting.options import Progress
 from ..formats import sources
 from ..formats.sources import Sources
 from ..pack.pack import Pack

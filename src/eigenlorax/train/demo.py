@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.progress import Progress
 from ..errors import MissingExtraError
 from ..fitting.fit import fit
-from ..fitting.options import Progress
 from ..pack.summary import Summary
 from . import models, new_task
 from .adapter_versions import without_updates

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core import keys
+from ..core.progress import Progress
 from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, reason
-from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import data, examples, models

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..core.progress import Progress
 from ..errors import EigenloraxWarning, NonFiniteError, OptionError
-from ..fitting.options import Progress
 from ..pack.pack import Pack
 from . import (
     comparison_summary,

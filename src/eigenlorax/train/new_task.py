@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..fitting.options import Progress
+from ..core.progress import Progress
 from ..pack.pack import Pack
 from . import methods, training_run
 from .training_run import Recipe

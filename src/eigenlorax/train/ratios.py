@@ -13,9 +13,9 @@ from ..core import module_names
 from ..core.adapter import Adapter, LazyMapping
 from ..core.batch import ModuleBatch, pad_factors
 from ..core.options import to_float
+from ..core.progress import Progress
 from ..errors import OptionError
 from ..fitting import fit as fitting
-from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.summary import lora_numbers
 from ..reports.analysis import per_adapter

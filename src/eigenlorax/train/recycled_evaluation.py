@@ -15,8 +15,8 @@ from torch.nn.functional import kl_div, nll_loss
 
 from ..core import keys
 from ..core.adapter import Adapter
+from ..core.progress import Progress
 from ..errors import FormatError, NonFiniteError, OptionError, RowsWarning
-from ..fitting.options import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from ..reports.data import Evaluation

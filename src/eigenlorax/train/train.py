@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..core import atomic_files, json_dataclasses, keys
+from ..core.progress import Progress
 from ..errors import (
     AdapterNameError,
     BaselineWarning,
@@ -25,7 +26,6 @@ from ..errors import (
     PackExistsError,
     reason,
 )
-from ..fitting.options import Progress
 from ..pack import writer
 from ..pack.pack import Pack
 from ..version import __version__

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..core import atomic_files
 from ..core.options import suggestion
+from ..core.progress import Progress
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
-from ..fitting.options import Progress
 from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, MAX_POINTS, MIN_STEPS, OWN_OPTIONS, Training
 
 _RESERVED = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")

@@ -18,6 +18,7 @@ from torch.nn.functional import linear, pad
 
 from ..core.convolution import CONVOLUTIONS, Convolution
 from ..core.layer_update import (
+    LayerBases,
     LayerCoefficients,
     LayerResidual,
     add_grouped_update,
@@ -217,10 +218,9 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
             output[rows] = add_grouped_update(
                 output[rows],
                 x[rows],
-                *self.bases_of(names[0]),
+                LayerBases(*self.bases_of(names[0]), self._convolution),
                 self._stack_coefficients([distinct[owner] for owner in owners], names),
                 groups.to(x.device),
-                convolution=self._convolution,
             )
         return output
 

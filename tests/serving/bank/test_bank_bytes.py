@@ -1,5 +1,7 @@
 """The bank with bases in 8 bits: the same as with the rounded bases as floats, in a quarter of their bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,10 +22,11 @@ def one(request, served):
 
 def as_floats(bank):
     """A bank with the rounded bases as floats."""
-    for layer in bank._update_hooks.values():
-        layer.down, layer.up = (
-            int8_rows.quantise_rows(rows).dequantise(torch.float32) for rows in (layer.down, layer.up)
+    for hook in bank._update_hooks.values():
+        down, up = (
+            int8_rows.quantise_rows(rows).dequantise(torch.float32) for rows in (hook.bases.down, hook.bases.up)
         )
+        hook.bases = replace(hook.bases, down=down, up=up)
     return bank
 
 

@@ -88,7 +88,7 @@ class AdapterBank:
         self._default_plan: RequestPlan | None = RequestPlan()
         self._unloaded = False
         self._update_hooks = self._add_update_hooks(subspace, torch.int8 if in_int8 else self._dtype)
-        self._device = next(iter(self._update_hooks.values())).down.device
+        self._device = next(iter(self._update_hooks.values())).bases.down.device
         modules = frozenset(self._model_names)
         self._storage = BankStorage(self.pack.info, modules, self.pack.coefficient_dtype, self._device)
         self._unwrap_calls = requests.wrap_calls(model, self._request)

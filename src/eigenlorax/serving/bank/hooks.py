@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core import convolution, int8_rows
 from ...core.int8_rows import BasisRows
-from ...core.layer_update import add_grouped_update, add_update
+from ...core.layer_update import LayerBases, add_grouped_update, add_update
 from ...core.subspace import ModuleBases
 from ...errors import OptionError, ShapeError
 from .heads import apply_heads
@@ -91,12 +91,13 @@ class UpdateHook(ModuleHook):
         super().__init__(module, name, plan)
         self.subspace_name = subspace_name
         device = _device(module)
-        self.down, self.up = (_to_rows(basis.components, dtype, device) for basis in (bases.down, bases.up))
+        down, up = (_to_rows(basis.components, dtype, device) for basis in (bases.down, bases.up))
+        self.bases = LayerBases(down, up, module if isinstance(module, convolution.CONVOLUTIONS) else None)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the bases (k_down, in) and (k_up, out)."""
-        return *int8_rows.stored_tensors(self.down), *int8_rows.stored_tensors(self.up)
+        return *int8_rows.stored_tensors(self.bases.down), *int8_rows.stored_tensors(self.bases.up)
 
     def transform(self, output: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         plan = self.plan()
@@ -105,21 +106,19 @@ class UpdateHook(ModuleHook):
         if coefficients is None:
             return output
         groups = plan.groups
-        if coefficients.down.device != x.device or self.down.device != x.device:
+        if coefficients.down.device != x.device or self.bases.down.device != x.device:
             # the model was moved after the request began
-            self.down, self.up = self.down.to(x.device), self.up.to(x.device)
+            self.bases = self.bases.to(x.device)
             coefficients = coefficients.to(x.device)
             groups = groups.to(x.device) if groups is not None else None
-        options: dict[str, Any] = {"in_place": in_place}
-        if isinstance(self.module, convolution.CONVOLUTIONS):
-            if x.dim() != 2 + len(self.module.kernel_size):
-                raise ShapeError(
-                    f"module {self.name} got an image of {tuple(x.shape)}: the bank serves batches, x[None] is one."
-                )
-            options = {"convolution": self.module}
+        layer = self.bases.convolution
+        if layer is not None and x.dim() != 2 + len(layer.kernel_size):
+            raise ShapeError(
+                f"module {self.name} got an image of {tuple(x.shape)}: the bank serves batches, x[None] is one."
+            )
         if groups is None:
-            return add_update(output, x, self.down, self.up, coefficients, **options)
-        return add_grouped_update(output, x, self.down, self.up, coefficients, groups, **options)
+            return add_update(output, x, self.bases, coefficients, in_place=in_place)
+        return add_grouped_update(output, x, self.bases, coefficients, groups, in_place=in_place)
 
 
 class HeadHook(ModuleHook):
