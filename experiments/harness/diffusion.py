@@ -1,8 +1,8 @@
-"""A class-conditional diffusion model of small pictures: its parts, the loss it is trained on, and drawing by it. Which
-pictures and which adapters, drawing.py says."""
+"""A class-conditional diffusion model of small pictures: its parts, its training, and drawing with it."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from . import images
 Json = dict[str, Any]
 
 TOKENS = 4
+"""Number of tokens that a class is to the model."""
 PATCH = 4
-KEPT_EVERY = 200
+"""Side of the square of pixels that the model sees as one position with PATCH² channels."""
 
 
-@dataclass(frozen=True)
-class Glyphs:
+@dataclass(frozen=True, slots=True)
+class Pictures:
     """Pictures (n, 28, 28), from 0, the ground, to 1, the ink, and their classes (n,)."""
 
     pixels: Tensor
@@ -31,18 +32,21 @@ class Glyphs:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, rows: Any) -> "Pictures":
+        return Pictures(self.pixels[rows], self.labels[rows])
 
-def glyphs(data: Json, part: str) -> Glyphs:
-    """All pictures to "train" on, or those that are "held out"."""
+
+def read_pictures(data: Json, split: str) -> Pictures:
+    """Read all classes of the sets. split: "train" or "held out"."""
     n = data["held_out"]
-    chosen = slice(-n, None) if part == "held out" else slice(None, -n)
-    classes = [images.images_of(one, name)[chosen] for one in data["sets"] for name in images.classes(one)]
-    labels = torch.cat([torch.full((len(one),), label) for label, one in enumerate(classes)])
-    return Glyphs(torch.from_numpy(np.concatenate(classes)).float(), labels)
+    rows = slice(-n, None) if split == "held out" else slice(None, -n)
+    classes = [images.images_of(name, label)[rows] for name in data["sets"] for label in images.classes(name)]
+    labels = torch.cat([torch.full((len(pixels),), label) for label, pixels in enumerate(classes)])
+    return Pictures(torch.from_numpy(np.concatenate(classes)).float(), labels)
 
 
-class Classes(torch.nn.Module):
-    """What each class is to the model: a few tokens. The last row is for no class at all."""
+class ClassTokens(torch.nn.Module):
+    """Maps classes (n,) to tokens (n, TOKENS, width). The last row of the table stands for no class."""
 
     def __init__(self, n_classes: int, width: int) -> None:
         super().__init__()
@@ -52,31 +56,23 @@ class Classes(torch.nn.Module):
         return self.table(labels).unflatten(1, (TOKENS, -1))
 
     @property
-    def none(self) -> int:
+    def no_class(self) -> int:
         return self.table.num_embeddings - 1
 
 
-def new_model(model: Json, n_classes: int) -> tuple[Any, Classes]:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(**model)
-    return prepared(unet), Classes(n_classes, model["cross_attention_dim"])
-
-
-def saved_model(folder: Path) -> tuple[Any, Classes]:
-    """The trained base, as `pretrained` left it."""
+def load_base(folder: Path) -> tuple[Any, ClassTokens]:
+    """Load the model that `pretrain` saved."""
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
 
-    unet = UNet2DConditionModel.from_pretrained(folder)
-    rows = load_file(folder / "classes.safetensors")
-    n, width = rows["table.weight"].shape
-    classes = Classes(n - 1, width // TOKENS)
-    classes.load_state_dict(rows)
-    return prepared(unet).eval(), classes.eval()
+    weights = load_file(folder / "classes.safetensors")
+    rows, width = weights["table.weight"].shape
+    classes = ClassTokens(rows - 1, width // TOKENS)
+    classes.load_state_dict(weights)
+    return _prepare(UNet2DConditionModel.from_pretrained(folder)).eval(), classes.eval()
 
 
-def prepared(unet: Any) -> Any:
+def _prepare(unet: Any) -> Any:
     from diffusers.models.attention_processor import AttnProcessor
 
     # at these sizes, torch's fused attention is slower on a processor, its backward pass many times
@@ -84,9 +80,13 @@ def prepared(unet: Any) -> Any:
     return unet.to(memory_format=torch.channels_last)
 
 
-def scheduler() -> Any:
-    """Noise in training and drawing: a cosine schedule that ends in noise alone, so that a bright ground can be drawn.
-    The model says what picture is under the noise: a small one has too few channels to say the noise of every pixel."""
+@functools.cache
+def noise_schedule() -> Any:
+    """Return the noise schedule of training and drawing.
+
+    It ends in noise alone, so that a bright ground can be drawn. The model predicts the picture under the noise: a
+    small model has too few channels to predict the noise of every pixel.
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -99,155 +99,128 @@ def scheduler() -> Any:
     )
 
 
-def packed(pixels: Tensor) -> Tensor:
-    """Pictures from 0 to 1 (n, 28, 28) as the model sees them (n, 16, 7, 7), from -1 to 1."""
-    found = functional.pixel_unshuffle(2 * pixels[:, None] - 1, PATCH)
-    return found.contiguous(memory_format=torch.channels_last)
+def pack_pixels(pixels: Tensor) -> Tensor:
+    """Return pictures from 0 to 1, (n, 28, 28), as the model sees them: (n, 16, 7, 7), from -1 to 1."""
+    samples = functional.pixel_unshuffle(2 * pixels[:, None] - 1, PATCH)
+    return samples.contiguous(memory_format=torch.channels_last)
 
 
-def unpacked(samples: Tensor) -> Tensor:
+def unpack_pixels(samples: Tensor) -> Tensor:
     return (functional.pixel_shuffle(samples, PATCH)[:, 0] / 2 + 0.5).clamp(0, 1)
 
 
-def loss(unet: Any, classes: Classes, batch: Glyphs, noise: Any, dropped: float, drawn: torch.Generator) -> Tensor:
-    """The error of what the model says of a batch at random times."""
-    samples = packed(batch.pixels)
-    times = torch.randint(noise.config.num_train_timesteps, (len(batch),), generator=drawn)
-    random = torch.randn(samples.shape, generator=drawn).contiguous(memory_format=torch.channels_last)
-    without = torch.rand(len(batch), generator=drawn) < dropped
-    labels = batch.labels.masked_fill(without, classes.none)
+def denoising_loss(
+    unet: Any, classes: ClassTokens, batch: Pictures, generator: torch.Generator, dropped: float = 0.0
+) -> Tensor:
+    """Return the error of the predicted pictures at random times. dropped: fraction of pictures without their class."""
+    samples, scheduler = pack_pixels(batch.pixels), noise_schedule()
+    times = torch.randint(scheduler.config.num_train_timesteps, (len(batch),), generator=generator)
+    noise = torch.randn(samples.shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    is_dropped = torch.rand(len(batch), generator=generator) < dropped
+    labels = batch.labels.masked_fill(is_dropped, classes.no_class)
     with torch.autocast("cpu", torch.bfloat16):
-        found = unet(noise.add_noise(samples, random, times), times, classes(labels), class_labels=labels).sample
-    return functional.mse_loss(found.float(), samples)
-
-
-def batches(rows: Glyphs, size: int, steps: int, drawn: torch.Generator) -> Iterator[Glyphs]:
-    for _ in range(steps):
-        chosen = torch.randint(len(rows), (size,), generator=drawn)
-        yield Glyphs(rows.pixels[chosen], rows.labels[chosen])
-
-
-def rate_at(step: int, steps: int, warmup: int) -> float:
-    """The part of the learning rate: up in a line, down in half a cosine."""
-    return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def cooled(step: int, steps: int, cooling: int) -> float:
-    """What is left of the rate in the last steps: down to nothing in a line."""
-    return min(1.0, (steps - step) / cooling)
-
-
-def noises(n: int, model: Json, seed: int) -> Tensor:
-    """Where n pictures start."""
-    drawn = torch.Generator().manual_seed(seed)
-    return torch.randn(n, model["in_channels"], model["sample_size"], model["sample_size"], generator=drawn)
+        noisy = scheduler.add_noise(samples, noise, times)
+        predicted = unet(noisy, times, classes(labels), class_labels=labels).sample
+    return functional.mse_loss(predicted.float(), samples)
 
 
 @torch.inference_mode()
-def draw(unet: Any, classes: Classes, labels: Tensor, start: Tensor, steps: int, guidance: float) -> Tensor:
-    """Pictures (n, 28, 28) of some classes, each from its noise. Nothing else is random. guidance 1: none."""
-    noise = scheduler()
-    noise.set_timesteps(steps)
+def draw(unet: Any, classes: ClassTokens, labels: Tensor, start: Tensor, steps: int, guidance: float) -> Tensor:
+    """Return pictures (n, 28, 28) of these classes. Nothing but the noise they start from is random."""
+    scheduler = noise_schedule()
+    scheduler.set_timesteps(steps)
     samples = start.contiguous(memory_format=torch.channels_last)
-    none = torch.full_like(labels, classes.none)
-    tokens, nothing = classes(labels), classes(none)
-    for time in noise.timesteps:
+    no_labels = torch.full_like(labels, classes.no_class)
+    tokens, no_tokens = classes(labels), classes(no_labels)
+    for time in scheduler.timesteps:
         with torch.autocast("cpu", torch.bfloat16):
-            found = unet(samples, time, tokens, class_labels=labels).sample.float()
-            if guidance != 1:
-                free = unet(samples, time, nothing, class_labels=none).sample.float()
-                found = free + guidance * (found - free)
-        samples = noise.step(found, time, samples).prev_sample
-    return unpacked(samples)
+            guided = unet(samples, time, tokens, class_labels=labels).sample.float()
+            free = unet(samples, time, no_tokens, class_labels=no_labels).sample.float()
+        samples = scheduler.step(free + guidance * (guided - free), time, samples).prev_sample
+    return unpack_pixels(samples)
 
 
-def pretrained(config: Json, folder: Path, said: Callable[[str], None] = lambda line: None) -> Json:
-    """The base model, trained on plain pictures and kept in the folder. It goes on where an interrupted run stopped."""
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Return the fraction of the learning rate: a linear rise, times half a cosine to zero."""
+    return min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def train(
+    unet: Any,
+    classes: ClassTokens,
+    pictures: Pictures,
+    recipe: Json,
+    learning_rate: Callable[[int], float],
+    after_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Train all parameters that require gradients, and return the loss of each step.
+
+    recipe: steps, batch_size and seed; optionally weight_decay, and dropped as in `denoising_loss`.
+    """
+    parameters = [p for module in (unet, classes) for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.get("weight_decay", 0.0))
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    unet.train()
+    losses = []
+    for step in range(recipe["steps"]):
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        batch = pictures[torch.randint(len(pictures), (recipe["batch_size"],), generator=generator)]
+        loss = denoising_loss(unet, classes, batch, generator, recipe.get("dropped", 0.0))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        after_step(step)
+    unet.eval()
+    return losses
+
+
+def pretrain(config: Json, folder: Path) -> Json:
+    """Train the base model on plain pictures, and save a moving average of its weights."""
+    from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
 
-    asked = config["base"]
-    rows = glyphs(config["data"], "train")
-    torch.manual_seed(asked["seed"])
-    unet, classes = new_model(config["model"], int(rows.labels.max()) + 1)
-    unet.train()
-    both = torch.nn.ModuleList([unet, classes])
-    optimizer = torch.optim.AdamW(both.parameters(), lr=asked["learning_rate"], weight_decay=0.01)
-    mean = {name: one.detach().clone() for name, one in both.named_parameters()}
-    drawn = torch.Generator().manual_seed(asked["seed"])
-    losses: list[float] = []
-    kept = folder / "training.pt"
-    folder.mkdir(parents=True, exist_ok=True)
-    if kept.is_file():
-        state = torch.load(kept, weights_only=True)
-        both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        mean, losses = state["mean"], state["losses"]
-        drawn.set_state(state["drawn"])
-    noise, steps, first = scheduler(), asked["steps"], len(losses)
-    for step, batch in enumerate(batches(rows, asked["batch_size"], steps - first, drawn), first):
-        for group in optimizer.param_groups:
-            group["lr"] = asked["learning_rate"] * rate_at(step, asked["horizon"], asked["warmup"])
-            group["lr"] *= cooled(step, steps, asked["cooling"])
-        one = loss(unet, classes, batch, noise, asked["dropped"], drawn)
-        one.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(one.item())
-        decay = min(asked["decay"], (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, parameter in both.named_parameters():
-                mean[name].lerp_(parameter, 1 - decay)
-        if (step + 1) % 50 == 0:
-            said(f"{step + 1} {sum(losses[-50:]) / 50:.4f}")
-        if (step + 1) % KEPT_EVERY == 0:
-            state = {
-                "model": both.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "mean": mean,
-                "losses": losses,
-                "drawn": drawn.get_state(),
-            }
-            torch.save(state, folder / "training.part")
-            (folder / "training.part").replace(kept)
-    both.load_state_dict(mean)
+    base, pictures = config["base"], read_pictures(config["data"], "train")
+    torch.manual_seed(base["seed"])
+    unet = _prepare(UNet2DConditionModel(**config["model"]))
+    classes = ClassTokens(int(pictures.labels.max()) + 1, config["model"]["cross_attention_dim"])
+    model = torch.nn.ModuleList([unet, classes])
+    average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def learning_rate(step: int) -> float:
+        cooling = min(1.0, (base["steps"] - step) / base["cooling"])
+        return base["learning_rate"] * warmup_cosine(step, base["horizon"], base["warmup"]) * cooling
+
+    @torch.no_grad()
+    def update_average(step: int) -> None:
+        # a short memory at first, because the first weights are far from the last ones
+        decay = min(base["decay"], (step + 1) / (step + 10))
+        for name, parameter in model.named_parameters():
+            average[name].lerp_(parameter, 1 - decay)
+
+    losses = train(unet, classes, pictures, {**base, "weight_decay": 0.01}, learning_rate, update_average)
+    model.load_state_dict(average)
     unet.save_pretrained(folder)
     save_file(classes.state_dict(), folder / "classes.safetensors")
-    kept.unlink(missing_ok=True)
-    return {
-        "train": {
-            "num_parameters": sum(one.numel() for one in both.parameters()),
-            "losses": means(losses, 50),
-        }
-    }
+    return {"train": {"num_parameters": sum(p.numel() for p in model.parameters()), "losses": mean_losses(losses, 50)}}
 
 
-def means(losses: list[float], many: int) -> list[float]:
-    """Of so many steps each."""
-    parts = [losses[n : n + many] for n in range(0, len(losses), many)]
-    return [round(sum(part) / len(part), 5) for part in parts]
+def train_adapter(model: Any, classes: ClassTokens, pictures: Pictures, recipe: Json) -> Json:
+    """Train the adapter of a PEFT model whose other weights are frozen. Returns what the record says of it."""
+    steps, warmup = recipe["steps"], recipe["warmup"]
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    losses = train(
+        model,
+        classes.requires_grad_(False),
+        pictures,
+        recipe,
+        lambda step: recipe["learning_rate"] * warmup_cosine(step, steps, warmup),
+    )
+    return {"num_trainable": numbers, "losses": mean_losses(losses, 22)}
 
 
-def adapted(model: Any, classes: Classes, rows: Glyphs, recipe: Json, seed: int) -> Json:
-    """Train what an adapter added to the model: all other weights must be frozen."""
-    ours = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(ours, lr=recipe["learning_rate"], weight_decay=0.0)
-    drawn = torch.Generator().manual_seed(seed)
-    noise, steps = scheduler(), recipe["steps"]
-    classes.requires_grad_(False)
-    model.train()
-    losses = []
-    for step, batch in enumerate(batches(rows, recipe["batch_size"], steps, drawn)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe["learning_rate"] * rate_at(step, steps, recipe["warmup"])
-        one = loss(model, classes, batch, noise, 0.0, drawn)
-        one.backward()
-        torch.nn.utils.clip_grad_norm_(ours, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(one.item())
-    model.eval()
-    return {
-        "num_trainable": sum(one.numel() for one in ours),
-        "losses": means(losses, 22),
-    }
+def mean_losses(losses: list[float], steps: int) -> list[float]:
+    """Return the mean loss of every so many steps."""
+    chunks = [losses[start : start + steps] for start in range(0, len(losses), steps)]
+    return [round(sum(chunk) / len(chunk), 5) for chunk in chunks]

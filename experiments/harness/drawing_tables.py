@@ -1,65 +1,18 @@
-"""What the records of the experiment on pictures say, and the grid of pictures."""
+"""Tables of docs/images.md from the records of the experiment on pictures, and its grid of pictures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from . import records
+from .drawing import slug
 from .pages import table
 from .records import Json, percent
 
-LEAST = 6
-"""The grid is of packs that have this fraction of the LoRAs' bytes; of one k, it is the largest such that is shown."""
+RATIO = 6
+"""Ratio of the packs in the grid. Of packs by k, that with the largest k of at least this ratio is shown in detail."""
 
-
-def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
-    """Name of a block → its Markdown."""
-    return {
-        "images-judges": judges_table,
-        "images-packs": packs_table,
-        "images-bytes": bytes_table,
-        "images-ways": ways_table,
-        "images-styles": styles_table,
-        "images-left-out": left_out_table,
-        "images-new": lambda: new_table(config),
-        "images-rates": lambda: rates_table(config),
-    }
-
-
-def packs() -> list[Json]:
-    """Records of packs, by k."""
-    return sorted(records.of("diffusion/packs"), key=lambda one: records.asked(one)["pack"]["k"])
-
-
-def sixth() -> int:
-    """The largest k at which the pack takes a sixth of the LoRAs' bytes, the basis counted."""
-    return max(records.asked(one)["pack"]["k"] for one in packs() if one["bytes"]["ratio"] >= LEAST)
-
-
-def styles(*, seen: bool) -> list[Json]:
-    """Records of styles, in the order of the config."""
-    found = [one for one in records.of("diffusion/recycled") if records.asked(one)["seen"] is seen]
-    order = records.asked(found[0])["sources"]
-    key = {name: n for n, name in enumerate(order)}
-    return sorted(found, key=lambda one: key.get(records.asked(one)["name"], len(key)))
-
-
-def row_of(one: Json, way: str, k: int | None = None) -> Json:
-    return next(row for row in one["test"]["ways"] if (row["way"], row["k"]) == (way, k))
-
-
-def has(one: Json, way: str, k: int | None) -> bool:
-    return any((row["way"], row["k"]) == (way, k) for row in one["test"]["ways"])
-
-
-def ways_of(way: str, k: int | None, *, seen: bool = True) -> Iterator[tuple[Json, Json]]:
-    """(how it was kept, the distance of the base's pictures) of each style that has this way."""
-    for one in styles(seen=seen):
-        if has(one, way, k):
-            yield row_of(one, way, k), row_of(one, "base")
-
-
-HEADER = [
+DISTANCE_COLUMNS = [
     "pixels, RMSE",
     "÷ base's",
     "features ÷ base's",
@@ -70,190 +23,208 @@ HEADER = [
 ]
 
 
-def figures(rows: Sequence[tuple[Json, Json]]) -> list[str]:
-    """Means over styles; distances are to the original's pictures."""
-    kept = [one for one, _ in rows]
-    return [
-        f"{mean(one['rmse'] for one in kept):.3f}",
-        f"{mean(one['rmse'] / base['rmse'] for one, base in rows):.2f}",
-        f"{mean(one['class']['features'] / base['class']['features'] for one, base in rows):.2f}",
-        percent(mean(one["class"]["right"] for one in kept)),
-        percent(mean(one["style"]["right"] for one in kept)),
-        percent(mean(one["style"]["same"] for one in kept)),
-        percent(min(one["style"]["same"] for one in kept)),
+def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
+    """Return functions that write the blocks of the page, by their names."""
+    return {
+        "images-judges": judges_table,
+        "images-packs": packs_table,
+        "images-bytes": bytes_table,
+        "images-ways": methods_table,
+        "images-styles": styles_table,
+        "images-left-out": left_out_table,
+        "images-new": lambda: new_styles_table(config),
+        "images-rates": lambda: rates_line(config),
+    }
+
+
+def packs() -> list[Json]:
+    """Return the records of packs by k, ascending."""
+    return sorted(records.of("diffusion/packs"), key=lambda record: records.asked(record)["pack"]["k"])
+
+
+def shown_k() -> int:
+    return max(records.asked(pack)["pack"]["k"] for pack in packs() if pack["bytes"]["ratio"] >= RATIO)
+
+
+def style_records(*, seen: bool) -> list[Json]:
+    """Return the records of the styles in the packs, in the order of the config, or of the others."""
+    chosen = [record for record in records.of("diffusion/recycled") if records.asked(record)["seen"] is seen]
+    sources = records.asked(chosen[0])["sources"]
+    return sorted(chosen, key=lambda record: sources.index(records.asked(record)["name"])) if seen else chosen
+
+
+def rows_by_way(record: Json) -> dict[tuple[str, int | None], Json]:
+    return {(row["way"], row["k"]): row for row in record["test"]["ways"]}
+
+
+def update_error(rows: Sequence[Json]) -> str:
+    return f"{mean(row['delta_error'] for row in rows):.2f}"
+
+
+def rows_of(way: str, k: int | None, style_runs: Sequence[Json]) -> tuple[list[Json], list[str]]:
+    """Return the rows of one way to store an adapter, for each style that has it, and the cells of their means.
+
+    Distances are to the original's pictures, and relative ones are divided by the distance of the base model's.
+    """
+    by_style = [rows_by_way(record) for record in style_runs]
+    pairs = [(rows[way, k], rows["base", None]) for rows in by_style if (way, k) in rows]
+    cells = [
+        f"{mean(row['rmse'] for row, _ in pairs):.3f}",
+        f"{mean(row['rmse'] / base['rmse'] for row, base in pairs):.2f}",
+        f"{mean(row['class']['features'] / base['class']['features'] for row, base in pairs):.2f}",
+        percent(mean(row["class"]["right"] for row, _ in pairs)),
+        percent(mean(row["style"]["right"] for row, _ in pairs)),
+        percent(mean(row["style"]["same"] for row, _ in pairs)),
+        percent(min(row["style"]["same"] for row, _ in pairs)),
     ]
+    return [row for row, _ in pairs], cells
 
 
 def packs_table() -> str:
-    """Every k: bytes, errors of updates, and what is drawn."""
-    rows = []
-    for one in packs():
-        k, size, errors = records.asked(one)["pack"]["k"], one["bytes"], list(one["delta_errors"].values())
-        found = list(ways_of("seen", k))
-        name = f"**{k}**" if k == sixth() else str(k)
-        lost = f"{mean(errors):.2f} / {max(errors):.2f}"
-        rows.append([name, f"{size['ratio']:.1f}", f"{size['ratio_without_basis']:.0f}", lost, *figures(found)])
-    head = ["k", "ratio, basis counted", "not counted", "update lost, mean / worst", *HEADER]
-    n, pictures = len(styles(seen=True)), styles(seen=True)[0]["test"]["pictures"]
-    return "\n\n".join(
-        [
-            table(head, rows),
-            f"{n} styles, {pictures} pictures each. Bold: the largest k at which the pack has at most a sixth of the "
-            f"bytes of the LoRAs ({packs()[0]['bytes']['lora'] / 1e6:.1f} MB in float32).",
-            records.source_line("diffusion/recycled"),
-        ]
+    """Write bytes, errors of updates and distances of pictures for each k."""
+    rows, runs = [], style_records(seen=True)
+    for pack in packs():
+        k, size, errors = records.asked(pack)["pack"]["k"], pack["bytes"], list(pack["delta_errors"].values())
+        name = f"**{k}**" if k == shown_k() else str(k)
+        ratios = [f"{size['ratio']:.1f}", f"{size['ratio_without_basis']:.0f}"]
+        rows.append([name, *ratios, f"{mean(errors):.2f} / {max(errors):.2f}", *rows_of("seen", k, runs)[1]])
+    header = ["k", "ratio, basis counted", "not counted", "update lost, mean / worst", *DISTANCE_COLUMNS]
+    note = (
+        f"{len(runs)} styles, {runs[0]['test']['pictures']} pictures each. Bold: the largest k at which the pack has "
+        f"at most a sixth of the bytes of the LoRAs ({packs()[0]['bytes']['lora'] / 1e6:.1f} MB in float32)."
     )
+    return "\n\n".join([table(header, rows), note, records.source_line("diffusion/recycled")])
 
 
 def bytes_table() -> str:
-    """Packs whose bytes were chosen: errors of updates, and what is drawn."""
+    """Write errors of updates and distances of pictures for each ratio."""
     rows = []
-    for one in sorted(records.of("diffusion/ratios"), key=lambda one: -records.asked(one)["pack"]["ratio"]):
-        asked, errors = records.asked(one)["pack"]["ratio"], list(one["delta_errors"].values())
-        drawn = records.of("diffusion/bytes")
-        found = [(row_of(style, "bytes", asked), row_of(style, "base")) for style in drawn]
-        rows.append([f"{one['bytes']['ratio']:.1f}", f"{mean(errors):.3f} / {max(errors):.3f}", *figures(found)])
-    head = ["ratio to 16 bits, all counted", "update lost, mean / worst", *HEADER]
-    return f"{table(head, rows)}\n\n{records.source_line('diffusion/bytes')}"
+    for pack in sorted(records.of("diffusion/ratios"), key=lambda record: -records.asked(record)["pack"]["ratio"]):
+        ratio, errors = records.asked(pack)["pack"]["ratio"], list(pack["delta_errors"].values())
+        cells = rows_of("bytes", ratio, records.of("diffusion/bytes"))[1]
+        rows.append([f"{pack['bytes']['ratio']:.1f}", f"{mean(errors):.3f} / {max(errors):.3f}", *cells])
+    header = ["ratio to 16 bits, all counted", "update lost, mean / worst", *DISTANCE_COLUMNS]
+    return f"{table(header, rows)}\n\n{records.source_line('diffusion/bytes')}"
 
 
-def ways_table() -> str:
-    """At one k: what else the same bytes would do."""
-    k = sixth()
-    known = [
+def methods_table() -> str:
+    """Write what other methods do with the bytes of one pack."""
+    k, rows = shown_k(), []
+    for label, way, way_k in (
         ("the LoRA itself", "original", None),
         (f"pack, k = {k}", "seen", k),
         ("each LoRA cut by SVD to the same bytes", "truncated", k),
         (f"random directions, k = {k}", "random", k),
         ("a LoRA of the same style, from another seed", "another seed", None),
         ("no adapter: the base", "base", None),
-    ]
-    rows = []
-    for label, way, of in known:
-        found = list(ways_of(way, of))
-        if found:
-            rows.append(
-                [label, str(len(found)), f"{mean(one['delta_error'] for one, _ in found):.2f}", *figures(found)]
-            )
-    return table(["what draws", "styles", "update lost", *HEADER], rows)
+    ):
+        drawn, cells = rows_of(way, way_k, style_records(seen=True))
+        rows.append([label, str(len(drawn)), update_error(drawn), *cells])
+    return table(["what draws", "styles", "update lost", *DISTANCE_COLUMNS], rows)
 
 
 def styles_table() -> str:
-    """Every style at the k of a sixth of the bytes."""
-    k, rows = sixth(), []
-    for one in styles(seen=True):
-        first, kept, base = row_of(one, "original"), row_of(one, "seen", k), row_of(one, "base")
+    """Write the figures of each style in one pack."""
+    rows = []
+    for record in style_records(seen=True):
+        by_way = rows_by_way(record)
+        original, packed, base = by_way["original", None], by_way["seen", shown_k()], by_way["base", None]
         rows.append(
             [
-                records.asked(one)["style"],
-                f"{kept['delta_error']:.2f}",
-                f"{kept['rmse']:.3f}",
+                records.asked(record)["style"],
+                update_error([packed]),
+                f"{packed['rmse']:.3f}",
                 f"{base['rmse']:.3f}",
-                f"{percent(first['class']['right'])} → {percent(kept['class']['right'])}",
-                f"{percent(first['style']['right'])} → {percent(kept['style']['right'])}",
-                percent(kept["style"]["same"]),
+                f"{percent(original['class']['right'])} → {percent(packed['class']['right'])}",
+                f"{percent(original['style']['right'])} → {percent(packed['style']['right'])}",
+                percent(packed["style"]["same"]),
             ]
         )
-    head = ["style", "update lost", "pixels, RMSE", "of the base", "class right", "style right", "same style"]
-    return table(head, rows)
+    header = ["style", "update lost", "pixels, RMSE", "of the base", "class right", "style right", "same style"]
+    return table(header, rows)
 
 
 def left_out_table() -> str:
-    """Styles that no basis has seen, projected."""
-    rows = []
-    for k in sorted(row["k"] for row in styles(seen=False)[0]["test"]["ways"] if row["k"]):
-        found = list(ways_of("left out", k, seen=False))
-        rows.append([str(k), f"{mean(one['delta_error'] for one, _ in found):.2f}", *figures(found)])
-    for label, way in (("their LoRAs", "original"), ("the base", "base")):
-        found = list(ways_of(way, None, seen=False))
-        rows.append([label, f"{mean(one['delta_error'] for one, _ in found):.2f}", *figures(found)])
-    names = ", ".join(records.asked(one)["style"] for one in styles(seen=False))
-    return f"{table(['k', 'update lost', *HEADER], rows)}\n\nStyles: {names}."
+    """Write the figures of styles that no pack has, projected."""
+    rows, runs = [], style_records(seen=False)
+    projected = [(str(k), "left out", k) for way, k in rows_by_way(runs[0]) if way == "left out"]
+    for label, way, k in [*projected, ("their LoRAs", "original", None), ("the base", "base", None)]:
+        drawn, cells = rows_of(way, k, runs)
+        rows.append([label, update_error(drawn), *cells])
+    names = ", ".join(records.asked(record)["style"] for record in runs)
+    return f"{table(['k', 'update lost', *DISTANCE_COLUMNS], rows)}\n\nStyles: {names}."
 
 
-def new_table(config: Json) -> str:
-    """New styles, on coefficients alone and by LoRA."""
-    names, rows = config["styles"]["left_out"], []
-    found = {one["run_info"]["experiment_name"].rsplit("/", 1)[-1]: one for one in records.of("diffusion/targets")}
-    k = config["pack"]["rival"]
-    for name, label in (
+def run_name(record: Json) -> str:
+    return record["run_info"]["experiment_name"].rpartition("/")[2]
+
+
+def new_styles_table(config: Json) -> str:
+    """Write the losses of new styles by coefficients and by LoRA."""
+    styles, rows = config["styles"]["left_out"], []
+    by_name = {run_name(record): record for record in records.of("diffusion/targets")}
+    for method, label in (
         ("base", "no adapter"),
         ("lora", "LoRA r = 32"),
-        ("core", f"coefficients alone: core, k = {k}"),
+        ("core", f"coefficients alone: core, k = {config['pack']['rival']}"),
         ("random", "the same over random directions"),
     ):
-        ours = [found[f"{name}--{style.replace(' ', '-')}"] for style in names]
-        rows.append(
-            [
-                label,
-                f"{ours[0]['train']['num_trainable']:,}",
-                *(f"{one['test']['loss']:.4f}" for one in ours),
-                percent(mean(one["test"]["class"]["right"] for one in ours)),
-                percent(mean(one["test"]["style"]["right"] for one in ours)),
-            ]
-        )
-    head = ["method", "trained numbers", *(f"loss, {style}" for style in names), "class right", "style right"]
-    return f"{table(head, rows)}\n\n{records.source_line('diffusion/targets')}"
+        runs = [by_name[f"{method}--{slug(style)}"] for style in styles]
+        losses = [f"{run['test']['loss']:.4f}" for run in runs]
+        right = [percent(mean(run["test"][kind]["right"] for run in runs)) for kind in ("class", "style")]
+        rows.append([label, f"{runs[0]['train']['num_trainable']:,}", *losses, *right])
+    header = ["method", "trained numbers", *(f"loss, {style}" for style in styles), "class right", "style right"]
+    return f"{table(header, rows)}\n\n{records.source_line('diffusion/targets')}"
 
 
-def rates_table(config: Json) -> str:
-    """The losses that the rates were chosen by."""
-    said = []
-    for name, label in (("core", "coefficients alone"), ("random", "random directions")):
+def rates_line(config: Json) -> str:
+    """Write the losses that the learning rates were chosen by."""
+    phrases = []
+    for method, label in (("core", "coefficients alone"), ("random", "random directions")):
         losses = {
-            records.asked(one)["recipe"]["learning_rate"]: one["test"]["loss"]
-            for one in records.of("diffusion/rates")
-            if one["run_info"]["experiment_name"].rsplit("/", 1)[-1].startswith(name)
+            records.asked(record)["recipe"]["learning_rate"]: record["test"]["loss"]
+            for record in records.of("diffusion/rates")
+            if run_name(record).startswith(method)
         }
-        each = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(losses.items()))
-        said.append(f"{label}: {each}")
-    return f"Loss on “{config['styles']['development']}”, by rate: {'; '.join(said)}."
+        phrases.append(f"{label}: " + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in sorted(losses.items())))
+    return f"Loss on “{config['styles']['development']}”, by rate: {'; '.join(phrases)}."
 
 
 def judges_table() -> str:
-    """The networks that look at pictures, on real ones; and what the base draws."""
-    drawn = records.of("diffusion/plain")[0]["test"]
-    rows = []
-    for one in records.of("diffusion/judges"):
-        what, test = records.asked(one)["what"], one["test"]
+    """Write the accuracy of the judges on held-out pictures and on the base model's drawings."""
+    drawn, rows = records.of("diffusion/plain")[0]["test"], []
+    for record in records.of("diffusion/judges"):
+        kind, test = records.asked(record)["what"], record["test"]
         worst = min(test["by_style"], key=lambda name: test["by_style"][name])
-        rows.append(
-            [
-                what,
-                f"{test['rows']:,}",
-                percent(test["accuracy"]),
-                f"{percent(test['by_style'][worst])} ({worst})",
-                percent(drawn[what]["right"]),
-            ]
-        )
-    head = ["judge of", "held-out pictures", "right", "least of a style", f"of the base's {drawn['pictures']} drawings"]
-    return table(head, rows)
+        least = f"{percent(test['by_style'][worst])} ({worst})"
+        rows.append([kind, f"{test['rows']:,}", percent(test["accuracy"]), least, percent(drawn[kind]["right"])])
+    drawings = f"of the base's {drawn['pictures']} drawings"
+    return table(["judge of", "held-out pictures", "right", "least of a style", drawings], rows)
 
 
 def grid(config: Json, file: Path) -> None:
-    """Pictures of every style, the original's above the recycled one's, at a sixth of the bytes. It needs the pictures
-    that `bytes` left in work/."""
+    """Arrange pictures of every style, the original's above those of the packs of `RATIO`. Needs the stage `bytes`."""
     import numpy as np
     from PIL import Image, ImageDraw
+    from safetensors.torch import load_file
 
-    from . import easel
+    from .sampler import pictures_file
 
-    per_class = config["drawing"]["per_class"]
     classes = [0, 2, 3, 5, 7, 8, 10, 11, 12, 14, 16, 19]
-    shown = [one * per_class for one in classes]
-    names = [records.asked(one)["style"] for one in styles(seen=True)]
-    side, gap, label = 28, 2, 78
-    block = 2 * side + 3 * gap
-    half = (len(names) + 1) // 2
-    width = label + len(shown) * (side + gap) + 3 * gap
-    sheet = Image.new("L", (2 * width, half * block), 128)
+    styles = [records.asked(record)["style"] for record in style_records(seen=True)]
+    side, gap, label_width = 28, 2, 78
+    block_height = 2 * side + 3 * gap
+    styles_per_column = (len(styles) + 1) // 2
+    column_width = label_width + len(classes) * (side + gap) + 3 * gap
+    sheet = Image.new("L", (2 * column_width, styles_per_column * block_height), 128)
     pen = ImageDraw.Draw(sheet)
-    for n, name in enumerate(names):
-        drawn = easel.saved_pictures(f"{name.replace(' ', '-')}-bytes")
-        left, top = (n // half) * width, (n % half) * block
-        pen.text((left + 4, top + block // 2 - 6), name, fill=0)
-        for row, way in enumerate(("original", f"ratio {LEAST}")):
-            for column, one in enumerate(shown):
-                picture = Image.fromarray(np.asarray(drawn[way][one]))
-                sheet.paste(picture, (left + label + column * (side + gap), top + gap + row * (side + gap // 2)))
+    for n, style in enumerate(styles):
+        drawn = load_file(pictures_file(f"{slug(style)}-bytes"))
+        left, top = n // styles_per_column * column_width, n % styles_per_column * block_height
+        pen.text((left + 4, top + block_height // 2 - 6), style, fill=0)
+        for row, way in enumerate(("original", f"bytes {RATIO}")):
+            for column, label in enumerate(classes):
+                picture = Image.fromarray(np.asarray(drawn[way][label * config["drawing"]["per_class"]]))
+                x = left + label_width + column * (side + gap)
+                sheet.paste(picture, (x, top + gap + row * (side + gap // 2)))
     sheet.save(file, lossless=True, quality=100)
