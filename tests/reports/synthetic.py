@@ -5,6 +5,18 @@ import dataclasses
 import numpy as np
 
 from eigenlorax.reports import Report, data
+from eigenlorax.reports.comparison_data import (
+    Baseline,
+    Bytes,
+    Frontier,
+    FrontierPoint,
+    LeftOut,
+    Null,
+    SideEnergy,
+    SizePoint,
+    Spread,
+)
+from eigenlorax.reports.task_data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 
 BERT = ("attention.self.query", "attention.self.value")
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -66,7 +78,7 @@ def report(
         module_errors=[[float(a.delta_error * random.uniform(0.7, 1.3)) for _ in modules] for a in figures],
         in_fit=_spread(figures, "delta_error"),
         projected=_spread(figures[:2], "delta_error"),
-        left_out=data.LeftOut(
+        left_out=LeftOut(
             sampled=min(adapters, 40),
             of=adapters,
             seed=7,
@@ -79,13 +91,13 @@ def report(
             kept_spread=0.0012,
             sharing=names[2 : max(4, adapters // 2)],
         ),
-        null=data.Null(
+        null=Null(
             draws=2,
             seed=7,
             errors=dataclasses.replace(_spread(figures, "delta_error"), mean=0.88),
             spread=0.0003,
-            down=data.SideEnergy(0.912, 0.574, 0.0002),
-            up=data.SideEnergy(0.884, 0.571, 0.0002),
+            down=SideEnergy(0.912, 0.574, 0.0002),
+            up=SideEnergy(0.884, 0.571, 0.0002),
         ),
         baselines=_baselines(figures),
         frontier=_frontier(figures),
@@ -135,7 +147,7 @@ def even(adapters, *, error=5e-8, cosine=0.0):
     tree = [
         [float(adapters + n - 2 if n > 1 else 0), float(n), 1.0 - cosine**2, float(n + 1)] for n in range(1, adapters)
     ]
-    spread = data.Spread(adapters, error, error, error, names[0])
+    spread = Spread(adapters, error, error, error, names[0])
     side = {"k": 1, "rank": 1, "energy": 1.0, "spectrum": [1.0], "null": [1.0], "null_energy": 1.0, "angles": [0.0]}
     side |= {"null_angles": [0.0], "halves_overlap": 1.0, "null_halves_overlap": 1.0}
     return dataclasses.replace(
@@ -404,7 +416,7 @@ def _spread(figures, field):
     known = [(getattr(one, field), one.name) for one in figures if getattr(one, field) is not None]
     values = np.array([value for value, _ in known])
     worst, name = max(known)
-    return data.Spread(len(known), float(values.mean()), float(np.sqrt((values**2).mean())), worst, name)
+    return Spread(len(known), float(values.mean()), float(np.sqrt((values**2).mean())), worst, name)
 
 
 def _baselines(figures):
@@ -422,7 +434,7 @@ def _baselines(figures):
     ]
     worst = figures[0].name
     return [
-        data.Baseline(key, label, data.Spread(len(figures), mean, mean * 1.01, mean * 1.3, worst), stored)
+        Baseline(key, label, Spread(len(figures), mean, mean * 1.01, mean * 1.3, worst), stored)
         for key, label, mean, stored in rows
     ]
 
@@ -439,15 +451,15 @@ def _frontier(figures):
     }
     worst = max(one.delta_error for one in figures)
     mean = sum(one.delta_error for one in figures) / len(figures)
-    return data.Frontier(
+    return Frontier(
         adapters=len(figures),
         modules=2,
         of=4,
         lora_float16=total // 2,
         points=[
-            data.FrontierPoint("pack", "", total // 6, worst, mean),
+            FrontierPoint("pack", "", total // 6, worst, mean),
             *(
-                data.FrontierPoint(way, words, total // smaller, error, error * 0.9)
+                FrontierPoint(way, words, total // smaller, error, error * 0.9)
                 for way, points in ways.items()
                 for words, smaller, error in points
             ),
@@ -458,7 +470,7 @@ def _frontier(figures):
 def _bytes(adapters, modules, width, k):
     each, coefficients, basis = modules * 8 * width * 2 * 4, modules * 8 * 2 * k * 4, modules * 2 * k * width * 4
     over = sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, adapters})
-    return data.Bytes(
+    return Bytes(
         lora_files=adapters * (each + 2345),
         lora_stored=adapters * each,
         lora=adapters * each,
@@ -481,7 +493,7 @@ def _sizes(adapters, modules, width):
         mean = 0.9 * 0.97**k
         lora = adapters * modules * 8 * width * 2 * 4
         points.append(
-            data.SizePoint(
+            SizePoint(
                 k,
                 mean,
                 min(1.0, mean * 1.3),
@@ -499,14 +511,14 @@ def _sizes(adapters, modules, width):
 
 def _evaluations(names):
     made = [
-        data.Evaluation(
+        Evaluation(
             name, "rows/test.jsonl", "text-classification", 872, None, True,
             0.923, 0.919, 0.508, 0.985, 0.523, 0.0021, 0.61, None, None, None,
         )
         for name in names[1:3]
     ]  # fmt: skip
     made.append(
-        data.Evaluation(
+        Evaluation(
             names[-1],
             "rows/stories.jsonl",
             "causal-lm",
@@ -540,7 +552,7 @@ def _task_frontiers(names):
     ):
         score = {"accuracy": accuracy, "perplexity": perplexity}
         points = [
-            data.TaskPoint(
+            TaskPoint(
                 way=way,
                 ratio=ratio,
                 stored_bytes=stored,
@@ -549,12 +561,12 @@ def _task_frontiers(names):
                 **score,
                 agreement=0.95,
                 kl=lost,
-                runs=[data.TaskRun(name, "rows/test.jsonl", **score, agreement=0.95, kl=lost) for name in tested],
+                runs=[TaskRun(name, "rows/test.jsonl", **score, agreement=0.95, kl=lost) for name in tested],
             )
             for (way, ratio, stored), lost in zip(ways, kl, strict=True)
         ]
         bare = (accuracy and 0.508, perplexity and 13.92, 0.61)
-        found.append(data.TaskFrontier(task, len(names) - 1, 20_000_000, accuracy, perplexity, *bare, points))
+        found.append(TaskFrontier(task, len(names) - 1, 20_000_000, accuracy, perplexity, *bare, points))
     return found
 
 

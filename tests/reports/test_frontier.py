@@ -9,9 +9,10 @@ from synthetic import report
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.core.batch import pad_factors
-from eigenlorax.reports import data, frontier
+from eigenlorax.reports import frontier
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
+from eigenlorax.reports.comparison_data import Frontier, FrontierPoint
 from eigenlorax.reports.render import markdown, page
 from made import of_one_subspace, random
 from planted import MODULES
@@ -137,12 +138,12 @@ class TestShown:
 
 def test_a_sentence_says_what_is_best():
     points = [
-        data.FrontierPoint("pack", "", 2_000_000, 0.25, 0.2),
-        data.FrontierPoint("rounded", "", 900_000, 0.3, 0.2),
-        data.FrontierPoint("shared basis", "k = 16, 8 bits", 1_500_000, 0.25, 0.2),
-        data.FrontierPoint("truncated and rounded", "", 1_600_000, 0.2, 0.2),
+        FrontierPoint("pack", "", 2_000_000, 0.25, 0.2),
+        FrontierPoint("rounded", "", 900_000, 0.3, 0.2),
+        FrontierPoint("shared basis", "k = 16, 8 bits", 1_500_000, 0.25, 0.2),
+        FrontierPoint("truncated and rounded", "", 1_600_000, 0.2, 0.2),
     ]
-    assert frontier.at_equal_error(data.Frontier(3, 1, 1, 9, points)) == (
+    assert frontier.at_equal_error(Frontier(3, 1, 1, 9, points)) == (
         "For the pack's worst error of 0.250, the best other way takes 1.5 MB: one shared basis (k = 16, 8 bits). "
         "The pack takes 2.0 MB."
     )

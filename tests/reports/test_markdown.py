@@ -9,6 +9,7 @@ from markdown_it import MarkdownIt
 from synthetic import HOSTILE, bare, hostile_names, report
 
 from eigenlorax.reports import data
+from eigenlorax.reports.comparison_data import Spread
 from eigenlorax.reports.render import markdown
 
 
@@ -66,13 +67,17 @@ def test_figures_are_in_the_tables_the_worst_first():
 def test_key_figures():
     full = report(6)
     out = changed(
-        full.left_out, sampled=5, of=6, errors=data.Spread(5, 0.7654, 0.8, 0.91, "a_b"), standard_error=0.0123
+        full.left_out,
+        sampled=5,
+        of=6,
+        errors=Spread(5, 0.7654, 0.8, 0.91, "a_b"),
+        standard_error=0.0123,
     )
     modules = [changed(one, up=changed(one.up, k=7)) for one in full.modules]
     figures = dict(
-        tables(
-            markdown.render(changed(full, left_out=out, in_fit=data.Spread(6, 0.1234, 0.2, 0.3, "c"), modules=modules))
-        )["6 LoRA adapters of FacebookAI/roberta-base in one subspace"][0][1:]
+        tables(markdown.render(changed(full, left_out=out, in_fit=Spread(6, 0.1234, 0.2, 0.3, "c"), modules=modules)))[
+            "6 LoRA adapters of FacebookAI/roberta-base in one subspace"
+        ][0][1:]
     )
     assert figures["k"] == "7–32, chosen as at most 32 components"
     assert figures["delta error, 6 adapters in the fit"] == "mean 0.123, worst 0.300 (c)"

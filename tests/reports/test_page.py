@@ -17,6 +17,7 @@ from synthetic import HOSTILE, LLAMA, bare, even, hostile_names, report
 
 from eigenlorax.errors import MissingExtraError
 from eigenlorax.reports import data
+from eigenlorax.reports.comparison_data import Baseline, Bytes, SizePoint, Spread
 from eigenlorax.reports.render import page
 
 ADAPTERS = "All adapters, the worst first"
@@ -103,14 +104,18 @@ def test_headline_tiles_findings_and_notes():
     full = report(6)
     finding = data.Finding("bytes", "Use `-k 3` <now>.", "Or not.", True, ["a b", "c"])
     out = changed(
-        full.left_out, errors=data.Spread(6, 0.765432, 0.8, 0.9, "worst"), standard_error=0.0123, sampled=5, of=6
+        full.left_out,
+        errors=Spread(6, 0.765432, 0.8, 0.9, "worst"),
+        standard_error=0.0123,
+        sampled=5,
+        of=6,
     )
     document = Document(
         page.render(
             changed(
                 full,
                 verdict=data.Verdict("One & only.", [finding]),
-                in_fit=data.Spread(6, 0.123456, 0.2, 0.654321, "worst one"),
+                in_fit=Spread(6, 0.123456, 0.2, 0.654321, "worst one"),
                 left_out=out,
                 bytes=changed(full.bytes, ratio=3.456, limit=123.456),
                 notes=["Noted `x`."],
@@ -131,19 +136,19 @@ def test_headline_tiles_findings_and_notes():
 
 def test_tables_of_baselines_bytes_sizes_starts_and_tasks():
     full = report(5)
-    gain = data.Bytes(
+    gain = Bytes(
         lora_files=9_000_001, lora_stored=8_000_000, lora=6_000_000, lora_float16=4_000_000, basis=1_000_000,
         coefficients=300_000, carried=0, heads=0, ratio=6 / 1.3, limit=20.0, break_even=2, over_n=[(1, 0.5), (5, 4.6)],
     )  # fmt: skip
     baselines = [
-        data.Baseline("pack", "this pack", data.Spread(5, 0.25, 0.3, 0.5, "w"), 1_300_000),
-        data.Baseline("null", "noise", data.Spread(5, 0.75, 0.8, 0.9, "w"), None),
+        Baseline("pack", "this pack", Spread(5, 0.25, 0.3, 0.5, "w"), 1_300_000),
+        Baseline("null", "noise", Spread(5, 0.75, 0.8, 0.9, "w"), None),
     ]
     starts = data.Starts(
         groups=[data.StartGroup(["p", "q"], 0.875, -0.125)],
         energies=[data.StartEnergy("group 1", 2, 8, 0.25, 0.375, 0.125, 0.0625, 0.9999, 1.0)],
     )
-    sizes = [data.SizePoint(k, 0.5 / k, 0.75 / k, 0.6 / k, 0.01, None, 0.9, 1000 * k, 8.0 / k, []) for k in (2, 3)]
+    sizes = [SizePoint(k, 0.5 / k, 0.75 / k, 0.6 / k, 0.01, None, 0.9, 1000 * k, 8.0 / k, []) for k in (2, 3)]
     document = Document(page.render(changed(full, bytes=gain, baselines=baselines, starts=starts, sizes=sizes)))
     tables = document.tables
     assert tables["What else could be done with these adapters"] == [

@@ -16,9 +16,10 @@ from compared import classes_by_hand, divergence, made, share, trained
 from eigenlorax.cli import main
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import OptionError
-from eigenlorax.reports import data, with_evaluations
+from eigenlorax.reports import with_evaluations
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.render import markdown
+from eigenlorax.reports.task_data import TaskFrontier
 from eigenlorax.train import models, ratios, recycled_evaluation
 from planted import normal
 from reference import dense
@@ -321,4 +322,4 @@ def test_nothing_changes_without_it(found, pack, originals):
     plain = with_evaluations(report, found[0])
     assert plain.task_frontiers == []
     assert "what becomes of the task" not in markdown.render(plain)
-    assert all(isinstance(one, data.TaskFrontier) for one in with_evaluations(report, *found).task_frontiers)
+    assert all(isinstance(one, TaskFrontier) for one in with_evaluations(report, *found).task_frontiers)

@@ -12,7 +12,8 @@ from ..pack.summary import lora_numbers
 from . import chance, spreads
 from .analysis import bytes as costs
 from .analysis import losses
-from .data import AdapterFigures, Baseline, Bytes, LeftOut, Null, SizePoint
+from .comparison_data import Baseline, Bytes, LeftOut, Null, SizePoint
+from .data import AdapterFigures
 from .measure import Measured
 from .originals import Originals
 

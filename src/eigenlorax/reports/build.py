@@ -17,10 +17,11 @@ from ..version import __version__
 from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
 from .analysis import groups
 from .analysis.pairs import cosines
-from .data import AdapterFigures, Collection, Evaluation, Similarity, TaskFrontier, Verdict
+from .data import AdapterFigures, Collection, Similarity, Verdict
 from .files import Report
 from .measure import Measured
 from .originals import Originals
+from .task_data import Evaluation, TaskFrontier
 
 
 def report(

@@ -11,7 +11,7 @@ from ..core.basis import Basis
 from . import spreads
 from .analysis import null
 from .analysis.null import COLLECTIONS
-from .data import Null, SideEnergy
+from .comparison_data import Null, SideEnergy
 from .refits import NullKept
 
 HALF = 0.5

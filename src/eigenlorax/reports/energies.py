@@ -2,7 +2,8 @@
 
 from . import numbers
 from .chance import is_above
-from .data import ReportData, SideEnergy
+from .comparison_data import SideEnergy
+from .data import ReportData
 
 _WORDS = {"down": "the down side", "up": "the up side"}
 _NEARLY_ALL = 0.99

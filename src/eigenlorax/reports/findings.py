@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from ..codec.storage.table import CODED, storage_by_name
-from .data import Baseline, Finding, ReportData
+from .comparison_data import Baseline
+from .data import Finding, ReportData
 from .frontier import at_equal_error, cheapest
 from .numbers import error, plural, ratio, share
 

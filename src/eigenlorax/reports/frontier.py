@@ -12,9 +12,10 @@ from . import numbers
 from .analysis import per_adapter
 from .analysis.per_adapter import BOTH, CUT_BY_ENERGY, ROUNDED, Point
 from .analysis.shared_basis import SHARED_BASIS, SharedBasis
-from .data import Frontier, FrontierPoint, TaskFrontier
+from .comparison_data import Frontier, FrontierPoint
 from .measure import own_name
 from .originals import Originals
+from .task_data import TaskFrontier
 
 NUMBERS = 1.5e6
 """Numbers of factors up to which all modules are measured; of a larger collection, some modules."""

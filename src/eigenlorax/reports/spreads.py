@@ -11,7 +11,7 @@ from ..codec.storage.table import storage_by_name
 from ..core import linalg
 from ..core.basis import Basis
 from ..pack.pack import Pack
-from .data import Spread
+from .comparison_data import Spread
 
 
 def summarise(errors: Mapping[str, float]) -> Spread | None:

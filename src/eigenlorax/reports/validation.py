@@ -6,8 +6,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ..core.json_dataclasses import JsonTypeError
-from .data import ReportData, SideFigures, Similarity, Spread, TaskFrontier
+from .comparison_data import Spread
+from .data import ReportData, SideFigures, Similarity
 from .frontier import FIT, METHODS, TASK_METHODS
+from .task_data import TaskFrontier
 
 _MOST = 1e100
 """Maximum size of a figure, such that its square is still a finite float."""

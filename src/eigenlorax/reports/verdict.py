@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from . import findings, spreads
 from .chance import is_above
-from .data import Finding, LeftOut, ReportData, SizePoint, Spread, Verdict
+from .comparison_data import LeftOut, SizePoint, Spread
+from .data import Finding, ReportData, Verdict
 from .findings import LARGE_ERROR, is_coded, keeps_factors
 from .numbers import error, ratio, share
 

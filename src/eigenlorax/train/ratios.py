@@ -20,9 +20,9 @@ from ..pack.pack import Pack
 from ..pack.summary import lora_numbers
 from ..reports.analysis import per_adapter
 from ..reports.analysis.per_adapter import Cut
-from ..reports.data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 from ..reports.frontier import FIT
 from ..reports.measure import own_name
+from ..reports.task_data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 from . import evaluate, recycled_evaluation
 from .adapter_versions import ORIGINAL, WITHOUT_UPDATE
 from .recycled_evaluation import RECYCLED, EvaluationJob, EvaluationPlan, JobScores

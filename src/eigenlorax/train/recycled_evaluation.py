@@ -19,7 +19,7 @@ from ..core.progress import Progress
 from ..errors import FormatError, NonFiniteError, OptionError, RowsWarning
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
-from ..reports.data import Evaluation
+from ..reports.task_data import Evaluation
 from . import data, evaluate, examples, models
 from .adapter_versions import ORIGINAL, WITHOUT_UPDATE, LoadedVersions, VersionLoader
 from .data import Table

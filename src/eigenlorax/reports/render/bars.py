@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .. import numbers
-from ..data import Evaluation, ReportData
+from ..data import ReportData
+from ..task_data import Evaluation
 
 MOST = 40
 """Maximum number of bars in a chart; the tables have all rows."""

@@ -5,7 +5,7 @@ import re
 from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
-from . import facts, tables
+from . import facts, tables, task_tables
 from .environment import markdown_environment
 
 MOST_ADAPTERS = 20
@@ -28,6 +28,7 @@ def render(report: ReportData) -> str:
             marks=_MARKS,
             most=MOST_ADAPTERS,
             tables=tables,
+            task_tables=task_tables,
             energies=energies,
             at_equal_error=at_equal_error,
             on_task=on_task,

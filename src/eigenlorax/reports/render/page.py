@@ -12,7 +12,7 @@ from .. import numbers
 from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
-from . import bars, facts, tables
+from . import bars, facts, tables, task_tables
 from .environment import html_environment
 from .figures import curves, error_plots, maps, module_labels, svg
 
@@ -88,6 +88,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "near": report.similarity,
         "bars": bars,
         "tables": tables,
+        "task_tables": task_tables,
         "curves": curves,
         "error_plots": error_plots,
         "maps": maps,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ... import numbers
-from ...data import ReportData, SideFigures, TaskFrontier
+from ...data import ReportData, SideFigures
 from ...frontier import METHODS, SHARING_METHODS, TASK_METHODS
+from ...task_data import TaskFrontier
 from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
 
