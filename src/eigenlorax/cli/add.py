@@ -70,8 +70,8 @@ def add(
     extension = None if extend is None else _extension(before, opened.info)
     if json:
         added = {name: asdict(record) for name, record in records.items()}
-        more = {} if extension is None else {"extended": extension}
-        console.print_json({"pack": str(pack), "added": added, **more})
+        growth = {} if extension is None else {"extended": extension}
+        console.print_json({"pack": str(pack), "added": added, **growth})
     else:
         rows = [
             (

@@ -111,13 +111,13 @@ def compare(
         prepared = method_comparison.prepare(pack, options, output, resume=resume)
     console.note(prepared.plan)
     with console.working() as progress:
-        result = method_comparison.run(prepared, progress)
+        comparison = method_comparison.run(prepared, progress)
     if json:
-        console.print_json({**asdict(result), "file": str(output), "pack": str(pack)})
+        console.print_json({**asdict(comparison), "file": str(output), "pack": str(pack)})
         return
-    _print_scores(result)
-    _print_curves(result)
-    for sentence in result.findings:
+    _print_scores(comparison)
+    _print_curves(comparison)
+    for sentence in comparison.findings:
         console.say(f"· {sentence}")
 
 
@@ -144,7 +144,7 @@ def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, l
     return rates_by_method
 
 
-def _print_scores(result: "ComparisonResult") -> None:
+def _print_scores(comparison: "ComparisonResult") -> None:
     from ..train.comparison_summary import plural
 
     header = [
@@ -154,14 +154,14 @@ def _print_scores(result: "ComparisonResult") -> None:
         "accuracy",
         "±",
         "least–most",
-        f"points above {result.yardstick} (95 %)",
+        f"points above {comparison.yardstick} (95 %)",
     ]
-    rows = [_score_row(summary) for summary in result.methods]
+    rows = [_score_row(summary) for summary in comparison.methods]
     # with one seed there is no spread, and with one method no difference
     columns = [index for index in range(len(header)) if any(row[index] for row in rows)]
     console.print_table(
-        f"{result.evaluated:,} rows after {plural(result.epochs, 'epoch')} on {result.rows:,}; the most frequent class "
-        f"alone has {result.majority:.3f}",
+        f"{comparison.evaluated:,} rows after {plural(comparison.epochs, 'epoch')} on {comparison.rows:,}; the most "
+        f"frequent class alone has {comparison.majority:.3f}",
         [header[index] for index in columns],
         [[row[index] for index in columns] for row in rows],
         numbers=range(1, len(columns)),
@@ -185,16 +185,18 @@ def _score_row(summary: "MethodSummary") -> list[str]:
     ]
 
 
-def _print_curves(result: "ComparisonResult") -> None:
+def _print_curves(comparison: "ComparisonResult") -> None:
     from ..train.comparison_summary import plural
 
-    points = _shown_points(result.points)
-    subset = f" on {result.rows_on_the_way} of the rows" if result.rows_on_the_way < result.evaluated else ""
+    points = _shown_points(comparison.points)
+    subset = (
+        f" on {comparison.rows_on_the_way} of the rows" if comparison.rows_on_the_way < comparison.evaluated else ""
+    )
     header = [
         "method",
         "rate",
-        *[f"epoch {result.points[point]:g}" for point in points],
-        f"steps to 98 % of {result.yardstick}",
+        *[f"epoch {comparison.points[point]:g}" for point in points],
+        f"steps to 98 % of {comparison.yardstick}",
         "seconds",
     ]
     rows = [
@@ -205,10 +207,10 @@ def _print_curves(result: "ComparisonResult") -> None:
             f"{summary.steps:,}" if summary.steps is not None else "never",
             f"{summary.seconds:.0f}",
         ]
-        for summary in result.methods
+        for summary in comparison.methods
     ]
     console.print_table(
-        f"During training{subset}; a training has {plural(result.steps, 'step')}",
+        f"During training{subset}; a training has {plural(comparison.steps, 'step')}",
         header,
         rows,
         numbers=range(1, len(points) + 4),

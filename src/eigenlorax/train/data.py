@@ -121,10 +121,10 @@ def _read_datasets(path: Path, label_column: str) -> Table:
 def column_texts(table: Table, column: str, option: str | None = None) -> list[str]:
     """Return the texts of a column. option: option that names the column, for messages."""
     texts = []
-    for value, location in _column(table, column, option):
-        if not isinstance(value, str):
-            raise FormatError(f"{table.path}, {location}: {column!r} is {value!r}; a text was expected.")
-        texts.append(value)
+    for cell, location in _column(table, column, option):
+        if not isinstance(cell, str):
+            raise FormatError(f"{table.path}, {location}: {column!r} is {cell!r}; a text was expected.")
+        texts.append(cell)
     return texts
 
 
@@ -164,18 +164,18 @@ class Labels:
         # with names such as "1", "2", "3", an integer 1 could be the name or the number of a class
         is_ambiguous = not self.numbered and any(_is_number(name) for name in self.names)
         encoded = []
-        for value, location in _label_column(table, columns):
-            label = f"{table.path}, {location}: label {value!r}"
-            if isinstance(value, int):
+        for cell, location in _label_column(table, columns):
+            label = f"{table.path}, {location}: label {cell!r}"
+            if isinstance(cell, int):
                 if is_ambiguous:
                     raise FormatError(f"{label} is an integer, but the classes are texts: {self._listing()}.")
-                if not 0 <= value < len(self.names):
+                if not 0 <= cell < len(self.names):
                     raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.")
-                encoded.append(value)
-            elif value in numbers_by_name:
-                encoded.append(numbers_by_name[value])
+                encoded.append(cell)
+            elif cell in numbers_by_name:
+                encoded.append(numbers_by_name[cell])
             else:
-                hint = suggestion(value, self.names)
+                hint = suggestion(cell, self.names)
                 raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.{hint}")
         return encoded
 
@@ -189,13 +189,13 @@ def infer_labels(table: Table, columns: Columns) -> Labels:
     Warns with `RowsWarning` if a class has no rows. Raises `FormatError` if there is one class only, or labels are
     mixed.
     """
-    values = [value for value, _ in _label_column(table, columns)]
+    cells = [cell for cell, _ in _label_column(table, columns)]
     if table.classes is not None:
         labels = Labels(tuple(table.classes))
-    elif all(isinstance(value, int) or _is_csv_number(table, value) for value in values):
-        labels = _labels_from_integers(table, [int(value) for value in values])
-    elif all(isinstance(value, str) for value in values):
-        labels = Labels(tuple(sorted({str(value) for value in values})))
+    elif all(isinstance(cell, int) or _is_csv_number(table, cell) for cell in cells):
+        labels = _labels_from_integers(table, [int(cell) for cell in cells])
+    elif all(isinstance(cell, str) for cell in cells):
+        labels = Labels(tuple(sorted({str(cell) for cell in cells})))
     else:
         raise FormatError(f"{table.path}: some labels are integers and some are texts. Use one type for all.")
     if len(labels.names) < 2:
@@ -209,7 +209,7 @@ def infer_labels(table: Table, columns: Columns) -> Labels:
 
 def first_name(table: Table, columns: Columns) -> str | None:
     """Return the first label that is a text and not a number."""
-    names = (value for value, _ in _label_column(table, columns) if isinstance(value, str) and not _is_number(value))
+    names = (cell for cell, _ in _label_column(table, columns) if isinstance(cell, str) and not _is_number(cell))
     return next(names, None)
 
 
@@ -230,24 +230,24 @@ def _labels_from_integers(table: Table, numbers: Sequence[int]) -> Labels:
 
 
 def _label_column(table: Table, columns: Columns) -> Iterator[tuple[int | str, str]]:
-    for value, location in _column(table, columns.label, "Columns.label (--label-column)"):
-        if isinstance(value, bool) or not isinstance(value, int | str):
+    for cell, location in _column(table, columns.label, "Columns.label (--label-column)"):
+        if isinstance(cell, bool) or not isinstance(cell, int | str):
             raise FormatError(
-                f"{table.path}, {location}: label {value!r}; an integer or a text was expected. Regression is not "
+                f"{table.path}, {location}: label {cell!r}; an integer or a text was expected. Regression is not "
                 "supported."
             )
-        if isinstance(value, str) and not value.strip():
+        if isinstance(cell, str) and not cell.strip():
             raise FormatError(f"{table.path}, {location}: the label is empty. Remove the row, or label it.")
-        yield value, location
+        yield cell, location
 
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and (text == "0" or not text.startswith("0"))
 
 
-def _is_csv_number(table: Table, value: Any) -> bool:
-    """Return whether a value is an integer in a CSV file, where every value is read as text."""
-    return table.path.suffix.lower() == ".csv" and isinstance(value, str) and _is_number(value)
+def _is_csv_number(table: Table, cell: Any) -> bool:
+    """Return whether a cell is an integer in a CSV file, where every cell is read as text."""
+    return table.path.suffix.lower() == ".csv" and isinstance(cell, str) and _is_number(cell)
 
 
 def rows_sha256(table: Table) -> str:

@@ -141,11 +141,11 @@ def _excluded_patterns(pack: Pack, originals: Sequence[Adapter]) -> list[str]:
     return [glob.escape(name) for name in pack.fit_info.excluded_modules if name in modules]
 
 
-def _version_of_pack(way: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> StoredVersion:
+def _version_of_pack(method: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> StoredVersion:
     records = [pack.records[name] for name in names]
     errors = [record.delta_error for record in records]
     stored = pack.info.stored_bytes + sum(record.coefficient_bytes + record.carried_bytes for record in records)
-    return StoredVersion(way, ratio, stored, max(errors), statistics.fmean(errors), pack.adapter)
+    return StoredVersion(method, ratio, stored, max(errors), statistics.fmean(errors), pack.adapter)
 
 
 def _truncated_versions(

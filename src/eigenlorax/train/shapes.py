@@ -74,9 +74,9 @@ def _build_empty(config: Any, model: str) -> Any:
     # quantised weights have other shapes, but LoRAs are for the original ones
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    named = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
+    class_names = [name for name in getattr(config, "architectures", None) or () if hasattr(transformers, name)]
     first_error: Exception | None = None
-    for name in [*named[:1], *_AUTO]:
+    for name in [*class_names[:1], *_AUTO]:
         model_class = getattr(transformers, name)
         try:
             with torch.device("meta"):

@@ -157,7 +157,7 @@ class _Run:
 
 def _free_name(pack: Pack, name: str, add: bool) -> str:
     keys.check_name(name)
-    if add and name.lower() in {known.lower() for known in pack.names}:
+    if add and name.lower() in {packed.lower() for packed in pack.names}:
         raise AdapterNameError(
             f"the pack already has an adapter named {name!r}. Pass another name as name= (--name), or remove the old "
             "one first."
