@@ -6,6 +6,7 @@ sweeps; with diagonal ones they are free. Everything is deterministic, and float
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -50,21 +51,13 @@ Rows = tuple[Tensor, Tensor]
 """Shared factors of a module, (k, n_in) and (j, n_out)."""
 
 
-def full(
-    one: ModuleBatch,
-    weights: Float[Tensor, " n"],
-    k: int,
-    *,
-    start: Rows | None = None,
-    rounds: int = ROUNDS,
-    tolerance: float = TOLERANCE,
-) -> Joint:
+def full(one: ModuleBatch, weights: Float[Tensor, " n"], k: int, **search: Any) -> Joint:
     """Orthonormal factors of k rows, or as many as there are directions, and full cores.
 
-    start: orthonormal rows to go on from; the objective is never above theirs. weights: those of the squares' roots;
-    adapters of weight 0 get cores, and have no say.
+    weights: those of the squares' roots; adapters of weight 0 get cores, and have no say. search: start, rounds and
+    tolerance of `bases`.
     """
-    return in_full(one, bases(one, weights, k, start=start, rounds=rounds, tolerance=tolerance))
+    return in_full(one, bases(one, weights, k, **search))
 
 
 def in_full(one: ModuleBatch, rows: Rows) -> Joint:
@@ -83,7 +76,10 @@ def bases(
     rounds: int = ROUNDS,
     tolerance: float = TOLERANCE,
 ) -> Rows:
-    """The factors of `full` alone: each is in turn the k leading eigenvectors of what the other one sees."""
+    """The factors of `full` alone: each is in turn the k leading eigenvectors of what the other one sees.
+
+    start: orthonormal rows to go on from; the objective is never above theirs.
+    """
     small, frames = _narrow(_weighted(one, weights))
     k_down, k_up = (min(k, sum(one.ranks), rows.shape[2]) for rows in (small.down, small.up))
     total = float(delta_squares(small).sum())

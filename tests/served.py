@@ -19,6 +19,14 @@ from tiny import IN, make_bert
 
 HIDDEN, VOCABULARY = 24, 53
 BASE = "__base__"
+MIXED_ROWS = [
+    ["plain-a", "plain-b", "plain-c"],
+    ["plain-b", "scaled", "plain-b"],
+    ["wide", BASE, "narrow", "partial", "patterned", "plain-a", "scaled"],
+    ["narrow"] * 5 + ["wide"] * 4 + [BASE] * 4,
+    ["plain-c"] * 6 + ["plain-a"],
+]
+"""The adapter of each row of batches that mix ranks, scalings and rows without an adapter."""
 
 
 def make_llama():

@@ -10,7 +10,7 @@ from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
 from eigenlorax.core.layer_update import is_folding_cheaper
 from eigenlorax.errors import OptionError
 from rests import with_rests
-from served import BASE, Served
+from served import BASE, MIXED_ROWS, Served
 
 SIDES = {
     "plain-a": ["both"],
@@ -65,14 +65,7 @@ def test_alone_before_and_after_folding(case, tokens):
 @pytest.mark.parametrize("tokens", [2, 9, 30])
 @pytest.mark.parametrize(
     "names",
-    [
-        ["plain-a", "plain-b", "plain-c"],
-        ["plain-b", "scaled", "plain-b"],
-        ["wide", BASE, "narrow", "partial", "patterned", "plain-a", "scaled"],
-        ["narrow"] * 5 + ["wide"] * 4 + [BASE] * 4,
-        ["plain-c"] * 6 + ["plain-a"],
-        ["plain-a"] * 3,
-    ],
+    [*MIXED_ROWS, ["plain-a"] * 3],
     ids=lambda names: "-".join(sorted(set(names))) if isinstance(names, list) else None,
 )
 def test_each_row_has_its_own(case, names, tokens):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from served import BASE, KINDS
+from served import BASE, KINDS, MIXED_ROWS
 
 
 def assert_rows(got, wanted):
@@ -43,14 +43,7 @@ class TestMixed:
     @pytest.mark.parametrize("tokens", [2, 9, 30])
     @pytest.mark.parametrize(
         "names",
-        [
-            ["plain-a", "plain-b", "plain-c"],
-            ["plain-b", "scaled", "plain-b"],
-            ["wide", BASE, "narrow", "partial", "patterned", "plain-a", "scaled"],
-            ["narrow"] * 5 + ["wide"] * 4 + [BASE] * 4,
-            ["plain-c"] * 6 + ["plain-a"],
-            [BASE, BASE],
-        ],
+        [*MIXED_ROWS, [BASE, BASE]],
         ids=lambda names: "-".join(sorted(set(names))) if isinstance(names, list) else None,
     )
     def test_each_row_has_its_own(self, one, names, tokens):
