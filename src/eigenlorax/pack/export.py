@@ -14,6 +14,9 @@ from . import writer
 from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack
 
+HELD_BYTES = 2**26
+"""Bytes of adapters that stay in memory between their check and their writing. Others are read and decoded twice."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
@@ -44,20 +47,34 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
             atomic_files.check_file_free(target, plan.overwrite)
         else:
             atomic_files.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), plan.overwrite)
-    checked: PackedAdapter | None = None
-    for name, target_format in plan.formats.items():
-        checked = _check_writable(pack, name, target_format, plan.dtype)
+    held = _check_all_writable(pack, plan)
     if plan.directory.is_dir():
         staging.remove_abandoned(plan.directory)
     with atomic_files.defer_folder_syncs():
         for done, (name, target) in enumerate(targets.items()):
             if progress is not None:
                 progress("exporting adapters", done, len(targets))
-            # a single adapter is decoded once; of several, only one at a time is in memory
-            packed = checked if checked is not None and len(targets) == 1 else pack.packed(name)
+            packed = held.pop(name) if name in held else pack.packed(name)
             adapter = unpack(packed, pack.subspace, plan.dtype or pack.lossless_dtype)
             formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
     return targets
+
+
+def _check_all_writable(pack: PackContents, plan: ExportPlan) -> dict[str, PackedAdapter]:
+    """Check that every adapter can be written, and return those that fit into `HELD_BYTES`, or the only one."""
+    held: dict[str, PackedAdapter] = {}
+    held_bytes = 0
+    for name, target_format in plan.formats.items():
+        packed = _check_writable(pack, name, target_format, plan.dtype)
+        held_bytes += _memory(packed)
+        if held_bytes <= HELD_BYTES or len(plan.formats) == 1:
+            held[name] = packed
+    return held
+
+
+def _memory(packed: PackedAdapter) -> int:
+    """Return about how many bytes an adapter takes in memory: at most two float32 per number, and its other tensors."""
+    return 8 * packed.record.lora_numbers + packed.record.head_bytes + packed.record.carried_bytes
 
 
 def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
