@@ -14,7 +14,7 @@ from adapters import make_adapter, make_adapters
 from children import needs_fork
 from eigenlorax.cli.serve_check import EPILOG
 from eigenlorax.errors import ServingError
-from eigenlorax.serving.vllm.folders import AdapterFolders
+from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.settings import Settings
 from outcomes import assert_refused, assert_usage_error, json_of, succeeded
 

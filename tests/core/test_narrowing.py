@@ -12,7 +12,7 @@ from eigenlorax.core import narrowing
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, RoundingWarning
 from eigenlorax.formats import read_adapter, write_adapter
-from eigenlorax.formats.image import names
+from eigenlorax.formats.image import tensor_keys
 from outcomes import contents
 
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -69,7 +69,7 @@ def test_others_stay_as_they_are(sizes, dtype):
     assert torch.equal(kept.up, exact.up.to(dtype))
 
 
-@pytest.mark.parametrize("format", ["peft", *names.DIALECTS])
+@pytest.mark.parametrize("format", ["peft", *tensor_keys.DIALECTS])
 class TestOneAdapter:
     def test_that_float16_holds_in_another_gauge(self, format, tmp_path):
         exact = adapter(factors(up=1e-7), TO_K)
@@ -100,11 +100,11 @@ class TestOneAdapter:
 def test_a_scaling_that_is_multiplied_into_a_factor(scaling, fits, tmp_path):
     exact = adapter(factors(scaling=scaling, dtype=torch.float16), TO_K)
     if fits:
-        path = write_adapter(exact, tmp_path / "a", format=names.OLD)
+        path = write_adapter(exact, tmp_path / "a", format=tensor_keys.OLD)
         assert error(exact.modules[TO_K], read_adapter(path).modules[TO_K]) < 1e-3
     else:
         with pytest.raises(NonFiniteError, match="vanishes in float16"):
-            write_adapter(exact, tmp_path / "a", format=names.OLD)
+            write_adapter(exact, tmp_path / "a", format=tensor_keys.OLD)
 
 
 class TestAPack:

@@ -10,7 +10,7 @@ from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import FormatError, NothingSharedWarning, OptionError
 from eigenlorax.formats import checks, write_adapter
 from eigenlorax.formats.image import families
-from eigenlorax.formats.image import names as formats_names
+from eigenlorax.formats.image import tensor_keys as formats_names
 from eigenlorax.formats.safetensors_file import to_bytes
 
 GPT2 = {f"transformer.h.{i}.{name}": (31, 21) for i in range(2) for name in ("attn.c_attn", "mlp.c_proj")}

@@ -17,7 +17,7 @@ from adapters import make_adapters
 from children import needs_fork
 from coded import coded_pack
 from eigenlorax.codec import entropy
-from eigenlorax.core import boundary, keys
+from eigenlorax.core import keys, limits
 from eigenlorax.errors import FormatError, PackDamagedError
 from hostile import (
     allowed,
@@ -269,11 +269,11 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_read(packs, tmp_path,
 def test_a_file_is_read_up_to_its_limit(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
-    assert boundary.read_file(path, 100) == bytes(100)
+    assert limits.read_file(path, 100) == bytes(100)
     with pytest.raises(FormatError, match="has 100 bytes; at most 99 were expected"):
-        boundary.read_file(path, 99)
+        limits.read_file(path, 99)
     with pytest.raises(FileNotFoundError, match="none"):
-        boundary.read_file(tmp_path / "none", 99)
+        limits.read_file(tmp_path / "none", 99)
 
 
 def test_a_link_to_a_file_is_read_as_the_hub_s_cache_has_them(packs, tmp_path):

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import contextlib, io, json, sys
-from eigenlorax.formats import hub
+from eigenlorax.formats import hub_client
 from eigenlorax.cli import main
 
 for line in sys.stdin:
     asked = json.loads(line)
-    hub._answers.clear()
+    hub_client._answers.clear()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
         code = None

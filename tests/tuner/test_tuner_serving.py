@@ -11,7 +11,7 @@ import eigenlorax as ex
 from convnets import conv_pack, images, make_convnet
 from eigenlorax.core.layer_update import project
 from eigenlorax.errors import OptionError
-from eigenlorax.tuner import adapted, combine, scaled, serve, swap, to_lora
+from eigenlorax.tuner import combine, forward, scaled, serve, swap, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
 from tiny import BERT, IN, RANK, make_bert, make_gpt2, make_pack, shake
@@ -403,7 +403,7 @@ class TestSharedProducts:
             inputs.append(x)
             return project(x, rows, convolution)
 
-        monkeypatch.setattr(adapted, "project", spy)
+        monkeypatch.setattr(forward, "project", spy)
         return inputs
 
     def test_each_has_its_own_dropout(self, bert_pack, projected):

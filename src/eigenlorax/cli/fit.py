@@ -242,9 +242,9 @@ def _print_table(
 
 
 def _manifest(pack_folder: Path) -> bytes | None:
-    from ..core import atomic_files, boundary, keys
+    from ..core import atomic_files, keys, limits
 
-    return atomic_files.read_regular_file(pack_folder / keys.MANIFEST, boundary.MAX_MANIFEST_BYTES)
+    return atomic_files.read_regular_file(pack_folder / keys.MANIFEST, limits.MAX_MANIFEST_BYTES)
 
 
 def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints: Path) -> str:

@@ -50,7 +50,7 @@ def inspect(
     """Show what a pack or an adapter contains, its size, and the errors of its adapters."""
     from ..core import keys
     from ..errors import FormatError, OptionError
-    from ..formats import hub, read_adapter
+    from ..formats import hub_client, read_adapter
     from ..pack import hub as remote
     from ..pack.pack import Pack
 
@@ -73,7 +73,7 @@ def inspect(
     else:
         with console.working():
             # a folder whose name is not valid in a pack can still be shown
-            name = hub.name_of(target)
+            name = hub_client.name_of(target)
             adapter = read_adapter(
                 target,
                 name=name if keys.is_valid_name(name) else "adapter",

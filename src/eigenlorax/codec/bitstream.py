@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core.boundary import MAX_CORE, MAX_RANK
+from ..core.limits import MAX_CORE, MAX_RANK
 from ..errors import FormatError
 from . import entropy, singular_codes
 from .adapter_codes import NO_INTEGERS, AdapterCodes, ModuleCodes, ModuleLayout, SideCodes, narrow

@@ -20,8 +20,8 @@ import filelock
 
 from ..errors import FormatError, PackBusyError, PackExistsError
 from . import staging
-from .boundary import read_file
 from .exchange import exchange
+from .limits import read_file
 
 Files = Mapping[str, bytes]
 

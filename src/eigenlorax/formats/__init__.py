@@ -10,7 +10,7 @@ from ..core.adapter import Adapter, Origin
 from ..core.options import suggestion
 from ..errors import OptionError
 from . import folders, official, peft, urls
-from .image import diffusers, kohya, names, reader, writer
+from .image import diffusers, kohya, reader, tensor_keys, writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,11 @@ class Format:
 PEFT = "peft"
 FORMATS = {
     PEFT: Format(peft.read, peft.write),
-    names.KOHYA: Format(kohya.read, kohya.write, names.KOHYA),
-    names.DIFFUSERS: Format(diffusers.read, diffusers.write, names.DIFFUSERS),
-    names.OLD: Format(diffusers.read_old, diffusers.write_old, names.OLD),
-    names.DIFFUSION_MODEL: Format(
-        diffusers.read_diffusion_model, diffusers.write_diffusion_model, names.DIFFUSION_MODEL
+    tensor_keys.KOHYA: Format(kohya.read, kohya.write, tensor_keys.KOHYA),
+    tensor_keys.DIFFUSERS: Format(diffusers.read, diffusers.write, tensor_keys.DIFFUSERS),
+    tensor_keys.OLD: Format(diffusers.read_old, diffusers.write_old, tensor_keys.OLD),
+    tensor_keys.DIFFUSION_MODEL: Format(
+        diffusers.read_diffusion_model, diffusers.write_diffusion_model, tensor_keys.DIFFUSION_MODEL
     ),
     "official": Format(official.read),
 }

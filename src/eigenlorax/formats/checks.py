@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import formats
-from ..core import boundary, dtypes, keys
+from ..core import dtypes, keys, limits
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, ModuleSpec, delta_square
 from ..core.keys import Kind
@@ -324,11 +324,11 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
 
 def _check_limits(adapter: str, module: str, spec: ModuleSpec) -> None:
     """Raise `ShapeError` for a module beyond the limits that `Pack.open` enforces."""
-    sizes, limit = (spec.out_features, spec.in_features), boundary.MAX_DIMENSION
-    if min(sizes) < 1 or max(sizes) > limit or spec.rank > max(sum(sizes), boundary.MAX_RANK):
+    sizes, limit = (spec.out_features, spec.in_features), limits.MAX_DIMENSION
+    if min(sizes) < 1 or max(sizes) > limit or spec.rank > max(sum(sizes), limits.MAX_RANK):
         raise ShapeError(
             f"module {module} of adapter {adapter!r} has the rank {spec.rank} and the shape {sizes}, (out, in). A pack "
-            f"has sizes from 1 to {limit:,}, and ranks up to out + in, or {boundary.MAX_RANK:,} if that is more. Keep "
+            f"has sizes from 1 to {limit:,}, and ranks up to out + in, or {limits.MAX_RANK:,} if that is more. Keep "
             f"the module out of the subspace with exclude_modules=[{module!r}] (--exclude-module {module})."
         )
 

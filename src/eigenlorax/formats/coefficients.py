@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
-from ..core import boundary, dtypes, keys, module_names, registry
+from ..core import dtypes, keys, limits, module_names, registry
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, LoRAFactors, from_factors
 from ..core.json_dataclasses import JsonTypeError, from_json
@@ -195,7 +195,7 @@ def _check_memory(modules: Mapping[str, Mapping[str, Tensor]], bases: Mapping[st
         if keys.CORE not in tensors
     )
     try:
-        boundary.check_factor_memory(numbers, "its factors")
+        limits.check_factor_memory(numbers, "its factors")
     except ValueError as error:
         raise ShapeError(f"{where}: {error}.") from error
 

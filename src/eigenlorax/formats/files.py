@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import boundary, dtypes, keys
+from ..core import dtypes, keys, limits
 from ..errors import FormatError, UrlError
 from . import folders, ranges
 from .folders import AdapterLocation, Folder
@@ -123,7 +123,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         if isinstance(folder, RemoteFolder):
             _check_is_folder(folder)
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
-    text, config = boundary.parse_json_object(folder.read(keys.ADAPTER_CONFIG, boundary.MAX_JSON_BYTES), path)
+    text, config = limits.parse_json_object(folder.read(keys.ADAPTER_CONFIG, limits.MAX_JSON_BYTES), path)
     if config.get("peft_type") == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
             f"{folder} has the coefficients of an adapter in a pack. `eigenlorax export` writes it as an ordinary LoRA."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import boundary, keys
+from ..core import keys, limits
 from ..errors import FormatError, OptionError
 from . import hub, ranges, urls
 from .image import names
@@ -39,7 +39,7 @@ class LocalFolder:
 
     def read(self, name: str, limit: int) -> bytes:
         """Read a small file. Raises `FormatError` if it has more than `limit` bytes, or is not a plain file."""
-        return boundary.read_file(self.at(name), limit)
+        return limits.read_file(self.at(name), limit)
 
     def file(self, name: str) -> LocalFile:
         """Describe an existing file, to read byte ranges of it."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import boundary, keys
+from ..core import keys, limits
 from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ..core.keys import Kind
 from ..errors import FormatError, ShapeError
@@ -105,7 +105,7 @@ def adapter(opened: OpenedFolder, lora_alpha: float | None = None, basis: Opened
     numbers = lora_config.ScalingConfig(config, path)
     specs = {module: _spec(path, module, tensors, numbers) for module, tensors in sorted(modules.items())}
     try:
-        boundary.check_factor_memory(sum(spec.numbers for spec in specs.values()), "its factors")
+        limits.check_factor_memory(sum(spec.numbers for spec in specs.values()), "its factors")
     except ValueError as error:
         raise ShapeError(f"{path}: {error}.") from error
 

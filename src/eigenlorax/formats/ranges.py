@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.boundary import machine_memory
+from ..core.limits import machine_memory
 from ..errors import FormatError, reason
 from .safetensors_file import LENGTH_BYTES, TensorEntry, header_length, invalid, parse_header
 from .urls import RemoteFile

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core.boundary import MAX_HEADER_BYTES
+from ..core.limits import MAX_HEADER_BYTES
 from ..errors import FormatError, reason
 
 LENGTH_BYTES = 8

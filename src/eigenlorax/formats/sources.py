@@ -11,7 +11,7 @@ from typing import Any
 from ..core import keys
 from ..core.adapter import Adapter
 from ..errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning
-from . import folders, hub, urls
+from . import folders, hub_client, urls
 from .folders import Folder, LocalFolder
 
 Source = str | Path | Adapter
@@ -134,7 +134,7 @@ def default_name(source: AdapterSource) -> str:
         return source.name
     if isinstance(source.source, Adapter):
         return source.source.name
-    return hub.name_of(source.source)
+    return hub_client.name_of(source.source)
 
 
 def without_folders(message: str, source: str | Path | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codec import bitstream
 from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
 from ..codec.storage.coded import coefficient_metadata
-from ..core import boundary, keys
+from ..core import keys, limits
 from ..core.adapter import Origin, is_valid_kernel
 from ..core.json_dataclasses import from_json
 from ..core.subspace import Subspace
@@ -114,11 +114,11 @@ def from_files(
 ) -> PackedAdapter:
     """Read what `to_files` wrote, whose digests were checked before.
 
-    Errors of parsers are not translated here: call it within `boundary.damaged_on_error`.
+    Errors of parsers are not translated here: call it within `limits.damaged_on_error`.
     """
     tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
     carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
-    source_config, source = boundary.parse_json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
+    source_config, source = limits.parse_json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     _check_names(config.target_modules, [*tensors, *carried])
@@ -129,12 +129,12 @@ def from_files(
     if storage.pads_rank:
         _check_padding(record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
-    boundary.check_factor_memory(sum(factors), "the factors of the adapter")
+    limits.check_factor_memory(sum(factors), "the factors of the adapter")
     # takes the coefficients out of `tensors`, so that the heads are left
     coefficients, payload = storage.read_adapter(tensors, slots, lambda: history.at(fingerprint))
     origin = None
     if keys.SOURCE_FILE in files:
-        _, fields = boundary.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
+        _, fields = limits.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
         origin = from_json(Origin, fields, keys.SOURCE_FILE)
     return PackedAdapter(
         name=name,
@@ -172,7 +172,7 @@ def _module_slots(
 
 def _read_fields(data: bytes) -> dict[str, Any]:
     """Return the fields of `_Config` in an adapter's config; the others are PEFT's."""
-    config = {keys.KERNELS: {}, **boundary.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
+    config = {keys.KERNELS: {}, **limits.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
     return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
 
 

@@ -4,7 +4,7 @@ import json
 
 from ..core import keys
 from ..core.printable import markdown_code
-from ..formats import hub
+from ..formats import hub_client
 from . import summary
 from .manifest import Manifest
 from .summary import Errors, Summary
@@ -33,7 +33,7 @@ def _front_matter(listed: Manifest, family: str | None) -> list[str]:
     kinds = ["diffusers", "text-to-image"] if family else ["peft"]
     lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
     # the Hub refuses a card with a path there
-    if listed.base_model and hub.may_be_model(listed.base_model):
+    if listed.base_model and hub_client.may_be_model(listed.base_model):
         # every JSON string is a YAML string, whatever characters it has
         lines.append(f"base_model: {json.dumps(listed.base_model)}")
     return [*lines, "---", ""]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..codec.storage.table import storage_by_name
 from ..core import atomic_files, keys
-from ..core.boundary import (
+from ..core.limits import (
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     MAX_MANIFEST_BYTES,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..core import keys
 from ..errors import PackDamagedError, PackMissingError
-from ..formats import hub
+from ..formats import hub_client
 from . import card, folder
 from .folder import PackFolder
 
@@ -30,7 +30,7 @@ def fetch(
     source: a path, `org/name` or `org/name@revision`. The manifest is downloaded first, then the files that it lists.
     `PackMissingError` if the repository holds no pack, `PackDamagedError` if it lacks a file of the pack.
     """
-    repository = hub.parsed(source, revision)
+    repository = hub_client.parsed(source, revision)
     if Path(source).exists() or repository is None:
         return Path(source)
     path = _fetch_manifest(*repository, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -41,7 +41,7 @@ def fetch(
     wanted = opened if adapters is None else opened.select(adapters)
     missing = _missing(wanted)
     if missing:
-        hub.download(
+        hub_client.download(
             repo_id,
             # the commit that the manifest is from, even if the branch has moved since
             path.name,
@@ -61,7 +61,7 @@ def fetch(
 
 def is_pack(source: str | Path, *, revision: str | None = None) -> bool:
     """Return whether there is a pack in a local folder, or else in a repository on the Hub."""
-    repository = hub.parsed(source, revision)
+    repository = hub_client.parsed(source, revision)
     if Path(source).exists() or repository is None:
         return (Path(source) / keys.MANIFEST).is_file()
     return (_fetch_manifest(*repository) / keys.MANIFEST).is_file()
@@ -75,10 +75,10 @@ def _fetch_manifest(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    return hub.download(
+    return hub_client.download(
         repo_id,
         revision,
-        [keys.MANIFEST, keys.ADAPTER_CONFIG, hub.ALWAYS_THERE],
+        [keys.MANIFEST, keys.ADAPTER_CONFIG, hub_client.ALWAYS_THERE],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -115,7 +115,7 @@ def push(
         text = card.render(listed, repo).encode("utf-8", errors="replace")
         return {**{file: path / file for file in files}, keys.CARD: text}
 
-    return hub.commit(
+    return hub_client.commit(
         repo_id,
         contents,
         lambda existing: _outdated(existing, files),

@@ -7,9 +7,9 @@ from typing import get_type_hints
 from ..codec.bitstream import MAX_CLUSTERS
 from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
 from ..core import keys
-from ..core.boundary import MAX_DIMENSION
 from ..core.fit_options import SIZE_OPTIONS, WEIGHTINGS
 from ..core.json_dataclasses import JsonTypeError
+from ..core.limits import MAX_DIMENSION
 from .manifest import SOLVERS, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core import atomic_files, keys
-from ..core.boundary import MAX_REPORT_BYTES
+from ..core.limits import MAX_REPORT_BYTES
 from .manifest import Manifest
 
 REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")

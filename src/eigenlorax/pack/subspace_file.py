@@ -14,7 +14,7 @@ from ..codec.storage.table import storage_by_name
 from ..core import basis as bases
 from ..core import keys
 from ..core.basis import Basis
-from ..core.boundary import check_expansion
+from ..core.limits import check_expansion
 from ..core.subspace import ModuleBases, Subspace
 from ..errors import PackDamagedError
 from .manifest import SOLVERS, Manifest
@@ -39,7 +39,7 @@ def to_bytes(subspace: Subspace, storage: Storage) -> bytes:
 def from_bytes(data: bytes, manifest: Manifest, path: Path) -> Subspace:
     """Read the bases, rebuild random components from their seeds, and compare both with the manifest.
 
-    Errors of parsers are not translated here: call it within `boundary.damaged_on_error`.
+    Errors of parsers are not translated here: call it within `limits.damaged_on_error`.
     """
     tensors: Mapping[str, Tensor] = from_safetensors(data)
     info, storage = manifest.subspace, storage_by_name(manifest.subspace.dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import atomic_files, checkpoint, keys
 from ..core.atomic_files import Files
 from ..errors import OptionError, PackBusyError, PackDamagedError, PackExistsError, PackVersionError
-from ..formats import hub as hub_client
+from ..formats import hub_client
 from . import card, manifest_json, report_files
 from .folder import AdapterFolder, PackFolder, check_no_link, find_pack, locked, open_pack
 from .manifest import Manifest

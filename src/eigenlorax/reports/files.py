@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..core import atomic_files, keys
-from ..core.boundary import MAX_REPORT_BYTES, read_file
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
+from ..core.limits import MAX_REPORT_BYTES, read_file
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import report_files
 from . import validation

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..core import boundary
+from ..core import limits
 from ..core.options import suggestion
 from ..errors import FormatError, MissingExtraError, OptionError, RowsWarning, reason
 from .options import Columns
@@ -46,7 +46,7 @@ def read(path: Path, label_column: str = "label") -> Table:
         raise FormatError(
             f"{path}: rows are read from JSON lines ({', '.join(_JSON_LINES)}), .csv, or a folder saved by datasets."
         )
-    if path.stat().st_size > boundary.machine_memory():
+    if path.stat().st_size > limits.machine_memory():
         # checked first, because a single line of a sparse file may fill the memory
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for its rows.")
     read_lines = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
@@ -75,7 +75,7 @@ def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise FormatError(f"{path}, line {number} is a JSON {type(row).__name__}; an object was expected.")
-        boundary.check_depth(row, f"{path}, line {number}")
+        limits.check_depth(row, f"{path}, line {number}")
         yield number, row
 
 
@@ -109,7 +109,7 @@ def _read_datasets(path: Path, label_column: str) -> Table:
     try:
         dataset = datasets.load_from_disk(str(path))
         rows = [dict(row) for row in dataset]
-    except (OSError, *boundary.PARSE_FAILURES) as error:
+    except (OSError, *limits.PARSE_FAILURES) as error:
         raise FormatError(f"{path} cannot be read by datasets: {reason(error)}.") from error
     if not rows:
         raise FormatError(f"{path} has no rows.")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import FormatError, HubError, MissingExtraError, OptionError, reason
-from ..formats import hub
+from ..formats import hub_client
 from ..pack.pack import Pack
 from . import examples
 from .data import Labels
@@ -95,11 +95,11 @@ def _loading(model: str) -> Iterator[dict[str, bool]]:
     from huggingface_hub.errors import StrictDataclassError
 
     is_local = Path(model).exists()
-    unreachable = hub.unreachable() if not is_local and hub.may_be_model(model) else None
+    unreachable = hub_client.unreachable() if not is_local and hub_client.may_be_model(model) else None
     local_only = is_local or unreachable is not None
     try:
         # some of transformers' requests ignore local_files_only
-        with hub.offline() if local_only else nullcontext():
+        with hub_client.offline() if local_only else nullcontext():
             yield {"local_files_only": local_only}
     except StrictDataclassError as error:
         # the first line only names the field, so join all lines

@@ -24,8 +24,8 @@ from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
 from . import renaming, resolve
-from .adapted import AdaptedLayer, wrap_layer
 from .config import EigenLoraxConfig
+from .forward import AdaptedLayer, wrap_layer
 from .initial_coefficients import InitialCoefficients, InitialCore, initial_core
 from .layer import EigenLoraxLayer
 from .resolve import EmbeddedSubspace, ResolvedSubspace

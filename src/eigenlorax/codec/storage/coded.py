@@ -10,8 +10,8 @@ from ...core import keys
 from ...core.adapter import LazyMapping
 from ...core.basis import Basis
 from ...core.batch import ModuleBatch
-from ...core.boundary import check_coded_count, damaged_on_error
 from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.limits import check_coded_count, damaged_on_error
 from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...core import dtypes, keys
-from ...core.boundary import PARSE_FAILURES
 from ...core.coefficients import CoefficientBatch
+from ...core.limits import PARSE_FAILURES
 from ...core.options import suggestion
 from ...core.subspace import Subspace
 from ...errors import FormatError, OptionError, reason

@@ -8,34 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from ...core.adapter import Adapter
-from . import names, reader, writer
+from . import reader, tensor_keys, writer
 
 
 def read(source: Any, **options: Any) -> Adapter:
     """Read a file as current diffusers writes it. Options: those of format "peft"."""
-    return reader.read(source, names.DIFFUSERS, **options)
+    return reader.read(source, tensor_keys.DIFFUSERS, **options)
 
 
 def write(adapter: Adapter, path: Path, **options: Any) -> Path:
     """Write a file that `load_lora_weights` reads, with alphas in its metadata. Options: `dtype` and `overwrite`."""
-    return writer.write(adapter, path, names.DIFFUSERS, **options)
+    return writer.write(adapter, path, tensor_keys.DIFFUSERS, **options)
 
 
 def read_old(source: Any, **options: Any) -> Adapter:
     """Read a file as diffusers wrote it before it used PEFT. Options: those of format "peft"."""
-    return reader.read(source, names.OLD, **options)
+    return reader.read(source, tensor_keys.OLD, **options)
 
 
 def write_old(adapter: Adapter, path: Path, **options: Any) -> Path:
     """Write a file for early releases of diffusers, which read no alphas: the up factors contain the scalings."""
-    return writer.write(adapter, path, names.OLD, **options)
+    return writer.write(adapter, path, tensor_keys.OLD, **options)
 
 
 def read_diffusion_model(source: Any, **options: Any) -> Adapter:
     """Read a file with `diffusion_model.` before the authors' names. Options: those of format "peft"."""
-    return reader.read(source, names.DIFFUSION_MODEL, **options)
+    return reader.read(source, tensor_keys.DIFFUSION_MODEL, **options)
 
 
 def write_diffusion_model(adapter: Adapter, path: Path, **options: Any) -> Path:
     """Write a file with the module names of ComfyUI. Options: `dtype` and `overwrite`."""
-    return writer.write(adapter, path, names.DIFFUSION_MODEL, **options)
+    return writer.write(adapter, path, tensor_keys.DIFFUSION_MODEL, **options)

@@ -6,7 +6,7 @@ With this, adapters of different models are found before shapes are compared, an
 import re
 from collections.abc import Iterable, Mapping
 
-from . import flux, names
+from . import flux, tensor_keys
 
 SD1, SD2, XL, FLUX = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL", "FLUX"
 TRANSFORMER, UNET = "another diffusion transformer", "another UNet"
@@ -45,7 +45,7 @@ def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
 
 def _of_image_models(modules: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Return the modules of those components in which some name has the structure of an image model's."""
-    components = {module.partition(".")[0] for module, _ in modules if names.is_of_image_model(module)}
+    components = {module.partition(".")[0] for module, _ in modules if tensor_keys.is_of_image_model(module)}
     return [(module, width) for module, width in modules if module.partition(".")[0] in components]
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from ...core.adapter import Adapter
-from . import names, reader, writer
+from . import reader, tensor_keys, writer
 
 
 def read(source: Any, **options: Any) -> Adapter:
     """Read a file in this dialect. Options: those of format "peft"."""
-    return reader.read(source, names.KOHYA, **options)
+    return reader.read(source, tensor_keys.KOHYA, **options)
 
 
 def write(adapter: Adapter, path: Path, **options: Any) -> Path:
     """Write a file in this dialect; SDXL and FLUX with original names. Options: `dtype` and `overwrite`."""
-    return writer.write(adapter, path, names.KOHYA, **options)
+    return writer.write(adapter, path, tensor_keys.KOHYA, **options)

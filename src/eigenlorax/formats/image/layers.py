@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from ...core.adapter import Adapter
 from ...errors import FormatError, OptionError
-from . import families, flux, names, unets
+from . import families, flux, tensor_keys, unets
 from .flux import Part, Rows
-from .names import DIFFUSERS, DIFFUSION_MODEL, FIRST_NAMES, KOHYA, LORA_DOWN, OLD, PROCESSORS, TRANSFORMER
-from .words import dotted, underscored
+from .tensor_keys import DIFFUSERS, DIFFUSION_MODEL, FIRST_NAMES, KOHYA, LORA_DOWN, OLD, PROCESSORS, TRANSFORMER
+from .underscored_names import dotted, underscored
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _TEXT_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -31,7 +31,8 @@ Members = list[tuple[str, Part]]
 class Naming:
     """Everything that determines the names of an adapter's layers in a file.
 
-    dialect, spelling: of `names.DIALECTS` and `names.SPELLINGS`. family: image models that the adapter may belong to.
+    dialect, spelling: of `tensor_keys.DIALECTS` and `tensor_keys.SPELLINGS`.
+    family: image models that the adapter may belong to.
     canonical: module name in the adapter → diffusers' component and path.
     """
 
@@ -83,13 +84,13 @@ def _canonical_names(adapter: Adapter) -> dict[str, str]:
         raise FormatError(f"adapter {adapter.name!r} has no LoRA of a module, so there is nothing to write to a file.")
     canonical = {}
     for module in adapter.specs:
-        layer = names.layer(module, "lora_A", has_flux=False)
+        layer = tensor_keys.layer(module, "lora_A", has_flux=False)
         if layer is None or len(layer.parts) != 1 or layer.dialect != DIFFUSERS:
             raise _no_image_model(adapter, module)
         canonical[module] = layer.parts[0].module
-    from_image_file = adapter.origin is not None and adapter.origin.format in names.DIALECTS
+    from_image_file = adapter.origin is not None and adapter.origin.format in tensor_keys.DIALECTS
     # an adapter from such a file can be written to one again, also if the model is not known
-    if not from_image_file and not any(map(names.is_of_image_model, canonical.values())):
+    if not from_image_file and not any(map(tensor_keys.is_of_image_model, canonical.values())):
         raise _no_image_model(adapter, min(canonical))
     if adapter.heads:
         raise OptionError(
@@ -152,7 +153,10 @@ def _stem(path: str, naming: Naming) -> tuple[str | None, Part]:
     number = component.removeprefix("text_encoder").removeprefix("_")
     if not number:
         is_numbered = (
-            naming.is_xl or naming.is_flux or "text_encoder_2" in naming.components or names.TE1 in naming.spelling
+            naming.is_xl
+            or naming.is_flux
+            or "text_encoder_2" in naming.components
+            or tensor_keys.TE1 in naming.spelling
         )
         number = "1" if is_numbered else ""
     elif naming.is_flux and number == "2":

@@ -25,9 +25,9 @@ from .. import files, lora_config
 from ..files import Header, OpenedFile
 from ..folders import AdapterLocation
 from ..lora_config import ScalingConfig
-from . import flux, names
+from . import flux, tensor_keys
 from .flux import Part, Rows
-from .names import ALPHA, BIAS, DOWN, MAGNITUDE, MID, UP, Layer
+from .tensor_keys import ALPHA, BIAS, DOWN, MAGNITUDE, MID, UP, Layer
 
 METADATA = "lora_adapter_metadata"
 """Metadata key of diffusers for LoRA configs: JSON whose fields start with the name of a component."""
@@ -124,7 +124,7 @@ def _group_by_layer(opened: OpenedFile) -> dict[str, _LayerTensors]:
     layers: dict[str, _LayerTensors] = {}
     unknown = []
     for name in sorted(opened.weights.headers):
-        key = names.key(name)
+        key = tensor_keys.key(name)
         if key is None:
             unknown.append(name)
             continue
@@ -146,8 +146,8 @@ def _no_lora(opened: OpenedFile, unknown: list[str]) -> FormatError:
     path, n_tensors = opened.weights.path, len(opened.weights.headers)
     if not n_tensors:
         return FormatError(f"{path} has no tensors.")
-    if kind := names.other_kind(sorted(opened.weights.headers)):
-        return names.refused(path, *kind)
+    if kind := tensor_keys.other_kind(sorted(opened.weights.headers)):
+        return tensor_keys.refused(path, *kind)
     if len(unknown) == n_tensors:
         return FormatError(
             f"{path} is no LoRA: none of its {n_tensors:,} tensors, such as {unknown[0]!r}, has a name like "
@@ -165,12 +165,12 @@ def _resolve_layers(tensors_of: Mapping[str, _LayerTensors], path: str) -> dict[
     layers: dict[str, Layer] = {}
     unknown = []
     for stem, tensors in tensors_of.items():
-        layer = names.layer(stem, tensors.style, has_flux=has_flux)
+        layer = tensor_keys.layer(stem, tensors.style, has_flux=has_flux)
         if layer is None:
             unknown.append(stem)
         else:
             layers[stem] = layer
-    if not any(names.is_of_image_model(part.module) for layer in layers.values() for part in layer.parts):
+    if not any(tensor_keys.is_of_image_model(part.module) for layer in layers.values() for part in layer.parts):
         # names of text models resolve too: `transformer.h.0.attn.c_attn` of GPT-2 starts with a component
         unknown = list(tensors_of)
     if unknown:
@@ -190,9 +190,9 @@ def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
     """Return the commonest dialect of the layers, with the spellings that its layers have."""
     layers = list(layers)
     counts = Counter(layer.dialect for layer in layers)
-    dialect = max(counts, key=lambda name: (counts[name], -names.DIALECTS.index(name)))
+    dialect = max(counts, key=lambda name: (counts[name], -tensor_keys.DIALECTS.index(name)))
     spellings = frozenset().union(*(layer.spelling for layer in layers if layer.dialect == dialect))
-    ordered = tuple(spelling for spelling in names.SPELLINGS if spelling in spellings)
+    ordered = tuple(spelling for spelling in tensor_keys.SPELLINGS if spelling in spellings)
     return Origin(dialect, ordered, dict(sorted(metadata.items())))
 
 
@@ -328,7 +328,7 @@ def _spec(module: _ModuleRows, down: Header, up: Header, headers: Mapping[str, H
 
 def _warn_of_missing_alphas(path: str, modules: list[str], n_modules: int, dialect: str) -> None:
     """Warn of modules without an alpha, unless a whole file has none and its dialect needs none."""
-    if modules and (len(modules) < n_modules or dialect == names.KOHYA):
+    if modules and (len(modules) < n_modules or dialect == tensor_keys.KOHYA):
         warnings.warn(
             f"{path}: {len(modules)} of {n_modules} modules have no alpha, such as {modules[0]!r}; their scaling is "
             "taken to be 1, as kohya's programs take it.",

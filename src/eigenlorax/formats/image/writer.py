@@ -22,11 +22,11 @@ from ...core.adapter import Adapter, LazyMapping, LoRAFactors
 from ...errors import OptionError, ShapeError, SourceWarning
 from .. import lora_config, safetensors_file
 from ..peft import finite, owned
-from . import layers, names
+from . import layers, tensor_keys
 from .flux import Rows
 from .layers import Members, Naming
-from .names import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
 from .reader import METADATA, metadata_matches
+from .tensor_keys import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
 
 _HASHES = re.compile(r"(sshs_(model|legacy)_hash|modelspec\.hash_sha256)")
 """Metadata keys that hold for the bytes of one file only."""
@@ -42,7 +42,7 @@ def write(
 
     Args:
         path: the file; the suffix is added if it is missing.
-        dialect: one of `names.DIALECTS`.
+        dialect: one of `tensor_keys.DIALECTS`.
         dtype: dtype of the factors; by default the adapter's own.
         overwrite: replace an existing file.
 
@@ -318,7 +318,7 @@ def for_peft(adapter: Adapter) -> Adapter:
     Magnitudes have PEFT's shape.
     """
     components = {module.partition(".")[0] for module in adapter.specs}
-    is_single = len(components) == 1 and components <= set(names.COMPONENTS)
+    is_single = len(components) == 1 and components <= set(tensor_keys.COMPONENTS)
     prefix = f"{next(iter(components))}." if is_single else ""
     specs = {module.removeprefix(prefix): spec for module, spec in adapter.specs.items()}
     modules = LazyMapping(specs, lambda name: adapter.modules[prefix + name])

@@ -17,8 +17,8 @@ from ...core import atomic_files
 from ...core.subspace import Subspace
 from ...errors import OptionError
 from ...pack.packed_adapter import PackedAdapter
-from ...tuner.adapted import wrap_layer
 from ...tuner.config import EigenLoraxConfig
+from ...tuner.forward import wrap_layer
 from ...tuner.layer import EigenLoraxLayer
 from ...tuner.supported_modules import in_out_features, is_supported
 from .pipeline_layers import PipelineLayer

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import AdapterNameError, MissingExtraError
 from . import settings
-from .folders import AdapterFolders
+from .adapter_folders import AdapterFolders
 from .settings import Settings
 
 try:

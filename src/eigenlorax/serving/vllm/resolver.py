@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from ...errors import AdapterNameError, EigenloraxError
-from .folders import AdapterFolders
+from .adapter_folders import AdapterFolders
 from .settings import Settings
 
 NAME = "eigenlorax"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...core import keys
 from ...errors import HubError
-from ...formats import hub
+from ...formats import hub_client
 from ...pack import hub as remote
 from ...pack.pack import Pack
 
@@ -25,7 +25,7 @@ class WatchedPack:
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         self.source = os.fspath(source)
-        self._repository = hub.parsed(self.source) if not Path(self.source).exists() else None
+        self._repository = hub_client.parsed(self.source) if not Path(self.source).exists() else None
         self._lock = threading.Lock()
         self._last_request = time.monotonic()
         self._opened: tuple[Path, Stamp, Pack] | None = None

@@ -11,7 +11,7 @@ import eigenlorax as ex
 from adapters import make_adapter
 from children import load_command, needs_fork
 from eigenlorax.errors import FormatError
-from eigenlorax.formats import hub as hub_module
+from eigenlorax.formats import hub_client as hub_module
 from fake_hub import FakeHub, commit, running
 from outcomes import assert_refused, contents, json_of, succeeded
 

@@ -9,7 +9,7 @@ import torch
 
 from eigenlorax.core import adapter as adapters
 from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.formats.image import families, flux, layers, names, unets, words
+from eigenlorax.formats.image import families, flux, layers, tensor_keys, underscored_names, unets
 
 pytest.importorskip("diffusers")
 import image_models
@@ -53,7 +53,7 @@ def layers_of(modules, dialect, spelling=None):
 @pytest.mark.parametrize(
     ("dialect", "spelling"),
     [
-        *((dialect, None) for dialect in names.DIALECTS),
+        *((dialect, None) for dialect in tensor_keys.DIALECTS),
         ("kohya", ()),
         ("kohya", ("first-names", "te1")),
         ("kohya", ("transformer",)),
@@ -65,10 +65,10 @@ def test_there_and_back(model, modules, dialect, spelling):
     found = layers_of(modules, dialect, spelling)
     back = []
     for wanted, (down, up), _ in found.values():
-        keys = names.key(down), names.key(up)
+        keys = tensor_keys.key(down), tensor_keys.key(up)
         assert [key.part for key in keys] == ["down", "up"]
         assert keys[0].stem == keys[1].stem
-        layer = names.layer(keys[0].stem, keys[0].style, has_flux=model == "flux")
+        layer = tensor_keys.layer(keys[0].stem, keys[0].style, has_flux=model == "flux")
         assert (sorted(part.module for part in layer.parts), layer.dialect) == (sorted(wanted), dialect)
         back += wanted
     assert sorted(back) == sorted(modules)
@@ -93,8 +93,8 @@ def test_diffusers_converters_agree(model, modules, dialect, spelling):
     converted = converted[0] if isinstance(converted, tuple) else converted
     found = {}
     for raw, tensor in converted.items():
-        key = names.key(raw)
-        (part,) = names.layer(key.stem, key.style, has_flux=False).parts
+        key = tensor_keys.key(raw)
+        (part,) = tensor_keys.layer(key.stem, key.style, has_flux=False).parts
         if key.part == "down":
             found[part.module] = int(tensor[0, 0])
     assert found == numbers
@@ -146,7 +146,7 @@ def test_stable_diffusion_1_by_its_first_names():
 
 @pytest.mark.parametrize("name", ["down_blocks_0_thing", "", "down", "_", "down_blocks_0_"])
 def test_words_that_are_not_known(name):
-    assert words.dotted(name) is None
+    assert underscored_names.dotted(name) is None
 
 
 def test_files_of_xlabs_trainer():
@@ -161,8 +161,8 @@ def test_files_of_xlabs_trainer():
     wanted = FluxLoraLoaderMixin.lora_state_dict(dict(file))
     found = {}
     for raw, tensor in file.items():
-        key = names.key(raw)
-        for part in names.layer(key.stem, key.style, has_flux=True).parts:
+        key = tensor_keys.key(raw)
+        for part in tensor_keys.layer(key.stem, key.style, has_flux=True).parts:
             begin, end = flux.span(part, stems[raw.rsplit(".", 2)[0]], 9)
             letter = "A" if key.part == "down" else "B"
             found[f"{part.module}.lora_{letter}.weight"] = tensor if letter == "A" else tensor[begin:end]
@@ -186,7 +186,7 @@ def test_files_of_xlabs_trainer():
     ],
 )
 def test_keys_of_other_programs(key, module):
-    found = names.key(key)
-    (part,) = names.layer(found.stem, found.style, has_flux=False).parts
+    found = tensor_keys.key(key)
+    (part,) = tensor_keys.layer(found.stem, found.style, has_flux=False).parts
     assert part.module.endswith(f".{module}")
-    assert part.module.partition(".")[0] in names.COMPONENTS
+    assert part.module.partition(".")[0] in tensor_keys.COMPONENTS

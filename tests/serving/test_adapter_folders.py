@@ -12,8 +12,8 @@ import eigenlorax as ex
 from adapters import MODULES, make_adapter, make_adapters
 from children import needs_fork
 from eigenlorax.errors import AdapterNameError, CacheFullError, OptionError, PackMissingError, ServingError
+from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.cores import core_name
-from eigenlorax.serving.vllm.folders import AdapterFolders
 from eigenlorax.serving.vllm.servable import shared_rank
 from eigenlorax.serving.vllm.settings import Settings
 from rests import with_rests

@@ -12,7 +12,7 @@ from ...core import keys
 from ...errors import FormatError
 from . import flux, unets
 from .flux import Part
-from .words import dotted
+from .underscored_names import dotted
 
 DOWN, UP, MID, ALPHA, MAGNITUDE, BIAS = "down", "up", "mid", "alpha", "magnitude", "bias"
 
