@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core import keys, limits
 from ..errors import FormatError, OptionError
-from . import hub, ranges, urls
+from . import hub_client, ranges, urls
 from .image import names
 from .ranges import LocalFile
 from .urls import RemoteFolder
@@ -113,7 +113,7 @@ def locate(
         return _locate_file(Path(source))
     if is_file_name(source) and not Path(source).exists():
         raise FormatError(f"{source} does not exist.")
-    path, name = hub.adapter_folder(
+    path, name = hub_client.adapter_folder(
         source,
         revision=revision,
         subfolder=subfolder,
@@ -125,7 +125,7 @@ def locate(
     folder = LocalFolder(path)
     file = keys.LORA_FILE if holds_lora_file(folder) else None
     if file is None and not Path(source).exists() and not is_adapter(folder) and not is_pack(folder):
-        repository = hub.parsed(source, revision)
+        repository = hub_client.parsed(source, revision)
         assert repository is not None
         hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return _locate_lora_file(repository, AdapterLocation(folder, name), subfolder, hub_options)
@@ -141,10 +141,10 @@ def _locate_remote(
             raise _not_a_folder(source)
         remote = urls.folder(parent, revision=revision, token=token)
         remote.refresh()
-        return AdapterLocation(remote, hub.name_of(source), file)
+        return AdapterLocation(remote, hub_client.name_of(source), file)
     remote = urls.folder(source, revision=revision, subfolder=subfolder, token=token)
     remote.refresh()
-    return AdapterLocation(remote, hub.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None)
+    return AdapterLocation(remote, hub_client.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None)
 
 
 def _not_a_folder(source: str | Path) -> FormatError:
@@ -163,7 +163,7 @@ def _locate_file(path: Path) -> AdapterLocation:
     if path.name == keys.ADAPTER_WEIGHTS:
         raise _not_a_folder(path)
     if is_file_name(path):
-        return AdapterLocation(LocalFolder(path.parent), hub.name_of(path), path.name)
+        return AdapterLocation(LocalFolder(path.parent), hub_client.name_of(path), path.name)
     try:
         ranges.open_tensors(ranges.local_file(path))
     except FormatError:
@@ -201,7 +201,7 @@ def _locate_lora_file(
     source = f"{repo_id}{f'@{revision}' if revision else ''}{f'/{prefix[:-1]}' if prefix else ''}"
     candidates = [
         path
-        for path in hub.files(repo_id, revision, **hub_options)
+        for path in hub_client.files(repo_id, revision, **hub_options)
         if path.startswith(prefix) and "/" not in path[len(prefix) :] and is_file_name(path)
     ]
     remote = urls.folder(f"hf://{repo_id}", revision=revision, token=hub_options["token"])
@@ -223,7 +223,7 @@ def _locate_lora_file(
         )
     if not loras:
         return location
-    snapshot = hub.download(repo_id, revision, [loras[0]], **hub_options)
+    snapshot = hub_client.download(repo_id, revision, [loras[0]], **hub_options)
     return AdapterLocation(LocalFolder(snapshot / prefix), location.name, loras[0][len(prefix) :])
 
 
