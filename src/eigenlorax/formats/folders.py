@@ -10,7 +10,7 @@ from typing import Any
 from ..core import keys, limits
 from ..errors import FormatError, OptionError
 from . import hub_client, ranges, urls
-from .image import names
+from .image import tensor_keys
 from .ranges import LocalFile
 from .urls import RemoteFolder
 
@@ -144,7 +144,9 @@ def _locate_remote(
         return AdapterLocation(remote, hub_client.name_of(source), file)
     remote = urls.folder(source, revision=revision, subfolder=subfolder, token=token)
     remote.refresh()
-    return AdapterLocation(remote, hub_client.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None)
+    return AdapterLocation(
+        remote, hub_client.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None
+    )
 
 
 def _not_a_folder(source: str | Path) -> FormatError:
@@ -263,4 +265,4 @@ def is_lora(folder: Folder, file: str) -> bool:
         keys.check_tensor_names(entries, file)
     except FormatError:
         return True
-    return names.is_lora(entries)
+    return tensor_keys.is_lora(entries)
