@@ -1,6 +1,6 @@
-"""The state of an adapted layer: the coefficients and residuals of its adapters, and the bases of their subspaces.
+"""The state of an adapted layer: the coefficients and residuals of its adapters, and which of them are active.
 
-The forward pass and merging are in `adapted`.
+The bases are in `layer_bases`, the forward pass and merging in `forward`.
 """
 
 import math
@@ -9,24 +9,23 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..core import convolution, keys
 from ..core.coefficients import Coefficients
-from ..core.int8_rows import dequantise, quantise_rows
 from ..core.subspace import ModuleBases
 from ..errors import FormatError
 from .blend import Blend
 from .config import EigenLoraxConfig
 from .initial_coefficients import InitialCoefficients
+from .layer_bases import LayerWithBases
 from .supported_modules import in_out_features
 
 
-class EigenLoraxLayer(BaseTunerLayer):
-    """Coefficients by adapter name, and bases by the fingerprint of their subspace."""
+class EigenLoraxLayer(LayerWithBases):
+    """Coefficients by adapter name, on the bases of `LayerWithBases`."""
 
     _active_adapter: str | list[str]
     # List all names of layers that may contain adapter weights
@@ -47,7 +46,7 @@ class EigenLoraxLayer(BaseTunerLayer):
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -55,10 +54,6 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
-        self.subspace_of: dict[str, str] = {}
-        # (down, up) components that each adapter has coefficients on: fewer than the bases have if the subspace has
-        # grown since
-        self.n_components: dict[str, tuple[int, int]] = {}
         # storage dtype of adapters whose file does not store floats, until they are decoded
         self.undecoded: dict[str, str] = {}
         self.eigenlorax_dropout = nn.ModuleDict({})
@@ -69,15 +64,6 @@ class EigenLoraxLayer(BaseTunerLayer):
         # (r, in) and (out, r), the residuals of adapters that have one
         self.eigenlorax_down_rest = BufferDict({}, persistent=True)
         self.eigenlorax_up_rest = BufferDict({}, persistent=True)
-        # (k_down, in) and (k_up, out), one pair per subspace
-        self.eigenlorax_basis_down = BufferDict({}, persistent=False)
-        self.eigenlorax_basis_up = BufferDict({}, persistent=False)
-        # (k, 1), the scale of each row of bases that are stored in 8 bits
-        self.eigenlorax_scales_down = BufferDict({}, persistent=False)
-        self.eigenlorax_scales_up = BufferDict({}, persistent=False)
-        # bases of adapters that are saved with their subspace, one pair per adapter: part of the state dict
-        self.eigenlorax_embedded_down = BufferDict({}, persistent=True)
-        self.eigenlorax_embedded_up = BufferDict({}, persistent=True)
         # (k_up, k_down), the sum of the active cores of each subspace, if the layer serves
         self.eigenlorax_blend = BufferDict({}, persistent=False)
         # "down" (rows, in) and "up" (out, rows), the active adapters with a residual as one LoRA
@@ -128,7 +114,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.set_scale(adapter_name, 1.0)
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.eigenlorax_dropout[adapter_name] = dropout
-        self._add_bases(adapter_name, bases, fingerprint, config.embed_subspace)
+        serving_dtype = self.serving.dtype if self.serving is not None else None
+        self.add_bases(adapter_name, bases, fingerprint, embed=config.embed_subspace, dtype=serving_dtype)
         if config.coefficient_dtype is not None:
             self.undecoded[adapter_name] = config.coefficient_dtype
         coefficients = start.coefficients(r, self.scaling[adapter_name])
@@ -171,7 +158,8 @@ class EigenLoraxLayer(BaseTunerLayer):
         self.lora_alpha[adapter_name] = coefficients.scaling * coefficients.rank
         self.use_rslora[adapter_name] = False
         self.scaling[adapter_name] = coefficients.scaling
-        self._add_bases(adapter_name, bases, fingerprint, embed=False)
+        basis_dtype = self.serving.dtype if self.serving is not None else None
+        self.add_bases(adapter_name, bases, fingerprint, embed=False, dtype=basis_dtype)
         self.n_components[adapter_name] = coefficients.down.shape[1], coefficients.up.shape[0]
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         layer_dtype = self.dtype
@@ -179,58 +167,11 @@ class EigenLoraxLayer(BaseTunerLayer):
             # coefficients are never stored in a narrower dtype than the pack's
             wide = torch.promote_types(factor.dtype, layer_dtype) if layer_dtype is not None else factor.dtype
             target[adapter_name] = nn.Parameter(factor.to(device, wide), requires_grad=False)
-        basis_dtype = self.serving.dtype if self.serving is not None else None
         for target, side in ((self.eigenlorax_down_rest, "down"), (self.eigenlorax_up_rest, "up")):
             if (residual := coefficients.residual(side)) is not None:
                 # a residual is as large as a LoRA, so it gets the dtype that a LoRA would have
                 dtype = basis_dtype if basis_dtype not in (None, torch.int8) else layer_dtype
                 target[adapter_name] = residual.to(device, dtype or torch.promote_types(residual.dtype, torch.float32))
-
-    def _add_bases(self, adapter_name: str, bases: ModuleBases, fingerprint: str, embed: bool) -> None:
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if device is not None and device.type == "meta":
-            # the loader fills coefficients on the meta device later, but never bases
-            device = torch.device("cpu")
-        self.subspace_of[adapter_name] = fingerprint
-        if embed:
-            targets, key = (self.eigenlorax_embedded_down, self.eigenlorax_embedded_up), adapter_name
-        else:
-            targets, key = (self.eigenlorax_basis_down, self.eigenlorax_basis_up), fingerprint
-        serving_dtype = self.serving.dtype if self.serving is not None and not embed else None
-        for target, scales, basis in zip(targets, self._scales, (bases.down, bases.up), strict=True):
-            if key not in target:
-                # rounding the basis to the dtype of a half-precision model would give another basis
-                dtype = serving_dtype or torch.promote_types(basis.components.dtype, torch.float32)
-                _store_basis(target, scales, key, basis.components.to(device=device), dtype)
-
-    def bases_of(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return the bases (k_down, in) and (k_up, out) of the components that the adapter has coefficients on."""
-        key, k_down, k_up = self.bases_key(adapter_name)
-        down, up = self.bases_at(key)
-        return down[:k_down], up[:k_up]
-
-    def bases_at(self, key: str) -> tuple[Tensor, Tensor]:
-        """
-        Return the bases (k_down, in) and (k_up, out) with all their components.
-
-        Bases in 8 bits are converted to the layer's dtype on each call.
-
-        Args:
-            key (`str`):
-                The name of an adapter with an embedded subspace, or the fingerprint of a subspace.
-        """
-        if key in self.eigenlorax_embedded_down:
-            return self.eigenlorax_embedded_down[key], self.eigenlorax_embedded_up[key]
-        down, up = self.eigenlorax_basis_down[key], self.eigenlorax_basis_up[key]
-        if key in self.eigenlorax_scales_down:
-            dtype = self.dtype or torch.float32
-            down = dequantise(down, self.eigenlorax_scales_down[key], dtype)
-            up = dequantise(up, self.eigenlorax_scales_up[key], dtype)
-        return down, up
-
-    @property
-    def _scales(self) -> tuple[BufferDict, BufferDict]:
-        return self.eigenlorax_scales_down, self.eigenlorax_scales_up
 
     def extend_coefficients(self, adapter_name: str) -> None:
         """Give an adapter zero coefficients on the components by which its subspace has grown."""
@@ -297,20 +238,10 @@ class EigenLoraxLayer(BaseTunerLayer):
             return self.eigenlorax_core[adapter_name], None
         return self.eigenlorax_down[adapter_name], self.eigenlorax_up[adapter_name]
 
-    def bases_key(self, adapter_name: str) -> tuple[str, int, int]:
-        """Return a key that is equal for adapters with coefficients on the same components."""
-        embedded = adapter_name in self.eigenlorax_embedded_down
-        return adapter_name if embedded else self.subspace_of[adapter_name], *self.n_components[adapter_name]
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and its bases if no other adapter uses them."""
         super().delete_adapter(adapter_name)
-        for embedded in (self.eigenlorax_embedded_down, self.eigenlorax_embedded_up):
-            if adapter_name in embedded:
-                del embedded[adapter_name]
-        for bases in (self.eigenlorax_basis_down, self.eigenlorax_basis_up, *self._scales):
-            for key in set(bases) - set(self.subspace_of.values()):
-                del bases[key]
+        self.delete_unused_bases()
         self.blend()
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -369,13 +300,7 @@ class EigenLoraxLayer(BaseTunerLayer):
             self.register_load_state_dict_post_hook(_blend_after_loading)
         self.serving = Blend(dtype)
         if dtype is not None:
-            # a tensor made in inference mode could never be used in training again
-            with torch.inference_mode(False), torch.no_grad():
-                for key in list(self.eigenlorax_basis_down):
-                    targets = self.eigenlorax_basis_down, self.eigenlorax_basis_up
-                    for bases, scales, rows in zip(targets, self._scales, self.bases_at(key), strict=True):
-                        if bases[key].dtype != dtype:
-                            _store_basis(bases, scales, key, rows, dtype)
+            self.convert_bases(dtype)
         # a new layer is in training mode even if the model that it was put into is not
         self.train(self.base_layer.training)
         self.blend()
@@ -390,12 +315,6 @@ class EigenLoraxLayer(BaseTunerLayer):
             self.serving.fill_if_changed(self)
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype that the layer computes in; None if its weight is not of floating point."""
-        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return dtype if dtype is not None and dtype.is_floating_point else None
-
-    @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel size of a convolution; () for a linear layer."""
         return convolution.kernel_of(self.get_base_layer())
@@ -406,17 +325,6 @@ def _entry(buffers: BufferDict, name: str) -> Tensor | None:
         return None
     tensor: Tensor = buffers[name]
     return tensor
-
-
-def _store_basis(bases: BufferDict, scales: BufferDict, key: str, rows: Tensor, dtype: torch.dtype) -> None:
-    """Store a basis (k, d) in a dtype, with its scales if that is `torch.int8`."""
-    if key in scales:
-        del scales[key]
-    if dtype == torch.int8:
-        quantised = quantise_rows(rows)
-        bases[key], scales[key] = quantised.codes, quantised.scales
-    else:
-        bases[key] = rows.to(dtype)
 
 
 def _blend_after_loading(layer: EigenLoraxLayer, incompatible_keys: Any) -> None:
