@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 
 # No deadline, since a shared core may be away for longer than any. The same examples in each run, so that a commit
@@ -46,6 +47,17 @@ def shared():
     if not (folder / "zoo").is_dir():
         pytest.skip("../shared/zoo, adapters by strangers, is not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def without_shape_checks():
+    """Do not check shapes and types of the mathematics in this test.
+
+    The checks double the time of a fit by error bound. Tests of many such fits leave them to `codec/test_encoder.py`.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

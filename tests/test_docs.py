@@ -202,8 +202,9 @@ def test_the_index_has_every_page(page):
 
 BLOCKS = [
     (page, block)
-    # that of vLLM runs where vLLM is: tests/serving/test_example.py
-    for page in [*(page for page in PAGES if page.name != "vllm.md"), ROOT / "README.md"]
+    # that of vLLM runs where vLLM is: tests/serving/test_example.py; that of the README: tests/test_readme.py
+    for page in PAGES
+    if page.name != "vllm.md"
     for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 ]
 

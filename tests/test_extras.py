@@ -4,23 +4,14 @@ import json
 
 import pytest
 
-from children import python
+from children import needs_fork, python
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_fork]
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 
-blocked, calls = json.loads(sys.argv[1])
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == blocked:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Blocker())
 import torch
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
@@ -28,10 +19,29 @@ from eigenlorax.train.search_space import ComparisonOptions
 from eigenlorax.train.options import Training
 
 
+class Blocker:
+    def __init__(self, blocked):
+        self.blocked = blocked
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def adapter(name, seed):
     chance = torch.Generator().manual_seed(seed)
     numbers = [torch.randn(shape, generator=chance) for shape in ((2, 5), (4, 2))]
     return from_factors(name, {"layer.query": ex.LoRAFactors(*numbers, 1.0)}, base_model="org/base")
+
+
+def call_all(calls):
+    for name, code in calls.items():
+        try:
+            exec(code, dict(globals()))
+        except Exception as error:
+            yield name, f"{type(error).__name__}: {error}"
+        else:
+            yield name, "done"
 
 
 adapters = [adapter(name, seed) for seed, name in enumerate("abcd")]
@@ -41,15 +51,13 @@ rows = Path("rows.jsonl")
 rows.write_text('{"text": "a", "label": 0}\\n{"text": "b", "label": 1}\\n')
 Path("options.yaml").write_text("seed: 1")
 Path("saved").mkdir()
-found = {}
-for name, code in calls.items():
-    try:
-        exec(code)
-    except Exception as error:
-        found[name] = f"{type(error).__name__}: {error}"
-    else:
-        found[name] = "done"
-print(json.dumps(found))
+for blocked, calls in json.loads(sys.argv[1]).items():
+    assert blocked not in sys.modules, blocked
+    if os.fork() == 0:
+        sys.meta_path.insert(0, Blocker(blocked))
+        print(json.dumps([blocked, dict(call_all(calls))]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, blocked
 """
 CALLS = {
     "load_into": "ex.load_into(torch.nn.Linear(5, 4), pack)",
@@ -93,15 +101,23 @@ FAIL = {
 """Package → the calls that fail without it."""
 
 
-@pytest.mark.parametrize("blocked", FAIL)
-def test_what_is_missing_is_named_with_the_command_that_installs_it(blocked, tmp_path):
-    failing = FAIL[blocked]
-    calls = {name: code for name, code in CALLS.items() if name in failing or name == "bank"}
-    done = python("-c", SCRIPT, json.dumps([blocked, calls]), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What the calls end with, by the package that is missing. Each is missing in a fork of one new interpreter."""
+    calls = {
+        blocked: {name: code for name, code in CALLS.items() if name in failing or name == "bank"}
+        for blocked, failing in FAIL.items()
+    }
+    done = python("-c", SCRIPT, json.dumps(calls), cwd=tmp_path_factory.mktemp("extras"))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("bank") == "done"
-    for name, said in found.items():
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+
+@pytest.mark.parametrize("blocked", FAIL)
+def test_what_is_missing_is_named_with_the_command_that_installs_it(blocked, outcomes):
+    said_by_call = dict(outcomes[blocked])
+    assert said_by_call.pop("bank") == "done"
+    for name, said in said_by_call.items():
         assert said.startswith("MissingExtraError: "), (name, said)
         assert "pip install " in said, (name, said)
-    assert set(found) == set(failing)
+    assert set(said_by_call) == set(FAIL[blocked])

@@ -375,6 +375,7 @@ class TestVerbs:
         assert all(change.moved < 0.02 for change in back.changes.values())
         assert_reads_what_the_library_reads(back.pack.save(tmp_path / "back"))
 
+    @pytest.mark.parametrize("kind", KINDS[1:2], indirect=True)
     def test_processes_make_the_same_pack(self, made, sources, kind, tmp_path):
         found = ex.fit(sources, n_components=5, engine="processes", workers=2, **kind)
         assert contents(found.save(tmp_path / "pack")) == contents(made[1])

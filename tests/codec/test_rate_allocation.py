@@ -60,6 +60,7 @@ def test_smaller_step_sizes_lose_less_and_take_more_bits(noise):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("error", [0.05, 0.4])
 @pytest.mark.parametrize("name", ["shared", "unshared", "shared, with noise"])
 def test_estimates_are_near_the_bytes_of_the_pack(name, error):
@@ -71,6 +72,7 @@ def test_estimates_are_near_the_bytes_of_the_pack(name, error):
     assert 0.75 * taken < smaller.bytes < 1.25 * taken
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_the_frontier_falls():
     for name in ("shared", "unshared", "ranks that differ"):
         points = sorted(ex.fit(COLLECTIONS[name](), max_error=0.2).frontier, key=lambda point: point.error)
@@ -91,6 +93,7 @@ def adapters_shapes(adapters):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 class TestBaselines:
     """Never more bytes than a baseline of `benchmarks/tuned_baselines.py` with the same error bound."""
 
@@ -124,6 +127,7 @@ def variants(n, noise, *, rank=8):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(("noise", "errors"), [(0.2, (0.3, 0.4, 0.45)), (0.05, (0.1, 0.14, 0.2))])
 def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, errors):
     adapters = variants(20, noise)

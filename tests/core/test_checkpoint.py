@@ -21,7 +21,7 @@ KINDS = {
     "integers": {"n_components": 5, "dtype": "int8"},
     "fewer components": {"n_components": 4},
 }
-FLIPS = {"floats": 40, "integers": 8, "fewer components": 8}
+FLIPS = {"floats": 20, "integers": 8, "fewer components": 8}
 
 
 @pytest.fixture(autouse=True)

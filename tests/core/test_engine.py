@@ -64,28 +64,32 @@ def test_serial_calls_are_made_here():
         assert found.workers == 1
 
 
-def test_processes_are_others():
-    with engine.open_engine("processes", 2) as found:
-        assert os.getpid() not in set(found.run([calls.process] * 8))
-        assert found.workers == 2
+def only_processes(test):
+    """Run a test on the engine of processes alone, the one that the other tests use."""
+    return pytest.mark.parametrize("opened", ["processes"], indirect=True, scope="module")(test)
 
 
-def test_a_process_that_is_killed_is_replaced_and_its_calls_made_again(tmp_path):
-    with engine.open_engine("processes", 2) as found:
-        made = [
-            partial(calls.die_once, str(tmp_path / str(n)), n) if n == 5 else partial(calls.square, n)
-            for n in range(12)
-        ]
-        assert list(found.run(made)) == [5 if n == 5 else n**2 for n in range(12)]
-        assert list(found.run([partial(calls.square, 3)])) == [9]
+@only_processes
+def test_processes_are_others(opened):
+    assert os.getpid() not in set(opened.run([calls.process] * 8))
+    assert opened.workers == 2
 
 
-def test_a_process_that_is_killed_while_nobody_waits_is_replaced_too():
-    with engine.open_engine("processes", 2) as found:
-        for worker in set(found.run([calls.process] * 8)):
-            os.kill(worker, signal.SIGKILL)
-        time.sleep(0.5)
-        assert list(found.run(partial(calls.square, number) for number in range(9))) == [n**2 for n in range(9)]
+@only_processes
+def test_a_process_that_is_killed_is_replaced_and_its_calls_made_again(opened, tmp_path):
+    made = [
+        partial(calls.die_once, str(tmp_path / str(n)), n) if n == 5 else partial(calls.square, n) for n in range(12)
+    ]
+    assert list(opened.run(made)) == [5 if n == 5 else n**2 for n in range(12)]
+    assert list(opened.run([partial(calls.square, 3)])) == [9]
+
+
+@only_processes
+def test_a_process_that_is_killed_while_nobody_waits_is_replaced_too(opened):
+    for worker in set(opened.run([calls.process] * 8)):
+        os.kill(worker, signal.SIGKILL)
+    time.sleep(0.5)
+    assert list(opened.run(partial(calls.square, number) for number in range(9))) == [n**2 for n in range(9)]
 
 
 def test_a_file_that_is_not_there_is_said_as_it_would_be_here(opened, tmp_path):

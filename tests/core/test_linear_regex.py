@@ -118,6 +118,7 @@ HOSTILE = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_no_expression_takes_longer_than_it_may(hostile):
     # the slowest takes a second with all steps that there are for a config
@@ -147,6 +148,7 @@ def test_groups_may_be_nested_so_deep_and_no_deeper():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
 def test_as_many_keys_and_modules_as_real_adapters_have_are_matched():
     modules = [f"model.layers.{layer}.{part}" for layer in range(100) for part in ("q", "k", "v", "o", "up", "down")]
     literal = {module.removeprefix("model."): place for place, module in enumerate(modules)}

@@ -20,7 +20,7 @@ from eigenlorax.fitting import knapsack, sizes
 from eigenlorax.fitting.knapsack import Choices
 from planted import factors_in, normal, orthonormal, random_collection, tree
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
 MODULES = {"m.0": (17, 13), "m.1": (19, 12), "m.2": (14, 23)}  # (out, in)
 BOUNDS = (0.1, 0.3, 0.5, 0.7, 0.9)

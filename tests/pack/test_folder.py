@@ -23,7 +23,7 @@ from eigenlorax.errors import PackBusyError, PackMissingError
 from eigenlorax.pack import folder
 from outcomes import assert_refused, contents, succeeded
 
-pytestmark = [pytest.mark.slow, needs_fork]
+pytestmark = [pytest.mark.slow, needs_fork, pytest.mark.usefixtures("without_shape_checks")]
 
 MANIFEST = keys.MANIFEST
 # no verb here changes a folder in more steps than this

@@ -17,7 +17,7 @@ from planted import shared_collection
 pytestmark = pytest.mark.slow
 
 # a page takes a second to draw
-CASES, PAGES, ALTERATIONS = 1000, 2, 40
+CASES, PAGES, ALTERATIONS = 300, 1, 40
 
 
 @pytest.fixture(scope="module")
