@@ -1,7 +1,7 @@
-"""Runs an experiment, or goes on with it: `python experiments/run.py text sources`.
+"""Run an experiment, or continue it: `python experiments/run.py text sources`.
 
-What is to be run stands in configs/EXPERIMENT.toml; each run leaves a record in results/EXPERIMENT/STAGE, and a run
-whose record is there is skipped.
+configs/EXPERIMENT.toml says what is run. Each run writes a record to results/EXPERIMENT/STAGE, and a run that has one
+is skipped.
 """
 
 import argparse
@@ -29,22 +29,22 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--only", default="", help="runs whose name holds this")
     parser.add_argument("--list", action="store_true", help="name the runs, done or not, and run nothing")
-    asked = parser.parse_args()
-    stages = experiments[asked.experiment]
-    unknown = set(asked.stages) - set(stages)
+    options = parser.parse_args()
+    stages = experiments[options.experiment]
+    unknown = set(options.stages) - set(stages)
     if unknown:
-        parser.error(f"no stage {', '.join(sorted(unknown))} in {asked.experiment}: {', '.join(stages)}")
-    config = tomllib.loads((HERE / "configs" / f"{asked.experiment}.toml").read_text("utf-8"))
-    command = f"python experiments/run.py {asked.experiment}"
+        parser.error(f"no stage {', '.join(sorted(unknown))} in {options.experiment}: {', '.join(stages)}")
+    config = tomllib.loads((HERE / "configs" / f"{options.experiment}.toml").read_text("utf-8"))
+    command = f"python experiments/run.py {options.experiment}"
     failed = 0
-    for stage in asked.stages or stages:
-        wanted = [job for job in stages[stage](config) if asked.only in job.name]
-        if asked.list:
-            for job in wanted:
+    for stage in options.stages or stages:
+        selected = [job for job in stages[stage](config) if options.only in job.name]
+        if options.list:
+            for job in selected:
                 print("done" if job.done() else "    ", job.name)
             continue
-        print(f"{asked.experiment} {stage}: ", end="")
-        failed += jobs.run(wanted, f"{command} {shlex.quote(stage)}", workers=asked.workers, estimate=30)
+        print(f"{options.experiment} {stage}: ", end="")
+        failed += jobs.run(selected, f"{command} {shlex.quote(stage)}", workers=options.workers, estimate=30)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The tables and plots of docs/results.md, and the README's, out of results/: written, or compared.
+"""Write the tables and plots of the docs and the README from results/, or check that they are up to date.
 
 python experiments/tables.py --write     # tables between markers, and plots
 python experiments/tables.py --check     # exits with 1 where a page has other tables
@@ -38,12 +38,12 @@ def main() -> int:
     action.add_argument(
         "--grid", action="store_true", help="the pictures, from what `diffusion recycled` left in work/"
     )
-    asked = parser.parse_args()
+    options = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
         for name in ("text", "language", "vision", "diffusion", "bytes")
     }
-    if asked.grid:
+    if options.grid:
         drawing_tables.grid(configs["diffusion"], GRID)
         return 0
     blocks: dict[str, Callable[[], str]] = {
@@ -55,22 +55,24 @@ def main() -> int:
         **drawing_tables.blocks(configs["diffusion"]),
         **same_bytes_tables.blocks(configs["bytes"]),
     }
-    records.check_bases(sorted(f"{one.parent.name}/{one.name}" for one in record.RESULTS.glob("*/*") if one.is_dir()))
+    records.check_bases(
+        sorted(f"{folder.parent.name}/{folder.name}" for folder in record.RESULTS.glob("*/*") if folder.is_dir())
+    )
     stale = []
     for page in PAGES:
-        found = page.read_text("utf-8")
-        fresh = pages.filled(found, blocks)
-        if fresh != found:
+        old = page.read_text("utf-8")
+        fresh = pages.filled(old, blocks)
+        if fresh != old:
             stale.append(page.relative_to(ROOT).as_posix())
-            if asked.write:
+            if options.write:
                 page.write_text(fresh, "utf-8")
-    if asked.write:
+    if options.write:
         text_tables.plots(configs["text"], ROOT / "docs" / "results")
     if stale:
-        print(f"{', '.join(stale)}: {'written' if asked.write else 'not the tables of the results'}")
-    if stale and asked.check:
+        print(f"{', '.join(stale)}: {'written' if options.write else 'not the tables of the results'}")
+    if stale and options.check:
         print("python experiments/tables.py --write mends it.", file=sys.stderr)
-    return int(bool(stale) and asked.check)
+    return int(bool(stale) and options.check)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
 
 def cells(stage: str) -> list[str]:
     """Names of what was run in a stage, in the order of files."""
-    return list(dict.fromkeys(records.asked(one)["method"] for one in records.of(stage)))
+    return list(dict.fromkeys(records.config_of(one)["method"] for one in records.of(stage)))
 
 
 def by_task(found: Scores, tasks: Sequence[str]) -> list[str]:
@@ -48,10 +48,10 @@ def gap_table(config: Json) -> str:
             [
                 cell["label"],
                 f"{info['train_info']['num_trainable_params']:,}",
-                f"{records.asked(info)['learning_rate']:g}",
+                f"{records.config_of(info)['learning_rate']:g}",
                 *by_task(found, asked["tasks"]),
-                points(records.overall(found)),
-                "–" if name == asked["beside"] else signed(records.apart(found, reference)),
+                points(records.mean_over_tasks(found)),
+                "–" if name == asked["beside"] else signed(records.mean_difference(found, reference)),
             ]
         )
     label = asked["cells"][asked["beside"]]["label"]
@@ -76,8 +76,8 @@ def variations_table(config: Json) -> str:
                         cell.removeprefix(f"{name}-"),
                         f"{info['num_trainable_params']:,}",
                         *by_task(found, tasks),
-                        points(records.overall(found)),
-                        signed(records.apart(found, same)),
+                        points(records.mean_over_tasks(found)),
+                        signed(records.mean_difference(found, same)),
                     ]
                 )
     header = ("what differs", "trained numbers", *tasks, "mean", "against k = 32, start zero, weighting delta")
@@ -103,9 +103,9 @@ def low_table(config: Json) -> str:
                         str(n),
                         str(n_extra),
                         str(k),
-                        points(records.overall(found)),
-                        points(records.overall(random)),
-                        signed(records.apart(found, random)),
+                        points(records.mean_over_tasks(found)),
+                        points(records.mean_over_tasks(random)),
+                        signed(records.mean_difference(found, random)),
                     ]
                 )
     header = ("sources", "further directions", "k in all", "mean", "random basis as large", "difference")
@@ -122,7 +122,7 @@ def few_table(config: Json) -> str:
         cells_ = []
         for n in asked["rows"]:
             found = records.cell("text/few", name, asked["tasks"], asked["seeds"], rows=n)
-            cells_.append(points(records.overall(found)) if found else "–")
+            cells_.append(points(records.mean_over_tasks(found)) if found else "–")
         rows.append([config["methods"][name]["label"], *cells_])
     header = ("training rows", *(str(n) for n in asked["rows"]))
     return (
@@ -138,7 +138,9 @@ def count_table(config: Json) -> str:
         cells_: list[str] = []
         for one in asked["sets"]:
             found = [
-                item for item in records.of("text/count") if records.asked(item)["method"].startswith(f"{one}-n{n}-")
+                item
+                for item in records.of("text/count")
+                if records.config_of(item)["method"].startswith(f"{one}-n{n}-")
             ]
             errors = [error for item in found for error in item["subspace"]["left_out"].values()]
             ks = [k for item in found for k in item["subspace"]["k"]]
@@ -166,5 +168,5 @@ def draws(found: Sequence[Json]) -> list[float]:
     """The mean score of each draw of sources."""
     scores: dict[str, list[float]] = {}
     for one in found:
-        scores.setdefault(records.asked(one)["method"], []).append(one["test"]["score"])
+        scores.setdefault(records.config_of(one)["method"], []).append(one["test"]["score"])
     return [fmean(each) for each in scores.values()]

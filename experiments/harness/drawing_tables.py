@@ -39,18 +39,18 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
 
 def packs() -> list[Json]:
     """Return the records of packs by k, ascending."""
-    return sorted(records.of("diffusion/packs"), key=lambda record: records.asked(record)["pack"]["k"])
+    return sorted(records.of("diffusion/packs"), key=lambda record: records.config_of(record)["pack"]["k"])
 
 
 def shown_k() -> int:
-    return max(records.asked(pack)["pack"]["k"] for pack in packs() if pack["bytes"]["ratio"] >= RATIO)
+    return max(records.config_of(pack)["pack"]["k"] for pack in packs() if pack["bytes"]["ratio"] >= RATIO)
 
 
 def style_records(*, seen: bool) -> list[Json]:
     """Return the records of the styles in the packs, in the order of the config, or of the others."""
-    chosen = [record for record in records.of("diffusion/recycled") if records.asked(record)["seen"] is seen]
-    sources = records.asked(chosen[0])["sources"]
-    return sorted(chosen, key=lambda record: sources.index(records.asked(record)["name"])) if seen else chosen
+    chosen = [record for record in records.of("diffusion/recycled") if records.config_of(record)["seen"] is seen]
+    sources = records.config_of(chosen[0])["sources"]
+    return sorted(chosen, key=lambda record: sources.index(records.config_of(record)["name"])) if seen else chosen
 
 
 def rows_by_way(record: Json) -> dict[tuple[str, int | None], Json]:
@@ -84,7 +84,7 @@ def packs_table() -> str:
     """Write bytes, errors of updates and distances of pictures for each k."""
     rows, runs = [], style_records(seen=True)
     for pack in packs():
-        k, size, errors = records.asked(pack)["pack"]["k"], pack["bytes"], list(pack["delta_errors"].values())
+        k, size, errors = records.config_of(pack)["pack"]["k"], pack["bytes"], list(pack["delta_errors"].values())
         name = f"**{k}**" if k == shown_k() else str(k)
         ratios = [f"{size['ratio']:.1f}", f"{size['ratio_without_basis']:.0f}"]
         rows.append([name, *ratios, f"{mean(errors):.2f} / {max(errors):.2f}", *rows_of("seen", k, runs)[1]])
@@ -99,8 +99,8 @@ def packs_table() -> str:
 def bytes_table() -> str:
     """Write errors of updates and distances of pictures for each ratio."""
     rows = []
-    for pack in sorted(records.of("diffusion/ratios"), key=lambda record: -records.asked(record)["pack"]["ratio"]):
-        ratio, errors = records.asked(pack)["pack"]["ratio"], list(pack["delta_errors"].values())
+    for pack in sorted(records.of("diffusion/ratios"), key=lambda record: -records.config_of(record)["pack"]["ratio"]):
+        ratio, errors = records.config_of(pack)["pack"]["ratio"], list(pack["delta_errors"].values())
         cells = rows_of("bytes", ratio, records.of("diffusion/bytes"))[1]
         rows.append([f"{pack['bytes']['ratio']:.1f}", f"{mean(errors):.3f} / {max(errors):.3f}", *cells])
     header = ["ratio to 16 bits, all counted", "update lost, mean / worst", *DISTANCE_COLUMNS]
@@ -131,7 +131,7 @@ def styles_table() -> str:
         original, packed, base = by_way["original", None], by_way["seen", shown_k()], by_way["base", None]
         rows.append(
             [
-                records.asked(record)["style"],
+                records.config_of(record)["style"],
                 update_error([packed]),
                 f"{packed['rmse']:.3f}",
                 f"{base['rmse']:.3f}",
@@ -151,7 +151,7 @@ def left_out_table() -> str:
     for label, way, k in [*projected, ("their LoRAs", "original", None), ("the base", "base", None)]:
         drawn, cells = rows_of(way, k, runs)
         rows.append([label, update_error(drawn), *cells])
-    names = ", ".join(records.asked(record)["style"] for record in runs)
+    names = ", ".join(records.config_of(record)["style"] for record in runs)
     return f"{table(['k', 'update lost', *DISTANCE_COLUMNS], rows)}\n\nStyles: {names}."
 
 
@@ -182,7 +182,7 @@ def rates_line(config: Json) -> str:
     phrases = []
     for method, label in (("core", "coefficients alone"), ("random", "random directions")):
         losses = {
-            records.asked(record)["recipe"]["learning_rate"]: record["test"]["loss"]
+            records.config_of(record)["recipe"]["learning_rate"]: record["test"]["loss"]
             for record in records.of("diffusion/rates")
             if run_name(record).startswith(method)
         }
@@ -194,7 +194,7 @@ def judges_table() -> str:
     """Write the accuracy of the judges on held-out pictures and on the base model's drawings."""
     drawn, rows = records.of("diffusion/plain")[0]["test"], []
     for record in records.of("diffusion/judges"):
-        kind, test = records.asked(record)["what"], record["test"]
+        kind, test = records.config_of(record)["what"], record["test"]
         worst = min(test["by_style"], key=lambda name: test["by_style"][name])
         least = f"{percent(test['by_style'][worst])} ({worst})"
         rows.append([kind, f"{test['rows']:,}", percent(test["accuracy"]), least, percent(drawn[kind]["right"])])
@@ -211,7 +211,7 @@ def grid(config: Json, file: Path) -> None:
     from .sampler import pictures_file
 
     classes = [0, 2, 3, 5, 7, 8, 10, 11, 12, 14, 16, 19]
-    styles = [records.asked(record)["style"] for record in style_records(seen=True)]
+    styles = [records.config_of(record)["style"] for record in style_records(seen=True)]
     side, gap, label_width = 28, 2, 78
     block_height = 2 * side + 3 * gap
     styles_per_column = (len(styles) + 1) // 2

@@ -23,7 +23,7 @@ def recycled_table(config: Json) -> str:
     for one in found:
         for row in one["test"]["ways"]:
             name = {"original": "as trained", "base": "no adapter"}.get(row["way"], f"k = {row['k']}, {row['way']}")
-            ways.setdefault(name, {})[records.asked(one)["task"]] = row
+            ways.setdefault(name, {})[records.config_of(one)["task"]] = row
     first = ways["as trained"]
     rows = []
     for name, cells in ways.items():
@@ -38,17 +38,17 @@ def recycled_table(config: Json) -> str:
 def seventh_table(config: Json) -> str:
     """Methods on a kind of text that is no source."""
     kind, seeds = config["target"]["kind"], config["target"]["seeds"]
-    base = next(one for one in records.of("language/base") if records.asked(one)["task"] == kind)
+    base = next(one for one in records.of("language/base") if records.config_of(one)["task"] == kind)
     rows = [["no training", "–", "–", f"{base['test']['score']:.2f}", ""]]
     for name, method in config["methods"].items():
-        found = [one for one in records.of("language/seventh") if records.asked(one)["method"] == name]
-        if {records.asked(one)["seed"] for one in found} >= set(seeds):
+        found = [one for one in records.of("language/seventh") if records.config_of(one)["method"] == name]
+        if {records.config_of(one)["seed"] for one in found} >= set(seeds):
             info, scores = found[0], [one["test"]["score"] for one in found]
             rows.append(
                 [
                     method["label"],
                     f"{info['train_info']['num_trainable_params']:,}",
-                    f"{records.asked(info)['learning_rate']:g}",
+                    f"{records.config_of(info)['learning_rate']:g}",
                     f"{fmean(scores):.2f}",
                     f"{stdev(scores):.2f}" if len(scores) > 1 else "–",
                 ]

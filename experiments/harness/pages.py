@@ -1,4 +1,4 @@
-"""Markdown: tables, and pages whose marked blocks are filled. Nothing here knows what is in them."""
+"""Markdown: tables, and pages with generated blocks."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +7,15 @@ BLOCK = re.compile(r"<!-- experiment:([a-z-]+) -->\n.*?<!-- /experiment -->", re
 
 
 def filled(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
-    """The page with every block as it is now. An unknown name is an error."""
+    """Return the page with every block written anew. Exits if a block's name is unknown."""
 
-    def one(found: re.Match[str]) -> str:
-        name = found[1]
+    def block(old: re.Match[str]) -> str:
+        name = old[1]
         if name not in blocks:
             raise SystemExit(f"there is no block {name!r}. There are: {', '.join(blocks)}.")
         return f"<!-- experiment:{name} -->\n{blocks[name]()}\n<!-- /experiment -->"
 
-    return BLOCK.sub(one, page)
+    return BLOCK.sub(block, page)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Learning rates: which one a method gets, of those that it was run with on development tasks."""
+"""Choice of a method's learning rate by its runs on development tasks."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -7,19 +7,19 @@ from . import record
 from .jobs import Job
 
 NEAR = 0.005
+"""Difference of scores within which a lower learning rate is preferred."""
 
 
 def means(jobs: Iterable[Job]) -> dict[float, float]:
-    """Rate → the mean of what its runs scored."""
+    """Return the mean score of each learning rate."""
     scores: dict[float, list[float]] = {}
     for job in jobs:
         if not job.done():
             raise SystemExit(f"{job.name} has no record: run the stage rates first.")
         scores.setdefault(job.config["learning_rate"], []).append(record.read(job.path)["test"]["score"])
-    return {rate: statistics.fmean(found) for rate, found in scores.items()}
+    return {rate: statistics.fmean(rate_scores) for rate, rate_scores in scores.items()}
 
 
-def steadiest(found: Mapping[float, float]) -> float:
-    """The lowest rate within `NEAR` of the best: what is near the best by chance is steadier on other tasks if it is
-    lower."""
-    return min(rate for rate, mean in found.items() if mean >= max(found.values()) - NEAR)
+def steadiest(means: Mapping[float, float]) -> float:
+    """Return the lowest rate within `NEAR` of the best: on other tasks, a lower rate is steadier."""
+    return min(rate for rate, mean in means.items() if mean >= max(means.values()) - NEAR)

@@ -1,5 +1,4 @@
-"""The record of a run: a JSON file with PEFT's field names (its method comparison), what it was run on, and from which
-commit. Nothing here knows what was run."""
+"""The record of a run: a JSON file with the field names of PEFT's method comparison, the machine and the commit."""
 
 import json
 import os
@@ -35,13 +34,13 @@ def write(path: Path, record: Json) -> None:
 
 
 def read(path: Path) -> Json:
-    found: Json = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    record: Json = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 @cache
 def commit() -> tuple[str, bool]:
-    """The commit that is checked out, and whether the code differs from it. Results are not code."""
+    """Return the commit that is checked out, and whether the code differs from it. Results are not code."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     code = ["src", "experiments", ":!experiments/results", ":!experiments/LOG.md"]
     state = subprocess.run(
@@ -51,7 +50,7 @@ def commit() -> tuple[str, bool]:
 
 
 def about(name: str, config: Json, command: str, started: float) -> Json:
-    """`run_info` and `meta_info` of a run."""
+    """Return `run_info` and `meta_info` of a run. started: by `time.perf_counter`."""
     head, dirty = commit()
     return {
         "run_info": {
@@ -64,7 +63,7 @@ def about(name: str, config: Json, command: str, started: float) -> Json:
             "train_config": config,
         },
         "meta_info": {
-            "package_info": {f"{one}-version": version(one) for one in PACKAGES},
+            "package_info": {f"{package}-version": version(package) for package in PACKAGES},
             "system_info": {
                 "system": platform.system(),
                 "machine": platform.machine(),
@@ -78,9 +77,11 @@ def about(name: str, config: Json, command: str, started: float) -> Json:
 
 
 def resampled(
-    score: Callable[[np.ndarray, np.ndarray], float], predicted: np.ndarray, wanted: np.ndarray
+    score: Callable[[np.ndarray, np.ndarray], float], predictions: np.ndarray, labels: np.ndarray
 ) -> list[float]:
-    """The score on `RESAMPLES` draws of the test rows, with replacement: the same draws for every run on these rows, so
-    that runs can be compared draw by draw. It says how much of a score is the choice of rows."""
-    draws = np.random.default_rng(len(wanted)).integers(len(wanted), size=(RESAMPLES, len(wanted)))
-    return [round(score(predicted[draw], wanted[draw]), 4) for draw in draws]
+    """Return the score on `RESAMPLES` draws of the test rows, with replacement.
+
+    The draws are the same for every run on these rows, so that runs can be compared draw by draw.
+    """
+    draws = np.random.default_rng(len(labels)).integers(len(labels), size=(RESAMPLES, len(labels)))
+    return [round(score(predictions[draw], labels[draw]), 4) for draw in draws]

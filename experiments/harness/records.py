@@ -1,4 +1,4 @@
-"""Records of runs, read back: scores by task and seed, how figures are written. Nothing here knows a stage."""
+"""Records of runs: scores by task and seed, and how figures are written."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,21 +9,22 @@ from .statistics import Mean, Run
 
 Json = dict[str, Any]
 Scores = dict[str, dict[int, Run]]
+"""Task → seed → run."""
 
 
 @cache
 def of(stage: str) -> tuple[Json, ...]:
-    """All records of a stage."""
+    """Read all records of a stage."""
     return tuple(record.read(path) for path in sorted((record.RESULTS / stage).glob("*.json")))
 
 
 def check_bases(stages: Sequence[str]) -> None:
-    """Runs on the same sources must have had the same basis: sources that were trained anew may be others."""
-    known: dict[str, tuple[str, str]] = {}
-    for one in (one for stage in stages for one in of(stage) if "subspace" in one):
-        name, fingerprint = one["run_info"]["experiment_name"], one["subspace"]["fingerprint"]
+    """Exit if runs on the same sources had different bases, because the sources were trained anew in between."""
+    first_runs: dict[str, tuple[str, str]] = {}
+    for run in (run for stage in stages for run in of(stage) if "subspace" in run):
+        name, fingerprint = run["run_info"]["experiment_name"], run["subspace"]["fingerprint"]
         experiment = name.split("/")[0]
-        first_name, first = known.setdefault(f"{experiment} {asked(one)['pack']}", (name, fingerprint))
+        first_name, first = first_runs.setdefault(f"{experiment} {config_of(run)['pack']}", (name, fingerprint))
         if fingerprint != first:
             raise SystemExit(
                 f"{name} had another basis than {first_name}, of the same sources: they were trained anew in between. "
@@ -31,79 +32,84 @@ def check_bases(stages: Sequence[str]) -> None:
             )
 
 
-def asked(one: Json) -> Json:
-    found: Json = one["run_info"]["train_config"]
-    return found
+def config_of(run: Json) -> Json:
+    """Return the config that a record was made with."""
+    config: Json = run["run_info"]["train_config"]
+    return config
 
 
 def scores(stage: str, method: str, **fields: Any) -> Scores:
-    """Task → seed → run, of one method; fields: what else their configs must have."""
-    found: Scores = {}
-    for one in of(stage):
-        config = asked(one)
+    """Return the scores of a method. fields: other fields that the configs must have."""
+    by_task: Scores = {}
+    for run in of(stage):
+        config = config_of(run)
         if config["method"] == method and all(config[name] == value for name, value in fields.items()):
-            run = Run(one["test"]["score"], tuple(one["test"]["resampled"]))
-            found.setdefault(config["task"], {})[config["seed"]] = run
-    return found
+            score = Run(run["test"]["score"], tuple(run["test"]["resampled"]))
+            by_task.setdefault(config["task"], {})[config["seed"]] = score
+    return by_task
 
 
-def complete(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> bool:
-    return all(set(found.get(task, ())) >= set(seeds) for task in tasks)
+def complete(by_task: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> bool:
+    """Return whether no run of these tasks and seeds is missing."""
+    return all(set(by_task.get(task, ())) >= set(seeds) for task in tasks)
 
 
-def some(found: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> Scores:
-    """Those of some tasks and seeds."""
-    return {task: {seed: found[task][seed] for seed in seeds} for task in tasks}
+def select(by_task: Scores, tasks: Sequence[str], seeds: Sequence[int]) -> Scores:
+    """Return the runs of these tasks and seeds."""
+    return {task: {seed: by_task[task][seed] for seed in seeds} for task in tasks}
 
 
 def cell(stage: str, method: str, tasks: Sequence[str], seeds: Sequence[int], **fields: Any) -> Scores | None:
-    """The runs that a cell of a table is made of; None as long as one of them is missing."""
-    found = scores(stage, method, **fields)
-    return some(found, tasks, seeds) if complete(found, tasks, seeds) else None
+    """Return the runs of a cell of a table, or None as long as one of them is missing."""
+    by_task = scores(stage, method, **fields)
+    return select(by_task, tasks, seeds) if complete(by_task, tasks, seeds) else None
 
 
-def overall(found: Scores) -> Mean:
-    """The mean over tasks."""
-    return statistics.over_tasks({task: list(runs.values()) for task, runs in found.items()})
+def mean_over_tasks(by_task: Scores) -> Mean:
+    """Return the mean over tasks."""
+    return statistics.over_tasks({task: list(runs.values()) for task, runs in by_task.items()})
 
 
-def apart(found: Scores, other: Scores) -> Mean:
-    """The mean difference over tasks, run by run."""
-    return statistics.over_tasks(statistics.differences(found, other))
+def mean_difference(by_task: Scores, baseline: Scores) -> Mean:
+    """Return the mean difference over tasks, run by run."""
+    return statistics.over_tasks(statistics.differences(by_task, baseline))
 
 
-def median_apart(found: Scores, other: Scores) -> float:
-    """The median over tasks of mean differences."""
-    return statistics.median_task(statistics.differences(found, other))
+def median_difference(by_task: Scores, baseline: Scores) -> float:
+    """Return the median over tasks of mean differences."""
+    return statistics.median_task(statistics.differences(by_task, baseline))
 
 
 def first(stage: str, method: str) -> Json:
-    return next(one for one in of(stage) if asked(one)["method"] == method)
+    """Return the first record of a method."""
+    return next(run for run in of(stage) if config_of(run)["method"] == method)
 
 
 def points(mean: Mean) -> str:
-    """A mean in points, hundredths of what is scored."""
+    """Return a mean in points, hundredths of the score."""
     return f"{100 * mean.value:.1f} ± {100 * mean.half_width:.1f}"
 
 
 def signed(mean: Mean) -> str:
+    """Return a difference in points."""
     return f"{100 * mean.value:+.1f} ± {100 * mean.half_width:.1f}"
 
 
 def percent(value: float) -> str:
+    """Return a fraction in per cent, without the sign."""
     return f"{100 * value:.1f}"
 
 
 def source_line(stage: str) -> str:
-    """Where the figures are from: files, command, machine, versions."""
-    experiment, _, part = stage.partition("/")
-    command = f"python experiments/run.py {experiment} {part}"
-    found = of(stage)
-    where, packages = found[0]["meta_info"]["system_info"], found[0]["meta_info"]["package_info"]
-    hours = sum(one["run_info"]["total_time"] for one in found) / 3600
+    """Return a sentence that says where figures come from: files, command, machine and versions."""
+    experiment, _, stage_name = stage.partition("/")
+    command = f"python experiments/run.py {experiment} {stage_name}"
+    runs = of(stage)
+    system, packages = runs[0]["meta_info"]["system_info"], runs[0]["meta_info"]["package_info"]
+    hours = sum(run["run_info"]["total_time"] for run in runs) / 3600
     versions = ", ".join(f"{name} {packages[f'{name}-version']}" for name in ("torch", "transformers", "peft"))
     return (
-        f"{len(found)} runs, {hours:.1f} hours of one thread: "
-        f"[experiments/results/{stage}](../experiments/results/{stage}), `{command}`; {where['processor']}, "
-        f"python {where['python']}, {versions}."
+        f"{len(runs)} runs, {hours:.1f} hours of one thread: "
+        f"[experiments/results/{stage}](../experiments/results/{stage}), `{command}`; {system['processor']}, "
+        f"python {system['python']}, {versions}."
     )

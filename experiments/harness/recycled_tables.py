@@ -76,7 +76,7 @@ def recycled_table(config: Json) -> str:
     original = mean(found["original", None, None], "score")
     n = len(records.of(STAGE)[0]["run_info"]["train_config"]["sources"])
     full = full_numbers()
-    others = [len(records.asked(one)["left_out"]) for one in records.of(STAGE)]
+    others = [len(records.config_of(one)["left_out"]) for one in records.of(STAGE)]
     fewest, most = min(others), max(others)
 
     def row(name: str, rows: list[Json], ratio: str, many: str) -> tuple[str, ...]:

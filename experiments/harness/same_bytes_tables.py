@@ -67,7 +67,9 @@ def lost(one: Json) -> Lost | None:
 
 def by_way(stage: str) -> dict[tuple[float, str], Json]:
     """Ratio and way → record."""
-    return {(records.asked(one)["ratio"], records.asked(one)["way"]): one for one in records.of(f"bytes/{stage}")}
+    return {
+        (records.config_of(one)["ratio"], records.config_of(one)["way"]): one for one in records.of(f"bytes/{stage}")
+    }
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
@@ -198,7 +200,7 @@ def before(stage: str) -> float:
 def note(stage: str) -> str:
     found = first(stage)
     rows = sum(row["rows"] for row in found["test"]["adapters"].values())
-    most = records.asked(found)["recipe"]["test_rows"]
+    most = records.config_of(found)["recipe"]["test_rows"]
     return (
         f"{len(found['test']['adapters'])} adapters, up to {most} test rows of each one's task, {rows:,} in all. "
         f"{OUT_OF_REACH}: does not become so small. {records.source_line(f'bytes/{stage}')}"

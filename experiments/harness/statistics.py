@@ -1,4 +1,4 @@
-"""Means over tasks and seeds, and how sure they are: from the spread of seeds, and from the choice of test rows."""
+"""Means over tasks and seeds, with intervals from the spread of seeds and from the choice of test rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from scipy.stats import t
 
 @dataclass(frozen=True)
 class Run:
-    """A score, and those on fixed draws of the same test rows (`record.resampled`)."""
+    """A score, and the scores on fixed draws of the same test rows (`record.resampled`)."""
 
     score: float
     resampled: tuple[float, ...]
 
-    def minus(self, other: "Run") -> "Run":
-        """The difference of two runs on the same rows, draw by draw."""
-        pairs = zip(self.resampled, other.resampled, strict=True)
-        return Run(self.score - other.score, tuple(one - two for one, two in pairs))
+    def minus(self, baseline: "Run") -> "Run":
+        """Return the difference of two runs on the same rows, draw by draw."""
+        pairs = zip(self.resampled, baseline.resampled, strict=True)
+        return Run(self.score - baseline.score, tuple(score - baseline_score for score, baseline_score in pairs))
 
 
 @dataclass(frozen=True)
@@ -38,54 +38,53 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A share of a mean's variance, and how many degrees of freedom it is known with."""
+class Variance:
+    """A contribution to the variance of a mean, and the degrees of freedom of its estimate."""
 
-    variance: float
+    value: float
     freedom: int
 
 
 def mean(runs: Sequence[Run]) -> Mean:
-    """Of one task's seeds. The variance is that of the rows' draws, of the mean over seeds, and that of seeds; of one
-    seed, of rows alone."""
+    """Return the mean over seeds of one task. With one seed, its interval is that of the choice of rows alone."""
     return over_tasks({"": runs})
 
 
 def over_tasks(tasks: Mapping[str, Sequence[Run]]) -> Mean:
-    """The mean over tasks of the means over seeds. Tasks are taken as given: nothing is said of others.
+    """Return the mean over tasks of the means over seeds. Its interval says nothing about other tasks.
 
-    Student's t, with degrees of freedom as Satterthwaite (1946) has them: one task whose seeds differ much counts as
-    the few seeds it has.
+    Student's t, with the degrees of freedom of Satterthwaite (1946): a task whose seeds differ much counts as the few
+    seeds it has.
     """
-    values = [float(np.mean([run.score for run in runs])) for runs in tasks.values()]
-    found = [part for runs in tasks.values() for part in parts(runs)]
-    variance = sum(part.variance for part in found)
-    if variance == 0:
-        return Mean(float(np.mean(values)), 0.0)
-    freedom = variance**2 / sum(part.variance**2 / part.freedom for part in found)
-    return Mean(float(np.mean(values)), float(t.ppf(0.975, freedom)) * math.sqrt(variance) / len(values))
+    means = [float(np.mean([run.score for run in runs])) for runs in tasks.values()]
+    variances = [variance for runs in tasks.values() for variance in variances_of(runs)]
+    total = sum(variance.value for variance in variances)
+    if total == 0:
+        return Mean(float(np.mean(means)), 0.0)
+    freedom = total**2 / sum(variance.value**2 / variance.freedom for variance in variances)
+    return Mean(float(np.mean(means)), float(t.ppf(0.975, freedom)) * math.sqrt(total) / len(means))
 
 
-def parts(runs: Sequence[Run]) -> list[Part]:
-    """What one task's mean over seeds varies by."""
-    rows = np.array([run.resampled for run in runs]).mean(axis=0)
-    found = [Part(float(rows.var(ddof=1)), len(rows) - 1)]
+def variances_of(runs: Sequence[Run]) -> list[Variance]:
+    """Return the variances of one task's mean over seeds: from the choice of rows, and from the seeds."""
+    draws = np.array([run.resampled for run in runs]).mean(axis=0)
+    variances = [Variance(float(draws.var(ddof=1)), len(draws) - 1)]
     if len(runs) > 1:
-        found.append(Part(float(np.var([run.score for run in runs], ddof=1)) / len(runs), len(runs) - 1))
-    return found
+        variances.append(Variance(float(np.var([run.score for run in runs], ddof=1)) / len(runs), len(runs) - 1))
+    return variances
 
 
 def median_task(tasks: Mapping[str, Sequence[Run]]) -> float:
-    """The median over tasks of the means over seeds: one task alone does not move it far."""
+    """Return the median over tasks of the means over seeds, which a single task does not move far."""
     return float(np.median([np.mean([run.score for run in runs]) for runs in tasks.values()]))
 
 
 def differences(
-    tasks: Mapping[str, Mapping[int, Run]], others: Mapping[str, Mapping[int, Run]]
+    tasks: Mapping[str, Mapping[int, Run]], baseline: Mapping[str, Mapping[int, Run]]
 ) -> dict[str, list[Run]]:
-    """By task, run minus run of the same seed, which had the same training rows."""
+    """Return, by task, the differences of runs with the same seed, which had the same training rows."""
     return {
-        task: [run.minus(others[task][seed]) for seed, run in runs.items() if seed in others[task]]
+        task: [run.minus(baseline[task][seed]) for seed, run in runs.items() if seed in baseline[task]]
         for task, runs in tasks.items()
-        if task in others
+        if task in baseline
     }

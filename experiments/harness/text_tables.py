@@ -38,7 +38,7 @@ def seeds_of(config: Json, name: str) -> list[int]:
 
 def scores(config: Json, name: str) -> records.Scores:
     """Task → seed → run, of all targets."""
-    return records.some(records.scores(STAGE, name), config["targets"]["tasks"], seeds_of(config, name))
+    return records.select(records.scores(STAGE, name), config["targets"]["tasks"], seeds_of(config, name))
 
 
 def shown(config: Json) -> list[str]:
@@ -59,18 +59,18 @@ def numbers(name: str) -> int:
 
 def file_bytes(name: str) -> float:
     """Of the file that is saved, without the head in it (float32): the mean over runs."""
-    infos = [one["train_info"] for one in records.of(STAGE) if records.asked(one)["method"] == name]
+    infos = [one["train_info"] for one in records.of(STAGE) if records.config_of(one)["method"] == name]
     return sum(info["file_size"] - 4 * info["num_head_params"] for info in infos) / len(infos)
 
 
 def between(config: Json, one: str, other: str) -> statistics.Mean:
     """The mean difference of two methods over targets, run by run."""
-    return records.apart(scores(config, one), scores(config, other))
+    return records.mean_difference(scores(config, one), scores(config, other))
 
 
 def overall(config: Json, name: str) -> statistics.Mean:
     """The mean over targets."""
-    return records.overall(scores(config, name))
+    return records.mean_over_tasks(scores(config, name))
 
 
 def seeds_said(config: Json) -> str:
@@ -93,7 +93,7 @@ def rates_table(config: Json) -> str:
             found = [
                 one["test"]["score"]
                 for one in records.of("text/rates")
-                if records.asked(one)["method"] == name and records.asked(one)["learning_rate"] == rate
+                if records.config_of(one)["method"] == name and records.config_of(one)["learning_rate"] == rate
             ]
             if found:
                 means[rate] = sum(found) / len(found)
@@ -119,7 +119,9 @@ def targets_table(config: Json) -> str:
     for name in shown(config):
         apart = "–" if name == LORA else signed(between(config, name, LORA))
         median = (
-            "–" if name == LORA else f"{100 * records.median_apart(scores(config, name), scores(config, LORA)):+.1f}"
+            "–"
+            if name == LORA
+            else f"{100 * records.median_difference(scores(config, name), scores(config, LORA)):+.1f}"
         )
         size = f"{file_bytes(name) / 1000:,.0f}"
         rows.append([label(config, name), f"{numbers(name):,}", size, points(overall(config, name)), apart, median])
@@ -166,7 +168,9 @@ def curve(config: Json, name: str) -> list[tuple[int, float, float]]:
     """
     seeds = seeds_of(config, name)
     found = [
-        one for one in records.of(STAGE) if records.asked(one)["method"] == name and records.asked(one)["seed"] in seeds
+        one
+        for one in records.of(STAGE)
+        if records.config_of(one)["method"] == name and records.config_of(one)["seed"] in seeds
     ]
     parts = zip(*(one["train_info"]["metrics"] for one in found), strict=True)
     return [
@@ -200,8 +204,8 @@ def seconds(config: Json, name: str) -> float:
     found: dict[str, float] = {}
     seeds = seeds_of(config, name)
     for one in records.of(STAGE):
-        if records.asked(one)["method"] == name and records.asked(one)["seed"] in seeds:
-            task, took = records.asked(one)["task"], one["train_info"]["metrics"][-1]["train time"]
+        if records.config_of(one)["method"] == name and records.config_of(one)["seed"] in seeds:
+            task, took = records.config_of(one)["task"], one["train_info"]["metrics"][-1]["train time"]
             found[task] = min(found.get(task, took), took)
     return sum(found.values()) / len(found)
 
@@ -241,7 +245,7 @@ def short_table(config: Json) -> str:
             found = in_short(config, name, epochs)
             if found is None:
                 continue
-            mean = records.overall(found)
+            mean = records.mean_over_tasks(found)
             share = f"{100 * mean.value / overall(config, LORA).value:.1f} %"
             rows.append([str(epochs), label(config, name), points(mean), share])
     header = ("epochs", "", "mean score", f"share of LoRA's score after {whole}")
@@ -265,9 +269,14 @@ def heads_table(config: Json) -> str:
                 continue
             apart, median = "–", "–"
             if name != LORA:
-                apart, median = signed(records.apart(found, lora)), f"{100 * records.median_apart(found, lora):+.1f}"
+                apart, median = (
+                    signed(records.mean_difference(found, lora)),
+                    f"{100 * records.median_difference(found, lora):+.1f}",
+                )
             means = [records.percent(statistics.mean(list(found[task].values())).value) for task in targets["tasks"]]
-            rows.append([f"{rate:g}", label(config, name), *means, points(records.overall(found)), apart, median])
+            rows.append(
+                [f"{rate:g}", label(config, name), *means, points(records.mean_over_tasks(found)), apart, median]
+            )
     header = ("rate of heads", "", *targets["tasks"], "mean", "against LoRA", "median")
     return f"{table(header, rows)}\n\n{len(targets['seeds'])} seeds. {records.source_line('text/heads')}"
 
@@ -278,7 +287,7 @@ def goals_table(config: Json) -> str:
     rows = []
 
     def median(other: str) -> str:
-        return f", median task {100 * records.median_apart(scores(config, ours), scores(config, other)):+.1f}"
+        return f", median task {100 * records.median_difference(scores(config, ours), scores(config, other)):+.1f}"
 
     if {ours, LORA} <= set(found):
         apart, share = between(config, ours, LORA), numbers(LORA) / numbers(ours)
@@ -321,7 +330,7 @@ def goals_table(config: Json) -> str:
         rows.append(("98 % of LoRA's last score in half of the steps that LoRA needs", said, plain(reached)))
         half = in_short(config, ours, config["recipe"]["epochs"] // 2)
         if half is not None:
-            part = records.overall(half).value / overall(config, LORA).value
+            part = records.mean_over_tasks(half).value / overall(config, LORA).value
             rows.append(
                 (
                     "the same where each has a schedule of its own: ours trained for half of the steps",

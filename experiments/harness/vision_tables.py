@@ -43,10 +43,10 @@ def targets_table(config: Json) -> str:
             for one in records.of("vision/targets")
             if one["run_info"]["experiment_name"].rsplit("/", 1)[-1].startswith(f"{name}--")
         )
-        apart = signed(records.apart(found, lora)) if name != LORA else "–"
+        apart = signed(records.mean_difference(found, lora)) if name != LORA else "–"
         each = [percent(statistics.mean(list(found[task].values())).value) for task in tasks]
         rows.append(
-            [method["label"], f"{info['num_trainable_params']:,}", *each, points(records.overall(found)), apart]
+            [method["label"], f"{info['num_trainable_params']:,}", *each, points(records.mean_over_tasks(found)), apart]
         )
     header = ("", "trained numbers", *tasks, "mean", "against LoRA r = 8")
     return f"{table(header, rows)}\n\n{len(seeds)} seeds. {records.source_line('vision/targets')}"
