@@ -61,13 +61,13 @@ def update_error(rows: Sequence[Json]) -> str:
     return f"{mean(row['delta_error'] for row in rows):.2f}"
 
 
-def rows_of(way: str, k: int | None, style_runs: Sequence[Json]) -> tuple[list[Json], list[str]]:
+def rows_of(method: str, k: int | None, style_runs: Sequence[Json]) -> tuple[list[Json], list[str]]:
     """Return the rows of one way to store an adapter, for each style that has it, and the cells of their means.
 
     Distances are to the original's pictures, and relative ones are divided by the distance of the base model's.
     """
     by_style = [rows_by_way(record) for record in style_runs]
-    pairs = [(rows[way, k], rows["base", None]) for rows in by_style if (way, k) in rows]
+    pairs = [(rows[method, k], rows["base", None]) for rows in by_style if (method, k) in rows]
     cells = [
         f"{mean(row['rmse'] for row, _ in pairs):.3f}",
         f"{mean(row['rmse'] / base['rmse'] for row, base in pairs):.2f}",
@@ -110,7 +110,7 @@ def bytes_table() -> str:
 def methods_table() -> str:
     """Write what other methods do with the bytes of one pack."""
     k, rows = shown_k(), []
-    for label, way, way_k in (
+    for label, method, method_k in (
         ("the LoRA itself", "original", None),
         (f"pack, k = {k}", "seen", k),
         ("each LoRA cut by SVD to the same bytes", "truncated", k),
@@ -118,7 +118,7 @@ def methods_table() -> str:
         ("a LoRA of the same style, from another seed", "another seed", None),
         ("no adapter: the base", "base", None),
     ):
-        drawn, cells = rows_of(way, way_k, style_records(seen=True))
+        drawn, cells = rows_of(method, method_k, style_records(seen=True))
         rows.append([label, str(len(drawn)), update_error(drawn), *cells])
     return table(["what draws", "styles", "update lost", *DISTANCE_COLUMNS], rows)
 
@@ -147,9 +147,9 @@ def styles_table() -> str:
 def left_out_table() -> str:
     """Write the figures of styles that no pack has, projected."""
     rows, runs = [], style_records(seen=False)
-    projected = [(str(k), "left out", k) for way, k in rows_by_way(runs[0]) if way == "left out"]
-    for label, way, k in [*projected, ("their LoRAs", "original", None), ("the base", "base", None)]:
-        drawn, cells = rows_of(way, k, runs)
+    projected = [(str(k), "left out", k) for method, k in rows_by_way(runs[0]) if method == "left out"]
+    for label, method, k in [*projected, ("their LoRAs", "original", None), ("the base", "base", None)]:
+        drawn, cells = rows_of(method, k, runs)
         rows.append([label, update_error(drawn), *cells])
     names = ", ".join(records.config_of(record)["style"] for record in runs)
     return f"{table(['k', 'update lost', *DISTANCE_COLUMNS], rows)}\n\nStyles: {names}."
@@ -222,9 +222,9 @@ def grid(config: Json, file: Path) -> None:
         drawn = load_file(pictures_file(f"{slug(style)}-bytes"))
         left, top = n // styles_per_column * column_width, n % styles_per_column * block_height
         pen.text((left + 4, top + block_height // 2 - 6), style, fill=0)
-        for row, way in enumerate(("original", f"bytes {RATIO}")):
+        for row, method in enumerate(("original", f"bytes {RATIO}")):
             for column, label in enumerate(classes):
-                picture = Image.fromarray(np.asarray(drawn[way][label * config["drawing"]["per_class"]]))
+                picture = Image.fromarray(np.asarray(drawn[method][label * config["drawing"]["per_class"]]))
                 x = left + label_width + column * (side + gap)
                 sheet.paste(picture, (x, top + gap + row * (side + gap // 2)))
     sheet.save(file, lossless=True, quality=100)

@@ -1,4 +1,4 @@
-"""What the records of the language experiment say."""
+"""Tables of the language experiment."""
 
 from collections.abc import Callable, Mapping
 from statistics import fmean, stdev
@@ -9,7 +9,7 @@ from .records import Json
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
-    """Name of a block → its Markdown."""
+    """Return functions that write the blocks of the pages, by their names."""
     return {
         "language-recycled": lambda: recycled_table(config),
         "language-seventh": lambda: seventh_table(config),
@@ -17,33 +17,33 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
 
 
 def recycled_table(config: Json) -> str:
-    """Perplexities of sources, as trained and out of packs."""
-    kinds, found = config["sources"]["kinds"], records.of("language/recycled")
-    ways: dict[str, dict[str, Json]] = {}
-    for one in found:
-        for row in one["test"]["ways"]:
+    """Write perplexities of sources, as trained and from packs."""
+    kinds, runs = config["sources"]["kinds"], records.of("language/recycled")
+    rows_of: dict[str, dict[str, Json]] = {}
+    for run in runs:
+        for row in run["test"]["ways"]:
             name = {"original": "as trained", "base": "no adapter"}.get(row["way"], f"k = {row['k']}, {row['way']}")
-            ways.setdefault(name, {})[records.config_of(one)["task"]] = row
-    first = ways["as trained"]
+            rows_of.setdefault(name, {})[records.config_of(run)["task"]] = row
+    original = rows_of["as trained"]
     rows = []
-    for name, cells in ways.items():
-        more = sum(cells[kind]["loss"] - first[kind]["loss"] for kind in cells) / len(cells)
+    for name, cells in rows_of.items():
+        increase = sum(cells[kind]["loss"] - original[kind]["loss"] for kind in cells) / len(cells)
         error = sum(row["delta_error"] for row in cells.values()) / len(cells)
-        rows.append([name, *(f"{cells[kind]['score']:.2f}" for kind in kinds), f"{more:+.3f}", f"{error:.2f}"])
+        rows.append([name, *(f"{cells[kind]['score']:.2f}" for kind in kinds), f"{increase:+.3f}", f"{error:.2f}"])
     header = ("perplexity on unseen text", *kinds, "nats a token", "delta error")
     source = records.source_line("language/recycled")
     return f"{table(header, rows)}\n\nNats a token: the mean change against the original. {source}"
 
 
 def seventh_table(config: Json) -> str:
-    """Methods on a kind of text that is no source."""
+    """Write the methods on a kind of text that is no source."""
     kind, seeds = config["target"]["kind"], config["target"]["seeds"]
-    base = next(one for one in records.of("language/base") if records.config_of(one)["task"] == kind)
+    base = next(run for run in records.of("language/base") if records.config_of(run)["task"] == kind)
     rows = [["no training", "–", "–", f"{base['test']['score']:.2f}", ""]]
     for name, method in config["methods"].items():
-        found = [one for one in records.of("language/seventh") if records.config_of(one)["method"] == name]
-        if {records.config_of(one)["seed"] for one in found} >= set(seeds):
-            info, scores = found[0], [one["test"]["score"] for one in found]
+        runs = [run for run in records.of("language/seventh") if records.config_of(run)["method"] == name]
+        if {records.config_of(run)["seed"] for run in runs} >= set(seeds):
+            info, scores = runs[0], [run["test"]["score"] for run in runs]
             rows.append(
                 [
                     method["label"],

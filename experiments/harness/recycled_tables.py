@@ -1,4 +1,4 @@
-"""What the records of recycled adapters say."""
+"""Tables of source adapters after projection."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,27 +12,27 @@ A_SIXTH = 6
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
-    """Name of a block → its Markdown."""
+    """Return functions that write the blocks of the pages, by their names."""
     return {"recycled": lambda: recycled_table(config)}
 
 
 def ways() -> dict[tuple[str, int | None, int | None], list[Json]]:
-    """Way to keep an adapter, k and bits → what became of each adapter."""
-    found: dict[tuple[str, int | None, int | None], list[Json]] = {}
-    for one in records.of(STAGE):
-        for row in one["test"]["ways"]:
-            found.setdefault((row["way"], row["k"], row["bits"]), []).append(row)
-    return found
+    """Return a row for each adapter, by the way to store it, k and bits."""
+    rows: dict[tuple[str, int | None, int | None], list[Json]] = {}
+    for record in records.of(STAGE):
+        for row in record["test"]["ways"]:
+            rows.setdefault((row["way"], row["k"], row["bits"]), []).append(row)
+    return rows
 
 
 def sized() -> dict[float, list[Json]]:
-    """The error that was asked for → what became of each adapter."""
-    found: dict[float, list[Json]] = {}
-    for one in records.of(SIZED):
-        for row in one["test"]["ways"]:
+    """Return a row for each adapter, by the error bound."""
+    rows: dict[float, list[Json]] = {}
+    for record in records.of(SIZED):
+        for row in record["test"]["ways"]:
             if "max_error" in row:
-                found.setdefault(row["max_error"], []).append(row)
-    return found
+                rows.setdefault(row["max_error"], []).append(row)
+    return rows
 
 
 def mean(rows: list[Json], name: str) -> float:
@@ -40,50 +40,50 @@ def mean(rows: list[Json], name: str) -> float:
 
 
 def full_numbers() -> int:
-    """Numbers of an adapter as it was trained, its head aside."""
-    found: int = records.of(STAGE)[0]["test"]["numbers"]
-    return found
+    """Return the number of parameters of an adapter without its head."""
+    numbers: int = records.of(STAGE)[0]["test"]["numbers"]
+    return numbers
 
 
 def at_a_sixth(config: Json) -> dict[str, float]:
-    """The largest k, and the smallest error, whose basis and coefficients are a sixth of the adapters' bytes when there
-    are 100: what was asked for, and the score that adapters in the fit lose there on average. Without what has not been
-    run with all adapters."""
-    found, n = ways(), len(config["sources"]["tasks"])
-    by_k = {k: found.get(("seen", k, None), []) for k in config["recycled"]["k"]}
+    """Return the mean loss of score of the largest k and of the smallest error bound at a sixth of the adapters' bytes.
+
+    Bytes are those of basis and coefficients if `MANY` adapters share the basis. Sizes that have not been run with all
+    adapters do not count.
+    """
+    rows_of, n = ways(), len(config["sources"]["tasks"])
+    by_k = {k: rows_of.get(("seen", k, None), []) for k in config["recycled"]["k"]}
     by_error = {error: sized().get(error, []) for error in config["recycled"].get("max_error", ())}
 
     def fits(rows: list[Json]) -> bool:
         return len(rows) == n and mean(rows, "numbers_at_100") <= full_numbers() / A_SIXTH
 
-    original = found.get(("original", None, None), [])
-    kept: dict[str, list[Json]] = {}
+    original = rows_of.get(("original", None, None), [])
+    fitting: dict[str, list[Json]] = {}
     if small := [k for k, rows in by_k.items() if fits(rows)]:
-        kept[f"k = {max(small)}"] = by_k[max(small)]
+        fitting[f"k = {max(small)}"] = by_k[max(small)]
     if small_errors := [error for error, rows in by_error.items() if fits(rows)]:
-        kept[f"max_error = {min(small_errors):g}"] = by_error[min(small_errors)]
-    return {name: mean(original, "score") - mean(rows, "score") for name, rows in kept.items()}
+        fitting[f"max_error = {min(small_errors):g}"] = by_error[min(small_errors)]
+    return {name: mean(original, "score") - mean(rows, "score") for name, rows in fitting.items()}
 
 
 def changed(lost: float) -> str:
-    """A loss as a change in points."""
+    """Return a loss as a change in points."""
     return f"{round(-100 * lost, 1) + 0.0:+.1f}"
 
 
 def recycled_table(config: Json) -> str:
-    """Scores, answers and errors of every way, over all source adapters."""
-    found = ways()
-    original = mean(found["original", None, None], "score")
+    """Write scores, answers and errors of every way to store the source adapters."""
+    rows_of = ways()
+    original = mean(rows_of["original", None, None], "score")
     n = len(records.of(STAGE)[0]["run_info"]["train_config"]["sources"])
-    full = full_numbers()
-    others = [len(records.config_of(one)["left_out"]) for one in records.of(STAGE)]
-    fewest, most = min(others), max(others)
+    left_out = [len(records.config_of(record)["left_out"]) for record in records.of(STAGE)]
+    fewest, most = min(left_out), max(left_out)
 
     def row(name: str, rows: list[Json], ratio: str, many: str) -> tuple[str, ...]:
         lost = original - mean(rows, "score")
-        worst = max(
-            one["score"] - other["score"] for one, other in zip(found["original", None, None], rows, strict=True)
-        )
+        pairs = zip(rows_of["original", None, None], rows, strict=True)
+        worst = max(before["score"] - after["score"] for before, after in pairs)
         return (
             name,
             ratio,
@@ -96,25 +96,25 @@ def recycled_table(config: Json) -> str:
         )
 
     def ratios(seen: list[Json]) -> tuple[str, ...]:
-        return tuple(f"{full / mean(seen, name):.1f}" for name in ("numbers_an_adapter", "numbers_at_100"))
+        return tuple(f"{full_numbers() / mean(seen, name):.1f}" for name in ("numbers_an_adapter", "numbers_at_100"))
 
-    rows = [row("as trained", found["original", None, None], "1", "1")]
+    rows = [row("as trained", rows_of["original", None, None], "1", "1")]
     for k in config["recycled"]["k"]:
-        seen = found["seen", k, None]
+        seen = rows_of["seen", k, None]
         ratio, many = ratios(seen)
         rows.append(row(f"k = {k}, in the fit", seen, ratio, many))
-        rows.append(row(f"k = {k}, left out", found["left out", k, None], "", ""))
-        rows.append(row(f"SVD truncation to the bytes of k = {k}", found["truncated", k, None], ratio, ratio))
+        rows.append(row(f"k = {k}, left out", rows_of["left out", k, None], "", ""))
+        rows.append(row(f"SVD truncation to the bytes of k = {k}", rows_of["truncated", k, None], ratio, ratio))
     for error, seen in sized().items():
         if len(seen) < len(records.of(STAGE)):
             continue
         rows.append(row(f"max_error = {error:g}, in the fit", seen, *ratios(seen)))
     for bits in (8, 4):
-        kept = found["rounded", None, bits]
-        ratio = f"{2 * full / mean(kept, 'bytes'):.1f}"
-        rows.append(row(f"rounded to {bits} bits", kept, ratio, ratio))
-    rows.append(row("the mean of others", found["mean of others", None, None], "–", "–"))
-    rows.append(row("no adapter", found["base", None, None], "–", "–"))
+        rounded = rows_of["rounded", None, bits]
+        ratio = f"{2 * full_numbers() / mean(rounded, 'bytes'):.1f}"
+        rows.append(row(f"rounded to {bits} bits", rounded, ratio, ratio))
+    rows.append(row("the mean of others", rows_of["mean of others", None, None], "–", "–"))
+    rows.append(row("no adapter", rows_of["base", None, None], "–", "–"))
     header = (
         "",
         f"times smaller, {n} adapters",

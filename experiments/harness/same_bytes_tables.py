@@ -1,4 +1,4 @@
-"""What the records say of adapters in as many bytes as a pack takes."""
+"""Tables of adapters stored in as many bytes as a pack takes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ OUT_OF_REACH, NOT_RUN = "–", ""
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """What a way costs, over the adapters of a collection; scores are shares of rows.
+class Losses:
+    """Losses of a method to store adapters, over a collection. Scores are fractions of rows.
 
-    drop: mean of the scores before less those after; half_width: of its interval of 95 %, for the choice of rows.
-    worst: the largest drop of an adapter, and name whose. kl: nats.
+    drop: mean decrease of the score, and half_width of its 95 % interval, for the choice of rows. worst: largest
+    decrease of an adapter, whose name is name. kl: in nats.
     """
 
     ratio: float
@@ -36,10 +36,10 @@ class Lost:
     worst_error: float
 
 
-def lost(one: Json) -> Lost | None:
-    """Of one record; None where the way does not become so small."""
-    found = one["test"]
-    adapters: Mapping[str, Json] = found["adapters"]
+def losses_of(record: Json) -> Losses | None:
+    """Return the losses of one record, or None if the method does not reach the size."""
+    test = record["test"]
+    adapters: Mapping[str, Json] = test["adapters"]
     if not adapters:
         return None
     drops = {name: row["before"] - row["score"] for name, row in adapters.items()}
@@ -51,8 +51,8 @@ def lost(one: Json) -> Lost | None:
     def mean(field: str) -> float:
         return sum(row[field] for row in adapters.values()) / len(adapters)
 
-    return Lost(
-        ratio=found["lora_bytes"] / found["bytes"],
+    return Losses(
+        ratio=test["lora_bytes"] / test["bytes"],
         score=mean("score"),
         drop=sum(drops.values()) / len(drops),
         half_width=1.96 * sqrt(sum(variances)) / len(drops),
@@ -66,14 +66,15 @@ def lost(one: Json) -> Lost | None:
 
 
 def by_way(stage: str) -> dict[tuple[float, str], Json]:
-    """Ratio and way → record."""
+    """Return the records by ratio and method."""
     return {
-        (records.config_of(one)["ratio"], records.config_of(one)["way"]): one for one in records.of(f"bytes/{stage}")
+        (records.config_of(record)["ratio"], records.config_of(record)["way"]): record
+        for record in records.of(f"bytes/{stage}")
     }
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
-    """Name of a block → its Markdown."""
+    """Return functions that write the blocks of the pages, by their names."""
     shown = config["demo"]["shown"]
     return {
         "same-bytes": partial(at_one_size, "demo", shown),
@@ -85,33 +86,33 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
 
 
 def changed(drop: float) -> str:
-    """A drop as a change in points."""
+    """Return a decrease as a change in points."""
     return f"{round(-100 * drop, 1) + 0.0:+.1f}"
 
 
-def name_of(way: str) -> str:
-    return NAMES.get(way, way)
+def name_of(method: str) -> str:
+    return NAMES.get(method, method)
 
 
 def at_one_size(stage: str, ratio: float) -> str:
-    """All ways in the bytes of one pack."""
-    found = by_way(stage)
+    """Write all methods in the bytes of one pack."""
+    runs = by_way(stage)
     rows = [("as trained", "1", percent(before(stage)), "", "", "", "", "")]
-    for way in [way for way in WAYS if (ratio, way) in found]:
-        one = lost(found[ratio, way])
-        if one is None:
-            rows.append((name_of(way), OUT_OF_REACH, *[""] * 6))
+    for method in [method for method in WAYS if (ratio, method) in runs]:
+        losses = losses_of(runs[ratio, method])
+        if losses is None:
+            rows.append((name_of(method), OUT_OF_REACH, *[""] * 6))
             continue
         rows.append(
             (
-                name_of(way),
-                f"{one.ratio:.1f}",
-                percent(one.score),
-                f"{changed(one.drop)} ± {100 * one.half_width:.1f}",
-                f"{changed(one.worst)} ({one.name})",
-                percent(one.agreement),
-                f"{one.kl:.4f}",
-                f"{one.mean_error:.2f}, {one.worst_error:.2f}",
+                name_of(method),
+                f"{losses.ratio:.1f}",
+                percent(losses.score),
+                f"{changed(losses.drop)} ± {100 * losses.half_width:.1f}",
+                f"{changed(losses.worst)} ({losses.name})",
+                percent(losses.agreement),
+                f"{losses.kl:.4f}",
+                f"{losses.mean_error:.2f}, {losses.worst_error:.2f}",
             )
         )
     header = ("", "times smaller", "accuracy", "change", "worst", "same answer", "KL, nats", "delta error: mean, worst")
@@ -119,23 +120,23 @@ def at_one_size(stage: str, ratio: float) -> str:
 
 
 def at_every_size(stage: str, ratios: Sequence[float]) -> str:
-    """Mean and worst change of every way at every ratio."""
-    found = by_way(stage)
+    """Write mean and worst change of every method at every ratio."""
+    runs = by_way(stage)
 
-    def cell(ratio: float, way: str) -> str:
-        if (ratio, way) not in found:
+    def cell(ratio: float, method: str) -> str:
+        if (ratio, method) not in runs:
             return NOT_RUN
-        one = lost(found[ratio, way])
-        return f"{changed(one.drop)}, {changed(one.worst)}" if one is not None else OUT_OF_REACH
+        losses = losses_of(runs[ratio, method])
+        return f"{changed(losses.drop)}, {changed(losses.worst)}" if losses is not None else OUT_OF_REACH
 
     header = ("asked for", *(f"ratio {ratio:g}" for ratio in ratios))
-    rows = [(name_of(way), *(cell(ratio, way) for ratio in ratios)) for way in WAYS]
+    rows = [(name_of(method), *(cell(ratio, method) for ratio in ratios)) for method in WAYS]
     return f"{table(header, rows)}\n\nMean and worst change of accuracy, in points; empty: not run. {note(stage)}"
 
 
 def by_adapter(stage: str, ratio: float) -> str:
-    """What the pack of one ratio does to each adapter."""
-    found: Mapping[str, Json] = by_way(stage)[ratio, PACK]["test"]["adapters"]
+    """Write the losses of each adapter in the pack of one ratio."""
+    adapters: Mapping[str, Json] = by_way(stage)[ratio, PACK]["test"]["adapters"]
     rows = [
         (
             name,
@@ -148,7 +149,7 @@ def by_adapter(stage: str, ratio: float) -> str:
             f"{row['kl']:.4f}",
             f"{row['delta_error']:.2f}",
         )
-        for name, row in found.items()
+        for name, row in adapters.items()
     ]
     header = (
         "adapter",
@@ -165,31 +166,32 @@ def by_adapter(stage: str, ratio: float) -> str:
 
 
 def in_short(ratio: float) -> str:
-    """The line of docs/results.md."""
-    found = by_way("demo")
-    ours = lost(found[ratio, PACK])
-    others = {
-        way: one
-        for (size, way), record in found.items()
-        if size == ratio and way != PACK and (one := lost(record)) is not None
+    """Write the sentence of docs/results.md."""
+    runs = by_way("demo")
+    ours = losses_of(runs[ratio, PACK])
+    baselines = {
+        method: losses
+        for (size, method), record in runs.items()
+        if size == ratio and method != PACK and (losses := losses_of(record)) is not None
     }
     assert ours is not None
-    best = min(others, key=lambda way: others[way].drop)
-    nearest = others[best]
+    best = min(baselines, key=lambda method: baselines[method].drop)
+    nearest = baselines[best]
 
-    def said(one: Lost) -> str:
-        return f"{changed(one.drop)} ± {100 * one.half_width:.1f} points on average, {changed(one.worst)} at worst"
+    def describe(losses: Losses) -> str:
+        mean = f"{changed(losses.drop)} ± {100 * losses.half_width:.1f}"
+        return f"{mean} points on average, {changed(losses.worst)} at worst"
 
     return (
-        f"Sixteen adapters in a pack {ours.ratio:.1f} times smaller: {said(ours)} ({ours.name}), "
+        f"Sixteen adapters in a pack {ours.ratio:.1f} times smaller: {describe(ours)} ({ours.name}), "
         f"{percent(ours.agreement)} % of answers as before. The rival that loses least in as many bytes "
-        f"({name_of(best)}, {nearest.ratio:.1f} times smaller): {said(nearest)}, {percent(nearest.agreement)} %."
+        f"({name_of(best)}, {nearest.ratio:.1f} times smaller): {describe(nearest)}, {percent(nearest.agreement)} %."
     )
 
 
 def first(stage: str) -> Json:
-    """A record that has adapters: the originals and their rows are those of all."""
-    return next(one for one in records.of(f"bytes/{stage}") if one["test"]["adapters"])
+    """Return a record with adapters; the originals and their rows are the same in all records."""
+    return next(record for record in records.of(f"bytes/{stage}") if record["test"]["adapters"])
 
 
 def before(stage: str) -> float:
@@ -198,10 +200,10 @@ def before(stage: str) -> float:
 
 
 def note(stage: str) -> str:
-    found = first(stage)
-    rows = sum(row["rows"] for row in found["test"]["adapters"].values())
-    most = records.config_of(found)["recipe"]["test_rows"]
+    record = first(stage)
+    rows = sum(row["rows"] for row in record["test"]["adapters"].values())
+    most = records.config_of(record)["recipe"]["test_rows"]
     return (
-        f"{len(found['test']['adapters'])} adapters, up to {most} test rows of each one's task, {rows:,} in all. "
+        f"{len(record['test']['adapters'])} adapters, up to {most} test rows of each one's task, {rows:,} in all. "
         f"{OUT_OF_REACH}: does not become so small. {records.source_line(f'bytes/{stage}')}"
     )

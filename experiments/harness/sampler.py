@@ -45,7 +45,7 @@ def pictures_file(name: str) -> Path:
 
 def save_pictures(name: str, pictures: dict[str, Tensor]) -> None:
     pictures_file(name).parent.mkdir(parents=True, exist_ok=True)
-    rounded = {way: (255 * pixels).round().byte().contiguous() for way, pixels in pictures.items()}
+    rounded = {method: (255 * pixels).round().byte().contiguous() for method, pixels in pictures.items()}
     save_file(rounded, pictures_file(name))
 
 
