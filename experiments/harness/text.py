@@ -33,12 +33,12 @@ WORK = record.ROOT / "experiments" / "work" / "text"
 
 @functools.cache
 def meta(task: str) -> Json:
-    found: Json = json.loads((DATA / task / "meta.json").read_text("utf-8"))
-    return found
+    description: Json = json.loads((DATA / task / "meta.json").read_text("utf-8"))
+    return description
 
 
 def n_labels(task: str) -> int:
-    """Outputs of the head: one for a number."""
+    """Return the number of outputs of the head: one for regression."""
     return max(len(meta(task)["labels"] or ()), 1)
 
 
@@ -53,13 +53,13 @@ def rows_of(task: str, split: str) -> tuple[Json, ...]:
 
 
 def train_rows(task: str, n: int | None, seed: int, without: frozenset[str] = frozenset()) -> Rows:
-    """Rows to train on: a draw of its own for every seed."""
+    """Return the training rows, a draw of its own for each seed."""
     rows = [row for row in rows_of(task, "train") if key(row) not in without]
     return random.Random(f"{task} {seed}").sample(rows, min(n or len(rows), len(rows)))
 
 
 def test_rows(task: str, n: int) -> Rows:
-    """The rows to test on: the same for every run."""
+    """Return the test rows, the same for every run."""
     rows = list(rows_of(task, "test"))
     return random.Random(f"{task} test").sample(rows, min(n, len(rows)))
 
@@ -98,7 +98,7 @@ def collate() -> Any:
 
 
 def new_base(task: str, recipe: Json) -> Any:
-    """The base model. Attention as matrix products: backward, torch's kernel for CPUs takes half of a step's time."""
+    """Load the base model. Eager attention: the backward pass of torch's kernel for CPUs takes half of a step."""
     from transformers import AutoModelForSequenceClassification
 
     kind = "single_label_classification" if meta(task)["labels"] else "regression"
@@ -113,7 +113,7 @@ def new_base(task: str, recipe: Json) -> Any:
 
 
 def in_half(model: Any) -> Any:
-    """Frozen matrices as autocast would take them at every step."""
+    """Convert frozen matrices to bfloat16, as autocast would at every step."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.ndim == 2:
             parameter.data = parameter.data.bfloat16()
@@ -201,16 +201,16 @@ def length(row: Json) -> int:
 
 
 def source_names(config: Json, sets: list[str]) -> list[str]:
-    return [f"{task}-{one}" for one in sets for task in config["sources"]["tasks"]]
+    return [f"{task}-{source_set}" for source_set in sets for task in config["sources"]["tasks"]]
 
 
 def sources(config: Json) -> Iterator[Job]:
-    """A LoRA of every source task, several times over."""
+    """Yield a LoRA of every source task, several times over."""
     spec = config["sources"]
     without = config["targets"]["tasks"] + config["development"]["rates"] + config["development"]["further"]
-    for n, one in enumerate(spec["sets"]):
+    for n, source_set in enumerate(spec["sets"]):
         for m, task in enumerate(spec["tasks"]):
-            name = f"{task}-{one}"
+            name = f"{task}-{source_set}"
             job = {
                 "name": name,
                 "task": task,
@@ -220,7 +220,7 @@ def sources(config: Json) -> Iterator[Job]:
                 "learning_rate": spec["learning_rate"],
                 "rows": spec["rows"],
                 "seed": 1000 * (n + 1) + m,
-                "start": 7 if one == "shared" else None,
+                "start": 7 if source_set == "shared" else None,
                 "without": without,
                 "recipe": {**config["recipe"], "evaluations": 1, "test_rows": 500},
             }
@@ -229,16 +229,19 @@ def sources(config: Json) -> Iterator[Job]:
 
 
 def pack_spec(config: Json, method: Json, **changes: Any) -> Json | None:
-    """What the basis of a method is made of."""
+    """Return the spec of a method's pack, as in `training.fit_pack`, or None. changes: fields of the config's pack."""
     if "basis" not in method:
         return None
     spec = {**config["pack"], **changes}
-    found = {"sources": source_names(config, spec["sets"]), "k": spec["k"], "weighting": spec["weighting"]}
-    return {**found, "random": 0} if method["basis"] == "random" else found
+    pack = {"sources": source_names(config, spec["sets"]), "k": spec["k"], "weighting": spec["weighting"]}
+    return {**pack, "random": 0} if method["basis"] == "random" else pack
 
 
 def target(config: Json, stage: str, name: str, method: Json, task: str, seed: int, rate: float, **changes: Any) -> Job:
-    """A training of a method on a task. changes: what differs from the config, `pack` and `rows` among it."""
+    """Return the training of a method on a task.
+
+    changes: fields that differ from the config: options, rows, pack, recipe, left_out. suffix: appended to the name.
+    """
     job = {
         "method": name,
         "task": task,
@@ -256,7 +259,7 @@ def target(config: Json, stage: str, name: str, method: Json, task: str, seed: i
 
 
 def rates(config: Json) -> Iterator[Job]:
-    """Every method at three learning rates on the development tasks."""
+    """Yield every method at three learning rates on the development tasks."""
     for name, method in config["methods"].items():
         for rate in method["rates"]:
             for task in config["development"]["rates"]:
@@ -265,7 +268,7 @@ def rates(config: Json) -> Iterator[Job]:
 
 
 def chosen_rate(config: Json, name: str) -> float:
-    """The rate that a method has on targets."""
+    """Return the learning rate of a method on targets."""
     return learning.steadiest(learning.means(job for job in rates(config) if job.config["method"] == name))
 
 
@@ -281,19 +284,25 @@ def runs(
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Every method on every target and seed at its chosen rate; the slowest methods come last."""
+    """Yield every method on every target and seed at its chosen rate; the slowest methods come last."""
     spec = config["targets"]
     yield from runs(config, "targets", spec["methods"], spec["seeds"], spec["tasks"])
     yield from runs(config, "targets", spec["long"], spec["long_seeds"], spec["tasks"])
 
 
 def short(config: Json) -> Iterator[Job]:
-    """Some methods on all targets with fewer steps, with the learning rate decaying to zero over these."""
-    spec, asked = config["short"], config["targets"]
+    """Yield some methods on all targets with fewer steps, with the learning rate decaying to zero over these."""
+    spec, targets_spec = config["short"], config["targets"]
     for epochs in spec["epochs"]:
         recipe = {"epochs": epochs, "evaluations": 1}
         yield from runs(
-            config, "short", spec["methods"], asked["seeds"], asked["tasks"], in_short("", epochs), recipe=recipe
+            config,
+            "short",
+            spec["methods"],
+            targets_spec["seeds"],
+            targets_spec["tasks"],
+            in_short("", epochs),
+            recipe=recipe,
         )
 
 
@@ -303,67 +312,69 @@ def in_short(name: str, epochs: int) -> str:
 
 
 def heads(config: Json) -> Iterator[Job]:
-    """Some methods on all targets, with another learning rate for the head."""
-    spec, asked = config["heads"], config["targets"]
+    """Yield some methods on all targets, with another learning rate for the head."""
+    spec, targets_spec = config["heads"], config["targets"]
     recipe = {"head_learning_rate": spec["learning_rate"]}
-    yield from runs(config, "heads", spec["methods"], asked["seeds"], asked["tasks"], recipe=recipe)
+    yield from runs(config, "heads", spec["methods"], targets_spec["seeds"], targets_spec["tasks"], recipe=recipe)
 
 
 def variations(config: Json) -> Iterator[Job]:
-    """One thing changed at a time, on four targets."""
-    asked = config["variations"]
-    for name in asked["of"]:
+    """Yield variations of one option at a time, on four targets."""
+    variations_spec = config["variations"]
+    for name in variations_spec["of"]:
         method, rate = config["methods"][name], chosen_rate(config, name)
         cells: dict[str, Json] = {}
-        for k in asked["k"]:
+        for k in variations_spec["k"]:
             cells[f"k{k}"] = {"pack": pack_spec(config, method, k=k)}
-        for start in asked["starts"]:
+        for start in variations_spec["starts"]:
             cells[f"start-{start}"] = {"options": {"start": start}}
-        for weighting in asked["weightings"]:
+        for weighting in variations_spec["weightings"]:
             cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, weighting=weighting)}
-        for seed in asked["seeds"]:
+        for seed in variations_spec["seeds"]:
             for cell, changes in cells.items():
                 for task in config["targets"]["four"]:
-                    changes["recipe"] = asked["recipe"]
+                    changes["recipe"] = variations_spec["recipe"]
                     yield target(config, "variations", f"{name}-{cell}", method, task, seed, rate, **changes)
 
 
 def low(config: Json) -> Iterator[Job]:
-    """Bases of one to eight sources, with further directions and without, and random ones as large. Every seed draws
-    sources of its own."""
-    asked = config["low"]
-    name = asked["method"]
+    """Yield bases of one to eight sources, with and without random components, and random bases of the same size.
+
+    Every seed draws sources of its own.
+    """
+    low_spec = config["low"]
+    name = low_spec["method"]
     method, rate = config["methods"][name], chosen_rate(config, name)
     everyone = source_names(config, config["pack"]["sets"][:1])
-    for seed in asked["seeds"]:
+    for seed in low_spec["seeds"]:
         cells: dict[str, Json] = {}
-        for n in asked["sources"]:
+        for n in low_spec["sources"]:
             drawn = sorted(random.Random(f"low {n} {seed}").sample(everyone, n))
-            spec = {**pack_spec(config, method, k=asked["k"]), "sources": drawn}
-            for n_extra in asked["n_extra"]:
+            spec = {**pack_spec(config, method, k=low_spec["k"]), "sources": drawn}
+            for n_extra in low_spec["n_extra"]:
                 cells[f"n{n}-extra{n_extra}"] = {"pack": spec, "options": {"n_extra": n_extra}}
-                k = min(asked["k"], n * config["sources"]["rank"]) + n_extra
+                k = min(low_spec["k"], n * config["sources"]["rank"]) + n_extra
                 cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
         for cell, changes in cells.items():
-            for task in asked["tasks"]:
-                changes["recipe"] = asked["recipe"]
+            for task in low_spec["tasks"]:
+                changes["recipe"] = low_spec["recipe"]
                 yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
 
 
 def gap(config: Json) -> Iterator[Job]:
-    """On the development tasks, what closes the gap between coefficients and LoRA."""
-    asked = config["gap"]
-    for name, cell in asked["cells"].items():
+    """Yield ways to close the gap between coefficients and LoRA, on the development tasks."""
+    spec = config["gap"]
+    for name, cell in spec["cells"].items():
         method = {name: cell[name] for name in ("kind", "basis", "optimizer", "recipe") if name in cell}
         pack = pack_spec(config, method, k=cell["k"]) if "basis" in cell else None
         changes = {"options": cell["options"], "pack": pack}
-        for seed in asked["seeds"]:
-            for task in asked["tasks"]:
+        for seed in spec["seeds"]:
+            for task in spec["tasks"]:
                 yield target(config, "gap", name, method, task, seed, cell["learning_rate"], **changes)
 
 
 def few(config: Json) -> Iterator[Job]:
-    """Targets with few training rows, and the same number of steps for all, because epochs of 16 rows are short."""
+    """Yield targets with few training rows, with the same number of steps, because epochs of 16 rows are short."""
     spec = config["few"]
     for rows in spec["rows"]:
         epochs = spec["recipe"]["steps"] * spec["recipe"]["batch_size"] / rows
@@ -373,20 +384,25 @@ def few(config: Json) -> Iterator[Job]:
 
 
 def count(config: Json) -> Iterator[Job]:
-    """Bases of more and more sources, each set with its own random starts or with one."""
-    asked = config["count"]
-    name = asked["method"]
+    """Yield bases of more and more sources, from sets with one random start or with several."""
+    count_spec = config["count"]
+    name = count_spec["method"]
     method, rate = config["methods"][name], chosen_rate(config, name)
-    for one in asked["sets"]:
-        everyone = source_names(config, [one])
-        for n in asked["sources"]:
-            for draw in asked["draws"] if n < len(everyone) else asked["draws"][:1]:
+    for source_set in count_spec["sets"]:
+        everyone = source_names(config, [source_set])
+        for n in count_spec["sources"]:
+            for draw in count_spec["draws"] if n < len(everyone) else count_spec["draws"][:1]:
                 drawn = sorted(random.Random(f"count {n} {draw}").sample(everyone, n))
-                spec, others = {**pack_spec(config, method), "sources": drawn}, sorted(set(everyone) - set(drawn))
-                for task in asked["tasks"]:
+                spec, left_out_names = (
+                    {**pack_spec(config, method), "sources": drawn},
+                    sorted(set(everyone) - set(drawn)),
+                )
+                for task in count_spec["tasks"]:
                     for seed in config["targets"]["seeds"][:1]:
-                        cell, changes = f"{one}-n{n}-draw{draw}", {"pack": spec, "recipe": asked["recipe"]}
-                        yield target(config, "count", cell, method, task, seed, rate, left_out=others, **changes)
+                        cell, changes = f"{source_set}-n{n}-draw{draw}", {"pack": spec, "recipe": count_spec["recipe"]}
+                        yield target(
+                            config, "count", cell, method, task, seed, rate, left_out=left_out_names, **changes
+                        )
 
 
 STAGES = {

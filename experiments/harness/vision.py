@@ -15,12 +15,12 @@ Json = dict[str, Any]
 
 def tasks(config: Json, role: str) -> dict[str, Task]:
     """The tasks of a role by name: subsets of classes, of which no two have one in common."""
-    found = {}
-    for one, sizes in config["classes"].items():
-        rows = config["rows"][one]
-        for n, (name, classes) in enumerate(images.dealt(one, sizes, role).items()):
-            found[name] = Task(one, classes, rows[role][n % len(rows[role])], rows["test"], rows["copies"])
-    return found
+    by_name = {}
+    for image_set, sizes in config["classes"].items():
+        rows = config["rows"][image_set]
+        for n, (name, classes) in enumerate(images.dealt(image_set, sizes, role).items()):
+            by_name[name] = Task(image_set, classes, rows[role][n % len(rows[role])], rows["test"], rows["copies"])
+    return by_name
 
 
 def pretrain(config: Json) -> Iterator[Job]:
@@ -58,11 +58,11 @@ def method_job(
 
 def sources(config: Json) -> Iterator[Job]:
     """A LoRA of every source task, each from a seed of its own."""
-    asked = config["sources"]
+    spec = config["sources"]
     for n, (name, task) in enumerate(tasks(config, "source").items()):
-        seed = asked["seed"] + n
-        method = {"label": "LoRA", "kind": "lora", "options": asked["options"]}
-        yield method_job("sources", name, method, task, seed, asked["learning_rate"], config, None, True)
+        seed = spec["seed"] + n
+        method = {"label": "LoRA", "kind": "lora", "options": spec["options"]}
+        yield method_job("sources", name, method, task, seed, spec["learning_rate"], config, None, True)
 
 
 def rates(config: Json) -> Iterator[Job]:
@@ -74,12 +74,14 @@ def rates(config: Json) -> Iterator[Job]:
 def rates_of(config: Json, name: str) -> Iterator[Job]:
     method = config["methods"][name]
     for rate in method["rates"]:
-        for one, task in tasks(config, "development").items():
+        for task_name, task in tasks(config, "development").items():
             for seed in config["development"]["seeds"]:
-                yield target(config, "rates", name, one, task, seed, rate, f"--{rate:g}")
+                yield target(config, "rates", name, task_name, task, seed, rate, f"--{rate:g}")
 
 
-def target(config: Json, stage: str, name: str, one: str, task: Task, seed: int, rate: float, end: str = "") -> Job:
+def target(
+    config: Json, stage: str, name: str, task_name: str, task: Task, seed: int, rate: float, end: str = ""
+) -> Job:
     method = {"options": {}, **config["methods"][name]}
     pack = None
     if "basis" in method:
@@ -87,7 +89,7 @@ def target(config: Json, stage: str, name: str, one: str, task: Task, seed: int,
         if method["basis"] == "random":
             pack["random"] = 0
     saved = stage == "targets" and method.get("saved", False)
-    return method_job(stage, f"{name}--{one}--{seed}{end}", method, task, seed, rate, config, pack, saved)
+    return method_job(stage, f"{name}--{task_name}--{seed}{end}", method, task, seed, rate, config, pack, saved)
 
 
 def chosen_rate(config: Json, name: str) -> float:
@@ -100,8 +102,8 @@ def targets(config: Json) -> Iterator[Job]:
     chosen = {name: chosen_rate(config, name) for name in config["methods"]}
     for seed in config["targets"]["seeds"]:
         for name, rate in chosen.items():
-            for one, task in tasks(config, "target").items():
-                yield target(config, "targets", name, one, task, seed, rate)
+            for task_name, task in tasks(config, "target").items():
+                yield target(config, "targets", name, task_name, task, seed, rate)
 
 
 def zero_shot(config: Json) -> Iterator[Job]:
@@ -109,8 +111,8 @@ def zero_shot(config: Json) -> Iterator[Job]:
     for name, method in config["methods"].items():
         if method.get("saved", False):
             for seed in config["targets"]["seeds"]:
-                for one, task in tasks(config, "target").items():
-                    yield kept(config, "zero_shot", f"{name}--{one}--{seed}", task)
+                for task_name, task in tasks(config, "target").items():
+                    yield kept(config, "zero_shot", f"{name}--{task_name}--{seed}", task)
 
 
 def recycles(config: Json) -> Iterator[Job]:

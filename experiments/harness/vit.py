@@ -64,9 +64,9 @@ def pretrained(config: Json) -> Json:
         first += len(task.classes)
     torch.manual_seed(config["seed"])
     model = ViTForImageClassification(ViTConfig(**config["model"], num_labels=first))
-    found = trained(model, rows, test, config)
+    outcome = trained(model, rows, test, config)
     model.save_pretrained(base_folder())
-    return {**found, "sha256": training.file_sha256(base_folder() / "model.safetensors")}
+    return {**outcome, "sha256": training.file_sha256(base_folder() / "model.safetensors")}
 
 
 def train(config: Json) -> Json:
@@ -90,9 +90,9 @@ def trained(model: Any, rows: Rows, test: Rows, config: Json) -> Json:
 
 
 def recycle(config: Json) -> Json:
-    """A trained LoRA with its head, kept in every way: by bases that have seen it, that have not, and by none.
+    """Score a trained LoRA with its head as each method stores it.
 
-    An adapter that is none of the sources has never been seen: its projections are the paper's zero-shot rows.
+    An adapter that is not among the sources is only projected: these are the paper's zero-shot rows.
     """
     name, sources = config["name"], config["sources"]
     adapter = ex.read_adapter(adapter_folder(name))
@@ -103,59 +103,52 @@ def recycle(config: Json) -> Json:
         {"way": "base", "k": None, "bits": None, "delta_error": 1.0, **bench.answers(recycled.nothing(original))}
     )
     for k in config["k"]:
-        spec = {"sources": [one for one in sources if one != name], "k": k, "weighting": config["weighting"]}
-        others = pack_of(spec)
-        rows.append(
-            {"way": "left out", "k": k, **recycled.compared(original, recycled.projected(original, others), bench)}
-        )
-        random = methods.random_basis(others, seed=0)
-        rows.append(
-            {"way": "random", "k": k, **recycled.compared(original, recycled.projected(original, random), bench)}
-        )
+        spec = {"sources": [source for source in sources if source != name], "k": k, "weighting": config["weighting"]}
+        pack = pack_of(spec)
+        for way, bases in (("left out", pack), ("random", methods.random_basis(pack, seed=0))):
+            stored = recycled.projected(original, bases)
+            rows.append({"way": way, "k": k, **recycled.compared(original, stored, bench)})
         if name not in sources:
             continue
         pack = pack_of({**spec, "sources": sources})
-        rows.append({"way": "seen", "k": k, **recycled.compared(original, pack.adapter(name).modules, bench)})
-        rows[-1] |= recycled.numbers(original, pack, len(sources))
-        each = rows[-1]["numbers_an_adapter"]
-        rows.append(
-            {"way": "truncated", "k": k, **recycled.compared(original, recycled.truncated(original, each), bench)}
-        )
+        numbers = recycled.numbers(original, pack, len(sources))
+        stored = pack.adapter(name).modules
+        rows.append({"way": "seen", "k": k, **recycled.compared(original, stored, bench), **numbers})
+        stored = recycled.truncated(original, numbers["numbers_an_adapter"])
+        rows.append({"way": "truncated", "k": k, **recycled.compared(original, stored, bench)})
     for bits in (8, 4):
         rows.append(
             {"way": "rounded", "k": None, **recycled.compared(original, recycled.rounded(original, bits), bench)}
         )
         rows[-1]["bits"] = bits
         rows[-1]["bytes"] = sum(
-            losses.rounded_bytes(one.spec.rank, one.spec.out_features, one.spec.in_features, bits)
-            for one in original.values()
+            losses.rounded_bytes(module.spec.rank, module.spec.out_features, module.spec.in_features, bits)
+            for module in original.values()
         )
-    numbers = sum(one.spec.numbers for one in original.values())
-    return {"test": {"metric": METRIC, "rows": len(bench.wanted), "numbers": numbers, "ways": rows}}
+    full = sum(module.spec.numbers for module in original.values())
+    return {"test": {"metric": METRIC, "rows": len(bench.labels), "numbers": full, "ways": rows}}
 
 
 class Bench:
-    """One model for all ways to keep an adapter: its head stays, its factors are put in."""
+    """A model with an adapter's head, in which the factors are replaced."""
 
     def __init__(self, name: str, task: Task) -> None:
         from peft import PeftModel
 
         self.model = PeftModel.from_pretrained(new_base(len(task.classes)), adapter_folder(name)).eval()
         inputs = images.collate(images.test_rows(task))
-        self.wanted = inputs.pop("labels")
+        self.labels = inputs.pop("labels")
         self.inputs = inputs
         self.first: torch.Tensor | None = None
 
     @torch.inference_mode()
     def answers(self, factors: recycled.Factors) -> Json:
-        """The score with these factors, and on how many rows the answer is that of the first ones."""
-        for module, one in factors.items():
-            layer = self.model.get_submodule(f"base_model.model.{module}")
-            layer.lora_A["default"].weight.data = one.down.float()
-            # the layer scales by what the adapter's config says
-            layer.lora_B["default"].weight.data = (one.up * (one.scaling / layer.scaling["default"])).float()
-        said = self.model(**self.inputs).logits
+        """Return the score with these factors, and the fraction of rows with the answer of the first factors."""
+        recycled.set_factors(self.model, factors)
+        logits = self.model(**self.inputs).logits
         if self.first is None:
-            self.first = said
-        same = (said.argmax(-1) == self.first.argmax(-1)).float().mean().item()
-        return {"score": accuracy(said.numpy(), self.wanted.numpy()), "agreement": same}
+            self.first = logits
+        return {
+            "score": accuracy(logits.numpy(), self.labels.numpy()),
+            "agreement": recycled.agreement(logits, self.first),
+        }
