@@ -168,7 +168,9 @@ class TestVerify:
 
     def test_what_is_no_original_is_said(self, cli, place):
         assert_refused(
-            cli("inspect", place / "pack", "--verify", place / "new"), 3, "none of the adapters given is in the pack"
+            cli("inspect", place / "pack", "--verify", place / "new"),
+            3,
+            "none of the adapters that were passed is in the pack",
         )
 
     def test_an_adapter_is_not_verified(self, cli, place):

@@ -57,7 +57,7 @@ def test_a_fit_goes_on_from_the_modules_that_it_has_kept(cli, place, monkeypatch
     assert_says(done, f"No pack was written. 1 fitted module is kept in {kept}: run the same command to continue.")
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
     done = succeeded(cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6))
-    assert "note: 1 of 3 modules were there from a fit that was interrupted." in done.err
+    assert "note: 1 of 3 modules were read from the checkpoint of an interrupted fit." in done.err
     assert not kept.exists()
 
 
@@ -123,7 +123,7 @@ class TestKept:
             interrupted_at(patched, 1)
             assert cli(*fit, "--overwrite").code == 130
         assert_refused(cli(*fit), 4, "is a pack already")
-        assert "1 of 3 modules were there" in succeeded(cli(*fit, "--overwrite")).err
+        assert "1 of 3 modules were read from the checkpoint" in succeeded(cli(*fit, "--overwrite")).err
         assert not kept.exists()
 
     def test_another_folder_of_that_name_stays(self, cli, place, kept):

@@ -158,7 +158,7 @@ class TestReport:
 
     def test_strangers_are_named(self, cli, inside):
         done = succeeded(cli("report", "pack", "-a", "in", "-a", "new"))
-        assert "not in the pack, by their content, and left out: new." in done.err
+        assert "left out, because their content is not in the pack: new." in done.err
 
 
 class TestFit:

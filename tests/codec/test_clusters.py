@@ -12,7 +12,7 @@ from planted import MODULES, random_collection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
-NOTE = "The adapters fall into {} groups, each with bases of its own."
+NOTE = "The adapters form {} groups, each with its own bases."
 
 
 def similarity_of(adapters):

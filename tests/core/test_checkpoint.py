@@ -66,7 +66,7 @@ def stopped(sources, tmp_path_factory):
 
 @pytest.fixture
 def resumed(sources, stopped, tmp_path):
-    """Goes on with a fit whose files `damage` has changed; how many modules were there, once the pack is right."""
+    """Goes on with a fit whose files `damage` has changed; how many modules were read, once the pack is right."""
 
     def run(damage, kind="floats"):
         kept, wanted = stopped(kind)
@@ -75,7 +75,7 @@ def resumed(sources, stopped, tmp_path):
         damage(shutil.copytree(kept, tmp_path / "kept"))
         pack = ex.fit(sources, checkpoint=tmp_path / "kept", **KINDS[kind])
         assert contents(pack.save(tmp_path / "pack")) == wanted
-        return sum(int(note.partition(" ")[0]) for note in pack.notes if "were there" in note)
+        return sum(int(note.partition(" ")[0]) for note in pack.notes if "checkpoint" in note)
 
     return run
 
@@ -183,7 +183,7 @@ def done(sources):
 def test_a_module_comes_back_from_its_bytes_and_from_those_of_no_other_job(done, kind):
     job, fitted = done[kind]
     data = fitted_module.to_bytes(fitted)
-    assert len(data) <= fitted_module.most_bytes(job)
+    assert len(data) <= fitted_module.max_bytes(job)
     assert fitted_module.to_bytes(fitted_module.from_bytes(data, job)) == data
     narrower = [replace(update, spec=replace(update.spec, in_features=10)) for update in job.updates]
     others = [replace(job, updates=tuple(updates)) for updates in (job.updates[:2], narrower)]

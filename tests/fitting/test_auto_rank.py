@@ -60,12 +60,12 @@ def choice(adapters, **options):
     def reading(name):
         return lambda: [ModuleUpdate(a.name, a.modules[name], True) for a in adapters if name in a.modules]
 
-    reads = {name: reading(name) for name in modules}
+    loaders = {name: reading(name) for name in modules}
     outlines = {
         name: auto_rank.ModuleOutline([m.factors.spec for m in read()], [m.adapter for m in read()])
-        for name, read in reads.items()
+        for name, read in loaders.items()
     }
-    return auto_rank.choose(reads, outlines, fitter, lambda *step: None)
+    return auto_rank.choose(loaders, outlines, fitter, lambda *step: None)
 
 
 @pytest.mark.slow
@@ -84,12 +84,12 @@ class TestChosen:
     def test_nothing_shared(self):
         pack = fitted(unrelated(12))
         (note,) = pack.notes
-        assert "there is next to nothing that they share" in note
+        assert "they share hardly anything" in note
         assert pack.fit_info.n_components <= 3
 
     def test_something_shared_is_not_nothing(self):
         (note,) = fitted(planted(14, 6, 0.3)).notes
-        assert "nothing" not in note
+        assert "hardly anything" not in note
         assert "further components keep little more of them than random ones would" in note
 
     def test_why_is_said_in_numbers_that_are_true(self):
@@ -98,7 +98,7 @@ class TestChosen:
         k = pack.fit_info.n_components
         (note,) = pack.notes
         assert note.startswith(f"n_components={k} was chosen: adapters left out of the fit one at a time")
-        assert f"a mean delta error of {found.errors[found.grid.index(k)]:.2f} there" in note
+        assert f"a mean delta error of {found.errors[found.grid.index(k)]:.2f} with {k} components" in note
         # one of them left out by hand, with the basis that the others have without sweeps
         others = ex.fit(adapters[1:], n_components=k, sweeps=0)
         by_hand = others.add(adapters[0], warn_above=1.0).delta_error
@@ -116,8 +116,8 @@ class TestChosen:
         k = pack.fit_info.n_components
         assert pack.summary.bytes.ratio > 1
         assert ex.fit(adapters, n_components=k + 1, warn_above=1.0).summary.bytes.ratio <= 1
-        assert "which is the most with which the pack is smaller than the LoRAs" in pack.notes[0]
-        assert "further components would keep still more of them" in pack.notes[0]
+        assert "components (the LoRAs' size allows no more)" in pack.notes[0]
+        assert "further components would keep even more of them" in pack.notes[0]
 
     def test_where_no_pack_is_smaller(self):
         adapters = [random_adapter(f"a{i}", 90 * i, rank=1, modules={"m.0": (3, 2)}) for i in range(3)]

@@ -76,7 +76,7 @@ class TestFromOriginals:
         make_adapters(tmp_path / "in", "a b")
         pack = ex.fit(tmp_path / "in", n_components=4)
         other = make_adapter(tmp_path / "other", seed=77)
-        with pytest.warns(SkippedAdapterWarning, match="not in the pack, by their content, and left out: other"):
+        with pytest.warns(SkippedAdapterWarning, match="left out, because their content is not in the pack: other"):
             found = ex.refit(pack, [tmp_path / "in" / "a", other])
         assert {name: change.from_original for name, change in found.changes.items()} == {"a": True, "b": False}
 

@@ -127,7 +127,7 @@ def test_several_processes_make_the_same_pack(pack, folder, workers):
 def test_a_fit_for_bytes_says_that_no_other_process_has_chosen_them(folder):
     paths = sorted(folder.iterdir())[:3]
     found = eigenlorax.fit(paths, max_error=0.01, engine="processes", workers=2, warn_above=1.0)
-    assert found.notes == ["Bytes were chosen in this process, on its CPU, in spite of engine processes."]
+    assert found.notes == ["Bytes were chosen in this process, on its CPU: engine processes has no effect."]
     assert eigenlorax.fit(paths, max_error=0.01, warn_above=1.0).notes == []
 
 
@@ -249,7 +249,7 @@ class TestInterrupted:
         assert running.returncode == -signal.SIGKILL
         assert not (tmp_path / "pack").exists()
         again = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "modules were there from a fit that was interrupted" in again.stderr
+        assert "modules were read from the checkpoint of an interrupted fit" in again.stderr
         assert not kept.exists()
         pack.save(tmp_path / "wanted")
         assert eigenlorax.Pack.open(tmp_path / "pack").info.fingerprint == pack.info.fingerprint

@@ -370,8 +370,8 @@ class TestKnapsack:
         assert knapsack.price(items, picks) <= 1.4 * self.best(items, bound)
 
 
-def test_steps_reach_the_rank_and_are_all_where_they_are_few():
-    assert sizes._steps(5, 24) == [1, 2, 3, 4, 5]
-    steps = sizes._steps(700, 24)
-    assert (steps[0], steps[-1]) == (1, 700)
-    assert 15 < len(steps) <= 24
+def test_counts_reach_the_rank_and_are_all_where_they_are_few():
+    assert sizes._counts(5, 24) == [1, 2, 3, 4, 5]
+    counts = sizes._counts(700, 24)
+    assert (counts[0], counts[-1]) == (1, 700)
+    assert 15 < len(counts) <= 24

@@ -92,7 +92,7 @@ class TestASize:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_bytes": 1}, r"max_bytes=1 cannot be reached: with the largest possible errors, there are \d+ bytes"),
+            ({"max_bytes": 1}, r"max_bytes=1 cannot be reached: with the largest possible errors, it takes \d+ bytes"),
             ({"ratio": 1e6}, r"ratio=1e\+06, which is 0 bytes, cannot be reached: with the largest possible errors"),
             ({"ratio": float("inf")}, "at least 1, got inf"),
             ({"ratio": float("nan")}, "at least 1, got nan"),
@@ -183,7 +183,7 @@ class TestGrowth:
     def test_in_the_cluster_that_it_is_of(self, tmp_path):
         groups = grouped(2, 7)
         pack = ex.fit([*groups[:6], *groups[7:13]], max_error=0.05)
-        assert pack.notes == ["The adapters fall into 2 groups, each with bases of its own."]
+        assert pack.notes == ["The adapters form 2 groups, each with its own bases."]
         pack.save(tmp_path / "pack")
         for index in (6, 13):
             record = pack.add(groups[index])
@@ -280,7 +280,7 @@ class TestVerified:
 
 class TestLosses:
     def test_are_warned_of_where_they_were_asked_for(self):
-        with pytest.warns(LossWarning, match="above 0.25 .* That is the target: a smaller max_error"):
+        with pytest.warns(LossWarning, match="above 0.25 .* The target allows such errors: a smaller max_error"):
             ex.fit(random_collection(2), max_error=0.4, warn_above=0.25)
 
 
@@ -425,7 +425,7 @@ class TestRatios:
         adapters = random_collection(2)
         carried = sum(4 * one.specs[QUERY].numbers for one in adapters)
         bound = carried + sum(2 * one.specs[name].numbers for one in adapters for name in one.specs if name != QUERY)
-        with pytest.raises(OptionError, match=f"are carried as they are, .* Pass a ratio below {bound / carried:.3g}"):
+        with pytest.raises(OptionError, match=f"are carried tensors, .* Pass a ratio below {bound / carried:.3g}"):
             ex.fit(adapters, ratio=9.0, exclude_modules=QUERY)
 
     @pytest.mark.parametrize(

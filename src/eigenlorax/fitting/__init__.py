@@ -1,1 +1,1 @@
-"""From a collection of adapters to a pack: by components, or by an error bound or a size; refits and verification."""
+"""Fit, refit and verify packs: by number of components, error bound or size."""

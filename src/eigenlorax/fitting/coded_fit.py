@@ -1,4 +1,4 @@
-"""A fit for an error bound or a size: shared bases and all adapters, entropy-coded by `codec.encoder`."""
+"""Fit for an error bound or a size: encode shared bases and all adapters with `codec.encoder`."""
 
 import math
 import time
@@ -28,19 +28,22 @@ from .component_fit import FittedCollection
 from .options import Execution, Target
 
 BATCH = 64
-"""Adapters that are encoded to bytes together."""
+"""Number of adapters that are encoded to bytes together."""
 MIN_FRONTIER_ERROR, MAX_FRONTIER_ERROR = 1e-5, 0.7
-"""Errors between which the estimated bytes are good enough to be reported."""
+"""Range of errors in which the estimated bytes are accurate enough to be reported."""
 FRONTIER_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)
-"""Errors of the frontier, relative to that of the pack."""
+"""Errors of the frontier, relative to the error of the pack."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBytes:
-    """An encoded collection as bytes.
+    """Encoded collection as bytes.
 
-    codes, layouts, adapters: by adapter; layouts by module, too. bases: by module and side (0: down, 1: up), of those
-    with components.
+    Attributes:
+        codes: Integers of each adapter, by name.
+        layouts: Layout of each module's integers, by adapter and module.
+        adapters: Bytes of each adapter, by name.
+        bases: Bytes of each basis that has components, by module and side (0: down, 1: up).
     """
 
     codes: Mapping[str, AdapterCodes]
@@ -50,15 +53,19 @@ class EncodedBytes:
 
     @property
     def size(self) -> int:
-        """Bytes of bases and adapters together."""
+        """Total bytes of bases and adapters."""
         return sum(map(len, self.adapters.values())) + sum(map(len, self.bases.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class ByteLimit:
-    """The size that a pack may have, in bytes.
+    """Maximum size of a pack.
 
-    carried: of tensors that no fit changes. lora: of the LoRAs, if a ratio was passed. name: the option, as passed.
+    Attributes:
+        total: Maximum size, in bytes.
+        carried: Bytes of tensors that are stored unchanged.
+        lora: Bytes of the LoRAs if a ratio was passed; else None.
+        name: The option as the caller passed it, for error messages.
     """
 
     total: float
@@ -76,21 +83,27 @@ class ByteLimit:
         if self.total <= self.carried:
             possible = f" Pass a ratio below {self.lora / self.carried:.3g}." if self.lora is not None else ""
             raise OptionError(
-                f"{self.name} cannot be reached: {self.carried:,} bytes are carried as they are, whatever the fit does."
-                f"{possible}"
+                f"{self.name} cannot be reached: {self.carried:,} bytes are carried tensors, which fit does not change."
+                + possible
             )
 
-    def message(self, least: int) -> str:
-        """Return the error message for a collection that takes at least `least` bytes for bases and coefficients."""
-        total = least + self.carried
+    def message(self, min_bytes: int) -> str:
+        """Return the error message for a collection whose bases and coefficients take at least `min_bytes`."""
+        total = min_bytes + self.carried
         largest = f"; the largest is about {_round_down(self.lora / total)}" if self.lora is not None else ""
-        return f"{self.name} cannot be reached: with the largest possible errors, there are {total:,} bytes{largest}."
+        return f"{self.name} cannot be reached: with the largest possible errors, it takes {total:,} bytes{largest}."
 
 
 def encode_collection(collection: Collection, target: Target, execution: Execution) -> FittedCollection:
-    """Fit bases and encode all adapters in as few bytes as the target allows.
+    """Fit bases and encode all adapters in as few bytes as the target allows, in this process on its CPU.
 
-    All of it runs in this process on its CPU. `OptionError` if the target cannot be reached.
+    Args:
+        collection: The adapters.
+        target: Error bound or size.
+        execution: Progress callback; other engines and devices than this process and its CPU give a note.
+
+    Raises:
+        OptionError: The target cannot be reached.
     """
     started = time.perf_counter()
     # the largest tensors have as many numbers as all adapters of one module together
@@ -100,14 +113,14 @@ def encode_collection(collection: Collection, target: Target, execution: Executi
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
     errors = dict(zip(collection.weights, encoded.errors, strict=True))
     adapters = {
-        each.name: encoded_by_codes(
-            each,
-            written.codes[each.name],
-            written.layouts[each.name],
-            written.adapters[each.name],
-            errors.get(each.name, 0.0),
+        scanned.name: encoded_by_codes(
+            scanned,
+            written.codes[scanned.name],
+            written.layouts[scanned.name],
+            written.adapters[scanned.name],
+            errors.get(scanned.name, 0.0),
         )
-        for each in collection.scanned
+        for scanned in collection.scanned
     }
     return FittedCollection(
         modules=bases,
@@ -124,13 +137,13 @@ def encode_collection(collection: Collection, target: Target, execution: Executi
 def _encode(
     collection: Collection, options: FitOptions, progress: Progress
 ) -> tuple[CollectionEncoder, EncodedCollection, int]:
-    """Return the encoder, what it encoded within the target, and the bytes of carried tensors."""
+    """Encode the collection within the target. Also return the encoder, and the bytes of carried tensors."""
     modules = _module_updates(collection)
     norms = torch.tensor([1 / weight for weight in collection.weights.values()], dtype=torch.float64)
     carried = _carried_bytes(collection)
     if options.max_error is not None:
         check_error_bound(options.max_error)
-        numbers = max(sum(spec.numbers for spec in each.adapter.specs.values()) for each in collection.scanned)
+        numbers = max(sum(spec.numbers for spec in scanned.adapter.specs.values()) for scanned in collection.scanned)
         whole = CollectionEncoder(modules, norms, step_size_grid(options.max_error, numbers), progress)
         clustered = encoder.split_into_clusters(whole, modules, options.max_error, progress)
         return clustered, clustered.encode(options.max_error), carried
@@ -148,11 +161,14 @@ def _notes(collection_encoder: CollectionEncoder, execution: Execution) -> list[
     notes = []
     n_clusters = max(collection_encoder.groups) + 1
     if n_clusters > 1:
-        notes.append(f"The adapters fall into {n_clusters} groups, each with bases of its own.")
+        notes.append(f"The adapters form {n_clusters} groups, each with its own bases.")
     options = {"engine": execution.engine, "device": str(execution.device)}
     unused = [f"{name} {value}" for name, value in options.items() if value not in ("serial", "cpu")]
     if unused:
-        notes.append(f"Bytes were chosen in this process, on its CPU, in spite of {' and '.join(unused)}.")
+        notes.append(
+            f"Bytes were chosen in this process, on its CPU: {' and '.join(unused)} "
+            f"{'has' if len(unused) == 1 else 'have'} no effect."
+        )
     return notes
 
 
@@ -161,7 +177,7 @@ def _numbers(members: Sequence[AdapterModule]) -> int:
 
 
 def _module_updates(collection: Collection) -> list[ModuleUpdates]:
-    """Return the trained updates of every module that has some, for the encoder."""
+    """Return the nonzero updates of every module that has any, for the encoder."""
     index = {name: number for number, name in enumerate(collection.weights)}
     modules = []
     for name, members in collection.modules.items():
@@ -173,11 +189,11 @@ def _module_updates(collection: Collection) -> list[ModuleUpdates]:
 
 
 def _carried_bytes(collection: Collection) -> int:
-    """Return the bytes of modules outside the subspace and of tensors that are no LoRA factors."""
+    """Return the bytes of modules outside the subspace and of tensors other than LoRA factors."""
     carried = 0
-    for each in collection.scanned:
-        carried += sum(tensor.nbytes for tensor in each.adapter.carried.values())
-        outside = [spec for module, spec in each.adapter.specs.items() if module not in each.subspace_names]
+    for scanned in collection.scanned:
+        carried += sum(tensor.nbytes for tensor in scanned.adapter.carried.values())
+        outside = [spec for module, spec in scanned.adapter.specs.items() if module not in scanned.subspace_names]
         carried += sum(spec.numbers * spec.dtype.itemsize for spec in outside)
     return carried
 
@@ -186,7 +202,7 @@ def _byte_limit(collection: Collection, options: FitOptions, carried: int) -> By
     if options.max_bytes is not None:
         return ByteLimit(float(options.max_bytes), carried, None, f"max_bytes={options.max_bytes}")
     assert options.ratio is not None
-    # untrained adapters could be left out for nothing, so their factors do not count in a ratio
+    # untrained adapters take no bytes in a pack, so counting their factors would inflate the ratio
     members = [member for members in collection.modules.values() for member in members]
     lora = carried + 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
     total = lora / options.ratio
@@ -194,15 +210,15 @@ def _byte_limit(collection: Collection, options: FitOptions, carried: int) -> By
 
 
 def _round_down(ratio: float) -> str:
-    """Return a ratio with three digits that can be asked for."""
+    """Return a ratio rounded down to three digits, so that a user who passes it can reach it."""
     unit = 10.0 ** (math.floor(math.log10(ratio)) - 2)
     return f"{math.floor(ratio / unit) * unit:.10g}"
 
 
 def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedBytes:
-    """Return bases and all adapters as bytes; those that were not fitted are encoded as zero."""
+    """Return bases and all adapters as bytes. Untrained adapters are encoded as zero updates."""
     fitted = dict(zip(collection.weights, encoded.adapters, strict=True))
-    by_adapter = {each.name: fitted.get(each.name, AdapterCodes(1.0, 0, {})) for each in collection.scanned}
+    by_adapter = {scanned.name: fitted.get(scanned.name, AdapterCodes(1.0, 0, {})) for scanned in collection.scanned}
     modules: dict[str, dict[str, ModuleCodes]] = {name: {} for name in by_adapter}
     layouts: dict[str, dict[str, ModuleLayout]] = {name: {} for name in by_adapter}
     for module, members in collection.modules.items():
@@ -216,17 +232,18 @@ def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedByte
             modules[member.name][module] = codes.modules.get(module, UNTRAINED)
             layouts[member.name][module] = by_cluster[codes.cluster]
     complete = {name: AdapterCodes(codes.step_size, codes.cluster, modules[name]) for name, codes in by_adapter.items()}
-    data: dict[str, bytes] = {}
+    payloads: dict[str, bytes] = {}
     for start in range(0, len(complete), BATCH):
         names = list(complete)[start : start + BATCH]
-        data |= dict(zip(names, bitstream.encode_adapters([(complete[n], layouts[n]) for n in names]), strict=True))
+        batch = bitstream.encode_adapters([(complete[name], layouts[name]) for name in names])
+        payloads |= dict(zip(names, batch, strict=True))
     sides = [(name, side) for name, pair in encoded.bases.items() for side in (0, 1) if pair[side].k]
     bases = bitstream.encode_bases([encoded.bases[name][side] for name, side in sides])
-    return EncodedBytes(complete, layouts, data, dict(zip(sides, bases, strict=True)))
+    return EncodedBytes(complete, layouts, payloads, dict(zip(sides, bases, strict=True)))
 
 
 def _bases(name: str, encoded: EncodedCollection, spec: ModuleSpec, written: EncodedBytes) -> ModuleBases:
-    """Return the bases of a module as a reader of their bytes decodes them."""
+    """Return the bases of a module as they are decoded from their bytes."""
     if name not in encoded.bases:
         widths = (spec.in_features, spec.out_features)
         return ModuleBases(*(Basis(torch.zeros(0, d), torch.zeros(0), 1.0, payload={}) for d in widths))
@@ -242,16 +259,23 @@ def _bases(name: str, encoded: EncodedCollection, spec: ModuleSpec, written: Enc
 
 
 def _frontier(collection_encoder: CollectionEncoder, error: float, size: int, carried: int) -> list[RatePoint]:
-    """Return the estimated bytes at errors around `error`, at which the pack has `size` bytes beside carried ones."""
-    errors = {factor * error for factor in FRONTIER_FACTORS}
-    errors = {each for each in errors if MIN_FRONTIER_ERROR <= each <= MAX_FRONTIER_ERROR} | {error}
-    estimates = {point.error: point.bytes for point in collection_encoder.frontier(sorted(errors))}
-    # the survey is off by about the same factor everywhere
+    """Return the estimated bytes of packs with errors around that of this pack.
+
+    Args:
+        collection_encoder: Encoder that estimates bytes.
+        error: Largest error in this pack.
+        size: Bytes of bases and coefficients in this pack.
+        carried: Bytes of carried tensors.
+    """
+    candidates = {factor * error for factor in FRONTIER_FACTORS}
+    bounds = {bound for bound in candidates if MIN_FRONTIER_ERROR <= bound <= MAX_FRONTIER_ERROR} | {error}
+    estimates = {point.error: point.bytes for point in collection_encoder.frontier(sorted(bounds))}
+    # the estimates are off by about the same factor at all errors
     correction = size / max(estimates[error], 1.0)
-    points = [RatePoint(each, round(carried + correction * estimate)) for each, estimate in estimates.items()]
+    points = [RatePoint(bound, round(carried + correction * estimate)) for bound, estimate in estimates.items()]
     return [
         point
-        for number, point in enumerate(points)
-        # of errors that take the same bytes, the largest is the limit of the survey
-        if point.error == error or all(point.bytes != later.bytes for later in points[number + 1 :])
+        for index, point in enumerate(points)
+        # of errors with the same bytes, only the largest is reported
+        if point.error == error or all(point.bytes != later.bytes for later in points[index + 1 :])
     ]

@@ -1,4 +1,4 @@
-"""The adapters of a fit: found, read, checked against each other, and scanned once."""
+"""The adapters of a fit: find, read, compare and scan them."""
 
 import time
 import warnings
@@ -27,7 +27,7 @@ from ..formats import checks, sources
 from ..formats.sources import AdapterSource, Sources
 from ..pack.encoding import ScannedAdapter
 from .auto_rank import ModuleOutline
-from .module_fitter import ModuleUpdate, ReadModule
+from .module_fitter import LoadModule, ModuleUpdate
 from .options import ReadOptions
 
 NONE_LEFT = "No adapter is left to fit: all of them were left out (exclude_adapters, skip_bad)."
@@ -35,10 +35,16 @@ NONE_LEFT = "No adapter is left to fit: all of them were left out (exclude_adapt
 
 @dataclass(frozen=True, slots=True)
 class ReadCollection:
-    """Adapters whose headers were read and agree with each other; their tensors were not read yet.
+    """Adapters whose headers were read and agree with each other. Their tensors were not read yet.
 
-    subspace_names: name in the subspace of each module, without the excluded ones. skipped: adapters that could not
-    be read, with the reason.
+    Attributes:
+        adapters: The adapters, in the order of the sources.
+        subspace_names: Name in the subspace of each module, by the adapters' own name, without excluded modules.
+        excluded_modules: Names in the subspace of excluded modules.
+        skipped: Adapters that could not be read, with the reason.
+        base_model: Base model of the adapters; None if none of them names one.
+        revision: Revision of the base model; None if unknown.
+        shapes: (out, in) of each module, by name in the subspace.
     """
 
     adapters: Sequence[Adapter]
@@ -52,13 +58,19 @@ class ReadCollection:
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """One module of one adapter. name: of the adapter. module: its own name for it."""
+    """One module of one adapter.
+
+    Attributes:
+        scanned: The adapter.
+        module: The adapter's own name of the module.
+    """
 
     scanned: ScannedAdapter
     module: str
 
     @property
     def name(self) -> str:
+        """Name of the adapter."""
         return self.scanned.name
 
     @property
@@ -67,21 +79,26 @@ class AdapterModule:
 
     @property
     def is_trained(self) -> bool:
-        """True if its update is not zero."""
+        """True if the update of this module is not zero."""
         return self.scanned.is_trained(self.module)
 
     def read(self) -> LoRAFactors:
-        """Read its factors."""
+        """Read the LoRA factors of this module."""
         return self.scanned.adapter.modules[self.module]
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Adapters whose tensors were read once, sorted by content, so that the order of arguments does not matter.
+    """Adapters whose tensors were scanned, sorted by content, so that the order of arguments does not matter.
 
-    modules: of the subspace in sorted order, each with its adapters. weights: 1 / ‖update‖ over the subspace's modules,
-    by name, of the adapters that are fitted: those with a trained update. adapters: all that were read, for workers;
-    index: positions in it by name. skipped: adapters that were left out, with the reason. seconds: that reading took.
+    Attributes:
+        scanned: The adapters, sorted by content hash.
+        modules: Modules of the subspace in sorted order, each with the adapters that have it.
+        weights: 1 / ‖update‖ over the subspace's modules, by adapter name. Untrained adapters have no weight.
+        adapters: All adapters that were read, shared with workers.
+        index: Position of each adapter in `adapters`, by name.
+        skipped: Adapters that were left out, with the reason.
+        seconds: Seconds spent reading.
     """
 
     scanned: Sequence[ScannedAdapter]
@@ -94,22 +111,22 @@ class Collection:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds the factors of all adapters."""
+        """The narrowest dtype that can represent the factors of all adapters."""
         dtypes = (spec.dtype for scanned in self.scanned for spec in scanned.adapter.specs.values())
         return reduce(torch.promote_types, dtypes)
 
     @property
-    def reads(self) -> dict[str, ReadModule]:
-        """Functions that read all updates of a module, of the modules that some adapter has trained."""
+    def loaders(self) -> dict[str, LoadModule]:
+        """Functions that load all updates of a module, by module, for modules that some adapter has trained."""
         return {
-            name: partial(_read_updates, members)
+            name: partial(_load_updates, members)
             for name, members in self.modules.items()
             if any(member.is_trained for member in members)
         }
 
     @property
     def outlines(self) -> dict[str, ModuleOutline]:
-        """The modules without their tensors."""
+        """Shapes of all modules and names of the adapters that trained them, by module."""
         return {
             name: ModuleOutline(
                 [member.spec for member in members], [member.name for member in members if member.is_trained]
@@ -118,7 +135,7 @@ class Collection:
         }
 
 
-def _read_updates(members: Sequence[AdapterModule]) -> list[ModuleUpdate]:
+def _load_updates(members: Sequence[AdapterModule]) -> list[ModuleUpdate]:
     return [ModuleUpdate(member.name, member.read(), member.is_trained) for member in members]
 
 
@@ -126,6 +143,15 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
     """Find adapters, read their configs and headers, and check that they belong together.
 
     Names, ranks, shapes, base models and model families are compared before a tensor is read.
+
+    Args:
+        adapters: Adapters in any form that `fit` takes.
+        options: Adapters and modules to leave out, and options of reading.
+
+    Raises:
+        FormatError, ShapeError, NonFiniteError: An adapter cannot be read, and `skip_bad` is not set.
+        BaseModelError, ModuleNameError: The adapters do not belong together.
+        OptionError: No adapter is left.
     """
     adapter_sources = sources.find_adapters(adapters, **options.reading)
     names = [sources.default_name(source) for source in adapter_sources]
@@ -152,7 +178,7 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
 
 
 def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str, str]) -> Adapter | None:
-    """Return an adapter without its tensors; None, and a warning, if it is broken and may be skipped."""
+    """Return an adapter without its tensors. Warn and return None if it is broken and may be skipped."""
     if isinstance(source.source, Adapter):
         checks.check_in_memory(source.source)
         return replace(source.source, name=keys.check_name(source.name or source.source.name))
@@ -167,7 +193,18 @@ def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str,
 
 
 def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progress: Progress) -> Collection:
-    """Read the tensors of every adapter once: look for NaN and Inf, hash them, and compute norms of updates."""
+    """Read the tensors of every adapter once: look for NaN and Inf, hash them, and compute norms of updates.
+
+    Args:
+        collection: Adapters from `read_sources`.
+        options: The option `skip_bad` is used.
+        engine: Engine that scans the adapters, one job each.
+        progress: Callback with the arguments (stage, done, total).
+
+    Raises:
+        NonFiniteError: An adapter contains NaN or Inf, and `skip_bad` is not set.
+        OptionError: No adapter is left, or none has a trained update.
+    """
     started = time.perf_counter()
     adapters, skipped = tuple(collection.adapters), dict(collection.skipped)
     shared: SharedValue[Sequence[Adapter]] = engine.share(adapters)
@@ -175,15 +212,15 @@ def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progr
     scans = engine.run(partial(_scan_adapter, shared, index) for index in range(len(adapters)))
     for done, adapter in enumerate(adapters):
         progress("reading adapters", done, len(adapters))
-        result = next(scans)
-        if isinstance(result, NonFiniteError):
+        outcome = next(scans)
+        if isinstance(outcome, NonFiniteError):
             if not options.skip_bad:
-                raise NonFiniteError(f"{result} {_how_to_skip(adapter.name)}") from result
-            _skip(adapter.name, result, None, skipped, stacklevel=4)
+                raise NonFiniteError(f"{outcome} {_how_to_skip(adapter.name)}") from outcome
+            _skip(adapter.name, outcome, None, skipped, stacklevel=4)
         else:
             names = collection.subspace_names
             own_names = {module: names[module] for module in adapter.specs if module in names}
-            scanned.append(ScannedAdapter(adapter, result, own_names))
+            scanned.append(ScannedAdapter(adapter, outcome, own_names))
     progress("reading adapters", len(adapters), len(adapters))
     if not scanned:
         raise OptionError(NONE_LEFT)
@@ -200,7 +237,7 @@ def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progr
 
 
 def _scan_adapter(adapters: SharedValue[Sequence[Adapter]], index: int) -> checks.Scan | NonFiniteError:
-    """Return the scan of one adapter, or the error in its numbers, which must not end the other workers."""
+    """Return the scan of one adapter, or its `NonFiniteError`: raising it would end the other workers."""
     try:
         return checks.scan(adapters.get()[index])
     except NonFiniteError as error:
@@ -218,15 +255,15 @@ def _how_to_skip(name: str) -> str:
 def _skip(
     name: str, error: EigenloraxError, source: str | Path | None, skipped: dict[str, str], stacklevel: int
 ) -> None:
-    """Note an adapter that is left out, and warn. stacklevel: of the caller of `fit`."""
+    """Add an adapter to `skipped`, and warn. `stacklevel` is that of the caller of `fit`."""
     # adapters in several folders may have the same name
-    same = sum(known.partition(" (")[0] == name for known in skipped)
-    skipped[f"{name} ({same + 1})" if same else name] = sources.without_folders(str(error), source)
+    n_same = sum(skipped_name.partition(" (")[0] == name for skipped_name in skipped)
+    skipped[f"{name} ({n_same + 1})" if n_same else name] = sources.without_folders(str(error), source)
     warnings.warn(f"left out {name}: {error}", SkippedAdapterWarning, stacklevel=stacklevel)
 
 
 def _weights(scanned: Sequence[ScannedAdapter]) -> dict[str, float]:
-    """Return the weights of the adapters that are fitted, and warn of untrained ones."""
+    """Return 1 / ‖update‖ of each trained adapter, by name. Warn of untrained adapters."""
     weights = {}
     for each in scanned:
         square = sum(value for module, value in each.scan.delta_squares.items() if module in each.subspace_names)

@@ -1,4 +1,4 @@
-"""A fit by components: the bases of every module, and all adapters as coefficients in them."""
+"""Fit by components: fit the bases of every module, and project all adapters on them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,19 @@ from .options import Execution, Target
 
 @dataclass(frozen=True, slots=True)
 class FittedCollection:
-    """The result of a fit: bases by module, and every adapter encoded in them, by name.
+    """Result of a fit.
 
-    options: of the fit, with the number of components if it was chosen. notes: sentences about choices. seconds: by
-    stage. by_iteration: whether bases were found by subspace iteration. frontier: of an entropy-coded fit. fitter: of a
-    fit by components.
+    Attributes:
+        modules: Bases, by module.
+        encoded: Encoded adapters, by name.
+        options: Options of the fit, with the number of components if the fit chose it.
+        storage: Storage of the components.
+        coefficient_storage: Storage of the coefficients.
+        notes: Sentences about choices of the fit.
+        seconds: Seconds spent, by stage.
+        by_iteration: True if bases were found by subspace iteration.
+        frontier: Estimated bytes at several error bounds. Empty for a fit by components.
+        fitter: Options of a fit by components; None for an entropy-coded fit.
     """
 
     modules: Mapping[str, ModuleBases]
@@ -46,15 +54,26 @@ class FittedCollection:
 
 
 def fit_components(collection: Collection, target: Target, execution: Execution, engine: Engine) -> FittedCollection:
-    """Fit the bases of all modules, and project all adapters on them, module by module."""
+    """Fit the bases of all modules, and project all adapters on them, module by module.
+
+    Args:
+        collection: The adapters.
+        target: Size or error bound, and storage.
+        execution: Device, solver and checkpoint.
+        engine: Open engine that runs one job per module.
+
+    Raises:
+        OptionError: The target cannot be reached.
+        NonFiniteError: Coefficients of an adapter are outside the range of their dtype.
+    """
     fitter, counts, notes = _choose_sizes(collection, target, execution)
     todo = _make_jobs(collection, fitter, counts, execution.solver)
     with _open_checkpoint(collection, fitter, execution) as checkpoint:
-        resumed = [_read_kept(checkpoint, number, job) for number, job in enumerate(todo)]
+        resumed = [_read_checkpoint(checkpoint, index, job) for index, job in enumerate(todo)]
         modules, encoded, seconds = _run_jobs(todo, resumed, collection, engine, checkpoint, execution.progress)
     n_resumed = sum(module is not None for module in resumed)
     if n_resumed:
-        notes.append(f"{n_resumed} of {len(todo)} modules were there from a fit that was interrupted.")
+        notes.append(f"{n_resumed} of {len(todo)} modules were read from the checkpoint of an interrupted fit.")
     return FittedCollection(
         modules=modules,
         encoded=encoded,
@@ -71,30 +90,30 @@ def fit_components(collection: Collection, target: Target, execution: Execution,
 def _choose_sizes(
     collection: Collection, target: Target, execution: Execution
 ) -> tuple[ModuleFitter, Mapping[str, ComponentCounts], list[str]]:
-    """Return how modules are fitted, their numbers of components where they differ, and notes on both."""
+    """Return the options of every module, numbers of components by module where they differ, and notes on choices."""
     storage = target.storage or storage_by_name(dtypes.name(collection.dtype))
     coefficient_storage = target.coefficient_storage or storage.default_coefficient_storage
     fitter = ModuleFitter(target.options, collection.weights, storage, coefficient_storage, execution.device)
     if target.is_auto:
-        choice = auto_rank.choose(collection.reads, collection.outlines, fitter, execution.progress)
+        choice = auto_rank.choose(collection.loaders, collection.outlines, fitter, execution.progress)
         options = replace(target.options, n_components=choice.n_components)
         return replace(fitter, options=options), {}, [choice.reason]
     if target.options.max_error is not None:
-        counts = sizes.choose(collection.reads, fitter, execution.progress)
+        counts = sizes.choose(collection.loaders, fitter, execution.progress)
         return fitter, counts, [_note_on_floats(fitter)]
     return fitter, {}, []
 
 
 def _note_on_floats(fitter: ModuleFitter) -> str:
-    """Return a note that an error bound is met in floats, and how entropy coding would take fewer bytes."""
+    """Return a note that the pack stores floats, and that entropy coding would take fewer bytes."""
     names = " and ".join(dict.fromkeys([fitter.storage.name, fitter.coefficient_storage.name]))
     if fitter.options.weighting == "delta":
-        why, how = "as asked", "without a dtype"
+        cause, remedy = "as asked", "without a dtype"
     else:
-        why, how = f"with weighting {fitter.options.weighting!r}", "with weighting 'delta' and without a dtype"
+        cause, remedy = f"with weighting {fitter.options.weighting!r}", "with weighting 'delta' and without a dtype"
     return (
-        f"Numbers are {names}, {why}, so only numbers of components were chosen for the error bound: {how} the pack "
-        "takes fewer bytes."
+        f"Numbers are {names}, {cause}, so only numbers of components were chosen for the error bound: {remedy} the "
+        "pack takes fewer bytes."
     )
 
 
@@ -116,26 +135,26 @@ def _make_jobs(
 def _open_checkpoint(
     collection: Collection, fitter: ModuleFitter, execution: Execution
 ) -> AbstractContextManager[Checkpoint | None]:
-    """Open the checkpoint of this fit, if one is wanted. Its key has everything that the result depends on."""
+    """Open the checkpoint of this fit, if there is one. Its key contains everything that the result depends on."""
     if execution.checkpoint is None:
         return nullcontext()
-    names = {module: name for each in collection.scanned for module, name in each.subspace_names.items()}
+    names = {module: name for scanned in collection.scanned for module, name in scanned.subspace_names.items()}
     key = {
         "version": __version__,
         "options": asdict(fitter.options),
         "dtypes": [fitter.storage.name, fitter.coefficient_storage.name],
         "solver": execution.solver,
         "device": execution.device.type,
-        "adapters": [[each.name, each.scan.content_hash] for each in collection.scanned],
+        "adapters": [[scanned.name, scanned.scan.content_hash] for scanned in collection.scanned],
         "modules": sorted(names.items()),
     }
     return checkpoints.open_checkpoint(execution.checkpoint, key)
 
 
-def _read_kept(checkpoint: Checkpoint | None, number: int, job: FitJob) -> FittedModule | None:
+def _read_checkpoint(checkpoint: Checkpoint | None, index: int, job: FitJob) -> FittedModule | None:
     """Return the result of a job from the checkpoint; None if the job has to be done."""
-    data = checkpoint.find(number, fitted_module.most_bytes(job)) if checkpoint is not None else None
-    return fitted_module.from_bytes(data, job) if data is not None else None
+    content = checkpoint.find(index, fitted_module.max_bytes(job)) if checkpoint is not None else None
+    return fitted_module.from_bytes(content, job) if content is not None else None
 
 
 def _run_jobs(
@@ -148,13 +167,13 @@ def _run_jobs(
 ) -> tuple[dict[str, ModuleBases], dict[str, EncodedAdapter], dict[str, float]]:
     """Do the jobs that have no result yet, and return bases by module, adapters by name, and seconds by stage."""
     modules: dict[str, ModuleBases] = {}
-    encoded: dict[str, dict[str, EncodedModule]] = {each.name: {} for each in collection.scanned}
+    encoded: dict[str, dict[str, EncodedModule]] = {scanned.name: {} for scanned in collection.scanned}
     seconds = Counter[str]()
-    results = jobs.run([job for job, result in zip(todo, resumed, strict=True) if result is None], engine)
-    for number, (job, result) in enumerate(zip(todo, resumed, strict=True)):
+    computed = jobs.run([job for job, module in zip(todo, resumed, strict=True) if module is None], engine)
+    for number, (job, module) in enumerate(zip(todo, resumed, strict=True)):
         progress("fitting modules", number, len(todo))
-        fitted = result if result is not None else next(results)
-        if result is None and checkpoint is not None:
+        fitted = module if module is not None else next(computed)
+        if module is None and checkpoint is not None:
             checkpoint.keep(number, fitted_module.to_bytes(fitted))
         modules[job.module] = fitted.bases
         seconds.update(fitted.seconds)
@@ -162,7 +181,6 @@ def _run_jobs(
         for members, batch in zip(fitted.members, fitted.coefficients, strict=True):
             for row, index in enumerate(members):
                 update, error = job.updates[index], fitted.errors[index]
-                row_of_adapter = encoded_row(update.module, batch, row, update.spec.kernel, error)
-                encoded[names[index]][update.module] = row_of_adapter
+                encoded[names[index]][update.module] = encoded_row(update.module, batch, row, update.spec.kernel, error)
     progress("fitting modules", len(todo), len(todo))
     return modules, {name: EncodedAdapter.of(adapter) for name, adapter in encoded.items()}, dict(seconds)

@@ -1,7 +1,7 @@
-"""`fit`: from adapters to a pack of their shared subspace, with every adapter as coefficients in it.
+"""`fit`: find the subspace that adapters share, and store every adapter as coefficients in it.
 
-The stages are functions of their own: `collection.read_sources`, `collection.scan`, then `component_fit.fit_components`
-or `coded_fit.encode_collection`, and `assemble_pack`.
+The stages are `collection.read_sources`, `collection.scan`, then `component_fit.fit_components` or
+`coded_fit.encode_collection`, and `assemble_pack`.
 """
 
 from collections.abc import Sequence
@@ -60,38 +60,41 @@ def fit(
 ) -> Pack:
     """Find the principal subspace that adapters of one base model share, and encode every adapter in it.
 
-    Pass at most one of the first five options. The first two give a subspace for training and serving; the others give
-    the smallest pack, entropy-coded (docs/bytes.md).
+    Pass at most one of n_components, energy, max_error, max_bytes and ratio. The first two give a subspace for training
+    and serving; the others give the smallest pack, entropy-coded (docs/bytes.md).
 
     Args:
         adapters: Folders, folders of adapters, LoRA files, URLs, Hub ids, `NAME=PATH` strings, `Adapter` objects, or a
-            mapping from names to those.
-        n_components: Maximum number of components per side and module, 32 by default; "auto" chooses a number by
-            leaving adapters out, and `Pack.notes` explains it.
-        energy: The fraction of the squared norm to keep per side, above 0, at most 1.
-        max_error: The delta error that no adapter may exceed, above 0 and below 1, in as few bytes as possible. With a
-            float dtype, or weighting "factors", the pack has floats, and only numbers of components are chosen.
-        max_bytes: The bytes of all tensors, heads aside, in which every adapter gets the smallest common error.
-        ratio: The same for a pack so many times smaller than the LoRAs in 16 bits, basis counted; at least 1.
+            mapping from names to any of these.
+        n_components: Maximum number of components per side and module. Default: 32. "auto" chooses a number by leaving
+            adapters out, and explains it in `Pack.notes`.
+        energy: Fraction of the squared norm to keep per side, above 0, at most 1.
+        max_error: Error bound: the delta error that no adapter may exceed, above 0 and below 1. The pack takes as few
+            bytes as possible. With a float dtype, or weighting "factors", the pack stores floats, and only numbers of
+            components are chosen.
+        max_bytes: Maximum size of all tensors except trained heads, in bytes. The largest error of an adapter is as
+            small as this size allows.
+        ratio: Size as a compression ratio, at least 1: bytes of the LoRAs in 16 bits ÷ pack bytes, basis counted.
         weighting: "delta" minimises the error of the updates; "factors" stacks A and B as they are (arXiv 2502.04700).
-        sweeps: Alternating refinements of the "delta" fit, 2 by default.
+            Default: "delta".
+        sweeps: Number of alternating refinements of the "delta" fit. Default: 2.
         exclude_adapters: Names of adapters to leave out.
-        exclude_modules: Patterns of modules to keep out of the subspace; adapters carry them as they are.
-        dtype: Storage of the components: a float dtype, "int8" or "int4". By default the widest dtype of the adapters,
-            or entropy coding with max_error, max_bytes and ratio.
-        coefficient_dtype: Storage of the coefficients. By default `dtype`, or "int8" beside integers.
+        exclude_modules: Patterns of modules to keep out of the subspace. The pack stores their LoRA factors unchanged.
+        dtype: Storage of the components: a float dtype, "int8" or "int4". Default: the widest dtype of the adapters, or
+            entropy coding with max_error, max_bytes and ratio.
+        coefficient_dtype: Storage of the coefficients. Default: `dtype`; "int8" if dtype is "int8" or "int4".
         same_base: Accept adapters that name different base models.
-        skip_bad: Leave out adapters that cannot be read or hold NaN or Inf, with a warning, instead of raising.
-        warn_above: Delta error above which adapters are named in a `LossWarning`, with advice; 1: never.
-        device: Where bases are fitted and adapters projected.
+        skip_bad: Leave out adapters that cannot be read or contain NaN or Inf, with a warning, instead of raising.
+        warn_above: Delta error above which adapters are named in a `LossWarning`, with advice; 1 disables it.
+        device: Device on which bases are fitted and adapters projected.
         solver: "exact" for full decompositions; "auto" for subspace iteration where stacks are large and n_components
-            is small. It misses less than 1e-4 of the energy; `Pack.info` has the estimate.
+            is small. Subspace iteration misses less than 1e-4 of the energy; `Pack.info` has the estimate.
         engine: "serial" (this process), "processes" (on this machine) or "ray" (a cluster that can read the files).
-        workers: Number of processes; all cores by default.
-        checkpoint: A folder that keeps finished modules. The same call goes on after an interruption. Delete it after
-            the pack is saved.
-        progress: Called as (stage, done, total).
-        revision, token, cache_dir, local_files_only, allow_pickle: As in `read_adapter`.
+        workers: Number of processes. Default: all cores.
+        checkpoint: Folder for the results of finished modules. After an interruption, the same call continues there.
+            Delete it after the pack is saved.
+        progress: Callback with the arguments (stage, done, total).
+        revision, token, cache_dir, local_files_only, allow_pickle: Options of `read_adapter`.
 
     Returns:
         A pack in memory; `Pack.save` writes it.
@@ -134,14 +137,21 @@ def fit(
 
 
 def assemble_pack(sources: ReadCollection, collection: Collection, fitted: FittedCollection, *, is_auto: bool) -> Pack:
-    """Return the pack of a fitted collection. is_auto: whether the number of components was chosen by the fit."""
+    """Return the pack of a fitted collection.
+
+    Args:
+        sources: Adapters and modules that were read, excluded or skipped.
+        collection: The adapters of the fit.
+        fitted: Bases, and every adapter encoded in them.
+        is_auto: True if the number of components was chosen by leaving adapters out.
+    """
     subspace = Subspace(fitted.modules)
     pack = Pack(
         subspace,
         manifest.describe(subspace, fitted.storage),
         {
-            each.name: pack_adapter(each, fitted.encoded[each.name], in_fit=each.name in collection.weights)
-            for each in collection.scanned
+            scanned.name: pack_adapter(scanned, fitted.encoded[scanned.name], in_fit=scanned.name in collection.weights)
+            for scanned in collection.scanned
         },
         FitInfo(
             **asdict(fitted.options),
@@ -168,10 +178,10 @@ def _warn_of_losses(pack: Pack, collection: Collection, fitted: FittedCollection
     if not lossy(pack.records, warn_above):
         return
     if fitted.fitter is None:
-        advice = "That is the target: a smaller max_error, or more bytes, lowers the errors."
+        advice = "The target allows such errors: a smaller max_error, or more bytes, lowers them."
     elif fitted.by_iteration:
-        # how many components would be enough is read off full spectra, which such a fit avoids
+        # the number of components that suffices follows from full spectra, which such a fit does not compute
         advice = "More components (-k, n_components) lower the errors."
     else:
-        advice = remedy.suggest(collection.reads, fitted.fitter, warn_above)
+        advice = remedy.suggest(collection.loaders, fitted.fitter, warn_above)
     warn_of_losses(pack.records, warn_above, advice, stacklevel=4)

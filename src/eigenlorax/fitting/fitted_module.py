@@ -1,4 +1,4 @@
-"""A fitted module as bytes, for a checkpoint, and back."""
+"""Serialisation of fitted modules for a checkpoint."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,33 +44,33 @@ def to_bytes(fitted: FittedModule) -> bytes:
     return to_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def most_bytes(job: FitJob) -> int:
-    """Return an upper bound of the size of `to_bytes` for any result of this job."""
+def max_bytes(job: FitJob) -> int:
+    """Return an upper bound of the size of `to_bytes`, in bytes, for any result of this job."""
     n_components, spec = job.fitter.options.n_components, job.updates[0].spec
     sides = (spec.in_features, spec.out_features)
     down, up = (dimension if n_components is None else min(n_components, dimension) for dimension in sides)
-    # each number at most twice: in float64, and as the payload that is stored in its place
+    # each number appears at most twice: in float64, and in the payload of its storage
     bases = 16 * (down * sides[0] + up * sides[1]) + 8 * sum(sides)
-    each = [16 * update.spec.rank * (down + up) for update in job.updates]
-    return bases + sum(each) + 4096 * len(job.updates) + 2**20
+    coefficients = sum(16 * update.spec.rank * (down + up) for update in job.updates)
+    return bases + coefficients + 4096 * len(job.updates) + 2**20
 
 
 def from_bytes(data: bytes, job: FitJob) -> FittedModule | None:
-    """Return the result of `job` that `to_bytes` wrote; None for other bytes.
+    """Parse a result of `job` from `to_bytes`; return None if the bytes are anything else.
 
-    Their digest was checked, but another build of the same version may have written them.
+    The checkpoint has checked their digest, but another build of the same version may have written them.
     """
     try:
         tensors = from_safetensors(data)
         about = json.loads(tensors[_ABOUT].numpy().tobytes())
         members = tuple(tuple(indices) for indices in about["members"])
-        return _fitted(tensors, about, members) if _is_of(tensors, members, job) else None
+        return _build_module(tensors, about, members) if _matches_job(tensors, members, job) else None
     except (SafetensorError, KeyError, ValueError, TypeError):
         return None
 
 
-def _is_of(tensors: Mapping[str, Tensor], members: tuple[tuple[int, ...], ...], job: FitJob) -> bool:
-    """Return whether tensors have the shapes and dtypes of a result of the job."""
+def _matches_job(tensors: Mapping[str, Tensor], members: tuple[tuple[int, ...], ...], job: FitJob) -> bool:
+    """Return whether tensors have the shapes and dtypes that a result of the job has."""
     spec, dtype = job.updates[0].spec, job.fitter.storage.dtype
     down, up = tensors["down.components"], tensors["up.components"]
     if members != jobs.unread(job).members or (down.dtype, up.dtype) != (dtype, dtype):
@@ -93,16 +93,16 @@ def _is_of(tensors: Mapping[str, Tensor], members: tuple[tuple[int, ...], ...], 
 
 
 def _prefixed(name: str, payload: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    return {f"{name}.{part}": tensor for part, tensor in (payload or {}).items()}
+    return {f"{name}.{key}": tensor for key, tensor in (payload or {}).items()}
 
 
 def _payload(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
-    """Return the inverse of `_prefixed`."""
-    start = f"{name}."
-    return {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)} or None
+    """Undo `_prefixed`. Return None if there is no such tensor."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)} or None
 
 
-def _fitted(
+def _build_module(
     tensors: Mapping[str, Tensor], about: Mapping[str, Any], members: tuple[tuple[int, ...], ...]
 ) -> FittedModule:
     down, up = (

@@ -1,6 +1,6 @@
-"""One module of a fit as a job that any process can do: read its factors, fit and round its bases, and project on them.
+"""Fitting one module as a job for a worker: read factors, fit and round bases, project all adapters on them.
 
-One module is in memory at a time, or, where it is too large for that, batches of it that are read again when needed.
+One module is in memory at a time. If it is too large, its batches are read again when they are needed.
 """
 
 import time
@@ -26,16 +26,20 @@ from ..errors import NonFiniteError
 from .module_fitter import ComponentCounts, ModuleFitter, ModuleUpdate
 
 HELD_BYTES = 2**28
-"""Size of a module's factors up to which they stay in memory; larger ones are read again in every round."""
+"""Maximum bytes of a module's factors that stay in memory; larger ones are read again in every round."""
 PROJECTED_AT_ONCE = 8
-"""Adapters that are projected together: each needs some twenty times its factors, in float64."""
+"""Number of adapters that are projected together: each needs about twenty times its factors, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobUpdate:
-    """One adapter's update of a module, to be read by a worker.
+    """Reference to one adapter's update of a module, which a worker reads.
 
-    index: of the adapter in the fit. module: the adapter's own name of it. trained: whether the update is not zero.
+    Attributes:
+        index: Index of the adapter in the fit.
+        module: The adapter's own name of the module.
+        spec: Shape, dtype and scaling of the factors.
+        trained: True if the update is not zero.
     """
 
     index: int
@@ -46,10 +50,15 @@ class JobUpdate:
 
 @dataclass(frozen=True, slots=True)
 class FitJob:
-    """One module of a fit, by its name in the subspace.
+    """One module of a fit.
 
-    adapters: all adapters of the fit. by_iteration: whether bases are found by subspace iteration over batches, rather
-    than by full decompositions. counts: of components, where they were chosen before.
+    Attributes:
+        module: Name of the module in the subspace.
+        updates: Updates of all adapters that have the module.
+        fitter: Options of the fit.
+        adapters: All adapters of the fit.
+        by_iteration: True for subspace iteration over batches, False for full decompositions.
+        counts: Numbers of components (down, up) if they were chosen before; else None.
     """
 
     module: str
@@ -61,23 +70,26 @@ class FitJob:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of large products: float32 is enough for factors in 16 bits."""
+        """Dtype of large products: float32 is enough for factors in 16 bits."""
         is_wide = any(update.spec.dtype.itemsize > 2 for update in self.updates)
         return torch.float64 if is_wide else torch.float32
 
     @property
     def projection_dtype(self) -> torch.dtype:
-        """The dtype in which adapters are projected and their errors measured."""
+        """Dtype in which adapters are projected and their errors measured."""
         storages = (self.fitter.storage, self.fitter.coefficient_storage)
-        return torch.float64 if any(each.dtype.itemsize > 2 for each in storages) else self.product_dtype
+        return torch.float64 if any(storage.dtype.itemsize > 2 for storage in storages) else self.product_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedJob:
-    """A job with its factors, or with functions that read them.
+    """Job with its factors in memory, or with functions that read them.
 
-    members: of each batch, indices into the updates of the job. batches: return one batch each.
-    seconds: that reading took.
+    Attributes:
+        job: The job.
+        members: For each batch, indices into the updates of the job.
+        batches: For each batch, a function that returns it.
+        seconds: Seconds spent reading.
     """
 
     job: FitJob
@@ -88,9 +100,15 @@ class LoadedJob:
 
 @dataclass(frozen=True, slots=True)
 class FittedModule:
-    """The result of a job: bases as they are stored, coefficients by batch, and the error of each update.
+    """Result of a job.
 
-    members: of each batch, indices into the updates of the job. seconds: by stage.
+    Attributes:
+        bases: The bases after rounding to their storage.
+        members: For each batch, indices into the updates of the job.
+        coefficients: For each batch, the coefficients of its adapters.
+        errors: Error of each update, in the order of the job.
+        by_iteration: True if the bases were found by subspace iteration.
+        seconds: Seconds spent, by stage.
     """
 
     bases: ModuleBases
@@ -108,10 +126,10 @@ def suits_iteration(updates: Sequence[JobUpdate], options: FitOptions) -> bool:
 
 
 def run(jobs: Sequence[FitJob], engine: Engine) -> Iterator[FittedModule]:
-    """Do all jobs, and yield the results in their order.
+    """Do all jobs, and yield the results in the order of the jobs.
 
-    A single process reads the next module while it fits one. Several workers get whole modules, or, where there are
-    more workers than modules, the batches of one module after the other.
+    A single process reads the next module while it fits one. Several workers get one module each. If there are more
+    workers than modules and all use subspace iteration, the workers share the batches of one module at a time.
     """
     if engine.workers == 1:
         return _run_reading_ahead(jobs)
@@ -129,13 +147,13 @@ def _run_reading_ahead(jobs: Sequence[FitJob]) -> Iterator[FittedModule]:
             waited = time.perf_counter() - started
             pending.extend(reader.submit(load, job) for job in jobs[index + 1 : index + 2])
             fitted = fit_loaded(loaded)
-            # two modules in memory, not three, when the next one is taken
+            # frees this module before the next one is read: two in memory, not three
             del loaded
             yield replace(fitted, seconds={**fitted.seconds, "waiting": waited})
 
 
 def unread(job: FitJob) -> LoadedJob:
-    """Return a job whose batches are read each time they are asked for. A batch has adapters of one rank."""
+    """Return a job whose batches are read at each call. All adapters of a batch have the same rank."""
     by_rank: dict[int, list[int]] = {}
     for index, update in enumerate(job.updates):
         by_rank.setdefault(update.spec.rank, []).append(index)
@@ -165,7 +183,12 @@ def load(job: FitJob) -> LoadedJob:
 
 
 def read_batch(job: FitJob, members: Sequence[int]) -> ModuleBatch:
-    """Read some updates of a job as they are stored, to the device of the fit. members: their indices."""
+    """Read some updates of a job, in their stored dtype, to the device of the fit.
+
+    Args:
+        job: The job.
+        members: Indices of the updates.
+    """
     adapters = job.adapters.get()
     updates = [job.updates[index] for index in members]
     batch = stack_factors(
@@ -180,7 +203,12 @@ def _same(batch: ModuleBatch) -> ModuleBatch:
 
 
 def fit_loaded(loaded: LoadedJob, run_calls: iterative.RunCalls = run_serially) -> FittedModule:
-    """Fit a module's bases, round them, and project all adapters. run_calls: runs the calls over batches."""
+    """Fit a module's bases, round them, and project all adapters.
+
+    Args:
+        loaded: The job and its factors.
+        run_calls: Runs the calls over batches in subspace iteration, here or on workers.
+    """
     job = loaded.job
     seconds = {"reading": loaded.seconds}
     with _timed(seconds, "solving"):
@@ -207,7 +235,7 @@ def _fit_bases(loaded: LoadedJob, run_calls: iterative.RunCalls) -> ModuleBases:
 
 
 def _read_updates(loaded: LoadedJob) -> list[ModuleUpdate]:
-    """Return the updates one by one, in the order of the job."""
+    """Return all updates, in the order of the job."""
     job, adapters = loaded.job, loaded.job.adapters.get()
     by_index: dict[int, ModuleUpdate] = {}
     for members, read in zip(loaded.members, loaded.batches, strict=True):
@@ -221,30 +249,36 @@ def _read_updates(loaded: LoadedJob) -> list[ModuleUpdate]:
 def _project_all(
     loaded: LoadedJob, exact: ModuleBases, stored: ModuleBases
 ) -> tuple[tuple[CoefficientBatch, ...], tuple[ModuleError, ...]]:
-    """Project all adapters on the stored bases, and measure errors. exact: the bases before rounding."""
+    """Project all adapters on the stored bases, and measure errors.
+
+    Args:
+        loaded: The job and its factors.
+        exact: The bases before rounding.
+        stored: The bases after rounding.
+    """
     job, storage = loaded.job, loaded.job.fitter.coefficient_storage
     exact, stored = (spaces.to_device(bases, job.fitter.device) for bases in (exact, stored))
     unrounded, dual = metrics.unrounded_bases(exact, stored), projection.dual_components(stored)
     coefficients: list[CoefficientBatch] = []
     errors: dict[int, ModuleError] = {}
     for members, read in zip(loaded.members, loaded.batches, strict=True):
-        batch, parts = read(), []
+        batch, projections = read(), []
         for start in range(0, len(batch), PROJECTED_AT_ONCE):
-            part = storage.prepare(batch.span(start, start + PROJECTED_AT_ONCE), job.projection_dtype)
-            indices = members[start : start + len(part)]
-            projected = _project(job, indices, part, stored, dual)
-            exact_coefficients = storage.exact_coefficients(part, exact)
-            measured = metrics.module_errors(part, projected, stored, unrounded, exact_coefficients)
+            chunk = storage.prepare(batch.span(start, start + PROJECTED_AT_ONCE), job.projection_dtype)
+            indices = members[start : start + len(chunk)]
+            projected = _project(job, indices, chunk, stored, dual)
+            exact_coefficients = storage.exact_coefficients(chunk, exact)
+            measured = metrics.module_errors(chunk, projected, stored, unrounded, exact_coefficients)
             errors.update(zip(indices, measured, strict=True))
-            parts.append(projected.to(torch.device("cpu")))
-        coefficients.append(join_batches(parts))
+            projections.append(projected.to(torch.device("cpu")))
+        coefficients.append(join_batches(projections))
     return tuple(coefficients), tuple(errors[index] for index in range(len(job.updates)))
 
 
 def _project(
     job: FitJob, members: Sequence[int], batch: ModuleBatch, bases: ModuleBases, dual: projection.DualComponents
 ) -> CoefficientBatch:
-    """Project several adapters; an error names the one that caused it."""
+    """Project several adapters. A `NonFiniteError` names the adapter that caused it."""
     storage = job.fitter.coefficient_storage
     try:
         return storage.project(batch, bases, dual)

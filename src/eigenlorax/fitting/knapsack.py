@@ -1,7 +1,7 @@
-"""A multiple-choice knapsack: one choice per item, as cheap as possible, with no total above a bound.
+"""Multiple-choice knapsack: pick one choice per item, as cheap as possible, with no total above a bound.
 
-Pure numbers, deterministic. `sizes` gives them a meaning: items are modules, choices are numbers of components, prices
-are bytes, and totals are the squared errors of adapters.
+In `sizes`, items are modules, choices are numbers of components, prices are bytes, and totals are the squared errors of
+adapters. The solver is a deterministic heuristic.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,17 @@ import numpy as np
 
 DUAL_ROUNDS = 80
 SCALES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
-"""Factors of the multipliers that are tried until the cheapest choices at these prices are within the bound."""
+"""Factors on the multipliers, tried in this order until the cheapest choices are within the bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The choices of one item: prices, (c,), and what each adds to the n totals, (c, n), 0 or more."""
+    """The c choices of one item.
+
+    Attributes:
+        prices: Price of each choice, (c,).
+        losses: Non-negative amount that each choice adds to the n totals, (c, n).
+    """
 
     prices: np.ndarray
     losses: np.ndarray
@@ -34,9 +39,9 @@ def price(items: Sequence[Choices], picks: Sequence[int]) -> float:
 
 
 def multipliers(items: Sequence[Choices], bound: float) -> np.ndarray:
-    """Return a price per unit of each total, (n,), positive, that nearly maximises the Lagrangian dual.
+    """Return positive Lagrange multipliers of the totals, (n,), that nearly maximise the dual.
 
-    For any such prices w, a selection within the bound costs at least Σ min(prices + losses @ w) − bound · Σ w.
+    For any multipliers w, a selection within the bound costs at least Σ min(prices + losses @ w) − bound · Σ w.
     """
     n = items[0].losses.shape[1]
     current = np.full(n, sum(float(item.prices.max()) for item in items) / (n * bound))
@@ -50,7 +55,7 @@ def multipliers(items: Sequence[Choices], bound: float) -> np.ndarray:
         # multiplicative steps keep the prices positive, and work for totals of any scale
         step = np.clip(totals(items, picks) / bound - 1, -1, 1) / (1 + turn / 8)
         current = current * np.exp(step)
-    # a total that never reaches the bound has no price; a tiny one keeps sums over it from being lost in rounding
+    # the multiplier of a total that never reaches the bound tends to 0; the floor keeps it relevant in float64 sums
     floored: np.ndarray = np.maximum(best, 1e-6 * best.max())
     return floored
 
@@ -73,7 +78,7 @@ def select(items: Sequence[Choices], bound: float, start: Sequence[int]) -> list
 
 
 def _exchange(items: Sequence[Choices], bound: float, picks: list[int]) -> list[int]:
-    """Exchange one choice at a time, each time the one that saves most, until none saves anything."""
+    """Exchange one choice at a time, the one that saves most, until no exchange saves anything."""
     picks = list(picks)
     while True:
         current = totals(items, picks)
@@ -88,8 +93,8 @@ def _exchange(items: Sequence[Choices], bound: float, picks: list[int]) -> list[
         picks[best[1]] = best[2]
 
 
-def _cheapest_within(item: Choices, room: np.ndarray, below: float) -> int | None:
-    """Return the cheapest choice with a price less than `below` whose losses fit into `room`; None if none does."""
+def _cheapest_within(item: Choices, max_losses: np.ndarray, below: float) -> int | None:
+    """Return the cheapest choice with a price less than `below` and losses of at most `max_losses`, (n,), or None."""
     cheaper = np.flatnonzero(item.prices < below)
-    fitting = cheaper[(item.losses[cheaper] <= room).all(axis=1)]
+    fitting = cheaper[(item.losses[cheaper] <= max_losses).all(axis=1)]
     return int(fitting[item.prices[fitting].argmin()]) if len(fitting) else None

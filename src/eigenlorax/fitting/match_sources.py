@@ -1,4 +1,4 @@
-"""Matching files of a user with the adapters of a pack, by the hash of their content."""
+"""Matching of files with the adapters of a pack, by content hash."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,9 +16,13 @@ from ..pack.pack import Pack
 
 @dataclass(frozen=True, slots=True)
 class MatchedAdapters:
-    """Originals of a pack's adapters, and their scans, by their names in the pack.
+    """Originals of a pack's adapters.
 
-    n_sources: number of adapters that were passed. unread: those that could not be read, with the reason.
+    Attributes:
+        adapters: Originals, by name in the pack.
+        scans: Content hash and norms of each original, by name in the pack.
+        n_sources: Number of adapters that were passed.
+        unread: Reason for each adapter that could not be read, by name.
     """
 
     adapters: Mapping[str, Adapter]
@@ -33,13 +37,19 @@ def match_adapters(
     """Find the originals of the pack's adapters among some sources.
 
     Sources that are not in the pack, or cannot be read, are left out with a warning: a fit may have skipped them.
-    options: those of `read_adapter`. stacklevel: of the warnings.
+
+    Args:
+        pack: The pack.
+        adapter_sources: Adapters in any form that `fit` takes.
+        progress: Callback with the arguments (stage, done, total).
+        options: Options of `read_adapter`.
+        stacklevel: Stack level of the warnings.
     """
     names_by_hash: dict[str, list[str]] = {}
     for name, record in pack.records.items():
         names_by_hash.setdefault(record.source_sha256, []).append(name)
     adapters: dict[str, Adapter] = {}
-    scans, strangers, unread = {}, [], {}
+    scans, unknown, unread = {}, [], {}
     originals = sources.find_adapters(adapter_sources, **options)
     for done, source in enumerate(originals):
         progress("reading originals", done, len(originals))
@@ -54,15 +64,15 @@ def match_adapters(
             continue
         names = names_by_hash.get(scan.content_hash, [])
         if not names:
-            strangers.append(source.name or adapter.name)
+            unknown.append(source.name or adapter.name)
         for name in names:
             adapters[name], scans[name] = replace(adapter, name=name), scan
     progress("reading originals", len(originals), len(originals))
-    for name, why in unread.items():
-        warnings.warn(f"{name} was passed over: {why}", SkippedAdapterWarning, stacklevel=stacklevel)
-    if strangers:
+    for name, cause in unread.items():
+        warnings.warn(f"{name} was passed over: {cause}", SkippedAdapterWarning, stacklevel=stacklevel)
+    if unknown:
         warnings.warn(
-            f"not in the pack, by their content, and left out: {', '.join(sorted(strangers))}.",
+            f"left out, because their content is not in the pack: {', '.join(sorted(unknown))}.",
             SkippedAdapterWarning,
             stacklevel=stacklevel,
         )

@@ -1,4 +1,4 @@
-"""Fitting one module: the updates of its adapters, the options of the fit, and the bytes that components cost."""
+"""Fitting one module: `ModuleFitter`, the updates that it takes, and the bytes of its components."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,26 +16,38 @@ from ..core.subspace import ModuleBases
 ComponentCounts = tuple[int, int]
 """Numbers of components (down, up) of a module."""
 Report = Callable[[str, int, int], None]
+"""Progress callback with the arguments (stage, done, total)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleUpdate:
-    """One adapter's update of a module, in memory. trained: whether it is not zero."""
+    """One adapter's update of a module, in memory.
+
+    Attributes:
+        adapter: Name of the adapter.
+        factors: The LoRA factors.
+        trained: True if the update is not zero.
+    """
 
     adapter: str
     factors: LoRAFactors
     trained: bool
 
 
-ReadModule = Callable[[], Sequence[ModuleUpdate]]
-"""Reads the updates of a module, anew at each call."""
+LoadModule = Callable[[], Sequence[ModuleUpdate]]
+"""Function that reads all updates of a module from their files, at each call."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleFitter:
-    """The options with which every module is fitted and stored.
+    """Options with which every module is fitted and stored.
 
-    weights: 1 / ‖update‖ over all modules, by name, of the adapters that are fitted.
+    Attributes:
+        options: Weighting, sweeps and size of the fit.
+        weights: 1 / ‖update‖ over all modules, by name, of each adapter that is fitted.
+        storage: Storage of the components.
+        coefficient_storage: Storage of the coefficients.
+        device: Device on which bases are fitted.
     """
 
     options: FitOptions
@@ -45,17 +57,26 @@ class ModuleFitter:
     device: torch.device
 
     def fit(self, updates: Sequence[ModuleUpdate], counts: ComponentCounts | None) -> ModuleBases:
-        """Fit the bases of a module to its trained updates. counts: of components; None: as the options say."""
+        """Fit the bases of a module to its trained updates.
+
+        Args:
+            updates: Updates of the module. Untrained ones are ignored.
+            counts: Numbers of components (down, up); None for the numbers that the options give.
+
+        Returns:
+            The bases, in float64, before rounding to their storage.
+        """
         return fit_module(*self._trained(updates), self.options, counts)
 
     def stack(self, updates: Sequence[ModuleUpdate]) -> ExactFit:
-        """Return the trained updates of a module, stacked as `fit` does it."""
+        """Return the trained updates of a module, stacked and weighted as in `fit`."""
         return ExactFit.of(*self._trained(updates), self.options)
 
     def component_bytes(self, specs: Sequence[ModuleSpec]) -> tuple[int, int]:
-        """Return the bytes of one more component (down, up) of a module, with its coefficients in all adapters.
+        """Return the bytes (down, up) of one more component of a module, with its coefficients in all adapters.
 
-        specs: of all adapters of the module.
+        Args:
+            specs: Shapes of the factors of all adapters that have the module.
         """
         coefficients = sum(spec.rank for spec in specs) * self.coefficient_storage.number_bytes
         widths = specs[0].in_features, specs[0].out_features
@@ -77,9 +98,12 @@ class ModuleFitter:
 
 @dataclass(frozen=True, slots=True)
 class CapturedNorms:
-    """‖U D Vᵀ‖² of one update D for any number of leading components: k_down rows of V and k_up rows of U.
+    """Squared norm ‖U D Vᵀ‖² of one update D in k_down leading components V and k_up leading components U, for all k.
 
-    down, up: Gram matrices (r, r) of the factors projected on the first 0, 1, …, k components, flat: (k + 1, r²).
+    Attributes:
+        down: Gram matrix (r, r) of the down factor projected on the first 0, 1, …, k components, flat: (k + 1, r²).
+        up: The same for the up factor.
+        scaling: Scaling of the update.
     """
 
     down: np.ndarray
@@ -88,7 +112,13 @@ class CapturedNorms:
 
     @classmethod
     def of(cls, down: Tensor, up: Tensor, scaling: float) -> "CapturedNorms":
-        """Compute them from the coordinates of the factors' rows in each component, (r, k) of both sides."""
+        """Compute the norms from projected factors.
+
+        Args:
+            down: Rows of the down factor, projected on the components, (r, k_down).
+            up: Columns of the up factor, projected on the components, (r, k_up).
+            scaling: Scaling of the update.
+        """
         return cls(_cumulative_grams(down), _cumulative_grams(up), scaling)
 
     def table(self, down: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -112,7 +142,13 @@ def _cumulative_grams(rows: Tensor) -> np.ndarray:
 def captured_norms(
     updates: Sequence[ModuleUpdate], stack: ExactFit, leading: SidePair
 ) -> Iterator[tuple[ModuleUpdate, CapturedNorms]]:
-    """Yield what the leading components of each side keep of every trained update. stack: of these updates."""
+    """Yield each trained update with its squared norms in the leading components.
+
+    Args:
+        updates: Updates of one module.
+        stack: `ModuleFitter.stack` of these updates.
+        leading: Leading components (down, up) of the stack.
+    """
     trained = [update for update in updates if update.trained]
     for update, *blocks in zip(trained, stack.down.blocks, stack.up.blocks, strict=True):
         down, up = (side.projection[block].cpu() for side, block in zip(leading, blocks, strict=True))

@@ -1,4 +1,4 @@
-"""Options of a fit, checked and bundled: which adapters to read and how, what the pack must keep, and how to work."""
+"""Options of a fit, validated and grouped: `ReadOptions`, `Target` (size, error and storage) and `Execution`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..errors import OptionError, reason
 
 DEFAULT_COMPONENTS = 32
 AUTO = "auto"
-"""The value of `n_components` for a number that is chosen by leaving adapters out."""
+"""Value of `n_components` for which the number is chosen by leaving adapters out."""
 SOLVERS = ("auto", "exact")
 
 Dtype = str | torch.dtype | None
@@ -26,7 +26,15 @@ Dtype = str | torch.dtype | None
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """Adapters and modules to leave out, and options of reading. reading: options of `read_adapter`."""
+    """Options of reading the adapters of a fit.
+
+    Attributes:
+        exclude_adapters: Names of adapters to leave out.
+        exclude_modules: Patterns of modules to keep out of the subspace.
+        same_base: True to accept adapters that name different base models.
+        skip_bad: True to leave out adapters that cannot be read, instead of raising.
+        reading: Options of `read_adapter`.
+    """
 
     exclude_adapters: Sequence[str]
     exclude_modules: Sequence[str]
@@ -37,11 +45,15 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The size or error that a pack is to have, and its storage.
+    """Size or error bound of a pack, and its storage.
 
-    is_auto: whether the number of components is chosen by leaving adapters out; `options` has 1 until then.
-    n_components: the number that the caller passed, or None. storage, coefficient_storage: None for the default.
-    is_coded: whether the pack is entropy-coded for an error bound or a size, rather than fitted by components.
+    Attributes:
+        options: Options of the fit, which the pack records.
+        is_auto: True if the number of components is chosen by leaving adapters out; `options` has 1 until then.
+        n_components: Number of components that the caller passed, or None.
+        storage: Storage of the components; None for the default.
+        coefficient_storage: Storage of the coefficients; None for the default.
+        is_coded: True if the pack is entropy-coded for an error bound or a size; False if it is fitted by components.
     """
 
     options: FitOptions
@@ -55,11 +67,22 @@ class Target:
     def of(
         cls, sizes: Mapping[str, Any], weighting: str, sweeps: int | None, dtype: Dtype, coefficient_dtype: Dtype
     ) -> "Target":
-        """Check the options of `fit`. sizes: n_components, energy, max_error, max_bytes and ratio."""
+        """Build the target from options of `fit`.
+
+        Args:
+            sizes: Values of n_components, energy, max_error, max_bytes and ratio, by name.
+            weighting: "delta" or "factors".
+            sweeps: Number of alternating refinements; None for the default.
+            dtype: Storage of the components; None for the default.
+            coefficient_dtype: Storage of the coefficients; None for the default.
+
+        Raises:
+            OptionError: An option is invalid, or options contradict each other.
+        """
         is_auto = sizes["n_components"] == AUTO
-        number = _component_number(sizes)
+        n_components = _component_number(sizes)
         fit_options = FitOptions(
-            **{**sizes, "n_components": number}, weighting=weighting, sweeps=SWEEPS if sweeps is None else sweeps
+            **{**sizes, "n_components": n_components}, weighting=weighting, sweeps=SWEEPS if sweeps is None else sweeps
         )
         storage, coefficient_storage = parse_storage(dtype), parse_storage(coefficient_dtype)
         _refuse_cores(dtype=storage, coefficient_dtype=coefficient_storage)
@@ -67,7 +90,7 @@ class Target:
         return cls(
             options=fit_options,
             is_auto=is_auto,
-            n_components=None if is_auto or sizes["n_components"] is None else number,
+            n_components=None if is_auto or sizes["n_components"] is None else n_components,
             storage=storage,
             coefficient_storage=coefficient_storage,
             is_coded=is_entropy_coded(bounds, weighting, dtype, coefficient_dtype),
@@ -77,18 +100,22 @@ class Target:
         """Raise `OptionError` for the first option that is not None, if the fit is entropy-coded and ignores it."""
         if not self.is_coded:
             return
-        bound = _first_given({name: getattr(self.options, name) for name in BYTE_TARGETS})
-        floats = " Or pass a float dtype: then only numbers of components are chosen, and it is used."
+        bound = _first_option({name: getattr(self.options, name) for name in BYTE_TARGETS})
+        alternative = " Or pass a float dtype: then only numbers of components are chosen, and it is used."
         for name, value in options.items():
             if value is not None:
                 text = value if isinstance(value, int) else repr(str(value))
                 raise OptionError(
                     f"{name}={text} has no effect with {bound}, which chooses bytes without sweeps, solvers or "
-                    f"checkpoints. Remove it.{floats if self.options.max_error is not None else ''}"
+                    f"checkpoints. Remove it.{alternative if self.options.max_error is not None else ''}"
                 )
 
     def check_dimensions(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `OptionError` if no module is left, or none is as wide as `n_components`. shapes: by module."""
+        """Raise `OptionError` if no module is left to fit, or none is as wide as `n_components`.
+
+        Args:
+            shapes: (out, in) of each module of the subspace, by name.
+        """
         if not shapes:
             raise OptionError(
                 "No module is left to fit: every LoRA module is excluded (exclude_modules, --exclude-module), or of a "
@@ -104,7 +131,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Device, solver and engine of a fit. checkpoint: a folder for modules that are done; None: nothing is kept."""
+    """Device, solver and engine of a fit.
+
+    Attributes:
+        device: Device on which bases are fitted and adapters projected.
+        solver: "auto" or "exact".
+        engine: "serial", "processes" or "ray".
+        workers: Number of processes; None for all cores.
+        checkpoint: Folder for the results of finished modules; None to store none.
+        progress: Callback with the arguments (stage, done, total).
+    """
 
     device: torch.device
     solver: str
@@ -123,7 +159,7 @@ class Execution:
         checkpoint: str | Path | None,
         progress: Progress | None,
     ) -> "Execution":
-        """Check the options of `fit`."""
+        """Check the options of `fit`; arguments as there. `OptionError` if one is invalid."""
         engines.check_engine(engine, workers)
         check_choice("solver", solver, SOLVERS)
         return cls(
@@ -139,12 +175,19 @@ class Execution:
 def is_entropy_coded(
     bounds: Mapping[str, float | None], weighting: str, dtype: Dtype, coefficient_dtype: Dtype
 ) -> bool:
-    """Return whether a fit with these options is entropy-coded; `OptionError` if they contradict each other.
+    """Return whether a fit with these options is entropy-coded.
 
-    bounds: max_error, max_bytes and ratio, of which at most one is not None.
+    Args:
+        bounds: Values of max_error, max_bytes and ratio, of which at most one is not None.
+        weighting: "delta" or "factors".
+        dtype: Storage of the components; None for the default.
+        coefficient_dtype: Storage of the coefficients; None for the default.
+
+    Raises:
+        OptionError: The options contradict each other.
     """
     storages = [storage for storage in (parse_storage(dtype), parse_storage(coefficient_dtype)) if storage is not None]
-    bound = _first_given(bounds)
+    bound = _first_option(bounds)
     if bound is None:
         if any(storage.is_coded for storage in storages):
             raise OptionError(NEEDS_TARGET)
@@ -163,13 +206,13 @@ def is_entropy_coded(
     raise OptionError(f"{bound} needs weighting='delta', got {weighting!r}. Remove weighting, or pass n_components.")
 
 
-def _first_given(options: Mapping[str, Any]) -> str | None:
-    """Return the first option that is not None, as it was written."""
+def _first_option(options: Mapping[str, Any]) -> str | None:
+    """Return the first option that is not None, as "name=value"."""
     return next((f"{name}={format_value(value)}" for name, value in options.items() if value is not None), None)
 
 
 def _refuse_cores(**storages: Storage | None) -> None:
-    """Raise `OptionError` for a storage of cores: such packs are read, but not written."""
+    """Raise `OptionError` for a storage of cores: such packs can be read, but not written."""
     for option, storage in storages.items():
         if storage is not None and storage.core_kind is not None:
             raise OptionError(
@@ -181,15 +224,18 @@ def _refuse_cores(**storages: Storage | None) -> None:
 def _component_number(sizes: Mapping[str, Any]) -> int | None:
     """Return the number for `FitOptions`: the default if no size was passed, and 1 until "auto" has chosen one."""
     n_components = sizes["n_components"]
-    others = {name: value for name, value in sizes.items() if name != "n_components"}
+    other_sizes = {name: value for name, value in sizes.items() if name != "n_components"}
     if n_components == AUTO:
-        given = " and ".join(f"{name}={format_value(value)}" for name, value in others.items() if value is not None)
-        if given:
-            raise OptionError(f"n_components='auto' chooses a number by itself, and so does {given}. Pass one of them.")
+        conflicts = [f"{name}={format_value(value)}" for name, value in other_sizes.items() if value is not None]
+        if conflicts:
+            raise OptionError(
+                f"n_components='auto' chooses a number by itself, and so does {' and '.join(conflicts)}. "
+                "Pass one of them."
+            )
         return 1
     if isinstance(n_components, str):
         raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")
-    is_default = n_components is None and all(value is None for value in others.values())
+    is_default = n_components is None and all(value is None for value in other_sizes.values())
     return DEFAULT_COMPONENTS if is_default else n_components
 
 

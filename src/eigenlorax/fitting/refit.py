@@ -1,7 +1,7 @@
-"""`refit`: new bases for the adapters of a pack, and what that changes for each of them.
+"""`refit`: fit new bases to the adapters of a pack, and compare every adapter before and after.
 
-An adapter is fitted from its original if that is passed, else from the LoRA that the pack reconstructs. Then its error
-against the original cannot be measured: it is computed from the old error, or bounded.
+An adapter is fitted from its original if the original is passed, else from the LoRA that the pack reconstructs. Without
+an original, the new error cannot be measured. It is computed from the old error, or bounded.
 """
 
 import math
@@ -33,12 +33,16 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The changes of one adapter by a refit.
+    """Changes of one adapter by a refit.
 
-    from_original: whether it was fitted from its original, or from what the pack reconstructs. error_before,
-    error_after: delta errors against the original; None if it is untrained. bound: whether error_after is an upper
-    bound, because the original was not passed. moved: ‖update after − update before‖ ÷ ‖update before‖; None if that is
-    zero. bytes_before, bytes_after: of its coefficients and carried tensors.
+    Attributes:
+        from_original: True if the adapter was fitted from its original, False if from its reconstruction.
+        error_before: Delta error against the original in the old pack; None if the adapter is untrained.
+        error_after: The same in the new pack.
+        bound: True if error_after is an upper bound, because the original was not passed.
+        moved: ‖update after − update before‖ ÷ ‖update before‖; None if the update before was zero.
+        bytes_before: Bytes of the coefficients and carried tensors in the old pack.
+        bytes_after: The same in the new pack.
     """
 
     from_original: bool
@@ -51,7 +55,7 @@ class Change:
 
     @property
     def worse(self) -> bool:
-        """True if its error is larger than before, or may be."""
+        """True if the error is larger than before, or may be."""
         if self.error_before is None or self.error_after is None:
             return False
         return self.error_after > self.error_before + ROUNDING
@@ -59,14 +63,19 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """A refitted pack, and what changed, by adapter."""
+    """Result of a refit.
+
+    Attributes:
+        pack: The new pack, in memory.
+        changes: Changes of each adapter, by name.
+    """
 
     pack: Pack
     changes: Mapping[str, Change]
 
     @property
     def worse(self) -> list[str]:
-        """Adapters whose errors are larger than before, or may be, by how much, the largest increase first."""
+        """Names of adapters whose errors are larger than before, or may be, sorted by decreasing difference."""
         increases = {
             name: (change.error_after or 0.0) - (change.error_before or 0.0)
             for name, change in self.changes.items()
@@ -95,24 +104,25 @@ def refit(
 ) -> Refit:
     """Fit a new subspace to all adapters of a pack. The pack that is passed does not change.
 
-    Adapters that were trained in the old subspace and saved elsewhere do not belong to the new one.
+    Coefficients that were trained in the old subspace and saved elsewhere cannot be used with the new one.
 
     Args:
         pack: A pack, its folder, or its repository on the Hub.
         adapters: Originals, in any form that `fit` takes, matched by content. Adapters without an original are fitted
             from what the pack reconstructs.
-        n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: As in `fit`; by default as the pack was
-            fitted.
-        dtype, coefficient_dtype: As in `fit`; by default those of the pack, unless max_error, max_bytes or ratio is
-            passed. A pack with cores becomes one of coefficients.
-        warn_above, device, progress: As in `fit`.
-        options: Those of `read_adapter`, for the originals.
+        n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: Options of `fit`. Default: the options
+            with which the pack was fitted.
+        dtype, coefficient_dtype: Options of `fit`. Default: the storages of the pack, unless max_error, max_bytes or
+            ratio is passed. A pack with cores becomes a pack with coefficients.
+        warn_above, device, progress: Options of `fit`.
+        options: Options of `read_adapter`, for the originals.
 
     Returns:
         The new pack, in memory, and the changes by adapter.
 
     Raises:
-        OptionError: The pack has no adapter, or options contradict each other, as in `fit`.
+        OptionError: The pack has no adapter, or options contradict each other.
+        FormatError, ShapeError, NonFiniteError: An adapter cannot be fitted.
     """
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
     warn_above = check_warn_above(warn_above)
@@ -123,7 +133,10 @@ def refit(
     if adapters is not None:
         originals = match_adapters(pack, adapters, report, options, 3).adapters
     elif options:
-        raise OptionError(f"{', '.join(sorted(options))}: options of reading are for originals, and none are given.")
+        raise OptionError(
+            f"{', '.join(sorted(options))}: options of reading apply to originals, and no adapters were passed. "
+            "Pass adapters, or remove the options."
+        )
     to_fit = {name: originals.get(name) or pack.adapter(name, torch.float64) for name in pack.names}
     sizes = dict(zip(SIZE_OPTIONS, (n_components, energy, max_error, max_bytes, ratio), strict=True))
     fit_options = _fit_options(
@@ -158,14 +171,14 @@ def refit(
 def _storages(
     pack: Pack, sizes: Mapping[str, Any], originals: Mapping[str, Adapter], dtype: Dtype, coefficient_dtype: Dtype
 ) -> tuple[Dtype, Dtype]:
-    """Return the storages of components and coefficients: as passed, else as in the pack, else None for the default."""
+    """Return the storages of components and coefficients: the argument, else the pack's, else None for the default."""
     if any(sizes[name] is not None for name in BYTE_TARGETS):
         # such a fit chooses the storage itself
         return dtype, coefficient_dtype
     defaults: tuple[Dtype, Dtype] = pack.storage, storage_by_name(pack.coefficient_storage).basis_storage.name
     if pack.is_coded:
         by_default = all(value is None for value in sizes.values())
-        # what the pack reconstructs is in float64, which must not decide the dtype of the new pack
+        # reconstructed adapters are in float64, which must not become the dtype of the new pack
         name = None if by_default or set(originals) == set(pack.names) else dtypes.name(pack.dtype)
         defaults = name, name
     return (
@@ -181,7 +194,15 @@ def _fit_options(
     sweeps: int | None,
     storages: tuple[Dtype, Dtype],
 ) -> dict[str, Any]:
-    """Return the options of `fit`, with those of the old fit where none were passed. storages: both dtypes."""
+    """Return the options of `fit`, with those of the old fit as defaults.
+
+    Args:
+        pack: The old pack.
+        sizes: n_components, energy, max_error, max_bytes and ratio, by name; None where not passed.
+        weighting: The option of `refit`.
+        sweeps: The option of `refit`.
+        storages: Storage of the components and of the coefficients.
+    """
     old = pack.fit_info
     if all(value is None for value in sizes.values()):
         sizes = {name: getattr(old, name) for name in SIZE_OPTIONS}
@@ -201,8 +222,8 @@ def _fit_options(
 def _compare(
     pack: Pack, fitted: Pack, originals: Mapping[str, Adapter], progress: Progress
 ) -> tuple[dict[str, PackedAdapter], dict[str, Change]]:
-    """Return the adapters of the new pack, with errors against the originals, and what changed for each."""
-    # residuals, and errors from rounding to step sizes or from cores, may have any direction
+    """Return the adapters of the new pack, with errors against the originals, and the changes of each adapter."""
+    # residuals, quantisation errors and errors of diagonal cores need not be orthogonal to the components
     in_components = not (pack.is_coded or fitted.is_coded or pack.cores == "diagonal")
     members: dict[str, PackedAdapter] = {}
     changes: dict[str, Change] = {}
@@ -235,5 +256,5 @@ def _change(before: Record, after: Record, squares: UpdateSquares, from_original
 
 
 def changes_json(refitted: Refit) -> dict[str, Any]:
-    """Return the changes by adapter, for JSON."""
+    """Return the changes by adapter as JSON-compatible dictionaries."""
     return {name: {**asdict(change), "worse": change.worse} for name, change in refitted.changes.items()}

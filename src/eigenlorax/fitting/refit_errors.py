@@ -1,4 +1,4 @@
-"""Delta errors of adapters that were refitted without their originals: exact where that is possible, else bounds."""
+"""Delta errors of adapters that were refitted without their originals: exact where possible, else upper bounds."""
 
 import math
 from dataclasses import astuple, dataclass, replace
@@ -12,10 +12,14 @@ from ..pack.packed_adapter import PackedAdapter, Record
 
 @dataclass(frozen=True, slots=True)
 class UpdateSquares:
-    """Squared norms of one adapter's update, before and after a refit, and of the difference (moved).
+    """Squared Frobenius norms of one adapter's update before and after a refit.
 
-    before, after, moved: over the modules of its subspace. outside, moved_outside: over its other modules, which the
-    pack carried as they were.
+    Attributes:
+        before: ‖update before‖² over the modules of the subspace.
+        after: ‖update after‖² over the same modules.
+        moved: ‖update after − update before‖² over the same modules.
+        outside: ‖update‖² over the other modules, which the old pack stored unchanged.
+        moved_outside: ‖update after − update before‖² over these modules.
     """
 
     before: float
@@ -26,7 +30,13 @@ class UpdateSquares:
 
 
 def compare_updates(before: Adapter, after: Adapter, packed: PackedAdapter) -> UpdateSquares:
-    """Compare what the old pack (before) and the new one (after) reconstruct. packed: the adapter in the old pack."""
+    """Compare one adapter's reconstructions by the old and the new pack.
+
+    Args:
+        before: Reconstruction by the old pack.
+        after: Reconstruction by the new pack.
+        packed: The adapter in the old pack.
+    """
     inside, outside = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     for module, factors in before.modules.items():
         refitted = after.modules[module]
@@ -37,23 +47,27 @@ def compare_updates(before: Adapter, after: Adapter, packed: PackedAdapter) -> U
 
 
 def _difference_square(first: LoRAFactors, second: LoRAFactors) -> float:
-    """Return ‖D − D'‖² of factors of any ranks and scales, as exact as the larger of the two norms allows."""
+    """Return ‖D − D'‖² of two updates of any ranks and scales, exact to float64 rounding of the larger norm."""
     up = torch.cat([first.scaling * first.up.double(), -second.scaling * second.up.double()], dim=1)
     return max(float(linalg.product_square(up, torch.cat([first.down.double(), second.down.double()]))), 0.0)
 
 
 def follow_record(before: Record, after: Record, squares: UpdateSquares, *, alone: bool, projected: bool) -> Record:
-    """Return the record of an adapter that was refitted from what the old pack reconstructs.
+    """Return the record of an adapter that was refitted from the old pack's reconstruction.
 
-    Its error against the original follows from the old error and from what has changed since.
+    The new error against the original is computed or bounded from the old error and the change of the update.
 
-    alone: every adapter of the refit lay in the components that this one was projected on. Then the old error is
-        orthogonal to the change, and their squares add up; otherwise the result is an upper bound.
-    projected: the old error is orthogonal to the reconstruction, except for rounding.
+    Args:
+        before: Record in the old pack.
+        after: Record in the new pack, with the error against the old reconstruction.
+        squares: Squared norms of the update and of its change.
+        alone: True if all adapters of the refit are in the span of the components on which this adapter was projected.
+            Then the old error is orthogonal to the change, and the squares add up. Else the error is an upper bound.
+        projected: True if the old error is orthogonal to the old reconstruction, except for rounding.
     """
     old_error = before.delta_error
-    is_lost = old_error >= 1 and (alone or projected)
-    if squares.outside == 0 and (squares.before == 0 or is_lost):
+    is_orthogonal_to_components = old_error >= 1 and (alone or projected)
+    if squares.outside == 0 and (squares.before == 0 or is_orthogonal_to_components):
         error = old_error
     elif alone:
         error = _orthogonal_error(old_error, squares)
@@ -78,15 +92,15 @@ def _orthogonal_error(error: float, squares: UpdateSquares) -> float:
 
 
 def _worst_projected_error(error: float, squares: UpdateSquares) -> float:
-    """Return the largest error for an original D = D̂ + E, where E is orthogonal to D̂.
+    """Return the largest error for an original D = D̂ + E, where E is orthogonal to the old update D̂.
 
-    In the worst case E has the direction of that part of the change which is orthogonal to D̂.
+    In the worst case, E is parallel to the part of the change that is orthogonal to D̂.
     """
-    lost = squares.before * error**2 / (1 - error**2)
+    residual = squares.before * error**2 / (1 - error**2)
     along = (squares.before - squares.after + squares.moved) ** 2 / (4 * squares.before) if squares.before else 0.0
     across = max(squares.moved - along, 0.0)
-    worst = along + (math.sqrt(across) + math.sqrt(lost)) ** 2 + squares.moved_outside
-    return math.sqrt(worst / (squares.before + lost + squares.outside))
+    worst = along + (math.sqrt(across) + math.sqrt(residual)) ** 2 + squares.moved_outside
+    return math.sqrt(worst / (squares.before + residual + squares.outside))
 
 
 def worst_error(error: float, squares: UpdateSquares) -> float:
@@ -97,14 +111,14 @@ def worst_error(error: float, squares: UpdateSquares) -> float:
 
         ‖D − D̃‖² / ‖D‖² = (A + ⟨B, u⟩) / (C + ⟨G, u⟩),  A = ‖c − D̃‖² + ρ², B = 2ρ (c − D̃), C = ‖c‖² + ρ², G = 2ρ c.
 
-    Its maximum λ over u has A − λC + ‖B − λG‖ = 0, whose square is quadratic in λ. The triangle inequality alone would
-    take the smallest original for the farthest one, which it is not.
+    Its maximum λ over u satisfies A − λC + ‖B − λG‖ = 0, whose square is quadratic in λ. The triangle inequality would
+    give a looser bound: it combines the largest numerator with the smallest denominator.
     """
     # in units of the total, so that the fourth powers below neither overflow nor vanish
     total = squares.before + squares.outside
     before, after, moved, outside, moved_outside = (square / total for square in astuple(squares))
     if error >= 1:
-        # there is no sphere: the original may have any norm, so take the worst one
+        # the originals are not bounded by a sphere: maximise over their norm
         change, smallest = math.sqrt(moved + moved_outside), math.sqrt(before) / (1 + error)
         size = max(error * outside / change, smallest) if change else math.inf
         return (error + change / size) / math.sqrt(1 + outside / size**2)

@@ -1,4 +1,4 @@
-"""Advice for a pack with large errors: how many components would bring every adapter below an error."""
+"""Advice for a pack with large errors: the number of components that brings every adapter below an error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +7,22 @@ import numpy as np
 import torch
 
 from ..core.adapter import delta_square
-from .module_fitter import ComponentCounts, ModuleFitter, ReadModule, captured_norms
+from .module_fitter import ComponentCounts, LoadModule, ModuleFitter, captured_norms
 
 FEW = 500
-"""Adapters × modules up to which all modules are read for the advice."""
+"""Maximum number of adapters × modules for which all modules are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpectrum:
-    """Energy of one module's updates in its leading components, for each number of them, without sweeps or rounding.
+    """Energy of one module's updates in its leading components, without sweeps or rounding.
 
-    ranks: of both sides. component_bytes: of one more component per side. lora_bytes: of the module as LoRAs.
-    captured, totals: ‖P_U D P_V‖² by number of components, (k + 1, n), and ‖D‖², (n,), of each adapter, weighted.
+    Attributes:
+        ranks: Maximum number of components (down, up).
+        component_bytes: Bytes (down, up) of one more component, with its coefficients in all adapters.
+        lora_bytes: Bytes of the module as LoRAs.
+        captured: Weighted squared norm ‖P_U D P_V‖² of each adapter in the first 0, 1, …, k components, (k + 1, n).
+        totals: Weighted squared norm ‖D‖² of each adapter, (n,).
     """
 
     ranks: ComponentCounts
@@ -28,8 +32,8 @@ class ModuleSpectrum:
     totals: np.ndarray
 
 
-def _spectrum(read: ReadModule, fitter: ModuleFitter) -> ModuleSpectrum:
-    updates = read()
+def _spectrum(load_module: LoadModule, fitter: ModuleFitter) -> ModuleSpectrum:
+    updates = load_module()
     stack = fitter.stack(updates)
     whole = stack.full_spectrum()
     ranks = whole[0].k, whole[1].k
@@ -45,13 +49,19 @@ def _spectrum(read: ReadModule, fitter: ModuleFitter) -> ModuleSpectrum:
     return ModuleSpectrum(ranks, fitter.component_bytes(specs), fitter.lora_bytes(specs), captured, totals)
 
 
-def smallest(reads: Mapping[str, ReadModule], fitter: ModuleFitter, error: float) -> tuple[int, float]:
-    """Return the smallest number of components with which every delta error is about `error` at most.
+def smallest(loaders: Mapping[str, LoadModule], fitter: ModuleFitter, error: float) -> tuple[int, float]:
+    """Estimate the smallest number of components with which every delta error is at most `error`.
 
-    Also returns the bytes of components and coefficients that this takes, divided by those of the LoRAs. Both are
-    estimates, from bases without sweeps or rounding.
+    Args:
+        loaders: Functions that load a module's updates, by module.
+        fitter: Options of the fit.
+        error: Largest delta error of an adapter.
+
+    Returns:
+        The number of components, and the bytes of components and coefficients ÷ bytes of the LoRAs. Both are estimates
+        from bases without sweeps or rounding.
     """
-    modules = [_spectrum(read, fitter) for read in reads.values()]
+    modules = [_spectrum(load_module, fitter) for load_module in loaders.values()]
     counts = range(max(len(module.captured) for module in modules))
     captured = np.array([sum(m.captured[min(k, len(m.captured) - 1)] for m in modules) for k in counts])
     totals = np.sum([module.totals for module in modules], axis=0)
@@ -63,20 +73,20 @@ def smallest(reads: Mapping[str, ReadModule], fitter: ModuleFitter, error: float
     return k, stored / sum(module.lora_bytes for module in modules)
 
 
-def suggest(reads: Mapping[str, ReadModule], fitter: ModuleFitter, above: float) -> str:
-    """Return a sentence on what would keep every adapter's delta error below `above`."""
-    k, share = smallest(_sampled(reads, len(fitter.weights)), fitter, above)
-    enough = f"About -k {k} (n_components={k}) would bring every adapter below {above:g}"
+def suggest(loaders: Mapping[str, LoadModule], fitter: ModuleFitter, error: float) -> str:
+    """Return a sentence that advises how to bring every adapter's delta error below `error`."""
+    k, share = smallest(_sample(loaders, len(fitter.weights)), fitter, error)
+    by_components = f"About -k {k} (n_components={k}) would bring every adapter below {error:g}"
     if share >= 1:
-        return f"{enough}, in more bytes than the LoRAs themselves have: keep such adapters as ordinary LoRAs."
-    bounded = f"; or --max-error {above:g} (max_error={above:g}), in the fewest bytes" if above else ""
-    return f"{enough}{bounded}."
+        return f"{by_components}, in more bytes than the LoRAs take: keep such adapters as ordinary LoRAs."
+    by_error_bound = f"; or --max-error {error:g} (max_error={error:g}), in the fewest bytes" if error else ""
+    return f"{by_components}{by_error_bound}."
 
 
-def _sampled(reads: Mapping[str, ReadModule], n_adapters: int) -> Mapping[str, ReadModule]:
-    """Return all modules, or a quarter of them drawn from a fixed seed if reading all would take long."""
-    if n_adapters * len(reads) <= FEW:
-        return reads
-    order = torch.randperm(len(reads), generator=torch.Generator().manual_seed(0)).tolist()
-    names = list(reads)
-    return {names[index]: reads[names[index]] for index in sorted(order[: -(-len(reads) // 4)])}
+def _sample(loaders: Mapping[str, LoadModule], n_adapters: int) -> Mapping[str, LoadModule]:
+    """Return all modules, or a quarter of them, drawn from a fixed seed, if loading all would take long."""
+    if n_adapters * len(loaders) <= FEW:
+        return loaders
+    order = torch.randperm(len(loaders), generator=torch.Generator().manual_seed(0)).tolist()
+    names = list(loaders)
+    return {names[index]: loaders[names[index]] for index in sorted(order[: -(-len(loaders) // 4)])}

@@ -1,7 +1,7 @@
-"""Numbers of components per side and module for an error bound in packs of floats: docs/method.md.
+"""Choice of the numbers of components per side and module for an error bound, in packs of floats: docs/method.md.
 
-A candidate is a pair (k_down, k_up) of one module. It costs bytes, and loses a share of each adapter's squared norm.
-`choose` picks one candidate per module, as cheap as possible, with which every adapter stays within the bound. Losses
+A candidate is a pair (k_down, k_up) of one module. It has a price in bytes, and a squared error for each adapter.
+`choose` picks one candidate per module, as cheap as possible, with which every adapter stays within the bound. Errors
 are predicted from one decomposition per module; the candidates that are picked are fitted and measured.
 """
 
@@ -18,81 +18,99 @@ from ..core.exact_fit import ExactFit, SidePair
 from ..errors import NonFiniteError, OptionError
 from . import knapsack
 from .knapsack import Choices
-from .module_fitter import ComponentCounts, ModuleFitter, ModuleUpdate, ReadModule, Report, captured_norms
+from .module_fitter import ComponentCounts, LoadModule, ModuleFitter, ModuleUpdate, Report, captured_norms
 
 SPECTRA = "choosing sizes: spectra"
 TRIALS = "choosing sizes: trial fits"
 MAX_ROUNDS = 40
 MIN_ROUNDS = 4
 WORK_BUDGET = 60_000.0
-"""Work of all trial fits, in units of about a millisecond; exceeded only in the first `MIN_ROUNDS` rounds."""
+"""Maximum work of all trial fits, in units of about a millisecond. The first `MIN_ROUNDS` rounds may exceed it."""
 MIN_CAUTION, MAX_CAUTION = 0.9, 2.0
-"""Limits of the factor on predicted losses."""
+"""Limits of the factor on predicted errors."""
 NEGLIGIBLE_SAVING = 0.001
-"""Share of the bytes that is not worth another round."""
+"""Share of the bytes whose saving does not justify another round."""
 TABLE_BYTES = 2**26
-"""Memory for the predicted losses of all modules."""
+"""Maximum memory for the predicted errors of all modules."""
 DROPPED: ComponentCounts = (0, 0)
 """The candidate of a module that is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredFit:
-    """A candidate that was fitted: its bytes, and the share of each adapter's squared norm that is lost, (n,)."""
+    """Measurements of a candidate that was fitted.
+
+    Attributes:
+        price: Bytes of components and coefficients.
+        errors: Squared error of each adapter in this module, relative to the adapter's squared norm, (n,).
+    """
 
     price: int
-    losses: np.ndarray
+    errors: np.ndarray
 
 
 class ModuleCandidates:
-    """The candidates of one module, with their bytes and their predicted or measured losses."""
+    """The candidates of one module, with their bytes and their predicted or measured errors.
 
-    def __init__(self, name: str, read: ReadModule, fitter: ModuleFitter, max_steps: int) -> None:
-        self.name, self._read, self._fitter = name, read, fitter
+    Args:
+        name: Name of the module.
+        load_module: Function that loads its updates.
+        fitter: Options of the fit.
+        max_counts: Maximum number of values of k per side.
+    """
+
+    def __init__(self, name: str, load_module: LoadModule, fitter: ModuleFitter, max_counts: int) -> None:
+        self.name, self._load_module, self._fitter = name, load_module, fitter
         self._index = {adapter: index for index, adapter in enumerate(fitter.weights)}
-        updates = read()
+        updates = load_module()
         self._component_bytes = fitter.component_bytes([update.factors.spec for update in updates])
         stack = fitter.stack(updates)
         whole = stack.full_spectrum()
         self.full: ComponentCounts = (whole[0].k, whole[1].k)
         self.candidates = [
             DROPPED,
-            *((down, up) for down in _steps(self.full[0], max_steps) for up in _steps(self.full[1], max_steps)),
+            *((down, up) for down in _counts(self.full[0], max_counts) for up in _counts(self.full[1], max_counts)),
         ]
         self.position = {candidate: index for index, candidate in enumerate(self.candidates)}
         self.prices = np.array([self.price(candidate) for candidate in self.candidates], dtype=np.float64)
         self.predicted = self._predict(updates, stack, whole)
         rows = min(stack.down.rows.shape[0], max(stack.down.rows.shape[1], stack.up.rows.shape[1]))
-        # six eigenproblems, and some thirty small products per adapter
+        # milliseconds of six eigenproblems, and of some thirty small products per adapter
         self.work = 6 * (1 + 3e-7 * rows**3) + 1.5 * len(updates)
         self.measured = {DROPPED: MeasuredFit(0, self.predicted[0])}
 
     def price(self, candidate: ComponentCounts) -> int:
-        """Return the bytes of the components and of all adapters' coefficients."""
+        """Return the bytes of a candidate's components and of all adapters' coefficients."""
         return candidate[0] * self._component_bytes[0] + candidate[1] * self._component_bytes[1]
 
     def _predict(self, updates: Sequence[ModuleUpdate], stack: ExactFit, whole: SidePair) -> np.ndarray:
-        """Return what each candidate loses of each adapter, (c, n), if its bases are leading components of `whole`."""
-        losses = np.zeros((len(self.candidates), len(self._index)))
+        """Return the squared error of each adapter with the leading components of each candidate, (c, n).
+
+        Args:
+            updates: Updates of the module.
+            stack: The updates, stacked.
+            whole: All components (down, up).
+        """
+        errors = np.zeros((len(self.candidates), len(self._index)))
         down, up = np.array(self.candidates).T
         rows, columns = (np.searchsorted(np.unique(counts), counts) for counts in (down, up))
         for update, captured in captured_norms(updates, stack, whole):
             weight = self._fitter.weights[update.adapter] ** 2
             total = weight * delta_square(update.factors)
-            lost = total - weight * captured.table(np.unique(down), np.unique(up))
-            losses[:, self._index[update.adapter]] = np.maximum(lost[rows, columns], 0.0)
-        return losses
+            missing = total - weight * captured.table(np.unique(down), np.unique(up))
+            errors[:, self._index[update.adapter]] = np.maximum(missing[rows, columns], 0.0)
+        return errors
 
     def measure(self, candidate: ComponentCounts) -> None:
-        """Fit a candidate as `fit` will, and measure its losses after rounding. Nothing is done twice."""
+        """Fit a candidate as `fit` will, and measure its errors after rounding, unless this was done before."""
         if candidate in self.measured:
             return
-        updates = self._read()
+        updates = self._load_module()
         stack = self._fitter.stack(updates)
         exact = stack.fit(stack.full_spectrum(), candidate)
         stored = self._fitter.storage.round_bases(exact)
         before, dual = metrics.unrounded_bases(exact, stored), projection.dual_components(stored)
-        losses = np.zeros(len(self._index))
+        errors = np.zeros(len(self._index))
         for update in updates:
             if update.adapter not in self._index:
                 continue
@@ -101,58 +119,58 @@ class ModuleCandidates:
             except NonFiniteError as error:
                 if candidate == self.full:
                     raise NonFiniteError(f"Adapter {update.adapter!r}, module {self.name}: {error}") from error
-                # the small part of this adapter that these bases hold is outside the dtype's range
-                losses[:] = np.inf
+                # coefficients of this adapter are outside the dtype's range, so the candidate cannot be used
+                errors[:] = np.inf
                 break
-            lost = metrics.module_error(update.factors, coefficients, stored, before).squared_error
-            losses[self._index[update.adapter]] = lost * self._fitter.weights[update.adapter] ** 2
-        self.measured[candidate] = MeasuredFit(self.price((exact.down.k, exact.up.k)), losses)
+            squared_error = metrics.module_error(update.factors, coefficients, stored, before).squared_error
+            errors[self._index[update.adapter]] = squared_error * self._fitter.weights[update.adapter] ** 2
+        self.measured[candidate] = MeasuredFit(self.price((exact.down.k, exact.up.k)), errors)
 
     def choices(self, caution: float) -> Choices:
-        """Return all candidates with measured losses, and for the others with predictions.
+        """Return all candidates with their measured errors, or with predictions where they were not measured.
 
-        A prediction is corrected by how far it was off at the nearest candidate that was measured, and multiplied by
-        `caution`.
+        A prediction is corrected by the ratio of measured to predicted error at the nearest measured candidate, and
+        multiplied by `caution`.
         """
         tried = [candidate for candidate in self.measured if candidate not in (DROPPED, self.full)]
-        prices, losses = self.prices.copy(), self.predicted.copy()
+        prices, errors = self.prices.copy(), self.predicted.copy()
         if tried:
             predicted = self.predicted[[self.position[candidate] for candidate in tried]]
-            actual = np.array([self.measured[candidate].losses for candidate in tried])
+            actual = np.array([self.measured[candidate].errors for candidate in tried])
             ratios = np.where(predicted > 1e-12, actual / np.maximum(predicted, 1e-12), 1.0).clip(0.2, 5.0)
             all_logs, tried_logs = np.log(np.array(self.candidates[1:])), np.log(np.array(tried))
             distance = np.abs(all_logs[:, None] - tried_logs[None]).sum(axis=2)
-            losses[1:] *= ratios[distance.argmin(axis=1)]
-        losses[1:] *= caution
+            errors[1:] *= ratios[distance.argmin(axis=1)]
+        errors[1:] *= caution
         for candidate, fit in self.measured.items():
-            prices[self.position[candidate]], losses[self.position[candidate]] = fit.price, fit.losses
-        return Choices(prices, losses)
+            prices[self.position[candidate]], errors[self.position[candidate]] = fit.price, fit.errors
+        return Choices(prices, errors)
 
 
-def _steps(rank: int, max_steps: int) -> list[int]:
+def _counts(rank: int, max_counts: int) -> list[int]:
     """Return the numbers of components to consider: all up to the rank, or a geometric sequence if they are many."""
-    if rank <= max_steps:
+    if rank <= max_counts:
         return list(range(1, rank + 1))
-    return sorted({round(step) for step in np.geomspace(1, rank, max_steps)})
+    return sorted({round(count) for count in np.geomspace(1, rank, max_counts)})
 
 
 class _Search:
-    """The search for one candidate per module: predict, pick, measure what was picked, and correct the predictions."""
+    """Search for one candidate per module: predict errors, pick candidates, measure them, and correct predictions."""
 
     def __init__(self, modules: Sequence[ModuleCandidates], fitter: ModuleFitter, report: Report) -> None:
         assert fitter.options.max_error is not None
         self.max_error = fitter.options.max_error
         self.modules, self.fitter, self._report = modules, fitter, report
-        # slightly lower, because the record's sum over modules may round differently
+        # slightly lower than the square, because the recorded error sums over modules in another order
         self.bound = self.max_error**2 * (1 - 1e-12)
         self.best: list[ComponentCounts] | None = None
 
     def run(self) -> list[ComponentCounts]:
-        """Return the cheapest candidates that were measured to be within the bound."""
+        """Return the cheapest candidates whose measured errors are within the bound, one per module."""
         stored = (self.fitter.storage.dtype, self.fitter.coefficient_storage.dtype)
         rounding = sum(torch.finfo(dtype).eps for dtype in stored)
         if self.max_error < 16 * rounding:
-            # near the rounding error even all components may not be enough, which must be known before anything else
+            # with a bound near the rounding error, all components may be too few: raise before the search starts
             self.best = self._measure_full()
         caution, budget = 1.0, WORK_BUDGET
         for turn in range(MAX_ROUNDS):
@@ -169,11 +187,11 @@ class _Search:
             if turn + 1 >= MIN_ROUNDS and budget < 0:
                 break
             if not fresh:
-                # no saving in sight: lower the predictions step by step, in case they are too high
+                # no measured candidate saves more: lower the predictions step by step, in case they are too high
                 caution = 1.0 if caution > 1.0 else caution - 0.02
                 if caution < MIN_CAUTION:
                     break
-            elif caution == 1.0 and (self._losses(picked) > self.bound).any():
+            elif caution == 1.0 and (self._errors(picked) > self.bound).any():
                 caution = self._next_caution(picked, choices, picks, fresh)
             else:
                 caution = 1.0
@@ -190,61 +208,68 @@ class _Search:
     def _keep_if_better(self, picked: list[ComponentCounts]) -> None:
         if any(candidate not in module.measured for module, candidate in zip(self.modules, picked, strict=True)):
             return
-        is_within = bool((self._losses(picked) <= self.bound).all())
+        is_within = bool((self._errors(picked) <= self.bound).all())
         if is_within and (self.best is None or self._price(picked) < self._price(self.best)):
             self.best = picked
 
     def _next_caution(
         self, picked: Sequence[ComponentCounts], choices: Sequence[Choices], picks: Sequence[int], fresh: Sequence[int]
     ) -> float:
-        """Return by how much the losses that were just measured exceed their predictions, for the worst adapter.
+        """Return the ratio of measured to predicted errors of the candidates just measured, for the worst adapter.
 
-        Candidates are picked because they look cheap, so their losses are predicted too low more often than too high.
+        Candidates are picked because they look cheap, so their errors are predicted too low more often than too high.
         """
-        worst = int(self._losses(picked).argmax())
-        actual = sum(float(self.modules[i].measured[picked[i]].losses[worst]) for i in fresh)
+        worst = int(self._errors(picked).argmax())
+        actual = sum(float(self.modules[i].measured[picked[i]].errors[worst]) for i in fresh)
         predicted = sum(float(choices[i].losses[picks[i], worst]) for i in fresh)
         return min(max(actual / predicted, 1.0), MAX_CAUTION) if predicted > 0 else 1.0
 
     def _measure_full(self) -> list[ComponentCounts]:
-        """Measure all modules with all components; `OptionError` if even so an adapter exceeds the bound."""
+        """Measure all modules with all components. Raise `OptionError` if an adapter still exceeds the bound."""
         full = [module.full for module in self.modules]
         for module in self.modules:
             module.measure(module.full)
-        _check_reachable(self._losses(full), self.bound, self.fitter)
+        _check_reachable(self._errors(full), self.bound, self.fitter)
         return full
 
-    def _losses(self, picked: Sequence[ComponentCounts]) -> np.ndarray:
-        losses: np.ndarray = np.sum(
-            [m.measured[candidate].losses for m, candidate in zip(self.modules, picked, strict=True)], axis=0
+    def _errors(self, picked: Sequence[ComponentCounts]) -> np.ndarray:
+        """Return the measured squared error of each adapter over all modules, (n,)."""
+        errors: np.ndarray = np.sum(
+            [m.measured[candidate].errors for m, candidate in zip(self.modules, picked, strict=True)], axis=0
         )
-        return losses
+        return errors
 
     def _price(self, picked: Sequence[ComponentCounts]) -> int:
         return sum(m.measured[candidate].price for m, candidate in zip(self.modules, picked, strict=True))
 
 
-def choose(reads: Mapping[str, ReadModule], fitter: ModuleFitter, report: Report) -> dict[str, ComponentCounts]:
-    """Return the numbers of components of each module with which every adapter's error is at most `max_error`.
+def choose(loaders: Mapping[str, LoadModule], fitter: ModuleFitter, report: Report) -> dict[str, ComponentCounts]:
+    """Return numbers of components with which every adapter's error is at most `max_error`, by module.
 
-    reads: of every module that some adapter has trained. `OptionError` if rounding alone exceeds the bound.
+    Args:
+        loaders: Functions that load a module's updates, by module, for modules that some adapter has trained.
+        fitter: Options of the fit, with `max_error`.
+        report: Progress callback.
+
+    Raises:
+        OptionError: The rounding error alone exceeds the bound.
     """
-    # a quarter of a gigabyte of predictions at most, for any number of modules and adapters
-    steps = int(math.sqrt(TABLE_BYTES / (8 * len(fitter.weights) * len(reads))))
+    # keeps the tables of predictions within TABLE_BYTES, for any number of modules and adapters
+    counts_per_side = int(math.sqrt(TABLE_BYTES / (8 * len(fitter.weights) * len(loaders))))
     modules = []
-    for done, (name, read) in enumerate(reads.items()):
-        report(SPECTRA, done, len(reads))
-        modules.append(ModuleCandidates(name, read, fitter, max(24, min(steps, 160))))
-    report(SPECTRA, len(reads), len(reads))
+    for done, (name, load_module) in enumerate(loaders.items()):
+        report(SPECTRA, done, len(loaders))
+        modules.append(ModuleCandidates(name, load_module, fitter, max(24, min(counts_per_side, 160))))
+    report(SPECTRA, len(loaders), len(loaders))
     best = _Search(modules, fitter, report).run()
     return {module.name: candidate for module, candidate in zip(modules, best, strict=True)}
 
 
-def _check_reachable(losses: np.ndarray, bound: float, fitter: ModuleFitter) -> None:
-    """Raise `OptionError` if an adapter exceeds the bound although no component is left out."""
-    worst = int(losses.argmax())
-    if losses[worst] > bound:
-        error = math.sqrt(losses[worst])
+def _check_reachable(errors: np.ndarray, bound: float, fitter: ModuleFitter) -> None:
+    """Raise `OptionError` if an adapter's squared error with all components exceeds the bound. errors: (n,)."""
+    worst = int(errors.argmax())
+    if errors[worst] > bound:
+        error = math.sqrt(errors[worst])
         stored = (fitter.storage.dtype, fitter.coefficient_storage.dtype)
         wider = "float64" if torch.float32 in stored else "float32"
         raise OptionError(

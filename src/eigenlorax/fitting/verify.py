@@ -1,4 +1,4 @@
-"""The errors of a pack, measured again from its files and the originals, in float64 and without code of the fit."""
+"""Independent measurement of a pack's errors, from its files and the originals, in float64, without code of the fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from ..pack.pack import Pack
 from .match_sources import match_adapters
 
 RELATIVE_TOLERANCE = 1e-4
-"""Relative difference from a recorded error that rounding of sums explains."""
+"""Maximum relative difference from a recorded error that is attributed to rounding of sums."""
 ABSOLUTE_TOLERANCE = 2e-7
-"""Error that rounding to float32 alone explains."""
+"""Maximum absolute difference that is attributed to rounding to float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """One adapter.
+    """Verified error of one adapter.
 
-    delta_error: as measured now, against the original. recorded: as the pack has it. bound: the error bound that it was
-    encoded for; None if there was none.
+    Attributes:
+        delta_error: Error measured now, against the original.
+        recorded: Error that the pack records.
+        bound: Error bound for which the adapter was encoded; None if there was none.
     """
 
     delta_error: float
@@ -35,13 +37,18 @@ class Verified:
     @property
     def holds(self) -> bool:
         """True if the error exceeds neither the recorded error nor the error bound."""
-        most = min(self.recorded, self.bound if self.bound is not None else self.recorded)
-        return self.delta_error <= most * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE
+        limit = min(self.recorded, self.bound if self.bound is not None else self.recorded)
+        return self.delta_error <= limit * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Measured errors by name. unknown: adapters whose originals were not passed."""
+    """Result of `verify`.
+
+    Attributes:
+        adapters: Verified errors, by adapter.
+        unknown: Names of adapters whose originals were not passed.
+    """
 
     adapters: Mapping[str, Verified]
     unknown: list[str]
@@ -55,13 +62,16 @@ class Verification:
 def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, **options: Any) -> Verification:
     """Measure the errors of a pack's adapters again, from its bytes on disk and the originals.
 
-    Updates are computed from what the pack reconstructs, and subtracted; nothing of the fit is used.
+    The reconstructed update is subtracted from the original one. No code of the fit is used.
 
     Args:
         pack: A pack on disk or in memory.
         adapters: Originals, in any form that `fit` takes, matched by content.
-        progress: Called as (stage, done, total).
-        options: Those of `read_adapter`.
+        progress: Callback with the arguments (stage, done, total).
+        options: Options of `read_adapter`.
+
+    Returns:
+        The measured error of each adapter, beside the recorded error and the error bound.
 
     Raises:
         FormatError: None of the adapters is in the pack.
@@ -72,13 +82,14 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
     originals = match_adapters(pack, adapters, report, options, 3).adapters
     if not originals:
         raise FormatError(
-            "none of the adapters given is in the pack, by its content. Give the files that the pack was fitted from."
+            "none of the adapters that were passed is in the pack, compared by content. Pass the files that the pack "
+            "was fitted from."
         )
     verified = {}
     for done, (name, original) in enumerate(sorted(originals.items())):
         report("measuring adapters", done, len(originals))
         record = pack.records[name]
-        # a refit without the original bounds the error to what was refitted, not to the original
+        # after a refit without originals, the bound holds against the reconstruction that was refitted
         is_bound = (record.in_fit or pack.is_coded) and not record.bound
         error = _measure(original, pack.adapter(name, torch.float64), list(pack.packed(name).subspace_names))
         verified[name] = Verified(error, record.delta_error, pack.fit_info.max_error if is_bound else None)
@@ -88,11 +99,11 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
 
 def _measure(original: Adapter, reconstructed: Adapter, modules: list[str]) -> float:
     """Return √(Σ‖D − D̂‖² / Σ‖D‖²) over some modules."""
-    lost = total = 0.0
+    squared_error = total = 0.0
     for module in modules:
         total += _square(original.modules[module])
-        lost += _square_of_difference(original.modules[module], reconstructed.modules[module])
-    return (lost / total) ** 0.5 if total else 0.0
+        squared_error += _square_of_difference(original.modules[module], reconstructed.modules[module])
+    return (squared_error / total) ** 0.5 if total else 0.0
 
 
 def _square(factors: LoRAFactors) -> float:
