@@ -48,7 +48,7 @@ class EigenloraxError(Exception):
     exit_code = 3
 
     def __str__(self) -> str:
-        return shortened(super().__str__())
+        return shortened(Exception.__str__(self))
 
 
 class FormatError(EigenloraxError, ValueError):
@@ -69,6 +69,13 @@ class NonFiniteError(EigenloraxError, ValueError):
 
 class AdapterNameError(EigenloraxError, ValueError):
     """An adapter name that is invalid, unknown, or used twice."""
+
+
+class UnknownAdapterError(AdapterNameError, KeyError):
+    """An adapter name that a pack or another mapping does not have."""
+
+    # KeyError prints the repr of its message
+    __str__ = EigenloraxError.__str__
 
 
 class ModuleNameError(EigenloraxError, ValueError):

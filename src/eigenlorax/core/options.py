@@ -1,14 +1,18 @@
 """Options from callers and the command line, converted to plain numbers and lists, or rejected with `OptionError`."""
 
 import difflib
+import functools
+import inspect
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ..errors import OptionError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 MAX_BYTES = 2**63 - 1
 """Largest number of bytes that an option may ask for; more than any file system holds."""
 
@@ -92,6 +96,30 @@ def suggestion(value: Any, names: Iterable[str]) -> str:
     folded = {name.casefold(): name for name in names}
     closest = difflib.get_close_matches(str(value).casefold(), folded, n=1)
     return f" Did you mean {folded[closest[0]]!r}?" if closest else ""
+
+
+def suggest_keywords(**other_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make the `TypeError` for an unknown keyword of a function name the right one.
+
+    Args:
+        other_names: What other libraries call a keyword → its name here. Similar spellings are found without it.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **keywords: P.kwargs) -> R:
+            unknown = next((keyword for keyword in keywords if keyword not in known), None)
+            if unknown is not None:
+                meant = other_names.get(unknown)
+                hint = f" Did you mean {meant!r}?" if meant is not None else suggestion(unknown, known)
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown!r}.{hint}")
+            return function(*args, **keywords)
+
+        return call
+
+    return decorate
 
 
 def name_list(value: str | Iterable[str]) -> list[str]:

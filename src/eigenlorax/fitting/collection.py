@@ -188,7 +188,7 @@ def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str,
         name = sources.default_name(source)
         if not options.skip_bad:
             raise type(error)(f"{error} {_how_to_skip(name)}") from error
-        _skip(name, error, source.source, skipped, stacklevel=5)
+        _skip(name, error, source.source, skipped, stacklevel=6)
         return None
 
 
@@ -216,7 +216,7 @@ def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progr
         if isinstance(outcome, NonFiniteError):
             if not options.skip_bad:
                 raise NonFiniteError(f"{outcome} {_how_to_skip(adapter.name)}") from outcome
-            _skip(adapter.name, outcome, None, skipped, stacklevel=4)
+            _skip(adapter.name, outcome, None, skipped, stacklevel=5)
         else:
             names = collection.subspace_names
             own_names = {module: names[module] for module in adapter.specs if module in names}
@@ -274,7 +274,7 @@ def _weights(scanned: Sequence[ScannedAdapter]) -> dict[str, float]:
         warnings.warn(
             f"untrained (every update is zero), so kept in the pack but left out of the fit: {', '.join(untrained)}.",
             UntrainedAdapterWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if not weights:
         raise OptionError("No adapter has a trained update in the modules to fit, so there is no subspace to find.")

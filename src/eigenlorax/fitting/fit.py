@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from ..core import engine as engines
-from ..core.options import name_list
+from ..core.options import name_list, suggest_keywords
 from ..core.progress import Progress
 from ..core.subspace import Subspace
-from ..errors import WARN_ABOVE
+from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
 from ..pack import manifest
 from ..pack.encoding import pack_adapter
@@ -29,6 +29,22 @@ from .component_fit import FittedCollection, fit_components
 from .options import Execution, ReadOptions, Target
 
 
+@suggest_keywords(
+    k="n_components",
+    rank="n_components",
+    r="n_components",
+    components="n_components",
+    variance="energy",
+    error="max_error",
+    tol="max_error",
+    size="max_bytes",
+    compression="ratio",
+    storage="dtype",
+    num_workers="workers",
+    skip_errors="skip_bad",
+    exclude="exclude_adapters",
+    trust_pickle="allow_pickle",
+)
 def fit(
     adapters: Sources,
     *,
@@ -64,8 +80,9 @@ def fit(
     and serving; the others give the smallest pack, entropy-coded (docs/bytes.md).
 
     Args:
-        adapters: Folders, folders of adapters, LoRA files, URLs, Hub ids, `NAME=PATH` strings, `Adapter` objects, or a
-            mapping from names to any of these.
+        adapters: Folders, folders of adapters, LoRA files, URLs, Hub ids, `NAME=PATH` strings, `Adapter` objects,
+            `PeftModel`s, state dicts with their configs as pairs (state_dict, config), or a mapping from names to any
+            of these.
         n_components: Maximum number of components per side and module. Default: 32. "auto" chooses a number by leaving
             adapters out, and explains it in `Pack.notes`.
         energy: Fraction of the squared norm to keep per side, above 0, at most 1.
@@ -104,6 +121,8 @@ def fit(
         FormatError, ShapeError, NonFiniteError: An adapter cannot be read.
         BaseModelError, ModuleNameError: Adapters do not belong together.
     """
+    if isinstance(adapters, Pack):
+        raise OptionError("a pack is not a collection of originals: pass it to eigenlorax.refit, or export it first.")
     sizes = {
         "n_components": n_components,
         "energy": energy,

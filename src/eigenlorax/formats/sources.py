@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..core import keys
 from ..core.adapter import Adapter
 from ..errors import AdapterNameError, FormatError, OptionError, SkippedAdapterWarning
-from . import folders, hub_client, urls
+from . import folders, hub_client, in_memory, urls
 from .folders import Folder, LocalFolder
+from .in_memory import PeftModel, StateDict
 
-Source = str | Path | Adapter
+Readable = str | Path | Adapter
+Source = Readable | StateDict | PeftModel
 Sources = Source | Iterable[Source] | Mapping[str, Source]
 
 
@@ -31,7 +33,7 @@ class AdapterSource:
     """An adapter to read, or one in memory. `name` is None if the folder or repository gives the name."""
 
     name: str | None
-    source: Source
+    source: Readable
 
 
 def find_adapters(
@@ -40,7 +42,8 @@ def find_adapters(
     """Return the adapters that `sources` stand for, in their order. A parent folder gives its children by name.
 
     Args:
-        sources: one source, several, or a mapping of names to sources. A text may be NAME=PATH.
+        sources: one source, several, or a mapping of names to sources. A text may be NAME=PATH. A `PeftModel` gives
+            all of its adapters.
         revision, token: of the Hub, for `hf://` folders. Other options of `read_adapter` are ignored.
 
     Raises:
@@ -50,12 +53,29 @@ def find_adapters(
     if isinstance(sources, Mapping):
         pairs: list[tuple[str | None, Source]] = list(sources.items())
     else:
-        listed = [sources] if isinstance(sources, str | Path | Adapter) else list(sources)
+        is_one = isinstance(sources, str | Path | Adapter) or is_in_memory(sources)
+        listed: list[Any] = list(sources) if isinstance(sources, Iterable) and not is_one else [sources]
         pairs = [_split(source) for source in listed]
     adapters = [adapter for name, source in pairs for adapter in _expand(name, source, revision, token)]
     if not adapters:
         raise OptionError("no adapter was given: name one folder, a parent folder of some, or a Hub id, at least.")
     return adapters
+
+
+def is_in_memory(source: object) -> TypeGuard[StateDict | PeftModel]:
+    """Return whether the object is a state dict with its config, or a PEFT model."""
+    return in_memory.is_state_dict(source) or in_memory.is_peft_model(source)
+
+
+def single(name: str | None, source: Source) -> AdapterSource:
+    """Return the adapter of a source that is not a parent folder. name: in place of its own."""
+    if isinstance(source, str | Path | Adapter):
+        return AdapterSource(name, source)
+    adapters = find_adapters([source] if name is None else {name: source})
+    if len(adapters) > 1:
+        names = ", ".join(repr(adapter.name) for adapter in adapters)
+        raise OptionError(f"the model has {len(adapters)} adapters, {names}: pass the model to add_all.")
+    return adapters[0]
 
 
 def _split(source: Source) -> tuple[str | None, Source]:
@@ -75,6 +95,18 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     """Return the adapter of a source, or those in a parent folder."""
     if isinstance(source, Adapter):
         return [AdapterSource(name, source)]
+    if in_memory.is_state_dict(source):
+        if name is None:
+            raise OptionError("a state dict has no name: pass a mapping, {'name': (state_dict, config)}.")
+        state_dict, config = source
+        return [AdapterSource(name, in_memory.from_state_dict(state_dict, config, name))]
+    if in_memory.is_peft_model(source):
+        return _of_model(name, in_memory.from_peft_model(source))
+    if not isinstance(source, str | Path):
+        raise OptionError(
+            f"{type(source).__name__} is not an adapter: pass a folder, a file, a URL, a Hub id, an Adapter, a "
+            "PeftModel, or a state dict with its config, (state_dict, config)."
+        )
     if not str(source).strip():
         # as a path, an empty text means the current folder
         raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
@@ -104,6 +136,16 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     return [AdapterSource(None, child.source) for child in adapters] + [
         AdapterSource(None, folder.at(file)) for file in loras
     ]
+
+
+def _of_model(name: str | None, adapters: list[Adapter]) -> list[AdapterSource]:
+    """Return the adapters of a PEFT model. name: replaces the name that a model's only adapter has in it."""
+    if name is not None and len(adapters) > 1:
+        names = ", ".join(repr(adapter.name) for adapter in adapters)
+        raise OptionError(
+            f"{name!r} names one adapter, but the model has {len(adapters)}: {names}. Pass it without name."
+        )
+    return [AdapterSource(name or adapter.name, adapter) for adapter in adapters]
 
 
 def _no_adapter(folder: Folder, children: Sequence[Folder], files: Sequence[str]) -> FormatError:

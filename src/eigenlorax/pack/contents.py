@@ -1,7 +1,7 @@
 """What a pack holds: a subspace, adapters as coefficients in it, in memory or on disk, and figures of both."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from .packed_adapter import PackedAdapter, Record, unpack
 from .summary import Summary, summarize
 
 
-class PackContents:
+class PackContents(Mapping[str, Adapter]):
     """A subspace, and adapters as coefficients in it.
+
+    A read-only mapping from names to adapters, sorted by name: `pack["a"]` is `pack.adapter("a")`, read at each access.
 
     Tensors of a pack on disk are read when they are used, and their bytes are checked against the manifest.
 
@@ -61,6 +63,16 @@ class PackContents:
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self.adapter(name)
+
+    # two packs are the same if they are one object: comparing all tensors would read both from disk
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     @property
     def path(self) -> Path | None:

@@ -19,7 +19,7 @@ from ..core.options import name_list
 from ..core.progress import Progress
 from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
-from . import adapter_files, add, export, folder, hub, manifest, subspace_file, writer
+from . import adapter_files, add, export, folder, hub, manifest, peft_models, subspace_file, writer
 from .add import AddOptions
 from .contents import PackContents
 from .export import ExportPlan
@@ -183,7 +183,7 @@ class Pack(PackContents):
         options: those of `read_adapter`.
         """
         (record,) = self._add(
-            [sources.AdapterSource(name, source)],
+            [sources.single(name, source)],
             AddOptions(extend, carry_missing, same_base, options),
             check_warn_above(warn_above),
             lambda stage, done, total: None,
@@ -286,6 +286,54 @@ class Pack(PackContents):
             previous = writer.replaced_manifest(target, opened, overwrite)
             self._write(target, previous, in_place=opened is not None)
         return target
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub_options: Any,
+    ) -> Path:
+        """Write the pack to a folder, as in transformers: a pack that is there is replaced. Returns the folder.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Also upload the pack.
+            repo_id: Repository to upload to; by default the name of the folder.
+            hub_options: Other arguments of `push_to_hub`.
+
+        Raises:
+            PackExistsError: The folder holds something else than a pack.
+            PackBusyError: Another process changed this pack since it was opened.
+        """
+        if not push_to_hub and (repo_id is not None or hub_options):
+            unused = ["repo_id"] if repo_id is not None else sorted(hub_options)
+            raise OptionError(f"{unused[0]} has no effect without push_to_hub=True.")
+        path = self.save(save_directory, overwrite=True)
+        if push_to_hub:
+            self.push_to_hub(repo_id or path.absolute().name, **hub_options)
+        return path
+
+    def load_into(self, model: Any, names: str | Sequence[str] | None = None) -> None:
+        """Load adapters into a `PeftModel`, under the names that they have in the pack.
+
+        They become ordinary LoRAs, or coefficients over one basis if the model's adapters were made with an
+        `EigenLoraxConfig`. `model.set_adapter` activates one. For pipelines of diffusers: `eigenlorax.load_into`.
+
+        Args:
+            model: A `PeftModel` of the pack's base model.
+            names: Adapters to load; all by default.
+
+        Raises:
+            OptionError: The object is not a `PeftModel`, or has adapters of other types.
+            AdapterNameError: A name is unknown, or the model already has an adapter of that name.
+            ModuleNameError: The model lacks a module of an adapter.
+        """
+        wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
+        for name in wanted:
+            self._check_has(name)
+        peft_models.load_into(self, model, wanted)
 
     def _write(self, target: Path, previous: Manifest | None, in_place: bool) -> None:
         """Write the pack. previous: the manifest in `target`. in_place: whether it is an earlier state of this pack."""

@@ -1,0 +1,74 @@
+"""Adapters of a pack loaded into a `PeftModel` that a program has made. PEFT itself is not imported."""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import formats
+from ..core import keys
+from ..errors import AdapterNameError, ModuleNameError, OptionError
+from .contents import PackContents
+from .packed_adapter import unpack
+
+_LORA = "LORA"
+
+
+def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
+    """Load adapters as ordinary LoRAs, or as coefficients if the model's adapters are of our own type.
+
+    Args:
+        pack: The pack. Adapters are loaded as coefficients only if it is on disk.
+        model: A `PeftModel`.
+        names: Names of adapters of the pack, under which the model has them afterwards.
+
+    Raises:
+        OptionError: The object is not a `PeftModel`, or has adapters of other types.
+        AdapterNameError: The model already has an adapter of this name.
+        ModuleNameError: The model lacks a module of the adapter.
+    """
+    peft_type = _peft_type(model)
+    names = list(names)
+    taken = sorted(set(names) & set(model.peft_config))
+    if taken:
+        raise AdapterNameError(
+            f"the model already has an adapter named {taken[0]!r}. Remove it first: model.delete_adapter({taken[0]!r})."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            if peft_type == keys.PEFT_TYPE:
+                folder = pack.adapter_folder(name)
+            else:
+                adapter = unpack(pack.packed(name), pack.subspace, pack.lossless_dtype)
+                folder = formats.write_adapter(adapter, Path(temporary) / name, format=formats.PEFT)
+            loaded = model.load_adapter(str(folder), adapter_name=name)
+            _check_complete(model, name, loaded)
+
+
+def _peft_type(model: Any) -> str:
+    """Return the PEFT type of the model's adapters, `LORA` or our own."""
+    configs = getattr(model, "peft_config", None)
+    if not configs or not hasattr(model, "load_adapter"):
+        raise OptionError(
+            f"{type(model).__name__} is not a PeftModel. Export the adapter and pass its folder to "
+            "PeftModel.from_pretrained; for a pipeline of diffusers, call eigenlorax.load_into(pipe, pack)."
+        )
+    # peft_type is an enum of texts
+    types = {str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}
+    if types not in ({_LORA}, {keys.PEFT_TYPE}):
+        raise OptionError(
+            f"the model's adapters are of type {', '.join(sorted(types))}; adapters of a pack are loaded beside "
+            f"{_LORA} or {keys.PEFT_TYPE}."
+        )
+    return types.pop()
+
+
+def _check_complete(model: Any, name: str, loaded: Any) -> None:
+    """Remove the adapter again and raise `ModuleNameError` if PEFT ignored one of its tensors."""
+    ignored = sorted(getattr(loaded, "unexpected_keys", None) or ())
+    if ignored:
+        model.delete_adapter(name)
+        raise ModuleNameError(
+            f"the model has no place for {len(ignored)} tensors of adapter {name!r}, such as {ignored[0]!r}: the "
+            "adapter belongs to another base model."
+        )
