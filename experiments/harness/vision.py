@@ -1,5 +1,4 @@
-"""Image classification: LoRAs of a small ViT on disjoint subsets of classes, what their subspace is worth for other
-classes, and the methods beside it."""
+"""Image classification: LoRAs of a small ViT on disjoint subsets of classes, and methods on other classes."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,7 +13,7 @@ Json = dict[str, Any]
 
 
 def tasks(config: Json, role: str) -> dict[str, Task]:
-    """The tasks of a role by name: subsets of classes, of which no two have one in common."""
+    """Return the tasks of a role by name. They are disjoint subsets of classes."""
     by_name = {}
     for image_set, sizes in config["classes"].items():
         rows = config["rows"][image_set]
@@ -40,7 +39,7 @@ def method_job(
     pack: Json | None,
     saved: bool,
 ) -> Job:
-    """A training of a method on a task, its adapter under the run's name if it is saved."""
+    """Return the training of a method on a task. saved: save the adapter under the run's name."""
     job = {
         "name": name if saved else None,
         "method": method["label"],
@@ -57,7 +56,7 @@ def method_job(
 
 
 def sources(config: Json) -> Iterator[Job]:
-    """A LoRA of every source task, each from a seed of its own."""
+    """Yield a LoRA of every source task, each with its own seed."""
     spec = config["sources"]
     for n, (name, task) in enumerate(tasks(config, "source").items()):
         seed = spec["seed"] + n
@@ -66,7 +65,7 @@ def sources(config: Json) -> Iterator[Job]:
 
 
 def rates(config: Json) -> Iterator[Job]:
-    """Every method at three learning rates on the development tasks."""
+    """Yield every method at three learning rates on the development tasks."""
     for name in config["methods"]:
         yield from rates_of(config, name)
 
@@ -93,12 +92,12 @@ def target(
 
 
 def chosen_rate(config: Json, name: str) -> float:
-    """As in the experiment on text."""
+    """Return the learning rate of a method on targets, chosen as in the experiment on text."""
     return learning.steadiest(learning.means(rates_of(config, name)))
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Every method on every target and seed, at the rate that was chosen for it."""
+    """Yield every method on every target and seed, at its chosen rate."""
     chosen = {name: chosen_rate(config, name) for name in config["methods"]}
     for seed in config["targets"]["seeds"]:
         for name, rate in chosen.items():
@@ -107,7 +106,7 @@ def targets(config: Json) -> Iterator[Job]:
 
 
 def zero_shot(config: Json) -> Iterator[Job]:
-    """The targets' own LoRAs, projected on a basis of other classes, with their heads."""
+    """Yield the targets' own LoRAs, projected on a basis of other classes, with their heads."""
     for name, method in config["methods"].items():
         if method.get("saved", False):
             for seed in config["targets"]["seeds"]:
@@ -116,7 +115,7 @@ def zero_shot(config: Json) -> Iterator[Job]:
 
 
 def recycles(config: Json) -> Iterator[Job]:
-    """The sources, in bases that have seen them and in bases that have not."""
+    """Yield the sources in bases that have seen them, and in bases that have not."""
     for name, task in tasks(config, "source").items():
         yield kept(config, "recycled", name, task)
 
