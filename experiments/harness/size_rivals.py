@@ -1,9 +1,9 @@
-"""A collection of adapters in so many bytes: as a pack, and in each other way that is known. Nothing here knows a task.
+"""A collection of adapters stored in so many bytes: as a pack, and by other methods.
 
-Every way ends in the two factors of each module of each adapter. Those that keep an adapter alone, by SVD or by
-rounding, are tuned as the pack is: to the smallest error that every adapter can have in the bytes of all together.
-Those with a whole number of shared components get the fewest whose bytes are not below the pack's, so that none of
-them has fewer bytes than it.
+Every method returns the two factors of each module of each adapter. Methods that store each adapter by itself, by SVD
+or rounding, are tuned as the pack is: to the smallest error that every adapter can have in the bytes of all together.
+Methods with a whole number of shared components get the fewest whose bytes are not below the pack's, so that none has
+fewer bytes than the pack.
 """
 
 import math
@@ -37,7 +37,7 @@ HALVINGS = 40
 ROUNDS = {FULL: 20, DIAGONAL: 60}
 PACK, SHARED = "pack", "shared basis, float16"
 PACKAGES = ("lorashare", "vlora")
-"""Rivals that are installed (benchmarks/methods.py)."""
+"""Packages of benchmarks/methods.py that are compared."""
 
 Json = dict[str, Any]
 Factors = Mapping[str, ex.LoRAFactors]
@@ -45,7 +45,7 @@ Factors = Mapping[str, ex.LoRAFactors]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A collection as one way gives it back. bytes: of tensors, heads aside. settings: by what it came to this size."""
+    """A collection as one method stores it. bytes: of tensors without heads. settings: options that gave this size."""
 
     bytes: int
     settings: Json
@@ -53,7 +53,7 @@ class Kept:
 
 
 class Collection:
-    """Adapters by name, and their modules' stacks."""
+    """Adapters by name, and the batches of their modules."""
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.folders = dict(folders)
@@ -61,33 +61,35 @@ class Collection:
 
     @cached_property
     def modules(self) -> dict[str, ModuleBatch]:
-        specs = {module: spec for one in self.adapters.values() for module, spec in one.specs.items()}
+        specs = {module: spec for adapter in self.adapters.values() for module, spec in adapter.specs.items()}
         return {
             module: pad_factors(
-                [one.modules.get(module) for one in self.adapters.values()], spec.in_features, spec.out_features
+                [adapter.modules.get(module) for adapter in self.adapters.values()], spec.in_features, spec.out_features
             )
             for module, spec in specs.items()
         }
 
     def of_rows(self, rows: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Factors]:
-        """Factors of each adapter from `down` and `up`, as rows, of each module: those with the scaling in them."""
+        """Return the factors of each adapter from rows (down, up) of each module, which include the scaling."""
         return {
             name: {
                 module: ex.LoRAFactors(rows[module][index][0].float(), rows[module][index][1].mT.float(), 1.0)
-                for module in one.modules
+                for module in adapter.modules
             }
-            for index, (name, one) in enumerate(self.adapters.items())
+            for index, (name, adapter) in enumerate(self.adapters.items())
         }
 
 
-def kept(way: str, collection: Collection, ratio: float, pack_bytes: int) -> Kept | None:
-    """The collection in one of the `WAYS`, in about as many bytes as the pack of that ratio took; None where it does
-    not become so small."""
-    return WAYS[way](collection, ratio, pack_bytes)
+def kept(method: str, collection: Collection, ratio: float, pack_bytes: int) -> Kept | None:
+    """Store the collection by one of the `WAYS`, in about as many bytes as the pack of that ratio.
+
+    Returns None if the method does not reach the size.
+    """
+    return WAYS[method](collection, ratio, pack_bytes)
 
 
 def packed(collection: Collection, ratio: float, _: int = 0) -> Kept:
-    """`eigenlorax.fit(ratio=)`, by the files that it leaves."""
+    """Store the collection by `eigenlorax.fit(ratio=)`, and read its files."""
     return _opened(collection, {"ratio": ratio})
 
 
@@ -96,15 +98,14 @@ def _opened(collection: Collection, options: Json) -> Kept:
     with tempfile.TemporaryDirectory() as temporary:
         ex.fit(folders, warn_above=1.0, same_base=True, **options).save(Path(temporary) / "pack")
         pack = ex.Pack.from_pretrained(Path(temporary) / "pack")
-        found = pack.summary.bytes
-        # numbers are read as they are asked for, from files that go away
+        sizes = pack.summary.bytes
+        # factors are read when they are used, and the files are removed at the end of the block
         adapters = {name: dict(pack.adapter(name).modules.items()) for name in folders}
-    return Kept(found.basis + found.coefficients + found.carried, options, adapters)
+    return Kept(sizes.basis + sizes.coefficients + sizes.carried, options, adapters)
 
 
 def shared(collection: Collection, _: float, least: int) -> Kept:
-    """A delta fit with k components a side, bases and coefficients in float16."""
-
+    """Store the collection by a fit with k components per side, bases and coefficients in float16."""
     together = SharedFactors(collection.modules, [range(len(collection.adapters))])
     k = _fewest(
         lambda k: together.stored_bytes(SHARED_BASIS, k, (16, 16)), least, together.max_components(SHARED_BASIS)
@@ -117,8 +118,11 @@ def shared(collection: Collection, _: float, least: int) -> Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """One adapter in so many bits, with its first 0, 1, … directions, those that win most for a byte first: what is
-    lost, as a share of ‖D‖² that never grows, bytes, and the module that each direction is of."""
+    """One adapter with its first 0, 1, … components, in the order of their gain per byte.
+
+    bits: per number. lost: squared error after each number of components, as a fraction of ‖D‖², made non-increasing.
+    costs: bytes. modules: module of each component.
+    """
 
     bits: int
     lost: Tensor
@@ -127,22 +131,25 @@ class _Steps:
 
 
 def alone(bits: Sequence[int], *, cut: bool) -> Callable[[Collection, float, int], Kept | None]:
-    """Every adapter by itself, in one of some numbers of bits; cut: and of a rank for each module."""
+    """Return a method that stores each adapter by itself.
 
-    def found(collection: Collection, _: float, most: int) -> Kept | None:
+    bits: numbers of bits to choose from. cut: truncate the modules by SVD.
+    """
+
+    def store(collection: Collection, _: float, most: int) -> Kept | None:
         tables = per_adapter.tables(collection.modules, bits)
         n = len(collection.adapters)
         choices = [[_steps(tables, index, each) for each in bits] for index in range(n)]
         if not cut:
-            choices = [[_all_of(one) for one in own] for own in choices]
+            choices = [[_all_of(steps) for steps in own] for own in choices]
 
         def chosen(error: float) -> list[tuple[_Steps, int]] | None:
             own = [_cheapest(each, error**2) for each in choices]
-            there = [one for one in own if one is not None]
+            there = [steps for steps in own if steps is not None]
             fits = len(there) == n and sum(int(steps.costs[at]) for steps, at in there) <= most
             return there if fits else None
 
-        # what is cut to nothing has an error of 1, what is rounded coarsely a little more
+        # an adapter without components has an error of 1, a coarsely rounded one a little more
         low, high = 0.0, 2.0
         best = chosen(high)
         if best is None:
@@ -156,7 +163,7 @@ def alone(bits: Sequence[int], *, cut: bool) -> Callable[[Collection, float, int
                 high, best = middle, tried
         return _restored(collection, best)
 
-    return found
+    return store
 
 
 def _steps(tables: per_adapter.Tables, index: int, bits: int) -> _Steps:
@@ -165,37 +172,39 @@ def _steps(tables: per_adapter.Tables, index: int, bits: int) -> _Steps:
         own = (table[index, :-1] - table[index, 1:]).tolist()[: int(tables.ranks[module][index])]
         first = math.inf
         for at, gain in enumerate(own):
-            # no direction goes before a larger one of its module
+            # no component comes before a larger one of its module
             first = min(first, gain / cost)
             gains.append((-first, module, at, gain))
-    gains.sort(key=lambda one: one[:3])
+    gains.sort(key=lambda gain: gain[:3])
     total = float(tables.total[index]) or 1.0
     lost = total - torch.tensor([0.0, *(gain for *_, gain in gains)], dtype=torch.float64).cumsum(0)
     costs = torch.tensor([0, *(tables.costs[bits][module] for _, module, *_ in gains)]).cumsum(0)
     return _Steps(bits, (lost / total).cummin(0)[0], costs, [module for _, module, *_ in gains])
 
 
-def _all_of(one: _Steps) -> _Steps:
-    """The whole adapter or nothing of it, of which the latter is no choice."""
-    lost = torch.full_like(one.lost, math.inf)
-    lost[-1] = one.lost[-1]
-    return _Steps(one.bits, lost, one.costs, one.modules)
+def _all_of(steps: _Steps) -> _Steps:
+    """Return the steps with the whole adapter as the only choice."""
+    lost = torch.full_like(steps.lost, math.inf)
+    lost[-1] = steps.lost[-1]
+    return _Steps(steps.bits, lost, steps.costs, steps.modules)
 
 
 def _cheapest(choices: Sequence[_Steps], bound: float) -> tuple[_Steps, int] | None:
-    found = [(steps, int((steps.lost <= bound).int().argmax())) for steps in choices if (steps.lost <= bound).any()]
-    return min(found, key=lambda one: int(one[0].costs[one[1]]), default=None)
+    candidates = [
+        (steps, int((steps.lost <= bound).int().argmax())) for steps in choices if (steps.lost <= bound).any()
+    ]
+    return min(candidates, key=lambda candidate: int(candidate[0].costs[candidate[1]]), default=None)
 
 
 def _restored(collection: Collection, chosen: Sequence[tuple[_Steps, int]]) -> Kept:
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for place, (name, one) in enumerate(collection.modules.items()):
-        own = per_adapter.balanced(one)
+    for position, (name, batch) in enumerate(collection.modules.items()):
+        own = per_adapter.balanced(batch)
         for index, (steps, at) in enumerate(chosen):
-            # at least one direction, of zeros, for what reads a LoRA
-            rank = steps.modules[:at].count(place)
-            part = own.select([index])
-            pair = (losses.rounded_rows(side, steps.bits)[0] for side in (part.down, part.up))
+            # at least one component, of zeros, because a LoRA has a rank of 1 or more
+            rank = steps.modules[:at].count(position)
+            rows_of_adapter = own.select([index])
+            pair = (losses.rounded_rows(side, steps.bits)[0] for side in (rows_of_adapter.down, rows_of_adapter.up))
             down, up = (side[: max(rank, 1)] * (rank > 0) for side in pair)
             rows.setdefault(name, []).append((down, up))
     settings = {
@@ -209,9 +218,9 @@ def _restored(collection: Collection, chosen: Sequence[tuple[_Steps, int]]) -> K
 
 
 def jointly(kind: str) -> Callable[[Collection, float, int], Kept | None]:
-    """One pair of factors a module, and cores of one kind, in those bits with which the worst adapter loses least."""
+    """Return a method with one pair of factors per module and cores, with the bits that suit the worst adapter best."""
 
-    def found(collection: Collection, _: float, least: int) -> Kept | None:
+    def store(collection: Collection, _: float, least: int) -> Kept | None:
         together = SharedFactors(
             collection.modules, [range(len(collection.adapters))], rounds=(ROUNDS[FULL], ROUNDS[DIAGONAL])
         )
@@ -224,54 +233,54 @@ def jointly(kind: str) -> Callable[[Collection, float, int], Kept | None]:
             )
             tried.append((together.measure(kind, k)[bits].worst, k, bits))
         _, k, bits = min(tried)
-        rows = {name: _in_cores(kind, one, together.weights, k, bits) for name, one in collection.modules.items()}
+        rows = {name: _in_cores(kind, batch, together.weights, k, bits) for name, batch in collection.modules.items()}
         settings = {"k": k, "bits": list(bits)}
         return Kept(together.stored_bytes(kind, k, bits), settings, collection.of_rows(rows))
 
-    return found
+    return store
 
 
 def _in_cores(
-    kind: str, one: ModuleBatch, weights: Tensor, k: int, bits: tuple[int, int]
+    kind: str, batch: ModuleBatch, weights: Tensor, k: int, bits: tuple[int, int]
 ) -> list[tuple[Tensor, Tensor]]:
     if kind == DIAGONAL:
-        fitted = joint.diagonal(one, weights, k, rounds=ROUNDS[kind], tolerance=1e-4)
+        fitted = joint.diagonal(batch, weights, k, rounds=ROUNDS[kind], tolerance=1e-4)
         down, up = (losses.rounded_rows(rows[None], bits[0])[0] for rows in (fitted.down, fitted.up))
-        cores = losses.rounded_rows(joint.in_diagonal(one, (down, up)).cores[:, None], bits[1])[:, 0]
+        cores = losses.rounded_rows(joint.in_diagonal(batch, (down, up)).cores[:, None], bits[1])[:, 0]
         return [(core[:, None] * down, up) for core in cores]
-    pair = joint.bases(one, weights, k, rounds=ROUNDS[kind], tolerance=1e-3)
+    pair = joint.bases(batch, weights, k, rounds=ROUNDS[kind], tolerance=1e-3)
     down, up = (losses.rounded_rows(rows[None], bits[0])[0] for rows in pair)
-    cores = (one.up @ dual_rows(up).mT).mT @ (one.down @ dual_rows(down).mT)
+    cores = (batch.up @ dual_rows(up).mT).mT @ (batch.down @ dual_rows(down).mT)
     flat = losses.rounded_rows(cores.flatten(1)[:, None], bits[1])[:, 0]
     return [(core @ down, up) for core in flat.reshape(cores.shape)]
 
 
 def package(name: str) -> Callable[[Collection, float, int], Kept]:
-    """An installed package, its numbers counted in 16 bits, which costs no error here."""
+    """Return the method of an installed package. Its numbers count as 16 bits, which is in its favour."""
 
-    def found(collection: Collection, _: float, least: int) -> Kept:
+    def store(collection: Collection, _: float, least: int) -> Kept:
         import collection as folders_of
         import methods
 
         with tempfile.TemporaryDirectory() as temporary:
             links = Path(temporary) / "links"
             links.mkdir()
-            for one, folder in collection.folders.items():
-                (links / one).symlink_to(folder.resolve(), target_is_directory=True)
+            for adapter_name, folder in collection.folders.items():
+                (links / adapter_name).symlink_to(folder.resolve(), target_is_directory=True)
             sources = folders_of.copies_in_float32(links, Path(temporary) / "float32")
             heads = sorted({key for source in sources for key in folders_of.head_keys(source)})
-            made: dict[int, tuple[int, Any]] = {}
+            fits: dict[int, tuple[int, Any]] = {}
 
             def size(k: int) -> int:
-                if k not in made:
+                if k not in fits:
                     fitted = methods.METHODS[name]({source.name: source.path for source in sources}, k)
                     fitted.save(Path(temporary) / f"k{k}")
-                    made[k] = folders_of.saved_tensor_bytes(Path(temporary) / f"k{k}", heads) // 2, fitted
-                return made[k][0]
+                    fits[k] = folders_of.saved_tensor_bytes(Path(temporary) / f"k{k}", heads) // 2, fitted
+                return fits[k][0]
 
             most = len(sources) if name == "vlora" else 128
             k = _fewest(size, least, most)
-            stored, fitted = size(k), made[k][1]
+            stored, fitted = size(k), fits[k][1]
             adapters = {
                 source.name: {
                     module: ex.LoRAFactors(down.float().clone(), up.float().clone(), source.scaling)
@@ -281,11 +290,11 @@ def package(name: str) -> Callable[[Collection, float, int], Kept]:
             }
         return Kept(stored, {"k": k}, adapters)
 
-    return found
+    return store
 
 
 def _fewest(size: Callable[[int], int], least: int, most: int) -> int:
-    """The fewest components of at least so many bytes; all there are where they have fewer."""
+    """Return the fewest components that take at least so many bytes, or the most if all take fewer."""
     low, high = 0, 1
     while high < most and size(high) < least:
         low, high = high, min(2 * high, most)
