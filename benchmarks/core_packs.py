@@ -77,7 +77,7 @@ def paired(factors: Sequence[LoRAFactors], weights: Sequence[float], k: int, rid
     sizes = (each[:, None] * fitted.cores).square().sum(0)
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > NEGLIGIBLE * sizes.max()]
-    sides = ExactFit.of(factors, weights, FitOptions(n_components=k, sweeps=0))
+    sides = ExactFit.stack(factors, weights, FitOptions(n_components=k, sweeps=0))
     alone = sides.refine(sides.leading(component_rule(k, None)))
     return ModuleBases(
         down=with_rows(alone.down, fitted.down[order], sides.down.weighted(sides.down_roots)),

@@ -127,7 +127,7 @@ class TestWhereItGoes:
         (pack.parent / "out" / "beta" / "thesis.tex").write_text("mine")
         before = contents(pack.parent)
         done = cli("export", pack, "-o", pack.parent / "out", "--overwrite")
-        assert_refused(done, 4, pack.parent / "out" / "beta", "'thesis.tex'", "would be lost")
+        assert_refused(done, 4, pack.parent / "out" / "beta", "'thesis.tex'", "would be deleted")
         assert contents(pack.parent) == before
 
     def test_never_over_an_adapter_with_more_in_its_folder(self, cli, pack):
@@ -136,7 +136,7 @@ class TestWhereItGoes:
         (pack.parent / "out" / "beta" / "checkpoint-5").mkdir()
         before = contents(pack.parent)
         done = cli("export", pack, "-o", pack.parent / "out", "--overwrite")
-        assert_refused(done, 4, pack.parent / "out" / "beta", "'checkpoint-5'", "would be lost")
+        assert_refused(done, 4, pack.parent / "out" / "beta", "'checkpoint-5'", "would be deleted")
         assert contents(pack.parent) == before
 
     @pytest.mark.parametrize("below", ["", "adapters", "more"])

@@ -194,14 +194,14 @@ def test_a_module_comes_back_from_its_bytes_and_from_those_of_no_other_job(done,
 
 def test_single_lora_files_are_no_checkpoint(sources, tmp_path):
     (tmp_path / "style.safetensors").write_bytes(b"the only copy")
-    with pytest.raises(OptionError, match=r"is no checkpoint of a fit: it holds 'style.safetensors'"):
+    with pytest.raises(OptionError, match=r"is not a checkpoint of a fit: it contains 'style.safetensors'"):
         ex.fit(sources, n_components=5, checkpoint=tmp_path)
     assert contents(tmp_path) == {"style.safetensors": b"the only copy"}
 
 
 def test_a_folder_that_has_the_name_of_a_module_is_left_alone(sources, tmp_path):
     (tmp_path / "00000.safetensors").mkdir()
-    with pytest.raises(OptionError, match=r"is no checkpoint of a fit: it holds '00000.safetensors'"):
+    with pytest.raises(OptionError, match=r"is not a checkpoint of a fit: it contains '00000.safetensors'"):
         ex.fit(sources, n_components=5, checkpoint=tmp_path)
 
 
@@ -210,7 +210,9 @@ def test_a_link_to_a_folder_is_refused(sources, stopped, tmp_path):
     shutil.copytree(there, tmp_path / "there")
     (tmp_path / "kept").symlink_to("there")
     before = contents(tmp_path)
-    with pytest.raises(OptionError, match="kept is a link; a checkpoint has to be a folder. Pass the folder itself"):
+    with pytest.raises(
+        OptionError, match="kept is a link; a checkpoint must be a folder. Pass the path of the folder itself"
+    ):
         ex.fit(sources, n_components=5, checkpoint=tmp_path / "kept")
     assert contents(tmp_path) == before
 

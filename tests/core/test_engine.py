@@ -109,8 +109,8 @@ def test_a_call_that_kills_every_process_ends_with_an_error():
     ("name", "workers", "message"),
     [
         ("threads", None, "engine must be one of serial, processes, ray, got 'threads'"),
-        ("serial", 2, r"workers=2 goes with engine='processes' \(--engine processes\), not with 'serial'"),
-        ("ray", 2, "workers=2 goes with engine='processes'"),
+        ("serial", 2, r"workers=2 requires engine='processes' \(--engine processes\), got engine='serial'"),
+        ("ray", 2, "workers=2 requires engine='processes'"),
         ("processes", 0, "workers must be at least 1, got 0"),
     ],
 )

@@ -147,7 +147,7 @@ class TestAPack:
 
     def test_a_loss_of_digits_is_warned_of(self, fitted, tmp_path):
         with pytest.warns(
-            RoundingWarning, match="adapter 'b': rounding to float16 .* Take bfloat16 or float32."
+            RoundingWarning, match="adapter 'b': rounding to float16 .* Use bfloat16 or float32."
         ) as noted:
             fitted(1e-12).export(tmp_path / "out", dtype="float16")
         assert len(noted) == 1

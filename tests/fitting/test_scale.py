@@ -204,7 +204,7 @@ class TestInterrupted:
 
     def test_a_folder_with_anything_else_in_it_is_left_alone(self, folder, tmp_path):
         (tmp_path / "thesis.txt").write_text("years of work")
-        with pytest.raises(OptionError, match="no checkpoint of a fit: it holds 'thesis.txt'"):
+        with pytest.raises(OptionError, match="not a checkpoint of a fit: it contains 'thesis.txt'"):
             eigenlorax.fit(folder, n_components=K, checkpoint=tmp_path)
         with pytest.raises(OptionError, match="thesis"):
             checkpoint.discard(tmp_path)

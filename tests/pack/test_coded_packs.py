@@ -368,7 +368,7 @@ class TestOptionsThatMeanNothing:
             ({"max_bytes": 900, "solver": "exact"}, "solver='exact' has no effect with max_bytes=900"),
             ({"max_error": 0.3, "checkpoint": "kept"}, "checkpoint='kept' has no effect with max_error=0.3"),
             ({"max_error": 0.3, "sweeps": 0}, "sweeps=0 has .* Or pass a float dtype: then only"),
-            ({"ratio": 9.0, "workers": 2}, "workers=2 goes with engine='processes'"),
+            ({"ratio": 9.0, "workers": 2}, "workers=2 requires engine='processes'"),
         ],
     )
     def test_are_refused_by_name(self, tmp_path, monkeypatch, options, message):

@@ -371,7 +371,7 @@ class TestLineage:
         found = {one: registry.find(one) for one in opened.info.lineage}
         assert [found[one].fingerprint for one in opened.info.lineage] == [before.fingerprint, now]
         assert found[before.fingerprint].modules[QUERY].down.k == 4
-        assert registry.find_holder(before.fingerprint).info.fingerprint == now
+        assert registry.find_pack(before.fingerprint).info.fingerprint == now
 
     def test_sides_that_grew_apart_are_refused(self):
         plain = ex.fit(random_collection(2), n_components=3).subspace
@@ -390,7 +390,7 @@ class TestLineage:
             subspace.extend(plain, {name: (rows, none)}).fingerprint for rows in (down, down[:1], down.flip(0), -down)
         }
         assert len(prints) == 4
-        with pytest.raises(OptionError, match="no component was passed"):
+        with pytest.raises(OptionError, match="no component to append was passed"):
             subspace.extend(plain, {name: (down[:0], none)})
 
 

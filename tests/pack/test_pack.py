@@ -285,7 +285,7 @@ class TestAugment:
             torch.testing.assert_close(gram, torch.eye(13, dtype=torch.float64), atol=1e-6, rtol=0)
 
     def test_too_many_are_refused(self, saved):
-        with pytest.raises(ShapeError, match=r"encoder.0.query.down: 6 .* 24 extra ones exceed its 29 dimensions"):
+        with pytest.raises(ShapeError, match=r"query.down: 6 .* 24 extra components exceed its 29 dimensions"):
             ex.Pack.open(saved).augment(24, seed=1)
 
 

@@ -54,7 +54,7 @@ class LoRAFactors:
         kernel: Kernel size of a convolution, whose `in` is channels · height · width; empty for a linear module.
 
     Raises:
-        FormatError: A factor is no tensor, or of another dtype than `dtypes.STORED`.
+        FormatError: A factor is not a tensor, or its dtype is not in `dtypes.STORED`.
         ShapeError: The factors do not share a rank, or the kernel does not divide `in`.
     """
 
@@ -67,7 +67,7 @@ class LoRAFactors:
         for side, tensor in (("down", self.down), ("up", self.up)):
             if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes.STORED:
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise FormatError(f"{side} is {kind}; a float64, float32, float16 or bfloat16 tensor was expected.")
+                raise FormatError(f"{side} is {kind}; expected a float64, float32, float16 or bfloat16 tensor.")
         down, up = tuple(self.down.shape), tuple(self.up.shape)
         if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] < 1:
             raise ShapeError(
@@ -158,7 +158,7 @@ class Origin:
 
     Attributes:
         format: One of `formats.FORMATS`.
-        spelling: Which of the format's conventions for tensor names the file follows.
+        spelling: The format's conventions for tensor names that the file follows.
         metadata: Metadata of the file.
     """
 
@@ -177,9 +177,9 @@ class Adapter:
         modules: Factors by module name, with the same keys; usually read at each access (`LazyMapping`).
         base_model: Name or path of the base model.
         revision: Revision of the base model.
-        heads: Task heads, trained biases and resized embeddings, by PEFT's tensor names. Never changed.
+        heads: Task heads, trained biases and resized embeddings, by PEFT's tensor names. They are stored unchanged.
         carried: Tensors that a subspace cannot represent (DoRA magnitudes, embedding LoRA), by PEFT's tensor names.
-            Never changed.
+            They are stored unchanged.
         source_config: Text of `adapter_config.json`, verbatim.
         file_bytes: Size of the adapter's file.
         subspace: Fingerprint of the subspace that the adapter was trained in, if any.
@@ -222,7 +222,7 @@ def from_factors(name: str, modules: Mapping[str, LoRAFactors], **fields: Any) -
 
 
 def factor_grams(factors: LoRAFactors) -> tuple[Tensor, Tensor]:
-    """Return down @ downᵀ and upᵀ @ up, (r, r) float64: all that norms of the update depend on."""
+    """Return down @ downᵀ and upᵀ @ up, (r, r) float64. The norm of the update depends on nothing else."""
     down, up = factors.down.to(torch.float64), factors.up.to(torch.float64)
     return down @ down.mT, up.mT @ up
 

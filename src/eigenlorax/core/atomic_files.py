@@ -107,10 +107,10 @@ def _with_filename(path: Path) -> Iterator[None]:
 
 @contextmanager
 def stage_file(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
-    """Write `data` beside `path`, and yield a function that puts it in the place of `path` in one step.
+    """Write `data` beside `path`, and yield a function that replaces `path` by it in one step.
 
-    All bytes are on the disk when the block starts, so that it cannot fail for lack of room. After an error in the
-    block, the staged file is removed unless it was put in place.
+    All bytes are on the disk when the block starts, so that a full disk cannot make the replacement fail. After an
+    error in the block, the staged file is removed unless it has replaced `path`.
     """
     with staging.claim(path, staging.create_file) as staged:
 
@@ -135,7 +135,7 @@ def ensure_folder(folder: Path) -> Iterator[None]:
     # from the folder up to the first ancestor that exists
     missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
-    # a new folder is lost in a power cut unless the entry in its parent is on the disk
+    # a power cut removes a new folder unless its entry in the parent folder is on the disk
     for path in missing:
         sync_folder(path.parent)
     try:
@@ -151,11 +151,11 @@ def ensure_folder(folder: Path) -> Iterator[None]:
 def check_is_folder(path: Path) -> None:
     """Raise `PackExistsError` if `path`, or one of its parents, exists and is not a folder."""
     if path.is_symlink() and not path.exists():
-        raise PackExistsError(f"{path} is a link to nothing. Remove it, or choose another folder.")
+        raise PackExistsError(f"{path} is a link to nothing that exists. Remove it, or choose another folder.")
     for ancestor in (path, *path.parents):
         if ancestor.exists():
             if not ancestor.is_dir():
-                raise PackExistsError(f"{ancestor} exists and is not a folder. Choose another one.")
+                raise PackExistsError(f"{ancestor} exists and is not a folder. Choose another path.")
             return
 
 
@@ -175,7 +175,7 @@ def check_file_free(path: Path, overwrite: bool = False) -> None:
     check_is_folder(path.parent)
     if path.is_symlink() or path.exists():
         if path.is_symlink() or not path.is_file():
-            raise PackExistsError(f"{path} exists and is not a plain file. Choose another one, or remove it yourself.")
+            raise PackExistsError(f"{path} exists and is not a regular file. Choose another path, or remove it.")
         if not overwrite:
             raise PackExistsError(
                 f"{path} exists. Choose another folder, or replace it with overwrite=True (--overwrite)."
@@ -185,15 +185,15 @@ def check_file_free(path: Path, overwrite: bool = False) -> None:
 def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:
     """Raise `PackExistsError` unless a folder with `files` may be written to `path`.
 
-    Only a folder that holds nothing but files of these names is overwritten.
+    A folder is only overwritten if it contains no other files than these.
     """
     check_free(path, overwrite)
     unknown = sorted({entry.name for entry in path.iterdir()} - set(files)) if path.exists() else []
     if unknown:
         raise PackExistsError(
-            f"{path} is not replaced: it holds {unknown[0]!r}"
+            f"{path} is not replaced: it contains {unknown[0]!r}"
             + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-            + f" beside {', '.join(sorted(files))}, which would be lost. Choose another folder, or remove it yourself."
+            + f" beside {', '.join(sorted(files))}, which would be deleted. Choose another folder, or remove this one."
         )
 
 
@@ -206,8 +206,8 @@ def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
         overwrite: Whether a folder of the same files is replaced.
 
     Raises:
-        PackExistsError: Something is at `path`, and may not be replaced.
-        PackBusyError: Many other writers are at work.
+        PackExistsError: `path` exists and may not be replaced.
+        PackBusyError: Too many other processes are writing to `path`.
     """
     recover(path)
     check_replaceable(path, files, overwrite)
@@ -220,7 +220,7 @@ def write_folder(path: Path, files: Files, *, overwrite: bool = False) -> None:
 
 
 def _put_in_place(staged: Path, path: Path) -> None:
-    """Rename a staged folder to `path`, and remove the old folder, which comes back if that fails.
+    """Rename a staged folder to `path`, and remove the old folder. If that fails, the old folder is restored.
 
     The two are exchanged in one step where the system can do that. Elsewhere there are two renames, and `recover`
     restores the old folder if the process is killed between them.
@@ -238,7 +238,7 @@ def _put_in_place(staged: Path, path: Path) -> None:
         finally:
             if not path.exists():
                 os.replace(old, path)
-    # before the old files go: a power cut must not undo the rename and keep the deletions
+    # before the old files are removed: a power cut must not undo the rename and keep the deletions
     _sync(path.parent)
     staging.remove(old)
 
@@ -271,27 +271,30 @@ def copy_permissions(folder: Path, file: Path) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers left in a folder, whose lock the caller holds."""
+    """Remove the staging files of killed writers from a folder. The caller holds the lock of the folder."""
     for entry in folder.glob(f"{STAGING_PREFIX}*"):
         if not staging.is_in_use(entry):
             remove(entry)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, which a killed process leaves complete, or under a name that is swept later."""
+    """Delete a file or folder.
+
+    If the process is killed, a folder is either complete or renamed to a staging name, which the next writer removes.
+    """
     if path.is_dir() and not path.is_symlink():
-        doomed = (
+        renamed = (
             path if path.name.startswith(STAGING_PREFIX) else path.parent / f"{STAGING_PREFIX}{secrets.token_hex(8)}"
         )
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        os.replace(path, renamed)
+        shutil.rmtree(renamed)
     else:
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def lock(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock file `path` for the length of the block. A thread that holds it may lock it again.
+    """Hold the lock file `path` during the block. A thread that holds it may lock it again.
 
     Args:
         path: The lock file, which is created if need be.
@@ -299,7 +302,7 @@ def lock(path: Path, timeout: float) -> Iterator[None]:
 
     Raises:
         PackBusyError: Another process holds the lock for longer than `timeout`.
-        PackExistsError: Something that is no lock file is at `path`.
+        PackExistsError: `path` is not a lock file.
     """
     _check_lock(path)
     try:
@@ -308,19 +311,19 @@ def lock(path: Path, timeout: float) -> Iterator[None]:
     except filelock.Timeout as error:
         raise PackBusyError(
             f"another process is writing to {path.parent}: its lock was held for more than {timeout:g} s. "
-            "Nothing was changed; run the command again when the other one is done."
+            "Nothing was changed; run the command again when that process is done."
         ) from error
 
 
 def _check_lock(path: Path) -> None:
-    """Raise `PackExistsError` if `path` is no lock file: taking a lock opens the file, and may empty it."""
+    """Raise `PackExistsError` if `path` is not a lock file: taking a lock opens the file, and may empty it."""
     try:
         status = path.lstat()
     except FileNotFoundError:
         return
-    # a file with content under several names is a hard link to somebody's file
+    # a file with content and several hard links belongs to another program
     if not stat.S_ISREG(status.st_mode) or (status.st_nlink > 1 and status.st_size):
         raise PackExistsError(
-            f"{path} is a link, or a pipe, folder or device, where a lock has to be a file of its own. Remove it, and "
+            f"{path} cannot be used as a lock: the lock file must be a regular file with one hard link. Remove it, and "
             "run the command again."
         )

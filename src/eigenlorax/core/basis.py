@@ -23,7 +23,7 @@ class Growth:
     Attributes:
         n: Number of rows.
         seed: Seed that rebuilds the rows of an augmentation; None for an extension, whose rows are stored.
-        payload: Tensors that a file stores in place of the rows, as for `Basis`.
+        payload: Tensors that a file stores in place of the rows; see `Basis`.
     """
 
     n: int
@@ -40,9 +40,9 @@ class Basis:
     Attributes:
         components: All rows.
         singular_values: Singular values of the stack that was fitted, descending, float32. An exact fit lists all of
-            them, beyond k; an iterative fit those that it found.
-        energy: Fraction of the stack's squared norm that lies in the span of the fitted rows, 0 to 1.
-        growth: What was appended after the fit, in order.
+            them, beyond k; an iterative fit lists those that it found.
+        energy: Fraction of the stack's squared norm in the span of the fitted rows, 0 to 1.
+        growth: Rows that were appended after the fit, in order.
         shortfall: Fraction of the stack's squared norm that the first search of an iterative fit is estimated to have
             missed; 0 for an exact fit.
         tail: Squared norm of the stack beyond the listed singular values.
@@ -180,14 +180,17 @@ def fit(
     docs/method.md says why the rows are not centred. All arithmetic is float64.
 
     Args:
-        rows: The rows; not all of them zero.
+        rows: Rows to fit, not all of them zero.
         n_components: Maximum number of components.
-        energy: Fraction of squared norm to reach. Exactly one of the two is given.
-        dtype: Dtype of the stored components; that of the rows by default.
+        energy: Fraction of squared norm to reach, above 0 and at most 1. Exactly one of the two is given.
+        dtype: Dtype of the stored components. Default: the dtype of the rows.
+
+    Raises:
+        OptionError: All rows are zero, or not exactly one of `n_components` and `energy` is given.
     """
     if not bool(rows.any()):
         raise OptionError(
-            f"every row of the {tuple(rows.shape)} matrix is zero, so no component can be fitted. Leave it out."
+            f"every row of the {tuple(rows.shape)} matrix is zero, so no component can be fitted. Exclude it."
         )
     # one block, so that its weight is the only one
     identity = torch.eye(rows.shape[0], dtype=torch.float64)
@@ -213,13 +216,14 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
         label: Name of the matrix. It enters the random numbers, so that one seed gives each matrix its own rows.
 
     Raises:
+        OptionError: `n_extra` is below 1.
         ShapeError: There would be more rows than dimensions.
     """
     if n_extra < 1:
         raise OptionError(f"n_extra must be at least 1, got {n_extra}.")
     if basis.k + n_extra > basis.dimension:
         raise ShapeError(
-            f"{label}: {basis.k} components and {n_extra} extra ones exceed its {basis.dimension} dimensions; "
+            f"{label}: {basis.k} components and {n_extra} extra components exceed its {basis.dimension} dimensions; "
             f"n_extra can be at most {basis.dimension - basis.k}."
         )
     # Gaussian rows, so that every direction outside the present rows is equally likely
@@ -251,7 +255,7 @@ def seeded_normal_rows(n: int, dimension: int, seed: int, label: str) -> np.ndar
     """Return standard normal numbers, (n, dimension) float64, that depend on seed and label alone.
 
     NumPy guarantees Philox's raw stream across releases, but not its normal distribution; so the Box–Muller transform
-    is made here.
+    is computed here.
     """
     # 128 bits, the size of a Philox key; little-endian, so that all machines read the same two words
     key = np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest()[:16], dtype="<u8")
@@ -275,7 +279,7 @@ def augmentation_checksums(basis: Basis) -> Float[Tensor, " n_extra"]:
 
 
 def dual_components(basis: Basis) -> Float[Tensor, "k d"]:
-    """Return the rows that `project` multiplies with, float64.
+    """Return the rows that `project` multiplies by, float64.
 
     They are the components, corrected for the rounding to the stored dtype (`linalg.dual_rows`).
     """
@@ -290,7 +294,7 @@ def project(
     Args:
         rows: Rows of the basis's width.
         basis: The basis.
-        dual_rows: `dual_components(basis)`, to be passed where many calls share one basis.
+        dual_rows: `dual_components(basis)`. Pass it where many calls share one basis.
     """
     check_width(rows.shape[1], basis)
     return rows.to(torch.float64) @ (dual_components(basis) if dual_rows is None else dual_rows).mT
@@ -303,9 +307,9 @@ def check_width(width: int, basis: Basis) -> None:
 
 
 def reconstruct(coefficients: Float[Tensor, "n j"], basis: Basis) -> Float[Tensor, "n d"]:
-    """Return the rows that coefficients represent, float64.
+    """Return the rows that the coefficients represent, float64.
 
-    Fewer coefficients than components stem from an earlier state of the basis. They are multiplied with the components
+    Fewer coefficients than components stem from an earlier state of the basis. They are multiplied by the components
     of that state alone, so that the result is bit for bit what it was then.
     """
     width = coefficients.shape[1]

@@ -1,4 +1,4 @@
-"""The updates of several adapters in one module as two batches of rows, and the products that a fit needs of them.
+"""The updates of several adapters in one module as two batches of rows, and the products of these that a fit needs.
 
 Everything that a fit computes from a batch is a sum over adapters, so that the results of several batches may be added
 in any order.
@@ -28,7 +28,7 @@ class ModuleBatch:
     Attributes:
         down: Rows of the down factors.
         up: Columns of the up factors, as rows.
-        scaling: Scaling that the product of the rows is still to be multiplied with.
+        scaling: Factor by which the product of the rows is still to be multiplied.
         weights: Weight of each adapter in a fit; 0 for an adapter that takes no part.
         ranks: Rank of each adapter; 0 where it lacks the module.
         applied_scaling: Scaling of the adapter that `up` contains already: 1 for factors as they are stored, 0 where
@@ -89,7 +89,7 @@ class ModuleBatch:
         )
 
     def factors(self, index: int) -> LoRAFactors:
-        """Return the factors of one adapter, with the padding of a batch of several ranks."""
+        """Return the factors of one adapter, padded to the largest rank of the batch."""
         return LoRAFactors(self.down[index], self.up[index].mT, float(self.scaling[index]))
 
 
@@ -136,7 +136,7 @@ def pad_factors(factors: Sequence[LoRAFactors | None], n_in: int, n_out: int) ->
 def coefficients_as_batch(coefficients: Sequence[Coefficients | None], k_down: int, k_up: int) -> ModuleBatch:
     """Return coefficients as a float64 batch: the reconstructed updates in the coordinates of their bases.
 
-    Norms and inner products of the batch are those of the updates as long as the bases are orthonormal.
+    The batch has the norms and inner products of the updates as long as the bases are orthonormal.
 
     Args:
         coefficients: Coefficients of one module per adapter; None where an adapter lacks the module.
@@ -180,7 +180,7 @@ def svd_balanced(batch: ModuleBatch) -> ModuleBatch:
 
 
 def gram_matrices(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "n r r"]:
-    """Return the inner products of each adapter's rows with one another."""
+    """Return the matrix of inner products of each adapter's rows."""
     return rows @ rows.mT
 
 
@@ -205,8 +205,8 @@ def delta_squares(batch: ModuleBatch) -> Float[Tensor, " n"]:
 def captured_squares(down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"]) -> Float[Tensor, " n"]:
     """Return ‖up[i].mT @ down[i]‖²_F of each adapter.
 
-    Given coordinates in orthonormal bases, A·Vᵀ and (U·B)ᵀ, that is ‖P_U D P_V‖²: how much of the update the two
-    bases capture.
+    For coordinates in orthonormal bases, A·Vᵀ and (U·B)ᵀ, this is ‖P_U D P_V‖²: the squared norm that the two bases
+    capture of the update.
     """
     # ‖BA‖² = tr(BᵀB · AAᵀ), the sum of the products of the entries; rounding may leave it slightly negative
     return (gram_matrices(down) * gram_matrices(up)).sum((1, 2)).clamp_min(0)
@@ -215,7 +215,7 @@ def captured_squares(down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"]) -
 def difference_squares(batch: ModuleBatch, down: Tensor, up: Tensor) -> Float[Tensor, " n"]:
     """Return ‖D − D'‖²_F of each adapter, with D' = scaling · up.mT @ down.
 
-    The rows of D' correspond one to one to those of the batch, as after rounding (`linalg.difference_square`).
+    The rows of D' correspond one to one to the rows of the batch, as after rounding (`linalg.difference_square`).
     """
     return difference_square(batch.up.mT, batch.down, up.mT, down) * batch.scaling.square()
 

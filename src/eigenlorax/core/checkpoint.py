@@ -1,7 +1,7 @@
-"""Checkpoints: a folder with the finished parts of a fit, so that an interrupted fit can go on.
+"""Checkpoints: a folder with the finished parts of a fit, so that an interrupted fit can be continued.
 
-Parts are numbered files, each with a digest. A checkpoint belongs to one fit, which a key identifies; for any other
-fit it counts as empty.
+Parts are numbered files, each with a digest. A checkpoint belongs to one fit, which a key identifies; any other
+fit finds it empty.
 """
 
 import json
@@ -31,7 +31,7 @@ class Checkpoint:
     def find(self, number: int, at_most: int) -> bytes | None:
         """Return the content of a part, or None.
 
-        A file counts only if its digest is right. Files that were truncated or changed, that belong to another number
+        A file is used only if its digest matches. Files that were truncated or changed, that belong to another number
         or key, or that a release without digests wrote, are ignored.
 
         Args:
@@ -77,7 +77,7 @@ def open_checkpoint(folder: Path, key: dict[str, Any]) -> Iterator[Checkpoint]:
 
     Raises:
         PackBusyError: Another process uses the checkpoint.
-        OptionError: The folder is no checkpoint.
+        OptionError: The folder is not a checkpoint.
     """
     encoded_key = (json.dumps(key, sort_keys=True, indent=1) + "\n").encode()
     _check_is_checkpoint(folder)
@@ -112,7 +112,7 @@ def discard(folder: Path) -> None:
 
     Raises:
         PackBusyError: A fit is using the checkpoint.
-        OptionError: The folder is no checkpoint.
+        OptionError: The folder is not a checkpoint.
     """
     if not folder.exists():
         return
@@ -128,13 +128,13 @@ def discard(folder: Path) -> None:
 
 
 def discard_default(pack: Path) -> None:
-    """Delete the checkpoint of a pack that has been written, unless a fit is using it, or it is no checkpoint."""
+    """Delete the checkpoint of a pack that has been written, unless a fit is using it, or it is not a checkpoint."""
     with suppress(OptionError, PackError, OSError):
         discard(default_folder(pack))
 
 
 def discard_finished(pack: Path, manifest: Path) -> None:
-    """Delete the checkpoint of a pack that is newer than the last part: its fit was killed just before it did so."""
+    """Delete the checkpoint of a pack that was written after the last part, by a fit that was killed at its end."""
     folder = default_folder(pack)
     if manifest.is_file() and folder.is_dir():
         part_times = [path.stat().st_mtime_ns for path in _parts(folder)]
@@ -147,10 +147,10 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _check_is_checkpoint(folder: Path) -> None:
-    """Raise `OptionError` if the folder is a link, or holds anything else, which would be lost."""
+    """Raise `OptionError` if the folder is a link, or contains other files, which would be deleted."""
     atomic_files.check_is_folder(folder)
     if folder.is_symlink():
-        raise OptionError(f"{folder} is a link; a checkpoint has to be a folder. Pass the folder itself.")
+        raise OptionError(f"{folder} is a link; a checkpoint must be a folder. Pass the path of the folder itself.")
     if not folder.exists():
         return
     entries = [path for path in folder.iterdir() if not path.name.startswith(atomic_files.STAGING_PREFIX)]
@@ -161,5 +161,5 @@ def _check_is_checkpoint(folder: Path) -> None:
     ]
     if unknown:
         raise OptionError(
-            f"{folder} is no checkpoint of a fit: it holds {min(unknown)!r}. Choose an empty or new folder."
+            f"{folder} is not a checkpoint of a fit: it contains {min(unknown)!r}. Choose an empty or new folder."
         )

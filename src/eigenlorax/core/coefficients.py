@@ -23,8 +23,8 @@ class Coefficients:
         up: Coefficients of the up factor's columns.
         scaling: LoRA scaling, alpha / r or alpha / √r.
         kernel: Kernel size of a convolution; empty for a linear module.
-        down_residual: What V does not represent of the down factor; None where that is not stored.
-        up_residual: What U does not represent of the up factor; None where that is not stored.
+        down_residual: Part of the down factor that V does not represent; None where it is not stored.
+        up_residual: Part of the up factor that U does not represent; None where it is not stored.
     """
 
     down: Float[Tensor, "r k_down"]
@@ -36,6 +36,7 @@ class Coefficients:
 
     @property
     def rank(self) -> int:
+        """Rank r of the coefficients."""
         return self.down.shape[0]
 
     @property
@@ -88,12 +89,12 @@ def join_batches(batches: Sequence[CoefficientBatch]) -> CoefficientBatch:
 
 
 def pad_coefficients(coefficients: Coefficients, k_down: int, k_up: int) -> Coefficients:
-    """Return the coefficients with zeros for further components, up to `k_down` and `k_up` of them.
+    """Return the coefficients padded with zeros to `k_down` and `k_up` components.
 
     A subspace only grows by appending components, so zeros leave the update as it was.
 
     Raises:
-        ShapeError: The coefficients have more components than that.
+        ShapeError: The coefficients have more than `k_down` or `k_up` components.
     """
     more_down, more_up = k_down - coefficients.down.shape[1], k_up - coefficients.up.shape[0]
     if not (more_down or more_up):

@@ -1,6 +1,6 @@
-"""Convolutions as matrix products: which modules are supported, the widths of their bases, and products with images.
+"""Convolutions as matrix products: supported modules, widths of their bases, and products with images.
 
-A convolution with weight W (out, channels, *kernel) multiplies each patch of its input with the rows of W.flatten(1).
+A convolution with weight W (out, channels, *kernel) multiplies each patch of its input by the rows of W.flatten(1).
 So the rows of a down basis have width channels · kernel, and are convolved in place of W, with the stride, padding,
 padding mode and dilation of the module.
 """
@@ -15,11 +15,11 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def unsupported_reason(module: nn.Module) -> str | None:
-    """Return why a convolution cannot have a LoRA update; None for supported ones, and for any other module."""
+    """Return why a convolution cannot have a LoRA update; None for supported convolutions and for other modules."""
     if isinstance(module, _TRANSPOSED):
-        return f"a transposed convolution ({type(module).__name__}), whose rows are no patches of its input"
+        return f"a {type(module).__name__}; transposed convolutions are not supported"
     if isinstance(module, CONVOLUTIONS) and module.groups > 1:
-        return f"a convolution of {module.groups} groups, which has a row for a part of the channels only"
+        return f"a convolution with groups={module.groups}; grouped convolutions (groups > 1) are not supported"
     return None
 
 
@@ -28,7 +28,7 @@ def is_supported(module: nn.Module) -> bool:
     return isinstance(module, CONVOLUTIONS) and module.groups == 1
 
 
-def kernel_of(module: nn.Module) -> tuple[int, ...]:
+def kernel_size(module: nn.Module) -> tuple[int, ...]:
     """Return the kernel size of a convolution, one number per dimension; () for any other module."""
     return tuple(module.kernel_size) if isinstance(module, CONVOLUTIONS) else ()
 

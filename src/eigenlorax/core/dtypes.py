@@ -1,4 +1,4 @@
-"""Dtypes of components, coefficients and factors, by the names that users write."""
+"""Dtypes of components, coefficients and factors, and their names."""
 
 import torch
 
@@ -13,12 +13,13 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def by_name(name_: str) -> torch.dtype:
+def by_name(dtype_name: str) -> torch.dtype:
     """Return `torch.float16` for `float16`; raise `OptionError` for anything that is not in `STORED`."""
     dtypes = {name(dtype): dtype for dtype in STORED}
-    if name_ not in dtypes:
-        raise OptionError(f"dtype must be one of {', '.join(dtypes)}, got {name_}.{suggestion(name_, dtypes)}")
-    return dtypes[name_]
+    if dtype_name not in dtypes:
+        hint = suggestion(dtype_name, dtypes)
+        raise OptionError(f"dtype must be one of {', '.join(dtypes)}, got {dtype_name}.{hint}")
+    return dtypes[dtype_name]
 
 
 def parse(dtype: str | torch.dtype | None) -> torch.dtype | None:

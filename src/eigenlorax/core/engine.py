@@ -1,7 +1,7 @@
 """Engines that run independent calls: in this process, in worker processes of this machine, or on a Ray cluster.
 
-Calls are functions without arguments that depend on nothing but what they hold, so that any process may run them, and
-run them again if it was killed.
+Calls are functions without arguments that depend on nothing but the values they contain. So any process may run them,
+and run them again after another process was killed.
 """
 
 import os
@@ -58,7 +58,7 @@ class SharedValue(Generic[T]):
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs calls.
+    """Executor of independent calls.
 
     Attributes:
         workers: Number of calls that run at the same time.
@@ -67,11 +67,11 @@ class Engine(Protocol):
     workers: int
 
     def run(self, calls: Iterable[Call[T]]) -> Iterator[T]:
-        """Yield the results in the order of the calls, taking no more calls than keep the workers busy."""
+        """Yield the results in the order of the calls. No more calls are taken than keep the workers busy."""
         ...
 
     def share(self, value: T) -> SharedValue[T]:
-        """Return a handle of the value that calls may hold."""
+        """Return a handle of the value, which calls may contain."""
         ...
 
 
@@ -81,7 +81,7 @@ def run_serially(calls: Iterable[Call[T]]) -> Iterator[T]:
 
 
 class _SharingEngine:
-    """Keeps track of the values that an engine has shared, to free this process's copies at the end."""
+    """Base class of the engines. It tracks shared values, so that this process's copies are freed at the end."""
 
     def __init__(self) -> None:
         self._keys: list[str] = []
@@ -97,7 +97,7 @@ class _SharingEngine:
 
 
 class _SerialEngine(_SharingEngine):
-    """Runs calls one after the other in this process."""
+    """Engine that runs calls one after the other in this process."""
 
     workers = 1
 
@@ -113,7 +113,7 @@ _Submitted = tuple[bytes, "Future[bytes]", ProcessPoolExecutor]
 
 
 class _ProcessEngine(_SharingEngine):
-    """Runs calls in worker processes of this machine, each with one thread."""
+    """Engine that runs calls in worker processes of this machine, each with one thread."""
 
     def __init__(self, workers: int, folder: Path) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _ProcessEngine(_SharingEngine):
         return _run_in_order(calls, self._submit, self._wait_for, 2 * self.workers)
 
     def _submit(self, call: Call[T]) -> _Submitted:
-        # pickled here: multiprocessing would send each tensor as a file descriptor, of which there are only so many
+        # pickled here: multiprocessing would send each tensor as a file descriptor, and the OS limits their number
         return self._submit_pickled(pickle.dumps(call))
 
     def _submit_pickled(self, pickled: bytes) -> _Submitted:
@@ -162,7 +162,7 @@ class _ProcessEngine(_SharingEngine):
         return self._track(SharedValue(path.name, partial(_unpickle_file, path)))
 
     def close(self) -> None:
-        """End the workers without waiting for calls whose results nobody wants."""
+        """Cancel the calls that have not started, and end the workers."""
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -185,16 +185,16 @@ def _run_pickled(pickled: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _RaisedError:
-    """An error of a call, to be raised where its result is wanted, without the traceback of another process."""
+    """An error of a call, raised in the process that waits for the result, without the other process's traceback."""
 
     error: EigenloraxError | OSError
 
 
 def _unpickle_result(pickled: bytes) -> Any:
-    result = pickle.loads(pickled)  # noqa: S301 (written by a worker of this process)
-    if isinstance(result, _RaisedError):
-        raise result.error
-    return result
+    outcome = pickle.loads(pickled)  # noqa: S301 (written by a worker of this process)
+    if isinstance(outcome, _RaisedError):
+        raise outcome.error
+    return outcome
 
 
 def _unpickle_file(path: Path) -> Any:
@@ -202,12 +202,12 @@ def _unpickle_file(path: Path) -> Any:
 
 
 class _RayEngine(_SharingEngine):
-    """Runs calls as tasks of a Ray cluster. Ray runs a task again if its worker or node is lost."""
+    """Engine that runs calls as tasks of a Ray cluster. Ray runs a task again if its worker or node fails."""
 
     def __init__(self, ray: Any) -> None:
         super().__init__()
         self._ray = ray
-        # of the whole cluster; at least 1, also where a cluster reports no CPU
+        # CPUs of the whole cluster; at least 1, also where a cluster reports no CPU
         self.workers = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         self._task = ray.remote(num_cpus=1, max_retries=10)(_run_pickled)
 
@@ -248,25 +248,25 @@ def _run_in_order(
 
 
 def check_engine(name: str, workers: int | None) -> None:
-    """Raise `OptionError` unless there is an engine of this name, which takes this number of workers."""
+    """Raise `OptionError` if the engine is unknown, or does not accept this number of workers."""
     check_choice("engine", name, ENGINES)
     if workers is None:
         return
     if name != "processes":
-        raise OptionError(f"workers={workers} goes with engine='processes' (--engine processes), not with {name!r}.")
+        raise OptionError(f"workers={workers} requires engine='processes' (--engine processes), got engine={name!r}.")
     if to_int("workers", workers) < 1:
         raise OptionError(f"workers must be at least 1, got {workers}.")
 
 
 def open_engine(name: str, workers: int | None = None) -> AbstractContextManager[Engine]:
-    """Open an engine for the length of a block.
+    """Open an engine as a context manager.
 
     Args:
         name: One of `ENGINES`.
-        workers: Number of processes, for "processes"; by default the number of cores that this process may use.
+        workers: Number of processes, for "processes". Default: the number of cores that this process may use.
 
     Raises:
-        OptionError: There is no such engine, or it takes no such number of workers.
+        OptionError: The engine is unknown, or does not accept this number of workers.
         MissingExtraError: Ray is not installed.
         EngineError: No Ray cluster could be reached or started.
     """
@@ -277,7 +277,7 @@ def open_engine(name: str, workers: int | None = None) -> AbstractContextManager
 
 
 def _available_cores() -> int:
-    """Return the number of cores that this process may use, or the machine's where the system does not tell."""
+    """Return the number of cores that this process may use, or of the machine where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

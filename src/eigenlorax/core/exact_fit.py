@@ -31,7 +31,7 @@ def fit_module(
 
     Args:
         factors: Updates of the adapters that have trained the module. None of them is zero; ranks may differ.
-        weights: Positive weight of each adapter, 1 / ‖delta weight over all modules‖ where all should count alike.
+        weights: Positive weight of each adapter, 1 / ‖delta weight over all modules‖ for equal influence.
             The weighting "factors" ignores them.
         options: Weighting, sweeps, and the size where `k` is not given.
         k: Number of components (down, up); (0, 0) drops the module.
@@ -39,7 +39,7 @@ def fit_module(
     Returns:
         Bases before rounding to the dtype that is stored (`subspace.round_bases`).
     """
-    module_fit = ExactFit.of(factors, weights, options)
+    module_fit = ExactFit.stack(factors, weights, options)
     if k is not None:
         return module_fit.fit(module_fit.full_spectrum(), k)
     return module_fit.refine(module_fit.leading(component_rule(options.n_components, options.energy)))
@@ -50,7 +50,7 @@ class ExactFit:
     """The stacked, weighted rows of one module, from which fits of several sizes start.
 
     Row block i of the down side is w·s·(BᵀB)^½ A of adapter i: with that weight, the error of the rows is the error of
-    the update. The up side is alike, with the roles of A and B exchanged. Under the weighting "factors" the blocks are
+    the update. The up side is analogous, with A and B exchanged. Under the weighting "factors" the blocks are
     A and Bᵀ themselves.
 
     Attributes:
@@ -70,8 +70,8 @@ class ExactFit:
     sweeps: int
 
     @classmethod
-    def of(cls, factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> "ExactFit":
-        """Stack and weight the factors of one module; arguments as for `fit_module`."""
+    def stack(cls, factors: Sequence[LoRAFactors], weights: Sequence[float], options: FitOptions) -> "ExactFit":
+        """Stack and weight the factors of one module; see `fit_module` for the arguments."""
         down, up = RowBlocks.stack([f.down for f in factors]), RowBlocks.stack([f.up.mT for f in factors])
         scales = [abs(f.scaling) * weight for f, weight in zip(factors, weights, strict=True)]
         if options.weighting == "factors":
@@ -106,11 +106,11 @@ class ExactFit:
         return down, up
 
     def leading(self, rule: ComponentRule) -> SidePair:
-        """Return the leading singular vectors of each side alone, as many as `rule` says."""
+        """Return the leading singular vectors of each side alone; `rule` determines their number."""
         return self.down.leading(self.down_roots, rule), self.up.leading(self.up_roots, rule)
 
     def full_spectrum(self) -> SidePair:
-        """Return the singular vectors of each side alone up to its numerical rank, to be shared by several `fit`s."""
+        """Return the singular vectors of each side alone up to its numerical rank, for several calls of `fit`."""
         return self.leading(component_rule(None, 1.0))
 
     def fit(self, spectrum: SidePair, k: tuple[int, int]) -> ModuleBases:
@@ -125,7 +125,7 @@ class ExactFit:
         return self.refine((_truncate(spectrum[0], k[0]), _truncate(spectrum[1], k[1])))
 
     def refine(self, first: SidePair) -> ModuleBases:
-        """Return the bases after alternating sweeps that start from `first`, with as many components.
+        """Return the bases after alternating sweeps that start from `first`, with the same numbers of components.
 
         A sweep replaces each side by the best one for the other side's current basis, so that the kept squared norm
         Σ w²‖U D Vᵀ‖² never decreases (docs/method.md, "Both sides").
@@ -161,7 +161,8 @@ def _empty_basis(leading: LeadingVectors, blocks: RowBlocks) -> Basis:
 def _projected_roots(opposite: LeadingVectors, blocks: Sequence[slice], scales: Sequence[float]) -> list[Tensor]:
     """Return the weights of one side's row blocks, given the basis of the opposite side.
 
-    They are s·w·(Cᵀ C)^½ with C the opposite factor projected on its basis: ‖U D Vᵀ‖ depends on nothing else of it.
+    They are s·w·(Cᵀ C)^½ with C the opposite factor projected on its basis. ‖U D Vᵀ‖ depends on the opposite
+    factor through C alone.
     """
     projected = [opposite.projection[block] for block in blocks]
     return [scale * psd_root(rows @ rows.mT) for scale, rows in zip(scales, projected, strict=True)]
@@ -170,8 +171,8 @@ def _projected_roots(opposite: LeadingVectors, blocks: Sequence[slice], scales: 
 def _as_basis(first: LeadingVectors, last: LeadingVectors, roots: Sequence[Tensor], blocks: RowBlocks) -> Basis:
     """Return the vectors of the last sweep as a basis.
 
-    The spectrum and the energy are those of the *first* stack, weighted by `roots`: the stack of a sweep changes with
-    the other side, so its spectrum says little about the adapters.
+    The spectrum and the energy are taken from the *first* stack, weighted by `roots`. The stack of a sweep depends on
+    the other side's basis, so its spectrum says little about the adapters.
     """
     # ‖W·R·Vᵀ‖², from the projections R·Vᵀ that the sweep has computed anyway
     kept_square = sum(

@@ -12,10 +12,10 @@ _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
 
 def exchange(left: Path, right: Path) -> bool:
-    """Exchange two files or folders of one file system, and return whether that was done.
+    """Exchange two files or folders of one file system, and return whether the system could do that.
 
     Neither path is missing at any moment, even if the process is killed. Nothing is changed where the system or the
-    file system has no such call: Linux (local file systems, glibc 2.28 or newer) and macOS have one.
+    file system has no call for that: Linux (local file systems, glibc 2.28 or newer) and macOS have one.
     """
     call = _system_call()
     # the event that `os.rename` raises, which audit hooks may refuse

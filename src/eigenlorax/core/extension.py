@@ -1,4 +1,4 @@
-"""Components that a subspace lacks for new adapters: the leading ones of what lies outside its spans.
+"""Components to append to a subspace for new adapters: the leading components of their residuals.
 
 The present components stay as they are.
 """
@@ -14,13 +14,13 @@ from .linalg import LeadingVectors, RowBlocks
 from .subspace import ModuleBases
 
 SWEEPS = 4
-"""Number of alternating sweeps. No sweep lowers the squared norm that is kept of the updates."""
+"""Number of alternating sweeps. No sweep lowers the squared norm that the bases keep of the updates."""
 
 
 def missing_components(
     factors: Sequence[LoRAFactors], weights: Sequence[float], bases: ModuleBases, max_components: int
 ) -> tuple[Tensor, Tensor]:
-    """Find the components to append to a module's bases so that they keep most of Σ weight² · ‖update‖².
+    """Find the components to append to a module's bases so that they represent most of Σ weight² · ‖update‖².
 
     Alternating sweeps, in which each side's components are the best ones given those of the other side.
 
@@ -31,8 +31,8 @@ def missing_components(
         max_components: Maximum number of new components per side.
 
     Returns:
-        Rows (down, up), float64, orthonormal and orthogonal to the present ones. Fewer where less is missing, or
-        where the dimension has no more room.
+        Rows (down, up), float64, orthonormal and orthogonal to the present components. Fewer than
+        `max_components` where the residuals have a lower rank, or the basis would exceed its dimension.
     """
     # Factors and components are rounded to their dtypes, so what appears to be missing of a stack below one unit of the
     # coarsest dtype is rounding (0.3 units on average).
@@ -42,7 +42,7 @@ def missing_components(
     up = _Side([f.up.mT for f in factors], bases.up.components, scales, max_components, eps)
     best: tuple[float, LeadingVectors, LeadingVectors] | None = None
     # Sweeps converge to a maximum near their start, so there are two starts: weighted by the other side in full, as if
-    # its basis would be complete, and by what its basis represents now.
+    # its basis were complete, and by the part that its basis represents now.
     for is_whole in (True, False):
         new_down, new_up = down.leading(up.start_grams(is_whole)), up.leading(down.start_grams(is_whole))
         for _ in range(SWEEPS):
@@ -57,12 +57,12 @@ def missing_components(
 
 
 class _Side:
-    """The adapters' rows on one side, split into coordinates in the basis and what lies outside of it.
+    """The adapters' rows on one side, split into coordinates in the basis and residuals.
 
     Attributes:
         inside: Coordinates of each adapter's rows in the basis, (r, k).
         outside: Residuals of the rows, one block per adapter.
-        components: The basis's rows, made orthonormal again after rounding, (k, d).
+        components: Rows of the basis, made orthonormal again after rounding, (k, d).
         eps: Fraction of the stack's norm below which a residual is rounding.
         max_components: Maximum number of new components.
     """
@@ -77,7 +77,7 @@ class _Side:
         rows = [block.to(torch.float64) for block in blocks]
         self.inside = [block @ exact.mT for block in rows]
         residuals = [block - coordinates @ exact for block, coordinates in zip(rows, self.inside, strict=True)]
-        # Gram–Schmidt once more: a residual that is small beside its row has lost digits by cancellation
+        # Gram–Schmidt once more: cancellation leaves few correct digits in a residual that is small relative to its row
         self.outside = RowBlocks.stack([block - (block @ exact.mT) @ exact for block in residuals])
         self.components, self.scales = exact, scales
         # float64 arithmetic leaves residuals of its own
@@ -97,11 +97,11 @@ class _Side:
         return [inside @ inside.mT + outside[block] @ outside[block].mT for inside, block in pairs]
 
     def leading(self, opposite_grams: Sequence[Tensor]) -> LeadingVectors:
-        """Return the leading components of the residuals, weighted by what the opposite side keeps of each adapter."""
+        """Return the leading components of the residuals, weighted by the opposite side's Gram matrices."""
         roots = [scale * linalg.psd_root(gram) for scale, gram in zip(self.scales, opposite_grams, strict=True)]
         inside = sum(float((root @ rows).square().sum()) for root, rows in zip(roots, self.inside, strict=True))
         outside = float(self.outside.weighted(roots).square().sum())
-        # relative to the whole stack: what lies inside the basis was rounded too
+        # relative to the whole stack: the part inside the basis was rounded too
         floor = self.eps * (inside + outside) ** 0.5
 
         def rule(singular_values: Tensor, shape: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""The options that say how a subspace is fitted, checked when they are made."""
+"""Options of a fit, validated when they are created."""
 
 import math
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ class FitOptions:
         energy: Fraction of squared norm that each side keeps with as few components as possible, above 0, at most 1.
         max_error: Bound on every adapter's relative error, between 0 and 1, met with as few bytes as possible.
         max_bytes: Bound on the size of the pack, within which the largest relative error is minimised.
-        ratio: The same bound, relative to the adapters as 16-bit LoRA files; at least 1.
+        ratio: Bound on the size of the pack as a ratio: bytes of the adapters as 16-bit LoRA files, divided by the
+            bytes of the pack; at least 1.
         weighting: "delta" weights the rows of each factor by the other one, which minimises the error of the update;
             "factors" stacks the factors as they are (arXiv 2502.04700, §3).
         sweeps: Number of alternating sweeps of a "delta" fit. No sweep increases the objective.
 
     Raises:
-        OptionError: An option is out of its range, or not exactly one size is given.
+        OptionError: An option is out of its range, or not exactly one of `SIZE_OPTIONS` is given.
     """
 
     n_components: int | None = None
@@ -77,5 +78,5 @@ class FitOptions:
         for name, convert in converters.items():
             option = getattr(self, name)
             if option is not None:
-                # frozen: `object` sets the field, before anybody sees the instance
+                # frozen: `object` sets the field, before the instance is used
                 object.__setattr__(self, name, convert(name, option))

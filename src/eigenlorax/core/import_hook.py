@@ -18,7 +18,7 @@ def call_after_import(package: str, function: Callable[[], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the package once, as the other finders would, and wraps its loader."""
+    """Finder that finds the package once, by means of the other finders, and wraps its loader."""
 
     def __init__(self, package: str, function: Callable[[], None]) -> None:
         self.package = package
@@ -38,7 +38,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The package's own loader, and one call after it."""
+    """Loader that runs the package's own loader, then calls the function."""
 
     def __init__(self, loader: Any, function: Callable[[], None]) -> None:
         self._loader = loader
@@ -50,7 +50,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
-        # the module looks as if the hook had never been there, also when it is reloaded
+        # as without the hook, also when the module is reloaded
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         self._function()

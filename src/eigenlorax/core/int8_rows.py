@@ -1,6 +1,6 @@
 """A matrix of rows in 8 bits: integers, and a scale for each row.
 
-Rows become floats for the length of one product, so that no copy of them in floats stays in memory.
+Rows are converted to floats for each product, so that no copy of them in floats stays in memory.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from ..errors import OptionError
 
 LEVELS = 127
 """Largest absolute value of an integer."""
-# Entries of a row that are tried before all of them, to find out whether it is already on a grid
+# Number of entries of a row that are tested first, to find out whether the row is already on a grid
 _SAMPLE = 64
-# Distance from the nearest integer, below which float32 rounding explains it
+# Distance from the nearest integer that float32 rounding explains
 _ON_GRID = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Rows:
-    """The rows codes · scales.
+    """Rows quantised to 8 bits: codes · scales.
 
     Attributes:
         codes: Integers from -127 to 127, (k, d) int8.
@@ -56,7 +56,13 @@ class Int8Rows:
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes · scales in a float dtype, (k, d). codes: (k, d) int8. scales: (k, 1)."""
+    """Return codes · scales in a float dtype, (k, d).
+
+    Args:
+        codes: Integers, (k, d) int8.
+        scales: Scale of each row, (k, 1).
+        dtype: Dtype of the result.
+    """
     # in float32 first: in half precision, a product with the bare codes would overflow
     return (codes.float() * scales.float()).to(dtype)
 
@@ -79,7 +85,10 @@ def is_int8(name: str, dtype: str | torch.dtype | None) -> bool:
 
     Args:
         name: Name of the option, for the message.
-        dtype: "int8", `torch.int8`, or None for floats. Anything else raises `OptionError`.
+        dtype: "int8", `torch.int8`, or None for floats.
+
+    Raises:
+        OptionError: `dtype` is anything else.
     """
     if dtype not in (None, "int8", torch.int8):
         raise OptionError(f"{name} must be 'int8' or None, which keeps bases as floats; got {dtype!r}.")
@@ -89,8 +98,8 @@ def is_int8(name: str, dtype: str | torch.dtype | None) -> bool:
 def quantise_rows(rows: Tensor) -> Int8Rows:
     """Quantise each row to integers from -127 to 127, scaled by its largest entry.
 
-    Rows that lie on such a grid already, as bases of integer packs do, keep their integers: their scale is found even
-    if the largest integer in use is below 127.
+    Rows that are on such a grid already, such as bases of integer packs, keep their integers: their scale is found
+    even if the largest integer in use is below 127.
 
     Args:
         rows: Rows, (k, d).
@@ -105,8 +114,8 @@ def quantise_rows(rows: Tensor) -> Int8Rows:
 
 
 def _grid_scales(rows: Tensor, largest: Tensor) -> Tensor:
-    """Return for each row the scale of which all entries are integer multiples, at most 127 times; 0 where none is."""
-    # A row whose largest integer is below 64 lies on the grid of half the scale too, with integers twice as large; so
+    """Return the scale of each row whose entries are integer multiples of it, at most 127 times; otherwise 0."""
+    # A row whose largest integer is below 64 is also on the grid of half the scale, with integers twice as large; so
     # largest integers from 64 to 127 cover all cases.
     levels = torch.arange(LEVELS, LEVELS // 2, -1, device=rows.device)
     # a few entries rule most rows out before all entries are tried

@@ -1,7 +1,7 @@
 """The fit of a module whose stack of rows is too large for a full spectrum: repeated passes over batches of adapters.
 
 The components of a side are the leading eigenvectors of G = Σ rowsᵀ · inner · rows, a sum over adapters that is never
-formed: a pass multiplies it with a few columns, batch by batch, and adds up (docs/method.md, "Large stacks"). The first
+formed: a pass multiplies it by a few columns, batch by batch, and adds up (docs/method.md, "Large stacks"). The first
 fit is a Krylov search. In a sweep each side takes one step of subspace iteration from its current basis, which never
 lowers the kept energy, and continues with a search where that step has gained much.
 """
@@ -41,15 +41,15 @@ RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-14}
 _SAFE_SQUARES = (1e-20, 1e20)
 
 LoadBatch = Callable[[], ModuleBatch]
-"""Returns a batch that is held in memory, or reads it anew."""
+"""Function that returns a batch, from memory or read again."""
 RunCalls = Callable[[Iterable[Callable[[], Any]]], Iterable[Any]]
-"""Makes calls, in this process or in others, and returns their results in order (`engine`)."""
+"""Function that runs calls, in this process or in others, and returns their results in order (`engine`)."""
 
 
 def is_suitable(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
     """Return whether a module is better fitted here than by `exact_fit`.
 
-    That is so for a given number of components that is small beside a large stack.
+    That is so if the number of components is given, and small relative to a large stack.
 
     Args:
         rows: Number of rows on each side: the sum of the adapters' ranks.
@@ -68,7 +68,7 @@ def is_suitable(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One side of a module, held as batches, and the products with it. Each product is one pass over the batches."""
+    """One side of a module as batches of rows. Each product with the rows is one pass over the batches."""
 
     name: str
     loaders: Sequence[LoadBatch]
@@ -187,16 +187,16 @@ def fit(
 ) -> ModuleBases:
     """Fit the bases of one module; float64, on the CPU.
 
-    Except for rounding, the result depends neither on how the adapters are split into batches nor on who makes the
-    calls.
+    Except for rounding, the result depends neither on how the adapters are split into batches nor on the process that
+    runs a call.
 
     Args:
         loaders: One loader per batch of adapters.
         options: Options with `n_components`.
         label: Name of the module, from which its random columns are seeded.
         dtype: Dtype of the products in the last sweep: float32 where the factors are narrower, else float64. Earlier
-            products are float32 unless that cannot resolve as many components as are wanted.
-        run: Makes the calls of each pass.
+            products are float32 unless that cannot resolve `n_components` components.
+        run: Runs the calls of each pass.
     """
     assert options.n_components is not None
     k = options.n_components
@@ -205,7 +205,7 @@ def fit(
     )
     sides = {name: _Side(name, loaders, run) for name in ("down", "up")}
     total = {name: sum(batch.square[name] for batch in weights) for name in sides}
-    # relative to the total energy, float32 has room for the matrices whatever the norms of the factors are
+    # relative to the total energy, the matrices are in the range of float32 whatever the norms of the factors are
     inner = {name: [batch.inner[name] / total[name] for batch in weights] for name in sides}
     search_dtype = torch.float32 if all(batch.fits_float32 for batch in weights) else torch.float64
     # each side alone, as the first step of the exact fit
@@ -218,7 +218,7 @@ def fit(
             last = {name: components.to(dtype) for name, components in last.items()}
         for name, opposite in (("down", "up"), ("up", "down")):
             last[name] = _sweep(sides[name], _projected_inner(last[opposite], weights, total[name]), last[name])
-    # the search ran in float32; without sweeps, one step in float64 makes up for that
+    # without sweeps, one step in float64 corrects the rounding of the search in float32
     if sweeps == 0 and dtype == torch.float64:
         last = {name: _iterate(sides[name], inner[name], components.to(dtype)) for name, components in last.items()}
     down, up = (_as_basis(first[name], last[name], inner[name], total[name]) for name in ("down", "up"))
@@ -236,7 +236,7 @@ def _search(
     # `inner` is relative to the total energy, so that the trace of G is 1
     ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
     if block < k and _has_equal_values(ritz.values[:k], block):
-        # a search finds at most `block` of several equal eigenvalues, and here may be more of them
+        # a search finds at most `block` of several equal eigenvalues, and there may be more of them here
         return _search(side, inner, k, label, dtype, k)
     n_resolved = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
     if n_resolved < k and dtype != torch.float64:
@@ -274,7 +274,7 @@ def _sweep(side: _Side, inner: list[Tensor], current: _Components) -> _Component
     gain = float((_kept_energy(inner, stepped.projected) - _kept_energy(inner, current.projected)).trace())
     if gain < MIN_GAIN:
         return stepped
-    # one step is little on a nearly flat spectrum
+    # where the spectrum is nearly flat, one step improves the columns only a little
     start = stepped.columns
     ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, start.shape[1], tolerance=TOLERANCE)
     return replace(current, columns=ritz.vectors, projected=side.project(ritz.vectors))

@@ -1,4 +1,4 @@
-"""Parsed JSON as frozen dataclasses, with every field present, no other, and each of its annotated type."""
+"""Conversion of parsed JSON to frozen dataclasses, whose fields must all be present, of their annotated types."""
 
 import json
 from dataclasses import is_dataclass
@@ -11,7 +11,7 @@ LARGEST_EXACT_INTEGER = 2**53
 
 
 class JsonTypeError(ValueError):
-    """A value of a JSON document that has another type than its annotation. The caller knows which file it is."""
+    """A value in a JSON document that does not match its annotation. The caller adds the name of the file."""
 
 
 def from_json(kind: Any, value: Any, where: str) -> Any:
@@ -19,7 +19,7 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
 
     Args:
         kind: A dataclass, `list[...]`, `tuple[...]`, `dict[str, ...]`, `X | None`, or one of JSON's own types.
-        value: The parsed value; `...` stands for a missing one.
+        value: The parsed value; `...` if it is missing.
         where: Path to the value in the document, for the message.
 
     Raises:
@@ -69,7 +69,7 @@ _type_hints = cache(get_type_hints)
 
 
 def _describe(value: Any) -> str:
-    """Describe a value briefly: an object or array may be as large and as deep as its file."""
+    """Describe a value briefly, since an object or array may be as large and as deep as its file."""
     if value is ...:
         return "missing"
     if isinstance(value, dict | list):
@@ -80,6 +80,6 @@ def _describe(value: Any) -> str:
 def reject_constant(name: str) -> None:
     """Raise `ValueError` for NaN and Infinity, which Python reads and JSON does not have.
 
-    To be passed as `json.loads(parse_constant=reject_constant)`.
+    Pass it as `json.loads(parse_constant=reject_constant)`.
     """
     raise ValueError(f"{name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""Names of tensors, files, config fields and adapters: every name on disk is spelled here, and parsed here."""
+"""Names of tensors, files, config fields and adapters: all names on disk are defined and parsed here."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from enum import Enum
 from ..errors import AdapterNameError, FormatError, UnknownAdapterError
 from .options import suggestion
 
-# Newest pack format that is read and written (docs/pack-format.md)
+# Newest pack format that can be read and written (docs/pack-format.md)
 FORMAT_VERSION = 5
 PEFT_TYPE = "EIGENLORAX"
 # `peft_type` in the adapters of the authors' own code
@@ -64,7 +64,7 @@ LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 
-# Longest tensor name that is read. Real names have some two hundred characters.
+# Longest tensor name that is read. Real names have about two hundred characters.
 MAX_CHARACTERS = 1024
 
 # Names of adapters are names of folders, on every system
@@ -82,7 +82,7 @@ _HEAD = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<tail>.+)")
 _OFFICIAL = re.compile(
     r"(?P<module>.+)\.(?P<side>eigenlora_A|eigenlora_B)(\.[^.]+)?\.(?P<part>components|loadings)(\.[^.]+)?"
 )
-# Tensors of other adapter methods and file formats, which a PEFT LoRA config does not explain.
+# Tensors of other adapter methods and file formats, which do not belong to a PEFT LoRA.
 _FOREIGN = re.compile(
     r"(^|[._])(lora|eigenlora|ia3|vera|hada|lokr|oft|boft|hra|fourierft|vblora|loha)([._]|$)|\.alpha$|dora_scale"
 )
@@ -155,7 +155,8 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
     if _FOREIGN.search(key) and not any(f".{module}." in f".{key}" for module in modules_to_save):
         raise FormatError(
             f"tensor {raw!r} is not part of a PEFT LoRA: known are lora_A, lora_B, lora_embedding_A/B, "
-            "lora_magnitude_vector, trained biases and modules_to_save. It would be lost, so nothing was read."
+            "lora_magnitude_vector, trained biases and modules_to_save. Nothing was read, since the tensor would be "
+            "dropped. Save the adapter as a PEFT LoRA."
         )
     return TensorName(Kind.HEAD, key.rpartition(".")[0], f"{MODEL_PREFIX}{key}")
 
@@ -199,7 +200,7 @@ def residual_key(module: str, side: str) -> str:
 def module_of_key(key: str) -> str | None:
     """Return the module that a tensor of an adapter file belongs to, or None.
 
-    Known are coefficients, cores, residuals, embedded bases, and trained biases.
+    Coefficients, cores, residuals, embedded bases and trained biases are recognised.
     """
     module, _, parameter = key.removeprefix(MODEL_PREFIX).rpartition(".")
     if parameter in (*COEFFICIENTS.values(), CORE, *RESIDUALS.values(), *EMBEDDED.values()):
@@ -230,7 +231,7 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise AdapterNameError(
             f"adapter name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
-            "or digit and not ending with '.'. Choose one with NAME=PATH."
+            "or digit and not ending with '.'. Set another name with NAME=PATH."
         )
     return name
 
@@ -249,7 +250,7 @@ def name_from_file(file: str, folder: str) -> str:
     """Return an adapter name for a LoRA file.
 
     It is the file's name without suffix, or the folder's if the file has diffusers' standard name. Characters that
-    adapter names may not have are replaced or left out: style files have any names that their authors like.
+    adapter names may not have are replaced or removed, since image LoRA files may have any name.
     """
     stem = folder if file == LORA_FILE else file[: -len(LORA_SUFFIX)]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem

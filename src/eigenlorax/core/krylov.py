@@ -14,9 +14,9 @@ from torch import Tensor
 from .linalg import descending_eigh
 
 Multiply = Callable[[Tensor], Tensor]
-"""Returns the matrix times the given columns, (d, b) → (d, b)."""
+"""Function that returns the matrix times some columns, (d, b) → (d, b)."""
 
-# A block whose part outside the search space is below this fraction of the largest eigenvalue is rounding noise.
+# The part of a block outside the search space is rounding noise below this fraction of the largest eigenvalue.
 _NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-14}
 # Lower bound of the ratio by which gains are assumed to shrink from one step to the next: gains that happened to
 # collapse in one step do not mean that the search has converged.
@@ -45,22 +45,23 @@ def leading_eigenvectors(
 ) -> RitzPairs:
     """Search for the k leading eigenvectors of a positive semi-definite matrix.
 
-    The space grows by b columns per step until `shortfall` is at most `tolerance`, or until it has no room left.
+    The space grows by b columns per step until `shortfall` is at most `tolerance`, or until no further block fits.
 
     Args:
         multiply: The matrix, as a function.
-        start: Random columns, (d, b). Of equal eigenvalues, at most b are found, so b should be k where some may be.
+        start: Random columns, (d, b). At most b of several equal eigenvalues are found, so b should be k where
+            eigenvalues may be equal.
         k: Number of eigenvectors.
         tolerance: Bound on `shortfall`, in units of the eigenvalues.
-        trace: Trace of the matrix, if known. Where the space is invariant but more than `tolerance` of the trace lies
-            outside, new random columns restart the search in the complement.
+        trace: Trace of the matrix, if known. Where the space is invariant but more than `tolerance` of the trace is
+            outside of it, new random columns restart the search in the complement.
     """
     basis = orthonormal_columns(start)
     block = start.shape[1]
     projected = torch.zeros(0, 0, dtype=torch.float64, device=start.device)
     sums: list[float] = []
     while True:
-        # only the newest block is multiplied: the images of the others are known to lie in the basis
+        # only the newest block is multiplied: the images of the others are known to be in the span of the basis
         image = multiply(basis[:, -block:])
         projected = _append_border(projected, basis.mT @ image)
         # Rayleigh–Ritz: eigenpairs of the matrix, projected on the search space
@@ -72,7 +73,7 @@ def leading_eigenvectors(
         is_invariant = float(torch.linalg.matrix_norm(outside)) <= negligible
         missing_trace = max(trace - float(values.clamp_min(0).sum()), 0.0)
         if is_invariant and trace < float("inf") and missing_trace > tolerance:
-            # the remaining eigenvectors have no part in the columns so far: G will never lead there from here
+            # the columns so far have no part in the remaining eigenvectors, so multiplying by G cannot reach those
             is_invariant, sums = False, []
             outside = _orthogonal_part(_random_like(start, seed=len(values)), basis)
         # the trace bounds the estimate, because no eigenvalue is negative
@@ -82,16 +83,20 @@ def leading_eigenvectors(
         if is_invariant or has_converged or len(values) + block > len(start):
             vectors = orthonormal_columns(basis @ combination[:, :k].to(basis.dtype))
             return RitzPairs(values.clamp_min(0), vectors, shortfall)
-        # QR loses orthogonality to the basis where `outside` is small, so the new block is cleaned once more
+        # QR loses orthogonality to the basis where `outside` is small, so the new block is orthogonalised once more
         block_columns = orthonormal_columns(_orthogonal_part(orthonormal_columns(outside), basis, passes=1))
         basis = torch.cat([basis, block_columns], dim=1)
 
 
 def estimate_missing(sums: list[float]) -> float:
-    """Return how far a growing sequence is estimated to be from its limit.
+    """Estimate the remaining distance to the limit by geometric extrapolation.
 
-    The last two gains are continued as a geometric series, with a ratio of at least ½. Infinite for fewer than two
-    gains, and for gains that do not shrink.
+    Args:
+        sums: Partial sums, increasing.
+
+    Returns:
+        The sum of the geometric series that continues the last two gains, with a ratio of at least ½. Infinity for
+        fewer than two gains, and for gains that do not shrink.
     """
     if len(sums) < 3:
         return float("inf")

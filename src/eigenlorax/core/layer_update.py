@@ -7,9 +7,9 @@ coefficients C_A (r × k_down) and C_B (k_up × r). There are two orders of mult
 - *folded*: C_A·V and C_Bᵀ·U first, which leaves a LoRA of rank r.
 
 Folding costs r·k·d operations per side and adapter and saves (k − r)·d per token, so it pays for many tokens of one
-adapter. A *residual*, what the bases do not represent of an adapter's two factors, is as wide as a LoRA and multiplied
-like one; in a folded pair it costs nothing. In a convolution, tokens are the positions of an image, and the product
-with V is the convolution.
+adapter. A *residual*, the part of an adapter's two factors that the bases do not represent, is as wide as a LoRA and
+multiplied like one; in a folded pair it costs nothing. In a convolution, tokens are the positions of an image, and the
+product with V is the convolution.
 
 The tuner, the bank and the layers of image pipelines call these functions. They see tensors only: no adapter names,
 models or requests.
@@ -28,7 +28,7 @@ from .convolution import Convolution, convolve
 from .int8_rows import BasisRows, as_float
 
 # Fold where tokens · (k − r) > factor · r · k. By the number of operations the factor is 1. That holds with one adapter
-# for all rows, because its folded pair is reused: the tokens are all that it has seen so far. With one adapter per row
+# for all rows, because its folded pair is reused: the tokens are those of all calls so far. With one adapter per row
 # the tokens are those of one adapter in one call, and many small products are slower than one large product. Measured
 # on a CPU (widths 384 to 2048, k 32 to 128, r 8 and 16), both orders are equally fast at a factor between 1.5 and 5,
 # mostly between 2 and 3.
@@ -42,11 +42,11 @@ _MAX_PADDING = 1.5
 class LayerResidual:
     """The part of one adapter's two factors that the bases do not represent.
 
-    Args:
-        down: (r, in), or None if it is zero.
-        up: (out, r), or None if it is zero.
+    Attributes:
+        down: Residual of the down factor, (r, in); None if it is zero.
+        up: Residual of the up factor, (out, r); None if it is zero.
         rows: Indices of the batch rows that use this adapter; None for all rows.
-        scaling: Multiplied with the scaling of the coefficients that the residual belongs to.
+        scaling: Factor in addition to the scaling of the coefficients that the residual belongs to.
     """
 
     down: Tensor | None
@@ -71,9 +71,9 @@ _NO_RESIDUAL = LayerResidual(None, None)
 class LayerBases:
     """The bases of one layer, ready to be multiplied.
 
-    Args:
-        down: (k_down, in).
-        up: (k_up, out).
+    Attributes:
+        down: Down basis, (k_down, in).
+        up: Up basis, (k_up, out).
         convolution: The layer, if it is a convolution.
     """
 
@@ -87,7 +87,7 @@ class LayerBases:
 
 
 class FoldedProducts:
-    """The products of one adapter's coefficients with the bases, made once the adapter has seen enough tokens."""
+    """Products of one adapter's coefficients with the bases, computed once the adapter has processed enough tokens."""
 
     __slots__ = ("_factors", "_tokens")
 
@@ -121,9 +121,9 @@ def _fold(coefficients: "LayerCoefficients", bases: LayerBases) -> tuple[Tensor,
 class LayerCoefficients:
     """Coefficients of one layer, ready to be multiplied: of one adapter, or of one adapter per group of rows.
 
-    Args:
-        down: (r, k_down), or (groups, r, k_down).
-        up: (k_up, r), or (groups, k_up, r). None if `down` is a core, (groups, k_up, k_down).
+    Attributes:
+        down: Down coefficients, (r, k_down), or (groups, r, k_down).
+        up: Up coefficients, (k_up, r), or (groups, k_up, r). None if `down` is a core, (groups, k_up, k_down).
         scaling: Factor of the whole update.
         residuals: At most one for one adapter; with groups, one per adapter that has a residual.
         folded: Cache of the folded factors of one adapter.
@@ -144,7 +144,7 @@ class LayerCoefficients:
 
 @contextmanager
 def without_autograd(device: torch.device) -> Iterator[None]:
-    """Compute tensors that are kept and later used under any mode of autograd, inference or autocast."""
+    """Disable autograd, inference mode and autocast, for tensors that are computed once and used in any mode later."""
     # a tensor made in inference mode could not be saved for a backward pass, one made under autocast would be rounded
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
@@ -154,11 +154,11 @@ def without_autograd(device: torch.device) -> Iterator[None]:
 class RowGroups:
     """Groups of batch rows that use the same adapter.
 
-    Args:
+    Attributes:
         groups: Number of groups.
         rows: Number of batch rows.
-        index: (groups · width) row indices, group by group; shorter groups repeat a row. None if each row is a group.
-        inverse: (rows), the position of each row in `index`; None if each row is a group.
+        index: Row indices, group by group, (groups · width); shorter groups repeat a row. None if each row is a group.
+        inverse: Position of each row in `index`, (rows,); None if each row is a group.
     """
 
     groups: int
@@ -173,14 +173,14 @@ class RowGroups:
         return replace(self, index=self.index.to(device), inverse=self.inverse.to(device))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(rows, t, d) → (groups, width · t, d)."""
+        """Return the rows by group, (rows, t, d) → (groups, width · t, d)."""
         if self.index is None:
             return rows
         width = len(self.index) // self.groups
         return rows[self.index].reshape(self.groups, width * rows.shape[1], rows.shape[2])
 
     def scatter(self, grouped: Tensor) -> Tensor:
-        """(groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
+        """Return the rows in the order of the batch, (groups, width · t, d) → (rows, t, d): the inverse of `gather`."""
         if self.index is None or self.inverse is None:
             return grouped
         width = len(self.index) // self.groups
@@ -192,29 +192,37 @@ def group_rows(owners: Sequence[int]) -> tuple[list[int], RowGroups]:
     """Group the rows of a batch by adapter where the padding is small, otherwise make each row a group.
 
     Args:
-        owners: Number of the adapter of each row.
+        owners: Index of each row's adapter.
 
-    Returns the adapter of each group, and the groups.
+    Returns:
+        Index of each group's adapter, and the groups.
     """
-    rows_of: dict[int, list[int]] = {}
+    rows_by_owner: dict[int, list[int]] = {}
     for row, owner in enumerate(owners):
-        rows_of.setdefault(owner, []).append(row)
-    width = max(map(len, rows_of.values()))
-    if width == 1 or len(rows_of) * width > _MAX_PADDING * len(owners):
+        rows_by_owner.setdefault(owner, []).append(row)
+    width = max(map(len, rows_by_owner.values()))
+    if width == 1 or len(rows_by_owner) * width > _MAX_PADDING * len(owners):
         return list(owners), RowGroups(len(owners), len(owners))
     index, inverse = [], [0] * len(owners)
-    for group, rows in enumerate(rows_of.values()):
+    for group, rows in enumerate(rows_by_owner.values()):
         for position, row in enumerate(rows):
             inverse[row] = group * width + position
         # padding by a row of the group needs no mask: `inverse` never points to the repeated rows
         index += rows + rows[:1] * (width - len(rows))
-    return list(rows_of), RowGroups(len(rows_of), len(owners), torch.tensor(index), torch.tensor(inverse))
+    groups = RowGroups(len(rows_by_owner), len(owners), torch.tensor(index), torch.tensor(inverse))
+    return list(rows_by_owner), groups
 
 
 def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, has_residual: bool = False) -> bool:
-    """Return whether `tokens` tokens pay for one product of coefficients and basis.
+    """Return whether folding saves more operations than the product of coefficients and basis costs.
 
-    has_residual: A product of rank r is made in any case then, so folding saves the whole product with the basis.
+    Args:
+        tokens: Number of tokens that use the folded factors.
+        rank: Rank of the coefficients.
+        k: Number of components of the basis.
+        factor: `FOLD_ALONE` or `FOLD_MIXED`.
+        has_residual: Whether a product of rank r is computed in any case. Folding then saves the whole product with the
+            basis.
     """
     return tokens * (k if has_residual else k - rank) > factor * rank * k
 
@@ -230,11 +238,14 @@ def add_update(
     """Add the update of one adapter to the output of a layer.
 
     Args:
-        output: (…, out), what the layer computes without adapters; of a convolution (n, out, …).
-        x: (…, in), the input of the layer; of a convolution (n, channels, …).
-        bases: Those of the layer.
-        coefficients: Those of the adapter.
+        output: Output of the layer without adapters, (…, out); of a convolution (n, out, …).
+        x: Input of the layer, (…, in); of a convolution (n, channels, …).
+        bases: Bases of the layer.
+        coefficients: Coefficients of the adapter.
         in_place: Whether `output` may be written to. Not used for convolutions.
+
+    Returns:
+        Output with the update, in the dtype of `output`.
     """
     dtype = coefficients.down.dtype
     x = x.to(dtype)
@@ -268,8 +279,17 @@ def add_grouped_update(
 ) -> Tensor:
     """Add to each row of the output the update of its own adapter.
 
-    Args are those of `add_update`, with coefficients per group. The rows of `x` and `output` are those of `groups`,
-    each repeated equally often (tokens, beams).
+    Args:
+        output: Output of the layer without adapters, as for `add_update`. Its rows are the rows of `groups`, each
+            repeated equally often (tokens, beams).
+        x: Input of the layer, with the same rows.
+        bases: Bases of the layer.
+        coefficients: Coefficients of one adapter per group.
+        groups: Groups of batch rows.
+        in_place: Whether `output` may be written to. Not used for convolutions.
+
+    Returns:
+        Output with the updates, in the dtype of `output`.
     """
     dtype = coefficients.down.dtype
     x = x.to(dtype)
@@ -303,7 +323,7 @@ def add_grouped_update(
 
 
 def project(x: Tensor, rows: Tensor, convolution: Convolution | None = None) -> Tensor:
-    """Multiply the input of a layer with rows (m, in) in place of the layer's weight: (…, in) → (…, m).
+    """Multiply the input of a layer by rows (m, in) in place of the layer's weight: (…, in) → (…, m).
 
     The positions of images (n, channels, …) become one dimension: (n, positions, m).
     """
@@ -320,17 +340,18 @@ def apply_coefficients(
     residual: tuple[Tensor | None, Tensor | None],
     convolution: Convolution | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Multiply the projected input with the coefficients of one adapter.
+    """Multiply the projected input by the coefficients of one adapter.
 
     Args:
-        projected: (…, k_down), the input `x` projected on the down basis.
-        x: (…, in), the input of the layer, which only a residual multiplies.
+        projected: Input `x` projected on the down basis, (…, k_down).
+        x: Input of the layer, (…, in). Only used with a residual.
         factors: Down (r, k_down) and up (k_up, r), or a core (k_up, k_down) and None.
         residual: Down (r, in) and up (out, r), each None if it is zero.
         convolution: The layer, if it is a convolution.
 
-    Returns the update in terms of the up basis, (…, k_up), and the update beside the up basis, (…, out) or None. The
-    scaling is not applied.
+    Returns:
+        Coefficients of the update in the up basis, (…, k_up), and the update by the up residual, (…, out) or None. The
+        scaling is not applied.
     """
     down, up = factors
     down_residual, up_residual = residual
@@ -344,10 +365,19 @@ def apply_coefficients(
 def _apply_residuals(
     hidden: Tensor, x: Tensor, n_out: int, coefficients: LayerCoefficients, convolution: Convolution | None
 ) -> tuple[Tensor, Tensor]:
-    """Return `hidden` with the down residuals, in place, and the updates of the up residuals (rows, t, out).
+    """Add the down residuals to `hidden`, in place, and compute the updates by the up residuals.
 
-    hidden: (rows, t, r), the rows of x (rows, m, …) multiplied with the coefficients of the down side. There is one
-    product per adapter: a batched product would copy the residuals for each row.
+    There is one product per adapter: a batched product would copy the residuals for each row.
+
+    Args:
+        hidden: Rows of `x` multiplied by the down coefficients, (rows, t, r).
+        x: Input of the layer, (rows, m, …).
+        n_out: Width of the output.
+        coefficients: Coefficients with one residual per adapter that has one.
+        convolution: The layer, if it is a convolution.
+
+    Returns:
+        `hidden`, and the updates by the up residuals, (rows, t, out).
     """
     update = hidden.new_zeros(*hidden.shape[:2], n_out)
     for residual in coefficients.residuals:
@@ -373,7 +403,7 @@ def in_output_shape(update: Tensor, shape: torch.Size, convolution: Convolution 
 def _add_scaled(
     output: Tensor, update: Tensor, scaling: float, in_place: bool, convolution: Convolution | None
 ) -> Tensor:
-    """`output` + scaling · update, in the dtype of the output."""
+    """Return `output` + scaling · update, in the dtype of the output."""
     update = in_output_shape(update, output.shape, convolution)
     update = (update if scaling == 1 else update * scaling).to(output.dtype)
     return output.add_(update) if in_place and convolution is None else output + update
@@ -387,7 +417,7 @@ def add_product(
     in_place: bool = False,
     convolution: Convolution | None = None,
 ) -> Tensor:
-    """`output` (…, out) + scaling · hidden (…, k) @ basis (k, out), in the dtype of the output."""
+    """Return `output` (…, out) + scaling · hidden (…, k) @ basis (k, out), in the dtype of the output."""
     if convolution is not None or output.dtype != hidden.dtype:
         return _add_scaled(output, hidden @ basis, scaling, in_place, convolution)
     # addmm multiplies and adds in one pass over the output. It takes matrices of one dtype

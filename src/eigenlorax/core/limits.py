@@ -1,4 +1,4 @@
-"""Limits for files and values from strangers, checked before memory is allocated, and errors for what cannot be parsed.
+"""Limits for untrusted files and values, checked before memory is allocated, and errors for what cannot be parsed.
 
 SECURITY.md says what is guaranteed.
 """
@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from ..errors import EigenloraxError, FormatError, PackDamagedError, PackError, reason
 
-# Largest width of a row that is read: ten times that of the widest linear layers in use, those over vocabularies.
+# Largest width of a row that is read: ten times the width of the widest linear layers in use, which have one row per
+# token of a vocabulary.
 MAX_DIMENSION = 1 << 22
 # Largest rank of a module that is narrower than that. A wider one may have a rank up to `out + in`.
 MAX_RANK = 1 << 10
@@ -33,7 +34,7 @@ MAX_DEPTH = 100
 MAX_MANIFEST_BYTES = 1 << 30
 # Largest size of a report
 MAX_REPORT_BYTES = 1 << 28
-# Largest header of a safetensors file, by that format
+# Largest header of a safetensors file, as that format defines
 MAX_HEADER_BYTES = 100_000_000
 # Bytes of memory that reading may take in addition to what the size of the files explains
 MEMORY_ALLOWANCE = 200_000_000
@@ -89,9 +90,8 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
     Raises:
-        FormatError: The file is larger, or a pipe, device or socket; none of these is waited for or read.
-        FileNotFoundError: There is no file, but nothing, a folder, a broken link, or any link if `follow_links` is
-            false.
+        FormatError: The file is larger, or a pipe, device or socket. None of these is read, and no pipe is waited for.
+        FileNotFoundError: `path` is missing, a folder, a broken link, or any link if `follow_links` is false.
     """
     # without O_NONBLOCK, opening a pipe waits for its writer; flags that a system lacks are left out
     names = ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC", *(() if follow_links else ("O_NOFOLLOW",)))
@@ -102,7 +102,7 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
             raise _missing(path) from error
         raise
     try:
-        # of the open file, not of the path, which somebody may exchange in between
+        # the status of the open file, because another process may replace the path in between
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise _missing(path)
@@ -127,7 +127,7 @@ def parse_json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
         The text, and the object.
 
     Raises:
-        FormatError: The file is no JSON, holds something else, or is nested too deeply.
+        FormatError: The file is not JSON, not an object, or nested too deeply.
     """
     try:
         text = data.decode("utf-8")
@@ -135,7 +135,7 @@ def parse_json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not valid JSON: {reason(error)}") from error
     if not isinstance(document, dict):
-        raise FormatError(f"{where} holds a JSON {type(document).__name__}; an object was expected.")
+        raise FormatError(f"{where} contains a JSON {type(document).__name__}; an object was expected.")
     check_depth(document, where)
     return text, document
 
@@ -154,7 +154,7 @@ def check_depth(value: Any, where: str) -> None:
 
 @cache
 def machine_memory() -> float:
-    """Return the size of this machine's memory in bytes; infinity where the system does not tell."""
+    """Return the size of this machine's memory in bytes; infinity where the system does not say."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -180,7 +180,7 @@ def check_expansion(needed: int, size: int, subject: str) -> None:
 def check_coded_count(numbers: int, size: int, subject: str) -> None:
     """Raise `ValueError` if coded bytes would decode to more 32-bit numbers than they can usefully represent.
 
-    Numbers that are certain to be zero take a hundredth of a bit each, so few bytes may stand for many of them.
+    Numbers that are certain to be zero take a hundredth of a bit each, so few bytes may represent many of them.
     Decoding takes some twenty bytes per number, so `MEMORY_ALLOWANCE` bounds them then.
 
     Args:
@@ -188,10 +188,10 @@ def check_coded_count(numbers: int, size: int, subject: str) -> None:
         size: Bytes in the file.
         subject: The numbers, for the message.
     """
-    most = max(MAX_EXPANSION * size // 4, MEMORY_ALLOWANCE // 20)
-    if numbers > most:
+    max_numbers = max(MAX_EXPANSION * size // 4, MEMORY_ALLOWANCE // 20)
+    if numbers > max_numbers:
         raise ValueError(
-            f"{subject} would have {numbers:,} numbers, from {size:,} bytes; at most {most:,} were expected"
+            f"{subject} would have {numbers:,} numbers, from {size:,} bytes; at most {max_numbers:,} were expected"
         )
 
 

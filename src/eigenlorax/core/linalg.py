@@ -2,8 +2,8 @@
 
 A stack of n rows of width d is decomposed through the smaller of its two Gram matrices (docs/method.md, "The Gram
 trick"). The n × n one is formed once and serves every reweighting of the rows, so that a sweep of a fit costs an n × n
-eigenproblem and never touches the rows. Where singular values decay beyond what a Gram matrix resolves, and the
-components beyond are wanted, a thin SVD takes over.
+eigenproblem and never touches the rows. Where singular values decay beyond what a Gram matrix resolves, and
+components beyond that are needed, a thin SVD is used.
 """
 
 import math
@@ -26,8 +26,8 @@ class LeadingVectors:
     Attributes:
         singular_values: All singular values of the weighted stack, descending, (min(n, d),).
         projection: The *unweighted* rows projected on the k vectors, (n, k). The sign of each column is arbitrary.
-        components: Returns the vectors as orthonormal rows with fixed signs, (k, d). A function, because a sweep needs
-            the projection alone, and building the vectors takes a product with all rows.
+        components: Function that returns the vectors as orthonormal rows with fixed signs, (k, d). It is a function
+            because a sweep needs the projection alone, and computing the vectors takes a product with all rows.
     """
 
     singular_values: Tensor
@@ -36,6 +36,7 @@ class LeadingVectors:
 
     @property
     def k(self) -> int:
+        """Number of vectors."""
         return self.projection.shape[1]
 
 
@@ -81,8 +82,9 @@ class RowBlocks:
 
         Args:
             weights: One square matrix per block.
-            rule: Returns how many vectors to keep, from the singular values and the shape (n, d). It is called again
-                with the singular values of an SVD where those of the Gram matrix do not resolve that many.
+            rule: Function that returns the number of vectors to keep, from the singular values and the shape (n, d). It
+                is called again with the singular values of an SVD where those of the Gram matrix do not resolve that
+                many.
         """
         shape = (self.rows.shape[0], self.rows.shape[1])
         if self.gram is None:
@@ -99,7 +101,7 @@ class RowBlocks:
             return self._leading_by_svd(self.weighted(weights), rule)
         if self.gram is None:
             return self._from_components(sigma, vectors[:, :k].mT)
-        # right singular vectors are Σ⁻¹·Qᵀ·W·R; the product with the rows R waits until somebody wants it
+        # right singular vectors are Σ⁻¹·Qᵀ·W·R; the product with the rows R is postponed until it is needed
         combination = _block_multiply(vectors[:, :k] / sigma[:k], self.blocks, [w.mT for w in weights]).mT
         return LeadingVectors(sigma, self.gram @ combination.mT, lambda: orthonormal_rows(combination @ self.rows))
 
@@ -182,7 +184,8 @@ def orthogonal_complement_rows(rows: Tensor, components: Tensor) -> Tensor:
         components: Nearly orthonormal rows, (k, d) with k + m ≤ d. They may have been rounded to a narrower dtype.
     """
     exact = orthonormal_rows(components) if components.shape[0] else components
-    # twice is enough (Kahan and Parlett): one pass of Gram–Schmidt leaves a part in proportion to what it cancelled
+    # twice is enough (Kahan and Parlett): one pass of Gram–Schmidt leaves an error in proportion to the part that it
+    # removed
     for _ in range(2):
         rows = rows - (rows @ exact.mT) @ exact
         rows = orthonormal_rows(rows)

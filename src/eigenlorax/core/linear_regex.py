@@ -1,7 +1,7 @@
-"""Regular expressions from strangers' configs, matched in linear time by an automaton without backtracking.
+"""Regular expressions from untrusted configs, matched in linear time by an automaton without backtracking.
 
-Python's `re` may take exponential time for a single line of a config. Supported is what selects modules by name:
-characters, classes, groups, alternatives, repetitions and anchors, each with the meaning that it has in `re`.
+Python's `re` may take exponential time for a single line of a config. The supported syntax is enough to select modules
+by name: characters, classes, groups, alternatives, repetitions and anchors, each with the meaning that it has in `re`.
 """
 
 import re
@@ -22,7 +22,7 @@ _MAX_CACHED_MOVES = 10_000
 
 
 class PatternError(Exception):
-    """An invalid or too expensive expression. The caller knows which config it comes from."""
+    """An invalid or too expensive expression. The caller adds the name of the config."""
 
 
 class StepBudget:
@@ -34,7 +34,7 @@ class StepBudget:
         self._left = steps
 
     def spend(self, steps: int) -> None:
-        """Take some steps; raise `PatternError` if fewer are left."""
+        """Subtract some steps; raise `PatternError` if fewer are left."""
         self._left -= steps
         if self._left < 0:
             raise PatternError(
@@ -184,7 +184,7 @@ class LinearRegex:
         if isinstance(node, _Choice):
             return self._state(tuple(self._build(option, after) for option in node.options), None)
         if node.maximum is None:
-            # made first and filled in later, because the part leads back to it
+            # its following states are set later, because the part leads back to it
             loop = self._state((), None)
             self._following[loop] = (self._build(node.part, loop), after)
             after = loop
@@ -211,22 +211,22 @@ class _Parser:
         budget.spend(5 * len(text))
         self.tests: list[re.Pattern[str]] = []
         self._numbers: dict[str, int] = {}
-        self._text, self._at, self._depth = text, 0, 0
+        self._text, self._position, self._depth = text, 0, 0
 
     def whole(self) -> _Node:
         """Parse the whole expression."""
         node = self._choice()
-        if self._at < len(self._text):
-            raise PatternError(f"it has an unmatched ')' at {self._at}")
+        if self._position < len(self._text):
+            raise PatternError(f"it has an unmatched ')' at {self._position}")
         return node
 
     def _next(self) -> str:
-        return self._text[self._at : self._at + 1]
+        return self._text[self._position : self._position + 1]
 
     def _choice(self) -> _Node:
         options = [self._sequence()]
         while self._next() == "|":
-            self._at += 1
+            self._position += 1
             options.append(self._sequence())
         return options[0] if len(options) == 1 else _Choice(options)
 
@@ -246,40 +246,40 @@ class _Parser:
         if character == "\\":
             return self._escape()
         if self._repetition() is not None:
-            raise PatternError(f"there is nothing to repeat before {self._at}")
-        self._at += 1
+            raise PatternError(f"there is nothing to repeat before {self._position}")
+        self._position += 1
         if character in _ANCHORS:
             return _Anchor(_ANCHORS[character])
         return self._character(character if character == "." else re.escape(character))
 
     def _group(self) -> _Node:
-        opened = _OPENED.match(self._text, self._at)
+        opened = _OPENED.match(self._text, self._position)
         if opened is None:
-            raise PatternError(f"look-around, flags and other '(?…' are not supported, as at {self._at}")
+            raise PatternError(f"look-around, flags and other '(?…' are not supported, as at {self._position}")
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise PatternError(f"its groups are nested more than {MAX_DEPTH} deep")
-        self._at = opened.end()
+        self._position = opened.end()
         node = self._choice()
         if self._next() != ")":
             raise PatternError(f"a '(' is not closed at {opened.start()}")
-        self._at += 1
+        self._position += 1
         self._depth -= 1
         return node
 
     def _class(self) -> str:
-        start = self._at
+        start = self._position
         # a closing bracket that comes first is a member of the class
         end = start + 1 + (self._text[start + 1 : start + 2] == "^")
         end += self._text[end : end + 1] == "]"
         while end < len(self._text) and self._text[end] != "]":
             end += 1 + (self._text[end] == "\\")
-        self._at = end + 1
-        return self._text[start : self._at]
+        self._position = end + 1
+        return self._text[start : self._position]
 
     def _escape(self) -> _Node:
-        escape = self._text[self._at : self._at + 2]
-        self._at += 2
+        escape = self._text[self._position : self._position + 2]
+        self._position += 2
         if escape in _ANCHORS:
             return _Anchor(_ANCHORS[escape])
         if len(escape) < 2 or (escape[1].isascii() and escape[1].isalnum() and escape[1] not in "dDsSwWafnrtv"):
@@ -303,19 +303,19 @@ class _Parser:
         if counts is None:
             return node
         if isinstance(node, _Anchor):
-            raise PatternError(f"there is nothing to repeat before {self._at}")
+            raise PatternError(f"there is nothing to repeat before {self._position}")
         # a lazy repetition matches the same texts
-        self._at += self._next() == "?"
+        self._position += self._next() == "?"
         if self._repetition() is not None:
-            raise PatternError(f"a repetition is repeated at {self._at}")
+            raise PatternError(f"a repetition is repeated at {self._position}")
         return _Repeat(node, *counts)
 
     def _repetition(self) -> tuple[int, int | None] | None:
-        match = _REPEATED.match(self._text, self._at)
+        match = _REPEATED.match(self._text, self._position)
         # `re` reads {} literally
         if match is None or match[0] == "{}":
             return None
-        self._at = match.end()
+        self._position = match.end()
         if match["kind"]:
             return int(match["kind"] == "+"), 1 if match["kind"] == "?" else None
         minimum = _parse_count(match["minimum"], 0)

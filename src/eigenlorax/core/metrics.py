@@ -46,12 +46,12 @@ class AdapterError:
 
 @dataclass(frozen=True, slots=True)
 class UnroundedBases:
-    """The bases of a module before rounding, as far as the errors of its adapters depend on them.
+    """The parts of a module's bases before rounding that the errors of its adapters depend on.
 
     Attributes:
         duals: Rows that project on the unrounded bases.
         down_gram: Gram matrix of the down side's unrounded rows on top of their rounding errors, (2k, 2k).
-        up_gram: The same of the up side.
+        up_gram: The same Gram matrix of the up side.
     """
 
     duals: DualComponents
@@ -60,7 +60,12 @@ class UnroundedBases:
 
 
 def unrounded_bases(exact: ModuleBases, stored: ModuleBases) -> UnroundedBases:
-    """Return what `module_errors` needs of the bases `exact`, of which `stored` are the rounded ones."""
+    """Return the parts of unrounded bases that `module_errors` needs.
+
+    Args:
+        exact: Bases before rounding.
+        stored: The same bases after rounding.
+    """
 
     def gram(side: str) -> Tensor:
         rows, rounded = (bases.side(side).components.to(torch.float64) for bases in (exact, stored))
@@ -80,10 +85,10 @@ def module_error(
         factors: The original update, whose rank may differ from that of the coefficients.
         coefficients: Coefficients as stored.
         bases: Bases as stored.
-        exact: The bases before rounding; without them, `squared_rounding` is that of the coefficients alone.
+        exact: The bases before rounding. Without them, `squared_rounding` covers the coefficients alone.
     """
     if coefficients.has_residual:
-        # with a residual nothing lies outside the stored parts, so all of the error is rounding
+        # coefficients and residual represent the whole update, so all of the error is rounding
         squared_error = _update_difference_square(factors, projection.reconstruct(coefficients, bases))
         return ModuleError(delta_square(factors), squared_error, squared_error)
     # zero rows change no product, and both sides of a comparison need one rank
@@ -124,10 +129,10 @@ def module_errors(
         batch: The original updates, balanced (`projection.balance_batch`).
         coefficients: Coefficients as stored.
         bases: Bases as stored.
-        exact: The bases before rounding; as for `module_error`.
-        before: The coefficients before rounding, where these are not the projections on the unrounded bases.
+        exact: The bases before rounding. Without them, `squared_rounding` covers the coefficients alone.
+        before: The coefficients before rounding. Default: the projections on the unrounded bases.
     """
-    # storages may keep coefficients of another rank than the factors, and products need one rank
+    # coefficients may be stored with another rank than the factors, and products need one rank
     rank, dtype = max(batch.down.shape[1], coefficients.down.shape[1]), batch.down.dtype
     down, up = _pad_rank(batch.down, batch.up.mT, rank)
     stored_down, stored_up = _pad_rank(coefficients.down, coefficients.up, rank)
@@ -175,7 +180,7 @@ def _rounding_square(before: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor
 
 
 def adapter_error(modules: Iterable[ModuleError]) -> AdapterError:
-    """Return the relative errors of an adapter from those of its modules; zero where its update is zero."""
+    """Return the relative errors of an adapter from the errors of its modules; zero where its update is zero."""
     modules = list(modules)
     # fsum rounds once, so that the result does not depend on the order of modules
     square = math.fsum(module.square for module in modules)

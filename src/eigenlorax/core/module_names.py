@@ -1,4 +1,4 @@
-"""Modules of different adapters and of a subspace that are the same module under different names.
+"""Matching of modules that have different names in different adapters and in a subspace.
 
 Names may differ by leading components (`bert.encoder…`, `encoder…`), since adapters are trained on a model with or
 without its head, and by what transformers has renamed (`renamed_modules`).
@@ -92,7 +92,7 @@ def _longest_forms(name_sets: Collection[frozenset[str]]) -> dict[str, str]:
 
 
 def resolve(name: str, modules: Iterable[str]) -> str | None:
-    """Return the module of a subspace that `name` stands for, or None.
+    """Return the module of a subspace that `name` refers to, or None.
 
     That is the module of the same name; otherwise the only one that differs by leading components; otherwise the only
     one that also differs by a renaming of transformers.

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import FormatError
 from .linear_regex import LinearRegex, PatternError, StepBudget
 
-# A plain name, in which a dot may be escaped or stand for any character. No automaton is needed to match it.
+# A plain name, in which a dot may be escaped or match any character. No automaton is needed to match it.
 _LITERAL = re.compile(r"(?P<anchor>\^?)(?P<name>(?:[A-Za-z0-9_.-]|\\[^A-Za-z0-9\s\\])*)\$?")
 
 
@@ -17,8 +17,8 @@ class ModulePatterns:
 
     Args:
         pattern: Values by regular expression, in PEFT's order of precedence.
-        budget: Steps that matching may take in all; a fresh budget by default. Configs come from strangers, and may
-            have been written to take long.
+        budget: Steps that matching may take in all; a new budget by default. Configs are untrusted: matching could
+            be made to take very long.
     """
 
     __slots__ = ("_budget", "_exact", "_expressions", "_matchers", "_pattern")
@@ -40,8 +40,8 @@ class ModulePatterns:
     def value(self, module: str, default: Any) -> Any:
         """Return the value of a module, as `peft.utils.other.get_pattern_key` finds it.
 
-        That is the value of the first expression that fits the whole name or its last components; where none does,
-        the value under the name itself, or `default`.
+        That is the value of the first expression that fits the whole name or its last components. If no expression
+        fits, it is the value under the name itself, or `default`.
 
         Raises:
             FormatError: An expression is invalid, or matching takes too many steps.
@@ -76,7 +76,7 @@ def _matcher(expression: str, budget: StepBudget) -> Callable[[str], bool]:
 
 
 def _split_literal(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """Split a literal expression at unescaped dots, which stand for any character.
+    """Split a literal expression at unescaped dots, which match any character.
 
     Returns:
         Length of the names that it fits, and its pieces with their offsets.

@@ -21,7 +21,7 @@ WARN_ABOVE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Factors after rounding, and what it changed.
+    """Factors after rounding, with the error of rounding.
 
     Attributes:
         factors: The rounded factors.
@@ -37,7 +37,7 @@ class Rounded:
 
 
 def balance(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
-    """Return the same update in float64 factors that lose less by rounding to `dtype`.
+    """Return the same update in float64 factors that have a smaller error after rounding to `dtype`.
 
     float16 has no digits below 6e-8 and few below 6e-5, where entries of `up` are after a short training. Where
     balancing gains nothing, the factors are returned as they are.
@@ -56,8 +56,8 @@ def balance(factors: LoRAFactors, dtype: torch.dtype) -> LoRAFactors:
     plain, scaled = round_factors(factors, dtype), round_factors(balanced, dtype)
     # Rounding costs eps at any scale, so only a larger error is a reason to change the factors. Negated comparisons,
     # because the error is infinite or NaN where an entry overflowed.
-    loses_digits = not plain.squared_error <= info.eps**2 * plain.square
-    return balanced if loses_digits and not scaled.squared_error > plain.squared_error / 4 else factors
+    is_inexact = not plain.squared_error <= info.eps**2 * plain.square
+    return balanced if is_inexact and not scaled.squared_error > plain.squared_error / 4 else factors
 
 
 def round_factors(factors: LoRAFactors, dtype: torch.dtype) -> Rounded:
@@ -91,13 +91,11 @@ def narrow_checked(factors: LoRAFactors, dtype: torch.dtype, where: str) -> Roun
     """
     rounded = round_factors(balance(factors, dtype), dtype)
     if math.isinf(rounded.squared_error):
-        raise NonFiniteError(
-            f"adapter {where}: its factors are too large for {dtypes.name(dtype)}. Take a wider dtype."
-        )
+        raise NonFiniteError(f"adapter {where}: its factors are too large for {dtypes.name(dtype)}. Use a wider dtype.")
     if rounded.rounded_square < rounded.square / 4:
         raise NonFiniteError(
             f"adapter {where}: its update of norm {math.sqrt(rounded.square):.1e} vanishes in {dtypes.name(dtype)}, "
-            f"where numbers below {torch.finfo(dtype).tiny:.1e} lose their digits. {_remedy(dtype)}"
+            f"whose numbers below {torch.finfo(dtype).tiny:.1e} have fewer digits. {_remedy(dtype)}"
         )
     return rounded
 
@@ -125,4 +123,4 @@ def narrow_adapter(
 
 def _remedy(dtype: torch.dtype) -> str:
     wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
-    return f"Take {wider.get(dtype, 'float64')}."
+    return f"Use {wider.get(dtype, 'float64')}."

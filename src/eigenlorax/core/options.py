@@ -18,7 +18,7 @@ MAX_BYTES = 2**63 - 1
 
 _SIZE = re.compile(r"(?P<number>\d{1,30}(\.\d{1,30})?)\s*(?P<unit>([kmgt]i?)?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-# Integers with more bits are described by their size: Python itself refuses to print very large ones
+# Integers with more bits are described by their size, because Python itself does not print very large integers
 _MAX_PRINTED_BITS = 128
 
 
@@ -36,7 +36,10 @@ def to_int(name: str, value: Any) -> int:
 
     Args:
         name: Name of the option, for the message.
-        value: What the caller passed.
+        value: Value that the caller passed.
+
+    Raises:
+        OptionError: `value` is not an integer.
     """
     try:
         # a bool is an int to Python, and most likely a misplaced argument
@@ -48,7 +51,7 @@ def to_int(name: str, value: Any) -> int:
 
 
 def to_float(name: str, value: Any) -> float:
-    """Return `value` as a float. NumPy's numbers are accepted, booleans and strings are not."""
+    """Return `value` as a float. NumPy's numbers are accepted, booleans and strings raise `OptionError`."""
     try:
         if isinstance(value, bool | str):
             raise TypeError

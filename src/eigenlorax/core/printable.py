@@ -1,4 +1,4 @@
-"""Text from files, made safe to print: without characters that control a terminal, or structure Markdown."""
+"""Text from files, made safe to print: without control characters of terminals and Markdown."""
 
 import re
 

@@ -3,4 +3,4 @@
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Takes the stage in words, how many of its steps are done, and how many there are."""
+"""Function of a description of the stage, the number of its steps that are done, and the number of all its steps."""

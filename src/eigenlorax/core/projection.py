@@ -1,4 +1,4 @@
-"""LoRA factors to coefficients in a module's bases, and back. Which power of two makes coefficients fit a dtype."""
+"""Conversion of LoRA factors to coefficients in a module's bases and back, and their balancing by powers of two."""
 
 from dataclasses import replace
 
@@ -14,16 +14,16 @@ from .coefficients import CoefficientBatch, Coefficients, pad_coefficients
 from .subspace import ModuleBases
 
 DualComponents = tuple[Float[Tensor, "k_down n_in"], Float[Tensor, "k_up n_out"]]
-"""Rows (down, up) that factors are multiplied with to project them (`basis.dual_components`)."""
-# Least ratio of a factor's norm to a dtype's smallest normal number. It leaves entries a thousand times smaller than
-# the largest one all their digits.
+"""Rows (down, up) by which factors are multiplied to project them (`basis.dual_components`)."""
+# Smallest ratio of a factor's norm to a dtype's smallest normal number. With it, entries a thousand times smaller than
+# the largest one still have all their digits.
 _DIGIT_HEADROOM = 2.0**20
-# Norms whose squares, and fourth powers, float32 represents
+# Range of norms whose squares and fourth powers float32 represents
 _SQUARE_SAFE = (1e-8, 1e8)
 
 
 def dual_components(bases: ModuleBases) -> DualComponents:
-    """Return the rows that `project` multiplies with, to be computed once where many adapters share the bases."""
+    """Return the rows that `project` multiplies by. Compute them once where many adapters share the bases."""
     return basis.dual_components(bases.down), basis.dual_components(bases.up)
 
 
@@ -32,14 +32,14 @@ def project(
 ) -> Coefficients:
     """Project a module's update on its bases: C_A = A·Vᵀ and C_B = U·B, rounded to `dtype`.
 
-    The result is the best approximation of the update whose rows lie in the span of V and whose columns in that of U.
-    Where `dtype` is too narrow, a power of two moves from one factor to the other (`balance_batch`).
+    The result is the best approximation of the update whose rows are in the span of V and whose columns are in the span
+    of U. Where `dtype` is too narrow, a power of two moves from one factor to the other (`balance_batch`).
 
     Args:
         factors: The update.
         bases: Bases of the same module.
         dtype: Dtype of the coefficients.
-        dual: `dual_components(bases)`, where it is known.
+        dual: `dual_components(bases)`. Default: computed here.
 
     Raises:
         ShapeError: The factors have another width than the bases.
@@ -54,9 +54,9 @@ def project(
 def project_batch(
     batch: ModuleBatch, bases: ModuleBases, dtype: torch.dtype = torch.float64, dual: DualComponents | None = None
 ) -> CoefficientBatch:
-    """Project several adapters at a time, already balanced (`balance_batch`), as `project` does one.
+    """Project a batch of balanced adapters (`balance_batch`) like `project`.
 
-    Errors do not say which adapter they are about.
+    Error messages do not name the adapter.
     """
     exact = {}
     for side, rows in zip(("down", "up"), dual or dual_components(bases), strict=True):
@@ -69,13 +69,13 @@ def project_batch(
 
 
 def check_rounded_batch(exact: CoefficientBatch, rounded: CoefficientBatch) -> None:
-    """Raise `NonFiniteError` if rounding to the dtype of `rounded` overflowed, or lost most of some coefficients."""
+    """Raise `NonFiniteError` if rounding to the dtype of `rounded` overflowed, or made most coefficients zero."""
     check_rounding(exact.down, rounded.down)
     check_rounding(exact.up, rounded.up)
 
 
 def check_rounding(exact: Float[Tensor, "n a b"], rounded: Float[Tensor, "n a b"]) -> None:
-    """Raise `NonFiniteError` if rounding made a matrix infinite, or took more than half of its norm.
+    """Raise `NonFiniteError` if rounding made a matrix infinite, or reduced its norm by more than half.
 
     Norms shrink that much only where numbers fall below the smallest subnormal number of the dtype and become zero.
     """
@@ -100,8 +100,8 @@ def check_rounding(exact: Float[Tensor, "n a b"], rounded: Float[Tensor, "n a b"
 def balance_batch(batch: ModuleBatch, dtype: torch.dtype, products: torch.dtype = torch.float64) -> ModuleBatch:
     """Return the same updates in factors whose coefficients fit `dtype`.
 
-    (2^-e A, 2^e B) is the same update for any e, and multiplying with a power of two is exact. So a factor that is too
-    large or too small for `dtype` gives a power of two to the other one (`balance_exponents`).
+    (2^-e A, 2^e B) is the same update for any e, and multiplying by a power of two is exact. So a factor that is too
+    large or too small for `dtype` gives a power of two to the other factor (`balance_exponents`).
 
     Args:
         batch: The updates, in any dtype.
@@ -143,9 +143,9 @@ def balance_exponents(batch: ModuleBatch, dtype: torch.dtype) -> Float[Tensor, "
 
 
 def reconstruct(coefficients: Coefficients, bases: ModuleBases, dtype: torch.dtype = torch.float64) -> LoRAFactors:
-    """Return an ordinary LoRA again: A = C_A·V and B = Uᵀ·C_B, plus the residuals where they are stored.
+    """Return the factors of an ordinary LoRA: A = C_A·V and B = Uᵀ·C_B, plus the residuals where they are stored.
 
-    Rank, scaling and kernel stay, and no decomposition is needed.
+    Rank, scaling and kernel are unchanged, and no decomposition is needed.
     """
     down = basis.reconstruct(coefficients.down, bases.down)
     up = basis.reconstruct(coefficients.up.mT, bases.up).mT

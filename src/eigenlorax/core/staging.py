@@ -1,7 +1,7 @@
-"""Staging files and folders: what a writer prepares beside a path before it is renamed to that path.
+"""Staging files and folders, which a writer prepares beside a path and then renames to that path.
 
-The name of a staging file says which path it is for. A lock on it tells a writer at work from one that was killed, so
-that the next writer can remove what a killed one left.
+The name of a staging file says which path it is for. A lock on it tells an active writer from one that was killed, so
+that the next writer can remove files of a killed writer.
 """
 
 import os
@@ -44,15 +44,15 @@ def create_folder(path: Path) -> int | None:
 def claim(path: Path, create: Callable[[Path], int | None]) -> Iterator[Path]:
     """Create a staging file or folder for `path` that no other writer touches while the block lasts.
 
-    What killed writers of `path` left is removed first. After an error, the staging file is removed if it is still
-    there.
+    Staging files that killed writers of `path` left are removed first. After an error, the staging file is removed if
+    it is still there.
 
     Args:
         path: The path that will be written.
         create: `create_file` or `create_folder`.
 
     Raises:
-        PackBusyError: Many other writers of `path` are at work.
+        PackBusyError: Too many other processes are writing to `path`.
     """
     staged, descriptor = _claim(path, create)
     try:
@@ -68,7 +68,7 @@ def claim(path: Path, create: Callable[[Path], int | None]) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed writers left in a folder in which others may be writing."""
+    """Remove the staging files of killed writers from a folder to which others may be writing."""
     try:
         entries = list(folder.iterdir())
     except PermissionError:
@@ -82,7 +82,7 @@ def remove_abandoned(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove the old folder that an exchange moved to a staging path, unless another writer has claimed that path."""
     if not _remove_if_abandoned(path) and not is_in_use(path):
-        # the system has no locks, so nobody can tell whose it is
+        # the system has no locks, so the owner of the path is unknown
         _delete(path)
 
 
@@ -110,7 +110,8 @@ def _claim(path: Path, create: Callable[[Path], int | None]) -> tuple[Path, int 
             descriptor = create(staged)
             descriptor = _lock(descriptor) if descriptor is not None else None
         except (FileExistsError, BlockingIOError):
-            # another writer of the path is at work, or has just taken this new, still unlocked file for abandoned
+            # another writer of the path is at work, or has just mistaken this new, still unlocked file for an abandoned
+            # one
             continue
         except OSError as error:
             # likewise, if that writer has removed the file already
@@ -121,7 +122,7 @@ def _claim(path: Path, create: Callable[[Path], int | None]) -> tuple[Path, int 
         if descriptor is None or _is_open_as(staged, descriptor):
             return staged, descriptor
         os.close(descriptor)
-    raise PackBusyError(f"{_ATTEMPTS} other processes write to {path} at this moment. Run the command again.")
+    raise PackBusyError(f"{_ATTEMPTS} other processes are writing to {path}. Run the command again later.")
 
 
 def _remove_if_abandoned(path: Path) -> bool:
@@ -135,7 +136,7 @@ def _remove_if_abandoned(path: Path) -> bool:
     if descriptor is None:
         return False
     try:
-        # while the lock is held, nobody else removes the file or puts another one in its place
+        # while the lock is held, no other writer removes or replaces the file
         if _is_open_as(path, descriptor):
             _delete(path)
     finally:
@@ -144,7 +145,7 @@ def _remove_if_abandoned(path: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    """Remove a file or folder; what cannot be removed stays, and the next writer tries again."""
+    """Remove a file or folder. If that fails, the next writer tries again."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -156,7 +157,7 @@ def _open_locked(path: Path) -> int | None:
     """Open and lock a file or folder; return None where it does not exist, or the system cannot lock it.
 
     Raises:
-        BlockingIOError: Somebody else holds the lock.
+        BlockingIOError: Another process holds the lock.
     """
     if sys.platform == "win32":
         return None

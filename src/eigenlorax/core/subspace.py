@@ -36,7 +36,7 @@ class ModuleBases:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features), like the shape of the weight."""
+        """Shape of the weight, (out_features, in_features)."""
         return self.up.dimension, self.down.dimension
 
 
@@ -74,7 +74,7 @@ class Subspace:
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """The steps by which the subspace has grown: the seed of an augmentation, None for an extension."""
+        """Seed of each growth step, in order: the seed of an augmentation, None for an extension."""
         return next((tuple(growth.seed for growth in side.growth) for side in self._sides()), ())
 
     @property
@@ -129,7 +129,7 @@ class Subspace:
         return tuple(fingerprints)
 
     def at(self, fingerprint: str) -> "Subspace | None":
-        """Return the state with this fingerprint as a view of this subspace; None if it never had that."""
+        """Return the state with this fingerprint as a view of this subspace; None if there is none."""
         # computed once: it hashes all components
         lineage = self.lineage
         if fingerprint not in lineage:
@@ -185,17 +185,17 @@ def augment(subspace: Subspace, n_extra: int, seed: int) -> Subspace:
     Args:
         subspace: The subspace, which stays as it is.
         n_extra: Number of components per side, at least 1.
-        seed: Seed from which a reader rebuilds the components; another one than those of earlier augmentations.
+        seed: Seed from which a reader rebuilds the components. It must differ from the seeds of earlier augmentations.
 
     Raises:
         OptionError: `seed` was used before.
         ShapeError: A basis would have more components than dimensions.
     """
     n_extra, seed = to_int("n_extra", n_extra), to_int("seed", seed)
-    # the same seed would give the rows again, and orthogonalisation would leave only their rounding errors
+    # the same seed would give the same rows again, of which orthogonalisation would leave only rounding errors
     if any(seed == earlier.seed for earlier in subspace.augmentations):
         raise OptionError(
-            f"the subspace already has components from seed {seed}, which would give them again. Choose another seed."
+            f"the subspace already has components from seed {seed}, which it would repeat. Choose another seed."
         )
     modules = {
         name: ModuleBases(
@@ -218,13 +218,13 @@ def extend(
         subspace: The subspace, which stays as it is.
         rows: New rows (down, up) by module name, orthonormal and orthogonal to the components of their basis. At least
             one row in all.
-        append: Adds rows to a basis, rounded as they will be stored.
+        append: Function that appends rows to a basis, rounded as they will be stored.
 
     Raises:
-        OptionError: There is no row.
+        OptionError: `rows` contains no row.
     """
     if not any(len(side) for pair in rows.values() for side in pair):
-        raise OptionError("no component was passed to extend the subspace with.")
+        raise OptionError("no component to append was passed: every matrix in rows is empty.")
     modules = {}
     for name, bases in subspace.modules.items():
         # every basis takes part in every growth step, with no rows if need be

@@ -11,11 +11,14 @@ SMALL = 2**21
 
 @contextmanager
 def suited_to(numbers: int) -> Iterator[None]:
-    """Compute with one thread within this context if the largest tensors have fewer than `SMALL` entries.
+    """Use one thread within this context if the largest tensors have fewer than `SMALL` entries.
 
     The codec makes thousands of operations on small tensors. OpenMP's threads spin while they wait for the next one:
     on three adapters of 1.5 MB they used 7 times the processor time of one thread on two cores, and more on more
-    cores, without being faster. The former number of threads is restored on leaving.
+    cores, without being faster. The former number of threads is restored at the end.
+
+    Args:
+        numbers: Number of entries of the largest tensor.
     """
     before = torch.get_num_threads()
     if numbers >= SMALL or before == 1:

@@ -70,7 +70,7 @@ class ModuleFitter:
 
     def stack(self, updates: Sequence[ModuleUpdate]) -> ExactFit:
         """Return the trained updates of a module, stacked and weighted as in `fit`."""
-        return ExactFit.of(*self._trained(updates), self.options)
+        return ExactFit.stack(*self._trained(updates), self.options)
 
     def component_bytes(self, specs: Sequence[ModuleSpec]) -> tuple[int, int]:
         """Return the bytes (down, up) of one more component of a module, with its coefficients in all adapters.

@@ -150,7 +150,7 @@ class _RealFit:
 def _refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
     """Measure by fits like the pack's own."""
     weighted = members.factors, members.weights.tolist()
-    down, up = ExactFit.of(*weighted, options.fit).leading(component_rule(options.grid[-1], None))
+    down, up = ExactFit.stack(*weighted, options.fit).leading(component_rule(options.grid[-1], None))
     size = options.k if options.fixed else None
     return _RealFit(
         by_k=losses.kept_by_k(members.batch, down.components(), up.components(), options.grid),
@@ -162,7 +162,7 @@ def _refit(members: Members, options: RefitOptions, halves: tuple[list[int], lis
 
 def _null_fit(members: Members, options: RefitOptions) -> NullFit:
     """Fit the null model like the pack, and with other sizes."""
-    fit = ExactFit.of(members.factors, members.weights.tolist(), options.fit)
+    fit = ExactFit.stack(members.factors, members.weights.tolist(), options.fit)
     first = fit.leading(component_rule(max(options.grid[-1], *options.k), None))
     bases = fit.fit(first, options.k)
     down, up = (spectra.shares(leading.singular_values, SPECTRUM) for leading in first)

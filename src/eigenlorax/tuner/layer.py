@@ -317,7 +317,7 @@ class EigenLoraxLayer(LayerWithBases):
     @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel size of a convolution; () for a linear layer."""
-        return convolution.kernel_of(self.get_base_layer())
+        return convolution.kernel_size(self.get_base_layer())
 
 
 def _entry(buffers: BufferDict, name: str) -> Tensor | None:

@@ -78,7 +78,7 @@ class EigenLoraxModel(BaseTuner):
                 raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
         targets = {name: module for name, module in targets.items() if is_supported(module)}
         sizes = [resolved.bases(name, peft_config, *in_out_features(module)) for name, module in targets.items()]
-        resolve.record_kernels(peft_config, {name: convolution.kernel_of(module) for name, module in targets.items()})
+        resolve.record_kernels(peft_config, {name: convolution.kernel_size(module) for name, module in targets.items()})
         resolve.rename_residuals(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
         smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)

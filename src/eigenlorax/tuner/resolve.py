@@ -158,7 +158,7 @@ def _find_pack(config: EigenLoraxConfig) -> Pack | None:
     if config.subspace is None or config.subspace == keys.INSIDE_PACK:
         if config.subspace_fingerprint is None:
             return None
-        holder = registry.find_holder(config.subspace_fingerprint)
+        holder = registry.find_pack(config.subspace_fingerprint)
         return holder if isinstance(holder, Pack) and config.subspace_fingerprint in holder.info.lineage else None
     assert isinstance(config.subspace, str)
     if Path(config.subspace).exists():

@@ -200,7 +200,7 @@ def test_no_matrix_is_as_large_as_the_weight():
     options, k, grid = FitOptions(n_components=4), (4, 4), [1, 4, 9]
     generator = torch.Generator().manual_seed(1)
     with Largest() as largest:
-        bases = ExactFit.of(factors, weights, options)
+        bases = ExactFit.stack(factors, weights, options)
         bases = bases.fit(bases.full_spectrum(), k)
         one = pad_factors(factors, n_in, n_out)
         delta_squares(one)

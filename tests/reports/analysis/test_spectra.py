@@ -28,7 +28,7 @@ class TestShares:
     @pytest.mark.parametrize("most", [3, 100])
     def test_of_squares(self, most):
         factors, weights = members(6)
-        module_fit = ExactFit.of(factors, weights, FitOptions(n_components=4))
+        module_fit = ExactFit.stack(factors, weights, FitOptions(n_components=4))
         _, sigma = top_rows(np.concatenate([w * dense(f) for f, w in zip(factors, weights, strict=True)]), 1)
         found = spectra.shares(module_fit.leading(component_rule(4, None))[0].singular_values, most)
         expected = (np.square(sigma) / np.square(sigma).sum())[:most].tolist()

@@ -54,7 +54,7 @@ def left_out(
             nothing,
             nothing,
         )
-    everyone = ExactFit.of(*members, options)
+    everyone = ExactFit.stack(*members, options)
     fitted, by_k, sizes, most_sizes = [], [], [], []
     for index in chosen:
         others = everyone.without(index)

@@ -50,7 +50,7 @@ def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tu
         if not half:
             return Halves(torch.zeros(0), (0, 0)), Halves(torch.zeros(0), (0, 0))
         factors, weights = [members[0][i] for i in half], [members[1][i] for i in half]
-        leading = ExactFit.of(factors, weights, options).leading(component_rule(options.n_components, None))
+        leading = ExactFit.stack(factors, weights, options).leading(component_rule(options.n_components, None))
         sides.append([side.components()[:size] for side, size in zip(leading, k, strict=True)])
     (first_down, first_up), (second_down, second_up) = sides
     return Halves.of(first_down, second_down), Halves.of(first_up, second_up)

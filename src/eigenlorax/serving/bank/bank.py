@@ -335,7 +335,7 @@ class AdapterBank:
             name = self._model_names.get(packed.subspace_names[module])
             if name is None:
                 continue
-            kernel = convolution.kernel_of(self.model.get_submodule(name))
+            kernel = convolution.kernel_size(self.model.get_submodule(name))
             if not convolution.kernels_match(coefficients.kernel, kernel):
                 raise ShapeError(
                     f"adapter {packed.name!r}, module {module}: its kernel is {coefficients.kernel}, that of the model "

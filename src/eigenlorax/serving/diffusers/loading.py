@@ -200,7 +200,7 @@ def _check_layer(
             f"{layer.name} has no weight at the moment, as under enable_sequential_cpu_offload, where bases could not "
             "be beside it. Use enable_model_cpu_offload or group offloading, or load the model's weights first."
         )
-    layer_kernel = convolution.kernel_of(base_layer)
+    layer_kernel = convolution.kernel_size(base_layer)
     if not convolution.kernels_match(kernel, layer_kernel):
         raise ShapeError(
             f"{layer.name}: the kernel is {layer_kernel} in this {pipeline} and {kernel} in the pack. {remedy}"
