@@ -1,1 +1,1 @@
-"""The rate–distortion codec: updates as integers of a quantisation step size, their bytes, and their storages."""
+"""The rate–distortion codec: quantised updates, their entropy-coded bytes, and storages."""

@@ -235,7 +235,7 @@ def decode_adapter(data: bytes, layouts: Mapping[str, ModuleLayout], ranks: Mapp
     """Return the codes of an adapter.
 
     Args:
-        data: What `encode_adapters` returned.
+        data: Bytes of one adapter, from `encode_adapters`.
         layouts: Layouts of all its modules for the adapter's cluster.
         ranks: Ranks of the adapter in these modules.
 
@@ -303,7 +303,7 @@ def read_header(data: bytes, names: Sequence[str], max_components: int) -> Adapt
     """Read the header of an adapter.
 
     Args:
-        data: What `encode_adapters` returned.
+        data: Bytes of one adapter, from `encode_adapters`.
         names: Names of the adapter's modules in the subspace, sorted.
         max_components: Number of singular components of all modules together, at most. It bounds the memory that
             deflated levels may take.

@@ -1,6 +1,6 @@
 """The distributions that `entropy` encodes integers with: one table of frequencies for each class.
 
-Class c stands for a logistic distribution of scale 2^(c/4 − 4) over the integers.
+Class c is a logistic distribution of scale 2^(c/4 − 4) over the integers.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class ClassTable:
     Attributes:
         raw_bits: Number of low bits that are written as they are.
         first: The smallest symbol.
-        bounds: Cumulated frequencies, (symbols + 2,). The last interval is that of the escape, which stands for all
+        bounds: Cumulated frequencies, (symbols + 2,). The last interval is that of the escape, which represents all
             integers beyond the table.
     """
 
@@ -43,23 +43,26 @@ class ClassTable:
 
 
 @cache
-def class_table(number: int) -> ClassTable:
-    """Return the table of a class.
+def class_table(class_index: int) -> ClassTable:
+    """Return the table of a class, which is part of the format.
 
-    It is part of the format. Decimal arithmetic makes it the same on every machine; `exp` of floats is not.
+    Decimal arithmetic gives the same table on every machine; `exp` of floats does not.
+
+    Args:
+        class_index: The class, from 0 to `CLASSES` − 1.
     """
-    raw_bits = max(0, (number - _FIRST_RAW_CLASS) // 4 + 1)
+    raw_bits = max(0, (class_index - _FIRST_RAW_CLASS) // 4 + 1)
     # the program that calls may have set another precision
     with localcontext(_DECIMALS):
-        scale = Decimal(2) ** (Decimal(number) / 4 - 4)
+        scale = Decimal(2) ** (Decimal(class_index) / 4 - 4)
         # beyond 16 scales, the logistic distribution has less than one span in 2^23
         reach = int(16 * scale / 2**raw_bits) + 2
         symbols = 2 * reach + 1
-        # every symbol and the escape get one count, so that none is impossible; the distribution shares the others
+        # every symbol and the escape have at least one count; the remaining counts follow the logistic distribution
         shared = TOTAL - symbols - 1
         bounds = [0]
         for index in range(1, symbols):
-            # symbols are intervals of integers, and these lie between halves
+            # a symbol is an interval of integers, whose bounds are at half-integers
             edge = (Decimal((index - reach) * 2**raw_bits) - Decimal("0.5")) / scale
             bounds.append(index + int(shared / (1 + (-edge).exp()) + Decimal("0.5")))
     return ClassTable(raw_bits, -reach, np.array([*bounds, symbols + shared, TOTAL], dtype=np.int64))

@@ -1,6 +1,6 @@
-"""Groups of adapters whose updates lie in different subspaces: candidates for several bases per module in one pack.
+"""Groups of adapters whose updates span different subspaces: candidates for several bases per module in one pack.
 
-Two updates are similar as far as the rows of one lie in the span of the other's, on both sides, weighted by singular
+Two updates are similar as far as the rows of one are in the span of the other's, on both sides, weighted by singular
 values. Candidates come from spectral clustering of these similarities (Ng, Jordan and Weiss 2001, "On Spectral
 Clustering"), and are kept if adapters are more similar within groups than across.
 """

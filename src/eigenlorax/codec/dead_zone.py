@@ -26,7 +26,14 @@ _LOG_MIN_SPREAD, _PER_OCTAVE, _LOG_MAX_SPREAD = -6.0, 16, 6.0
 
 
 def quantise(numbers: Tensor) -> Tensor:
-    """Round numbers, in units of the step size, to integers, kept in their float dtype."""
+    """Quantise to integers with a dead zone of ±(1/2 + `DEAD_ZONE`) around zero.
+
+    Args:
+        numbers: Numbers in units of the step size, of any shape.
+
+    Returns:
+        Integers of the same shape and float dtype.
+    """
     return numbers.sign() * (numbers.abs() + (0.5 - DEAD_ZONE)).floor()
 
 
@@ -49,7 +56,14 @@ def _gaussian_table() -> tuple[np.ndarray, np.ndarray]:
 
 
 def gaussian_cost(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return bits and squared error of one Gaussian number of each standard deviation, in step sizes."""
+    """Return the expected bits and squared error of a quantised Gaussian number.
+
+    Args:
+        spread: Standard deviations in step sizes, of any shape.
+
+    Returns:
+        Bits per number, and squared error in squared step sizes, of the same shape.
+    """
     bits, errors = _gaussian_table()
     last = _LOG_MIN_SPREAD + (len(bits) - 1) / _PER_OCTAVE
     logs = np.log2(np.maximum(spread, 2.0**_LOG_MIN_SPREAD))
@@ -61,5 +75,5 @@ def gaussian_cost(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     beyond = np.maximum(logs - last, 0.0)
     rate = bits[below] * (1 - share) + bits[below + 1] * share + beyond
     error = errors[below] * (1 - share) + errors[below + 1] * share
-    # numbers far below one step become 0, and lose their whole square
+    # numbers far below the step size become 0: their squared error is their square
     return rate, np.where(spread < 2.0**_LOG_MIN_SPREAD, np.square(spread), error)

@@ -67,7 +67,7 @@ class UpdateSource:
 
 @dataclass(frozen=True, slots=True)
 class ModuleUpdates:
-    """The updates of one module that are not 0, or those of one cluster that has bases of its own.
+    """Nonzero updates of one module, optionally restricted to one cluster of adapters.
 
     Attributes:
         name: Name of the module in the subspace.

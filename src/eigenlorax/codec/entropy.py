@@ -1,12 +1,12 @@
 """An entropy coder for integers that are mostly near zero.
 
 Each integer has a *class*, known to encoder and decoder beforehand: a logistic distribution of scale 2^(c/4 − 4) for
-class c. Likely integers take few bits, down to a hundredth
-of one. The coder is rANS (Duda 2013, arXiv 1311.2540) with 32-bit states, 16-bit words and probabilities of 15 bits.
+class c. Likely integers take few bits, down to a hundredth of one. The coder is rANS (Duda 2013, arXiv 1311.2540) with
+32-bit states, 16-bit words and probabilities of 15 bits.
 docs/pack-format.md describes each byte.
 
-rANS is sequential: each integer needs the state that the one before has left. A stream is therefore dealt to several
-*lanes*, each with a state of its own, and NumPy advances all lanes of all streams by one integer at a time.
+rANS is sequential: each integer needs the state after the previous one. A stream is therefore divided into several
+*lanes*, each with its own state, and NumPy advances all lanes of all streams by one integer at a time.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,25 @@ from .class_tables import CLASSES, PRECISION, TOTAL, class_table
 LANE_BYTES = 512
 """Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
 LANE_INTEGERS = 1 << 14
-"""Integers of a lane, at most about so many, however few bytes they take: this bounds the steps in Python."""
+"""Maximum number of integers of a lane, approximately. It bounds the number of steps in Python."""
 MAX_LANES = 1 << 14
 _MIN_STATE = 1 << 16
-"""States lie in [2^16, 2^32) between integers, so that one 16-bit word at most is moved for each of them."""
+"""Between integers, states are in [2^16, 2^32), so that each integer moves at most one 16-bit word."""
 
 
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
-    """Encode streams, each of integers (n,) and their classes (n,), as bytes of its own.
+    """Encode streams of integers.
 
-    Streams that are encoded together have the same bytes as alone, and take less time. `FormatError` for integers
-    beyond 32 bits or classes beyond `CLASSES`.
+    Streams that are encoded together have the same bytes as alone, and take less time.
+
+    Args:
+        streams: Integers (n,) and their classes (n,), for each stream.
+
+    Returns:
+        The bytes of each stream.
+
+    Raises:
+        FormatError: An integer needs more than 32 bits, or a class is not below `CLASSES`.
     """
     if not streams:
         return []
@@ -74,7 +82,7 @@ def _encode_symbols(
         low, high = tables.interval(at, symbols[at])
         frequency = (high - low).astype(np.uint64)
         state = states[active]
-        # a state that the next symbol would push beyond 32 bits gives its low word away first
+        # a state that the next symbol would push beyond 32 bits writes its low word first
         full = state >= frequency << np.uint64(32 - PRECISION)
         blocks.append((active[full], (state[full] & np.uint64(0xFFFF)).astype("<u2")))
         state = np.where(full, state >> np.uint64(16), state)
@@ -87,10 +95,16 @@ def _encode_symbols(
 
 
 def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
-    """Return the integers of each stream, int32, from its bytes and the classes of its integers.
+    """Decode the streams that `encode` wrote. Memory: about seven bytes per integer, the result included.
 
-    Takes about seven bytes of memory an integer, those of the result included. `FormatError` if the bytes cannot be
-    such ones.
+    Args:
+        streams: Bytes and the classes (n,) of the integers, for each stream.
+
+    Returns:
+        The integers of each stream, (n,) int32.
+
+    Raises:
+        FormatError: The bytes are damaged, or have another number of integers.
     """
     if not streams:
         return []
@@ -133,7 +147,7 @@ def _decode_symbols(
         active = lanes.active(step)
         at = lanes.start[active] + step * lanes.stride[active]
         state = states[active]
-        # the low bits of a state lie in the interval of the symbol that was encoded last
+        # the low bits of a state are in the interval of the symbol that was encoded last
         slot = (state & np.uint64(TOTAL - 1)).astype(np.int64)
         symbol = tables.symbol_at(at, slot)
         symbols[at] = symbol
@@ -158,13 +172,18 @@ def _decode_symbols(
 
 
 class _StreamTables:
-    """The tables of the classes that occur, as rows of arrays, and the row of each integer of all streams."""
+    """The tables of the classes that occur, as rows of arrays, and the row of each integer of all streams.
 
-    def __init__(self, numbers: np.ndarray, rows: np.ndarray) -> None:
-        tables = [class_table(int(number)) for number in numbers]
+    Args:
+        class_indices: Classes that occur, ascending.
+        rows: Row of each integer, as an index into `class_indices`, (n,).
+    """
+
+    def __init__(self, class_indices: np.ndarray, rows: np.ndarray) -> None:
+        tables = [class_table(int(class_index)) for class_index in class_indices]
         widest = max((len(table.bounds) for table in tables), default=2)
         self._rows = rows
-        # shorter tables are filled up with empty intervals, which no slot falls into
+        # shorter tables are padded with intervals of width zero
         self._bounds = np.full((len(tables), widest), TOTAL, dtype=np.int64)
         for row, table in enumerate(tables):
             self._bounds[row, : len(table.bounds)] = table.bounds
@@ -177,15 +196,15 @@ class _StreamTables:
     def of(cls, classes: np.ndarray) -> "_StreamTables":
         """Build the tables for the class of each integer."""
         _check_classes(classes)
-        # one byte an integer, where the inverse of `np.unique` takes eight
+        # one byte per integer, where the inverse of `np.unique` takes eight
         narrow = classes.astype(np.uint8)
-        numbers = np.flatnonzero(np.bincount(narrow, minlength=CLASSES))
+        class_indices = np.flatnonzero(np.bincount(narrow, minlength=CLASSES))
         row = np.zeros(CLASSES, dtype=np.uint8)
-        row[numbers] = np.arange(len(numbers))
-        return cls(numbers, row[narrow])
+        row[class_indices] = np.arange(len(class_indices))
+        return cls(class_indices, row[narrow])
 
     def raw_bits(self, span: slice) -> np.ndarray:
-        """Return how many bits of each integer are written as they are."""
+        """Return the number of low bits of each integer that are written without a model."""
         counts: np.ndarray = self._raw_bits[self._rows[span]]
         return counts
 
@@ -202,14 +221,14 @@ class _StreamTables:
         return (symbols + self._first[rows]) << self._raw_bits[rows], symbols == self._escape[rows]
 
     def interval(self, at: np.ndarray, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the cumulated frequencies below and above symbols of the integers `at`."""
+        """Return the lower and upper cumulative frequency of symbols. at: indices of their integers, (n,)."""
         rows = self._rows[at]
         return self._bounds[rows, symbols], self._bounds[rows, symbols + 1]
 
     def symbol_at(self, at: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Return the symbols of the integers `at` whose intervals contain these slots."""
+        """Return the symbols whose intervals contain these slots. at: indices of their integers, (n,)."""
         if self._slots is None:
-            # one table look-up a symbol in place of a binary search; int16 keeps it small
+            # one table look-up per symbol in place of a binary search; int16 keeps it small
             self._slots = np.stack(
                 [np.repeat(np.arange(len(row) - 1, dtype=np.int16), np.diff(row)) for row in self._bounds]
             )
@@ -219,7 +238,7 @@ class _StreamTables:
 
 @dataclass(frozen=True, slots=True)
 class _Lanes:
-    """Division of streams into lanes: lane l of n has every n-th integer of its stream, from the l-th on.
+    """Division of streams into lanes: lane l of n contains the integers l, l + n, l + 2n, … of its stream.
 
     Attributes:
         stream: Stream of each lane, ascending.
@@ -258,6 +277,7 @@ class _Lanes:
 
     @property
     def steps(self) -> int:
+        """Number of integers of the longest lane."""
         return int(self.length.max()) if len(self.length) else 0
 
     def active(self, step: int) -> np.ndarray:
@@ -271,7 +291,7 @@ def _check_classes(classes: np.ndarray) -> None:
 
 
 def _lane_count(classes: np.ndarray) -> int:
-    """Return how many lanes a stream has, by the bytes that its integers should take.
+    """Return the number of lanes of a stream, from the expected size of its integers in bytes.
 
     The count is part of the format, so it is computed in integers: a sum of floats depends on its order.
     """
@@ -279,15 +299,15 @@ def _lane_count(classes: np.ndarray) -> int:
         return 0
     _check_classes(classes)
     counts = np.bincount(classes.astype(np.uint8), minlength=CLASSES)
-    hundredths = sum(int(counts[number]) * _hundredths_of_bits(int(number)) for number in np.flatnonzero(counts))
+    hundredths = sum(int(counts[index]) * _hundredths_of_bits(int(index)) for index in np.flatnonzero(counts))
     lanes = max(hundredths // (100 * 8 * LANE_BYTES), len(classes) // LANE_INTEGERS, 1)
     return min(lanes, len(classes), MAX_LANES)
 
 
 @cache
-def _hundredths_of_bits(number: int) -> int:
+def _hundredths_of_bits(class_index: int) -> int:
     """Return the mean bits of an integer of a class, in whole hundredths, without escapes."""
-    table = class_table(number)
+    table = class_table(class_index)
     frequencies = np.diff(table.bounds)[:-1]
     bits = PRECISION - np.log2(frequencies.astype(np.float64)) + table.raw_bits
     return round(100 * float((frequencies / TOTAL * bits).sum()))
@@ -317,7 +337,7 @@ def _pack_raw_bits(integers: np.ndarray, raw_bits: np.ndarray, escaped: np.ndarr
 
 
 def _bit_positions(raw_bits: np.ndarray, escaped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each bit that is written as it is, the index of its integer and its place value's exponent there."""
+    """Return, per raw bit, the index of its integer and its bit position."""
     counts = np.where(escaped, 0, raw_bits)
     owner = np.repeat(np.arange(len(raw_bits)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)

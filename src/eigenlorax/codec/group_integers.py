@@ -1,7 +1,7 @@
 """Numbers as integers of 8 or 4 bits, with one scale for each group of a row.
 
 A number is code · scale · 2^exponent, with one exponent for a whole matrix. This module does not know what the rows
-stand for.
+represent.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from torch import Tensor
 GROUP = 64
 """Numbers of a row that share a scale; the last group of a row may have fewer."""
 CLIPS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)}
-"""Candidates, by bits, for the largest representable number of a group, relative to its largest number; what is larger
-is clipped. With 127 levels, clipping one number a little loses more than a finer scale for the 63 others gains."""
+"""Candidates, by bits, for the largest representable number of a group, relative to its largest number. Larger numbers
+are clipped. With 127 levels, clipping one number costs more squared error than a finer scale saves for the others."""
 PARTS = CODES, SCALES, EXPONENT = "codes", "scales", "exponent"
 SMALLEST, LARGEST = 2.0**-12, 2.0**15
 """A matrix whose largest scale lies between these has the exponent 0: float16 has room, and digits, for that scale and
@@ -22,7 +22,7 @@ _OFFSET = 8
 """Added to a code of 4 bits. So no code is 0, which fills the last half byte of a row of odd width."""
 
 Payload = Mapping[str, Tensor]
-"""Tensors as they lie in a file, by name."""
+"""Tensors of a file, by name."""
 
 
 def encode(rows: Tensor, bits: int) -> dict[str, Tensor]:
@@ -89,8 +89,8 @@ def decode(payload: Payload) -> Tensor:
     return rows
 
 
-def without_zero_exponent(payload: Payload) -> dict[str, Tensor]:
-    """Return the payload of one matrix as it is written, without an exponent that is 0."""
+def drop_zero_exponent(payload: Payload) -> dict[str, Tensor]:
+    """Remove the exponent of one matrix if it is zero, as files omit it."""
     return {name: tensor for name, tensor in payload.items() if name != EXPONENT or int(tensor)}
 
 

@@ -28,7 +28,7 @@ MAX_CORE_RANKS = 3
 """Number of components, in ranks of the adapters, up to which cores are considered."""
 BINS = 4
 """Bins of row norms, to an octave: rows of one bin share their cost."""
-# ever further apart: around the best number of components, the cost hardly changes
+# with growing distances: around the best number of components, the cost hardly changes
 _COMPONENT_COUNTS = (
     *(0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64),
     *(80, 96, 112, 128, 160, 192, 256, 320, 384, 448),
@@ -79,7 +79,7 @@ class ModuleStatistics:
 
     @property
     def rank(self) -> int:
-        """The number of singular components of an adapter, at most."""
+        """The maximum number of singular components of an adapter."""
         return len(self.lengths) // self.n
 
 
@@ -125,9 +125,9 @@ class RateEstimate:
         return self.basis_bits + float((self.bits + BITS_PER_SQUARED_ERROR * self.squared_errors).sum())
 
 
-def component_counts(most: int) -> list[int]:
-    """Return the numbers of components that are compared, from 0 to `most`, ever further apart."""
-    return [*(k for k in _COMPONENT_COUNTS if k < most), most]
+def component_counts(largest: int) -> list[int]:
+    """Return the numbers of components to compare, from 0 to `largest`, with growing distances."""
+    return [*(k for k in _COMPONENT_COUNTS if k < largest), largest]
 
 
 def estimate_rate(module: ModuleStatistics, step_size: float) -> RateEstimate:
@@ -136,13 +136,16 @@ def estimate_rate(module: ModuleStatistics, step_size: float) -> RateEstimate:
     Args:
         module: Statistics of the module.
         step_size: Step size of every adapter, relative to the adapter's norm.
+
+    Returns:
+        The estimate, in bits, with squared errors relative to the squared norms of the adapters.
     """
     costs = _ModuleCosts.of(module, step_size)
     best = costs.with_components(costs.best_counts())
-    for down, k in enumerate(costs.down.counts):
-        # equally many components on both sides: all pairs of counts would take the square of the time
+    for down_index, k in enumerate(costs.down.counts):
+        # the same number on both sides: all pairs would be quadratic in the number of counts
         if k and k in costs.up.counts and k <= MAX_CORE_RANKS * module.rank:
-            candidate = costs.with_cores((down, costs.up.counts.index(k)))
+            candidate = costs.with_cores((down_index, costs.up.counts.index(k)))
             if candidate.cost < best.cost:
                 best = candidate
     return replace(best, squared_errors=best.squared_errors * step_size**2)
@@ -180,13 +183,13 @@ class _SideCosts:
         # the step size of a row is the inverse of its importance (`quantise_basis`), so that its d numbers, of a unit
         # row, have this standard deviation in step sizes
         basis_bits, basis_errors = dead_zone.gaussian_cost(importance / side.dimension**0.5)
-        # the share of a component that its own quantisation loses is lost for its coefficients too
+        # the quantisation error of a component is an error of everything that its coefficients represent
         noise = np.minimum(side.dimension * basis_errors / np.maximum(importance**2, 1e-300), 1.0)
         energy = weighted.mean(0)
         bits, errors = _coefficient_costs(weighted, energy, counts)
         inside = _sums_of_leading(side.energies * (1 - noise), counts)
         residuals = squares[:, None] * np.maximum(1 - inside, 0.0)
-        # a residual is taken as d Gaussian numbers of one variance
+        # a residual is modelled as d Gaussian numbers of equal variance
         residual_bits, residual_errors = dead_zone.gaussian_cost(np.sqrt(residuals / side.dimension))
         residual_bits, residual_errors = residual_bits * side.dimension, residual_errors * side.dimension
         # the encoder leaves residuals out that cost more than their squared error is worth
@@ -204,8 +207,8 @@ def _coefficient_costs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return bits and squared error of the coefficients of each row, (rows, counts).
 
-    Each row is taken to have the mean distribution of energy over the components, so that rows of about one norm cost
-    the same and are looked up once.
+    Each row is assumed to have the mean distribution of energy over the components. Rows of about the same norm then
+    have the same cost, which is looked up once.
 
     Args:
         weighted: Squared coefficients, (rows, k).
@@ -282,7 +285,7 @@ class _ModuleCosts:
         squares = self.lengths**2
         # the square of a rank-1 term within both spans is the product of its shares on the two sides
         represented = self._by_adapter(squares * self.down.inside[:, at[0]] * self.up.inside[:, at[1]])
-        # the numbers of a core are taken as Gaussian, with variances in proportion to the energies of their components
+        # the numbers of a core are modelled as Gaussian, with variances in proportion to their components' energies
         shares = []
         for side, k in zip((self.down, self.up), components.k, strict=True):
             shares.append(side.energy[:k] / max(float(side.energy[:k].sum()), 1e-300))
@@ -297,9 +300,9 @@ class _ModuleCosts:
             squared_errors=np.where(with_core, errors, components.squared_errors),
         )
 
-    def _by_adapter(self, costs: np.ndarray) -> np.ndarray:
-        """Sum costs of singular components over those of each adapter."""
-        return np.bincount(self.module.owners, costs, self.module.n)
+    def _by_adapter(self, values: np.ndarray) -> np.ndarray:
+        """Sum bits or squared errors of singular components, (n · r,), over each adapter: (n,)."""
+        return np.bincount(self.module.owners, values, self.module.n)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from .quantised_basis import QuantisedBasis
 from .svd_batch import SvdBatch
 
 SCALES = 8
-"""Quantisation steps of a component's scale, to an octave."""
+"""Scale levels per octave."""
 MAX_SCALE = 255
 MEAN_TO_SPREAD = math.sqrt(math.pi / 2)
 """Standard deviation of Gaussian numbers, by their mean absolute value."""
@@ -54,11 +54,11 @@ class BatchSideCodes:
     residual_levels: Int[Tensor, "n r"]
 
     def rows(self, basis: Float[Tensor, "k d"]) -> Float[Tensor, "n r d"]:
-        """Return the vectors that the codes stand for, in step sizes, float64, given the rows of the basis."""
+        """Return the decoded vectors in step sizes, float64, given the rows of the basis."""
         return self.coefficients.to(torch.float64) @ basis.to(torch.float64) + self.residuals.to(torch.float64)
 
     def mask(self, keep: Tensor) -> "BatchSideCodes":
-        """Return the codes with zeros for the components, (n, r) or (n, 1), that are not to be kept."""
+        """Set the codes of components to zero where the mask `keep`, (n, r) or (n, 1), is 0."""
         return BatchSideCodes(
             self.coefficients * keep[..., None],
             self.coefficient_levels * keep,
@@ -195,7 +195,7 @@ def _encode_cores(
     levels = classes_of_spread(spread) + 1
     bits = code_bits(codes, (levels[:, None, None] - 1 + profile).clamp_min(0)).sum((1, 2)) + OVERHEAD
     squared_errors = torch.full_like(bits, math.inf)
-    # most cores lose by their bits alone, and need no decomposition
+    # most cores cost more by their bits alone: these need no decomposition
     if indices := torch.nonzero(bits < cost_limits)[:, 0].tolist():
         left, right = core_factors(codes[indices], step_sizes[indices], updates.ranks[indices])
         squared_errors[indices] = _squared_error(updates.select(indices), right @ v_rows, left.mT @ u_rows)
@@ -212,8 +212,8 @@ def core_factors(
 ) -> tuple[Float[Tensor, "n k_up r"], Float[Tensor, "n r k_down"]]:
     """Factor integer cores, (n, k_up, k_down), in the best way of these ranks, by a truncated SVD.
 
-    A quantised core has full rank, by its rounding errors, and the adapter that it stands for has not. r is the largest
-    of the ranks, if cores have so many.
+    Rounding errors give a quantised core full rank, which the adapter does not have. r is the largest of the ranks, or
+    the smaller side of the cores if that is less.
     """
     u, s, v = torch.linalg.svd(cores.to(torch.float64), full_matrices=False)
     rank = min(int(ranks.max()), s.shape[1])
@@ -273,7 +273,7 @@ def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Te
         scaled: The numbers before rounding, (…, d), scaled to one spread throughout the vector.
         profile: Classes that are added to the level for each number, (d,).
     """
-    # the mean absolute value depends less on a few large numbers than the mean square does; lower classes are tried
+    # the mean absolute value depends less on a few large numbers than the mean square; lower classes are tried
     # for vectors that are nearly zero apart from a few numbers
     first = classes_of_spread(scaled.abs().mean(-1) * MEAN_TO_SPREAD)
     candidates = [(first - lower).clamp_min(0) for lower in LOWER_CLASSES]
@@ -285,7 +285,7 @@ def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Te
 
 
 def dequantise(codes: UpdateCodes, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors that codes of components stand for.
+    """Decode codes of components to factors.
 
     Args:
         codes: Codes of n updates, all of components.

@@ -99,8 +99,8 @@ def as_written(step_sizes: Tensor) -> Tensor:
 def step_size_grid(error: float, numbers: int) -> list[float]:
     """Return step sizes to survey for an error bound, relative to the norm of an adapter, half an octave apart.
 
-    The smallest step size is that of an adapter each of whose numbers is encoded. The largest is that of one that loses
-    whole components.
+    The smallest step size is that of an adapter whose numbers are all encoded. The largest is that of an adapter whose
+    components are partly left out.
 
     Args:
         error: The error bound.

@@ -232,7 +232,7 @@ class Storage(ABC):
     def read_adapter(
         self, tensors: MutableMapping[str, Tensor], slots: Mapping[str, ModuleSlot], subspace: Callable[[], Subspace]
     ) -> tuple[Mapping[str, Coefficients], Payload | None]:
-        """Read what `adapter_tensors` wrote, or the payload in its place.
+        """Read an adapter's coefficients from its tensors, and its payload if the storage has one.
 
         Args:
             tensors: Tensors of the adapter's file; those that are read are removed.

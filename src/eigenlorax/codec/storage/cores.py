@@ -30,15 +30,15 @@ NOT_PAIRED = (
 
 @dataclass(frozen=True, slots=True)
 class CoreStorage(Storage):
-    """Cores of one kind in files; in memory an adapter has coefficients whose product is the core.
+    """Storage that writes one core per module. In memory the core is factored into coefficients.
 
     Attributes:
-        kind: Kind of the cores, of `keys.CORES`.
-        stored: Dtype of the cores in the file.
+        kind: Kind of the cores, a key of `keys.CORES`.
+        stored_dtype: Dtype of the cores in the file.
     """
 
     kind: str
-    stored: torch.dtype
+    stored_dtype: torch.dtype
 
     @property
     def holds_components(self) -> bool:
@@ -50,15 +50,15 @@ class CoreStorage(Storage):
 
     @property
     def basis_storage(self) -> FloatStorage:
-        return FloatStorage(dtypes.name(self.stored), self.stored)
+        return FloatStorage(dtypes.name(self.stored_dtype), self.stored_dtype)
 
     @property
     def number_bytes(self) -> float:
-        return float(self.stored.itemsize)
+        return float(self.stored_dtype.itemsize)
 
     @property
     def lora_itemsize(self) -> int:
-        return self.stored.itemsize
+        return self.stored_dtype.itemsize
 
     @property
     def keeps_factors(self) -> bool:
@@ -89,7 +89,7 @@ class CoreStorage(Storage):
 
     def project(self, batch: ModuleBatch, bases: ModuleBases, dual: DualComponents | None = None) -> CoefficientBatch:
         exact = self._best_cores(batch, bases, dual)
-        cores = exact.to(self.stored)
+        cores = exact.to(self.stored_dtype)
         projection.check_rounding(exact.flatten(1)[:, None], cores.flatten(1)[:, None])
         # of the rounded cores, as a reader computes them, on the CPU: devices differ in the last bits of an SVD
         down, up = self._factors(cores.cpu(), batch.down.shape[1])
@@ -110,8 +110,8 @@ class CoreStorage(Storage):
         for (key, core), (module, slot) in zip(payload.items(), slots.items(), strict=True):
             sizes = slot.sizes or ModuleSizes.of(subspace().modules[slot.subspace_module])
             shape = self._shape(sizes.k)
-            if core.dtype != self.stored or tuple(core.shape) != shape:
-                raise ValueError(f"{key} is {describe_tensor(core)} and should be {shape}, {self.stored}")
+            if core.dtype != self.stored_dtype or tuple(core.shape) != shape:
+                raise ValueError(f"{key} is {describe_tensor(core)} and should be {shape}, {self.stored_dtype}")
             # `torch.linalg.svd` raises on NaN and Inf, with a message that names no tensor
             if not bool(core.isfinite().all()):
                 raise ValueError(f"{key} is not finite")
@@ -168,7 +168,7 @@ class DiagonalCoreStorage(CoreStorage):
     @property
     def ridge(self) -> float:
         """The ridge of `diagonal_cores`, whose squared error is below that of rounding."""
-        return max(diagonal_cores.RIDGE, torch.finfo(self.stored).eps / 16)
+        return max(diagonal_cores.RIDGE, torch.finfo(self.stored_dtype).eps / 16)
 
     @property
     def pairs_components(self) -> bool:

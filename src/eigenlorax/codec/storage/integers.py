@@ -61,7 +61,7 @@ class IntegerStorage(Storage):
 
     def _encode_rows(self, rows: Tensor) -> tuple[Tensor, Payload]:
         """Round rows; return them as they will be read again, and their payload."""
-        payload = group_integers.without_zero_exponent(group_integers.encode(rows.cpu(), self.bits))
+        payload = group_integers.drop_zero_exponent(group_integers.encode(rows.cpu(), self.bits))
         # an empty payload of 4 bits does not tell an odd width from an even one
         return group_integers.decode(payload) if len(rows) else rows.to(self.dtype), payload
 
@@ -134,7 +134,7 @@ class IntegerStorage(Storage):
         for module, c in coefficients.items():
             for side, rows in zip(keys.SIDES, (c.down, c.up.mT), strict=True):
                 key = keys.coefficients_key(module, side)
-                payload = group_integers.without_zero_exponent(group_integers.encode(rows, self.bits))
+                payload = group_integers.drop_zero_exponent(group_integers.encode(rows, self.bits))
                 tensors |= {f"{key}.{field}": tensor for field, tensor in payload.items()}
         return tensors | residual_tensors(coefficients)
 

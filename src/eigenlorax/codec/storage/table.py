@@ -60,7 +60,7 @@ def adapter_payload(batch: CoefficientBatch, row: int, module: str) -> dict[str,
         side, _, field = name.partition(".")
         if name in keys.CORES.values():
             payload[f"{keys.MODEL_PREFIX}{module}.{name}"] = tensor[row]
-        # as `without_zero_exponent` does for a single matrix
+        # as `drop_zero_exponent` does for a single matrix
         elif field != group_integers.EXPONENT or int(tensor[row]):
             payload[f"{keys.coefficients_key(module, side)}.{field}"] = tensor[row]
     return payload
