@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import children
 import eigenlorax as ex
 import reference
-from adapters import change_tensors, make_adapter
+from adapters import change_tensors, make_adapter, make_adapters
 from children import KILLED, at_change, kill, needs_fork, no_more_room
 from eigenlorax.cli.main import IO_ERROR, main
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
@@ -22,7 +22,8 @@ class TestWhatComesOut:
     def test_is_the_adapter_as_far_as_the_subspace_holds_it(self, cli, pack):
         found = json_of(cli("export", pack, "-o", pack.parent / "out", "--json"))
         out = pack.parent / "out"
-        assert found == {"written": {name: str(out / name) for name in ("alpha", "beta", "gamma")}}
+        assert found["written"] == {name: str(out / name) for name in ("alpha", "beta", "gamma")}
+        assert found["adapters"].keys() == found["written"].keys()
         for name, record in ex.Pack.open(pack).records.items():
             source, back = ex.read_adapter(pack.parent / "in" / name), ex.read_adapter(out / name)
             assert reference.delta_error(source, back) == pytest.approx(record.delta_error, rel=1e-5)
@@ -46,6 +47,32 @@ class TestWhatComesOut:
         assert str(pack.parent / "out" / "beta") in out
         assert f"{ex.Pack.open(pack).records['beta'].delta_error:.4f}" in out
         assert "alpha" not in out
+
+    def test_what_rounding_adds_to_a_bound_is_said(self, cli, pack):
+        make_adapters(pack.parent / "brain", "a b", shared=2, dtype=torch.bfloat16)
+        succeeded(cli("fit", pack.parent / "brain", "-o", pack, "--max-error", 0.1, "--overwrite"))
+        done = cli("export", pack, "-o", pack.parent / "out", "--json")
+        figures = json_of(done)["adapters"]
+        opened = ex.Pack.open(pack)
+        for name, found in figures.items():
+            errors = opened.export_errors(name)
+            assert found == {
+                "dtype": "bfloat16",
+                "delta_error": opened.records[name].delta_error,
+                "rounding": opened.export_rounding(name),
+                "error_bound": errors.bound,
+            }
+        above = [name for name, found in figures.items() if found["error_bound"] > 0.1]
+        worst = max(found["error_bound"] for found in figures.values())
+        assert 0.1 < worst < 0.105
+        assert f"{len(above)} of 2 exported adapters may exceed it" in done.err
+        assert f"at most {worst:.5f}" in done.err
+        table = succeeded(cli("export", pack, "-o", pack.parent / "out", "--overwrite"))
+        assert "bfloat16" in table.out
+        assert f"{worst:.4f}" in table.out
+        wide = cli("export", pack, "-o", pack.parent / "out", "--overwrite", "--dtype", "float32")
+        assert "float32" in succeeded(wide).out
+        assert "note:" not in wide.err
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
     def test_has_the_dtype_asked_for(self, cli, pack, dtype):

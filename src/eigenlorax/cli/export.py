@@ -1,11 +1,16 @@
 """`eigenlorax export`: write adapters of a pack as ordinary LoRAs, in PEFT folders or single files."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import arguments, console
+
+if TYPE_CHECKING:
+    from ..pack.export import ExportErrors
 
 EPILOG = """Examples:
 
@@ -16,6 +21,9 @@ EPILOG = """Examples:
   eigenlorax export org/pack sst2 -o loras/
 
   eigenlorax export styles-pack/ -o exported/ --format kohya"""
+
+EXACT = 1e-6
+"""Relative error of rounding to float32, with room, which is not worth a note."""
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +54,7 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the LoRA factors (default: float32, or the pack's if that is wider).")
+        str | None, typer.Option(help="Dtype of the LoRA factors (default: that of each adapter's source).")
     ] = None,
     revision: arguments.PackRevision = None,
     overwrite: arguments.Overwrite = False,
@@ -60,17 +68,50 @@ def export(
         written = opened.export(
             output, names or None, format=format, dtype=dtype, overwrite=overwrite, progress=progress
         )
+    errors = {name: opened.export_errors(name, dtype) for name in written}
     if json:
-        console.print_json({"written": {name: str(path) for name, path in written.items()}})
+        console.print_json(
+            {
+                "written": {name: str(path) for name, path in written.items()},
+                "adapters": {name: {**asdict(each), "error_bound": each.bound} for name, each in errors.items()},
+            }
+        )
     else:
-        records = opened.records
         rows = [
             (
                 name,
-                console.format_error(records[name].delta_error),
-                console.format_error(opened.export_rounding(name, dtype)),
+                errors[name].dtype,
+                console.format_error(errors[name].delta_error),
+                console.format_error(errors[name].rounding),
+                console.format_error(errors[name].bound),
                 str(path),
             )
             for name, path in written.items()
         ]
-        console.print_table("", ("adapter", "delta error", "rounding", "written to"), rows, numbers=(1, 2))
+        header = ("adapter", "dtype", "delta error", "rounding", "error at most", "written to")
+        console.print_table("", header, rows, numbers=(2, 3, 4))
+    if (note := _bound_note(errors, opened.fit_info.max_error)) is not None:
+        console.note(note)
+
+
+def _bound_note(errors: Mapping[str, "ExportErrors"], max_error: float | None) -> str | None:
+    """Return a sentence about adapters that rounding may have brought above the pack's error bound, if there are any.
+
+    errors: by name. max_error: the bound that the pack was fitted to, if it was fitted to one.
+    """
+    if max_error is None:
+        return None
+    above = {
+        name: each
+        for name, each in errors.items()
+        if each.delta_error <= max_error < each.bound and each.rounding > EXACT
+    }
+    if not above:
+        return None
+    worst = max(above, key=lambda name: above[name].bound)
+    return (
+        f"the pack keeps every delta error at or below {max_error:g}. Rounding the factors on export adds to it: "
+        f"{len(above)} of {len(errors)} exported adapters may exceed it, with an error of at most "
+        f"{above[worst].bound:.5f} ({worst}, in {above[worst].dtype}). Export with --dtype float32 to add less than "
+        f"{EXACT:g}."
+    )

@@ -55,6 +55,8 @@ RESIDUALS = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
 RESIDUAL_SIDES = "rests"
 # Config field: the storage of the coefficients in a pack, where that is not a float dtype
 COEFFICIENT_DTYPE = "coefficient_dtype"
+# Config field: the dtype that the LoRA factors of an adapter had before they were packed
+SOURCE_DTYPE = "source_dtype"
 # Config field: kernel sizes of convolutions, by module
 KERNELS = "kernels"
 # Bases within an adapter's own file, for adapters that are saved without a pack

@@ -233,6 +233,8 @@ def _compare(
         squares = compare_updates(pack.adapter(name, torch.float64), fitted.adapter(name, torch.float64), before)
         record = after.record
         if name not in originals:
+            # not the float64 in which the pack reconstructs it
+            after = replace(after, source_dtype=before.source_dtype)
             alone = not originals and before.subspace in (None, pack.info.fingerprint) and in_components
             record = follow_record(before.record, record, squares, alone=alone, projected=not pack.is_coded)
         members[name] = replace(after, record=record)

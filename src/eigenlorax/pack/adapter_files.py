@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codec import bitstream
 from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
 from ..codec.storage.coded import coefficient_metadata
-from ..core import keys, limits
+from ..core import dtypes, keys, limits
 from ..core.adapter import Origin, is_valid_kernel
 from ..core.json_dataclasses import from_json
 from ..core.subspace import Subspace
@@ -68,6 +68,7 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
         **({keys.KERNELS: kernels} if kernels else {}),
         **({keys.RESIDUAL_SIDES: residuals} if residuals else {}),
         **({} if storage.is_float else {keys.COEFFICIENT_DTYPE: storage.name}),
+        **({keys.SOURCE_DTYPE: dtypes.name(packed.source_dtype)} if packed.source_dtype is not None else {}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
@@ -99,6 +100,7 @@ class _Config:
     subspace_modules: dict[str, str]
     subspace_fingerprint: str
     kernels: dict[str, list[int]]
+    source_dtype: str | None
 
     @property
     def subspace_names(self) -> dict[str, str]:
@@ -147,6 +149,7 @@ def from_files(
         subspace=fingerprint,
         origin=origin,
         payload=payload,
+        source_dtype=dtypes.parse(config.source_dtype),
     )
 
 
@@ -172,7 +175,7 @@ def _module_slots(
 
 def _read_fields(data: bytes) -> dict[str, Any]:
     """Return the fields of `_Config` in an adapter's config; the others are PEFT's."""
-    config = {keys.KERNELS: {}, **limits.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
+    config = {keys.KERNELS: {}, keys.SOURCE_DTYPE: None, **limits.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
     return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
 
 

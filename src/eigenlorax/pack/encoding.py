@@ -1,8 +1,10 @@
 """From an adapter to what a pack stores of it: coefficients in the bases of a subspace, projected or entropy-coded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from ..codec.adapter_codes import AdapterCodes, ModuleLayout
@@ -170,7 +172,13 @@ def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bo
         record=record,
         origin=adapter.origin,
         payload=encoded.payload,
+        source_dtype=_widest_dtype([adapter.specs[module].dtype for module in coefficients]),
     )
+
+
+def _widest_dtype(factor_dtypes: Sequence[torch.dtype]) -> torch.dtype | None:
+    """Return the narrowest dtype that holds all numbers of these dtypes, so that an export rounds none of them more."""
+    return reduce(torch.promote_types, factor_dtypes) if factor_dtypes else None
 
 
 def _source_config(adapter: Adapter, coefficients: Mapping[str, Coefficients]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import formats
-from ..core import atomic_files, keys, metrics, narrowing, staging
+from ..core import atomic_files, dtypes, keys, metrics, narrowing, staging
 from ..core.adapter import LazyMapping, LoRAFactors
 from ..core.progress import Progress
 from . import writer
@@ -20,7 +20,7 @@ HELD_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """The adapters to export, each with its format, and where to. dtype: of the factors; None: as wide as stored."""
+    """The adapters to export, each with its format, and where to. dtype: of the factors; None: as in their sources."""
 
     directory: Path
     formats: Mapping[str, str]
@@ -55,7 +55,7 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
             if progress is not None:
                 progress("exporting adapters", done, len(targets))
             packed = held.pop(name) if name in held else pack.packed(name)
-            adapter = unpack(packed, pack.subspace, plan.dtype or pack.lossless_dtype)
+            adapter = unpack(packed, pack.subspace, factor_dtype(pack, packed, plan.dtype))
             formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
     return targets
 
@@ -80,21 +80,52 @@ def _memory(packed: PackedAdapter) -> int:
 def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
     """Return an adapter as stored, after checking that the format has names for all of it and the dtype its range."""
     packed = pack.packed(name)
-    if dtype is not None:
+    chosen = factor_dtype(pack, packed, dtype)
+    if torch.promote_types(chosen, pack.lossless_dtype) != chosen:
         exact = unpack(packed, pack.subspace, torch.float64).modules
-        for _ in narrowing.narrow_adapter(name, LazyMapping(packed.subspace_names, exact.__getitem__), dtype):
+        for _ in narrowing.narrow_adapter(name, LazyMapping(packed.subspace_names, exact.__getitem__), chosen):
             pass
-    formats.check_writable(unpack(packed, pack.subspace, dtype or pack.lossless_dtype), format)
+    formats.check_writable(unpack(packed, pack.subspace, chosen), format)
     return packed
 
 
-def rounding_error(pack: PackContents, name: str, dtype: torch.dtype) -> float:
-    """Return the relative error of an adapter's update that rounding its exported factors to `dtype` causes."""
+def factor_dtype(pack: PackContents, packed: PackedAdapter, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of an adapter's exported factors: `dtype`, else that of its source, else the lossless one."""
+    return dtype or packed.source_dtype or pack.lossless_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ExportErrors:
+    """Relative errors of one exported adapter.
+
+    dtype: of its factors, by name. delta_error: of the pack, relative to the norm of the source's update. rounding: of
+    rounding the factors to `dtype`, relative to the norm of the pack's update. Both are over the modules that the
+    subspace has.
+    """
+
+    dtype: str
+    delta_error: float
+    rounding: float
+
+    @property
+    def bound(self) -> float:
+        """Upper bound of the relative error of the exported update against the source's.
+
+        By the triangle inequality, the norm of the pack's update is at most 1 + delta_error times that of the source's.
+        """
+        return self.delta_error + (1 + self.delta_error) * self.rounding
+
+
+def export_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> ExportErrors:
+    """Return the errors of an adapter that is exported in `dtype`; None for that of its source."""
     packed = pack.packed(name)
-    exact, rounded = (unpack(packed, pack.subspace, each).modules for each in (torch.float64, dtype))
+    chosen = factor_dtype(pack, packed, dtype)
+    exact, rounded = (unpack(packed, pack.subspace, each).modules for each in (torch.float64, chosen))
 
     # a difference of updates is exact only between factors that were scaled alike
     def in_the_same_scale(module: str) -> LoRAFactors:
-        return narrowing.balance(exact[module], dtype) if module in packed.subspace_names else exact[module]
+        return narrowing.balance(exact[module], chosen)
 
-    return metrics.rounding_error(LazyMapping(exact, in_the_same_scale), rounded)
+    # modules outside the subspace are not rounded, and `delta_error` leaves them out too
+    rounding = metrics.rounding_error(LazyMapping(packed.subspace_names, in_the_same_scale), rounded)
+    return ExportErrors(dtypes.name(chosen), packed.record.delta_error, rounding)

@@ -22,7 +22,7 @@ from ..formats import sources
 from . import adapter_files, add, export, folder, hub, manifest, peft_models, subspace_file, writer
 from .add import AddOptions
 from .contents import PackContents
-from .export import ExportPlan
+from .export import ExportErrors, ExportPlan
 from .folder import PackFolder
 from .loss_warnings import check_warn_above, warn_of_losses
 from .manifest import Entry, Manifest
@@ -132,8 +132,9 @@ class Pack(PackContents):
         becomes `directory`/NAME.safetensors in the same format.
 
         names: adapters to export; all by default. format: "peft", "kohya" or "diffusers", for all of them. dtype: of
-        the factors; by default as in `adapter`. overwrite: replace what is there. progress(stage, done, total): called
-        before each adapter.
+        the factors; by default that of each adapter's source, the widest one if its factors had several, or as in
+        `adapter` for adapters of older packs, which do not say it. overwrite: replace what is there.
+        progress(stage, done, total): called before each adapter.
 
         Nothing is written if one of the adapters cannot be: unknown names, paths that are taken, modules that the
         format has no names for, and numbers outside the dtype's range raise an error first.
@@ -157,9 +158,16 @@ class Pack(PackContents):
     def export_rounding(self, name: str, dtype: str | torch.dtype | None = None) -> float:
         """Return the relative error of an adapter's update that rounding to `dtype` on export causes.
 
-        It adds to the `delta_error` of the adapter's record, which is the error of the pack.
+        It adds to the `delta_error` of the adapter's record, which is the error of the pack. dtype: as in `export`.
         """
-        return export.rounding_error(self, name, dtypes.parse(dtype) or self.lossless_dtype)
+        return self.export_errors(name, dtype).rounding
+
+    def export_errors(self, name: str, dtype: str | torch.dtype | None = None) -> ExportErrors:
+        """Return the dtype and the errors of an exported adapter: of the pack, of rounding, and a bound of both.
+
+        dtype: as in `export`.
+        """
+        return export.export_errors(self, name, dtypes.parse(dtype))
 
     def add(
         self,

@@ -48,6 +48,7 @@ class PackedAdapter:
         have numbers; None for the current one.
     payload: tensors in the file by key, for storages that do not store coefficients as floats. A copy with other
         coefficients must not keep it.
+    source_dtype: widest dtype of the LoRA factors that the coefficients stand for; None if the pack does not say it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class PackedAdapter:
     subspace: str | None = None
     origin: Origin | None = None
     payload: Payload | None = None
+    source_dtype: torch.dtype | None = None
 
 
 def coefficient_bytes(coefficients: Mapping[str, Coefficients], payload: Payload | None) -> int:

@@ -91,6 +91,8 @@ class EigenLoraxConfig(PeftConfig):
             Written on saving: the sides, "down" or "up", on which each module has a residual.
         coefficient_dtype (`str`, *optional*):
             Written by packs: how the file stores coefficients, such as "int8", if not as floats.
+        source_dtype (`str`, *optional*):
+            Written by packs: the dtype that the factors of the LoRA had, in which it is exported.
         extra_check (`dict`):
             Written on saving: checksums of the added components of each module.
         embedded_shapes (`dict`):
@@ -162,6 +164,10 @@ class EigenLoraxConfig(PeftConfig):
     coefficient_dtype: str | None = field(
         default=None,
         metadata={"help": "Written by packs: how the file stores coefficients, such as int8, if not as floats."},
+    )
+    source_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Written by packs: the dtype that the factors of the LoRA had, in which it is exported."},
     )
     extra_check: dict[str, float] = field(
         default_factory=dict,
