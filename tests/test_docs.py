@@ -209,6 +209,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[by_path(page) for page, _ in BLOCKS])
 def test_examples_run(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,8 @@ from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.settings import Settings
 from outcomes import assert_refused, assert_usage_error, json_of, succeeded
 
+pytestmark = pytest.mark.slow
+
 QALORA = {"use_qalora": True}
 LAYERS, HIDDEN, KV, FFN, VOCABULARY = 2, 24, 12, 40, 53
 BLOCK = {"q_proj": (24, 24), "v_proj": (12, 24)}

@@ -72,6 +72,7 @@ def test_estimates_are_near_the_bytes_of_the_pack(name, error):
     assert 0.75 * taken < smaller.bytes < 1.25 * taken
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_the_frontier_falls():
     for name in ("shared", "unshared", "ranks that differ"):

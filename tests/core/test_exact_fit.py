@@ -72,7 +72,7 @@ class TestDeltaWeighting:
         values = [objective(sweeps) for sweeps in range(4)]
         assert all(after <= before + 1e-9 for before, after in pairwise(values))
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(seed=st.integers(0, 1000))
     def test_the_objective_never_grows_with_k(self, seed):
         factors = collection(seed)

@@ -104,8 +104,7 @@ def test_no_frontier_without_originals_or_without_training():
 class TestShown:
     def test_on_the_page_with_its_table(self):
         full = report(6)
-        document = Document(page.render(full))
-        assert "What an error costs" in [text for text, _ in document.all("h2")]
+        document = Document(page.section("frontier", full))
         head, first, *rest = document.tables[CAPTION]
         assert head == ["way", "tuned to", "worst error", "mean error", "bytes", "smaller"]
         assert first[:2] == ["this pack", "–"]
@@ -121,18 +120,18 @@ class TestShown:
         assert "Measured on 2 of 4 modules" in section
         assert "| joint diagonalisation, full cores | k = 8, 8 bits |" in section
 
-    @pytest.mark.parametrize("render", [page.render, markdown.render])
-    def test_nothing_where_there_is_but_the_pack(self, render):
+    def test_nothing_where_there_is_but_the_pack(self):
         full = report(6)
-        alone = dataclasses.replace(full.frontier, points=full.frontier.points[:1])
-        assert "What an error costs" not in render(dataclasses.replace(full, frontier=alone))
-        assert "What an error costs" not in render(dataclasses.replace(full, frontier=None))
+        for frontier_of_pack in (dataclasses.replace(full.frontier, points=full.frontier.points[:1]), None):
+            without = dataclasses.replace(full, frontier=frontier_of_pack)
+            assert page.section("frontier", without) == ""
+            assert "What an error costs" not in markdown.render(without)
 
     def test_an_error_of_nothing_can_be_drawn(self):
         full = report(6)
         pack = dataclasses.replace(full.frontier.points[0], worst=0.0, mean=0.0)
         exact = dataclasses.replace(full.frontier, points=[pack, *full.frontier.points[1:]])
-        assert "What an error costs" in page.render(dataclasses.replace(full, frontier=exact))
+        assert CAPTION in page.section("frontier", dataclasses.replace(full, frontier=exact))
         assert frontier.at_equal_error(exact) == "Nothing else that was tried holds the pack's worst error of 0."
 
 
@@ -170,7 +169,7 @@ class TestOnTask:
         assert "accuracy" not in section.replace("accuracy: ", "").casefold()
 
     def test_on_the_page_with_pictures_and_tables(self):
-        document = Document(page.render(report(6)))
+        document = Document(page.section("task-bytes", report(6)))
         labels = [found.get("aria-label") for tag, found in document.elements if tag == "svg"]
         for label in (
             "text-classification: accuracy over bytes",
@@ -196,4 +195,4 @@ class TestOnTask:
         (one, other) = full.task_frontiers
         points = [dataclasses.replace(point, stored_bytes=stored, kl=0.0) for point in one.points]
         made = dataclasses.replace(full, task_frontiers=[dataclasses.replace(one, points=points), other])
-        assert "accuracy over bytes" in page.render(made)
+        assert "accuracy over bytes" in page.section("task-bytes", made)

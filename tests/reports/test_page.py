@@ -20,6 +20,8 @@ from eigenlorax.reports import data
 from eigenlorax.reports.comparison_data import Baseline, Bytes, SizePoint, Spread
 from eigenlorax.reports.render import page
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS = "All adapters, the worst first"
 WEIGHTS = "Bytes and factors of all adapters"
 ARXIV = "https://arxiv.org/abs/2502.04700"

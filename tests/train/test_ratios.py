@@ -24,6 +24,8 @@ from eigenlorax.train import models, ratios, recycled_evaluation
 from planted import normal
 from reference import dense
 
+pytestmark = pytest.mark.slow
+
 CLASSES = {"a": 3, "b": 2, "c": 3}
 RATIOS = [2.0, 8.0]
 

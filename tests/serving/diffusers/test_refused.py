@@ -10,6 +10,8 @@ from eigenlorax.errors import AdapterNameError, MissingPartWarning, ModuleNameEr
 from planted import normal
 from tinypipes import picture, style
 
+pytestmark = pytest.mark.slow
+
 
 def untouched(pipe):
     """Whether no model of a pipeline has anything of an adapter."""
