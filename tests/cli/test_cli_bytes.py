@@ -13,7 +13,7 @@ from fake_hub import FakeHub, client, running
 from outcomes import assert_refused, contents, json_of, succeeded
 from signing import signed_again
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
 NAMES = ["alpha", "beta", "gamma"]
 

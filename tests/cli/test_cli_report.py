@@ -14,7 +14,7 @@ from eigenlorax.core import keys
 from eigenlorax.reports import extra, measure, stored
 from outcomes import assert_refused, contents, json_of, succeeded
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
 

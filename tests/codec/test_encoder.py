@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import eigenlorax as ex
-from coded_collections import COLLECTIONS, changed, grouped, of_ranks, shared, true_errors
+from coded_collections import COLLECTIONS, changed, of_ranks, shared, true_errors
 from eigenlorax.errors import NonFiniteError, OptionError
 from planted import random_collection, tree
 
@@ -74,7 +74,7 @@ def test_updates_that_are_orders_smaller_than_an_adapters_others_are_left_out():
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_it_is_the_same_bytes_in_any_order(tmp_path):
-    originals = grouped(3, 4)
+    originals = COLLECTIONS["three groups"]()
     orders = originals, originals[5::-1] + originals[6:]
     packs = [ex.fit(adapters, max_error=0.3) for adapters in orders]
     assert packs[0].notes == ["The adapters fall into 3 groups, each with bases of its own."]

@@ -21,7 +21,7 @@ from eigenlorax.train import demo
 from made import WIDE, of_one_subspace, one_start, random
 from planted import normal, of_spectrum, orthonormal
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
 
