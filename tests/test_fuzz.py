@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 
-def test_none_fails_of_new_cases_and_of_those_that_have_failed_once():
-    ran = python(SCRIPT, "--replay", CASES, "--unchanged", "--cases", 1000, "--seed", 20260730)
+def test_none_fails_of_two_thousand_new_cases_and_of_those_that_have_failed_once():
+    ran = python(SCRIPT, "--replay", CASES, "--unchanged", "--cases", 2000, "--seed", 20260730)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert all(f"{name} " in ran.stdout for name in TARGETS)
     assert ran.stdout.count(" 0 failed") == len(TARGETS)

@@ -109,14 +109,14 @@ def suggest_keywords(**other_names: str) -> Callable[[Callable[P, R]], Callable[
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        known = list(inspect.signature(function).parameters)
+        keyword_names = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)
         def call(*args: P.args, **keywords: P.kwargs) -> R:
-            unknown = next((keyword for keyword in keywords if keyword not in known), None)
+            unknown = next((keyword for keyword in keywords if keyword not in keyword_names), None)
             if unknown is not None:
                 meant = other_names.get(unknown)
-                hint = f" Did you mean {meant!r}?" if meant is not None else suggestion(unknown, known)
+                hint = f" Did you mean {meant!r}?" if meant is not None else suggestion(unknown, keyword_names)
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown!r}.{hint}")
             return function(*args, **keywords)
 

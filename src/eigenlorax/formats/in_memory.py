@@ -19,7 +19,7 @@ StateDict = tuple[Mapping[str, Tensor], Any]
 
 
 class PeftModel(Protocol):
-    """What is used of PEFT's `PeftModel`, which is not imported here."""
+    """The part of PEFT's `PeftModel` that is used. PEFT itself is not imported here."""
 
     peft_config: Any
 

@@ -1,4 +1,4 @@
-"""What a pack holds: a subspace, adapters as coefficients in it, in memory or on disk, and figures of both."""
+"""Contents of a pack: a subspace, adapters as coefficients in it, in memory or on disk, and figures of both."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
