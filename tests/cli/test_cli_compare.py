@@ -13,7 +13,7 @@ for package in ("peft", "transformers", "accelerate"):
 
 import trainable  # noqa: E402
 from children import needs_fork, run  # noqa: E402
-from eigenlorax.cli import compare, main  # noqa: E402
+from eigenlorax.cli import main  # noqa: E402
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -81,15 +81,6 @@ class TestAComparison:
         done = succeeded(cli(*shlex.split(f"{QUICK} --resume --seeds 2")))
         assert done.err == "note: 1 of 2 trainings of 1 epoch: 2 seeds on 40 rows.\n"
         assert len(json.loads(Path("out.json").read_text("utf-8"))["trainings"]) == 2
-
-    def test_the_examples_run(self, cli, place):
-        rows = trainable.keyword_rows(24, seed=2)
-        for name in ("a.csv", "b.csv"):
-            (place / name).write_text("\n".join(["text,label", *(f"{row['text']},{row['label']}" for row in rows)]))
-        examples = [line.split()[1:] for line in compare.EPILOG.splitlines() if line.strip().startswith("eigenlorax")]
-        assert len(examples) == 2
-        for example in examples:
-            succeeded(cli(*example, *shlex.split("--methods head --seeds 1 --epochs 1 --learning-rates 0.1")))
 
 
 BAD = {

@@ -10,7 +10,6 @@ import pytest
 import eigenlorax as ex
 from adapters import make_adapter
 from children import load_command, needs_fork
-from eigenlorax.cli.push import EPILOG
 from fake_hub import FakeHub, running
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 
@@ -78,13 +77,6 @@ class TestPush:
         assert hub.log == [{"repo": "me/new", "revision": "small", "message": "two of them"}]
         assert ex.Pack.open(hub.repos["me/new"]["small"]).names == ["alpha", "beta"]
         assert "me/new" in hub.private
-
-    def test_its_examples(self, online, hub, pack):
-        pack.rename("pack")
-        for line in EPILOG.splitlines()[2::2]:
-            words = line.replace("sst2", "alpha").replace("mrpc", "beta").split()
-            succeeded(online(*words[1:], **TOKEN))
-            hub.repos.pop("org/name")
 
     def test_an_error_is_one_message(self, online, hub, pack):
         before = contents(pack)

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from children import needs_fork
-from eigenlorax.cli.serve_check import EPILOG
 from eigenlorax.errors import ServingError
 from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.settings import Settings
@@ -117,17 +115,6 @@ class TestWhatItSays:
     def test_the_model_is_the_one_the_pack_names(self, cli, tmp_path, model):
         pack = make_pack(tmp_path, base=str(model))
         assert json_of(cli("serve-check", pack, "--json"))["model"] == str(model)
-
-    def test_the_examples_of_its_help_run(self, cli, tmp_path, monkeypatch):
-        make_config(tmp_path / "meta-llama" / "Meta-Llama-3-8B")
-        make_pack(tmp_path, base="meta-llama/Meta-Llama-3-8B").rename(tmp_path / "org-pack")
-        for place in ("pack", "org/pack"):
-            shutil.copytree(tmp_path / "org-pack", tmp_path / place)
-        monkeypatch.chdir(tmp_path)
-        examples = re.findall(r"^ *eigenlorax (.*)$", EPILOG, re.MULTILINE)
-        assert len(examples) == 3
-        for example in examples:
-            succeeded(cli(*shlex.split(example)))
 
     def test_memory_has_room_for_every_adapter_unless_another_number_is_asked_for(self, cli, fitting, model):
         def choices(*options):

@@ -14,7 +14,7 @@ for package in ("peft", "transformers", "accelerate", "yaml"):
 import eigenlorax as ex  # noqa: E402
 import trainable  # noqa: E402
 from children import needs_fork, run  # noqa: E402
-from eigenlorax.cli import evaluate, main, train  # noqa: E402
+from eigenlorax.cli import main  # noqa: E402
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -149,25 +149,6 @@ class TestATrainingAndItsEvaluation:
         out = re.sub(r" +\n", "\n", succeeded(cli(*arguments)).out)
         for line in lines:
             assert re.search(line, out), out
-
-    @pytest.mark.parametrize("verb", [train, evaluate])
-    def test_the_examples_run(self, cli, place, verb):
-        rows = trainable.keyword_rows(24, seed=2, labels=("negative", "positive"))
-        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
-        for name in ("a.csv", "reviews.csv"):
-            (place / name).write_text("\n".join(lines))
-        trainable.write_jsonl(place / "test.jsonl", [{**row, "label": len(row["text"]) % 2} for row in rows])
-        examples = [shlex.split(line)[1:] for line in verb.EPILOG.splitlines() if line.strip().startswith("eigenlorax")]
-        assert len(examples) == 2
-        if verb is train:
-            trainable.write_jsonl(place / "a.jsonl", trainable.cycle_rows(24, seed=3))
-            succeeded(cli(*examples[0]))
-            succeeded(cli(*examples[1][:1], "lm-pack/", *examples[1][2:]))
-        else:
-            asked = "train pack --task text-classification --train a.csv -o runs/sst2 --epochs 1 --force"
-            succeeded(cli(*asked.split()))
-            for example in examples:
-                succeeded(cli(*example))
 
 
 def written(name, content):

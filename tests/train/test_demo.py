@@ -177,7 +177,7 @@ class TestTheCommand:
             asked = [{"text": one.text, "label": one.label} for one in demo.sentences(outcome.task)]
             files.append((outcome.name, tmp_path / f"{outcome.name}.jsonl"))
             files[-1][1].write_text("".join(f"{json.dumps(row)}\n" for row in asked), "utf-8")
-        prepared = recycled_evaluation.prepare(pack, originals, files, model=str(demo._model_folder()), max_length=64)
+        prepared = recycled_evaluation.prepare(pack, originals, files, model=str(demo.model_folder()), max_length=64)
         got = recycled_evaluation.run(pack, originals, prepared)
         for one, outcome in zip(got, outcomes, strict=True):
             assert (one.name, one.rows) == (outcome.name, outcome.sentences)

@@ -1,4 +1,4 @@
-"""The command line: one file a verb, which parses, calls and prints. No logic, and no torch before a verb runs."""
+"""Command line: one file per verb, which parses, calls and prints. No logic, and no torch before a verb runs."""
 
 from .main import app, main
 

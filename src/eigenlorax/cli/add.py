@@ -6,23 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import WARN_ABOVE
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..pack.manifest import SubspaceInfo
 
-EPILOG = """Examples:
-
-  eigenlorax add pack/ adapters/new
-
-  eigenlorax add pack/ adapters/new --extend 4
-
-  eigenlorax add pack/ mine=runs/3/best org/on-the-hub --carry-missing"""
+EXAMPLES = """
+eigenlorax add pack/ demo/new/clinc-travel
+eigenlorax add pack/ demo/new/banking77-c --extend 4
+eigenlorax add pack/ mine=demo/new/acl-arc-b
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(add)
+    verbs.register(app, add, EXAMPLES)
 
 
 def add(
@@ -37,7 +35,8 @@ def add(
         int | None,
         typer.Option(
             metavar="L",
-            help="Append up to L components to each module and side, chosen to reduce the new adapters' error most.",
+            help="Append up to L components to each module and side: the components that reduce the error of the new "
+            "adapters most.",
         ),
     ] = None,
     carry_missing: Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..train.options import MAX_LENGTH
+from . import verbs
 
 
 def path(text: str) -> Path:
@@ -44,39 +45,70 @@ PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="Folder of the 
 PackSource = Annotated[
     str, typer.Argument(metavar="PACK", help="Folder of the pack, or its id on the Hub.", parser=text)
 ]
-PackRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a pack on the Hub.")]
+PackRevision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of a pack on the Hub.", rich_help_panel=verbs.READING),
+]
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub: ORG/NAME.", parser=text)]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON to stdout.")]
 SameBase = Annotated[
     bool,
-    typer.Option("--same-base", help="Accept adapters that name different base models: the names mean the same one."),
+    typer.Option(
+        "--same-base",
+        help="Accept adapters that name different base models, and treat the names as one model.",
+        rich_help_panel=verbs.READING,
+    ),
 ]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Read adapter_model.bin if there is no safetensors file (weights_only=True)."),
+    typer.Option(
+        "--allow-pickle",
+        help="Read adapter_model.bin if there is no safetensors file (weights_only=True).",
+        rich_help_panel=verbs.READING,
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of adapters on the Hub.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of adapters on the Hub.", rich_help_panel=verbs.READING),
+]
 WarnAbove = Annotated[
     float,
-    typer.Option(metavar="ERROR", help="Show a note for adapters with a larger delta error. 1: never."),
+    typer.Option(
+        metavar="ERROR",
+        help="Show a note for adapters with a larger delta error. 1 disables the note.",
+        rich_help_panel=verbs.OUTPUT,
+    ),
 ]
 
-Device = Annotated[str, typer.Option(help="Device of the fit, such as cpu, cuda or cuda:1.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Device of the fit, such as cpu, cuda or cuda:1.", rich_help_panel=verbs.EXECUTION
+    ),
+]
 
 Model = Annotated[
-    str | None, typer.Option(help="Base model: a folder, or an id on the Hub (default: the one the pack names).")
+    str | None,
+    typer.Option(metavar="MODEL", help="Base model: a folder, or an id on the Hub (default: the one the pack names)."),
 ]
 MaxLength = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         help="Maximum number of tokens per row; longer rows are truncated (default: "
         + ", ".join(f"{tokens} for {task}" for task, tokens in MAX_LENGTH.items())
-        + ")."
+        + ").",
+        rich_help_panel=verbs.ROWS,
     ),
 ]
-TextColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the text.")]
-LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the label.")]
+TextColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the text.", rich_help_panel=verbs.ROWS)]
+LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the label.", rich_help_panel=verbs.ROWS)]
 PairColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Column with the second text, for tasks on pairs of texts.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the second text, for tasks on pairs of texts.",
+        rich_help_panel=verbs.ROWS,
+    ),
 ]

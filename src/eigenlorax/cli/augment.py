@@ -6,16 +6,14 @@ from typing import Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
-EPILOG = """Example:
-
-  eigenlorax augment pack/ --n-extra 32 --seed 7 -o pack-64/"""
+EXAMPLES = "eigenlorax augment pack/ --n-extra 32 --seed 7 -o wider/"
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(augment)
+    verbs.register(app, augment, EXAMPLES)
 
 
 def augment(

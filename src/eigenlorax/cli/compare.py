@@ -10,17 +10,18 @@ import typer
 from ..errors import OptionError
 from ..train.options import DEFAULTS, Columns
 from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..train.comparison_summary import MethodSummary
     from ..train.method_comparison import ComparisonResult
 
-EPILOG = """Examples:
-
-  eigenlorax compare pack/ --train a.csv --eval b.csv -o results.json
-
-  eigenlorax compare pack/ --train a.csv --eval b.csv -o results.json --resume"""
+EXAMPLES = r"""
+eigenlorax compare pack/ --train demo/train.csv --eval demo/test.csv \
+    --model demo/model --methods lora,core --seeds 1 --epochs 1 -o results.json
+eigenlorax compare pack/ --train demo/train.csv --eval demo/test.csv --resume \
+    --model demo/model --methods lora,core --seeds 2 --epochs 1 -o results.json
+"""
 
 MAX_SCORE_COLUMNS = 5
 """Maximum number of columns with scores during training."""
@@ -28,7 +29,7 @@ MAX_SCORE_COLUMNS = 5
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(compare)
+    verbs.register(app, compare, EXAMPLES)
 
 
 def compare(
@@ -38,7 +39,8 @@ def compare(
         typer.Option(
             "--train",
             metavar="FILE",
-            help="Training rows: .jsonl, .csv, or a folder saved by datasets. A fifth of them chooses learning rates.",
+            help="Training rows: .jsonl, .csv, or a folder saved by datasets. 20 % are held out to select "
+            "the learning rate.",
             parser=arguments.path,
         ),
     ],
@@ -49,7 +51,6 @@ def compare(
         Path,
         typer.Option("--output", "-o", metavar="FILE", help="JSON file for the results.", parser=arguments.path),
     ],
-    task: Annotated[str, typer.Option(help="Task. Only text-classification is supported.")] = "text-classification",
     model: arguments.Model = None,
     methods: Annotated[
         str,
@@ -59,34 +60,57 @@ def compare(
             show_default=False,
         ),
     ] = ",".join(DEFAULT_METHODS),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the comparison in FILE; methods, rates and seeds may be added.")
+    ] = False,
+    json: arguments.Json = False,
     learning_rates: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[METHOD=]A,B,C",
             help="Learning rates to try, for one method or for all. With one rate there is no search. Can be repeated.",
+            rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(metavar="N", help="Number of trainings per method, at the chosen learning rate.")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Number of trainings per method, at the chosen learning rate.",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = SEEDS,
     rank: Annotated[
-        int, typer.Option(help="Rank of lora, init and factors. Small methods get as many parameters as factors.")
+        int,
+        typer.Option(
+            metavar="R",
+            help="Rank of lora, init and factors. lora-small, vera, vblora and lora-xs get at most as many "
+            "parameters as factors.",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = 8,
-    epochs: Annotated[float, typer.Option(help="Number of epochs.")] = float(DEFAULTS["num_train_epochs"]),
-    batch_size: Annotated[int, typer.Option(help="Rows per training step.")] = int(
-        DEFAULTS["per_device_train_batch_size"]
-    ),
-    max_length: arguments.MaxLength = None,
+    epochs: Annotated[
+        float, typer.Option(metavar="N", help="Number of epochs.", rich_help_panel=verbs.TRAINING)
+    ] = float(DEFAULTS["num_train_epochs"]),
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Rows per training step.", rich_help_panel=verbs.TRAINING)
+    ] = int(DEFAULTS["per_device_train_batch_size"]),
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Compute in bfloat16. Trained parameters stay in float32.")
+        bool,
+        typer.Option(
+            "--bf16",
+            help="Compute in bfloat16. Trained parameters stay in float32.",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = False,
+    task: Annotated[
+        str,
+        typer.Option(metavar="TASK", help="Task. Only text-classification is supported.", rich_help_panel=verbs.ROWS),
+    ] = "text-classification",
     text_column: arguments.TextColumn = "text",
     label_column: arguments.LabelColumn = "label",
     pair_column: arguments.PairColumn = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the comparison in FILE; methods, rates and seeds may be added.")
-    ] = False,
-    json: arguments.Json = False,
+    max_length: arguments.MaxLength = None,
 ) -> None:
     """Train a new task with several methods, and compare coefficients with LoRA and others."""
     names = [name.strip() for name in methods.split(",")]

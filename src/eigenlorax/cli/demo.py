@@ -12,27 +12,40 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core import keys
-from . import arguments, console
+from . import arguments, console, verbs
 from .env import collect
 
 if TYPE_CHECKING:
     from ..train.demo import Demo, Outcome
 
-EPILOG = """Examples:
-
-  eigenlorax demo
-
-  eigenlorax demo --keep demo/ --n-components 16 --no-training"""
+EXAMPLES = """
+eigenlorax demo
+eigenlorax demo --data demo/
+eigenlorax demo --keep kept/ --n-components 16 --no-training
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(demo)
+    verbs.register(app, demo, EXAMPLES)
 
 
 def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Only write the demo's adapters, base model and rows to DIR: files to try the other commands on.",
+            parser=arguments.path,
+        ),
+    ] = None,
     keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the pack (DIR/pack) and the exported LoRAs (DIR/loras).")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the pack (DIR/pack) and the exported LoRAs (DIR/loras).",
+            parser=arguments.path,
+        ),
     ] = None,
     n_components: Annotated[
         int, typer.Option("--n-components", "-k", metavar="K", help="Maximum number of components per module and side.")
@@ -44,6 +57,9 @@ def demo(
     json: arguments.Json = False,
 ) -> None:
     """Fit a pack to sixteen LoRA adapters of a MiniLM, compare predictions, and train a new task in their subspace."""
+    if data is not None:
+        _write_data(data, overwrite, json)
+        return
     import torch
 
     from ..core import atomic_files
@@ -90,6 +106,25 @@ def demo(
             f"kept {keep / 'pack'} and {keep / 'loras'}: try eigenlorax inspect {keep / 'pack'}"
             + (f", and open {page} in a browser." if page.exists() else ".")
         )
+
+
+def _write_data(directory: Path, overwrite: bool, json: bool) -> None:
+    from ..train import demo_files
+
+    files = demo_files.write(directory, overwrite=overwrite)
+    if json:
+        console.print_json({name: str(path) for name, path in asdict(files).items()})
+        return
+    rows = [
+        (str(files.adapters), "LoRA adapters, a folder each"),
+        (str(files.new), "adapters to add to a pack of the others"),
+        (str(files.model), "their base model"),
+        (f"{files.train}, {files.test.name}", "rows of a task that no adapter was trained on"),
+        (str(files.spam), "rows for the adapters sms-spam-a and sms-spam-b"),
+    ]
+    console.print_rows("", rows)
+    console.say("Try:")
+    console.print_command(f"  eigenlorax fit {files.adapters} -o pack/")
 
 
 def _print(result: "Demo", seconds: float) -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
 PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub", "typer", "rich", "peft", "transformers", "diffusers")
-EPILOG = """Example:
-
-  eigenlorax env --json"""
+EXAMPLES = """
+eigenlorax env
+eigenlorax env --json
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(env)
+    verbs.register(app, env, EXAMPLES)
 
 
 def env(json: arguments.Json = False) -> None:

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..train.options import EVALUATION_BATCH, TASKS, Columns
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..train.evaluate import Figures
 
-EPILOG = """Examples:
-
-  eigenlorax evaluate pack/ sst2 --data test.jsonl
-
-  eigenlorax evaluate pack/ sst2 --data reviews.csv --labels negative,positive"""
+EXAMPLES = r"""
+eigenlorax evaluate pack/ sms-spam-a --data demo/spam.csv --labels ham,spam \
+    --model demo/model
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(evaluate)
+    verbs.register(app, evaluate, EXAMPLES)
 
 
 def evaluate(
@@ -36,7 +35,8 @@ def evaluate(
     ],
     model: arguments.Model = None,
     task: Annotated[
-        str | None, typer.Option(help=f"Task: {' or '.join(TASKS)} (default: the adapter's task type).")
+        str | None,
+        typer.Option(metavar="TASK", help=f"Task: {' or '.join(TASKS)} (default: the adapter's task type)."),
     ] = None,
     labels: Annotated[
         str | None,
@@ -45,7 +45,9 @@ def evaluate(
             help="Class names in the order of the head, or the OUT folder of `train`. Needed if labels are texts.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = EVALUATION_BATCH,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Rows per batch.", rich_help_panel=verbs.ROWS)
+    ] = EVALUATION_BATCH,
     max_length: arguments.MaxLength = None,
     text_column: arguments.TextColumn = "text",
     label_column: arguments.LabelColumn = "label",

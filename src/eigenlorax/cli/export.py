@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..pack.export import ExportErrors
 
-EPILOG = """Examples:
-
-  eigenlorax export pack/ -o loras/
-
-  eigenlorax export pack/ sst2 mrpc -o loras/ --dtype float16
-
-  eigenlorax export org/pack sst2 -o loras/
-
-  eigenlorax export styles-pack/ -o exported/ --format kohya"""
+EXAMPLES = """
+eigenlorax export pack/ -o loras/
+eigenlorax export pack/ sms-spam-a clinc-home -o half/ --dtype float16
+"""
 
 EXACT = 1e-6
 """Relative error of rounding to float32, with room, which is not worth a note."""
@@ -28,7 +23,7 @@ EXACT = 1e-6
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(export)
+    verbs.register(app, export, EXAMPLES)
 
 
 def export(
@@ -49,12 +44,14 @@ def export(
     format: Annotated[
         str | None,
         typer.Option(
+            metavar="FORMAT",
             help="File format: peft, kohya, diffusers, diffusers-old or diffusion-model (default: the format in which "
-            "each adapter was read)."
+            "each adapter was read).",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the LoRA factors (default: that of each adapter's source).")
+        str | None,
+        typer.Option(metavar="DTYPE", help="Dtype of the LoRA factors (default: that of each adapter's source)."),
     ] = None,
     revision: arguments.PackRevision = None,
     overwrite: arguments.Overwrite = False,

@@ -9,38 +9,25 @@ import typer
 
 from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE, reason
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..core.progress import Progress
     from ..pack.pack import Pack
 
-EPILOG = """Examples:
-
-  eigenlorax fit adapters/ -o pack/
-
-  eigenlorax fit adapters/* org/on-the-hub mine=runs/3/best -o pack/ -k 64
-
-  eigenlorax fit styles/*.safetensors -o pack/
-
-  eigenlorax fit s3://bucket/adapters -o pack/
-
-  eigenlorax fit adapters/ -o pack/ --energy 0.95 --dtype float16 --overwrite
-
-  eigenlorax fit adapters/ -o pack/ --dtype int8
-
-  eigenlorax fit adapters/ -o pack/ --max-error 0.3
-
-  eigenlorax fit adapters/ -o pack/ --ratio 18
-
-  eigenlorax fit adapters/ -o pack/ -k auto
-
-  eigenlorax fit adapters/ -o pack/ -k 64 --engine processes --workers 8"""
+EXAMPLES = """
+eigenlorax fit demo/adapters -o small/ --max-error 0.1
+eigenlorax fit demo/adapters -o smaller/ --ratio 18
+eigenlorax fit demo/adapters -o pack/ -k 32
+eigenlorax fit demo/adapters -o auto/ -k auto
+eigenlorax fit demo/adapters -o pack/ --energy 0.95 --dtype float16 --overwrite
+eigenlorax fit demo/adapters/sms-* new=demo/new/clinc-travel -o few/ -k 16
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(fit)
+    verbs.register(app, fit, EXAMPLES)
 
 
 def fit(
@@ -55,6 +42,20 @@ def fit(
         Path,
         typer.Option("--output", "-o", metavar="PACK", help="Folder to write the pack to.", parser=arguments.path),
     ],
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Write the smallest pack in which no adapter's delta error exceeds X, 0 < X < 1."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Write the pack of the smallest errors that is R times smaller than the LoRAs in 16 bits, basis "
+            "included.",
+        ),
+    ] = None,
     # typed Any, because typer does not support the union of int and "auto"
     n_components: Annotated[
         Any,
@@ -67,68 +68,78 @@ def fit(
             parser=arguments.number_or_auto,
         ),
     ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(
-            metavar="E", help="Instead of K: fraction of the squared norm to keep per module and side, 0 < E ≤ 1."
-        ),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Instead of K: the smallest pack in which no adapter's delta error exceeds X, 0 < X < 1.",
-        ),
-    ] = None,
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
     max_bytes: Annotated[
         str | None,
         typer.Option(
-            metavar="B", help="Instead of K: the lowest error bound for all adapters within B bytes: 40MB, 1.5GiB."
+            metavar="B",
+            help="Minimise the largest error of all adapters within B bytes of tensors: 40MB, 1.5GiB.",
+            rich_help_panel=verbs.KEEP,
         ),
     ] = None,
-    ratio: Annotated[
+    energy: Annotated[
         float | None,
         typer.Option(
-            metavar="R", help="Like --max-bytes, for a pack R times smaller than the LoRAs in 16 bits, basis included."
+            metavar="E",
+            help="Instead of K: fraction of the squared norm to keep per module and side, 0 < E ≤ 1.",
+            rich_help_panel=verbs.KEEP,
         ),
     ] = None,
     weighting: Annotated[
         str,
         typer.Option(
-            help="Error that the fit minimises. delta: that of the updates. factors: that of A and B separately, as "
-            "in the paper."
+            metavar="NAME",
+            help="Error that the fit minimises. delta: error of the updates. factors: error of A and B separately, as "
+            "in the paper.",
+            rich_help_panel=verbs.KEEP,
         ),
     ] = "delta",
     sweeps: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Alternating refinements of the bases, with weighting delta (default: 2)."),
+        typer.Option(
+            metavar="N",
+            help="Alternating refinements of the bases, with weighting delta (default: 2).",
+            rich_help_panel=verbs.KEEP,
+        ),
     ] = None,
     exclude_adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Skip an adapter. Can be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Skip an adapter. Can be repeated.", rich_help_panel=verbs.KEEP),
     ] = None,
     exclude_module: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
             help="Keep matching modules out of the subspace, and store them unchanged. Can be repeated.",
+            rich_help_panel=verbs.KEEP,
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
+            metavar="DTYPE",
             help="Storage dtype: float32, float16, bfloat16, float64, int8 or int4 (default: the widest of the "
-            "adapters; entropy-coded integers with --max-error, --max-bytes or --ratio)."
+            "adapters; entropy-coded integers with --max-error, --max-bytes or --ratio).",
+            rich_help_panel=verbs.STORAGE,
         ),
     ] = None,
     coefficient_dtype: Annotated[
         str | None,
-        typer.Option(help="Storage dtype of the coefficients (default: that of --dtype; int8 if that is an integer)."),
+        typer.Option(
+            metavar="DTYPE",
+            help="Storage dtype of the coefficients (default: same as --dtype; int8 for int8 and int4).",
+            rich_help_panel=verbs.STORAGE,
+        ),
     ] = None,
-    warn_above: arguments.WarnAbove = WARN_ABOVE,
     same_base: arguments.SameBase = False,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Skip adapters that are damaged or contain NaN or Inf, and show their names."),
+        typer.Option(
+            "--skip-bad",
+            help="Skip adapters that are damaged or contain NaN or Inf, and show their names.",
+            rich_help_panel=verbs.READING,
+        ),
     ] = False,
     allow_pickle: arguments.AllowPickle = False,
     revision: arguments.Revision = None,
@@ -136,24 +147,38 @@ def fit(
     solver: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="auto: an iterative solver for large modules, which is faster and misses less than 1e-4 of the "
-            "energy. exact: full decompositions, to check that."
+            "energy. exact: full decompositions (slower).",
+            rich_help_panel=verbs.EXECUTION,
         ),
     ] = "auto",
     engine: Annotated[
         str,
         typer.Option(
-            help="Where modules are fitted: serial, processes (for many modules on this machine) or ray (on a cluster)."
+            metavar="NAME",
+            help="Engine that fits the modules: serial (this process), processes (on this machine) or ray (on a "
+            "cluster).",
+            rich_help_panel=verbs.EXECUTION,
         ),
     ] = "serial",
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of processes for --engine processes (default: all cores).")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of processes for --engine processes (default: all cores).",
+            rich_help_panel=verbs.EXECUTION,
+        ),
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html and report.json into the pack.")
+        bool,
+        typer.Option(
+            "--report/--no-report",
+            help="Write report.html and report.json into the pack.",
+            rich_help_panel=verbs.OUTPUT,
+        ),
     ] = True,
-    overwrite: arguments.Overwrite = False,
-    json: arguments.Json = False,
+    warn_above: arguments.WarnAbove = WARN_ABOVE,
 ) -> None:
     """Fit a subspace to LoRA adapters, and write a pack: the shared components, and each adapter as coefficients."""
     from ..core import checkpoint, keys

@@ -6,26 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..pack.pack import Pack
 
-EPILOG = """Examples:
-
-  eigenlorax inspect pack/
-
-  eigenlorax inspect adapters/sst2 --json
-
-  eigenlorax inspect pack/ --verify adapters/
-
-  eigenlorax inspect org/pack"""
+EXAMPLES = """
+eigenlorax inspect pack/
+eigenlorax inspect pack/ --verify demo/adapters
+eigenlorax inspect demo/adapters/sms-spam-a --json
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(inspect)
+    verbs.register(app, inspect, EXAMPLES)
 
 
 def inspect(

@@ -32,6 +32,7 @@ from . import (
     report,
     serve_check,
     train,
+    verbs,
 )
 
 IO_ERROR, INTERRUPTED = 6, 130
@@ -46,7 +47,7 @@ class _InterruptError(Exception):
 _UsageError: Any = typer.BadParameter.__base__
 
 
-class _Verbs(TyperGroup):
+class _Verbs(verbs.HelpWithoutTypes, TyperGroup):
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _printable_usage():
             return super().make_context(*arguments, **options)

@@ -5,18 +5,17 @@ from typing import Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
-EPILOG = """Examples:
-
-  eigenlorax pull org/pack -o mine/
-
-  eigenlorax pull org/pack --adapter sst2 -o sst2/"""
+EXAMPLES = """
+eigenlorax pull org/name -o mine/
+eigenlorax pull org/name --adapter sms-spam-a -o spam/
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(pull)
+    verbs.register(app, pull, EXAMPLES)
 
 
 def pull(

@@ -4,18 +4,17 @@ from typing import Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
-EPILOG = """Examples:
-
-  eigenlorax push pack/ org/name
-
-  eigenlorax push pack/ org/name --adapter sst2 --adapter mrpc --private"""
+EXAMPLES = """
+eigenlorax push pack/ org/name
+eigenlorax push pack/ org/spam --adapter sms-spam-a --private
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(push)
+    verbs.register(app, push, EXAMPLES)
 
 
 def push(
@@ -26,8 +25,10 @@ def push(
         typer.Option(metavar="NAME", help="Adapter to upload with the basis (default: all). Can be repeated."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
-    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch to push to; created if it does not exist.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of pushing to the branch.")
     ] = False,

@@ -9,22 +9,21 @@ import typer
 
 from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from ..fitting.refit import Change, Refit
     from ..pack.pack import Pack
 
-EPILOG = """Examples:
-
-  eigenlorax refit pack/ --adapters adapters/ -k 48 -o pack-48/
-
-  eigenlorax refit pack/ -o pack/ --overwrite"""
+EXAMPLES = """
+eigenlorax refit pack/ --adapters demo/adapters -k 48 -o pack-48/
+eigenlorax refit pack/ -k 24 -o pack/ --overwrite
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(refit)
+    verbs.register(app, refit, EXAMPLES)
 
 
 def refit(
@@ -48,6 +47,17 @@ def refit(
             help="Original adapters, as for `fit`; matched by content. Can be repeated.",
         ),
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Write the smallest pack in which no adapter's delta error exceeds X."),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Write the pack of the smallest errors that is R times smaller than the LoRAs in 16 bits.",
+        ),
+    ] = None,
     n_components: Annotated[
         Any,
         typer.Option(
@@ -58,45 +68,61 @@ def refit(
             parser=arguments.number_or_auto,
         ),
     ] = None,
-    energy: Annotated[
-        float | None, typer.Option(metavar="E", help="Instead of K: fraction of the squared norm to keep, 0 < E ≤ 1.")
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Instead of K: the smallest pack in which no adapter's delta error exceeds X."),
-    ] = None,
+    overwrite: arguments.Overwrite = False,
+    json: arguments.Json = False,
     max_bytes: Annotated[
         str | None,
         typer.Option(
-            metavar="B", help="Instead of K: the lowest error bound for all adapters within B bytes: 40MB, 1.5GiB."
+            metavar="B",
+            help="Minimise the largest error of all adapters within B bytes of tensors: 40MB, 1.5GiB.",
+            rich_help_panel=verbs.KEEP,
         ),
     ] = None,
-    ratio: Annotated[
+    energy: Annotated[
         float | None,
-        typer.Option(metavar="R", help="Like --max-bytes, for a pack R times smaller than the LoRAs in 16 bits."),
+        typer.Option(
+            metavar="E",
+            help="Instead of K: fraction of the squared norm to keep, 0 < E ≤ 1.",
+            rich_help_panel=verbs.KEEP,
+        ),
     ] = None,
     weighting: Annotated[
-        str | None, typer.Option(help="Error that the fit minimises: delta or factors (default: as before).")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Error that the fit minimises: delta or factors (default: as before).",
+            rich_help_panel=verbs.KEEP,
+        ),
     ] = None,
     sweeps: Annotated[
-        int | None, typer.Option(help="Alternating refinements of the bases (default: as before).")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Alternating refinements of the bases (default: as before).",
+            rich_help_panel=verbs.KEEP,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
+            metavar="DTYPE",
             help="Storage dtype: float32, float16, bfloat16, float64, int8 or int4 (default: as before; entropy-coded "
-            "integers with --max-error, --max-bytes or --ratio)."
+            "integers with --max-error, --max-bytes or --ratio).",
+            rich_help_panel=verbs.STORAGE,
         ),
     ] = None,
     coefficient_dtype: Annotated[
-        str | None, typer.Option(help="Storage dtype of the coefficients (default: as before).")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Storage dtype of the coefficients (default: as before).",
+            rich_help_panel=verbs.STORAGE,
+        ),
     ] = None,
-    warn_above: arguments.WarnAbove = WARN_ABOVE,
     allow_pickle: arguments.AllowPickle = False,
     revision: arguments.Revision = None,
     device: arguments.Device = "cpu",
-    overwrite: arguments.Overwrite = False,
-    json: arguments.Json = False,
+    warn_above: arguments.WarnAbove = WARN_ABOVE,
 ) -> None:
     """Fit another subspace to a pack's adapters, from their originals if given, and show each adapter's new error."""
     from ..fitting.refit import refit as refit_adapters

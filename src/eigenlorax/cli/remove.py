@@ -4,16 +4,14 @@ from typing import Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
-EPILOG = """Example:
-
-  eigenlorax remove pack/ sst2 mrpc"""
+EXAMPLES = "eigenlorax remove pack/ sms-spam-a clinc-home"
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(remove)
+    verbs.register(app, remove, EXAMPLES)
 
 
 def remove(

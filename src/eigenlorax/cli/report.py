@@ -9,7 +9,7 @@ import typer
 
 from ..core.options import suggestion
 from ..train.options import EVALUATION_BATCH, TASKS, Columns
-from . import arguments, console
+from . import arguments, console, verbs
 from .evaluate import class_names
 
 if TYPE_CHECKING:
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
     from ..pack.pack import Pack
     from ..reports import Report
 
-EPILOG = """Examples:
+EXAMPLES = r"""
+eigenlorax report pack/ --adapters demo/adapters -o report.html
+eigenlorax report pack/ -a demo/adapters -o report.md -o report.json
+eigenlorax report pack/ -a demo/adapters -o report.html \
+    --evaluate sms-spam-a=demo/spam.csv --labels ham,spam --model demo/model
+"""
 
-  eigenlorax report pack/ --adapters adapters/ -o report.html
-
-  eigenlorax report pack/ --adapters adapters/ -o report.md -o report.json
-
-  eigenlorax report pack/ -a adapters/ --evaluate sst2=rows.csv -o report.html
-
-  eigenlorax report pack/ -a adapters/ --evaluate r.csv --frontier 5,20 -o r.md"""
-
+MEASUREMENTS = "Measurements"
+"""Title of a panel in the help text."""
 MAX_NAMES = 6
 """Maximum number of adapter names per finding in the terminal."""
 MARKS = {True: "✓", False: "!", None: "·"}
@@ -36,7 +35,7 @@ _ALL = 2**62
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(report)
+    verbs.register(app, report, EXAMPLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +83,6 @@ def report(
             help="Original adapters of the pack, as for `fit`; matched by content. Can be repeated.",
         ),
     ] = None,
-    left_out: Annotated[
-        str | None,
-        typer.Option(metavar="N|all", help="Number of adapters for leave-one-out fits (default: up to 32)."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of samples and of random subspaces.")] = 0,
     evaluate: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,17 +91,36 @@ def report(
             "repeated.",
         ),
     ] = None,
+    model: arguments.Model = None,
+    json: arguments.Json = False,
+    left_out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Number of adapters for leave-one-out fits (default: up to 32).",
+            rich_help_panel=MEASUREMENTS,
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="S", help="Seed of samples and of random subspaces.", rich_help_panel=MEASUREMENTS),
+    ] = 0,
     frontier: Annotated[
         str | None,
         typer.Option(
             metavar="R,R,…",
             help="With --evaluate: also evaluate packs fitted at these ratios, and each LoRA truncated and rounded to "
             "the same size.",
+            rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
-    model: arguments.Model = None,
     task: Annotated[
-        str | None, typer.Option(help=f"Task: {' or '.join(TASKS)} (default: the adapter's task type).")
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help=f"Task: {' or '.join(TASKS)} (default: the adapter's task type).",
+            rich_help_panel=verbs.ROWS,
+        ),
     ] = None,
     labels: Annotated[
         list[str] | None,
@@ -115,17 +128,19 @@ def report(
             metavar="[NAME=]A,B,…|OUT",
             help="Class names in the order of the head, or the OUT folder of `train`; for one adapter or all. Can be "
             "repeated.",
+            rich_help_panel=verbs.ROWS,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = EVALUATION_BATCH,
-    max_length: arguments.MaxLength = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Rows per batch.", rich_help_panel=verbs.ROWS)
+    ] = EVALUATION_BATCH,
     text_column: arguments.TextColumn = "text",
     label_column: arguments.LabelColumn = "label",
     pair_column: arguments.PairColumn = None,
+    max_length: arguments.MaxLength = None,
     pack_revision: arguments.PackRevision = None,
     allow_pickle: arguments.AllowPickle = False,
     revision: arguments.Revision = None,
-    json: arguments.Json = False,
 ) -> None:
     """Report whether a pack's adapters share a subspace, how much error the pack adds, and what to do about it."""
     from ..pack.pack import Pack

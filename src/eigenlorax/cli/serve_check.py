@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, console, verbs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,18 +13,15 @@ if TYPE_CHECKING:
     from ..serving.vllm.checking import Check
     from ..serving.vllm.plan import MemoryUse, Plan
 
-EPILOG = """Examples:
-
-  eigenlorax serve-check pack/ --model meta-llama/Meta-Llama-3-8B
-
-  eigenlorax serve-check pack/ --max-loras 32 --tensor-parallel-size 2
-
-  eigenlorax serve-check org/pack --json"""
+EXAMPLES = """
+eigenlorax serve-check pack/ --model demo/model
+eigenlorax serve-check pack/ --model demo/model --max-loras 32 --json
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(serve_check)
+    verbs.register(app, serve_check, EXAMPLES)
 
 
 def serve_check(
@@ -41,11 +38,11 @@ def serve_check(
             "100).",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the model: auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Dtype of the model: auto, bfloat16, float16 or float32.")
+    ] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(metavar="N", help="Number of GPUs that share the model.")] = 1,
-    adapters: Annotated[
-        int, typer.Option(metavar="N", help="Number of adapters for which memory is extrapolated.")
-    ] = 1000,
+    adapters: Annotated[int, typer.Option(metavar="N", help="Collection size used to extrapolate memory.")] = 1000,
     revision: arguments.PackRevision = None,
     json: arguments.Json = False,
 ) -> None:

@@ -8,27 +8,28 @@ import typer
 
 from ..errors import BaselineError
 from ..train.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, TASKS, Columns, Training
-from . import arguments, console
+from . import arguments, console, verbs
 from .evaluate import figure_rows, print_confusion
 
 if TYPE_CHECKING:
     from ..train.train import TrainingResult
 
-EPILOG = """Examples:
-
-  eigenlorax train pack/ --task text-classification --train a.csv -o runs/new
-
-  eigenlorax train pack/ --task causal-lm --train a.jsonl -o runs/lm --no-add"""
+EXAMPLES = r"""
+eigenlorax train pack/ --task text-classification --train demo/train.csv \
+    --model demo/model -o mine/
+eigenlorax train pack/ --task text-classification --train demo/train.csv \
+    --model demo/model --eval demo/test.csv -o core/ --core --epochs 2 --no-add
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command."""
-    app.command(epilog=EPILOG)(train)
+    verbs.register(app, train, EXAMPLES)
 
 
 def train(
     pack: arguments.PackFolder,
-    task: Annotated[str, typer.Option(help=f"Task: {' or '.join(TASKS)}.")],
+    task: Annotated[str, typer.Option(metavar="TASK", help=f"Task: {' or '.join(TASKS)}.")],
     rows: Annotated[
         Path,
         typer.Option(
@@ -54,15 +55,37 @@ def train(
         ),
     ] = None,
     model: arguments.Model = None,
-    name: Annotated[str | None, typer.Option(help="Name of the adapter in the pack (default: that of OUT).")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the update. A higher rank trains more parameters.")] = 8,
+    json: arguments.Json = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of the adapter in the pack (default: name of OUT).",
+            rich_help_panel=verbs.TRAINED,
+        ),
+    ] = None,
+    rank: Annotated[
+        int,
+        typer.Option(
+            metavar="R",
+            help="Rank of the update. A higher rank trains more parameters.",
+            rich_help_panel=verbs.TRAINED,
+        ),
+    ] = 8,
     alpha: Annotated[
-        float | None, typer.Option(help="LoRA alpha: the update is scaled by alpha / rank (default: 2 × rank).")
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="LoRA alpha: the update is scaled by alpha / rank (default: 2 × rank).",
+            rich_help_panel=verbs.TRAINED,
+        ),
     ] = None,
     core: Annotated[
         bool,
         typer.Option(
-            "--core", help="Train one k × k matrix per module instead of two factors: fewer parameters if k is small."
+            "--core",
+            help="Train one k × k matrix per module instead of two factors: fewer parameters if k is small.",
+            rich_help_panel=verbs.TRAINED,
         ),
     ] = False,
     start: Annotated[
@@ -70,51 +93,91 @@ def train(
         typer.Option(
             metavar="zero|mean|NAME|PATH",
             help="Initial update: zero, the mean of the pack's adapters, one of them, or a LoRA in a folder.",
+            rich_help_panel=verbs.TRAINED,
         ),
     ] = "zero",
     n_extra: Annotated[
         int,
-        typer.Option("--n-extra", metavar="L", help="Train over L more random components per side. Needs --no-add."),
+        typer.Option(
+            "--n-extra",
+            metavar="L",
+            help="Add L random components per side during training. Needs --no-add.",
+            rich_help_panel=verbs.TRAINED,
+        ),
     ] = 0,
-    extra_seed: Annotated[int, typer.Option("--extra-seed", metavar="S", help="Seed of these components.")] = 0,
+    extra_seed: Annotated[
+        int,
+        typer.Option("--extra-seed", metavar="S", help="Seed of --n-extra.", rich_help_panel=verbs.TRAINED),
+    ] = 0,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Add the adapter even if it is not better than its baseline.",
+            rich_help_panel=verbs.TRAINED,
+        ),
+    ] = False,
+    no_add: Annotated[
+        bool,
+        typer.Option("--no-add", help="Do not add the adapter to the pack.", rich_help_panel=verbs.TRAINED),
+    ] = False,
     epochs: Annotated[
         float | None,
         typer.Option(
-            help=f"Number of epochs (default: {DEFAULTS['num_train_epochs']:g}, or as many as give {MIN_STEPS} steps)."
+            metavar="N",
+            help=f"Number of epochs (default: {DEFAULTS['num_train_epochs']:g}, or as many as give {MIN_STEPS} steps).",
+            rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"Learning rate of the coefficients (default: {DEFAULTS['learning_rate']:g}).")
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help=f"Learning rate of the coefficients (default: {DEFAULTS['learning_rate']:g}).",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = None,
     head_learning_rate: Annotated[
         float | None,
-        typer.Option(help=f"Learning rate of the head (default: {HEAD_LEARNING_RATE:g}). Try 0.02 for many classes."),
+        typer.Option(
+            metavar="RATE",
+            help=f"Learning rate of the head (default: {HEAD_LEARNING_RATE:g}). Try 0.02 for many classes.",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Rows per training step (default: {DEFAULTS['per_device_train_batch_size']}).")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Rows per training step (default: {DEFAULTS['per_device_train_batch_size']}).",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = None,
-    max_length: arguments.MaxLength = None,
     seed: Annotated[
         int | None,
-        typer.Option(help=f"Seed of initial values, dropout and the order of rows (default: {DEFAULTS['seed']})."),
+        typer.Option(
+            metavar="S",
+            help=f"Seed of initial values, dropout and the order of rows (default: {DEFAULTS['seed']}).",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = None,
-    text_column: arguments.TextColumn = "text",
-    label_column: arguments.LabelColumn = "label",
-    pair_column: arguments.PairColumn = None,
     trainer_options: Annotated[
         Path | None,
         typer.Option(
             metavar="YAML",
             help="YAML file with other fields of transformers' TrainingArguments.",
             parser=arguments.path,
+            rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Add the adapter even if it is not better than its baseline.")
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue from the last checkpoint in OUT.", rich_help_panel=verbs.TRAINING),
     ] = False,
-    no_add: Annotated[bool, typer.Option("--no-add", help="Do not add the adapter to the pack.")] = False,
-    json: arguments.Json = False,
+    text_column: arguments.TextColumn = "text",
+    label_column: arguments.LabelColumn = "label",
+    pair_column: arguments.PairColumn = None,
+    max_length: arguments.MaxLength = None,
 ) -> None:
     """Train coefficients for a new task in a pack's subspace, and add the adapter to the pack."""
     from ..train import train as training

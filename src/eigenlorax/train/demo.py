@@ -105,7 +105,7 @@ def run(
         training: Train the new task too, which takes most of the time.
         overwrite: Replace a pack and LoRAs that are there.
     """
-    model_folder = _model_folder()
+    base_folder = model_folder()
     report = progress or (lambda stage, done, total: None)
     adapters = shipped()
     pack = fit(
@@ -124,7 +124,7 @@ def run(
             report("classifying sentences", done, len(order))
             task = descriptions()[name]["task"]
             record = pack.records[name]
-            predictions = _predict(model_folder, adapters[name], exported[name], name)
+            predictions = _predict(base_folder, adapters[name], exported[name], name)
             labels = [sentence.label for sentence in sentences(task)]
             outcomes.append(
                 Outcome(
@@ -140,7 +140,7 @@ def run(
                 )
             )
         report("classifying sentences", len(order), len(order))
-        attempts = new_task.run(pack, model_folder, report) if training else []
+        attempts = new_task.run(pack, base_folder, report) if training else []
     return Demo(directory / "pack", pack.summary, outcomes, attempts)
 
 
@@ -148,7 +148,8 @@ def _agreement(predictions: Sequence[int], references: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(predictions, references, strict=True)) / len(predictions)
 
 
-def _model_folder() -> Path:
+def model_folder() -> Path:
+    """Return the folder of the base model. Raises `MissingExtraError` if it or PEFT is not installed."""
     try:
         import peft  # noqa: F401
         import transformers  # noqa: F401
