@@ -27,6 +27,7 @@ def test_import_is_cheap():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
