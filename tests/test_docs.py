@@ -116,6 +116,7 @@ class TestCommandLine:
             (summary.Components, "A pack's figures"),
             (summary.Errors, "A pack's figures"),
             (summary.Bytes, "A pack's figures"),
+            (summary.FileBytes, "A pack's figures"),
             (manifest.FitInfo, "A pack's figures"),
             (packed_adapter.Record, "A pack's figures"),
             (refit.Change, "`eigenlorax refit`"),

@@ -37,9 +37,11 @@ class TestAPack:
             "coefficients": 3 * coefficients,
             "heads": 0,
             "lora": 3 * lora,
+            "lora_bits": 8 * FLOAT,
             "lora_files": sum((pack.parent / "in" / n / "adapter_model.safetensors").stat().st_size for n in NAMES),
             "ratio": 3 * lora / (basis + 3 * coefficients),
             "ratio_without_basis": lora / coefficients,
+            "ratio_with_heads": 3 * lora / (basis + 3 * coefficients),
         }
         assert basis == sum(tensor.nbytes for tensor in load_file(next(pack.glob("subspace-*"))).values())
         assert {name: record["delta_error"] for name, record in found["adapter_records"].items()} == pytest.approx(
@@ -67,6 +69,36 @@ class TestAPack:
         # all adapters have the same modules, which the table above says
         assert row[:3] == ["beta", "3", f"{error:.4f}"]
         assert row[-1] == "yes"
+
+    def test_files_are_counted_as_they_are_on_disk(self, cli, pack):
+        make_adapter(pack.parent / "in" / "headed", seed=8, head=(13, 31))
+        succeeded(cli("fit", pack.parent / "in", "-o", pack, "-k", 4, "--overwrite", "--no-report"))
+        on_disk, reports = contents(pack), {"report.html": b"<html>", "report.json": b"{}" * 5000}
+        for name, data in reports.items():
+            (pack / name).write_bytes(data)
+        found = json_of(cli("inspect", pack, "--json"))
+        sources = sum(path.stat().st_size for path in (pack.parent / "in").glob("*/adapter_model.safetensors"))
+        size, heads = sum(len(data) for data in on_disk.values() if data), FLOAT * 13 * 31
+        assert found["files"] == {
+            "sources": sources,
+            "pack": size,
+            "reports": 6 + 10_000,
+            "ratio": sources / size,
+            "ratio_without_heads": (sources - heads) / (size - heads),
+            "ratio_with_reports": sources / (size + 10_006),
+        }
+        figures = found["bytes"]
+        lora, tensors = figures["lora"], figures["basis"] + figures["coefficients"]
+        assert (figures["heads"], figures["ratio_with_heads"]) == (heads, (lora + heads) / (tensors + heads))
+        lines = succeeded(cli("inspect", pack)).out.splitlines()
+        start = next(index for index, line in enumerate(lines) if line.split()[:2] == ["bytes", "of"])
+        table = lines[start : start + 5]
+        assert max(map(len, table)) <= 80
+        (files, with_report, of_tensors) = (line.split() for line in table[2:])
+        with_heads, without = found["files"]["ratio"], found["files"]["ratio_without_heads"]
+        assert files == ["files", f"{sources:,}", f"{size:,}", f"{with_heads:.2f}", f"{without:.2f}"]
+        assert with_report[-2:] == [f"{size + 10_006:,}", f"{found['files']['ratio_with_reports']:.2f}"]
+        assert of_tensors[-2:] == [f"{figures['ratio_with_heads']:.2f}", f"{figures['ratio']:.2f}"]
 
     def test_one_without_adapters(self, cli, pack):
         succeeded(cli("remove", pack, *NAMES))

@@ -5,6 +5,7 @@ import torch
 
 import eigenlorax as ex
 import reference
+from adapters import make_adapters
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import (
     AdapterNameError,
@@ -357,3 +358,34 @@ class TestModuleNames:
         pack = ex.fit([first], energy=1.0, dtype="float32")
         pack.add(second)
         self.assert_read_back(pack, [first, second], tmp_path / "pack")
+
+
+class TestFileSizes:
+    def test_there_are_none_unless_the_pack_is_on_disk_as_it_is(self, tmp_path):
+        make_adapters(tmp_path / "in", "a b c")
+        pack = ex.fit(tmp_path / "in", n_components=2)
+        assert pack.summary.files is None
+        pack.save(tmp_path / "pack")
+        whole = pack.summary.files
+        assert whole.pack == sum(path.stat().st_size for path in (tmp_path / "pack").rglob("*") if path.is_file())
+        assert ex.Pack.open(tmp_path / "pack").summary.files == whole
+        assert ex.Pack.from_pretrained(tmp_path / "pack", adapters="a").summary.files is None
+        pack.remove("a")
+        assert pack.summary.files is None
+        pack.save()
+        assert pack.summary.files.pack < whole.pack
+        assert pack.augment(2, seed=1).summary.files is None
+
+    def test_of_adapters_that_had_no_file_the_ratio_is_not_known(self, tmp_path):
+        pack = ex.fit([random_adapter("a", 1), random_adapter("b", 2)], n_components=2)
+        pack.save(tmp_path / "pack")
+        files = pack.summary.files
+        assert files.pack > 0
+        assert (files.sources, files.ratio, files.ratio_without_heads, files.ratio_with_reports) == (None,) * 4
+
+    def test_a_file_that_is_missing_leaves_them_unknown(self, tmp_path):
+        make_adapters(tmp_path / "in", "a b")
+        pack = ex.fit(tmp_path / "in", n_components=2)
+        pack.save(tmp_path / "pack")
+        (tmp_path / "pack" / "adapters" / "b" / "source_config.json").unlink()
+        assert ex.Pack.open(tmp_path / "pack").summary.files is None

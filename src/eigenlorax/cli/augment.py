@@ -45,3 +45,4 @@ def augment(
     else:
         rows = [*console.summary_rows(augmented.summary), ("seconds", f"{time.perf_counter() - started:.1f}")]
         console.print_rows(f"pack {output}", rows)
+        console.print_sizes(augmented.summary)

@@ -238,15 +238,38 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
 
 def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
     """Return the rows of a pack's sizes."""
-    b = figures.bytes
+    b, files = figures.bytes, figures.files
+    by_files = f"{files.ratio:.2f} by files; by tensors " if files is not None and files.ratio is not None else ""
     return [
         ("LoRA bytes", f"{b.lora:,} (their files: {b.lora_files:,})"),
         ("basis bytes", f"{b.basis:,}"),
         ("coefficient bytes", f"{b.coefficients:,}"),
         *[("carried bytes", f"{b.carried:,} (on both sides of the ratio)")] * bool(b.carried),
         *[("head bytes", f"{b.heads:,} (kept as they are; on neither side)")] * bool(b.heads),
-        ("compression ratio", f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"),
+        ("compression ratio", by_files + f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"),
     ]
+
+
+def print_sizes(figures: "Summary") -> None:
+    """Print how many times smaller a pack is than its sources: their files, and the tensors in them."""
+    b, files = figures.bytes, figures.files
+    rows = []
+    if files is not None:
+        rows.append(_size_row("files", files.sources, files.pack, files.ratio, files.ratio_without_heads))
+        if files.reports:
+            with_reports = files.pack + files.reports
+            rows.append(_size_row("files, with the report", files.sources, with_reports, files.ratio_with_reports))
+    tensors = f"tensors, LoRA in {b.lora_bits} bits"
+    rows.append(_size_row(tensors, b.lora + b.heads, b.pack + b.heads, b.ratio_with_heads, b.ratio))
+    header = ("bytes of", "sources", "pack", "times smaller", "without heads")
+    print_table("", header, rows, numbers=(1, 2, 3, 4))
+
+
+def _size_row(
+    name: str, sources: int | None, pack: int, ratio: float | None, ratio_without_heads: float | None = None
+) -> tuple[str, ...]:
+    ratios = ("" if value is None else f"{value:.2f}" for value in (ratio, ratio_without_heads))
+    return (name, "unknown" if sources is None else f"{sources:,}", f"{pack:,}", *ratios)
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -285,7 +308,7 @@ def format_error(error: float) -> str:
 def print_frontier(pack: "Pack") -> None:
     """Print the sizes that other error bounds would give, and the pack's own."""
     sizes = pack.summary.bytes
-    size = sizes.basis + sizes.coefficients + sizes.carried
+    size = sizes.pack
     nearest = min(pack.frontier, key=lambda point: abs(point.bytes - size))
     rows = [
         (

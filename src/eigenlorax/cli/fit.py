@@ -262,6 +262,7 @@ def _print_table(
     if headline is not None:
         rows.append((keys.REPORT_PAGE, headline))
     console.print_rows(f"pack {output}", rows)
+    console.print_sizes(pack.summary)
     if pack.frontier:
         console.print_frontier(pack)
 

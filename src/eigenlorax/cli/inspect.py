@@ -129,6 +129,7 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
         console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records)})
         return
     console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
+    console.print_sizes(pack.summary)
     records = pack.records
     # columns that are equal for all adapters are left out, so that the table fits 80 columns
     varied = len({record.modules for record in records.values()}) > 1

@@ -43,3 +43,4 @@ def pull(
         console.print_json({"pack": str(output), **console.summary_json(pulled.summary, pulled.records)})
     else:
         console.print_rows(f"pack {output}", console.summary_rows(pulled.summary))
+        console.print_sizes(pulled.summary)

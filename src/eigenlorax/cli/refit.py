@@ -190,6 +190,7 @@ def _print_tables(old: "Pack", refitted: "Refit", output: Path, seconds: float) 
             ("seconds", f"{seconds:.1f}"),
         ],
     )
+    console.print_sizes(refitted.pack.summary)
     if refitted.pack.frontier:
         console.print_frontier(refitted.pack)
     console.note(

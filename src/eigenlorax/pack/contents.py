@@ -148,7 +148,17 @@ class PackContents(Mapping[str, Adapter]):
             self.coefficient_storage,
             base_model=self.base_model,
             revision=self.revision,
+            pack_files=self._file_sizes(),
         )
+
+    def _file_sizes(self) -> tuple[int, int] | None:
+        """Return the bytes of the pack's files and of its reports; None unless the pack is on disk as it is here."""
+        folder = self._folder
+        if folder is None or folder.is_partial:
+            return None
+        if folder.manifest.adapters != self._adapters or folder.manifest.subspace != self.info:
+            return None
+        return folder.file_sizes()
 
     def packed(self, name: str) -> PackedAdapter:
         """Return one adapter as coefficients, read from disk if it is there.

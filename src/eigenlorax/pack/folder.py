@@ -70,6 +70,19 @@ class PackFolder:
         with damaged_on_error(folder.own):
             return adapter_files.from_files(name, files, folder.entry.record, storage, history)
 
+    def file_sizes(self) -> tuple[int, int] | None:
+        """Return the bytes of the pack's files, model card included, and of its reports; None if a file is missing."""
+        files = [self.path / keys.MANIFEST, self._subspace_path]
+        for name, entry in self.manifest.adapters.items():
+            current = self.adapter(name).current
+            files += [current / file for file in entry.files]
+        card, *reports = (self.path / name for name in (keys.CARD, *keys.REPORTS))
+        try:
+            pack = sum(file.stat().st_size for file in [*files, *[card] * card.is_file()])
+            return pack, sum(file.stat().st_size for file in reports if file.is_file())
+        except OSError:
+            return None
+
     def verify(self) -> None:
         """Read every byte of the pack; `PackDamagedError` names the first file that was changed."""
 

@@ -45,13 +45,15 @@ class Errors:
 class Bytes:
     """Tensor bytes, without heads unless they are named.
 
-    lora: of the LoRAs' factors in the pack's narrower dtype, or in 16 bits for integers, and of carried tensors.
+    lora: of the LoRAs' factors in `lora_bits` bits, and of carried tensors. lora_bits: of the pack's narrower dtype, or
+    16 for integers.
     lora_files: of the adapters' files. Both exclude untrained adapters, whose factors could be left out for nothing.
     basis, coefficients, carried: of the pack. ratio: lora ÷ the sum of these three; ratio_without_basis: lora ÷ the
-    sum of the last two.
+    sum of the last two; ratio_with_heads: with the heads on both sides.
     """
 
     lora: int
+    lora_bits: int
     lora_files: int
     basis: int
     coefficients: int
@@ -59,6 +61,30 @@ class Bytes:
     heads: int
     ratio: float
     ratio_without_basis: float
+    ratio_with_heads: float
+
+    @property
+    def pack(self) -> int:
+        """Bytes of all tensors of the pack, without heads."""
+        return self.basis + self.coefficients + self.carried
+
+
+@dataclass(frozen=True, slots=True)
+class FileBytes:
+    """Bytes of files, with everything that is in them.
+
+    sources: of the adapters' weights files as they came; None if an adapter was made in memory. pack: of all files of
+    the pack, without reports. reports: of `report.html` and `report.json` in its folder. ratio: sources ÷ pack, with
+    the heads on both sides; ratio_without_heads: with the heads on neither side; ratio_with_reports: sources ÷ (pack +
+    reports). Ratios are None without sources.
+    """
+
+    sources: int | None
+    pack: int
+    reports: int
+    ratio: float | None
+    ratio_without_heads: float | None
+    ratio_with_reports: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +94,7 @@ class Summary:
     family: of an image model, by the names and widths of its modules; None for other models. n_extra: random components
     per side. n_extended: components that extensions appended, over all sides. in_fit, projected: errors of trained
     adapters that were fitted, or added later; None if there are none. bounds: number of adapters whose delta error is
-    an upper bound.
+    an upper bound. files: None for a pack that is not on disk, or not as it is there.
     """
 
     base_model: str | None
@@ -90,6 +116,7 @@ class Summary:
     projected: Errors | None
     bounds: int
     bytes: Bytes
+    files: FileBytes | None
 
 
 def summarize(
@@ -100,8 +127,12 @@ def summarize(
     *,
     base_model: str | None,
     revision: str | None,
+    pack_files: tuple[int, int] | None = None,
 ) -> Summary:
-    """Return the figures of a pack with these adapters in this subspace."""
+    """Return the figures of a pack with these adapters in this subspace.
+
+    pack_files: bytes of the pack's files and of its reports, if it is on disk.
+    """
     trained = {name: record for name, record in records.items() if not record.untrained}
     return Summary(
         base_model=base_model,
@@ -123,6 +154,7 @@ def summarize(
         projected=_errors({name: record for name, record in trained.items() if not record.in_fit}),
         bounds=sum(record.bound for record in records.values()),
         bytes=_bytes(records, info, coefficient_dtype),
+        files=_file_bytes(records, *pack_files) if pack_files is not None else None,
     )
 
 
@@ -172,15 +204,37 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     coefficients = sum(record.coefficient_bytes for record in records.values())
     lora = width * lora_numbers(records) + carried
     per_adapter = coefficients + carried
+    total = info.stored_bytes + per_adapter
+    heads = sum(record.head_bytes for record in records.values())
     return Bytes(
         lora=lora,
+        lora_bits=8 * width,
         lora_files=sum(record.source_file_bytes for record in records.values() if not record.untrained),
         basis=info.stored_bytes,
         coefficients=coefficients,
         carried=carried,
-        heads=sum(record.head_bytes for record in records.values()),
-        ratio=lora / (info.stored_bytes + per_adapter) if info.stored_bytes + per_adapter else 1.0,
+        heads=heads,
+        ratio=lora / total if total else 1.0,
         ratio_without_basis=lora / per_adapter if per_adapter else 1.0,
+        ratio_with_heads=(lora + heads) / (total + heads) if total + heads else 1.0,
+    )
+
+
+def _file_bytes(records: Mapping[str, Record], pack: int, reports: int) -> FileBytes:
+    """Return the figures of files. pack, reports: bytes on disk."""
+    sizes = [record.source_file_bytes for record in records.values()]
+    heads = sum(record.head_bytes for record in records.values())
+    # a manifest may claim more than there is
+    if not sizes or not all(sizes) or heads >= pack:
+        return FileBytes(None, pack, reports, None, None, None)
+    sources = sum(sizes)
+    return FileBytes(
+        sources=sources,
+        pack=pack,
+        reports=reports,
+        ratio=sources / pack,
+        ratio_without_heads=(sources - heads) / (pack - heads),
+        ratio_with_reports=sources / (pack + reports),
     )
 
 
