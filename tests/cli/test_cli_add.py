@@ -160,7 +160,7 @@ class TestWhatIsRefused:
     def test_a_name_given_twice(self, cli, pack):
         before = contents(pack.parent)
         done = cli("add", pack, pack.parent / "new", f"new={pack.parent / 'in' / 'alpha'}")
-        assert_refused(done, 3, "two adapters go by the name 'new'")
+        assert_refused(done, 3, "two adapters have the same name, 'new'")
         assert contents(pack.parent) == before
 
     @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".x", "x y"])

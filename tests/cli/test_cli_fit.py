@@ -72,7 +72,7 @@ BROKEN = {
     "config nested without end": (config_text(b"[" * 100_000), [CONFIG]),
     "no peft_type": (config(peft_type=...), ["peft_type", "LORA"]),
     "IA3": (config(peft_type="IA3"), ["'IA3'", "LORA"]),
-    "coefficients of a pack": (config(peft_type="EIGENLORAX"), ["and no coefficients"]),
+    "coefficients of a pack": (config(peft_type="EIGENLORAX"), ["coefficients were expected"]),
     "r is a text": (config(r="3"), ["r='3'"]),
     "r is 0": (config(r=0), ["r=0"]),
     "r is null": (config(r=None), ["r=None"]),
@@ -334,7 +334,7 @@ class TestNames:
         one, two = make_adapter(tmp_path / "one" / first, seed=1), make_adapter(tmp_path / "two" / first, seed=2)
         before = contents(tmp_path)
         done = cli("fit", one, two, "-o", tmp_path / "pack", "-k", 4)
-        assert_refused(done, 3, f"two adapters go by the name {first!r}", "NAME=PATH")
+        assert_refused(done, 3, f"two adapters have the same name, {first!r}", "NAME=PATH")
         assert contents(tmp_path) == before
         succeeded(cli("fit", one, f"other={two}", "-o", tmp_path / "pack", "-k", 4))
         assert ex.Pack.open(tmp_path / "pack").names == sorted([first, "other"])
@@ -346,7 +346,7 @@ class TestNames:
 
     def test_one_adapter_by_two_paths(self, cli, pair):
         done = cli("fit", pair, f"{pair}/../in/alpha/", "-o", pair.parent / "pack", "-k", 4)
-        assert_refused(done, 3, "two adapters go by the name 'alpha'")
+        assert_refused(done, 3, "two adapters have the same name, 'alpha'")
 
     def test_of_paths_that_are_roundabout(self, cli, pair, monkeypatch):
         monkeypatch.chdir(pair / "alpha")
@@ -444,7 +444,10 @@ class TestOptions:
             (["-k", 4, "--sweeps", -1], ["sweeps", "-1"]),
             (["-k", 4, "--dtype", "int3"], ["float64, float32, float16, bfloat16, int8, int4", "int3"]),
             (["-k", 4, "--coefficient-dtype", "half"], ["float16", "half"]),
-            (["-k", 4, "--exclude-module", "key"], ["'key' fits no module (exclude_modules, --exclude-module)", QUERY]),
+            (
+                ["-k", 4, "--exclude-module", "key"],
+                ["'key' matches no module (exclude_modules, --exclude-module)", QUERY],
+            ),
             (["-k", 4, "--exclude-module", "*"], ["No module is left to fit"]),
         ],
     )

@@ -80,10 +80,10 @@ class TestPush:
 
     def test_an_error_is_one_message(self, online, hub, pack):
         before = contents(pack)
-        assert_refused(online("push", pack, "org/new"), 3, "org/new cannot be pushed to", "hf auth login")
+        assert_refused(online("push", pack, "org/new"), 3, "cannot push to org/new", "hf auth login")
         assert_refused(online("push", pack, "org/new", "--adapter", "delta", **TOKEN), 3, "delta", "alpha, beta, gamma")
         assert_refused(
-            online("push", pack, "org/pack", "--private", **TOKEN), 3, "org/pack is there already, and public"
+            online("push", pack, "org/pack", "--private", **TOKEN), 3, "org/pack already exists and is public"
         )
         assert_refused(online("push", pack, "org/pack", "--create-pr", "--revision", "v2", **TOKEN), 3, "(v2)")
         assert_refused(online("push", pack.parent / "in", "org/new", **TOKEN), 4, "is not a pack")

@@ -165,9 +165,11 @@ def test_an_error_names_the_config_the_key_and_what_to_do(field):
     with pytest.raises(
         FormatError, match=r"adapters/one: the key '\(\?=x\)' of rank_pattern or alpha_pattern cannot be"
     ):
-        ScalingConfig(config, "adapters/one").of("encoder.query")
+        ScalingConfig(config, "adapters/one").rank_and_scaling("encoder.query")
     with pytest.raises(FormatError, match=r"takes too many steps. Write full names of modules, such as \^encoder"):
-        ScalingConfig({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", StepBudget(999)).of("a." * 200)
+        ScalingConfig({"r": 4, field: {".*" * 100 + "X": 8}}, "adapters/one", StepBudget(999)).rank_and_scaling(
+            "a." * 200
+        )
 
 
 @pytest.mark.parametrize("part", [".lora_magnitude_vector", ".lora_A.x", "_lora.down.weight", ".alpha", "lora_unet_"])

@@ -144,7 +144,7 @@ def test_a_typo_gets_a_suggestion(given, known, wanted):
         (
             lambda pack: ex.fit([pack.adapter("alpha")], exclude_modules="qwery"),
             OptionError,
-            r"'qwery' fits no module \(exclude_modules, --exclude-module\). Did you mean 'query'",
+            r"'qwery' matches no module \(exclude_modules, --exclude-module\). Did you mean 'query'",
         ),
     ],
 )

@@ -224,7 +224,7 @@ class TestModules:
 
     def test_a_pattern_that_fits_none_is_an_error(self):
         with pytest.raises(
-            OptionError, match=r"'key' fits no module \(exclude_modules, --exclude-module\).*'encoder.0.dense'"
+            OptionError, match=r"'key' matches no module \(exclude_modules, --exclude-module\).*'encoder.0.dense'"
         ):
             ex.fit(random_collection(), exclude_modules=["key"])
 

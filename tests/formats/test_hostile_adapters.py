@@ -30,7 +30,7 @@ def written(path, value):
 
 DEEP = json.loads("[" * 200 + "]" * 200)
 CONFIGS = {
-    "null": (lambda path: written(path, None), "holds a JSON NoneType; an object was expected"),
+    "null": (lambda path: written(path, None), "contains a JSON NoneType; an object was expected"),
     "not text": (lambda path: path.write_bytes(b'{"r": "\xff"}'), "is not valid JSON"),
     "deeper than Python reads": (lambda path: path.write_text("[" * 100_000), "is not valid JSON"),
     "deeper than Python writes": (
@@ -40,7 +40,7 @@ CONFIGS = {
     "larger than any": (lambda path: os.truncate(path, 1 << 42), "has 4,398,046,511,104 bytes; at most 67,108,864"),
     "a revision that is a number": (
         lambda path: change_config(path.parent, revision=3),
-        "revision is 3; a text or null",
+        "revision is 3; a string or null",
     ),
     "a rank of ten millions": (lambda path: change_config(path.parent, r=10**7), "has rank 3, but .* says 10000000"),
     "a kind as long as a book": (lambda path: change_config(path.parent, peft_type="x" * 10**6), "peft_type is 'xxx"),
@@ -53,7 +53,7 @@ def test_a_config_that_is_none(folder, case, remote):
     change, said = CONFIGS[case]
     change(folder / CONFIG)
     if remote and case == "larger than any":
-        said = "more than the 67,108,864 that are read of such a file"
+        said = "bytes; at most 67,108,864 were expected"
     with pytest.raises((FormatError, ShapeError), match=f"one/{CONFIG}.*{said}|{said}") as caught:
         ex.read_adapter(f"disk://{folder}" if remote else folder)
     assert len(str(caught.value)) <= MAX_MESSAGE
@@ -115,8 +115,8 @@ class TestCoefficients:
             ({"subspace_modules": {"encoder.0.query": 3}}, "subspace_modules.encoder.0.query is 3; str was expected"),
             ({"target_modules": [None]}, r"target_modules\[0\] is null; str was expected"),
             ({"kernels": {"encoder.0.query": [2.5]}}, r"kernels.encoder.0.query\[0\] is 2.5; int was expected"),
-            ({"r": 2**62}, "eigenlorax_down is .* where floats of .* go with its rank"),
-            ({"r": 1}, "eigenlorax_down is .* where floats of .* go with its rank"),
+            ({"r": 2**62}, "eigenlorax_down is .* expected a float tensor of shape .* another rank"),
+            ({"r": 1}, "eigenlorax_down is .* expected a float tensor of shape .* another rank"),
         ],
     )
     def test_fields_of_other_types_and_ranks(self, trained, fields, said):
@@ -138,7 +138,7 @@ class TestCoefficients:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda found, key: found.pop(key), "has no eigenlorax_up: the file is not complete"),
+            (lambda found, key: found.pop(key), "has no eigenlorax_up: the file is incomplete"),
             (lambda found, key: found.update({key: found[key][:-1].clone()}), r"eigenlorax_up is \(\d+, \d+\)"),
             (lambda found, key: found.update({key: found[key][0].clone()}), r"eigenlorax_up is \(\d+,\)"),
             (lambda found, key: found.update({key: found[key].to(torch.complex64)}), "torch.complex64"),
@@ -149,7 +149,7 @@ class TestCoefficients:
             ),
             (
                 lambda found, key: found.update({"x.lora_A.weight": torch.ones(2, 3)}),
-                "tensor 'x.lora_A.weight' is one of a LoRA, and no coefficients",
+                "tensor 'x.lora_A.weight' belongs to a LoRA; coefficients",
             ),
         ],
     )

@@ -203,15 +203,15 @@ class TestNames:
     )
     def test_of_ids(self, tmp_path, monkeypatch, source, subfolder, name):
         monkeypatch.chdir(tmp_path)
-        assert hub_module.name_of(source, subfolder) == name
+        assert hub_module.adapter_name(source, subfolder) == name
 
     def test_of_folders(self, tmp_path):
         folder = make_adapter(tmp_path / "parent" / "best", seed=1)
         (tmp_path / "link").symlink_to(folder)
-        assert hub_module.name_of(folder) == "best"
-        assert hub_module.name_of(f"{folder}/../best/") == "best"
-        assert hub_module.name_of(tmp_path / "parent", "best") == "best"
-        assert hub_module.name_of(tmp_path / "link") == "link"
+        assert hub_module.adapter_name(folder) == "best"
+        assert hub_module.adapter_name(f"{folder}/../best/") == "best"
+        assert hub_module.adapter_name(tmp_path / "parent", "best") == "best"
+        assert hub_module.adapter_name(tmp_path / "link") == "link"
 
     def test_a_subfolder_that_is_not_there(self, tmp_path):
         with pytest.raises(FormatError, match="gone is not a folder"):

@@ -21,7 +21,7 @@ import image_models
 
 # kohya files of many alphas, which diffusers misreads
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*are written as they came, key by key", "ignore:.*DoRA magnitudes are written as kohya"
+    "ignore:.*alphas are written unchanged", "ignore:.*DoRA magnitudes are written as kohya"
 )
 OUT = ("kohya", "diffusers", "diffusers-old", "diffusion-model")
 

@@ -20,7 +20,7 @@ from lora_files import planted
 from outcomes import assert_refused, json_of
 
 # kohya files of many alphas, which diffusers misreads
-pytestmark = pytest.mark.filterwarnings("ignore:.*are written as they came, key by key")
+pytestmark = pytest.mark.filterwarnings("ignore:.*alphas are written unchanged")
 FILE = "pytorch_lora_weights.safetensors"
 MODULES = {
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (19, 768),
@@ -76,16 +76,16 @@ class TestOnDisk:
 
     def test_two_of_one_name(self, styles, tmp_path):
         other = make(tmp_path / "more" / "Ink.safetensors")
-        with pytest.raises(AdapterNameError, match="two adapters go by the name 'Ink'"):
+        with pytest.raises(AdapterNameError, match="two adapters have the same name, 'Ink'"):
             ex.fit([styles / "ink.safetensors", other], n_components=2)
 
     def test_one_name_for_many(self, styles):
-        with pytest.raises(OptionError, match="names one adapter, but .* is a folder of 3"):
+        with pytest.raises(OptionError, match="names one adapter, but .* has 3"):
             find_adapters({"mine": styles})
 
     def test_what_is_no_lora_is_passed_over_by_name(self, styles):
         save_file({"decoder.weight": ones(3)}, styles / "vae.safetensors")
-        with pytest.warns(SkippedAdapterWarning, match="vae.safetensors was passed over: it is no LoRA"):
+        with pytest.warns(SkippedAdapterWarning, match="vae.safetensors was passed over: it is not a LoRA"):
             assert len(find_adapters(styles)) == 3
 
     def test_none_there(self, tmp_path):

@@ -149,7 +149,7 @@ def test_words_that_are_not_known(name):
     assert underscored_names.dotted(name) is None
 
 
-def test_files_of_xlabs_trainer():
+def test_files_from_xlabs_trainer():
     from diffusers.loaders import FluxLoraLoaderMixin
 
     double, single = "double_blocks.3.processor.", "diffusion_model.single_blocks.5.processor."

@@ -276,7 +276,7 @@ def test_a_config_that_disagrees_with_the_factors_is_not_written(tmp_path):
     read = ex.read_adapter(save(trained(bert(), lora(), 1), tmp_path / "a"))
     modules = {m: ex.LoRAFactors(f.down, f.up, 2 * f.scaling) for m, f in read.modules.items()}
     wrong = ex.from_factors("a", modules, source_config=read.source_config)
-    with pytest.raises(ValueError, match=r"scaling 8 are not those of its config, 3 and 4"):
+    with pytest.raises(ValueError, match=r"scaling 8 differ from its config, 3 and 4"):
         ex.write_adapter(wrong, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

@@ -15,7 +15,7 @@ FACTOR, HEAD = "base_model.model.encoder.layer.0.query.lora_A.weight", "base_mod
 
 ODD = {
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), "is nested"),
-    "of strides of zero": (lambda: torch.ones(1).expand(3, 10**11), "claims 300,000,000,000 numbers"),
+    "of strides of zero": (lambda: torch.ones(1).expand(3, 10**11), "has 300,000,000,000 entries"),
     "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3, 11), 0.1, 0, torch.qint8), "is nested, quantised"),
     "meta": (lambda: torch.ones(3, 11, device="meta"), "has no numbers in the file"),
     "sparse": (lambda: torch.eye(3, 11).to_sparse(), "is .* or sparse, where a dense one"),

@@ -72,7 +72,7 @@ class TestFind:
 
     @pytest.mark.parametrize("nothing", [[], {}, (), iter([])])
     def test_nothing(self, nothing):
-        with pytest.raises(OptionError, match="no adapter was given"):
+        with pytest.raises(OptionError, match="no adapter was passed"):
             find_adapters(nothing)
 
     @pytest.mark.parametrize("sources", ["", "  ", ["org/x", ""], {"a": ""}])
@@ -82,7 +82,7 @@ class TestFind:
             find_adapters(sources)
 
     def test_no_folder_after_the_sign(self):
-        with pytest.raises(OptionError, match="names no folder after its '='"):
+        with pytest.raises(OptionError, match="has no path after the '='"):
             find_adapters("a=")
 
     def test_a_name_that_is_none(self):
@@ -93,7 +93,7 @@ class TestFind:
 
     @pytest.mark.parametrize("name", ["one", "../one"])
     def test_one_name_for_many(self, parent, name):
-        with pytest.raises(OptionError, match="names one adapter, but .* is a folder of 2"):
+        with pytest.raises(OptionError, match="names one adapter, but .* has 2"):
             find_adapters({name: parent})
 
     def test_a_mapping_s_names_are_checked_too(self, parent):
@@ -130,7 +130,9 @@ class TestInAParentFolder:
             assert len(find_adapters(parent)) == 2
 
     def test_none_there_says_where_some_are(self, parent, tmp_path):
-        with pytest.raises(FormatError, match=f"no adapter was found. There are some one level deeper: try {parent}"):
+        with pytest.raises(
+            FormatError, match=f"no adapter was found. There are adapters one level deeper: try {parent}"
+        ):
             find_adapters(tmp_path)
 
     def test_none_anywhere(self, tmp_path):

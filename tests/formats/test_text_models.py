@@ -31,7 +31,9 @@ def test_have_no_family(modules, width):
 def test_have_no_name_in_a_file_of_an_image_model(modules, dialect, tmp_path):
     factors = LoRAFactors(torch.ones(2, 5), torch.ones(7, 2), 1.0)
     adapter = from_factors("words", dict.fromkeys(modules, factors))
-    with pytest.raises(OptionError, match="'words' is not of an image model: its module .* in the format 'peft'"):
+    with pytest.raises(
+        OptionError, match="'words' does not belong to an image model: its module .* in the format 'peft'"
+    ):
         write_adapter(adapter, tmp_path / "words", format=dialect)
     assert list(tmp_path.iterdir()) == []
 
@@ -40,7 +42,7 @@ def test_a_single_file_with_their_names_is_refused(modules, tmp_path):
     file = tmp_path / "words.safetensors"
     tensors = {f"{module}.lora_A.weight": torch.ones(2, 5) for module in modules}
     file.write_bytes(to_bytes(tensors | {f"{module}.lora_B.weight": torch.ones(7, 2) for module in modules}, {}))
-    with pytest.raises(FormatError, match="modules are of no model that is known here, such as"):
+    with pytest.raises(FormatError, match="modules belong to no supported model, such as"):
         ex.read_adapter(file)
 
 
@@ -59,7 +61,9 @@ def pack(tmp_path):
 
 @pytest.mark.parametrize("dialect", formats_names.DIALECTS)
 def test_export_writes_nothing_where_one_adapter_is_of_a_text_model(pack, tmp_path, dialect):
-    with pytest.raises(OptionError, match="'b' is not of an image model: its module 'transformer.h.0.attn.c_attn'"):
+    with pytest.raises(
+        OptionError, match="'b' does not belong to an image model: its module 'transformer.h.0.attn.c_attn'"
+    ):
         ex.Pack.open(pack).export(tmp_path / "out", format=dialect)
     assert not (tmp_path / "out").exists()
     assert ex.Pack.open(pack).export(tmp_path / "out", "a", format=dialect).keys() == {"a"}

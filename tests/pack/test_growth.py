@@ -416,7 +416,7 @@ class TestWhatIsRefused:
         late = make_adapter(tmp_path / "late", seed=9)
         with pytest.raises(AdapterNameError, match="already has an adapter named 'a'"):
             pack.add_all({"late": late, "a": late}, extend=2)
-        with pytest.raises(AdapterNameError, match="two adapters go by the name 'Late'"):
+        with pytest.raises(AdapterNameError, match="two adapters have the same name, 'Late'"):
             pack.add_all({"late": late, "Late": late}, extend=2)
         assert pack.names == ["a", "b", "c"]
         assert pack.info.growth == ()

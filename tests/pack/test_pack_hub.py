@@ -440,7 +440,7 @@ class TestPush:
 
     def test_a_public_one_is_not_taken_for_private(self, push, hub):
         done = push("org/pack", private=True)
-        assert "HubError: org/pack is there already, and public: nothing was pushed" in done.err
+        assert "HubError: org/pack already exists and is public. Nothing was pushed" in done.err
         assert hub.log == []
 
     def test_the_name_alone_is_the_users_own(self, push, hub):
@@ -467,7 +467,7 @@ class TestPushThatFails:
     @pytest.mark.parametrize("token", [None, "hf_reader"])
     def test_without_the_right_to(self, push, hub, repo, token):
         done = push(repo, token=token)
-        assert f"HubError: {repo} cannot be pushed to: " in done.err
+        assert f"HubError: cannot push to {repo}: " in done.err
         assert "It takes a token that may write there (HF_TOKEN, or `hf auth login`)." in done.err
         assert hub.log == []
 
@@ -484,21 +484,21 @@ class TestPushThatFails:
     @pytest.mark.parametrize("status", [403, 500])
     def test_a_hub_that_is_down(self, push, hub, status):
         hub.down = status
-        assert "HubError: org/pack cannot be pushed to: " in (done := push()).err
+        assert "HubError: cannot push to org/pack: " in (done := push()).err
         assert str(status) in done.err
 
     def test_no_hub_at_all(self, push):
         done = push(env={"HF_ENDPOINT": "http://127.0.0.1:1"})
-        assert "HubError: org/pack cannot be pushed to: " in done.err
+        assert "HubError: cannot push to org/pack: " in done.err
 
     def test_offline(self, push, hub):
         done = push(env={"HF_HUB_OFFLINE": "1"})
-        assert "HubError: org/pack cannot be pushed to: " in done.err
+        assert "HubError: cannot push to org/pack: " in done.err
         assert hub.requests == []
 
     @pytest.mark.parametrize("repo", ["org/one/two", "org/", "org /one", "org/one@v2", "org/a--b"])
     def test_what_is_no_id(self, push, hub, repo):
-        assert f"HubError: {repo} cannot be pushed to: " in push(repo).err
+        assert f"HubError: cannot push to {repo}: " in push(repo).err
         assert hub.log == []
 
     def test_an_adapter_that_is_not_there(self, push, hub):

@@ -170,7 +170,7 @@ class TestMovedOutOfItsPack:
 
     def test_without_it_the_way_out_is_said(self, folder, monkeypatch):
         monkeypatch.setattr(registry, "find", lambda fingerprint: None)
-        with pytest.raises(FormatError, match="which is not at hand. Open its pack .* or, .* `eigenlorax export` it"):
+        with pytest.raises(FormatError, match="which is not loaded. Open its pack .* or, .* `eigenlorax export` it"):
             ex.read_adapter(folder)
 
     def test_inside_of_it_it_is_exported(self, path, names):

@@ -69,7 +69,7 @@ def inspect(
     else:
         with console.working():
             # a folder whose name is not valid in a pack can still be shown
-            name = hub_client.name_of(target)
+            name = hub_client.adapter_name(target)
             adapter = read_adapter(
                 target,
                 name=name if keys.is_valid_name(name) else "adapter",

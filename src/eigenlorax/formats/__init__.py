@@ -15,7 +15,13 @@ from .image import diffusers, kohya, reader, tensor_keys, writer
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An adapter format: its reader, its writer if it can be written, and the dialect of a format of single files."""
+    """An adapter format.
+
+    Attributes:
+        read: Function that reads an adapter from a source.
+        write: Function that writes an adapter to a path; None if the format can only be read.
+        dialect: One of `tensor_keys.DIALECTS` for a format of single files; None for a format of folders.
+    """
 
     read: Callable[..., Adapter]
     write: Callable[..., Path] | None = None
@@ -23,7 +29,7 @@ class Format:
 
     @property
     def suffix(self) -> str:
-        """Return the suffix of the format's single files; empty for a format of folders."""
+        """Suffix of the format's files; empty for a format of folders."""
         return "" if self.dialect is None else keys.LORA_SUFFIX
 
 
@@ -42,18 +48,18 @@ _LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files
 
 
 def read_adapter(source: str | Path, *, format: str | None = None, **options: Any) -> Adapter:
-    """Read an adapter. Its tensors are read when they are asked for, also after it has been pickled.
+    """Read an adapter. Its tensors are read at each access, also after the adapter has been pickled.
 
     Args:
-        source: a folder, a safetensors file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`, `org/name@revision`).
-        format: a name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", and a single
+        source: A folder, a safetensors file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`, `org/name@revision`).
+        format: A name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", and a single
             file by the names of its tensors.
-        options: those of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
+        options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
 
     Raises:
-        FormatError: the source is no adapter, is damaged, or has a tensor that is not understood.
-        HubError, UrlError: the source cannot be reached.
-        OptionError: the format is not known.
+        FormatError: The source is not an adapter, is damaged, or has a tensor that is not recognised.
+        HubError, UrlError: The source cannot be reached.
+        OptionError: The format is unknown.
     """
     if format is not None:
         return _format(format).read(source, **options)
@@ -65,19 +71,20 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = No
     """Write an adapter, completely or not at all, and return the path.
 
     Args:
-        path: a folder for "peft", a file for the formats of single files.
-        format: a name in `FORMATS`; by default the format that the adapter was read from.
-        options: those of the writer: `dtype` of the factors, and `overwrite`.
+        adapter: The adapter.
+        path: A folder for "peft", a file for the formats of single files.
+        format: A name in `FORMATS`. Default: the format that the adapter was read from.
+        options: Options of the writer: `dtype` of the factors, and `overwrite`.
 
     Raises:
-        OptionError: the format cannot be written, or has no place for something in the adapter.
+        OptionError: The format cannot be written, or cannot represent a tensor of the adapter.
         PackExistsError: `path` exists, and `overwrite` is not set.
     """
     target = format if format is not None else format_of(adapter.origin)
     write = writable(target).write
     assert write is not None
     if urls.is_url(path):
-        raise OptionError(f"{path} is a URL; adapters are read from those, and written to folders of this machine.")
+        raise OptionError(f"{path} is a URL. Adapters can be read from URLs, but only written to local folders.")
     if target == PEFT and format_of(adapter.origin) != PEFT:
         adapter = writer.for_peft(adapter)
     return write(adapter, Path(path), **options)
@@ -98,18 +105,18 @@ def format_of(origin: Origin | None) -> str:
 
 
 def writable(name: str) -> Format:
-    """Return a format by name. Raises `OptionError` if it is not known or can only be read."""
+    """Return a format by name; raise `OptionError` if it is unknown or can only be read."""
     chosen = FORMATS.get(name)
     if chosen is None or chosen.write is None:
         candidates = [name for name, candidate in FORMATS.items() if candidate.write is not None]
         raise OptionError(
             f"format {name!r} is {'not known' if chosen is None else 'read, not written'}."
-            f"{suggestion(name, candidates)} Written are: {', '.join(candidates)}."
+            f"{suggestion(name, candidates)} Formats that can be written: {', '.join(candidates)}."
         )
     return chosen
 
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise OptionError(f"format {name!r} is not known.{suggestion(name, FORMATS)} Known are: {', '.join(FORMATS)}.")
+        raise OptionError(f"format {name!r} is not known.{suggestion(name, FORMATS)} Formats: {', '.join(FORMATS)}.")
     return FORMATS[name]

@@ -40,8 +40,9 @@ from .sources import AdapterSource
 class Scan:
     """Content hash and norms of an adapter, from one pass over its tensors.
 
-    content_hash: sha256 of tensors and scalings, independent of their order in the file.
-    delta_squares: squared Frobenius norm of the update of each module.
+    Attributes:
+        content_hash: SHA-256 of tensors and scalings, independent of their order in the file.
+        delta_squares: Squared Frobenius norm of the update of each module.
     """
 
     content_hash: str
@@ -52,7 +53,7 @@ def scan(adapter: Adapter) -> Scan:
     """Read an adapter once, one module at a time.
 
     Raises:
-        NonFiniteError: a tensor has NaN or Inf, or the norm of the update overflows float64.
+        NonFiniteError: A tensor has NaN or Inf, or the norm of the update overflows float64.
     """
     digest = sha256()
     squares: dict[str, float] = {}
@@ -76,7 +77,7 @@ def scan(adapter: Adapter) -> Scan:
             digest.update(spaces.tensor_bytes(tensor))
     if not math.isfinite(sum(squares.values())):
         raise NonFiniteError(
-            f"adapter {adapter.name!r}: the norm of its update is beyond float64. Its training has diverged: take "
+            f"adapter {adapter.name!r}: the norm of its update overflows float64. Its training has diverged: use "
             "an earlier checkpoint, or train it again."
         )
     return Scan(digest.hexdigest(), squares)
@@ -91,12 +92,17 @@ def _check_finite(adapter: Adapter, name: str, tensor: Tensor) -> None:
     if bad:
         raise NonFiniteError(
             f"adapter {adapter.name!r}: {bad} of {tensor.numel()} numbers of {name} are NaN or Inf. Its training "
-            "has diverged, or the file is damaged: take an earlier checkpoint, or another copy."
+            "has diverged, or the file is damaged: use an earlier checkpoint, or another copy."
         )
 
 
 def read_source(source: AdapterSource, options: Mapping[str, Any]) -> Adapter:
-    """Read the adapter of a source, or check one that is in memory already. options: those of `read_adapter`."""
+    """Read the adapter of a source, or check an adapter in memory.
+
+    Args:
+        source: The source.
+        options: Options of `read_adapter`.
+    """
     if isinstance(source.source, Adapter):
         check_in_memory(source.source)
         return source.source
@@ -108,16 +114,16 @@ def check_in_memory(adapter: Adapter) -> None:
     for module in adapter.specs:
         if not module.isprintable() or " " in module or not module.strip(".") or module.startswith(keys.MODEL_PREFIX):
             raise ModuleNameError(
-                f"adapter {adapter.name!r}: {module!r} is no module's name. One is like 'encoder.layer.0.query', "
-                f"without {keys.MODEL_PREFIX!r}."
+                f"adapter {adapter.name!r}: {module!r} is not a module name. Expected a name like "
+                f"'encoder.layer.0.query', without {keys.MODEL_PREFIX!r}."
             )
     config = _config(adapter)
     numbers = lora_config.ScalingConfig(config, adapter.name) if config is not None else None
     for module, factors in adapter.modules.items():
         if factors.spec != adapter.specs[module]:
             raise ShapeError(
-                f"adapter {adapter.name!r}, module {module}: its factors are {factors.spec}, and its specs say "
-                f"{adapter.specs[module]}. eigenlorax.from_factors makes both agree."
+                f"adapter {adapter.name!r}, module {module}: its factors are {factors.spec}, but its spec is "
+                f"{adapter.specs[module]}. Create the adapter with eigenlorax.from_factors."
             )
         if numbers is not None:
             numbers.check(module, factors.spec)
@@ -137,15 +143,15 @@ def _config(adapter: Adapter) -> dict[str, Any] | None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise `AdapterNameError` if two names differ by case at most: they would be one folder on many file systems."""
+    """Raise `AdapterNameError` if two names are equal except for case: they are one folder on many file systems."""
     seen: dict[str, str] = {}
     for name in names:
         earlier = seen.get(name.lower())
         if earlier is not None:
             raise AdapterNameError(
-                f"two adapters go by the name {name!r}"
-                + (f" (and {earlier!r}: case does not count)" if earlier != name else "")
-                + ". Give one of them another name with NAME=PATH."
+                f"two adapters have the same name, {name!r}"
+                + (f" (and {earlier!r}: case is ignored)" if earlier != name else "")
+                + ". Set another name for one of them with NAME=PATH."
             )
         seen[name.lower()] = name
 
@@ -153,18 +159,20 @@ def check_names(names: Iterable[str]) -> None:
 def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tuple[str | None, str | None]:
     """Return the base model that all adapters were trained on, and its revision.
 
-    An adapter that states none is taken to belong to the base model of the others, with a warning.
+    An adapter without a base model is assumed to have the base model of the others, with a warning.
 
     Args:
-        same_base: accept several base models or revisions, as names of one model. The most common one is returned.
+        adapters: The adapters.
+        same_base: Whether several base models or revisions are accepted as names of one model. The most common one is
+            returned.
 
     Raises:
-        BaseModelError: two adapters state different base models or revisions.
+        BaseModelError: Two adapters have different base models or revisions.
     """
     without_base = [adapter.name for adapter in adapters if adapter.base_model is None]
     if without_base and len(without_base) < len(adapters):
         warnings.warn(
-            f"no base model is stated by {_listing(without_base)}; taken to be that of the others.",
+            f"no base model is stated by {_listing(without_base)}; assuming the base model of the other adapters.",
             UnknownBaseWarning,
             stacklevel=3,
         )
@@ -172,17 +180,16 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
         stated = [(getattr(adapter, field), adapter.name) for adapter in adapters if getattr(adapter, field)]
         for value, name in stated:
             if value != stated[0][0] and not same_base:
-                label = "base model" if field == "base_model" else "revision of the base model"
+                label = "base models" if field == "base_model" else "revisions of the base model"
                 raise BaseModelError(
-                    f"adapters of two bases: the {label} of {stated[0][1]!r} is {stated[0][0]!r}, that of {name!r} is "
-                    f"{value!r}. Fit them apart; if both names stand for one model, pass same_base=True "
-                    "(--same-base)."
+                    f"adapters {stated[0][1]!r} and {name!r} have different {label}: {stated[0][0]!r} and {value!r}. "
+                    "Fit them separately, or pass same_base=True (--same-base) if both names mean one model."
                 )
     return _most_common(a.base_model for a in adapters), _most_common(a.revision for a in adapters)
 
 
 def family(adapter: Adapter) -> str | None:
-    """Return the image models that an adapter may belong to, in words; None if its modules do not tell."""
+    """Return the image models that an adapter may belong to, as text; None if its modules do not show it."""
     return families.describe(_families(adapter)) or None
 
 
@@ -193,21 +200,21 @@ def _families(adapter: Adapter) -> frozenset[str]:
 def check_one_family(adapters: Sequence[Adapter]) -> None:
     """Raise `BaseModelError` if two adapters belong to different image models, by names and widths of their modules.
 
-    Such adapters may have no module in common, so comparing shapes would not find it.
+    Such adapters may have no module in common, so a comparison of shapes would not detect it.
     """
-    families_of = {adapter.name: models for adapter in adapters if (models := _families(adapter))}
-    for family in dict.fromkeys(families_of.values()):
-        outside = [name for name, models in families_of.items() if not models & family]
+    models_by_adapter = {adapter.name: models for adapter in adapters if (models := _families(adapter))}
+    for family in dict.fromkeys(models_by_adapter.values()):
+        outside = [name for name, models in models_by_adapter.items() if not models & family]
         if not outside:
             continue
-        inside = [name for name, models in families_of.items() if models & family]
+        inside = [name for name, models in models_by_adapter.items() if models & family]
         minority = min(inside, outside, key=len)
         more = " …" if len(minority) > 12 else ""
         flags = " ".join(word for name in minority[:12] for word in ("--exclude-adapter", name))
         raise BaseModelError(
-            f"adapters of two models: {inside[0]!r} is for {families.describe(families_of[inside[0]])}, and "
-            f"{outside[0]!r} is for {families.describe(families_of[outside[0]])}, by the names and widths of their "
-            f"modules. Fit them apart; without the {len(minority)} that are not of the others' model: "
+            f"adapters of two models: {inside[0]!r} is for {families.describe(models_by_adapter[inside[0]])}, and "
+            f"{outside[0]!r} is for {families.describe(models_by_adapter[outside[0]])}, by the names and widths of "
+            f"their modules. Fit them separately, or exclude the {len(minority)} of the smaller group: "
             f"exclude_adapters={minority[:12]}{more} ({flags}{more})."
         )
 
@@ -215,7 +222,8 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
 def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
     """Warn if adapters fall into groups that have no module in common.
 
-    modules: name of an adapter → its modules in the subspace. Adapters without one are ignored.
+    Args:
+        modules: Modules in the subspace by name of the adapter. Adapters without modules are ignored.
     """
     # adapter names and modules of each group; an adapter merges all groups with which it has a module in common
     groups: list[tuple[list[str], set[str]]] = []
@@ -239,7 +247,7 @@ def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
     more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
     warnings.warn(
         f"{len(groups)} groups of adapters have no module in common, so nothing is shared between them: {listed}{more}."
-        " If they belong to different models, fit each group in a pack of its own.",
+        " If they belong to different models, fit a separate pack for each group.",
         NothingSharedWarning,
         stacklevel=3,
     )
@@ -248,33 +256,36 @@ def warn_of_nothing_shared(modules: Mapping[str, Iterable[str]]) -> None:
 def check_family(adapter: Adapter, modules: Iterable[tuple[str, int]]) -> None:
     """Raise `BaseModelError` if an adapter belongs to another image model than a pack.
 
-    modules: name and input width of each module in the pack.
+    Args:
+        adapter: The adapter.
+        modules: Name and input width of each module in the pack.
     """
     adapter_models, pack_models = _families(adapter), families.families(modules)
     if adapter_models and pack_models and not adapter_models & pack_models:
         raise BaseModelError(
             f"adapter {adapter.name!r} is for {families.describe(adapter_models)}, and the pack is for "
-            f"{families.describe(pack_models)}, by the names and widths of their modules. Fit it in a pack of its own "
+            f"{families.describe(pack_models)}, by the names and widths of their modules. Fit it in a pack for its "
             "model."
         )
 
 
 def warn_of_other_model(pack_model: str | None, model: object, stacklevel: int = 3) -> None:
-    """Warn if a pack is loaded into another base model than its own, which shapes alone may not tell.
+    """Warn if a pack is loaded into another base model than its own, which shapes alone may not show.
 
-    Only names of repositories are compared, since a local folder may hold any model. The last part of the name counts:
-    `gpt2` equals `openai-community/gpt2`.
+    Only names of repositories are compared, since a local folder may hold any model. Only the last part of the name is
+    compared: `gpt2` equals `openai-community/gpt2`.
 
     Args:
-        pack_model: base model of the pack.
+        pack_model: Base model of the pack.
         model: `name_or_path` of the loaded model.
+        stacklevel: Level of the caller that the warning is attributed to, as for `warnings.warn`.
     """
     if not isinstance(model, str) or not model or not pack_model or Path(model).exists() or Path(pack_model).exists():
         return
     if model.rpartition("/")[2].lower() != pack_model.rpartition("/")[2].lower():
         warnings.warn(
-            f"the subspace was found in adapters of {pack_model!r}, and this model is {model!r}. If that is another "
-            "one, its modules mean something else: take a pack of its own adapters.",
+            f"the subspace was fitted to adapters of {pack_model!r}, and this model is {model!r}. If these are "
+            "different models, use a pack that was fitted to adapters of this model.",
             BaseModelWarning,
             stacklevel=stacklevel,
         )
@@ -292,10 +303,11 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
     A linear layer equals a convolution of kernel 1: their rows have the same meaning.
 
     Args:
-        names: module name in an adapter → name in the subspace. Other modules are ignored.
+        adapters: The adapters.
+        names: Name in the subspace by module name in an adapter. Other modules are ignored.
 
     Raises:
-        ShapeError: two adapters differ in shape or kernel of a module, or one is beyond the limits of a pack.
+        ShapeError: Two adapters differ in shape or kernel of a module, or one is beyond the limits of a pack.
     """
     shapes: dict[str, tuple[int, int]] = {}
     kernels: dict[str, tuple[int, ...]] = {}
@@ -309,14 +321,14 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
             if shapes.setdefault(name, shape) != shape:
                 raise ShapeError(
                     f"module {name}: (out, in) is {shapes[name]} in adapter {first[name]!r} and {shape} in "
-                    f"{adapter.name!r}. They belong to different base models: fit them apart, or keep the module out "
-                    f"of the subspace with exclude_modules=[{name!r}] (--exclude-module {name})."
+                    f"{adapter.name!r}. They belong to different base models. Fit them separately, or exclude the "
+                    f"module with exclude_modules=[{name!r}] (--exclude-module {name})."
                 )
             if kernels.setdefault(name, _effective_kernel(spec.kernel)) != _effective_kernel(spec.kernel):
                 raise ShapeError(
                     f"module {name}: its kernel is {kernels[name] or 1} in adapter {first[name]!r} and "
-                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models: fit them apart, or "
-                    f"keep the module out of the subspace with exclude_modules=[{name!r}] (--exclude-module {name})."
+                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models. Fit them "
+                    f"separately, or exclude the module with exclude_modules=[{name!r}] (--exclude-module {name})."
                 )
             first.setdefault(name, adapter.name)
     return shapes
@@ -328,8 +340,8 @@ def _check_limits(adapter: str, module: str, spec: ModuleSpec) -> None:
     if min(sizes) < 1 or max(sizes) > limit or spec.rank > max(sum(sizes), limits.MAX_RANK):
         raise ShapeError(
             f"module {module} of adapter {adapter!r} has the rank {spec.rank} and the shape {sizes}, (out, in). A pack "
-            f"has sizes from 1 to {limit:,}, and ranks up to out + in, or {limits.MAX_RANK:,} if that is more. Keep "
-            f"the module out of the subspace with exclude_modules=[{module!r}] (--exclude-module {module})."
+            f"has sizes from 1 to {limit:,}, and ranks up to out + in, or {limits.MAX_RANK:,} if that is more. Exclude "
+            f"the module with exclude_modules=[{module!r}] (--exclude-module {module})."
         )
 
 
@@ -342,7 +354,7 @@ def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
     """Return the modules that match a shell-style pattern, as a whole or in their last components.
 
     Raises:
-        OptionError: a pattern matches no module. It is a typing error, and the module it means would be fitted.
+        OptionError: A pattern matches no module, probably because of a typing error.
     """
     modules = list(modules)
     suggestions = {*modules, *(module.rpartition(".")[2] for module in modules)}
@@ -351,7 +363,7 @@ def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
         matched = {m for m in modules if fnmatch.fnmatchcase(m, pattern) or fnmatch.fnmatchcase(m, f"*.{pattern}")}
         if not matched:
             raise OptionError(
-                f"{pattern!r} fits no module (exclude_modules, --exclude-module).{suggestion(pattern, suggestions)} "
+                f"{pattern!r} matches no module (exclude_modules, --exclude-module).{suggestion(pattern, suggestions)} "
                 f"Modules are named like {_listing(sorted(modules)[:2])}; shell wildcards (*, ?, [...]) may be used."
             )
         matches |= matched

@@ -31,35 +31,35 @@ def adapter(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor], *,
     The product is computed in float64 and rounded to the dtype of the coefficients. Heads are unchanged.
 
     Args:
-        name: name of the adapter.
-        config: its `adapter_config.json`.
-        tensors: all tensors of its file, by PEFT's keys.
-        where: the file, for error messages.
+        name: Name of the adapter.
+        config: The adapter's `adapter_config.json`.
+        tensors: All tensors of the adapter's file, by PEFT's keys.
+        where: Path of the file, for error messages.
 
     Raises:
-        FormatError: the subspace is not loaded, or a tensor is missing or not understood.
-        ModuleNameError: the subspace lacks a module.
-        ShapeError: shapes do not fit the rank or the bases, or the factors do not fit in memory.
+        FormatError: The subspace is not loaded, or a tensor is missing or not recognised.
+        ModuleNameError: The subspace lacks a module.
+        ShapeError: Shapes do not fit the rank or the bases, or the factors do not fit in memory.
     """
     if config.get("carried"):
         raise FormatError(
-            f"{where} is not all of the adapter: its pack holds more tensors of it. `eigenlorax export` gives all."
+            f"{where} is incomplete: the pack contains more tensors of the adapter. Write all with `eigenlorax export`."
         )
     modules, heads = _classify(config, tensors, where)
     if not modules:
         raise FormatError(
-            f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. An adapter of a pack is given "
-            "back by `eigenlorax export`."
+            f"{where} has no coefficients, though its peft_type is {keys.PEFT_TYPE}. Write an adapter of a pack "
+            "with `eigenlorax export`."
         )
     fields = _parse_fields(config, where)
     numbers = lora_config.ScalingConfig(config, where)
     bases = _bases(modules, fields, config, where)
     for module, module_tensors in modules.items():
-        _check_shapes(module_tensors, numbers.of(module)[0], bases[module], f"{where}, module {module}")
+        _check_shapes(module_tensors, numbers.rank_and_scaling(module)[0], bases[module], f"{where}, module {module}")
     _check_memory(modules, bases, where)
     factors = {}
     for module, module_tensors in modules.items():
-        _, scaling = numbers.of(module)
+        _, scaling = numbers.rank_and_scaling(module)
         if keys.CORE in module_tensors:
             plain = from_core(module_tensors[keys.CORE], *bases[module], scaling)
         else:
@@ -92,7 +92,7 @@ def _classify(
 def _bases(
     modules: Mapping[str, Mapping[str, Tensor]], fields: "_Fields", config: Mapping[str, Any], where: str
 ) -> dict[str, Bases]:
-    """Return the bases of each module: embedded in the file if all are, otherwise those of the subspace."""
+    """Return the bases of each module, from the file if all modules have embedded bases, else from the subspace."""
     if all(keys.EMBEDDED["down"] in tensors for tensors in modules.values()):
         return {module: _embedded_bases(tensors, f"{where}, module {module}") for module, tensors in modules.items()}
     subspace = _subspace(config, where)
@@ -107,8 +107,10 @@ def _bases(
 class _Fields:
     """Fields of an adapter's config.
 
-    modules: the adapted modules. subspace_modules: names in the subspace of modules that have another name there.
-    kernels: kernel size of each convolution.
+    Attributes:
+        modules: Names of the adapted modules.
+        subspace_modules: Name in the subspace, for modules that have another name there.
+        kernels: Kernel size of each convolution.
     """
 
     modules: list[str]
@@ -117,7 +119,7 @@ class _Fields:
 
 
 def _parse_fields(config: Mapping[str, Any], where: str) -> _Fields:
-    """Return the fields of a config. Raises `FormatError` if one has another type."""
+    """Return the fields of a config; raise `FormatError` if one has the wrong type."""
     names = {"modules": "target_modules", "subspace_modules": "subspace_modules", "kernels": keys.KERNELS}
     types = get_type_hints(_Fields)
     try:
@@ -129,7 +131,7 @@ def _parse_fields(config: Mapping[str, Any], where: str) -> _Fields:
 
 
 def _json_value(config: Mapping[str, Any], name: str, field: str) -> Any:
-    """Return a field of a config, empty if it is null or missing. PEFT may keep the modules as a set or a text."""
+    """Return a field of a config, empty if it is null or missing. PEFT may store the modules as a set or a string."""
     value = config.get(name) or ([] if field == "modules" else {})
     if field == "modules" and isinstance(value, str | set):
         return sorted(value) if isinstance(value, set) else [value]
@@ -137,29 +139,29 @@ def _json_value(config: Mapping[str, Any], name: str, field: str) -> Any:
 
 
 def slots(config: Mapping[str, Any], where: str) -> dict[str, ModuleSlot]:
-    """Return the slot of each module in the subspace, by the config of an adapter of a pack."""
+    """Return the slot of each module in the subspace, from the config of an adapter in a pack."""
     numbers, fields = lora_config.ScalingConfig(config, where), _parse_fields(config, where)
     module_slots = {}
     for module in sorted(fields.modules):
-        rank, scaling = numbers.of(module)
+        rank, scaling = numbers.rank_and_scaling(module)
         subspace_module = fields.subspace_modules.get(module, module)
         module_slots[module] = ModuleSlot(subspace_module, rank, scaling, tuple(fields.kernels.get(module, ())))
     return module_slots
 
 
 def _check_head(key: str, config: Mapping[str, Any], where: str) -> str:
-    """Return `key` if an ordinary LoRA file, which the adapter becomes, may have it for a head."""
+    """Return `key` if it is the key of a head in an ordinary LoRA file; otherwise raise `FormatError`."""
     try:
         kind = keys.parse_peft_key(key, config.get("modules_to_save") or ()).kind
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from error
     if kind is not Kind.HEAD:
-        raise FormatError(f"{where}: tensor {key!r} is one of a LoRA, and no coefficients.")
+        raise FormatError(f"{where}: tensor {key!r} belongs to a LoRA; coefficients were expected.")
     return key
 
 
 def _embedded_bases(tensors: Mapping[str, Tensor], where: str) -> Bases:
-    """Return the bases that an adapter's own file holds for a module."""
+    """Return the bases of a module that are embedded in the adapter's file."""
     down, up = (tensors[keys.EMBEDDED[side]] for side in keys.SIDES)
     for name, basis in zip(keys.EMBEDDED.values(), (down, up), strict=True):
         if basis.dim() != 2 or basis.dtype not in dtypes.STORED:
@@ -178,12 +180,12 @@ def _check_shapes(tensors: Mapping[str, Tensor], rank: int, bases: Bases, where:
         expected |= {name: shape for name, shape in residuals.items() if name in tensors}
     for name, shape in expected.items():
         if name not in tensors:
-            raise FormatError(f"{where} has no {name}: the file is not complete.")
+            raise FormatError(f"{where} has no {name}: the file is incomplete.")
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes.STORED:
             raise ShapeError(
-                f"{where}: {name} is {tuple(tensor.shape)}, {tensor.dtype}, where floats of {shape} go with its rank "
-                "and its subspace. They are not of one adapter."
+                f"{where}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; expected a float tensor of shape {shape}. "
+                "The file belongs to another rank or subspace."
             )
 
 
@@ -201,7 +203,7 @@ def _check_memory(modules: Mapping[str, Mapping[str, Tensor]], bases: Mapping[st
 
 
 def _as_written(subspace: Subspace, config: Mapping[str, Any]) -> Subspace:
-    """Return the subspace in the version that the adapter was written for: it may have been extended since."""
+    """Return the subspace in the state that the adapter refers to: it may have been extended since."""
     return subspace.at(str(config.get("subspace_fingerprint"))) or subspace
 
 
@@ -214,13 +216,16 @@ def from_pair(
     down_residual: Tensor | None = None,
     up_residual: Tensor | None = None,
 ) -> LoRAFactors:
-    """Return the LoRA of coefficients, computed in float64 and rounded to the dtype of the coefficients.
+    """Return the LoRA that coefficients represent, computed in float64 and rounded to their dtype.
 
     Args:
-        down, up: coefficients, (r, k_down) and (k_up, r).
-        down_basis, up_basis: components, (k_down, in) and (k_up, out).
+        down: Down coefficients, (r, k_down).
+        up: Up coefficients, (k_up, r).
+        down_basis: Components of the down side, (k_down, in).
+        up_basis: Components of the up side, (k_up, out).
         scaling: lora_alpha / r.
-        down_residual, up_residual: added to the factors, (r, in) and (out, r).
+        down_residual: Residual of the down factor, (r, in).
+        up_residual: Residual of the up factor, (out, r).
     """
     full_down, full_up = down.double() @ down_basis.double(), up_basis.double().mT @ up.double()
     if down_residual is not None:
@@ -231,7 +236,14 @@ def from_pair(
 
 
 def from_core(core: Tensor, down_basis: Tensor, up_basis: Tensor, scaling: float) -> LoRAFactors:
-    """Return the LoRA of a core (k_up, k_down), with rank min(k_up, k_down). Bases and scaling as in `from_pair`."""
+    """Return the LoRA that a core represents, with rank min(k_up, k_down).
+
+    Args:
+        core: Core, (k_up, k_down).
+        down_basis: Components of the down side, (k_down, in).
+        up_basis: Components of the up side, (k_up, out).
+        scaling: LoRA scaling.
+    """
     k_up, k_down = core.shape
     if k_down <= k_up:
         down, up = down_basis.double(), up_basis.double().mT @ core.double()
@@ -245,7 +257,7 @@ def lora(
 ) -> Adapter:
     """Return an adapter whose config states the ranks and alphas of `modules`.
 
-    Fields of `config` that hold for a LoRA too are kept.
+    Fields of `config` that mean the same for a LoRA are kept.
     """
     adapter = from_factors(
         name,
@@ -262,15 +274,15 @@ def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
     subspace = registry.find(fingerprint) if isinstance(fingerprint, str) else None
     if subspace is None:
         raise FormatError(
-            f"{where} holds coefficients over the subspace {str(fingerprint)[:12]}…, which is not at hand. Open its "
-            "pack (eigenlorax.Pack.open('pack/') in Python), or, if it is an adapter of a pack, `eigenlorax export` it."
+            f"{where} has coefficients in the subspace {str(fingerprint)[:12]}…, which is not loaded. Open its pack "
+            "(eigenlorax.Pack.open('pack/') in Python), or, if it is an adapter of a pack, `eigenlorax export` it."
         )
     n_extra = config.get("n_extra") or 0
     return spaces.augment(subspace, n_extra, config.get("extra_seed") or 0) if n_extra else subspace
 
 
 def _subspace_module(module: str, fields: _Fields, subspace: Subspace, where: str) -> str:
-    """Return the name in the subspace of a module. Raises `ModuleNameError` if it is not there."""
+    """Return the name of a module in the subspace; raise `ModuleNameError` if it is not there."""
     name = fields.subspace_modules.get(module) or module_names.resolve(module, subspace.modules)
     if name is None or name not in subspace.modules:
         raise ModuleNameError(f"{where}: module {module!r} is not in the subspace.")

@@ -1,6 +1,6 @@
-"""Adapters as opened files: the config, and the names and shapes of the tensors. Each tensor is read when asked for.
+"""Adapters as opened files: the config, and the names and shapes of the tensors. Each tensor is read at each access.
 
-The formats say what the tensors mean.
+The modules of the formats interpret the tensors.
 """
 
 import zipfile
@@ -20,27 +20,32 @@ from .folders import AdapterLocation, Folder
 from .urls import RemoteFolder
 
 LORA = "LORA"
-"""PEFT's type of the adapters that are read."""
+"""`peft_type` of the adapters that can be read."""
 _PICKLED_DTYPES = {
     *dtypes.STORED,
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     *(torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2),
 }
-"""Dtypes that a tensor of a pickle may have. LoRA factors may have those of `dtypes.STORED`."""
+"""Dtypes that a tensor of a pickle may have. LoRA factors must have a dtype in `dtypes.STORED`."""
 
 Load = Callable[[list[str]], list[Tensor]]
-"""A function that reads tensors by name."""
+"""Function that reads tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Shape and dtype of a stored tensor. `dtype` is None where a LoRA factor may not have it."""
+    """Shape and dtype of a stored tensor.
+
+    Attributes:
+        shape: Shape of the tensor.
+        dtype: Dtype of the tensor; None if a LoRA factor may not have this dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Header":
+    def of_dtype(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Header":
         """Return the header of a tensor of any dtype."""
         return cls(tuple(shape), dtype if dtype in dtypes.STORED else None)
 
@@ -49,7 +54,12 @@ class Header:
 class Weights:
     """The tensors of one file, unread. It can be pickled.
 
-    path: the file, for error messages. size: bytes of the file. load: reads tensors by name. metadata: of the file.
+    Attributes:
+        path: Path of the file, for error messages.
+        size: Size of the file in bytes.
+        headers: Shape and dtype of each tensor, by name.
+        load: Function that reads tensors by name.
+        metadata: Metadata of the file.
     """
 
     path: str
@@ -83,18 +93,18 @@ def open_folder(
     """Open the PEFT folder of an adapter on disk, behind a URL or on the Hub.
 
     Args:
-        source: as in `folders.locate`.
-        name: name of the adapter; by default that of the folder or repository.
-        allow_pickle: open `adapter_model.bin` where there is no safetensors file.
-        options: the other options of `folders.locate`.
+        source: Source of the adapter; see `folders.locate`.
+        name: Name of the adapter. Default: the name of the folder or repository.
+        allow_pickle: Whether `adapter_model.bin` is opened if there is no safetensors file.
+        options: The other options of `folders.locate`.
 
     Raises:
-        FormatError: the folder is not an adapter, or a file in it is damaged.
-        UrlError: there is nothing behind the URL.
+        FormatError: The folder is not an adapter, or a file in it is damaged.
+        UrlError: There is nothing at the URL.
     """
     location = folders.locate(source, allow_pickle=allow_pickle, **options)
     if location.file is not None:
-        raise FormatError(f"{location} is a single file, not a folder with {keys.ADAPTER_CONFIG}. Remove the format.")
+        raise FormatError(f"{location} is a single file, not a folder with {keys.ADAPTER_CONFIG}. Remove format.")
     text, config = _read_config(location.folder)
     name = keys.check_name(name if name is not None else location.name)
     return OpenedFolder(name, text, config, _open_weights(location.folder, allow_pickle))
@@ -103,10 +113,10 @@ def open_folder(
 def open_file(
     source: str | Path | AdapterLocation, *, name: str | None = None, allow_pickle: bool = False, **options: Any
 ) -> OpenedFile:
-    """Open an adapter in a single safetensors file. Arguments and errors are those of `open_folder`."""
+    """Open an adapter in a single safetensors file; see `open_folder` for arguments and errors."""
     location = folders.locate(source, allow_pickle=allow_pickle, **options)
     if location.file is None:
-        raise FormatError(f"{location} is not a {keys.LORA_SUFFIX} file, nor a folder of one {keys.LORA_FILE}.")
+        raise FormatError(f"{location} is neither a {keys.LORA_SUFFIX} file nor a folder with {keys.LORA_FILE}.")
     name = keys.check_name(name if name is not None else location.name)
     if isinstance(location.folder, RemoteFolder) and not location.folder.is_file(location.file):
         raise UrlError(f"{location} does not exist.")
@@ -118,7 +128,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
     if not folders.is_adapter(folder):
         if folders.is_pack(folder):
             raise FormatError(
-                f"{folder} is a pack, not an adapter. `eigenlorax export {folder} -o DIR` writes its adapters."
+                f"{folder} is a pack, not an adapter. Write its adapters with `eigenlorax export {folder} -o DIR`."
             )
         if isinstance(folder, RemoteFolder):
             _check_is_folder(folder)
@@ -126,44 +136,44 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
     text, config = limits.parse_json_object(folder.read(keys.ADAPTER_CONFIG, limits.MAX_JSON_BYTES), path)
     if config.get("peft_type") == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(
-            f"{folder} has the coefficients of an adapter in a pack. `eigenlorax export` writes it as an ordinary LoRA."
+            f"{folder} has coefficients of an adapter in a pack. Write it as an ordinary LoRA with `eigenlorax export`."
         )
     check_config(config, path, (LORA, keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE))
     return text, config
 
 
 def _check_is_folder(folder: RemoteFolder) -> None:
-    """Raise an error unless there is a folder.
+    """Raise `UrlError` if there is nothing at the URL, and `FormatError` if it is a file.
 
-    Nothing behind the URL is a `UrlError`, which `skip_bad` does not skip: it is a typing error, not a bad adapter.
+    `skip_bad` does not skip a `UrlError`: a wrong URL is a typing error, not a bad adapter.
     """
     kind = folder.kind()
     if kind is None:
         private = " A private repository needs a token (HF_TOKEN)." if folder.url.startswith("hf:") else ""
         raise UrlError(f"{folder} does not exist.{private}")
     if kind == "file":
-        raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
+        raise FormatError(f"{folder} is not a folder: an adapter is the folder with {keys.ADAPTER_CONFIG}.")
 
 
 def check_config(config: dict[str, Any], path: str, peft_types: Sequence[str] = (LORA,)) -> None:
     """Raise `FormatError` if an adapter's config has another peft_type, or a field of the wrong type."""
     peft_type = config.get("peft_type")
     if peft_type not in peft_types:
-        raise FormatError(f"{path}: peft_type is {peft_type!r}; only LORA adapters share a subspace of LoRA factors.")
+        raise FormatError(f"{path}: peft_type is {peft_type!r}; only LORA adapters are supported.")
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
-            raise FormatError(f"{path}: {field} is {config[field]!r}; a text or null was expected.")
+            raise FormatError(f"{path}: {field} is {config[field]!r}; a string or null was expected.")
     for field in ("modules_to_save", "target_parameters"):
         names = config.get(field) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise FormatError(f"{path}: {field} is {names!r}; a list of texts was expected.")
+            raise FormatError(f"{path}: {field} is {names!r}; a list of strings was expected.")
 
 
 def _open_safetensors(folder: Folder, name: str) -> Weights:
     file = folder.file(name)
     tensors = ranges.open_tensors(file)
     keys.check_tensor_names(tensors.entries, str(file))
-    headers = {name: Header.of(entry.shape, entry.dtype) for name, entry in tensors.entries.items()}
+    headers = {name: Header.of_dtype(entry.shape, entry.dtype) for name, entry in tensors.entries.items()}
     return Weights(str(file), file.size, headers, tensors.load, dict(tensors.metadata))
 
 
@@ -172,12 +182,12 @@ def _open_weights(folder: Folder, allow_pickle: bool) -> Weights:
         return _open_safetensors(folder, keys.ADAPTER_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_PICKLE):
         was_fetched = allow_pickle or isinstance(folder, RemoteFolder)
-        hint = "" if was_fetched else " (from the Hub, a .bin is fetched with allow_pickle=True, --allow-pickle, alone)"
+        hint = "" if was_fetched else " (the Hub's .bin file is only downloaded with allow_pickle=True, --allow-pickle)"
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{hint}.")
     if isinstance(folder, RemoteFolder):
         raise FormatError(
-            f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, of which no ranges can be read. "
-            "Download the folder, and name the copy."
+            f"{folder} has its weights in {keys.ADAPTER_PICKLE} only, a pickle, which cannot be read from a URL. "
+            "Download the folder, and pass the path of the copy."
         )
     if not allow_pickle:
         raise FormatError(
@@ -192,35 +202,35 @@ def _open_pickle(path: Path) -> Weights:
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
     ):
-        raise FormatError(f"{path} is not a state dict: it holds something other than tensors by name.")
+        raise FormatError(f"{path} is not a state dict: it contains something other than tensors by name.")
     keys.check_tensor_names(state, str(path))
     if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in state.values()):
-        # Jagged tensors, for example. torch loads them only if `torch._dynamo` has been imported, and refuses them
-        # otherwise. The error must not depend on that.
+        # Jagged tensors, for example. torch loads them only if `torch._dynamo` has been imported. The error must not
+        # depend on that.
         raise _unreadable_pickle(path)
     size = path.stat().st_size
     for key, tensor in state.items():
         flaw = _flaw(tensor, size)
         if flaw is not None:
-            raise FormatError(f"{path}: tensor {key!r} {flaw}. Load it with PyTorch, and save what it stands for.")
-    headers = {key: Header.of(tensor.shape, tensor.dtype) for key, tensor in state.items()}
+            raise FormatError(f"{path}: tensor {key!r} {flaw}. Load it with PyTorch, and save it as a dense tensor.")
+    headers = {key: Header.of_dtype(tensor.shape, tensor.dtype) for key, tensor in state.items()}
     load = partial(load_from, {key: tensor.detach() for key, tensor in state.items()})
     return Weights(str(path), size, headers, load, {})
 
 
 def _flaw(tensor: Tensor, file_bytes: int) -> str | None:
-    """Return why a tensor of a pickle is not a plain array of the numbers in its file, or None if it is one."""
+    """Return why a tensor of a pickle is not a plain array of numbers in its file; None if it is one."""
     if tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
-        return "is nested, quantised or sparse, where a dense one was expected"
+        return "is nested, quantised or sparse; a dense tensor was expected"
     if tensor.device.type != "cpu":
-        return "has no numbers in the file"
+        return "is on another device than the CPU"
     if tensor.is_conj() or tensor.is_neg():
-        return "is a view with other numbers than its file has"
+        return "is a conjugated or negated view"
     if tensor.dtype not in _PICKLED_DTYPES:
-        return f"is {dtypes.name(tensor.dtype)}, which no safetensors file can hold"
+        return f"is {dtypes.name(tensor.dtype)}, which safetensors files do not support"
     # with strides of zero, a few stored numbers can claim any shape
     if tensor.numel() * tensor.element_size() > file_bytes:
-        return f"claims {tensor.numel():,} numbers, of which the file has no more than {file_bytes:,} bytes"
+        return f"has {tensor.numel():,} entries, more than the {file_bytes:,} bytes of the file can contain"
     return None
 
 
@@ -231,7 +241,7 @@ def load_from(tensors: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        # Mapped, so that a tensor is read when it is asked for. Files of torch before 1.6 are no zip archives, and
+        # Mapped, so that a tensor is read at its first access. Files of torch before 1.6 are not zip archives, and
         # cannot be mapped.
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
@@ -240,21 +250,23 @@ def _load_pickle(path: Path) -> Any:
     except (PermissionError, FileNotFoundError, FormatError):
         raise
     except Exception as error:
-        # On bytes that are no pickle, torch's unpickler raises any exception. Its message advises weights_only=False,
-        # so it is not shown.
+        # torch's unpickler raises any exception for bytes that are not a pickle. The message is not shown, because it
+        # recommends weights_only=False.
         raise _unreadable_pickle(path) from error
 
 
 def _unreadable_pickle(path: Path) -> FormatError:
     return FormatError(
-        f"{path} cannot be read as plain tensors (weights_only=True): it is broken, or holds other objects. "
-        "Load the adapter with PEFT where it was made, and save it again: PEFT writes safetensors."
+        f"{path} cannot be read as plain tensors (weights_only=True): it is damaged, or contains other objects. "
+        "Load the adapter with PEFT where it was trained, and save it again: PEFT writes safetensors."
     )
 
 
 def _check_not_compressed(path: Path) -> None:
-    """Refuse a compressed archive: torch would unpack any amount of memory, and never writes one."""
+    """Raise `FormatError` for a compressed archive: torch writes none, and would decompress it to any size."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > path.stat().st_size:
-        raise FormatError(f"{path} is compressed, {unpacked:,} bytes in all, which torch.save never does.")
+        raise FormatError(
+            f"{path} is compressed, {unpacked:,} bytes when unpacked. Save it with torch.save, which does not compress."
+        )

@@ -1,6 +1,7 @@
-"""Folders of adapters, on disk or behind a URL, and where in them the adapter of a source is.
+"""Folders of adapters, on disk or behind a URL, and the location of a source's adapter in them.
 
-`LocalFolder` and `RemoteFolder` have the same methods. This module knows which files an adapter has, not what they say.
+`LocalFolder` and `RemoteFolder` have the same methods. This module knows the names of an adapter's files, not their
+content.
 """
 
 from dataclasses import dataclass
@@ -38,11 +39,11 @@ class LocalFolder:
         return self.at(name).is_file()
 
     def read(self, name: str, limit: int) -> bytes:
-        """Read a small file. Raises `FormatError` if it has more than `limit` bytes, or is not a plain file."""
+        """Read a small file; raise `FormatError` if it has more than `limit` bytes, or is not a regular file."""
         return limits.read_file(self.at(name), limit)
 
     def file(self, name: str) -> LocalFile:
-        """Describe an existing file, to read byte ranges of it."""
+        """Return a description of an existing file, from which byte ranges can be read."""
         return ranges.local_file(self.at(name))
 
     def folders(self) -> list["LocalFolder"]:
@@ -66,7 +67,13 @@ _INSPECTED_FILES = 16
 
 @dataclass(frozen=True, slots=True)
 class AdapterLocation:
-    """The folder of an adapter, the name that folder or file gives it, and the file if the adapter is a single one."""
+    """Location of an adapter.
+
+    Attributes:
+        folder: Folder of the adapter.
+        name: Name of the adapter by its folder or file.
+        file: Name of the file in the folder, if the adapter is a single file.
+    """
 
     folder: Folder
     name: str
@@ -86,16 +93,21 @@ def locate(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> AdapterLocation:
-    """Return where an adapter is. From a repository on the Hub its files are downloaded; nothing else is read.
+    """Return the location of an adapter. Files of a repository on the Hub are downloaded; nothing else is read.
 
     Args:
-        source: a folder or file on disk, a URL, or a Hub id (`org/name`, `org/name@revision`).
-        revision, subfolder, token, cache_dir, local_files_only: as in huggingface_hub.
-        allow_pickle: download `adapter_model.bin` too.
+        source: A folder or file on disk, a URL, or a Hub id (`org/name`, `org/name@revision`).
+        revision: Branch, tag or commit of a repository on the Hub.
+        subfolder: Folder in the repository, or below the folder `source`.
+        token: Access token of the Hub, as in huggingface_hub.
+        cache_dir: Cache folder of the Hub, as in huggingface_hub.
+        local_files_only: Whether files are only taken from the disk and the cache.
+        allow_pickle: Whether `adapter_model.bin` is downloaded too.
 
     Raises:
-        FormatError: the source does not exist, or has not exactly one adapter.
-        HubError: the Hub does not have the repository, or cannot be reached.
+        FormatError: The source does not exist, or does not have exactly one adapter.
+        HubError: The Hub does not have the repository, or cannot be reached.
+        OptionError: `source` is a URL, and `local_files_only` is set.
     """
     if isinstance(source, AdapterLocation):
         return source
@@ -103,8 +115,8 @@ def locate(
     if isinstance(source, str) and urls.is_url(source):
         if local_files_only:
             raise OptionError(
-                f"{source} is not on this machine, and local_files_only allows nothing else. Download it first, "
-                "or remove local_files_only."
+                f"{source} is not on this machine, which local_files_only requires. Download it first, or "
+                "remove local_files_only."
             )
         return _locate_remote(source, revision, subfolder, token)
     if Path(source).is_file():
@@ -141,18 +153,17 @@ def _locate_remote(
             raise _not_a_folder(source)
         remote = urls.folder(parent, revision=revision, token=token)
         remote.refresh()
-        return AdapterLocation(remote, hub_client.name_of(source), file)
+        return AdapterLocation(remote, hub_client.adapter_name(source), file)
     remote = urls.folder(source, revision=revision, subfolder=subfolder, token=token)
     remote.refresh()
     return AdapterLocation(
-        remote, hub_client.name_of(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None
+        remote, hub_client.adapter_name(source, subfolder), keys.LORA_FILE if holds_lora_file(remote) else None
     )
 
 
 def _not_a_folder(source: str | Path) -> FormatError:
     return FormatError(
-        f"{source} is not a folder: an adapter as PEFT saves it is the folder that holds this file, with "
-        f"{keys.ADAPTER_CONFIG} beside it."
+        f"{source} is not a folder: an adapter as PEFT saves it is the folder with this file and {keys.ADAPTER_CONFIG}."
     )
 
 
@@ -160,25 +171,25 @@ def _locate_file(path: Path) -> AdapterLocation:
     """Return the location of an adapter that is a single file.
 
     Raises:
-        FormatError: the file has another suffix; the message says whether renaming it would help.
+        FormatError: The file has another suffix. The message says whether it can be renamed.
     """
     if path.name == keys.ADAPTER_WEIGHTS:
         raise _not_a_folder(path)
     if is_file_name(path):
-        return AdapterLocation(LocalFolder(path.parent), hub_client.name_of(path), path.name)
+        return AdapterLocation(LocalFolder(path.parent), hub_client.adapter_name(path), path.name)
     try:
         ranges.open_tensors(ranges.local_file(path))
     except FormatError:
         is_pickle = path.suffix in (".bin", ".ckpt", ".pt", ".pth")
         raise FormatError(
-            f"{path} is not a folder: an adapter is a folder that holds {keys.ADAPTER_CONFIG}, or a LoRA in one "
+            f"{path} is not a folder: an adapter is a folder with {keys.ADAPTER_CONFIG}, or a LoRA in one "
             f"{keys.LORA_SUFFIX} file."
-            + " This is a pickle, which may run code when it is read: have its author convert it."
+            + " This is a pickle, which may run code when it is read: ask its author for a safetensors file."
             * is_pickle
         ) from None
     raise FormatError(
-        f"{path} is not a folder, but a safetensors file that is not called so. Rename it to {path.name}"
-        f"{keys.LORA_SUFFIX}, and name that."
+        f"{path} is a safetensors file with another suffix. Rename it to {path.name}"
+        f"{keys.LORA_SUFFIX}, and pass that path."
     )
 
 
@@ -193,10 +204,10 @@ def _locate_lora_file(
     Files are inspected by their headers, so that a model of gigabytes in the same repository is not downloaded.
 
     Args:
-        repository: id and revision.
-        location: the part of the repository that is in the cache.
-        subfolder: the folder of the repository to look in.
-        hub_options: token, cache_dir and local_files_only.
+        repository: Id and revision of the repository.
+        location: Location of the files that are in the cache.
+        subfolder: Folder in the repository to search.
+        hub_options: The options token, cache_dir and local_files_only.
     """
     repo_id, revision = repository
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -220,8 +231,8 @@ def _locate_lora_file(
         )
     if len(loras) > 1:
         raise FormatError(
-            f"{source} has {len(loras)} LoRA files, {', '.join(loras[:4])}{', …' * (len(loras) > 4)}. Name one of "
-            f"them: hf://{repo_id}/{loras[0]}."
+            f"{source} has {len(loras)} LoRA files, {', '.join(loras[:4])}{', …' * (len(loras) > 4)}. Pass one of "
+            f"them, such as hf://{repo_id}/{loras[0]}."
         )
     if not loras:
         return location
@@ -230,7 +241,7 @@ def _locate_lora_file(
 
 
 def local_source(source: str | Path) -> str | Path:
-    """Return the path that a `file://` URL stands for, and any other source unchanged."""
+    """Return the path of a `file://` URL, and any other source unchanged."""
     path = urls.local_path(source) if isinstance(source, str) and urls.is_url(source) else None
     return source if path is None else path
 
@@ -258,7 +269,7 @@ def is_file_name(source: str | Path) -> bool:
 def is_lora(folder: Folder, file: str) -> bool:
     """Return whether the header of a safetensors file has tensors of an adapter.
 
-    A damaged file counts as one, so that reading it raises the error that names the damage.
+    A damaged file counts as a LoRA, so that reading it raises the error about the damage.
     """
     try:
         entries = ranges.open_tensors(folder.file(file)).entries

@@ -1,6 +1,6 @@
 """Repositories of the Hub: download to the cache, list, commit. A wrapper of huggingface_hub with our errors.
 
-huggingface_hub's cache, tokens and environment variables apply. This module does not know what a pack consists of.
+huggingface_hub's cache, tokens and environment variables apply. This module does not know the files of a pack.
 """
 
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_BRANCH = "main"
 ALWAYS_THERE = ".gitattributes"
-"""A small file that every repository has. Requested too, since huggingface_hub warns if no pattern matches."""
+"""A small file that every repository has. It is always requested, since huggingface_hub warns if no pattern matches."""
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REPO_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -31,22 +31,22 @@ TIMEOUT = 4.0
 _ANSWER_LIFETIME = 60.0
 """Seconds for which the Hub counts as reachable or not after a request."""
 _answers: dict[str, tuple[float, str | None]] = {}
-"""Endpoint → time of the last request, and why it failed."""
+"""Time of the last request, and the reason why it failed or None, by endpoint."""
 
 # a URL after `Path` has removed one of its slashes
 _URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
-def name_of(source: str | Path, subfolder: str | None = None) -> str:
+def adapter_name(source: str | Path, subfolder: str | None = None) -> str:
     """Return the adapter name that a source gives: the last part of a path or URL, or `org--name` for a Hub id."""
     if isinstance(source, str) and urls.is_url(source):
-        last = urls.name_of(source, subfolder)
+        last = urls.adapter_name(source, subfolder)
         if subfolder is None and last.lower().endswith(keys.LORA_SUFFIX):
-            return keys.name_from_file(last, urls.name_of(source.rpartition("/")[0]))
+            return keys.name_from_file(last, urls.adapter_name(source.rpartition("/")[0]))
         return last
     local = Path(source)
     if local.exists():
-        # not resolved: a link gives its own name, not that of its target
+        # not resolved: a link gives its own name, not the name of its target
         whole = Path(os.path.abspath(local / subfolder if subfolder else local))
         if whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file():
             return keys.name_from_file(whole.name, whole.parent.name)
@@ -71,22 +71,27 @@ def adapter_folder(
     """Return the folder of an adapter and its name. Files of a repository are downloaded to the Hub's cache first.
 
     Args:
-        source: a local folder or a Hub id.
-        allow_pickle: download `adapter_model.bin` too.
+        source: A local folder or a Hub id.
+        revision: Branch, tag or commit of the repository.
+        subfolder: Folder in the repository or in the local folder.
+        token: Access token of the Hub, as in huggingface_hub.
+        cache_dir: Cache folder of the Hub, as in huggingface_hub.
+        local_files_only: Whether files are only taken from the cache.
+        allow_pickle: Whether `adapter_model.bin` is downloaded too.
 
     Raises:
-        FormatError: the source is neither a folder nor of the form of a Hub id.
-        HubError: the Hub does not have the repository, or cannot be reached.
+        FormatError: The source is neither a folder nor has the form of a Hub id.
+        HubError: The Hub does not have the repository, or cannot be reached.
     """
     local = Path(source)
     if local.exists():
         folder = local / subfolder if subfolder else local
         if not folder.is_dir():
-            raise FormatError(f"{folder} is not a folder: an adapter is the folder that holds {keys.ADAPTER_CONFIG}.")
-        return folder, name_of(source, subfolder)
+            raise FormatError(f"{folder} is not a folder: an adapter is the folder with {keys.ADAPTER_CONFIG}.")
+        return folder, adapter_name(source, subfolder)
     repository = parsed(source, revision)
     if repository is None:
-        hint = " A URL is given as a text, not as a Path." if _URL_AS_PATH.match(str(source)) else ""
+        hint = " Pass a URL as a string, not as a Path." if _URL_AS_PATH.match(str(source)) else ""
         raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).{hint}")
     weights = [keys.ADAPTER_WEIGHTS, keys.LORA_FILE, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -98,20 +103,20 @@ def adapter_folder(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    return folder / prefix, name_of(source, subfolder)
+    return folder / prefix, adapter_name(source, subfolder)
 
 
 def parsed(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
     """Return repository and revision of a Hub id (`org/name`, `org/name@revision`); None for any other text.
 
     Raises:
-        FormatError: the id and the argument both give a revision.
+        FormatError: The id and the argument both give a revision.
     """
     match = _REPO_ID.fullmatch(str(source))
     if match is None:
         return None
     if revision and match["revision"]:
-        raise FormatError(f"two revisions for {match['repo']}: {match['revision']!r} and {revision!r}. Give one.")
+        raise FormatError(f"two revisions for {match['repo']}: {match['revision']!r} and {revision!r}. Pass one.")
     return match["repo"], revision or match["revision"]
 
 
@@ -131,8 +136,8 @@ def cached_repo(folder: Path) -> str | None:
 def unreachable() -> str | None:
     """Return why the Hub cannot be reached, or None if it answers.
 
-    The answer of one request without retries holds for a minute. huggingface_hub repeats each of its own requests five
-    times, for 23 s, and transformers makes several for one model.
+    The answer to one request without retries is reused for a minute. huggingface_hub repeats each of its own requests
+    five times, for 23 s, and transformers makes several for one model.
     """
     from huggingface_hub import constants
 
@@ -147,7 +152,7 @@ def unreachable() -> str | None:
 
 
 def _ask(endpoint: str, timeout: float) -> tuple[float, str | None]:
-    """Send one request. Returns the time of the answer, and why it failed or None."""
+    """Send one request, and return the time of the answer, and the reason why it failed or None."""
     from huggingface_hub import get_session
 
     failures = _connection_errors()
@@ -155,7 +160,7 @@ def _ask(endpoint: str, timeout: float) -> tuple[float, str | None]:
 
     def request() -> None:
         try:
-            # an answer of any status means that the Hub is there
+            # an answer of any status means that the Hub can be reached
             get_session().request("HEAD", endpoint, timeout=timeout)
             answers.append(None)
         except failures as error:
@@ -170,7 +175,7 @@ def _ask(endpoint: str, timeout: float) -> tuple[float, str | None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep huggingface_hub from making requests inside the block, as HF_HUB_OFFLINE=1 does."""
+    """Prevent huggingface_hub from making requests inside the block, like HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -181,9 +186,9 @@ def offline() -> Iterator[None]:
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of failed connections: OSError, and those of httpx or requests.
+    """Return the exceptions of failed connections: OSError, and the exceptions of httpx or requests.
 
-    Releases of huggingface_hub are built on one or the other; the bases of its HTTP error tell which.
+    A release of huggingface_hub uses one of these libraries; the base classes of its HTTP error show which.
     """
     from huggingface_hub import errors as hub_errors
 
@@ -203,11 +208,16 @@ def download(
     """Download files of a repository, and return its folder in the cache, which is named by the commit.
 
     Args:
-        files: names or patterns. Those that the repository lacks are ignored.
-        required: a file that has to be in the cache if the Hub cannot be reached.
+        repo_id: Id of the repository, `org/name`.
+        revision: Branch, tag or commit; None for the default branch.
+        files: Names or patterns. Files that the repository lacks are ignored.
+        required: A file that must be in the cache if the Hub cannot be reached.
+        token: Access token of the Hub, as in huggingface_hub.
+        cache_dir: Cache folder of the Hub, as in huggingface_hub.
+        local_files_only: Whether files are only taken from the cache.
 
     Raises:
-        HubError: the Hub does not have the repository or the revision, or cannot be reached and the cache lacks them.
+        HubError: The Hub does not have the repository or the revision, or cannot be reached and the cache lacks them.
     """
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
@@ -230,7 +240,7 @@ def download(
                 except hub_errors.LocalEntryNotFoundError:
                     raise
                 except hub_errors.EntryNotFoundError:
-                    # the repository has no such file, which the caller has to judge
+                    # the repository has no such file; the caller decides whether that is an error
                     return snapshot
             return snapshot
     except hub_errors.LocalEntryNotFoundError as error:
@@ -249,10 +259,11 @@ def download(
     ) as error:
         raise HubError(
             f"{repo_id} is neither a local folder nor a repository that the Hub shows you"
-            f"{f' at revision {revision}' if revision else ''}: {reason(error)} A private one needs a token (HF_TOKEN)."
+            f"{f' at revision {revision}' if revision else ''}: {reason(error)} A private repository needs a token "
+            "(HF_TOKEN)."
         ) from error
     except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error
+        raise HubError(f"{repo_id} could not be downloaded from the Hub: {reason(error)}") from error
 
 
 def files(
@@ -263,7 +274,7 @@ def files(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> list[str]:
-    """List the files of a repository, or those in the cache if the Hub cannot be reached."""
+    """List the files of a repository, or its files in the cache if the Hub cannot be reached."""
     import huggingface_hub
 
     if local_files_only or unreachable():
@@ -272,7 +283,7 @@ def files(
     try:
         return sorted(huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision))
     except _connection_errors() as error:
-        raise HubError(f"{repo_id} could not be had from the Hub: {reason(error)}") from error
+        raise HubError(f"the files of {repo_id} could not be listed: {reason(error)}") from error
 
 
 def commit(
@@ -291,16 +302,19 @@ def commit(
     A single commit, so that a download at the same time gets the old state or the new one.
 
     Args:
-        files: returns the files to write by path, for the full id of the repository.
-        stale: returns the files to delete, for the list of files in the repository.
-        message: the first line of the commit.
-        private: visibility of a new repository.
-        revision: the branch; by default main.
-        create_pr: open a pull request instead of committing to main.
+        repo_id: Id of the repository.
+        files: Function that returns the files to write by path, from the full id of the repository.
+        stale: Function that returns the files to delete, from the list of files in the repository.
+        message: First line of the commit message.
+        private: Whether a new repository is private.
+        revision: Branch. Default: main.
+        token: Access token of the Hub, as in huggingface_hub.
+        create_pr: Whether a pull request is opened instead of a commit to main.
 
     Raises:
-        PackBusyError: someone else has committed in the meantime.
-        HubError: the repository cannot be written, or is public although `private` is set.
+        PackBusyError: Another commit was made in the meantime.
+        HubError: The repository cannot be written, or is public although `private` is set.
+        OptionError: `create_pr` is set with a `revision` other than main.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -310,7 +324,7 @@ def commit(
     api = huggingface_hub.HfApi(token=token, library_name="eigenlorax", library_version=__version__)
     why = unreachable()
     if why is not None:
-        raise HubError(f"{repo_id} cannot be pushed to: {why}. Nothing was pushed; run it again with a connection.")
+        raise HubError(f"cannot push to {repo_id}: {why}. Run the command again when the Hub is reachable.")
     with _push_errors(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
@@ -318,7 +332,7 @@ def commit(
         before = api.model_info(repo, revision=revision or _DEFAULT_BRANCH)
         if private and not before.private:
             raise HubError(
-                f"{repo} is there already, and public: nothing was pushed. Make it private on the Hub first."
+                f"{repo} already exists and is public. Nothing was pushed. Make it private on the Hub first."
             )
         existing = list(api.list_repo_files(repo, revision=before.sha))
         deleted = [CommitOperationDelete(path) for path in sorted(stale(existing))]
@@ -334,7 +348,7 @@ def commit(
 
 @contextmanager
 def _push_errors(repo_id: str) -> Iterator[None]:
-    """Turn the errors of a push into ours."""
+    """Convert the errors of a push to `HubError` and `PackBusyError`."""
     # huggingface_hub's code for large files raises ValueError and RuntimeError
     causes: tuple[type[Exception], ...] = (*_connection_errors(), ValueError, RuntimeError)
     try:
@@ -345,12 +359,12 @@ def _push_errors(repo_id: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 412:
             raise PackBusyError(
-                f"{repo_id} was changed on the Hub while this was pushed, by somebody else. Nothing was pushed; run it "
-                "again."
+                f"{repo_id} was changed on the Hub by another commit during the push. Nothing was pushed; run the "
+                "command again."
             ) from error
         if status in (401, 403, 404):
             raise HubError(
-                f"{repo_id} cannot be pushed to: {reason(error)} It takes a token that may write there (HF_TOKEN, or "
+                f"cannot push to {repo_id}: {reason(error)} A token with write access is needed (HF_TOKEN, or "
                 "`hf auth login`)."
             ) from error
-        raise HubError(f"{repo_id} cannot be pushed to: {reason(error)}") from error
+        raise HubError(f"cannot push to {repo_id}: {reason(error)}") from error

@@ -34,9 +34,12 @@ class ScalingConfig:
     The scaling is lora_alpha / r, or lora_alpha / √r with rsLoRA.
 
     Args:
-        config: the parsed `adapter_config.json`.
-        where: the file, for error messages.
-        budget: bounds the work of matching patterns. Configs of one file share a budget.
+        config: The parsed `adapter_config.json`.
+        where: Path of the file, for error messages.
+        budget: Steps that matching of patterns may take. Configs of one file share a budget.
+
+    Raises:
+        FormatError: A pattern is not a JSON object.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str, budget: StepBudget | None = None) -> None:
@@ -47,14 +50,15 @@ class ScalingConfig:
         budget = budget or StepBudget()
         self._ranks, self._alphas = (module_patterns.ModulePatterns(pattern, budget) for pattern in patterns)
 
-    def of(self, module: str, rank: int = _DEFAULT_RANK) -> tuple[int, float]:
+    def rank_and_scaling(self, module: str, rank: int = _DEFAULT_RANK) -> tuple[int, float]:
         """Return rank and scaling of a module.
 
         Args:
-            rank: the rank if the config states none.
+            module: Name of the module.
+            rank: Rank if the config states none.
 
         Raises:
-            FormatError: the config states numbers that give no finite scaling.
+            FormatError: The config states numbers that give no finite scaling.
         """
         config, where = self._config, self._where
         try:
@@ -76,19 +80,19 @@ class ScalingConfig:
         return rank, scaling
 
     def check(self, module: str, spec: ModuleSpec) -> None:
-        """Raise `FormatError` if the config states another rank or scaling than a module has."""
-        rank, scaling = self.of(module)
+        """Raise `FormatError` if the config states another rank or scaling than the spec of a module."""
+        rank, scaling = self.rank_and_scaling(module)
         if rank != spec.rank or not math.isclose(scaling, spec.scaling, rel_tol=1e-9):
             raise FormatError(
-                f"adapter {self._where!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} are not "
-                f"those of its config, {rank} and {scaling:g}. Clear source_config, and a fitting one is written."
+                f"adapter {self._where!r}, module {module}: rank {spec.rank} and scaling {spec.scaling:g} differ "
+                f"from its config, {rank} and {scaling:g}. Set source_config=None to write a matching one."
             )
 
 
 def make(adapter: Adapter) -> str:
     """Return an `adapter_config.json` with the ranks and scalings of an adapter that was made in memory."""
     ranks = {module: spec.rank for module, spec in adapter.specs.items()}
-    alphas = {module: alpha_of(spec.rank, spec.scaling) for module, spec in adapter.specs.items()}
+    alphas = {module: lora_alpha(spec.rank, spec.scaling) for module, spec in adapter.specs.items()}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = {
         "peft_type": "LORA",
@@ -105,19 +109,20 @@ def make(adapter: Adapter) -> str:
     return json.dumps(config, indent=2, sort_keys=True)
 
 
-def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
+def with_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
     """Return an adapter's `adapter_config.json` after the ranks of some modules have changed and no scaling has.
 
     Args:
-        config: the config as it was.
-        ranks: new rank by module.
+        config: Text of the config before the change.
+        adapter: The adapter, with its earlier ranks.
+        ranks: New rank by module.
     """
     fields = json.loads(config)
     new_ranks = {module: ranks.get(module, spec.rank) for module, spec in adapter.specs.items()}
     alphas = {
         module: spec.scaling * math.sqrt(new_ranks[module])
         if fields.get("use_rslora")
-        else alpha_of(new_ranks[module], spec.scaling)
+        else lora_alpha(new_ranks[module], spec.scaling)
         for module, spec in adapter.specs.items()
     }
     settings: list[tuple[str, str, Mapping[str, int | float], Any]] = [
@@ -127,11 +132,11 @@ def of_ranks(config: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
     for field, pattern_field, values, default in settings:
         old_patterns: Mapping[str, Any] = {}
         if adapter.carried:
-            # the config also states the rank of carried tensors, such as embeddings: what it says of them has to stay
+            # the config also states the rank of carried tensors, such as embeddings, which must not change
             usual, old_patterns = fields.get(field, default), fields.get(pattern_field) or {}
         else:
             usual = _most_common(values.values())
-        # any module may match an old pattern, so each needs its own beside those
+        # any module may match an old pattern, so each needs its own pattern in addition
         patterns = {
             module_patterns.exact_pattern(module): value
             for module, value in values.items()
@@ -147,10 +152,10 @@ def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
     """Return an `adapter_config.json` for an adapter that another PEFT method trained.
 
     Args:
-        adapter: the adapter as a LoRA.
-        config: the config of the other method. Fields that mean the same for a LoRA are kept.
+        adapter: The adapter as a LoRA.
+        config: Config of the other method. Fields that mean the same for a LoRA are kept.
     """
-    # "eigenlorax_only" and the like mean the biases of the adapted modules
+    # values such as "eigenlorax_only" mean the biases of the adapted modules
     stated = str(config.get("bias", "none"))
     bias = "lora_only" if re.fullmatch(r"\w+_only", stated) else stated
     fields = {
@@ -161,12 +166,12 @@ def derived(adapter: Adapter, config: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
-def alpha_of(rank: int, scaling: float) -> float:
-    """Return the lora_alpha of a scaling: a whole number if one gives exactly that scaling."""
+def lora_alpha(rank: int, scaling: float) -> float:
+    """Return the lora_alpha of a scaling, as a whole number if that gives exactly the scaling."""
     alpha = float(scaling * rank)
     return float(round(alpha)) if round(alpha) / rank == scaling else alpha
 
 
 def _most_common(values: Iterable[Number]) -> Number:
-    """Return the most common value, the first of several: every other value needs a pattern in the config."""
+    """Return the most common value, the first of several."""
     return Counter(values).most_common(1)[0][0]

@@ -27,7 +27,7 @@ _LETTERS = {side: letter for letter, side in keys.OFFICIAL_SIDES.items()}
 
 @dataclass(frozen=True, slots=True)
 class _StoredTensor:
-    """A tensor in one of the opened folders, by its name there."""
+    """A tensor of an opened folder, by its name in the file."""
 
     folder: OpenedFolder
     name: str
@@ -64,15 +64,16 @@ def read(
     """Read an adapter in the authors' format as a LoRA.
 
     Args:
-        source: a local folder, a URL or a Hub id.
-        lora_alpha: the scaling is lora_alpha / r. An adapter trained in the authors' code, whose scaling is 1, has
-            lora_alpha = r. One that was projected from LoRAs has the lora_alpha of those. By default, the config's.
-        components: the folder or repository that has the components, if `source` does not.
-        options: those of format "peft".
+        source: A local folder, a URL or a Hub id.
+        lora_alpha: Numerator of the scaling lora_alpha / r. An adapter trained in the authors' code, whose scaling is
+            1, has lora_alpha = r. An adapter that was projected from LoRAs has the lora_alpha of the LoRAs. Default:
+            the lora_alpha of the config.
+        components: Folder or repository with the components, if `source` has none.
+        options: Options of format "peft".
 
     Raises:
-        FormatError: the lora_alpha is not known, or a tensor is missing or not understood.
-        ShapeError: the shapes of components and loadings do not fit each other.
+        FormatError: The lora_alpha is unknown, or a tensor is missing or not recognised.
+        ShapeError: The shapes of components and loadings do not fit each other.
     """
     opened = files.open_folder(source, **options)
     if components is None:
@@ -82,11 +83,12 @@ def read(
 
 
 def adapter(opened: OpenedFolder, lora_alpha: float | None = None, basis: OpenedFolder | None = None) -> Adapter:
-    """Return the LoRA of an opened folder. Tensors are read when they are asked for; heads are unchanged.
+    """Return the LoRA of an opened folder. Tensors are read at each access; heads are unchanged.
 
     Args:
-        lora_alpha: as in `read`.
-        basis: a folder whose components are used where `opened` has none.
+        opened: The opened folder.
+        lora_alpha: Numerator of the scaling; see `read`.
+        basis: A folder whose components are used where `opened` has none.
     """
     path = opened.weights.path
     modules, heads = _classify(opened)
@@ -135,7 +137,7 @@ def _classify(opened: OpenedFolder) -> tuple[dict[str, _ModuleTensors], Mapping[
     """Return the tensors of each module, and the heads by the keys that PEFT writes.
 
     Raises:
-        FormatError: a tensor is neither, or two stand for the same one.
+        FormatError: A tensor is not recognised, or two tensors have the same key.
     """
     modules: dict[str, _ModuleTensors] = {}
     heads: dict[str, _StoredTensor] = {}
@@ -147,23 +149,25 @@ def _classify(opened: OpenedFolder) -> tuple[dict[str, _ModuleTensors], Mapping[
         else:
             first = heads.setdefault(_head_key(opened, name), tensor)
         if first is not tensor:
-            raise FormatError(f"{opened.weights.path}: tensors {first.name!r} and {name!r} stand for the same one.")
+            raise FormatError(
+                f"{opened.weights.path}: tensors {first.name!r} and {name!r} have the same key. Remove one of them."
+            )
     return modules, heads
 
 
 def _head_key(opened: OpenedFolder, name: str) -> str:
-    """Return the key under which PEFT writes a head. Raises `FormatError` for any other tensor."""
+    """Return the key under which PEFT writes a head; raise `FormatError` for any other tensor."""
     try:
         parsed = keys.parse_peft_key(name, opened.config.get("modules_to_save") or ())
     except FormatError as error:
         raise FormatError(
-            f"{opened.weights.path}: tensor {name!r} is not one of eigenlora_A.components, eigenlora_A.loadings, the "
-            "same of eigenlora_B, and saved modules. It would be lost, so nothing was read."
+            f"{opened.weights.path}: tensor {name!r} is neither components nor loadings of eigenlora_A or eigenlora_B, "
+            "nor of a saved module. Nothing was read, since the tensor would be dropped."
         ) from error
     if parsed.kind is not Kind.HEAD:
         raise FormatError(
-            f"{opened.weights.path}: tensor {name!r} is one of a LoRA, not of the authors' format. LoRAs are of format "
-            "'peft'."
+            f"{opened.weights.path}: tensor {name!r} belongs to a LoRA, not to the authors' format. Read it with "
+            "format='peft'."
         )
     return parsed.key
 
@@ -174,26 +178,26 @@ def _check_complete(path: str, module: str, tensors: _ModuleTensors) -> None:
         where = f"{path}: {_LETTERS[side]} of module {module}"
         if has_coefficients and not has_components:
             raise FormatError(
-                f"{where} has loadings, but no components to multiply them with: the authors' code saves none unless "
-                "it is told to. Say where they are: read_adapter(path, format='official', components='the folder')."
+                f"{where} has loadings, but no components to multiply them by, which the authors' code only saves on "
+                "request. Pass their folder: read_adapter(path, format='official', components='the folder')."
             )
         if not has_coefficients:
             raise FormatError(
                 f"{where} has no loadings: components alone are a basis, not an adapter"
-                + ("." if has_components else ", and even those are not there.")
+                + ("." if has_components else ", and there are no components either.")
             )
 
 
 def _lora_alpha(opened: OpenedFolder, requested: float | None, modules: Mapping[str, _ModuleTensors]) -> Any:
-    """Return the requested lora_alpha, or else that of the config. There is no default."""
-    # only in a config of this type: beside an export, the authors' scripts write configs with PEFT's default of 8
+    """Return the requested lora_alpha, or else the lora_alpha of the config. There is no default."""
+    # only from a config of this type: the authors' scripts write other configs with PEFT's default of 8
     is_official_config = opened.config["peft_type"] == keys.OFFICIAL_PEFT_TYPE
     alpha = requested if requested is not None or not is_official_config else opened.config.get("lora_alpha")
     if alpha is None:
         tensors = next(iter(modules.values()))
         rank = tensors["down", _COEFFICIENTS].header.shape[-1:]
         raise FormatError(
-            f"{opened.weights.path} does not say by what its update is scaled. If it was trained in the authors' code, "
+            f"{opened.weights.path} does not state the scaling of its update. If it was trained in the authors' code, "
             f"which scales by 1, lora_alpha is its rank{f', {rank[0]}' if rank else ''}; if it was projected from "
             f'LoRAs, it is theirs. Write it into {keys.ADAPTER_CONFIG} ("peft_type": "{keys.OFFICIAL_PEFT_TYPE}", '
             "\"lora_alpha\": …), or call read_adapter(path, format='official', lora_alpha=…)."
@@ -219,17 +223,17 @@ def _spec(path: str, module: str, tensors: _ModuleTensors, numbers: lora_config.
         ):
             raise ShapeError(
                 f"tensor {components} is {basis_shape}, and {coefficients} is {coefficients_shape}: (d, K) and (K, r) "
-                "must share one K. They are not of one adapter, or one of them was augmented without the other."
+                "must share one K. They belong to different adapters, or only one of them was augmented."
             )
         shapes[side] = (basis_shape[0], coefficients_shape[1])
     (n_in, rank), (n_out, rank_up) = shapes["down"], shapes["up"]
     if rank != rank_up:
         raise ShapeError(f"{path}, module {module}: rank {rank} of eigenlora_A, {rank_up} of eigenlora_B.")
-    stated, scaling = numbers.of(module, rank)
+    stated, scaling = numbers.rank_and_scaling(module, rank)
     if stated != rank:
         raise ShapeError(
             f"{path}, module {module}: its rank is {rank}, but {keys.ADAPTER_CONFIG} says {stated}. Its scaling "
-            "lora_alpha / r would be a guess: mend the config."
+            "lora_alpha / r would be a guess: correct the config."
         )
     return ModuleSpec(rank, n_in, n_out, scaling, dtype)
 

@@ -1,6 +1,6 @@
 """PEFT's LoRA folders, read and written: `adapter_config.json` with `adapter_model.safetensors`, or `.bin` on request.
 
-Each tensor of a file becomes a factor of a module, a head or a carried tensor; for any other, an error names it. PEFT
+Each tensor of a file becomes a factor of a module, a head or a carried tensor. An error names any other tensor. PEFT
 is not imported. docs/adapter-formats.md describes the format.
 """
 
@@ -39,22 +39,26 @@ def read(
     local_files_only: bool = False,
     allow_pickle: bool = False,
 ) -> Adapter:
-    """Read a PEFT LoRA. Its tensors are read when they are asked for.
+    """Read a PEFT LoRA. Its tensors are read at each access.
 
     An adapter that was trained on coefficients is returned as the equivalent LoRA if its subspace is loaded
-    (`Pack.open`). So is one in the format of the paper's authors if its config has `lora_alpha`.
+    (`Pack.open`). So is an adapter in the format of the paper's authors if its config has `lora_alpha`.
 
     Args:
-        source: a local folder, a URL (`s3://…`, `hf://…`), or a Hub id (`org/name`, `org/name@revision`).
-        name: name of the adapter; by default that of the folder or repository.
-        revision, subfolder, token, cache_dir, local_files_only: as in huggingface_hub, which also reads
-            HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN.
-        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with torch's restricted unpickler.
+        source: A local folder, a URL (`s3://…`, `hf://…`), or a Hub id (`org/name`, `org/name@revision`).
+        name: Name of the adapter. Default: the name of the folder or repository.
+        revision: Branch, tag or commit of a repository on the Hub.
+        subfolder: Folder in the repository, or below the folder `source`.
+        token: Access token of the Hub. huggingface_hub also reads HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+        cache_dir: Cache folder of the Hub.
+        local_files_only: Whether files are only taken from the disk and the cache.
+        allow_pickle: Whether `adapter_model.bin` is read, with torch's restricted unpickler, if there is no safetensors
+            file.
 
     Raises:
-        FormatError: the folder is not an adapter, or one of its tensors is not understood.
-        ShapeError: factors do not fit each other or the config.
-        HubError, UrlError: the source cannot be reached.
+        FormatError: The folder is not an adapter, or one of its tensors is not recognised.
+        ShapeError: Factors do not fit each other or the config.
+        HubError, UrlError: The source cannot be reached.
     """
     opened = files.open_folder(
         source,
@@ -74,7 +78,7 @@ def read(
         adapter = coefficients.adapter(opened.name, opened.config, tensors, where=weights.path)
         return replace(adapter, file_bytes=weights.size)
     adapter = assemble(opened)
-    # PEFT itself writes "format" only; other metadata would be lost without an origin
+    # PEFT itself writes "format" only; the origin preserves other metadata
     if set(weights.metadata) - {"format"}:
         adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(weights.metadata.items()))))
     if not adapter.specs and not adapter.carried:
@@ -84,9 +88,12 @@ def read(
 
 @dataclass(frozen=True, slots=True)
 class _TensorNames:
-    """The tensors of a file by what they are.
+    """Names of a file's tensors, by their role.
 
-    factors: module → side → name in the file. heads, carried: key that PEFT writes → name in the file.
+    Attributes:
+        factors: Name in the file, by module and side.
+        heads: Name in the file, by the key that PEFT writes.
+        carried: Name in the file, by the key that PEFT writes.
     """
 
     factors: Mapping[str, Mapping[str, str]]
@@ -95,11 +102,11 @@ class _TensorNames:
 
 
 def assemble(opened: OpenedFolder) -> Adapter:
-    """Return the adapter of an opened folder with a LoRA. Its tensors are read when they are asked for.
+    """Return the adapter of an opened folder with a LoRA. Its tensors are read at each access.
 
     Raises:
-        FormatError: a tensor is not understood, occurs twice or lacks its partner.
-        ShapeError: the factors of a module do not fit each other or the config.
+        FormatError: A tensor is not recognised, occurs twice or lacks its partner.
+        ShapeError: The factors of a module do not fit each other or the config.
     """
     config, weights = opened.config, opened.weights
     tensors = _classify(opened)
@@ -126,7 +133,7 @@ def assemble(opened: OpenedFolder) -> Adapter:
 
 
 def _classify(opened: OpenedFolder) -> _TensorNames:
-    """Sort the tensors into factors, heads and carried ones. Raises `FormatError` for one that is none of these."""
+    """Sort the tensors into factors, heads and carried tensors; raise `FormatError` for any other tensor."""
     where = opened.weights.path
     factors: dict[str, dict[str, str]] = {}
     heads: dict[str, str] = {}
@@ -139,10 +146,12 @@ def _classify(opened: OpenedFolder) -> _TensorNames:
             raise FormatError(f"{where}: {error}") from error
         key = parsed.key
         if key in heads and parsed.kind is Kind.HEAD:
-            # with bias="all", PEFT writes the biases of a saved head twice, once under their name in its wrapper
+            # with bias="all", PEFT writes the biases of a saved head twice, once under their name in PEFT's wrapper
             key = keys.MODEL_PREFIX + name.removeprefix(keys.MODEL_PREFIX)
         if key in names:
-            raise FormatError(f"{where}: tensors {names[key]!r} and {name!r} stand for the same one, {key!r}.")
+            raise FormatError(
+                f"{where}: tensors {names[key]!r} and {name!r} have the same key, {key!r}. Remove one of them."
+            )
         names[key] = name
         if parsed.kind in (Kind.DOWN, Kind.UP):
             factors.setdefault(parsed.module, {})[parsed.kind.value] = name
@@ -152,18 +161,23 @@ def _classify(opened: OpenedFolder) -> _TensorNames:
 
 
 def _factor_headers(pair: Mapping[str, str], weights: Weights) -> dict[str, Header]:
-    """Return the headers of a module's two factors by side. pair: side → name of the tensor."""
+    """Return the headers of a module's two factors by side.
+
+    Args:
+        pair: Name of the tensor by side.
+        weights: The file.
+    """
     for side, opposite in (("down", "up"), ("up", "down")):
         if side not in pair:
             raise FormatError(
-                f"{weights.path}: tensor {pair[opposite]!r} has no partner {keys.LORA_PARTS[side]}: the file is not "
-                "complete."
+                f"{weights.path}: tensor {pair[opposite]!r} has no partner {keys.LORA_PARTS[side]}: the file is "
+                "incomplete."
             )
     headers = {side: weights.headers[pair[side]] for side in keys.SIDES}
     for side, header in headers.items():
         if len(header.shape) < 2:
             raise ShapeError(
-                f"{weights.path}: tensor {pair[side]!r} is {header.shape}; a factor has two dimensions at least."
+                f"{weights.path}: tensor {pair[side]!r} is {header.shape}; a factor has at least two dimensions."
             )
     return headers
 
@@ -183,8 +197,15 @@ def _tensor(load: Load, names: Mapping[str, str], key: str) -> Tensor:
 
 
 def from_tensors(name: str, config_text: str, tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
-    """Return an adapter of tensors in memory, by PEFT's keys. where: the source, for error messages."""
-    headers = {key: Header.of(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+    """Return an adapter of tensors in memory.
+
+    Args:
+        name: Name of the adapter.
+        config_text: Text of its `adapter_config.json`.
+        tensors: Tensors by PEFT's keys.
+        where: Source of the tensors, for error messages.
+    """
+    headers = {key: Header.of_dtype(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
     weights = Weights(where, 0, headers, partial(files.load_from, tensors), {})
     return assemble(OpenedFolder(name, config_text, json.loads(config_text), weights))
 
@@ -192,7 +213,7 @@ def from_tensors(name: str, config_text: str, tensors: Mapping[str, Tensor], *, 
 def _is_carried(module: str, config: dict[str, Any], headers: Mapping[str, Header]) -> bool:
     """Return whether lora_A and lora_B of a module are carried unchanged, because the update is not B·A.
 
-    So are those of experts, grouped convolutions and the methods of `_OTHER_PRODUCTS`.
+    This applies to experts, grouped convolutions and the options in `_OTHER_PRODUCTS`.
     """
     if any(config.get(option) for option in _OTHER_PRODUCTS):
         return True
@@ -204,7 +225,7 @@ def _is_carried(module: str, config: dict[str, Any], headers: Mapping[str, Heade
 
 
 def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
-    """Return whether the shapes are those of two linear layers, or of a convolution followed by one of kernel 1."""
+    """Return whether the shapes belong to two linear layers, or to a convolution followed by one of kernel 1."""
     if len(down) == len(up) == 2:
         return True
     return len(down) == len(up) > 2 and set(up[2:]) == {1} and up[1] == down[0] and math.prod(down) > 0
@@ -213,12 +234,23 @@ def _multiply(down: tuple[int, ...], up: tuple[int, ...]) -> bool:
 def _spec(
     module: str, pair: Mapping[str, str], headers: Mapping[str, Header], numbers: ScalingConfig, where: str
 ) -> ModuleSpec:
-    """Return the spec of a module. pair: side → name of the tensor. Raises `ShapeError` if the ranks differ."""
+    """Return the spec of a module.
+
+    Args:
+        module: Name of the module.
+        pair: Name of the tensor by side.
+        headers: Header of the tensor by side.
+        numbers: Ranks and scalings of the config.
+        where: Path of the file, for error messages.
+
+    Raises:
+        ShapeError: The ranks of the factors and of the config differ.
+    """
     down, up = headers["down"], headers["up"]
     for side, header in headers.items():
         if header.dtype is None:
             raise FormatError(f"{where}: tensor {pair[side]!r} is not float64, float32, float16 or bfloat16.")
-    rank, scaling = numbers.of(module)
+    rank, scaling = numbers.rank_and_scaling(module)
     if down.shape[0] != up.shape[1] or down.shape[0] < 1:
         raise ShapeError(
             f"{where}: {pair['down']!r} is {down.shape} and {pair['up']!r} is {up.shape}: "
@@ -227,7 +259,7 @@ def _spec(
     if rank != down.shape[0]:
         raise ShapeError(
             f"{where}: {pair['down']!r} has rank {down.shape[0]}, but {keys.ADAPTER_CONFIG} says {rank} (r and "
-            "rank_pattern). Its scaling lora_alpha / r would be a guess, and PEFT would not load it: mend the config."
+            "rank_pattern). Its scaling lora_alpha / r would be a guess, and PEFT would reject it: correct the config."
         )
     assert down.dtype is not None
     assert up.dtype is not None
@@ -247,19 +279,20 @@ def write(adapter: Adapter, path: Path, *, dtype: torch.dtype | None = None, ove
     Config, heads and carried tensors are written unchanged.
 
     Args:
-        path: the folder, which appears complete or not at all.
-        dtype: dtype of the LoRA factors; by default the adapter's own.
-        overwrite: replace an existing folder.
+        adapter: The adapter.
+        path: The folder, which is written completely or not at all.
+        dtype: Dtype of the LoRA factors. Default: the dtype of the adapter.
+        overwrite: Whether an existing folder is replaced.
 
     Raises:
-        NonFiniteError: a factor has NaN or Inf, or overflows `dtype`.
+        NonFiniteError: A factor has NaN or Inf, or overflows `dtype`.
     """
     atomic_files.write_folder(path, to_files(adapter, dtype=dtype), overwrite=overwrite)
     return path
 
 
 def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str, bytes]:
-    """Return the two files of a PEFT folder as bytes, by name. `dtype` as in `write`."""
+    """Return the content of the two files of a PEFT folder, by name; see `write` for the arguments."""
     text = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     numbers = ScalingConfig(json.loads(text), adapter.name)
     tensors = {key: owned(tensor) for group in (adapter.heads, adapter.carried) for key, tensor in group.items()}
@@ -277,11 +310,11 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
 
 
 def finite(factor: Tensor, where: str) -> Tensor:
-    """Return a copy of a LoRA factor. Raises `NonFiniteError` if it has NaN or Inf."""
+    """Return a copy of a LoRA factor; raise `NonFiniteError` if it has NaN or Inf."""
     copy = owned(factor)
     if not copy.isfinite().all():
         raise NonFiniteError(
-            f"adapter {where}: its factors are too large for {dtypes.name(copy.dtype)}. Take a wider dtype."
+            f"adapter {where}: its factors are too large for {dtypes.name(copy.dtype)}. Use a wider dtype."
         )
     return copy
 

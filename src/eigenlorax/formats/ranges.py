@@ -1,9 +1,9 @@
-"""Tensors of a safetensors file, read by byte ranges when they are asked for.
+"""Tensors of a safetensors file, read by byte ranges at each access.
 
 The safetensors library validates every file, but its `safe_open` does not read the tensors, for three reasons:
 
-- It opens local files only. Whether a file behind a URL is a LoRA, and the shapes in it, take its header: kilobytes of
-  what may be a model of gigabytes. The files of a repository are listed and inspected that way without a download.
+- It opens local files only. The header of a file behind a URL shows whether the file is a LoRA, and its shapes: it has
+  kilobytes, where the file may be a model of gigabytes. So the files of a repository are inspected without a download.
 - It maps the file. When another process truncates a mapped file, reading it ends this process with SIGBUS. Here it is
   a `FormatError`.
 - Mapped pages count as memory of the process, and a fit reads hundreds of files. Here no file stays open, so the
@@ -38,7 +38,11 @@ Target = tuple[int, memoryview]
 class LocalFile:
     """A file on disk, with its size and modification time at the moment it was described.
 
-    name: the path as the user gave it, for error messages. path: the same as an absolute path.
+    Attributes:
+        name: Path as the user passed it, for error messages.
+        path: The same path, absolute.
+        size: Size in bytes.
+        modified_ns: Modification time in nanoseconds.
     """
 
     name: str
@@ -50,7 +54,7 @@ class LocalFile:
         """Read ranges of bytes in the order of the file.
 
         Raises:
-            FormatError: the file has changed since it was described.
+            FormatError: The file has changed since it was described.
         """
         try:
             # unbuffered: bytes go directly into the target, and no others are read
@@ -72,8 +76,8 @@ class LocalFile:
 
     def _changed(self) -> FormatError:
         return FormatError(
-            f"{self.name} was changed while it was in use: it is not the file whose header was read. Run it again "
-            "when nothing writes to it."
+            f"{self.name} was changed while it was in use: it is not the file whose header was read. Run the command "
+            "again when no other program writes to the file."
         )
 
     def __str__(self) -> str:
@@ -81,17 +85,17 @@ class LocalFile:
 
 
 def local_file(path: Path) -> LocalFile:
-    """Describe a file on disk as it is now.
+    """Return a description of a file on disk in its present state.
 
     Raises:
-        FormatError: there is no such file, or it is a pipe, which would block, or a device, which has no end.
+        FormatError: The file does not exist, or is a pipe, which would block, or a device, which has no end.
     """
     try:
         status = path.stat()
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{path} is not a plain file.")
+        raise FormatError(f"{path} is not a regular file.")
     return LocalFile(str(path), os.path.abspath(path), status.st_size, status.st_mtime_ns)
 
 
@@ -116,7 +120,7 @@ class TensorFile:
 
     def _buffer(self, entry: TensorEntry) -> Tensor:
         size = entry.end - entry.begin
-        # a sparse file can state any size without taking that room on the disk
+        # a sparse file can have any size without occupying space on the disk
         if size > machine_memory():
             raise FormatError(f"{self.file}: a tensor of {size:,} bytes does not fit in this machine's memory.")
         return torch.empty(size, dtype=torch.uint8)
@@ -126,7 +130,7 @@ def open_tensors(file: File) -> TensorFile:
     """Read and check the header of a safetensors file.
 
     Raises:
-        FormatError: the safetensors library would not open the file, or torch cannot represent one of its tensors.
+        FormatError: The safetensors library does not accept the file, or torch cannot represent one of its tensors.
     """
     name = str(file)
     first = _read(file, 0, min(_FIRST_READ, file.size))
@@ -143,14 +147,14 @@ def open_tensors(file: File) -> TensorFile:
 
 
 def _validate(file: File, head: bytes) -> None:
-    """Let the safetensors library check a file that starts with the bytes `head`, its length and header.
+    """Check a file with the safetensors library, given its first bytes `head`: header length and header.
 
     The library opens local files only. For a remote file it gets a sparse file of the same size and header.
     """
     if isinstance(file, LocalFile):
         with safe_open(file.path, framework="np"):
             pass
-        # the library opened the path again: raises unless that is still the file whose header was read
+        # the library opened the path again: raise if it is not the file whose header was read
         file.read_into([])
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -60,15 +60,15 @@ class TensorEntry:
 def header_length(first: bytes, file_size: int, where: str) -> int:
     """Return the length in bytes of the header that follows the first `LENGTH_BYTES` of a file.
 
-    Check it before the header is read, so that a hostile number allocates nothing.
+    It is checked before the header is read, so that a hostile number allocates nothing.
 
     Args:
-        first: the start of the file, `LENGTH_BYTES` at least unless the file is shorter.
-        file_size: size of the file in bytes.
-        where: name of the file for error messages.
+        first: Start of the file, at least `LENGTH_BYTES` unless the file is shorter.
+        file_size: Size of the file in bytes.
+        where: Name of the file for error messages.
 
     Raises:
-        FormatError: the file is shorter than its header, or the header is longer than `MAX_HEADER_BYTES`.
+        FormatError: The file is shorter than its header, or the header is longer than `MAX_HEADER_BYTES`.
     """
     if file_size < LENGTH_BYTES:
         raise invalid(where, f"it has {file_size} bytes, and the length of the header alone takes {LENGTH_BYTES}")
@@ -83,15 +83,15 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
 def parse_header(text: bytes, where: str) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Return the tensors of a file by name, in the order of their bytes, and the metadata of the file.
 
-    The safetensors library has to accept the file first: it checks JSON, offsets and sizes, and tells them to nobody.
-    Here is checked what it lets pass and torch cannot represent.
+    The safetensors library must accept the file first: it checks JSON, offsets and sizes, but does not return them.
+    This function rejects what the library accepts and torch cannot represent.
 
     Args:
-        text: the header without its length.
-        where: name of the file for error messages.
+        text: The header without its length.
+        where: Name of the file for error messages.
 
     Raises:
-        FormatError: a name occurs twice, or a tensor has a dtype or a shape that torch does not have.
+        FormatError: A name occurs twice, or a tensor has a dtype or a shape that torch does not have.
     """
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -100,7 +100,7 @@ def parse_header(text: bytes, where: str) -> tuple[dict[str, TensorEntry], dict[
     metadata = header.pop(METADATA, None) or {}
     start = LENGTH_BYTES + len(text)
     entries = {}
-    for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for name, fields in sorted(header.items(), key=lambda entry: entry[1]["data_offsets"]):
         dtype, shape = _torch_type(name, fields["dtype"], fields["shape"], where)
         begin, end = fields["data_offsets"]
         entries[name] = TensorEntry(dtype, shape, start + begin, start + end)
@@ -129,10 +129,10 @@ def _torch_type(name: str, stated: str, shape: list[int], where: str) -> tuple[t
         raise FormatError(f"{where}: tensor {name!r} is {stated}, a dtype that this release of torch cannot read.")
     # torch computes strides of empty tensors too, as if their empty dimensions had size 1
     if len(shape) > _MAX_DIMENSIONS or bits * prod(max(size, 1) for size in shape) >= 2**63:
-        raise FormatError(f"{where}: tensor {name!r} has a shape that no tensor can have: {tuple(shape)}.")
+        raise FormatError(f"{where}: tensor {name!r} has the shape {tuple(shape)}, which is too large for a tensor.")
     if bits == 4:
         if not shape or shape[-1] % 2:
-            raise FormatError(f"{where}: tensor {name!r} is {stated} of shape {tuple(shape)}: an odd number of halves.")
+            raise FormatError(f"{where}: tensor {name!r} is {stated} with an odd last dimension: {tuple(shape)}.")
         # torch's four-bit dtype counts pairs
         shape = [*shape[:-1], shape[-1] // 2]
     return dtype, tuple(shape)
@@ -161,7 +161,7 @@ def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
     `safetensors.torch.load` reads fewer dtypes from bytes than from a file: four-bit floats are missing.
 
     Raises:
-        FormatError: the bytes are not a valid file, or torch lacks the dtype or the shape of a tensor.
+        FormatError: The bytes are not a valid file, or torch lacks the dtype or the shape of a tensor.
     """
     end = LENGTH_BYTES + header_length(data, len(data), where)
     try:
@@ -175,5 +175,5 @@ def from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def _bytes_tensor(buffer: bytearray) -> Tensor:
-    # torch.frombuffer refuses an empty buffer
+    # torch.frombuffer does not accept an empty buffer
     return torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The adapters that sources of a user stand for: folders, files, parent folders, URLs, Hub ids, NAME=PATH."""
+"""Adapters of the sources that a user passes: folders, files, parent folders, URLs, Hub ids, NAME=PATH."""
 
 import os
 import re
@@ -30,7 +30,12 @@ _INSPECTED_CHILDREN = 10
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter to read, or one in memory. `name` is None if the folder or repository gives the name."""
+    """An adapter to read, or an adapter in memory.
+
+    Attributes:
+        name: Name of the adapter; None if the folder or repository determines it.
+        source: Path, URL, Hub id or adapter.
+    """
 
     name: str | None
     source: Readable
@@ -39,16 +44,17 @@ class AdapterSource:
 def find_adapters(
     sources: Sources, *, revision: str | None = None, token: str | bool | None = None, **_: Any
 ) -> list[AdapterSource]:
-    """Return the adapters that `sources` stand for, in their order. A parent folder gives its children by name.
+    """Return the adapters of `sources`, in their order. A parent folder is replaced by its adapters, sorted by name.
 
     Args:
-        sources: one source, several, or a mapping of names to sources. A text may be NAME=PATH. A `PeftModel` gives
+        sources: One source, several, or a mapping of names to sources. A string may be NAME=PATH. A `PeftModel` gives
             all of its adapters.
-        revision, token: of the Hub, for `hf://` folders. Other options of `read_adapter` are ignored.
+        revision: Revision of a repository on the Hub, for `hf://` folders.
+        token: Access token of the Hub, for `hf://` folders. Other options of `read_adapter` are ignored.
 
     Raises:
-        OptionError: there is no source, or one name stands for a folder of several adapters.
-        FormatError: a folder has no adapter.
+        OptionError: There is no source, or one name is given to a folder of several adapters.
+        FormatError: A folder has no adapter.
     """
     if isinstance(sources, Mapping):
         pairs: list[tuple[str | None, Source]] = list(sources.items())
@@ -58,7 +64,7 @@ def find_adapters(
         pairs = [_split(source) for source in listed]
     adapters = [adapter for name, source in pairs for adapter in _expand(name, source, revision, token)]
     if not adapters:
-        raise OptionError("no adapter was given: name one folder, a parent folder of some, or a Hub id, at least.")
+        raise OptionError("no adapter was passed: pass at least one folder, parent folder or Hub id.")
     return adapters
 
 
@@ -84,7 +90,7 @@ def _split(source: Source) -> tuple[str | None, Source]:
         return None, source
     name, _, path = source.partition("=")
     if not path:
-        raise OptionError(f"{source} names no folder after its '='. Write NAME=PATH.")
+        raise OptionError(f"{source} has no path after the '='. Write NAME=PATH.")
     try:
         return keys.check_name(name), path
     except AdapterNameError as error:
@@ -92,7 +98,7 @@ def _split(source: Source) -> tuple[str | None, Source]:
 
 
 def _expand(name: str | None, source: Source, revision: str | None, token: str | bool | None) -> list[AdapterSource]:
-    """Return the adapter of a source, or those in a parent folder."""
+    """Return the adapter of a source, or the adapters in a parent folder."""
     if isinstance(source, Adapter):
         return [AdapterSource(name, source)]
     if in_memory.is_state_dict(source):
@@ -101,15 +107,15 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         state_dict, config = source
         return [AdapterSource(name, in_memory.from_state_dict(state_dict, config, name))]
     if in_memory.is_peft_model(source):
-        return _of_model(name, in_memory.from_peft_model(source))
+        return _from_model(name, in_memory.from_peft_model(source))
     if not isinstance(source, str | Path):
         raise OptionError(
             f"{type(source).__name__} is not an adapter: pass a folder, a file, a URL, a Hub id, an Adapter, a "
             "PeftModel, or a state dict with its config, (state_dict, config)."
         )
     if not str(source).strip():
-        # as a path, an empty text means the current folder
-        raise OptionError("an adapter was given as an empty text; was a variable of the shell not set?")
+        # as a path, an empty string means the current folder
+        raise OptionError("an adapter was passed as an empty string; check whether a shell variable is not set.")
     source = folders.local_source(source)
     folder = _folder(source, revision, token)
     if folder is None or folders.is_adapter(folder) or folders.is_pack(folder) or folders.holds_lora_file(folder):
@@ -122,12 +128,12 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         raise _no_adapter(folder, children, files)
     if name is not None:
         raise OptionError(
-            f"{name}={folder} names one adapter, but {folder} is a folder of {len(adapters) + len(loras)}."
+            f"{name}={folder} names one adapter, but {folder} has {len(adapters) + len(loras)}. Pass them separately."
         )
     for file in files:
         if file not in loras:
-            warnings.warn(f"{folder.at(file)} was passed over: it is no LoRA.", SkippedAdapterWarning, stacklevel=2)
-    # an adapter's own folder is not listed: behind a URL, that is a request
+            warnings.warn(f"{folder.at(file)} was passed over: it is not a LoRA.", SkippedAdapterWarning, stacklevel=2)
+    # folders of adapters are not listed, which would be a request for each folder behind a URL
     for child in (child for child in children if child not in adapters):
         weights = [file for file in child.files() if file.endswith((".safetensors", ".bin"))]
         if weights:
@@ -138,8 +144,13 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     ]
 
 
-def _of_model(name: str | None, adapters: list[Adapter]) -> list[AdapterSource]:
-    """Return the adapters of a PEFT model. name: replaces the name that a model's only adapter has in it."""
+def _from_model(name: str | None, adapters: list[Adapter]) -> list[AdapterSource]:
+    """Return the adapters of a PEFT model.
+
+    Args:
+        name: Name for the only adapter of a model; None for the names in the model.
+        adapters: Adapters of the model.
+    """
     if name is not None and len(adapters) > 1:
         names = ", ".join(repr(adapter.name) for adapter in adapters)
         raise OptionError(
@@ -149,9 +160,15 @@ def _of_model(name: str | None, adapters: list[Adapter]) -> list[AdapterSource]:
 
 
 def _no_adapter(folder: Folder, children: Sequence[Folder], files: Sequence[str]) -> FormatError:
-    """Return the error for a folder without an adapter. files: its safetensors files, none of which is a LoRA."""
+    """Return the error for a folder without an adapter.
+
+    Args:
+        folder: The folder.
+        children: Its subfolders.
+        files: Its safetensors files, none of which is a LoRA.
+    """
     deeper = [child for child in children[:_INSPECTED_CHILDREN] if any(map(folders.is_adapter, child.folders()))]
-    hint = f" There are some one level deeper: try {deeper[0]}." if deeper else ""
+    hint = f" There are adapters one level deeper: try {deeper[0]}." if deeper else ""
     no_lora = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
     return FormatError(
         f"{folder} has neither {keys.ADAPTER_CONFIG} nor a LoRA in one file ({keys.LORA_SUFFIX}, as kohya or diffusers "
@@ -176,18 +193,18 @@ def default_name(source: AdapterSource) -> str:
         return source.name
     if isinstance(source.source, Adapter):
         return source.source.name
-    return hub_client.name_of(source.source)
+    return hub_client.adapter_name(source.source)
 
 
 def without_folders(message: str, source: str | Path | None) -> str:
-    """Return an error message without absolute paths: names of folders and files stay.
+    """Return an error message with absolute paths shortened to names of folders and files.
 
-    A pack records why a source was skipped, and is read on other machines.
+    A pack records the message of a skipped source, and is read on other machines.
     """
     if source is not None:
         path = Path(source)
         spellings = {str(source), str(path), os.path.abspath(path), os.path.realpath(path)}
-        # the longest first: one may be the end of another
+        # longest first, since one spelling may be the end of another
         for spelling in sorted(spellings, key=len, reverse=True):
             if spelling != path.name:
                 message = message.replace(spelling, path.name)

@@ -1,7 +1,7 @@
 """Folders and files behind URLs (`s3://…`, `gs://…`, `hf://…`, `memory://…`), read by fsspec and its drivers.
 
-A driver takes keys and endpoints from its own environment variables and from fsspec's configuration, and retries failed
-requests itself.
+A driver reads keys and endpoints from its own environment variables and from fsspec's configuration, and retries failed
+requests.
 """
 
 import re
@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from ..errors import EigenloraxError, FormatError, MissingExtraError, UrlError, reason
 
-# two characters at least: C:// is a drive of Windows
+# at least two characters: C:// is a drive of Windows
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<path>.*)", re.DOTALL)
 _LOCAL = ("file", "local")
 _HF = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?P<path>/.*)?")
@@ -26,18 +26,18 @@ _MAX_GAP = 1 << 16
 
 
 def is_url(source: object) -> bool:
-    """Return whether `source` is a text of the form `scheme://…`. Paths are not, those of Windows included."""
+    """Return whether `source` is a string of the form `scheme://…`, which paths are not, also on Windows."""
     return isinstance(source, str) and _URL.match(source) is not None
 
 
 def local_path(url: str) -> Path | None:
-    """Return the path that a `file://` URL stands for, or None for other URLs."""
+    """Return the path of a `file://` URL; None for other URLs."""
     from fsspec.core import strip_protocol
 
     return Path(strip_protocol(url)) if _split(url)[0] in _LOCAL else None
 
 
-def name_of(url: str, subfolder: str | None = None) -> str:
+def adapter_name(url: str, subfolder: str | None = None) -> str:
     """Return the adapter name that a URL gives: its last part, without a revision of the Hub."""
     scheme, path = _split(_join(url, subfolder))
     if scheme == "hf" and (match := _HF.fullmatch(path)):
@@ -48,26 +48,32 @@ def name_of(url: str, subfolder: str | None = None) -> str:
 def folder(
     url: str, *, revision: str | None = None, subfolder: str | None = None, token: str | bool | None = None
 ) -> "RemoteFolder":
-    """Describe the folder behind a URL, without a request. `revision` and `token` are for `hf://` URLs only.
+    """Return the folder behind a URL, without a request.
+
+    Args:
+        url: The URL.
+        revision: Revision of a repository on the Hub, for `hf://` URLs only.
+        subfolder: Folder below the URL.
+        token: Access token of the Hub, for `hf://` URLs only.
 
     Raises:
-        FormatError: the URL is a web page of the Hub, or names another revision than `revision`.
+        FormatError: The URL is a web page of the Hub, or names another revision than `revision`.
     """
     if page := _HUB_PAGE.match(url):
-        raise FormatError(f"{url} is a page of the Hub. Name the repository instead: {page['repo']}.")
+        raise FormatError(f"{url} is a page of the Hub. Pass the id of the repository: {page['repo']}.")
     scheme, path = _split(url)
     if scheme != "hf":
         return RemoteFolder(_join(url, subfolder))
     match = _HF.fullmatch(path.rstrip("/"))
     if revision and match:
         if match["revision"] and unquote(match["revision"]) != revision:
-            raise FormatError(f"two revisions for {url}: {match['revision']!r} and {revision!r}. Give one.")
+            raise FormatError(f"two revisions for {url}: {match['revision']!r} and {revision!r}. Pass one.")
         url = f"hf://{match['repo']}@{quote(revision, safe='')}{match['path'] or ''}"
     return RemoteFolder(_join(url, subfolder), token)
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Return the scheme of a URL, in lower case, and what follows `://`."""
+    """Return the scheme of a URL, in lower case, and the part after `://`."""
     match = _URL.fullmatch(url)
     assert match is not None
     return match["scheme"].lower(), match["path"]
@@ -91,8 +97,8 @@ class RemoteFile:
         """Read ranges of bytes, each from an offset into memory. One request reads neighbouring ranges.
 
         Raises:
-            FormatError: the file is shorter than it was, or the server does not support ranges.
-            UrlError: the file is gone, or cannot be read.
+            FormatError: The file is shorter than it was, or the server does not support ranges.
+            UrlError: The file no longer exists, or cannot be read.
         """
         ranges = sorted(
             ((begin, begin + len(memory), memory) for begin, memory in targets if len(memory)), key=itemgetter(0)
@@ -121,12 +127,12 @@ class RemoteFile:
                     if isinstance(response, Exception):
                         raise response
             except FileNotFoundError as error:
-                raise UrlError(f"{self.url} is gone; it was there when it was first asked for.") from error
+                raise UrlError(f"{self.url} no longer exists; it existed at the first request.") from error
         for (begin, end), response in zip(requests, responses, strict=True):
             if len(response) != end - begin:
                 raise FormatError(
-                    f"{self.url} gave {len(response):,} bytes where the {end - begin:,} from {begin:,} on were asked "
-                    f"for: it is not the file of {self.size:,} bytes that it was, or its server gives no ranges."
+                    f"{self.url}: {end - begin:,} bytes from {begin:,} were requested, got {len(response):,}. The file "
+                    f"of {self.size:,} bytes was changed, or its server does not support ranges: download it first."
                 )
         return [memoryview(response) for response in responses]
 
@@ -154,7 +160,7 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def kind(self) -> str | None:
-        """Return "directory" or "file", or None if there is nothing behind the URL."""
+        """Return "directory" or "file", or None if there is nothing at the URL."""
         try:
             with _driver_errors(self.url):
                 driver, path = _driver(self.url, self.token)
@@ -177,19 +183,19 @@ class RemoteFolder:
             return False
 
     def read(self, name: str, limit: int) -> bytes:
-        """Read a small file. Raises `FormatError` if its server says that it has more than `limit` bytes."""
+        """Read a small file; raise `FormatError` if its server reports more than `limit` bytes."""
         url, size = self.at(name), self._info(name).get("size")
         if isinstance(size, int) and size > limit:
-            raise FormatError(f"{url} has {size:,} bytes, more than the {limit:,} that are read of such a file.")
+            raise FormatError(f"{url} has {size:,} bytes; at most {limit:,} were expected.")
         with _driver_errors(url):
             driver, path = _driver(url, self.token)
             return bytes(driver.cat_file(path))
 
     def file(self, name: str) -> RemoteFile:
-        """Describe an existing file, to read byte ranges of it."""
+        """Return a description of an existing file, from which byte ranges can be read."""
         size = self._info(name).get("size")
         if not isinstance(size, int) or size < 0:
-            raise UrlError(f"{self.at(name)} does not say how long it is, so no ranges can be read. Download it first.")
+            raise UrlError(f"{self.at(name)} has an unknown size, so no ranges can be read. Download it first.")
         return RemoteFile(self.at(name), size, self.token)
 
     def folders(self) -> list["RemoteFolder"]:
@@ -224,7 +230,7 @@ class RemoteFolder:
 
 
 def _driver(url: str, token: str | bool | None) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, one for each thread, and the path in it."""
+    """Return fsspec's file system for a URL, of which each thread has its own, and the path in it."""
     from fsspec.core import url_to_fs
 
     options = {"token": token} if token is not None else {}
@@ -233,19 +239,18 @@ def _driver(url: str, token: str | bool | None) -> tuple[Any, str]:
 
 @contextmanager
 def _driver_errors(url: str) -> Iterator[None]:
-    """Turn the errors of drivers into ours, except those of a missing path."""
+    """Convert the errors of drivers to `UrlError` and `MissingExtraError`, except errors of a missing path."""
     try:
         yield
     except (EigenloraxError, FileNotFoundError, NotADirectoryError):
         raise
     except ImportError as error:
         raise MissingExtraError(
-            f"{url} takes a driver of fsspec that is not installed: pip install {_package(url)}"
+            f"{url} needs a driver of fsspec that is not installed: pip install {_package(url)}"
         ) from error
     except PermissionError as error:
         raise UrlError(
-            f"{url} may not be read: {reason(error)}. Its driver takes keys from its own environment variables or "
-            "files, as its other programs do."
+            f"{url} may not be read: {reason(error)}. Set the keys in the environment variables or files of its driver."
         ) from error
     except Exception as error:
         # drivers raise exceptions of their own libraries, which share no base class
@@ -253,7 +258,7 @@ def _driver_errors(url: str) -> Iterator[None]:
 
 
 def _package(url: str) -> str:
-    """Return what `pip install` needs for the driver of a URL."""
+    """Return the package, as an argument of `pip install`, with the driver of a URL."""
     from fsspec.registry import known_implementations
 
     scheme = _split(url)[0]

@@ -162,7 +162,7 @@ def _module_slots(
     """
     slots = {}
     for module, subspace_name in config.subspace_names.items():
-        rank, scaling = numbers.of(module)
+        rank, scaling = numbers.rank_and_scaling(module)
         sizes = history.sizes(config.subspace_fingerprint, subspace_name)
         n_in, n_out = sizes.widths
         kernel = tuple(config.kernels.get(module, ()))

@@ -186,5 +186,5 @@ def _source_config(adapter: Adapter, coefficients: Mapping[str, Coefficients]) -
     config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     ranks = {module: metadata.rank for module, metadata in coefficient_metadata(coefficients).items()}
     if any(rank != adapter.specs[module].rank for module, rank in ranks.items()):
-        return lora_config.of_ranks(config, adapter, ranks)
+        return lora_config.with_ranks(config, adapter, ranks)
     return config

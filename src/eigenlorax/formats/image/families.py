@@ -1,6 +1,6 @@
 """Image models that a LoRA may belong to, by the names and widths of its modules.
 
-With this, adapters of different models are found before shapes are compared, and also if they share no module name.
+They show that adapters belong to different models before shapes are compared, and also if no module name is shared.
 """
 
 import re
@@ -12,7 +12,7 @@ SD1, SD2, XL, FLUX = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusi
 TRANSFORMER, UNET = "another diffusion transformer", "another UNet"
 
 _UNETS = {768: SD1, 1024: SD2, 2048: XL}
-"""UNets by the width of the text embedding that their cross-attention reads."""
+"""UNets by the width of the text embedding in their cross-attention."""
 _ENCODERS: Mapping[tuple[str, int], frozenset[str]] = {
     ("text_encoder", 768): frozenset({SD1, XL, FLUX, TRANSFORMER}),
     ("text_encoder", 1024): frozenset({SD2}),
@@ -24,10 +24,10 @@ _AS_IN_XL = re.compile(r"^unet\.(.*\.transformer_blocks\.[1-9]|add_embedding\.)"
 
 
 def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
-    """Return the image models that modules may belong to; empty if nothing tells.
+    """Return the image models that modules may belong to; empty if no module identifies a model.
 
     Args:
-        modules: name and input width of each module.
+        modules: Name and input width of each module.
     """
     modules = _of_image_models(list(modules))
     # Two kinds of modules identify a model: cross-attention by its width, and modules that FLUX lacks. Names alone do
@@ -44,23 +44,23 @@ def families(modules: Iterable[tuple[str, int]]) -> frozenset[str]:
 
 
 def _of_image_models(modules: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return the modules of those components in which some name has the structure of an image model's."""
+    """Return the modules in components of image models, which have a module name of that structure."""
     components = {module.partition(".")[0] for module, _ in modules if tensor_keys.is_of_image_model(module)}
     return [(module, width) for module, width in modules if module.partition(".")[0] in components]
 
 
 def is_like_xl(modules: Iterable[str]) -> bool:
-    """Return whether a module has a name that SDXL's UNet has and those of earlier versions lack."""
+    """Return whether a module has a name that SDXL's UNet has and the UNets of earlier versions lack."""
     return any(map(_AS_IN_XL.match, modules))
 
 
 def describe(family: frozenset[str]) -> str:
-    """Return the models of a family in words."""
+    """Return the models of a family as text."""
     return " or ".join(sorted(family))
 
 
 def _is_not_of_flux(module: str) -> bool:
-    """Return whether a module of a diffusion transformer is one that FLUX lacks."""
+    """Return whether a module belongs to a diffusion transformer other than FLUX."""
     component, _, name = module.partition(".")
     return component == "transformer" and flux.to_authors(name) is None
 

@@ -1,6 +1,7 @@
-"""FLUX's modules under the names of diffusers and of its authors, who have one module for query, key and value.
+"""Names of FLUX's modules in diffusers and in the authors' code, which has one module for query, key and value.
 
-A module of the authors may be several of diffusers: they have the same input, and each is some of its rows.
+A module of the authors may correspond to several modules of diffusers. They have the same input, and each is a block of
+its rows.
 """
 
 import re
@@ -9,7 +10,7 @@ from enum import Enum
 
 
 class Rows(Enum):
-    """Rows of an authors' module that are one module of diffusers."""
+    """Rows of an authors' module that correspond to one module of diffusers."""
 
     ALL = "all"
     THIRD = "third"
@@ -23,7 +24,13 @@ class Rows(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A module by diffusers' name, as rows of an authors' module. index: which of three parts, from the top."""
+    """A module of diffusers as rows of an authors' module.
+
+    Attributes:
+        module: Name of the module in diffusers.
+        rows: Rows of the authors' module.
+        index: Index of the part among three, from the top.
+    """
 
     module: str
     rows: Rows = Rows.ALL
@@ -72,7 +79,7 @@ _BACK_ENDS = {back: name for name, back in _ENDS.items()}
 
 
 def to_diffusers(name: str) -> list[Part]:
-    """Return the modules of diffusers that an authors' module consists of; empty if it is no module of FLUX."""
+    """Return the modules of diffusers that an authors' module consists of; empty if FLUX has no such module."""
     if name in _ENDS:
         return [Part(_ENDS[name])]
     if name == _SWAPPED[0]:
@@ -93,14 +100,14 @@ def to_diffusers(name: str) -> list[Part]:
     return [Part(f"{prefix}.{_SINGLE[path]}")] if path in _SINGLE else []
 
 
-def of_xlabs(kind: str, block: str, layer: str, stream: str | None) -> list[Part]:
-    """Return the modules of a layer of XLabs' trainer, such as `double_blocks.0.processor.qkv_lora1`: attention only.
+def from_xlabs(kind: str, block: str, layer: str, stream: str | None) -> list[Part]:
+    """Return the modules of an XLabs LoRA layer, such as `double_blocks.0.processor.qkv_lora1` (attention layers only).
 
     Args:
         kind: "double" or "single".
-        block: number of the block.
+        block: Number of the block.
         layer: "qkv" or "proj".
-        stream: in a double block, "1" for the image and "2" for the text.
+        stream: In a double block, "1" for the image and "2" for the text.
     """
     if kind == "double":
         return to_diffusers(f"double_blocks.{block}.{'txt' if stream == '2' else 'img'}_attn.{layer}")
@@ -111,7 +118,7 @@ def of_xlabs(kind: str, block: str, layer: str, stream: str | None) -> list[Part
 
 
 def to_authors(module: str) -> str | None:
-    """Return the authors' module that contains a module of diffusers; None if it is no module of FLUX."""
+    """Return the authors' module that contains a module of diffusers; None if FLUX has no such module."""
     if module in _BACK_ENDS:
         return _BACK_ENDS[module]
     if module == _SWAPPED[1]:
@@ -131,7 +138,7 @@ def to_authors(module: str) -> str | None:
 def span(part: Part, n_out: int, n_in: int) -> tuple[int, int] | None:
     """Return the rows (begin, end) of a part in an authors' module of shape (n_out, n_in).
 
-    None if FLUX has no such module of that shape. `SWAPPED` covers all rows.
+    None if FLUX has no such module of that shape. `SWAPPED` includes all rows.
     """
     match part.rows:
         case Rows.THIRD if n_out % 3 == 0:

@@ -8,10 +8,10 @@ from . import reader, tensor_keys, writer
 
 
 def read(source: Any, **options: Any) -> Adapter:
-    """Read a file in this dialect. Options: those of format "peft"."""
+    """Read a file in this dialect; options as for format "peft"."""
     return reader.read(source, tensor_keys.KOHYA, **options)
 
 
 def write(adapter: Adapter, path: Path, **options: Any) -> Path:
-    """Write a file in this dialect; SDXL and FLUX with original names. Options: `dtype` and `overwrite`."""
+    """Write a file in this dialect, SDXL and FLUX with original names; options `dtype` and `overwrite`."""
     return writer.write(adapter, path, tensor_keys.KOHYA, **options)

@@ -1,6 +1,6 @@
 """Layers of a LoRA file to be written: their names in a dialect, and the modules that each layer contains.
 
-A layer is one module of diffusers, except where FLUX's authors have one module for several of diffusers'.
+A layer is one module of diffusers, except where FLUX's authors have one module for several modules of diffusers.
 """
 
 import re
@@ -24,16 +24,18 @@ _DOWN_UP = {
 }
 
 Members = list[tuple[str, Part]]
-"""The modules of a layer: name in the adapter, and part of the layer."""
+"""Modules of a layer: name in the adapter, and part of the layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """Everything that determines the names of an adapter's layers in a file.
+    """Names of an adapter's layers in a file.
 
-    dialect, spelling: of `tensor_keys.DIALECTS` and `tensor_keys.SPELLINGS`.
-    family: image models that the adapter may belong to.
-    canonical: module name in the adapter → diffusers' component and path.
+    Attributes:
+        dialect: One of `tensor_keys.DIALECTS`.
+        spelling: Some of `tensor_keys.SPELLINGS`.
+        family: Image models that the adapter may belong to.
+        canonical: Component and path in diffusers, by module name in the adapter.
     """
 
     dialect: str
@@ -43,45 +45,47 @@ class Naming:
 
     @property
     def components(self) -> frozenset[str]:
-        """The components of the pipeline that the adapter changes: unet, text_encoder, …"""
+        """Components of the pipeline that the adapter changes: unet, text_encoder, …"""
         return frozenset(module.partition(".")[0] for module in self.canonical.values())
 
     @property
     def is_xl(self) -> bool:
+        """True for an adapter of Stable Diffusion XL."""
         return self.family == {families.XL} or families.is_like_xl(self.canonical.values())
 
     @property
     def is_flux(self) -> bool:
+        """True for an adapter with modules of a transformer, as of FLUX."""
         return "transformer" in self.components
 
 
 def naming(adapter: Adapter, dialect: str) -> Naming:
-    """Return the naming of an adapter in a dialect: that of its file, if it was read in this dialect.
+    """Return the naming of an adapter in a dialect, which is the naming of its file if it was read in this dialect.
 
     Raises:
-        FormatError: the adapter has no module.
-        OptionError: the adapter belongs to no image model, or has heads.
+        FormatError: The adapter has no module.
+        OptionError: The adapter belongs to no image model, or has heads.
     """
     canonical = _canonical_names(adapter)
     family = families.families((path, adapter.specs[module].channels) for module, path in canonical.items())
-    names_of = Naming(dialect, frozenset(), family, canonical)
+    names = Naming(dialect, frozenset(), family, canonical)
     if adapter.origin is not None and adapter.origin.format == dialect:
-        names_of = replace(names_of, spelling=frozenset(adapter.origin.spelling))
+        names = replace(names, spelling=frozenset(adapter.origin.spelling))
     elif dialect == DIFFUSION_MODEL:
-        names_of = replace(names_of, spelling=frozenset({FIRST_NAMES, LORA_DOWN}))
-    elif dialect == KOHYA and names_of.is_xl:
-        names_of = replace(names_of, spelling=frozenset({FIRST_NAMES}))
+        names = replace(names, spelling=frozenset({FIRST_NAMES, LORA_DOWN}))
+    elif dialect == KOHYA and names.is_xl:
+        names = replace(names, spelling=frozenset({FIRST_NAMES}))
     unet = [path.partition(".")[2] for path in canonical.values() if path.startswith("unet.")]
-    if any(unets.to_first(path, xl=names_of.is_xl) is None for path in unet):
+    if any(unets.to_first(path, xl=names.is_xl) is None for path in unet):
         # programs expect original names or diffusers' in a file, not a mixture
-        names_of = replace(names_of, spelling=names_of.spelling - {FIRST_NAMES})
-    return names_of
+        names = replace(names, spelling=names.spelling - {FIRST_NAMES})
+    return names
 
 
 def _canonical_names(adapter: Adapter) -> dict[str, str]:
-    """Return module name in the adapter → diffusers' component and path."""
+    """Return diffusers' component and path by module name in the adapter."""
     if not adapter.specs:
-        raise FormatError(f"adapter {adapter.name!r} has no LoRA of a module, so there is nothing to write to a file.")
+        raise FormatError(f"adapter {adapter.name!r} has no LoRA module, so there is nothing to write to a file.")
     canonical = {}
     for module in adapter.specs:
         layer = tensor_keys.layer(module, "lora_A", has_flux=False)
@@ -89,21 +93,21 @@ def _canonical_names(adapter: Adapter) -> dict[str, str]:
             raise _no_image_model(adapter, module)
         canonical[module] = layer.parts[0].module
     from_image_file = adapter.origin is not None and adapter.origin.format in tensor_keys.DIALECTS
-    # an adapter from such a file can be written to one again, also if the model is not known
+    # an adapter from such a file can always be written again, also if the model is unknown
     if not from_image_file and not any(map(tensor_keys.is_of_image_model, canonical.values())):
         raise _no_image_model(adapter, min(canonical))
     if adapter.heads:
         raise OptionError(
-            f"adapter {adapter.name!r} has tensors beside its LoRA, such as {next(iter(adapter.heads))!r}, for which "
-            "single files have no place. Export it in the format 'peft'."
+            f"adapter {adapter.name!r} has tensors beside its LoRA, such as {next(iter(adapter.heads))!r}, which "
+            "single files cannot contain. Export it in the format 'peft'."
         )
     return canonical
 
 
 def _no_image_model(adapter: Adapter, module: str) -> OptionError:
     return OptionError(
-        f"adapter {adapter.name!r} is not of an image model: its module {module!r} has no name in the files of "
-        "kohya's and diffusers' programs. Export it in the format 'peft'."
+        f"adapter {adapter.name!r} does not belong to an image model: its module {module!r} has no name in files of "
+        "kohya and diffusers. Export it in the format 'peft'."
     )
 
 
@@ -111,9 +115,9 @@ def layers(adapter: Adapter, naming: Naming) -> dict[str, Members]:
     """Return the layers of the file by name.
 
     Raises:
-        OptionError: a module has no name in the dialect, or two have the same.
+        OptionError: A module has no name in the dialect, or two modules have the same name.
     """
-    members_of: dict[str, Members] = {}
+    members_by_stem: dict[str, Members] = {}
     for module, path in sorted(naming.canonical.items()):
         stem, part = _stem(path, naming)
         if stem is None:
@@ -121,14 +125,14 @@ def layers(adapter: Adapter, naming: Naming) -> dict[str, Members]:
                 f"adapter {adapter.name!r}: module {path!r} has no name in the dialect {naming.dialect!r}. Export it "
                 "in the format 'diffusers' or 'peft'."
             )
-        members_of.setdefault(stem, []).append((module, part))
-    for stem, members in members_of.items():
+        members_by_stem.setdefault(stem, []).append((module, part))
+    for stem, members in members_by_stem.items():
         if len(members) > 1 and any(part.rows is Rows.ALL for _, part in members):
             raise OptionError(
-                f"adapter {adapter.name!r}: modules {members[0][0]!r} and {members[1][0]!r} have one name in the "
-                f"dialect {naming.dialect!r}, {stem!r}."
+                f"adapter {adapter.name!r}: modules {members[0][0]!r} and {members[1][0]!r} have the same name in "
+                f"the dialect {naming.dialect!r}, {stem!r}. Export it in the format 'peft'."
             )
-    return members_of
+    return members_by_stem
 
 
 def _stem(path: str, naming: Naming) -> tuple[str | None, Part]:
@@ -169,7 +173,7 @@ def _prefixed(name: str | None, prefix: str, naming: Naming) -> str | None:
         return None
     if naming.dialect == DIFFUSION_MODEL:
         return f"diffusion_model.{name}"
-    # a name that `dotted` does not restore could be read as another module
+    # without a name that `dotted` does not restore, which could be read as another module
     return prefix + underscored(name) if dotted(underscored(name)) == name else None
 
 
@@ -180,7 +184,7 @@ def _dotted_stem(component: str, name: str, naming: Naming) -> str:
                 name = f"{match[1]}.processor.{match[2].removesuffix('.0')}_lora"
         elif component.startswith("text_encoder") and (match := re.fullmatch(r"(.+\.self_attn)\.(\w+)", name)):
             name = f"{match[1]}.{_TEXT_PROJECTIONS.get(match[2], match[2])}_lora"
-    # with the component also if the source had none: current `load_lora_weights` requires it
+    # with the component, also if the source had none, because current `load_lora_weights` requires it
     return f"{component}.{name}"
 
 
@@ -203,9 +207,9 @@ def row_block(part: Part) -> int:
 
 def heights(adapter: Adapter, members: Members) -> list[int]:
     """Return the number of rows of each part of a layer, including parts that the adapter lacks."""
-    heights_of = {row_block(part): adapter.specs[module].out_features for module, part in members}
+    heights_by_block = {row_block(part): adapter.specs[module].out_features for module, part in members}
     n_in = adapter.specs[members[0][0]].in_features
     if members[0][1].rows is Rows.THIRD:
-        return [next(iter(heights_of.values()))] * 3
+        return [next(iter(heights_by_block.values()))] * 3
     # the feed-forward layers of FLUX are four times as wide as its input
-    return [n_in, n_in, n_in, heights_of.get(3, 4 * n_in)]
+    return [n_in, n_in, n_in, heights_by_block.get(3, 4 * n_in)]

@@ -1,7 +1,7 @@
 """Read LoRA files of image models: one safetensors file, in any of the dialects of kohya, diffusers and others.
 
-The header lists the layers. Alphas are read at once, factors when they are asked for. docs/adapter-formats.md describes
-the cases.
+The header lists the layers. Alphas are read at once, factors at each access. docs/adapter-formats.md describes the
+cases.
 """
 
 import json
@@ -36,7 +36,13 @@ _ALPHA_DTYPES = (*dtypes.STORED, torch.int64, torch.int32, torch.int16, torch.in
 
 @dataclass(frozen=True, slots=True)
 class _LayerTensors:
-    """The tensors of one layer of the file. style: spelling of the factors. keys: part → name of the tensor."""
+    """Tensors of one layer of the file.
+
+    Attributes:
+        stem: Name of the layer.
+        style: Spelling of the factors.
+        keys: Name of the tensor by part: `DOWN`, `UP`, `ALPHA`, …
+    """
 
     stem: str
     style: str
@@ -45,7 +51,13 @@ class _LayerTensors:
 
 @dataclass(frozen=True, slots=True)
 class _ModuleRows:
-    """A module as rows of a layer of the file: all of them, or a part. swapped: its two halves change places."""
+    """A module as rows of a layer of the file.
+
+    Attributes:
+        layer: Tensors of the layer.
+        rows: First row, and end of the rows.
+        swapped: Whether the two halves of the rows are exchanged.
+    """
 
     layer: _LayerTensors
     rows: tuple[int, int]
@@ -56,32 +68,33 @@ def read(source: str | Path | AdapterLocation, dialect: str | None = None, **opt
     """Read the LoRA in a single file on disk, behind a URL or on the Hub.
 
     Args:
-        dialect: the dialect that the file has to be in; by default any.
-        options: those of `files.open_file`.
+        source: Path, URL, Hub id or location of the file.
+        dialect: Dialect that the file must have. Default: any.
+        options: Options of `files.open_file`.
 
     Raises:
-        FormatError: the file is no LoRA, is incomplete, or is of a model that is not known.
-        ShapeError: the shapes of a layer do not fit each other or the model.
-        NonFiniteError: an alpha is NaN or Inf.
+        FormatError: The file is not a LoRA, is incomplete, or belongs to an unknown model.
+        ShapeError: The shapes of a layer do not fit each other or the model.
+        NonFiniteError: An alpha is NaN or Inf.
     """
     return adapter(files.open_file(source, **options), dialect)
 
 
 def adapter(opened: OpenedFile, dialect: str | None = None) -> Adapter:
-    """Return the LoRA of an opened file. `dialect` and errors as in `read`."""
+    """Return the LoRA of an opened file; see `read` for `dialect` and errors."""
     path = opened.weights.path
-    tensors_of = _group_by_layer(opened)
-    layers = _resolve_layers(tensors_of, path)
+    tensors_by_stem = _group_by_layer(opened)
+    layers = _resolve_layers(tensors_by_stem, path)
     origin = _origin(layers.values(), opened.weights.metadata)
     if dialect is not None and dialect != origin.format:
-        raise FormatError(f"{path} is a file in the dialect {origin.format!r}, not {dialect!r}. Remove the format.")
+        raise FormatError(f"{path} is a file in the dialect {origin.format!r}, not {dialect!r}. Remove format.")
     configs = _configs(opened)
-    alphas = _alphas(opened, tensors_of)
+    alphas = _alphas(opened, tensors_by_stem)
     modules: dict[str, _ModuleRows] = {}
     specs: dict[str, ModuleSpec] = {}
     carried: dict[str, tuple[_LayerTensors, str]] = {}
     without_alpha = []
-    for stem, tensors in tensors_of.items():
+    for stem, tensors in tensors_by_stem.items():
         down, up = _factor_headers(tensors, opened.weights.headers, path)
         rank = down.shape[0]
         for part in layers[stem].parts:
@@ -97,7 +110,8 @@ def adapter(opened: OpenedFile, dialect: str | None = None) -> Adapter:
             rows = _module_rows(part, tensors, down, up, path)
             if module in modules:
                 raise FormatError(
-                    f"{path}: layers {modules[module].layer.stem!r} and {stem!r} stand for the same module, {module!r}."
+                    f"{path}: layers {modules[module].layer.stem!r} and {stem!r} are the same module, {module!r}. "
+                    "Remove one of them."
                 )
             modules[module] = rows
             spec = _spec(rows, down, up, opened.weights.headers, scaling)
@@ -106,7 +120,7 @@ def adapter(opened: OpenedFile, dialect: str | None = None) -> Adapter:
                 if kind in tensors.keys:
                     carried[_carried_key(module, kind)] = (tensors, kind)
     _warn_of_missing_alphas(path, without_alpha, len(specs), origin.format)
-    _warn_of_mid_factors(path, [stem for stem, tensors in tensors_of.items() if MID in tensors.keys])
+    _warn_of_mid_factors(path, [stem for stem, tensors in tensors_by_stem.items() if MID in tensors.keys])
     specs = dict(sorted(specs.items()))
     lora = Adapter(
         name=opened.name,
@@ -120,7 +134,7 @@ def adapter(opened: OpenedFile, dialect: str | None = None) -> Adapter:
 
 
 def _group_by_layer(opened: OpenedFile) -> dict[str, _LayerTensors]:
-    """Return the tensors of each layer by its name in the file. Raises `FormatError` for a file that is no LoRA."""
+    """Return the tensors of each layer by its name; raise `FormatError` for a file that is not a LoRA."""
     layers: dict[str, _LayerTensors] = {}
     unknown = []
     for name in sorted(opened.weights.headers):
@@ -130,11 +144,12 @@ def _group_by_layer(opened: OpenedFile) -> dict[str, _LayerTensors]:
             continue
         layer = layers.setdefault(key.stem, _LayerTensors(key.stem, key.style, {}))
         if key.style and not layer.style:
-            # the first tensor of a layer may be one that all styles spell alike, such as its alpha
+            # the first tensor of a layer may have the same spelling in all styles, such as its alpha
             layers[key.stem] = layer = replace(layer, style=key.style)
         if layer.keys.setdefault(key.part, name) != name:
             raise FormatError(
-                f"{opened.weights.path}: tensors {layer.keys[key.part]!r} and {name!r} stand for the same one."
+                f"{opened.weights.path}: tensors {layer.keys[key.part]!r} and {name!r} have the same "
+                "meaning. Remove one of them."
             )
     if unknown or not layers:
         raise _no_lora(opened, unknown)
@@ -142,7 +157,7 @@ def _group_by_layer(opened: OpenedFile) -> dict[str, _LayerTensors]:
 
 
 def _no_lora(opened: OpenedFile, unknown: list[str]) -> FormatError:
-    """Return the error for a file in which the tensors `unknown` are no part of a LoRA."""
+    """Return the error for a file in which the tensors `unknown` do not belong to a LoRA."""
     path, n_tensors = opened.weights.path, len(opened.weights.headers)
     if not n_tensors:
         return FormatError(f"{path} has no tensors.")
@@ -150,21 +165,21 @@ def _no_lora(opened: OpenedFile, unknown: list[str]) -> FormatError:
         return tensor_keys.refused(path, *kind)
     if len(unknown) == n_tensors:
         return FormatError(
-            f"{path} is no LoRA: none of its {n_tensors:,} tensors, such as {unknown[0]!r}, has a name like "
+            f"{path} is not a LoRA: none of its {n_tensors:,} tensors, such as {unknown[0]!r}, has a name like "
             "…lora_down.weight, …lora_A.weight or …lora.down.weight."
         )
     return FormatError(
-        f"{path}: {len(unknown):,} of {n_tensors:,} tensors are no part of a LoRA, such as {unknown[0]!r}. They "
-        "would be lost, so nothing was read."
+        f"{path}: {len(unknown):,} of {n_tensors:,} tensors do not belong to a LoRA, such as {unknown[0]!r}. "
+        "Nothing was read, since they would be dropped. Remove them from the file."
     )
 
 
-def _resolve_layers(tensors_of: Mapping[str, _LayerTensors], path: str) -> dict[str, Layer]:
-    """Return the modules that each layer stands for. Raises `FormatError` for a layer of a model that is not known."""
-    has_flux = any("double_blocks" in stem or "single_blocks" in stem for stem in tensors_of)
+def _resolve_layers(tensors_by_stem: Mapping[str, _LayerTensors], path: str) -> dict[str, Layer]:
+    """Return the modules of each layer; raise `FormatError` for a layer of an unknown model."""
+    has_flux = any("double_blocks" in stem or "single_blocks" in stem for stem in tensors_by_stem)
     layers: dict[str, Layer] = {}
     unknown = []
-    for stem, tensors in tensors_of.items():
+    for stem, tensors in tensors_by_stem.items():
         layer = tensor_keys.layer(stem, tensors.style, has_flux=has_flux)
         if layer is None:
             unknown.append(stem)
@@ -172,22 +187,22 @@ def _resolve_layers(tensors_of: Mapping[str, _LayerTensors], path: str) -> dict[
             layers[stem] = layer
     if not any(tensor_keys.is_of_image_model(part.module) for layer in layers.values() for part in layer.parts):
         # names of text models resolve too: `transformer.h.0.attn.c_attn` of GPT-2 starts with a component
-        unknown = list(tensors_of)
+        unknown = list(tensors_by_stem)
     if unknown:
         if all(stem.startswith(keys.MODEL_PREFIX) for stem in unknown):
             raise FormatError(
-                f"{path} is a LoRA as PEFT saves it, but there is no {keys.ADAPTER_CONFIG} beside it that says how it "
-                "is scaled. Name the folder that holds both."
+                f"{path} is a LoRA as PEFT saves it, but its folder has no {keys.ADAPTER_CONFIG}, which states its "
+                "scaling. Pass a folder with both files."
             )
         raise FormatError(
-            f"{path}: {len(unknown):,} of {len(tensors_of):,} modules are of no model that is known here, such as "
-            f"{unknown[0]!r}. Known are the UNets of Stable Diffusion 1, 2 and XL, FLUX, and their text encoders."
+            f"{path}: {len(unknown):,} of {len(tensors_by_stem):,} modules belong to no supported model, such as "
+            f"{unknown[0]!r}. Supported are the UNets of Stable Diffusion 1, 2 and XL, FLUX, and their text encoders."
         )
     return layers
 
 
 def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
-    """Return the commonest dialect of the layers, with the spellings that its layers have."""
+    """Return the most common dialect of the layers, with the spellings of the layers in this dialect."""
     layers = list(layers)
     counts = Counter(layer.dialect for layer in layers)
     dialect = max(counts, key=lambda name: (counts[name], -tensor_keys.DIALECTS.index(name)))
@@ -197,7 +212,7 @@ def _origin(layers: Iterable[Layer], metadata: Mapping[str, str]) -> Origin:
 
 
 def _configs(opened: OpenedFile) -> dict[str, ScalingConfig]:
-    """Return the ranks and scalings by component that diffusers keeps in the metadata."""
+    """Return the ranks and scalings by component from the metadata that diffusers writes."""
     text = opened.weights.metadata.get(METADATA)
     return {} if text is None else _parse_configs(text, f"{opened.weights.path} ({METADATA})")
 
@@ -230,7 +245,7 @@ def _parse_configs(text: str, where: str) -> dict[str, ScalingConfig]:
 
 
 def _configured_scaling(module: str, rank: int, numbers: ScalingConfig, where: str) -> float:
-    """Return the scaling of a module by its component's config. Raises `ShapeError` if that states another rank."""
+    """Return the scaling of a module by its component's config; raise `ShapeError` if that states another rank."""
     stated, scaling = _rank_and_scaling(module, numbers)
     if stated != rank:
         raise ShapeError(
@@ -242,20 +257,22 @@ def _configured_scaling(module: str, rank: int, numbers: ScalingConfig, where: s
 def _rank_and_scaling(module: str, numbers: ScalingConfig) -> tuple[int, float]:
     """Return the rank and the scaling that a component's config states for one of its modules."""
     name = module.partition(".")[2]
-    stated = numbers.of(name)
+    stated = numbers.rank_and_scaling(name)
     # later releases of transformers have no `text_model` in the modules of a text encoder
-    return numbers.of(name.removeprefix("text_model.")) if stated == numbers.of("") else stated
+    return (
+        numbers.rank_and_scaling(name.removeprefix("text_model.")) if stated == numbers.rank_and_scaling("") else stated
+    )
 
 
-def _alphas(opened: OpenedFile, tensors_of: Mapping[str, _LayerTensors]) -> dict[str, float]:
+def _alphas(opened: OpenedFile, tensors_by_stem: Mapping[str, _LayerTensors]) -> dict[str, float]:
     """Read the alphas of the layers that have one."""
     path, headers = opened.weights.path, opened.weights.headers
-    alpha_keys = {stem: tensors.keys[ALPHA] for stem, tensors in tensors_of.items() if ALPHA in tensors.keys}
+    alpha_keys = {stem: tensors.keys[ALPHA] for stem, tensors in tensors_by_stem.items() if ALPHA in tensors.keys}
     for stem, key in alpha_keys.items():
         if math.prod(headers[key].shape) != 1:
-            raise ShapeError(f"{path}: {key!r} is {headers[key].shape}; an alpha is one number.")
-        if not {DOWN, UP} & set(tensors_of[stem].keys):
-            raise FormatError(f"{path}: {key!r} is the alpha of a layer that has no factors: the file is not complete.")
+            raise ShapeError(f"{path}: {key!r} has shape {headers[key].shape}; an alpha is one number.")
+        if not {DOWN, UP} & set(tensors_by_stem[stem].keys):
+            raise FormatError(f"{path}: {key!r} is the alpha of a layer that has no factors: the file is incomplete.")
     alphas = {}
     tensors = opened.weights.load(list(alpha_keys.values()))
     for (stem, key), tensor in zip(alpha_keys.items(), tensors, strict=True):
@@ -270,11 +287,16 @@ def _alphas(opened: OpenedFile, tensors_of: Mapping[str, _LayerTensors]) -> dict
 
 
 def _factor_headers(tensors: _LayerTensors, headers: Mapping[str, Header], where: str) -> tuple[Header, Header]:
-    """Return the headers of down and up. Raises an error if the shapes of a layer do not fit each other."""
+    """Return the headers of the down and up factors.
+
+    Raises:
+        FormatError: A factor is missing or has another dtype than `dtypes.STORED`.
+        ShapeError: The shapes do not fit each other.
+    """
     for part, partner in ((DOWN, UP), (UP, DOWN)):
         if part not in tensors.keys:
             name = tensors.keys.get(partner) or next(iter(tensors.keys.values()))
-            raise FormatError(f"{where}: tensor {name!r} has no partner ({part}): the file is not complete.")
+            raise FormatError(f"{where}: tensor {name!r} has no partner ({part}): the file is incomplete.")
     for part in (DOWN, UP, MID):
         if part in tensors.keys and headers[tensors.keys[part]].dtype is None:
             raise FormatError(f"{where}: tensor {tensors.keys[part]!r} is not float64, float32, float16 or bfloat16.")
@@ -282,8 +304,8 @@ def _factor_headers(tensors: _LayerTensors, headers: Mapping[str, Header], where
     down, up = headers[down_key], headers[up_key]
     if len(down.shape) not in (2, 4) or len(up.shape) not in (2, 4) or set(up.shape[2:]) - {1}:
         raise ShapeError(
-            f"{where}: {down_key!r} is {down.shape} and {up_key!r} is {up.shape}: (rank, in) and (out, rank), or the "
-            "same of a convolution, were expected."
+            f"{where}: {down_key!r} is {down.shape} and {up_key!r} is {up.shape}: expected (rank, in) and (out, rank), "
+            "or the shapes of a convolution."
         )
     if down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
         raise ShapeError(
@@ -301,7 +323,7 @@ def _factor_headers(tensors: _LayerTensors, headers: Mapping[str, Header], where
 
 
 def _module_rows(part: Part, tensors: _LayerTensors, down: Header, up: Header, where: str) -> _ModuleRows:
-    """Return the rows of a layer that are a module. Raises `ShapeError` if the layer has not the sizes of FLUX's."""
+    """Return a module as rows of a layer; raise `ShapeError` if the layer does not have the shape of FLUX's."""
     rows = flux.span(part, up.shape[0], math.prod(down.shape[1:]))
     if rows is None:
         raise ShapeError(
@@ -330,8 +352,8 @@ def _warn_of_missing_alphas(path: str, modules: list[str], n_modules: int, diale
     """Warn of modules without an alpha, unless a whole file has none and its dialect needs none."""
     if modules and (len(modules) < n_modules or dialect == tensor_keys.KOHYA):
         warnings.warn(
-            f"{path}: {len(modules)} of {n_modules} modules have no alpha, such as {modules[0]!r}; their scaling is "
-            "taken to be 1, as kohya's programs take it.",
+            f"{path}: {len(modules)} of {n_modules} modules have no alpha, such as {modules[0]!r}; assuming a "
+            "scaling of 1, like kohya's programs.",
             SourceWarning,
             stacklevel=5,
         )
@@ -341,7 +363,7 @@ def _warn_of_mid_factors(path: str, stems: list[str]) -> None:
     if stems:
         warnings.warn(
             f"{path}: {len(stems)} convolutions of three factors (lora_mid), such as {stems[0]!r}, are read as the "
-            "same updates in two.",
+            "same updates in two factors.",
             SourceWarning,
             stacklevel=5,
         )
@@ -353,9 +375,9 @@ def _warn_of_mid_factors(path: str, stems: list[str]) -> None:
 def _factors(
     opened: OpenedFile, specs: Mapping[str, ModuleSpec], modules: Mapping[str, _ModuleRows], module: str
 ) -> LoRAFactors:
-    keys_of = modules[module].layer.keys
-    parts = [part for part in (DOWN, UP, MID) if part in keys_of]
-    tensors = dict(zip(parts, opened.weights.load([keys_of[part] for part in parts]), strict=True))
+    layer_keys = modules[module].layer.keys
+    parts = [part for part in (DOWN, UP, MID) if part in layer_keys]
+    tensors = dict(zip(parts, opened.weights.load([layer_keys[part] for part in parts]), strict=True))
     down, up = tensors[DOWN], _select_rows(tensors[UP], modules[module])
     if MID in tensors:
         # exact: the convolutions of kernel 1 before and after the middle one are matrices

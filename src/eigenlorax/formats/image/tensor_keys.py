@@ -1,6 +1,6 @@
-"""Tensor keys in LoRA files of image models: the module that a key belongs to, and the part of its LoRA.
+"""Tensor keys in LoRA files of image models, parsed into a module and the part of its LoRA.
 
-In memory a module has the same name whatever its dialect: diffusers' component and path, such as
+In memory a module has the same name in all dialects: diffusers' component and path, such as
 `unet.mid_block.attentions.0.proj_in`.
 """
 
@@ -18,17 +18,24 @@ DOWN, UP, MID, ALPHA, MAGNITUDE, BIAS = "down", "up", "mid", "alpha", "magnitude
 
 KOHYA, DIFFUSERS, OLD, DIFFUSION_MODEL = "kohya", "diffusers", "diffusers-old", "diffusion-model"
 DIALECTS = (KOHYA, DIFFUSERS, OLD, DIFFUSION_MODEL)
-"""kohya: `lora_unet_…lora_down.weight`. diffusers: `unet.….lora_A.weight`. diffusers-old: `unet.….lora.down.weight`.
-diffusion-model: `diffusion_model.….lora_A.weight`, as ComfyUI and others write it."""
+"""Conventions for the names of tensors.
+
+- kohya: `lora_unet_…lora_down.weight`.
+- diffusers: `unet.….lora_A.weight`.
+- diffusers-old: `unet.….lora.down.weight`.
+- diffusion-model: `diffusion_model.….lora_A.weight`, as ComfyUI and others write it.
+"""
 
 FIRST_NAMES, PROCESSORS, LORA_DOWN = "first-names", "processors", "lora-down"
 TRANSFORMER, TE1 = "transformer", "te1"
 SPELLINGS = (FIRST_NAMES, PROCESSORS, LORA_DOWN, TRANSFORMER, TE1)
 """Variants within a dialect.
 
-first-names: modules of a UNet by the names of the original code. processors: `.processor.to_q_lora`. lora-down:
-`lora_down.weight` instead of `lora_A.weight`. transformer: `lora_transformer_` before diffusers' names of FLUX. te1:
-`lora_te1_` before modules of the first text encoder.
+- first-names: names of the original code for the modules of a UNet.
+- processors: `.processor.to_q_lora`.
+- lora-down: `lora_down.weight` instead of `lora_A.weight`.
+- transformer: `lora_transformer_` before diffusers' names of FLUX.
+- te1: `lora_te1_` before modules of the first text encoder.
 """
 
 _TAILS = (
@@ -51,7 +58,7 @@ _OTHER_KINDS = (
     ("a LoKr (LyCORIS), whose update is a Kronecker product", r"\.lokr_"),
     ("a GLoRA (LyCORIS)", r"\.[ab][12]\.weight$"),
     ("an (IA)³ adapter, which scales activations", r"\.on_input$|\.ia3_"),
-    ("an OFT adapter, which turns weights", r"\.oft_|\.oft_R"),
+    ("an OFT adapter, which rotates weights", r"\.oft_|\.oft_R"),
     ("a ControlLoRA", r"^lora_controlnet$|query_norm\.scale$|^control_model\."),
     (
         "a file with whole differences of weights (.diff, .diff_b), which have no low rank",
@@ -59,11 +66,11 @@ _OTHER_KINDS = (
     ),
     ("a file with trained norms (LyCORIS)", r"\.[wb]_norm$"),
     (
-        "a file of the first `lora` package, whose layers have numbers and no names",
+        "a file of the first `lora` package, whose layers have numbers instead of names",
         r"^(unet|text_encoder):\d+:(up|down)$",
     ),
     (
-        "a file with embeddings of new words (textual inversion), which a LoRA has no place for",
+        "a file with embeddings of new words (textual inversion), which a LoRA does not contain",
         r"^string_to_(param|token)|^emb_params$|^bundle_emb\.|^clip_[lg]$|^<.+>$",
     ),
     (
@@ -111,7 +118,13 @@ _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_o
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A parsed key: the layer of the file, the part of its LoRA, and the style in which the part is spelled."""
+    """A parsed key.
+
+    Attributes:
+        stem: Name of the layer in the file.
+        part: Part of its LoRA: `DOWN`, `UP`, `MID`, `ALPHA`, `MAGNITUDE` or `BIAS`.
+        style: Spelling of the part; empty if all styles have the same.
+    """
 
     stem: str
     part: str
@@ -119,7 +132,7 @@ class Key:
 
 
 def key(name: str) -> Key | None:
-    """Parse the name of a tensor. Returns None for a tensor that is no part of a LoRA."""
+    """Parse the name of a tensor; return None for a tensor that does not belong to a LoRA."""
     for style, tail in _TAILS:
         if match := tail.fullmatch(name):
             part = BIAS if match["part"].endswith(".bias") else _PARTS.get(match["part"], match["part"])
@@ -130,7 +143,7 @@ def key(name: str) -> Key | None:
 def is_lora(names: Iterable[str]) -> bool:
     """Return whether a file with tensors of these names is an adapter.
 
-    Adapters of other kinds count too, so that reading them raises the error that names the kind.
+    Adapters of other kinds are included, so that reading them raises the error that names the kind.
     """
     names = list(names)
     checkpoint = next(pattern for kind, pattern in _OTHER_PATTERNS if "checkpoint" in kind)
@@ -142,7 +155,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return what a file is instead of a LoRA, and the tensor that shows it; None if no pattern matches."""
+    """Return the kind of a file that is not a LoRA, and a tensor that shows it; None if no pattern matches."""
     names = list(names)
     for kind, pattern in _OTHER_PATTERNS:
         for name in names:
@@ -153,7 +166,13 @@ def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of a file: the modules it stands for, the dialect of its name, and the variants used in the name."""
+    """A layer of a file.
+
+    Attributes:
+        parts: Modules of the layer.
+        dialect: Dialect of its name.
+        spelling: Variants within the dialect that its name uses.
+    """
 
     parts: list[Part]
     dialect: str
@@ -161,18 +180,18 @@ class Layer:
 
 
 def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
-    """Resolve the name of a layer. Returns None if no known model has it.
+    """Resolve the name of a layer; return None if no supported model has it.
 
     Args:
-        stem: the key without the part of the LoRA.
-        style: spelling of the factors, as in `Key`.
-        has_flux: the file has modules of FLUX. kohya numbers its second text encoder as the third.
+        stem: The key without the part of the LoRA.
+        style: Spelling of the factors; see `Key`.
+        has_flux: Whether the file has modules of FLUX, whose second text encoder kohya numbers as the third.
     """
     if match := _KOHYA.fullmatch(stem):
         name = match["name"] if "." in match["name"] else dotted(match["name"])
         return _kohya(match["which"], name, has_flux) if name is not None else None
     if match := _XLABS.fullmatch(stem):
-        parts = flux.of_xlabs(match["kind"], match["block"], match["layer"], match["stream"])
+        parts = flux.from_xlabs(match["kind"], match["block"], match["layer"], match["stream"])
         return Layer([replace(part, module=f"transformer.{part.module}") for part in parts], DIFFUSERS)
     spelling = {LORA_DOWN} if style == "lora_down" else set()
     if stem.startswith("diffusion_model."):
@@ -187,9 +206,9 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
         if implied is None:
             return _diffusion_model(name, spelling)
         component = implied
-    # some programs save a model that PEFT has wrapped
+    # some programs save a model that is wrapped by PEFT
     name = name.removeprefix(keys.MODEL_PREFIX)
-    # `lora_down.weight` is kohya's spelling, and never diffusers'
+    # `lora_down.weight` is a spelling of kohya, never of diffusers
     spelling.discard(LORA_DOWN)
     if not name:
         return None
@@ -209,9 +228,9 @@ def layer(stem: str, style: str, *, has_flux: bool) -> Layer | None:
 
 
 def is_of_image_model(module: str) -> bool:
-    """Return whether a name, component and path, has the structure that names in diffusers' models have.
+    """Return whether a name, component and path, has the structure of names in diffusers' models.
 
-    The component alone does not say it: GPT-2's `transformer.h.0.attn.c_attn` is below a `transformer` too.
+    The component alone is not enough: GPT-2's `transformer.h.0.attn.c_attn` is below a `transformer` too.
     """
     component, _, path = module.partition(".")
     structure = _IMAGE_MODULES.get("text_encoder" if component in _TEXT_ENCODERS else component)
@@ -219,7 +238,7 @@ def is_of_image_model(module: str) -> bool:
 
 
 def _component(head: str) -> str | None:
-    """Return the component of a diffusers name without one, by the start of the name."""
+    """Return the component that the first part of a diffusers name implies, for a name without component."""
     if head in unets.DIFFUSERS_HEADS:
         return "unet"
     if head in _TEXT_HEADS:
@@ -249,7 +268,7 @@ def _diffusion_model(name: str, spelling: Iterable[str]) -> Layer | None:
 
 
 def _denoiser(name: str, dialect: str, spelling: frozenset[str]) -> Layer | None:
-    """Resolve a module of the UNet or transformer, by its original name or by diffusers'."""
+    """Resolve a module of the UNet or transformer by its original name or diffusers' name."""
     head = name.partition(".")[0]
     if head in unets.HEADS:
         module = unets.to_diffusers(name)
@@ -265,8 +284,14 @@ def _denoiser(name: str, dialect: str, spelling: frozenset[str]) -> Layer | None
 
 
 def refused(path: str, kind: str, example: str) -> FormatError:
-    """Return the error for a file of another kind than a LoRA. example: the tensor that shows it."""
+    """Return the error for a file of another kind than a LoRA.
+
+    Args:
+        path: Path of the file.
+        kind: The kind, as text.
+        example: Name of a tensor that shows it.
+    """
     return FormatError(
         f"{path} is {kind} (tensor {example!r}). Only LoRAs and LoCons, with lora_down and lora_up or lora_A and "
-        "lora_B for each module, share a subspace: leave the file out."
+        "lora_B for each module, share a subspace. Remove the file from the sources."
     )

@@ -1,6 +1,6 @@
-"""Module names with underscores instead of dots, as kohya's trainers write them, and back.
+"""Conversion of module names with underscores instead of dots, as kohya's trainers write them.
 
-Some components contain underscores themselves (`to_q`, `down_blocks`), so a list of these restores the dots.
+Some components contain underscores themselves (`to_q`, `down_blocks`), so the dots are restored with a list of these.
 """
 
 from functools import cache

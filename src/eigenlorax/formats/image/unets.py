@@ -1,13 +1,13 @@
-"""Modules of Stable Diffusion's UNets under the names of diffusers and of the original code (`input_blocks.4.1`).
+"""Names of the modules of Stable Diffusion's UNets in diffusers and in the original code (`input_blocks.4.1`).
 
-kohya's trainer uses the original names for SDXL. Every UNet of Stable Diffusion 1, 2 and XL has two layers per block on
-the way down and three on the way up.
+kohya's trainer uses the original names for SDXL. Every UNet of Stable Diffusion 1, 2 and XL has two layers per down
+block and three per up block.
 """
 
 import re
 
 LAYERS = 2
-"""Layers of a block on the way down."""
+"""Number of layers of a down block."""
 
 _ENDS = {
     "input_blocks.0.0": "conv_in",
@@ -40,7 +40,7 @@ DIFFUSERS_HEADS = frozenset(
 
 
 def to_diffusers(name: str) -> str | None:
-    """Return the diffusers name of a module of the original code; None if no such UNet has it.
+    """Return the diffusers name of a module of the original code; None if there is no such module.
 
     `input_blocks.4.1.proj_in` becomes `down_blocks.1.attentions.0.proj_in`.
     """
@@ -51,7 +51,7 @@ def to_diffusers(name: str) -> str | None:
         return None
     section, block, path = match["part"], int(match["block"]), match["rest"]
     if section == "middle_block":
-        # its blocks are no sequences, so a second number belongs to the path inside the block
+        # its blocks are not sequences, so a second number belongs to the path inside the block
         inner = f"{match['inner']}.{path}" if match["inner"] else path
         if block == 1:
             return f"mid_block.attentions.0.{inner}"
@@ -76,7 +76,8 @@ def to_first(name: str, *, xl: bool = True) -> str | None:
     """Return the original name of a module of diffusers, the inverse of `to_diffusers`; None if it has none.
 
     Args:
-        xl: the UNet is SDXL's. Its first level on the way up has attention before the upsampler, which changes the
+        name: Name of the module in diffusers.
+        xl: Whether the UNet belongs to SDXL. Its first up block has attention before the upsampler, which changes the
             number of the upsampler.
     """
     if name in _BACK:

@@ -29,10 +29,10 @@ from .reader import METADATA, metadata_matches
 from .tensor_keys import DIFFUSERS, DIFFUSION_MODEL, KOHYA, OLD
 
 _HASHES = re.compile(r"(sshs_(model|legacy)_hash|modelspec\.hash_sha256)")
-"""Metadata keys that hold for the bytes of one file only."""
+"""Metadata keys that are only valid for the bytes of one file."""
 _MODEL_HASH = "sshs_model_hash"
 _SAME_FACTOR = 1e-6
-"""Relative difference up to which two down factors count as the same: the error of rounding to float32."""
+"""Relative difference up to which two down factors are treated as equal: the error of rounding to float32."""
 
 
 def write(
@@ -41,15 +41,16 @@ def write(
     """Write an adapter as one safetensors file, and return its path.
 
     Args:
-        path: the file; the suffix is added if it is missing.
-        dialect: one of `tensor_keys.DIALECTS`.
-        dtype: dtype of the factors; by default the adapter's own.
-        overwrite: replace an existing file.
+        adapter: The adapter.
+        path: The file. The suffix is added if it is missing.
+        dialect: One of `tensor_keys.DIALECTS`.
+        dtype: Dtype of the factors. Default: the dtype of the adapter.
+        overwrite: Whether an existing file is replaced.
 
     Raises:
-        OptionError: the adapter is not of an image model, or the dialect has no place for something in it.
-        ShapeError: a convolution has one or three dimensions.
-        NonFiniteError: a factor has NaN or Inf, or overflows `dtype`.
+        OptionError: The adapter does not belong to an image model, or the dialect cannot represent one of its tensors.
+        ShapeError: A convolution has one or three dimensions.
+        NonFiniteError: A factor has NaN or Inf, or overflows `dtype`.
     """
     path = path if path.name.lower().endswith(keys.LORA_SUFFIX) else path.with_name(path.name + keys.LORA_SUFFIX)
     atomic_files.check_file_free(path, overwrite)
@@ -80,68 +81,76 @@ def to_bytes(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None
 
 
 def _tensors(adapter: Adapter, naming: Naming, alpha: float | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the tensors of the file. alpha: a common alpha for all layers, or None to keep their own."""
+    """Return the tensors of the file by key.
+
+    Args:
+        adapter: The adapter.
+        naming: Names of its layers.
+        alpha: Alpha of all layers; None to keep the alpha of each.
+        dtype: Dtype of the factors; None to keep it.
+    """
     _check_kernels(adapter)
     carried = _carried(adapter, naming)
     tensors: dict[str, Tensor] = {}
-    members_of = layers.layers(adapter, naming)
+    members_by_stem = layers.layers(adapter, naming)
 
-    def factors_of(stem: str) -> LoRAFactors:
-        factors = _layer_factors(adapter, members_of[stem])
+    def layer_factors(stem: str) -> LoRAFactors:
+        factors = _layer_factors(adapter, members_by_stem[stem])
         if naming.dialect == OLD:
             # programs that read this dialect read no alpha
             return _rescale(adapter, factors, 1.0, stem)
         return factors if alpha is None else _rescale(adapter, factors, alpha / len(factors.down), stem)
 
-    exact = LazyMapping(members_of, factors_of)
+    exact = LazyMapping(members_by_stem, layer_factors)
     for stem, factors in exact.items() if dtype is None else narrowing.narrow_adapter(adapter.name, exact, dtype):
         for key, tensor in zip(layers.factor_keys(stem, naming), factors.weights, strict=True):
-            tensors[key] = finite(tensor, f"{adapter.name!r}, module {members_of[stem][0][0]}")
+            tensors[key] = finite(tensor, f"{adapter.name!r}, module {members_by_stem[stem][0][0]}")
         if naming.dialect in (KOHYA, DIFFUSION_MODEL):
-            tensors[f"{stem}.alpha"] = torch.tensor(lora_config.alpha_of(len(factors.down), factors.scaling))
-        tensors |= _magnitude(adapter, stem, naming, members_of[stem], carried)
+            tensors[f"{stem}.alpha"] = torch.tensor(lora_config.lora_alpha(len(factors.down), factors.scaling))
+        tensors |= _magnitude(adapter, stem, naming, members_by_stem[stem], carried)
     return tensors
 
 
 def _check_kernels(adapter: Adapter) -> None:
-    """Raise `ShapeError` for convolutions of one or three dimensions, which no program reads from such a file."""
+    """Raise `ShapeError` for convolutions with one or three dimensions, which no program reads from such a file."""
     for module, spec in adapter.specs.items():
         if len(spec.kernel) not in (0, 2):
             raise ShapeError(
                 f"module {module} of adapter {adapter.name!r} is a convolution with the kernel {spec.kernel}. LoRA "
-                "files of image models hold linear layers and convolutions of two dimensions: export with "
+                "files of image models contain linear layers and 2D convolutions only: export with "
                 "format='peft' (--format peft)."
             )
 
 
 def _common_alpha(adapter: Adapter, dialect: str) -> float | None:
-    """Return the alpha that all layers of a kohya file get, or None to keep the alpha of each.
+    """Return the common alpha of all layers of a kohya file, or None to keep the alpha of each.
 
-    diffusers applies one alpha to all attention layers of a kohya file, so an adapter with several gets its most common
-    one and rescaled factors. The alphas of an adapter that was read in this dialect are kept.
+    diffusers applies one alpha to all attention layers of a kohya file. So an adapter with several alphas is written
+    with the most common one, and rescaled factors. The alphas of an adapter that was read in this dialect are kept.
     """
     if dialect != KOHYA or (adapter.origin is not None and adapter.origin.format == KOHYA):
         return None
-    alphas = Counter(lora_config.alpha_of(spec.rank, spec.scaling) for spec in adapter.specs.values())
+    alphas = Counter(lora_config.lora_alpha(spec.rank, spec.scaling) for spec in adapter.specs.values())
     common = alphas.most_common(1)[0][0]
     return common if len(alphas) > 1 and common else None
 
 
 def _warn_of_misreading(adapter: Adapter, canonical: Mapping[str, str]) -> None:
-    """Warn of what diffusers ignores in a kohya file.
+    """Warn of the tensors that diffusers ignores in a kohya file.
 
     These are DoRA magnitudes, and alphas of a text encoder or of a UNet's attention that are not the most common ones.
     """
     if adapter.carried:
         warnings.warn(
             f"{adapter.name}: its DoRA magnitudes are written as kohya's programs and ComfyUI read them. diffusers "
-            "loads such a file without them, the original as well: for load_lora_weights, export with "
+            "ignores them in such a file, also in the original: for load_lora_weights, export with "
             "format='diffusers' (--format diffusers).",
             SourceWarning,
             stacklevel=6,
         )
     alphas = {
-        module: lora_config.alpha_of(adapter.specs[module].rank, adapter.specs[module].scaling) for module in canonical
+        module: lora_config.lora_alpha(adapter.specs[module].rank, adapter.specs[module].scaling)
+        for module in canonical
     }
     misread: list[str] = []
     for component in {path.partition(".")[0] for path in canonical.values()} - {"transformer"}:
@@ -152,8 +161,8 @@ def _warn_of_misreading(adapter: Adapter, canonical: Mapping[str, str]) -> None:
         ]
     if misread:
         warnings.warn(
-            f"{adapter.name}: its alphas are written as they came, key by key. {len(misread)} of them, such as that of "
-            f"{min(misread)}, diffusers does not find in a kohya file, in the original neither: for load_lora_weights, "
+            f"{adapter.name}: its alphas are written unchanged. diffusers ignores {len(misread)} of them in a kohya "
+            f"file, also in the original, such as the alpha of {min(misread)}: for load_lora_weights, "
             "export with format='diffusers' (--format diffusers).",
             SourceWarning,
             stacklevel=6,
@@ -161,7 +170,7 @@ def _warn_of_misreading(adapter: Adapter, canonical: Mapping[str, str]) -> None:
 
 
 def _rescale(adapter: Adapter, factors: LoRAFactors, scaling: float, module: str) -> LoRAFactors:
-    """Return the same update with another scaling; the up factor takes the difference."""
+    """Return the same update with another scaling and a rescaled up factor."""
     if factors.scaling == scaling:
         return factors
     exact = replace(factors, up=factors.up.double() * (factors.scaling / scaling), scaling=scaling)
@@ -199,14 +208,14 @@ def _layer_factors(adapter: Adapter, members: Members) -> LoRAFactors:
 
 
 def _carried(adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
-    """Return DoRA magnitudes by module. Raises `OptionError` for any other carried tensor."""
+    """Return DoRA magnitudes by module; raise `OptionError` for any other carried tensor."""
     magnitudes = {}
     for key in adapter.carried:
         module, _, part = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
         if part != "lora_magnitude_vector" or module not in naming.canonical:
             raise OptionError(
-                f"adapter {adapter.name!r} has {key!r}, for which the dialect {naming.dialect!r} has no place. Export "
-                "it in the format 'peft'."
+                f"adapter {adapter.name!r} has {key!r}, which the dialect {naming.dialect!r} cannot represent. "
+                "Export it in the format 'peft'."
             )
         magnitudes[module] = adapter.carried[key]
     return magnitudes
@@ -215,9 +224,14 @@ def _carried(adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
 def _magnitude(
     adapter: Adapter, stem: str, naming: Naming, members: Members, carried: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the DoRA magnitude of a layer in the key and shape of its dialect, by key; empty if it has none.
+    """Return the DoRA magnitude of a layer by key, in the shape of its dialect; empty if it has none.
 
-    carried: magnitudes of all modules.
+    Args:
+        adapter: The adapter.
+        stem: Name of the layer.
+        naming: Names of the adapter's layers.
+        members: Modules of the layer.
+        carried: Magnitudes by module.
     """
     magnitudes = [carried[module] for module, _ in members if module in carried]
     if not magnitudes:
@@ -253,15 +267,15 @@ def as_peft(magnitude: Tensor, kernel: tuple[int, ...], where: str) -> Tensor:
     """Return a magnitude in PEFT's shape: (out,), or (1, out, 1, 1) for a convolution."""
     if not is_by_output(magnitude):
         raise OptionError(
-            f"adapter {where}: its DoRA magnitude is {tuple(magnitude.shape)}, one number for each input, which only "
-            "kohya's dialect has. Export it in the format 'kohya'."
+            f"adapter {where}: its DoRA magnitude has shape {tuple(magnitude.shape)}, one number per input, which "
+            "only the dialect of kohya supports. Export it in the format 'kohya'."
         )
     flat = magnitude.reshape(-1)
     return flat.reshape(1, -1, *[1] * len(kernel)) if kernel else flat
 
 
 def _metadata(adapter: Adapter, naming: Naming) -> dict[str, str]:
-    """Return the metadata of the file: those of its source, without what no longer holds."""
+    """Return the metadata of the file: the metadata of its source, without hashes of the source."""
     source = dict(adapter.origin.metadata) if adapter.origin is not None else {}
     config_text = source.pop(METADATA, None)
     metadata = {key: text for key, text in source.items() if not _HASHES.fullmatch(key)}
@@ -279,7 +293,9 @@ def _metadata(adapter: Adapter, naming: Naming) -> dict[str, str]:
 def _lora_metadata(adapter: Adapter, canonical: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of a PEFT config for each component, from which diffusers reads the alphas.
 
-    canonical: module name in the adapter → diffusers' component and path.
+    Args:
+        adapter: The adapter.
+        canonical: Component and path in diffusers, by module name in the adapter.
     """
     fields: dict[str, Any] = {}
     for component in sorted({path.partition(".")[0] for path in canonical.values()}):
@@ -290,13 +306,13 @@ def _lora_metadata(adapter: Adapter, canonical: Mapping[str, str]) -> dict[str, 
         short_names = {
             module: path.removeprefix(f"{component}.").removeprefix("text_model.") for module, path in paths.items()
         }
-        module_of = {module_patterns.exact_pattern(module): module for module in paths}
+        modules = {module_patterns.exact_pattern(module): module for module in paths}
         for field in ("rank_pattern", "alpha_pattern"):
             # not anchored in a text encoder: its modules have the prefix `text_model.` in some releases of transformers
             config[field] = {
-                module_patterns.exact_pattern(short_names[module_of[pattern]])
+                module_patterns.exact_pattern(short_names[modules[pattern]])
                 if component in ("unet", "transformer")
-                else re.escape(short_names[module_of[pattern]]): value
+                else re.escape(short_names[modules[pattern]]): value
                 for pattern, value in config[field].items()
             }
         fields |= {
@@ -314,7 +330,7 @@ def _lora_metadata(adapter: Adapter, canonical: Mapping[str, str]) -> dict[str, 
 def for_peft(adapter: Adapter) -> Adapter:
     """Return an adapter of an image model for a PEFT folder.
 
-    If it changes one component, modules have their names in that model; otherwise names start with the component.
+    If it changes one component, modules have their names in that model. Otherwise the names start with the component.
     Magnitudes have PEFT's shape.
     """
     components = {module.partition(".")[0] for module in adapter.specs}
