@@ -183,6 +183,10 @@ class UntrainedAdapterWarning(EigenloraxWarning):
     """An adapter whose delta weight is zero. It is stored in the pack but takes no part in the fit."""
 
 
+class DuplicateAdapterWarning(EigenloraxWarning):
+    """An adapter has the same update as another one of its pack."""
+
+
 class RegistrationWarning(EigenloraxWarning):
     """The method could not be registered with PEFT, for example because PEFT is too old."""
 

@@ -26,7 +26,7 @@ STEP_SIZES_PER_OCTAVE = 2**14
 """Resolution of an adapter's quantisation step size, far finer than the search for it (`step_sizes.CLOSE`)."""
 MAX_CLUSTERS = 255
 """Largest number of clusters of a basis: it is one byte."""
-EMPTY_BASIS = bytes([1, 0, 0])
+EMPTY_BASIS = bytes([3, 1, 0, 0])
 """Bytes of a basis without a row."""
 _STEP_BYTES = 3
 _NUMBERS_AT_ONCE = 1 << 22
@@ -37,17 +37,38 @@ cluster."""
 
 
 def encode_bases(bases: Sequence[QuantisedBasis]) -> list[bytes]:
-    """Return the bytes of each basis."""
+    """Return the bytes of each basis. They begin with their number, so that bases can be joined and split again."""
     streams = entropy.encode([(b.codes.numpy().ravel(), _code_classes(b.fineness, b.dimension)) for b in bases])
     return [
-        bytes([max(len(basis.blocks), 1)])
-        + np.array(basis.blocks or [basis.k], "<u2").tobytes()
-        + basis.fineness.astype("u1").tobytes()
-        # profiles are 0 or less
-        + (-basis.profile).astype("u1").tobytes()
-        + stream
+        with_length(
+            bytes([max(len(basis.blocks), 1)])
+            + np.array(basis.blocks or [basis.k], "<u2").tobytes()
+            + basis.fineness.astype("u1").tobytes()
+            # profiles are 0 or less
+            + (-basis.profile).astype("u1").tobytes()
+            + stream
+        )
         for basis, stream in zip(bases, streams, strict=True)
     ]
+
+
+def with_length(data: bytes) -> bytes:
+    """Return the bytes of a basis after their number, which packs up to format 5 do not store."""
+    return _encode_varint(len(data)) + data
+
+
+def split_bases(data: bytes, n: int) -> list[bytes]:
+    """Return the bytes of each of `n` bases whose bytes were joined; `FormatError` for any other number of them."""
+    bases, start = [], 0
+    for _ in range(n):
+        size, at = _decode_varint(data, start)
+        if size > len(data) - at:
+            raise FormatError("the bytes of the bases end too early.")
+        bases.append(data[start : at + size])
+        start = at + size
+    if start != len(data):
+        raise FormatError(f"the bytes of {n} bases are followed by {len(data) - start} more.")
+    return bases
 
 
 def _code_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
@@ -74,6 +95,7 @@ class _BasisHeader:
     @classmethod
     def read(cls, data: bytes) -> "_BasisHeader":
         """Read the header; `FormatError` where the bytes are shorter than it says."""
+        data = data[_decode_varint(data, 0)[1] :]
         blocks = (
             tuple(np.frombuffer(data[1 : 1 + 2 * min(data[0], (len(data) - 1) // 2)], "<u2").tolist())
             if len(data) > 2
@@ -191,7 +213,7 @@ def _decode_varint(data: bytes, at: int) -> tuple[int, int]:
     number = shift = 0
     while True:
         if at >= len(data) or shift > 56:
-            raise FormatError("the bytes of an adapter end too early.")
+            raise FormatError("a number of several bytes does not end.")
         number |= (data[at] & 127) << shift
         at, shift = at + 1, shift + 7
         if data[at - 1] < 128:

@@ -9,7 +9,7 @@ from ..errors import AdapterNameError, FormatError, UnknownAdapterError
 from .options import suggestion
 
 # Newest pack format that can be read and written (docs/pack-format.md)
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 PEFT_TYPE = "EIGENLORAX"
 # `peft_type` in the adapters of the authors' own code
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
@@ -49,6 +49,10 @@ CORE = "eigenlorax_core"
 CORES = {"full": "eigenlorax_core_full", "diagonal": "eigenlorax_core_diagonal"}
 # Tensor with all modules of an adapter, in coded packs
 CODED = "eigenlorax_coded"
+# Tensor with the fitted components of all modules, in coded packs
+CODED_COMPONENTS = "components.coded"
+# Config field: the adapter of the pack whose codes are those of this one, and their sha256
+PARENT = "parent"
 # Residuals beside the coefficients; either may be missing. On disk they are called rests.
 RESIDUALS = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
 # Config field: the sides that have a residual, by module

@@ -23,6 +23,7 @@ from ..core.progress import Progress
 from ..core.subspace import ModuleBases
 from ..errors import OptionError
 from ..pack.encoding import encoded_by_codes
+from . import equal_updates
 from .collection import AdapterModule, Collection
 from .component_fit import FittedCollection
 from .options import Execution, Target
@@ -94,11 +95,14 @@ class ByteLimit:
         return f"{self.name} cannot be reached: with the largest possible errors, it takes {total:,} bytes{largest}."
 
 
-def encode_collection(collection: Collection, target: Target, execution: Execution) -> FittedCollection:
+def encode_collection(
+    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution
+) -> FittedCollection:
     """Fit bases and encode all adapters in as few bytes as the target allows, in this process on its CPU.
 
     Args:
         collection: The adapters.
+        copies: Those of them that get the codes of another one, as `find_equal_updates` returns them.
         target: Error bound or size.
         execution: Progress callback; other engines and devices than this process and its CPU give a note.
 
@@ -108,20 +112,17 @@ def encode_collection(collection: Collection, target: Target, execution: Executi
     started = time.perf_counter()
     # the largest tensors have as many numbers as all adapters of one module together
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
-        collection_encoder, encoded, carried = _encode(collection, target.options, execution.progress)
-        written = _to_bytes(encoded, collection)
+        distinct = equal_updates.without(collection, copies)
+        collection_encoder, encoded, carried = _encode(collection, distinct, target.options, execution.progress)
+        written = _to_bytes(encoded, distinct)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
-    errors = dict(zip(collection.weights, encoded.errors, strict=True))
-    adapters = {
-        scanned.name: encoded_by_codes(
-            scanned,
-            written.codes[scanned.name],
-            written.layouts[scanned.name],
-            written.adapters[scanned.name],
-            errors.get(scanned.name, 0.0),
+    errors = dict(zip(distinct.weights, encoded.errors, strict=True))
+    adapters = {}
+    for scanned in collection.scanned:
+        name = copies.get(scanned.name, scanned.name)
+        adapters[scanned.name] = encoded_by_codes(
+            scanned, written.codes[name], written.layouts[name], written.adapters[name], errors.get(name, 0.0)
         )
-        for scanned in collection.scanned
-    }
     return FittedCollection(
         modules=bases,
         encoded=adapters,
@@ -135,11 +136,11 @@ def encode_collection(collection: Collection, target: Target, execution: Executi
 
 
 def _encode(
-    collection: Collection, options: FitOptions, progress: Progress
+    collection: Collection, distinct: Collection, options: FitOptions, progress: Progress
 ) -> tuple[CollectionEncoder, EncodedCollection, int]:
-    """Encode the collection within the target. Also return the encoder, and the bytes of carried tensors."""
-    modules = _module_updates(collection)
-    norms = torch.tensor([1 / weight for weight in collection.weights.values()], dtype=torch.float64)
+    """Encode the distinct adapters within the target. Also return the encoder, and the bytes of carried tensors."""
+    modules = _module_updates(distinct)
+    norms = torch.tensor([1 / weight for weight in distinct.weights.values()], dtype=torch.float64)
     carried = _carried_bytes(collection)
     if options.max_error is not None:
         check_error_bound(options.max_error)
@@ -152,7 +153,7 @@ def _encode(
     whole = CollectionEncoder(modules, norms, wide_step_size_grid(), progress)
     clustered = encoder.split_into_clusters(whole, modules, whole.error_for_bytes(limit.available), progress)
     encoded = encode_within(
-        clustered, limit.available, lambda candidate: _to_bytes(candidate, collection).size, limit.message
+        clustered, limit.available, lambda candidate: _to_bytes(candidate, distinct).size, limit.message
     )
     return clustered, encoded, carried
 

@@ -17,6 +17,7 @@ from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
 from ..pack import manifest
+from ..pack.copies import share_codes, warn_of_copies
 from ..pack.encoding import pack_adapter
 from ..pack.loss_warnings import check_warn_above, lossy, warn_of_losses
 from ..pack.manifest import FitInfo
@@ -26,6 +27,7 @@ from . import remedy
 from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan
 from .component_fit import FittedCollection, fit_components
+from .equal_updates import find_equal_updates
 from .options import Execution, ReadOptions, Target
 
 
@@ -146,12 +148,14 @@ def fit(
     target.check_dimensions(sources.shapes)
     with engines.open_engine(engine, workers) as workforce:
         collection = scan(sources, options, workforce, execution.progress)
+        copies = find_equal_updates(collection)
         if target.is_coded:
-            fitted = encode_collection(collection, target, execution)
+            fitted = encode_collection(collection, copies, target, execution)
         else:
             fitted = fit_components(collection, target, execution, workforce)
     pack = assemble_pack(sources, collection, fitted, is_auto=target.is_auto)
     _warn_of_losses(pack, collection, fitted, warn_above)
+    warn_of_copies(copies, as_references=pack.is_coded)
     return pack
 
 
@@ -168,10 +172,14 @@ def assemble_pack(sources: ReadCollection, collection: Collection, fitted: Fitte
     pack = Pack(
         subspace,
         manifest.describe(subspace, fitted.storage),
-        {
-            scanned.name: pack_adapter(scanned, fitted.encoded[scanned.name], in_fit=scanned.name in collection.weights)
-            for scanned in collection.scanned
-        },
+        share_codes(
+            {
+                scanned.name: pack_adapter(
+                    scanned, fitted.encoded[scanned.name], in_fit=scanned.name in collection.weights
+                )
+                for scanned in collection.scanned
+            }
+        ),
         FitInfo(
             **asdict(fitted.options),
             auto=is_auto,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..codec import bitstream
 from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
-from ..codec.storage.coded import coefficient_metadata
+from ..codec.storage.coded import codes_digest, coefficient_metadata, with_parent_codes
 from ..core import dtypes, keys, limits
 from ..core.adapter import Origin, is_valid_kernel
 from ..core.json_dataclasses import from_json
 from ..core.subspace import Subspace
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
+from .manifest import Entry
 from .packed_adapter import PackedAdapter, Record
 
 KEPT_FIELDS = (
@@ -44,7 +45,9 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     coefficients.
     """
     fingerprint = packed.subspace or fingerprint
-    stored = packed.payload if packed.payload is not None else storage.adapter_tensors(packed.coefficients)
+    stored: Mapping[str, Tensor] = {}
+    if packed.parent is None:
+        stored = packed.payload if packed.payload is not None else storage.adapter_tensors(packed.coefficients)
     files = {
         keys.ADAPTER_CONFIG: _to_json(adapter_config(packed, fingerprint, storage)),
         keys.ADAPTER_WEIGHTS: _to_safetensors({**packed.heads, **stored}),
@@ -69,6 +72,7 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
         **({keys.RESIDUAL_SIDES: residuals} if residuals else {}),
         **({} if storage.is_float else {keys.COEFFICIENT_DTYPE: storage.name}),
         **({keys.SOURCE_DTYPE: dtypes.name(packed.source_dtype)} if packed.source_dtype is not None else {}),
+        **({} if packed.parent is None else {keys.PARENT: _parent_fields(packed)}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
         "target_modules": sorted(packed.coefficients),
@@ -77,6 +81,12 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
         "subspace_fingerprint": fingerprint,
         "carried": bool(packed.carried),
     }
+
+
+def _parent_fields(packed: PackedAdapter) -> dict[str, Any]:
+    """Return the adapter whose codes are those of `packed`, and their digest, for readers of the folder alone."""
+    assert packed.payload is not None
+    return {"name": packed.parent, "sha256": codes_digest(packed.payload[keys.CODED])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,7 @@ class _Config:
     subspace_fingerprint: str
     kernels: dict[str, list[int]]
     source_dtype: str | None
+    parent: dict[str, str]
 
     @property
     def subspace_names(self) -> dict[str, str]:
@@ -112,9 +123,16 @@ class _Config:
 
 
 def from_files(
-    name: str, files: Mapping[str, bytes], record: Record, storage: Storage, history: SubspaceHistory
+    name: str,
+    files: Mapping[str, bytes],
+    entry: Entry,
+    storage: Storage,
+    history: SubspaceHistory,
+    parent_codes: Tensor | None = None,
 ) -> PackedAdapter:
     """Read what `to_files` wrote, whose digests were checked before.
+
+    parent_codes: those in the parent's file, if the adapter has a parent.
 
     Errors of parsers are not translated here: call it within `limits.damaged_on_error`.
     """
@@ -124,12 +142,18 @@ def from_files(
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     _check_names(config.target_modules, [*tensors, *carried])
+    if config.parent.get("name") != entry.parent:
+        raise ValueError(
+            f"the parent is {entry.parent!r} in the manifest and {config.parent!r} in the adapter's config"
+        )
+    if entry.parent is not None and parent_codes is not None:
+        tensors = with_parent_codes(tensors, parent_codes, config.parent.get("sha256"), entry.parent)
     subspace_names, fingerprint = config.subspace_names, config.subspace_fingerprint
     if fingerprint not in history.lineage:
         raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
     slots = _module_slots(config, lora_config.ScalingConfig(source, name), history)
     if storage.pads_rank:
-        _check_padding(record, list(slots.values()))
+        _check_padding(entry.record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
     limits.check_factor_memory(sum(factors), "the factors of the adapter")
     # takes the coefficients out of `tensors`, so that the heads are left
@@ -145,11 +169,12 @@ def from_files(
         heads=tensors,
         carried=carried,
         source_config=source_config,
-        record=record,
+        record=entry.record,
         subspace=fingerprint,
         origin=origin,
         payload=payload,
         source_dtype=dtypes.parse(config.source_dtype),
+        parent=entry.parent,
     )
 
 
@@ -175,7 +200,12 @@ def _module_slots(
 
 def _read_fields(data: bytes) -> dict[str, Any]:
     """Return the fields of `_Config` in an adapter's config; the others are PEFT's."""
-    config = {keys.KERNELS: {}, keys.SOURCE_DTYPE: None, **limits.parse_json_object(data, keys.ADAPTER_CONFIG)[1]}
+    config = {
+        keys.KERNELS: {},
+        keys.SOURCE_DTYPE: None,
+        keys.PARENT: {},
+        **limits.parse_json_object(data, keys.ADAPTER_CONFIG)[1],
+    }
     return {name: config[name] for name in _Config.__dataclass_fields__ if name in config}
 
 

@@ -15,6 +15,7 @@ from ..codec.storage.table import storage_by_name
 from ..core import extension, keys, module_names, projection, threads
 from ..core import subspace as spaces
 from ..core.adapter import Adapter
+from ..core.metrics import AdapterError
 from ..core.options import to_int
 from ..core.progress import Progress
 from ..core.subspace import Subspace
@@ -22,6 +23,7 @@ from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, Op
 from ..formats import checks
 from ..formats.sources import AdapterSource
 from .contents import PackContents
+from .copies import names_by_content
 from .encoding import (
     EncodedAdapter,
     ScannedAdapter,
@@ -48,9 +50,13 @@ class AddOptions:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """New adapters by name, and the subspace that they are in, which may have been extended."""
+    """New adapters by name, and the subspace that they are in, which may have been extended.
+
+    copies: for each new adapter that has the content of another one, the name of that.
+    """
 
     adapters: Mapping[str, PackedAdapter]
+    copies: Mapping[str, str]
     subspace: Subspace
     base_model: str | None
     revision: str | None
@@ -146,21 +152,39 @@ def add_adapters(
             "ones. Fit a pack again (max_error, max_bytes or ratio), with the new adapters among the sources."
         )
     bases = quantised_bases(subspace) if pack.is_coded else {}
-    packed = {}
+    by_content = names_by_content(pack)
+    packed: dict[str, PackedAdapter] = {}
+    copies = {}
     for done, scanned in enumerate(new):
         progress("projecting adapters", done, len(new))
-        if pack.is_coded:
-            encoded = encode_alone(scanned, subspace, bases, pack.aim)
-        else:
+        original = by_content.setdefault(scanned.scan.content_hash, scanned.name)
+        if original != scanned.name:
+            copies[scanned.name] = original
+        if not pack.is_coded:
             encoded = project_adapter(scanned, subspace, storage_by_name(pack.coefficient_storage))
-        packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
+            packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
+        elif original == scanned.name:
+            encoded = encode_alone(scanned, subspace, bases, pack.aim)
+            packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
+        else:
+            packed[scanned.name] = _refer(scanned, packed.get(original) or pack.packed(original))
     progress("projecting adapters", len(new), len(new))
     return Addition(
         packed,
+        copies,
         subspace,
         base_model=next((s.adapter.base_model for s in new if s.adapter.base_model), None),
         revision=next((s.adapter.revision for s in new if s.adapter.revision), None),
     )
+
+
+def _refer(scanned: ScannedAdapter, original: PackedAdapter) -> PackedAdapter:
+    """Return a new adapter as a reference to the codes of one that has the same content."""
+    record = original.record
+    error = AdapterError(delta_error=record.delta_error, rounding_error=record.rounding_error)
+    encoded = EncodedAdapter(original.coefficients, original.payload, error)
+    packed = replace(pack_adapter(scanned, encoded, in_fit=False), subspace=original.subspace)
+    return packed.with_parent(original.parent or original.name)
 
 
 def extend_subspace(

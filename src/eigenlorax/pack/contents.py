@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..codec.encoder import RatePoint
 from ..codec.storage.table import parse_storage, storage_by_name
@@ -173,6 +174,17 @@ class PackContents(Mapping[str, Adapter]):
             adapter = self._folder.read_adapter(name, history)
         return adapter
 
+    def codes(self, name: str) -> Tensor:
+        """Return the codes of an adapter of an entropy-coded pack, which may be in the file of its parent."""
+        self._check_has(name)
+        adapter = self._adapters[name]
+        if isinstance(adapter, Entry):
+            assert self._folder is not None
+            return self._folder.read_codes(adapter.parent or name)
+        if adapter.payload is None or keys.CODED not in adapter.payload:
+            raise OptionError(f"Adapter {name!r} has no codes: its pack is not entropy-coded.")
+        return adapter.payload[keys.CODED]
+
     def _subspace_at(self, fingerprint: str) -> Subspace:
         """Return the subspace at the time when it had a fingerprint of its lineage."""
         return self.subspace.before(self.info.lineage.index(fingerprint))
@@ -198,12 +210,12 @@ class PackContents(Mapping[str, Adapter]):
 
         It changes when the subspace grows.
         """
-        folder, adapter = self._saved(name)
+        folder, _ = self._saved(name)
         content = [
             folder.manifest.subspace_sha256,
             self.info.fingerprint,
             folder.manifest.coefficient_dtype,
-            sorted(adapter.entry.files.items()),
+            *(sorted(files.items()) for files in folder.manifest.files(name)),
         ]
         return atomic_files.digest(json.dumps(content).encode())
 

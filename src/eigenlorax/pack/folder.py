@@ -3,10 +3,12 @@
 Tensor files are named by content and never modified. `writer` replaces a pack. docs/pack-format.md gives the reasons.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from ..codec.storage.table import storage_by_name
 from ..core import atomic_files, keys
@@ -20,6 +22,7 @@ from ..core.limits import (
 )
 from ..core.subspace import Subspace
 from ..errors import FormatError, PackBusyError, PackDamagedError, PackExistsError, PackMissingError
+from ..formats import safetensors_file
 from . import adapter_files, manifest_json, subspace_file
 from .adapter_files import SubspaceHistory
 from .manifest import Entry, Manifest
@@ -50,8 +53,8 @@ class PackFolder:
         return replace(self, manifest=self.manifest.select(names), is_partial=True)
 
     def adapter(self, name: str) -> "AdapterFolder":
-        """Return the folder of an adapter that the manifest lists."""
-        return AdapterFolder(self.path, name, self.manifest.adapters[name])
+        """Return the folder of an adapter that the manifest lists, or of a parent."""
+        return AdapterFolder(self.path, name, self.manifest.needed[name])
 
     def read_subspace(self) -> Subspace:
         """Read the bases, rebuild random components from their seeds, and compare both with the manifest."""
@@ -64,11 +67,23 @@ class PackFolder:
     def read_adapter(self, name: str, history: SubspaceHistory) -> PackedAdapter:
         """Read one adapter and check every byte of it."""
         folder = self.adapter(name)
-        with self._busy_if_replaced(lambda current: current.adapters.get(name) == folder.entry):
+        entry = folder.entry
+        with self._busy_if_replaced(lambda current: current.files(name) == self.manifest.files(name)):
             files = folder.read_files()
+            codes = self.read_codes(entry.parent) if entry.parent is not None else None
         storage = storage_by_name(self.manifest.coefficient_dtype)
         with damaged_on_error(folder.own):
-            return adapter_files.from_files(name, files, folder.entry.record, storage, history)
+            packed = adapter_files.from_files(name, files, entry, storage, history, codes)
+        # a parent that was not selected is not in this pack
+        return packed if entry.parent in (None, *self.manifest.adapters) else replace(packed, parent=None)
+
+    def read_codes(self, name: str) -> Tensor:
+        """Read the codes of an adapter that has no parent, in an entropy-coded pack."""
+        folder = self.adapter(name)
+        with self._busy_if_replaced(lambda current: current.files(name) == self.manifest.files(name)):
+            weights = folder.read_files([keys.ADAPTER_WEIGHTS])[keys.ADAPTER_WEIGHTS]
+        with damaged_on_error(folder.own):
+            return safetensors_file.from_bytes(weights, keys.ADAPTER_WEIGHTS)[keys.CODED]
 
     def file_sizes(self) -> tuple[int, int] | None:
         """Return the bytes of the pack's files, model card included, and of its reports; None if a file is missing."""
@@ -88,12 +103,11 @@ class PackFolder:
 
         def is_same(current: Manifest) -> bool:
             # only a part of the pack may have been opened
-            adapters = {name: entry for name, entry in current.adapters.items() if name in self.manifest.adapters}
-            return replace(current, adapters=adapters) == self.manifest
+            return current.select(current.adapters.keys() & self.manifest.adapters.keys()) == self.manifest
 
         with self._busy_if_replaced(is_same):
             self._read_subspace_bytes()
-            for name in self.manifest.adapters:
+            for name in self.manifest.needed:
                 self.adapter(name).read_files()
 
     @property
@@ -148,16 +162,20 @@ class AdapterFolder:
         """The spare folder if it is still there, else its own."""
         return self.spare if self.spare.is_dir() else self.own
 
-    def read_files(self) -> dict[str, bytes]:
-        """Read the files that the manifest lists, by name; `PackDamagedError` for one that is not as written."""
+    def read_files(self, names: Collection[str] | None = None) -> dict[str, bytes]:
+        """Read the files that the manifest lists, by name; `PackDamagedError` for one that is not as written.
+
+        names: of the files to read; all by default.
+        """
+        digests = {file: sha256 for file, sha256 in self.entry.files.items() if names is None or file in names}
         if self.spare.is_dir():
             try:
-                return self._read_from(self.spare)
+                return self._read_from(self.spare, digests)
             except PackDamagedError:
                 # another process may just have moved it to its own folder
                 if self.spare.is_dir():
                     raise
-        return self._read_from(self.own)
+        return self._read_from(self.own, digests)
 
     def is_complete(self) -> bool:
         """Return whether the adapter's files are there, byte for byte."""
@@ -167,7 +185,7 @@ class AdapterFolder:
             return False
         return True
 
-    def _read_from(self, folder: Path) -> dict[str, bytes]:
+    def _read_from(self, folder: Path, digests: Mapping[str, str]) -> dict[str, bytes]:
         record = self.entry.record
         tensor_bytes = {
             keys.ADAPTER_WEIGHTS: record.coefficient_bytes + record.head_bytes,
@@ -176,7 +194,7 @@ class AdapterFolder:
         limits = {file: size + MAX_HEADER_BYTES + MEMORY_ALLOWANCE for file, size in tensor_bytes.items()}
         return {
             file: _read_checked(folder / file, sha256, limits.get(file, MAX_JSON_BYTES))
-            for file, sha256 in self.entry.files.items()
+            for file, sha256 in digests.items()
         }
 
 

@@ -45,7 +45,7 @@ def fetch(
             repo_id,
             # the commit that the manifest is from, even if the branch has moved since
             path.name,
-            [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.manifest.adapters)],
+            [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.manifest.needed)],
             required=missing[0],
             token=token,
             cache_dir=cache_dir,
@@ -88,7 +88,7 @@ def _fetch_manifest(
 def _missing(wanted: PackFolder) -> list[str]:
     """Return the files of a pack that are not in its folder. The bytes of the others are checked when they are read."""
     files = [wanted.path / wanted.manifest.subspace_file]
-    for name, entry in wanted.manifest.adapters.items():
+    for name, entry in wanted.manifest.needed.items():
         files += [wanted.adapter(name).current / file for file in entry.files]
     return [file.relative_to(wanted.path).as_posix() for file in files if not file.is_file()]
 

@@ -4,13 +4,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from ..codec.storage.base import ModuleSizes, Storage
+from ..codec.storage.table import storage_by_name
 from ..core import atomic_files, dtypes, keys
 from ..core.atomic_files import Files
 from ..core.basis import Basis
 from ..core.json_dataclasses import JsonTypeError
 from ..core.subspace import Subspace
-from .packed_adapter import Record
+from .packed_adapter import PackedAdapter, Record
 
+CODED_FORMAT, PLAIN_FORMAT = 6, 5
+"""Format versions of the packs that are written: entropy-coded ones, and all others."""
 SOLVERS = ("exact", "iterative")
 """How the bases were computed: by full decompositions, or by subspace iteration (docs/method.md)."""
 
@@ -139,21 +142,30 @@ def _side_info(basis: Basis) -> SideInfo:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One adapter in the manifest: its figures, and the sha256 of each of its files."""
+    """One adapter in the manifest: its figures, and the sha256 of each of its files.
+
+    parent: the adapter whose codes are those of this one; None for one with codes of its own.
+    """
 
     record: Record
     files: dict[str, str]
+    parent: str | None = None
 
     @classmethod
-    def of(cls, record: Record, files: Files) -> "Entry":
+    def of(cls, packed: PackedAdapter, files: Files) -> "Entry":
         """Return the entry of an adapter with these files."""
-        return cls(record, {file: atomic_files.digest(data) for file, data in sorted(files.items())})
+        digests = {file: atomic_files.digest(data) for file, data in sorted(files.items())}
+        return cls(packed.record, digests, packed.parent)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A pack without its tensors."""
+    """A pack without its tensors.
 
+    format_version: of its files. unlisted: adapters that were not selected, and whose codes are those of selected ones.
+    """
+
+    format_version: int
     base_model: str | None
     revision: str | None
     fit: FitInfo
@@ -162,9 +174,39 @@ class Manifest:
     subspace_sha256: str
     coefficient_dtype: str
     adapters: dict[str, Entry]
+    unlisted: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def needed(self) -> dict[str, Entry]:
+        """The adapters whose files are read: those of the pack, and parents that were not selected."""
+        return self.adapters | self.unlisted
 
     def select(self, names: Collection[str]) -> "Manifest":
-        """Return the manifest with only these adapters; `AdapterNameError` for an unknown name."""
+        """Return the manifest with only these adapters; `AdapterNameError` for an unknown name.
+
+        An adapter whose parent is not among them has its codes counted as its own.
+        """
         for name in names:
             keys.check_known(name, self.adapters)
-        return replace(self, adapters={name: entry for name, entry in self.adapters.items() if name in names})
+        selected, parents = {}, {}
+        for name, entry in self.adapters.items():
+            if name not in names:
+                continue
+            if entry.parent is not None and entry.parent not in names:
+                parents[entry.parent] = self.needed[entry.parent]
+                size = parents[entry.parent].record.coefficient_bytes
+                entry = replace(entry, record=replace(entry.record, coefficient_bytes=size))
+            selected[name] = entry
+        return replace(self, adapters=selected, unlisted=parents)
+
+    def files(self, name: str) -> list[dict[str, str]]:
+        """Return the digests of the files that an adapter is read from: its own, and its parent's; none if unknown."""
+        entry = self.needed.get(name)
+        if entry is None:
+            return []
+        return [entry.files, *(self.files(entry.parent) if entry.parent is not None else [])]
+
+
+def written_format(coefficient_dtype: str) -> int:
+    """Return the format version in which a pack of this storage is written."""
+    return CODED_FORMAT if storage_by_name(coefficient_dtype).is_coded else PLAIN_FORMAT

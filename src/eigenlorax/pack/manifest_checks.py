@@ -10,7 +10,7 @@ from ..core import keys
 from ..core.fit_options import SIZE_OPTIONS, WEIGHTINGS
 from ..core.json_dataclasses import JsonTypeError
 from ..core.limits import MAX_DIMENSION
-from .manifest import SOLVERS, FitInfo, Manifest, SubspaceInfo
+from .manifest import CODED_FORMAT, SOLVERS, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -24,18 +24,19 @@ _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 """Files that every adapter has."""
 
 
-def check(manifest: Manifest, version: int) -> None:
+def check(manifest: Manifest) -> None:
     """Raise `JsonTypeError` for values that have the right type and cannot be true.
 
     File names are among them: none may lead out of the pack.
     """
     if not keys.SUBSPACE_FILE.fullmatch(manifest.subspace_file):
         raise JsonTypeError(f"subspace.file is {manifest.subspace_file!r}.")
-    _check_storages(manifest, version)
+    _check_storages(manifest)
     _check_fit(manifest.fit)
     _check_sides(manifest.subspace)
     _check_growth(manifest.subspace)
     _check_adapters(manifest)
+    _check_parents(manifest)
 
 
 def _check_all(checks: Iterable[tuple[object, str]]) -> None:
@@ -45,8 +46,8 @@ def _check_all(checks: Iterable[tuple[object, str]]) -> None:
             raise JsonTypeError(f"{text}.")
 
 
-def _check_storages(manifest: Manifest, version: int) -> None:
-    subspace = manifest.subspace
+def _check_storages(manifest: Manifest) -> None:
+    subspace, version = manifest.subspace, manifest.format_version
     known = STORAGES.keys() if version >= 5 else FLOAT_STORAGES.keys()
     components, coefficients = STORAGES.get(subspace.dtype), STORAGES.get(manifest.coefficient_dtype)
     has_cores = coefficients is not None and coefficients.core_kind is not None
@@ -60,6 +61,7 @@ def _check_storages(manifest: Manifest, version: int) -> None:
             (not has_cores or subspace.dtype in FLOAT_STORAGES, "cores are between rows of no float dtype"),
             (not is_paired or equal_sides, "cores are diagonal, and the two sides of a module differ"),
             (len(is_coded) == 1, "one dtype is coded, and the other is not"),
+            (version < CODED_FORMAT or is_coded == {True}, f"format {version} is one of coded packs, and no dtype is"),
         ]
     )
 
@@ -133,6 +135,23 @@ def _check_adapters(manifest: Manifest) -> None:
             ),
         ]
     )
+
+
+def _check_parents(manifest: Manifest) -> None:
+    """Check that each parent is another adapter of the pack that has codes of its own."""
+    for name, entry in manifest.adapters.items():
+        if entry.parent is None:
+            continue
+        parent = manifest.adapters.get(entry.parent)
+        where = f"the parent of {name!r} is {entry.parent!r}, which"
+        _check_all(
+            [
+                (entry.parent != name, f"{where} is the adapter itself"),
+                (parent is not None, f"{where} is not in the pack"),
+                (parent is None or parent.parent is None, f"{where} has a parent too"),
+                (not entry.record.coefficient_bytes, f"{name!r} has a parent, and coefficient_bytes of its own"),
+            ]
+        )
 
 
 def _has_valid_figures(record: Record) -> bool:

@@ -14,7 +14,7 @@ from ..core.subspace import Augmentation
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
 from . import manifest_checks
-from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
+from .manifest import CODED_FORMAT, Entry, FitInfo, Manifest, SubspaceInfo, written_format
 from .packed_adapter import Record
 
 _FORMAT = "eigenlorax-pack"
@@ -28,10 +28,14 @@ _REMEDY = "Restore the pack from a copy, or fit it again."
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Return the manifest's file: JSON with sorted keys, including a digest of the rest."""
+    """Return the manifest's file: JSON with sorted keys, including a digest of the rest.
+
+    It is of the newest version for the pack's storage, whatever version the manifest was read from.
+    """
+    version = written_format(manifest.coefficient_dtype)
     body: dict[str, Any] = {
         "format": _FORMAT,
-        "format_version": keys.FORMAT_VERSION,
+        "format_version": version,
         "eigenlorax_version": __version__,
         "base_model_name_or_path": manifest.base_model,
         "revision": manifest.revision,
@@ -42,9 +46,14 @@ def to_bytes(manifest: Manifest) -> bytes:
             "file": manifest.subspace_file,
             "sha256": manifest.subspace_sha256,
         },
-        "adapters": {name: {**asdict(entry.record), "files": entry.files} for name, entry in manifest.adapters.items()},
+        "adapters": {name: _entry_fields(entry, version) for name, entry in manifest.adapters.items()},
     }
     return _dump({**body, "digest": atomic_files.digest(_dump(body))})
+
+
+def _entry_fields(entry: Entry, version: int) -> dict[str, Any]:
+    parent = {"parent": entry.parent} if version >= CODED_FORMAT else {}
+    return {**asdict(entry.record), "files": entry.files, **parent}
 
 
 def parse(data: bytes, path: Path) -> Manifest:
@@ -83,6 +92,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     fit = from_json(FitInfo, _fit(body), "fit")
     subspace, entries = dict(_subspace(body)), dict(from_json(dict, body.get("adapters"), "adapters"))
     manifest = Manifest(
+        format_version=body["format_version"],
         base_model=from_json(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
         revision=from_json(str | None, body.get("revision", ...), "revision"),
         fit=fit,
@@ -95,7 +105,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
             for name, fields in entries.items()
         },
     )
-    manifest_checks.check(manifest, body["format_version"])
+    manifest_checks.check(manifest)
     return manifest
 
 
@@ -148,7 +158,8 @@ def _entry(value: Any, where: str, version: int) -> Entry:
             raise JsonTypeError(f"{where} has the field bound, which version {version} lacks.")
         fields["bound"] = False
     files = from_json(dict[str, str], fields.pop("files", None), f"{where}.files")
-    return Entry(from_json(Record, fields, where), files)
+    parent = from_json(str | None, fields.pop("parent", ...), f"{where}.parent") if version >= CODED_FORMAT else None
+    return Entry(from_json(Record, fields, where), files, parent)
 
 
 def _dump(value: Any) -> bytes:

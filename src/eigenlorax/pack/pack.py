@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ..formats import sources
 from . import adapter_files, add, export, folder, hub, manifest, peft_models, subspace_file, writer
 from .add import AddOptions
 from .contents import PackContents
+from .copies import share_codes, warn_of_copies
 from .export import ExportErrors, ExportPlan
 from .folder import PackFolder
 from .loss_warnings import check_warn_above, warn_of_losses
@@ -238,6 +240,7 @@ class Pack(PackContents):
                 stacklevel=3,
             )
         warn_of_losses(records, warn_above, stacklevel=4)
+        warn_of_copies(addition.copies, as_references=self.is_coded, stacklevel=4)
         if addition.subspace is not self.subspace:
             # adapters that are only in memory refer to the subspace as it was until now
             self._adapters = {
@@ -254,8 +257,15 @@ class Pack(PackContents):
         """Remove adapters; `AdapterNameError`, and no change, if one of them is unknown. The subspace stays."""
         for name in names:
             self._check_has(name)
-        for name in dict.fromkeys(names):
-            del self._adapters[name]
+        removed = set(names)
+        orphans = {
+            name: self.packed(name)
+            for name, adapter in self._adapters.items()
+            if adapter.parent in removed and name not in removed
+        }
+        self._adapters = {name: adapter for name, adapter in self._adapters.items() if name not in removed}
+        # the codes that they had in common go to one of them
+        self._adapters |= share_codes(orphans)
 
     def augment(self, n_extra: int, seed: int) -> "Pack":
         """Return a pack whose bases have `n_extra` more random components per side, drawn from `seed`.
@@ -350,20 +360,27 @@ class Pack(PackContents):
             for name, adapter in self._adapters.items()
             if not (in_place and isinstance(adapter, Entry))
         }
+        if not in_place:
+            # of adapters that were selected from another pack, parents may be missing
+            loaded = share_codes(loaded)
         # made one at a time: all files together would double the memory
         files = LazyMapping(
             dict(sorted(loaded.items())),
             lambda name: adapter_files.to_files(loaded[name], self.info.fingerprint, self._coefficient_storage),
         )
         entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
-        entries |= {name: Entry.of(loaded[name].record, content) for name, content in files.items()}
-        if in_place and previous is not None and previous.subspace == self.info:
+        entries |= {name: Entry.of(loaded[name], content) for name, content in files.items()}
+        version = manifest.written_format(self.coefficient_storage)
+        if in_place and previous is not None and (previous.subspace, previous.format_version) == (self.info, version):
             subspace, file, sha256 = None, previous.subspace_file, previous.subspace_sha256
         else:
+            # bases that were read from another format have other tensors there
+            self.info = replace(self.info, stored_bytes=self.subspace.stored_bytes)
             subspace = subspace_file.to_bytes(self.subspace, self._storage)
             sha256 = atomic_files.digest(subspace)
             file = keys.subspace_file(sha256)
         new = Manifest(
+            format_version=version,
             base_model=self.base_model,
             revision=self.revision,
             fit=self.fit_info,
@@ -403,7 +420,7 @@ class Pack(PackContents):
         pushed = Pack(
             self.subspace,
             self.info,
-            {name: self.packed(name) for name in names},
+            share_codes({name: self.packed(name) for name in names}),
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,

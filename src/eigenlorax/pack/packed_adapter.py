@@ -1,7 +1,7 @@
 """One adapter as coefficients in a subspace, and back to an ordinary LoRA."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class PackedAdapter:
     payload: tensors in the file by key, for storages that do not store coefficients as floats. A copy with other
         coefficients must not keep it.
     source_dtype: widest dtype of the LoRA factors that the coefficients stand for; None if the pack does not say it.
+    parent: adapter of the pack whose file holds the codes of this one, which are equal; None for the adapter's own.
     """
 
     name: str
@@ -62,6 +63,12 @@ class PackedAdapter:
     origin: Origin | None = None
     payload: Payload | None = None
     source_dtype: torch.dtype | None = None
+    parent: str | None = None
+
+    def with_parent(self, parent: str | None) -> "PackedAdapter":
+        """Return the adapter with its codes in the file of another one, or in its own again if `parent` is None."""
+        size = 0 if parent is not None else coefficient_bytes(self.coefficients, self.payload)
+        return replace(self, parent=parent, record=replace(self.record, coefficient_bytes=size))
 
 
 def coefficient_bytes(coefficients: Mapping[str, Coefficients], payload: Payload | None) -> int:

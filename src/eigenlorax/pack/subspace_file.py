@@ -17,7 +17,7 @@ from ..core.basis import Basis
 from ..core.limits import check_expansion
 from ..core.subspace import ModuleBases, Subspace
 from ..errors import PackDamagedError
-from .manifest import SOLVERS, Manifest
+from .manifest import CODED_FORMAT, SOLVERS, Manifest
 
 # random components differ in their last bits between machines, and the check sums over all entries of a row
 _CHECK_TOLERANCE = 1e-3
@@ -25,12 +25,10 @@ _CHECK_TOLERANCE = 1e-3
 
 def to_bytes(subspace: Subspace, storage: Storage) -> bytes:
     """Return the subspace's file: components and singular values, and check sums of random components."""
-    tensors: dict[str, Tensor] = {}
+    tensors = storage.subspace_tensors(subspace)
     for name, pair in subspace.modules.items():
         for side in keys.SIDES:
             basis = pair.side(side)
-            tensors |= storage.basis_tensors(basis, keys.components_key(name, side))
-            tensors[keys.singular_values_key(name, side)] = basis.singular_values
             if basis.n_extra:
                 tensors[keys.extra_check_key(name, side)] = bases.augmentation_checksums(basis)
     return to_safetensors(tensors, metadata={"format": "pt"})
@@ -46,11 +44,13 @@ def from_bytes(data: bytes, manifest: Manifest, path: Path) -> Subspace:
     size = sum(tensor.nbytes for tensor in tensors.values())
     n_rebuilt = sum(side.dimension for pair in info.modules.values() for side in pair.values()) * info.n_extra
     check_expansion(n_rebuilt * storage.dtype.itemsize, size, "the augmented rows of the bases")
+    if (keys.CODED_COMPONENTS in tensors) != (manifest.format_version >= CODED_FORMAT):
+        raise ValueError(f"the bases are not in the form of format {manifest.format_version}")
     tensors = storage.decode_bases(
         tensors,
         {
             keys.components_key(name, s): (pair[s].k - sum(pair[s].grown), pair[s].dimension)
-            for name, pair in info.modules.items()
+            for name, pair in sorted(info.modules.items())
             for s in keys.SIDES
         },
     )
@@ -71,7 +71,10 @@ def _basis(tensors: Mapping[str, Tensor], name: str, side: str, manifest: Manife
     steps = list(zip(info.grown, manifest.subspace.growth, strict=True))
     stored = {index: n for index, (n, step) in enumerate(steps) if step.seed is None}
     fitted = info.k - sum(info.grown)
-    values = _spectrum(tensors, keys.singular_values_key(name, side))
+    if manifest.format_version >= CODED_FORMAT:
+        values = torch.zeros(0)
+    else:
+        values = _spectrum(tensors, keys.singular_values_key(name, side))
     (rows, payload), *more = storage.read_components(
         tensors, keys.components_key(name, side), fitted, stored, info.dimension
     )

@@ -93,6 +93,8 @@ class EigenLoraxConfig(PeftConfig):
             Written by packs: how the file stores coefficients, such as "int8", if not as floats.
         source_dtype (`str`, *optional*):
             Written by packs: the dtype that the factors of the LoRA had, in which it is exported.
+        parent (`dict`):
+            Written by packs: the name of the adapter of the pack whose codes are those of this one, and their sha256.
         extra_check (`dict`):
             Written on saving: checksums of the added components of each module.
         embedded_shapes (`dict`):
@@ -168,6 +170,10 @@ class EigenLoraxConfig(PeftConfig):
     source_dtype: str | None = field(
         default=None,
         metadata={"help": "Written by packs: the dtype that the factors of the LoRA had, in which it is exported."},
+    )
+    parent: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "Written by packs: the adapter whose codes are those of this one, and their sha256."},
     )
     extra_check: dict[str, float] = field(
         default_factory=dict,

@@ -248,7 +248,7 @@ class EigenLoraxModel(BaseTuner):
         layers = _layers_with(model, adapter_name)
         renamed = renaming.rename_state_dict(_decode(state_dict, config, layers), layers)
         _check_residuals(layers, adapter_name, renamed)
-        config.coefficient_dtype = None
+        config.coefficient_dtype, config.parent = None, {}
         for layer in layers.values():
             layer.undecoded.pop(adapter_name, None)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
@@ -321,6 +321,8 @@ def _decode(
         assert isinstance(reference, ResolvedSubspace)
         return reference.saved_subspace or reference.subspace
 
+    if config.parent:
+        state_dict = coefficients.with_parent_codes(state_dict, config.to_dict(), resolved().pack, "the adapter")
     return as_float_tensors(state_dict, slots, subspace)
 
 

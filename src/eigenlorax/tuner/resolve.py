@@ -11,7 +11,7 @@ from ..core import subspace as spaces
 from ..core.basis import Basis
 from ..core.subspace import ModuleBases, Subspace
 from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
-from ..formats import checks
+from ..formats import checks, coefficients
 from ..pack.pack import Pack
 from .config import EigenLoraxConfig
 
@@ -163,8 +163,11 @@ def _find_pack(config: EigenLoraxConfig) -> Pack | None:
     assert isinstance(config.subspace, str)
     if Path(config.subspace).exists():
         return Pack.open(config.subspace)
-    # adapters are downloaded only if the initial coefficients come from them
-    adapters: list[str] | None = [] if config.start in ("zero", "uniform") else None
+    # adapters are downloaded only if coefficients come from them
+    parent = coefficients.parent_name(config.to_dict(), "the adapter's config")
+    adapters: list[str] | None = [parent] if parent is not None else []
+    if config.start not in ("zero", "uniform"):
+        adapters = None
     return Pack.from_pretrained(config.subspace, adapters=adapters, revision=config.subspace_revision)
 
 

@@ -167,13 +167,8 @@ class Storage(ABC):
         """Append rows, (n, d), orthonormal and orthogonal to the basis, rounded to this storage."""
 
     @abstractmethod
-    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
-        """Return the tensors of a basis's stored rows by their names in the subspace's file.
-
-        Args:
-            basis: The basis.
-            key: Name of the tensor if it is plain floats; other storages append a suffix.
-        """
+    def subspace_tensors(self, subspace: Subspace) -> dict[str, Tensor]:
+        """Return stored rows and singular values of all bases by their names in the subspace's file."""
 
     def decode_bases(
         self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
@@ -190,11 +185,11 @@ class Storage(ABC):
     def read_components(
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
     ) -> list[StoredRows]:
-        """Read what `basis_tensors` wrote.
+        """Read the rows of one basis.
 
         Args:
             tensors: Tensors of the subspace's file, as `decode_bases` returned them.
-            key: Key that the basis was written with.
+            key: `keys.components_key` of the basis.
             n_fitted: Number of rows that the fit has found.
             grown: Number of stored rows of each extension, by its index in the growth of the subspace.
             dimension: Width of the rows.
@@ -247,6 +242,22 @@ class Storage(ABC):
             KeyError: If a tensor is missing.
             ValueError: If a tensor does not fit `slots`.
         """
+
+
+def separate_tensors(subspace: Subspace, row_tensors: Callable[[Basis, str], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a subspace's file where each basis has tensors of its own.
+
+    Args:
+        subspace: The bases.
+        row_tensors: Returns the tensors of a basis's stored rows, from the basis and its `keys.components_key`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, pair in subspace.modules.items():
+        for side in keys.SIDES:
+            basis = pair.side(side)
+            tensors |= row_tensors(basis, keys.components_key(name, side))
+            tensors[keys.singular_values_key(name, side)] = basis.singular_values
+    return tensors
 
 
 def residual_tensors(coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -65,20 +66,28 @@ class CodedStorage(Storage):
     def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
         raise OptionError(NOT_EXTENDED)
 
-    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
-        return {f"{key}.{name}": tensor for name, tensor in (basis.payload or {}).items()}
+    def subspace_tensors(self, subspace: Subspace) -> dict[str, Tensor]:
+        sides = [pair.side(side) for _, pair in sorted(subspace.modules.items()) for side in keys.SIDES]
+        # one tensor for all: names and offsets of one per basis would take as many bytes as a small basis
+        return {keys.CODED_COMPONENTS: blob(b"".join(basis_bytes(basis) for basis in sides if basis.n_fitted))}
 
     def decode_bases(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-        # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
-        blobs = {key: f"{key}.{bitstream.BASIS_PART}" for key in shapes if f"{key}.{bitstream.BASIS_PART}" in tensors}
-        coded_bases = [(_to_bytes(tensors, blob), shapes[key]) for key, blob in blobs.items()]
+        # shapes come in the order in which the bases are written
+        filled = {key: shape for key, shape in shapes.items() if shape[0]}
+        if keys.CODED_COMPONENTS in tensors:
+            parts = bitstream.split_bases(_to_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
+        else:
+            # up to format 5, each basis had a tensor of its own
+            parts = [bitstream.with_length(_to_bytes(tensors, f"{key}.{bitstream.BASIS_PART}")) for key in filled]
         # a small file may claim rows that take all memory: refused before anything is decoded
-        numbers = sum(k * dimension for _, (k, dimension) in coded_bases)
-        check_coded_count(numbers, sum(len(data) for data, _ in coded_bases), "the rows of the bases")
-        return {
-            **tensors,
-            **dict(zip(blobs, (basis.rows for basis in bitstream.decode_bases(coded_bases)), strict=True)),
-        }
+        numbers = sum(k * dimension for k, dimension in filled.values())
+        check_coded_count(numbers, sum(map(len, parts)), "the rows of the bases")
+        # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
+        bases = bitstream.decode_bases(list(zip(parts, filled.values(), strict=True)))
+        decoded = dict(tensors)
+        for key, data, basis in zip(filled, parts, bases, strict=True):
+            decoded |= {key: basis.rows, f"{key}.{bitstream.BASIS_PART}": blob(data)}
+        return decoded
 
     def read_components(
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
@@ -215,10 +224,36 @@ def coefficient_metadata(coefficients: Mapping[str, Coefficients]) -> dict[str, 
     }
 
 
+def codes_digest(codes: Tensor) -> str:
+    """Return the sha256 of an adapter's codes, by which the config of an adapter with equal ones names them."""
+    return sha256(codes.numpy().tobytes()).hexdigest()
+
+
+def with_parent_codes(
+    tensors: Mapping[str, Tensor], codes: Tensor, expected_digest: str | None, parent: str
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file together with its parent's codes, which are in another file.
+
+    Args:
+        tensors: Tensors of the adapter's file.
+        codes: `keys.CODED` of the parent's file.
+        expected_digest: `codes_digest` by the adapter's config.
+        parent: Name of the parent, for messages.
+
+    Raises:
+        ValueError: If the adapter has codes of its own, or the parent has other codes than the config says.
+    """
+    if keys.CODED in tensors:
+        raise ValueError(f"the adapter has codes of its own, and those of its parent {parent!r}")
+    if codes_digest(codes) != expected_digest:
+        raise ValueError(f"the parent {parent!r} has other codes than the adapter's config says")
+    return {**tensors, keys.CODED: codes}
+
+
 def blob(data: bytes) -> Tensor:
     """Return bytes as a uint8 tensor of its own memory."""
     # a bytearray is writable, and torch warns of tensors over memory that is not
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
 def _to_bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:

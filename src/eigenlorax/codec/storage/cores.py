@@ -70,7 +70,7 @@ class CoreStorage(Storage):
     def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
         raise OptionError(self._not_for_bases)
 
-    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
+    def subspace_tensors(self, subspace: Subspace) -> dict[str, Tensor]:
         raise OptionError(self._not_for_bases)
 
     def read_components(

@@ -15,7 +15,16 @@ from ...core.coefficients import CoefficientBatch, Coefficients
 from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from ..group_integers import Payload
-from .base import ModuleSlot, Storage, StoredRows, check_finite, check_rows, pop_residuals, residual_tensors
+from .base import (
+    ModuleSlot,
+    Storage,
+    StoredRows,
+    check_finite,
+    check_rows,
+    pop_residuals,
+    residual_tensors,
+    separate_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +53,9 @@ class FloatStorage(Storage):
     def extend_basis(self, basis: Basis, rows: Tensor) -> Basis:
         return basis_rows.extend(basis, rows)
 
-    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
+    def subspace_tensors(self, subspace: Subspace) -> dict[str, Tensor]:
         # safetensors refuses views, and a view would keep all rows alive
-        return {key: basis.stored.clone()}
+        return separate_tensors(subspace, lambda basis, key: {key: basis.stored.clone()})
 
     def read_components(
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int

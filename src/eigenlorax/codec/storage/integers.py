@@ -15,7 +15,16 @@ from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from .. import group_integers
 from ..group_integers import Payload
-from .base import ModuleSlot, Storage, StoredRows, check_finite, check_rows, pop_residuals, residual_tensors
+from .base import (
+    ModuleSlot,
+    Storage,
+    StoredRows,
+    check_finite,
+    check_rows,
+    pop_residuals,
+    residual_tensors,
+    separate_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +74,8 @@ class IntegerStorage(Storage):
         # an empty payload of 4 bits does not tell an odd width from an even one
         return group_integers.decode(payload) if len(rows) else rows.to(self.dtype), payload
 
-    def basis_tensors(self, basis: Basis, key: str) -> dict[str, Tensor]:
-        extensions = [
-            (f"{key}.{index}", extension.payload)
-            for index, extension in enumerate(basis.growth)
-            if extension.seed is None and extension.n
-        ]
-        return {
-            f"{name}.{field}": tensor
-            for name, payload in [(key, basis.payload), *extensions]
-            for field, tensor in (payload or {}).items()
-        }
+    def subspace_tensors(self, subspace: Subspace) -> dict[str, Tensor]:
+        return separate_tensors(subspace, _row_tensors)
 
     def read_components(
         self, tensors: Mapping[str, Tensor], key: str, n_fitted: int, grown: Mapping[int, int], dimension: int
@@ -164,6 +164,20 @@ class IntegerStorage(Storage):
 
 INT8 = IntegerStorage("int8", torch.float32, 8)
 INT4 = IntegerStorage("int4", torch.float32, 4)
+
+
+def _row_tensors(basis: Basis, key: str) -> dict[str, Tensor]:
+    """Return the payloads of a basis's fitted rows and of those of each extension, by their names in the file."""
+    extensions = [
+        (f"{key}.{index}", extension.payload)
+        for index, extension in enumerate(basis.growth)
+        if extension.seed is None and extension.n
+    ]
+    return {
+        f"{name}.{field}": tensor
+        for name, payload in [(key, basis.payload), *extensions]
+        for field, tensor in (payload or {}).items()
+    }
 
 
 def _spread_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
