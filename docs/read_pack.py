@@ -26,15 +26,12 @@ def delta_weights(pack, name):
     digest = manifest.pop("digest")
     canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
     assert manifest["format"] == "eigenlorax-pack"
-    assert manifest["format_version"] in (1, 2, 3, 4, 5)
+    assert manifest["format_version"] in (1, 2, 3, 4, 5, 6)
     assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
     subspace, entry = manifest["subspace"], manifest["adapters"][name]
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
     tensors = load(checked(pack / subspace["file"], subspace["sha256"]))
-    spare = sha256("".join(file + digest for file, digest in sorted(entry["files"].items())).encode()).hexdigest()[:8]
-    place = pack / "adapters" / f"{name}@{spare}"
-    place = place if place.is_dir() else pack / "adapters" / name
-    files = {file: checked(place / file, digest) for file, digest in entry["files"].items()}
+    files = read_files(pack, name, entry)
     coefficients, source = load(files["adapter_model.safetensors"]), json.loads(files["source_config.json"])
     found = {}
     config = json.loads(files["adapter_config.json"])
@@ -42,7 +39,14 @@ def delta_weights(pack, name):
     if manifest["coefficient_dtype"] == "coded":
         assert config["subspace_fingerprint"] in [subspace["fingerprint"], *(step["fingerprint"] for step in growth)]
         modules = {places[module]: (subspace["modules"][places[module]], rank(source, module)) for module in places}
-        updates = coded_updates(coefficients["eigenlorax_coded"].tobytes(), tensors, modules)
+        parent = entry.get("parent")
+        if parent is not None:
+            assert "eigenlorax_coded" not in coefficients
+            coefficients = load(read_files(pack, parent, manifest["adapters"][parent])["adapter_model.safetensors"])
+            codes = {"name": parent, "sha256": sha256(coefficients["eigenlorax_coded"].tobytes()).hexdigest()}
+            assert config["parent"] == codes, "the parent's codes are others"
+        blobs = coded_bases(tensors, subspace["modules"], joined=manifest["format_version"] >= 6)
+        updates = coded_updates(coefficients["eigenlorax_coded"].tobytes(), blobs, modules)
         return {module: updates[places[module]] for module in places}
     for module, key in places.items():
         sides = [(f"{key}.{side}", subspace["modules"][key][side]) for side in ("down", "up")]
@@ -78,6 +82,14 @@ def delta_weights(pack, name):
             @ (c_down.astype(float) @ down[:k_down] + rest_down)
         )
     return found
+
+
+def read_files(pack, name, entry):
+    """The files of an adapter, by name."""
+    spare = sha256("".join(file + digest for file, digest in sorted(entry["files"].items())).encode()).hexdigest()[:8]
+    place = pack / "adapters" / f"{name}@{spare}"
+    place = place if place.is_dir() else pack / "adapters" / name
+    return {file: checked(place / file, digest) for file, digest in entry["files"].items()}
 
 
 def checked(path, wanted):
@@ -169,8 +181,23 @@ def qr(rows):
     return np.where(largest < 0, -q, q)
 
 
-def coded_updates(data, tensors, modules):
-    """Module name in the subspace → its update, of a coded adapter. modules: sides and rank, by these names."""
+def coded_bases(tensors, modules, joined):
+    """(module, side) → the bytes of its basis, of those that have components. joined: whether they are one tensor."""
+    names = [(name, side) for name in sorted(modules) for side in ("down", "up")]
+    names = [(name, side) for name, side in names if modules[name][side]["k"] > sum(modules[name][side]["grown"])]
+    if not joined:
+        return {(name, side): tensors[f"{name}.{side}.components.coded"].tobytes() for name, side in names}
+    data, at, found = tensors["components.coded"].tobytes(), 0, {}
+    for key in names:
+        size, at = varint(data, at)
+        found[key], at = data[at : at + size], at + size
+    assert at == len(data)
+    return found
+
+
+def coded_updates(data, blobs, modules):
+    """Module name in the subspace → its update, of a coded adapter. blobs: bytes of bases by module and side. modules:
+    sides and rank, by name in the subspace."""
     step = 2.0 ** (int.from_bytes(data[:3], "little", signed=True) / 2**14)
     flags, at = varint(data, 3)
     if flags & 2:
@@ -183,8 +210,8 @@ def coded_updates(data, tensors, modules):
     bases = {}
     for name, (sides, _) in modules.items():
         for side in ("down", "up"):
-            blob = tensors.get(f"{name}.{side}.components.coded")
-            clusters = coded_basis(blob.tobytes(), sides[side]["dimension"]) if blob is not None else []
+            blob = blobs.get((name, side))
+            clusters = coded_basis(blob, sides[side]["dimension"]) if blob is not None else []
             assert sum(len(rows) for rows, _ in clusters) == sides[side]["k"] - sum(sides[side]["grown"])
             nothing = np.zeros((0, sides[side]["dimension"])), np.zeros(0, int)
             bases[name, side] = clusters[flags >> 2] if clusters else nothing

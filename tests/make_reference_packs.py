@@ -7,7 +7,8 @@ pack that exists is therefore never written again. This script shows how each of
 
 Numbers are drawn from seeds, so that one machine with one set of library versions writes the same bytes each time.
 Packs of formats 1 to 4 are written by the last commit that wrote the format, and packs with cores by f706745; both are
-taken from the history of this repository.
+taken from the history of this repository. The frozen coded packs, but those with copies, are of format 5; 8b6be7a wrote
+the last ones of it.
 """
 
 import json
@@ -125,6 +126,20 @@ def fit_coded_and_grown(folder: Path) -> ex.Pack:
     """A coded pack to which random components were added, and then an adapter."""
     pack = fit_coded_shared(noise=0.05, n=6).augment(2, seed=5)
     pack.add(make_adapter(folder / "late", seed=9, rank=3, modules=MODULES), warn_above=1.0)
+    return pack
+
+
+def fit_copies(folder: Path) -> ex.Pack:
+    """A coded pack of format 6: adapters with the codes of another one, one of them with a head, and one added after
+    the bases have grown."""
+    adapters = shared_adapters(4, noise=0.05)
+    head = {"base_model.model.classifier.weight": normal(3, 29, seed=4, dtype=torch.float32)}
+    copies = [
+        ex.from_factors(name, dict(adapters[0].modules), base_model="org/base", heads=heads)
+        for name, heads in (("plain", {}), ("with-head", head))
+    ]
+    pack = ex.fit([*adapters, *copies], max_error=0.1).augment(2, seed=5)
+    pack.add(replace(adapters[1], name="late"))
     return pack
 
 
@@ -329,6 +344,7 @@ KINDS: dict[str, Making] = {
     "coded-clusters": fit_clusters,
     "coded-and-grown": fit_coded_and_grown,
     "coded-convolutions": fit_coded_convolutions,
+    "coded-copies": fit_copies,
     "extended": extend,
     "extended-int8": partial(extend, dtype="int8"),
     "augmented-float32": partial(augment, dtype="float32"),

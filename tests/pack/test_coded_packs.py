@@ -330,7 +330,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("case", CHANGES)
     def test_a_basis_is_named(self, path, case):
-        file = changed(path, "subspace-*", replaced(f"{QUERY}.down.components.coded", CHANGES[case]))
+        file = changed(path, "subspace-*", replaced(keys.CODED_COMPONENTS, CHANGES[case]))
         with pytest.raises(PackDamagedError, match=f"{file}.*Write the pack again"):
             _ = ex.Pack.open(path).packed("adapter-2").coefficients[QUERY].down
 
@@ -338,7 +338,7 @@ class TestDamage:
         changed(path, "adapters/adapter-2/*.safetensors", lambda tensors: tensors.pop(keys.CODED))
         with pytest.raises(PackDamagedError, match=str(path / "adapters" / "adapter-2")):
             ex.Pack.open(path).packed("adapter-2")
-        file = changed(path, "subspace-*", lambda tensors: tensors.pop(next(key for key in tensors if QUERY in key)))
+        file = changed(path, "subspace-*", lambda tensors: tensors.pop(keys.CODED_COMPONENTS))
         with pytest.raises(PackDamagedError, match=str(file)):
             _ = ex.Pack.open(path).subspace
 

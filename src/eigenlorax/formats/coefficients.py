@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from ..codec.storage import coded
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
 from ..core import dtypes, keys, limits, module_names, registry
@@ -19,7 +18,7 @@ from ..core.adapter import Adapter, LoRAFactors, from_factors
 from ..core.json_dataclasses import JsonTypeError, from_json
 from ..core.keys import Kind
 from ..core.subspace import Subspace
-from ..errors import EigenloraxError, FormatError, ModuleNameError, ShapeError, reason
+from ..errors import FormatError, ModuleNameError, ShapeError
 from . import lora_config
 
 Bases = tuple[Tensor, Tensor]
@@ -78,10 +77,6 @@ def _classify(
     tensor_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()}
     modules: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
-    if config.get(keys.PARENT):
-        tensors = with_parent_codes(
-            tensors, config, registry.find_holder(str(config.get("subspace_fingerprint"))), where
-        )
     float_tensors = as_float_tensors(
         tensors, lambda: slots(config, where), lambda: _as_written(_subspace(config, where), config)
     )
@@ -92,59 +87,6 @@ def _classify(
         else:
             heads[_check_head(key, config, where)] = tensor
     return modules, heads
-
-
-def with_parent_codes(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], pack: Any, where: str
-) -> dict[str, Tensor]:
-    """Return the tensors of an adapter whose config names a parent, together with the parent's codes.
-
-    Args:
-        tensors: all tensors of its file.
-        config: its `adapter_config.json`.
-        pack: the pack that it is in; None if that is not known.
-        where: the file, for error messages.
-
-    Raises:
-        FormatError: the pack is not open, or the parent in it has other codes.
-    """
-    parent = _parse_parent(config, where)
-    try:
-        if pack is None or parent.name not in pack:
-            raise FormatError(
-                f"{where} has no codes of its own: they are those of the adapter {parent.name!r} of its pack, which is "
-                "not at hand. Open the pack (eigenlorax.Pack.open('pack/') in Python), or `eigenlorax export` this "
-                "adapter from it."
-            )
-        return coded.with_parent_codes(tensors, pack.codes(parent.name), parent.sha256, parent.name)
-    except boundary.PARSE_FAILURES as error:
-        if isinstance(error, EigenloraxError):
-            raise
-        raise FormatError(f"{where} cannot be read: {reason(error)}.") from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Parent:
-    """The adapter of a pack whose codes are those of another one, and their sha256."""
-
-    name: str
-    sha256: str
-
-
-def parent_name(config: Mapping[str, Any], where: str) -> str | None:
-    """Return the adapter whose codes are those of an adapter with this config; None for one with codes of its own.
-
-    Raises `FormatError` if the config's field has another form.
-    """
-    return _parse_parent(config, where).name if config.get(keys.PARENT) else None
-
-
-def _parse_parent(config: Mapping[str, Any], where: str) -> _Parent:
-    try:
-        parent: _Parent = from_json(_Parent, config.get(keys.PARENT), keys.PARENT)
-    except JsonTypeError as error:
-        raise FormatError(f"{where}: {error}") from error
-    return parent
 
 
 def _bases(

@@ -142,10 +142,9 @@ def from_files(
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
     _check_names(config.target_modules, [*tensors, *carried])
-    if config.parent.get("name") != entry.parent:
-        raise ValueError(
-            f"the parent is {entry.parent!r} in the manifest and {config.parent!r} in the adapter's config"
-        )
+    in_config = config.parent.get("name")
+    if in_config != entry.parent:
+        raise ValueError(f"the parent is {entry.parent!r} in the manifest, and {in_config!r} in {keys.ADAPTER_CONFIG}")
     if entry.parent is not None and parent_codes is not None:
         tensors = with_parent_codes(tensors, parent_codes, config.parent.get("sha256"), entry.parent)
     subspace_names, fingerprint = config.subspace_names, config.subspace_fingerprint

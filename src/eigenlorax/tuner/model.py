@@ -28,6 +28,7 @@ from .config import EigenLoraxConfig
 from .forward import AdaptedLayer, wrap_layer
 from .initial_coefficients import InitialCoefficients, InitialCore, initial_core
 from .layer import EigenLoraxLayer
+from .parents import Parent
 from .resolve import EmbeddedSubspace, ResolvedSubspace
 from .supported_modules import in_out_features, is_supported
 
@@ -321,8 +322,9 @@ def _decode(
         assert isinstance(reference, ResolvedSubspace)
         return reference.saved_subspace or reference.subspace
 
-    if config.parent:
-        state_dict = coefficients.with_parent_codes(state_dict, config.to_dict(), resolved().pack, "the adapter")
+    parent = Parent.of(config)
+    if parent is not None:
+        state_dict = parent.with_codes(state_dict, resolved().pack)
     return as_float_tensors(state_dict, slots, subspace)
 
 

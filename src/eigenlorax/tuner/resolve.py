@@ -11,9 +11,10 @@ from ..core import subspace as spaces
 from ..core.basis import Basis
 from ..core.subspace import ModuleBases, Subspace
 from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
-from ..formats import checks, coefficients
+from ..formats import checks
 from ..pack.pack import Pack
 from .config import EigenLoraxConfig
+from .parents import Parent
 
 # Checksums of one added component may differ by this much between machines, whose QR decompositions round differently.
 _CHECKSUM_TOLERANCE = 1e-3
@@ -164,8 +165,8 @@ def _find_pack(config: EigenLoraxConfig) -> Pack | None:
     if Path(config.subspace).exists():
         return Pack.open(config.subspace)
     # adapters are downloaded only if coefficients come from them
-    parent = coefficients.parent_name(config.to_dict(), "the adapter's config")
-    adapters: list[str] | None = [parent] if parent is not None else []
+    parent = Parent.of(config)
+    adapters: list[str] | None = [parent.name] if parent is not None else []
     if config.start not in ("zero", "uniform"):
         adapters = None
     return Pack.from_pretrained(config.subspace, adapters=adapters, revision=config.subspace_revision)
