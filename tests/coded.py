@@ -7,10 +7,10 @@ from planted import factors_in, orthonormal, random_factors
 SHARES = ("nothing", "much")
 
 
-def coded_pack(shapes, shared, n=6, rank=3, max_error=0.2):
-    """A pack of n adapters, which share six directions on each side of each module, and some noise, or nothing."""
+def coded_adapters(shapes, shared, n=6, rank=3, first=0):
+    """n adapters, which share six directions on each side of each module, and some noise, or nothing."""
     adapters = []
-    for index in range(n):
+    for index in range(first, first + n):
         modules = {}
         for place, (module, (n_out, n_in)) in enumerate(shapes.items()):
             seed = 100 * index + 7 * place
@@ -20,7 +20,12 @@ def coded_pack(shapes, shared, n=6, rank=3, max_error=0.2):
                 bases = orthonormal(6, n_in, 5 + place), orthonormal(6, n_out, 50 + place)
                 modules[module] = factors_in(bases, rank, seed=seed, noise=0.05)
         adapters.append(from_factors(f"a{index}", {name: _narrow(one) for name, one in modules.items()}))
-    return ex.fit(adapters, max_error=max_error)
+    return adapters
+
+
+def coded_pack(shapes, shared, n=6, rank=3, max_error=0.2):
+    """A pack of such adapters."""
+    return ex.fit(coded_adapters(shapes, shared, n, rank), max_error=max_error)
 
 
 def _narrow(factors):

@@ -350,6 +350,18 @@ def _flags(_: str, data: bytes, flags: int) -> bytes:
     return data[:3] + varint(flags) + data[_varint(data, 3)[1] :]
 
 
+def _basis(_: str, data: bytes, index: int, how: str, *arguments: Any) -> bytes:
+    """The bytes of all coded bases with those of one changed, and their number right again."""
+    parts, at = [], 0
+    while at < len(data):
+        length, at = _varint(data, at)
+        parts.append(data[at : at + length])
+        at += length
+    if parts:
+        parts[index % len(parts)] = BYTES[how](_, parts[index % len(parts)], *arguments)
+    return b"".join(varint(len(part)) + part for part in parts)
+
+
 def varint(number: int) -> bytes:
     """Seven bits a byte, the lowest first."""
     found = bytearray()
@@ -377,6 +389,7 @@ BYTES: dict[str, Callable[..., bytes]] = {
     "end": _end,
     "levels": _levels,
     "flags": _flags,
+    "basis": _basis,
 }
 """Changes of bytes: of a file, or of a tensor of bytes in one."""
 HOW: dict[str, Callable[..., bytes]] = {

@@ -4,8 +4,11 @@ import json
 import struct
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from hashlib import sha256
 from random import Random
 from typing import Any
+
+from eigenlorax.core import keys
 
 from . import changes, documents
 from .changes import Change, Tree
@@ -339,7 +342,9 @@ def consistent(random: Random, tree: Tree) -> list[Change]:
         random.choice(("down", "up")),
         random.choice(sorted(manifest["adapters"])),
     )
-    kind = random.randrange(5)
+    kind = random.randrange(6)
+    if kind == 5:
+        return _of_parent(random, tree, adapter, sorted(manifest["adapters"]))
     if kind == 0:
         return _resized(random, tree, module, side, modules[module][side])
     if kind == 1:
@@ -391,6 +396,26 @@ def _resized(random: Random, tree: Tree, module: str, side: str, info: dict[str,
         return key, None, sizes, random.choice((None, *FILLS))
 
     return [Change(MANIFEST, "set", (path, new)), *_tensors(tree, "pack/subspace-*", changed)]
+
+
+def _of_parent(random: Random, tree: Tree, adapter: str, names: list[str]) -> list[Change]:
+    """An adapter with another parent, or with none, in the manifest, in its config and in its weights."""
+    place = f"pack/adapters/{adapter}"
+    parent = random.choice((*names, *names, None, "", "x", "../x", adapter.upper(), f"{names[0]}@12345678"))
+    digest = random.choice((None, "0" * 64))
+    try:
+        header, body = changes.split(_bytes(tree, f"pack/adapters/{parent}/{keys.ADAPTER_WEIGHTS}"))
+        start, end = header[keys.CODED]["data_offsets"]
+        digest = sha256(body[start:end]).hexdigest()
+    except KeyError:
+        pass
+    several = [
+        Change(MANIFEST, "set", (["adapters", adapter, "parent"], parent)),
+        Change(MANIFEST, "set", (["adapters", adapter, "coefficient_bytes"], 0)),
+        Change(f"{place}/{keys.ADAPTER_CONFIG}", "set", ([keys.PARENT], {"name": parent, "sha256": digest})),
+        Change(f"{place}/{keys.ADAPTER_WEIGHTS}", "drop", (keys.CODED,)),
+    ]
+    return several if random.random() < 0.6 else random.sample(several, random.randint(1, 3))
 
 
 def _of_rank(random: Random, tree: Tree, adapter: str, rank: int) -> list[Change]:
@@ -454,6 +479,16 @@ def coded(random: Random, name: str, chosen: str, length: int) -> Change:
     if how == 7:
         flags = random.choice((0, 1, 2, 3, 4, 8, 2**20, 2**34, 2**55, 2**62))
         return Change(name, "blob", (chosen, "flags", flags))
+    if chosen == keys.CODED_COMPONENTS and random.random() < 0.7:
+        part = random.choice(
+            (
+                ("put", random.randrange(8), bytes([edge]).hex()),
+                ("put", random.randrange(6), "ff" * random.choice((1, 2, 4, 9, 12))),
+                ("end", random.randrange(40)),
+                ("add", random.randrange(40), bytes([edge]).hex(), random.choice((1, 3, 1000))),
+            )
+        )
+        return Change(name, "blob", (chosen, "basis", random.randrange(8), *part))
     inner: tuple[Any, ...] = random.choice(
         (
             ("put", random.randrange(40), bytes([edge]).hex()),

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import hostile
 from adapters import make_adapters
 from children import needs_fork
 from coded import coded_pack
-from eigenlorax.codec import entropy
+from eigenlorax.codec import bitstream, entropy
 from eigenlorax.core import keys, limits
 from eigenlorax.errors import FormatError, PackDamagedError
 from hostile import (
@@ -59,9 +60,21 @@ def packs(tmp_path_factory):
     return place
 
 
+def bases(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Return what changes the bytes of the coded bases of a pack."""
+
+    def apply(found: dict[str, torch.Tensor]) -> None:
+        data = change(found[keys.CODED_COMPONENTS].numpy().tobytes())
+        found[keys.CODED_COMPONENTS] = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+    return tensors(apply, "subspace")
+
+
 def rows_claimed(data: bytes) -> bytes:
-    """The head of a basis that says it has 255 clusters of 65,535 rows."""
-    return bytes([255]) + b"\xff\xff" * 255 + data
+    """Bases each of which says in its head that it has 255 clusters of 65,535 rows."""
+    head = bytes([255]) + b"\xff\xff" * 255
+    parts = bitstream.split_bases(data, 2 * len(SHAPES))
+    return b"".join(bitstream.with_length(head + part) for part in parts)
 
 
 ZEROS = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -73,20 +86,15 @@ CLAIMS = {
     "a width that takes a terabyte": ("coded, sharing nothing", sides(dimension=2**40), "a dimension is not 1 to"),
     "a width that takes gigabytes": ("coded, sharing nothing", sides(dimension=4_000_000), "lora_numbers is"),
     "other rows than there are": ("coded, sharing much", sides(k=37), "rows, and should have 37"),
-    "millions of rows": (
+    "millions of rows": ("coded, sharing much", bases(rows_claimed), "a basis (end too early|have)"),
+    "a basis longer than all": (
         "coded, sharing much",
-        tensors(
-            lambda found: found.update(
-                {
-                    key: torch.from_numpy(np.frombuffer(rows_claimed(value.numpy().tobytes()), np.uint8).copy())
-                    for key, value in found.items()
-                    if key.endswith(".coded")
-                }
-            ),
-            "subspace",
-        ),
-        "a basis (end too early|have)",
+        bases(lambda data: b"\xff" * 8 + b"\x01" + data),
+        "a number of several bytes does not end|bytes of the bases end too early",
     ),
+    "a length without an end": ("coded, sharing much", bases(lambda data: b"\x80" * len(data)), "does not end"),
+    "one more basis": ("coded, sharing much", bases(lambda data: data + b"\x01\x00"), "are followed by 2 more"),
+    "no basis": ("coded, sharing much", bases(lambda data: b""), "does not end"),
     "augmented rows that nothing explains": (
         "augmented",
         manifest(
