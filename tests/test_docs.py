@@ -17,7 +17,7 @@ from eigenlorax.core import subspace
 from eigenlorax.fitting import refit
 from eigenlorax.pack import manifest, packed_adapter, summary
 from eigenlorax.serving.vllm import checking, plan
-from eigenlorax.train import comparison_summary, demo, evaluate, method_comparison, search_space, train
+from eigenlorax.train import comparison_summary, demo, evaluate, method_comparison, search_space, training_record
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -121,7 +121,7 @@ class TestCommandLine:
             (packed_adapter.Record, "A pack's figures"),
             (refit.Change, "`eigenlorax refit`"),
             (demo.Outcome, "`eigenlorax demo`"),
-            (train.TrainingResult, "`eigenlorax train`"),
+            (training_record.TrainingResult, "`eigenlorax train`"),
             (evaluate.EvaluationResult, "`eigenlorax evaluate`"),
             (evaluate.ClassificationFigures, "`eigenlorax evaluate`"),
             (evaluate.LanguageModelFigures, "`eigenlorax evaluate`"),

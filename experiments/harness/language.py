@@ -20,9 +20,9 @@ from filelock import FileLock
 
 import eigenlorax as ex
 from eigenlorax.train import models
+from eigenlorax.train.comparison_run import RunData
 from eigenlorax.train.examples import IGNORED
 from eigenlorax.train.methods import CommonConfig
-from eigenlorax.train.training_run import RunData
 
 from . import metrics, record, text, training
 from . import rates as learning

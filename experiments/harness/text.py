@@ -13,8 +13,8 @@ from filelock import FileLock
 
 import eigenlorax as ex
 from eigenlorax.train import models
+from eigenlorax.train.comparison_run import RunData
 from eigenlorax.train.methods import CommonConfig
-from eigenlorax.train.training_run import RunData
 
 from . import rates as learning
 from . import record, training

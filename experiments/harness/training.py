@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 import eigenlorax as ex
-from eigenlorax.train import methods, training_run
+from eigenlorax.train import comparison_run, methods
+from eigenlorax.train.comparison_run import Recipe, RunData, TrainingRun
 from eigenlorax.train.methods import CommonConfig
-from eigenlorax.train.training_run import Recipe, RunData, TrainingRun
 
 from . import record
 
@@ -41,7 +41,7 @@ def train(model: Any, rows: RunData, config: Json, **recipe: Any) -> TrainingRun
     """Train a model as the config says. recipe: fields of `Recipe` that are not in the config's recipe."""
     fields = {name: config["recipe"][name] for name in RECIPE_FIELDS if name in config["recipe"]}
     full = Recipe(config["learning_rate"], config.get("optimizer", "adamw"), **{**fields, **recipe})
-    return training_run.run(model, rows, full, seed=config["seed"])
+    return comparison_run.run(model, rows, full, seed=config["seed"])
 
 
 def recorded(run: TrainingRun, model: Any, rows: RunData, metric: str) -> Json:

@@ -9,8 +9,8 @@ import torch
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
 from eigenlorax.train import methods
+from eigenlorax.train.comparison_run import RunData, accuracy
 from eigenlorax.train.methods import CommonConfig
-from eigenlorax.train.training_run import RunData, accuracy
 
 from . import images, record, recycled, training
 from .images import Rows, Task

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from eigenlorax.errors import OptionError
 from eigenlorax.serving.vllm import plan as plans
 from eigenlorax.serving.vllm.plan import COLUMN, EMBEDDING, HEAD, ROW, Choices, CoreSize, Layer, ServedAdapters, Shapes
-from eigenlorax.train.shapes import of_config
+from eigenlorax.train.shapes import from_config
 
 HIDDEN, FFN, KV, VOCABULARY, DEPTH = 4096, 14336, 1024, 128256, 32
 # out + in of every linear layer of a block: q, k, v, o, gate, up, down
@@ -28,7 +28,7 @@ def llama():
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
-    return of_config(config, "llama")
+    return from_config(config, "llama")
 
 
 def linear(shapes):

@@ -16,7 +16,7 @@ from eigenlorax.formats import write_adapter
 from eigenlorax.serving.vllm import plan as plans
 from eigenlorax.serving.vllm.checking import ServerOptions, check
 from eigenlorax.serving.vllm.cores import lora_on_cores
-from eigenlorax.train.shapes import shapes_of
+from eigenlorax.train.shapes import load_shapes
 from offline import in_worker, printed_by, slots, with_engine
 from planted import random_factors
 
@@ -95,7 +95,7 @@ def measured(made, *, shared, **flags):
 
 @pytest.fixture(scope="module")
 def checked(made):
-    return check(ex.Pack.open(made / "pack"), str(made / "pack"), shapes_of(str(made / "model")), ASKED)
+    return check(ex.Pack.open(made / "pack"), str(made / "pack"), load_shapes(str(made / "model")), ASKED)
 
 
 def test_slots_and_adapters_of_expanded_ones(vllm, made, checked):
@@ -105,7 +105,7 @@ def test_slots_and_adapters_of_expanded_ones(vllm, made, checked):
 
 
 def test_slots_where_modules_are_not_restricted(vllm, made, checked):
-    layers = shapes_of(str(made / "model")).layers
+    layers = load_shapes(str(made / "model")).layers
     found = measured(made, shared=False, max_lora_rank=checked.plan.expanded.max_lora_rank)
     everything = plans.layers_in_slot(layers, plans.target_modules(layers))
     assert found["slots"] == 4 * SLOTS * plans.expanded_slot(everything, checked.plan.expanded.max_lora_rank, 1)
@@ -124,7 +124,7 @@ def test_each_of_two_processes_has_its_part(vllm, tmp_path, shared):
     # one head of keys, which both have
     make(tmp_path, kv_heads=1)
     asked = replace(ASKED, tensor_parallel_size=2)
-    found = check(ex.Pack.open(tmp_path / "pack"), "pack", shapes_of(str(tmp_path / "model")), asked)
+    found = check(ex.Pack.open(tmp_path / "pack"), "pack", load_shapes(str(tmp_path / "model")), asked)
     tier = found.plan.shared if shared else found.plan.expanded
     flags = {"max_loras": SLOTS, "max_cpu_loras": 4, "skip_tokenizer_init": True, "max_lora_rank": tier.max_lora_rank}
     if not shared:
@@ -146,7 +146,7 @@ def test_vllm_reads_the_commands(vllm, made):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     asked = ServerOptions(max_loras=2, max_cpu_loras=5, dtype="float32", tensor_parallel_size=2)
-    shapes = shapes_of(str(made / "model"))
+    shapes = load_shapes(str(made / "model"))
     found = check(ex.Pack.open(made / "pack"), str(made / "pack"), shapes, asked, revision="abc")
     for way, named in ((found.expanded, found.target_modules), (found.shared, None)):
         words = shlex.split(way.command)

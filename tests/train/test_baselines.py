@@ -17,7 +17,8 @@ from eigenlorax.errors import BaselineWarning, FormatError
 from eigenlorax.train import baselines, data, evaluate, examples, models, trainer
 from eigenlorax.train.data import Labels
 from eigenlorax.train.options import MAX_POINTS, MIN_STEPS, Columns, Training
-from eigenlorax.train.train import CHECKPOINTS, RECORD, train
+from eigenlorax.train.train import CHECKPOINTS, train
+from eigenlorax.train.training_record import RECORD
 
 IDLE = {"learning_rate": 1e-9, "head_learning_rate": 1e-9, "epochs": 1.0, "rank": 3}
 """A training that learns nothing."""

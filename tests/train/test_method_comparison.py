@@ -329,7 +329,7 @@ class TestWhatIsAskedFor:
             parse_rates(["core=0.1", "core=0.2"], ["core"])
         with pytest.raises(OptionError, match="learning rates of all are given twice"):
             parse_rates(["0.1", "0.2"], ["core"])
-        assert replace(asked, rates={"lora": [0.2, 0.1, 0.2]}).rates_of("lora") == [0.1, 0.2]
-        assert asked.rates_of("core") == [0.1]
+        assert replace(asked, rates={"lora": [0.2, 0.1, 0.2]}).learning_rates("lora") == [0.1, 0.2]
+        assert asked.learning_rates("core") == [0.1]
         assert replace(asked, methods=["core", "head"], rates={}).baseline == "core"
         assert all(len(rates) == 3 for rates in LEARNING_RATES.values())

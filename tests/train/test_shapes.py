@@ -16,7 +16,7 @@ from transformers import (
 
 from eigenlorax.errors import FormatError
 from eigenlorax.serving.vllm.plan import COLUMN, EMBEDDING, HEAD, LINEAR, ROW, Layer
-from eigenlorax.train.shapes import of_config, shapes_of
+from eigenlorax.train.shapes import from_config, load_shapes
 from tiny import make_bert, make_gpt2
 
 SMALL = {
@@ -30,7 +30,7 @@ SMALL = {
 
 
 def test_a_llama():
-    shapes = of_config(LlamaConfig(**SMALL, dtype="float16"), "m")
+    shapes = from_config(LlamaConfig(**SMALL, dtype="float16"), "m")
     block = "model.layers.0."
     assert shapes.layers == {
         "model.embed_tokens": Layer(24, 53, EMBEDDING),
@@ -48,14 +48,14 @@ def test_a_llama():
 
 @pytest.mark.parametrize(("dtype", "served"), [("float32", "bfloat16"), (None, "bfloat16"), ("float16", "float16")])
 def test_the_dtype_that_vllm_chooses(dtype, served):
-    assert of_config(LlamaConfig(**SMALL, dtype=dtype), "m").dtype == served
+    assert from_config(LlamaConfig(**SMALL, dtype=dtype), "m").dtype == served
 
 
 @pytest.mark.parametrize("make", [make_bert, make_gpt2])
 def test_every_linear_layer_has_its_sizes(make):
     model = make()
     model.config.architectures = [type(model).__name__]
-    shapes = of_config(model.config, "m")
+    shapes = from_config(model.config, "m")
     wanted = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -70,7 +70,7 @@ def test_every_linear_layer_has_its_sizes(make):
 
 def test_the_class_is_the_one_that_the_checkpoint_has():
     config = LlamaConfig(**SMALL, num_labels=3, architectures=["LlamaForSequenceClassification"])
-    layers = of_config(config, "m").layers
+    layers = from_config(config, "m").layers
     assert layers["score"] == Layer(3, 24)
     assert "lm_head" not in layers
     assert {n for n, m in LlamaForSequenceClassification(config).named_modules() if isinstance(m, nn.Linear)} < set(
@@ -80,25 +80,25 @@ def test_the_class_is_the_one_that_the_checkpoint_has():
 
 def test_a_class_that_transformers_lacks():
     config = LlamaConfig(**SMALL, architectures=["SomebodysLlama"])
-    assert "lm_head" in of_config(config, "m").layers
+    assert "lm_head" in from_config(config, "m").layers
 
 
 def test_an_encoder_without_a_head():
     config = BertConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1, architectures=["BertModel"])
-    assert "encoder.layer.0.attention.self.query" in of_config(config, "m").layers
+    assert "encoder.layer.0.attention.self.query" in from_config(config, "m").layers
 
 
 @pytest.mark.parametrize("config", [Qwen2Config(**SMALL), Phi3Config(**SMALL, pad_token_id=0), GPT2Config(n_layer=1)])
 def test_nothing_is_left_of_it_in_memory_or_in_the_defaults(config):
     before = torch.get_default_dtype(), torch.get_default_device(), torch.random.get_rng_state()
-    of_config(config, "m")
+    from_config(config, "m")
     assert torch.get_default_dtype() == before[0]
     assert torch.get_default_device() == before[1]
     assert torch.equal(torch.random.get_rng_state(), before[2])
 
 
 def test_where_the_experts_of_a_mixture_are():
-    shapes = of_config(MixtralConfig(**SMALL, num_local_experts=4), "m")
+    shapes = from_config(MixtralConfig(**SMALL, num_local_experts=4), "m")
     (experts,) = shapes.experts
     assert experts.startswith("model.layers.0.")
 
@@ -106,7 +106,7 @@ def test_where_the_experts_of_a_mixture_are():
 def test_of_a_model_that_sees_only_the_part_that_reads():
     text = LlamaConfig(**SMALL)
     config = LlavaConfig(text_config=text, architectures=["LlavaForConditionalGeneration"])
-    layers = of_config(config, "m").layers
+    layers = from_config(config, "m").layers
     assert len([name for name in layers if name.endswith("q_proj")]) == SMALL["num_hidden_layers"]
     assert not [name for name in layers if "vision" in name]
 
@@ -116,9 +116,9 @@ def test_a_quantised_model(tmp_path):
     quantised = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
     quantised.quantization_config = {"quant_method": "awq", "bits": 4}
     quantised.save_pretrained(tmp_path)
-    assert shapes_of(str(tmp_path)).layers == of_config(plain, "m").layers
+    assert load_shapes(str(tmp_path)).layers == from_config(plain, "m").layers
 
 
 def test_a_config_of_which_no_model_can_be_made():
     with pytest.raises(FormatError, match="transformers cannot make a model of the config of m"):
-        of_config(LlamaConfig(**{**SMALL, "intermediate_size": -40}), "m")
+        from_config(LlamaConfig(**{**SMALL, "intermediate_size": -40}), "m")

@@ -29,11 +29,11 @@ from eigenlorax.errors import (
     PackExistsError,
     PackMissingError,
 )
-from eigenlorax.train import models
+from eigenlorax.train import models, training_record
 from eigenlorax.train.evaluate import evaluate
 from eigenlorax.train.options import DEFAULTS, HEAD_LEARNING_RATE, Columns, Training
-from eigenlorax.train.train import RECORD, read_record
 from eigenlorax.train.train import train as train_or_warn
+from eigenlorax.train.training_record import RECORD
 from eigenlorax.tuner import optim
 
 # what is tested here ends before much is learned: test_baselines.py has what becomes of that
@@ -110,7 +110,7 @@ class TestClassification:
         assert config["base_model_name_or_path"] == opened.base_model
         assert config["subspace"] is None
         assert config["subspace_fingerprint"] == opened.info.fingerprint
-        record = read_record(place / "out")
+        record = training_record.read(place / "out")
         assert record["labels"] == ["bad", "good"]
         assert record["result"]["numbers"] == found.numbers
         assert not (place / "out" / "tokenizer.json").exists()
@@ -540,10 +540,10 @@ class TestWhatCannotBe:
 
     def test_a_record_that_is_none(self, place):
         with pytest.raises(FormatError, match=r"has no training.json: it was not written"):
-            read_record(place)
+            training_record.read(place)
         (place / RECORD).write_text("{")
         with pytest.raises(FormatError, match="is not JSON"):
-            read_record(place)
+            training_record.read(place)
         (place / RECORD).write_text("[]")
         with pytest.raises(FormatError, match="is not a record of `eigenlorax train`"):
-            read_record(place)
+            training_record.read(place)

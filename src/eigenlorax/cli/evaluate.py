@@ -87,11 +87,11 @@ def evaluate(
 def class_names(argument: str) -> Sequence[str]:
     """Parse the value of --labels: "A,B,…", or a folder written by `train`, whose record has the names."""
     from ..errors import OptionError
-    from ..train import train
+    from ..train import training_record
 
     if "," in argument:
         return argument.split(",")
-    names: Sequence[str] | None = train.read_record(Path(argument)).get("labels")
+    names: Sequence[str] | None = training_record.read(Path(argument)).get("labels")
     if names is None:
         raise OptionError(f"{argument} is a training without classes. Remove --labels.")
     return names

@@ -54,10 +54,10 @@ def serve_check(
     settings = ServerOptions(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=revision)
-        base, base_revision = models.base_model_of(opened, model)
+        base, base_revision = models.resolve_base_model(opened, model)
         source = f"{pack}@{revision}" if revision else pack
         checked = check(
-            opened, source, shapes.shapes_of(base, base_revision), settings, revision=base_revision, progress=progress
+            opened, source, shapes.load_shapes(base, base_revision), settings, revision=base_revision, progress=progress
         )
     if json:
         console.print_json(asdict(checked))

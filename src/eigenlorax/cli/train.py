@@ -12,7 +12,7 @@ from . import arguments, console, verbs
 from .evaluate import figure_rows, print_confusion
 
 if TYPE_CHECKING:
-    from ..train.train import TrainingResult
+    from ..train.training_record import TrainingResult
 
 EXAMPLES = r"""
 eigenlorax train pack/ --task text-classification --train demo/train.csv \

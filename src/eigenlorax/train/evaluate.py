@@ -107,11 +107,11 @@ def evaluate(
         check_label_names(labels)
     opened = Pack.open(pack)
     adapter, folder = opened.packed(name), opened.adapter_folder(name)
-    task = task_of(adapter, task)
+    task = resolve_task(adapter, task)
     table = data.read(rows, columns.label)
     models.check_installed()
     with models.quiet():
-        base, revision = models.base_model_of(opened, model)
+        base, revision = models.resolve_base_model(opened, model)
         config = models.load_config(base, revision)
         tokenizer = models.load_tokenizer(base, revision)
         token_limit = examples.max_tokens(task, max_length, tokenizer, config)
@@ -146,7 +146,7 @@ def check_label_names(names: Sequence[str]) -> None:
         raise OptionError(f"the labels {', '.join(names)} are not names of classes: {problem}. Name each class once.")
 
 
-def task_of(adapter: PackedAdapter, task: str | None) -> str:
+def resolve_task(adapter: PackedAdapter, task: str | None) -> str:
     """Return `task`, or the task of the adapter's config if that is None.
 
     Raises `OptionError` if the adapter's config names another task, or none.

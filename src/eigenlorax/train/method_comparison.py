@@ -20,6 +20,7 @@ from ..core.progress import Progress
 from ..errors import EigenloraxWarning, NonFiniteError, OptionError
 from ..pack.pack import Pack
 from . import (
+    comparison_run,
     comparison_summary,
     data,
     examples,
@@ -28,15 +29,14 @@ from . import (
     models,
     results_file,
     row_split,
-    training_run,
 )
+from .comparison_run import Recipe, RunData
 from .comparison_summary import MethodRun, MethodSummary, plural
 from .data import Labels
 from .examples import Collate
 from .method_presets import Preset
 from .row_split import RowSplit
 from .search_space import ComparisonOptions
-from .training_run import Recipe, RunData
 
 
 class RunKey(NamedTuple):
@@ -137,7 +137,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
     train, test = (data.read(path, options.columns.label) for path in (options.train, options.evaluation))
     models.check_installed()
     with models.quiet(), models.preserved_random_state():
-        base_model, revision = models.base_model_of(opened, options.model)
+        base_model, revision = models.resolve_base_model(opened, options.model)
         tokenizer = models.load_tokenizer(base_model, revision)
         model_config = models.load_config(base_model, revision)
         max_length = examples.max_tokens(options.task, options.max_length, tokenizer, model_config)
@@ -212,7 +212,7 @@ def _search_keys(options: ComparisonOptions, method: str) -> list[RunKey]:
     """Return the runs that choose the method's learning rate; none if there is one rate only."""
     if not options.searches(method):
         return []
-    return [RunKey(method, rate, None) for rate in options.rates_of(method)]
+    return [RunKey(method, rate, None) for rate in options.learning_rates(method)]
 
 
 def _final_keys(options: ComparisonOptions, method: str, runs: Runs) -> list[RunKey]:
@@ -226,7 +226,7 @@ def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
 
     Raises `NonFiniteError` if the method diverged at every rate.
     """
-    rates = options.rates_of(method)
+    rates = options.learning_rates(method)
     if not options.searches(method):
         return rates[0]
     tried = [runs[key] for key in _search_keys(options, method)]
@@ -273,7 +273,7 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         *key, parameters, head_parameters, methods.saved_bytes(model), None, None, "", steps=[], scores=[], seconds=0.0
     )
     try:
-        training = training_run.run(model, run_data, recipe, seed=seed)
+        training = comparison_run.run(model, run_data, recipe, seed=seed)
     except NonFiniteError:
         # another learning rate may work; an error is raised when none does
         return diverged
@@ -300,7 +300,7 @@ def _summarise(prepared: PreparedComparison, runs: Runs, seconds: float) -> Comp
     options, rows = prepared.options, prepared.rows
     runs_by_method = {name: [runs[key] for key in _final_keys(options, name, runs)] for name in options.methods}
     search_scores = {
-        name: dict.fromkeys(options.rates_of(name))
+        name: dict.fromkeys(options.learning_rates(name))
         | {key.learning_rate: runs[key].score for key in _search_keys(options, name)}
         for name in options.methods
     }

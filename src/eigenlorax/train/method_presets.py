@@ -23,7 +23,7 @@ _VBLORA_MAX = 256
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A method with options that fit one model. kind, options: as in `methods.apply_method`. optimizer: as in
-    `training_run.Recipe`."""
+    `comparison_run.Recipe`."""
 
     kind: str
     options: Mapping[str, Any]

@@ -30,7 +30,7 @@ def check_installed() -> None:
         raise MissingExtraError(f"this needs {error.name}, which is not installed: {_INSTALL}.") from error
 
 
-def base_model_of(pack: Pack, model: str | None) -> tuple[str, str | None]:
+def resolve_base_model(pack: Pack, model: str | None) -> tuple[str, str | None]:
     """Return the base model to load and its revision: `model`, or the one that the pack names.
 
     Raises `OptionError` if there is neither.

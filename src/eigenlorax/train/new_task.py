@@ -13,8 +13,8 @@ import torch
 
 from ..core.progress import Progress
 from ..pack.pack import Pack
-from . import methods, training_run
-from .training_run import Recipe
+from . import comparison_run, methods
+from .comparison_run import Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,7 +97,7 @@ def _attempt(method: str, config: Any, recipe: Recipe, task: NewTask, model_fold
 
 def _train(model: "PeftModel", recipe: Recipe, tokenizer: Any, rows: list[tuple[str, int]]) -> None:
     """Train with a linear decay. The head has the same learning rate for all methods."""
-    optimizer = training_run.make_optimizer(model, recipe)
+    optimizer = comparison_run.make_optimizer(model, recipe)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = EPOCHS * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

@@ -72,7 +72,7 @@ class _RowOptions:
     columns: Columns
     max_length: int | None
 
-    def names_of(self, adapter: str) -> Sequence[str] | None:
+    def class_names(self, adapter: str) -> Sequence[str] | None:
         if isinstance(self.label_names, Mapping):
             return self.label_names.get(adapter)
         return self.label_names
@@ -118,11 +118,11 @@ def prepare(
     row_options = _RowOptions(labels, columns or Columns(), max_length)
     _check_label_names(labels, pack)
     adapters_by_file = [_adapters_for(pack, originals, name) for name, _ in files]
-    tasks = {adapter.name: _task_of(adapter, task) for adapters in adapters_by_file for adapter in adapters}
+    tasks = {adapter.name: _resolve_task(adapter, task) for adapters in adapters_by_file for adapter in adapters}
     tables = [data.read(file, row_options.columns.label) for _, file in files]
     models.check_installed()
     with models.quiet():
-        name, revision = models.base_model_of(pack, model)
+        name, revision = models.resolve_base_model(pack, model)
         base = _BaseModel(name, revision, models.load_config(name, revision), models.load_tokenizer(name, revision))
         jobs: list[EvaluationJob] = []
         for (adapter, _), table, adapters in zip(files, tables, adapters_by_file, strict=True):
@@ -186,17 +186,17 @@ def _check_label_names(labels: LabelNames | None, pack: Pack) -> None:
         evaluate.check_label_names(labels)
 
 
-def _task_of(adapter: PackedAdapter, task: str | None) -> str:
+def _resolve_task(adapter: PackedAdapter, task: str | None) -> str:
     has_no_type = json.loads(adapter.source_config).get("task_type") is None
     if not task and has_no_type and adapter.heads:
         task = "text-classification"
-    return evaluate.task_of(adapter, task)
+    return evaluate.resolve_task(adapter, task)
 
 
 def _class_numbers(adapter: str, classes: int, table: Table, options: _RowOptions, *, is_for_all: bool) -> list[int]:
     """Return the class number of each row."""
     try:
-        labels = evaluate.label_names(classes, options.names_of(adapter), table, options.columns)
+        labels = evaluate.label_names(classes, options.class_names(adapter), table, options.columns)
         return labels.encode(table, options.columns)
     except (FormatError, OptionError) as error:
         if not is_for_all:

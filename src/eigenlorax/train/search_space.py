@@ -110,10 +110,10 @@ class ComparisonOptions:
     def baseline(self) -> str:
         return BASELINE if BASELINE in self.methods else self.methods[0]
 
-    def rates_of(self, method: str) -> list[float]:
+    def learning_rates(self, method: str) -> list[float]:
         """Return the learning rates to try, ascending."""
         return sorted(set(self.rates.get(method, LEARNING_RATES[method])))
 
     def searches(self, method: str) -> bool:
         """Return whether the method's learning rate is chosen among several."""
-        return len(self.rates_of(method)) > 1
+        return len(self.learning_rates(method)) > 1

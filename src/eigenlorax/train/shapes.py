@@ -16,7 +16,7 @@ _KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "wk", "wv")
 """Last name parts of projections whose number of heads is that of keys and values."""
 
 
-def shapes_of(model: str, revision: str | None = None) -> Shapes:
+def load_shapes(model: str, revision: str | None = None) -> Shapes:
     """Return the shapes of a model in a folder or on the Hub, quantised or not.
 
     Raises `HubError` if its config cannot be loaded, and `FormatError` if transformers does not support the model.
@@ -29,10 +29,10 @@ def shapes_of(model: str, revision: str | None = None) -> Shapes:
         ) from error
     with models.quiet():
         config = models.load_config(model, revision)
-        return of_config(config, model)
+        return from_config(config, model)
 
 
-def of_config(config: Any, model: str) -> Shapes:
+def from_config(config: Any, model: str) -> Shapes:
     """Return the shapes of a config's model. model: its name, for messages."""
     empty_model = _build_empty(config, model)
     text = config.get_text_config()

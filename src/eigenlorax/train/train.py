@@ -1,4 +1,4 @@
-"""Training of coefficients for a new task: rows in, an adapter folder out, and the adapter added to its pack."""
+"""Training of coefficients on a user's rows: saves the adapter in a folder, and adds it to the pack."""
 
 import errno
 import json
@@ -8,19 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from ..core import atomic_files, json_dataclasses, keys
+from ..core import atomic_files, keys
 from ..core.progress import Progress
 from ..errors import (
     AdapterNameError,
     BaselineWarning,
     EigenloraxError,
-    FormatError,
     NonFiniteError,
     OptionError,
     PackExistsError,
@@ -28,48 +26,16 @@ from ..errors import (
 )
 from ..pack import writer
 from ..pack.pack import Pack
-from ..version import __version__
-from . import baselines, data, evaluate, examples, models, trainer
-from .baselines import Baseline
+from . import baselines, data, evaluate, examples, models, trainer, training_record
 from .data import Labels, Table
-from .evaluate import ClassificationFigures, Figures, LanguageModelFigures
+from .evaluate import Figures
 from .options import TASKS, Training
-from .trainer import RECORD
+from .training_record import RECORD, TrainingResult
 
 CHECKPOINTS = "checkpoints"
-# parts of torch's messages if a file cannot be written
+"""Name of the folder of checkpoints in the folder of a training."""
+# torch raises a RuntimeError if a file cannot be written; its message contains one of these
 _WRITE_FAILURES = ("iostream error", "PytorchStreamWriter", "inline_container")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """Result of a training; the field names are those of the record and of `--json`.
-
-    rows: number of training rows. modules: modules with coefficients. numbers: trained coefficients. head_numbers:
-    other trained parameters. figures: of the trained model on the evaluation rows, None without these. baseline:
-    comparison with a baseline that needs no training. history: losses and accuracies during training. added: whether
-    the adapter is in the pack. delta_error, rounding_error: errors that adding caused, None if it was not added.
-    seconds: of this call.
-    """
-
-    name: str
-    task: str
-    model: str
-    labels: list[str] | None
-    rows: int
-    modules: int
-    numbers: int
-    head_numbers: int
-    steps: int
-    epochs: float
-    figures: Figures | None
-    baseline: Baseline
-    history: list[dict[str, float]]
-    folder: Path
-    added: bool
-    delta_error: float | None
-    rounding_error: float | None
-    seconds: float
 
 
 def train(
@@ -89,36 +55,40 @@ def train(
         pack: Folder of the pack.
         training: Task, rows and hyperparameters.
         output: Folder for the adapter and its checkpoints.
-        name: Name of the adapter in the pack. Default: that of the folder.
+        name: Name of the adapter in the pack. Default: the name of the folder `output`.
         add: Add the adapter to the pack if it is better than its baseline: the most frequent class, or the perplexity
-            of the base model. If it is not, a `BaselineWarning` is given, and `added` of the result is False.
-        force: Add it even if it is not better.
-        resume: Continue from the last checkpoint in `output`. A finished training is only added.
-        progress: Called with (stage, done, total).
+            of the base model. Otherwise warn with `BaselineWarning`.
+        force: Add the adapter even if it is not better than its baseline.
+        resume: Continue from the last checkpoint in `output`. If the training is finished, only add the adapter.
+        progress: Function that is called with (stage, done, total).
 
-    Raises `OptionError`, `FormatError`, `AdapterNameError` or `PackExistsError` before the training if something does
-    not fit, and `NonFiniteError` if it diverges.
+    Returns:
+        Result of the training. Its field `added` is False if the adapter was not added.
+
+    Raises:
+        OptionError: Options contradict each other, or the device has not enough memory.
+        FormatError: The rows or the base model cannot be read.
+        AdapterNameError: The name is invalid, or the pack has an adapter of this name.
+        PackExistsError: `output` is not empty, and `resume` is False.
+        NonFiniteError: The training diverges.
     """
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
     opened = Pack.open(pack)
-    name = _free_name(opened, name if name is not None else output.absolute().name, add)
-    if add and training.n_extra:
-        raise OptionError(
-            f"the pack cannot store an update on n_extra={training.n_extra} additional components. Train on a pack "
-            f"that has them: `eigenlorax augment {pack} --n-extra {training.n_extra} --seed {training.extra_seed} "
-            "-o PACK2`. Or pass add=False (--no-add)."
-        )
+    name = name if name is not None else output.absolute().name
+    keys.check_name(name)
+    if add:
+        _check_can_be_added(opened, pack, training, name)
     _check_output(output, resume)
-    table = data.read(training.train, training.columns.label)
-    held_out = data.read(training.evaluation, training.columns.label) if training.evaluation else None
+    train_table = data.read(training.train, training.columns.label)
+    evaluation_table = data.read(training.evaluation, training.columns.label) if training.evaluation else None
     models.check_installed()
     with models.quiet(), models.preserved_random_state():
-        run = _prepare(opened, pack, training, output, table, held_out)
+        run = _prepare(opened, pack, training, output, train_table, evaluation_table)
         result = _finished_result(output, run) if resume else None
         if result is None:
             result = _train_and_save(opened, training, output, run, resume, report)
             # written before adding, so that a failure to add can be resumed without training again
-            _write_record(output, run, result)
+            training_record.write(output, run.settings, run.labels, result)
             if not training.keeps_checkpoints:
                 atomic_files.remove(output / CHECKPOINTS)
         if not result.baseline.better:
@@ -135,13 +105,26 @@ def train(
         rounding_error=record.rounding_error if record else None,
         seconds=time.perf_counter() - started,
     )
-    _write_record(output, run, result)
+    training_record.write(output, run.settings, run.labels, result)
     return result
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A training, checked and ready to run. settings: all that it depends on, as JSON."""
+    """A training whose options were checked and whose rows are encoded.
+
+    Attributes:
+        model: Base model to load.
+        revision: Revision of the base model.
+        labels: Classes of the head; None for a language model.
+        tokenizer: Tokenizer of the base model.
+        config: `EigenLoraxConfig` of the adapter.
+        arguments: `TrainingArguments` of the Trainer.
+        rows: Encoded training rows.
+        evaluation: Encoded evaluation rows; None without evaluation rows.
+        collate: Function that makes a padded batch of rows.
+        settings: Everything that the training depends on, as JSON.
+    """
 
     model: str
     revision: str | None
@@ -155,17 +138,28 @@ class _Run:
     settings: dict[str, Any]
 
 
-def _free_name(pack: Pack, name: str, add: bool) -> str:
-    keys.check_name(name)
-    if add and name.lower() in {packed.lower() for packed in pack.names}:
+def _check_can_be_added(opened: Pack, pack: Path, training: Training, name: str) -> None:
+    """Raise unless the pack can store the adapter under this name."""
+    check_name_is_free(opened, name)
+    if training.n_extra:
+        raise OptionError(
+            f"the pack cannot store an update on n_extra={training.n_extra} additional components. Train on a pack "
+            f"that has them: `eigenlorax augment {pack} --n-extra {training.n_extra} --seed {training.extra_seed} "
+            "-o PACK2`. Or pass add=False (--no-add)."
+        )
+
+
+def check_name_is_free(pack: Pack, name: str) -> None:
+    """Raise `AdapterNameError` if the pack has an adapter of this name, upper and lower case being equal."""
+    if name.lower() in {packed.lower() for packed in pack.names}:
         raise AdapterNameError(
             f"the pack already has an adapter named {name!r}. Pass another name as name= (--name), or remove the old "
             "one first."
         )
-    return name
 
 
 def _check_output(output: Path, resume: bool) -> None:
+    """Raise unless `output` is a new or empty folder, or with `resume` the folder of a training."""
     writer.check_outside(output)
     atomic_files.check_is_folder(output)
     if resume and not (output / RECORD).is_file():
@@ -178,8 +172,10 @@ def _check_output(output: Path, resume: bool) -> None:
         )
 
 
-def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: Table, held_out: Table | None) -> _Run:
-    """Check everything and encode the rows. Nothing is written."""
+def _prepare(
+    opened: Pack, pack: Path, training: Training, output: Path, train_table: Table, evaluation_table: Table | None
+) -> _Run:
+    """Check the options and encode the rows, without writing a file."""
     from ..tuner import EigenLoraxConfig
 
     alpha = 2 * training.rank if training.alpha is None else training.alpha
@@ -195,25 +191,25 @@ def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: 
         task_type=TASKS[training.task],
     )
     # check the Trainer's options before loading a model; the number of rows may still change
-    trainer.arguments(training, output / CHECKPOINTS, len(table.rows))
-    model, revision = models.base_model_of(opened, training.model)
+    trainer.arguments(training, output / CHECKPOINTS, len(train_table.rows))
+    model, revision = models.resolve_base_model(opened, training.model)
     tokenizer = models.load_tokenizer(model, revision)
     max_length = examples.max_tokens(training.task, training.max_length, tokenizer, models.load_config(model, revision))
     labels, columns = None, training.columns
-    tables = [table, *([held_out] if held_out else [])]
+    tables = [train_table, *([evaluation_table] if evaluation_table else [])]
     if training.task == "text-classification":
-        labels = data.infer_labels(table, columns)
-        rows = [examples.encode_classification(file, labels, columns, tokenizer, max_length) for file in tables]
+        labels = data.infer_labels(train_table, columns)
+        rows = [examples.encode_classification(table, labels, columns, tokenizer, max_length) for table in tables]
     else:
-        rows = [examples.encode_language_model(file, columns, tokenizer, max_length) for file in tables]
+        rows = [examples.encode_language_model(table, columns, tokenizer, max_length) for table in tables]
     settings = {
         **json.loads(json.dumps(asdict(training), default=str)),
-        "train": data.rows_sha256(table),
-        "evaluation": data.rows_sha256(held_out) if held_out else None,
+        "train": data.rows_sha256(train_table),
+        "evaluation": data.rows_sha256(evaluation_table) if evaluation_table else None,
         "model": model,
         "subspace": opened.info.fingerprint,
     }
-    # a secret, which must not be written to the record
+    # the token is a secret and must not be written to the record
     settings["trainer_options"].pop("hub_token", None)
     return _Run(
         model=model,
@@ -223,20 +219,20 @@ def _prepare(opened: Pack, pack: Path, training: Training, output: Path, table: 
         config=config,
         arguments=trainer.arguments(training, output / CHECKPOINTS, len(rows[0])),
         rows=rows[0],
-        evaluation=rows[1] if held_out else None,
+        evaluation=rows[1] if evaluation_table else None,
         collate=examples.collator(training.task, tokenizer),
         settings=settings,
     )
 
 
 def _load_model(run: _Run) -> Any:
-    """Return the base model with coefficients, and with a head if the task has classes."""
+    """Load the base model, and add coefficients, and a head if the task has classes."""
     from peft import get_peft_model
     from transformers import set_seed
 
     set_seed(run.arguments.seed)
     model = get_peft_model(models.load_model(run.model, run.revision, run.labels, run.tokenizer), run.config)
-    # with a name, PEFT would query the Hub at every checkpoint; `_save` sets it
+    # with a name, PEFT would query the Hub at every checkpoint; `_save` sets the name
     model.peft_config["default"].base_model_name_or_path = ""
     if run.arguments.gradient_checkpointing or getattr(run.arguments, "activation_checkpointing", False):
         # the embeddings are frozen, so without this no gradient would reach the first checkpointed block
@@ -247,7 +243,7 @@ def _load_model(run: _Run) -> Any:
 def _train_and_save(
     opened: Pack, training: Training, output: Path, run: _Run, resume: bool, report: Progress
 ) -> TrainingResult:
-    """Train, evaluate, and save the adapter."""
+    """Train, evaluate and save the adapter. The name in the result and its fields about adding are not set yet."""
     model = _load_model(run)
     # the folder is removed again if the training cannot start
     with atomic_files.ensure_folder(output / CHECKPOINTS):
@@ -255,9 +251,9 @@ def _train_and_save(
             model, training, run.arguments, trainer.Rows(run.rows, run.evaluation, run.collate), report
         )
         if not resume:
-            _write_record(output, run, None)
+            training_record.write(output, run.settings, run.labels, None)
     with _clear_errors(output):
-        fit = _fit(model, hf_trainer, resume)
+        training_fields = _run_trainer(model, hf_trainer, resume)
 
     def measure(network: Any, rows: Sequence[examples.Example]) -> Figures:
         batch_size = run.arguments.per_device_eval_batch_size
@@ -284,12 +280,12 @@ def _train_and_save(
         delta_error=None,
         rounding_error=None,
         seconds=0.0,
-        **fit,
+        **training_fields,
     )
 
 
-def _fit(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
-    """Train the model, and return the fields of `TrainingResult` that the training gives."""
+def _run_trainer(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
+    """Train the model, and return the fields of `TrainingResult` from `modules` to `history`."""
     from ..tuner.layer import EigenLoraxLayer
 
     trained = {key: parameter.numel() for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -312,8 +308,9 @@ def _fit(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
 
 
 def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
+    """Save the adapter as a PEFT folder. base: the base model's name, for a pack that does not name one."""
     config = model.peft_config["default"]
-    # the id on the Hub, not the path on this machine
+    # prefer the id on the Hub to a path on this machine
     config.base_model_name_or_path = pack.base_model or base
     config.revision = pack.revision
     model.save_pretrained(output, save_embedding_layers=False)
@@ -322,7 +319,7 @@ def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
 
 @contextmanager
 def _clear_errors(output: Path) -> Iterator[None]:
-    """Replace the various errors of torch and safetensors for full memory and a full disk by ours."""
+    """Replace errors of torch and safetensors by `OptionError` (out of memory) or `OSError` (file not written)."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -341,7 +338,7 @@ def _clear_errors(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _mention_adapter_folder(pack: Path, name: str, output: Path) -> Iterator[None]:
-    """Add to errors of the block that the adapter was trained and saved."""
+    """Extend messages of errors in the block: name the folder of the trained adapter, and the command to add it."""
     try:
         yield
     except EigenloraxError as error:
@@ -350,70 +347,14 @@ def _mention_adapter_folder(pack: Path, name: str, output: Path) -> Iterator[Non
 
 
 def _finished_result(output: Path, run: _Run) -> TrainingResult | None:
-    """Return the result of the training in `output`, or None if it is not finished.
+    """Return the result of the training in `output`, or None if it has to be continued.
 
-    Raises `OptionError` if it has other settings, or cannot be resumed.
+    Raises `OptionError` if it has other settings, or checkpoints that cannot be resumed.
     """
-    record, settings = read_record(output), run.settings
-    stored = record.get("asked", {})
-    differing = sorted(option for option in settings if stored.get(option) != settings[option])
-    if differing:
-        first = differing[0]
-        raise OptionError(
-            f"{output} was begun with another {first}: {stored.get(first)!r} there, {settings[first]!r} now. "
-            "resume=True (--resume) continues the same training. Choose another folder for another training."
-        )
-    if record.get("result") is not None and (output / keys.ADAPTER_WEIGHTS).is_file():
-        return _parse_result(output, record["result"])
-    if run.arguments.save_only_model:
+    result = training_record.finished_result(output, run.settings)
+    if result is None and run.arguments.save_only_model:
         raise OptionError(
             "checkpoints written with save_only_model lack the optimizer's state, so that they cannot be resumed. "
             "Remove resume=True (--resume), and choose another folder."
         )
-    return None
-
-
-def _parse_result(output: Path, document: Any) -> TrainingResult:
-    """Return the result in a record. Raises `FormatError` if a field is missing or has another type."""
-    is_classification = isinstance(document, dict) and document.get("labels") is not None
-    figures = ClassificationFigures if is_classification else LanguageModelFigures
-    # the folder is not stored, because it may have been moved
-    types = {**get_type_hints(TrainingResult), "figures": figures | None, "folder": NoneType}
-    try:
-        fields = json_dataclasses.from_json(dict, document, "result")
-        parsed = {
-            name: json_dataclasses.from_json(type_, fields.get(name, ...), f"result.{name}")
-            for name, type_ in types.items()
-        }
-    except json_dataclasses.JsonTypeError as error:
-        raise FormatError(f"{output / RECORD} is not a record of `eigenlorax train`: {error}") from error
-    return TrainingResult(**{**parsed, "folder": output})
-
-
-def _write_record(output: Path, run: _Run, result: TrainingResult | None) -> None:
-    """Write the settings, which a resumed training must equal, and the result of a finished training."""
-    record = {
-        "eigenlorax": __version__,
-        "asked": run.settings,
-        "labels": list(run.labels.names) if run.labels else None,
-        "result": {**asdict(result), "folder": None} if result else None,
-    }
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    atomic_files.write_file(output / RECORD, text.encode("utf-8", errors="surrogatepass"))
-
-
-def read_record(output: Path) -> dict[str, Any]:
-    """Return the record of a training; `labels` are its class names in the order of the head, or None.
-
-    Raises `FormatError` if the folder was not written by `eigenlorax train`.
-    """
-    path = output / RECORD
-    if not path.is_file():
-        raise FormatError(f"{output} has no {RECORD}: it was not written by `eigenlorax train`.")
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("labels"), list | None):
-        raise FormatError(f"{path} is not a record of `eigenlorax train`.")
-    return record
+    return result

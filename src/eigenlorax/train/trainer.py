@@ -1,4 +1,4 @@
-"""transformers' Trainer for coefficients: its options, its progress, and its checkpoints."""
+"""The Trainer of transformers for coefficients: its options, progress and checkpoints."""
 
 import dataclasses
 import json
@@ -14,16 +14,26 @@ from ..core.options import suggestion
 from ..core.progress import Progress
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
 from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, MAX_POINTS, MIN_STEPS, OWN_OPTIONS, Training
+from .training_record import RECORD
 
 _RESERVED = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")
 """Fields of `TrainingArguments` that users must not set."""
-RECORD = "training.json"
-"""File in the folder of a training with its settings and its result."""
 _HISTORY = ("loss", "eval_loss", "eval_accuracy")
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Read fields of `TrainingArguments` from a YAML file. `arguments` checks their names and values."""
+    """Read fields of `TrainingArguments` from a YAML file.
+
+    Args:
+        path: YAML file with a mapping.
+
+    Returns:
+        Field → value. `arguments` checks names and values.
+
+    Raises:
+        FormatError: The file does not exist, is not YAML, or is not a mapping.
+        MissingExtraError: PyYAML is not installed.
+    """
     try:
         import yaml
     except ImportError as error:
@@ -50,9 +60,15 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
     """Return `TrainingArguments` from our defaults, the training's options, and its `trainer_options`.
 
     Args:
-        rows: Number of training rows, which sets the number of epochs if the training does not.
+        training: Options of the training.
+        checkpoints: Folder of the checkpoints.
+        rows: Number of training rows, which determines the default number of epochs.
 
-    Raises `OptionError` for unknown fields and invalid values.
+    Returns:
+        `TrainingArguments` of transformers.
+
+    Raises:
+        OptionError: A field is unknown or reserved, or has an invalid value.
     """
     import torch
     from transformers import TrainingArguments
@@ -100,7 +116,12 @@ def steps_per_epoch(training_arguments: Any, rows: int) -> int:
 
 
 def _default_schedule(per_epoch: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields for at least `MIN_STEPS` steps, with at most `MAX_POINTS` evaluations and checkpoints."""
+    """Return fields for at least `MIN_STEPS` steps, with at most `MAX_POINTS` evaluations and checkpoints.
+
+    Args:
+        per_epoch: Optimizer steps per epoch.
+        fields: Fields of `TrainingArguments` so far.
+    """
     epochs = math.ceil(max(fields["num_train_epochs"], MIN_STEPS / per_epoch))
     every = math.ceil(epochs / MAX_POINTS)
     kinds = ("eval", "save", "logging")
@@ -143,7 +164,13 @@ def _convert(name: str, value: Any, field_type: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """Encoded rows of a training. evaluation: None without evaluation rows."""
+    """Encoded rows of a training.
+
+    Attributes:
+        train: Training rows.
+        evaluation: Evaluation rows; None without evaluation rows.
+        collate: Function that makes a padded batch of rows.
+    """
 
     train: Any
     evaluation: Any
@@ -151,9 +178,19 @@ class Rows:
 
 
 def make(model: Any, training: Training, training_arguments: Any, rows: Rows, progress: Progress) -> Any:
-    """Return a Trainer that prints nothing, reports its steps, and raises `NonFiniteError` if the loss is NaN or Inf.
+    """Return a Trainer that prints nothing and reports its steps.
 
-    Its checkpoints get the permissions of the record beside them.
+    It raises `NonFiniteError` if the loss is NaN or Inf. Its checkpoints get the permissions of the record beside them.
+
+    Args:
+        model: PEFT model with trainable parameters.
+        training: Options of the training.
+        training_arguments: Result of `arguments`.
+        rows: Encoded rows.
+        progress: Function that is called with ("training", step, number of steps).
+
+    Raises:
+        OptionError: The Trainer rejects its options.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -198,7 +235,7 @@ def make(model: Any, training: Training, training_arguments: Any, rows: Rows, pr
 
 
 def _optimizer(model: Any, training: Training, training_arguments: Any) -> Any:
-    """Return SOAP for the coefficients, with those of Adam's options that the user set."""
+    """Return SOAP for the coefficients, with the Adam options that the user passed to the Trainer."""
     from ..tuner import SOAP, coefficient_groups
     from ..tuner.optim import BETAS, EPSILON
 
@@ -216,7 +253,10 @@ def _optimizer(model: Any, training: Training, training_arguments: Any) -> Any:
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the last complete checkpoint. An incomplete one lacks the Trainer's state, which is written last."""
+    """Return the last complete checkpoint in a folder, or None.
+
+    An incomplete checkpoint lacks the Trainer's state, which is written last.
+    """
     complete = [path for path in checkpoints.glob("checkpoint-*") if _is_complete(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -230,7 +270,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return the losses and accuracies that the Trainer logged, with their epoch and step."""
+    """Return the losses and accuracies in the Trainer's log, with their epoch and step."""
     return [
         {"epoch": entry["epoch"], "step": entry["step"], **{name: entry[name] for name in _HISTORY if name in entry}}
         for entry in log

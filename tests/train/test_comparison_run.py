@@ -9,9 +9,9 @@ import torch
 import tiny
 import trainable
 from eigenlorax.errors import NonFiniteError
-from eigenlorax.train import examples, methods, training_run
+from eigenlorax.train import comparison_run, examples, methods
+from eigenlorax.train.comparison_run import Recipe, RunData
 from eigenlorax.train.methods import CommonConfig
-from eigenlorax.train.training_run import Recipe, RunData
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def run(encoded, tokenizer, seed=3, **changed):
     base = tiny.make_bert(len(LABELS))
     model = methods.apply_method("lora", {"r": 2}, base, CommonConfig(["query", "value"], "SEQ_CLS"))
     recipe = Recipe(**{**QUICK, **changed})
-    return model, training_run.run(
+    return model, comparison_run.run(
         model,
         RunData(rows, test[:11], test, examples.collator("text-classification", tokenizer)),
         recipe,
@@ -76,8 +76,8 @@ def test_predictions_are_in_the_order_of_the_rows(done, encoded):
         alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy() for row in test]
     np.testing.assert_allclose(found.predictions, np.stack(alone), atol=1e-4)
     wanted = np.array([row["labels"] for row in test])
-    assert found.score == training_run.accuracy(found.predictions, wanted)
-    assert found.checkpoints[-1].score == training_run.accuracy(found.predictions[:11], wanted[:11])
+    assert found.score == comparison_run.accuracy(found.predictions, wanted)
+    assert found.checkpoints[-1].score == comparison_run.accuracy(found.predictions[:11], wanted[:11])
 
 
 def test_numbers_are_counted(done):
