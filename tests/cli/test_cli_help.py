@@ -19,6 +19,7 @@ import eigenlorax
 import eigenlorax as ex
 from adapters import make_adapter
 from children import at_change, buffered_environment, command, needs_fork
+from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import app, main
 from fake_hub import FakeHub, running
 from outcomes import assert_usage_error, contents, succeeded
@@ -83,6 +84,16 @@ def test_help_names_every_verb(cli):
     out = succeeded(cli("--help")).out
     assert all(re.search(rf"^│ {verb} ", out, re.MULTILINE) for verb in VERBS)
     assert "eigenlorax demo" in out
+
+
+def test_help_has_the_decision_table(cli):
+    out = succeeded(cli("--help")).out
+    words = " ".join(out.split())
+    assert len(GOALS) == 5
+    for goal in GOALS:
+        assert " ".join([f"{goal.purpose}:", *goal.commands, goal.cost]) in words
+        # a command that is wrapped cannot be copied
+        assert all(f"   {command}\n" in out for command in goal.commands)
 
 
 @pytest.mark.parametrize("columns", [80, 120])

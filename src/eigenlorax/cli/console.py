@@ -133,6 +133,14 @@ def say(sentence: str = "") -> None:
     _print(sentence)
 
 
+def print_help(paragraph: str) -> None:
+    """Print a paragraph of a help text to stdout. Like typer's, it is wrapped even if stdout is not a terminal."""
+    from . import layout
+
+    console = _console()
+    console.print("\n".join(layout.wrapped(paragraph, console.width)))
+
+
 def print_command(command: str) -> None:
     """Print a command line to stdout, without wrapping it, so that it can be copied."""
     _print(command, wrap=False)

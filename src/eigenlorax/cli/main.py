@@ -34,6 +34,7 @@ from . import (
     train,
     verbs,
 )
+from .goals import GOALS
 
 IO_ERROR, INTERRUPTED = 6, 130
 _OUTPUT = ": the results could not be printed. The verb itself may have succeeded."
@@ -51,6 +52,18 @@ class _Verbs(verbs.HelpWithoutTypes, TyperGroup):
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _printable_usage():
             return super().make_context(*arguments, **options)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, and the decision table below it."""
+        super().format_help(ctx, formatter)
+        for goal in GOALS:
+            console.print_help(f" {goal.purpose}:")
+            for command in goal.commands:
+                console.print_command(f"   {command}")
+            console.print_help(f"   {goal.cost}")
+            console.say()
+        console.print_help(" Try it on real adapters, offline: eigenlorax demo")
+        console.say()
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -74,7 +87,6 @@ app = typer.Typer(
     name="eigenlorax",
     cls=_Verbs,
     help="Store, train and serve LoRA adapters as coefficients in one shared principal subspace.",
-    epilog="Start with: eigenlorax demo. With your own adapters: eigenlorax fit adapters/ -o pack/",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,0 +1,49 @@
+"""The decision table of `eigenlorax --help` and of the README: what a user wants, with which commands, at what cost."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One row of the decision table.
+
+    Attributes:
+        purpose: What the user wants.
+        commands: Commands that do it, in this order.
+        cost: What it costs, and what it excludes.
+    """
+
+    purpose: str
+    commands: tuple[str, ...]
+    cost: str
+
+
+GOALS = (
+    Goal(
+        "Make a collection small",
+        ("eigenlorax fit adapters/ -o pack/ --max-error 0.1",),
+        "Every adapter stays within the error, related or not. Not for training, nor for vLLM's shared basis.",
+    ),
+    Goal(
+        "Train new tasks on coefficients",
+        ("eigenlorax fit adapters/ -o pack/ -k 32", "eigenlorax train pack/ --task TASK --train ROWS -o new/"),
+        "Far fewer trained parameters than a LoRA, often lower accuracy. Adapters in the pack are exact only as far as "
+        "they share a subspace.",
+    ),
+    Goal(
+        "Serve many adapters from one model",
+        ("eigenlorax fit adapters/ -o pack/ -k 32", "eigenlorax serve-check pack/ --model MODEL"),
+        "With a shared basis, an adapter takes little memory, and answers with the error that it has in the pack. "
+        "Without, vLLM and AdapterBank take packs of every kind.",
+    ),
+    Goal(
+        "See whether adapters share a subspace",
+        ("eigenlorax report pack/ -a adapters/ -o report.html",),
+        "Needs the original adapters. Fits some of them again, which takes longer than the first fit.",
+    ),
+    Goal(
+        "Get ordinary LoRAs back",
+        ("eigenlorax export pack/ -o loras/",),
+        "For PEFT, vLLM, diffusers and web UIs. The files are as large as the originals were.",
+    ),
+)
