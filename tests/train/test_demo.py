@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -9,9 +10,9 @@ import torch
 import children
 import eigenlorax as ex
 from eigenlorax.cli import main
-from eigenlorax.errors import MissingExtraError
+from eigenlorax.errors import MissingExtraError, PackExistsError
 from eigenlorax.reports import stored
-from eigenlorax.train import demo, methods, new_task, recycled_evaluation
+from eigenlorax.train import data, demo, demo_files, methods, new_task, recycled_evaluation
 from outcomes import json_of
 
 pytestmark = pytest.mark.slow
@@ -198,3 +199,35 @@ def test_the_committed_result_is_one_of_this_demo():
     found = json.loads(path.read_text("utf-8"))
     assert sorted(one["name"] for one in found["outcomes"]) == sorted(demo.descriptions())
     assert sorted(one["name"] for one in found["outcomes"] if not one["in_fit"]) == sorted(demo.HELD_OUT)
+
+
+class TestTheFiles:
+    @pytest.fixture(autouse=True)
+    def _model(self, tmp_path, monkeypatch):
+        """A small folder in the place of the base model, whose 90 MB other tests write."""
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model/config.json").write_text("{}")
+        monkeypatch.setattr(demo, "model_folder", lambda: tmp_path / "model")
+
+    def test_adapters_and_rows_are_those_of_the_demo(self, tmp_path):
+        files = demo_files.write(tmp_path / "demo")
+        assert {path.name for path in files.new.iterdir()} == set(demo.HELD_OUT)
+        assert {path.name for path in files.adapters.iterdir()} == set(demo.descriptions()) - set(demo.HELD_OUT)
+        assert (files.model / "config.json").is_file()
+        task = new_task.read()
+        for path, expected in ((files.train, task.train), (files.test, task.test)):
+            rows = [(row["text"], task.labels.index(row["label"])) for row in data.read(path).rows]
+            assert rows == expected
+        spam = [(row["text"], ("ham", "spam").index(row["label"])) for row in data.read(files.spam).rows]
+        assert spam == [(sentence.text, sentence.label) for sentence in demo.sentences("sms_spam")]
+        assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+            path.name for path in dataclasses.astuple(files)
+        }
+
+    def test_a_folder_that_is_not_empty_is_replaced_on_request_only(self, tmp_path):
+        files = demo_files.write(tmp_path / "demo")
+        files.train.write_text("text,label\n")
+        with pytest.raises(PackExistsError, match="not empty"):
+            demo_files.write(tmp_path / "demo")
+        demo_files.write(tmp_path / "demo", overwrite=True)
+        assert len(data.read(files.train).rows) == 200

@@ -88,7 +88,12 @@ def add(
 
 
 def _extension(before: "SubspaceInfo", after: "SubspaceInfo") -> dict[str, int]:
-    """Return the JSON of an extension: appended components, sides that grew, the most on one side, and bytes."""
+    """Return the JSON of an extension.
+
+    Returns:
+        `directions`: components appended to all sides together; `sides`: number of sides that grew; `most`: largest
+        number of components appended to one side; `basis_bytes`: bytes added to the stored bases.
+    """
     appended = [
         side.k - before.modules[module][name].k for module, pair in after.modules.items() for name, side in pair.items()
     ]

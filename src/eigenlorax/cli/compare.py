@@ -146,9 +146,17 @@ def compare(
 
 
 def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
-    """Parse values of `--learning-rates`: "METHOD=A,B,C" for one method, "A,B,C" for all that are not named.
+    """Parse the values of `--learning-rates`.
 
-    Raises `OptionError` for a value that is not a list of numbers, or a method that is named twice.
+    Args:
+        arguments: "METHOD=A,B,C" for one method, or "A,B,C" for all methods without a value of their own.
+        methods: Names of the compared methods.
+
+    Returns:
+        Learning rates by method, without the methods that no argument applies to.
+
+    Raises:
+        OptionError: An argument is not a list of numbers, or two apply to the same method.
     """
     rates_by_method: dict[str, list[float]] = {}
     seen: list[str] = []

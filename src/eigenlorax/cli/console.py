@@ -102,13 +102,13 @@ def note(message: str) -> None:
 
 
 def interrupted(message: str) -> None:
-    """Print to stderr that the verb was interrupted, and what that leaves behind."""
+    """Print to stderr that the verb was interrupted, and the state in which it left its output."""
     _print(f" {message}", "Interrupted.", "bold red", stderr=True)
 
 
 @contextmanager
 def explain_interrupt(describe_state: Callable[[], str]) -> Iterator[None]:
-    """Add to a KeyboardInterrupt of the block what it leaves behind."""
+    """Add the state of the output to a KeyboardInterrupt of the block."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -116,7 +116,15 @@ def explain_interrupt(describe_state: Callable[[], str]) -> Iterator[None]:
 
 
 def _print(text: str, label: str = "", style: str = "", *, stderr: bool = False, wrap: bool = True) -> None:
-    """Print a text, wrapped to the terminal's width. label: printed before it, in another style."""
+    """Print a text.
+
+    Args:
+        text: The text. Control characters are escaped.
+        label: Words printed before the text, in `style`.
+        style: Style of rich, such as "bold red".
+        stderr: Print to stderr instead of stdout.
+        wrap: Break lines at the terminal's width.
+    """
     from rich.text import Text
 
     from . import layout
@@ -166,7 +174,14 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
-    """Print a table to stdout. numbers: indices of columns that are aligned to the right. Cells are never truncated."""
+    """Print a table to stdout. Cells are never truncated.
+
+    Args:
+        title: Line above the table, or "".
+        header: Names of the columns.
+        rows: Cells of each row.
+        numbers: Indices of columns that are aligned to the right.
+    """
     from . import layout
 
     names, *cells = [[printable.one_line(cell) for cell in row] for row in (header, *rows)]
@@ -174,7 +189,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _print_block(title: str, heads: Sequence[str], body: Sequence[str]) -> None:
-    """Print lines between empty ones. heads: lines of a table's header, and the rule below it."""
+    """Print lines between empty ones.
+
+    Args:
+        title: Line above the block, or "".
+        heads: Lines of a table's header and the rule below it, or nothing.
+        body: Lines of the table's rows.
+    """
     from rich.text import Text
 
     if title:

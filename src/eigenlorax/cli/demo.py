@@ -76,7 +76,7 @@ def demo(
         writer.check_free(keep / "pack", overwrite)
         atomic_files.check_free(keep / "loras", overwrite)
     with tempfile.TemporaryDirectory() as temporary, console.working() as progress:
-        result = demonstration.run(
+        demo_run = demonstration.run(
             keep or Path(temporary),
             n_components=n_components,
             training=training,
@@ -93,13 +93,13 @@ def demo(
                 "seconds": seconds,
                 "environment": collect(),
                 "kept": str(keep) if keep else None,
-                "summary": asdict(result.summary),
-                "outcomes": [asdict(outcome) for outcome in result.outcomes],
-                "new_task": [asdict(attempt) for attempt in result.attempts],
+                "summary": asdict(demo_run.summary),
+                "outcomes": [asdict(outcome) for outcome in demo_run.outcomes],
+                "new_task": [asdict(attempt) for attempt in demo_run.attempts],
             }
         )
         return
-    _print(result, seconds)
+    _print(demo_run, seconds)
     if keep is not None:
         page = keep / "pack" / keys.REPORT_PAGE
         console.note(

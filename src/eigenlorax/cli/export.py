@@ -70,7 +70,9 @@ def export(
         console.print_json(
             {
                 "written": {name: str(path) for name, path in written.items()},
-                "adapters": {name: {**asdict(each), "error_bound": each.bound} for name, each in errors.items()},
+                "adapters": {
+                    name: {**asdict(figures), "error_bound": figures.bound} for name, figures in errors.items()
+                },
             }
         )
     else:
@@ -92,16 +94,18 @@ def export(
 
 
 def _bound_note(errors: Mapping[str, "ExportErrors"], max_error: float | None) -> str | None:
-    """Return a sentence about adapters that rounding may have brought above the pack's error bound, if there are any.
+    """Return a note on adapters that may exceed the pack's error bound because of rounding, or None.
 
-    errors: by name. max_error: the bound that the pack was fitted to, if it was fitted to one.
+    Args:
+        errors: Errors of the exported adapters, by name.
+        max_error: Error bound of the pack's fit, or None if it had none.
     """
     if max_error is None:
         return None
     above = {
-        name: each
-        for name, each in errors.items()
-        if each.delta_error <= max_error < each.bound and each.rounding > EXACT
+        name: figures
+        for name, figures in errors.items()
+        if figures.delta_error <= max_error < figures.bound and figures.rounding > EXACT
     }
     if not above:
         return None

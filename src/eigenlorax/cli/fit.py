@@ -274,7 +274,13 @@ def _manifest(pack_folder: Path) -> bytes | None:
 
 
 def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints: Path) -> str:
-    """Return what an interrupted fit leaves behind. old_manifest: of the pack that was there before, if any."""
+    """Describe the state after an interrupted fit.
+
+    Args:
+        output: Folder of the pack.
+        old_manifest: Manifest of the pack that was there before the fit, or None.
+        checkpoints: Folder of fitted modules.
+    """
     from ..core import checkpoint
 
     if _manifest(output) != old_manifest:
@@ -288,9 +294,17 @@ def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints
 
 
 def _write_report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **reading: Any) -> str | None:
-    """Write the report into the pack, and return its headline; None, with a note, if there is no report.
+    """Write the report into the pack.
 
-    reading: options of reading the adapters.
+    Args:
+        pack: The fitted pack.
+        adapters: Its adapters, as given to `fit`.
+        folder: Folder of the pack.
+        progress: Called with the progress of the report.
+        reading: Options of reading the adapters.
+
+    Returns:
+        The headline of the report, or None if none was written. A note then gives the reason.
     """
     from ..reports import extra, stored
 

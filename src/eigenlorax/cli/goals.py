@@ -1,4 +1,4 @@
-"""The decision table of `eigenlorax --help` and of the README: what a user wants, with which commands, at what cost."""
+"""Decision table of `eigenlorax --help` and of the README: goals, their commands, and their costs."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ class Goal:
     """One row of the decision table.
 
     Attributes:
-        purpose: What the user wants.
-        commands: Commands that do it, in this order.
-        cost: What it costs, and what it excludes.
+        purpose: Goal of the user.
+        commands: Commands for it, in this order.
+        cost: Costs and limits.
     """
 
     purpose: str

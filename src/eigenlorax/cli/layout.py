@@ -34,11 +34,11 @@ def fields(pairs: Iterable[tuple[str, str]], width: int | None, indent: str = MA
     """Return lines of names and values. A value with a word that is too long for its column goes below its name."""
     pairs = list(pairs)
     name_width = max((cell_len(name) for name, _ in pairs), default=0)
-    room = None if width is None else width - cell_len(indent) - name_width - len(GAP)
+    value_width = None if width is None else width - cell_len(indent) - name_width - len(GAP)
     lines = []
     for name, value in pairs:
-        if room is None or _least_width(value) <= room:
-            first, *following = wrapped(value, room)
+        if value_width is None or _least_width(value) <= value_width:
+            first, *following = wrapped(value, value_width)
             lines.append(f"{indent}{_padded(name, name_width)}{GAP}{first}".rstrip(" "))
             lines += [f"{indent}{' ' * name_width}{GAP}{line}" for line in following]
         else:

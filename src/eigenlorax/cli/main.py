@@ -41,7 +41,7 @@ _OUTPUT = ": the results could not be printed. The verb itself may have succeede
 
 
 class _InterruptError(Exception):
-    """Replaces KeyboardInterrupt, which typer would turn into an exit without a message."""
+    """Interrupt of a verb. typer would turn a KeyboardInterrupt into an exit without a message."""
 
 
 # defined by click, or by the copy of click in newer releases of typer

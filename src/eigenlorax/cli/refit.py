@@ -1,4 +1,4 @@
-"""`eigenlorax refit`: fit another subspace to the adapters of a pack, and show what changed for each of them."""
+"""`eigenlorax refit`: fit another subspace to the adapters of a pack, and show each adapter's change."""
 
 import time
 from dataclasses import asdict
@@ -200,13 +200,13 @@ def _print_tables(old: "Pack", refitted: "Refit", output: Path, seconds: float) 
 
 
 def _change_row(change: "Change") -> tuple[str, ...]:
-    def error(value: float | None, *, is_bound: bool = False) -> str:
-        return "untrained" if value is None else ("≤ " if is_bound else "") + console.format_error(value)
+    def cell(error: float | None, *, is_bound: bool = False) -> str:
+        return "untrained" if error is None else ("≤ " if is_bound else "") + console.format_error(error)
 
     return (
         "its original" if change.from_original else "the pack",
-        error(change.error_before),
-        error(change.error_after, is_bound=change.bound),
+        cell(change.error_before),
+        cell(change.error_after, is_bound=change.bound),
         "" if change.moved is None else console.format_error(change.moved),
         f"{change.bytes_before:,}",
         f"{change.bytes_after:,}",

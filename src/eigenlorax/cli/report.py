@@ -1,4 +1,4 @@
-"""`eigenlorax report`: report whether a pack's adapters share a subspace, and what the pack costs them."""
+"""`eigenlorax report`: report whether a pack's adapters share a subspace, and the error that the pack adds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +40,14 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _MeasureOptions:
-    """Options of measuring the original adapters. reading: keywords for reading them."""
+    """Options of measuring the original adapters.
+
+    Attributes:
+        adapters: The adapters, as for `fit`.
+        reading: Keywords for reading them.
+        left_out: Number of adapters for leave-one-out fits. None: as many as time allows.
+        seed: Seed of samples and of random subspaces.
+    """
 
     adapters: Sequence[str]
     reading: Mapping[str, Any]
@@ -50,7 +57,18 @@ class _MeasureOptions:
 
 @dataclass(frozen=True, slots=True)
 class _EvaluationOptions:
-    """Options of an evaluation on rows, as given on the command line."""
+    """Options of an evaluation on rows, as passed on the command line.
+
+    Attributes:
+        targets: Values of `--evaluate`.
+        ratios: Compression ratios at which packs are evaluated too.
+        model: Base model, or None for the pack's.
+        task: Task, or None for the adapter's task type.
+        labels: Values of `--labels`.
+        columns: Names of the rows' columns.
+        batch_size: Rows per batch.
+        max_length: Maximum number of tokens per row, or None for the task's default.
+    """
 
     targets: Sequence[str]
     ratios: Sequence[float]
@@ -188,15 +206,15 @@ def report(
         if adapters:
             reading = {"allow_pickle": allow_pickle, "revision": revision}
             measure = _MeasureOptions(adapters, reading, left_out_count, seed)
-            result = _report_on_originals(opened, measure, evaluation, progress)
+            pack_report = _report_on_originals(opened, measure, evaluation, progress)
         else:
-            result = stored.load(opened) or make_report(opened, seed=seed, progress=progress)
+            pack_report = stored.load(opened) or make_report(opened, seed=seed, progress=progress)
         for path in output or ():
-            files.write(result, path)
+            files.write(pack_report, path)
     if json:
-        console.print_document(files.to_json(result))
+        console.print_document(files.to_json(pack_report))
         return
-    print_verdict(result)
+    print_verdict(pack_report)
     for path in output or ():
         console.note(f"{path} was written.")
 
@@ -204,7 +222,7 @@ def report(
 def _report_on_originals(
     pack: "Pack", measure: _MeasureOptions, evaluation: _EvaluationOptions, progress: "Progress"
 ) -> "Report":
-    """Return the report with all that needs the original adapters."""
+    """Return the report, including the measurements that need the original adapters."""
     from ..reports import originals, with_evaluations
     from ..reports import report as make_report
 
@@ -228,10 +246,10 @@ def _report_on_originals(
     versions = None
     if evaluation.ratios:
         versions = ratios.prepare(pack, matched.adapters, plan, evaluation.ratios, progress)
-    result = make_report(pack, matched, left_out=measure.left_out, seed=measure.seed, progress=progress)
+    measured = make_report(pack, matched, left_out=measure.left_out, seed=measure.seed, progress=progress)
     if versions is not None:
-        return with_evaluations(result, *ratios.run(matched.adapters, plan, versions, progress))
-    return with_evaluations(result, recycled_evaluation.run(pack, matched.adapters, plan, progress))
+        return with_evaluations(measured, *ratios.run(matched.adapters, plan, versions, progress))
+    return with_evaluations(measured, recycled_evaluation.run(pack, matched.adapters, plan, progress))
 
 
 def print_verdict(report: "Report") -> None:
@@ -274,12 +292,12 @@ def _parse_ratios(argument: str | None) -> list[float]:
     if argument is None:
         return []
     try:
-        values = [float(number) for number in argument.split(",")]
+        numbers = [float(number) for number in argument.split(",")]
     except ValueError:
         raise OptionError(f"--frontier takes ratios separated by commas, such as 5,20,50, got {argument!r}.") from None
     from ..train import ratios
 
-    return ratios.check(values)
+    return ratios.check(numbers)
 
 
 def _parse_target(argument: str, pack: "Pack") -> tuple[str | None, Path]:

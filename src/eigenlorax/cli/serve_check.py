@@ -89,7 +89,7 @@ def _print(checked: "Check") -> None:
 
 
 def _group_by_reason(refused: "Mapping[str, str]") -> list[str]:
-    """Return one sentence per reason, that of the most adapters first."""
+    """Return one sentence per reason, sorted by the number of adapters, largest first."""
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in refused.items():
         names_by_reason.setdefault(reason, []).append(name)
@@ -129,7 +129,7 @@ def _bytes(tier: "MemoryUse | None", name: str) -> str:
 
 
 def _times(plan: "Plan", name: str) -> str:
-    """Return expanded bytes divided by those with a shared basis; empty if one of them is missing."""
+    """Return expanded bytes divided by shared-basis bytes, or "" if either is missing."""
     if plan.expanded is None or plan.shared is None or name == "basis_bytes":
         return ""
     shared = getattr(plan.shared, name)
@@ -148,7 +148,7 @@ def _plan_sentences(plan: "Plan") -> list[str]:
 
 
 def _compare(plan: "Plan", expanded: int, shared: int) -> str:
-    """Return a sentence that compares the GPU memory of both modes, and says from how many slots sharing pays."""
+    """Return a sentence that compares the GPU memory of both modes, and gives the break-even number of slots."""
     n = plan.choices.max_loras
     slots = f"{n:,} slot{'s' * (n > 1)}"
     if plan.from_slots is None:

@@ -35,7 +35,7 @@ class HelpWithoutTypes:
 
 
 class Verb(HelpWithoutTypes, TyperCommand):
-    """A verb, whose epilog is a list of commands. typer would wrap them, or separate them by empty lines."""
+    """Verb with examples below its help. typer would wrap the lines of an epilog, or separate them by empty ones."""
 
     def __init__(self, *arguments: Any, epilog: str | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
