@@ -216,6 +216,16 @@ def from_factors(name: str, modules: Mapping[str, LoRAFactors], **fields: Any) -
         name: Name of the adapter.
         modules: Factors by module name.
         fields: Other fields of `Adapter`.
+
+    Raises:
+        ShapeError: The factors of a module do not share a rank.
+
+    Example:
+        >>> import torch
+        >>> from eigenlorax import LoRAFactors, from_factors
+        >>> update = LoRAFactors(down=torch.ones(4, 16), up=torch.ones(8, 4), scaling=2.0)
+        >>> from_factors("a", {"layer.0.query": update}).ranks
+        (4,)
     """
     specs = {module: factors.spec for module, factors in modules.items()}
     return Adapter(name=name, specs=specs, modules=modules, **fields)

@@ -122,6 +122,15 @@ def fit(
         OptionError: Options contradict each other, or a target cannot be reached.
         FormatError, ShapeError, NonFiniteError: An adapter cannot be read.
         BaseModelError, ModuleNameError: Adapters do not belong together.
+
+    Example:
+        >>> import eigenlorax
+        >>> pack = eigenlorax.fit("adapters/", max_error=0.1)
+        >>> pack.names
+        ['a', 'b', 'c']
+        >>> all(record.delta_error <= 0.1 for record in pack.records.values())
+        True
+        >>> path = pack.save("pack/")
     """
     if isinstance(adapters, Pack):
         raise OptionError("a pack is not a collection of originals: pass it to eigenlorax.refit, or export it first.")

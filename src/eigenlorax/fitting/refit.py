@@ -123,6 +123,13 @@ def refit(
     Raises:
         OptionError: The pack has no adapter, or options contradict each other.
         FormatError, ShapeError, NonFiniteError: An adapter cannot be fitted.
+
+    Example:
+        >>> import eigenlorax
+        >>> pack = eigenlorax.fit("adapters/", n_components=2)
+        >>> refitted = eigenlorax.refit(pack, "adapters/", max_error=0.1).pack
+        >>> refitted.is_coded
+        True
     """
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
     warn_above = check_warn_above(warn_above)

@@ -76,6 +76,12 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
     Raises:
         FormatError: None of the adapters is in the pack.
         PackDamagedError: A file of the pack was changed.
+
+    Example:
+        >>> import eigenlorax
+        >>> pack = eigenlorax.fit("adapters/", max_error=0.1)
+        >>> eigenlorax.verify(pack, "adapters/").holds
+        True
     """
     report = progress or (lambda stage, done, total: None)
     pack.verify()
