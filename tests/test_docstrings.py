@@ -1,7 +1,6 @@
 """Examples in the docstrings of public names run, and say what is true."""
 
 import doctest
-import inspect
 
 import pytest
 
@@ -28,10 +27,3 @@ def test_the_example_of(test, tmp_path, monkeypatch, without_shape_checks):
     outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert outcome.attempted
     assert not outcome.failed
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if inspect.isfunction(getattr(eigenlorax, name))])
-def test_every_public_function_has_an_example_and_says_what_it_raises(name):
-    text = inspect.getdoc(getattr(eigenlorax, name))
-    assert "Raises" in text
-    assert ">>>" in text

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import keys
+import torch
+
+from ..core import dtypes, keys
 from ..core.adapter import Adapter, Origin
 from ..core.options import suggestion
 from ..errors import OptionError
@@ -60,6 +62,12 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
         FormatError: The source is not an adapter, is damaged, or has a tensor that is not recognised.
         HubError, UrlError: The source cannot be reached.
         OptionError: The format is unknown.
+
+    Example:
+        >>> import eigenlorax
+        >>> adapter = eigenlorax.read_adapter("adapters/a")
+        >>> adapter.ranks, len(adapter.modules)
+        ((3,), 3)
     """
     if format is not None:
         return _format(format).read(source, **options)
@@ -67,18 +75,33 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
     return (peft.read if location.file is None else reader.read)(location, **options)
 
 
-def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = None, **options: Any) -> Path:
+def write_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write an adapter, completely or not at all, and return the path.
 
     Args:
         adapter: The adapter.
         path: A folder for "peft", a file for the formats of single files.
         format: A name in `FORMATS`. Default: the format that the adapter was read from.
-        options: Options of the writer: `dtype` of the factors, and `overwrite`.
+        dtype: Dtype of the factors. Default: the adapter's own.
+        overwrite: Replace what is at `path`.
 
     Raises:
         OptionError: The format cannot be written, or cannot represent a tensor of the adapter.
         PackExistsError: `path` exists, and `overwrite` is not set.
+        NonFiniteError: A factor has NaN or Inf, or numbers outside the range of `dtype`.
+
+    Example:
+        >>> import eigenlorax
+        >>> adapter = eigenlorax.read_adapter("adapters/a")
+        >>> eigenlorax.write_adapter(adapter, "loras/a", dtype="float16").name
+        'a'
     """
     target = format if format is not None else format_of(adapter.origin)
     write = writable(target).write
@@ -87,7 +110,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str | None = No
         raise OptionError(f"{path} is a URL. Adapters can be read from URLs, but only written to local folders.")
     if target == PEFT and format_of(adapter.origin) != PEFT:
         adapter = writer.for_peft(adapter)
-    return write(adapter, Path(path), **options)
+    return write(adapter, Path(path), dtype=dtypes.parse(dtype), overwrite=overwrite)
 
 
 def check_writable(adapter: Adapter, format: str) -> None:
