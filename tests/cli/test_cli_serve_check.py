@@ -296,7 +296,7 @@ class TestWhatIsNotServed:
     def test_an_empty_pack(self, cli, fitting, model):
         succeeded(cli("remove", fitting, "a", "b", "c"))
         run = succeeded(cli("serve-check", fitting, "--model", model))
-        assert "nothing of the pack can be served" in run.err
+        assert "no adapter of the pack can be served" in run.err
         assert "vllm serve" not in run.out
         assert "0 of 0" in run.out
 
@@ -354,7 +354,7 @@ class TestWhatIsRefused:
         pack = make_pack(tmp_path, base="org/base")
         flat = make_config(tmp_path / "flat", num_hidden_layers=1)
         done = cli("serve-check", pack, "--model", flat)
-        assert_refused(done, 3, "lacks 2 of the 4 modules", "model.layers.1.", "the pack says 'org/base'")
+        assert_refused(done, 3, "lacks 2 of the 4 modules", "model.layers.1.", "the pack states 'org/base'")
 
     def test_a_pack_that_is_not_there(self, cli, tmp_path, model):
         assert_refused(cli("serve-check", tmp_path / "none", "--model", model), 4, "none")
@@ -375,7 +375,7 @@ class TestWhatIsRefused:
 
     def test_gpus_that_cannot_share_the_model(self, cli, fitting, model):
         done = cli("serve-check", fitting, "--model", model, "--tensor-parallel-size", 3)
-        assert_refused(done, 3, "has 4 attention heads", "--tensor-parallel-size) has to divide 4")
+        assert_refused(done, 3, "has 4 attention heads", "--tensor-parallel-size) must divide 4")
 
     def test_a_word_for_a_number(self, cli, fitting, model):
         assert_usage_error(cli("serve-check", fitting, "--model", model, "--max-loras", "many"), "max-loras")

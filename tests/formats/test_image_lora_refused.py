@@ -75,7 +75,7 @@ class TestBroken:
             assert ex.fit(tmp_path, n_components=2, skip_bad=True).names == ["sound"]
 
     def test_an_alpha_that_is_no_number(self, file):
-        with pytest.raises(ShapeError, match=f"'{STEM}.alpha' is .2,.; an alpha is one number"):
+        with pytest.raises(ShapeError, match=f"'{STEM}.alpha' has shape .2,.; an alpha is one number"):
             read_adapter(changed(file, alpha=torch.ones(2)))
 
     def test_an_alpha_of_nothing(self, file):
@@ -177,7 +177,7 @@ class TestOtherKinds:
             read_adapter(folder / "adapter_model.safetensors")
         (folder / "adapter_model.safetensors").rename(tmp_path / "other.safetensors")
         with pytest.raises(
-            FormatError, match="other.safetensors is a LoRA as PEFT saves it, but there is no adapter_c"
+            FormatError, match="other.safetensors is a LoRA as PEFT saves it, but its folder has no adapter_c"
         ):
             read_adapter(tmp_path / "other.safetensors")
 
@@ -229,7 +229,7 @@ class TestOtherModels:
         files = [file, lora_files.write(tmp_path / "same.safetensors", planted(MODULES, seed=3), "kohya")]
         files += [lora_files.write(tmp_path / "flux.safetensors", planted(FLUX, seed=4), "diffusers")]
         with pytest.raises(
-            BaseModelError, match=r"without the 1 that are not .*: .*'flux'.* .--exclude-adapter flux.\.$"
+            BaseModelError, match=r"exclude the 1 of the smaller group: .*'flux'.* .--exclude-adapter flux.\.$"
         ):
             ex.fit(files, n_components=2)
         files += [lora_files.write(tmp_path / f"xl{i}.safetensors", planted(XL, seed=i), "kohya") for i in range(3)]

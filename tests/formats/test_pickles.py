@@ -17,12 +17,15 @@ ODD = {
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), "is nested"),
     "of strides of zero": (lambda: torch.ones(1).expand(3, 10**11), "has 300,000,000,000 entries"),
     "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3, 11), 0.1, 0, torch.qint8), "is nested, quantised"),
-    "meta": (lambda: torch.ones(3, 11, device="meta"), "has no numbers in the file"),
-    "sparse": (lambda: torch.eye(3, 11).to_sparse(), "is .* or sparse, where a dense one"),
-    "compressed rows": (lambda: torch.eye(3, 11).to_sparse_csr(), "is .* or sparse, where a dense one"),
-    "conjugate": (lambda: torch.ones(3, 11, dtype=torch.complex64).conj(), "is a view with other numbers"),
-    "negative": (lambda: torch.ones(3, 11, dtype=torch.complex64).conj().imag, "is a view with other numbers"),
-    "of an odd dtype": (lambda: torch.ones(3, 11).to(torch.float8_e8m0fnu), "is float8_e8m0fnu, which no safetensors"),
+    "meta": (lambda: torch.ones(3, 11, device="meta"), "is on another device than the CPU"),
+    "sparse": (lambda: torch.eye(3, 11).to_sparse(), "is .* or sparse; a dense tensor"),
+    "compressed rows": (lambda: torch.eye(3, 11).to_sparse_csr(), "is .* or sparse; a dense tensor"),
+    "conjugate": (lambda: torch.ones(3, 11, dtype=torch.complex64).conj(), "is a conjugated or negated view"),
+    "negative": (lambda: torch.ones(3, 11, dtype=torch.complex64).conj().imag, "is a conjugated or negated view"),
+    "of an odd dtype": (
+        lambda: torch.ones(3, 11).to(torch.float8_e8m0fnu),
+        "is float8_e8m0fnu, which safetensors files do not",
+    ),
 }
 KEPT = {
     "complex": lambda: torch.ones(3, 11, dtype=torch.complex64),
@@ -68,7 +71,7 @@ def test_jagged_tensors_are_refused_whether_or_not_torch_loads_them(tmp_path, re
             assert type(torch.load(folder / "adapter_model.bin", weights_only=True)[FACTOR]) is type(jagged)
         else:
             torch.serialization.clear_safe_globals()
-        with pytest.raises(FormatError, match=r"adapter_model.bin cannot be read as plain tensors .* holds other"):
+        with pytest.raises(FormatError, match=r"adapter_model.bin cannot be read as plain tensors .* contains other"):
             ex.read_adapter(folder, allow_pickle=True)
     finally:
         torch.serialization.clear_safe_globals()
@@ -103,5 +106,5 @@ def test_an_archive_that_is_compressed_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    with pytest.raises(FormatError, match=r"adapter_model.bin is compressed, 4\d\d,\d+ bytes in all"):
+    with pytest.raises(FormatError, match=r"adapter_model.bin is compressed, 4\d\d,\d+ bytes when unpacked"):
         ex.read_adapter(folder, allow_pickle=True)

@@ -78,7 +78,7 @@ class TestFind:
     @pytest.mark.parametrize("sources", ["", "  ", ["org/x", ""], {"a": ""}])
     def test_an_empty_text_is_not_the_current_folder(self, parent, monkeypatch, sources):
         monkeypatch.chdir(parent)
-        with pytest.raises(OptionError, match="empty text"):
+        with pytest.raises(OptionError, match="empty string"):
             find_adapters(sources)
 
     def test_no_folder_after_the_sign(self):

@@ -162,7 +162,7 @@ def test_an_adapter_that_is_added_is_found(serve, pack, tmp_path, shared):
     ],
 )
 def test_what_is_no_name_is_refused_shortly(serve, name):
-    with pytest.raises(AdapterNameError, match="is not the name of an adapter") as raised:
+    with pytest.raises(AdapterNameError, match="is not a valid name of an adapter") as raised:
         path_of(serve(), name)
     assert len(str(raised.value)) < 500
 

@@ -243,7 +243,7 @@ def test_one_below_a_folder_that_others_can_write_to_is_refused(tmp_path, mode, 
     for _ in range(2):
         with pytest.raises(
             OptionError,
-            match=rf"other users can rename what is in {tmp_path}/open, .*its mode is {mode:o}.*EIGENLORAX_CACHE",
+            match=rf"other users can files in its parent {tmp_path}/open .*its mode is {mode:o}.*EIGENLORAX_CACHE",
         ):
             prepare(tmp_path / "open" / below)
 
@@ -256,7 +256,7 @@ def test_nor_one_behind_a_link_in_such_a_folder(tmp_path, links):
     (tmp_path / "second").symlink_to("open/link")
     (tmp_path / "open").chmod(0o777)
     place = tmp_path / "open" / "link" if links == "link" else tmp_path / "second"
-    with pytest.raises(OptionError, match=f"other users can rename what is in {tmp_path}/open, on the way"):
+    with pytest.raises(OptionError, match=f"other users can rename files in its parent {tmp_path}/open"):
         prepare(place / "cache")
 
 
@@ -289,7 +289,7 @@ def test_nor_one_below_what_belongs_to_somebody_else(tmp_path, what):
     (tmp_path / "folder").mkdir(mode=0o755)
     (tmp_path / "link").symlink_to("folder")
     os.chown(tmp_path / what, 12345, 12345, follow_symlinks=False)
-    with pytest.raises(OptionError, match=f"{tmp_path}/{what}, on the way to it, belongs to another user"):
+    with pytest.raises(OptionError, match=f"its parent {tmp_path}/{what} belongs to another user"):
         prepare(tmp_path / what / "cache")
 
 

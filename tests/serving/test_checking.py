@@ -28,7 +28,7 @@ def shapes(model="org/base", **fields):
 
 
 def test_another_model_by_name_is_warned_of():
-    with pytest.warns(BaseModelWarning, match="found in adapters of 'org/base', and this model is 'org/other'"):
+    with pytest.warns(BaseModelWarning, match="fitted to adapters of 'org/base', and this model is 'org/other'"):
         check(make_pack({Q: (17, 11)}), "pack", shapes("org/other"))
 
 
@@ -44,7 +44,7 @@ def test_experts_are_served_expanded_alone_and_count_as_the_pack_has_them():
     assert found.target_modules == ["experts", "q_proj"]
     assert found.plan.expanded.slot_numbers == 8 * (17 + 11 + 13 + 11)
     assert found.notes == [
-        "only experts that the pack has are counted; vLLM makes room for all experts of a layer, so that a slot can be "
+        "only experts that the pack has are counted; vLLM allocates all experts of a layer, so that a slot can be "
         "larger."
     ]
 

@@ -115,13 +115,15 @@ class TestLlama3:
         assert [keys.share(gpus) for gpus in (1, 8, 16, 32)] == [(KV, HIDDEN), *[(KV // 8, HIDDEN)] * 3]
 
     def test_a_number_of_gpus_that_does_not_divide_the_heads(self, llama):
-        with pytest.raises(OptionError, match="llama has 32 attention heads, which 3 GPUs cannot share"):
+        with pytest.raises(OptionError, match="llama has 32 attention heads, which cannot be divided among 3 GPUs"):
             plans.check_gpus(llama, 3)
 
     def test_a_number_of_gpus_that_does_not_divide_a_layer(self):
         shapes = Shapes("m", "float16", {"a.down_proj": Layer(8, 30, split=ROW)})
         plans.check_gpus(shapes, 3)
-        with pytest.raises(OptionError, match="a.down_proj of m has a side of 30, which 4 GPUs cannot share"):
+        with pytest.raises(
+            OptionError, match="a.down_proj of m has a dimension of 30, which cannot be divided among 4 GPUs"
+        ):
             plans.check_gpus(shapes, 4)
 
 

@@ -64,7 +64,7 @@ def test_adapters_of_the_pack_are_folders_and_other_names_are_nothing(settings, 
     assert nothing is None
     assert climbing is None
     assert sorted(said) == [
-        ("INFO", "eigenlorax: '../alpha' is not the name of an adapter."),
+        ("INFO", "eigenlorax: '../alpha' is not a valid name of an adapter."),
         ("INFO", f"eigenlorax: no adapter named 'gamma' in the pack {settings.pack}. It has: alpha, beta."),
     ]
 

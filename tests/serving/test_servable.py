@@ -130,7 +130,7 @@ def test_tensors_that_vllm_would_not_read_are_refused(plain, key, shape, said):
 def test_coefficients_of_a_convolution_are_refused(plain, shared):
     (module, *_), one = plain.coefficients, next(iter(plain.coefficients.values()))
     found = replace(plain, coefficients={**plain.coefficients, module: replace(one, kernel=(3, 3))})
-    assert f"vLLM does not support LoRA of convolutions ('{module}')" in refusal(found, shared=shared)
+    assert f"vLLM does not support LoRA on convolutions ('{module}')" in refusal(found, shared=shared)
 
 
 def test_names_that_cannot_be_completed_are_refused(plain):
@@ -174,7 +174,7 @@ def test_a_rest_has_no_place_between_shared_bases(plain):
     assert refusal(found, shared=False) is None
     assert refusal(found, shared=True) == (
         f"adapter 'alpha' cannot be served: it has a residual in {module!r} and 1 more modules, "
-        "which the cores of a shared basis cannot hold; without a shared basis it can be served."
+        "which the cores of a shared basis cannot represent; without a shared basis it can be served."
     )
 
 

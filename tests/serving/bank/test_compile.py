@@ -80,11 +80,11 @@ def test_a_part_that_was_compiled_before_is_refused(served):
     one = served("bert")
     model = one.kind.model()
     model.bert.encoder.layer[1].compile(backend="eager")
-    with pytest.raises(OptionError, match=r"module bert.encoder.layer.1 is compiled already.*layer.1.attention"):
+    with pytest.raises(OptionError, match=r"module bert.encoder.layer.1 is already compiled.*layer.1.attention"):
         ex.AdapterBank(model, one.pack)
     bank = one.bank(adapters=["narrow"])
     bank.model.classifier.compile(backend="eager")
-    with pytest.raises(OptionError, match="module classifier is compiled already"):
+    with pytest.raises(OptionError, match="module classifier is already compiled"):
         bank.add("wide")
     assert bank.names == ["narrow"]
 
@@ -130,7 +130,7 @@ def test_with_gradients_it_serves_and_refuses_to_go_back(served):
     with bank.using("wide"):
         got = compiled(**inputs).logits
     torch.testing.assert_close(got.detach(), one.wanted(["wide"] * 2, inputs), atol=1e-5, rtol=0)
-    with pytest.raises(OptionError, match="compiled model that serves a bank gives no gradients"):
+    with pytest.raises(OptionError, match="compiled model that serves a bank has no gradients"):
         got.sum().backward()
 
 

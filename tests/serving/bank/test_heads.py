@@ -123,10 +123,10 @@ def test_of_another_shape(one, tmp_path):
     bank = one.bank(adapters=[])
     wrong = {**head(3), "classifier.weight": normal(3, IN + 1, seed=1).float()}
     folder = write_adapter(tmp_path / "wrong", one.kind, "plain-a", 90, wrong, modules_to_save=["classifier"])
-    with pytest.raises(ShapeError, match=r"'wrong': `weight` of its head is \(3, 25\), that of the model \(3, 24\)"):
+    with pytest.raises(ShapeError, match=r"'wrong': `weight` of its head has shape \(3, 25\), in the model \(3, 24\)"):
         bank.add("wrong", folder, warn_above=1.0)
     lone = {"classifier.weight": normal(4, IN, seed=1).float()}
     folder = write_adapter(tmp_path / "lone", one.kind, "plain-a", 90, lone, modules_to_save=["classifier"])
-    with pytest.raises(ShapeError, match=r"'lone': `bias` of its head is \(3,\), that of the model \(4,\)"):
+    with pytest.raises(ShapeError, match=r"'lone': `bias` of its head has shape \(3,\), in the model \(4,\)"):
         bank.add("lone", folder, warn_above=1.0)
     assert len(bank) == 0

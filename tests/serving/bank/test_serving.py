@@ -228,11 +228,11 @@ class TestRequests:
             assert torch.equal(bank.model(**inputs).logits, base)
 
     def test_wrong_numbers_of_rows(self, one, bank):
-        with pytest.raises(ShapeError, match=r"query got 4 rows, and 2 adapters were named.*bank.generate"):
+        with pytest.raises(ShapeError, match=r"query got 4 rows, but 2 adapter names.*bank.generate"):
             bank(**one.inputs(4), adapter_names=["wide", "plain-a"])
-        with pytest.raises(ShapeError, match=r"got 3 rows, and 2 adapters were named"):
+        with pytest.raises(ShapeError, match=r"got 3 rows, but 2 adapter names"):
             bank(**one.inputs(3), adapter_names=["wide", "wide"])
-        with pytest.raises(ShapeError, match=r"got 3 rows, and 1 adapters were named"):
+        with pytest.raises(ShapeError, match=r"got 3 rows, but 1 adapter names"):
             bank(**one.inputs(3), adapter_names=[BASE])
         with pytest.raises(OptionError, match="adapter_names is empty"):
             bank(**one.inputs(3), adapter_names=[])

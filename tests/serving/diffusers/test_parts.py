@@ -56,7 +56,7 @@ def test_one_model_takes_its_own_part_of_a_style(make, packs):
     assert ex.load_into(ours.unet, path, "toy") == {"toy": {"unet": 65}}
     assert ex.load_into(ours.text_encoder, path, "toy") == {"toy": {"text_encoder": 12}}
     assert ours.get_list_adapters() == {"unet": ["toy"], "text_encoder": ["toy"]}
-    with pytest.raises(ModuleNameError, match="adapter 'ink.v2' has nothing for this CLIPTextModel"):
+    with pytest.raises(ModuleNameError, match="adapter 'ink.v2' has no module of this CLIPTextModel"):
         ex.load_into(ours.text_encoder, path, ["clay", "ink.v2"])
 
 

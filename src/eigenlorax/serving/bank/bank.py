@@ -37,7 +37,7 @@ class AdapterBank:
     """
     Any number of adapters of one pack on one model, which share one basis.
 
-    A request runs with one adapter for all rows, or with one adapter per row. It sees the same adapters from its begin
+    A request runs with one adapter for all rows, or with one adapter per row. It uses the same adapters from its start
     to its end, whatever is added, removed or replaced meanwhile. Requests of several threads are independent.
 
     Args:
@@ -46,13 +46,13 @@ class AdapterBank:
         pack ([`Pack`], `str` or `os.PathLike`):
             A pack, its folder, or a repository on the Hub.
         adapters (`str` or `Sequence[str]`, *optional*):
-            The adapters to load. By default all of them; an empty list loads none.
+            The adapters to load. By default all; an empty list loads none.
         heads (`bool`):
-            Whether rows of an adapter use the adapter's own heads and trained biases. If False, all rows use the
-            model's. Defaults to `True`.
+            Whether rows of an adapter use the adapter's own heads and trained biases. If False, all rows use the heads
+            and biases of the model. Defaults to `True`.
         basis_dtype (`str` or `torch.dtype`, *optional*):
-            "int8" stores the bases in 8 bits per entry and a scale per row. The pack's own bases are not kept in memory
-            then, unless the pack is passed as a `Pack`. By default the bases are floats.
+            "int8" stores the bases in 8 bits per entry and a scale per row. The pack's own bases are then only kept in
+            memory if the pack is passed as a `Pack`. By default the bases are floats.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Bytes of all tensors of the bank: bases, coefficients, residuals and heads.
 
-        Bases of the pack are counted too, if they are in memory in another form than those of the bank.
+        Bases of the pack are included if the pack keeps a second copy in memory.
         """
         with self._lock:
             tensors = [tensor for adapter in self._adapters.values() for tensor in adapter.tensors]
@@ -147,11 +147,11 @@ class AdapterBank:
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter of requests that name none; None for the base model."""
+        """The adapter of requests that do not name one; None for the base model."""
         return self._default
 
     def set_adapter(self, name: str | None) -> None:
-        """Set the adapter of requests that name none.
+        """Set the adapter of requests that do not name one.
 
         Args:
             name (`str`, *optional*):
@@ -173,15 +173,15 @@ class AdapterBank:
         return RunningPlan(self, self._make_plan(adapter_names))
 
     def __call__(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model with these adapters, as in `using`.
+        """Call the model with these adapters; see `using`.
 
-        By default the adapters are those of the current request, or the one of `set_adapter`.
+        Default: the adapters of the current request, or else the adapter of `set_adapter`.
         """
         with self._request() if adapter_names is None else self.using(adapter_names):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call `model.generate` with one adapter for all rows of the input, or one per row whatever its beams."""
+        """Call `model.generate` with one adapter for all rows of the input, or one per row, beams included."""
         model: Any = self.model
         if adapter_names is None:
             plan = self._plan()
@@ -207,8 +207,8 @@ class AdapterBank:
             name (`str`):
                 The name of the new adapter.
             source (`PackedAdapter`, `str`, `os.PathLike` or `Adapter`, *optional*):
-                An adapter of the pack or its name, by default `name`; or a LoRA, its folder or its repository, which is
-                projected on the subspace as in `Pack.add`.
+                An adapter of the pack, its name (by default `name`), or a LoRA, its folder or its repository. A LoRA is
+                projected on the subspace; see `Pack.add`.
             warn_above (`float`):
                 Delta error above which a projection warns.
             options:
@@ -231,7 +231,7 @@ class AdapterBank:
         warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
-        """Replace an adapter from the next request on. Arguments and returned record are those of `add`."""
+        """Replace an adapter from the next request on; see `add` for arguments and returned record."""
         self._adapter(name)
         packed = self._packed(name, source, warn_above, options)
         adapter = self._store(packed)
@@ -268,7 +268,7 @@ class AdapterBank:
             plan = self._default_plan
         if plan is None:
             raise AdapterNameError(
-                f"adapter {self._default!r}, chosen by set_adapter, was removed from the bank. Choose another one."
+                f"adapter {self._default!r}, chosen by set_adapter, was removed from the bank. Choose another adapter."
             )
         return plan
 
@@ -282,13 +282,13 @@ class AdapterBank:
         with self._lock:
             adapters = [self._adapter(name) for name in adapter_names]
         if not adapters:
-            raise OptionError("adapter_names is empty: name one adapter for all rows, or one a row.")
+            raise OptionError("adapter_names is empty: pass one adapter for all rows, or one per row.")
         return requests.plan_mixed(adapters, self._dtype, repeats)
 
     def _adapter(self, name: str | None) -> BankAdapter | None:
         """Return an adapter of the bank, None for the base model; raise `AdapterNameError` for an unknown name."""
         if self._unloaded:
-            raise OptionError("this bank was unloaded. Make a new one: AdapterBank(model, pack).")
+            raise OptionError("this bank was unloaded. Create a new one: AdapterBank(model, pack).")
         if name is None or name == BASE:
             return None
         adapter = self._adapters.get(name)
@@ -338,19 +338,19 @@ class AdapterBank:
             kernel = convolution.kernel_size(self.model.get_submodule(name))
             if not convolution.kernels_match(coefficients.kernel, kernel):
                 raise ShapeError(
-                    f"adapter {packed.name!r}, module {module}: its kernel is {coefficients.kernel}, that of the model "
-                    f"{kernel}. It belongs to a different base model."
+                    f"adapter {packed.name!r}, module {module}: its kernel is {coefficients.kernel}, and the "
+                    f"model's kernel is {kernel}. It belongs to a different base model."
                 )
 
     def _extend_coefficients(self, packed: PackedAdapter) -> PackedAdapter:
-        """Give an adapter zero coefficients on the components by which its subspace has grown."""
+        """Pad the coefficients of an adapter with zeros for the components by which its subspace has grown."""
         lineage = self.pack.info.lineage
         if packed.subspace is None or packed.subspace == lineage[-1]:
             return packed
         if packed.subspace not in lineage:
             raise OptionError(
-                f"adapter {packed.name!r} is of the subspace {packed.subspace[:12]}…, which the bank's pack never had. "
-                "Take it from that pack, or pass it as a LoRA: other.adapter(name)."
+                f"adapter {packed.name!r} belongs to the subspace {packed.subspace[:12]}…, not to the bank's pack. Use "
+                "an adapter of that pack, or pass it as a LoRA: other.adapter(name)."
             )
         wide = {}
         for module, coefficients in packed.coefficients.items():
@@ -369,7 +369,7 @@ class AdapterBank:
                     check_not_compiled(self.model, name)
                     module = self.model.get_submodule(name)
                     hook = self._head_hooks[name] = HeadHook(module, name, self._plan)
-                    # before the hook that adds updates, because a head replaces the output
+                    # before the hook that adds updates, because a head replaces the output of the module
                     self._handles.append(
                         module.register_forward_hook(hook.forward_hook(), prepend=True, with_kwargs=True)
                     )

@@ -23,7 +23,15 @@ LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class ModuleSlice:
-    """The position of one module's coefficients in the flat tensor: down (rank, k_down), then up (k_up, rank)."""
+    """Position of one module's coefficients in the flat tensor: down (rank, k_down), then up (k_up, rank).
+
+    Attributes:
+        module: Name of the module in the subspace.
+        start: Offset of the first coefficient.
+        rank: Rank of the coefficients.
+        k_down: Number of components of the down side.
+        k_up: Number of components of the up side.
+    """
 
     module: str
     start: int
@@ -33,10 +41,12 @@ class ModuleSlice:
 
     @property
     def middle(self) -> int:
+        """Offset of the first up coefficient."""
         return self.start + self.rank * self.k_down
 
     @property
     def end(self) -> int:
+        """Offset after the last up coefficient."""
         return self.middle + self.rank * self.k_up
 
     def factors(self, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,19 +58,19 @@ class ModuleSlice:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Layout:
-    """The slices of an adapter's modules. Adapters of the same modules and ranks share one object."""
+    """Slices of an adapter's modules. Adapters with the same modules and ranks share one object."""
 
     slices: tuple[ModuleSlice, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BankAdapter:
-    """An adapter of the bank. It is immutable, so that requests that run with it are not affected by `replace`.
+    """An adapter of the bank. It is immutable, so that `replace` does not affect running requests.
 
-    Args:
+    Attributes:
         name: Name of the adapter.
         layout: Positions of the coefficients in `flat`.
-        flat: (n), all coefficients.
+        flat: All coefficients, (n,).
         scalings: Scaling of each slice of the layout.
         heads: The adapter's own heads and trained biases.
         residuals: Residuals by module name in the subspace.
@@ -75,6 +85,7 @@ class BankAdapter:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """All tensors of the adapter."""
         residuals = [tensor for residual in self.residuals.values() for tensor in residual.tensors]
         return [self.flat, *self.heads.tensors, *residuals]
 
@@ -94,9 +105,9 @@ class BankAdapter:
 
 @dataclass(frozen=True, slots=True)
 class BankStorage:
-    """Converts adapters of a pack to those of a bank.
+    """Conversion of adapters of a pack to adapters of a bank.
 
-    Args:
+    Attributes:
         info: Sizes of the subspace.
         modules: Names of the subspace's modules that the model has.
         dtype: Dtype of all coefficients and residuals. It must represent them exactly.
@@ -120,7 +131,7 @@ class BankStorage:
         if missing:
             raise ModuleNameError(
                 f"adapter {packed.name!r} has {len(missing)} of {len(by_module)} modules that the model lacks, such as "
-                f"{missing[0]!r}. It belongs to another base model, or to more of it."
+                f"{missing[0]!r}. It belongs to another base model, or to a larger part of it."
             )
         slices, factors, start = [], [], 0
         residuals, scalings = {}, []
@@ -145,8 +156,8 @@ class BankStorage:
         actual = coefficients.down.shape[1], coefficients.up.shape[0]
         if actual != expected:
             raise ShapeError(
-                f"adapter {adapter!r}, module {module}: its coefficients are for (k_down, k_up) = {actual}, the "
-                f"bank's subspace has {expected}. Take it from the bank's own pack."
+                f"adapter {adapter!r}, module {module}: its coefficients have (k_down, k_up) = {actual}, "
+                f"and the bank's subspace has {expected}. Use an adapter of the bank's pack."
             )
         return ModuleSlice(module, start, coefficients.rank, *actual)
 
@@ -155,7 +166,7 @@ class BankStorage:
         stored = tensor.to(self.device, self.dtype)
         if stored.dtype != tensor.dtype and not torch.equal(stored.to(tensor), tensor):
             raise OptionError(
-                f"adapter {adapter!r} is {tensor.dtype}, which the bank's {self.dtype} would round. Make the pack with "
+                f"adapter {adapter!r} is {tensor.dtype}, which the bank's {self.dtype} would round. Fit the pack with "
                 f"dtype={str(tensor.dtype).removeprefix('torch.')!r}."
             )
         return stored
@@ -166,18 +177,18 @@ def check_not_carried(packed: PackedAdapter) -> None:
     if packed.carried:
         raise OptionError(
             f"adapter {packed.name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r} "
-            f"{CARRIED}. `eigenlorax export` gives all of it as an ordinary LoRA."
+            f"{CARRIED}. Write it as an ordinary LoRA with `eigenlorax export`."
         )
 
 
 def check_none_carried(pack: Pack) -> None:
-    """Raise `OptionError` for a pack with such adapters. The message names them and says how to serve the others."""
+    """Raise `OptionError` for a pack with adapters that `check_not_carried` rejects, and name the others."""
     carrying = [name for name, record in pack.records.items() if record.carried_bytes]
     if not carrying:
         return
     listed, servable = ", ".join(map(repr, carrying)), [name for name in pack.names if name not in carrying]
     if not servable:
-        remedy = "`eigenlorax export` gives each as an ordinary LoRA"
+        remedy = "`eigenlorax export` writes each as an ordinary LoRA"
     elif len(servable) <= LISTED:
         remedy = f"AdapterBank(model, pack, adapters={servable!r}) serves the others"
     else:

@@ -24,7 +24,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", 
 class Heads:
     """Modules with an adapter's own parameters.
 
-    Args:
+    Attributes:
         modules: The modules by name in the model.
         tensors: The adapter's own parameters in them.
     """
@@ -41,14 +41,16 @@ def tensor_names(model: nn.Module) -> frozenset[str]:
 
 
 def make_heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -> Heads:
-    """Make the heads of an adapter for a model.
+    """Return the heads of an adapter for a model.
 
     Args:
         packed: The adapter.
         model: The model.
         names: The names of the model's tensors.
 
-    Raises `ModuleNameError` if the model lacks one of the tensors, `ShapeError` if it has another shape there.
+    Raises:
+        ModuleNameError: The model lacks one of the tensors.
+        ShapeError: A tensor has another shape in the model.
     """
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     for key, tensor in packed.heads.items():
@@ -85,11 +87,11 @@ def _copy_with(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -
         first = 1 if isinstance(module, nn.Linear) else 0
         if tensor.shape[first:] != original.shape[first:] or tensor.dim() != original.dim():
             raise _shape_error(adapter, name, tensor, original)
-        value = tensor.to(original.device, original.dtype).clone()
+        converted = tensor.to(original.device, original.dtype).clone()
         if name in head._parameters:
-            head._parameters[name] = nn.Parameter(value, requires_grad=False)
+            head._parameters[name] = nn.Parameter(converted, requires_grad=False)
         else:
-            head._buffers[name] = value
+            head._buffers[name] = converted
     if isinstance(head, nn.Linear):
         if head.bias is not None and len(head.bias) != len(head.weight):
             raise _shape_error(adapter, "bias", head.bias, head.weight[:, 0])
@@ -99,29 +101,29 @@ def _copy_with(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -
 
 def _shape_error(adapter: str, name: str, actual: Tensor, expected: Tensor) -> ShapeError:
     return ShapeError(
-        f"adapter {adapter!r}: `{name}` of its head is {tuple(actual.shape)}, that of the model "
+        f"adapter {adapter!r}: `{name}` of its head has shape {tuple(actual.shape)}, in the model "
         f"{tuple(expected.shape)}. Load the model that it was trained on, or pass heads=False."
     )
 
 
-def apply_heads(rows_of: Mapping[nn.Module, list[int]], n_rows: int, x: Tensor, output: Tensor) -> Tensor:
+def apply_heads(head_rows: Mapping[nn.Module, list[int]], n_rows: int, x: Tensor, output: Tensor) -> Tensor:
     """Return the output of a module with the rows of each head computed by that head.
 
     If heads have different numbers of labels, the output is as wide as the widest, and padded with −∞.
 
     Args:
-        rows_of: The batch rows of each head.
+        head_rows: Batch rows of each head.
         n_rows: Number of batch rows. Each may occur several times in `x`, equally often.
-        x: (n, …), the input.
-        output: (n, …), the output of the model's own module.
+        x: Input, (n, …).
+        output: Output of the model's own module, (n, …).
     """
     x_by_row = _by_row(x, n_rows)
-    outputs = {head: head(x_by_row[rows].flatten(0, 1)) for head, rows in rows_of.items()}
+    outputs = {head: head(x_by_row[rows].flatten(0, 1)) for head, rows in head_rows.items()}
     width = max(output.shape[-1], *(head_output.shape[-1] for head_output in outputs.values()))
     mixed = torch.full((*output.shape[:-1], width), -torch.inf, dtype=output.dtype, device=output.device)
     mixed[..., : output.shape[-1]] = output
     by_row = _by_row(mixed, n_rows)
-    for head, rows in rows_of.items():
+    for head, rows in head_rows.items():
         labels = outputs[head].shape[-1]
         by_row[rows, ..., labels:] = -torch.inf
         by_row[rows, ..., :labels] = _by_row(outputs[head], len(rows)).to(mixed.dtype)
@@ -129,5 +131,5 @@ def apply_heads(rows_of: Mapping[nn.Module, list[int]], n_rows: int, x: Tensor, 
 
 
 def _by_row(tensor: Tensor, n_rows: int) -> Tensor:
-    """(n_rows · m, …) → (n_rows, m, …)."""
+    """Reshape (n_rows · m, …) to (n_rows, m, …)."""
     return tensor.reshape(n_rows, -1, *tensor.shape[1:])

@@ -32,8 +32,8 @@ class ModuleHook:
 
     Args:
         module: The module.
-        name: Its name in the model.
-        plan: Returns the plan of the current request.
+        name: Name of the module in the model.
+        plan: Function that returns the plan of the current request.
     """
 
     def __init__(self, module: nn.Module, name: str, plan: Callable[[], RequestPlan]) -> None:
@@ -67,14 +67,14 @@ class ModuleHook:
 
 
 class UpdateHook(ModuleHook):
-    """Adds the updates of adapters to the output of a linear module or a convolution.
+    """Hook that adds the updates of adapters to the output of a linear module or a convolution.
 
     Args:
         module: The module.
-        name: Its name in the model.
-        plan: Returns the plan of the current request.
-        subspace_name: Its name in the subspace.
-        bases: Its bases.
+        name: Name of the module in the model.
+        plan: Function that returns the plan of the current request.
+        subspace_name: Name of the module in the subspace.
+        bases: Bases of the module.
         dtype: Dtype of the bases; torch.int8 stores 8 bits per entry and a scale per row.
     """
 
@@ -114,7 +114,7 @@ class UpdateHook(ModuleHook):
         layer = self.bases.convolution
         if layer is not None and x.dim() != 2 + len(layer.kernel_size):
             raise ShapeError(
-                f"module {self.name} got an image of {tuple(x.shape)}: the bank serves batches, x[None] is one."
+                f"module {self.name} got an input of shape {tuple(x.shape)}: the bank serves batches. Pass x[None]."
             )
         if groups is None:
             return add_update(output, x, self.bases, coefficients, in_place=in_place)
@@ -122,25 +122,25 @@ class UpdateHook(ModuleHook):
 
 
 class HeadHook(ModuleHook):
-    """Replaces the output of a module by that of the adapters' own heads."""
+    """Hook that replaces the output of a module by the output of the adapters' own heads."""
 
     def transform(self, output: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         plan = self.plan()
         plan.check_rows(x, self.name)
-        rows_of = plan.heads.get(self.name)
-        if rows_of is None:
+        head_rows = plan.heads.get(self.name)
+        if head_rows is None:
             return output
         parameter = next(self.module.parameters(), None)
         if parameter is not None:
-            for head in rows_of:
+            for head in head_rows:
                 # the model may have been moved, or converted to another dtype, since the head was made
                 head.to(parameter.device, parameter.dtype)
         if plan.groups is None:
-            (head,) = rows_of
+            (head,) = head_rows
             head_output: Tensor = head(x)
             return head_output
         assert plan.rows is not None
-        return apply_heads(rows_of, plan.rows, x, output)
+        return apply_heads(head_rows, plan.rows, x, output)
 
 
 @torch.library.custom_op("eigenlorax::changed", mutates_args=())
@@ -150,8 +150,8 @@ def _changed(output: Tensor, x: Tensor, number: int) -> Tensor:
     if changed.shape != output.shape:
         assert hook is not None
         raise ShapeError(
-            f"module {hook.name}: a head of this request gives {tuple(changed.shape)}, the model's own "
-            f"{tuple(output.shape)}, which a compiled model has built in. Load the model with as many labels as its "
+            f"module {hook.name}: the output of a head of this request has shape {tuple(changed.shape)}, "
+            f"but the model was compiled for {tuple(output.shape)}. Load the model with as many labels as its "
             "adapters have, or do not compile it."
         )
     # an operator must not return its input
@@ -166,7 +166,7 @@ def _(output: Tensor, x: Tensor, number: int) -> Tensor:
 @torch.library.custom_op("eigenlorax::changed_backward", mutates_args=())
 def _changed_backward(x: Tensor) -> Tensor:
     raise OptionError(
-        "a compiled model that serves a bank gives no gradients: the request of the forward pass has ended. Call it "
+        "a compiled model that serves a bank has no gradients: the request of the forward pass has ended. Call it "
         "without torch.compile, or train with EigenLoraxConfig."
     )
 

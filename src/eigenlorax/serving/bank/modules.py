@@ -1,4 +1,4 @@
-"""The modules of a model that a bank can serve, and their names in the pack."""
+"""Modules of a model that a bank can serve, and their names in the pack."""
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -29,14 +29,14 @@ def match_modules(model: nn.Module, pack: Pack) -> dict[str, str]:
         check_not_compiled(model, name)
         if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
             raise ModuleNameError(
-                f"module {name} is a part of nn.MultiheadAttention, which uses its weight without calling it: "
+                f"module {name} is a part of nn.MultiheadAttention, which does not call it: "
                 "the bank cannot serve it. Load exported adapters with PEFT (`eigenlorax export`)."
             )
     return model_names
 
 
 def module_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of the modules that can be served: linear and quantised ones, Conv1D, convolutions of one group.
+    """Return (out, in) of the linear, quantised, Conv1D and ungrouped convolution modules, which can be served.
 
     The input size of a convolution is channels · kernel.
     """
@@ -55,12 +55,12 @@ def module_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def check_not_compiled(model: nn.Module, name: str) -> None:
-    """Raise `OptionError` if a module is inside one that is compiled by itself, whose graph would ignore a new hook."""
+    """Raise `OptionError` if a module is inside a compiled module, whose graph would ignore a new hook."""
     path = name.split(".")
     for depth in range(1, len(path) + 1):
         outer = ".".join(path[:depth])
         if model.get_submodule(outer)._compiled_call_impl is not None:
             raise OptionError(
-                f"module {outer} is compiled already, and would ignore what the bank does in {name}. Make the "
-                "bank, with an adapter that has such a module of its own, and then compile."
+                f"module {outer} is already compiled, and would ignore the bank's hook on {name}. Create the "
+                "bank with an adapter that has this module, and then compile."
             )

@@ -1,7 +1,7 @@
-"""Requests of a bank: the plan that a request runs with, and the context that it runs in.
+"""Requests of a bank: the plan and the context of a request.
 
-A plan is made when a request begins and is immutable. All layers see the same adapters, whatever is added, removed or
-replaced meanwhile. It keeps the tensors of its adapters alive.
+A plan is created when a request begins and is immutable. All layers see the same adapters, whatever is added, removed
+or replaced meanwhile. It keeps the tensors of its adapters alive.
 """
 
 import itertools
@@ -129,10 +129,10 @@ def _replace_forward(model: nn.Module, requests: list[Request], original: Any) -
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestPlan:
-    """The adapters of a request, laid out for the rows of its batch.
+    """The adapters of a request, arranged for the rows of its batch.
 
-    Args:
-        coefficients: Coefficients by module name in the subspace; of each group if there are groups.
+    Attributes:
+        coefficients: Coefficients by module name in the subspace, one per group if there are groups.
         heads: Batch rows of each head, by module name in the model; one head without rows serves all rows.
         groups: Groups of rows with the same adapter; None if all rows have the same one.
         rows: Number of batch rows; None for any number.
@@ -150,9 +150,9 @@ class RequestPlan:
         if self.rows is None or len(x) in {self.rows * repeat for repeat in self.repeats}:
             return
         raise ShapeError(
-            f"module {module} got {len(x)} rows, and {self.rows} adapters were named, one a row. Name one for each "
-            "row; for beams call bank.generate(…, adapter_names=…), which knows of them. A module that sees rows in "
-            "another order than the batch (experts, flattened tokens) takes one adapter for all rows."
+            f"module {module} got {len(x)} rows, but {self.rows} adapter names, one per row. Pass one name per row; "
+            "for beams call bank.generate(…, adapter_names=…). A module that gets rows in another order than the batch "
+            "(experts, flattened tokens) needs one adapter for all rows."
         )
 
 
@@ -195,7 +195,7 @@ def _stack_coefficients(groups: Sequence[BankAdapter | None], dtype: torch.dtype
     for each layout instead of one per module and adapter.
     """
     layouts = dict.fromkeys(adapter.layout for adapter in groups if adapter is not None)
-    batches = [_LayoutBatch.of(layout, groups, dtype) for layout in layouts]
+    batches = [_LayoutBatch.stack(layout, groups, dtype) for layout in layouts]
     if len(batches) == 1:
         return batches[0].coefficients()
     ranks: dict[str, int] = {}
@@ -223,12 +223,12 @@ def _residuals_by_module(
     adapters: Sequence[BankAdapter | None], dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[LayerResidual, ...]]:
     """Return the residuals of all adapters by module, each with its batch rows."""
-    rows_of: dict[BankAdapter, list[int]] = {}
+    adapter_rows: dict[BankAdapter, list[int]] = {}
     for row, adapter in enumerate(adapters):
         if adapter is not None and adapter.residuals:
-            rows_of.setdefault(adapter, []).append(row)
+            adapter_rows.setdefault(adapter, []).append(row)
     by_module: dict[str, tuple[LayerResidual, ...]] = {}
-    for adapter, rows in rows_of.items():
+    for adapter, rows in adapter_rows.items():
         indices = torch.tensor(rows, device=device)
         for module_slice, scaling in zip(adapter.layout.slices, adapter.scalings, strict=True):
             if (residual := adapter.residuals.get(module_slice.module)) is not None:
@@ -241,10 +241,10 @@ def _residuals_by_module(
 class _LayoutBatch:
     """The groups of one layout.
 
-    Args:
+    Attributes:
         layout: The layout.
-        members: Numbers of the groups that have it.
-        flat: (members, n), their coefficients, with the scalings multiplied into the up factors.
+        members: Indices of the groups with this layout.
+        flat: Coefficients of these groups, (members, n), with the scalings multiplied into the up factors.
         n_groups: Number of groups of all layouts.
     """
 
@@ -254,7 +254,8 @@ class _LayoutBatch:
     n_groups: int
 
     @classmethod
-    def of(cls, layout: Layout, groups: Sequence[BankAdapter | None], dtype: torch.dtype) -> "_LayoutBatch":
+    def stack(cls, layout: Layout, groups: Sequence[BankAdapter | None], dtype: torch.dtype) -> "_LayoutBatch":
+        """Stack the coefficients of the groups whose adapter has the layout."""
         by_group = {
             group: adapter for group, adapter in enumerate(groups) if adapter is not None and adapter.layout is layout
         }
@@ -262,8 +263,8 @@ class _LayoutBatch:
         scalings = [adapter.scalings for adapter in by_group.values()]
         if any(scaling != 1 for row in scalings for scaling in row):
             factors = torch.tensor(scalings, dtype=dtype, device=flat.device)
-            for number, module_slice in enumerate(layout.slices):
-                flat[:, module_slice.middle : module_slice.end] *= factors[:, number, None]
+            for index, module_slice in enumerate(layout.slices):
+                flat[:, module_slice.middle : module_slice.end] *= factors[:, index, None]
         return cls(layout, list(by_group), flat, len(groups))
 
     def coefficients(self) -> dict[str, LayerCoefficients]:

@@ -31,7 +31,7 @@ class PackedConfig(EigenLoraxConfig):
         """Raise `OptionError`."""
         raise OptionError(
             f"adapter {adapter_name!r} was loaded from a pack for inference, and cannot be saved from the model: "
-            "`eigenlorax export` writes a LoRA that pipe.load_lora_weights loads, pack.adapter(name) is one in memory."
+            "`eigenlorax export` writes a LoRA for pipe.load_lora_weights, pack.adapter(name) returns a LoRA in memory."
         )
 
 
@@ -42,16 +42,17 @@ def inject_adapters(
     fingerprint: str,
     dtype: torch.dtype | None,
 ) -> dict[str, dict[str, int]]:
-    """Add adapters, and the bases that they are on, to the layers of a pipeline.
+    """Add adapters and their bases to the layers of a pipeline.
 
     Args:
-        adapters: The adapters by their names in the pipeline.
-        layers: The layers by module name in the subspace.
+        adapters: Adapters by name in the pipeline.
+        layers: Layers by module name in the subspace.
         subspace: The bases.
-        fingerprint: The fingerprint of the subspace.
-        dtype: Dtype of the bases; None for that of each layer's weight.
+        fingerprint: Fingerprint of the subspace.
+        dtype: Dtype of the bases; None for the dtype of each layer's weight.
 
-    Returns the number of layers by adapter and model name.
+    Returns:
+        Number of layers by adapter and model name.
     """
     counts: dict[str, dict[str, int]] = {}
     adapted: dict[str, EigenLoraxLayer] = {}
@@ -80,7 +81,7 @@ def inject_adapters(
 
 
 def _adapted_layer(layer: PipelineLayer, dtype: torch.dtype | None) -> EigenLoraxLayer:
-    """Return the adapted layer that serves at a layer of a pipeline; wrap the layer if there is none."""
+    """Return the adapted layer of a layer of a pipeline; wrap the layer if there is none."""
     for module in wrapped_modules(layer.module):
         if isinstance(module, EigenLoraxLayer):
             if dtype is not None or module.serving is None:
@@ -107,7 +108,7 @@ def wrapped_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:
-    """Return the model's own layer inside of any adapted layers."""
+    """Return the model's own layer, inside of all adapted layers."""
     *_, base_layer = wrapped_modules(module)
     return base_layer
 
@@ -128,14 +129,19 @@ def merged_adapters(layer: PipelineLayer) -> list[str]:
 
 
 def tuner_layers(models: Iterable[nn.Module]) -> Iterator[BaseTunerLayer]:
-    """Yield the adapted layers of models, of all PEFT methods."""
+    """Yield the adapted layers of models, for all PEFT methods."""
     return (module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def _register(model: nn.Module, name: str, packed: PackedAdapter, modules: Mapping[str, str], fingerprint: str) -> None:
     """Add the configuration of an adapter to a model, as PEFT does.
 
-    modules: The adapter's name of each layer.
+    Args:
+        model: The model.
+        name: Name of the adapter in the pipeline.
+        packed: The adapter.
+        modules: Module name in the adapter by name of the layer.
+        fingerprint: Fingerprint of the subspace.
     """
     coefficients = {layer: packed.coefficients[module] for layer, module in modules.items()}
     ranks = {layer: factors.rank for layer, factors in coefficients.items()}

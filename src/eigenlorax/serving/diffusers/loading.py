@@ -34,8 +34,8 @@ def load_into(
     """
     Load adapters of a pack into a pipeline of diffusers.
 
-    All of them run from one basis, of which each layer has one copy. Afterwards they are adapters of the pipeline like
-    any other, for `set_adapters`, `disable_lora`, `fuse_lora`, `delete_adapters` and so on. As with
+    All adapters share one basis, of which each layer has one copy. Afterwards they are adapters of the pipeline like
+    any others, for `set_adapters`, `disable_lora`, `fuse_lora`, `delete_adapters` and so on. As with
     `load_lora_weights`, only the last one is active. All checks are made before the pipeline is changed.
 
     Args:
@@ -44,21 +44,26 @@ def load_into(
         pack ([`Pack`], `str` or `os.PathLike`):
             A pack, its folder, or a repository on the Hub.
         names (`str` or `Sequence[str]`, *optional*):
-            The adapters to load, and to download; by default all. Dots in names become `_` in the pipeline.
+            The adapters to download and load. By default all. Dots in names become `_` in the pipeline.
         dtype (`str` or `torch.dtype`, *optional*):
-            Dtype of the bases. "int8" stores 8 bits per entry and a scale per row, which a layer converts while it
-            multiplies. By default that of each layer's weight.
+            Dtype of the bases. "int8" stores 8 bits per entry and a scale per row, which a layer converts for each
+            product. By default the dtype of each layer's weight.
 
     Returns:
         `dict`: The number of layers by adapter and model name.
 
-    Raises `OptionError`, `AdapterNameError`, `ModuleNameError` or `ShapeError` for adapters that the pipeline cannot
-    take.
+    Raises:
+        OptionError: An adapter has heads or carried tensors, or is fused into the pipeline already.
+        AdapterNameError: An adapter is unknown, or its name cannot be used in the pipeline.
+        ModuleNameError: The pipeline lacks a module of an adapter.
+        ShapeError: A layer has another shape than the pack's module.
     """
     selected = list(dict.fromkeys(name_list(names))) if names is not None else None
+    if selected == []:
+        raise OptionError("names is empty. Pass names of adapters: load_into(pipe, pack, ['toy', 'sketch']).")
     opened = _open(pack, selected)
     adapters = _read_adapters(opened, opened.names if selected is None else selected)
-    models = [model for model in pipeline_layers.models_of(pipe).values() if model is not None]
+    models = [model for model in pipeline_layers.adaptable_models(pipe).values() if model is not None]
     _check_names(adapters, models)
     basis_dtype = torch.int8 if dtype in ("int8", torch.int8) else dtypes.parse(dtype)
     modules = {subspace_name for packed in adapters.values() for subspace_name in packed.subspace_names.values()}
@@ -86,25 +91,26 @@ def _open(pack: "Pack | str | os.PathLike[str]", names: list[str] | None) -> Pac
 def _read_adapters(pack: Pack, names: list[str]) -> dict[str, PackedAdapter]:
     """Return the adapters by their names in the pipeline.
 
-    Raises `OptionError` for an adapter with heads or carried tensors, `AdapterNameError` for two of the same name.
+    Raises:
+        OptionError: There is no adapter, or an adapter has heads or carried tensors.
+        AdapterNameError: Two adapters have the same name in the pipeline.
     """
     if not names:
-        raise OptionError("no adapter is named, or the pack has none: load_into(pipe, pack, ['toy', 'sketch']).")
+        raise OptionError("the pack has no adapter. Add one with `eigenlorax add`.")
     adapters: dict[str, PackedAdapter] = {}
     for name in names:
         packed = pack.packed(name)
         if packed.heads:
             raise OptionError(
-                f"adapter {name!r} has a head, or biases, of its own, such as {min(packed.heads)!r}, for which a "
-                "pipeline has no layer. eigenlorax.AdapterBank(model, pack) serves such adapters, and PEFT loads them."
+                f"adapter {name!r} has its own heads or biases, such as {min(packed.heads)!r}, which a "
+                "pipeline cannot use. Serve it with eigenlorax.AdapterBank(model, pack), or load it with PEFT."
             )
         if packed.carried:
             folder = pack.path if pack.path is not None else "pack/"
             raise OptionError(
-                f"adapter {name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r}. Name "
-                "the others; load this one as a LoRA: "
-                f"`eigenlorax export {folder} {name} -o loras/ --format diffusers` "
-                "gives what pipe.load_lora_weights takes."
+                f"adapter {name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r}. Pass "
+                "names of other adapters only, and load this one with pipe.load_lora_weights after "
+                f"`eigenlorax export {folder} {name} -o loras/ --format diffusers`."
             )
         short = name.replace(".", "_")
         if short in adapters:
@@ -118,16 +124,16 @@ def _read_adapters(pack: Pack, names: list[str]) -> dict[str, PackedAdapter]:
 
 def _check_names(adapters: Mapping[str, PackedAdapter], models: Sequence[nn.Module]) -> None:
     """Raise `AdapterNameError` for a name that is in use, or that PEFT's containers cannot store."""
-    taken = {name for model in models for name in getattr(model, "peft_config", {})}
+    used_names = {name for model in models for name in getattr(model, "peft_config", {})}
     for name in adapters:
-        if name in taken:
+        if name in used_names:
             raise AdapterNameError(
-                f"the pipeline has an adapter {name!r} already. pipe.delete_adapters({name!r}) takes it off first."
+                f"the pipeline already has an adapter {name!r}. Remove it with pipe.delete_adapters({name!r}) first."
             )
         if hasattr(nn.ParameterDict(), name):
             raise AdapterNameError(
-                f"{name!r} cannot be the name of an adapter in a pipeline: it is one of torch's own on the containers "
-                "that PEFT keeps adapters in. Give the adapter another name where the pack is made, NAME=PATH."
+                f"{name!r} cannot be the name of an adapter in a pipeline: torch's containers of parameters use it. "
+                "Give the adapter another name when the pack is fitted, NAME=PATH."
             )
 
 
@@ -153,13 +159,13 @@ def _check(adapters: Mapping[str, PackedAdapter], match: LayerMatch, pack: Pack,
         _check_unique_layers(name, packed, match)
         if not any(subspace_name in match.layers for subspace_name in packed.subspace_names.values()):
             raise ModuleNameError(
-                f"adapter {name!r} has nothing for this {pipeline}: its {len(packed.subspace_names)} modules, such as "
-                f"{min(packed.subspace_names.values())}, are of models that are not here."
+                f"adapter {name!r} has no module of this {pipeline}: its {len(packed.subspace_names)} modules, such as "
+                f"{min(packed.subspace_names.values())}, belong to other models."
             )
     if match.absent and not isinstance(pipe, nn.Module):
         missing = ", ".join(sorted({module.partition(".")[0] for module in match.absent}))
         warnings.warn(
-            f"this {pipeline} was made without {missing}: {len(match.absent)} modules of the adapters are left out.",
+            f"this {pipeline} was created without {missing}: {len(match.absent)} modules of the adapters are ignored.",
             MissingPartWarning,
             stacklevel=3,
         )
@@ -171,14 +177,14 @@ def _check(adapters: Mapping[str, PackedAdapter], match: LayerMatch, pack: Pack,
 
 
 def _check_unique_layers(name: str, packed: PackedAdapter, match: LayerMatch) -> None:
-    """Raise `ModuleNameError` if two modules of an adapter are one layer, such as its old name and its new one."""
+    """Raise `ModuleNameError` if two modules of an adapter are one layer, such as its old name and its new name."""
     owners: dict[str, str] = {}
     for module, subspace_name in packed.subspace_names.items():
         layer = match.layers.get(subspace_name)
         if layer is not None and owners.setdefault(layer.name, module) != module:
             raise ModuleNameError(
                 f"modules {owners[layer.name]!r} and {module!r} of adapter {name!r} are both the layer {layer.name} of "
-                "the pipeline. One of them is left over: remove it from the adapter's file."
+                "the pipeline. Remove one of them from the adapter's file."
             )
 
 
@@ -190,15 +196,14 @@ def _check_layer(
     base_layer, actual = inject.base_layer_of(layer.module), inject.shape_of(layer.module)
     if actual is None:
         raise ModuleNameError(
-            f"{layer.name} is a {type(base_layer).__name__} in this {pipeline}, which no update can be added to. "
-            f"{remedy}"
+            f"{layer.name} is a {type(base_layer).__name__} in this {pipeline}, which cannot have an adapter. {remedy}"
         )
     if actual != shape:
         raise ShapeError(f"{layer.name}: (out, in) is {actual} in this {pipeline} and {shape} in the pack. {remedy}")
     if base_layer.weight.is_meta:
         raise OptionError(
-            f"{layer.name} has no weight at the moment, as under enable_sequential_cpu_offload, where bases could not "
-            "be beside it. Use enable_model_cpu_offload or group offloading, or load the model's weights first."
+            f"{layer.name} has no weight in memory, as with enable_sequential_cpu_offload, which does not support "
+            "bases. Use enable_model_cpu_offload or group offloading, or load the model's weights first."
         )
     layer_kernel = convolution.kernel_size(base_layer)
     if not convolution.kernels_match(kernel, layer_kernel):
@@ -213,7 +218,7 @@ def _warn_of_compiled_models(pipe: object, counts: Mapping[str, Mapping[str, int
         model = getattr(pipe, name, None)
         if model is not None and pipeline_layers.unwrap_compiled(model) is not model:
             warnings.warn(
-                f"pipe.{name} is the result of torch.compile(pipe.{name}), in which diffusers sees no adapters: "
+                f"pipe.{name} is the result of torch.compile(pipe.{name}), in which diffusers finds no adapters: "
                 f"pipe.set_adapters ignores it. Compile in place, pipe.{name}.compile(), or call "
                 f"pipe.{name}.set_adapters.",
                 WrappedModelWarning,
@@ -222,7 +227,7 @@ def _warn_of_compiled_models(pipe: object, counts: Mapping[str, Mapping[str, int
 
 
 def _reapply_group_offloading(models: Sequence[nn.Module]) -> None:
-    """Let diffusers' group offloading include the new tensors, if it was enabled before they were added."""
+    """Apply diffusers' group offloading to the new tensors, if it was enabled before they were added."""
     if "diffusers" in sys.modules:
         from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 

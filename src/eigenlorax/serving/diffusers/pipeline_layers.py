@@ -1,4 +1,4 @@
-"""The layers of a pipeline that the modules of a pack belong to.
+"""Matching of the modules of a pack to the layers of a pipeline.
 
 A module name in a pack is the name of a model in the pipeline and the name of a layer in that model, such as
 `unet.mid_block…`. Full names are compared, because both text encoders of a pipeline have the same layers.
@@ -21,12 +21,12 @@ _MODEL_NAMES = ("unet", "transformer", "text_encoder")
 
 @dataclass(frozen=True, slots=True)
 class PipelineModel:
-    """A model that takes adapters.
+    """A model that can have adapters.
 
-    Args:
-        name: Its name in the pipeline.
+    Attributes:
+        name: Name of the model in the pipeline.
         model: The model.
-        layers: Its modules by name; of adapted layers the outermost module.
+        layers: Modules of the model by name; for adapted layers the outermost module.
     """
 
     name: str
@@ -34,24 +34,31 @@ class PipelineModel:
     layers: Mapping[str, nn.Module]
 
     def find(self, layer: str) -> str | None:
-        """Return the model's own name of a layer, with or without `TEXT_MODEL`; None if it has no such layer."""
+        """Return the name of a layer in the model, with or without `TEXT_MODEL`; None if there is no such layer."""
         short = layer.removeprefix(TEXT_MODEL)
         return next((name for name in (layer, short, TEXT_MODEL + short) if name in self.layers), None)
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineLayer:
-    """A layer of a model of a pipeline."""
+    """A layer of a model in a pipeline.
+
+    Attributes:
+        owner: The model.
+        layer: Name of the layer in the model.
+    """
 
     owner: PipelineModel
     layer: str
 
     @property
     def module(self) -> nn.Module:
+        """The layer; if it is adapted, the outermost module."""
         return self.owner.layers[self.layer]
 
     @property
     def name(self) -> str:
+        """Name of the layer in the pipeline."""
         return f"{self.owner.name}.{self.layer}"
 
 
@@ -59,10 +66,10 @@ class PipelineLayer:
 class LayerMatch:
     """The layers of a pipeline for the modules of a pack.
 
-    Args:
-        layers: The layer of each module that the pipeline has.
-        missing: Modules of models that the pipeline has, without a layer there.
-        absent: Modules of models that this kind of pipeline takes, and that it was made without.
+    Attributes:
+        layers: Layer of each module that the pipeline has.
+        missing: Modules without a layer, in models that the pipeline has.
+        absent: Modules of models that pipelines of this class can have, but this pipeline was created without.
     """
 
     layers: dict[str, PipelineLayer] = field(default_factory=dict)
@@ -70,7 +77,7 @@ class LayerMatch:
     absent: list[str] = field(default_factory=list)
 
     def add(self, module: str, owner: PipelineModel | None, layer: str) -> None:
-        """Add a module of the pack, given the model that it belongs to and its name there."""
+        """Add a module of the pack, given its model and its name in the model."""
         name = owner.find(layer) if owner is not None else None
         if owner is None or name is None:
             self.missing.append(module)
@@ -84,17 +91,25 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     return original
 
 
-def models_of(pipeline: object) -> dict[str, nn.Module | None]:
-    """Return the models of a pipeline that take adapters, by name; None for one that it was made without.
+def adaptable_models(pipeline: object) -> dict[str, nn.Module | None]:
+    """Return the models of a pipeline that can have adapters, by name.
 
-    A model instead of a pipeline is returned under the name `STANDALONE`. Raises `OptionError` for any other object.
+    Args:
+        pipeline: A pipeline of diffusers, or a model.
+
+    Returns:
+        Models by name; None for a model that the pipeline was created without. A model that is passed instead of a
+        pipeline has the name `STANDALONE`.
+
+    Raises:
+        OptionError: `pipeline` is neither a pipeline with LoRA support nor a model.
     """
     if isinstance(pipeline, nn.Module):
         return {STANDALONE: unwrap_compiled(pipeline)}
     names = getattr(pipeline, "_lora_loadable_modules", None)
     if not names:
         raise OptionError(
-            f"{type(pipeline).__name__} is neither a pipeline of diffusers that takes LoRA adapters nor a model. Pass "
+            f"{type(pipeline).__name__} is neither a pipeline of diffusers with LoRA support nor a model. Pass "
             "a pipeline such as StableDiffusionPipeline, or the model itself: load_into(pipe.unet, pack)."
         )
     models = {name: getattr(pipeline, name, None) for name in names}
@@ -102,12 +117,24 @@ def models_of(pipeline: object) -> dict[str, nn.Module | None]:
 
 
 def match_layers(modules: Iterable[str], pipeline: object) -> LayerMatch:
-    """Match modules of a pack, by their names in it, to the layers of a pipeline or a model."""
-    models = models_of(pipeline)
+    """Match modules of a pack to the layers of a pipeline or a model.
+
+    Args:
+        modules: Names of modules in the pack.
+        pipeline: A pipeline of diffusers, or a model.
+
+    Returns:
+        The layer of each module, and the modules without a layer.
+
+    Raises:
+        OptionError: `pipeline` is neither a pipeline with LoRA support nor a model.
+        ModuleNameError: A model that was passed without its pipeline matches several models of the pack.
+    """
+    models = adaptable_models(pipeline)
     if STANDALONE in models:
         return _match_model(sorted(modules), models[STANDALONE])
     owners = {name: _pipeline_model(name, model) for name, model in models.items() if model is not None}
-    # files of the denoiser alone may lack its name
+    # modules of the denoiser may lack its name
     denoiser = next(iter(models))
     match = LayerMatch()
     for module in sorted(modules):
@@ -122,9 +149,12 @@ def match_layers(modules: Iterable[str], pipeline: object) -> LayerMatch:
 
 
 def _match_model(modules: list[str], model: nn.Module | None) -> LayerMatch:
-    """Match modules to a model that was passed without its pipeline, so that its name there is unknown.
+    """Match modules to a model that was passed without its pipeline, so that its name in the pipeline is unknown.
 
-    The name is that of the pack's only model with one of its layers; `ModuleNameError` if there are several.
+    It is the name of the only model in the pack with one of the layers.
+
+    Raises:
+        ModuleNameError: Several models in the pack have such layers.
     """
     assert model is not None
     layers_by_name: dict[str, dict[str, str]] = {}
@@ -155,13 +185,13 @@ def _pipeline_model(name: str, model: nn.Module) -> PipelineModel:
 
 
 def is_model_name(name: str) -> bool:
-    """Return whether a name is that of a model in a pipeline: `unet`, `transformer`, `text_encoder_2`."""
+    """Return whether a model in a pipeline can have the name: `unet`, `transformer`, `text_encoder_2`."""
     stem, _, number = name.rpartition("_")
     return name in _MODEL_NAMES or (stem in _MODEL_NAMES and number.isdecimal())
 
 
 def _named_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model by name, without those inside of adapted layers."""
+    """Yield the modules of a model by name, without the modules inside of adapted layers."""
     for name, module in model.named_children():
         yield prefix + name, module
         if not isinstance(module, BaseTunerLayer):

@@ -1,8 +1,8 @@
 """Folders from which vLLM loads the adapters of a pack. Nothing here imports vLLM.
 
-Without a shared basis a folder holds the adapter as `Pack.export` writes it, in the export's own dtype, so that vLLM
-rounds it only once. With a shared basis it holds a LoRA of the cores. The folder's name includes a digest of everything
-that determines its content, because vLLM caches adapters by name and path.
+Without a shared basis a folder contains the adapter as `Pack.export` writes it, in the export's own dtype, so that vLLM
+rounds it only once. With a shared basis it contains a LoRA of the cores. The folder's name includes a digest of
+everything that determines its content, because vLLM caches adapters by name and path.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _FORMAT = 1
 class AdapterFolder:
     """The folder of an adapter.
 
-    Args:
+    Attributes:
         path: The folder.
         digest: Digest of everything that determines its content.
     """
@@ -41,13 +41,15 @@ class AdapterFolder:
 
 
 class AdapterFolders:
-    """The folders of a pack's adapters. A folder is written when it is first requested, in a thread for that purpose.
+    """The folders of a pack's adapters. A folder is written at its first request, in a separate thread.
 
     Args:
         settings: The pack and the cache.
-        max_lora_rank: The engine's `max_lora_rank`; None if it is not known.
+        max_lora_rank: The engine's `max_lora_rank`; None if it is unknown.
 
-    Raises `OptionError`, `PackError` or `HubError` if the pack or the cache cannot be used.
+    Raises:
+        OptionError: The cache cannot be used.
+        PackError, HubError: The pack cannot be opened.
     """
 
     def __init__(self, settings: Settings, max_lora_rank: int | None = None) -> None:
@@ -69,17 +71,23 @@ class AdapterFolders:
         return self._watched.current()
 
     def request(self, name: str) -> "Future[AdapterFolder]":
-        """Return a future of an adapter's folder, which exists until the process ends.
+        """Return a future of the folder. The folder is kept until the process ends.
 
-        The future raises `AdapterNameError` if the pack has no adapter of that name, `ServingError` if it cannot be
-        served, `CacheFullError`, or `PackError` or `HubError` of the pack.
+        Args:
+            name: Name of the adapter.
+
+        Raises:
+            AdapterNameError: The pack has no adapter of that name. This error and the others are raised by the future.
+            ServingError: vLLM cannot serve the adapter.
+            CacheFullError: The cache is full.
+            PackError, HubError: The pack cannot be read.
         """
         return self._executor.submit(self._checked_folder, name)
 
     def _checked_folder(self, name: str) -> AdapterFolder:
         # names come from clients
         if not keys.is_valid_name(name):
-            raise AdapterNameError(f"{name[:100]!r} is not the name of an adapter.")
+            raise AdapterNameError(f"{name[:100]!r} is not a valid name of an adapter.")
         try:
             return self._folder(name)
         except PackBusyError:
@@ -94,7 +102,7 @@ class AdapterFolders:
             raise self._refused[digest]
         min_bytes = 0 if self.shared else pack.records[name].lora_numbers * 4
         if self._cache is None:
-            # created on demand: the other processes of a server are never asked for adapters
+            # created on demand: the other processes of a server get no requests for adapters
             self._cache = cache.Cache(self._root, self._limit)
         path = self._cache.folder(f"{name}-{digest[:32]}", min_bytes, lambda: self._files(name, digest))
         return AdapterFolder(path, digest)
@@ -119,7 +127,7 @@ class AdapterFolders:
         return peft.to_files(_without_base_weights(lora))
 
     def _too_large(self, packed: PackedAdapter) -> str | None:
-        """Return a message if the rank of an adapter is larger than that of a slot, as far as that is known."""
+        """Return a message if the rank of an adapter is larger than a slot, as far as the slot's rank is known."""
         rank = (shared_rank if self.shared else expanded_rank)(packed)
         if self._max_lora_rank is None or rank <= self._max_lora_rank:
             return None

@@ -14,9 +14,13 @@ from .install import check_shape, lora_names, names_in, projections_of
 
 
 def check_fits(model: nn.Module, info: SubspaceInfo) -> None:
-    """Raise `ShapeError` or `ModuleNameError` if modules of a subspace are not those of a loaded model.
+    """Check that the modules of a subspace match a loaded model.
 
-    Modules that are not linear layers in vLLM (experts, embeddings) are not checked: vLLM refuses unknown ones itself.
+    Modules that are not linear layers in vLLM (experts, embeddings) are not checked: vLLM rejects unknown ones itself.
+
+    Raises:
+        ModuleNameError: The model lacks a module.
+        ShapeError: A module has another shape in the model.
     """
     projections, names = projections_of(model), names_in(model, info.modules)
     kinds = {name.rpartition(".")[2] for name in projections}
@@ -38,9 +42,9 @@ def check_all_have_slots(
     """Raise `ServingError` if modules of an adapter have no slot in vLLM, which would ignore them.
 
     Args:
-        modules: The modules of the adapter.
-        slots: vLLM's names of the layers that have slots.
-        fused: vLLM's table of the projections that each kind of layer is made of.
+        modules: Modules of the adapter.
+        slots: Names of the layers with slots in vLLM.
+        fused: vLLM's table of the projections that are fused in each kind of layer.
         targets: `--lora-target-modules`; None for all layers.
     """
     with_slot = {name for path in slots for name in lora_names(path, fused)}
@@ -48,11 +52,11 @@ def check_all_have_slots(
     # modules of experts have other names in the model than in the adapter
     ignored = [module for module in all_modules if module not in with_slot and "experts" not in module.split(".")]
     if ignored:
-        only = f", which has slots for {', '.join(sorted(targets))} only (--lora-target-modules)" if targets else ""
+        only = f", which only has slots for {', '.join(sorted(targets))} (--lora-target-modules)" if targets else ""
         raise ServingError(
             f"{len(ignored)} of {len(all_modules)} modules of an adapter would be ignored by this server, such as "
-            f"{ignored[0]!r}{only}. `eigenlorax serve-check` prints the flags for a pack in its current state; a model "
-            "that holds a pack's bases takes that pack's adapters only."
+            f"{ignored[0]!r}{only}. `eigenlorax serve-check` prints the flags for the current pack. A model "
+            "with the bases of a pack can only serve adapters of that pack."
         )
 
 

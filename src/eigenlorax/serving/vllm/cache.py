@@ -1,7 +1,7 @@
 """A bounded cache of folders. Each process that writes to it has its own.
 
-A folder exists until its process ends, because a client with its path may read it again; if the cache is full, new
-folders are refused. Folders of processes that were killed are removed when the next process starts.
+A folder exists until its process ends, because a client with its path may read it again. If the cache is full, new
+folders raise `CacheFullError`. Folders of processes that were killed are removed when the next process starts.
 """
 
 import atexit
@@ -25,7 +25,7 @@ from ...core.atomic_files import Files
 from ...errors import CacheFullError, OptionError, reason
 from .settings import CACHE, CACHE_BYTES
 
-_MEMORY = Path("/dev/shm")  # noqa: S108 (what is made in it is checked)
+_MEMORY = Path("/dev/shm")  # noqa: S108 (folders in it are checked)
 _ROOM_IN_MEMORY = 10**9
 """Free bytes from which memory is preferred to a disk. Containers often have 64 MB, which is too little."""
 _PREFIX, _LOCK = "eigenlorax-server-", ".lock"
@@ -56,7 +56,10 @@ def _is_memory(path: Path) -> bool:
 def prepare(root: Path) -> None:
     """Create the folder for caches if it is missing, check that only this user can write there, and clean it up.
 
-    Folders of processes that have ended are removed. Raises `OptionError` if the folder cannot be used.
+    Folders of processes that have ended are removed.
+
+    Raises:
+        OptionError: The folder cannot be used.
     """
     try:
         missing = list(takewhile(lambda path: not os.path.lexists(path), (root, *root.parents)))
@@ -64,7 +67,7 @@ def prepare(root: Path) -> None:
             # another process may create it at the same time; it is checked below
             with suppress(FileExistsError):
                 path.mkdir(mode=0o700)
-        # lstat, because somebody else may have put a link there
+        # lstat, because another user may have put a link there
         problem = _unusable_reason(root, root.lstat()) or _replaceable_reason(root)
     except OSError as error:
         raise OptionError(f"{root} cannot be a cache: {reason(error)}. Choose another folder with {CACHE}.") from error
@@ -94,12 +97,12 @@ def _replaceable_reason(root: Path) -> str | None:
     """Return why other users could replace the cache by another folder, from which a server would load; or None."""
     for path, status in _parents(root):
         if status.st_uid not in (0, os.geteuid()):
-            return f"{path}, on the way to it, belongs to another user"
+            return f"its parent {path} belongs to another user"
         written_by_others = not stat.S_ISLNK(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if written_by_others and not status.st_mode & stat.S_ISVTX and not _has_private_group(status):
             return (
-                f"other users can rename what is in {path}, on the way to it (its mode is "
-                f"{stat.S_IMODE(status.st_mode):o}; chmod go-w, or +t, would do)"
+                f"other users can rename files in its parent {path} (its mode is "
+                f"{stat.S_IMODE(status.st_mode):o}; change it with chmod go-w or +t)"
             )
     return None
 
@@ -107,10 +110,10 @@ def _replaceable_reason(root: Path) -> str | None:
 def _parents(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Yield every folder and link on the path to a folder, from the top, without the folder itself."""
     # `..` is relative to the target of a link, as in the system's own resolution
-    folder, parts, links = Path("/"), list(reversed(Path(root).absolute().parts[1:-1])), 0
+    folder, names, links = Path("/"), list(reversed(Path(root).absolute().parts[1:-1])), 0
     yield folder, folder.lstat()
-    while parts:
-        name = parts.pop()
+    while names:
+        name = names.pop()
         path = folder.parent if name == ".." else folder / name
         status = path.lstat()
         yield path, status
@@ -121,7 +124,7 @@ def _parents(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if links > _LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(root))
         target = path.readlink()
-        parts.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+        names.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
         folder = Path("/") if target.is_absolute() else folder
 
 
@@ -140,7 +143,7 @@ def _has_private_group(status: os.stat_result) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Remove folders of processes that have ended, which are those whose lock is free."""
+    """Remove folders of processes that have ended: their locks are free."""
     for path in (entry for entry in root.iterdir() if _LOCK_NAME.fullmatch(entry.name)):
         # the lock may be in use, removed already, or belong to another user
         with suppress(OSError, filelock.Timeout):
@@ -161,7 +164,7 @@ class Cache:
 
     Args:
         root: The folder for caches, after `prepare`.
-        limit: Maximum size of all files in bytes; by default half of the free space.
+        limit: Maximum size of all files in bytes. Default: half of the free space.
     """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
@@ -182,9 +185,10 @@ class Cache:
         Args:
             name: Name of the folder, which determines its content.
             min_bytes: Lower bound of its size, which is checked before `make` is called.
-            make: Returns the files. Calls are serialised.
+            make: Function that returns the files. Calls are serialised.
 
-        Raises `CacheFullError` if there is no room.
+        Raises:
+            CacheFullError: The cache or the disk is full.
         """
         with self._writing:
             if name not in self._known:

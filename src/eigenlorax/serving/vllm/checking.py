@@ -1,4 +1,4 @@
-"""The check behind `eigenlorax serve-check`: which adapters of a pack vLLM can serve, with which flags and memory.
+"""The check of `eigenlorax serve-check`: the adapters of a pack that vLLM can serve, and the flags and memory for it.
 
 Nothing here imports vLLM, so that a server can be planned on a machine without it.
 """
@@ -30,9 +30,9 @@ MOST_IN_MEMORY = 100
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """The options of a server that a user chooses.
+    """Options of a server that a user chooses.
 
-    Args:
+    Attributes:
         max_loras: vLLM's `--max-loras`.
         max_cpu_loras: vLLM's `--max-cpu-loras`; None for the number of adapters in the pack, up to 100.
         dtype: vLLM's `--dtype`.
@@ -52,8 +52,8 @@ class ServerOptions:
                 raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_cpu_loras is not None and to_int("max_cpu_loras", self.max_cpu_loras) < self.max_loras:
             raise OptionError(
-                f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}: vLLM keeps "
-                "what is in a slot in memory too."
+                f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}: "
+                "adapters in GPU slots also occupy CPU memory."
             )
         check_choice("dtype", self.dtype, DTYPES)
 
@@ -62,7 +62,7 @@ class ServerOptions:
 class ServingMode:
     """The result for one serving mode: expanded adapters, or a shared basis.
 
-    Args:
+    Attributes:
         served: Number of adapters that can be served.
         refused: The reason why each other adapter cannot be served, by name.
         command: The command that starts the server; None if no adapter can be served.
@@ -77,7 +77,7 @@ class ServingMode:
 class Check:
     """The result of a check. `serve-check --json` prints these fields.
 
-    Args:
+    Attributes:
         pack: The pack.
         model: The base model.
         dtype: Dtype of the model.
@@ -122,9 +122,12 @@ def check(
         shapes: The layers of the model.
         options: The options of the server.
         revision: Revision of the model.
-        progress: Called with a stage, the number of steps that are done, and their total.
+        progress: Function that is called with a stage, the number of steps that are done, and their total.
 
-    Raises `PackDamagedError` for a damaged pack, `ModuleNameError` or `ShapeError` if it is for another model.
+    Raises:
+        PackDamagedError: The pack is damaged.
+        ModuleNameError: The model lacks a module of the pack.
+        ShapeError: A module has another shape in the model.
     """
     options = options or ServerOptions()
     plans.check_gpus(shapes, options.tensor_parallel_size)
@@ -159,8 +162,8 @@ def check(
 class _ModuleMatch:
     """The modules of a pack in a model.
 
-    Args:
-        layers: The layers of the model by name, and the experts that only the pack names.
+    Attributes:
+        layers: The layers of the model by name, and experts that only the pack has.
         cores: The number of components of each module of the pack, by the same names.
         not_held: Modules of the pack that only expanded adapters can serve.
     """
@@ -176,8 +179,8 @@ def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
     modules = pack.subspace.modules
     names = module_names.resolve_all(modules, shapes.layers)
     missing = [name for name, layer in names.items() if layer is None and not _is_expert(name, shapes)]
-    remedy = "Name the base model that the pack's adapters are for: model= (--model)" + (
-        f"; the pack says {pack.base_model!r}." if pack.base_model else "."
+    remedy = "Pass the base model of the pack's adapters: model= (--model)" + (
+        f"; the pack states {pack.base_model!r}." if pack.base_model else "."
     )
     if missing:
         raise ModuleNameError(
@@ -192,8 +195,8 @@ def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
         layer = layers[layer_name]
         if (layer.out, layer.input) != bases.shape:
             raise ShapeError(
-                f"module {name} of the pack has a weight of {bases.shape[0]} × {bases.shape[1]}, that of "
-                f"{shapes.model} is {layer.out} × {layer.input}. {remedy}"
+                f"module {name} of the pack has a weight of {bases.shape[0]} × {bases.shape[1]}, in "
+                f"{shapes.model} it is {layer.out} × {layer.input}. {remedy}"
             )
         if layer.kind != plans.LINEAR or plans.in_experts(layer_name):
             not_held.append(name)
@@ -210,7 +213,7 @@ def _is_expert(name: str, shapes: Shapes) -> bool:
 class _ModeTotals:
     """Sums over the adapters that are served in one mode.
 
-    Args:
+    Attributes:
         file_itemsize: Bytes per entry in the files that vLLM reads.
         ranks: Rank of each adapter.
         refused: The reason why each other adapter cannot be served.
@@ -224,9 +227,11 @@ class _ModeTotals:
 
     @property
     def adapters(self) -> ServedAdapters:
+        """Number, largest rank and size of the adapters."""
         return ServedAdapters(len(self.ranks), max(self.ranks.values(), default=0), self.numbers, self.file_itemsize)
 
     def mode(self, command: str | None) -> ServingMode:
+        """Return the result for the mode, given the command that starts the server."""
         return ServingMode(len(self.ranks), self.refused, command)
 
 
@@ -234,7 +239,7 @@ class _ModeTotals:
 class _Totals:
     """Sums over the adapters of both modes.
 
-    Args:
+    Attributes:
         expanded: Sums of expanded adapters.
         shared: Sums of adapters with a shared basis.
         carried: Modules of the model for which adapters have LoRAs outside the subspace.
@@ -261,9 +266,12 @@ def _read_adapters(pack: Pack, match: _ModuleMatch, progress: Callable[[str, int
 
 
 def _add_expanded(totals: _Totals, packed: PackedAdapter, carried: Mapping[str, str | None]) -> None:
-    """Add an adapter to the sums of expanded ones, or to the refused ones.
+    """Add an adapter to the sums of expanded adapters, or to the refused ones.
 
-    carried: The model's name of each module for which the adapter has a LoRA outside the subspace.
+    Args:
+        totals: The sums, which are changed.
+        packed: The adapter.
+        carried: Name in the model of each module for which the adapter has a LoRA outside the subspace.
     """
     reason = servable.refusal_reason(packed, shared=False)
     missing = [module for module, layer_name in carried.items() if layer_name is None]
@@ -298,7 +306,7 @@ def _shared_basis_reason(match: _ModuleMatch) -> str | None:
     patterns = sorted({"*experts.*" if plans.in_experts(name) else name for name in match.not_held})
     options = shlex.join(word for pattern in patterns for word in ("--exclude-module", pattern))
     return (
-        f"the model has no linear layer, which bases could be put into, for {len(match.not_held)} of the "
+        f"the model has no linear layer, as bases need it, for {len(match.not_held)} of the "
         f"{len(match.cores)} modules of the subspace, such as {match.not_held[0]!r}; exclude them when fitting "
         f"(eigenlorax fit … {options}), and adapters that have no LoRA there will be served"
     )
@@ -320,23 +328,24 @@ def _name_notes(pack: Pack, shapes: Shapes, match: _ModuleMatch) -> list[str]:
     if not renamed:
         return []
     return [
-        f"{renamed[0]!r} and {len(renamed) - 1} more modules of the pack have other names in {shapes.model}: vLLM's "
-        "own tables rename those of some models; with others the server says so and does not start."
+        f"{renamed[0]!r} and {len(renamed) - 1} more modules of the pack have other names in {shapes.model}. vLLM's "
+        "own tables rename the modules of some models; for other models the server does not start."
     ]
 
 
 def _notes(shapes: Shapes, match: _ModuleMatch, totals: _Totals, options: ServerOptions) -> list[str]:
+    """Return notes about adapters, division among GPUs, experts and large ranks."""
     notes = []
     if not totals.expanded.ranks and not totals.shared.ranks:
-        notes.append("nothing of the pack can be served.")
+        notes.append("no adapter of the pack can be served.")
     if shapes.whole and options.tensor_parallel_size > 1:
         notes.append(
-            f"the config of {shapes.model} does not say how its layers are divided among GPUs: each counts as whole "
-            "on each of them, which is an upper bound."
+            f"the config of {shapes.model} does not say how its layers are divided among GPUs: each is counted "
+            "in full on each GPU, which is an upper bound."
         )
     if any(plans.in_experts(name) for name in match.cores):
         notes.append(
-            "only experts that the pack has are counted; vLLM makes room for all experts of a layer, so that a slot "
+            "only experts that the pack has are counted; vLLM allocates all experts of a layer, so that a slot "
             "can be larger."
         )
     for mode, sums in (("expanded", totals.expanded), ("with a shared basis", totals.shared)):

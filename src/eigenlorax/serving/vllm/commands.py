@@ -13,7 +13,7 @@ from .settings import PACK, SHARED_BASIS
 class ServeCommand:
     """Options that the commands of both serving modes share.
 
-    Args:
+    Attributes:
         pack: The pack.
         model: The base model.
         revision: Revision of the model.

@@ -1,7 +1,7 @@
-"""An adapter as a LoRA on the cores of a model that holds the subspace itself. Nothing here imports vLLM.
+"""An adapter as a LoRA on the cores of a model that contains the subspace. Nothing here imports vLLM.
 
 Such a model has a *core* for each module: a linear layer, k_down → k_up, between the two bases, whose weight is zero.
-An adapter's coefficients are a LoRA of it: A (r, k_down), B (k_up, r), in place of r · (in + out) numbers.
+An adapter's coefficients are a LoRA on it: A (r, k_down), B (k_up, r), in place of r · (in + out) numbers.
 """
 
 import json
@@ -18,23 +18,26 @@ from ...pack.packed_adapter import PackedAdapter
 
 
 def core_name(fingerprint: str) -> str:
-    """Return the last part of the cores' names. It includes the subspace, so that adapters of another never fit."""
+    """Return the last part of the cores' names, which identifies the subspace, so that other adapters do not fit."""
     return f"eigen_core_{fingerprint[:12]}"
 
 
 def lora_on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
-    """Return an adapter's coefficients as a LoRA of the cores of a model that holds the subspace `served`.
+    """Return an adapter's coefficients as a LoRA on the cores of a model that contains the subspace `served`.
 
-    Scalings are multiplied into B, so that one config holds for all modules. A rank above the number of components is
-    reduced to it, without an error. Raises `ServingError` for an adapter with residuals.
+    Scalings are multiplied into B, so that one config is valid for all modules. A rank above the number of components
+    is reduced to it, without changing the update.
+
+    Raises:
+        ServingError: The adapter has residuals.
     """
     core = core_name(served.fingerprint)
     modules = {}
     for module, coefficients in packed.coefficients.items():
         if coefficients.has_residual:
             raise ServingError(
-                f"adapter {packed.name!r} has a residual in {module!r}, which cores cannot hold. "
-                "Serve it expanded, as Pack.adapter gives it."
+                f"adapter {packed.name!r} has a residual in {module!r}, which cores cannot represent. "
+                "Serve it expanded, without a shared basis."
             )
         subspace_name = packed.subspace_names[module]
         sizes = served.modules[subspace_name]
@@ -45,7 +48,7 @@ def lora_on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
 
 
 def _on_core(coefficients: Coefficients, k_down: int, k_up: int) -> LoRAFactors:
-    """Return one module's coefficients as LoRA factors, with zeros on components by which the bases have grown."""
+    """Return one module's coefficients as LoRA factors, with zeros for components by which the bases have grown."""
     down, up = coefficients.down.float(), coefficients.up.float() * coefficients.scaling
     n_down, n_up = down.shape[1], up.shape[0]
     if coefficients.rank > min(n_down, n_up):

@@ -1,6 +1,6 @@
-"""Installation of a subspace in a vLLM model: which layer, which of its rows, and which slice of a rank.
+"""Installation of a subspace in a vLLM model, with the right layer, rows and slice of a tensor-parallel rank.
 
-One mechanism serves every model, because vLLM's own tables say what it fused and renamed.
+One mechanism serves every model, because vLLM's own tables list fused and renamed layers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,11 +26,11 @@ from .settings import SHARED_BASIS
 class Projection:
     """A linear layer, or one of the projections that are fused in it.
 
-    Args:
-        name: The name by which LoRAs know it.
+    Attributes:
+        name: Name of the projection in LoRAs.
         layer: The layer of the model.
-        index: Its position among the fused projections.
-        fused: Whether the layer has several.
+        index: Position among the fused projections.
+        fused: Whether the layer has several projections.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Projection:
 
 
 def lora_names(path: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the names by which LoRAs know a layer: its own, or those of the projections fused in it, in order.
+    """Return the names of a layer in LoRAs: its own name, or the names of the projections fused in it, in order.
 
     Args:
-        path: The layer's name in the model.
-        fused: vLLM's table of the projections that each kind of layer is made of.
+        path: Name of the layer in the model.
+        fused: vLLM's table of the projections that are fused in each kind of layer.
     """
     parent, dot, last = path.rpartition(".")
     return [parent + dot + projection for projection in fused.get(last, [last])]
@@ -63,7 +63,7 @@ def projections_of(model: nn.Module) -> dict[str, Projection]:
 
 
 def names_in(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
-    """Return the names in the model of modules of adapters, by the table that vLLM uses for the tensors of LoRAs."""
+    """Return the name in the model of each module of adapters, by vLLM's own table for the tensors of LoRAs."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return {module: module for module in modules}
@@ -82,8 +82,9 @@ def install(model: nn.Module, subspace: Subspace, core: str, device: torch.devic
         core: The last part of the cores' names.
         device: Device of the bases.
 
-    Raises `ModuleNameError` if the model lacks a module, `ShapeError` if one has another size. The model is not changed
-    then.
+    Raises:
+        ModuleNameError: The model lacks a module. It is not changed.
+        ShapeError: A module has another size. The model is not changed.
     """
     projections, names = projections_of(model), names_in(model, subspace.modules)
     missing = [module for module, name in names.items() if name not in projections]
@@ -104,11 +105,12 @@ def install(model: nn.Module, subspace: Subspace, core: str, device: torch.devic
 
 def check_shape(module: str, shape: tuple[int, int], projection: Projection) -> None:
     """Raise `ShapeError` unless the weight of a projection, on all ranks together, has the shape (out, in)."""
-    actual = (sum(part.full for part in _rank_slices(projection)), projection.layer.input_size)
+    n_out = sum(rank_slice.full for rank_slice in _rank_slices(projection))
+    actual = (n_out, projection.layer.input_size)
     if shape != actual:
         raise ShapeError(
-            f"module {module} of the subspace has a weight of {shape[0]} × {shape[1]}, that of the served "
-            f"model is {actual[0]} × {actual[1]}. Serve the base model that the pack's adapters are for."
+            f"module {module} of the subspace has a weight of {shape[0]} × {shape[1]}, in the served "
+            f"model it is {actual[0]} × {actual[1]}. Serve the base model of the pack's adapters."
         )
 
 
@@ -126,7 +128,7 @@ def _install_in(
         rows = slice(slices[0].rows.start, slices[-1].rows.stop)
         parts.append(Part(_core_owner(model, projection), core, columns, rows))
         downs.append(bases.down.components[:, _input_columns(layer)])
-        up = [bases.up.components[:, part.columns] for part in slices]
+        up = [bases.up.components[:, rank_slice.columns] for rank_slice in slices]
         ups.append(torch.cat(up, dim=1).mT.to(device, layer.params_dtype).contiguous())
     attach(layer, parts, torch.cat(downs).to(device, layer.params_dtype), ups)
 
@@ -142,7 +144,7 @@ def _core_owner(model: nn.Module, projection: Projection) -> nn.Module:
 
 
 def _input_columns(layer: LinearBase) -> slice:
-    """Return the columns of a down basis that this rank's part of the input meets."""
+    """Return the columns of a down basis that belong to this rank's part of the input."""
     if not isinstance(layer, RowParallelLinear):
         return slice(None)
     n = layer.input_size_per_partition
@@ -153,8 +155,8 @@ def _input_columns(layer: LinearBase) -> slice:
 class RankSlice:
     """The part of one projection that a rank computes.
 
-    Args:
-        rows: Its rows of the layer's output.
+    Attributes:
+        rows: Rows of the layer's output.
         columns: The columns of the up basis that belong to these rows.
         full: Number of the projection's rows on all ranks together.
     """
@@ -165,7 +167,7 @@ class RankSlice:
 
 
 def _rank_slices(projection: Projection) -> list[RankSlice]:
-    """Return a projection's slices on this rank: one, or several if LoRAs see several fused parts as one module."""
+    """Return a projection's slices on this rank: several if several fused parts are one module in LoRAs."""
     layer, slices = projection.layer, []
     row = column = 0
     for index, n in enumerate(layer.output_partition_sizes):

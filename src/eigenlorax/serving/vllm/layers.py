@@ -2,7 +2,7 @@
 
 The bases are buffers, one copy for all adapters. The core between them is a linear layer whose weight is zero, so the
 output of the model does not change until vLLM's LoRA adds an adapter to the core. The product is added where a layer
-multiplies with its weight, quantised or not. The gathers and sums of tensor parallelism follow later and are linear, so
+multiplies by its weight, quantised or not. The gathers and sums of tensor parallelism follow later and are linear, so
 each rank needs only its slices of the bases.
 """
 
@@ -19,13 +19,13 @@ _DOWN, _UP = "eigen_down", "eigen_up"
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a layer's output that one module of the subspace adds to.
+    """One module of the subspace in a layer, which may have several fused projections.
 
-    Args:
-        owner: The module that has the core and the up basis (rows, k_up).
-        core: The core's name in `owner`.
-        columns: Its columns of the input's product with the layer's down bases.
-        rows: Its rows of the layer's output: all of them, or those of one fused projection.
+    Attributes:
+        owner: Module with the core and the up basis (rows, k_up).
+        core: Name of the core in `owner`.
+        columns: Columns of the module in the input's product with the layer's down bases.
+        rows: Rows of the module in the layer's output: all rows, or the rows of one fused projection.
     """
 
     owner: nn.Module
@@ -35,13 +35,13 @@ class Part:
 
 
 def attach(layer: LinearBase, parts: Sequence[Part], down: Tensor, ups: Sequence[Tensor]) -> None:
-    """Make a layer add the parts of a subspace to its output.
+    """Make a layer add the updates of a subspace to its output.
 
     Args:
         layer: The layer.
-        parts: The parts.
-        down: (Σ k_down, input), the down bases of all parts, for this rank's input.
-        ups: (rows, k_up), the up basis of each part.
+        parts: Modules of the subspace in the layer.
+        down: Down bases of all parts, for this rank's input, (Σ k_down, input).
+        ups: Up basis of each part, (rows, k_up).
     """
     layer.register_buffer(_DOWN, down, persistent=False)
     for part, up in zip(parts, ups, strict=True):
@@ -53,18 +53,24 @@ def attach(layer: LinearBase, parts: Sequence[Part], down: Tensor, ups: Sequence
     layer.requires_unquantized_input = True
 
 
-def _core(k_down: int, k_up: int, like: Tensor) -> ReplicatedLinear:
-    """Return a linear layer that computes zeros and stores no weight."""
-    core = ReplicatedLinear(k_down, k_up, bias=False, params_dtype=like.dtype, disable_tp=True, return_bias=False)
+def _core(k_down: int, k_up: int, weight: Tensor) -> ReplicatedLinear:
+    """Return a placeholder linear layer without weights, which computes zeros.
+
+    Args:
+        k_down: Input width.
+        k_up: Output width.
+        weight: Tensor with the dtype and device of the layer.
+    """
+    core = ReplicatedLinear(k_down, k_up, bias=False, params_dtype=weight.dtype, disable_tp=True, return_bias=False)
     core.quant_method = ZeroMethod()
     del core.weight
     # vLLM reads the device from the weight
-    core.register_buffer("weight", like.new_empty(0), persistent=False)
+    core.register_buffer("weight", weight.new_empty(0), persistent=False)
     return core
 
 
 class ZeroMethod(LinearMethodBase):
-    """The linear method of a core: zeros, without a weight."""
+    """Linear method of a core: zeros, without a weight."""
 
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Create no weights."""

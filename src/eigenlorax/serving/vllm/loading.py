@@ -1,4 +1,4 @@
-"""Extensions of vLLM's loaders: those of models install or check a subspace, that of adapters checks for slots."""
+"""Extensions of vLLM's loaders: model loaders install or check a subspace, the adapter loader checks for slots."""
 
 from functools import wraps
 from typing import Any
@@ -26,8 +26,8 @@ _log = init_logger("vllm.plugins.eigenlorax")
 def register() -> None:
     """Extend the loaders of all load formats, and the loader of adapters.
 
-    `load_model` is the right moment: the weights are loaded and processed for the kernels, and vLLM looks for layers
-    that can have a LoRA right after it.
+    A subspace is installed at the end of `load_model`: the weights are then loaded and processed for the kernels, and
+    vLLM searches for layers that can have a LoRA right after it.
     """
     if not hasattr(WorkerLoRAManager._load_adapter, "__wrapped__"):
         WorkerLoRAManager._load_adapter = _check_slots_after(WorkerLoRAManager._load_adapter)
@@ -39,6 +39,8 @@ def register() -> None:
 
 
 class _WithSubspace(BaseModelLoader):
+    """Mixin for loaders of models, which installs or checks the subspace of the pack in the environment."""
+
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         model = super().load_model(vllm_config, model_config, prefix)
         # read again, because a process may load several models
@@ -50,7 +52,21 @@ class _WithSubspace(BaseModelLoader):
 
 
 def _prepare(environment: settings.Settings, model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Prepare a loaded model for a pack, and log it. When plugins are loaded, vLLM has no log yet."""
+    """Install or check the subspace of a pack in a loaded model, and log how its adapters are served.
+
+    The log is written here, because vLLM has no log yet when plugins are loaded.
+
+    Args:
+        environment: Settings of the plugin.
+        model: The loaded model.
+        vllm_config: vLLM's configuration.
+
+    Raises:
+        OptionError: vLLM's options do not allow a shared basis.
+        ModuleNameError: The model lacks a module of the pack.
+        ShapeError: A module has another shape in the model.
+        PackError, HubError: The pack cannot be opened.
+    """
     if environment.shared_basis:
         add_subspace(model, vllm_config, environment.pack)
     elif vllm_config.lora_config is None:
@@ -58,7 +74,7 @@ def _prepare(environment: settings.Settings, model: nn.Module, vllm_config: Vllm
         return
     else:
         check_fits(model, Pack.from_pretrained(environment.pack, adapters=[]).info)
-    mode = "in its bases, which the model holds" if environment.shared_basis else "as LoRAs, expanded on request"
+    mode = "as coefficients in the model's bases" if environment.shared_basis else "as LoRAs, expanded on request"
     hint = (
         ""
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
@@ -68,7 +84,18 @@ def _prepare(environment: settings.Settings, model: nn.Module, vllm_config: Vllm
 
 
 def add_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None:
-    """Install the subspace of a pack in a loaded model, and restrict LoRAs to its cores."""
+    """Install the subspace of a pack in a loaded model, and restrict LoRAs to its cores.
+
+    Args:
+        model: The loaded model.
+        vllm_config: vLLM's configuration, whose `lora_config.target_modules` is set to the cores.
+        source: Folder of the pack, or a repository on the Hub.
+
+    Raises:
+        OptionError: LoRA is not enabled, or `--lora-target-modules` is set.
+        ModuleNameError: The model lacks a module of the pack.
+        ShapeError: A module has another shape in the model.
+    """
     lora_config = vllm_config.lora_config
     if lora_config is None:
         raise OptionError(f"{settings.SHARED_BASIS}=1 serves adapters: start the server with --enable-lora.")
@@ -84,7 +111,14 @@ def add_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None
 
 
 def _check_slots_after(load: Any) -> Any:
-    """Return vLLM's loader of adapters, followed by a check that no module is ignored."""
+    """Wrap vLLM's loader of adapters with a check that no module of the adapter is ignored.
+
+    Args:
+        load: `WorkerLoRAManager._load_adapter`.
+
+    Returns:
+        The wrapped loader, which raises `ServingError` if a module has no slot.
+    """
 
     @wraps(load)
     def load_adapter(self: WorkerLoRAManager, *args: Any, **options: Any) -> Any:

@@ -15,7 +15,7 @@ except ImportError as error:
     raise MissingExtraError("eigenlorax.serving.vllm.Adapters needs vLLM: pip install 'eigenlorax[vllm]'.") from error
 
 _ids: dict[str, int] = {}
-"""vLLM's ids of adapters, by the digest of their content, so that adapters of several packs never share one."""
+"""vLLM's ids of adapters by the digest of their content, so that adapters of several packs never share an id."""
 
 
 class Adapters(Mapping[str, LoRARequest]):
@@ -27,9 +27,9 @@ class Adapters(Mapping[str, LoRARequest]):
 
     Args:
         pack: A folder, or a repository on the Hub.
-        max_lora_rank: The engine's `max_lora_rank`, so that an adapter of a larger rank raises an error here; an engine
-            of several processes would end.
-        shared_basis: Whether the model holds the pack's subspace; by default the value of EIGENLORAX_SHARED_BASIS,
+        max_lora_rank: The engine's `max_lora_rank`. An adapter of a larger rank then raises an error here, where it
+            would end an engine of several processes.
+        shared_basis: Whether the model contains the pack's subspace. Default: the value of EIGENLORAX_SHARED_BASIS,
             which was read when the model was loaded.
     """
 
@@ -43,15 +43,17 @@ class Adapters(Mapping[str, LoRARequest]):
     def __getitem__(self, name: str) -> LoRARequest:
         """Return the request for an adapter.
 
-        Raises `AdapterNameError` if the pack has none of that name, `ServingError` if vLLM cannot serve it,
-        `CacheFullError` if there is no room for it.
+        Raises:
+            AdapterNameError: The pack has no adapter of that name.
+            ServingError: vLLM cannot serve the adapter.
+            CacheFullError: The cache is full.
         """
         folder = self._folders.request(name).result()
         adapter_id = _ids.setdefault(folder.digest, len(_ids) + 1)
         return LoRARequest(lora_name=name, lora_int_id=adapter_id, lora_path=str(folder.path))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the request for an adapter, or `default` if the pack has none of that name."""
+        """Return the request for an adapter, or `default` if the pack has no adapter of that name."""
         try:
             return self[name]
         except AdapterNameError:

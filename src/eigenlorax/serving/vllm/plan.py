@@ -1,7 +1,7 @@
 """The memory that vLLM needs for a pack's adapters, expanded or with a shared basis: arithmetic on shapes, without I/O.
 
-The counts are those of vLLM 0.32. A *slot* has room for one adapter of rank `--max-lora-rank` in every layer that can
-have a LoRA, used or not; there are `--max-loras` slots on each GPU. `--max-cpu-loras` adapters, at their own size, stay
+The counts follow vLLM 0.32. A *slot* is memory for one adapter of rank `--max-lora-rank` in every layer that can have a
+LoRA, used or not; there are `--max-loras` slots on each GPU. `--max-cpu-loras` adapters, at their own size, stay
 in the CPU memory of each worker.
 """
 
@@ -25,17 +25,17 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )
-"""Projections that vLLM fuses into one layer: a slot has room for all of them if one of them has a LoRA."""
+"""Projections that vLLM fuses into one layer: a slot includes all of them if one of them has a LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer of a base model.
 
-    Args:
+    Attributes:
         out: Rows of the weight.
         input: Columns of the weight.
-        kind: LINEAR, HEAD (over the vocabulary) or EMBEDDING.
+        kind: LINEAR, HEAD (output layer with one row per token of the vocabulary) or EMBEDDING.
         split: The dimension that tensor parallelism divides among GPUs: COLUMN is `out`, ROW is `input`. None if each
             GPU has the whole layer.
         parts: Maximum number of parts; further GPUs repeat the same heads of keys and values.
@@ -57,13 +57,13 @@ class Layer:
 class Shapes:
     """The layers of a base model.
 
-    Args:
+    Attributes:
         model: Name of the model.
         dtype: Dtype that vLLM chooses for it.
         layers: The layers by name.
         heads: Number of attention heads, which tensor parallelism divides; None if unknown.
         whole: Whether the division of the layers is unknown, so that each counts as whole on each GPU.
-        experts: Names of the modules that hold a mixture's experts.
+        experts: Names of the modules with a mixture's experts.
     """
 
     model: str
@@ -86,7 +86,7 @@ class CoreSize:
 class ServedAdapters:
     """The adapters that are served in one mode, expanded or with a shared basis.
 
-    Args:
+    Attributes:
         adapters: Number of adapters.
         rank: Largest rank.
         numbers: Number of entries of all adapters together in a worker's memory.
@@ -103,7 +103,7 @@ class ServedAdapters:
 class Choices:
     """The flags of a server.
 
-    Args:
+    Attributes:
         max_loras: vLLM's `--max-loras`.
         max_cpu_loras: vLLM's `--max-cpu-loras`.
         many: Number of adapters that memory is extrapolated to.
@@ -120,9 +120,9 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Memory of one serving mode, on each GPU and in the CPU memory of each worker. Reports have these field names.
+    """Memory of one serving mode, on each GPU and in the CPU memory of each worker. JSON has these field names.
 
-    Args:
+    Attributes:
         adapters: Number of adapters.
         max_lora_rank: vLLM's `--max-lora-rank`.
         slot_numbers: Entries of one slot.
@@ -132,8 +132,8 @@ class MemoryUse:
         gpu_bytes: Bytes of the slots and the bases.
         many_slots_bytes: Bytes of `many` slots and the bases.
         adapter_bytes: Mean bytes of an adapter in a worker's memory.
-        host_bytes: Bytes of `max_cpu_loras` adapters there.
-        many_host_bytes: Bytes of `many` adapters there.
+        host_bytes: Bytes of `max_cpu_loras` adapters in a worker's memory.
+        many_host_bytes: Bytes of `many` adapters in a worker's memory.
         many_cached_bytes: Bytes of `many` adapters in the files that vLLM reads.
     """
 
@@ -155,7 +155,7 @@ class MemoryUse:
 class Plan:
     """The memory of both serving modes.
 
-    Args:
+    Attributes:
         choices: The flags of the server.
         expanded: Memory of expanded adapters; None if none is served.
         shared: Memory with a shared basis; None if no adapter is served.
@@ -184,16 +184,16 @@ def check_gpus(shapes: Shapes, gpus: int) -> None:
     """Raise `OptionError` unless vLLM can divide the model among this number of GPUs."""
     if shapes.heads is not None and shapes.heads % gpus:
         raise OptionError(
-            f"{shapes.model} has {shapes.heads} attention heads, which {gpus} GPUs cannot share evenly. "
-            f"gpus= (--tensor-parallel-size) has to divide {shapes.heads}."
+            f"{shapes.model} has {shapes.heads} attention heads, which cannot be divided among {gpus} GPUs. "
+            f"gpus= (--tensor-parallel-size) must divide {shapes.heads}."
         )
     for name, layer in shapes.layers.items():
         n = min(gpus, layer.parts or gpus)
         size = layer.input if layer.split == ROW else layer.out
         if layer.split is not None and size % n:
             raise OptionError(
-                f"{name} of {shapes.model} has a side of {size}, which {n} GPUs cannot share evenly. "
-                f"gpus= (--tensor-parallel-size) has to divide {size}."
+                f"{name} of {shapes.model} has a dimension of {size}, which cannot be divided among {n} GPUs. "
+                f"gpus= (--tensor-parallel-size) must divide {size}."
             )
 
 
@@ -207,9 +207,9 @@ def in_experts(name: str) -> bool:
     return "experts" in name.split(".")
 
 
-def layers_in_slot(layers: Mapping[str, Layer], named: Collection[str]) -> dict[str, Layer]:
-    """Return the layers that a slot has room for if `--lora-target-modules` is `named`."""
-    targets = set(named)
+def layers_in_slot(layers: Mapping[str, Layer], target_modules: Collection[str]) -> dict[str, Layer]:
+    """Return the layers that a slot includes, given the value of `--lora-target-modules`."""
+    targets = set(target_modules)
     for group in FUSED:
         if targets.intersection(group):
             targets.update(group)
@@ -222,7 +222,7 @@ def layers_in_slot(layers: Mapping[str, Layer], named: Collection[str]) -> dict[
 
 def expanded_slot(layers: Mapping[str, Layer], rank: int, gpus: int) -> int:
     """Return the entries of a slot with A (rank, input) and B (out, rank) of each layer, on each GPU."""
-    # layers over the vocabulary are not divided
+    # output layers and embeddings are not divided
     return sum(rank * sum(layer.share(gpus if layer.kind == LINEAR else 1)) for layer in layers.values())
 
 
@@ -243,7 +243,7 @@ def basis(layers: Mapping[str, Layer], cores: Mapping[str, CoreSize], gpus: int)
 def plan(
     layers: Mapping[str, Layer],
     cores: Mapping[str, CoreSize],
-    named: Collection[str],
+    target_modules: Collection[str],
     choices: Choices,
     *,
     expanded: ServedAdapters,
@@ -254,14 +254,14 @@ def plan(
     Args:
         layers: All layers of the model.
         cores: The size of the core of each layer that the subspace has, by the same names.
-        named: The value of `--lora-target-modules` (`target_modules`).
+        target_modules: The value of `--lora-target-modules`.
         choices: The flags of the server.
         expanded: The adapters that are served expanded.
         shared: The adapters that are served with a shared basis.
     """
     expanded_use = shared_use = unrestricted = None
     if expanded.adapters:
-        in_slot, rank = layers_in_slot(layers, named), max_lora_rank(expanded.rank)
+        in_slot, rank = layers_in_slot(layers, target_modules), max_lora_rank(expanded.rank)
         expanded_use = _memory_use(expanded, rank, expanded_slot(in_slot, rank, choices.gpus), 0, choices)
         linear = {name: layer for name, layer in layers.items() if layer.kind == LINEAR or name in in_slot}
         unrestricted = expanded_slot(linear, rank, choices.gpus) * choices.itemsize
@@ -269,7 +269,7 @@ def plan(
         rank = max_lora_rank(shared.rank)
         slot = shared_slot(cores.values(), rank)
         shared_use = _memory_use(shared, rank, slot, basis(layers, cores, choices.gpus), choices)
-    return Plan(choices, expanded_use, shared_use, _from_slots(expanded_use, shared_use), unrestricted)
+    return Plan(choices, expanded_use, shared_use, _break_even_slots(expanded_use, shared_use), unrestricted)
 
 
 def _memory_use(served: ServedAdapters, rank: int, slot: int, basis_numbers: int, choices: Choices) -> MemoryUse:
@@ -293,7 +293,7 @@ def _memory_use(served: ServedAdapters, rank: int, slot: int, basis_numbers: int
     )
 
 
-def _from_slots(expanded: MemoryUse | None, shared: MemoryUse | None) -> int | None:
+def _break_even_slots(expanded: MemoryUse | None, shared: MemoryUse | None) -> int | None:
     """Return the smallest number of slots with which a shared basis needs less memory than expanded adapters."""
     if expanded is None or shared is None or shared.slot_bytes >= expanded.slot_bytes:
         return None

@@ -4,7 +4,7 @@ from . import settings
 
 
 def register() -> None:
-    """Make vLLM serve the pack of the environment, if it names one. Errors end the process that vLLM is starting."""
+    """Make vLLM serve the pack that the environment names, if any. Errors end the process that vLLM is starting."""
     environment = settings.read()
     if environment is None:
         return

@@ -1,6 +1,6 @@
-"""vLLM's resolver for adapters that it does not know, which finds them in a pack. It runs in the server's process.
+"""Resolver that finds adapters in a pack that vLLM does not know. It runs in the server's process.
 
-Names come from clients. Whatever they send, the result is a folder or None, and the server keeps running.
+Names come from clients. For any name the result is a folder or None, and the server keeps running.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from .settings import Settings
 
 NAME = "eigenlorax"
 _MAX_LOGGED = 1000
-"""Number of messages that are remembered, so that each is logged once."""
+"""Number of messages that are stored, so that each is logged once."""
 
 # a child of vLLM's logger, because vLLM shows only messages of its own loggers
 _log = init_logger("vllm.plugins.eigenlorax")
@@ -28,8 +28,8 @@ _log = init_logger("vllm.plugins.eigenlorax")
 def register(settings: Settings) -> None:
     """Register a resolver for the adapters of a pack in vLLM.
 
-    Every process of a server does this. Only the first one is asked for adapters. It opens the pack and the cache at
-    once, so that a server that cannot use them does not start.
+    Every process of a server does this. Only the first one gets requests for adapters. It opens the pack and the
+    cache at once, so that a server that cannot use them does not start.
     """
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         resolver = PackResolver(settings)
@@ -39,7 +39,7 @@ def register(settings: Settings) -> None:
 
 
 class PackResolver(LoRAResolver):
-    """Finds the adapters of a pack by their names."""
+    """Resolver of adapters of a pack by name."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -53,7 +53,7 @@ class PackResolver(LoRAResolver):
         return self._folders
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Return the adapter of a name as vLLM loads it; None, and a line in the log, if it cannot be served."""
+        """Return vLLM's request for an adapter by name; log a message and return None if it cannot be served."""
         try:
             folders = self.open()
             folder = await asyncio.wrap_future(folders.request(lora_name))
@@ -73,7 +73,7 @@ class PackResolver(LoRAResolver):
     def _compare_base_models(self, expected: str | None, served: str) -> None:
         """Warn if the served model has another name than the pack's base model.
 
-        It is not an error, because a copy of a model may have any name. vLLM refuses adapters of other sizes.
+        It is not an error, because a copy of a model may have any name. vLLM rejects adapters of other sizes.
         """
         if expected is not None and PurePath(expected).name.casefold() != PurePath(served).name.casefold():
             self._log_once(

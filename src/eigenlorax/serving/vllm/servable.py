@@ -1,7 +1,6 @@
 """Checks whether vLLM can serve an adapter, and at which rank. Nothing here imports vLLM or knows the served model.
 
-Adapters that vLLM refuses to load are refused here first, with a reason, and so are those that it would compute
-wrongly.
+Adapters that vLLM does not load, or would compute wrongly, are rejected here with a reason.
 """
 
 import json
@@ -41,7 +40,7 @@ def refusal_reason(packed: PackedAdapter, *, shared: bool) -> str | None:
 
     Args:
         packed: The adapter.
-        shared: Whether the model holds the subspace. Then only coefficients can be served.
+        shared: Whether the model contains the subspace, so that only coefficients can be served.
     """
     config = json.loads(packed.source_config)
     reason = (
@@ -57,11 +56,11 @@ def refusal_reason(packed: PackedAdapter, *, shared: bool) -> str | None:
     if reason is None and not packed.coefficients and (shared or not packed.carried):
         reason = "it has no LoRA module"
     if reason is None and (rank := shared_rank(packed) if shared else expanded_rank(packed)) > RANKS[-1]:
-        reason = f"its rank is {rank}, and vLLM's largest {RANKS[-1]}"
+        reason = f"its rank is {rank}, and vLLM's largest rank is {RANKS[-1]}"
     if reason is None and packed.carried and any(module != name for module, name in packed.subspace_names.items()):
         reason = (
             "its modules lack the first part of the model's names, and it has tensors outside the subspace, whose "
-            "names are not known"
+            "full names are unknown"
         )
     return reason
 
@@ -81,6 +80,7 @@ def expanded_rank(packed: PackedAdapter) -> int:
 
 
 def _config_reason(config: Mapping[str, Any]) -> str | None:
+    """Return why vLLM cannot serve a LoRA with this config; None if it can."""
     start, bias = config.get("init_lora_weights"), config.get("bias", "none")
     missing = [field for field in _NEEDED if field not in config]
     if missing:
@@ -96,6 +96,7 @@ def _config_reason(config: Mapping[str, Any]) -> str | None:
 
 
 def _head_reason(heads: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Return why vLLM cannot serve heads with these keys; None if it can."""
     saved = config.get("modules_to_save") or ()
     others = sorted(set(saved) - set(_HEADS))
     if others:
@@ -109,29 +110,32 @@ def _head_reason(heads: Iterable[str], config: Mapping[str, Any]) -> str | None:
             return f"vLLM supports no trained modules but {' and '.join(_HEADS)}, and it has {key!r}"
         modules_with_head.add(module)
     if len(modules_with_head) > 1:
-        return "vLLM supports one trained head an adapter, and it has two"
+        return "vLLM supports one trained head per adapter, and it has two"
     return None
 
 
 def _carried_reason(carried: Mapping[str, Any]) -> str | None:
+    """Return why vLLM cannot serve these tensors outside the subspace; None if it can."""
     for key, tensor in carried.items():
         if not key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")):
             return f"vLLM does not support the tensor {key!r}"
         if tensor.ndim != 2:
-            return f"vLLM does not support LoRA of convolutions ({key!r})"
+            return f"vLLM does not support LoRA on convolutions ({key!r})"
     return None
 
 
 def _kernel_reason(kernels: Mapping[str, tuple[int, ...]]) -> str | None:
-    return f"vLLM does not support LoRA of convolutions ({min(kernels)!r})" if kernels else None
+    """Return why vLLM cannot serve convolutions with these kernels by module; None if there are none."""
+    return f"vLLM does not support LoRA on convolutions ({min(kernels)!r})" if kernels else None
 
 
 def _residual_reason(modules: Collection[str]) -> str | None:
+    """Return why a shared basis cannot serve residuals in these modules; None if there are none."""
     if not modules:
         return None
     return (
         f"it has a residual in {min(modules)!r}{_others(modules, 'modules')}, which the cores of a shared basis cannot "
-        "hold; without a shared basis it can be served"
+        "represent; without a shared basis it can be served"
     )
 
 

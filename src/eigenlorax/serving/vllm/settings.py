@@ -18,10 +18,10 @@ CACHE_BYTES = "EIGENLORAX_CACHE_BYTES"
 class Settings:
     """Settings of the plugin.
 
-    Args:
+    Attributes:
         pack: A folder, or a repository on the Hub (`org/name`, `org/name@revision`).
-        shared_basis: Whether the model holds the subspace, and adapters are served as LoRAs of its cores.
-        cache: Folder in which adapters are written for vLLM; None for `cache.default_root`.
+        shared_basis: Whether the model contains the subspace, and adapters are served as LoRAs on its cores.
+        cache: Folder to which adapters are written for vLLM; None for `cache.default_root`.
         cache_bytes: Maximum size of the cache; None for half of the free space.
     """
 
@@ -37,12 +37,12 @@ def read(environment: Mapping[str, str] = os.environ) -> Settings | None:
     if pack:
         return Settings(pack, shared, cache(environment), cache_bytes(environment))
     if shared:
-        raise OptionError(f"{SHARED_BASIS}=1 needs the pack whose bases the model holds: set {PACK} too.")
+        raise OptionError(f"{SHARED_BASIS}=1 needs the pack with the bases: set {PACK} too.")
     return None
 
 
 def shared_basis(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the model holds the subspace."""
+    """Return whether the model contains the subspace."""
     value = environment.get(SHARED_BASIS, "").strip() or "0"
     if value not in ("0", "1"):
         raise OptionError(f"{SHARED_BASIS} is {value!r}; it must be 1, for the bases in the model, or 0.")

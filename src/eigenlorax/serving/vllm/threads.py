@@ -1,7 +1,7 @@
 """An executor whose torch operations run in one thread.
 
 `core.threads` lowers the number of threads for a block of code in the calling thread. A server needs
-another mechanism: a thread of its own with that setting, which leaves vLLM's threads alone, and which works after vLLM
+another mechanism: a separate thread with that setting, which does not affect vLLM's threads, and which works after vLLM
 has replaced `torch.set_num_threads`, which `core.threads` calls.
 """
 

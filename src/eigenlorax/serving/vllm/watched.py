@@ -20,7 +20,11 @@ Stamp = tuple[int, int, int]
 class WatchedPack:
     """A pack in a local folder or on the Hub whose adapters may change while a server runs. It is thread-safe.
 
-    Raises `PackError` or `HubError` at once if the pack cannot be opened.
+    Args:
+        source: Folder of the pack, or a repository on the Hub.
+
+    Raises:
+        PackError, HubError: The pack cannot be opened.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
@@ -41,7 +45,7 @@ class WatchedPack:
             return self._current()
 
     def with_adapter(self, name: str) -> Pack:
-        """Return the current pack with the files of one adapter downloaded; raise `AdapterNameError` if it has none."""
+        """Return the current pack with one adapter downloaded; raise `AdapterNameError` if it has no such adapter."""
         with self._lock:
             pack = self._current()
             keys.check_known(name, pack.names, f"the pack {self.source}")
@@ -64,7 +68,7 @@ class WatchedPack:
 
     def _open(self, folder: Path) -> Pack:
         """Return the pack in a folder, and open it only if it has changed."""
-        # taken before the pack is read, so that a change in between is noticed the next time
+        # read before the pack, so that a change in between is detected at the next call
         stamp = _stamp(folder)
         if self._opened is None or self._opened[:2] != (folder, stamp):
             self._opened = folder, stamp, Pack.open(folder)
@@ -72,7 +76,7 @@ class WatchedPack:
 
 
 def _stamp(folder: Path) -> Stamp:
-    """Return inode, time and size of a pack's manifest, which every change of the pack replaces by a new file."""
+    """Return inode, modification time and size of the manifest: each change of a pack writes a new manifest file."""
     try:
         status = (folder / keys.MANIFEST).stat()
     except OSError:
