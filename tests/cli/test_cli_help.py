@@ -21,6 +21,7 @@ from adapters import make_adapter
 from children import at_change, buffered_environment, command, needs_fork
 from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import app, main
+from eigenlorax.cli.verbs import FOLDERS
 from fake_hub import FakeHub, running
 from outcomes import assert_usage_error, contents, succeeded
 
@@ -113,7 +114,11 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
     assert lines
     assert all(line.startswith((f"eigenlorax {verb}", "    --")) for line in lines)
     # a command that is wrapped cannot be copied
-    assert out.endswith("".join(f" {line}\n" for line in ["Examples:", *lines]).replace(":\n", ":\n\n") + "\n\n")
+    assert "".join(f" {line}\n" for line in lines) in out
+    sources = re.findall(r"^ # (\S+) is written by: (.*)$", out, re.MULTILINE)
+    assert set(sources) <= set(FOLDERS.items())
+    assert ("demo/" in dict(sources)) == ("demo/" in EXAMPLES[verb] and verb != "demo")
+    assert ("pack/" in dict(sources)) == ("pack/" in EXAMPLES[verb] and verb != "fit")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def inspect(
         (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE)
     ):
         raise FormatError(
-            f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}."
+            f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}. "
+            "Pass a folder that has one of them."
         )
     if remote.is_pack(target, revision=revision):
         with console.working():

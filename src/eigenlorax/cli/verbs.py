@@ -18,6 +18,12 @@ ROWS = "Rows"
 EXECUTION = "Execution"
 OUTPUT = "Output"
 
+FOLDERS = {
+    "demo/": "eigenlorax demo --data demo/",
+    "pack/": "eigenlorax fit demo/adapters -o pack/ -k 32",
+}
+"""Folders that examples use, and the commands that write them."""
+
 
 class HelpWithoutTypes:
     """Mixin of typer's commands, whose help shows no Python types of arguments and flags, `--help` included."""
@@ -44,8 +50,12 @@ class Verb(HelpWithoutTypes, TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, and the examples below it."""
         super().format_help(ctx, formatter)
-        lines = self.examples.strip().splitlines()
-        for line in ("Examples:", "", *lines, ""):
+        sources = [
+            f"# {folder} is written by: {command}"
+            for folder, command in FOLDERS.items()
+            if folder in self.examples and command not in self.examples
+        ]
+        for line in ("Examples:", "", *sources, *self.examples.strip().splitlines(), ""):
             console.print_command(line and f" {line}")
 
 
@@ -55,7 +65,6 @@ def register(app: typer.Typer, verb: Callable[..., None], examples: str) -> None
     Args:
         app: The command line.
         verb: Function whose parameters are the verb's arguments and options.
-        examples: Commands that are shown below the help, one a line. They use the files that `eigenlorax demo --data
-            demo/` writes, and those for packs `pack/`, which the examples of `fit` write.
+        examples: Commands that are shown below the help, one per line. They read files in `FOLDERS` only.
     """
     app.command(cls=Verb, epilog=examples)(verb)
