@@ -64,7 +64,7 @@ class TestReport:
     @pytest.mark.parametrize(
         ("line", "parts"),
         [
-            ("report pack -a in -o report.txt", ["a report is written as .html", "report.html"]),
+            ("report pack -a in -o report.txt", ["the suffix of a report must be .html", "report.html"]),
             ("report pack -a in -o in", ["a report is written as"]),
             (
                 "report pack -a in --left-out none",
@@ -125,7 +125,9 @@ class TestReport:
 
     def test_a_file_that_is_no_report_is_not_replaced(self, cli, inside):
         (inside / "thesis.html").write_text("mine")
-        assert_refused(cli("report", "pack", "-a", "in", "-o", "thesis.html"), 4, "thesis.html exists and is no report")
+        assert_refused(
+            cli("report", "pack", "-a", "in", "-o", "thesis.html"), 4, "thesis.html exists, and is not a report"
+        )
         assert (inside / "thesis.html").read_text() == "mine"
 
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nobody may write")
@@ -233,5 +235,5 @@ class TestFit:
         (inside / "fresh" / keys.REPORT_PAGE).write_text("mine")
         done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4", "--overwrite"))
         assert "no report was written: " in done.err
-        assert "report.html exists and is no report" in done.err
+        assert "report.html exists, and is not a report" in done.err
         assert (inside / "fresh" / keys.REPORT_PAGE).read_text() == "mine"

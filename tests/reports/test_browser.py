@@ -150,10 +150,10 @@ def test_every_column_of_every_table_is_seen_at_once(tab, files, name, width):
     )
     assert {label for label, _, _ in boxes} >= {
         "All modules",
-        "Directions of all modules",
+        "Components of all modules",
         "All adapters, the worst first",
         "Bytes and factors of all adapters",
-        "What else could be done with these adapters",
+        "Other methods for these adapters",
         "Adapters on their task",
     }
     assert [box for box in boxes if box[1:] != [True, 0]] == []

@@ -95,7 +95,7 @@ class TestJson:
             (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
             (
                 lambda text: text.replace('"schema_version": 4', '"schema_version": 3'),
-                "of version 3 .* make the report",
+                "has version 3 .* Make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
             (lambda text: text.replace('"sampled": 6', '"sampled": "6"'), 'report.left_out.sampled is "6"; int'),
@@ -148,13 +148,13 @@ class TestSuffixes:
     )
     def test_what_is_somebody_elses_is_not_replaced(self, report, tmp_path, name, content):
         (tmp_path / name).write_text(content)
-        with pytest.raises(PackExistsError, match=f"{name} exists and is no report .* Choose another name"):
+        with pytest.raises(PackExistsError, match=f"{name} exists, and is not a report .* Choose another name"):
             report.save(tmp_path / name)
         assert (tmp_path / name).read_text() == content
 
     @pytest.mark.parametrize("name", ["subspace_config.json", "adapter_config.json", "Source_Config.json"])
     def test_names_of_packs_and_adapters_are_refused(self, report, tmp_path, name):
-        with pytest.raises(OptionError, match=rf"{name} is a file of packs or adapters. .* such as .*report\.json"):
+        with pytest.raises(OptionError, match=rf"packs and adapters use the name {name}. .* such as .*report\.json"):
             report.save(tmp_path / name)
         assert list(tmp_path.iterdir()) == []
 
@@ -165,13 +165,13 @@ class TestSuffixes:
 
     @pytest.mark.parametrize("name", ["report", "report.txt", "report.html.bak"])
     def test_others_are_refused(self, report, tmp_path, name):
-        with pytest.raises(OptionError, match=r"a report is written as \.html .* For example .*\.html"):
+        with pytest.raises(OptionError, match=r"the suffix of a report must be \.html, .* For example .*\.html"):
             report.save(tmp_path / name)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_is_refused(self, report, tmp_path):
         (tmp_path / "place.html").mkdir()
-        with pytest.raises(OptionError, match="place.html is a folder. Name a file in it"):
+        with pytest.raises(OptionError, match="place.html is a folder. Pass a file in it"):
             report.save(tmp_path / "place.html")
 
 
@@ -205,7 +205,7 @@ class TestInAPack:
             pack.add(random_adapter("new", 50), warn_above=1.0)
         # as one that was copied there, or left by a writer that was killed
         (place / keys.REPORT_FIGURES).write_bytes(figures)
-        with pytest.warns(StaleReportWarning, match=r"is not used: .* \(1 adapters? of it"):
+        with pytest.warns(StaleReportWarning, match=r"is not used, .* \(1 adapters? w"):
             assert stored.load(ex.Pack.open(place)) is None
 
     @pytest.mark.parametrize(
@@ -239,13 +239,13 @@ class TestInAPack:
         own.save(tmp_path / "pack")
         (tmp_path / "pack" / keys.REPORT_PAGE).write_text("somebody's own")
         monkeypatch.setattr("eigenlorax.reports.build.report", None)
-        with pytest.raises(PackExistsError, match="report.html exists and is no report"):
+        with pytest.raises(PackExistsError, match="report.html exists, and is not a report"):
             stored.write(own, adapters, tmp_path / "pack", lambda stage, done, total: None)
         assert not (tmp_path / "pack" / keys.REPORT_FIGURES).exists()
 
     def test_the_card_is_not_replaced(self, place, report):
         before = (place / keys.CARD).read_bytes()
-        with pytest.raises(OptionError, match=r"is the card of the pack, .* such as .*report\.md"):
+        with pytest.raises(OptionError, match=r"is the model card of the pack. .* such as .*report\.md"):
             report.save(place / keys.CARD)
         assert (place / keys.CARD).read_bytes() == before
 

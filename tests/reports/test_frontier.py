@@ -17,7 +17,7 @@ from eigenlorax.reports.render import markdown, page
 from made import of_one_subspace, random
 from planted import MODULES
 
-CAPTION = "Bytes at an error, by every way"
+CAPTION = "Bytes at an error, by method"
 
 
 def adapters_of(made):
@@ -106,16 +106,16 @@ class TestShown:
         full = report(6)
         document = Document(page.section("frontier", full))
         head, first, *rest = document.tables[CAPTION]
-        assert head == ["way", "tuned to", "worst error", "mean error", "bytes", "smaller"]
+        assert head == ["method", "settings", "worst error", "mean error", "bytes", "smaller"]
         assert first[:2] == ["this pack", "–"]
         assert len(rest) == len(full.frontier.points) - 1
         labels = [found.get("aria-label") for tag, found in document.elements if tag == "svg"]
-        assert "Bytes over the worst adapter's error, by every way" in labels
+        assert "Bytes over the worst adapter's error, by method" in labels
         assert any("Measured on 2 of 4 modules" in text for text, _ in document.all("figcaption"))
 
     def test_in_markdown(self):
         text = markdown.render(report(6))
-        section = text.partition("## What an error costs")[2].partition("\n## ")[0]
+        section = text.partition("## Bytes at an error")[2].partition("\n## ")[0]
         assert "For the pack's worst error of" in section
         assert "Measured on 2 of 4 modules" in section
         assert "| joint diagonalisation, full cores | k = 8, 8 bits |" in section
@@ -125,14 +125,14 @@ class TestShown:
         for frontier_of_pack in (dataclasses.replace(full.frontier, points=full.frontier.points[:1]), None):
             without = dataclasses.replace(full, frontier=frontier_of_pack)
             assert page.section("frontier", without) == ""
-            assert "What an error costs" not in markdown.render(without)
+            assert "## Bytes at an error" not in markdown.render(without)
 
     def test_an_error_of_nothing_can_be_drawn(self):
         full = report(6)
         pack = dataclasses.replace(full.frontier.points[0], worst=0.0, mean=0.0)
         exact = dataclasses.replace(full.frontier, points=[pack, *full.frontier.points[1:]])
         assert CAPTION in page.section("frontier", dataclasses.replace(full, frontier=exact))
-        assert frontier.at_equal_error(exact) == "Nothing else that was tried holds the pack's worst error of 0."
+        assert frontier.at_equal_error(exact) == "No other method that was tried reaches the pack's worst error of 0."
 
 
 def test_a_sentence_says_what_is_best():
@@ -143,7 +143,7 @@ def test_a_sentence_says_what_is_best():
         FrontierPoint("truncated and rounded", "", 1_600_000, 0.2, 0.2),
     ]
     assert frontier.at_equal_error(Frontier(3, 1, 1, 9, points)) == (
-        "For the pack's worst error of 0.250, the best other way takes 1.5 MB: one shared basis (k = 16, 8 bits). "
+        "For the pack's worst error of 0.250, the best other method takes 1.5 MB: one shared basis (k = 16, 8 bits). "
         "The pack takes 2.0 MB."
     )
 
@@ -154,15 +154,15 @@ class TestOnTask:
     def test_in_a_sentence(self):
         found, _ = report(6).task_frontiers
         assert frontier.on_task(found) == (
-            "Of 2 ratios, the fit predicts more nearly what the originals do than each LoRA cut and rounded to the "
-            "same bytes at 1, and less nearly at 1."
+            "Compared with LoRAs truncated and rounded to the same bytes, the predictions of the fit are closer to the "
+            "originals at 1 of 2 ratios, and less close at 1."
         )
 
     def test_in_markdown(self):
         text = markdown.render(report(6))
-        section = text.partition("## Bytes, and what becomes of the task: causal-lm")[2].partition("\n## ")[0]
+        section = text.partition("## Bytes and scores on the task: causal-lm")[2].partition("\n## ")[0]
         assert frontier.on_task(report(6).task_frontiers[1]) in section
-        assert "| the originals, 16 bits | – | 20.0 MB | 1.00× | – | – | 8.5 | – | 0 |" in section
+        assert "| original adapters, 16 bits | – | 20.0 MB | 1.00× | – | – | 8.5 | – | 0 |" in section
         assert "| fitted at a ratio | 50 | 400.0 kB | 50.0× | 0.300 | 0.200 | 8.5 | 0.950 | 0.910 |" in section
         assert "| no update | – | 0 bytes | – | – | – | 13.92 | – | 0.610 |" in section
         assert "### KL of every adapter" in section
@@ -183,9 +183,9 @@ class TestOnTask:
             "rows from",
             "this pack",
             "ratio 5",
-            "ratio 5, cut and rounded",
+            "ratio 5, truncated and rounded",
             "ratio 50",
-            "ratio 50, cut and rounded",
+            "ratio 50, truncated and rounded",
         ]
         assert rows[0][2:] == ["0.012", "4.0e-04", "7.0e-04", "0.910", "0.830"]
 

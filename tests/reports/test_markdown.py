@@ -61,7 +61,7 @@ def test_figures_are_in_the_tables_the_worst_first():
     assert "cluster" not in head
     weighed = {row[0]: row[1:] for row in found["Bytes"][0]}
     assert weighed["LoRAs, at the pack's dtype"] == ["1.2 MB", "1.00×"]
-    assert weighed["this pack, together"][1] == "123×"
+    assert weighed["this pack, total"][1] == "123×"
 
 
 def test_key_figures():
@@ -82,10 +82,10 @@ def test_key_figures():
     assert figures["k"] == "7–32, chosen as at most 32 components"
     assert figures["delta error, 6 adapters in the fit"] == "mean 0.123, worst 0.300 (c)"
     assert figures["delta error, 5 of 6 adapters left out of the fit"] == (
-        f"mean 0.765, worst 0.910 (a_b); mean ±0.012; in as many random directions: mean {full.left_out.chance:.3f}; "
-        f"the same in the fit: mean {full.left_out.in_fit.mean:.3f}"
+        f"mean 0.765, worst 0.910 (a_b); mean ±0.012; in equally many random components: "
+        f"mean {full.left_out.chance:.3f}; the same in the fit: mean {full.left_out.in_fit.mean:.3f}"
     )
-    assert figures["the same singular values in random directions, fitted alike"].startswith("mean 0.880, worst")
+    assert figures["null model: same singular values, random singular vectors"].startswith("mean 0.880, worst")
     assert figures["energy in the mean adapter"] == "0.084"
 
 
@@ -99,7 +99,7 @@ def test_verdict_notes_and_groups():
     assert text.splitlines()[2] == "**It is so.**"
     assert "! Use -k 3, not *4*. Do. (p, q_)" in said
     assert {"One.", "duplicates: d1, d2", f"outliers: {full.outliers[0]}", "untrained: sst2-000"} <= set(said)
-    assert "Modules left out on request: classifier.dense" in said
+    assert "Excluded modules: classifier.dense" in said
     assert "broken-one was left out: NaN in encoder.layer.3.attention.self.query" in said
     assert "group 1: sst2-000, mnli-genre-001, org--intent-classifier-002" in said
     assert "perplexity: recycled" in tables(text)["On the task: causal-lm"][0][0]
@@ -154,7 +154,7 @@ def test_rows_have_as_many_cells_as_their_head_and_only_some_adapters_are_listed
         for head, *rows in group:
             assert rows
             assert {len(row) for row in rows} == {len(head)}
-    assert len(tables(text)["Adapters, the worst first"][0]) == markdown.MOST_ADAPTERS + 1
+    assert len(tables(text)["Adapters, the worst first"][0]) == markdown.MAX_ADAPTERS + 1
     assert "… and 10 more." in all_shown(text)
 
 
@@ -163,11 +163,11 @@ def test_what_was_not_measured_is_not_spoken_of():
     pairs = itertools.pairwise(parsed(text))
     headings = [shown(after) for token, after in pairs if token.type == "heading_open"]
     assert headings == [
-        "4 LoRA adapters of a base model its adapters do not name in one subspace",
+        "4 LoRA adapters of an unnamed base model in one subspace",
         "Adapters, the worst first",
-        "Their bytes and factors",
+        "Bytes and factors of the adapters",
         "Modules",
-        "Their directions",
+        "Components",
         "Bytes",
     ]
     assert "None" not in text

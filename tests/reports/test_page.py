@@ -129,9 +129,9 @@ def test_headline_tiles_findings_and_notes():
     tiles = [text for text, _ in document.of_class("tile")]
     assert tiles[0] == "Error in the fit, mean0.123worst 0.654: worst one"
     assert tiles[1].startswith("Error when left out, mean0.765± 0.012, of 5 adapters; the same in the fit: ")
-    assert tiles[2] == "LoRA bytes ÷ the pack's3.46×with the basis counted; without it 123×"
+    assert tiles[2] == "LoRA bytes ÷ pack bytes3.46×basis counted; without the basis 123×"
     assert any(
-        text.startswith("Each of 5 out of 6 adapters, drawn at random, was put") for text, _ in document.all("p")
+        text.startswith("Each of 5 out of 6 adapters, drawn at random, was projected") for text, _ in document.all("p")
     )
     assert "Noted x." in [text for text, _ in document.all("li")]
 
@@ -153,27 +153,27 @@ def test_tables_of_baselines_bytes_sizes_starts_and_tasks():
     sizes = [SizePoint(k, 0.5 / k, 0.75 / k, 0.6 / k, 0.01, None, 0.9, 1000 * k, 8.0 / k, []) for k in (2, 3)]
     document = Document(page.render(changed(full, bytes=gain, baselines=baselines, starts=starts, sizes=sizes)))
     tables = document.tables
-    assert tables["What else could be done with these adapters"] == [
-        ["instead", "mean error", "worst error", "worst adapter", "bytes", "smaller"],
+    assert tables["Other methods for these adapters"] == [
+        ["method", "mean error", "worst error", "worst adapter", "bytes", "smaller"],
         ["this pack", "0.250", "0.500", "w", "1.3 MB", "4.62×"],
         ["noise", "0.750", "0.900", "w", "–", "–"],
     ]
-    assert tables["Tensor bytes, heads aside"][1:] == [
+    assert tables["Tensor bytes, without heads"][1:] == [
         ["LoRAs, at the pack's dtype", "6.0 MB", "1.00×"],
-        ["LoRAs, as they came", "8.0 MB", "–"],
-        ["LoRAs, in two bytes a number", "4.0 MB", "–"],
-        ["LoRAs, their files", "9.0 MB", "–"],
+        ["LoRAs, in their own dtypes", "8.0 MB", "–"],
+        ["LoRAs, at two bytes per number", "4.0 MB", "–"],
+        ["LoRAs, files", "9.0 MB", "–"],
         ["basis", "1.0 MB", "–"],
         ["coefficients", "300.0 kB", "–"],
         ["this pack, together", "1.3 MB", "4.62×"],
     ]
-    assert tables["The same adapters at another k"] == [
-        ["k", "mean error", "worst error", "random", "nothing shared", "bytes", "ratio"],
+    assert tables["The same adapters with other numbers of components"] == [
+        ["k", "mean error", "worst error", "random", "null model", "bytes", "ratio"],
         ["2", "0.250", "0.375", "0.900", "0.300", "2.0 kB", "4.00×"],
         ["3", "0.167", "0.250", "0.900", "0.200", "3.0 kB", "2.67×"],
     ]
     assert tables["Groups that share a start"][1] == ["group 1", "2", "+0.875", "−0.125"]
-    assert tables["Energy that k directions keep"][1] == [
+    assert tables["Energy that k components keep"][1] == [
         "group 1",
         "2",
         "0.250",
@@ -274,11 +274,11 @@ def test_pictures_and_tables_can_be_read_without_eyes(html):
 
 def test_what_was_not_measured_has_no_section_no_tile_and_no_column():
     document = Document(page.render(bare(4)))
-    assert [text for text, _ in document.all("h2")] == ["Module by module", "Adapter by adapter", "What it weighs"]
+    assert [text for text, _ in document.all("h2")] == ["Module by module", "Adapter by adapter", "Bytes"]
     assert [text[:4] for text, _ in document.of_class("tile")] == ["LoRA"]
     assert document.tables[ADAPTERS][0] == ["adapter", "delta error", "state"]
     assert document.tables[WEIGHTS][0] == [
-        "adapter", "LoRA", "here", "rounding", "rank", "modules", "carried", "head"
+        "adapter", "LoRA", "in the pack", "rounding", "rank", "modules", "carried", "head"
     ]  # fmt: skip
     assert [text for text, _ in document.all("svg")] == []
 
@@ -286,12 +286,12 @@ def test_what_was_not_measured_has_no_section_no_tile_and_no_column():
 @pytest.mark.parametrize(
     ("lacking", "titles"),
     [
-        (("left_out", "starts", "sizes", "frontier"), ["What an error costs", "With more or fewer components"]),
+        (("left_out", "starts", "sizes", "frontier"), ["Bytes at an error", "With more or fewer components"]),
         (
             ("similarity", "in_fit", "projected", "baselines", "evaluations"),
-            ["What else could be done", "On the task"],
+            ["Other methods", "On the task"],
         ),
-        (("task_frontiers",), ["Bytes, and what becomes of the task"]),
+        (("task_frontiers",), ["Bytes and scores on the task"]),
     ],
 )
 def test_some_things_may_be_missing(lacking, titles, html):
@@ -331,7 +331,7 @@ def test_a_thousand_adapters_stay_small(tmp_path):
     bars = html[html.index('aria-label="Delta error by adapter') :].split("</ol>")[0]
     # and the axis
     assert bars.count("<li") == 41
-    assert "The worst 40 of 999 adapters." in html
+    assert "The 40 worst of 999 adapters." in html
 
 
 def test_many_kinds_of_modules():
@@ -370,7 +370,7 @@ def test_what_is_not_there_is_not_in_the_captions():
     section = page.section("similarity", changed(full, similarity=near, outliers=[]))
     assert "as they come back from the pack" in section
     assert not re.search("coloured by cluster|ringed|squared distance|<h3>Clusters", section)
-    assert "Each point an adapter; near ones have similar updates" in section
+    assert "Each point is an adapter; near points have similar updates" in section
 
 
 @pytest.mark.parametrize(
@@ -392,5 +392,5 @@ def test_only_a_loss_is_pointed_at(error, worst):
     section = page.section("modules", even(2, error=error))
     assert ("★" in section) is worst
     assert ("The star is on the worst module." in section) is worst
-    assert ("Most is lost in" in section) is worst
-    assert ("No module loses more than" in section) is not worst
+    assert ("It is largest in" in section) is worst
+    assert ("The largest error of a module is" in section) is not worst

@@ -106,8 +106,8 @@ def test_directions_are_counted_in_whole_numbers(directions):
     modules = [changed(one, down=changed(one.down, **values), up=changed(one.up, **values)) for one in full.modules]
     planted = changed(full, modules=modules)
     for drawn, label in (
-        (curves.scree(planted, "down"), "direction"),
-        (curves.cumulative(planted, "up"), "directions kept"),
+        (curves.scree(planted, "down"), "component"),
+        (curves.cumulative(planted, "up"), "components"),
         (curves.angles(planted), "principal angle, in order"),
     ):
         found = texts(drawn)
@@ -174,11 +174,11 @@ def test_spectra_are_means_over_a_kind_and_their_sums():
         for one in full.modules
     ]
     found = curves.spectra(changed(full, modules=modules), "down")
-    assert list(found) == ["p", "q", "random directions"]
+    assert list(found) == ["p", "q", "null model"]
     np.testing.assert_allclose(found["p"], [0.6, 0.2])
     # one that has ended adds nothing
     np.testing.assert_allclose(found["q"], [0.7, 0.2])
-    np.testing.assert_allclose(found["random directions"], [0.6, 0.4])
+    np.testing.assert_allclose(found["null model"], [0.6, 0.4])
     assert curves.spectra(changed(full, modules=modules), "up") == {}
     assert "k = 2" in texts(curves.cumulative(changed(full, modules=modules), "down"))
 

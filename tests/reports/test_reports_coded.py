@@ -20,10 +20,10 @@ def test_adapters_that_share_nothing(aim, tmp_path):
     assert report.in_fit.worst == pytest.approx(pack.summary.in_fit.worst, abs=1e-5)
     found = kinds(report)
     assert (
-        "needs nothing in common. An adapter that comes later takes as many bytes as it would alone"
+        "needs no shared subspace. An adapter that is added later takes as many bytes as it would alone"
         in found["not-shared"]
     )
-    assert "kept beside it" in found["not-shared"]
+    assert "stores a residual for each adapter" in found["not-shared"]
     assert "rounding" not in found
     report.save(tmp_path / "report.md")
     assert pack.fit_info.size in (tmp_path / "report.md").read_text("utf-8")

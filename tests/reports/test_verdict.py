@@ -32,17 +32,17 @@ class TestShared:
     @pytest.mark.parametrize("seed", [0, 5])
     def test_is_said(self, seed):
         report = report_on(of_one_subspace(12, noise=0.02, seed=seed))
-        assert report.verdict.headline.startswith("These 12 adapters share a subspace: left out of the fit, an adapter")
+        assert report.verdict.headline.startswith("These 12 adapters share a subspace: an adapter that is left out")
         finding = the(report, "shared")
         assert finding.good is True
         assert "Recycle them" in finding.advice
-        assert f"loses {report.left_out.errors.mean:.3f} of its update" in report.verdict.headline
+        assert f"a mean error of {report.left_out.errors.mean:.3f}" in report.verdict.headline
         assert report.left_out.errors.mean < 0.2
         assert_plain(report)
 
     def test_in_more_directions_than_were_kept(self):
         report = report_on(of_one_subspace(12, noise=0.02, k=12), k=6)
-        assert "share a subspace of more directions than were kept" in report.verdict.headline
+        assert "share a subspace with more components than the pack has" in report.verdict.headline
         assert "`-k 12`" in the(report, "partly-shared").advice
         (point,) = (point for point in report.sizes if point.k == 12)
         assert point.left_out < 0.2 < report.left_out.errors.mean
@@ -64,8 +64,8 @@ class TestShared:
 
     def test_does_not_show_where_nearly_all_directions_are_kept(self):
         report = report_on(random(14, rank=8), k=90)
-        assert "any adapter would mostly fit in" in report.verdict.headline
-        assert the(report, "unknown").advice == "Fit with fewer directions to find out."
+        assert "any adapter would mostly fit (" in report.verdict.headline
+        assert the(report, "unknown").advice == "Fit with fewer components to find out."
 
     def test_by_some_and_not_by_others(self):
         report = report_on([*of_one_subspace(9, noise=0.05), *random(3, seed=4)])
@@ -74,7 +74,7 @@ class TestShared:
         assert finding.adapters == names(*range(9))
         errors = {row.name: row.left_out_error for row in report.adapters}
         inside = sum(errors[name] for name in names(*range(9))) / 9
-        assert f"they lose {inside:.3f} of their updates, the others 0.99" in report.verdict.headline
+        assert f"they have a mean error of {inside:.3f}, the others of 0.99" in report.verdict.headline
         assert "`--exclude-adapter`" in finding.advice
 
     def test_by_some_in_more_directions_than_were_kept(self):
@@ -82,7 +82,7 @@ class TestShared:
         assert report.left_out.errors.mean > 0.85
         finding = the(report, "partly-shared")
         assert report.verdict.headline.startswith(
-            "6 of these 12 adapters share a subspace of more directions than were"
+            "6 of these 12 adapters share a subspace with more components than the"
         )
         assert finding.adapters == names(*range(6))
         k = int(re.search(r"`-k (\d+)`", finding.advice)[1])
@@ -120,7 +120,7 @@ class TestNotShared:
         assert report.verdict.headline.startswith("These 12 adapters do not share a subspace")
         finding = the(report, "not-shared")
         assert finding.good is False
-        assert finding.advice.startswith("Keep them as they are")
+        assert finding.advice.startswith("Keep them as ordinary LoRAs")
         assert report.left_out.errors.mean > 0.98
         assert_plain(report)
 
@@ -135,7 +135,7 @@ class TestOneStart:
         report = report_on(one_start(10, trained=0.4))
         finding = the(report, "start")
         assert finding.adapters == names(*range(10))
-        assert finding.text.startswith("10 adapters began from the same random A")
+        assert finding.text.startswith("10 adapters were trained from the same random A")
         assert "do not share a subspace" in report.verdict.headline
         (group,) = report.starts.groups
         assert group.cosine_down == pytest.approx(1 - 0.4**2, abs=0.03)
@@ -187,7 +187,7 @@ class TestWhoIsLikeWhom:
     def test_two_clusters(self):
         report = report_on([*of_one_subspace(6, noise=0.05), *of_one_subspace(5, noise=0.05, seed=99)], k=12)
         finding = the(report, "clusters")
-        assert finding.text.startswith("They fall into 2 groups, of 6 and 5 adapters")
+        assert finding.text.startswith("They form 2 groups, of 6 and 5 adapters")
         assert [one.adapters for one in report.similarity.clusters] == [names(*range(6)), names(*range(6, 11))]
         assert {row.name: row.cluster for row in report.adapters} == dict.fromkeys(names(*range(6)), 0) | dict.fromkeys(
             names(*range(6, 11)), 1
@@ -278,7 +278,7 @@ class TestModulesWithoutDirections:
 class TestFew:
     def test_one_adapter(self):
         report = report_on(random(1))
-        assert report.verdict.headline == "One adapter alone shares its subspace with nobody."
+        assert report.verdict.headline == "A single adapter cannot share a subspace."
         assert (report.left_out, report.starts.groups, report.similarity.clusters) == (None, [], [])
 
     def test_two_adapters(self):
@@ -340,7 +340,7 @@ class TestOriginals:
         for one in made[6:]:
             pack.add(one)
         report = ex.report(pack, made[:7])
-        assert any("No original was given of a07" in note for note in report.notes)
+        assert any("No originals were passed of these projected adapters: a07" in note for note in report.notes)
         assert report.projected.adapters == 2
         rows = {row.name: row for row in report.adapters}
         assert rows["a06"].int8_error is not None

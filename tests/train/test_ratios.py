@@ -309,7 +309,7 @@ def test_from_the_shell(tmp_path, originals, file, found, capsys, monkeypatch):
         main([*line, "-o", "r.json", "-o", "r.md", "-o", "r.html"])
     report = ex.Report.load("r.json")
     assert report.task_frontiers == found[1]
-    section = (tmp_path / "r.md").read_text("utf-8").partition("## Bytes, and what becomes of the task: ")[2]
+    section = (tmp_path / "r.md").read_text("utf-8").partition("## Bytes and scores on the task: ")[2]
     assert "| fitted at a ratio | 8 |" in section
     assert "### KL of every adapter" in section
     assert "accuracy over bytes" in (tmp_path / "r.html").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The report: does this collection share a subspace, and what did recycling cost? Figures, words, page."""
+"""Reports on a collection of adapters: measurements, verdict, rendering."""
 
 from .build import report, with_evaluations
 from .files import Report, read, write

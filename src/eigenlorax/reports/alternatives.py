@@ -1,4 +1,4 @@
-"""Figures of alternatives to the pack: adapters left out, baselines, other sizes, and the bytes of each."""
+"""Errors and bytes of alternatives to the pack: fits without an adapter, baselines, and other sizes."""
 
 import math
 import statistics
@@ -19,9 +19,17 @@ from .originals import Originals
 
 
 def left_out(measured: Measured | None, pack: Pack, seed: int, copies: set[str]) -> LeftOut | None:
-    """Return the errors of adapters in a fit without them; None if there are none.
+    """Return leave-one-out errors: the error of each sampled adapter in a fit without it.
 
-    copies: adapters that have a copy in the fit. They are not counted, since the copy would still be in it.
+    Args:
+        measured: Measurements with the original adapters; None if there are no originals.
+        pack: The pack.
+        seed: Seed with which the adapters were sampled.
+        copies: Names of adapters that have a copy in the fit. They are not counted, because the copy is still in the
+            fit without them.
+
+    Returns:
+        The errors, or None if no adapter was left out.
     """
     if measured is None:
         return None
@@ -47,22 +55,22 @@ def left_out(measured: Measured | None, pack: Pack, seed: int, copies: set[str])
         of=len(measured.fitted),
         seed=seed,
         method=(
-            "fitted again without the adapter, sweeps and all"
+            "refitted without the adapter, including sweeps"
             if measured.exact
-            else "fitted again without the adapter, and without sweeps where a module has many rows"
+            else "refitted without the adapter, and without sweeps for modules with many rows"
         ),
         errors=spread,
         standard_error=statistics.stdev(errors.values()) / math.sqrt(n) if n > 1 else 0.0,
         in_fit=in_fit,
         chance=by_chance.mean,
         kept=spreads.beyond_chance(spread.rms, by_chance.rms),
-        kept_spread=chance.kept_by_strangers(measured.null, rows, expected, total),
+        kept_spread=chance.null_std_of_kept(measured.null, rows, expected, total),
         sharing=[name for name, shares in zip(names, shared, strict=True) if shares],
     )
 
 
 def _without_copies(measured: Measured, copies: set[str]) -> list[int]:
-    """Return the indices in `measured.chosen` of adapters that have no copy in the fit."""
+    """Return the indices in `measured.chosen` of adapters without a copy in the fit."""
     return [row for row, index in enumerate(measured.chosen) if measured.names[measured.fitted[index]] not in copies]
 
 
@@ -86,7 +94,18 @@ def baselines(
     measured: Measured | None,
     null_model: Null | None,
 ) -> list[Baseline]:
-    """Return errors and bytes of other methods for the trained adapters of the fit, the pack itself first."""
+    """Return errors and bytes of the pack and of other methods, for the trained adapters of the fit.
+
+    Args:
+        pack: The pack.
+        packed: Its adapters, by name.
+        figures: Figures of all adapters, which contain the errors of most methods.
+        measured: Measurements with the original adapters; None if there are no originals.
+        null_model: The null model; None if it was not measured.
+
+    Returns:
+        The pack itself first, then the methods that were measured; empty without originals.
+    """
     if measured is None or not measured.fitted:
         return []
     fitted = [adapter for adapter in figures if adapter.in_fit and not adapter.untrained]
@@ -97,29 +116,29 @@ def baselines(
     # key, label, bytes, and the field of `AdapterFigures` with the error
     methods = [
         ("pack", "this pack", pack_bytes, "delta_error"),
-        ("left-out", "this subspace, fitted without the adapter", None, "left_out_error"),
-        ("mean", "the mean of the adapters in place of each", mean_bytes, "mean_error"),
-        ("mean-scaled", "the best multiple of their mean", mean_bytes, "mean_scaled_error"),
+        ("left-out", "fit without the adapter", None, "left_out_error"),
+        ("mean", "mean of the adapters", mean_bytes, "mean_error"),
+        ("mean-scaled", "best multiple of their mean", mean_bytes, "mean_scaled_error"),
         ("random", "random bases of the same k", coefficients, "random_error"),
-        ("null", "the same singular values in random directions, fitted alike", None, None),
-        ("truncated", "each LoRA cut by SVD to the same bytes", pack_bytes, "truncated_error"),
+        ("null", "null model: same singular values, random singular vectors", None, None),
+        ("truncated", "each LoRA truncated by SVD to the same bytes", pack_bytes, "truncated_error"),
         ("int8", "each LoRA rounded to 8 bits", eight_bits, "int8_error"),
         ("int4", "each LoRA rounded to 4 bits", four_bits, "int4_error"),
     ]
-    results = []
+    measured_methods = []
     for key, label, stored_bytes, field in methods:
         if field is None:
             errors = null_model.errors if null_model is not None else None
         else:
-            known = {adapter.name: getattr(adapter, field) for adapter in fitted}
-            errors = spreads.summarise({name: error for name, error in known.items() if error is not None})
+            by_adapter = {adapter.name: getattr(adapter, field) for adapter in fitted}
+            errors = spreads.summarise({name: error for name, error in by_adapter.items() if error is not None})
         if errors is not None:
-            results.append(Baseline(key, label, errors, stored_bytes))
-    return results
+            measured_methods.append(Baseline(key, label, errors, stored_bytes))
+    return measured_methods
 
 
 def _rounded_bytes(pack: Pack, packed: Mapping[str, PackedAdapter], bits: int) -> int:
-    """Return the bytes of all adapters' own factors, rounded to so many bits."""
+    """Return the bytes of all adapters' LoRA factors, rounded to this number of bits."""
     return sum(
         losses.rounded_bytes(
             _lora_rank(adapter, coefficients), *pack.subspace.modules[adapter.subspace_names[module]].shape, bits
@@ -141,7 +160,7 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Original
             for module in packed[name].subspace_names
         )
     n = max(len(records), 1)
-    lora, each = summary.lora / n, (summary.coefficients + summary.carried) / n
+    lora, packed_bytes = summary.lora / n, (summary.coefficients + summary.carried) / n
     return Bytes(
         lora_files=summary.lora_files,
         lora_stored=lora_stored,
@@ -153,23 +172,27 @@ def weights(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Original
         heads=summary.heads,
         ratio=summary.ratio,
         limit=summary.ratio_without_basis,
-        break_even=costs.break_even(lora, summary.basis, each),
-        over_n=costs.over_n(lora, summary.basis, each, len(records)),
+        break_even=costs.break_even(lora, summary.basis, packed_bytes),
+        over_n=costs.over_n(lora, summary.basis, packed_bytes, len(records)),
     )
 
 
 def _lora_rank(adapter: PackedAdapter, coefficients: Coefficients) -> int:
-    """Return the rank that the original adapter had in a module.
-
-    Diagonal cores have a larger rank. The largest rank of the adapter is then an upper bound.
-    """
+    """Return the rank of the original adapter in a module; an upper bound for diagonal cores, whose rank is larger."""
     return min(coefficients.rank, max(adapter.record.ranks))
 
 
 def sizes(
     pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured | None, copies: set[str]
 ) -> list[SizePoint]:
-    """Return errors and bytes of the collection with other numbers of components; copies: as in `left_out`."""
+    """Return errors and bytes of the collection with other numbers of components.
+
+    Args:
+        pack: The pack.
+        packed: Its adapters, by name.
+        measured: Measurements with the original adapters; None if there are no originals.
+        copies: Names of adapters that have a copy in the fit, as in `left_out`.
+    """
     if measured is None or not measured.fitted:
         return []
     total = measured.total[measured.fitted]
@@ -202,13 +225,13 @@ def sizes(
 
 
 def _bytes_by_size(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Measured) -> list[int]:
-    """Return the bytes of the pack at each size of the grid, with coefficients of the adapters' own ranks."""
+    """Return the bytes of the pack for each number of components of the grid, at the original ranks."""
     ranks: dict[str, int] = dict.fromkeys(pack.info.modules, 0)
     for adapter in packed.values():
         for own, coefficients in adapter.coefficients.items():
             ranks[adapter.subspace_names[own]] += _lora_rank(adapter, coefficients)
     sides = [
-        (module, dimension, side.most)
+        (module, dimension, side.max_components)
         for module, bases in pack.subspace.modules.items()
         for dimension, side in zip(reversed(bases.shape), measured.sides[module], strict=True)
     ]
@@ -224,8 +247,8 @@ def _bytes_by_size(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Me
         fixed
         + round(
             sum(
-                min(k, most) * (dimension * basis_width + ranks[module] * coefficient_width)
-                for module, dimension, most in sides
+                min(k, max_components) * (dimension * basis_width + ranks[module] * coefficient_width)
+                for module, dimension, max_components in sides
             )
         )
         for k in measured.grid
@@ -233,10 +256,17 @@ def _bytes_by_size(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Me
 
 
 def _left_out_at(measured: Measured, rows: Sequence[int], column: int) -> tuple[float | None, float, list[str]]:
-    """Return figures at one size of the grid: the mean error of adapters left out, of the same in as many random
-    directions, and the names of those that share a subspace.
+    """Return leave-one-out figures for one number of components of the grid.
 
-    If none was left out at this size: None, and the mean error of all adapters in random directions.
+    Args:
+        measured: Measurements with the original adapters.
+        rows: Indices in `measured.chosen` of the adapters to count.
+        column: Index in the grid.
+
+    Returns:
+        The mean error of the adapters left out, their mean error in equally many random components, and the names of
+        those that share a subspace. If none was left out at this size: None, the mean error of all adapters in random
+        components, and no names.
     """
     rows = [row for row in rows if not bool(measured.left_out_by_k[row, column].isnan())]
     if not rows:

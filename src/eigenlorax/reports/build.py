@@ -1,4 +1,4 @@
-"""Make a report of a pack and of the adapters that it was fitted on."""
+"""Make the report of a pack, with or without the adapters that it was fitted to."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,21 +33,24 @@ def report(
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
-    """Measure whether the adapters of a pack share a subspace, and what the pack loses of them.
+    """Measure whether the adapters of a pack share a subspace, and their errors in the pack.
 
     Args:
         pack: The pack, or its folder or Hub id.
         adapters: The original adapters, in any form that `fit` takes. They are recognised by their content. Without
-            them, the report contains only what the pack itself tells.
+            them, most figures cannot be measured.
         left_out: Number of adapters to leave out of the fit in turn. Default: all, or a random sample of at most 32
             that takes about a quarter of a minute.
-        seed: Seed of that sample, of random directions and of the division into halves, from 0 to 2**63 - 1.
-        progress: Called as `progress(stage, done, total)`.
+        seed: Seed of that sample, of random components and of the division into halves, from 0 to 2**63 - 1.
+        progress: Callback with the arguments (stage, done, total).
         **options: Options of `read_adapter`, such as `allow_pickle`.
 
+    Returns:
+        The report; `Report.save` writes it as HTML, Markdown or JSON.
+
     Raises:
-        OptionError: If an option is out of range, or an adapter of the fit is not among `adapters`.
-        TypeError: If an option is unknown.
+        OptionError: An option is out of range, or an adapter of the fit is not among `adapters`.
+        TypeError: An option is unknown.
     """
     originals.check_options(options)
     seed = to_int("seed", seed)
@@ -56,7 +59,7 @@ def report(
     if left_out is not None and to_int("left_out", left_out) < 1:
         raise OptionError(f"left_out must be at least 1, got {left_out}.")
     if adapters is None and left_out is not None:
-        raise OptionError("left_out needs the original adapters: give them too, as `adapters`.")
+        raise OptionError("left_out needs the original adapters. Pass them as `adapters`.")
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
     progress = progress or (lambda stage, done, total: None)
     matched = None
@@ -71,7 +74,16 @@ def report(
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """Inputs of all figures. originals, measured: None for a report of the pack alone."""
+    """Inputs of all figures.
+
+    Attributes:
+        pack: The pack.
+        packed: Its adapters, by name.
+        originals: The original adapters; None for a report of the pack alone.
+        measured: Measurements with the originals; None for a report of the pack alone.
+        seed: Seed of all random choices.
+        progress: Callback with the arguments (stage, done, total).
+    """
 
     pack: Pack
     packed: Mapping[str, PackedAdapter]
@@ -122,7 +134,12 @@ def _assemble(sources: _Sources) -> Report:
 class _Related:
     """Relations between the trained adapters.
 
-    duplicates: groups of equal updates. neighbours: fields of `AdapterFigures` by adapter. positions: on the map.
+    Attributes:
+        similarity: Similarity between the adapters.
+        outliers: Names of adapters that share little with the others.
+        duplicates: Groups of adapters with equal updates.
+        neighbours: Fields of `AdapterFigures` on the nearest adapter, by adapter.
+        positions: Coordinates (x, y) on the map, by adapter.
     """
 
     similarity: Similarity
@@ -133,7 +150,7 @@ class _Related:
 
     @property
     def copies(self) -> set[str]:
-        """The adapters that have a copy in the collection."""
+        """Names of the adapters that have a copy in the collection."""
         return {name for group in self.duplicates for name in group}
 
 
@@ -161,7 +178,7 @@ def _related(sources: _Sources) -> _Related:
 
 def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigures]:
     """Return the figures of every adapter, the largest delta error first."""
-    measured = {} if sources.measured is None else rows.measured_of(sources.pack, sources.measured)
+    measured = {} if sources.measured is None else rows.measured_fields(sources.pack, sources.measured)
     clusters = {name: number for number, cluster in enumerate(related.similarity.clusters) for name in cluster.adapters}
     lora_width = spreads.width(sources.pack)
     figures = [
@@ -181,7 +198,7 @@ def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigure
 def with_evaluations(
     report: Report, evaluations: Sequence[Evaluation], task_frontiers: Sequence[TaskFrontier] = ()
 ) -> Report:
-    """Return the report with scores on tasks, and with a verdict that takes them into account."""
+    """Return the report with scores on tasks, and a verdict that includes them."""
     evaluated = replace(report, evaluations=list(evaluations), task_frontiers=list(task_frontiers))
     return replace(evaluated, verdict=verdict.conclude(evaluated))
 
@@ -211,18 +228,18 @@ def _notes(pack: Pack, matched: Originals | None, measured: Measured | None) -> 
     notes = []
     if measured is None:
         notes.append(
-            "Made from the pack alone: similarity, clusters and the map are of the adapters as they come back, and "
-            "what needs the original adapters was not measured. `eigenlorax report PACK --adapters ADAPTER…` does."
+            "Made from the pack alone: similarity, clusters and the map are of the reconstructed adapters. To measure "
+            "the other figures, pass the originals: `eigenlorax report PACK --adapters ADAPTER…`."
         )
     if matched is not None and matched.missing:
         notes.append(
-            f"No original was given of {', '.join(matched.missing)}, which were projected: only what the pack knows of "
-            "them is here."
+            f"No originals were passed of these projected adapters: {', '.join(matched.missing)}. The report has only "
+            "figures that the pack records."
         )
     if measured is not None and measured.chosen and len(measured.chosen) < len(measured.fitted):
         notes.append(
             f"{len(measured.chosen)} of {len(measured.fitted)} adapters were left out of the fit in turn, drawn at "
-            "random; `left_out=` (`--left-out`) says how many."
+            "random; `left_out=` (`--left-out`) sets the number."
         )
     measured_names = measured.names if measured is not None else []
     bounds = [name for name, record in pack.records.items() if record.bound and name not in measured_names]
@@ -233,10 +250,12 @@ def _notes(pack: Pack, matched: Originals | None, measured: Measured | None) -> 
         )
     if pack.info.n_extended:
         notes.append(
-            f"The subspace has grown by {pack.info.n_extended:,} directions of adapters that came later. Errors in the "
-            "pack include them; k, spectra and what other sizes would lose are of the fit."
+            f"{pack.info.n_extended:,} components were added for later adapters. Errors in the pack include these "
+            "components; k, spectra and errors at other sizes do not."
         )
     carried = [name for name, record in pack.records.items() if record.carried_bytes]
     if carried:
-        notes.append(f"{len(carried)} adapters carry tensors as they are; those lose nothing and are in no error here.")
+        notes.append(
+            f"{len(carried)} adapters have tensors that the pack stores unchanged. The errors here do not include them."
+        )
     return notes

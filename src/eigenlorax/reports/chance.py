@@ -1,4 +1,4 @@
-"""Statistics of the null model over modules: what is kept of it, and how that scatters between random collections."""
+"""Statistics of the null model over modules: squared norms that are kept, and their deviation between collections."""
 
 import math
 from collections.abc import Sequence
@@ -15,27 +15,33 @@ from .comparison_data import Null, SideEnergy
 from .refits import NullKept
 
 HALF = 0.5
-"""Share of squared norm beyond chance from which on an adapter counts as sharing the subspace of the others."""
+"""Minimum share of squared norm beyond chance for an adapter to count as sharing the subspace of the others."""
 SIGMAS = 4.0
-"""Standard deviations of the null model from which on a figure is significant."""
+"""Minimum difference from chance of a significant figure, in standard deviations of the null model."""
 _ROUNDING = 1e-4
-"""Differences of errors or shares up to this size may be rounding."""
+"""Maximum difference of errors or shares that is attributed to rounding."""
 _NOTHING = 1e-12
-"""Shares and deviations up to this size are rounding of zero."""
+"""Maximum share or deviation that counts as zero."""
 _TOGETHER = 1.75
-"""Ratio between the scatter of the mean over adapters left out and that of independent ones.
+"""Ratio of the standard deviation of the mean over adapters left out to that of independent adapters.
 
-Two adapters that share directions by chance each keep more in the directions of the other. The ratio was 1.3 to 1.7 in
-random collections of many kinds.
+Two adapters that overlap by chance both keep more in the components of the other. The ratio was 1.3 to 1.7 in random
+collections of many kinds.
 """
 
 
 @dataclass(slots=True)
 class NullSums:
-    """Sums over modules of squared norms that are kept of the null model, a row for each random collection.
+    """Sums over modules of squared norms that are kept of the null model, for c random collections.
 
-    draws: of each module. fitted, by_k: of the adapters of the fit, and by size. left_out, left_out_by_k: of those that
-    are left out. energies: shares in the first directions, (down, up). modules: number of modules added.
+    Attributes:
+        draws: Number of random draws of each module.
+        fitted: Squared norm kept of each adapter of the fit, (c, n).
+        by_k: The same for each number of components, (c, n, g).
+        left_out: Squared norm kept of each adapter that is left out, (c, s).
+        left_out_by_k: The same for each number of components, (c, s, g).
+        energies: Share of energy in the first k components (down, up), summed over modules, (c, 2).
+        modules: Number of modules that were added.
     """
 
     draws: int
@@ -48,7 +54,7 @@ class NullSums:
 
     @classmethod
     def of(cls, draws: int, fitted: int, left_out: int, sizes: int) -> "NullSums":
-        """Return sums without any module."""
+        """Return sums without any module, for these numbers of adapters and sizes."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
@@ -63,17 +69,24 @@ class NullSums:
         )
 
     def add(self, kept: NullKept, members: Sequence[int], rows: Sequence[int], generator: torch.Generator) -> None:
-        """Add one module. members: its adapters in the fit. rows: those of them that were left out."""
-        dealt = null.dealt(self.draws, generator)
-        self.fitted[:, list(members)] += kept.fitted[dealt]
-        self.by_k[:, list(members)] += kept.by_k[dealt]
-        self.left_out[:, list(rows)] += kept.left_out[dealt]
-        self.left_out_by_k[:, list(rows)] += kept.left_out_by_k[dealt]
-        self.energies += kept.energies[dealt]
+        """Add one module.
+
+        Args:
+            kept: Squared norms that are kept in the module, by draw.
+            members: Indices of the module's adapters in `fitted`.
+            rows: Indices in `left_out` of the adapters that were left out.
+            generator: Generator that assigns draws to collections.
+        """
+        shuffled = null.shuffled_draws(self.draws, generator)
+        self.fitted[:, list(members)] += kept.fitted[shuffled]
+        self.by_k[:, list(members)] += kept.by_k[shuffled]
+        self.left_out[:, list(rows)] += kept.left_out[shuffled]
+        self.left_out_by_k[:, list(rows)] += kept.left_out_by_k[shuffled]
+        self.energies += kept.energies[shuffled]
         self.modules += 1
 
     def spread(self, values: Tensor) -> float:
-        """Return the standard deviation of a figure between random collections. values: one per collection."""
+        """Return the standard deviation of a figure between random collections, from one value per collection, (c,)."""
         deviation = float(null.spread(values, self.draws))
         return deviation if deviation > _NOTHING else 0.0
 
@@ -81,7 +94,11 @@ class NullSums:
 def figures(sums: NullSums, total: dict[str, float], sides: tuple[Sequence[Basis], Sequence[Basis]], seed: int) -> Null:
     """Return the figures of the null model.
 
-    total: ‖D‖² of each adapter of the fit, by name. sides: the bases (down, up) of all trained modules.
+    Args:
+        sums: Sums over all modules.
+        total: ‖D‖² of each adapter of the fit, by name.
+        sides: Bases of all trained modules, (down, up).
+        seed: Seed of the random draws.
     """
     errors = relative(sums.fitted, torch.tensor(list(total.values()), dtype=torch.float64))
     spread = spreads.summarise(dict(zip(total, errors.mean(0).tolist(), strict=True)))
@@ -98,38 +115,46 @@ def figures(sums: NullSums, total: dict[str, float], sides: tuple[Sequence[Basis
 
 
 def _energy(basis: Basis) -> float:
-    """Return the share of energy in as many first singular directions as the basis has components."""
+    """Return the share of energy in the first k components before sweeps, for a basis of k components."""
     return float(basis.singular_values[: basis.n_fitted].double().square().sum()) / basis.square
 
 
 def is_above(value: float, by_chance: float, spread: float) -> bool:
-    """Return whether a figure exceeds chance by more than its scatter and rounding explain."""
+    """Return whether a figure exceeds chance by more than `SIGMAS` standard deviations and by more than rounding."""
     return value > by_chance + max(SIGMAS * spread, _ROUNDING)
 
 
 def relative(kept: Tensor, total: Tensor) -> Tensor:
-    """Return √(1 − kept / total) of each adapter in each random collection."""
-    lost = 1 - kept / total
-    return lost.where(lost > _NOTHING, torch.zeros_like(lost)).sqrt()
+    """Return the relative error √(1 − kept / total) of each adapter in each random collection."""
+    squared_errors = 1 - kept / total
+    return squared_errors.where(squared_errors > _NOTHING, torch.zeros_like(squared_errors)).sqrt()
 
 
-def kept_by_strangers(sums: NullSums, rows: Sequence[int], expected: Tensor, total: Tensor) -> float:
-    """Return the standard deviation by chance of `LeftOut.kept`.
+def null_std_of_kept(sums: NullSums, rows: Sequence[int], expected: Tensor, total: Tensor) -> float:
+    """Return the standard deviation of `LeftOut.kept` if the adapters share nothing.
 
-    rows: adapters that were left out. expected: squared norm of each that is kept by chance. total: their ‖D‖².
+    Args:
+        sums: Sums over all modules.
+        rows: Indices of the adapters that were left out.
+        expected: Expected squared norm of each that random components keep, (s,).
+        total: Their ‖D‖², (s,).
     """
     share = (sums.left_out[:, list(rows)] / total).mean(1)
-    room = float((1 - expected / total).mean())
-    return _TOGETHER * sums.spread(share) / room if room > _NOTHING else 0.0
+    not_by_chance = float((1 - expected / total).mean())
+    return _TOGETHER * sums.spread(share) / not_by_chance if not_by_chance > _NOTHING else 0.0
 
 
 def sharing(kept: Tensor, expected: Tensor, by_chance: Tensor, total: Tensor, sums: NullSums) -> list[bool]:
-    """Return for each adapter whether it keeps at least half of its squared norm beyond chance, and significantly so.
+    """Return for each adapter whether at least half of its squared norm is kept beyond chance, and significantly.
 
-    kept: squared norm that the directions of the others keep; NaN where that was not measured. expected: what as many
-    random directions keep. by_chance: the latter in random collections, a row for each.
+    Args:
+        kept: Squared norm that the components of the others keep, (s,); NaN where it was not measured.
+        expected: Expected squared norm that equally many random components keep, (s,).
+        by_chance: Squared norm that random components keep in each random collection, (c, s).
+        total: ‖D‖² of each adapter, (s,).
+        sums: Sums of the null model.
     """
     share = (kept - expected) / (total - expected).clamp_min(torch.finfo(total.dtype).tiny)
-    scatter = null.spread(by_chance, sums.draws)
-    shares_subspace: list[bool] = ((share >= HALF) & (kept - expected > SIGMAS * scatter)).tolist()
+    deviation = null.spread(by_chance, sums.draws)
+    shares_subspace: list[bool] = ((share >= HALF) & (kept - expected > SIGMAS * deviation)).tolist()
     return shares_subspace

@@ -1,14 +1,19 @@
-"""Errors and bytes of a pack beside those of other methods, sizes and chance, as data of a report.
-
-Units, and fields that are None, are as in `data`.
-"""
+"""Figures of a report that compare the pack with other methods, other sizes and chance. Units are as in `data`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Errors of several adapters. rms: root mean square. worst_adapter: the name of the one with the largest error."""
+    """Statistics of the errors of several adapters.
+
+    Attributes:
+        adapters: Number of adapters.
+        mean: Mean error.
+        rms: Root mean square error.
+        worst: Largest error.
+        worst_adapter: Name of the adapter with the largest error.
+    """
 
     adapters: int
     mean: float
@@ -19,14 +24,21 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Adapters in the subspace of a fit without them.
+    """Leave-one-out errors: each adapter in the subspace of a fit without it.
 
-    sampled: number of adapters left out in turn, of `of`. method: how, in words.
-    standard_error: of errors.mean. in_fit: errors of the same adapters in the subspace of all.
-    chance: their mean error in as many random directions.
-    kept: share of the squared norm that is kept, of what random directions do not keep; kept_spread: its standard
-        deviation if the adapters share nothing.
-    sharing: adapters that keep at least half of that, and more than chance scatters.
+    Attributes:
+        sampled: Number of adapters that were left out in turn.
+        of: Number of adapters in the fit.
+        seed: Seed of the sample.
+        method: How the fit without the adapter was made, in words.
+        errors: Errors of the adapters left out.
+        standard_error: Standard error of errors.mean.
+        in_fit: Errors of the same adapters in the pack.
+        chance: Their mean error in equally many random components.
+        kept: Share of the squared norm that is kept beyond chance: 1 if all is kept, 0 if no more than random
+            components keep.
+        kept_spread: Standard deviation of `kept` if the adapters share nothing.
+        sharing: Names of adapters of which at least half is kept beyond chance, and significantly more than by chance.
     """
 
     sampled: int
@@ -44,9 +56,12 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class SideEnergy:
-    """Share of energy in the first k directions of one side without sweeps, the mean over modules.
+    """Share of energy in the first k components of one side without sweeps, as a mean over modules.
 
-    null: the same for the null model; spread: its standard deviation.
+    Attributes:
+        energy: Energy of the adapters.
+        null: Energy of the null model.
+        spread: Standard deviation of `null` between random collections.
     """
 
     energy: float
@@ -56,12 +71,14 @@ class SideEnergy:
 
 @dataclass(frozen=True, slots=True)
 class Null:
-    """The null model: the same adapters if they shared nothing.
+    """The null model: adapters with the same singular values in every module, and random singular vectors.
 
-    Each adapter keeps its singular values in every module, and so its norm and rank; its singular vectors are random.
-
-    draws: random draws of each module. errors: delta errors in a fit like the pack's, before rounding, means over
-    random collections. spread: standard deviation of errors.mean between random collections.
+    Attributes:
+        draws: Number of random draws of each module.
+        seed: Seed of the draws.
+        errors: Delta errors in a fit with the pack's options, before rounding, as means over random collections.
+        spread: Standard deviation of errors.mean between random collections.
+        down, up: Energy of both sides.
     """
 
     draws: int
@@ -74,10 +91,14 @@ class Null:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Another method for the same adapters.
+    """Errors and bytes of one method for the same adapters.
 
-    key: "pack", "left-out", "mean", "mean-scaled", "random", "null", "truncated", "int8" or "int4". label: for a table.
-    stored_bytes: of all adapters of the fit, without heads and carried tensors; None if the method stores nothing.
+    Attributes:
+        key: "pack", "left-out", "mean", "mean-scaled", "random", "null", "truncated", "int8" or "int4".
+        label: Label for tables.
+        errors: Delta errors.
+        stored_bytes: Bytes of all adapters of the fit, without heads and carried tensors; None if the method stores
+            nothing.
     """
 
     key: str
@@ -88,10 +109,14 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """One method of storing the adapters, at one setting.
+    """One method of storing the adapters, with one setting.
 
-    way: "pack", or a key of `frontier.METHODS`. settings: what the method was tuned to, in words, or "".
-    stored_bytes: without heads and carried tensors. worst, mean: delta errors.
+    Attributes:
+        way: "pack", or a key of `frontier.METHODS`.
+        settings: Parameters of the method, in words, or "".
+        stored_bytes: Bytes without heads and carried tensors.
+        worst: Largest delta error.
+        mean: Mean delta error.
     """
 
     way: str
@@ -103,10 +128,14 @@ class FrontierPoint:
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Bytes against the worst error: the pack first, then each method by bytes.
+    """Bytes against the worst error.
 
-    adapters: those whose originals were given. modules: number of modules, of `of`, on which the methods were measured;
-    their bytes are scaled to all modules. lora_float16: bytes of the factors at two bytes per number.
+    Attributes:
+        adapters: Number of adapters whose originals were passed.
+        modules: Number of modules on which the methods were measured. Bytes are scaled to all modules.
+        of: Number of all modules.
+        lora_float16: Bytes of the factors at two bytes per number.
+        points: The pack first, then each method, sorted by bytes.
     """
 
     adapters: int
@@ -120,11 +149,21 @@ class Frontier:
 class Bytes:
     """Tensor bytes of the collection, without heads.
 
-    lora_files: weights files, with all their tensors. lora_stored: the factors in their own dtypes; lora: at the pack's
-    narrower dtype, from which ratios are computed; lora_float16: at two bytes per number. These three include carried
-    tensors; all four leave out untrained adapters.
-    ratio: lora ÷ (basis + coefficients + carried). limit: the ratio for an unlimited number of such adapters.
-    break_even: number of adapters from which on the pack is smaller, None if never. over_n: pairs (adapters, ratio).
+    Untrained adapters do not count in the bytes of the LoRAs.
+
+    Attributes:
+        lora_files: Bytes of the weights files, with all their tensors.
+        lora_stored: Bytes of the factors in their own dtypes, and of carried tensors.
+        lora: Bytes of the factors in the pack's narrower dtype, and of carried tensors. Ratios refer to it.
+        lora_float16: Bytes of the factors at two bytes per number, and of carried tensors.
+        basis: Bytes of the bases.
+        coefficients: Bytes of the coefficients.
+        carried: Bytes of tensors that the pack stores unchanged.
+        heads: Bytes of trained heads.
+        ratio: lora ÷ (basis + coefficients + carried).
+        limit: The ratio for an unlimited number of such adapters.
+        break_even: Smallest number of such adapters with which the pack is smaller; None if it never is.
+        over_n: Pairs (number of adapters, ratio).
     """
 
     lora_files: int
@@ -143,11 +182,19 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class SizePoint:
-    """The collection with k components on every side, bases without sweeps.
+    """Errors and bytes of the collection with k components per side, from bases without sweeps.
 
-    mean, worst: delta errors; null: mean error of the null model, fitted alike; null_spread: as `Null.spread`.
-    left_out: mean error of the adapters left out of the fit; random: of the same ones in as many random directions.
-    sharing: as in `LeftOut`. stored_bytes: basis, coefficients and carried tensors.
+    Attributes:
+        k: Number of components.
+        mean: Mean delta error.
+        worst: Largest delta error.
+        null: Mean delta error of the null model.
+        null_spread: Standard deviation of `null` between random collections.
+        left_out: Mean leave-one-out error.
+        random: Mean error of the same adapters in equally many random components.
+        stored_bytes: Bytes of basis, coefficients and carried tensors.
+        ratio: LoRA bytes ÷ stored_bytes.
+        sharing: Adapters that share a subspace, as in `LeftOut`.
     """
 
     k: int

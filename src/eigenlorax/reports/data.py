@@ -1,8 +1,8 @@
-"""A report as data: the figures of the page, and the schema of its JSON. docs/report.md describes each field.
+"""Figures of a report, and the schema of its JSON. docs/report.md describes each field.
 
 Errors are relative Frobenius errors: the root of a squared error over a squared norm. Energies and overlaps are shares
-from 0 to 1. Angles are in degrees. None means not measured: the original adapters were not given, or do not allow it.
-The names of fields are those of the JSON; renaming one changes the schema.
+from 0 to 1. Angles are in degrees. None means not measured: the original adapters were not passed, or do not allow it.
+Fields have the same names as in the JSON, so renaming one changes the schema.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +15,24 @@ SCHEMA_VERSION = 4
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """The pack that the report describes, and how its subspace was fitted.
+    """Pack of the report, and options with which its subspace was fitted.
 
-    size: how the number of components was chosen, in words, such as "at most 32 components".
-    with_originals: whether the original adapters were given; without them, most figures cannot be measured.
+    Attributes:
+        base_model: Base model of the adapters; None if unknown.
+        revision: Revision of the base model; None if unknown.
+        adapters: Number of adapters.
+        modules: Number of modules in the subspace.
+        ranks: Ranks of the adapters.
+        weighting: "delta" or "factors".
+        sweeps: Number of alternating refinements.
+        size: Choice of the number of components, in words, such as "at most 32 components".
+        dtype: Storage of the components.
+        coefficient_dtype: Storage of the coefficients.
+        fingerprint: Fingerprint of the subspace.
+        n_extra: Number of random components that were added for training.
+        excluded_modules: Modules outside the subspace.
+        skipped: Adapters that were left out of the fit, with the reason.
+        with_originals: True if the original adapters were passed. Without them, most figures cannot be measured.
     """
 
     base_model: str | None
@@ -42,12 +56,14 @@ class Collection:
 class Finding:
     """One conclusion from the figures.
 
-    kind: "shared", "not-shared", "partly-shared" or "unknown" for the answer to the main question, which is the first
-        finding; then "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss", "bytes",
-        "baseline", "rounding", "cores".
-    text: one or two sentences. advice: what to do about it, or "".
-    good: True if it speaks for the pack, False if against it, None if neither.
-    adapters: the names of the adapters that it concerns.
+    Attributes:
+        kind: "shared", "not-shared", "partly-shared" or "unknown" for the answer to the main question, which is the
+            first finding; then "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss",
+            "bytes", "baseline", "rounding", "cores".
+        text: One or two sentences.
+        advice: Recommended action, or "".
+        good: True if it speaks for the pack, False if it speaks against it, None otherwise.
+        adapters: Names of the adapters that it concerns.
     """
 
     kind: str
@@ -59,7 +75,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The conclusions in plain words. headline: one sentence with figures. findings: the most important first."""
+    """Conclusions of a report.
+
+    Attributes:
+        headline: One sentence with figures.
+        findings: Findings, the most important first.
+    """
 
     headline: str
     findings: list[Finding]
@@ -67,17 +88,35 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFigures:
-    """One adapter.
+    """Figures of one adapter.
 
-    norm: Frobenius norm of the update over its modules in the subspace. energy_kept: 1 − delta_error².
-    factor_error_down, factor_error_up: errors of A and of B alone.
-    left_out_error: delta error in the subspace of all other adapters.
-    mean_error: delta error of the mean adapter in its place; mean_scaled_error: of the best multiple of that mean.
-    random_error: delta error in random bases with the same number of components.
-    truncated_error: delta error of the adapter truncated by SVD to the bytes that it takes in the pack.
-    int8_error, int4_error: delta errors of its factors rounded to so many bits.
-    nearest: the adapter with the largest absolute cosine. overlap: mean overlap of its directions with the others'.
-    cluster: index in `Similarity.clusters`, None if it is in none. x, y: its position on the map.
+    Attributes:
+        name: Name of the adapter.
+        in_fit: True if the subspace was fitted to it.
+        untrained: True if its update is zero.
+        ranks: Ranks of the adapter.
+        modules: Number of its modules.
+        norm: Frobenius norm of the update over its modules in the subspace.
+        delta_error: Error of its update in the pack.
+        rounding_error: Part of the error that is from rounding.
+        energy_kept: 1 − delta_error².
+        factor_error_down, factor_error_up: Errors of A and of B alone.
+        left_out_error: Delta error in the subspace of all other adapters.
+        mean_error: Delta error of the mean adapter in its place.
+        mean_scaled_error: Delta error of the best multiple of the mean adapter.
+        random_error: Delta error in random bases with the same number of components.
+        truncated_error: Delta error of the adapter truncated by SVD to the bytes that it takes in the pack.
+        int8_error, int4_error: Delta errors of its factors rounded to 8 and 4 bits.
+        nearest: Adapter with the largest absolute cosine.
+        nearest_cosine: Cosine with that adapter.
+        overlap: Mean overlap with the other adapters.
+        cluster: Index in `Similarity.clusters`; None if it is in no cluster.
+        x, y: Position on the map.
+        lora_bytes: Bytes of its factors, in the dtype of the pack.
+        file_bytes: Bytes of its weights file.
+        coefficient_bytes: Bytes of its coefficients in the pack.
+        carried_bytes: Bytes of tensors that the pack stores unchanged.
+        head_bytes: Bytes of its trained heads.
     """
 
     name: str
@@ -113,13 +152,20 @@ class AdapterFigures:
 
 @dataclass(frozen=True, slots=True)
 class SideFigures:
-    """One side of one module.
+    """Figures of one side of one module.
 
-    rank: numerical rank of the stacked updates. energy: share of their squared norm in the k components.
-    spectrum: σ²/Σσ² of the stacked updates before sweeps, descending, at most `SPECTRUM` values.
-    angles: principal angles between the subspaces of two random halves of the collection, ascending, in degrees;
-    halves_overlap: mean of their squared cosines.
-    null, null_energy, null_angles, null_halves_overlap: the same for the null model (`Null`).
+    Attributes:
+        dimension: Dimension of the side.
+        k: Number of components.
+        rank: Numerical rank of the stacked updates.
+        energy: Share of their squared norm in the k components.
+        spectrum: σ²/Σσ² of the stacked updates before sweeps, descending, at most `SPECTRUM` values.
+        null: The same for the null model (`Null`).
+        null_energy: Energy of the null model.
+        angles: Principal angles between the subspaces of two random halves of the collection, ascending, in degrees.
+        null_angles: The same between random subspaces.
+        halves_overlap: Mean squared cosine of these angles.
+        null_halves_overlap: The same for random subspaces.
     """
 
     dimension: int
@@ -141,12 +187,20 @@ SPECTRUM = 256
 
 @dataclass(frozen=True, slots=True)
 class ModuleFigures:
-    """One module of the subspace.
+    """Figures of one module of the subspace.
 
-    layer: the first number in the name. kind: the name with numbers replaced, "encoder.layer.*.attention.self.query".
-    delta_error: √(Σ w²·lost / Σ w²·total) over the adapters of the fit that have the module, with w = 1/‖D‖ of the
-        whole adapter. factor_error_down, factor_error_up: the root mean square over those adapters, of A and of B.
-    energy_kept: 1 − delta_error². worst: the adapter with the largest error in this module.
+    Attributes:
+        name: Name of the module.
+        layer: First number in the name; None if there is none.
+        kind: Name with numbers replaced, such as "encoder.layer.*.attention.self.query".
+        adapters: Number of adapters that have the module.
+        down, up: Figures of both sides.
+        delta_error: √(Σ w² ‖D − D̂‖² / Σ w² ‖D‖²) over the adapters of the fit that have the module. w is 1 / ‖D‖ over
+            all modules of the adapter.
+        energy_kept: 1 − delta_error².
+        factor_error_down, factor_error_up: Root mean square error of A and of B over these adapters.
+        worst: Adapter with the largest error in this module.
+        worst_error: Error of that adapter.
     """
 
     name: str
@@ -165,9 +219,12 @@ class ModuleFigures:
 
 @dataclass(frozen=True, slots=True)
 class StartGroup:
-    """Adapters whose A began as the same random numbers.
+    """Adapters whose A was initialised with the same random numbers.
 
-    cosine_down, cosine_up: mean cosine of their A, and of their B, over pairs.
+    Attributes:
+        adapters: Names of the adapters.
+        cosine_down: Mean cosine of their A over pairs.
+        cosine_up: Mean cosine of their B over pairs.
     """
 
     adapters: list[str]
@@ -177,11 +234,15 @@ class StartGroup:
 
 @dataclass(frozen=True, slots=True)
 class StartEnergy:
-    """Share of energy that k directions keep of a group of adapters, means over modules.
+    """Share of energy that k components keep of a group of adapters, as means over modules.
 
-    who: "all", "group 1", …, "others". k: the largest rank of all adapters, as many directions as one start has.
-    factors_down, factors_up: of the stacked A, and B, each adapter at equal norm; null_down, null_up: of the same with
-    random directions; delta_down, delta_up: of the updates.
+    Attributes:
+        who: Group of adapters: "all", "group 1", …, "others".
+        adapters: Number of adapters.
+        k: Largest rank of all adapters, which is the rank of one random start.
+        factors_down, factors_up: Energy of the stacked A and of the stacked B, with each adapter at equal norm.
+        null_down, null_up: The same with random singular vectors.
+        delta_down, delta_up: Energy of the updates on either side.
     """
 
     who: str
@@ -197,7 +258,12 @@ class StartEnergy:
 
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """Random starts that adapters share. energies: empty without groups."""
+    """Random starts that adapters share.
+
+    Attributes:
+        groups: Groups of adapters with one start.
+        energies: Energies with and without these groups; empty if there are no groups.
+    """
 
     groups: list[StartGroup]
     energies: list[StartEnergy]
@@ -205,7 +271,13 @@ class Starts:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Adapters whose directions overlap with each other more than with the remaining ones; mean overlaps."""
+    """Adapters that overlap with each other more than with the other adapters.
+
+    Attributes:
+        adapters: Names of the adapters.
+        overlap: Mean overlap over pairs within the cluster.
+        overlap_with_others: Mean overlap with adapters outside the cluster.
+    """
 
     adapters: list[str]
     overlap: float
@@ -216,14 +288,19 @@ class Cluster:
 class Similarity:
     """Similarity between the adapters.
 
-    of: "originals", or "pack" if those were not given.
-    names: the trained adapters, in the order of the dendrogram's leaves.
-    cosine, overlap: matrices in that order, of the updates and of their directions; empty in the JSON of more than
-        `MATRIX` adapters. chance_overlap: mean overlap over pairs in random directions.
-    tree: SciPy's linkage by average over the indices of `names`; distances are 1 minus the overlap beyond chance,
-        (overlap − chance) / (1 − chance).
-    map_share: share of the squared distances that the map shows. mean_cosine: over pairs.
-    mean_energy: mean share of an update's squared norm that the mean of the others explains.
+    Attributes:
+        of: "originals", or "pack" if the originals were not passed.
+        names: Names of the trained adapters, in the order of the dendrogram's leaves.
+        cosine: Cosines of the updates, in that order, (n, n); empty in the JSON of more than `MATRIX` adapters.
+        overlap: Overlaps of the adapters' row and column spaces, likewise.
+        tree: SciPy's average linkage over the indices of `names`. Distances are 1 minus the overlap beyond chance,
+            (overlap − chance) / (1 − chance).
+        clusters: Clusters of adapters, the largest first.
+        silhouette: Mean silhouette of the clusters; None if none was computed.
+        map_share: Share of the squared distances that the map shows.
+        chance_overlap: Mean overlap over pairs if the singular vectors were random.
+        mean_cosine: Mean cosine over pairs.
+        mean_energy: Mean share of an update's squared norm that the mean of the other adapters explains.
     """
 
     of: str
@@ -240,15 +317,36 @@ class Similarity:
 
 
 MATRIX = 200
-"""Number of adapters up to which the JSON contains their matrices."""
+"""Maximum number of adapters for which the JSON contains similarity matrices."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
     """All figures of a report.
 
-    adapters: the largest delta error first. module_errors: for each adapter, in that order, the delta error in each of
-    `modules`; None where it has no update. notes: what was not measured, or only on a sample, and why.
+    Attributes:
+        eigenlorax_version: Version that made the report.
+        collection: Pack and options of its fit.
+        verdict: Conclusions.
+        adapters: Figures by adapter, the largest delta error first.
+        modules: Figures by module, in the order of the model.
+        module_errors: For each of `adapters`, the delta error in each of `modules`; None where it has no update.
+        in_fit: Errors of the adapters in the fit.
+        projected: Errors of the adapters that were projected afterwards.
+        left_out: Leave-one-out results.
+        null: The null model.
+        baselines: Errors and bytes of other methods.
+        frontier: Bytes against the worst error, for the pack and for tuned methods.
+        starts: Random starts that adapters share.
+        similarity: Similarity between the adapters.
+        duplicates: Groups of adapters with equal updates.
+        outliers: Adapters that share little with the others.
+        untrained: Adapters whose update is zero.
+        bytes: Bytes of the collection as LoRAs and as a pack.
+        sizes: Errors and bytes with other numbers of components.
+        evaluations: Scores of adapters on their tasks.
+        task_frontiers: Bytes against scores on a task.
+        notes: Figures that were not measured, or only on a sample, with the reason.
     """
 
     eigenlorax_version: str

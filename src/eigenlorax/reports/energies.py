@@ -1,4 +1,4 @@
-"""A paragraph on the spectra: energy in the kept directions, compared with the null model and the verdict."""
+"""A paragraph on the spectra: energy in the first k components, compared with the null model and the verdict."""
 
 from . import numbers
 from .chance import is_above
@@ -7,28 +7,28 @@ from .data import ReportData
 
 _WORDS = {"down": "the down side", "up": "the up side"}
 _NEARLY_ALL = 0.99
-"""Energy of the null model from which on the kept directions hold nearly everything by chance."""
+"""Energy of the null model from which on k components keep nearly everything by chance."""
 
 
 def energies(report: ReportData) -> str:
-    """Say how much energy the kept directions hold, and whether that is more than chance; "" if it was not measured.
+    """Return sentences on the energy in the first k components, and whether it exceeds chance; "" if not measured.
 
-    A spectrum concerns one side. An update is kept only as far as both sides are, in directions of other adapters,
-    which is what the verdict measures on adapters that were left out.
+    A spectrum describes one side. An update is kept only if both of its sides are in the span of the components, which
+    the verdict measures on adapters that were left out.
     """
     if report.null is None:
         return ""
     sides = {"down": report.null.down, "up": report.null.up}
     above_chance = [name for name, side in sides.items() if is_above(side.energy, side.null, side.spread)]
-    text = f"The first k directions hold {_energy(sides['down'], 'down')} and {_energy(sides['up'], 'up')}."
+    text = f"The first k components keep {_energy(sides['down'], 'down')} and {_energy(sides['up'], 'up')}."
     if not above_chance:
         if all(side.null >= _NEARLY_ALL for side in sides.values()):
-            return f"{text} So many of them hold nearly everything, whatever adapters share."
+            return f"{text} So many components keep nearly everything, whether the adapters share anything or not."
         if _kind(report) in ("shared", "partly-shared"):
-            return f"{text} That is no more than chance: what they share shows in adapters left out, and not here."
-        return f"{text} That is no more than chance: nothing shows here that the adapters share."
+            return f"{text} That is no more than chance: that they share a subspace shows only in adapters left out."
+        return f"{text} That is no more than chance: the spectra show nothing that the adapters share."
     where = "on both sides" if len(above_chance) == 2 else f"on {_WORDS[above_chance[0]]} alone"
-    return f"{text} What is above chance is shared, {where}. {_caveats(report, above_chance)}".rstrip()
+    return f"{text} The energy above chance is shared, {where}. {_caveats(report, above_chance)}".rstrip()
 
 
 def _kind(report: ReportData) -> str:
@@ -38,31 +38,31 @@ def _kind(report: ReportData) -> str:
 
 def _energy(side: SideEnergy, name: str) -> str:
     return (
-        f"{numbers.share(side.energy)} of the energy of {_WORDS[name]} (in random directions: "
+        f"{numbers.share(side.energy)} of the energy of {_WORDS[name]} (with random singular vectors: "
         f"{numbers.share(side.null)} ± {numbers.error(side.spread)})"
     )
 
 
 def _caveats(report: ReportData, above_chance: list[str]) -> str:
-    """Say what energy above chance on these sides means for an adapter that is not in the fit."""
+    """Return sentences on what energy above chance on these sides means for an adapter that is not in the fit."""
     sentences = []
     if "down" in above_chance and report.starts is not None and report.starts.groups:
-        sentences.append("On the down side, a common random start does that by itself.")
+        sentences.append("On the down side, a common random start alone causes that.")
     out = report.left_out
     if out is None:
         return " ".join(sentences)
     kind = _kind(report)
     if kind == "unknown":
-        sentences.append("What it is worth to a new adapter does not show at this k.")
+        sentences.append("Whether a new adapter profits from it cannot be decided at this k.")
         return " ".join(sentences)
     kept = (
         f"{numbers.share(out.kept)} of its squared norm beyond chance"
         if is_above(out.kept, 0.0, out.kept_spread)
-        else "no more than by chance"
+        else "no more of it than random components would"
     )
     too_little = ", which is too little for a subspace" if kind == "not-shared" else ""
     sentences.append(
-        "An update is kept as far as others have the directions of both its sides: an adapter that is left out of the "
-        f"fit keeps {kept}{too_little}."
+        "An update is kept only if both of its sides are in the span of the components: of an adapter that is left out "
+        f"of the fit, the components keep {kept}{too_little}."
     )
     return " ".join(sentences)

@@ -6,5 +6,5 @@ HOW = "A report needs matplotlib and scikit-learn: pip install 'eigenlorax[repor
 
 
 def is_installed() -> bool:
-    """Return whether the packages are installed, without importing them, which takes a second."""
+    """Return whether the packages are installed. They are not imported, because that takes a second."""
     return all(find_spec(name) is not None for name in ("matplotlib", "scipy", "sklearn"))

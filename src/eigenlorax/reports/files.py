@@ -1,4 +1,4 @@
-"""Files of a report: JSON, which can be read again, Markdown, and the HTML page."""
+"""Files of a report: JSON, Markdown and an HTML page. Only JSON can be read again."""
 
 import json
 from collections.abc import Callable
@@ -17,24 +17,28 @@ from .render import markdown, page
 
 @dataclass(frozen=True, slots=True)
 class Report(ReportData):
-    """A report with its files: what `eigenlorax.report` returns."""
+    """Report of a pack, from `eigenlorax.report`, with methods to save and load it."""
 
     def save(self, path: str | Path) -> None:
-        """Write the report in the format that the suffix of `path` names: .html (the page), .md or .json.
+        """Write the report to a file. An existing report is replaced.
 
-        A report that exists there is replaced. `OptionError` for another suffix or a name that packs use;
-        `PackExistsError` if another file exists there.
+        Args:
+            path: File whose suffix selects the format: .html, .md or .json.
+
+        Raises:
+            OptionError: The suffix is unknown, or packs use this name.
+            PackExistsError: The file exists and is no report.
         """
         write(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """Return the report of a JSON file. `FormatError` if the file is no report, or of another schema version."""
+        """Read a report from JSON; `FormatError` if the file is no report, or has another schema version."""
         return read(path)
 
 
 def to_json(report: ReportData) -> str:
-    """Return the report's JSON (docs/report.md), without the similarity matrices of more than `MATRIX` adapters."""
+    """Return the report as JSON (docs/report.md), without similarity matrices of more than `MATRIX` adapters."""
     if report.similarity is not None and len(report.similarity.names) > MATRIX:
         report = replace(report, similarity=replace(report.similarity, cosine=[], overlap=[]))
     body = {"schema": keys.REPORT_SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(report)}
@@ -42,7 +46,7 @@ def to_json(report: ReportData) -> str:
 
 
 def read(path: str | Path) -> Report:
-    """Return the report of a JSON file. `FormatError` if it is no report, or of another schema version."""
+    """Read a report from JSON; `FormatError` if the file is no report, or has another schema version."""
     try:
         body = json.loads(read_file(Path(path), MAX_REPORT_BYTES), parse_constant=reject_constant)
     except FormatError:
@@ -57,13 +61,13 @@ def read(path: str | Path) -> Report:
         version = from_json(int, body.pop("schema_version", ...), "schema_version")
         if version != SCHEMA_VERSION:
             raise FormatError(
-                f"{path} is of version {version} of the report's schema, and this is version {SCHEMA_VERSION}: make "
-                "the report again."
+                f"{path} has version {version} of the report's schema, expected version {SCHEMA_VERSION}. Make the "
+                "report again."
             )
         report: Report = from_json(Report, body, "report")
         validation.check(report)
     except JsonTypeError as error:
-        raise FormatError(f"{path} is not as the schema of reports asks: {error} Make the report again.") from error
+        raise FormatError(f"{path} does not match the schema of reports: {error} Make the report again.") from error
     return report
 
 
@@ -80,34 +84,34 @@ RESERVED = {keys.MANIFEST, keys.ADAPTER_CONFIG, keys.SOURCE_CONFIG}
 
 
 def check(path: Path) -> None:
-    """Raise `OptionError` unless a report may have this path; `PackExistsError` if another file exists there."""
+    """Raise `OptionError` if a report cannot have this path, `PackExistsError` if another file exists there."""
     if path.suffix.lower() not in KINDS:
         raise OptionError(
-            f"{path}: a report is written as .html (a page), .json or .md, and its name says which. "
+            f"{path}: the suffix of a report must be .html, .json or .md. "
             f"For example {path.with_suffix('.html') if path.name else 'report.html'}."
         )
     if path.is_dir():
-        raise OptionError(f"{path} is a folder. Name a file in it: {path / 'report.html'}.")
+        raise OptionError(f"{path} is a folder. Pass a file in it: {path / 'report.html'}.")
     free = path.with_name(f"report{path.suffix}")
     if path.name.lower() in RESERVED:
-        raise OptionError(f"{path}: {path.name} is a file of packs or adapters. Choose another name, such as {free}.")
+        raise OptionError(f"{path}: packs and adapters use the name {path.name}. Choose another name, such as {free}.")
     if path.name.lower() == keys.CARD.lower() and (path.parent / keys.MANIFEST).is_file():
-        raise OptionError(f"{path} is the card of the pack, which describes it. Choose another name, such as {free}.")
+        raise OptionError(f"{path} is the model card of the pack. Choose another name, such as {free}.")
     if path.is_file() and path.stat().st_size and not report_files.is_report(path):
         raise PackExistsError(
-            f"{path} exists and is no report that eigenlorax has written: it is not replaced. Choose another name, or "
-            "remove it yourself."
+            f"{path} exists, and is not a report of eigenlorax, so it is not replaced. Choose another name, or remove "
+            "the file."
         )
 
 
 def write(report: ReportData, path: str | Path) -> None:
-    """Write the report atomically, in the format that the suffix names. A report that exists there is replaced."""
+    """Write the report atomically, in the format that the suffix selects. An existing report is replaced."""
     target = Path(path)
     check(target)
-    data = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")
+    content = KINDS[target.suffix.lower()](report).encode("utf-8", errors="replace")
     try:
         with atomic_files.ensure_folder(target.parent):
-            atomic_files.write_file(target, data)
+            atomic_files.write_file(target, content)
     except OSError as error:
-        # not what it is called until it is whole
+        # the error names the temporary file, which the user does not know
         raise OSError(error.errno, error.strerror, str(target)) from error

@@ -1,4 +1,4 @@
-"""Findings beside the main answer: starts, groups, losses, bytes, and baselines that do better, each with advice."""
+"""Findings beside the main answer: starts, groups, large errors, bytes, and better baselines, each with advice."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,22 @@ from .frontier import at_equal_error, cheapest
 from .numbers import error, plural, ratio, share
 
 LARGE_ERROR = 0.5
-"""Delta error above which an adapter is named as one that lost much."""
+"""Delta error above which an adapter is listed with a large error."""
 NO_ERROR = 1e-3
-"""Delta error below which nothing is lost."""
+"""Delta error below which an error counts as zero."""
 _COMMON_MEAN = 0.25
-"""Share of squared norm from which on a common mean is mentioned."""
+"""Minimum share of squared norm for a common mean to be reported."""
 _ACCURACY_TOLERANCE = 0.01
 _GOOD_AGREEMENT = 0.95
 
 
 def collect(report: ReportData, main: Finding) -> list[Finding]:
-    """Return all findings but the main one, the most important first. main: the answer to the main question."""
+    """Return all findings except the main one, the most important first.
+
+    Args:
+        report: The figures.
+        main: The answer to the main question.
+    """
     return [
         *_starts(report),
         *_mean(report),
@@ -55,16 +60,18 @@ def _starts(report: ReportData) -> list[Finding]:
         energy, kept = energies.get(f"group {number}"), ""
         if energy is not None:
             kept = (
-                f" {energy.k} directions hold {share(energy.factors_down)} of their A and {share(energy.factors_up)} "
-                f"of B; in random directions {share(energy.null_down)} and {share(energy.null_up)}."
+                f" {energy.k} components keep {share(energy.factors_down)} of the energy of their A and "
+                f"{share(energy.factors_up)} of B; with random singular vectors {share(energy.null_down)} and "
+                f"{share(energy.null_up)}."
             )
         findings.append(
             Finding(
                 "start",
-                f"{len(group.adapters):,} adapters began from the same random A (mean cosine {group.cosine_down:.2f}; "
-                f"of their B {group.cosine_up:.2f}). What they share on that side is what training left of the start, "
-                f"not what it found.{kept}",
-                "Do not take a steep spectrum of A for a structure of the tasks: look at B, and at adapters left out.",
+                f"{len(group.adapters):,} adapters were trained from the same random A (mean cosine "
+                f"{group.cosine_down:.2f}; of their B {group.cosine_up:.2f}). On that side they share their "
+                f"initialisation, not a result of training.{kept}",
+                "A steep spectrum of A does not show that the tasks share a structure: look at B, and at adapters left "
+                "out.",
                 adapters=group.adapters,
             )
         )
@@ -80,7 +87,7 @@ def _mean(report: ReportData) -> list[Finding]:
             "mean",
             f"They have a strong common mean: the mean of the others explains {share(similarity.mean_energy)} of an "
             f"adapter's squared norm (mean cosine between updates {similarity.mean_cosine:.2f}).",
-            "Compare with the mean adapter on your task before crediting the subspace.",
+            "Compare the pack with the mean adapter on your task.",
         )
     ]
 
@@ -92,16 +99,16 @@ def _clusters(report: ReportData, main: Finding) -> list[Finding]:
     sizes = " and ".join(", ".join(f"{len(cluster.adapters):,}" for cluster in clusters).rsplit(", ", 1))
     inside = max(cluster.overlap for cluster in clusters)
     outside = max(cluster.overlap_with_others for cluster in clusters)
-    by_chance = f" (random ones: {share(chance)})" if chance is not None else ""
+    by_chance = f" (random adapters: {share(chance)})" if chance is not None else ""
     return [
         Finding(
             "clusters",
-            f"They fall into {len(clusters)} groups, of {sizes} adapters: within a group directions overlap up to "
-            f"{share(inside)}, between groups at most {share(outside)} on average{by_chance}. "
+            f"They form {len(clusters)} groups, of {sizes} adapters: the mean overlap within a group is at most "
+            f"{share(inside)}, with the other groups at most {share(outside)}{by_chance}. "
             f"{'; '.join(_first_names(cluster.adapters) for cluster in clusters)}.",
-            "What they share lies within these groups."
+            "Adapters share components within these groups only."
             if main.kind == "not-shared"
-            else "Fit each group by itself: fewer directions then do the same.",
+            else "Fit each group separately: then fewer components have the same error.",
         )
     ]
 
@@ -117,10 +124,10 @@ def _outliers(report: ReportData, main: Finding) -> list[Finding]:
     return [
         Finding(
             "outlier",
-            f"{plural(len(report.outliers), 'adapter')} {'have' if several else 'has'} far less in common with the "
-            "rest than those have with one another.",
+            f"{plural(len(report.outliers), 'adapter')} {'share' if several else 'shares'} far less with the other "
+            "adapters than these share with one another.",
             f"Leave {'them' if several else 'it'} out of the fit (`exclude_adapters=`, `--exclude-adapter`), and keep "
-            f"{'those LoRAs as they are' if several else 'that LoRA as it is'}.",
+            f"{'them as ordinary LoRAs' if several else 'it as an ordinary LoRA'}.",
             good=False,
             adapters=report.outliers,
         )
@@ -137,7 +144,7 @@ def _duplicates(report: ReportData) -> list[Finding]:
         Finding(
             "duplicate",
             f"The same update under several names: {listed}{more}.",
-            "Keep one of each: a duplicate counts twice in the fit.",
+            "Keep one of each group: a duplicate counts twice in the fit.",
         )
     ]
 
@@ -149,8 +156,8 @@ def _untrained(report: ReportData) -> list[Finding]:
         Finding(
             "untrained",
             f"{plural(len(report.untrained), 'adapter')} {'are' if len(report.untrained) > 1 else 'is'} untrained: "
-            "every update is zero. Kept in the pack, left out of the fit and of all figures.",
-            "Remove what was added by mistake: `eigenlorax remove`.",
+            "every update is zero. The pack contains them; the fit and all figures do not.",
+            "Remove an adapter that was added by mistake: `eigenlorax remove`.",
             adapters=report.untrained,
         )
     ]
@@ -179,8 +186,8 @@ def _task(report: ReportData) -> list[Finding]:
         findings.append(
             Finding(
                 "task",
-                f"Original and recycled adapters give the same answer on {share(agreement)} of the rows, or tokens; "
-                f"the mean divergence is {error(kl)} nats.",
+                f"Original and recycled adapters have equal predictions for {share(agreement)} of the rows or tokens; "
+                f"the mean KL divergence is {error(kl)} nats.",
                 good=agreement >= _GOOD_AGREEMENT,
             )
         )
@@ -191,17 +198,19 @@ def _losses(report: ReportData) -> list[Finding]:
     lossy = [adapter for adapter in report.adapters if not adapter.untrained and adapter.delta_error > LARGE_ERROR]
     if not lossy:
         return []
-    advice = "Fit the pack again with those that were projected, or keep those LoRAs as they are."
+    advice = "Fit the pack again with the adapters that were projected, or keep them as ordinary LoRAs."
     if is_coded(report):
-        advice = f"Ask for less (`max_error={LARGE_ERROR}`, `--max-error {LARGE_ERROR}`), or for more bytes."
+        advice = (
+            f"Fit with a smaller error bound (`max_error={LARGE_ERROR}`, `--max-error {LARGE_ERROR}`) or more bytes."
+        )
     elif any(adapter.in_fit for adapter in lossy):
         advice = _advice_on_losses(report)
     several = len(lossy) > 1
     return [
         Finding(
             "loss",
-            f"{plural(len(lossy), 'adapter')} {'lose' if several else 'loses'} more than half of "
-            f"{'their updates' if several else 'its update'} ({error(lossy[0].delta_error)} at worst).",
+            f"{plural(len(lossy), 'adapter')} {'have' if several else 'has'} a delta error above {LARGE_ERROR} (at "
+            f"most {error(lossy[0].delta_error)}).",
             advice,
             good=False,
             adapters=[adapter.name for adapter in lossy],
@@ -213,7 +222,7 @@ def _advice_on_losses(report: ReportData) -> str:
     by_error = f"`max_error={LARGE_ERROR}` (`--max-error {LARGE_ERROR}`) finds the smallest"
     point = next((point for point in report.sizes if point.worst <= LARGE_ERROR), None)
     if point is None:
-        return f"{by_error} pack that keeps them; or keep those LoRAs as they are."
+        return f"{by_error} pack with that error; or keep these adapters as ordinary LoRAs."
     smaller = f"{ratio(point.ratio)} smaller" if point.ratio > 1 else "no smaller"
     return (
         f"`n_components={point.k}` (`-k {point.k}`) would bring every adapter of the fit to {error(point.worst)} or "
@@ -225,10 +234,10 @@ def _bytes(report: ReportData, main: Finding) -> Finding:
     gain, in_fit = report.bytes, report.in_fit
     cost = ""
     if in_fit is not None:
-        cost = f"Recycling costs {error(in_fit.mean)} of an update on average, {error(in_fit.worst)} at worst. "
-    break_even = "it never pays at this k"
+        cost = f"The mean error of an adapter is {error(in_fit.mean)}, the largest {error(in_fit.worst)}. "
+    break_even = "at this k, no number of adapters makes it smaller"
     if gain.break_even is not None:
-        break_even = f"if others fit this basis, it pays from {plural(gain.break_even, 'such adapter')} on"
+        break_even = f"it is smaller from {plural(gain.break_even, 'adapter')} on, if others fit this basis as well"
     if gain.ratio < 1:
         return Finding(
             "bytes",
@@ -240,7 +249,7 @@ def _bytes(report: ReportData, main: Finding) -> Finding:
     return Finding(
         "bytes",
         f"{cost}The pack is {ratio(gain.ratio)} smaller than the LoRAs with the basis counted"
-        # others would not fit the basis of adapters that share nothing
+        # other adapters would not fit the basis of adapters that share nothing
         f"{'' if main.kind == 'not-shared' else outlook}.",
         good=True if in_fit is None or in_fit.mean <= LARGE_ERROR else None,
     )
@@ -258,9 +267,9 @@ def _baselines(report: ReportData) -> list[Finding]:
         findings.append(
             Finding(
                 "baseline",
-                f"Cutting each LoRA by SVD to the same bytes loses less: {error(truncated.errors.mean)} on average, "
-                f"against {error(pack.errors.mean)} here.",
-                "A shared basis does not pay for these adapters at this k.",
+                f"Truncating each LoRA by SVD to the same bytes has a smaller mean error: "
+                f"{error(truncated.errors.mean)}, against {error(pack.errors.mean)} in the pack.",
+                "At this k, a shared basis has no advantage for these adapters.",
                 good=False,
             )
         )
@@ -270,9 +279,9 @@ def _baselines(report: ReportData) -> list[Finding]:
             findings.append(
                 Finding(
                     "baseline",
-                    f"Rounding each LoRA to {bits} bits takes fewer bytes and loses less: "
-                    f"{error(rounded.errors.mean)} on average.",
-                    "For storage alone, round; a pack is for serving and training in one subspace.",
+                    f"Rounding each LoRA to {bits} bits takes fewer bytes and has a smaller mean error: "
+                    f"{error(rounded.errors.mean)}.",
+                    "For storage alone, round the LoRAs; a pack is for serving and training in one subspace.",
                     good=False,
                 )
             )
@@ -291,15 +300,15 @@ def _is_better(baseline: Baseline, pack: Baseline) -> bool:
 
 
 def _cores(report: ReportData) -> list[Finding]:
-    """Say which figures were measured without the cores that the pack has."""
+    """Name the figures that were measured without the cores that the pack has."""
     storage = storage_by_name(report.collection.coefficient_dtype)
     if storage.core_kind is None or not report.collection.with_originals:
         return []
     figures = {
         "full": "Figures at other k are",
-        "diagonal": "Figures of adapters left out, of random directions, of the null model and at other k are",
+        "diagonal": "Figures of adapters left out, of random components, of the null model and at other k are",
     }
-    text = f"The pack keeps {storage.core_kind} cores. {figures[storage.core_kind]} those of packs without cores."
+    text = f"The pack stores {storage.core_kind} cores. {figures[storage.core_kind]} measured without cores."
     return [Finding("cores", text)]
 
 
@@ -314,9 +323,9 @@ def _rounding(report: ReportData) -> list[Finding]:
     return [
         Finding(
             "rounding",
-            f"Rounding to {report.collection.dtype} is most of what is lost: {error(worst.rounding_error)} of "
-            f"{worst.name}'s update.",
-            "`dtype='float32'` (`--dtype float32`) stores it in full.",
+            f"Most of the error is from rounding to {report.collection.dtype}: {error(worst.rounding_error)} for "
+            f"{worst.name}.",
+            "Store float32 numbers: `dtype='float32'` (`--dtype float32`).",
             adapters=[worst.name],
         )
     ]

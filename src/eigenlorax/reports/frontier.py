@@ -1,4 +1,4 @@
-"""Bytes against the worst error: the pack as one point among the baselines for the same adapters."""
+"""Bytes against the worst error, for the pack and for tuned baselines."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,22 +18,22 @@ from .originals import Originals
 from .task_data import TaskFrontier
 
 NUMBERS = 1.5e6
-"""Numbers of factors up to which all modules are measured; of a larger collection, some modules."""
+"""Maximum number of elements of all factors for which all modules are measured; else only some modules."""
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 WORST = 0.8
-"""Points with a larger worst error are left out."""
+"""Maximum worst error of a point; points with a larger one are left out."""
 PACK, FIT = "pack", "fit"
 SHARING_METHODS = {
     SHARED_BASIS: "one shared basis",
-    # no longer measured; reports of earlier versions have them
+    # no longer measured, but contained in reports of earlier versions
     "joint, full cores": "joint diagonalisation, full cores",
     "joint, diagonal cores": "joint diagonalisation, diagonal cores",
 }
 METHODS = {
     PACK: "this pack",
     ROUNDED: "each LoRA rounded to few bits",
-    CUT_BY_ENERGY: "each LoRA cut by SVD, 16 bits",
-    BOTH: "each LoRA cut and rounded",
+    CUT_BY_ENERGY: "each LoRA truncated by SVD, 16 bits",
+    BOTH: "each LoRA truncated and rounded",
     **SHARING_METHODS,
 }
 """Labels of the methods of a frontier, by the `way` of a point."""
@@ -44,16 +44,25 @@ _SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 """Components per side of the shared basis."""
 _BITS, _SWEEPS = ((8, 8), (4, 4)), 1
 _IMPROVEMENT = 0.97
-"""A larger point is shown only if its error is below this share of the best so far."""
+"""Maximum ratio of a point's error to that of the previous, smaller point."""
 
 
 def frontier(
     pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, progress: Progress
 ) -> Frontier | None:
-    """Return the pack and the baselines for the trained adapters whose originals are given.
+    """Measure the pack and the baselines for the trained adapters whose originals were passed.
 
-    In a collection of more than `NUMBERS`, the baselines are measured on some of the modules, evenly spaced, and their
-    bytes are scaled to all modules. None if there is nothing to store.
+    In a collection with more than `NUMBERS` elements, the baselines are measured on some modules, evenly spaced, and
+    their bytes are scaled to all modules.
+
+    Args:
+        pack: The pack.
+        packed: Its adapters, by name.
+        originals: The original adapters.
+        progress: Callback with the arguments (stage, done, total).
+
+    Returns:
+        The points, the pack first; None if there is nothing to store.
     """
     names = list(originals.adapters)
     sizes = _sizes(pack, packed, originals)
@@ -63,7 +72,7 @@ def frontier(
     chosen = _evenly_spaced(nonempty, sizes)
     scale = sum(sizes.values()) / sum(sizes[module] for module in chosen)
     stacks = LazyMapping(dict.fromkeys(chosen), lambda module: _stack(pack, packed, originals, module))
-    # all modules of a small collection stay in memory; of a large one, each is read again when it is needed
+    # a small collection stays in memory; the modules of a large one are read each time they are needed
     modules: Mapping[str, ModuleBatch] = dict(stacks) if scale == 1 else stacks
     records = [pack.records[name] for name in names]
     of_pack = FrontierPoint(
@@ -82,40 +91,40 @@ def frontier(
 
 
 def cheapest(frontier: Frontier) -> FrontierPoint | None:
-    """Return the baseline of the fewest bytes whose worst error is not above the pack's; None if there is none."""
+    """Return the smallest baseline whose worst error is at most the pack's; None if there is none."""
     pack, *baselines = frontier.points
     candidates = [point for point in baselines if point.worst <= pack.worst]
     return min(candidates, key=lambda point: (point.stored_bytes, point.worst), default=None)
 
 
 def at_equal_error(frontier: Frontier) -> str:
-    """Compare the pack in a sentence with the smallest baseline that has no larger error."""
+    """Return a sentence that compares the pack with the smallest baseline of at most its worst error."""
     pack, baseline = frontier.points[0], cheapest(frontier)
     if baseline is None:
-        return f"Nothing else that was tried holds the pack's worst error of {numbers.error(pack.worst)}."
+        return f"No other method that was tried reaches the pack's worst error of {numbers.error(pack.worst)}."
     settings = f" ({baseline.settings})" if baseline.settings else ""
     return (
-        f"For the pack's worst error of {numbers.error(pack.worst)}, the best other way takes "
+        f"For the pack's worst error of {numbers.error(pack.worst)}, the best other method takes "
         f"{numbers.size(baseline.stored_bytes)}: {METHODS[baseline.way]}{settings}. The pack takes "
         f"{numbers.size(pack.stored_bytes)}."
     )
 
 
 def on_task(frontier: TaskFrontier) -> str:
-    """Say at how many ratios a fit changes predictions less than truncated and rounded LoRAs of the same bytes."""
+    """Return a sentence that compares fits with truncated and rounded LoRAs of the same bytes, by KL divergence."""
     fits, baselines = (
         {point.ratio: point for point in frontier.points if point.way == method} for method in (FIT, BOTH)
     )
     better = sum(point.kl < baselines[ratio].kl for ratio, point in fits.items())
     worse = sum(point.kl > baselines[ratio].kl for ratio, point in fits.items())
     return (
-        f"Of {numbers.plural(len(fits), 'ratio')}, the fit predicts more nearly what the originals do than each LoRA "
-        f"cut and rounded to the same bytes at {better}, and less nearly at {worse}."
+        f"Compared with LoRAs truncated and rounded to the same bytes, the predictions of the fit are closer to the "
+        f"originals at {better} of {numbers.plural(len(fits), 'ratio')}, and less close at {worse}."
     )
 
 
 def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals) -> dict[str, int]:
-    """Count the numbers in the adapters' factors by module of the subspace."""
+    """Return the number of elements of all adapters' factors, by module of the subspace."""
     sizes = dict.fromkeys(pack.subspace.modules, 0)
     for name, adapter in originals.adapters.items():
         for own, module in packed[name].subspace_names.items():
@@ -124,7 +133,7 @@ def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals
 
 
 def _evenly_spaced(modules: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
-    """Return as many modules as `NUMBERS` allows, at least one."""
+    """Return as many evenly spaced modules as `NUMBERS` allows, at least one."""
     total = sum(sizes[module] for module in modules)
     count = max(1, min(len(modules), int(len(modules) * NUMBERS / total)))
     return [modules[index * len(modules) // count] for index in range(count)]
@@ -142,7 +151,7 @@ def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals
 def _baseline_points(
     modules: Mapping[str, ModuleBatch], worst: float, lora_bytes: float, progress: Progress
 ) -> Iterator[tuple[str, str, Point]]:
-    """Yield method, settings in words, and point of each baseline; each method from few bytes to many."""
+    """Yield (method, settings in words, point) of each baseline, for each method from few bytes to many."""
     stage, steps = "measuring baselines", 1 + len(_SIZES)
     progress(stage, 0, steps)
     tables = per_adapter.tables(modules)
@@ -156,7 +165,7 @@ def _baseline_points(
         progress(stage, done, steps)
         if shared.lower_bound(k) >= WORST or k // 2 >= shared.max_components:
             continue
-        # a basis that takes more than the LoRAs is of no use
+        # a shared basis that is larger than the LoRAs cannot be on the front
         if shared.stored_bytes(k, _BITS[0]) < lora_bytes:
             candidates += shared.measure(min(k, shared.max_components)).values()
     for point in _pareto_front([point for point in candidates if point.stored_bytes < lora_bytes], worst):
@@ -165,9 +174,10 @@ def _baseline_points(
 
 
 def _pareto_front(points: Sequence[Point | None], bound: float) -> list[Point]:
-    """Return the points that no other point beats in both bytes and worst error, by bytes.
+    """Return the Pareto-optimal points in bytes and worst error, sorted by bytes.
 
-    Points that hardly improve on the one before are left out, except the smallest one with an error within `bound`.
+    Points that hardly improve on the previous one are left out, except the smallest one with an error of at most
+    `bound`.
     """
     candidates = sorted(
         (point for point in points if point is not None and point.worst < WORST),

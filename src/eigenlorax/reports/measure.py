@@ -1,4 +1,4 @@
-"""Measurements of a whole collection, module by module: one module of all adapters is in memory at a time."""
+"""Measurements with the original adapters, module by module. One module of all adapters is in memory at a time."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,19 +27,19 @@ from .originals import Originals
 from .refits import Members, RefitOptions, Side
 
 LEFT_OUT_WORK = 1.2e12
-"""Multiplications to spend on fits without an adapter: a quarter of a minute on one core."""
-LEFT_OUT_LEAST = 8
-"""Minimum number of adapters that are left out, however much work each of them is."""
-LEFT_OUT_ENOUGH = 32
-"""Maximum number, unless the caller asks for more: the standard error of the mean is small by then."""
+"""Maximum number of multiplications for fits without an adapter: a quarter of a minute on one core."""
+LEFT_OUT_MIN = 8
+"""Minimum number of adapters that are left out, however long it takes."""
+LEFT_OUT_MAX = 32
+"""Maximum number of adapters that are left out by default: the standard error of the mean is small by then."""
 NULL_WORK = LEFT_OUT_WORK / 16
-"""Multiplications to spend on fits of the null model."""
+"""Maximum number of multiplications for fits of the null model."""
 MULTIPLICATIONS_PER_SECOND = 2.5e10
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Numbers of components at which errors are measured, as far as the collection has so many."""
+"""Numbers of components at which errors are measured, up to the largest number that the collection allows."""
 
 CHUNK = 2**20
-"""Numbers of factors that are measured at a time; larger batches leave the cache and are slower."""
+"""Number of elements of factors that are measured at a time; larger batches exceed the cache and are slower."""
 
 _EIGEN_COST = 15.0
 """Multiplications of a symmetric eigenproblem of size n, divided by n³."""
@@ -48,18 +48,34 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(slots=True)
 class Measured:
-    """Sums of squared norms over modules, one per adapter in the order of `names`; `measure` adds each module.
+    """Sums over modules of squared norms and squared errors. `measure` adds each module.
 
-    fitted: indices in `names` of the adapters of the fit. chosen: indices in `fitted` of those that are left out of it.
-    total: ‖D‖². random: what random bases keep of it. by_k, random_by_k: what the fit and random bases of each size in
-        `grid` keep of the adapters of the fit.
-    left_out_kept, left_out_by_k: what the bases of the others keep of the adapters that are left out; chance,
-        chance_by_k: the expectation for as many random directions.
-    down_lost, up_lost: squared errors of A and of B; down_total, up_total: their squared norms.
-    rounded: squared errors of factors rounded to so many bits.
-    errors: by module, the delta error of each adapter. weighted: by module, the weighted delta error of the fit.
-    singular: for each module the bytes of a component over its width, and squared singular values.
-    exact: whether adapters were left out with sweeps in every module.
+    There are n trained adapters, f adapters in the fit, s adapters that are left out, and g numbers of components.
+
+    Attributes:
+        names: Names of the n adapters.
+        fitted: Indices in `names` of the adapters of the fit.
+        chosen: Indices in `fitted` of the adapters that are left out.
+        grid: Numbers of components, ascending.
+        total: ‖D‖² of each adapter, (n,).
+        random: Squared norm that random bases of the pack's size keep, (n,).
+        null: Sums of the null model.
+        left_out_kept: Squared norm that the bases of the other adapters keep, (s,).
+        left_out_by_k: The same for each number of components, (s, g).
+        chance: Expected squared norm that equally many random components keep, (s,).
+        chance_by_k: The same for each number of components, (s, g).
+        by_k: Squared norm that a fit with each number of components keeps, (f, g).
+        random_by_k: Expected squared norm that random components keep, (f, g).
+        down_squared_error, up_squared_error: Squared errors of A and of B, (n,).
+        down_total, up_total: Squared norms of A and of B, (n,).
+        rounded: Squared errors of the factors rounded to a number of bits, (n,), by bits.
+        pairs: Inner products of all pairs of adapters.
+        errors: Delta error of each adapter, by module.
+        weighted: Weighted delta error of the fit, by module.
+        factor_errors: Root mean square errors of A and of B, by module.
+        singular: For each module, the numbers of one component and the squared singular values, (n, r).
+        sides: Measurements of both sides, by module.
+        exact: True if the fits without an adapter include sweeps in every module.
     """
 
     names: list[str]
@@ -75,9 +91,9 @@ class Measured:
     chance_by_k: Tensor
     by_k: Tensor
     random_by_k: Tensor
-    down_lost: Tensor
+    down_squared_error: Tensor
     down_total: Tensor
-    up_lost: Tensor
+    up_squared_error: Tensor
     up_total: Tensor
     rounded: dict[int, Tensor]
     pairs: Pairs
@@ -91,7 +107,16 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Collection:
-    """Inputs that the measurements of all modules share. weights: of the adapters in the fit, 1 / ‖D‖."""
+    """Inputs of the measurements of all modules.
+
+    Attributes:
+        pack: The pack.
+        packed: Its adapters, by name.
+        originals: The original adapters.
+        options: Options with which the pack was fitted.
+        weights: 1 / ‖D‖ of each original adapter; 0 if its update is zero.
+        seed: Seed of all random choices.
+    """
 
     pack: Pack
     packed: Mapping[str, PackedAdapter]
@@ -107,14 +132,23 @@ class _Collection:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """One module of all adapters. squares: ‖D‖² of each adapter. lost: squared error of each in the pack."""
+    """One module of all adapters.
+
+    Attributes:
+        name: Name of the module in the subspace.
+        bases: Bases of the pack.
+        factors: Factors of each original adapter; None if it does not have the module.
+        batch: The same factors, padded.
+        squares: ‖D‖² of each adapter, (n,).
+        squared_errors: ‖D − D̂‖² of each adapter in the pack, (n,).
+    """
 
     name: str
     bases: ModuleBases
     factors: Sequence[LoRAFactors | None]
     batch: ModuleBatch
     squares: Tensor
-    lost: Tensor
+    squared_errors: Tensor
 
 
 def measure(
@@ -127,7 +161,13 @@ def measure(
 ) -> Measured:
     """Measure everything that needs the original adapters.
 
-    sample: number of adapters to leave out of the fit; None chooses it by `LEFT_OUT_WORK`.
+    Args:
+        pack: The pack.
+        packed: Its adapters, by name.
+        originals: The original adapters.
+        seed: Seed of all random choices.
+        sample: Number of adapters to leave out of the fit; None chooses it by `LEFT_OUT_WORK`.
+        progress: Callback with the arguments (stage, done, total).
     """
     totals = [
         math.fsum(scan.delta_squares[module] for module in packed[name].subspace_names)
@@ -139,7 +179,7 @@ def measure(
     modules = list(pack.subspace.modules.items())
     for done, (module, bases) in enumerate(modules):
         progress("measuring modules", done, len(modules))
-        # each module has a generator of its own, so that its figures do not depend on the others
+        # one generator per module, so that its figures do not depend on the other modules
         _add_module(measured, collection, module, bases, torch.Generator().manual_seed(seed + 1 + done))
     progress("measuring modules", len(modules), len(modules))
     return measured
@@ -151,20 +191,22 @@ def options_of(pack: Pack) -> FitOptions:
 
 
 def _empty(collection: _Collection, sample: int | None) -> Measured:
-    """Return zeros for every sum, with the sizes and the adapters to leave out chosen."""
+    """Choose sizes and the adapters to leave out, and return sums of zero."""
     pack, names = collection.pack, collection.names
     fitted = [index for index, name in enumerate(names) if collection.packed[name].record.in_fit]
     rows = _trained_rows(collection, [names[index] for index in fitted])
-    most = max((min(n, *pack.subspace.modules[module].shape) for module, n in rows.items()), default=1)
+    max_rank = max((min(n, *pack.subspace.modules[module].shape) for module, n in rows.items()), default=1)
     largest_k = max(
         (basis.n_fitted for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)), default=0
     )
-    grid = sorted({k for k in GRID if k < most} | {most} | ({largest_k} if 0 < largest_k <= most else set()))
+    grid = sorted(
+        {k for k in GRID if k < max_rank} | {max_rank} | ({largest_k} if 0 < largest_k <= max_rank else set())
+    )
     if sample is None:
         work = sum(_left_out_work(n, pack.subspace.modules[module].shape, largest_k) for module, n in rows.items())
-        sample = min(max(LEFT_OUT_LEAST, int(LEFT_OUT_WORK / max(work, 1))), LEFT_OUT_ENOUGH)
+        sample = min(max(LEFT_OUT_MIN, int(LEFT_OUT_WORK / max(work, 1))), LEFT_OUT_MAX)
     generator = torch.Generator().manual_seed(collection.seed)
-    # a collection of one adapter has no others
+    # a single adapter cannot be left out
     count = min(sample, len(fitted)) if len(fitted) > 1 else 0
     chosen = sorted(torch.randperm(len(fitted), generator=generator)[:count].tolist())
     draws = null.draws(sum(bool(n) for n in rows.values()), NULL_WORK / max(_fit_work(rows, pack), 1))
@@ -180,9 +222,9 @@ def _empty(collection: _Collection, sample: int | None) -> Measured:
         grid=grid,
         total=zeros(n),
         random=zeros(n),
-        down_lost=zeros(n),
+        down_squared_error=zeros(n),
         down_total=zeros(n),
-        up_lost=zeros(n),
+        up_squared_error=zeros(n),
         up_total=zeros(n),
         null=NullSums.of(draws, n_fitted, count, n_sizes),
         left_out_kept=zeros(count),
@@ -197,7 +239,7 @@ def _empty(collection: _Collection, sample: int | None) -> Measured:
 
 
 def _trained_rows(collection: _Collection, names: Sequence[str]) -> dict[str, int]:
-    """Return by module of the subspace the summed ranks of the adapters that changed it."""
+    """Return the summed ranks of the adapters that trained each module, by module of the subspace."""
     rows = dict.fromkeys(collection.pack.subspace.modules, 0)
     for name in names:
         for own, module in collection.packed[name].subspace_names.items():
@@ -210,8 +252,10 @@ def _left_out_work(rows: int, shape: tuple[int, int], k: int) -> float:
     """Estimate the multiplications of leaving one adapter out of a module."""
     if crowded.is_crowded(rows):
         # one eigenproblem per side
-        return 2 * _EIGEN_COST * min(rows, *shape, crowded.most(max(refits.LEFT_OUT_MOST, k))) ** 3
-    # the first bases and two sweeps
+        return (
+            2 * _EIGEN_COST * min(rows, *shape, crowded.required_components(max(refits.MAX_CROWDED_COMPONENTS, k))) ** 3
+        )
+    # bases without sweeps, and two sweeps
     return 6 * _EIGEN_COST * min(rows, *shape) ** 3
 
 
@@ -221,7 +265,7 @@ def _fit_work(rows: Mapping[str, int], pack: Pack) -> float:
 
 
 def _module_rows(pack: Pack, packed: Mapping[str, PackedAdapter]) -> dict[str, int]:
-    """Return the summed ranks of all adapters by module of the subspace."""
+    """Return the summed ranks of all adapters, by module of the subspace."""
     rows = dict.fromkeys(pack.subspace.modules, 0)
     for adapter in packed.values():
         for own, coefficients in adapter.coefficients.items():
@@ -230,13 +274,13 @@ def _module_rows(pack: Pack, packed: Mapping[str, PackedAdapter]) -> dict[str, i
 
 
 def largest(pack: Pack, packed: Mapping[str, PackedAdapter]) -> int:
-    """Return the largest count of numbers that the factors of all adapters have in one module."""
+    """Return the largest number of elements that the factors of all adapters have in one module."""
     rows = _module_rows(pack, packed)
     return max((rows[module] * sum(bases.shape) for module, bases in pack.subspace.modules.items()), default=0)
 
 
 def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
-    """Estimate how long `measure` will take on one core of a laptop."""
+    """Estimate the seconds that `measure` takes on one core of a laptop."""
     rows = _module_rows(pack, packed)
     work = 0.0
     for module, bases in pack.subspace.modules.items():
@@ -254,20 +298,20 @@ def _add_module(
     n_out, n_in = bases.shape
     batch = pad_factors(factors, n_in, n_out)
     squares = delta_squares(batch)
-    lost, singular, factor_shares = [], [], []
+    squared_errors, singular, factor_shares = [], [], []
     step = max(1, CHUNK // max(1, batch.down.shape[1] * (n_in + n_out)))
     for start in range(0, len(batch), step):
         chunk = slice(start, start + step)
         part = batch.select(range(len(batch))[chunk])
         stored = losses.stored(part, factors[chunk], coefficients[chunk], bases)
-        measured.down_lost[chunk] += stored.down
+        measured.down_squared_error[chunk] += stored.down
         measured.down_total[chunk] += stored.down_total
-        measured.up_lost[chunk] += stored.up
+        measured.up_squared_error[chunk] += stored.up
         measured.up_total[chunk] += stored.up_total
         balanced = per_adapter.balanced(part)
         for bits, sums in measured.rounded.items():
             sums[chunk] += losses.rounded_squares(balanced, bits)
-        lost.append(stored.delta)
+        squared_errors.append(stored.delta)
         shares = stored.down / stored.down_total.clamp_min(_TINY), stored.up / stored.up_total.clamp_min(_TINY)
         factor_shares.append(torch.stack(shares, dim=1))
         singular.append(losses.singular_squares(part))
@@ -277,8 +321,8 @@ def _add_module(
     if in_fit and storage_by_name(collection.pack.coefficient_storage).keeps_factors:
         down, up = torch.cat(factor_shares)[in_fit].mean(0).sqrt().tolist()
         measured.factor_errors[name] = (down, up)
-    module = _Module(name, bases, factors, batch, squares, torch.cat(lost))
-    relative = torch.where(squares > 0, (module.lost / squares.clamp_min(_TINY)).sqrt(), math.nan)
+    module = _Module(name, bases, factors, batch, squares, torch.cat(squared_errors))
+    relative = torch.where(squares > 0, (module.squared_errors / squares.clamp_min(_TINY)).sqrt(), math.nan)
     measured.errors[name] = [None if math.isnan(error) else error for error in relative.tolist()]
     measured.pairs.add(batch)
     random = (losses.random_rows(side.n_fitted, side.dimension, generator) for side in (bases.down, bases.up))
@@ -287,7 +331,7 @@ def _add_module(
 
 
 def _add_fit(measured: Measured, collection: _Collection, module: _Module, generator: torch.Generator) -> None:
-    """Add what concerns the adapters of the fit that have trained the module: other sizes, left out, the null model."""
+    """Refit one module to the adapters that trained it: other sizes, fits without an adapter, and the null model."""
     # members: indices in `fitted`; indices: the same adapters in `names`
     members = [member for member, index in enumerate(measured.fitted) if module.squares[index] > 0]
     if not members:
@@ -295,8 +339,8 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
         return
     indices = [measured.fitted[member] for member in members]
     weights = torch.tensor([collection.weights[index] for index in indices], dtype=torch.float64)
-    lost, total = (weights.square() * squares[indices] for squares in (module.lost, module.squares))
-    measured.weighted[module.name] = float((lost.sum() / total.sum()).sqrt())
+    squared_errors, total = (weights.square() * squares[indices] for squares in (module.squared_errors, module.squares))
+    measured.weighted[module.name] = float((squared_errors.sum() / total.sum()).sqrt())
     row_of_member = {member: row for row, member in enumerate(members)}
     chosen = [member for member in measured.chosen if member in row_of_member]
     trained = Members(
@@ -305,7 +349,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
         weights,
     )
     k = (module.bases.down.n_fitted, module.bases.up.n_fitted)
-    # an update in two bases, one of which has no row, is lost entirely
+    # if one basis has no component, the reconstruction is zero
     k = k if all(k) else (0, 0)
     options = collection.options
     refit = refits.refit_module(
@@ -313,7 +357,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
         RefitOptions(
             options,
             k,
-            # an error bound or a size would otherwise be met anew without the adapter
+            # for an error bound or a size, a fit without the adapter would choose other numbers of components
             fixed=(options.n_components, options.energy) == (None, None) or k == (0, 0),
             grid=measured.grid,
             chosen=[row_of_member[member] for member in chosen],
@@ -323,7 +367,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
     )
     measured.by_k[members] += refit.by_k
     measured.sides[module.name] = refit.sides
-    # expected share of the squared norm in k independent random directions of each side
+    # expected share of the squared norm in k random components of each side
     shares = [math.prod(min(k, dimension) / dimension for dimension in module.bases.shape) for k in measured.grid]
     measured.random_by_k[members] += module.squares[indices][:, None] * torch.tensor(shares, dtype=torch.float64)
     rows = [measured.chosen.index(member) for member in chosen]
@@ -333,14 +377,14 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
 
 
 def _add_left_out(measured: Measured, kept: Kept, rows: Sequence[int], module: _Module) -> None:
-    """Add what the others keep of adapters that were left out. rows: their indices in `chosen`."""
+    """Add squared norms that are kept of adapters left out. rows: their indices in `measured.chosen`."""
     squares = module.squares[[measured.fitted[measured.chosen[row]] for row in rows]]
     dimensions = module.bases.down.dimension, module.bases.up.dimension
     measured.left_out_kept[rows] += kept.fitted
     measured.left_out_by_k[rows] += kept.by_k
     measured.chance[rows] += null.expected(squares, kept.sizes, dimensions)
     for column, k in enumerate(measured.grid):
-        sizes = [(min(k, down), min(k, up)) for down, up in kept.most]
+        sizes = [(min(k, down), min(k, up)) for down, up in kept.max_components]
         measured.chance_by_k[rows, column] += null.expected(squares, sizes, dimensions)
 
 
@@ -363,7 +407,7 @@ def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> C
 
 
 def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
-    """Compare all pairs of reconstructed adapters, by their coefficients alone where there is no residual."""
+    """Compare all pairs of reconstructed adapters, by their coefficients alone if there is no residual."""
     pairs = Pairs.of(len(packed))
     for batch, dimensions in _reconstructed(pack, packed, progress):
         pairs.add(batch, dimensions)
@@ -381,12 +425,12 @@ def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Pr
 def _reconstructed(
     pack: Pack, packed: Sequence[PackedAdapter], progress: Progress
 ) -> Iterator[tuple[ModuleBatch, tuple[int, int]]]:
-    """Yield each module of the reconstructed adapters, and the dimensions (down, up) of the spaces they lie in."""
+    """Yield each module of the reconstructed adapters, and the dimensions (down, up) of the spanned spaces."""
     for done, (module, bases) in enumerate(pack.subspace.modules.items()):
         progress("comparing coefficients", done, len(pack.info.modules))
         coefficients = [coefficients_at(adapter, module, bases) for adapter in packed]
         has_residual = any(c is not None and c.has_residual for c in coefficients)
-        # paired rows, and rows rounded to integers, are not orthonormal; residuals are not in the span of a basis
+        # coefficients suffice only for orthonormal bases without residuals: not for paired or integer components
         if has_residual or pack.cores == "diagonal" or bases.down.payload is not None:
             n_out, n_in = bases.shape
             factors = [None if c is None else projection.reconstruct(c, bases) for c in coefficients]

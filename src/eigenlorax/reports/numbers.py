@@ -1,4 +1,4 @@
-"""Formats of numbers and names, the same on the page and in Markdown."""
+"""Formatting of numbers and names for the page and for Markdown."""
 
 MISSING = "–"
 """Text for a value that was not measured."""
@@ -70,19 +70,19 @@ def exact(value: int) -> str:
     return f"{value:,} bytes"
 
 
-def split_names(names: list[str], most: int = 8) -> tuple[list[str], list[str]]:
+def split_names(names: list[str], max_shown: int = 8) -> tuple[list[str], list[str]]:
     """Split names into the first ones and the remaining ones. A single remaining name is added to the first."""
-    cut = len(names) if len(names) <= most + 1 else most
+    cut = len(names) if len(names) <= max_shown + 1 else max_shown
     return names[:cut], names[cut:]
 
 
-def shortened(name: str, most: int) -> str:
-    """Return the name on one line, with its middle left out if it is longer than `most` characters."""
+def shortened(name: str, max_length: int) -> str:
+    """Return the name on one line, with its middle left out if it is longer than `max_length` characters."""
     name = " ".join(name.split())
-    if len(name) <= most:
+    if len(name) <= max_length:
         return name
-    head = (most - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+    head = (max_length - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (max_length - 1 - head) :]}"
 
 
 def plural(number: int, noun: str) -> str:

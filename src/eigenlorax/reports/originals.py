@@ -1,4 +1,4 @@
-"""The original adapters of a pack, recognised by their content among what a user names."""
+"""The original adapters of a pack, found by content among the sources that a user passes."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -17,14 +17,17 @@ from ..formats.sources import Sources
 from ..pack.pack import Pack
 
 EXACT = 1e-4
-"""Delta error up to which a reconstructed adapter serves as its own original, as of one trained on coefficients."""
+"""Maximum delta error of a reconstructed adapter that is used as its own original."""
 
 
 @dataclass(frozen=True, slots=True)
 class Originals:
-    """The original trained adapters of a pack by their names in it, with the norms of their updates.
+    """Original trained adapters of a pack.
 
-    missing: adapters that were projected into the pack and whose originals were not found.
+    Attributes:
+        adapters: The originals, by name in the pack.
+        scans: Norms of their updates, by name in the pack.
+        missing: Names of projected adapters whose originals were not found.
     """
 
     adapters: Mapping[str, Adapter]
@@ -33,11 +36,19 @@ class Originals:
 
 
 def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Originals:
-    """Find the originals of the pack's trained adapters among the sources; others are passed over with a warning.
+    """Find the originals of the pack's trained adapters among the sources.
 
-    An adapter that the pack reconstructs exactly needs no original. A source that cannot be read or contains NaN is
-    passed over with a warning, because `fit` may have left it out. `OptionError` if the original of an adapter of the
-    fit is missing.
+    An adapter that the pack reconstructs exactly needs no original. Sources that are not in the pack, that cannot be
+    read or that contain NaN are left out with a warning, because `fit` may have left them out too.
+
+    Args:
+        pack: The pack.
+        sources: Adapters in any form that `fit` takes.
+        progress: Callback with the arguments (stage, done, total).
+        **options: Options of `read_adapter`.
+
+    Raises:
+        OptionError: The original of an adapter of the fit is missing.
     """
     matches = match_adapters(pack, sources, progress, options, 4)
     adapters = {name: adapter for name, adapter in matches.adapters.items() if not pack.records[name].untrained}
@@ -52,9 +63,9 @@ def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Or
         elif record.in_fit:
             unread = f" Passed over: {', '.join(matches.unread)}." if matches.unread else ""
             raise OptionError(
-                f"the original of {name!r}, which is in the fit, is not among the adapters given "
-                f"({matches.n_sources} of them; they are recognised by their content). Give all that the pack was "
-                f"fitted on, or none, for a report of the pack alone.{unread}"
+                f"the original of {name!r}, which is in the fit, is not among the {matches.n_sources} adapters that "
+                "were passed; they are recognised by their content. Pass all adapters that the pack was fitted to, or "
+                f"none, for a report of the pack alone.{unread}"
             )
         else:
             missing.append(name)
@@ -62,7 +73,7 @@ def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Or
 
 
 def listed(adapters: Any) -> Sources | Originals:
-    """Return the argument `adapters` of `report` with iterators as lists. `OptionError` for other types."""
+    """Return the argument `adapters` of `report`, with iterators as lists; `OptionError` if it has another type."""
     if isinstance(adapters, str | Path | Adapter | Originals):
         return adapters
     sources: Mapping[str, Any] | list[Any]
@@ -73,18 +84,18 @@ def listed(adapters: Any) -> Sources | Originals:
     for source in sources.values() if isinstance(sources, Mapping) else sources:
         if not isinstance(source, str | Path | Adapter):
             raise OptionError(
-                f"adapters must be folders, Hub ids or `Adapter`s, one or several, or a mapping from names to those; "
+                f"adapters must be folders, Hub ids or `Adapter`s, one or several, or a mapping from names to these; "
                 f"got {source!r}. For example report(pack, 'adapters/')."
             )
     return sources
 
 
 def check_options(options: Iterable[str]) -> None:
-    """Raise `TypeError`, as for any function, unless all are options of a reader of adapters."""
+    """Raise `TypeError`, as Python does for unknown arguments, unless all are options of `read_adapter`."""
     readers = [inspect.signature(adapter_format.read).parameters for adapter_format in formats.FORMATS.values()]
     known = {"format"}.union(*readers) - {"source", "name", "options"}
     for name in options:
         if name not in known:
             raise TypeError(
-                f"report() got an unexpected keyword argument {name!r}; of reading, it takes {sorted(known)}"
+                f"report() got an unexpected keyword argument {name!r}; options of reading are {sorted(known)}"
             )

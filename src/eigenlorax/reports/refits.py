@@ -1,4 +1,4 @@
-"""Fits of one module again: with other sizes, of two halves, without an adapter; and the same for the null model."""
+"""Refits of one module: with other sizes, to two halves of the adapters, without an adapter, and to the null model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,13 @@ from .data import SPECTRUM
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Measurements of one side of one module; see `SideFigures`. most: maximum number of components of a fit."""
+    """Measurements of one side of one module; the fields not listed here are as in `SideFigures`.
 
-    most: int = 0
+    Attributes:
+        max_components: Maximum number of components of a fit.
+    """
+
+    max_components: int = 0
     null: Sequence[float] = ()
     null_energy: float | None = None
     angles: Sequence[float] = ()
@@ -34,7 +38,13 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """The adapters that have trained a module: their factors, the same as a batch, and their weights in the fit."""
+    """The n adapters that have trained a module.
+
+    Attributes:
+        factors: Factors of each adapter; empty for draws of the null model in a crowded module.
+        batch: The same factors, padded.
+        weights: Weight of each adapter in the fit, (n,).
+    """
 
     factors: list[LoRAFactors]
     batch: ModuleBatch
@@ -42,16 +52,21 @@ class Members:
 
     @property
     def crowded(self) -> bool:
-        """True if they have too many rows to fit the module again without each of them."""
+        """True if there are too many rows to refit the module without each adapter."""
         return crowded.is_crowded(sum(self.batch.ranks))
 
 
 @dataclass(frozen=True, slots=True)
 class RefitOptions:
-    """Options of the fits of every module.
+    """Options of the refits of every module.
 
-    k: components (down, up) of the pack's bases. fixed: whether a fit without an adapter has as many.
-    grid: other sizes, ascending. chosen: indices of the members to leave out in turn. draws: of the null model.
+    Attributes:
+        fit: Options with which the pack was fitted.
+        k: Numbers of components (down, up) of the pack's bases.
+        fixed: True if a fit without an adapter has the same numbers; else they are chosen from its spectrum.
+        grid: Other numbers of components, ascending.
+        chosen: Indices of the members to leave out in turn.
+        draws: Number of draws of the null model.
     """
 
     fit: FitOptions
@@ -64,11 +79,14 @@ class RefitOptions:
 
 @dataclass(frozen=True, slots=True)
 class NullFit:
-    """The null model in a fit of its own.
+    """One draw of the null model, in bases fitted to it.
 
-    kept: squared norm that is kept of each adapter, (n,); by_k: without sweeps, by size, (n, g).
-    energies: share of energy in the components (down, up); first_energies: in as many without sweeps.
-    spectra: shares of the squared singular values of both sides.
+    Attributes:
+        kept: Squared norm that is kept of each adapter, (n,).
+        by_k: The same without sweeps for each number of components, (n, g).
+        energies: Share of energy in the components (down, up).
+        first_energies: Share of energy in equally many components without sweeps.
+        spectra: σ²/Σσ² of both sides.
     """
 
     kept: Tensor
@@ -80,10 +98,15 @@ class NullFit:
 
 @dataclass(frozen=True, slots=True)
 class NullKept:
-    """Squared norms that are kept of the null model, by draw, (r, …).
+    """Squared norms that are kept of the null model, for r draws.
 
-    fitted, by_k: of all adapters in their own fit. left_out, left_out_by_k: of those to leave out, in as many random
-    directions as the bases of the others have. energies: shares in the first k directions of both sides, (r, 2).
+    Attributes:
+        fitted: Squared norm of each adapter in bases fitted to the draw, (r, n).
+        by_k: The same for each number of components, (r, n, g).
+        left_out: Squared norm of each adapter to leave out, in as many random components as the bases of the other
+            adapters have, (r, s).
+        left_out_by_k: The same for each number of components, (r, s, g).
+        energies: Share of energy in the first k components (down, up), (r, 2).
     """
 
     fitted: Tensor
@@ -95,9 +118,13 @@ class NullKept:
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """Squared norms that are kept of each member by size, (n, g), and of those left out; the same for the null model.
+    """Results of all refits of one module.
 
-    Sizes at which nobody was left out are NaN.
+    Attributes:
+        by_k: Squared norm kept of each member for each number of components, (n, g).
+        left_out: Squared norms kept of the members that were left out; NaN for sizes at which none was left out.
+        null: Squared norms kept of the null model.
+        sides: Measurements of both sides.
     """
 
     by_k: Tensor
@@ -107,21 +134,21 @@ class Refit:
 
 
 def refit_module(members: Members, options: RefitOptions, generator: torch.Generator) -> Refit:
-    """Fit one module again in every way."""
+    """Refit one module: with other sizes, to halves, without an adapter, and to the null model."""
     order = torch.randperm(len(members.batch), generator=generator).tolist()
     middle = len(order) // 2
     halves = sorted(order[:middle]), sorted(order[middle:])
     real = (_crowded_refit if members.crowded else _refit)(members, options, halves)
     model = NullModel.of(members.batch)
-    fits, strangers = [], []
+    fits, random_kept = [], []
     for _ in range(options.draws):
         drawn = model.draw(generator)
-        # the null model of crowded members is fitted in the same way as they are
+        # the null model of a crowded module is fitted by the same method as the module
         factors = [] if members.crowded else null.factors(drawn)
         fits.append(
             (_crowded_null_fit if members.crowded else _null_fit)(Members(factors, drawn, members.weights), options)
         )
-        strangers.append(_kept_of_strangers(drawn.select(options.chosen), real.left_out, options.grid))
+        random_kept.append(_kept_by_random(drawn.select(options.chosen), real.left_out, options.grid))
     down, up = (_side(side, real, fits, model.dimensions[side], generator) for side in (0, 1))
     return Refit(
         by_k=real.by_k,
@@ -129,8 +156,8 @@ def refit_module(members: Members, options: RefitOptions, generator: torch.Gener
         null=NullKept(
             fitted=torch.stack([fit.kept for fit in fits]),
             by_k=torch.stack([fit.by_k for fit in fits]),
-            left_out=torch.stack([kept for kept, _ in strangers]),
-            left_out_by_k=torch.stack([by_k for _, by_k in strangers]),
+            left_out=torch.stack([kept for kept, _ in random_kept]),
+            left_out_by_k=torch.stack([by_k for _, by_k in random_kept]),
             energies=torch.tensor([fit.first_energies for fit in fits], dtype=torch.float64),
         ),
         sides=(down, up),
@@ -139,33 +166,40 @@ def refit_module(members: Members, options: RefitOptions, generator: torch.Gener
 
 @dataclass(frozen=True, slots=True)
 class _RealFit:
-    """Squared norms kept of the real adapters. most: components (down, up) of a fit that keeps everything."""
+    """Refits to the real adapters.
+
+    Attributes:
+        by_k: Squared norm kept of each adapter for each number of components, (n, g).
+        left_out: Squared norms kept of the adapters that were left out.
+        max_components: Numbers of components (down, up) that keep everything.
+        halves: Comparison of the subspaces of two halves, (down, up).
+    """
 
     by_k: Tensor
     left_out: Kept
-    most: tuple[int, int]
+    max_components: tuple[int, int]
     halves: tuple[Halves, Halves]
 
 
 def _refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
-    """Measure by fits like the pack's own."""
+    """Refit with the options of the pack's fit."""
     weighted = members.factors, members.weights.tolist()
     down, up = ExactFit.stack(*weighted, options.fit).leading(component_rule(options.grid[-1], None))
     size = options.k if options.fixed else None
     return _RealFit(
         by_k=losses.kept_by_k(members.batch, down.components(), up.components(), options.grid),
         left_out=left_out(weighted, members.batch, options.chosen, options.fit, size, options.grid),
-        most=(down.k, up.k),
+        max_components=(down.k, up.k),
         halves=spectra.halves(weighted, *halves, options.k),
     )
 
 
 def _null_fit(members: Members, options: RefitOptions) -> NullFit:
-    """Fit the null model like the pack, and with other sizes."""
+    """Fit the null model with the options of the pack's fit, and with other sizes."""
     fit = ExactFit.stack(members.factors, members.weights.tolist(), options.fit)
     first = fit.leading(component_rule(max(options.grid[-1], *options.k), None))
     bases = fit.fit(first, options.k)
-    down, up = (spectra.shares(leading.singular_values, SPECTRUM) for leading in first)
+    down, up = (spectra.explained_ratios(leading.singular_values, SPECTRUM) for leading in first)
     return NullFit(
         kept=losses.kept(members.batch, bases.down.components, bases.up.components),
         by_k=losses.kept_by_k(members.batch, first[0].components(), first[1].components(), options.grid),
@@ -175,15 +209,15 @@ def _null_fit(members: Members, options: RefitOptions) -> NullFit:
     )
 
 
-LEFT_OUT_MOST = 128
+MAX_CROWDED_COMPONENTS = 128
 """Maximum number of components at which adapters are left out of a crowded module."""
 
 SWEPT = 2048
-"""Rows up to which the null model's bases of a crowded module are swept. Beyond, sweeps change nothing for it."""
+"""Maximum number of rows for sweeps of the null model in a crowded module. With more rows, sweeps change nothing."""
 
 
 def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
-    """Measure by spectra that are computed once, without sweeps."""
+    """Refit a crowded module from spectra that are computed once, without sweeps."""
     batch = members.batch
     rows = crowded.weighted(batch, members.weights, options.fit.weighting)
     (down, *down_halves), (up, *up_halves) = (crowded.Spectrum.with_halves(side, halves) for side in rows)
@@ -191,10 +225,10 @@ def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[i
         Halves.of(first.vectors[:k], second.vectors[:k])
         for (first, second), k in zip((down_halves, up_halves), options.k, strict=True)
     ]
-    grid = [k for k in options.grid if k <= LEFT_OUT_MOST]
+    grid = [k for k in options.grid if k <= MAX_CROWDED_COMPONENTS]
     kept = torch.zeros(len(options.chosen), dtype=torch.float64)
     by_k = torch.full((len(options.chosen), len(options.grid)), torch.nan, dtype=torch.float64)
-    sizes, most = [], []
+    sizes, max_components = [], []
     for row, member in enumerate(options.chosen):
         alone = batch.select([member])
         others = [
@@ -205,17 +239,17 @@ def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[i
         kept[row] = losses.kept(alone, bases[0], bases[1])
         by_k[row, : len(grid)] = losses.kept_by_k(alone, others[0], others[1], grid)
         sizes.append((len(bases[0]), len(bases[1])))
-        most.append((len(others[0]), len(others[1])))
+        max_components.append((len(others[0]), len(others[1])))
     return _RealFit(
         by_k=losses.kept_by_k(batch, down.vectors, up.vectors, options.grid),
-        left_out=Kept(kept, by_k, sizes, most),
-        most=(len(down.values), len(up.values)),
+        left_out=Kept(kept, by_k, sizes, max_components),
+        max_components=(len(down.values), len(up.values)),
         halves=(between[0], between[1]),
     )
 
 
 def _crowded_null_fit(members: Members, options: RefitOptions) -> NullFit:
-    """Fit the null model by spectra, with sweeps where there are not very many rows."""
+    """Fit the null model of a crowded module by spectra, with sweeps up to `SWEPT` rows."""
     batch, fit = members.batch, options.fit
     rows = crowded.weighted(batch, members.weights, fit.weighting)
     down, up = (crowded.Spectrum.of(side) for side in rows)
@@ -231,12 +265,12 @@ def _crowded_null_fit(members: Members, options: RefitOptions) -> NullFit:
         by_k=losses.kept_by_k(batch, down.vectors, up.vectors, options.grid),
         energies=(down_energy, up_energy),
         first_energies=_leading_energies(sigmas, options.k),
-        spectra=(spectra.shares(sigmas[0], SPECTRUM), spectra.shares(sigmas[1], SPECTRUM)),
+        spectra=(spectra.explained_ratios(sigmas[0], SPECTRUM), spectra.explained_ratios(sigmas[1], SPECTRUM)),
     )
 
 
 def _leading_energies(singular_values: tuple[Tensor, Tensor], k: tuple[int, int]) -> tuple[float, float]:
-    """Return the shares of energy in the first k directions of both sides."""
+    """Return the share of energy in the first k components of each side."""
     down, up = (
         float(values[:size].square().sum() / values.square().sum())
         for values, size in zip(singular_values, k, strict=True)
@@ -244,25 +278,25 @@ def _leading_energies(singular_values: tuple[Tensor, Tensor], k: tuple[int, int]
     return down, up
 
 
-def _kept_of_strangers(drawn: ModuleBatch, real: Kept, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return what bases that know nothing of random adapters keep of them: at the pack's size, and by size.
+def _kept_by_random(drawn: ModuleBatch, real: Kept, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the squared norm of random adapters in unrelated bases: at the pack's size, (s,), and by size, (s, g).
 
-    The bases have as many directions as those of the others had when the real adapters were left out. Since the
-    adapters are random, the first coordinates serve as well as any other directions.
+    The bases have as many components as those that were fitted without the real adapters. Since the adapters are
+    random, the first coordinate axes can be used as components.
     """
     down_sizes, up_sizes = [down for down, _ in real.sizes], [up for _, up in real.sizes]
-    down_most, up_most = [down for down, _ in real.most], [up for _, up in real.most]
+    max_down, max_up = [down for down, _ in real.max_components], [up for _, up in real.max_components]
     return (
         captured_squares(_first_coordinates(drawn.down, down_sizes), _first_coordinates(drawn.up, up_sizes)),
-        losses.captured_by_k(_first_coordinates(drawn.down, down_most), _first_coordinates(drawn.up, up_most), grid),
+        losses.captured_by_k(_first_coordinates(drawn.down, max_down), _first_coordinates(drawn.up, max_up), grid),
     )
 
 
 def _first_coordinates(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the first coordinates of each adapter's rows, as many as its count; zeros beyond."""
-    most = max(counts, default=0)
-    mask = torch.arange(most)[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None]
-    return rows[:, :, :most] * mask[:, None, :]
+    """Return the first coordinates of each adapter's rows, (s, r, max(counts)), with zeros beyond its count."""
+    width = max(counts, default=0)
+    mask = torch.arange(width)[None, :] < torch.tensor(counts, dtype=torch.int64)[:, None]
+    return rows[:, :, :width] * mask[:, None, :]
 
 
 def _side(side: int, real: _RealFit, fits: Sequence[NullFit], dimension: int, generator: torch.Generator) -> Side:
@@ -272,7 +306,7 @@ def _side(side: int, real: _RealFit, fits: Sequence[NullFit], dimension: int, ge
     is_known = len(halves.cosines) > 0
     null_spectra = [torch.tensor(fit.spectra[side], dtype=torch.float64) for fit in fits]
     return Side(
-        most=real.most[side],
+        max_components=real.max_components[side],
         null=pad_sequence(null_spectra).mean(1).tolist(),
         null_energy=sum(fit.energies[side] for fit in fits) / len(fits),
         angles=spectra.degrees(halves.cosines),

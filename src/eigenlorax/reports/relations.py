@@ -1,4 +1,4 @@
-"""Relations between the adapters: nearest neighbours, shared random starts, clusters and outliers."""
+"""Relations between adapters: nearest neighbours, shared random starts, clusters and outliers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,10 @@ from .originals import Originals
 def neighbours(names: Sequence[str], cosine: Tensor, shared: Tensor) -> dict[str, dict[str, Any]]:
     """Return the fields of `AdapterFigures` on the nearest adapter and the mean overlap, by adapter.
 
-    cosine, shared: of the updates and of their directions, (n, n).
+    Args:
+        names: Names of the n adapters.
+        cosine: Cosines of their updates, (n, n).
+        shared: Overlaps, (n, n).
     """
     n = len(names)
     if n < 2:
@@ -48,7 +51,7 @@ def starts(
     seed: int,
     progress: Progress,
 ) -> Starts | None:
-    """Return groups of adapters with one random start, and the energy that they have for that reason alone."""
+    """Return groups of adapters that share a random start, and the energy of components with and without them."""
     if originals is None or measured is None:
         return None
     names, pairs = measured.names, measured.pairs
@@ -64,9 +67,9 @@ def starts(
     remaining = [name for name in names if name not in grouped]
     if remaining:
         sets = {"all": names, **sets, "others": remaining}
-    # one start has as many directions as the rank
+    # the rank of one random start
     k = max(max(packed[name].record.ranks) for name in names)
-    progress("weighing shared starts", 0, len(pack.info.modules))
+    progress("comparing shared starts", 0, len(pack.info.modules))
     sums: dict[str, list[list[float]]] = {who: [] for who in sets}
     for done, (module, bases) in enumerate(pack.subspace.modules.items(), start=1):
         factors = _trained_factors(packed, originals, module)
@@ -76,13 +79,13 @@ def starts(
             if trained:
                 batch = pad_factors(trained, *reversed(bases.shape))
                 sums[who].append(_start_energies(batch, k, generator))
-        progress("weighing shared starts", done, len(pack.info.modules))
+        progress("comparing shared starts", done, len(pack.info.modules))
     means = {who: [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)] for who, rows in sums.items()}
     return Starts(start_groups, [StartEnergy(who, len(sets[who]), k, *values) for who, values in means.items()])
 
 
 def _trained_factors(packed: Mapping[str, PackedAdapter], originals: Originals, module: str) -> dict[str, LoRAFactors]:
-    """Return the original factors in a module of the subspace of the adapters that changed it."""
+    """Return the original factors of the adapters that trained a module of the subspace, by adapter."""
     factors = {}
     for name in sorted(originals.adapters):
         own = measure.own_name(packed[name], module)
@@ -92,7 +95,7 @@ def _trained_factors(packed: Mapping[str, PackedAdapter], originals: Originals, 
 
 
 def _start_energies(batch: ModuleBatch, k: int, generator: torch.Generator) -> list[float]:
-    """Return the energies of `StartEnergy` in one module: factors, factors of the null model, and updates."""
+    """Return the energies of `StartEnergy` in one module, in the order of its fields."""
     weights = delta_squares(batch).rsqrt()
     drawn = NullModel.of(batch).draw(generator)
     return [
@@ -105,26 +108,35 @@ def _start_energies(batch: ModuleBatch, k: int, generator: torch.Generator) -> l
 def similarity(
     measured: Measured | None, pairs: Pairs, names: list[str], copies: list[list[int]], map_share: float
 ) -> tuple[Similarity, list[str], Tensor, Tensor]:
-    """Return the similarity in the order of the dendrogram, outliers, and cosines and overlaps in the order of `names`.
+    """Return the similarity between adapters, the outliers, and the matrices of cosines and overlaps.
 
-    copies: groups of indices with equal updates. Each group counts once in clusters, outliers and the mean.
+    Args:
+        measured: Measurements with the original adapters; None if `pairs` are of reconstructed ones.
+        pairs: Inner products of all pairs.
+        names: Names of the n adapters.
+        copies: Groups of indices with equal updates. Each group counts once in clusters, outliers and the mean.
+        map_share: Share of the squared distances that the map shows.
+
+    Returns:
+        The similarity, in the order of the dendrogram; names of outliers; cosines and overlaps, (n, n), in the order of
+        `names`.
     """
     cosine, shared = cosines(pairs.delta), overlap(pairs)
     beyond, deviation = beyond_chance(pairs)
-    everyone = groups.clustering(beyond, deviation)
+    of_all = groups.clustering(beyond, deviation)
     first_copy = {index: group[0] for group in copies for index in group}
     distinct = [index for index in range(len(names)) if first_copy.get(index, index) == index]
     distinct_shared, distinct_beyond = (matrix[distinct][:, distinct] for matrix in (shared, beyond))
-    divided = groups.clustering(distinct_beyond, deviation[distinct][:, distinct]) if copies else everyone
+    divided = groups.clustering(distinct_beyond, deviation[distinct][:, distinct]) if copies else of_all
     outliers = groups.outliers(distinct_beyond, [index for cluster in divided.clusters for index in cluster])
-    explained = groups.mean_losses(pairs.of_some(distinct))[2]
+    explained = groups.mean_errors(pairs.subset(distinct))[2]
 
     def with_copies(indices: Sequence[int]) -> list[str]:
         """Return the names of distinct adapters and of their copies."""
         chosen = {distinct[index] for index in indices}
         return [name for index, name in enumerate(names) if first_copy.get(index, index) in chosen]
 
-    order = everyone.order
+    order = of_all.order
     pairs_count = len(names) * (len(names) - 1)
     return (
         Similarity(
@@ -132,7 +144,7 @@ def similarity(
             names=[names[leaf] for leaf in order],
             cosine=cosine[order][:, order].tolist(),
             overlap=shared[order][:, order].tolist(),
-            tree=_in_order(everyone.tree, order),
+            tree=_in_order(of_all.tree, order),
             clusters=[
                 Cluster(
                     with_copies(cluster),
@@ -154,7 +166,7 @@ def similarity(
 
 
 def _in_order(tree: np.ndarray, order: Sequence[int]) -> list[list[float]]:
-    """Return SciPy's linkage with leaves numbered by their position in `order`, as the matrices are."""
+    """Return SciPy's linkage with leaves numbered by their position in `order`."""
     position = {leaf: index for index, leaf in enumerate(order)}
     return [
         [*(float(position.get(int(node), int(node))) for node in row[:2]), float(row[2]), float(row[3])] for row in tree

@@ -1,4 +1,4 @@
-"""Figures of each adapter and of each module, from measurements and the pack's records."""
+"""Figures of each adapter and each module, from measurements and the pack's records."""
 
 import math
 import re
@@ -19,18 +19,18 @@ from .measure import Measured
 from .refits import Side
 
 
-def measured_of(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
+def measured_fields(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
     """Return the fields of `AdapterFigures` that need the originals, by adapter."""
     total, fitted = measured.total, measured.fitted
     keeps_factors = storage_by_name(pack.coefficient_storage).keeps_factors
-    down = spreads.relative(measured.down_lost, measured.down_total)
-    up = spreads.relative(measured.up_lost, measured.up_total)
+    down = spreads.relative(measured.down_squared_error, measured.down_total)
+    up = spreads.relative(measured.up_squared_error, measured.up_total)
     random = spreads.relative(total - measured.random, total)
-    rounded = {bits: spreads.relative(lost, total) for bits, lost in measured.rounded.items()}
+    rounded = {bits: spreads.relative(squares, total) for bits, squares in measured.rounded.items()}
     truncated = _truncated(pack, measured)
     mean_errors: dict[int, tuple[float | None, float | None]] = {}
     if fitted:
-        plain, scaled, _ = groups.mean_losses(measured.pairs.of_some(fitted))
+        plain, scaled, _ = groups.mean_errors(measured.pairs.subset(fitted))
         pairs = zip(_without_nan(plain), _without_nan(scaled), strict=True)
         mean_errors = dict(zip(fitted, pairs, strict=True))
     chosen = [fitted[row] for row in measured.chosen]
@@ -85,7 +85,13 @@ def adapter(
 ) -> AdapterFigures:
     """Return the figures of one adapter.
 
-    lora_width: bytes per number of its factors. measured: the fields that were measured, by name. position: on the map.
+    Args:
+        name: Name of the adapter.
+        record: Its record in the pack.
+        lora_width: Bytes per number of its LoRA factors.
+        measured: Fields that were measured, by name.
+        cluster: Index of its cluster; None if it is in no cluster.
+        position: Coordinates (x, y) on the map; None if it is not on the map.
     """
     return AdapterFigures(
         name=name,
@@ -109,7 +115,7 @@ def adapter(
 
 
 def _truncated(pack: Pack, measured: Measured) -> list[float]:
-    """Return the errors of the adapters truncated by SVD, each to its share of the pack's bytes."""
+    """Return the errors of the adapters if each is truncated by SVD to its share of the pack's bytes."""
     records = pack.records
     spent = pack.info.stored_bytes + sum(record.coefficient_bytes for record in records.values())
     numbers, lora_width = lora_numbers(records), spreads.width(pack)
@@ -126,7 +132,7 @@ _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
 def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> ModuleFigures:
-    """Return the figures of one module. adapters: the number of adapters that have it."""
+    """Return the figures of one module, which `adapters` adapters have."""
     layer = _NUMBER.search(name)
     errors: dict[str, float] = {}
     error: float | None = None
@@ -176,7 +182,7 @@ def _side(pack: Pack, measured: Measured | None, module: str, side: str) -> Side
 def module_errors(
     adapters: Sequence[AdapterFigures], measured: Measured | None, modules: Sequence[str]
 ) -> list[list[float | None]]:
-    """Return the delta error of each adapter in each module; no rows if nothing was measured."""
+    """Return the delta error of each adapter in each module; an empty list if nothing was measured."""
     if measured is None:
         return []
     indices = {name: index for index, name in enumerate(measured.names)}

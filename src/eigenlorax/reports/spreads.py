@@ -15,7 +15,7 @@ from .comparison_data import Spread
 
 
 def summarise(errors: Mapping[str, float]) -> Spread | None:
-    """Summarise errors by adapter name; None if there are none."""
+    """Return statistics of errors by adapter name; None if there are none."""
     if not errors:
         return None
     values = list(errors.values())
@@ -24,31 +24,35 @@ def summarise(errors: Mapping[str, float]) -> Spread | None:
     return Spread(len(values), statistics.fmean(values), rms, errors[worst], worst)
 
 
-def relative(lost: Tensor, total: Tensor) -> list[float]:
-    """Return √(lost / total) of each adapter."""
+def relative(squared_errors: Tensor, total: Tensor) -> list[float]:
+    """Return the relative error of each adapter, √(squared error / squared norm).
+
+    Args:
+        squared_errors: Squared error of each adapter, (n,). Negative rounding errors count as 0.
+        total: Squared norm of each adapter, (n,).
+    """
     tiny = torch.finfo(total.dtype).tiny
-    errors: list[float] = (lost.clamp_min(0) / total.clamp_min(tiny)).sqrt().tolist()
+    errors: list[float] = (squared_errors.clamp_min(0) / total.clamp_min(tiny)).sqrt().tolist()
     return errors
 
 
-def beyond_chance(lost: float, chance: float) -> float:
-    """Return the share of squared norm that is kept, of what random bases of equal size do not keep.
+def beyond_chance(error: float, chance: float) -> float:
+    """Return the share of squared norm kept beyond chance: 1 if all is kept, 0 if no more than random bases keep.
 
-    lost, chance: relative errors in the bases and in random ones.
+    Args:
+        error: Relative error in the bases.
+        chance: Relative error in random bases of equal size.
     """
-    return 1 - lost**2 / chance**2 if chance > 0 else 0.0
+    return 1 - error**2 / chance**2 if chance > 0 else 0.0
 
 
 def width(pack: Pack) -> int:
-    """Return the bytes per number of the LoRAs that ratios refer to: the pack's narrower dtype, 2 for integers."""
+    """Return the bytes per number of the LoRAs in compression ratios: the pack's narrower dtype, 2 for integers."""
     return min(storage_by_name(name).lora_itemsize for name in (pack.storage, pack.coefficient_storage))
 
 
 def rank(basis: Basis) -> int:
-    """Return the numerical rank of the stack that was fitted, from its stored float32 spectrum.
-
-    If the spectrum is cut off, this is a lower bound.
-    """
+    """Return the numerical rank of the fitted stack, from its stored spectrum; a lower bound if that is cut off."""
     values = basis.singular_values
     if basis.tail:
         return len(values)

@@ -1,4 +1,4 @@
-"""The report that `fit` leaves in a pack's folder, and whether it still describes the pack."""
+"""The report that `fit` stores in a pack's folder: write it, and read it if it still describes the pack."""
 
 import warnings
 from pathlib import Path
@@ -14,13 +14,18 @@ from . import build, files, measure
 from .files import Report
 
 PATIENCE = 300.0
-"""Seconds that a report may take if the user did not ask for it."""
+"""Maximum estimated seconds of a report that the user did not ask for."""
 
 
 def write(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **options: Any) -> Report:
-    """Write the report of a pack that was just saved to `folder` into it, as a page and as JSON.
+    """Write the report of a pack that was just saved into its folder, as HTML and as JSON.
 
-    adapters, options: as they were passed to `fit`, which has already warned about some of them.
+    Args:
+        pack: The pack.
+        adapters: Adapters as they were passed to `fit`, which has already warned about some of them.
+        folder: Folder of the pack.
+        progress: Callback with the arguments (stage, done, total).
+        **options: Options of `read_adapter` as they were passed to `fit`.
     """
     for name in keys.REPORTS:
         files.check(folder / name)
@@ -35,14 +40,15 @@ def write(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **opt
 
 
 def seconds(pack: Pack) -> float:
-    """Estimate how long the report of this pack takes."""
+    """Estimate the seconds that the report of this pack takes."""
     return measure.seconds(pack, {name: pack.packed(name) for name in pack.names})
 
 
 def load(pack: Pack) -> Report | None:
-    """Return the report in a pack's folder, or None.
+    """Return the report in a pack's folder.
 
-    `StaleReportWarning` if there is one that cannot be read, or that describes an earlier state of the pack.
+    Return None if there is no report. Warn with `StaleReportWarning` and return None if the report cannot be read, or
+    describes an earlier state of the pack.
     """
     path = pack.path / keys.REPORT_FIGURES if pack.path is not None else None
     if path is None or not path.is_file():
@@ -61,12 +67,10 @@ def load(pack: Pack) -> Report | None:
     if report.collection.fingerprint == pack.info.fingerprint and reported == current:
         return report
     changed = [name for name in reported.keys() | current.keys() if reported.get(name) != current.get(name)]
-    difference = (
-        f"{len(changed)} adapters of it were added, removed or replaced" if changed else "its subspace is another one"
-    )
+    difference = f"{len(changed)} adapters were added, removed or replaced" if changed else "the subspace has changed"
     warnings.warn(
-        f"{path} is not used: it was made when the pack held something else ({difference}). Name the original "
-        "adapters with adapters= (--adapters) for a new one.",
+        f"{path} is not used, because the pack has changed since it was made ({difference}). Pass the original "
+        "adapters with adapters= (--adapters) for a new report.",
         StaleReportWarning,
         stacklevel=2,
     )

@@ -1,16 +1,28 @@
-"""Scores of adapters on their tasks, before and after the pack, as data of a report. Units are as in `data`."""
+"""Figures of a report: scores of adapters on their tasks, before and after the pack. Units are as in `data`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One adapter on a file of rows: the original, and the one reconstructed from the pack ("recycled").
+    """Scores of one adapter on a file of rows.
 
-    task: "text-classification" or "causal-lm". Accuracies only for labelled rows, perplexities for language models.
-    agreement: share of rows, or of predicted tokens, with equal predictions.
-    kl: mean KL divergence of the recycled from the original prediction, in nats per row or token.
-    without_*: the base model with the adapter's head but no update.
+    Compared are the original adapter, its reconstruction from the pack ("recycled"), and the base model with the
+    adapter's head but no update ("without").
+
+    Attributes:
+        name: Name of the adapter.
+        data: Name of the file.
+        task: "text-classification" or "causal-lm".
+        rows: Number of rows.
+        tokens: Number of predicted tokens, for language models.
+        labelled: True if the rows have labels.
+        original_accuracy, recycled_accuracy, without_accuracy: Accuracies; None without labels.
+        agreement: Share of rows, or of predicted tokens, with equal predictions of original and recycled adapter.
+        without_agreement: The same for the original adapter and no update.
+        kl: Mean KL divergence of the recycled from the original prediction, in nats per row or token.
+        without_kl: The same for no update.
+        original_perplexity, recycled_perplexity, without_perplexity: Perplexities, for language models.
     """
 
     name: str
@@ -33,7 +45,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
-    """One version of an adapter on a file of rows; fields as in `Evaluation`, of this version."""
+    """Scores of one version of an adapter on a file of rows; fields are as in `Evaluation`."""
 
     name: str
     data: str
@@ -47,10 +59,17 @@ class TaskRun:
 class TaskPoint:
     """One method of storing the adapters, measured on their task.
 
-    way: "pack", "fit" (a new fit at a ratio), or a key of `frontier.TASK_METHODS`. ratio: the requested one; for a
-        baseline, that of the fit whose bytes it takes at most.
-    stored_bytes: of all adapters, with carried tensors, without heads. worst, mean: delta errors.
-    accuracy, agreement, kl: means of `runs`, accuracy of those that have one. perplexity: exponential of the mean loss.
+    Attributes:
+        way: "pack", "fit" (a new fit at a ratio), or a key of `frontier.TASK_METHODS`.
+        ratio: Requested compression ratio; None for the pack. A baseline takes at most the bytes of the fit with this
+            ratio.
+        stored_bytes: Bytes of all adapters, with carried tensors, without heads.
+        worst: Largest delta error.
+        mean: Mean delta error.
+        accuracy: Mean accuracy over the runs that have one.
+        perplexity: Exponential of the mean loss, for language models.
+        agreement, kl: Means over the runs.
+        runs: Scores of each adapter and file.
     """
 
     way: str
@@ -67,11 +86,15 @@ class TaskPoint:
 
 @dataclass(frozen=True, slots=True)
 class TaskFrontier:
-    """Bytes against scores on a task: the pack first, then by ratio a fit and its baseline.
+    """Bytes against scores on a task.
 
-    adapters: those whose bytes are counted. lora_float16: of their factors at two bytes per number, and what is
-    carried. original_*: scores of the original adapters; without_*: with their heads but no update. Means as in
-    `TaskPoint`.
+    Attributes:
+        task: "text-classification" or "causal-lm".
+        adapters: Number of adapters whose bytes are counted.
+        lora_float16: Bytes of their factors at two bytes per number, and of carried tensors.
+        original_accuracy, original_perplexity: Mean scores of the original adapters.
+        without_accuracy, without_perplexity, without_kl: Mean scores with their heads but no update.
+        points: The pack first, then for each ratio a fit and its baseline.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Consistency checks of a report that was read from JSON, so that rendering it cannot fail."""
+"""Consistency checks of a report that was read from JSON, so that rendering cannot fail."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -11,12 +11,12 @@ from .data import ReportData, SideFigures, Similarity
 from .frontier import FIT, METHODS, TASK_METHODS
 from .task_data import TaskFrontier
 
-_MOST = 1e100
-"""Maximum size of a figure, such that its square is still a finite float."""
+_MAX = 1e100
+"""Maximum absolute value of a figure, so that its square is a finite float."""
 
 
 def check(report: ReportData) -> None:
-    """Raise `JsonTypeError` if a number is impossible, lists differ in length, or an unknown adapter is named."""
+    """Raise `JsonTypeError` if a number is out of range, lists differ in length, or an unknown adapter is named."""
     _check_numbers(report, "report")
     _check_lengths(report)
     known = {adapter.name for adapter in report.adapters}
@@ -44,28 +44,30 @@ def _check_numbers(value: Any, where: str) -> None:
             _check_numbers(element, f"{where}[{index}]")
     elif isinstance(value, float):
         # also false for NaN
-        if not abs(value) <= _MOST:
-            raise JsonTypeError(f"{where} is {value}, where a number of at most {_MOST:g} belongs.")
+        if not abs(value) <= _MAX:
+            raise JsonTypeError(f"{where} must be a number of at most {_MAX:g}, got {value}.")
     elif isinstance(value, int) and not 0 <= value < 2**63:
-        raise JsonTypeError(f"{where} is {value}, where a whole number from 0 to 2**63 - 1 belongs.")
+        raise JsonTypeError(f"{where} must be an integer from 0 to 2**63 - 1, got {value}.")
 
 
 def _check_lengths(report: ReportData) -> None:
     about, adapters, modules = report.collection, report.adapters, report.modules
     for field, stated, listed in (("adapters", about.adapters, adapters), ("modules", about.modules, modules)):
         if stated != len(listed):
-            raise JsonTypeError(f"report.collection.{field} is {stated}, and report.{field} has {len(listed)} items.")
+            raise JsonTypeError(f"report.collection.{field} is {stated}, but report.{field} has {len(listed)} items.")
         _check_unique([figures.name for figures in listed], f"report.{field}")
     if report.module_errors:
         _check_shape(report.module_errors, (len(adapters), len(modules)), "report.module_errors")
     clusters = 0 if report.similarity is None else len(report.similarity.clusters)
     for index, adapter in enumerate(adapters):
         if adapter.cluster is not None and adapter.cluster >= clusters:
-            raise JsonTypeError(f"report.adapters[{index}].cluster is {adapter.cluster}, of {clusters} clusters.")
+            raise JsonTypeError(
+                f"report.adapters[{index}].cluster is {adapter.cluster}, but there are {clusters} clusters."
+            )
 
 
 def _names(report: ReportData) -> Iterator[tuple[str, str]]:
-    """Yield the names of adapters outside their own list, each with the field that it is in."""
+    """Yield (field, name) for every name of an adapter outside report.adapters."""
     lists = [("duplicates", group) for group in report.duplicates]
     lists += [("outliers", report.outliers), ("untrained", report.untrained)]
     lists += [("verdict.findings", finding.adapters) for finding in report.verdict.findings]
@@ -92,13 +94,13 @@ def _names(report: ReportData) -> Iterator[tuple[str, str]]:
 
 def _check_side(side: SideFigures, where: str) -> None:
     if not side.dimension > 0:
-        raise JsonTypeError(f"{where}.dimension is 0.")
+        raise JsonTypeError(f"{where}.dimension must be positive, got 0.")
     if max(side.k, side.rank) > side.dimension:
-        raise JsonTypeError(f"{where} has {max(side.k, side.rank)} directions of {side.dimension} dimensions.")
+        raise JsonTypeError(f"{where} has {max(side.k, side.rank)} components, but only {side.dimension} dimensions.")
     for name in ("spectrum", "null"):
         values = getattr(side, name)
         if any(value < 0 for value in values) or (values and not max(values) > 0):
-            raise JsonTypeError(f"{where}.{name} holds shares that are negative, or zero throughout.")
+            raise JsonTypeError(f"{where}.{name} must be non-negative and not all zero.")
 
 
 def _check_similarity(similarity: Similarity) -> None:
@@ -113,41 +115,45 @@ def _check_similarity(similarity: Similarity) -> None:
     roots = set(range(n))
     for step, (first, second, height, _) in enumerate(similarity.tree):
         if first == second or not {first, second} <= roots or height < 0:
-            raise JsonTypeError(f"{where}[{step}] joins {first:g} and {second:g} at {height:g}, which cannot be.")
+            raise JsonTypeError(f"{where}[{step}] joins {first:g} and {second:g} at {height:g}, which is impossible.")
         roots = roots - {first, second} | {n + step}
 
 
 def _check_methods(methods: Sequence[str], known: Collection[str], where: str) -> None:
-    """Check that the pack comes first, and nowhere else, and that the other methods are known."""
+    """Check that the pack is the first point and no other, and that the other methods are known."""
     for index, method in enumerate(methods):
         if method not in known or (method == "pack") != (index == 0):
             raise JsonTypeError(
-                f"{where}.points[{index}].way is {method!r}; the pack comes first, then {', '.join(known)}."
+                f"{where}.points[{index}].way is {method!r}; expected the pack first, then any of {', '.join(known)}."
             )
     if not methods:
-        raise JsonTypeError(f"{where}.points is empty, where the pack's belongs.")
+        raise JsonTypeError(f"{where}.points is empty; expected the pack first.")
 
 
 def _check_task_frontier(frontier: TaskFrontier, where: str) -> None:
     _check_methods([point.way for point in frontier.points], TASK_METHODS, where)
     pack, *others = frontier.points
     fits = [point.ratio for point in others if point.way == FIT]
-    alone = [point.ratio for point in others if point.way != FIT]
-    if pack.ratio is not None or None in fits or fits != alone or len({*fits}) < len(fits):
-        raise JsonTypeError(f"{where}.points has fits at ratios {fits}, and adapters alone at {alone}.")
+    baselines = [point.ratio for point in others if point.way != FIT]
+    if pack.ratio is not None or None in fits or fits != baselines or len({*fits}) < len(fits):
+        raise JsonTypeError(f"{where}.points has fits at ratios {fits}, but baselines at {baselines}.")
     runs = [(run.name, run.data) for run in pack.runs]
     for index, point in enumerate(frontier.points):
         if [(run.name, run.data) for run in point.runs] != runs:
-            raise JsonTypeError(f"{where}.points[{index}].runs are not of the adapters and rows of the first one's.")
+            raise JsonTypeError(
+                f"{where}.points[{index}].runs have other adapters or files than those of the first point."
+            )
 
 
 def _check_unique(names: Sequence[str], where: str) -> None:
     ((name, count),) = Counter(names).most_common(1) or [("", 0)]
     if count > 1:
-        raise JsonTypeError(f"{where} has {name!r} {count} times.")
+        raise JsonTypeError(f"{where} contains {name!r} {count} times.")
 
 
 def _check_shape(rows: Sequence[Sequence[object]], shape: tuple[int, int], where: str) -> None:
     lengths = {len(row) for row in rows}
     if len(rows) != shape[0] or not lengths <= {shape[1]}:
-        raise JsonTypeError(f"{where} has {len(rows)} rows of {sorted(lengths)} items, not {shape[0]} of {shape[1]}.")
+        raise JsonTypeError(
+            f"{where} has {len(rows)} rows of {sorted(lengths)} items, expected {shape[0]} of {shape[1]}."
+        )

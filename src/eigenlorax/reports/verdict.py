@@ -1,9 +1,10 @@
-"""The verdict: whether the adapters share a subspace, in plain words, with what to do about it.
+"""The verdict of a report: whether the adapters share a subspace, in sentences with advice.
 
-The question is answered by adapters that were left out of the fit. The components of the others keep a share of such an
-adapter's squared norm, beyond what as many random directions keep. From three quarters on (an error of about 0.5), the
-collection shares a subspace; below one quarter it does not. A difference within the scatter of the null model counts
-as none. Errors in the fit are compared with the null model: the same singular values in random directions.
+The answer is based on adapters that were left out of the fit. The measure is the share of such an adapter's squared
+norm that the components of the others keep, beyond what equally many random components keep. From three quarters on (an
+error of about 0.5), the collection shares a subspace; below one quarter it does not. A difference within the standard
+deviation of the null model counts as zero. Errors in the fit are compared with the null model: adapters with the same
+singular values and random singular vectors.
 """
 
 from dataclasses import dataclass
@@ -16,17 +17,23 @@ from .findings import LARGE_ERROR, is_coded, keeps_factors
 from .numbers import error, ratio, share
 
 SHARED, NOT_SHARED = 0.75, 0.25
-"""Shares of squared norm beyond chance, of adapters that were left out, at which the answer changes."""
+"""Thresholds of the share of squared norm that is kept beyond chance, of adapters that were left out."""
 CHANCE = 0.7
-"""Error in random directions below which the question has no answer: half of the squared norm is kept by chance."""
+"""Error with random components below which there is no answer: half of the squared norm is kept by chance."""
 SMALL_ERROR = 0.1
+"""Mean delta error up to which a pack keeps its adapters well."""
 _NEARLY_ALL = 0.8
-"""Share of the adapters that must be clearly inside or outside of a subspace for a division to be named."""
+"""Minimum share of the adapters that are clearly inside or clearly outside of a subspace, to report a division."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """The answer to the main question. headline: one sentence for the top of the report."""
+    """Answer to the main question.
+
+    Attributes:
+        headline: One sentence for the top of the report.
+        finding: The answer with figures and advice.
+    """
 
     headline: str
     finding: Finding
@@ -34,7 +41,13 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Evidence:
-    """The basis of the answer: errors of adapters in the fit, and of adapters left out of it."""
+    """Errors on which the answer is based.
+
+    Attributes:
+        report: The report.
+        in_fit: Errors of the adapters in the fit.
+        left_out: Errors of adapters in a fit without them.
+    """
 
     report: ReportData
     in_fit: Spread
@@ -46,11 +59,11 @@ class _Evidence:
 
     @property
     def measured(self) -> str:
-        return f"left out of the fit, an adapter loses {error(self.left_out.errors.mean)} of its update"
+        return f"an adapter that is left out of the fit has a mean error of {error(self.left_out.errors.mean)}"
 
     @property
     def against_chance(self) -> str:
-        return f"{self.measured} in the directions of the others (in random ones: {error(self.left_out.chance)})"
+        return f"{self.measured} in the components of the others (in random components: {error(self.left_out.chance)})"
 
     @property
     def is_beyond_chance(self) -> bool:
@@ -58,12 +71,12 @@ class _Evidence:
 
     @property
     def kept_of_each(self) -> dict[str, float]:
-        """The share of squared norm beyond chance of each adapter that was left out and has no copy in the fit."""
-        return {name: spreads.beyond_chance(lost, self.left_out.chance) for name, lost in self.errors.items()}
+        """Share of squared norm kept beyond chance, by adapter that was left out and has no copy in the fit."""
+        return {name: spreads.beyond_chance(value, self.left_out.chance) for name, value in self.errors.items()}
 
     @property
     def errors(self) -> dict[str, float]:
-        """The error of each adapter that was left out and has no copy in the fit."""
+        """Leave-one-out error, by adapter that was left out and has no copy in the fit."""
         copies = {name for group in self.report.duplicates for name in group}
         return {
             adapter.name: adapter.left_out_error
@@ -89,7 +102,7 @@ def _answer(report: ReportData) -> _Answer:
     if report.left_out is None:
         return _unknown(report)
     evidence = _Evidence(report, report.in_fit, report.left_out)
-    # the first one that applies; _not_shared always does
+    # the first rule that applies; _not_shared always does
     rules = (_too_many_components, _shared, _divided, _more_components, _emerging, _partly_shared, _not_shared)
     return next(answer for rule in rules if (answer := rule(evidence)) is not None)
 
@@ -99,14 +112,14 @@ def _unknown(report: ReportData) -> _Answer:
     if not report.collection.with_originals:
         text = "The pack alone does not tell whether its adapters share a subspace."
         advice = (
-            "Name the original adapters (`adapters=`, `--adapters`): then each is left out of the fit in turn, which "
-            "tells."
+            "Pass the original adapters (`adapters=`, `--adapters`): then each is left out of the fit in turn, which "
+            "answers the question."
         )
     elif report.duplicates:
-        text = "All of these adapters have copies of themselves in the fit, so that none can be left out of it."
+        text = "Every adapter has a copy in the fit, so none can be left out of it."
         advice = "Keep one of each, and fit again."
     else:
-        text, advice = "One adapter alone shares its subspace with nobody.", ""
+        text, advice = "A single adapter cannot share a subspace.", ""
     return _Answer(text, Finding("unknown", text, advice))
 
 
@@ -115,12 +128,12 @@ def _too_many_components(evidence: _Evidence) -> _Answer | None:
     if chance >= CHANCE:
         return None
     return _Answer(
-        f"{evidence.subject} were fitted with so many directions that any adapter would mostly fit in (an error of "
-        f"{error(chance)} in random ones).",
+        f"{evidence.subject} were fitted with so many components that any adapter would mostly fit (an error of "
+        f"{error(chance)} in random components).",
         Finding(
             "unknown",
-            f"Whether they share a subspace does not show at this k: {evidence.against_chance}.",
-            "Fit with fewer directions to find out.",
+            f"Whether they share a subspace cannot be decided at this k: {evidence.against_chance}.",
+            "Fit with fewer components to find out.",
         ),
     )
 
@@ -132,9 +145,9 @@ def _shared(evidence: _Evidence) -> _Answer | None:
         f"{evidence.subject} share a subspace: {evidence.measured}.",
         Finding(
             "shared",
-            f"They share a subspace: {evidence.against_chance}; in the fit, the same adapters lose "
+            f"They share a subspace: {evidence.against_chance}; in the fit, the same adapters have a mean error of "
             f"{error(evidence.left_out.in_fit.mean)}.",
-            "Recycle them: a new adapter of this kind will mostly fit in as well.",
+            "Recycle them: a new adapter of this kind will mostly fit as well.",
             good=True,
         ),
     )
@@ -152,39 +165,39 @@ def _divided(evidence: _Evidence) -> _Answer | None:
     if evidence.is_sample:
         subject += " that were left out in turn"
     return _Answer(
-        f"{subject} share a subspace: left out of the fit, they lose {error(mean_inside)} of their updates, the others "
-        f"{error(mean_outside)}.",
+        f"{subject} share a subspace: left out of the fit, they have a mean error of {error(mean_inside)}, the others "
+        f"of {error(mean_outside)}.",
         Finding(
             "partly-shared",
-            f"A part of them shares a subspace: left out of the fit, {len(inside):,} of {len(kept):,} lose "
-            f"{error(mean_inside)} of their updates on average in the directions of the others, and "
-            f"{len(outside):,} lose {error(mean_outside)} (in random directions: {error(evidence.left_out.chance)}).",
-            "Fit those that share by themselves (`exclude_adapters=`, `--exclude-adapter`), and keep the others as "
-            "they are.",
+            f"Some of them share a subspace: left out of the fit, {len(inside):,} of {len(kept):,} have a mean error "
+            f"of {error(mean_inside)} in the components of the others, and {len(outside):,} of {error(mean_outside)} "
+            f"(in random components: {error(evidence.left_out.chance)}).",
+            "Fit these adapters separately (`exclude_adapters=`, `--exclude-adapter`), and keep the others as ordinary "
+            "LoRAs.",
             adapters=sorted(inside),
         ),
     )
 
 
 def _more_components(evidence: _Evidence) -> _Answer | None:
-    """Answer where the adapters share a subspace of more components than the pack has, and such a pack still pays."""
+    """Answer if the adapters share a subspace with more components, in a pack still smaller than the LoRAs."""
     point = _first_shared_size(evidence.report)
     if point is None or point.ratio <= 1:
         return None
     return _Answer(
-        f"{evidence.subject} share a subspace of more directions than were kept: {evidence.measured}, and "
+        f"{evidence.subject} share a subspace with more components than the pack has: {evidence.measured}, and of "
         f"{error(point.left_out)} with k = {point.k}.",
         Finding(
             "partly-shared",
             f"They share a subspace, but k is too small for it: {evidence.against_chance}.",
-            f"Fit again with `n_components={point.k}` (`-k {point.k}`): an adapter left out then loses "
+            f"Fit again with `n_components={point.k}` (`-k {point.k}`): an adapter left out then has a mean error of "
             f"{error(point.left_out)}, and the pack is {ratio(point.ratio)} smaller than the LoRAs, basis counted.",
         ),
     )
 
 
 def _first_shared_size(report: ReportData) -> SizePoint | None:
-    """Return the fewest components, more than the pack's, that keep adapters left out, and not by chance."""
+    """Return the smallest size above the pack's at which adapters left out are kept, beyond chance; None if none is."""
     for point in _larger_sizes(report):
         chance = point.random or 1.0
         if point.left_out is None or chance < CHANCE:
@@ -195,7 +208,7 @@ def _first_shared_size(report: ReportData) -> SizePoint | None:
 
 
 def _emerging(evidence: _Evidence) -> _Answer | None:
-    """Answer where some adapters share a subspace that shows with more components, in a pack that still pays."""
+    """Answer if some adapters share a subspace with more components, in a pack still smaller than the LoRAs."""
     report, left_out = evidence.report, evidence.left_out
     points = [point for point in _larger_sizes(report) if point.ratio > 1 and (point.random or 0.0) >= CHANCE]
     point = max(points, key=lambda point: len(point.sharing), default=None)
@@ -207,14 +220,13 @@ def _emerging(evidence: _Evidence) -> _Answer | None:
     count, sampled = len(point.sharing), left_out.sampled
     which, turn = ("the", " that were left out in turn") if evidence.is_sample else ("these", "")
     return _Answer(
-        f"{count:,} of {which} {sampled:,} adapters{turn} share a subspace of more directions than were kept: it shows "
-        f"with k = {point.k}.",
+        f"{count:,} of {which} {sampled:,} adapters{turn} share a subspace with more components than the pack has: it "
+        f"is found with k = {point.k}.",
         Finding(
             "partly-shared",
-            "A part of them shares a subspace, but k is too small for it: left out of the fit, an adapter loses "
-            f"{error(left_out.errors.mean)} of its update on average; with k = {point.k}, {count:,} of {sampled:,} "
-            "keep half of their squared norm and more.",
-            "Fit those by themselves (`exclude_adapters=`, `--exclude-adapter`), or again with "
+            f"Some of them share a subspace, but k is too small for it: {evidence.measured}; with k = {point.k}, "
+            f"{count:,} of {sampled:,} keep at least half of their squared norm.",
+            "Fit these adapters separately (`exclude_adapters=`, `--exclude-adapter`), or fit again with "
             f"`n_components={point.k}` (`-k {point.k}`).",
             adapters=sorted(point.sharing),
         ),
@@ -228,76 +240,75 @@ def _partly_shared(evidence: _Evidence) -> _Answer | None:
         f"{evidence.subject} share a part of their subspace: {evidence.measured}.",
         Finding(
             "partly-shared",
-            f"They share a part of their directions: {evidence.against_chance}; in the fit, the same adapters lose "
-            f"{error(evidence.left_out.in_fit.mean)}.",
-            f"{_size_advice(evidence.report)} An adapter that comes later is best put into a new fit.",
+            f"They share some components: {evidence.against_chance}; in the fit, the same adapters have a mean error "
+            f"of {error(evidence.left_out.in_fit.mean)}.",
+            f"{_size_advice(evidence.report)} To add an adapter later, make a new fit.",
         ),
     )
 
 
 def _not_shared(evidence: _Evidence) -> _Answer:
     report = evidence.report
-    beyond_chance = "That is no more than chance keeps."
+    beyond_chance = "The components of the others keep no more of it than random components would."
     if evidence.is_beyond_chance:
         beyond_chance = (
-            f"Beyond chance it keeps {share(evidence.left_out.kept)} of its squared norm: they share a little, but no "
-            "subspace."
+            f"The components of the others keep {share(evidence.left_out.kept)} of its squared norm beyond chance: too "
+            "little for a shared subspace."
         )
-    later = "takes as many bytes as it would alone." if is_coded(report) else "will not fit in."
+    later = "takes as many bytes as it would alone." if is_coded(report) else "will not fit."
     return _Answer(
         f"{evidence.subject} do not share a subspace: {evidence.measured}.",
         Finding(
             "not-shared",
             f"They do not share a subspace: {evidence.against_chance}. {beyond_chance} {_in_the_fit(evidence)}",
-            f"{_size_advice(report)} An adapter that comes later {later}",
+            f"{_size_advice(report)} An adapter that is added later {later}",
             good=False,
         ),
     )
 
 
 def _in_the_fit(evidence: _Evidence) -> str:
-    """Say what adapters that share no subspace lose in the fit, and why."""
-    report, lost, null = evidence.report, evidence.in_fit.mean, evidence.report.null
-    loss = f"In the fit they lose {error(lost)}"
+    """Return sentences on the mean error in the fit of adapters that share no subspace, and its cause."""
+    report, mean_error, null = evidence.report, evidence.in_fit.mean, evidence.report.null
+    measured = f"In the fit, their mean error is {error(mean_error)}"
     if is_coded(report):
-        return (
-            f"{loss} too." if lost > LARGE_ERROR else f"{loss}, since what directions miss of each is kept beside it."
-        )
+        cause = "" if mean_error > LARGE_ERROR else ", because the pack stores a residual for each adapter"
+        return f"{measured}{cause}."
     # the null model keeps coefficients of the adapters' own factors
     if null is None or not keeps_factors(report):
-        return f"{loss}."
-    of_null = f"with the same singular values in random directions they would lose {error(null.errors.mean)}"
-    if lost > LARGE_ERROR:
-        return f"{loss} too; {of_null}."
-    is_better = is_above(-lost, -null.errors.mean, null.spread)
-    if is_better and spreads.beyond_chance(lost, null.errors.mean) >= NOT_SHARED:
-        return f"{loss}; {of_null}. What makes the difference is common to some of them."
+        return f"{measured}."
+    of_null = f"with the same singular values and random singular vectors it would be {error(null.errors.mean)}"
+    if mean_error > LARGE_ERROR:
+        return f"{measured}; {of_null}."
+    is_better = is_above(-mean_error, -null.errors.mean, null.spread)
+    if is_better and spreads.beyond_chance(mean_error, null.errors.mean) >= NOT_SHARED:
+        return f"{measured}; {of_null}. Some of the adapters share components."
     sizes = {side.k for module in report.modules for side in (module.down, module.up)}
-    room = f"k = {max(sizes)} has" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)} directions have"
-    structure = "next to no" if is_better else "no"
+    components = f"k = {max(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+    structure = "hardly any" if is_better else "no"
     return (
-        f"{loss}, since {room} room to hold them side by side; {of_null}. That is compression, and {structure} common "
-        "structure."
+        f"{measured}, because {components} components per side can represent these adapters separately; {of_null}. "
+        f"That is compression, and {structure} common structure."
     )
 
 
 def _size_advice(report: ReportData) -> str:
-    """Advise a number of components that keeps the adapters well, or to keep them as they are."""
+    """Return advice: a number of components with a small error, or to keep ordinary LoRAs."""
     if is_coded(report):
-        return "Keep the pack for its size, which needs nothing in common."
+        return "Keep the pack for its size: entropy coding needs no shared subspace."
     if report.in_fit is not None and report.in_fit.mean <= SMALL_ERROR:
-        return "Keep the pack for its size." if report.bytes.ratio > 1 else "Keep them as they are."
+        return "Keep the pack for its size." if report.bytes.ratio > 1 else "Keep them as ordinary LoRAs."
     point = next((point for point in _larger_sizes(report) if point.mean <= SMALL_ERROR), None)
     if point is None:
-        return "Keep them as they are."
+        return "Keep them as ordinary LoRAs."
     if point.ratio <= 1:
         return (
-            f"Keep them as they are: a mean loss of {SMALL_ERROR} takes k = {point.k}, and then the pack is "
+            f"Keep them as ordinary LoRAs: a mean error of {SMALL_ERROR} needs k = {point.k}, and then the pack is "
             f"{ratio(1 / point.ratio)} larger than the LoRAs."
         )
     return (
-        f"Keep them as they are, or raise k to {point.k}: the mean loss is then {error(point.mean)}, and the pack "
-        f"{ratio(point.ratio)} smaller than the LoRAs."
+        f"Keep them as ordinary LoRAs, or raise k to {point.k}: the mean error is then {error(point.mean)}, and the "
+        f"pack is {ratio(point.ratio)} smaller than the LoRAs."
     )
 
 

@@ -55,7 +55,7 @@ class TestSpectrum:
     def test_total(self):
         rows = normal(50, 3, N_IN, seed=4) * 1e9
         expected = sum(one.mT @ one for one in rows)
-        torch.testing.assert_close(crowded.total(rows), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        torch.testing.assert_close(crowded.gram(rows), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 class TestWithout:
@@ -71,7 +71,7 @@ class TestWithout:
     def test_is_near_among_many(self):
         """Among more than are looked at, what is kept of the left out differs little from what the others' keep."""
         d, k = 113, 8
-        assert crowded.most(k) < d
+        assert crowded.required_components(k) < d
         for noise in (0.02, 0.1):
             factors, weights = members(60, make=decaying(noise, (N_OUT, d)), ranks=(3,))
             one = pad_factors(factors, d, N_OUT)

@@ -303,7 +303,7 @@ class TestMean:
             "subspace": lambda: of_one_subspace(7),
             "sizes": lambda: loud(random(6)),
         }[made]()
-        plain, scaled, share = groups.mean_losses(pairs_of(collection, WIDE))
+        plain, scaled, share = groups.mean_errors(pairs_of(collection, WIDE))
         vectors = np.array([oracle.flat(update) for update in oracle.updates(collection, WIDE)])
         units = unit_vectors(collection)
         for i, (own, unit) in enumerate(zip(vectors, units, strict=True)):
@@ -319,7 +319,7 @@ class TestMean:
 
     def test_a_planted_mean_explains_its_share(self):
         """The others' mean is the common update and little else, the more of them there are."""
-        share = groups.mean_losses(pairs_of(with_a_mean(40, share=0.6), WIDE))[2]
+        share = groups.mean_errors(pairs_of(with_a_mean(40, share=0.6), WIDE))[2]
         assert share.tolist() == pytest.approx([0.6] * 40, abs=0.04)
 
     def test_a_mean_of_nothing_stands_for_nobody(self):
@@ -327,19 +327,19 @@ class TestMean:
         for seed in range(20):
             one = random(3, seed=seed)
             collection = [*one, *({m: LoRAFactors(f.down, -f.up, f.scaling) for m, f in a.items()} for a in one)]
-            plain, scaled, share = groups.mean_losses(pairs_of(collection, WIDE))
+            plain, scaled, share = groups.mean_errors(pairs_of(collection, WIDE))
             assert plain.tolist() == pytest.approx([1.0] * 6)
             assert scaled.tolist() == pytest.approx([1.0] * 6)
             assert share.tolist() == pytest.approx([0.0] * 6, abs=1e-9)
 
     def test_copies_have_no_error(self):
-        plain, scaled, share = groups.mean_losses(pairs_of([random(1)[0]] * 3, WIDE))
+        plain, scaled, share = groups.mean_errors(pairs_of([random(1)[0]] * 3, WIDE))
         assert plain.tolist() == pytest.approx([0.0] * 3, abs=1e-7)
         assert scaled.tolist() == pytest.approx([0.0] * 3, abs=1e-7)
         assert share.tolist() == pytest.approx([1.0] * 3)
 
     def test_one_alone(self):
-        plain, scaled, share = groups.mean_losses(pairs_of(random(1), WIDE))
+        plain, scaled, share = groups.mean_errors(pairs_of(random(1), WIDE))
         assert (float(plain), float(scaled)) == (pytest.approx(0, abs=1e-7), pytest.approx(0, abs=1e-7))
         assert share.tolist() == [0.0]
 
@@ -347,8 +347,8 @@ class TestMean:
         """One that was trained only where the subspace holds nothing: a direction of its own would dilute the mean."""
         collection = with_a_mean(4, share=0.6)
         zero = {m: LoRAFactors(f.down, torch.zeros_like(f.up), 1.0) for m, f in collection[0].items()}
-        plain, scaled, share = groups.mean_losses(pairs_of([*collection, zero], WIDE))
-        _, its_scaled, its_share = groups.mean_losses(pairs_of(collection, WIDE))
+        plain, scaled, share = groups.mean_errors(pairs_of([*collection, zero], WIDE))
+        _, its_scaled, its_share = groups.mean_errors(pairs_of(collection, WIDE))
         torch.testing.assert_close(scaled[:4], its_scaled)
         torch.testing.assert_close(share[:4], its_share)
         assert plain[4].isnan()
@@ -380,7 +380,7 @@ def test_thousands_of_rows_in_float32_say_the_same(monkeypatch):
     assert groups.same_start(exact) == groups.same_start(fast) == [[0, 1, 2, 3]]
     assert groups.duplicates(exact) == groups.duplicates(fast) == [[10, 12]]
     assert groups.clustering(*beyond_chance(exact)).clusters == groups.clustering(*beyond_chance(fast)).clusters
-    for one, other in zip(groups.mean_losses(exact), groups.mean_losses(fast), strict=True):
+    for one, other in zip(groups.mean_errors(exact), groups.mean_errors(fast), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -417,7 +417,7 @@ class TestRealAdapters:
     def test_one_start(self, found):
         _, pairs, several = found
         assert groups.same_start(pairs) == [list(range(16, 24))]
-        assert groups.same_start(pairs.of_some(several)) == []
+        assert groups.same_start(pairs.subset(several)) == []
         assert groups.duplicates(pairs) == []
 
     def test_clusters_are_the_tasks(self, found):
@@ -425,6 +425,6 @@ class TestRealAdapters:
         expected = {}
         for place in several:
             expected.setdefault(names[place].split("-")[0], []).append(place)
-        clusters = groups.clustering(*beyond_chance(pairs.of_some(several))).clusters
+        clusters = groups.clustering(*beyond_chance(pairs.subset(several))).clusters
         assert sorted(clusters) == sorted(expected.values())
-        assert groups.outliers(beyond_chance(pairs.of_some(several))[0], []) == []
+        assert groups.outliers(beyond_chance(pairs.subset(several))[0], []) == []

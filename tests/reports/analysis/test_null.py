@@ -88,7 +88,7 @@ class TestNullModel:
 
 
 def frames(n, k, d):
-    return null.turned(torch.eye(k).double().expand(n, k, k), d, generator(1))
+    return null.rotate(torch.eye(k).double().expand(n, k, k), d, generator(1))
 
 
 class TestTurned:
@@ -173,7 +173,7 @@ class TestTheory:
         found = [of_spectrum([1.0], 211, d, seed=10 * i) for i in range(n)]
         drawn = NullModel.of(pad_factors(found, d, 211)).draw(generator(1))
         rows, _ = crowded.weighted(drawn, torch.ones(n).double(), "delta")
-        shares = spectra.shares(crowded.Spectrum.of(rows).values.sqrt(), d)
+        shares = spectra.explained_ratios(crowded.Spectrum.of(rows).values.sqrt(), d)
         assert sum(shares[:k]) == pytest.approx(energy_by_marchenko_pastur(k / d, d / n), rel=0.01)
 
     def test_as_many_directions_as_rows_lose_nothing(self):
@@ -262,7 +262,7 @@ class TestRefits:
         found, draws, _ = self.found(3)
         rows = [3 + 4, 2 + 3]
         assert found.left_out.sizes == [self.K, (4, 5)]
-        assert found.left_out.most == [(7, 7), (5, 5)]
+        assert found.left_out.max_components == [(7, 7), (5, 5)]
         for row, deltas in enumerate(draws):
             for column, (place, most) in enumerate(zip((0, 2), rows, strict=True)):
                 corner = [np.square(deltas[place][: min(k, most), : min(k, most)]).sum() for k in self.GRID]
@@ -301,7 +301,7 @@ def swept_by(deltas, weights, bases, sweeps):
 class TestCollections:
     def test_take_every_draw_of_a_module_equally_often(self):
         for draws in null._DRAWS:
-            found = null.dealt(draws, generator(1))
+            found = null.shuffled_draws(draws, generator(1))
             assert [found.count(draw) for draw in range(draws)] == [COLLECTIONS // draws] * draws
 
     @pytest.mark.parametrize(("modules", "draws"), [(12, 2), (4, 6), (1, 24)])
@@ -312,7 +312,7 @@ class TestCollections:
         for seed in range(200):
             source, total = generator(seed), torch.zeros(COLLECTIONS).double()
             for size in sizes:
-                total += (size * torch.randn(draws, generator=source).double())[null.dealt(draws, source)]
+                total += (size * torch.randn(draws, generator=source).double())[null.shuffled_draws(draws, source)]
             found.append(float(null.spread(total, draws)) ** 2)
         assert math.fsum(found) / 200 == pytest.approx(float(sizes.square().sum()), rel=0.15)
 
@@ -388,6 +388,6 @@ class TestOverlap:
     def test_of_some_and_of_awkward_ones(self):
         pairs = pairs_of(awkward())
         chosen = [8, 2, 5, 7]
-        for one, other in zip(beyond_chance(pairs), beyond_chance(pairs.of_some(chosen)), strict=True):
+        for one, other in zip(beyond_chance(pairs), beyond_chance(pairs.subset(chosen)), strict=True):
             assert bool(one.isfinite().all())
             torch.testing.assert_close(one[chosen][:, chosen], other)

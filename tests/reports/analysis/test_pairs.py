@@ -86,7 +86,7 @@ class TestProducts:
 
     def test_of_some_adapters(self):
         made, chosen = awkward(), [8, 2, 5]
-        some, alone = pairs_of(made).of_some(chosen), pairs_of([made[i] for i in chosen])
+        some, alone = pairs_of(made).subset(chosen), pairs_of([made[i] for i in chosen])
         for name in ("delta", "down", "up", "down_cross", "down_shared", "up_shared"):
             torch.testing.assert_close(getattr(some, name), getattr(alone, name), rtol=1e-9, atol=0)
         assert torch.equal(some.same_ranks, alone.same_ranks)

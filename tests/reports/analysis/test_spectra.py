@@ -30,14 +30,14 @@ class TestShares:
         factors, weights = members(6)
         module_fit = ExactFit.stack(factors, weights, FitOptions(n_components=4))
         _, sigma = top_rows(np.concatenate([w * dense(f) for f, w in zip(factors, weights, strict=True)]), 1)
-        found = spectra.shares(module_fit.leading(component_rule(4, None))[0].singular_values, most)
+        found = spectra.explained_ratios(module_fit.leading(component_rule(4, None))[0].singular_values, most)
         expected = (np.square(sigma) / np.square(sigma).sum())[:most].tolist()
         assert found == pytest.approx(expected[: len(found)], rel=1e-9, abs=1e-13)
         # with as many rows as the stack has; all beyond is zero
         assert sum(found) == pytest.approx(sum(expected))
 
     def test_of_nothing(self):
-        assert spectra.shares(torch.zeros(3), 2) == [0.0, 0.0]
+        assert spectra.explained_ratios(torch.zeros(3), 2) == [0.0, 0.0]
 
 
 class TestHalves:

@@ -1,8 +1,7 @@
-"""Fits without an adapter for modules with many rows: spectra are computed once, and each adapter is taken out of them.
+"""Leave-one-out fits for modules with many rows: spectra are computed once, and each adapter is removed from them.
 
 A thousand adapters have many times more rows than dimensions. Their Gram matrices are summed in float32, from rows
-scaled to a size that leaves room; the error of 1e-7 of the largest eigenvalue changes no figure by more. They are
-decomposed in float64.
+scaled to avoid overflow, and decomposed in float64. The rounding error is about 1e-7 of the largest eigenvalue.
 """
 
 from collections.abc import Sequence
@@ -16,26 +15,31 @@ from ...core.batch import ModuleBatch, gram_matrices, gram_roots
 from ...core.linalg import orthonormal_rows, psd_root
 
 MANY = 256
-"""Rows up to which a module is fitted again, with sweeps, for each adapter that is left out."""
+"""Maximum number of rows for which a module is refitted, with sweeps, without each adapter."""
 _RELATIVE_ZERO = 1e-12
-"""Share of the largest eigenvalue up to which an eigenvalue is rounding of zero."""
+"""Maximum eigenvalue that counts as zero, relative to the largest one."""
 _ROUNDING = 1e-6
 _SPARE = 64
 
 
-def most(k: int) -> int:
-    """Return the number of directions of all adapters that span the k leading ones without one of them."""
+def required_components(k: int) -> int:
+    """Return the number of components of all adapters that suffices to compute k components without one adapter."""
     return 2 * k + _SPARE
 
 
 def is_crowded(rows: int) -> bool:
-    """Return whether there are too many rows to fit a module again for each adapter."""
+    """Return whether there are too many rows to refit a module without each adapter."""
     return rows > MANY
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Nonzero eigenvalues of a stack's d × d Gram matrix, the largest first, and eigenvectors as rows."""
+    """Spectrum of a stack of rows.
+
+    Attributes:
+        values: Nonzero eigenvalues of the stack's d × d Gram matrix, descending.
+        vectors: Eigenvectors as rows.
+    """
 
     values: Float[Tensor, " s"]
     vectors: Float[Tensor, "s d"]
@@ -45,12 +49,12 @@ class Spectrum:
         """Decompose the rows of a stack by the smaller of its two Gram matrices."""
         flat = rows.reshape(-1, rows.shape[2])
         if flat.shape[0] > flat.shape[1]:
-            return cls.of_total(total(rows))
+            return cls.of_gram(gram(rows))
         values, vectors = _descending(flat @ flat.mT)
         return cls(values, orthonormal_rows((vectors / values.sqrt()).mT @ flat))
 
     @classmethod
-    def of_total(cls, matrix: Float[Tensor, "d d"]) -> "Spectrum":
+    def of_gram(cls, matrix: Float[Tensor, "d d"]) -> "Spectrum":
         """Decompose a stack by its Gram matrix."""
         values, vectors = _descending(matrix)
         return cls(values, vectors.mT.contiguous())
@@ -63,42 +67,43 @@ class Spectrum:
         first_rows, second_rows = (rows[list(half)] for half in halves)
         if rows.shape[0] * rows.shape[1] <= rows.shape[2]:
             return cls.of(rows), cls.of(first_rows), cls.of(second_rows)
-        first_gram, second_gram = total(first_rows), total(second_rows)
-        return cls.of_total(first_gram + second_gram), cls.of_total(first_gram), cls.of_total(second_gram)
+        first_gram, second_gram = gram(first_rows), gram(second_rows)
+        return cls.of_gram(first_gram + second_gram), cls.of_gram(first_gram), cls.of_gram(second_gram)
 
     def without(self, rows: Float[Tensor, "r d"], k: int) -> Float[Tensor, "k d"]:
-        """Return the k leading directions of the stack without these rows of it, or as many as there are.
+        """Return the at most k leading components of the stack without some of its rows.
 
-        Rayleigh–Ritz: the best directions in the span of twice as many of all, and of the rows themselves. This is
-        exact if that is the whole span; otherwise the error is of second order in the rows' share.
+        The Rayleigh–Ritz method finds them in the span of the leading 2k + 64 components of the stack and of the
+        removed rows. The result is exact if this is the span of the whole stack. Else the error is of second order in
+        the share of the removed rows.
         """
-        m = min(len(self.values), most(k))
+        m = min(len(self.values), required_components(k))
         basis = self.vectors[:m]
-        seen = rows @ basis.mT
+        projected = rows @ basis.mT
         if m < len(self.values):
-            beyond = _directions(rows - seen @ basis)
+            beyond = _orthonormalise(rows - projected @ basis)
             # the remaining eigenvectors are orthogonal to the leading ones
             inside = (beyond @ self.vectors[m:].mT) * self.values[m:].sqrt()
             small = torch.zeros(m + len(beyond), m + len(beyond), dtype=torch.float64)
             small[:m, :m], small[m:, m:] = torch.diag(self.values[:m]), inside @ inside.mT
-            basis, seen = torch.cat([basis, beyond]), torch.cat([seen, rows @ beyond.mT], dim=1)
+            basis, projected = torch.cat([basis, beyond]), torch.cat([projected, rows @ beyond.mT], dim=1)
         else:
             small = torch.diag(self.values)
-        values, vectors = torch.linalg.eigh(small - seen.mT @ seen)
-        # directions of the removed rows alone have an eigenvalue of zero now, but for rounding
-        left = int((values > _ROUNDING * self.values[0]).sum())
-        leading: Tensor = vectors.flip(1)[:, : min(k, left)].mT @ basis
+        values, vectors = torch.linalg.eigh(small - projected.mT @ projected)
+        # components of the removed rows alone now have an eigenvalue of zero, except for rounding
+        n_nonzero = int((values > _ROUNDING * self.values[0]).sum())
+        leading: Tensor = vectors.flip(1)[:, : min(k, n_nonzero)].mT @ basis
         return leading
 
 
 def _descending(matrix: Float[Tensor, "s s"]) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
-    some = values > _RELATIVE_ZERO * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    return values[some].flip(0), vectors[:, some].flip(1)
+    nonzero = values > _RELATIVE_ZERO * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    return values[nonzero].flip(0), vectors[:, nonzero].flip(1)
 
 
-def _directions(rows: Float[Tensor, "r d"]) -> Float[Tensor, "s d"]:
-    """Return orthonormal rows with the span of these."""
+def _orthonormalise(rows: Float[Tensor, "r d"]) -> Float[Tensor, "s d"]:
+    """Return orthonormal rows with the same span."""
     values, vectors = _descending(rows @ rows.mT)
     return orthonormal_rows(vectors.mT @ rows) if len(values) else rows[:0]
 
@@ -108,29 +113,29 @@ Rows = tuple[Float[Tensor, "n r d"], Float[Tensor, "n r e"]]
 
 
 def weighted(batch: ModuleBatch, weights: Float[Tensor, " n"], weighting: str) -> Rows:
-    """Return the rows whose leading directions a fit without sweeps keeps."""
+    """Return the weighted rows whose leading singular vectors are the components of a fit without sweeps."""
     if weighting == "factors":
         return batch.down, batch.up / batch.applied_scaling[:, None, None]
-    each = weights[:, None, None]
-    return (each * gram_roots(batch.up)) @ batch.down, (each * gram_roots(batch.down)) @ batch.up
+    by_adapter = weights[:, None, None]
+    return (by_adapter * gram_roots(batch.up)) @ batch.down, (by_adapter * gram_roots(batch.down)) @ batch.up
 
 
 def swept(
     batch: ModuleBatch, weights: Float[Tensor, " n"], bases: tuple[Tensor, Tensor], sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """Refine bases, (k, n_in) and (j, n_out), by the alternating sweeps of `fit`."""
-    each = weights[:, None, None]
+    by_adapter = weights[:, None, None]
     down, up = bases
     for _ in range(sweeps):
-        seen = each * psd_root(gram_matrices(batch.up @ up.mT))
-        down = Spectrum.of(seen @ batch.down).vectors[: len(down)]
-        seen = each * psd_root(gram_matrices(batch.down @ down.mT))
-        up = Spectrum.of(seen @ batch.up).vectors[: len(up)]
+        roots = by_adapter * psd_root(gram_matrices(batch.up @ up.mT))
+        down = Spectrum.of(roots @ batch.down).vectors[: len(down)]
+        roots = by_adapter * psd_root(gram_matrices(batch.down @ down.mT))
+        up = Spectrum.of(roots @ batch.up).vectors[: len(up)]
     return down, up
 
 
-def total(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:
-    """Return the d × d Gram matrix of all rows of a stack, which are not all 0."""
+def gram(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:
+    """Return the d × d Gram matrix of all rows of a stack. At least one element is nonzero."""
     flat = rows.reshape(-1, rows.shape[2])
     size = flat.abs().amax()
     narrow = torch.empty(flat.shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Groups of adapters from matrices of all pairs: shared starts, clusters, duplicates, outliers, and a map."""
+"""Groups of adapters, from matrices of all pairs: shared starts, clusters, duplicates, outliers, and a map."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from ...errors import MissingExtraError
 from .pairs import Pairs, cosines
 
 DUPLICATE = 0.9999
-"""Cosine of two updates from which on they count as equal."""
+"""Minimum cosine of two updates that count as equal."""
 _START_COSINE, _START_SIGMAS, _SAME_START = 0.1, 6.0, 0.95
-"""Cosine of two A from which on they may share a start, in standard deviations too; and from which on they do."""
-_MOST_CLUSTERS = 10
+"""Minimum cosine of two A that may share a start, also in standard deviations, and of two that certainly do."""
+_MAX_CLUSTERS = 10
 _SILHOUETTE = 0.1
 _MEDIAN_OVERLAP = 0.1
 """Median overlap beyond chance below which there are no outliers."""
 _CLUSTER_SIGMAS = 6.0
 _NOTHING = 1e-5
-"""Squared norm of a sum of unit vectors up to which it is rounding of zero."""
+"""Maximum squared norm of a sum of unit vectors that counts as zero."""
 
 
 def linked(related: Bool[Tensor, "n n"]) -> list[list[int]]:
-    """Return the connected components of two and more members, in ascending order."""
+    """Return the connected components with at least two members, in ascending order."""
     remaining, groups = set(range(len(related))), []
     while remaining:
         component, new = set(), {min(remaining)}
@@ -40,33 +40,36 @@ def linked(related: Bool[Tensor, "n n"]) -> list[list[int]]:
 
 
 def same_start(pairs: Pairs) -> list[list[int]]:
-    """Return groups of adapters whose A began as the same random numbers.
+    """Return groups of adapters whose A was initialised with the same random numbers.
 
-    Two such A are alike row by row, r with r more than r with s ≠ r by chance. B began as zeros and is less alike than
-    A. If A was trained far, the whole update is less alike than A too; otherwise the likeness is a common mean that
-    training found, and no start. If A was hardly trained, B differs by at least twice as much as A.
+    The rows of two such A are similar in the same order: row r to row r, more than chance explains. B starts at zero,
+    so the B of two adapters are less similar than their A. If A was trained far, the updates must be less similar than
+    A too; otherwise the similarity is a common mean that training found. If A was hardly trained, B must differ at
+    least twice as much as A.
     """
     down, up, delta = cosines(pairs.down), cosines(pairs.up).abs(), cosines(pairs.delta).abs()
     norms = pairs.down.diagonal().sqrt()
     chance = pairs.down_cross.sqrt() / (norms[:, None] * norms[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
-    alike = ((down >= _START_COSINE) & (down >= _START_SIGMAS * chance)) | (down >= _SAME_START)
+    similar = ((down >= _START_COSINE) & (down >= _START_SIGMAS * chance)) | (down >= _SAME_START)
     far = (down >= 1.5 * up) & (delta < 0.7 * down)
     hardly = (1 - up >= 2 * (1 - down)) & (up < _SAME_START)
-    return linked((alike & pairs.same_ranks & (far | hardly)).fill_diagonal_(False))
+    return linked((similar & pairs.same_ranks & (far | hardly)).fill_diagonal_(False))
 
 
 def duplicates(pairs: Pairs) -> list[list[int]]:
-    """Return groups of adapters with equal updates, whatever their factors are."""
+    """Return groups of adapters with equal updates. Their factors may differ."""
     return linked((cosines(pairs.delta) >= DUPLICATE).fill_diagonal_(False))
 
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """A hierarchical clustering.
+    """Hierarchical clustering of n adapters.
 
-    tree: SciPy's linkage of 1 − overlap beyond chance, by average. order: of its leaves.
-    clusters: groups of two adapters and more, the largest first; empty unless there are two such groups.
-    silhouette: of that division; None if none was tried.
+    Attributes:
+        tree: SciPy's average linkage of the distances 1 − overlap beyond chance.
+        order: Order of the leaves.
+        clusters: Groups of at least two adapters, the largest first; empty unless there are two such groups.
+        silhouette: Mean silhouette of the best division; None if no division was tried.
     """
 
     tree: Float[np.ndarray, "m 4"]
@@ -76,14 +79,19 @@ class Clustering:
 
 
 def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) -> Clustering:
-    """Group adapters by the directions that they share.
-
-    beyond: overlaps beyond chance. deviation: their standard deviation by chance (`pairs.beyond_chance`).
+    """Group adapters by their overlaps.
 
     The number of clusters is the one with the best mean silhouette (Rousseeuw, 1987). Clusters are accepted only if the
-    silhouette is above 0.1 and the adapters of each overlap twice as much with each other as with the others, and
-    significantly more. The usual threshold of 0.25 is out of reach: adapters of one subspace of 2r directions have an
-    overlap of about 0.25 themselves.
+    silhouette is above 0.1, and if the adapters of each cluster overlap twice as much with each other as with the
+    others, and significantly more. The usual threshold of 0.25 is too strict: even adapters in one subspace of 2r
+    components have an overlap of only about 0.25.
+
+    Args:
+        beyond: Overlaps beyond chance (`pairs.beyond_chance`).
+        deviation: Their standard deviation by chance.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
     """
     try:
         from scipy.cluster import hierarchy
@@ -91,7 +99,7 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
         from sklearn.metrics import silhouette_score
     except ImportError as error:
         raise MissingExtraError(
-            "a report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'."
+            "A report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'."
         ) from error
     n = len(beyond)
     if n < 2:
@@ -101,7 +109,7 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
     tree = hierarchy.linkage(squareform(distance, checks=False), "average")
     order = hierarchy.leaves_list(tree).tolist()
     best: tuple[float, np.ndarray] | None = None
-    for k in range(2, min(_MOST_CLUSTERS, n - 1) + 1):
+    for k in range(2, min(_MAX_CLUSTERS, n - 1) + 1):
         labels = hierarchy.fcluster(tree, k, "maxclust")
         if 1 < len(set(labels)) < n:
             score = float(silhouette_score(distance, labels, metric="precomputed"))
@@ -111,15 +119,16 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
         return Clustering(tree, order, [], None)
     groups = [np.flatnonzero(best[1] == label).tolist() for label in sorted(set(best[1]))]
     clusters = sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
-    pairs = [(within(beyond, group), between(beyond, group), _most_by_chance(deviation, group)) for group in clusters]
+    pairs = [(within(beyond, group), between(beyond, group), _max_by_chance(deviation, group)) for group in clusters]
     apart = all(inside > 2 * outside and inside - outside > by_chance for inside, outside, by_chance in pairs)
     return Clustering(tree, order, clusters if apart and len(clusters) > 1 else [], best[0])
 
 
-def _most_by_chance(deviation: Float[Tensor, "n n"], group: Sequence[int]) -> float:
-    """Return how much more than others the pairs of a group may overlap by chance, given that it was selected for that.
+def _max_by_chance(deviation: Float[Tensor, "n n"], group: Sequence[int]) -> float:
+    """Return the largest difference of overlaps that chance explains for a group that was selected for its overlap.
 
-    The best of all groups of m among n adapters has about 2·√((1 + log n/m) / m) standard deviations of a pair.
+    The best of all groups of m among n adapters exceeds the mean by about 2·√((1 + log n/m) / m) standard deviations of
+    a pair.
     """
     return _CLUSTER_SIGMAS * within(deviation, group) / math.sqrt(len(group) - 1)
 
@@ -137,12 +146,14 @@ def between(matrix: Float[Tensor, "n n"], group: Sequence[int]) -> float:
 
 
 def outliers(beyond: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
-    """Return the adapters that overlap with the others far less than the median adapter does.
+    """Return the indices of adapters that overlap with the others far less than the median adapter does.
 
-    An outlier has less than half of the median's mean overlap, and lies four robust standard deviations below it on a
-    logarithmic scale. There are none among fewer than four adapters, or if the median is below 0.1.
+    The mean overlap of an outlier is less than half of the median, and four robust standard deviations below it on a
+    logarithmic scale. There are no outliers among fewer than four adapters, or if the median is below 0.1.
 
-    beyond: overlaps beyond chance. grouped: adapters in a cluster, which are no outliers.
+    Args:
+        beyond: Overlaps beyond chance.
+        grouped: Indices of adapters in a cluster, which are not outliers.
     """
     n = len(beyond)
     if n < 4:
@@ -158,9 +169,9 @@ def outliers(beyond: Float[Tensor, "n n"], grouped: Sequence[int]) -> list[int]:
 
 
 def on_a_map(cosine: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n 2"], float]:
-    """Return positions in the plane by classical scaling of the cosines, and the share of squared distance they show.
+    """Return positions in the plane, and the share of the squared distances that they show.
 
-    Distances approximate those of the updates at equal norms.
+    Classical multidimensional scaling of the cosines. Distances approximate those of the updates at equal norms.
     """
     n = len(cosine)
     if n < 2:
@@ -169,18 +180,21 @@ def on_a_map(cosine: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n 2"], float]
     values, vectors = torch.linalg.eigh(centred)
     total = float(values.clamp_min(0).sum())
     positions = vectors.flip(1)[:, :2] * values.flip(0)[:2].clamp_min(0).sqrt()
-    # eigenvectors have no sign: fix it, so that the map is the same on all machines
+    # the sign of an eigenvector is arbitrary: fix it, so that the map is the same on all machines
     largest = positions.gather(0, positions.abs().argmax(0, keepdim=True))
     positions = positions * torch.where(largest < 0, -1.0, 1.0)
     return positions, float(values.flip(0)[:2].clamp_min(0).sum()) / total if total > 0 else 1.0
 
 
-def mean_losses(pairs: Pairs) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Return the errors of each adapter with the mean in its place, and the share that the mean of the others explains.
+def mean_errors(pairs: Pairs) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return the errors of each adapter if it is replaced by a mean of all adapters.
 
-    First the error of the plain mean of the updates; then that of the best multiple of the mean at equal norms; then
-    the share of an update's squared norm that the mean of the *other* adapters at equal norms explains, 0 where it
-    points away. An update of zero does not count in means at equal norms: its errors are NaN, its share is 0.
+    Updates of zero do not count in means at equal norms. Their errors are NaN, and their share is 0.
+
+    Returns:
+        The error of the plain mean of the updates; the error of the best multiple of the mean at equal norms; and the
+        share of the update's squared norm that the mean of the *other* adapters at equal norms explains, 0 if their
+        cosine is negative.
     """
     square = pairs.delta.diagonal()
     trained = (square > 0).double()

@@ -1,7 +1,7 @@
-"""Adapters in the subspace of all the others, by a fit without them. One module at a time.
+"""Leave-one-out fits of one module: the squared norm of each adapter in bases fitted without it.
 
-The rows of the adapter are taken out of the Gram matrix of all, and the fit continues from there, with sweeps.
-`crowded` is for modules with too many rows for that.
+The rows of the adapter are removed from the Gram matrix of all rows, and the fit continues from there, with sweeps.
+`crowded` handles modules with too many rows for this.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,19 @@ from .spectra import Weighted
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """‖P_U D P_V‖² of each adapter that was left out: in bases of the requested size, and by k without sweeps.
+    """Squared norms ‖P_U D P_V‖² of s adapters in bases fitted without them.
 
-    sizes: components (down, up) of the bases of each adapter. most: those of the bases by k, at the largest k.
+    Attributes:
+        fitted: Squared norm in bases of the requested size.
+        by_k: Squared norm in bases without sweeps, for each number of components.
+        sizes: Numbers of components (down, up) of the bases of each adapter.
+        max_components: Numbers of components (down, up) of the bases without sweeps, at the largest k.
     """
 
     fitted: Float[Tensor, " s"]
     by_k: Float[Tensor, "s g"]
     sizes: list[tuple[int, int]]
-    most: list[tuple[int, int]]
+    max_components: list[tuple[int, int]]
 
 
 def left_out(
@@ -40,11 +44,15 @@ def left_out(
     k: tuple[int, int] | None,
     grid: Sequence[int],
 ) -> Kept:
-    """Return what the bases of the others keep of each adapter in `chosen`; 0 if no other has the module.
+    """Return the squared norm of each chosen adapter in bases fitted to the others; 0 if no other has the module.
 
-    members: factors and weights of the adapters; batch: the same factors. chosen: indices of members.
-    k: components (down, up) of the bases, or as many as there are; None chooses them from the spectrum of the others,
-    by the options. grid: the sizes of `by_k`, ascending.
+    Args:
+        members: Factors and weights of the adapters.
+        batch: The same factors, padded.
+        chosen: Indices of the members to leave out in turn.
+        options: Options of the fit.
+        k: Maximum numbers of components (down, up) of the bases; None to choose them from the spectrum of the others.
+        grid: Numbers of components for `Kept.by_k`, ascending.
     """
     if len(batch) < 2 or not chosen:
         nothing = [(0, 0)] * len(chosen)
@@ -54,17 +62,18 @@ def left_out(
             nothing,
             nothing,
         )
-    everyone = ExactFit.stack(*members, options)
-    fitted, by_k, sizes, most_sizes = [], [], [], []
+    whole = ExactFit.stack(*members, options)
+    fitted, by_k, sizes, max_components = [], [], [], []
     for index in chosen:
-        others = everyone.without(index)
-        most = max(grid[-1], *(k or (0, 0)), options.n_components or 0)
-        first = others.leading(component_rule(None, 1.0) if options.energy is not None else component_rule(most, None))
+        others = whole.without(index)
+        largest = max(grid[-1], *(k or (0, 0)), options.n_components or 0)
+        rule = component_rule(None, 1.0) if options.energy is not None else component_rule(largest, None)
+        first = others.leading(rule)
         size = k or others.count_components(first, options)
         bases = others.fit(first, size)
         alone = batch.select([index])
         fitted.append(kept(alone, bases.down.components, bases.up.components))
         by_k.append(kept_by_k(alone, first[0].components(), first[1].components(), grid))
         sizes.append((bases.down.k, bases.up.k))
-        most_sizes.append((first[0].k, first[1].k))
-    return Kept(torch.cat(fitted), torch.cat(by_k), sizes, most_sizes)
+        max_components.append((first[0].k, first[1].k))
+    return Kept(torch.cat(fitted), torch.cat(by_k), sizes, max_components)

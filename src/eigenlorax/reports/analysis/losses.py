@@ -1,4 +1,4 @@
-"""Squared errors of each adapter in one module: in the pack, in other bases, truncated, and rounded."""
+"""Squared errors of each adapter in one module: in the pack, in other bases, truncated, or rounded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +15,22 @@ from ...core.coefficients import Coefficients
 from ...core.subspace import ModuleBases
 
 BLOCK = 64
-"""Numbers that share one scale when LoRA factors are rounded to few bits."""
+"""Number of elements that share one scale when LoRA factors are rounded to few bits."""
 SCALE_BYTES = 2
 _SHORTER = (1.0, 0.95, 0.9, 0.85, 0.8)
 _CLIPS = {2: (1.0, 0.8, 0.7, 0.6, 0.5), 3: _SHORTER, 4: _SHORTER, 5: _SHORTER}
-"""Shares of a block's largest number at which its scale may clip, by bits; with more bits nothing is clipped."""
+"""Clipping thresholds to try, relative to the largest number of a block, by bits; with more bits nothing is clipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Squared errors of D, A and B of each adapter in one module of the pack, and the squared norms of A and B."""
+    """Squared errors of n adapters in one module of the pack.
+
+    Attributes:
+        delta: Squared error of the update D, (n,).
+        down, up: Squared errors of A and of B, (n,).
+        down_total, up_total: Squared norms of A and of B, (n,).
+    """
 
     delta: Tensor
     down: Tensor
@@ -41,11 +47,17 @@ def stored(
 ) -> Stored:
     """Compare the adapters reconstructed from stored coefficients and bases with the originals.
 
-    batch: the padded `factors`. The errors of A and of B alone are meaningful only for storages that keep the factors.
+    The errors of A and of B alone are meaningful only for storages that keep the factors.
+
+    Args:
+        batch: The original factors, padded.
+        factors: The original factors; None for an adapter without the module.
+        coefficients: Stored coefficients; None for an adapter without the module.
+        bases: Stored bases of the module.
     """
     # diagonal cores have a larger rank than the original
-    more = max([0, *(c.rank - batch.down.shape[1] for c in coefficients if c is not None)])
-    batch = replace(batch, down=pad(batch.down, (0, 0, 0, more)), up=pad(batch.up, (0, 0, 0, more)))
+    n_extra = max([0, *(c.rank - batch.down.shape[1] for c in coefficients if c is not None)])
+    batch = replace(batch, down=pad(batch.down, (0, 0, 0, n_extra)), up=pad(batch.up, (0, 0, 0, n_extra)))
     down, up = torch.zeros_like(batch.down), torch.zeros_like(batch.up)
     for index, (original, stored_coefficients) in enumerate(zip(factors, coefficients, strict=True)):
         if original is None or stored_coefficients is None:
@@ -73,21 +85,21 @@ def stored(
 def kept(
     batch: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"]
 ) -> Float[Tensor, " n"]:
-    """Return ‖P_U D P_V‖² of each adapter in orthonormal bases."""
+    """Return the squared norm ‖P_U D P_V‖² of each adapter in orthonormal bases."""
     return captured_squares(batch.down @ down_basis.mT, batch.up @ up_basis.mT)
 
 
 def kept_by_k(
     batch: ModuleBatch, down_basis: Float[Tensor, "k n_in"], up_basis: Float[Tensor, "j n_out"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
-    """Return `kept` in the first k rows of both bases, or in all there are, for each k of an ascending grid."""
+    """Return `kept` in at most k leading components of both bases, for each k of an ascending grid."""
     return captured_by_k(batch.down @ down_basis.mT, batch.up @ up_basis.mT, grid)
 
 
 def captured_by_k(
     down: Float[Tensor, "n r k"], up: Float[Tensor, "n r j"], grid: Sequence[int]
 ) -> Float[Tensor, "n g"]:
-    """Return `kept_by_k` from the coordinates of the rows in the bases."""
+    """Return `kept_by_k` from factors that are already projected on the bases."""
     squares, start = [], 0
     down_gram = torch.zeros(len(down), down.shape[1], down.shape[1], dtype=torch.float64)
     up_gram = torch.zeros_like(down_gram)
@@ -114,16 +126,20 @@ def singular_squares(batch: ModuleBatch) -> Float[Tensor, "n r"]:
 
 
 def rounded_squares(batch: ModuleBatch, bits: int) -> Float[Tensor, " n"]:
-    """Return ‖D − D'‖² with both factors rounded by `rounded_rows`."""
+    """Return the squared error ‖D − D'‖² if both factors are rounded by `rounded_rows`."""
     return difference_squares(batch, rounded_rows(batch.down, bits), rounded_rows(batch.up, bits))
 
 
 def rounded_rows(rows: Float[Tensor, "n r d"], bits: int) -> Float[Tensor, "n r d"]:
-    """Round the rows of each adapter: to float16 with 16 bits, to whole multiples of a scale per block with 2 to 8.
+    """Round the rows of each adapter to float16 (16 bits), or to integers with one scale per block (2 to 8 bits).
 
-    A block is `BLOCK` numbers of a row. Its largest number gets the code that has no counterpart of opposite sign, so
-    that the scale, a float16, has a sign. The best of the full scale and some clipped ones is chosen. With 2 bits, the
-    codes lie at halves. Rows are first brought to a size near 1 by a power of two.
+    A block is `BLOCK` numbers of a row. Its scale is a float16 with a sign, so that the largest number uses the most
+    negative integer, which has no positive counterpart. The best of the full scale and some clipped ones is chosen.
+    With 2 bits, the integers are shifted by one half. Rows are first scaled to about 1 by a power of two.
+
+    Args:
+        rows: Rows of n adapters.
+        bits: Bits per number: 16, or 2 to 8.
     """
     size = torch.exp2(rows.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny).log2().floor())
     rows = rows / size
@@ -131,16 +147,18 @@ def rounded_rows(rows: Float[Tensor, "n r d"], bits: int) -> Float[Tensor, "n r 
         return rows.to(torch.float16).to(rows.dtype) * size
     n, r, d = rows.shape
     blocks = torch.nn.functional.pad(rows, (0, -d % BLOCK)).reshape(n, r, -1, BLOCK)
-    most = 2 ** (bits - 1)
-    half = 0.5 if bits == 2 else 0.0
-    largest = -blocks.gather(3, blocks.abs().argmax(3, keepdim=True)) / (most - half)
-    best, least = torch.zeros_like(blocks), blocks.square().sum(3, keepdim=True)
+    n_codes = 2 ** (bits - 1)
+    shift = 0.5 if bits == 2 else 0.0
+    full_scale = -blocks.gather(3, blocks.abs().argmax(3, keepdim=True)) / (n_codes - shift)
+    best, best_error = torch.zeros_like(blocks), blocks.square().sum(3, keepdim=True)
     for clip in _CLIPS.get(bits, (1.0,)):
-        scale = (clip * largest).to(torch.float16).to(rows.dtype)
-        steps = (blocks / scale.where(scale != 0, torch.ones_like(scale)) - half).round_().clamp_(-most, most - 1)
-        candidate = (steps + half) * scale
-        lost = (candidate - blocks).square().sum(3, keepdim=True)
-        best, least = torch.where(lost < least, candidate, best), torch.minimum(lost, least)
+        scale = (clip * full_scale).to(torch.float16).to(rows.dtype)
+        codes = (
+            (blocks / scale.where(scale != 0, torch.ones_like(scale)) - shift).round_().clamp_(-n_codes, n_codes - 1)
+        )
+        candidate = (codes + shift) * scale
+        error = (candidate - blocks).square().sum(3, keepdim=True)
+        best, best_error = torch.where(error < best_error, candidate, best), torch.minimum(error, best_error)
     reconstructed: Tensor = best.reshape(n, r, -1)[:, :, :d] * size
     return reconstructed
 
@@ -151,7 +169,7 @@ def rounded_bytes(rank: int, n_out: int, n_in: int, bits: int) -> int:
 
 
 def pair_bytes(n_out: int, n_in: int, bits: int) -> int:
-    """Return the bytes of one component: one rounded row of either factor."""
+    """Return the bytes of one component: one rounded row of each factor, with scales."""
     scales = 0 if bits == 16 else -(-n_in // BLOCK) + -(-n_out // BLOCK)
     return (bits * (n_in + n_out) + 7) // 8 + SCALE_BYTES * scales
 
@@ -159,8 +177,12 @@ def pair_bytes(n_out: int, n_in: int, bits: int) -> int:
 def truncated(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> float:
     """Return the squared norm that is kept of one adapter truncated by SVD to a number of bytes.
 
-    values: squared singular values of each module. costs: bytes of one component in each. Components with the largest
-    squared norm per byte are taken first, as long as they fit.
+    Components with the largest squared norm per byte are taken first, while they are within the budget.
+
+    Args:
+        values: Squared singular values, by module.
+        costs: Bytes of one component, by module.
+        budget: Maximum number of bytes.
     """
     candidates = [
         (float(value) / cost, float(value), cost) for row, cost in zip(values, costs, strict=True) for value in row

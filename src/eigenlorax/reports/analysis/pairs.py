@@ -1,6 +1,6 @@
-"""Similarity of all pairs of adapters: inner products of updates and of factors, and overlaps of their directions.
+"""Similarity of all pairs of adapters: inner products of updates and of factors, and overlaps of their row spaces.
 
-All quantities are sums over modules, from r × r blocks of inner products between the rows of two adapters.
+All quantities are sums over modules, computed from r × r blocks of inner products between the rows of two adapters.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,20 @@ from torch import Tensor
 from ...core.batch import ModuleBatch, gram_matrices, gram_roots
 
 FLOAT64_ROWS = 2048
-"""Rows up to which inner products are float64; beyond, float32 (errors of about 1e-7 of the factors' norms)."""
+"""Maximum number of rows for float64 inner products; else float32, with errors of about 1e-7 of the norms."""
 _CHUNK_NUMBERS = 2**22
-_NO_ROOM = 1e-9
-"""Room above the overlap by chance up to which the overlap beyond chance is set to 0."""
+_MIN_RANGE = 1e-9
+"""Minimum of 1 − overlap by chance; below, the overlap beyond chance is set to 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evenness:
     """Quantities of one side of a module that determine the overlap by chance.
 
-    traces, squares: tr DᵀD and ‖DᵀD‖² of each adapter, which are the same on both sides. dimension: of the side.
+    Attributes:
+        traces: tr DᵀD of each adapter, which is the same on both sides.
+        squares: ‖DᵀD‖² of each adapter, which is the same on both sides.
+        dimension: Dimension of the side.
     """
 
     traces: Float[Tensor, " n"]
@@ -33,13 +36,16 @@ class Evenness:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Sums over the modules that were added, (n, n) float64 each.
+    """Sums over modules for all pairs (i, j) of n adapters, (n, n) float64 each.
 
-    delta: ⟨D_i, D_j⟩. down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r.
-    down_cross: ⟨A_i, A_j⟩² to be expected by chance: from the squared inner products of A's rows r and s ≠ r, or in
-        random directions, whichever is larger.
-    down_shared, up_shared: ‖D_i D_jᵀ‖² and ‖D_iᵀ D_j‖². same_ranks: whether i and j have equal ranks in every module.
-    sides: both sides of every module.
+    Attributes:
+        delta: ⟨D_i, D_j⟩.
+        down, up: ⟨A_i, A_j⟩ and ⟨B_i, B_j⟩, row r with row r.
+        down_cross: ⟨A_i, A_j⟩² expected by chance: from the squared inner products of A's rows r and s ≠ r, or for
+            random rows, whichever is larger.
+        down_shared, up_shared: ‖D_i D_jᵀ‖² and ‖D_iᵀ D_j‖².
+        same_ranks: True if i and j have equal ranks in every module.
+        sides: Both sides of every module.
     """
 
     delta: Tensor
@@ -53,7 +59,7 @@ class Pairs:
 
     @classmethod
     def of(cls, n: int) -> "Pairs":
-        """Return sums of n adapters without any module."""
+        """Return sums of zero for n adapters."""
         zeros = {name: torch.zeros(n, n, dtype=torch.float64) for name in cls._sums()}
         return cls(**zeros, same_ranks=torch.ones(n, n, dtype=torch.bool), sides=[])
 
@@ -61,7 +67,7 @@ class Pairs:
     def _sums(cls) -> list[str]:
         return [field.name for field in fields(cls) if field.name not in ("same_ranks", "sides")]
 
-    def of_some(self, chosen: Sequence[int]) -> "Pairs":
+    def subset(self, chosen: Sequence[int]) -> "Pairs":
         """Return the pairs of the adapters with these indices."""
         indices = list(chosen)
         sums = {name: getattr(self, name)[indices][:, indices] for name in self._sums()}
@@ -71,7 +77,9 @@ class Pairs:
     def add(self, batch: ModuleBatch, dimensions: tuple[int, int] | None = None) -> None:
         """Add a module.
 
-        dimensions: of the spaces (down, up) in which directions are random by chance. Default: those of the rows.
+        Args:
+            batch: Factors of all adapters.
+            dimensions: Dimensions (down, up) of the spaces that contain the rows. Default: lengths of the rows.
         """
         n, r = batch.down.shape[:2]
         dimensions = dimensions or (batch.down.shape[2], batch.up.shape[2])
@@ -104,7 +112,7 @@ class Pairs:
             crossed = (down_blocks.square().sum((1, 3)) - _diagonal_squares(down_blocks)).double()
             self._fill("down", here, later, aligned * down_size[here, None] * down_size[None, later])
             square = down_size.square()
-            # a few rows that are much longer than the others have more by chance than those show
+            # if a few rows are much longer than the others, inner products of different rows underestimate chance
             expected = torch.maximum(crossed * share[here, later], by_chance[here, later])
             self._fill("down_cross", here, later, expected * square[here, None] * square[None, later])
             aligned = torch.diagonal(up_blocks, dim1=1, dim2=3).sum(-1).double()
@@ -112,11 +120,11 @@ class Pairs:
             self._fill("up", here, later, aligned * scale[here, None] * scale[None, later])
             fourth = norms.square()
             for name, blocks, root in (("down_shared", down_blocks, up_root), ("up_shared", up_blocks, down_root)):
-                shared = _weighed(blocks, root[here], root[later]).square().sum((1, 3)).double()
+                shared = _multiply_roots(blocks, root[here], root[later]).square().sum((1, 3)).double()
                 self._fill(name, here, later, shared * fourth[here, None] * fourth[None, later])
 
     def _fill(self, name: str, here: slice, later: slice, values: Tensor) -> None:
-        """Add a block of rows right of the diagonal, and its mirror below."""
+        """Add a block of rows on and right of the diagonal, and its mirror image below."""
         target: Tensor = getattr(self, name)
         target[here, later] += values
         beyond = slice(here.stop, later.stop)
@@ -138,14 +146,14 @@ def products(batch: ModuleBatch) -> Float[Tensor, "n n"]:
 
 
 def _of_unit_norm(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each adapter's rows divided by their norm, and the norms, so that float32 neither over- nor underflows."""
+    """Divide each adapter's rows by their norm, so that float32 neither over- nor underflows; also return the norms."""
     size = torch.linalg.vector_norm(rows, dim=(1, 2))
     dtype = torch.float64 if rows.shape[0] * rows.shape[1] <= FLOAT64_ROWS else torch.float32
     return (rows / size.where(size > 0, torch.ones_like(size))[:, None, None]).to(dtype), size
 
 
 def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:
-    """Return inner products of rows, (here, r, later, r)."""
+    """Return inner products of the rows of two slices of adapters, (here, r, later, r)."""
     r, d = rows.shape[1:]
     left, right = rows[here], rows[later]
     products = left.reshape(len(left) * r, d) @ right.reshape(len(right) * r, d).mT
@@ -153,7 +161,7 @@ def _blocks(rows: Tensor, here: slice, later: slice) -> Tensor:
 
 
 def _evenness(grams: Float[Tensor, "n r r"], scale: Float[Tensor, " n"], dimensions: tuple[int, int]) -> list[Evenness]:
-    """Return the evenness of both sides of a module. grams · scale: matrices similar to each DᵀD."""
+    """Return `Evenness` of both sides of a module, where gram · scale of each adapter is similar to DᵀD."""
     grams = grams.double()
     traces = grams.diagonal(dim1=1, dim2=2).sum(1) * scale
     squares = grams.square().sum((1, 2)) * scale.square()
@@ -161,7 +169,7 @@ def _evenness(grams: Float[Tensor, "n r r"], scale: Float[Tensor, " n"], dimensi
 
 
 def _aligned_by_chance(rows: Float[Tensor, "n r d"], dimension: int) -> Float[Tensor, "n n"]:
-    """Return E⟨A_i, A_j⟩² in random directions, ⟨A_iA_iᵀ, A_jA_jᵀ⟩ / dimension."""
+    """Return the expectation of ⟨A_i, A_j⟩² for randomly rotated rows, ⟨A_iA_iᵀ, A_jA_jᵀ⟩ / dimension."""
     grams = (rows @ rows.mT).double().flatten(1)
     expected: Tensor = grams @ grams.mT / dimension
     return expected
@@ -171,8 +179,8 @@ def _diagonal_squares(blocks: Tensor) -> Tensor:
     return torch.diagonal(blocks, dim1=1, dim2=3).square().sum(-1)
 
 
-def _weighed(blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return left_i @ block_ij @ right_j."""
+def _multiply_roots(blocks: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return left_i @ block_ij @ right_j for all pairs."""
     n, r, m, _ = blocks.shape
     half = (left @ blocks.reshape(n, r, m * r)).reshape(n, r, m, r)
     return (half.permute(2, 0, 1, 3).reshape(m, n * r, r) @ right).reshape(m, n, r, r).permute(1, 2, 0, 3)
@@ -192,22 +200,23 @@ def cosines(products: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def overlap(pairs: Pairs) -> Float[Tensor, "n n"]:
-    """Return the overlap of the directions of two adapters, 0 to 1.
+    """Return the overlap of the row and column spaces of two adapters, from 0 to 1.
 
-    It is the mean over both sides of the cosine of D_iᵀD_i and D_jᵀD_j, and of D_iD_iᵀ and D_jD_jᵀ: 1 for equal
-    updates, `overlap_by_chance` for unrelated ones.
+    It is the mean of two cosines: of D_iᵀD_i and D_jᵀD_j, and of D_iD_iᵀ and D_jD_jᵀ. It is 1 for equal updates, and
+    `overlap_by_chance` in expectation for unrelated ones.
     """
     return (cosines(pairs.down_shared) + cosines(pairs.up_shared)) / 2
 
 
 def overlap_by_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
-    """Return mean and standard deviation of the overlap of adapters with these singular values in random directions.
+    """Return mean and standard deviation of the overlap if the singular vectors were random.
 
-    The mean is rank / dimension if all singular values are equal, less if few are large; 0 on the diagonal.
+    The mean is rank / dimension if all singular values are equal, and smaller if few are large. It is set to 0 on the
+    diagonal.
 
     For symmetric X, Y and a random rotation R, ⟨X, RYRᵀ⟩ has the mean tr X · tr Y / d, and the variance
-    ‖X₀‖²‖Y₀‖² / ((d − 1)(d + 2) / 2), where X₀ and Y₀ have their traces removed: symmetric matrices without a trace are
-    an irreducible representation of the rotations, of that dimension.
+    ‖X₀‖²‖Y₀‖² / ((d − 1)(d + 2) / 2), where X₀ and Y₀ are the traceless parts: traceless symmetric matrices are an
+    irreducible representation of the rotations, of this dimension.
     """
     inverse = _inverse(pairs.down_shared.diagonal().clamp_min(0).sqrt())
     mean, variance = torch.zeros_like(pairs.delta), torch.zeros_like(pairs.delta)
@@ -223,11 +232,12 @@ def overlap_by_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor,
 def beyond_chance(pairs: Pairs) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
     """Return the overlap of two adapters beyond chance, and its standard deviation if they are unrelated.
 
-    It is 1 for equal updates and about 0 for unrelated ones. It is 0 where the overlap says nothing, because the
-    updates fill the whole space evenly.
+    It is 1 for equal updates and about 0 for unrelated ones. It is set to 0 if the overlap by chance is 1, because the
+    updates span the whole space evenly.
     """
     mean, deviation = overlap_by_chance(pairs)
-    room = 1 - mean
-    some = room > _NO_ROOM
-    beyond = torch.where(some, (overlap(pairs) - mean) / room.where(some, torch.ones_like(room)), 0.0)
-    return beyond, torch.where(some, deviation / room.where(some, torch.ones_like(room)), 0.0)
+    span = 1 - mean
+    is_defined = span > _MIN_RANGE
+    divisor = span.where(is_defined, torch.ones_like(span))
+    beyond = torch.where(is_defined, (overlap(pairs) - mean) / divisor, 0.0)
+    return beyond, torch.where(is_defined, deviation / divisor, 0.0)

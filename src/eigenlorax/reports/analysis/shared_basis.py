@@ -1,6 +1,6 @@
-"""One basis per module and side for all adapters, with coefficients, both rounded: a baseline of the report.
+"""A baseline of the report: one rounded basis per module and side for all adapters, with rounded coefficients.
 
-The bases are those of a "delta" fit. Coefficients are solved again after the bases were rounded.
+The bases are fitted with weighting "delta". Coefficients are solved again after the bases were rounded.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +22,12 @@ Bits = tuple[int, int]
 
 
 class SharedBasis:
-    """A collection in shared bases of several sizes.
+    """A collection of n adapters in shared bases of several sizes.
 
-    modules: stacks by name. bits: the combinations that are measured. sweeps: alternating refinements of the bases.
+    Args:
+        modules: Factors of all adapters, by module.
+        bits: Combinations of bits to measure.
+        sweeps: Number of alternating refinements of the bases.
     """
 
     def __init__(self, modules: Mapping[str, ModuleBatch], bits: Sequence[Bits], sweeps: int) -> None:
@@ -47,16 +50,16 @@ class SharedBasis:
         self._lower_bounds = (tail.amax(0) / (self.total > 0).sum().clamp_min(1)).sqrt()
 
     def lower_bound(self, k: int) -> float:
-        """Return an error that the worst adapter exceeds with any k components per side (Eckart–Young)."""
+        """Return a lower bound of the worst error with any k components per side (Eckart–Young)."""
         return float(self._lower_bounds[k]) if k < len(self._lower_bounds) else 0.0
 
     @property
     def max_components(self) -> int:
-        """The number of components per side beyond which no module gains any."""
+        """Largest number of components per side that any module can have."""
         return max(min(sum(self.ranks[name]), max(shape)) for name, shape in self.shapes.items())
 
     def stored_bytes(self, k: int, bits: Bits) -> int:
-        """Return the bytes of the bases with at most k components and of all coefficients."""
+        """Return the bytes of the bases with at most k components, and of all coefficients."""
         total = 0
         for name, (n_out, n_in) in self.shapes.items():
             ranks = [rank for rank in self.ranks[name] if rank]
@@ -66,16 +69,16 @@ class SharedBasis:
         return total
 
     def measure(self, k: int) -> dict[Bits, Point]:
-        """Return size and errors with k components per side, by bits."""
-        lost = {bits: torch.zeros_like(self.total) for bits in self.bits}
+        """Return bytes and errors with k components per side, by bits."""
+        errors = {bits: torch.zeros_like(self.total) for bits in self.bits}
         for name in self.modules:
             module = self.modules[name]
             if not (self.weights * delta_squares(module)).any():
                 continue
             for bits, squared_error in coefficient_losses(module, self._bases(module, k), self.bits):
-                lost[bits] += squared_error
+                errors[bits] += squared_error
         return {
-            bits: Point.of(self.stored_bytes(k, bits), lost[bits], self.total, {"k": k, "bits": list(bits)})
+            bits: Point.of(self.stored_bytes(k, bits), errors[bits], self.total, {"k": k, "bits": list(bits)})
             for bits in self.bits
         }
 
@@ -86,13 +89,13 @@ class SharedBasis:
 
 
 def norms(modules: Mapping[str, ModuleBatch]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Return ‖D‖² over all modules, and 1 / ‖D‖, which is 0 for an update of zero."""
+    """Return ‖D‖² over all modules, and 1 / ‖D‖, or 0 if the update is zero."""
     total = torch.stack([delta_squares(modules[name]) for name in modules]).sum(0)
     return total, torch.where(total > 0, total, torch.inf).rsqrt()
 
 
 def squared_tails(module: ModuleBatch, weights: Tensor) -> Float[Tensor, "2 k"]:
-    """Return the weighted squared norm outside the leading 0, 1, … components of each side, down first."""
+    """Return the weighted squared norm outside the first 0, 1, … components of each side, down first."""
     tails = []
     for rows, opposite in ((module.down, module.up), (module.up, module.down)):
         flat = (weights[:, None, None] * gram_roots(opposite) @ rows).flatten(0, 1)
@@ -103,13 +106,13 @@ def squared_tails(module: ModuleBatch, weights: Tensor) -> Float[Tensor, "2 k"]:
 
 
 def rows_bytes(rows: int, width: int, bits: int) -> int:
-    """Return the bytes of rounded rows with their scales."""
+    """Return the bytes of rows of `width` numbers rounded to `bits`, with their scales."""
     scales = 0 if bits == 16 else SCALE_BYTES * rows * -(-width // BLOCK)
     return (bits * rows * width + 7) // 8 + scales
 
 
 def coefficient_bytes(rank: int, k_down: int, k_up: int, bits: int) -> int:
-    """Return the bytes of one adapter's coefficients in a module."""
+    """Return the bytes of one adapter's rounded coefficients in a module."""
     return sum(rows_bytes(rank, k, bits) if k >= BLOCK else rows_bytes(1, rank * k, bits) for k in (k_down, k_up))
 
 
@@ -121,14 +124,14 @@ def rounded_bases(rows: tuple[Tensor, Tensor], bits: Sequence[Bits]) -> Iterator
 
 
 def coordinates(module: ModuleBatch, down: Tensor, up: Tensor) -> ModuleBatch:
-    """Return the least-squares coordinates of the updates, for rows that rounding leaves not quite orthonormal."""
+    """Return least-squares coefficients of the updates, for bases that rounding has made not exactly orthonormal."""
     return replace(module, down=module.down @ dual_rows(down).mT, up=module.up @ dual_rows(up).mT)
 
 
 def coefficient_losses(
     module: ModuleBatch, rows: tuple[Tensor, Tensor], bits: Sequence[Bits]
 ) -> Iterator[tuple[Bits, Float[Tensor, " n"]]]:
-    """Yield ‖D − D'‖² of each adapter by bits, with rounded bases `rows` and rounded coefficients."""
+    """Yield ‖D − D'‖² of each adapter by bits, with bases `rows` and coefficients both rounded."""
     total = delta_squares(module)
     for combinations, down, up in rounded_bases(rows, bits):
         coefficients = balanced(coordinates(module, down, up))
@@ -146,5 +149,5 @@ def _rounded_coefficients(rows: Float[Tensor, "n r k"], bits: int) -> Float[Tens
 
 
 def rounded_as_one_row(matrices: Float[Tensor, "n j k"], bits: int) -> Float[Tensor, "n j k"]:
-    """Round each matrix with one sequence of blocks over all its numbers."""
+    """Round each matrix as one row of all its numbers, so that blocks cross its rows."""
     return rounded_rows(matrices.flatten(1)[:, None], bits)[:, 0].reshape(matrices.shape)

@@ -15,20 +15,25 @@ from ...core.fit_options import FitOptions
 from .crowded import weighted
 
 Weighted = tuple[Sequence[LoRAFactors], Sequence[float]]
-"""Factors of one module, none of them a zero update, and their weights in the fit."""
+"""Factors of the nonzero updates of one module, and their weights in the fit."""
 
 
-def shares(singular_values: Float[Tensor, " n"], most: int) -> list[float]:
-    """Return the first `most` of σ²/Σσ²."""
+def explained_ratios(singular_values: Float[Tensor, " n"], max_count: int) -> list[float]:
+    """Return the leading explained-variance ratios σ²/Σσ², at most `max_count`."""
     squares = singular_values.double().square()
     total = squares.sum()
-    leading: list[float] = (squares[:most] / total if total > 0 else squares[:most]).tolist()
+    leading: list[float] = (squares[:max_count] / total if total > 0 else squares[:max_count]).tolist()
     return leading
 
 
 @dataclass(frozen=True, slots=True)
 class Halves:
-    """Two subspaces of one side. cosines: of the principal angles, descending. sizes: their dimensions."""
+    """Comparison of two subspaces of one side.
+
+    Attributes:
+        cosines: Cosines of the principal angles, descending.
+        sizes: Dimensions of the subspaces.
+    """
 
     cosines: Float[Tensor, " s"]
     sizes: tuple[int, int]
@@ -42,7 +47,13 @@ class Halves:
 def halves(members: Weighted, first: Sequence[int], second: Sequence[int], k: tuple[int, int]) -> tuple[Halves, Halves]:
     """Compare the subspaces of two halves of the adapters, (down, up).
 
-    Bases are fitted without sweeps, with k components each or as many as there are; none if a half has no member.
+    Args:
+        members: Factors and weights of the adapters.
+        first, second: Indices of the members of each half.
+        k: Maximum numbers of components (down, up) of the bases, which are fitted without sweeps.
+
+    Returns:
+        The comparison of each side; without cosines if a half is empty.
     """
     options = FitOptions(n_components=max(*k, 1), weighting="delta", sweeps=0)
     sides = []
@@ -71,9 +82,13 @@ def degrees(descending: Float[Tensor, " n"]) -> list[float]:
 
 
 def energy(batch: ModuleBatch, weights: Float[Tensor, " n"], k: tuple[int, int], weighting: str) -> tuple[float, float]:
-    """Return the share of the squared norm in the first k directions, (down, up).
+    """Return the share of the squared norm in the first k components, (down, up).
 
-    weighting: "delta" for updates, "factors" for A and B apart, each adapter at equal norm.
+    Args:
+        batch: Factors of all adapters.
+        weights: Weight of each adapter, for weighting "delta".
+        k: Numbers of components (down, up).
+        weighting: "delta" for the updates, "factors" for A and B separately, with each adapter at equal norm.
     """
     sides = weighted(batch, weights, weighting)
     if weighting == "factors":

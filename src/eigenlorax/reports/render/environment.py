@@ -1,4 +1,4 @@
-"""Jinja2 environments of the templates. Whatever an expression prints is escaped, unless it is markup already."""
+"""Jinja2 environments of the templates. Printed values are escaped, unless they are markup."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _NUMBER_FILTERS: dict[str, Callable[..., str]] = {
 
 @cache
 def markdown_environment() -> "Environment":
-    """Return the environment of `report.md`, in which printed values are escaped as Markdown."""
+    """Return the environment of `report.md`, which escapes printed values as Markdown."""
     environment = _environment(finalize=_markdown_value)
     environment.filters |= {"prose": markdown_prose, **_NUMBER_FILTERS}
     environment.globals |= {"split_names": numbers.split_names}
@@ -33,7 +33,7 @@ def markdown_environment() -> "Environment":
 
 @cache
 def html_environment() -> "Environment":
-    """Return the environment of `page.html`, in which printed values are escaped as HTML."""
+    """Return the environment of `page.html`, which escapes printed values as HTML."""
     environment = _environment()
     environment.filters |= {**_NUMBER_FILTERS, "prose": html_prose, "text": unbroken_numbers}
     environment.filters["error"] = lambda value: unbroken_numbers(numbers.error(value))
@@ -42,7 +42,7 @@ def html_environment() -> "Environment":
 
 
 def _environment(finalize: Callable[[Any], Any] | None = None) -> "Environment":
-    # imported here: only reports that are written need it
+    # imported here, because only writing a report needs it
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -57,7 +57,7 @@ def _environment(finalize: Callable[[Any], Any] | None = None) -> "Environment":
 
 
 class MarkdownText(str):
-    """Text that is Markdown already; Jinja2 prints it unchanged."""
+    """Text in Markdown, which Jinja2 prints unchanged."""
 
     __slots__ = ()
 
@@ -70,7 +70,7 @@ def _markdown_value(value: object) -> object:
 
 
 def escape_markdown(text: str) -> str:
-    """Return the text so that Markdown shows it unchanged, on one line and in a table too."""
+    """Escape text for Markdown. The result is one line and can be used in a table."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$#!])", r"\\\1", text)
     # underscores within a word have no meaning
@@ -80,7 +80,7 @@ def escape_markdown(text: str) -> str:
 
 
 def markdown_prose(text: str) -> MarkdownText:
-    """Return one of our sentences as Markdown: what stands between backticks is code, the names in it are escaped."""
+    """Convert a sentence of the report to Markdown. Text between backticks is code, other text is escaped."""
     pieces = re.split(r"`([^`]+)`", text)
     return MarkdownText(
         "".join(f"`{piece}`" if index % 2 else _escape_between_code(piece) for index, piece in enumerate(pieces))
@@ -88,13 +88,13 @@ def markdown_prose(text: str) -> MarkdownText:
 
 
 def _escape_between_code(text: str) -> str:
-    # the blanks beside a code span stay
+    # escaping strips blanks, but those beside a code span separate words
     before, after = (" " if text[:1].isspace() else ""), (" " if text[-1:].isspace() else "")
     return f"{before}{escape_markdown(text)}{after}" if text.strip() else text
 
 
 def html_prose(text: str) -> Markup:
-    """Return one of our sentences as HTML: what stands between backticks is code."""
+    """Convert a sentence of the report to HTML. Text between backticks is code, other text is escaped."""
     pieces = re.split(r"`([^`]+)`", text)
     return Markup("").join(
         Markup("<code>{}</code>").format(piece) if index % 2 else unbroken_numbers(piece)
@@ -103,7 +103,7 @@ def html_prose(text: str) -> Markup:
 
 
 def unbroken_numbers(text: str) -> Markup:
-    """Return the text as HTML in which no line ends within a number such as 1.0e-05."""
+    """Convert text to HTML without line breaks within numbers such as 1.0e-05."""
     pieces = re.split(r"(\d+\.\d+e-\d+)", text)
     return Markup("").join(
         Markup('<span class="whole">{}</span>').format(piece) if index % 2 else piece

@@ -1,4 +1,4 @@
-"""The report in GitHub's Markdown: the page's facts as sentences and tables, without figures."""
+"""Rendering of a report as GitHub Markdown: sentences and tables of the page, without figures."""
 
 import re
 
@@ -8,14 +8,14 @@ from ..frontier import at_equal_error, on_task
 from . import facts, tables, task_tables
 from .environment import markdown_environment
 
-MOST_ADAPTERS = 20
+MAX_ADAPTERS = 20
 """Maximum number of adapters in a table."""
 
 _MARKS = {True: "✓", False: "!", None: "·"}
 
 
 def render(report: ReportData) -> str:
-    """Return the text, from the verdict to the notes."""
+    """Return the report as Markdown."""
     text = (
         markdown_environment()
         .get_template("report.md")
@@ -26,7 +26,7 @@ def render(report: ReportData) -> str:
             sizes=facts.size_range(report),
             similarity_summary=facts.similarity_summary(report.similarity),
             marks=_MARKS,
-            most=MOST_ADAPTERS,
+            max_rows=MAX_ADAPTERS,
             tables=tables,
             task_tables=task_tables,
             energies=energies,
@@ -34,5 +34,5 @@ def render(report: ReportData) -> str:
             on_task=on_task,
         )
     )
-    # blocks that are not shown leave blank lines; printed values never contain any
+    # template blocks without output leave blank lines; printed values never contain any
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,4 +1,4 @@
-"""The report as one HTML document that fetches nothing: the verdict, the key figures, and a section for each topic."""
+"""Rendering of a report as one HTML document without external resources: verdict, key figures, sections."""
 
 import base64
 import hashlib
@@ -17,35 +17,35 @@ from .environment import html_environment
 from .figures import curves, error_plots, maps, module_labels, svg
 
 SECTIONS = {
-    "newcomers": ("New adapters", "Would a new adapter fit in?"),
-    "spectra": ("Spectra", "How much a few directions keep"),
+    "newcomers": ("New adapters", "Would a new adapter fit?"),
+    "spectra": ("Spectra", "Energy in few components"),
     "modules": ("Modules", "Module by module"),
     "adapters": ("Adapters", "Adapter by adapter"),
-    "similarity": ("Similarity", "How alike the adapters are"),
-    "baselines": ("Baselines", "What else could be done"),
-    "frontier": ("Bytes at an error", "What an error costs"),
-    "bytes": ("Bytes", "What it weighs"),
+    "similarity": ("Similarity", "Similarity of the adapters"),
+    "baselines": ("Baselines", "Other methods"),
+    "frontier": ("Bytes at an error", "Bytes at an error"),
+    "bytes": ("Bytes", "Bytes"),
     "sizes": ("Other k", "With more or fewer components"),
     "task": ("On the task", "On the task"),
-    "task-bytes": ("Bytes on the task", "Bytes, and what becomes of the task"),
-    "notes": ("Notes", "What to know of these figures"),
+    "task-bytes": ("Bytes on the task", "Bytes and scores on the task"),
+    "notes": ("Notes", "Notes on these figures"),
 }
-"""Sections in their order, by the name of the template: link and heading."""
+"""Text of the link and heading of each section, by name of its template, in the order of the page."""
 
 PRINTED_ROWS = 50
-"""Rows of the table of adapters that are printed on paper; the style sheet hides the others."""
+"""Number of rows of the table of adapters that are printed on paper; the style sheet hides the others."""
 
 MARKS = {True: ("good", "✓", "Good"), False: ("bad", "!", "Bad"), None: ("", "i", "Note")}
-"""Class, mark, and word for screen readers of a finding."""
+"""CSS class, mark, and word for screen readers of a finding, by `Finding.good`."""
 
 _TALL = 24
-"""Rows above which a table gets a height of its own and scrolls."""
+"""Maximum number of rows of a table that is shown in full; a longer one scrolls."""
 _FEW = 2
-"""Adapters up to which no figure compares them."""
+"""Maximum number of adapters for which no figure compares them."""
 
 
 def render(report: ReportData) -> str:
-    """Return the document. `MissingExtraError` where matplotlib is not installed."""
+    """Return the HTML document; `MissingExtraError` if matplotlib is not installed."""
     context = _context(report)
     contents = {name: _compact(f"sections/{name}.html", **context) for name in SECTIONS}
     about, script = report.collection, _asset("page.js")
@@ -66,18 +66,18 @@ def render(report: ReportData) -> str:
 
 
 def section(name: str, report: ReportData) -> str:
-    """Return one section as HTML, without its heading; "" where nothing was measured."""
+    """Return one section as HTML without its heading; "" if nothing was measured."""
     return _compact(f"sections/{name}.html", **_context(report))
 
 
 def _compact(template: str, **context: Any) -> str:
-    """Render a template without the line breaks that it has between elements."""
+    """Render a template and remove line breaks between elements."""
     html = html_environment().get_template(template).render(**context)
     return re.sub(r">\s*\n\s*<", "><", html).strip()
 
 
 def _context(report: ReportData) -> dict[str, Any]:
-    """Return what the sections print: the report, its tables and figures, and the conditions of their sentences."""
+    """Return the variables of the templates: the report, tables, figures, and conditions."""
     modules = report.modules
     sides = [side for module in modules for side in (module.down, module.up)]
     known = [module for module in modules if module.delta_error is not None]
@@ -100,9 +100,9 @@ def _context(report: ReportData) -> dict[str, Any]:
         "halves_overlap": list(_halves_overlap(report)),
         "has_spectra": any(side.spectrum for side in sides),
         "has_null": any(side.null for side in sides),
-        "merges_kinds": len(module_labels.grouped(modules, len(modules))) > curves.MOST_KINDS,
+        "merges_kinds": len(module_labels.grouped(modules, len(modules))) > curves.MAX_KINDS,
         "worst_module": worst,
-        "has_star": worst is not None and (worst.delta_error or 0) >= error_plots.LEAST_STARRED,
+        "has_star": worst is not None and (worst.delta_error or 0) >= error_plots.MIN_STARRED,
         "has_module_errors": any(value is not None for row in report.module_errors for value in row),
         "worst_first": _worst_first,
         "n_series": svg.SERIES,
@@ -113,13 +113,13 @@ def _context(report: ReportData) -> dict[str, Any]:
 
 
 def _worst_first(count: int, noun: str) -> str:
-    if count > bars.MOST:
-        return f"The worst {bars.MOST} of {numbers.plural(count, noun)}."
+    if count > bars.MAX_BARS:
+        return f"The {bars.MAX_BARS} worst of {numbers.plural(count, noun)}."
     return "The worst first."
 
 
 def _halves_overlap(report: ReportData) -> Iterator[tuple[str, float, float]]:
-    """Yield for each side the mean overlap of two halves of the collection, and that of unrelated subspaces."""
+    """Yield (side, mean overlap of two halves of the collection, mean overlap of random subspaces)."""
     for name in curves.SIDES:
         known = [
             (side.halves_overlap, side.null_halves_overlap)

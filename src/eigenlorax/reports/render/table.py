@@ -1,4 +1,4 @@
-"""A table of a report as data: columns, and rows of printed cells. Columns without any value are left out."""
+"""Tables of a report as data: columns and printed cells. Columns without any value are left out."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell. text: what is printed. exact: the exact value, or "" if the text is exact."""
+    """One cell.
+
+    Attributes:
+        text: Printed text.
+        exact: The exact value, or "" if the text is exact.
+    """
 
     text: str
     exact: str = ""
@@ -19,7 +24,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column. label: the heading. meaning: its explanation, or "". numeric: whether the cells are numbers."""
+    """One column.
+
+    Attributes:
+        label: Heading.
+        meaning: Explanation of the heading, or "".
+        numeric: True if the cells are numbers.
+    """
 
     label: str
     meaning: str = ""
@@ -28,7 +39,13 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table. caption: describes the rows. rows: one cell for each of `columns`."""
+    """One table.
+
+    Attributes:
+        caption: Description of the rows.
+        columns: Columns from left to right.
+        rows: One cell for each column, by row.
+    """
 
     caption: str
     columns: list[Column]
@@ -37,9 +54,15 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Field(Generic[T]):
-    """A column and how to fill it from a row.
+    """Column of a table, with the function that computes its cells.
 
-    value: None where nothing was measured. exact: whether cells are bytes whose exact number is a tooltip.
+    Attributes:
+        label: Heading.
+        value: Function from a row to its value; None if it was not measured.
+        show: Function that formats a value.
+        meaning: Explanation of the heading, or "".
+        numeric: True if the values are numbers.
+        exact: True if the values are bytes, whose exact number is shown as a tooltip.
     """
 
     label: str
@@ -51,7 +74,7 @@ class Field(Generic[T]):
 
 
 def make_table(caption: str, fields: Iterable[Field[T]], rows: Sequence[T]) -> Table:
-    """Return a table with a row per element of `rows`, and a column per field that has a value in any of them."""
+    """Return a table with one line per row, and one column per field that has a value in any row."""
     shown = [field for field in fields if any(field.value(row) is not None for row in rows)]
     columns = [Column(field.label, field.meaning, field.numeric) for field in shown]
     return Table(caption, columns, [[_cell(field, field.value(row)) for field in shown] for row in rows])

@@ -1,4 +1,4 @@
-"""Curves: spectra, principal angles, errors and bytes over k, the ratio over the number of adapters, and frontiers."""
+"""Line plots: spectra, principal angles, errors and bytes over k, compression ratio, and frontiers."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from .svg import HALF, WIDE, ink, series
 
 SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
 
-MOST_KINDS = 8
+MAX_KINDS = 8
+"""Maximum number of kinds of modules with a curve of their own."""
 
-_RANDOM = "random directions"
+_NULL = "null model"
 
-_LEAST_ERROR = 1e-4
+_MIN_ERROR = 1e-4
 """Smallest error on a logarithmic axis."""
 
 _FLOOR = 1e-6
@@ -28,43 +29,43 @@ _FLOOR = 1e-6
 
 
 def scree(report: ReportData, side: str) -> str:
-    """Draw the spectrum of one side on a logarithmic scale: means over the modules of a kind, and the null model."""
+    """Draw the spectrum of one side on a logarithmic scale, as means over the modules of a kind, and the null model."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         _curves(axis, spectra(report, side))
         axis.set_yscale("log")
-        # both sides have the same scale; smaller values are rounding
-        shown = np.concatenate([curve for each in SIDES for curve in spectra(report, each).values()])
+        # both sides have the same scale; values below _FLOOR are rounding
+        shown = np.concatenate([curve for any_side in SIDES for curve in spectra(report, any_side).values()])
         axis.set_ylim(shown[shown >= _FLOOR * shown.max()].min() / 1.5, shown.max() * 1.5)
         axis.yaxis.set_major_formatter(_plain)
         axis.minorticks_off()
-        axis.set(title=SIDES[side], xlabel="direction", ylabel="share of energy")
+        axis.set(title=SIDES[side], xlabel="component", ylabel="share of energy")
         axis.margins(x=0.01)
         _count_along(axis)
         _mark_k(axis, [getattr(module, side) for module in report.modules])
         figure.legend(loc="outside lower left", ncols=3)
 
-    return svg.draw(f"scree-{side}", (HALF, 330), f"{SIDES[side]}: share of energy by direction, by kind", paint)
+    return svg.draw(f"scree-{side}", (HALF, 330), f"{SIDES[side]}: share of energy by component, by kind", paint)
 
 
 def cumulative(report: ReportData, side: str) -> str:
-    """Draw the cumulative energy of one side by number of directions, as in `scree`."""
+    """Draw the cumulative energy of one side by number of components, as in `scree`."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         _curves(axis, {label: np.cumsum(curve) for label, curve in spectra(report, side).items()})
-        axis.set(title=SIDES[side], xlabel="directions kept", ylabel="energy kept", ylim=(0, 1.02))
+        axis.set(title=SIDES[side], xlabel="components", ylabel="energy kept", ylim=(0, 1.02))
         axis.margins(x=0.01)
         _count_along(axis)
         _mark_k(axis, [getattr(module, side) for module in report.modules], height=0.08)
         figure.legend(loc="outside lower left", ncols=3)
 
-    return svg.draw(f"cumulative-{side}", (HALF, 330), f"{SIDES[side]}: energy kept by the first directions", paint)
+    return svg.draw(f"cumulative-{side}", (HALF, 330), f"{SIDES[side]}: energy kept by the first components", paint)
 
 
 def angles(report: ReportData) -> str:
-    """Draw the principal angles between the subspaces of two halves of the collection, means over modules."""
+    """Draw the principal angles between the subspaces of two halves of the collection, as means over modules."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -90,7 +91,7 @@ def ratio(report: ReportData) -> str:
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         axis.axhline(
-            report.bytes.limit, color=ink("muted"), linestyle="--", linewidth=1.2, label="limit: the basis is free"
+            report.bytes.limit, color=ink("muted"), linestyle="--", linewidth=1.2, label="limit: without the basis"
         )
         axis.axhline(1, color=ink("bad"), linestyle=":", linewidth=1.4, label="as large as the LoRAs")
         axis.plot(counts, ratios, color=series(0))
@@ -116,7 +117,7 @@ def ratio(report: ReportData) -> str:
 
 
 def frontier(report: ReportData) -> str:
-    """Draw bytes over the worst error, both logarithmic: a line for each baseline, and the pack as a star."""
+    """Draw bytes over the worst error on logarithmic scales, with a line for each baseline and a star for the pack."""
     measured = report.frontier
     assert measured is not None
     pack, *baselines = measured.points
@@ -132,7 +133,7 @@ def frontier(report: ReportData) -> str:
             measured.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits"
         )
         for number, method in enumerate(methods, start=1):
-            # a logarithmic scale has no place for zero
+            # zero has no position on a logarithmic scale
             points = [point for point in baselines if point.way == method and point.worst > 0 and point.stored_bytes]
             axis.plot(
                 [point.worst for point in points],
@@ -145,7 +146,7 @@ def frontier(report: ReportData) -> str:
             )
         if pack.stored_bytes:
             axis.plot(
-                [max(pack.worst, _LEAST_ERROR)],
+                [max(pack.worst, _MIN_ERROR)],
                 [pack.stored_bytes / unit],
                 "*",
                 markersize=13,
@@ -161,7 +162,7 @@ def frontier(report: ReportData) -> str:
         axis.set(xlabel="delta error of the worst adapter", ylabel=unit_name)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return svg.draw("frontier", (WIDE, 430), "Bytes over the worst adapter's error, by every way", paint)
+    return svg.draw("frontier", (WIDE, 430), "Bytes over the worst adapter's error, by method", paint)
 
 
 def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
@@ -169,7 +170,10 @@ def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
 
     New fits and truncated LoRAs are lines, the pack is a star, and the original adapters are a horizontal line.
 
-    measure: "accuracy", "perplexity" or "kl", of which the points have one. name: unique among the page's figures.
+    Args:
+        measured: Bytes against scores on a task.
+        measure: "accuracy", "perplexity" or "kl".
+        name: Name that is unique among the page's figures.
     """
     label = {"accuracy": "accuracy", "perplexity": "perplexity", "kl": "KL from the originals, nats"}[measure]
     unit, unit_name = _unit(max(measured.lora_float16, *(point.stored_bytes for point in measured.points)))
@@ -179,14 +183,14 @@ def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         if original is not None:
-            axis.axhline(original, color=ink("muted"), linestyle="--", linewidth=1.2, label="the originals")
+            axis.axhline(original, color=ink("muted"), linestyle="--", linewidth=1.2, label="original adapters")
         if without is not None:
             axis.axhline(without, color=ink("bad"), linestyle=":", linewidth=1.4, label="no update")
         for number, (method, method_label) in enumerate(TASK_METHODS.items()):
             points = [
                 (point.stored_bytes / unit, score)
                 for point in measured.points
-                # a logarithmic scale has no place for zero
+                # zero has no position on a logarithmic scale
                 if point.way == method and point.stored_bytes and (score := getattr(point, measure)) is not None
             ]
             style = {"marker": "*", "markersize": 13} if method == "pack" else {"marker": "o", "markersize": 3.5}
@@ -202,13 +206,13 @@ def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
 
 
 def _unit(largest: int) -> tuple[int, str]:
-    """Return the decimal unit for numbers of bytes up to the largest one, and its name."""
+    """Return the decimal unit for bytes up to `largest`, and its name."""
     units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
     return next(((size, name) for size, name in units if largest >= size), (1, "bytes"))
 
 
 def sizes(report: ReportData) -> str:
-    """Draw errors over k."""
+    """Draw errors over the number of components."""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -218,7 +222,7 @@ def sizes(report: ReportData) -> str:
                 ("worst", "worst"),
                 ("left_out", "left out, mean"),
                 ("random", "random bases, mean"),
-                ("null", "random directions, mean"),
+                ("null", "null model, mean"),
             )
         ):
             points = [(point.k, error) for point in report.sizes if (error := getattr(point, field)) is not None]
@@ -237,7 +241,7 @@ def sizes(report: ReportData) -> str:
 
 
 def size_bytes(report: ReportData) -> str:
-    """Draw bytes over k, and where they exceed those of the LoRAs."""
+    """Draw bytes over the number of components, with the range in which the pack is larger than the LoRAs."""
     k = [point.k for point in report.sizes]
     stored = [point.stored_bytes for point in report.sizes]
     top = max(*stored, report.bytes.lora)
@@ -267,10 +271,10 @@ def size_bytes(report: ReportData) -> str:
 
 
 def spectra(report: ReportData, side: str) -> dict[str, np.ndarray]:
-    """Return the mean spectrum of one side for each kind of module, by its label, and that of the null model."""
-    groups = module_labels.grouped(report.modules, MOST_KINDS)
+    """Return the mean spectra of one side by label: one per kind of module, and one of the null model."""
+    groups = module_labels.grouped(report.modules, MAX_KINDS)
     by_label = {label: [getattr(module, side).spectrum for module in group] for label, group in groups.items()}
-    by_label[_RANDOM] = [getattr(module, side).null for module in report.modules]
+    by_label[_NULL] = [getattr(module, side).null for module in report.modules]
     measured = {label: [spectrum for spectrum in group if spectrum] for label, group in by_label.items()}
     return {label: _mean(group, 0.0) for label, group in measured.items() if group}
 
@@ -278,7 +282,7 @@ def spectra(report: ReportData, side: str) -> dict[str, np.ndarray]:
 def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
     for number, (label, curve) in enumerate(lines.items()):
         style: dict[str, Any] = {"color": series(number), "linestyle": "-" if number < 4 else "-."}
-        if label == _RANDOM:
+        if label == _NULL:
             style = {"color": ink("muted"), "linestyle": "--", "linewidth": 1.4}
         axis.plot(
             range(1, len(curve) + 1), np.where(curve > 0, curve, np.nan), marker=_marker(curve), label=label, **style
@@ -286,7 +290,7 @@ def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
 
 
 def _marker(curve: np.ndarray) -> str:
-    """Return a marker for a curve of a single point, of which a line would show nothing."""
+    """Return a marker for a curve of a single point, which a line would not show; else no marker."""
     return "o" if len(curve) == 1 else ""
 
 
@@ -299,7 +303,7 @@ def _count_along(axis: Any) -> None:
 
 
 def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:
-    """Return the mean of curves of different lengths. beyond: value after the end of a curve; NaN to leave it out."""
+    """Return the mean of curves of different lengths; `beyond` extends shorter ones, NaN leaves them out."""
     table = np.full((len(curves), max(map(len, curves))), beyond)
     for row, curve in zip(table, curves, strict=True):
         row[: len(curve)] = curve
@@ -311,7 +315,7 @@ def _all_sides(report: ReportData) -> list[SideFigures]:
 
 
 def _mark_k(axis: Any, sides: list[SideFigures], height: float = 1.0) -> None:
-    """Mark the pack's number of components, with a band if it varies. height: of the text, in axes coordinates."""
+    """Mark the pack's number of components, with a band if it varies; `height` positions the text, from 0 to 1."""
     sizes = [side.k for side in sides]
     smallest, middle, largest = min(sizes), statistics.median_low(sizes), max(sizes)
     if smallest < largest:
@@ -338,5 +342,5 @@ def _crossing(k: list[int], stored: list[int], limit: int) -> float | None:
 
 
 def _plain(value: float, _position: int) -> str:
-    """Format a tick without an exponent."""
+    """Format the label of a tick without an exponent."""
     return f"{value:,.10f}".rstrip("0").rstrip(".")

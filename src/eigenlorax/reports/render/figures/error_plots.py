@@ -10,26 +10,26 @@ from ...data import ReportData
 from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
 
-MOST_NAMES = 40
-"""Number of rows up to which each is labelled."""
+MAX_NAMES = 40
+"""Maximum number of rows with labels."""
 
-LEAST_STARRED = 0.005
-"""Error from which on the worst module gets a star; smaller ones are printed as 0.00."""
+MIN_STARRED = 0.005
+"""Minimum error of a worst module that is marked with a star; smaller ones are printed as 0.00."""
 
 _BINS = 40
 
-_LEAST_TOP = 0.1
+_MIN_SCALE_END = 0.1
 """Smallest end of a colour scale, so that negligible errors look negligible."""
 
 
 def has_grid(report: ReportData) -> bool:
-    """Return whether there are several layers and kinds of modules for a heat map."""
+    """Return whether there are several layers and several kinds of modules, as a heat map needs."""
     layers = {module.layer for module in report.modules}
     return None not in layers and len(layers) > 1 and len({module.kind for module in report.modules}) > 1
 
 
 def layers(report: ReportData) -> str:
-    """Draw the error of each module by layer and kind, with a star on the worst."""
+    """Draw a heat map of errors by layer and kind of module, with a star on the worst."""
     names = module_labels.labels(module.kind for module in report.modules)
     rows = list(dict.fromkeys(names[module.kind] for module in report.modules))
     columns = sorted({module.layer for module in report.modules if module.layer is not None})
@@ -44,8 +44,8 @@ def layers(report: ReportData) -> str:
             if errors:
                 table[row, column] = statistics.fmean(errors)
     worst = float(np.nanmax(table))
-    top = max(worst, _LEAST_TOP)
-    mark = "★" if worst >= LEAST_STARRED else ""
+    top = max(worst, _MIN_SCALE_END)
+    mark = "★" if worst >= MIN_STARRED else ""
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -74,13 +74,13 @@ def grid(report: ReportData) -> str:
     """Draw the delta error of each adapter (row) in each module (column)."""
     table = np.array([[np.nan if v is None else v for v in row] for row in report.module_errors], dtype=float)
     names = [adapter.name for adapter in report.adapters]
-    is_labelled = len(names) <= MOST_NAMES
+    is_labelled = len(names) <= MAX_NAMES
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
         # few colours make a small image
         colours = svg.colour_map(svg.SEQUENTIAL, steps=65)
-        top = max(float(np.nanmax(table)), _LEAST_TOP)
+        top = max(float(np.nanmax(table)), _MIN_SCALE_END)
         image = axis.imshow(table, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="none")
         labels = [numbers.shortened(name, 32) for name in names] if is_labelled else []
         axis.set_yticks(range(len(labels)), labels)
@@ -93,7 +93,7 @@ def grid(report: ReportData) -> str:
 
 
 def newcomers(report: ReportData) -> str:
-    """Draw histograms of errors in the fit and left out, with the means of random bases and of the mean adapter."""
+    """Draw histograms of errors in the fit and when left out, and mean errors of random bases and the mean adapter."""
     pairs = [
         (adapter.delta_error, adapter.left_out_error)
         for adapter in report.adapters
@@ -119,7 +119,7 @@ def newcomers(report: ReportData) -> str:
         axis.grid(visible=False, axis="x")
         figure.legend(loc="outside upper left", ncols=2)
 
-    return svg.draw("newcomers", (HALF, 330), "Errors of adapters in the fit, and of those left out of it", paint)
+    return svg.draw("newcomers", (HALF, 330), "Errors of adapters in the fit and when left out", paint)
 
 
 def _add_colour_bar(figure: Any, axis: Any, image: Any) -> None:

@@ -1,4 +1,4 @@
-"""Figures of similarity: matrices with their dendrogram, and a map."""
+"""Figures of similarity: matrices with a dendrogram, and a map."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from ...data import AdapterFigures, ReportData, Similarity
 from . import svg
 from .svg import WIDE, ink, series
 
-MOST_NAMES = 40
-"""Number of adapters up to which each is labelled."""
+MAX_NAMES = 40
+"""Maximum number of adapters for which all are labelled."""
 
 PIXELS = 500
 """Maximum number of rows and columns in the image of a matrix."""
 
-LEAST_COSINE, LEAST_OVERLAP = 0.2, 0.3
-"""Smallest ends of the colour scales, so that unrelated adapters look unrelated."""
+MIN_COSINE_END, MIN_OVERLAP_END = 0.2, 0.3
+"""Smallest end of each colour scale, so that unrelated adapters look unrelated."""
 
-_LEAST_HEIGHT = 0.1
+_MIN_HEIGHT = 0.1
 """Smallest end of the dendrogram's axis."""
 
-_MOST_TOOLTIPS = 1000
+_MAX_TOOLTIPS = 1000
 _NAMED_WORST, _NAMED_OUTLIERS = 5, 20
 """Maximum numbers of adapters that are labelled in a large map."""
 _FONT_SIZE, _CHARACTER_WIDTH, _LINE_HEIGHT = 11, 0.6, 1.25
@@ -35,10 +35,10 @@ Box = tuple[float, float, float, float]
 
 
 def matrices(similarity: Similarity) -> str:
-    """Draw cosines and overlaps in the order of the dendrogram at their left, with names if there are few."""
+    """Draw matrices of cosines and overlaps beside the dendrogram, with names if there are few."""
     names = similarity.names
-    is_labelled = len(names) <= MOST_NAMES
-    tables = [("cosine of the updates", similarity.cosine), ("overlap of directions", similarity.overlap)]
+    is_labelled = len(names) <= MAX_NAMES
+    tables = [("cosine of the updates", similarity.cosine), ("overlap", similarity.overlap)]
 
     def paint(figure: Any) -> None:
         axes = figure.subplots(1, 3, sharey=True, width_ratios=[0.28, 1, 1])
@@ -59,18 +59,18 @@ def matrices(similarity: Similarity) -> str:
     )
 
 
-def downsampled(matrix: Float[np.ndarray, "n n"], most: int) -> Float[np.ndarray, "m m"]:
-    """Average neighbouring rows and columns until the matrix has at most `most` of each."""
-    if len(matrix) <= most:
+def downsampled(matrix: Float[np.ndarray, "n n"], max_size: int) -> Float[np.ndarray, "m m"]:
+    """Average neighbouring rows and columns until the matrix has at most `max_size` of each."""
+    if len(matrix) <= max_size:
         return np.asarray(matrix, dtype=np.float64)
-    starts = np.arange(most) * len(matrix) // most
+    starts = np.arange(max_size) * len(matrix) // max_size
     counts = np.diff([*starts, len(matrix)])
     sums = np.add.reduceat(np.add.reduceat(np.asarray(matrix, dtype=np.float64), starts, axis=0), starts, axis=1)
     return np.asarray(sums / np.outer(counts, counts))
 
 
 def points(report: ReportData) -> str:
-    """Draw the map: a point for each adapter that has a position, coloured by cluster."""
+    """Draw the map: one point for each adapter with a position, coloured by cluster."""
     shown = [adapter for adapter in report.adapters if adapter.x is not None and adapter.y is not None]
     positions = np.array([(adapter.x, adapter.y) for adapter in shown], dtype=float)
     outliers = set(report.outliers)
@@ -107,20 +107,20 @@ def points(report: ReportData) -> str:
             )
 
     drawn = svg.draw(
-        "points", size, f"Map of {numbers.plural(len(shown), 'adapter')}: near ones have similar updates", paint
+        "points", size, f"Map of {numbers.plural(len(shown), 'adapter')}: near points have similar updates", paint
     )
-    if len(shown) > _MOST_TOOLTIPS:
+    if len(shown) > _MAX_TOOLTIPS:
         return drawn
     return svg.titled(drawn, "points-marks", [_tooltip(adapter) for adapter in shown])
 
 
 def _matrix(figure: Any, axis: Any, table: np.ndarray, title: str) -> None:
-    """Draw one matrix. The scale ends at the largest value off the diagonal, and begins at its negative for cosines."""
+    """Draw one matrix. The scale ends at the largest off-diagonal value; for cosines it begins at its negative."""
     n = len(table)
     table = downsampled(table, PIXELS)
     off_diagonal = table[~np.eye(len(table), dtype=bool)]
     is_signed = "cosine" in title
-    top = float(np.abs(off_diagonal).max(initial=LEAST_COSINE if is_signed else LEAST_OVERLAP))
+    top = float(np.abs(off_diagonal).max(initial=MIN_COSINE_END if is_signed else MIN_OVERLAP_END))
     # few colours make a small image
     colours = svg.colour_map(svg.DIVERGING if is_signed else svg.SEQUENTIAL, steps=65)
     edges = (-0.5, n - 0.5, n - 0.5, -0.5)
@@ -148,7 +148,7 @@ def _dendrogram(axis: Any, tree: Sequence[Sequence[float]], leaves: int) -> None
         nodes.append(((first_y + second_y) / 2, height))
     axis.add_collection(LineCollection(lines, colors=ink("muted"), linewidths=1.1))
     # duplicates join at 0, and an axis needs a length
-    top = max([_LEAST_HEIGHT, *(row[2] for row in tree)])
+    top = max([_MIN_HEIGHT, *(row[2] for row in tree)])
     axis.set_xlim(top * 1.05, 0)
     axis.set(xticks=[0, round(top, 2)], xlabel="1 − overlap")
     axis.grid(visible=False)
@@ -161,13 +161,19 @@ def _by_importance(report: ReportData, shown: list[AdapterFigures]) -> list[int]
     outliers = set(report.outliers)
     indices = [index for index, adapter in enumerate(shown) if adapter.name in outliers][:_NAMED_OUTLIERS]
     # adapters are sorted by error
-    indices += range(min(len(shown), len(shown) if len(shown) <= MOST_NAMES else _NAMED_WORST))
+    indices += range(min(len(shown), len(shown) if len(shown) <= MAX_NAMES else _NAMED_WORST))
     return list(dict.fromkeys(indices))
 
 
 @dataclass(frozen=True, slots=True)
 class _Label:
-    """A label on the map. index: of the adapter. anchor: position in pixels. alignment: "left" or "right"."""
+    """Label on the map.
+
+    Attributes:
+        index: Index of the adapter.
+        anchor: Position in pixels.
+        alignment: "left" or "right".
+    """
 
     index: int
     anchor: tuple[float, float]
@@ -176,7 +182,14 @@ class _Label:
 
 @dataclass(frozen=True, slots=True)
 class _Canvas:
-    """The map in pixels: positions of the points, (n, 2), their labels and radius, and the size of the figure."""
+    """The map in pixels.
+
+    Attributes:
+        points: Positions of the points, (n, 2).
+        texts: Labels of the points.
+        radius: Radius of the points.
+        size: Width and height of the figure.
+    """
 
     points: np.ndarray
     texts: Sequence[str]
@@ -195,9 +208,9 @@ class _Canvas:
 
 
 def _labels(canvas: _Canvas, indices: Sequence[int]) -> Iterator[_Label]:
-    """Place labels beside their points, where they cover no other label and as few points as possible.
+    """Place labels beside their points, so that they cover no other label and as few points as possible.
 
-    An adapter without room for its label is left out; the tooltip of its point has the name.
+    A label for which there is no space is left out; the tooltip of the point has the name.
     """
     taken: list[Box] = []
     for index in indices:
@@ -214,7 +227,7 @@ def _labels(canvas: _Canvas, indices: Sequence[int]) -> Iterator[_Label]:
             if best is None or hidden < best[0]:
                 best = hidden, box, _Label(index, (x, y), "left" if dx > 0 else "right")
         # in a large map, only the worst adapters may cover points
-        if best is not None and (best[0] == 0 or len(canvas.points) <= MOST_NAMES or index < _NAMED_WORST):
+        if best is not None and (best[0] == 0 or len(canvas.points) <= MAX_NAMES or index < _NAMED_WORST):
             taken.append(best[1])
             yield best[2]
 

@@ -6,7 +6,7 @@ from ...data import ModuleFigures
 
 
 def labels(kinds: Iterable[str]) -> dict[str, str]:
-    """Return for each kind its shortest unique suffix, such as "query" or "output.dense"."""
+    """Return the shortest unique suffix of each kind, such as "query" or "output.dense"."""
     components = {kind: [name for name in kind.split(".") if name != "*"] or [kind] for kind in dict.fromkeys(kinds)}
     deepest = max((len(names) for names in components.values()), default=0)
     short: dict[str, str] = {}
@@ -21,17 +21,19 @@ def labels(kinds: Iterable[str]) -> dict[str, str]:
     return short
 
 
-def grouped(modules: Sequence[ModuleFigures], most: int) -> dict[str, list[ModuleFigures]]:
+def grouped(modules: Sequence[ModuleFigures], max_groups: int) -> dict[str, list[ModuleFigures]]:
     """Group modules by the label of their kind, in order of appearance.
 
-    most: maximum number of groups; the last kinds form one group if there are more.
+    Args:
+        modules: The modules.
+        max_groups: Maximum number of groups. If there are more kinds, the last ones form one group.
     """
     names = labels(module.kind for module in modules)
     groups: dict[str, list[ModuleFigures]] = {}
     for module in modules:
         groups.setdefault(names[module.kind], []).append(module)
-    if len(groups) <= most:
+    if len(groups) <= max_groups:
         return groups
-    first, last = list(groups)[: most - 1], list(groups)[most - 1 :]
+    first, last = list(groups)[: max_groups - 1], list(groups)[max_groups - 1 :]
     merged = [module for label in last for module in groups[label]]
     return {**{label: groups[label] for label in first}, f"{len(last)} others": merged}

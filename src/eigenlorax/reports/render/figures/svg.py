@@ -1,7 +1,7 @@
-"""Figures as inline SVG, drawn by matplotlib and coloured by CSS variables of the page, for its light and dark themes.
+"""Figures as inline SVG, drawn by matplotlib and coloured by CSS variables, for light and dark themes.
 
-Matplotlib draws each colour as a stand-in, which is replaced by a variable `--ink-…`. Text stays text, in the page's
-font. The same figure gives the same bytes.
+Matplotlib draws placeholder colours, which are replaced by variables `--ink-…`. Text is not converted to paths, so it
+has the font of the page. Equal figures give equal bytes.
 """
 
 import html
@@ -14,55 +14,61 @@ from typing import Any
 from ....errors import MissingExtraError
 
 WIDE, HALF = 1000, 492
-"""Widths in pixels: of the page, and of one of two figures side by side."""
+"""Width of a figure in pixels: as wide as the page, and for two figures side by side."""
 
 SERIES = 8
-"""Number of colours that can be told apart, `series(0)` to `series(SERIES - 1)`."""
+"""Number of distinguishable colours, `series(0)` to `series(SERIES - 1)`."""
 
 _NAMES = ("text", "muted", "grid", "card", "accent", "bad", *(f"series-{n}" for n in range(SERIES)))
-_STAND_INS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES, start=1)}
+_PLACEHOLDERS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_NAMES, start=1)}
 
 SEQUENTIAL = ("#27306b", "#2f6f9f", "#35a59b", "#8fd07a", "#f3e055")
-"""Colours from small to large values, each readable on white and on black."""
+"""Colours from small to large values, which are readable on white and on black."""
 
 DIVERGING = ("#123f8c", "#4d84c9", "#b9bdc5", "#dd8d45", "#9c3f06")
-"""Colours from −1 over 0 to 1: blue, grey, orange, which colour-blind readers can tell apart."""
+"""Colours from −1 over 0 to 1: blue, grey, orange, which are distinguishable for colour-blind readers."""
 
 
 def ink(name: str) -> str:
-    """Return the stand-in of the CSS variable `--ink-{name}`."""
-    return _STAND_INS[name]
+    """Return the placeholder of the CSS variable `--ink-{name}`."""
+    return _PLACEHOLDERS[name]
 
 
 def series(number: int) -> str:
     """Return the colour of the n-th series; colours repeat after `SERIES`."""
-    return _STAND_INS[f"series-{number % SERIES}"]
+    return _PLACEHOLDERS[f"series-{number % SERIES}"]
 
 
 def colour_map(stops: Sequence[str], steps: int = 256) -> Any:
-    """Return matplotlib's colour map through these colours; call it within `paint`."""
+    """Return matplotlib's colour map through these colours. To be called in `paint`."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("stops", stops, N=steps)
 
 
 def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], None]) -> str:
-    """Return an `<svg>` with what `paint` draws on matplotlib's `Figure`.
+    """Draw a figure as an `<svg>` element.
 
-    name: unique in the page, since ids begin with it. size: width and height in CSS pixels. label: description for
-    screen readers. `MissingExtraError` where matplotlib is not installed.
+    Args:
+        name: Name that is unique in the page. Ids begin with it.
+        size: Width and height in CSS pixels.
+        label: Description for screen readers.
+        paint: Function that draws on a matplotlib `Figure`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
     """
     try:
         from matplotlib import style
         from matplotlib.figure import Figure
-    except ImportError as e:
+    except ImportError as error:
         raise MissingExtraError(
-            "The report's page has pictures, which matplotlib draws, and that is not installed: "
-            "pip install 'eigenlorax[report]'. Reports in Markdown and JSON need no pictures."
-        ) from e
+            "The HTML report has figures, which need matplotlib: pip install 'eigenlorax[report]'. Reports in Markdown "
+            "and JSON have no figures."
+        ) from error
 
     with style.context(["default", _style(name)]), warnings.catch_warnings():
-        # matplotlib's font lacks some scripts, but it only measures the text: the browser draws it with its own fonts
+        # matplotlib's font lacks some scripts, but only measures the text: the browser draws it with its own fonts
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         paint(figure)
@@ -72,7 +78,7 @@ def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], No
 
 
 def titled(svg: str, gid: str, titles: Sequence[str]) -> str:
-    """Return the figure with a tooltip on each mark of the group that was drawn with this gid."""
+    """Add a tooltip to each mark of the group that was drawn with this gid."""
     start = svg.index(f'<g id="{gid}">')
     end = svg.index("</g></g>" if "<use" in svg[start : svg.index("</g>", start)] else "</g>", start)
     queue = iter(titles)
@@ -92,7 +98,7 @@ def _style(name: str) -> dict[str, Any]:
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
-        # a `$` in a name does not begin a formula
+        # a `$` in a name must not begin a formula
         "text.parse_math": False,
         "font.size": 12,
         "axes.titlesize": 12.5,
@@ -127,7 +133,7 @@ def _inline(svg: str, name: str, size: tuple[int, int], label: str) -> str:
     body = re.sub(r'style="[^"]*"', lambda match: _themed(match[0]), body)
     body = body.replace("xlink:href=", "href=").replace("data:image/png;base64,\n", "data:image/png;base64,")
     body = _unique_ids(body, name)
-    # whitespace between elements is not drawn; within a text it may be
+    # whitespace between elements is not drawn; whitespace in a text may be
     body = re.sub(r">\s+<", "><", body)
     width, height = size
     return (
@@ -137,20 +143,20 @@ def _inline(svg: str, name: str, size: tuple[int, int], label: str) -> str:
 
 
 def _rounded(numbers: str) -> str:
-    """Round coordinates to hundredths of a pixel, which makes a page much smaller."""
+    """Round coordinates to hundredths of a pixel, so that the page is smaller."""
     shorter = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), numbers)
     return " ".join(shorter.split())
 
 
 def _themed(style: str) -> str:
     style = re.sub(r"font-family:[^;]*;? ?", "", style)
-    for name, stand_in in _STAND_INS.items():
-        style = style.replace(stand_in, f"var(--ink-{name})")
+    for name, placeholder in _PLACEHOLDERS.items():
+        style = style.replace(placeholder, f"var(--ink-{name})")
     return style
 
 
 def _unique_ids(body: str, name: str) -> str:
-    """Prefix ids with the figure's name, and remove those that nothing refers to, except gids that begin with it."""
+    """Prefix ids with the figure's name, and remove unreferenced ids, except gids that begin with the name."""
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
 
     def renamed(match: re.Match[str]) -> str:
