@@ -10,7 +10,8 @@ import torch
 from ..codec import bitstream, encoder
 from ..codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout
 from ..codec.byte_limit import encode_within
-from ..codec.encoder import CollectionEncoder, EncodedCollection, ModuleUpdates, RatePoint, UpdateSource
+from ..codec.encoder import CollectionEncoder, EncodedCollection, RatePoint
+from ..codec.module_updates import ModuleUpdates, UpdateSource
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.step_sizes import check_error_bound, step_size_grid, wide_step_size_grid
 from ..codec.storage import coded

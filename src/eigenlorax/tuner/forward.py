@@ -23,10 +23,10 @@ from ..core.layer_update import (
     LayerResidual,
     add_grouped_update,
     apply_coefficients,
-    group_rows,
     in_output_shape,
     project,
 )
+from ..core.row_groups import group_rows
 from .layer import EigenLoraxLayer
 
 _NO_DROPOUT = nn.Identity()

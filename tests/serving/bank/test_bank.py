@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import eigenlorax as ex
-from eigenlorax.core.layer_update import group_rows
+from eigenlorax.core.row_groups import group_rows
 from eigenlorax.errors import (
     AdapterNameError,
     BaseModelWarning,

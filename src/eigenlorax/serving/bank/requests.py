@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.layer_update import LayerCoefficients, LayerResidual, RowGroups, group_rows, without_autograd
+from ...core.layer_update import LayerCoefficients, LayerResidual, without_autograd
+from ...core.row_groups import RowGroups, group_rows
 from ...errors import ShapeError
 from .bank_adapter import BankAdapter, Layout
 
