@@ -268,8 +268,10 @@ class TestErrors:
     @pytest.mark.filterwarnings("ignore::eigenlorax.errors.NothingSharedWarning")
     def test_carried_tensors_of_some_among_many_or_of_all(self):
         pack = ex.fit(random_collection(10), n_components=3, warn_above=1.0)
-        factors = {"elsewhere": random_factors(3, 11, 7, seed=1)}
-        more = [ex.from_factors(name, factors, base_model="org/base") for name in ("more", "other")]
+        more = [
+            ex.from_factors(name, {"elsewhere": random_factors(3, 11, 7, seed=seed)}, base_model="org/base")
+            for seed, name in enumerate(("more", "other"))
+        ]
         pack.add_all(more, carry_missing=True, warn_above=1.0)
         with pytest.raises(OptionError, match="express all tensors of 'more', 'other' .*with pack a `Pack`") as refused:
             bank_adapter.check_none_carried(pack)
