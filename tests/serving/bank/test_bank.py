@@ -284,7 +284,7 @@ class TestErrors:
     def test_coefficients_of_another_subspace(self, one):
         other, _ = make_pack(dict.fromkeys(BERT, (IN, IN)), n_components=4)
         with pytest.raises(
-            ShapeError, match=r"'a1', module .*: its coefficients are for \(k_down, k_up\) = \(4, 4\), the"
+            ShapeError, match=r"'a1', module .*: its coefficients have \(k_down, k_up\) = \(4, 4\), and the"
         ):
             one.bank().add("a1", other.packed("a1"))
 
